@@ -8,21 +8,25 @@ Uncordon undoes both, unless the process is about to end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
 
 from cluster.api.types import DrainState
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.outbox import Outbox
 
+USAGE_ACK_S = 5.0
+"""Seconds that a drained worker waits for the acknowledgement of its last usage records."""
 STAY_PART = 0.5
 """Fraction of the drain time in which running sequences may end by themselves; then they resume on other workers."""
 
 
 class DrainStates:
-    """The drain state of one worker. `outboxes` returns the outboxes of all links of the worker."""
+    """The drain state of one worker, which is sent to all links of the worker."""
 
-    def __init__(self, outboxes: Callable[[], Iterable[Outbox]]) -> None:
-        self._outboxes = outboxes
+    def __init__(self) -> None:
+        self._outboxes: list[Outbox] = []
         self._stays_until = 0.0
         self.state = DrainState.SERVING
         self.leaving = False
@@ -64,18 +68,72 @@ class DrainStates:
             self._set_state(DrainState.DRAINED, now)
 
     def attach(self, outbox: Outbox, now: float) -> None:
-        """Send the state to a new link, unless the worker serves.
+        """Add a link and send it the state, unless the worker serves.
 
         A gateway that has not been sent a state assumes that the worker serves.
         """
+        self._outboxes.append(outbox)
         if not self.serves:
             outbox.drain_state(self._message(now))
 
+    def detach(self, outbox: Outbox) -> None:
+        """Remove a link that has ended."""
+        self._outboxes.remove(outbox)
+
     def _set_state(self, state: DrainState, now: float) -> None:
         self.state = state
-        for outbox in self._outboxes():
+        for outbox in self._outboxes:
             outbox.drain_state(self._message(now))
 
     def _message(self, now: float) -> pb.Standing:
         stay_ms = int(max(self._stays_until - now, 0.0) * 1000) if self.state is DrainState.DRAINING else 0
         return pb.Standing(state=pb.Standing.State.Value(f"STATE_{self.state.value}"), stay_ms=stay_ms)
+
+
+class Drains:
+    """The drain in progress of one worker. A command ends the drain that an earlier command began."""
+
+    def __init__(
+        self, state: DrainStates, idle: asyncio.Event, flush_usage: Callable[[float], Awaitable[None]]
+    ) -> None:
+        """Create without a drain. `idle` is set while no request runs; `flush_usage` waits some seconds at most."""
+        self._state = state
+        self._idle = idle
+        self._flush_usage = flush_usage
+        self._commanded: asyncio.Task[bool] | None = None
+
+    async def drain(self, timeout_s: float, leaving: bool) -> bool:
+        """Take no new work and wait for the running requests; return False if some still run after `timeout_s`.
+
+        `leaving`: whether the process ends afterwards, so that uncordon cannot undo the drain.
+        """
+        self._state.drain(time.monotonic(), timeout_s, leaving)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        await self._flush_usage(min(timeout_s, USAGE_ACK_S))
+        self._state.mark_drained(time.monotonic())
+        return True
+
+    def apply(self, command: pb.Command) -> bool:
+        """Apply an operator's command, which any gateway may forward.
+
+        Returns whether the worker takes new sequences again.
+        """
+        verb = command.WhichOneof("verb")
+        if verb == "cordon":
+            self._state.cordon(time.monotonic())
+        elif verb == "uncordon":
+            self.cancel()
+            return self._state.uncordon(time.monotonic())
+        elif verb == "drain" and not self._state.leaving:
+            self.cancel()
+            self._commanded = asyncio.create_task(self.drain(command.drain.timeout_ms / 1000, leaving=False))
+        return False
+
+    def cancel(self) -> None:
+        """End the drain that a command began. The worker stays in its state."""
+        if self._commanded is not None:
+            self._commanded.cancel()

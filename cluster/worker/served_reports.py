@@ -80,6 +80,3 @@ class ServedReports:
 
     def _report(self, number: int) -> Sequence[WeightedValue[ServedTotal]]:
         return [WeightedValue(total, self._weights.get(total.tenant, 1.0)) for total in self._meter.report(number)]
-
-    def __repr__(self) -> str:
-        return f"ServedReports({self._meter})"

@@ -202,7 +202,7 @@ def test_a_worker_that_leaves_takes_no_work_again() -> None:
     A new link gets the drain state.
     """
     outbox = Outbox()
-    state = DrainStates(lambda: [outbox])
+    state = DrainStates()
     state.cordon(1.0)
     assert not state.serves
     state.drain(2.0, 10.0, leaving=True)

@@ -8,7 +8,6 @@ never used, and a second process waits for the first.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import io
 import os
@@ -16,15 +15,15 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+from cluster.worker.weights.fetching import Progress, locked
 
 FOLDER = "smollm2-135m-instruct"
 SOURCE = "demo://smollm2"
 EXPECTED_BYTES = 272_000_000
 """Approximate size of the finished folder in bytes, used as the total of the progress."""
-
-Progress = Callable[[int, int, str], None]
 
 
 class DemoModelError(Exception):
@@ -40,7 +39,7 @@ def ensure_demo_model(cache_dir: Path, progress: Progress | None = None) -> Path
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{FOLDER}.lock"):
+    with locked(folder.parent / f".{FOLDER}.lock"):
         if folder.is_dir():  # another process has created it
             return folder
         for unfinished in folder.parent.glob(f".{FOLDER}.making-*"):
@@ -56,13 +55,6 @@ def ensure_demo_model(cache_dir: Path, progress: Progress | None = None) -> Path
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
@@ -108,10 +100,7 @@ def _convert(gguf: Path, folder: Path, progress: Progress | None) -> None:
 
     with contextlib.redirect_stderr(io.StringIO()):  # the reader's own progress bar cannot be switched off
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
         report(0, EXPECTED_BYTES, "unpacking the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

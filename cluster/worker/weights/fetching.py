@@ -65,7 +65,7 @@ def fetch(
     """Fetch the files of `source` that match a pattern; return their folder below `root`. Blocks. Raises FetchError."""
     target = root / hashlib.sha256(source.encode()).hexdigest()[:32]
     target.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
+    with locked(target.with_suffix(".lock")):
         if _complete(target):
             return target
         files = _files_of(source, patterns)
@@ -85,9 +85,9 @@ def fetch(
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the folder's lock, for which other processes wait. If this process dies, the kernel releases the lock."""
-    with target.with_suffix(".lock").open("w") as lock:
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, for which other processes wait. If this process dies, the kernel releases the lock."""
+    with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

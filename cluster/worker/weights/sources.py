@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cluster.api.types import ModelSpec
 from cluster.worker.weights import demo_model
-from cluster.worker.weights.fetching import SCHEMES, FetchError, fetch
+from cluster.worker.weights.fetching import SCHEMES, FetchError, Progress, fetch
 from cluster.worker.weights.model_card import read_card, why_refused
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
@@ -52,7 +52,7 @@ class SourceRules:
     allowed_licenses: Sequence[str] = ()
 
 
-def resolve(spec: ModelSpec, rules: SourceRules, progress: demo_model.Progress | None = None) -> Path:
+def resolve(spec: ModelSpec, rules: SourceRules, progress: Progress | None = None) -> Path:
     """Return the local folder of a model, which is fetched or created if needed. Blocks. Raises SourceError."""
     where = f"models[{spec.name}].source"
     if not any(fnmatch.fnmatchcase(spec.source, pattern) for pattern in rules.allowed_sources):

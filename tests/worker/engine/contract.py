@@ -44,13 +44,7 @@ _SAMPLED: dict[str, object] = {"temperature": 1.0, "seed": 7}
 RESUMED: dict[str, dict[str, object]] = {
     "greedy": {},
     "seed": _SAMPLED,
-    "another seed and top_p, top_k, min_p": {
-        "temperature": 0.7,
-        "seed": -3,
-        "top_p": 0.9,
-        "top_k": 50,
-        "min_p": 0.01,
-    },
+    "another seed and top_p, top_k, min_p": {"temperature": 0.7, "seed": -3, "top_p": 0.9, "top_k": 50, "min_p": 0.01},
     "frequency penalty": {"frequency_penalty": 1.2},
     "presence penalty": {"presence_penalty": 1.5},
     "repetition penalty": {"repetition_penalty": 1.3},
@@ -65,11 +59,7 @@ RESUMED: dict[str, dict[str, object]] = {
     "logit bias": {"logit_bias": {310: 4.0, 311: -50.0, 412: 4.0}},
     "eos heeded": {**_SAMPLED, "ignore_eos": False},
     "json grammar": {"grammar": Grammar("json_schema", json.dumps(_SCHEMA)), "ignore_eos": False},
-    "json grammar, seed": {
-        **_SAMPLED,
-        "grammar": Grammar("json_schema", json.dumps(_SCHEMA)),
-        "ignore_eos": False,
-    },
+    "json grammar, seed": {**_SAMPLED, "grammar": Grammar("json_schema", json.dumps(_SCHEMA)), "ignore_eos": False},
     "any json, seed, penalty": {
         **_SAMPLED,
         "grammar": Grammar("json_object", ""),

@@ -67,11 +67,7 @@ async def test_noise_is_that_of_other_releases(fast_subject: Subject) -> None:
 @pytest.mark.parametrize(
     ("field", "good", "wrong"),
     [
-        (
-            "stop_token_ids",
-            {"min_tokens": 2, "stop_token_ids": STOPS[1:]},
-            {"min_tokens": 1, "stop_token_ids": STOPS},
-        ),
+        ("stop_token_ids", {"min_tokens": 2, "stop_token_ids": STOPS[1:]}, {"min_tokens": 1, "stop_token_ids": STOPS}),
         (
             "logit_bias",
             {"logit_bias": dict.fromkeys(range(VOCABULARY), 0.5)},

@@ -79,10 +79,7 @@ def test_each_number_of_a_type_is_judged_rightly(tmp_path: Path, kind: torch.dty
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(st.tuples(st.sampled_from(TYPES), st.integers(0, 40)), min_size=1, max_size=6),
-    st.data(),
-)
+@given(st.lists(st.tuples(st.sampled_from(TYPES), st.integers(0, 40)), min_size=1, max_size=6), st.data())
 def test_a_nan_anywhere_is_found_and_the_digest_is_of_all_bytes(
     tmp_path: Path, kinds: list[tuple[torch.dtype, int]], data: st.DataObject
 ) -> None:

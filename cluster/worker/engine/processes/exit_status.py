@@ -99,20 +99,19 @@ class Watched:
         before, self._kills = self._kills, out_of_memory_kills()
         return f", sent by {OUT_OF_MEMORY}" if code in (None, -signal.SIGKILL) and self._kills > before else ""
 
-    def close(self) -> None:
-        """Stop watching."""
-        for pidfd in self._pidfds:
-            os.close(pidfd)
-        self._pidfds.clear()
+
+def stat_fields(pid: int) -> list[str]:
+    """Return the fields of /proc/<pid>/stat after the name, beginning with the state; empty if the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def is_ending(pid: int) -> bool:
     """Return whether a process is gone, has ended, or is ending (the kernel releases its memory and files)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return True
-    return fields[0] in "ZX" or bool(int(fields[6]) & _EXITING)
+    fields = stat_fields(pid)
+    return not fields or fields[0] in "ZX" or bool(int(fields[6]) & _EXITING)
 
 
 def _status(pidfd: int, pid: int) -> int | None:
@@ -127,11 +126,8 @@ def _status(pidfd: int, pid: int) -> int | None:
 
 
 def _zombie_status(pid: int) -> int | None:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return int(fields[-1]) if fields[0] == "Z" else None
+    fields = stat_fields(pid)
+    return int(fields[-1]) if fields and fields[0] == "Z" else None
 
 
 def _pidfd_status(pidfd: int) -> int | None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.worker.engine.processes import end_causes, sockets
+from cluster.worker.engine.processes import end_causes, exit_status, sockets
 
 MARK = "HEADRACE_WATCHDOG_PID"
 POLL_S = 0.5
@@ -38,11 +38,8 @@ _started = threading.Event()
 
 def _start_time(pid: int) -> str:
     """Return a process's start time in clock ticks since boot; empty if the process is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    fields = exit_status.stat_fields(pid)
+    return "" if not fields or fields[0] in "ZX" else fields[19]
 
 
 def _pid_scope() -> str:

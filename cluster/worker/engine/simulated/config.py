@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from cluster.wire.bundle import sampling_defaults
-from cluster.worker.engine.simulated.faults import SimFault, SimFaults
+from cluster.worker.engine.simulated.faults import SimFault
 
 SCHEME = "sim://"
 
@@ -43,7 +43,7 @@ class SimConfig:
     seed: int = 0
     load_s: float = 0.0
     salted: int = 1
-    faults: SimFaults = field(default_factory=SimFaults)
+    faults: tuple[SimFault, ...] = ()
     default_sampling: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class SimConfig:
                 faults.append(SimFault.parse(text))
             else:
                 values[name] = _parse(name, text)
-        return cls(folder=unquote(url.path), faults=SimFaults(tuple(faults)), **values)
+        return cls(folder=unquote(url.path), faults=tuple(faults), **values)
 
     def resolved(self) -> SimConfig:
         """Return a copy completed from the folder's files. Raises ValueError for a value that the files lack."""

@@ -8,28 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
-import signal
-import time
 from collections.abc import Sequence
 
-from cluster.api.ports import EngineDead, EngineRefused
 from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, TokenOutput
 from cluster.worker.engine.simulated.clock import Clock, VirtualClock, WallClock
 from cluster.worker.engine.simulated.config import SCHEME, SimConfig
-from cluster.worker.engine.simulated.faults import ArmedFaults, SimFault, SimFaults
+from cluster.worker.engine.simulated.faults import EngineFaults, SimFault
 from cluster.worker.engine.simulated.model import SimModel, SimStatistics, StepPlan
 from cluster.worker.engine.step_times import LEAST_S, PATIENCE, StepTimes
 
-__all__ = [
-    "SCHEME",
-    "SimConfig",
-    "SimEngine",
-    "SimFault",
-    "SimFaults",
-    "SimStatistics",
-    "VirtualClock",
-]
+__all__ = ["SCHEME", "SimConfig", "SimEngine", "SimFault", "SimStatistics", "VirtualClock"]
 
 ENGINE_VERSION = "sim-1"
 
@@ -40,17 +28,15 @@ class SimEngine:
     def __init__(self, config: SimConfig, clock: Clock | None = None) -> None:
         self._config = config
         self._clock: Clock = clock or WallClock()
-        self._armed = ArmedFaults(config.faults)
+        self._wake = asyncio.Event()
+        self._faults = EngineFaults(config.faults, self._wake)
         self._model: SimModel | None = None
         self._plan: StepPlan | None = None
-        self._nan = False
         self._idle = True  # idle since the last step
         self._ends_at = 0.0
         self._stated_until = 0.0
         self._pace = StepTimes()
-        self._dead = ""
-        self._frozen: EngineLoad | None = None
-        self._wake = asyncio.Event()
+        self._frozen = EngineLoad()  # at the beginning of the last hang
 
     # -- Engine interface -----------------------------------------------------------------------------------------
 
@@ -78,11 +64,8 @@ class SimEngine:
     async def submit(self, request: EngineRequest) -> None:
         """Queue a request for the next step."""
         model = self._require_model()
-        for fault in self._armed.visit("submit"):
-            if fault.action == "refuse":
-                raise EngineRefused("INVALID_FIELD", f"injected fault {fault}", "prompt_token_ids")
-            self._die_by(fault)
-        self._raise_if_dead()
+        self._faults.visit("submit")
+        self._faults.raise_if_dead()
         idle = not model.has_work()
         model.submit(request)
         if idle:
@@ -104,13 +87,13 @@ class SimEngine:
         """
         model = self._require_model()
         while True:
-            self._raise_if_dead()
+            self._faults.raise_if_dead()
             plan = self._plan or await self._begin_step(model)
-            await self._wait_while_hung()
+            await self._faults.wait_while_hung()
             await self._clock.sleep_until(self._ends_at)
-            self._raise_if_dead()
+            self._faults.raise_if_dead()
             self._plan = None
-            outputs = model.complete(plan, self._nan)
+            outputs = model.complete(plan, self._faults.nan, self._faults.corrupt)
             self._idle = not model.has_work()
             self._pace.step(self._clock.now(), goes_on=not self._idle)
             if outputs:
@@ -126,13 +109,13 @@ class SimEngine:
         now, plan = self._clock.now(), self._plan
         busy = "prefill" if plan is not None and plan.prefill_tokens and now <= self._stated_until else ""
         age_s, p99_s = self._pace.age_s(now), self._pace.times.value_s
-        if self._frozen is not None:
+        if self._faults.hung:
             return dataclasses.replace(self._frozen, busy=busy, step_age_s=age_s)
         return self._model.load(busy, age_s, p99_s)
 
     async def check(self) -> None:
         """Raise EngineDead if the engine is dead. As in a real engine, this check does not detect a hang."""
-        self._raise_if_dead()
+        self._faults.raise_if_dead()
 
     async def close(self) -> None:
         """End the engine; a caller that waits in `step` gets EngineDead."""
@@ -142,27 +125,22 @@ class SimEngine:
 
     def fail(self, point: str, action: str, at: int = 1, seconds: float = 0.0) -> None:
         """Arm a fault (see simulated.faults). Raises ValueError for an action that is not possible at `point`."""
-        self._armed.arm(SimFault(action, point, at, seconds))
+        self._faults.arm(SimFault(action, point, at, seconds))
 
     def heal(self) -> None:
         """Disarm all faults, end a hang and return correct tokens again. A dead engine stays dead."""
-        self._armed.clear()
-        self._frozen = None
-        if self._model is not None:
-            self._model.corrupt = False
-        self._wake.set()
+        self._faults.heal()
 
     def kill(self, reason: str = "killed") -> None:
         """End the engine at once, even within a step or a hang."""
-        self._dead = self._dead or reason
-        self._wake.set()
+        self._faults.kill(reason)
 
     def statistics(self) -> SimStatistics:
         """Return counts since the start, and the current numbers of requests and blocks."""
         return self._require_model().statistics()
 
     def __repr__(self) -> str:
-        return f"SimEngine({self._model}{', dead: ' + self._dead if self._dead else ''})"
+        return f"SimEngine({self._model}{', dead: ' + self._faults.dead if self._faults.dead else ''})"
 
     # -- internals ------------------------------------------------------------------------------------------------
 
@@ -171,21 +149,22 @@ class SimEngine:
             raise RuntimeError("start() must come first")
         return self._model
 
-    def _raise_if_dead(self) -> None:
-        if self._dead:
-            raise EngineDead(self._dead)
-
     async def _begin_step(self, model: SimModel) -> StepPlan:
         """Wait for work, schedule the next step, apply the faults due in that step and set the time when it ends."""
         while not model.has_work():
             self._idle = True
             self._wake.clear()
             await self._wake.wait()
-            self._raise_if_dead()
+            self._faults.raise_if_dead()
         self._plan = plan = model.schedule()
-        self._nan = False
-        slowed = self._visit_points(model, plan) if self._armed else []
-        self._raise_if_dead()
+        points = ["step"]
+        if plan.prefill_tokens:
+            points.append("prefill")
+        if self._faults and model.reaches_max_tokens(plan):
+            points.append("last_token")
+        slowed = self._faults.begin_step(points)
+        if self._faults.hung:
+            self._frozen = model.load(p99_s=self._pace.times.value_s)
         now = self._clock.now()
         # A step begins where the last step ended. If the caller was more than a step late, the step begins now.
         late = self._idle or now - self._ends_at > plan.step_s
@@ -195,35 +174,3 @@ class SimEngine:
         self._stated_until = begins_at + max(LEAST_S, PATIENCE * stated_s)
         self._pace.began(begins_at)
         return plan
-
-    def _visit_points(self, model: SimModel, plan: StepPlan) -> list[SimFault]:
-        """Apply the faults of this step; return those faults that make the step take longer."""
-        points = ["step"]
-        if plan.prefill_tokens:
-            points.append("prefill")
-        if model.reaches_max_tokens(plan):
-            points.append("last_token")
-        firing = [fault for point in points for fault in self._armed.visit(point)]
-        for fault in firing:
-            if fault.action in ("die", "kill"):
-                self._die_by(fault)
-            elif fault.action == "hang":
-                self._frozen = model.load(p99_s=self._pace.times.value_s)
-            elif fault.action == "nan":
-                self._nan = True
-            elif fault.action == "wrong":
-                model.corrupt = True
-            elif fault.action == "block":
-                time.sleep(fault.seconds)
-        return [fault for fault in firing if fault.action == "slow"]
-
-    def _die_by(self, fault: SimFault) -> None:
-        if fault.action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.kill(f"injected fault {fault}")
-
-    async def _wait_while_hung(self) -> None:
-        while self._frozen is not None:
-            self._wake.clear()
-            await self._wake.wait()
-            self._raise_if_dead()

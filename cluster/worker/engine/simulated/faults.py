@@ -6,7 +6,14 @@ visit of its point after it was armed (1: the next visit; 0: every visit).
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from cluster.api.ports import EngineDead, EngineRefused
 
 _IN_A_STEP = ("die", "kill", "hang", "slow", "block", "nan", "wrong")
 
@@ -66,35 +73,64 @@ class SimFault:
         return cls(action, point, at, seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class SimFaults:
-    """The faults that are armed from the start."""
+class EngineFaults:
+    """The armed faults of one engine, and the state in which the faults that fired have left the engine."""
 
-    faults: tuple[SimFault, ...] = ()
-
-
-class ArmedFaults:
-    """The armed faults, and the number of visits to the point of each fault."""
-
-    def __init__(self, initial: SimFaults) -> None:
-        self._visits: list[tuple[SimFault, int]] = [(fault, 0) for fault in initial.faults]
+    def __init__(self, initial: Iterable[SimFault], wake: asyncio.Event) -> None:
+        """Arm the initial faults. `wake` is set when the engine dies or recovers."""
+        self._armed = [(fault, 0) for fault in initial]  # each with the number of visits to its point
+        self._wake = wake
+        self.dead = ""
+        self.hung = False
+        self.corrupt = False
+        self.nan = False  # in the current step
 
     def __bool__(self) -> bool:
-        return bool(self._visits)
+        """Whether any fault is armed."""
+        return bool(self._armed)
 
     def arm(self, fault: SimFault) -> None:
         """Arm a fault. Visits to its point are counted from now on."""
-        self._visits.append((fault, 0))
+        self._armed.append((fault, 0))
 
-    def clear(self) -> None:
-        """Disarm all faults."""
-        self._visits.clear()
+    def heal(self) -> None:
+        """Disarm all faults, and end a hang and wrong tokens. A dead engine stays dead."""
+        self._armed.clear()
+        self.hung = self.corrupt = False
+        self._wake.set()
+
+    def kill(self, reason: str) -> None:
+        """End the engine at once, even within a step or a hang."""
+        self.dead = self.dead or reason
+        self._wake.set()
+
+    def raise_if_dead(self) -> None:
+        """Raise EngineDead if the engine is dead."""
+        if self.dead:
+            raise EngineDead(self.dead)
+
+    async def wait_while_hung(self) -> None:
+        """Wait until the engine recovers. Raises EngineDead."""
+        while self.hung:
+            self._wake.clear()
+            await self._wake.wait()
+            self.raise_if_dead()
+
+    def begin_step(self, points: Iterable[str]) -> list[SimFault]:
+        """Apply the faults of a new step; return those that make the step take longer. Raises EngineDead."""
+        self.nan = False
+        firing = [fault for point in points for fault in self.visit(point)]
+        self.raise_if_dead()
+        return [fault for fault in firing if fault.action == "slow"]
 
     def visit(self, point: str) -> list[SimFault]:
-        """Return the faults that fire at this visit, and disarm the faults that fire only once."""
+        """Apply and return the faults that fire at this visit of a point. A fault that fires only once is disarmed.
+
+        Raises EngineRefused for `refuse`.
+        """
         firing: list[SimFault] = []
         remaining: list[tuple[SimFault, int]] = []
-        for fault, visits in self._visits:
+        for fault, visits in self._armed:
             if fault.point != point:
                 remaining.append((fault, visits))
             elif fault.at == 0:
@@ -104,5 +140,24 @@ class ArmedFaults:
                 firing.append(fault)
             else:
                 remaining.append((fault, visits + 1))
-        self._visits = remaining
+        self._armed = remaining
+        for fault in firing:
+            self._apply(fault)
         return firing
+
+    def _apply(self, fault: SimFault) -> None:
+        match fault.action:
+            case "refuse":
+                raise EngineRefused("INVALID_FIELD", f"injected fault {fault}", "prompt_token_ids")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "die":
+                self.kill(f"injected fault {fault}")
+            case "hang":
+                self.hung = True
+            case "nan":
+                self.nan = True
+            case "wrong":
+                self.corrupt = True
+            case "block":
+                time.sleep(fault.seconds)

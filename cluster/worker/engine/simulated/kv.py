@@ -98,3 +98,59 @@ class KvCache:
 
     def __repr__(self) -> str:
         return f"KvCache({self.used} used, {self.idle} idle of {self.blocks})"
+
+
+class SequenceBlocks:
+    """The blocks that one sequence holds: leading full blocks, which are shared, and private blocks after them."""
+
+    __slots__ = ("_cache", "_hashes", "_held", "_private", "_root", "_size")
+
+    def __init__(self, cache: KvCache, size: int, root: int) -> None:
+        """Create without blocks. `size`: tokens in a block. `root`: the root hash of the salt."""
+        self._cache = cache
+        self._size = size
+        self._root = root
+        self._hashes: list[int] = []  # of all full blocks known so far
+        self._held = 0  # number of leading `_hashes` that the sequence holds
+        self._private = 0
+
+    def acquire_prefix(self, tokens: Sequence[int]) -> int:
+        """Hold the leading cached blocks; return the number of tokens in these blocks.
+
+        The last token is always computed, because its logits are needed.
+        """
+        self._hash(tokens, len(tokens))
+        cached = self._cache.match(self._hashes[: (len(tokens) - 1) // self._size])
+        self._cache.acquire(self._hashes[:cached])
+        self._held = cached
+        return cached * self._size
+
+    def _hash(self, tokens: Sequence[int], end: int) -> None:
+        size, hashes = self._size, self._hashes
+        for at in range(len(hashes), end // size):
+            parent = hashes[-1] if hashes else self._root
+            hashes.append(chain(parent, tokens[at * size : (at + 1) * size]))
+
+    def grow(self, tokens: Sequence[int], end: int) -> bool:
+        """Allocate blocks for the first `end` tokens and share the blocks that become full.
+
+        Returns False and changes nothing if there are too few blocks.
+        """
+        missing = -(-end // self._size) - self._held - self._private
+        if missing > 0:
+            if not self._cache.allocate(missing):
+                return False
+            self._private += missing
+        full = end // self._size
+        if full > self._held:
+            self._hash(tokens, end)
+            for block in self._hashes[self._held : full]:
+                self._cache.commit(block)
+            self._private -= full - self._held
+            self._held = full
+        return True
+
+    def release(self) -> None:
+        """Release all blocks. Idempotent."""
+        self._cache.release(self._hashes[: self._held], self._private)
+        self._held = self._private = 0

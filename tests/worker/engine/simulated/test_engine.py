@@ -18,15 +18,16 @@ import pytest
 
 from cluster.api.ports import EngineDead, EngineRefused
 from cluster.api.types import EngineLoad, FinishReason, Grammar
+from cluster.worker.engine.simulated.clock import Clock
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine, SimFault, VirtualClock
 from tests.worker.engine.contract import Driver, EngineContract, Subject, request
 
 SMALL = SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, max_model_len=256, max_num_seqs=4, kv_blocks=64)
 
 
-async def subject(config: SimConfig = SMALL) -> tuple[SimEngine, Driver]:
-    """Return a started engine in virtual time, and the driver of that engine."""
-    engine = SimEngine(config, VirtualClock())
+async def subject(config: SimConfig = SMALL, clock: Clock | None = None) -> tuple[SimEngine, Driver]:
+    """Return a started engine, by default in virtual time, and the driver of that engine."""
+    engine = SimEngine(config, clock or VirtualClock())
     info = await engine.start()
     return engine, Driver(Subject(engine, info, 100, 900, deadline_s=5.0))
 
@@ -127,10 +128,8 @@ async def test_limits_do_not_change_the_tokens() -> None:
 async def test_virtual_steps_take_their_stated_time() -> None:
     """Ten decodes of 20 ms and a prefill of 100 tokens at 1000 tokens/s take 0.3 s, after a load time of 5 s."""
     clock = VirtualClock()
-    engine = SimEngine(
-        SimConfig(vocab=1000, token_lo=100, token_hi=900, prefill_tokens_per_s=1000.0, load_s=5.0), clock
-    )
-    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    config = SimConfig(vocab=1000, token_lo=100, token_hi=900, prefill_tokens_per_s=1000.0, load_s=5.0)
+    _, driver = await subject(config, clock)
     assert clock.now() == pytest.approx(5.0)
     await driver.run(request(driver.subject.prompt(1, tokens=100), 10))
     assert clock.now() == pytest.approx(5.0 + 0.3)
@@ -171,8 +170,7 @@ class HeldClock:
 async def test_late_wake_ups_do_not_add_up() -> None:
     """Fifty steps of 20 ms end after 1 s and a single delay, not after 50 delays."""
     clock = LateClock()
-    engine = SimEngine(SMALL, clock)
-    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    _, driver = await subject(clock=clock)
     await driver.run(request(driver.subject.prompt(1, tokens=1), 50))
     assert clock.now() == pytest.approx(50 * 0.02 + 0.003)
 
@@ -180,8 +178,7 @@ async def test_late_wake_ups_do_not_add_up() -> None:
 async def test_a_step_begins_no_earlier_than_its_work() -> None:
     """A step after any idle time takes its whole duration, counted from the submit."""
     clock = VirtualClock()
-    engine = SimEngine(SMALL, clock)
-    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    _, driver = await subject(clock=clock)
     await driver.run(request(driver.subject.prompt(1, tokens=1), 1))
     await clock.sleep_until(0.025)
     await driver.run(request(driver.subject.prompt(1, tokens=1), 1))
@@ -200,8 +197,7 @@ async def test_the_wall_clock_is_the_default() -> None:
 async def test_a_cancelled_step_loses_no_output() -> None:
     """A cancelled call of `step` loses nothing: the next call returns the tokens of the same step when they are due."""
     clock = VirtualClock()
-    engine = SimEngine(SMALL, clock)
-    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    engine, driver = await subject(clock=clock)
     (expected,) = await driver.run(request(driver.subject.prompt(1, tokens=1), 3))
     request_id = await driver.submit(request(driver.subject.prompt(1, tokens=1), 3))
     await driver.step()
@@ -278,8 +274,7 @@ async def test_hang_stands_still_until_healed() -> None:
 async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
     """During a hang the step's age exceeds the age of earlier steps. A prompt explains this age only for a while."""
     clock = VirtualClock()
-    engine = SimEngine(SMALL, clock)
-    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    engine, driver = await subject(clock=clock)
     await driver.run(request(driver.subject.prompt(1), 20))
     engine.fail(point, "hang")
     await driver.submit(request(driver.subject.prompt(2, tokens=50), 3))
@@ -298,8 +293,7 @@ async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
 async def test_a_slow_prefill_states_its_work(point: str, busy: str) -> None:
     """A slow prefill reports its work all the time, and a step that is slow without a reason reports no work."""
     clock = HeldClock()
-    engine = SimEngine(SMALL, clock)
-    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    engine, driver = await subject(clock=clock)
     engine.fail(point, "slow", seconds=8.0)
     await driver.submit(request(driver.subject.prompt(1, tokens=50), 1))
     reader = asyncio.ensure_future(engine.step())
@@ -382,8 +376,7 @@ async def test_close_ends_a_hang() -> None:
 async def test_slow_step_takes_longer() -> None:
     """The fault `slow` adds its seconds to the duration of one step."""
     clock = VirtualClock()
-    engine = SimEngine(SMALL, clock)
-    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    engine, driver = await subject(clock=clock)
     engine.fail("step", "slow", at=2, seconds=1.5)
     await driver.run(request(driver.subject.prompt(1, tokens=1), 4))
     assert clock.now() == pytest.approx(4 * 0.02 + 1.5)
@@ -424,7 +417,7 @@ def test_source_gives_every_parameter() -> None:
     )
     assert (config.folder, config.decode_ms, config.kv_blocks, config.seed) == ("/models/a b", 5.0, 128, 3)
     assert config.max_model_len == 512
-    assert config.faults.faults == (SimFault("die", "step", 5), SimFault("slow", "prefill", 0, 0.5))
+    assert config.faults == (SimFault("die", "step", 5), SimFault("slow", "prefill", 0, 0.5))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.api.types import EngineRequest, Sampling
+from cluster.api.types import EngineRequest, Sampling, TokenOutput
 from cluster.worker.engine.simulated.config import SimConfig
 from cluster.worker.engine.simulated.kv import KvCache, chain
 from cluster.worker.engine.simulated.model import SimModel
@@ -37,13 +37,18 @@ def ask(
     return EngineRequest(request_id, prompt, sampling, emitted, salt, priority)
 
 
+def step(model: SimModel) -> list[TokenOutput]:
+    """Run one step and return its outputs."""
+    return model.complete(model.schedule())
+
+
 def run(model: SimModel, *requests: EngineRequest) -> dict[str, list[int]]:
     """Submit requests and step until all have ended; return the tokens of each request by its id."""
     tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
     for r in requests:
         model.submit(r)
     while model.has_work():
-        for output in model.step(0.0).outputs:
+        for output in step(model):
             tokens[output.request_id].extend(output.token_ids)
     return tokens
 
@@ -201,7 +206,7 @@ def test_the_least_urgent_is_preempted() -> None:
         model.submit(ask(str(i), [100 + i] * 20, 40, priority=9 - i))
     first: list[str] = []
     while model.has_work():
-        first += [o.request_id for o in model.step(0.0).outputs if o.finish is not None]
+        first += [o.request_id for o in step(model) if o.finish is not None]
     assert first[0] == "3"
     assert model.statistics().preemptions > 0
 
@@ -215,7 +220,7 @@ def test_prefix_hits_never_cross_salts(prompt: list[int], mine: str, other: str)
     model = SimModel(ROOMY)
     run(model, ask("a", prompt, 1, salt=mine))
     model.submit(ask("b", prompt, 1, salt=other))
-    (output,) = model.step(0.0).outputs
+    (output,) = step(model)
     whole = (len(prompt) - 1) // ROOMY.block_size * ROOMY.block_size
     assert output.cached_tokens == (whole if mine == other else 0)
 
@@ -225,7 +230,7 @@ def test_cached_tokens_count_the_prompt_alone() -> None:
     model = SimModel(ROOMY)
     uncut = run(model, ask("a", [100] * 10, 30))["a"]
     model.submit(ask("b", [100] * 10, 30, emitted=uncut[:20]))
-    (output,) = model.step(0.0).outputs
+    (output,) = step(model)
     assert (output.prompt_tokens, output.cached_tokens) == (10, 10)
 
 
@@ -305,9 +310,11 @@ def test_chunked_prefill_takes_its_steps() -> None:
     """
     model = SimModel(TIGHT)
     model.submit(ask("a", [100] * 100, 1))
-    results = [model.step(0.0) for _ in range(8)]
-    assert [len(r.outputs) for r in results] == [0] * 7 + [1]
-    assert sum(r.ends_at for r in results) == 8 * 0.02 + 100 / 20_000
+    plans = []
+    for number in range(8):
+        plans.append(model.schedule())
+        assert len(model.complete(plans[-1])) == (number == 7)
+    assert sum(plan.step_s for plan in plans) == 8 * 0.02 + 100 / 20_000
 
 
 def test_256_streams_cost_little_of_a_core() -> None:
@@ -316,11 +323,11 @@ def test_256_streams_cost_little_of_a_core() -> None:
     for i in range(256):
         model.submit(ask(str(i), [100 + i % 200] * 100, 900))
     while model.load().waiting:
-        model.step(0.0)
+        step(model)
     costs = []
     for _ in range(50):
         before = time.process_time()
-        model.step(0.0)
+        step(model)
         costs.append(time.process_time() - before)
     assert sorted(costs)[25] < 0.005
 

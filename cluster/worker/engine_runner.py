@@ -1,0 +1,77 @@
+"""The steps and aborts of a worker's engine. No step waits for a link, and a failed abort ends neither.
+
+Outputs go into the links' outboxes (wire/outbox.py), from which each link's writer sends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+
+from cluster.api.demand import ComputedWork
+from cluster.api.ports import Engine, EngineDead
+from cluster.worker.link_credit import LinkCredit
+from cluster.worker.running_requests import RunningRequests
+
+log = structlog.get_logger("worker")
+
+
+class EngineRunner:
+    """The number and duration of an engine's steps, the aborts in progress, and the errors of a dead engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.steps = 0
+        self._busy_s = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._deaths: asyncio.Queue[EngineDead] = asyncio.Queue()
+
+    async def run(self, requests: RunningRequests, credit: LinkCredit) -> None:
+        """Run steps until cancelled, and put their outputs into the links' outboxes. Raises EngineDead."""
+        while True:
+            outputs = await self.engine.step()
+            self.steps += 1
+            touched, to_abort = requests.apply_step(outputs)
+            if to_abort:
+                await self.abort(to_abort)
+            load = self.engine.load()
+            self._busy_s += load.step_s
+            credit.regrant()
+            for link in touched:
+                link.outbox.load(load)
+                link.outbox.flush()
+
+    def work(self, requests: RunningRequests) -> ComputedWork:
+        """Return the work that the engine has computed so far."""
+        return ComputedWork(self.steps, self._busy_s, requests.prefilled_tokens, requests.decoded_tokens)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Abort requests in the engine."""
+        if not request_ids:
+            return
+        try:
+            await self.engine.abort(request_ids)
+        except EngineDead as dead:
+            self.report_dead(dead)
+        except Exception:  # these requests run on; the link and the engine loop must keep serving others
+            log.exception("abort_failed", requests=len(request_ids))
+
+    def abort_in_background(self, request_ids: Sequence[str]) -> None:
+        """Abort requests in a task of their own, which the end of a link does not cancel."""
+        task = asyncio.create_task(self.abort(request_ids))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def report_dead(self, error: EngineDead) -> None:
+        """Record that a call of the engine has found it dead."""
+        self._deaths.put_nowait(error)
+
+    async def wait_dead(self) -> None:
+        """Wait until the engine is found dead, and raise EngineDead."""
+        raise await self._deaths.get()
+
+    async def finish(self) -> None:
+        """Wait for the aborts in progress."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,94 @@
+"""The credit of a worker's links: the free capacity is granted to the gateways, and acknowledgements are awaited."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.api.types import DrainState
+from cluster.link.v1 import link_pb2 as pb
+from cluster.wire.credit import Capacity, CreditGranter
+from cluster.wire.outbox import Outbox
+from cluster.worker.drain_state import DrainStates
+
+
+def credit_order(worker_id: str, gateway: str, link: int) -> int:
+    """Return a link's place in the order in which gateways share capacity. Each worker has another order.
+
+    A gateway that was last at every worker would get no credit while no call waits and fewer slots are free than there
+    are gateways.
+    """
+    return zlib.crc32(f"{worker_id}/{gateway}".encode()) << 32 | link
+
+
+@dataclass(slots=True)
+class _Acknowledgement:
+    outbox: Outbox
+    grant_id: int = 0
+    since: float | None = None
+    """Time since which the last grant is not acknowledged."""
+
+
+class LinkCredit:
+    """The credit of all links, each known by its credit order. Only a worker that takes new sequences grants credit."""
+
+    def __init__(
+        self, capacity: Callable[[], tuple[Capacity, int]], count_cached: Callable[[int], int], drain_state: DrainStates
+    ) -> None:
+        """Create the credit without links.
+
+        `capacity` returns the capacity free for new calls, and the number of slots free for resumed calls.
+        `count_cached` returns how many of a gateway's expected cached calls can be resumed at almost no cost.
+        """
+        self._capacity = capacity
+        self._count_cached = count_cached
+        self._drain_state = drain_state
+        self._granter = CreditGranter()
+        self._links: dict[int, _Acknowledgement] = {}
+
+    def attach(self, link: int, outbox: Outbox) -> None:
+        """Add a new link; grants are put into its outbox."""
+        self._links[link] = _Acknowledgement(outbox)
+        self._granter.attach(link)
+
+    def detach(self, link: int) -> None:
+        """Remove a link that has ended, with all credit granted to it."""
+        self._links.pop(link, None)
+        self._granter.detach(link)
+
+    def record_submit(self, link: int, submit: pb.Submit, prompt_ids: bytes) -> None:
+        """Count the credit that a received Submit uses, even if it cannot be read."""
+        tokens = (len(prompt_ids) + len(submit.emitted_ids)) // 4
+        self._granter.record_submit(link, tokens, 0 < submit.fresh_tokens < tokens)
+
+    def set_backlog(self, link: int, backlog: pb.Backlog) -> None:
+        """Set the number of calls that wait at a gateway."""
+        self._granter.set_backlog(link, backlog.claim or backlog.waiting, self._count_cached(backlog.kept))
+
+    def acknowledge(self, link: int, grant_id: int) -> None:
+        """Record that the gateway has applied a grant, and perhaps not yet a later one."""
+        self._granter.acknowledge(link, grant_id)
+        waiting = self._links[link]
+        waiting.since = None if grant_id >= waiting.grant_id else time.monotonic()
+
+    def unacked_s(self, link: int) -> float:
+        """Return the seconds for which the last grant is not acknowledged. The granted capacity is held until then."""
+        since = self._links[link].since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def promised(self) -> Capacity:
+        """Return the capacity granted to all links together."""
+        return self._granter.promised()
+
+    def regrant(self) -> None:
+        """Grant the capacity that is free now. Call after every step and every change."""
+        if self._drain_state.state is not DrainState.SERVING:
+            return
+        for grant in self._granter.new_grants(*self._capacity()):
+            link = self._links[grant.link]
+            link.outbox.grant(grant)
+            link.grant_id = grant.grant_id
+            if link.since is None:
+                link.since = time.monotonic()

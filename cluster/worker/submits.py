@@ -1,0 +1,129 @@
+"""The Submits of all links: each runs on the engine, is reattached to its detached request, or is refused.
+
+A request id inside the engine consists of gateway incarnation, epoch, slot and attempt, since a repeated id is fatal
+inside vLLM's engine core. A failure that a request causes never reaches the link or the link's other requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from cluster.api.outcomes import Outcome
+from cluster.api.ports import EngineDead, EngineRefused
+from cluster.api.types import EngineRequest
+from cluster.link.v1 import link_pb2 as pb
+from cluster.process.call_errors import is_call_failure
+from cluster.wire import codec
+from cluster.wire.dial import LinkEnded
+from cluster.worker.engine_runner import EngineRunner
+from cluster.worker.link import Link
+from cluster.worker.link_credit import LinkCredit
+from cluster.worker.resume_generations import ResumeGenerations, call_of
+from cluster.worker.running_requests import RunningRequests
+from cluster.worker.served_reports import ServedReports
+
+log = structlog.get_logger("worker")
+
+INLINE_PROMPT_BYTES = 16_384
+TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
+
+
+@dataclass(frozen=True, slots=True)
+class Submits:
+    """The requests that gateways submit and abort, and the newest generation of each resumed call."""
+
+    runner: EngineRunner
+    requests: RunningRequests
+    served: ServedReports
+    credit: LinkCredit
+    _generations: ResumeGenerations = field(default_factory=ResumeGenerations)
+
+    async def accept(self, link: Link, submit: pb.Submit) -> None:
+        """Submit a small request at once, and submit a request with a long prompt or a grammar in a task of its own."""
+        if submit.slot in link.requests:
+            raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
+        if submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES or submit.sampling.HasField("grammar"):
+            link.spawn(self._submit(link, submit))
+        else:
+            await self._submit(link, submit)
+
+    async def abort(self, link: Link, slots: Sequence[int]) -> None:
+        """Abort the requests in these slots. A Submit in progress is aborted when it finishes."""
+        await self.runner.abort([request_id for slot in slots if (request_id := self._cancel(link, slot))])
+        self.credit.regrant()
+
+    async def take_over(self, call: str, generation: int) -> None:
+        """Abort the requests of older generations of this call."""
+        older = self.requests.of_call(call, generation) if self._generations.record(call, generation) else []
+        to_abort = []
+        for link, slot in older:
+            if request_id := self._cancel(link, slot):
+                to_abort.append(request_id)
+            link.outbox.refused(slot, Outcome.CANCELLED.name, TAKEN_OVER, "")
+        await self.runner.abort(to_abort)
+        self.credit.regrant()
+
+    def _cancel(self, link: Link, slot: int) -> str | None:
+        request_id = link.request_to_abort(slot)
+        if request_id is not None:
+            self.requests.forget(request_id, Outcome.CANCELLED)
+        return request_id
+
+    async def _submit(self, link: Link, submit: pb.Submit) -> None:
+        """Run a request or refuse it."""
+        slot = submit.slot
+        request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
+        link.begin_submit(slot, request_id)
+        ids = submit.prompt_ids
+        if submit.prompt_blob:
+            ids = await link.prompts.pop_prompt(submit.prompt_blob)
+        self.credit.record_submit(link.credit_order, submit, ids)
+        try:
+            request = codec.submit_from_pb(submit, request_id, ids)
+        except Exception as error:
+            link.refuse(slot, Outcome.INTERNAL.name, f"the gateway's Submit cannot be read: {error}")
+            return
+        try:
+            await self._run(link, submit, request)
+        except EngineRefused as refused:
+            self._withdraw(request_id, Outcome.INVALID_FIELD)
+            link.refuse(slot, refused.reason, refused.message, refused.field)
+        except EngineDead as dead:
+            self.runner.report_dead(dead)
+        except BaseException as error:
+            if not is_call_failure(error):
+                raise
+            log.exception("request_failed", request=request_id)
+            self._withdraw(request_id, Outcome.INTERNAL)
+            self.runner.abort_in_background([request_id])
+            why = f"the worker failed on this request: {type(error).__name__}"
+            link.refuse(slot, Outcome.INTERNAL.name, why)
+        if link.finish_submit(slot):
+            await self.abort(link, [slot])
+
+    async def _run(self, link: Link, submit: pb.Submit, request: EngineRequest) -> None:
+        """Reattach a resumed request, or submit it to the engine. Raises EngineRefused and EngineDead."""
+        if submit.generation:
+            await self.take_over(call_of(submit.stream), submit.generation)
+        if self._generations.is_outdated(submit.stream, submit.generation):
+            raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
+        running = self.requests.new_request(link, submit, request)
+        reattached, to_abort = self.requests.reattach(running, submit)
+        if not reattached:
+            to_abort += self.requests.start(running, request.request_id, submit)
+        if to_abort:
+            self.runner.abort_in_background(to_abort)
+        if reattached:
+            self.credit.regrant()
+            return
+        await self.runner.engine.submit(request)
+        running.accept()
+
+    def _withdraw(self, request_id: str, outcome: Outcome) -> None:
+        """Forget a request that the engine has not accepted."""
+        self.served.revoked(request_id)
+        self.requests.forget(request_id, outcome)
+        self.credit.regrant()

@@ -1,0 +1,32 @@
+"""The aborts of a worker's engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from cluster.api.ports import EngineDead
+from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
+from cluster.worker.engine_runner import EngineRunner
+
+
+class _Failing(SimEngine):
+    """An engine whose aborts fail: on the id `fatal` because it is dead, on others for another reason."""
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Fail."""
+        raise EngineDead("it is gone") if "fatal" in request_ids else ValueError(request_ids)
+
+
+async def test_a_failed_abort_ends_nothing_but_a_dead_engine_is_reported() -> None:
+    """An abort that fails is logged; an abort that finds the engine dead ends the wait with its error."""
+    runner = EngineRunner(_Failing(SimConfig(vocab=9)))
+    death = asyncio.ensure_future(runner.wait_dead())
+    await runner.abort(["other"])
+    assert not death.done()
+    runner.abort_in_background(["fatal"])
+    await runner.finish()
+    with pytest.raises(EngineDead, match="it is gone"):
+        await death
