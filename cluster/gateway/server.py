@@ -42,7 +42,7 @@ from cluster.observe.metrics import Histogram, Metrics
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.limits.limits import Limiter
 from cluster.policy.limits.request_bytes import ByteBounds, RequestBytes
-from cluster.process import interpreter, memory, ticks
+from cluster.process import interpreter, memory
 from cluster.process.place import pod_name
 from cluster.process.private_files import make_private_folder
 from cluster.wire.dial import Timing
@@ -298,8 +298,8 @@ class Gateway:
 async def _measure_lag(lag: Histogram) -> None:
     loop = asyncio.get_running_loop()
     while True:
-        due = loop.time() + ticks.seconds_to_tick(loop.time(), LAG_S)
-        await asyncio.sleep(due - loop.time())
+        due = loop.time() + LAG_S
+        await asyncio.sleep(LAG_S)
         lag.observe(max(loop.time() - due, 0.0))
 
 

@@ -15,15 +15,16 @@ from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIden
 from cluster.gateway.links.liveness import LinkLiveness, Waking
 from cluster.gateway.links.worker_link import LinkListener, WorkerLink
 from cluster.link.v1 import link_pb2 as pb
-from cluster.process import ticks
 from cluster.wire.dial import Timing, read
 from cluster.wire.lost_engines import LostEngines
 
 log = structlog.get_logger("hub")
 
-TICKS = 10
+CHECKS = 10
 """Minimum number of liveness checks within the time after which an inactive worker is suspected."""
 LEAST_REST_S = 0.002
+CHECK_S = 0.1
+"""Seconds between liveness checks while all workers are active."""
 CALM = 0.6
 """Fraction of the time until suspicion. Checks become less frequent when more than this fraction remains for every
 worker."""
@@ -181,9 +182,8 @@ class WorkerLinks:
             await asyncio.sleep(rest_s)
 
     def _rest_s(self, left_s: float) -> float:
-        """Return the seconds until the next check. `left_s`: seconds until the first worker would be suspected. While
-        all workers are active, checks are aligned with the other periodic work of the process. Once a worker is
-        overdue, checks are more frequent."""
-        if left_s > max(CALM * self._timing.hang_s, 2 * ticks.TICK_S):
-            return ticks.seconds_to_tick(asyncio.get_running_loop().time(), ticks.TICK_S)
-        return min(self._timing.hang_s / TICKS, left_s)
+        """Return the seconds until the next check. `left_s`: seconds until the first worker would be suspected. Once a
+        worker is overdue, checks are more frequent."""
+        if left_s > max(CALM * self._timing.hang_s, 2 * CHECK_S):
+            return CHECK_S
+        return min(self._timing.hang_s / CHECKS, left_s)

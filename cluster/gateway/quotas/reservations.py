@@ -23,7 +23,6 @@ from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.limits.limits import QUANTUM_TOKENS, Granted, LimitRefusal, LimitUse, ReservationRequest
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
-from cluster.process import ticks
 
 T = TypeVar("T")
 
@@ -120,7 +119,7 @@ class QuotaReservations:
         """Top up the reservations of calls that have grown, periodically. Runs until cancelled."""
         swept = self._clock()
         while True:
-            await ticks.sleep_to_tick(LOOK_S)
+            await asyncio.sleep(LOOK_S)
             due = [held for held in self._held.values() if self._is_due(held)]
             for at in range(0, len(due), MAX_CONCURRENT):
                 await asyncio.gather(*(self._top_up(held) for held in due[at : at + MAX_CONCURRENT]))

@@ -9,6 +9,7 @@ next report replaces a lost report.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.policy.fairness.peer_backlog import Backlog
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.scheduling.resume_queue import ResumeQueue
-from cluster.process import ticks
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, backlog_to_pb
 
 REPORT_S = 0.1
@@ -78,7 +78,7 @@ class BacklogReports:
     async def watch(self) -> None:
         """Report claims and backlogs periodically. Runs until cancelled."""
         while True:
-            await ticks.sleep_to_tick(REPORT_S)
+            await asyncio.sleep(REPORT_S)
             now = self._clock()
             for model in list(self._reported):
                 self._report(model, now)

@@ -38,7 +38,6 @@ from cluster.ledger.usage.records import MAX_ID, SEGMENTS_PER_RESUME, OpenRecord
 from cluster.ledger.usage.sealed_records import Sealer, SealError
 from cluster.ledger.usage.spool import SpoolStatistics
 from cluster.ledger.usage.usage import IDLE_TENANT
-from cluster.process import ticks
 from cluster.wire.ended_requests import EndedUsage
 
 log = structlog.get_logger("ledger")
@@ -194,7 +193,7 @@ class Accounting:
 
     async def _sweep(self) -> None:
         while True:
-            await ticks.sleep_to_tick(SWEEP_S)
+            await asyncio.sleep(SWEEP_S)
             now = self._clock()
             while self._late and self._late[0][0] <= now:
                 self._give_up(self._late.popleft()[1])

@@ -16,6 +16,7 @@ from cluster.api.outcomes import CallError
 from cluster.api.types import EngineInfo, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
@@ -139,7 +140,7 @@ class Gateway(RuleBasedStateMachine):
         link = self.links.get(name)
         if link is None:
             identity = WorkerIdentity(name, f"{name}-{next(self.serial)}", "m", weight_digest=weights, node=name)
-            link = self.links[name] = WorkerLink(identity, INFO, next(self.serial), self.events)
+            link = self.links[name] = WorkerLink(identity, INFO, next(self.serial), self.events, LinkLiveness(0.0, 1.0, 1.0))
             self.events.link_up(link)
         if free:
             credit = pb.Credit(grant_id=next(self.serial), sequences=free, tokens=1000 * free)
