@@ -72,7 +72,7 @@ class WorkerLinks:
         self._timing = timing
         self._on_change = on_change
         self._links: dict[str, WorkerLink] = {}
-        self._waking = Waking(time.monotonic(), timing.hang_s / TICKS)
+        self._waking = Waking(time.monotonic(), timing.hang_s / CHECKS)
         self.lost = LostEngines()
         """The engines that have ended, with the reasons that the workers reported."""
 

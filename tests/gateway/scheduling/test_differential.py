@@ -140,7 +140,9 @@ class Gateway(RuleBasedStateMachine):
         link = self.links.get(name)
         if link is None:
             identity = WorkerIdentity(name, f"{name}-{next(self.serial)}", "m", weight_digest=weights, node=name)
-            link = self.links[name] = WorkerLink(identity, INFO, next(self.serial), self.events, LinkLiveness(0.0, 1.0, 1.0))
+            link = self.links[name] = WorkerLink(
+                identity, INFO, next(self.serial), self.events, LinkLiveness(0.0, 1.0, 1.0)
+            )
             self.events.link_up(link)
         if free:
             credit = pb.Credit(grant_id=next(self.serial), sequences=free, tokens=1000 * free)
