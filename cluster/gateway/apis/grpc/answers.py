@@ -8,9 +8,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.api.types import RESUME_CAPABILITIES, weakest_resume_capability
 from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.keepalive import Progress
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.models import KnownModel
-from cluster.gateway.service import Progress
 from cluster.gateway.text.logprobs import TokenLogprob
 from cluster.v1 import inference_pb2 as pb
 

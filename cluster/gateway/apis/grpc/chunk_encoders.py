@@ -86,7 +86,7 @@ class GrpcEncoder:
 
     def _progress_chunk(self) -> bytes:
         self._call.silent = False
-        progress = codec.progress_pb(self._service.progress(self._call))
+        progress = codec.progress_pb(self._service.keepalives.progress(self._call))
         return self._kind.progress(self._call, progress).SerializeToString()
 
 

@@ -137,7 +137,7 @@ class InferenceApi:
                 if name not in UNCOUNTED:
                     meta = await self._service.count(meta)
                 request = await self._bodies.message(
-                    name, data, meta.tenant, partial(self._service.longest_context, meta.principal)
+                    name, data, meta.tenant, partial(self._service.tokenization.longest_context, meta.principal)
                 )
                 context.release_request()
                 context.set_trailing_metadata((("x-request-id", meta.request_id),))
@@ -204,11 +204,12 @@ class InferenceApi:
     # ---- tokens and models
 
     async def _tokenize(self, request: TokenizeCall, meta: CallMeta) -> pb.TokenizeResponse:
-        ids, max_model_len = await self._service.tokenize(request.model, request.prompt, meta)
+        ids, max_model_len = await self._service.tokenization.tokenize(request.model, request.prompt, meta)
         return pb.TokenizeResponse(token_ids=ids, max_model_len=max_model_len)
 
     async def _detokenize(self, request: DetokenizeCall, meta: CallMeta) -> pb.DetokenizeResponse:
-        return pb.DetokenizeResponse(text=await self._service.detokenize(request.model, request.token_ids, meta))
+        text = await self._service.tokenization.detokenize(request.model, request.token_ids, meta)
+        return pb.DetokenizeResponse(text=text)
 
     async def _list_models(self, request: pb.ListModelsRequest, meta: CallMeta) -> pb.ListModelsResponse:
         directory, principal = self._service.directory, meta.principal

@@ -124,12 +124,12 @@ class SessionStream:
         reader = asyncio.create_task(self._read())
         reader.add_done_callback(self._read_ended)
         aging = self._loop.call_later(self._age_s, self._retire)
-        self._service.on_close.add(self._retire)
+        self._service.calls.on_close.add(self._retire)
         try:
             await self._over  # set once the client is done and the last call's end is sent
         finally:
             aging.cancel()
-            self._service.on_close.discard(self._retire)
+            self._service.calls.on_close.discard(self._retire)
             self._over.cancel()
             tasks = [reader, self._drain, *(o.task for o in self._calls.values())]
             running = [task for task in tasks if task is not None]
@@ -397,7 +397,7 @@ class SessionStream:
         if not call.silent:
             return
         call.silent = False
-        progress = codec.progress_pb(self._service.progress(call))
+        progress = codec.progress_pb(self._service.keepalives.progress(call))
         if opened.is_chat:
             chat = pb.ChatChunk(id=call.shown_id, model=call.model, progress=progress)
             self._append_event(pb.SessionEvent(call_id=opened.call_id, chat=chat))

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 from cluster.api.outcomes import OUTCOME_STATUS, CallError
 from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.keepalive import Progress
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.models import KnownModel
-from cluster.gateway.service import Progress
 from cluster.gateway.text.logprobs import TokenLogprob
 
 DONE: Final = b"data: [DONE]\n\n"
