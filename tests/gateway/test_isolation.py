@@ -169,7 +169,7 @@ class Rig:
             text = FaultyText(text, poison.text, poison.error)
         call.sequences.append(OutputSequence(call, 0, replace(request, **poison.request), text))
         if poison.listener:
-            call.listener = breaks
+            call.listen(breaks)
         return call
 
     @asynccontextmanager

@@ -110,13 +110,11 @@ class Call:
     blamed: bool = False
     """Whether the call may have crashed its workers. A blamed call must not be resumed."""
     first_token_at: float | None = None
-    silent_since: float = 0.0
+    _silent_since: float = 0.0
     """Time of the last keep-alive."""
-    silent: bool = False
+    _silent: bool = False
     """Whether a keep-alive is due on the caller's connection."""
-    listener: Callable[[], None] | None = None
-    """Function that is called at every update, in place of waking `news`, for an API that batches the updates of many
-    calls."""
+    _listener: Callable[[], None] | None = None
     _pays_again: bool = False
     _origin_lost: bool | None = None
     _waiter: asyncio.Future[None] | None = None
@@ -196,12 +194,18 @@ class Call:
 
     def fall_silent(self, now: float) -> None:
         """Make the call's API send a keep-alive."""
-        self.silent_since, self.silent = now, True
+        self._silent_since, self._silent = now, True
         self.wake()
 
+    def pop_keepalive(self) -> bool:
+        """Return whether a keep-alive is due, which the API then sends."""
+        due, self._silent = self._silent, False
+        return due
+
     def listen(self, listener: Callable[[], None] | None) -> None:
-        """Set the function that is called at every update. With None, updates wake `news` again."""
-        self.listener = listener
+        """Set the function that is called at every update, for an API that batches the updates of many calls. With
+        None, updates wake `news` again."""
+        self._listener = listener
 
     # ---- reports of its sequences
 
@@ -256,7 +260,7 @@ class Call:
     @property
     def heard_at(self) -> float:
         """Time of the call's last token, last keep-alive or arrival, whichever is latest."""
-        return max(self.arrived, self.silent_since, *(sequence.heard_at for sequence in self.sequences))
+        return max(self.arrived, self._silent_since, *(sequence.heard_at for sequence in self.sequences))
 
     def count(self) -> None:
         """Update `usage` with the number of tokens received so far."""
@@ -301,8 +305,8 @@ class Call:
     def wake(self) -> None:
         """Notify the call's API of an update."""
         self._news = True
-        if self.listener is not None:
-            self.listener()
+        if self._listener is not None:
+            self._listener()
             return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
@@ -336,7 +340,7 @@ class Call:
         """Return the new text of a call with one sequence, as a fast path of `pop_pieces`. The text is "" while text is
         held back. None if there is more to deliver than text."""
         sequences = self.sequences
-        if len(sequences) != 1 or self.error is not None or self.silent:
+        if len(sequences) != 1 or self.error is not None or self._silent:
             return None
         return sequences[0].pop_text()
 

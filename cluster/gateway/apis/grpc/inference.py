@@ -186,7 +186,7 @@ class InferenceApi:
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             if self._delivery is None:
                 self._delivery = ChunkDelivery()
-            encoder = encoder_for(kind, call, self._service)
+            encoder = encoder_for(kind, call, self._service.keepalives.progress)
             if call.is_resumed:
                 context.send(encoder.begin())
             await StreamWriter(call, encoder, context, self._delivery).run()

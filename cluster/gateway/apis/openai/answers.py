@@ -253,8 +253,7 @@ class SseEncoder:
         if pieces:
             self.ended = call.end_delivered
             return self._stream.events(call, pieces, self._shift)
-        if call.silent:
-            call.silent = False
+        if call.pop_keepalive():
             return keep_alive(self._progress(call))
         return b""
 
