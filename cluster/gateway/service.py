@@ -119,15 +119,13 @@ class CallService:
             late = deadline is not None and self.clock() >= deadline - DEADLINE_SLACK_S
             cleanup.outcome = Outcome.DEADLINE_EXCEEDED if late else Outcome.CANCELLED
             raise
-        except Exception:  # counted as INTERNAL; the API answers
-            cleanup.outcome = Outcome.INTERNAL
-            log.exception("call_failed", request_id=meta.request_id)
-            raise
         except BaseException as error:
             if not is_call_failure(error):
                 raise
             cleanup.outcome = Outcome.INTERNAL
             log.exception("call_failed", request_id=meta.request_id)
+            if isinstance(error, Exception):  # the API answers
+                raise
             message = f"unexpected failure; quote request id {meta.request_id}"
             raise CallError(Outcome.INTERNAL, message) from error
         finally:
@@ -146,8 +144,9 @@ class CallService:
         await opening.encode(self.directory)
         if opening.meta.principal.tenant.guards:
             await self._guard_prompt(opening, cleanup)
-        self._check_not_suspended(opening.meta.tenant)  # since the call arrived
-        call = self._create_call(opening)
+        if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived
+            raise suspended
+        call = opening.create_call(self._scheduler, self.authenticator, self._metrics, self.clock, self._new_life)
         self._hold_open(call, opening, cleanup)
         if opening.is_fallback:
             self._record_fallback(call, opening)
@@ -178,23 +177,6 @@ class CallService:
         guards = opening.create_guards(self._guards)
         cleanup.add(lambda outcome: guards.close())
         await opening.guard_prompt(guards)
-
-    def _check_not_suspended(self, tenant: str) -> None:
-        if (suspended := self.authenticator.tenant_error(tenant)) is not None:
-            raise suspended
-
-    def _create_call(self, opening: Opening) -> Call:
-        """Create the call and its sequences, without queueing them."""
-        principal = opening.meta.principal
-        return opening.create_call(
-            opening.sampling(),
-            salt=self.authenticator.cache_salt(principal, opening.request.cache_salt),
-            rank=self._scheduler.charges.rank_of(principal.tenant.priority_class),
-            clock=self.clock,
-            events=self._scheduler,
-            itl=self._metrics.histogram("inter_token_latency_seconds", opening.model.name),
-            life=self._new_life,
-        )
 
     def _hold_open(self, call: Call, opening: Opening, cleanup: Cleanup) -> None:
         """Keep the call among the open calls until the call ends."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
-from cluster.gateway.calls.sequence import OutputSequence, Piece
-from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.observe.metrics import Histogram
@@ -41,30 +40,6 @@ class CallUsage:
     resume: str = ""
     """The weakest resume capability (RESUME_CAPABILITIES) of all workers that resumed a sequence of the call; "" if no
     sequence was resumed."""
-
-
-class CallEvents(Protocol):
-    """Receiver of the events of calls, for the gateway's scheduler, accounts and metrics. The methods run in a link's
-    reader, so every method must be short and cannot await."""
-
-    def requeue(self, sequence: CallSequence) -> None:
-        """Queue the sequence again. The state of the sequence decides between the waiting room and the resume queue."""
-
-    def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Handle a sequence's first output. `cached_tokens`: number of prompt tokens that were in the worker's
-        cache."""
-
-    def answered(self, link: WorkerLink) -> None:
-        """Handle the first output that a worker sends for a sequence."""
-
-    def worker_failed(self, link: WorkerLink) -> None:
-        """Handle a worker whose engine could not continue a sequence."""
-
-    def resumed(self, model: str, reason: str, gap_s: float) -> None:
-        """Handle the resume of a sequence on another worker. `gap_s`: seconds since the sequence's last token."""
-
-    def submission_refused(self, sequence: CallSequence) -> None:
-        """Handle a worker's refusal of a sequence."""
 
 
 @dataclass(eq=False, slots=True)  # slots: with this many attributes, each access through a dictionary would be slower
@@ -224,16 +199,13 @@ class Call:
         ):
             self._pays_again = True  # the client pays for the second computation of the prompt
 
-    def progressed(self, sequence: CallSequence, tokens: int) -> None:
-        """Handle a sequence's output of one step, if the output is more than one plain token."""
-        if tokens:
-            now = self.clock()
-            if self.first_token_at is None:
-                self.first_token_at = now
-                self.usage.ttft_s = now - self.arrived
-            elif self.itl is not None and sequence.heard_at:
-                self.itl.observe((now - sequence.heard_at) / tokens)
-            sequence.heard_at = now
+    def progressed(self, sequence: CallSequence, tokens: int, now: float) -> None:
+        """Handle the tokens of a step, if the output is more than one plain token."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+            self.usage.ttft_s = now - self.arrived
+        elif self.itl is not None and sequence.heard_at:
+            self.itl.observe((now - sequence.heard_at) / tokens)
         self.wake()
 
     def resumed(self, sequence: CallSequence, reason: str) -> None:
@@ -244,18 +216,6 @@ class Call:
                 (self.usage.resume, weakest_resume_capability(sequence.link.info.capabilities))
             )
         self.events.resumed(self.model, reason, self.clock() - sequence.heard_at)
-
-    def worker_failed(self, sequence: CallSequence, link: WorkerLink) -> None:
-        """Report to `events` a worker whose engine could not continue a sequence."""
-        self.events.worker_failed(link)
-
-    def requeue(self, sequence: CallSequence) -> None:
-        """Queue a sequence again."""
-        self.events.requeue(sequence)
-
-    def submission_refused(self, sequence: CallSequence) -> None:
-        """Report to `events` a worker's refusal of a sequence."""
-        self.events.submission_refused(sequence)
 
     @property
     def heard_at(self) -> float:
@@ -333,6 +293,16 @@ class Call:
             raise
         self.count()  # not earlier: a guard that refuses at the very end removes tokens
         if self.error is not None and not any(piece.text for piece in pieces):
+            raise self.error
+        return pieces
+
+    async def all_pieces(self) -> list[Piece]:
+        """Wait for the end of the call and return all pieces. Raises the call's error, even if the call had produced
+        text before the error."""
+        while not self.finished and self.error is None:
+            await self.news()
+        pieces = self.pop_pieces()
+        if self.error is not None:
             raise self.error
         return pieces
 

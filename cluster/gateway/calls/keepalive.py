@@ -33,6 +33,10 @@ class Progress:
     eta_s: float = 0.0
 
 
+ProgressOf = Callable[[Call], Progress]
+"""Function that returns the progress of a silent call."""
+
+
 class KeepAlives:
     """The keep-alives of one gateway's open calls."""
 

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import EngineRequest, Sampling
 from cluster.gateway.apis.request_ids import random_id
+from cluster.gateway.auth.authenticator import Authenticator
 from cluster.gateway.calls import request as requests
-from cluster.gateway.calls.call import Call, CallEvents, CallUsage
+from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.life import Life
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.tokenization import encode
 from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
-from cluster.observe.metrics import Histogram
+from cluster.observe.metrics import Metrics
 from cluster.policy.routing.version_split import Versions
 
 if TYPE_CHECKING:
@@ -98,7 +100,46 @@ class Opening:
             self.request = replace(self.request, prompt=guarded)
             self.prompt_ids = await encode(guarded, self.text, self.meta.tenant, self.max_model_len)
 
-    def sampling(self) -> Sampling:
+    def create_call(
+        self,
+        scheduler: Scheduler,
+        authenticator: Authenticator,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        life: Callable[[], Life],
+    ) -> Call:
+        """Create the call and its sequences, without queueing them. `life` returns the life of a new sequence."""
+        sampling = self._sampling()
+        request, meta, policy = self.request, self.meta, self.meta.principal.tenant
+        call = Call(
+            id=f"{'chatcmpl' if requests.is_chat(request.prompt) else 'cmpl'}-{random_id()}",
+            model=self.model.name,
+            policy=policy,
+            rank=scheduler.charges.rank_of(policy.priority_class),
+            arrived=self.arrived,
+            deadline=meta.deadline,
+            clock=clock,
+            events=scheduler,
+            itl=metrics.histogram("inter_token_latency_seconds", self.model.name),
+            request_id=meta.request_id,
+            counted=meta.counted,
+            versions=self.versions,
+            bundle_digest=self.bundle_digest,
+            usage=CallUsage(prompt_tokens=len(self.prompt_ids)),
+            labels={**request.metadata, **policy.labels},
+            key_id=meta.principal.subject if meta.principal.by == "key" else "",
+        )
+        salt = authenticator.cache_salt(meta.principal, request.cache_salt)
+        first = EngineRequest(
+            "", self.prompt_ids, sampling, cache_salt=salt, priority=call.rank, traceparent=meta.traceparent
+        )
+        check_size(first)
+        for index in range(request.options.n):
+            call.sequences.append(self._sequence(call, index, first, life()))
+        self.call = call
+        return call
+
+    def _sampling(self) -> Sampling:
         """Return the sampling parameters of the call."""
         if not self.max_model_len:
             raise CallError(Outcome.MODEL_LOADING, f"model {self.model.name} is still being prepared; retry later")
@@ -112,51 +153,6 @@ class Opening:
             self.text.eos_token_ids,
         )
 
-    def create_call(
-        self,
-        sampling: Sampling,
-        salt: str,
-        rank: int,
-        clock: Callable[[], float],
-        events: CallEvents,
-        itl: Histogram,
-        life: Callable[[], Life],
-    ) -> Call:
-        """Create the call and its sequences, without queueing them. `salt`: salt of the prefix cache. `itl`: histogram
-        of the time between tokens. `life` returns the life of a new sequence."""
-        request, meta, policy = self.request, self.meta, self.meta.principal.tenant
-        call = Call(
-            id=f"{'chatcmpl' if requests.is_chat(request.prompt) else 'cmpl'}-{random_id()}",
-            model=self.model.name,
-            policy=policy,
-            rank=rank,
-            arrived=self.arrived,
-            deadline=meta.deadline,
-            clock=clock,
-            events=events,
-            itl=itl,
-            request_id=meta.request_id,
-            counted=meta.counted,
-            versions=self.versions,
-            bundle_digest=self.bundle_digest,
-            usage=CallUsage(prompt_tokens=len(self.prompt_ids)),
-            labels={**request.metadata, **policy.labels},
-            key_id=meta.principal.subject if meta.principal.by == "key" else "",
-        )
-        first = EngineRequest(
-            request_id="",
-            prompt_token_ids=self.prompt_ids,
-            sampling=sampling,
-            traceparent=meta.traceparent,
-            cache_salt=salt,
-            priority=rank,
-        )
-        check_size(first)
-        for index in range(request.options.n):
-            call.sequences.append(self._sequence(call, index, first, life()))
-        self.call = call
-        return call
-
     def _sequence(self, call: Call, index: int, first: EngineRequest, life: Life) -> OutputSequence[Call]:
         """Return a sequence of the call. `first`: the engine request of the first sequence. Each further sequence has
         the next seed."""
@@ -166,7 +162,8 @@ class Opening:
         plain = self.text.detokenizer(self.prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
         top = options.logprobs if options.logprobs_returned is None else options.logprobs_returned
         logprob_texts = None if top is None else LogprobTexts(self.text, top)
-        detokenizer, logprobs = (
-            (plain, logprob_texts) if self.guards is None else self.guards.output(plain, logprob_texts)
+        guards = self.guards
+        detokenizer, logprobs = (plain, logprob_texts) if guards is None else guards.output(plain, logprob_texts)
+        return OutputSequence(
+            call, index, engine_request, detokenizer.token_ids, life, detokenizer=detokenizer, logprob_texts=logprobs
         )
-        return OutputSequence(call, index, engine_request, detokenizer, logprobs, life)

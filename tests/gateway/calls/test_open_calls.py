@@ -10,19 +10,12 @@ import pytest
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import EngineRequest, Sampling
-from cluster.gateway.calls.call import Call, CallEvents
+from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.open_calls import OpenCalls
-from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.sequence import CallEvents, OutputSequence
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.policy.tenants.policy import TenantPolicy
-
-
-class Text:
-    """A text source that holds only token ids."""
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
 
 
 def open_call(
@@ -41,7 +34,7 @@ def open_call(
         request_id=f"request-{number}",
     )
     request = EngineRequest("", [1, 2, 3], Sampling(max_tokens=max_tokens))
-    call.sequences.append(OutputSequence(call, 0, request, cast(TextSource, Text())))
+    call.sequences.append(OutputSequence(call, 0, request, [], detokenizer=cast(TextSource, None)))
     if streams:
         call.make_resumable(cast(ResumeTokens, object()))
         call.first_token_at = 1.0

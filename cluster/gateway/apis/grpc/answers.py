@@ -52,9 +52,7 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
         choices=[
             pb.ChoiceDelta(
                 index=piece.index,
-                delta=pb.Message(role="assistant", content=piece.text)
-                if piece.first
-                else pb.Message(content=piece.text),
+                delta=pb.Message(role="assistant" if piece.first else "", content=piece.text),
                 finish_reason=piece.finish_reason,
                 logprobs=logprobs_pb(piece.logprobs) if piece.logprobs else (),
             )

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from cluster.gateway.apis.grpc import answers as codec
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.keepalive import Progress
+from cluster.gateway.calls.keepalive import ProgressOf
 from cluster.gateway.calls.sequence import Piece
 from cluster.v1 import inference_pb2 as pb
 
@@ -52,8 +52,7 @@ class GrpcEncoder:
 
     __slots__ = ("_call", "_head", "_kind", "_offset", "_progress", "ended", "plain")
 
-    def __init__(self, kind: Kind, call: Call, progress: Callable[[Call], Progress]) -> None:
-        """`progress`: returns the progress of a call without output."""
+    def __init__(self, kind: Kind, call: Call, progress: ProgressOf) -> None:
         self.ended = False
         self._kind = kind
         self._call = call
@@ -99,7 +98,7 @@ class SessionEncoder(GrpcEncoder):
 
     __slots__ = ("_event_head", "_wrap")
 
-    def __init__(self, kind: Kind, call: Call, progress: Callable[[Call], Progress], call_id: int, wrap: Wrap) -> None:
+    def __init__(self, kind: Kind, call: Call, progress: ProgressOf, call_id: int, wrap: Wrap) -> None:
         super().__init__(kind, call, progress)
         self._event_head = codec.event_head(call_id)
         self._wrap = wrap
@@ -122,12 +121,7 @@ class ResumableEncoder(GrpcEncoder):
     __slots__ = ("_resume_tokens", "_wrap")
 
     def __init__(
-        self,
-        kind: Kind,
-        call: Call,
-        progress: Callable[[Call], Progress],
-        resume_tokens: ResumeTokens,
-        wrap: Wrap | None,
+        self, kind: Kind, call: Call, progress: ProgressOf, resume_tokens: ResumeTokens, wrap: Wrap | None
     ) -> None:
         super().__init__(kind, call, progress)
         self._resume_tokens = resume_tokens
@@ -158,16 +152,15 @@ class ResumableEncoder(GrpcEncoder):
         return chunk if self._wrap is None else self._wrap(chunk)
 
 
-def encoder_for(kind: Kind, call: Call, progress: Callable[[Call], Progress]) -> GrpcEncoder:
-    """Return the encoder for a call on a stream of its own. `progress`: returns the progress of a call without
-    output."""
+def encoder_for(kind: Kind, call: Call, progress: ProgressOf) -> GrpcEncoder:
+    """Return the encoder for a call on a stream of its own."""
     if call.resume_tokens is None:
         return GrpcEncoder(kind, call, progress)
     wrap = partial(codec.resumed, kind is CHAT) if call.is_resumed else None
     return ResumableEncoder(kind, call, progress, call.resume_tokens, wrap)
 
 
-def session_encoder_for(kind: Kind, call: Call, progress: Callable[[Call], Progress], call_id: int) -> GrpcEncoder:
+def session_encoder_for(kind: Kind, call: Call, progress: ProgressOf, call_id: int) -> GrpcEncoder:
     """Return the encoder for a call in a session, which encodes events. `call_id`: id of the call in the session."""
     wrap = partial(codec.event_chunk, call_id, kind is CHAT)
     if call.resume_tokens is None:

@@ -67,25 +67,21 @@ class InferenceApi:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the gRPC handler of all methods of the service."""
-        methods: dict[str, tuple[Callable[[Any, Any, CallMeta], Awaitable[Message | None]], bool]] = {
-            "Chat": (lambda r, c, m: self._answer_unary(CHAT, r, c, m), False),
-            "StreamChat": (lambda r, c, m: self._answer_stream(CHAT, r, c, m), True),
-            "Complete": (lambda r, c, m: self._answer_unary(COMPLETE, r, c, m), False),
-            "StreamComplete": (lambda r, c, m: self._answer_stream(COMPLETE, r, c, m), True),
-            "Resume": (lambda r, c, m: self._resume(r, c, m), True),
-            "Tokenize": (lambda r, c, m: self._tokenize(r, m), False),
-            "Detokenize": (lambda r, c, m: self._detokenize(r, m), False),
-            "ListModels": (lambda r, c, m: self._list_models(r, m), False),
-            "GetModel": (lambda r, c, m: self._get_model(r, m), False),
+        codecs: dict[str, Any] = {"request_deserializer": _raw_body, "response_serializer": _encode}
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        methods: dict[str, tuple[Any, Callable[[Any, Any, CallMeta], Awaitable[Message | None]]]] = {
+            "Chat": (unary, partial(self._answer_unary, CHAT)),
+            "StreamChat": (stream, partial(self._answer_stream, CHAT)),
+            "Complete": (unary, partial(self._answer_unary, COMPLETE)),
+            "StreamComplete": (stream, partial(self._answer_stream, COMPLETE)),
+            "Resume": (stream, self._resume),
+            "Tokenize": (unary, lambda request, context, meta: self._tokenize(request, meta)),
+            "Detokenize": (unary, lambda request, context, meta: self._detokenize(request, meta)),
+            "ListModels": (unary, lambda request, context, meta: self._list_models(request, meta)),
+            "GetModel": (unary, lambda request, context, meta: self._get_model(request, meta)),
         }
-        handlers: dict[str, Any] = {}
-        for name, (method, streams) in methods.items():
-            make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-            guarded = self._guarded(method, name)
-            handlers[name] = make(guarded, request_deserializer=_raw_body, response_serializer=_encode)
-        handlers["Session"] = grpc.stream_stream_rpc_method_handler(
-            self._session, request_deserializer=_raw_body, response_serializer=_encode
-        )
+        handlers = {name: make(self._guarded(method, name), **codecs) for name, (make, method) in methods.items()}
+        handlers["Session"] = grpc.stream_stream_rpc_method_handler(self._session, **codecs)
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def admit(self, call: Any) -> str | None:
@@ -193,11 +189,7 @@ class InferenceApi:
 
     async def _answer_unary(self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta) -> Message:
         async with self._service.open(request, meta) as call:
-            while not call.finished and call.error is None:
-                await call.news()
-            pieces = call.pop_pieces()
-            if call.error is not None:
-                raise call.error
+            pieces = await call.all_pieces()
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             return kind.response(call, pieces)
 

@@ -79,7 +79,10 @@ class SessionStream:
 
     async def _read(self) -> None:
         self._slice_ends = self._loop.time() + SLICE_S
-        while (request := await self._next_request()) is not None:
+        while True:
+            await self._output.client_reads.wait()
+            if (request := await read(self._context)) is None:
+                break
             try:
                 decoded = await self._service.bodies.session(request, self._tenant())
                 for item in session_items(decoded) if isinstance(decoded, pb.SessionRequest) else decoded:
@@ -98,11 +101,6 @@ class SessionStream:
         error = None if reader.cancelled() else reader.exception()
         if error is not None and not self._over.done():
             self._over.set_exception(error)
-
-    async def _next_request(self) -> Any:
-        """Wait until the client reads, then return the client's next message; None at the end of the stream."""
-        await self._output.client_reads.wait()
-        return await read(self._context)
 
     async def _yield_after_slice(self) -> None:
         """Yield to the event loop once a time slice is over, and wait while the client does not read."""

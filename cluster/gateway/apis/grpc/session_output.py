@@ -61,11 +61,6 @@ class SessionOutput:
         self.parts.append(codec.event(pb.SessionEvent(call_id=call_id, status=details(error).SerializeToString())))
         self.wake()
 
-    def discard(self, writer: SessionWriter) -> None:
-        """Forget the writer of a call that has ended."""
-        if self.dirty.get(writer.call_id) is writer:
-            del self.dirty[writer.call_id]
-
     def finish(self) -> None:
         """Send what is left, then end the session."""
         self._finishing = True
@@ -78,10 +73,15 @@ class SessionOutput:
             await asyncio.gather(self._halt, return_exceptions=True)
 
     def _pass(self) -> None:
+        """Append the output of all marked calls to the message, at most one event for each call, and send the message.
+        Events that were appended directly stay first."""
         self.pass_scheduled = False
         if self._over.done():
             return
-        self._gather()
+        if self.dirty:
+            dirty, self.dirty = self.dirty, {}
+            for writer in dirty.values():
+                writer.write()
         if self.parts:
             parts, self.parts = self.parts, []
             self._context.send(b"".join(parts))
@@ -91,15 +91,6 @@ class SessionOutput:
                 self._halt = self._loop.create_task(self._await_reader())
         if self._finishing and not self.halted:
             self._over.set_result(None)
-
-    def _gather(self) -> None:
-        """Append the output of all marked calls to the next message, at most one event for each call. Events that were
-        appended directly stay first."""
-        if not self.dirty:
-            return
-        dirty, self.dirty = self.dirty, {}
-        for writer in dirty.values():
-            writer.write()
 
     async def _await_reader(self) -> None:
         """Wait until the client reads. Close the session if the client lets too much output gather."""
@@ -127,10 +118,10 @@ class SessionOutput:
 class SessionWriter:
     """Writer of one call's events. `run` returns when the end of the call is written, or raises the call's error."""
 
-    __slots__ = ("_call", "_encoder", "_ended", "_output", "call_id")
+    __slots__ = ("_call", "_call_id", "_encoder", "_ended", "_output")
 
     def __init__(self, output: SessionOutput, call_id: int, call: Call, encoder: GrpcEncoder) -> None:
-        self.call_id = call_id
+        self._call_id = call_id
         self._output = output
         self._call = call
         self._encoder = encoder
@@ -146,14 +137,14 @@ class SessionWriter:
             await self._ended.wait()
         finally:
             self._call.listen(None)
-            self._output.discard(self)
+            self._output.dirty.pop(self._call_id, None)
         if self._call.error is not None:
             raise self._call.error
 
     def _mark(self) -> None:
         """Mark the call as having output for the next pass."""
         output = self._output
-        output.dirty[self.call_id] = self
+        output.dirty[self._call_id] = self
         if not output.pass_scheduled:
             output.wake()
 
@@ -162,7 +153,7 @@ class SessionWriter:
         output = self._output
         if output.halted:
             self._call.sequences[0].give_back(text)
-            output.dirty[self.call_id] = self
+            output.dirty[self._call_id] = self
             return
         output.parts.append(self._encoder.encode_text(text))
         if not output.pass_scheduled:

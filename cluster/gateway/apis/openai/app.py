@@ -263,7 +263,7 @@ class OpenAiApi:
             pieces: list[Piece] = []
             for i, call in enumerate(calls):
                 try:
-                    for piece in await _all_pieces(call):
+                    for piece in await call.all_pieces():
                         piece.index += i * parsed.requests[0].options.n
                         pieces.append(piece)
                 except CallError as error:
@@ -318,17 +318,6 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     exchange = Exchange(scope, receive, send)
     content = answers.error_body(f"there is nothing at {scope['path']}", 404, "not_found")
     await exchange.respond(404, content)
-
-
-async def _all_pieces(call: Call) -> list[Piece]:
-    """Wait for the end of a call and return all pieces of the call. Raises the call's error, even if the call had
-    produced text before the error."""
-    while not call.finished and call.error is None:
-        await call.news()
-    pieces = call.pop_pieces()
-    if call.error is not None:
-        raise call.error
-    return pieces
 
 
 async def _run_all(awaitables: Sequence[Awaitable[None]]) -> None:
