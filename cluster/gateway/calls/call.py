@@ -217,10 +217,9 @@ class Call:
             )
         self.events.resumed(self.model, reason, self.clock() - sequence.heard_at)
 
-    @property
-    def heard_at(self) -> float:
-        """Time of the call's last token, last keep-alive or arrival, whichever is latest."""
-        return max(self.arrived, self._silent_since, *(sequence.heard_at for sequence in self.sequences))
+    def silent_s(self, now: float) -> float:
+        """Return the seconds since the call's last token, last keep-alive or arrival, whichever is latest."""
+        return now - max(self.arrived, self._silent_since, *(sequence.heard_at for sequence in self.sequences))
 
     def count(self) -> None:
         """Update `usage` with the number of tokens received so far."""

@@ -67,7 +67,7 @@ class KeepAlives:
 
     def _update(self, call: Call, now: float, keepalive_s: float) -> None:
         self._scheduler.follow(call)
-        silent_s = now - call.heard_at
+        silent_s = call.silent_s(now)
         if silent_s >= keepalive_s or (silent_s >= START_PROGRESS_S and self._waits_for_start(call)):
             call.fall_silent(now)
 
