@@ -1,5 +1,4 @@
-"""The open calls of one gateway, and the reasons to end them from outside: an operator's abort, the suspension of a
-tenant, and the end of the gateway."""
+"""The open calls of one gateway, which an operator, a suspension or the end of the gateway may end."""
 
 from __future__ import annotations
 

@@ -104,9 +104,15 @@ class SessionEncoder(GrpcEncoder):
         self._wrap = wrap
 
     def encode_text(self, text: str) -> bytes:
-        """See ChunkEncoder."""
+        """See ChunkEncoder. The event is serialized by hand, as an element of SessionEvents."""
         self._offset += 1
-        return codec.event_text(self._event_head, text)
+        head, data = self._event_head, text.encode()
+        size = len(data)
+        length = len(head) + size
+        if length < 127:
+            return b"\x0a" + codec.SMALL[length + 1] + head + codec.SMALL[size] + data
+        body = head + codec.varint(size) + data
+        return b"\x0a" + codec.varint(len(body)) + body
 
     def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
         return self._wrap(super()._pieces_chunk(pieces))

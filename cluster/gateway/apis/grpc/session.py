@@ -1,7 +1,6 @@
 """Inference.SessionStream: many calls of one client on one stream.
 
-Calls of a session run through the same CallService as calls of StreamChat; only the output differs
-(session_output.py).
+Calls of a session run through the same CallService as those of StreamChat; only the output differs: session_output.py.
 """
 
 from __future__ import annotations

@@ -118,13 +118,16 @@ class SessionOutput:
 class SessionWriter:
     """Writer of one call's events. `run` returns when the end of the call is written, or raises the call's error."""
 
-    __slots__ = ("_call", "_call_id", "_encoder", "_ended", "_output")
+    __slots__ = ("_call", "_call_id", "_encode_new", "_encode_text", "_encoder", "_ended", "_open", "_output")
 
     def __init__(self, output: SessionOutput, call_id: int, call: Call, encoder: GrpcEncoder) -> None:
         self._call_id = call_id
         self._output = output
         self._call = call
         self._encoder = encoder
+        self._encode_new = encoder.encode_new
+        self._encode_text = encoder.encode_text
+        self._open = True
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
@@ -155,27 +158,33 @@ class SessionWriter:
             self._call.sequences[0].give_back(text)
             output.dirty[self._call_id] = self
             return
-        output.parts.append(self._encoder.encode_text(text))
+        output.parts.append(self._encode_text(text))
         if not output.pass_scheduled:
             output.wake()
 
     def write(self) -> None:
         """Append everything that is new in the call to the next message."""
-        if self._ended.is_set():
+        if not self._open:
             return
-        encoder = self._encoder
         try:
-            if data := encoder.encode_new():
+            if text := self._call.pop_text():  # the most frequent case, which needs no `encode_new`
+                self._output.parts.append(self._encode_text(text))
+            elif text is None and (data := self._encode_new()):
                 self._output.parts.append(data)
-            if encoder.ended:
-                self._ended.set()
-            elif encoder.plain:
+            if self._encoder.ended:
+                self._end()
+            elif self._encoder.plain:
                 self._call.sequences[0].go_direct(self._send_text)
         except CallError:
-            self._ended.set()  # `run` raises the call's error
+            self._end()  # `run` raises the call's error
         except BaseException as error:  # ends this call, not the session
             self._call.fail_unexpectedly(error)
-            self._ended.set()
+            self._end()
+
+    def _end(self) -> None:
+        """Write nothing more, and let `run` return."""
+        self._open = False
+        self._ended.set()
 
     @property
     def pending_chars(self) -> int:
