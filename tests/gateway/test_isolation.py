@@ -167,9 +167,7 @@ class Rig:
         text: TextSource = self.text.detokenizer(list(ids), stop=(), min_tokens=0)
         if poison.text:
             text = FaultyText(text, poison.text, poison.error)
-        call.sequences.append(
-            OutputSequence(call, 0, replace(request, **poison.request), text.token_ids, detokenizer=text)
-        )
+        call.sequences.append(OutputSequence(call, 0, replace(request, **poison.request), text))
         if poison.listener:
             call.listen(breaks)
         return call

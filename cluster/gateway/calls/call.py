@@ -21,7 +21,6 @@ from cluster.process.call_errors import is_call_failure
 
 log = structlog.get_logger("calls")
 
-
 CallSequence: TypeAlias = "OutputSequence[Call]"
 
 

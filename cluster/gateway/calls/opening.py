@@ -164,6 +164,4 @@ class Opening:
         logprob_texts = None if top is None else LogprobTexts(self.text, top)
         guards = self.guards
         detokenizer, logprobs = (plain, logprob_texts) if guards is None else guards.output(plain, logprob_texts)
-        return OutputSequence(
-            call, index, engine_request, detokenizer.token_ids, life, detokenizer=detokenizer, logprob_texts=logprobs
-        )
+        return OutputSequence(call, index, engine_request, detokenizer, logprobs, life=life)

@@ -24,15 +24,14 @@ Owner = TypeVar("Owner", bound=Identified)
 
 @dataclass(eq=False, repr=False, slots=True)
 class RoutedSequence(Generic[Owner]):
-    """The request of one sequence, its slot at a worker, and its life. `link` and `slot` are those of the worker that
-    the request was sent to; `link` is None while the sequence is at no worker."""
+    """The request of one sequence, its slot on the link to a worker (no link between two workers), and its life."""
 
     call: Owner
     index: int
     request: EngineRequest
-    emitted: list[int]
+    life: Life = field(kw_only=True, default_factory=Life)
+    emitted: list[int] = field(init=False, default_factory=list)
     """Tokens emitted so far. This is the detokenizer's own list, which leaves out the tokens after a stop string."""
-    life: Life = field(default_factory=Life)
     key: str = field(init=False)
     """Name of the sequence in this gateway's queues and accounts."""
     link: WorkerLink | None = field(init=False, default=None)

@@ -110,8 +110,8 @@ Owner = TypeVar("Owner", bound=SequenceOwner)
 class OutputSequence(RoutedSequence[Owner]):
     """One of a call's n outputs. Implements the Sink of worker_link.py."""
 
-    detokenizer: TextSource = field(kw_only=True)
-    logprob_texts: LogprobSource | None = field(kw_only=True, default=None)
+    detokenizer: TextSource
+    logprob_texts: LogprobSource | None = None
     heard_at: float = field(init=False, default=0.0)
     """Monotonic time of the sequence's last token."""
     direct: Callable[[str], None] | None = field(init=False, default=None)
@@ -119,6 +119,10 @@ class OutputSequence(RoutedSequence[Owner]):
     _piece_popped: bool = field(init=False, default=False)
     _end_popped: bool = field(init=False, default=False)
     _logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        RoutedSequence.__post_init__(self)  # `super()` does not work in a dataclass with slots
+        self.emitted = self.detokenizer.token_ids
 
     # ---- from a resume token
 
@@ -191,12 +195,12 @@ class OutputSequence(RoutedSequence[Owner]):
         added = max(len(self.emitted) - before, 0)  # a guard's refusal also removes tokens of earlier steps
         if output.logprobs and self.logprob_texts is not None:
             self._logprobs += self.logprob_texts.push(output.logprobs[:added])
-        if not added:
+        if added:
+            now = call.clock()
+            call.progressed(self, added, now)
+            self.heard_at = now
+        else:
             call.wake()
-            return
-        now = call.clock()
-        call.progressed(self, added, now)
-        self.heard_at = now
 
     def _record_first_output(self, output: TokenOutput) -> None:
         """Record the first output that a worker sends for the sequence."""

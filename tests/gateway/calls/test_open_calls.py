@@ -18,6 +18,13 @@ from cluster.gateway.text.detokenizer import TextSource
 from cluster.policy.tenants.policy import TenantPolicy
 
 
+class Text:
+    """A text source that holds only token ids."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+
+
 def open_call(
     number: int, model: str = "sim", tenant: str = "alpha", max_tokens: int = 8, streams: bool = False
 ) -> Call:
@@ -34,7 +41,7 @@ def open_call(
         request_id=f"request-{number}",
     )
     request = EngineRequest("", [1, 2, 3], Sampling(max_tokens=max_tokens))
-    call.sequences.append(OutputSequence(call, 0, request, [], detokenizer=cast(TextSource, None)))
+    call.sequences.append(OutputSequence(call, 0, request, cast(TextSource, Text())))
     if streams:
         call.make_resumable(cast(ResumeTokens, object()))
         call.first_token_at = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -42,10 +43,12 @@ class Link:
         self.aborted.append(slot)
 
 
-def sequence(emitted: list[int] | None = None, seed: int | None = None) -> RoutedSequence[Owner]:
+def sequence(emitted: Sequence[int] = (), seed: int | None = None) -> RoutedSequence[Owner]:
     """Return a sequence with a prompt of three tokens."""
     request = EngineRequest("", [1, 2, 3], Sampling(max_tokens=8, temperature=1.0, seed=seed))
-    return RoutedSequence(Owner(), 2, request, [] if emitted is None else emitted)
+    one = RoutedSequence(Owner(), 2, request)
+    one.emitted += emitted
+    return one
 
 
 def bound(one: RoutedSequence[Owner], slot: int = 7) -> Link:
