@@ -15,8 +15,8 @@ import pytest
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
-from cluster.gateway.calls.call import Call, CallEvents
-from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.sequence import CallEvents, OutputSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.tokenizer import TextModel
@@ -169,7 +169,7 @@ class Rig:
             text = FaultyText(text, poison.text, poison.error)
         call.sequences.append(OutputSequence(call, 0, replace(request, **poison.request), text))
         if poison.listener:
-            call.listener = breaks
+            call.listen(breaks)
         return call
 
     @asynccontextmanager

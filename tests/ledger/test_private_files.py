@@ -71,7 +71,7 @@ def test_what_an_earlier_release_made_is_narrowed(tmp_path: Path) -> None:
 async def test_the_record_of_resumptions_is_private(tmp_path: Path) -> None:
     """The SQLite file of resume claims and the folders above the file are private."""
     with umask(0o000):
-        assert await FileFirstClaims(tmp_path / "deep" / "state" / "taken.db").take("one", 9e9)
+        assert await FileFirstClaims(tmp_path / "deep" / "state" / "taken.db").claim_first("one", 9e9)
         assert accessible(tmp_path / "deep") == {}
 
 

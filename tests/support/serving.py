@@ -90,7 +90,7 @@ class _Answer:
 
     done: asyncio.Future[list[int]]
     tokens: list[int] = field(default_factory=list)
-    heard_at: float = 0.0
+    last_token_at: float = 0.0
 
     def accepted(self) -> None:
         """Handle the acceptance of the request: do nothing."""
@@ -99,8 +99,9 @@ class _Answer:
         """Handle a refusal of the request: fail the answer."""
         self.done.set_exception(AssertionError(f"refused: {reason} {field} {message}"))
 
-    def token(self, token_id: int) -> None:
+    def token(self, token_id: int, now: float) -> None:
         """Handle one token: collect the token."""
+        self.last_token_at = now
         self.output(TokenOutput("", (token_id,)))
 
     def output(self, output: TokenOutput) -> None:

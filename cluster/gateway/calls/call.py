@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
-from cluster.gateway.calls.sequence import OutputSequence, Piece
-from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.observe.metrics import Histogram
@@ -21,7 +20,6 @@ from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process.call_errors import is_call_failure
 
 log = structlog.get_logger("calls")
-
 
 CallSequence: TypeAlias = "OutputSequence[Call]"
 
@@ -41,30 +39,6 @@ class CallUsage:
     resume: str = ""
     """The weakest resume capability (RESUME_CAPABILITIES) of all workers that resumed a sequence of the call; "" if no
     sequence was resumed."""
-
-
-class CallEvents(Protocol):
-    """Receiver of the events of calls, for the gateway's scheduler, accounts and metrics. The methods run in a link's
-    reader, so every method must be short and cannot await."""
-
-    def requeue(self, sequence: CallSequence) -> None:
-        """Queue the sequence again. The state of the sequence decides between the waiting room and the resume queue."""
-
-    def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Handle a sequence's first output. `cached_tokens`: number of prompt tokens that were in the worker's
-        cache."""
-
-    def answered(self, link: WorkerLink) -> None:
-        """Handle the first output that a worker sends for a sequence."""
-
-    def worker_failed(self, link: WorkerLink) -> None:
-        """Handle a worker whose engine could not continue a sequence."""
-
-    def resumed(self, model: str, reason: str, gap_s: float) -> None:
-        """Handle the resume of a sequence on another worker. `gap_s`: seconds since the sequence's last token."""
-
-    def submission_refused(self, sequence: CallSequence) -> None:
-        """Handle a worker's refusal of a sequence."""
 
 
 @dataclass(eq=False, slots=True)  # slots: with this many attributes, each access through a dictionary would be slower
@@ -110,13 +84,11 @@ class Call:
     blamed: bool = False
     """Whether the call may have crashed its workers. A blamed call must not be resumed."""
     first_token_at: float | None = None
-    silent_since: float = 0.0
+    _silent_since: float = 0.0
     """Time of the last keep-alive."""
-    silent: bool = False
+    _silent: bool = False
     """Whether a keep-alive is due on the caller's connection."""
-    listener: Callable[[], None] | None = None
-    """Function that is called at every update, in place of waking `news`, for an API that batches the updates of many
-    calls."""
+    _listener: Callable[[], None] | None = None
     _pays_again: bool = False
     _origin_lost: bool | None = None
     _waiter: asyncio.Future[None] | None = None
@@ -196,12 +168,18 @@ class Call:
 
     def fall_silent(self, now: float) -> None:
         """Make the call's API send a keep-alive."""
-        self.silent_since, self.silent = now, True
+        self._silent_since, self._silent = now, True
         self.wake()
 
+    def pop_keepalive(self) -> bool:
+        """Return whether a keep-alive is due, which the API then sends."""
+        due, self._silent = self._silent, False
+        return due
+
     def listen(self, listener: Callable[[], None] | None) -> None:
-        """Set the function that is called at every update. With None, updates wake `news` again."""
-        self.listener = listener
+        """Set the function that is called at every update, for an API that batches the updates of many calls. With
+        None, updates wake `news` again."""
+        self._listener = listener
 
     # ---- reports of its sequences
 
@@ -220,16 +198,13 @@ class Call:
         ):
             self._pays_again = True  # the client pays for the second computation of the prompt
 
-    def progressed(self, sequence: CallSequence, tokens: int) -> None:
-        """Handle a sequence's output of one step, if the output is more than one plain token."""
-        if tokens:
-            now = self.clock()
-            if self.first_token_at is None:
-                self.first_token_at = now
-                self.usage.ttft_s = now - self.arrived
-            elif self.itl is not None and sequence.heard_at:
-                self.itl.observe((now - sequence.heard_at) / tokens)
-            sequence.heard_at = now
+    def progressed(self, sequence: CallSequence, tokens: int, now: float) -> None:
+        """Handle the tokens of a step, if the output is more than one plain token."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+            self.usage.ttft_s = now - self.arrived
+        elif self.itl is not None and sequence.last_token_at:
+            self.itl.observe((now - sequence.last_token_at) / tokens)
         self.wake()
 
     def resumed(self, sequence: CallSequence, reason: str) -> None:
@@ -239,24 +214,11 @@ class Call:
             self.usage.resume = weakest_resume_capability(
                 (self.usage.resume, weakest_resume_capability(sequence.link.info.capabilities))
             )
-        self.events.resumed(self.model, reason, self.clock() - sequence.heard_at)
+        self.events.resumed(self.model, reason, self.clock() - sequence.last_token_at)
 
-    def worker_failed(self, sequence: CallSequence, link: WorkerLink) -> None:
-        """Report to `events` a worker whose engine could not continue a sequence."""
-        self.events.worker_failed(link)
-
-    def requeue(self, sequence: CallSequence) -> None:
-        """Queue a sequence again."""
-        self.events.requeue(sequence)
-
-    def submission_refused(self, sequence: CallSequence) -> None:
-        """Report to `events` a worker's refusal of a sequence."""
-        self.events.submission_refused(sequence)
-
-    @property
-    def heard_at(self) -> float:
-        """Time of the call's last token, last keep-alive or arrival, whichever is latest."""
-        return max(self.arrived, self.silent_since, *(sequence.heard_at for sequence in self.sequences))
+    def silent_s(self, now: float) -> float:
+        """Return the seconds since the call's last token, last keep-alive or arrival, whichever is latest."""
+        return now - max(self.arrived, self._silent_since, *(sequence.last_token_at for sequence in self.sequences))
 
     def count(self) -> None:
         """Update `usage` with the number of tokens received so far."""
@@ -270,7 +232,7 @@ class Call:
         tokens = len(first.emitted) - first.restored
         if self.first_token_at is None or tokens < 2:
             return 0.0
-        return max(first.heard_at - self.first_token_at, 0.0) / (tokens - 1)
+        return max(first.last_token_at - self.first_token_at, 0.0) / (tokens - 1)
 
     @property
     def new_tokens(self) -> int:
@@ -301,8 +263,8 @@ class Call:
     def wake(self) -> None:
         """Notify the call's API of an update."""
         self._news = True
-        if self.listener is not None:
-            self.listener()
+        if self._listener is not None:
+            self._listener()
             return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
@@ -332,11 +294,21 @@ class Call:
             raise self.error
         return pieces
 
+    async def all_pieces(self) -> list[Piece]:
+        """Wait for the end of the call and return all pieces. Raises the call's error, even if the call had produced
+        text before the error."""
+        while not self.finished and self.error is None:
+            await self.news()
+        pieces = self.pop_pieces()
+        if self.error is not None:
+            raise self.error
+        return pieces
+
     def pop_text(self) -> str | None:
         """Return the new text of a call with one sequence, as a fast path of `pop_pieces`. The text is "" while text is
         held back. None if there is more to deliver than text."""
         sequences = self.sequences
-        if len(sequences) != 1 or self.error is not None or self.silent:
+        if len(sequences) != 1 or self.error is not None or self._silent:
             return None
         return sequences[0].pop_text()
 

@@ -78,15 +78,6 @@ class IllegalSequenceMove(RuntimeError):
     """The error for an event that `MOVES` does not allow in the current state."""
 
 
-class Next(enum.Enum):
-    """The action that the owner of a sequence must take after a loss."""
-
-    REQUEUE = "requeue"
-    """Put the sequence into the waiting room or the resume queue. The state of the sequence decides which."""
-    FAIL = "fail"
-    """Fail the call, because `max_attempts` workers have failed the sequence."""
-
-
 @dataclass(slots=True)
 class Loss:
     """The unexpected losses of workers that a sequence had in a row, without a new token in between; see
@@ -190,13 +181,13 @@ class Life:
         """Set the losses in a row that another gateway has recorded."""
         self.loss.links, self.loss.tokens = losses, tokens
 
-    def fail_worker(self, reason: str, tokens: int) -> Next:
-        """Record that a worker has failed the sequence. Returns the action that the owner must take."""
+    def fail_worker(self, reason: str, tokens: int) -> bool:
+        """Record that a worker has failed the sequence. Returns whether the sequence now waits for another worker; if
+        not, `max_attempts` workers have failed the sequence, and its call must fail."""
         self.failures += 1
-        if self.failures >= self.max_attempts:
-            return Next.FAIL
-        self.leave(reason, tokens)
-        return Next.REQUEUE
+        if self.failures < self.max_attempts:
+            self.leave(reason, tokens)
+        return self.failures < self.max_attempts
 
     def leave(self, reason: str, tokens: int) -> None:
         """Leave the worker and wait for another worker. `tokens`: number of tokens emitted so far."""

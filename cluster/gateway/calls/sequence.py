@@ -3,28 +3,22 @@ API.
 
 Tokens become text when they arrive, not when the client reads. So a stop string ends the engine's work at once, even if
 the client is slow. A slow client gets several tokens in one piece.
-
-life.py decides the state of a sequence; the class in this module acts on the state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
-from cluster.api.types import CompatibilityKey, EngineRequest, FinishReason, TokenOutput
-from cluster.gateway.calls.life import Event, Life, Next, State
+from cluster.api.types import CompatibilityKey, FinishReason, TokenOutput
+from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.logprobs import LogprobSource, TokenLogprob
 
-_FINISH_WORDS = {
-    FinishReason.STOP: "stop",
-    FinishReason.LENGTH: "length",
-    FinishReason.REPETITION: "stop",
-}
+_FINISH_WORDS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.REPETITION: "stop"}
 
 CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
 """Names of request fields as callers know them, by the name of the engine field."""
@@ -51,6 +45,30 @@ class Piece:
     first: bool = False
 
 
+class CallEvents(Protocol):
+    """Receiver of the events of sequences, for the gateway's scheduler, accounts and metrics. The methods run in a
+    link's reader, so every method must be short and cannot await."""
+
+    def requeue(self, sequence: OutputSequence[Any]) -> None:
+        """Queue the sequence again. The state of the sequence decides between the waiting room and the resume queue."""
+
+    def began(self, sequence: OutputSequence[Any], cached_tokens: int) -> None:
+        """Handle a sequence's first output. `cached_tokens`: number of prompt tokens that were in the worker's
+        cache."""
+
+    def answered(self, link: WorkerLink) -> None:
+        """Handle the first output that a worker sends for a sequence."""
+
+    def worker_failed(self, link: WorkerLink) -> None:
+        """Handle a worker whose engine could not continue a sequence."""
+
+    def resumed(self, model: str, reason: str, gap_s: float) -> None:
+        """Handle the resume of a sequence on another worker. `gap_s`: seconds since the sequence's last token."""
+
+    def submission_refused(self, sequence: OutputSequence[Any]) -> None:
+        """Handle a worker's refusal of a sequence."""
+
+
 class SequenceOwner(Protocol):
     """Interface of a call that a sequence needs. The methods run in a link's reader, so every method must be short and
     cannot await."""
@@ -62,6 +80,10 @@ class SequenceOwner(Protocol):
     def clock(self) -> Callable[[], float]:
         """Clock that returns monotonic seconds."""
 
+    @property
+    def events(self) -> CallEvents:
+        """Receiver of the events of the sequence."""
+
     def fail(self, error: CallError) -> None:
         """End the call with this error."""
 
@@ -71,8 +93,8 @@ class SequenceOwner(Protocol):
     def wake(self) -> None:
         """Notify the call's API of an update."""
 
-    def progressed(self, sequence: OutputSequence[Any], tokens: int) -> None:
-        """Handle the output of a step, if the output is more than one plain token."""
+    def progressed(self, sequence: OutputSequence[Any], tokens: int, now: float) -> None:
+        """Handle the tokens of a step, if the output is more than one plain token."""
 
     def began(self, sequence: OutputSequence[Any], output: TokenOutput) -> None:
         """Handle the first output that a worker sends for the sequence."""
@@ -80,175 +102,27 @@ class SequenceOwner(Protocol):
     def resumed(self, sequence: OutputSequence[Any], reason: str) -> None:
         """Handle the first token after a resume on another worker."""
 
-    def worker_failed(self, sequence: OutputSequence[Any], link: WorkerLink) -> None:
-        """Handle a worker whose engine could not continue the sequence."""
-
-    def requeue(self, sequence: OutputSequence[Any]) -> None:
-        """Queue the sequence again. The state of the sequence decides in which queue."""
-
-    def submission_refused(self, sequence: OutputSequence[Any]) -> None:
-        """Handle a worker's refusal of the sequence."""
-
 
 Owner = TypeVar("Owner", bound=SequenceOwner)
 
 
-class OutputSequence(Generic[Owner]):
-    """One of a call's n outputs. Implements the Sink of worker_link.py.
+@dataclass(eq=False, repr=False, slots=True)
+class OutputSequence(RoutedSequence[Owner]):
+    """One of a call's n outputs. Implements the Sink of worker_link.py."""
 
-    `direct` is a function that an API may set. The function is called with the text of each further token that brings
-    nothing but text.
-    """
+    detokenizer: TextSource
+    logprob_texts: LogprobSource | None = None
+    last_token_at: float = field(init=False, default=0.0)
+    """Monotonic time of the sequence's last token."""
+    direct: Callable[[str], None] | None = field(init=False, default=None)
+    """Function that gets the text of each further token that brings nothing but text; None to keep the text."""
+    _piece_popped: bool = field(init=False, default=False)
+    _end_popped: bool = field(init=False, default=False)
+    _logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
 
-    __slots__ = (
-        "_end_popped",
-        "_life",
-        "_logprob_texts",
-        "_logprobs",
-        "_piece_popped",
-        "admitted",
-        "cached_tokens",
-        "call",
-        "detokenizer",
-        "direct",
-        "emitted",
-        "finish_reason",
-        "heard_at",
-        "index",
-        "key",
-        "link",
-        "request",
-        "restored",
-        "slot",
-    )
-
-    def __init__(
-        self,
-        call: Owner,
-        index: int,
-        request: EngineRequest,
-        detokenizer: TextSource,
-        logprob_texts: LogprobSource | None = None,
-        life: Life | None = None,
-    ) -> None:
-        self.call = call
-        self.index = index
-        self.request = request
-        self.detokenizer = detokenizer
-        self.key = f"{call.id}#{index}"
-        """Name of the sequence in this gateway's queues and accounts."""
-        self.emitted = detokenizer.token_ids
-        """Tokens emitted so far. This is the detokenizer's own list, which leaves out the tokens after a stop
-        string."""
-        self.restored = 0
-        """Number of tokens that had been emitted when this gateway continued the sequence."""
-        self.admitted = False
-        """Whether an engine has accepted the sequence."""
-        self.link: WorkerLink | None = None
-        self.slot = 0
-        self.finish_reason = ""
-        self.heard_at = 0.0
-        """Monotonic time of the sequence's last token."""
-        self.cached_tokens = 0
-        """Number of prompt tokens that were cached on the sequence's first worker, or on the worker that resumed the
-        sequence for this gateway."""
-        self.direct: Callable[[str], None] | None = None
-        self._life = life or Life()
-        self._piece_popped = False
-        self._end_popped = False
-        self._logprob_texts = logprob_texts
-        self._logprobs: list[TokenLogprob] = []
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.key} tokens {len(self.emitted)} {self._life.state.value}>"
-
-    # ---- state
-
-    @property
-    def state(self) -> State:
-        """State of the sequence."""
-        return self._life.state
-
-    @property
-    def tokens(self) -> int:
-        """Number of prompt tokens and emitted tokens together. A new worker must compute all of them before the next
-        token."""
-        return len(self.request.prompt_token_ids) + len(self.emitted)
-
-    @property
-    def attempt(self) -> int:
-        """Number of the sequence's next Submit, from 1."""
-        return self._life.attempt
-
-    @property
-    def failures(self) -> int:
-        """Number of workers that have failed the sequence."""
-        return self._life.failures
-
-    @property
-    def compatibility(self) -> CompatibilityKey | None:
-        """Compatibility key of the worker that computed the sequence's first token."""
-        return self._life.compatibility
-
-    @property
-    def last_worker(self) -> str:
-        """Incarnation of the worker that got the sequence's last Submit."""
-        return self._life.last_worker
-
-    @property
-    def cached_on(self) -> str:
-        """Incarnation of the worker that still holds the sequence's KV blocks after the loss of its gateway, else
-        ""."""
-        return self._life.cached_on
-
-    @property
-    def excluded(self) -> frozenset[str]:
-        """Incarnations of the workers to which the sequence must not be sent again."""
-        return self._life.excluded
-
-    @property
-    def moved(self) -> bool:
-        """Whether the sequence resumes because its worker was draining."""
-        return self._life.reason == "moved"
-
-    @property
-    def computed(self) -> bool:
-        """Whether a worker has accepted the sequence or emitted tokens for it."""
-        return self._life.computed
-
-    @property
-    def lost_links(self) -> tuple[str, ...]:
-        """Names of the links that the sequence lost in a row, without a new token in between."""
-        return self._life.loss.links
-
-    @property
-    def lost_at(self) -> float:
-        """Monotonic time at which the sequence last lost a worker unexpectedly."""
-        return self._life.loss.last_at
-
-    @property
-    def lost_node(self) -> str:
-        """Node of the worker that the sequence lost last."""
-        return self._life.loss.last_node
-
-    @property
-    def silent_since(self) -> float | None:
-        """Time of the first loss since the sequence's last token; None if there was no loss, or a token has arrived
-        since the losses."""
-        return self._life.silent_since(len(self.emitted))
-
-    @property
-    def suspect(self) -> bool:
-        """Whether the sequence has lost so many workers in a row that it may be the cause; see worker_losses.py."""
-        return self._life.suspect(len(self.emitted))
-
-    def acquit(self) -> None:
-        """Forget the losses of the sequence, which is not their cause."""
-        self._life.acquit()
-
-    def restore_losses(self, losses: tuple[str, ...]) -> None:
-        """Set the losses in a row that another gateway has recorded."""
-        self._life.restore_losses(losses, len(self.emitted))
+    def __post_init__(self) -> None:
+        RoutedSequence.__post_init__(self)  # `super()` does not work in a dataclass with slots
+        self.emitted = self.detokenizer.token_ids
 
     # ---- from a resume token
 
@@ -258,46 +132,30 @@ class OutputSequence(Generic[Owner]):
         """Continue the sequence after these tokens, which another gateway has received. `chars`: number of characters
         of their text that were delivered. Raises ValueError if the tokens have less text."""
         self.detokenizer.restore(token_ids, chars)
-        if self._logprob_texts is not None:
-            self._logprob_texts.restore(token_ids)
-        self.restored, self.heard_at = len(token_ids), self.call.arrived
+        if self.logprob_texts is not None:
+            self.logprob_texts.restore(token_ids)
+        self.restored, self.last_token_at = len(token_ids), self.call.arrived
         self._piece_popped, self._end_popped = bool(token_ids), bool(finish_reason)
-        self._life.restore(worker, key, len(token_ids))
+        self.life.restore(worker, key, len(token_ids))
         if finish_reason:
-            self._finish(finish_reason)
+            self.finish(finish_reason)
         elif len(token_ids) >= self.request.sampling.max_tokens:
-            self._finish("length")  # the last token was delivered, the end was not
+            self.finish("length")  # the last token was delivered, the end was not
 
     def take_over_tokens(self, older: OutputSequence[Owner]) -> None:
         """Take over the further tokens that this gateway has received for an earlier reader of the same sequence, so
         that these tokens are not computed again. A sequence with log probabilities takes no tokens over, because log
         probabilities are not kept."""
         more = older.emitted[len(self.emitted) :]
-        if self.finish_reason or older.finish_reason or self._logprob_texts is not None or not more:
+        if self.finish_reason or older.finish_reason or self.logprob_texts is not None or not more:
             return
         ended = self.detokenizer.push(more) is not None
         self.restored = len(self.emitted)
-        self._life.restore(older.last_worker, older.compatibility, len(self.emitted))
+        self.life.restore(older.last_worker, older.compatibility, len(self.emitted))
         if ended:
             self._stopped()
         elif len(self.emitted) >= self.request.sampling.max_tokens:
-            self._finish("length")
-
-    # ---- sending
-
-    def submission(self) -> EngineRequest:
-        """Return the request for the next worker, which includes the tokens emitted so far."""
-        if not self.emitted:
-            return self.request
-        return replace(self.request, emitted_token_ids=tuple(self.emitted))
-
-    def bind(self, link: WorkerLink, slot: int) -> None:
-        """Record the worker and the slot to which the request was sent."""
-        self.link, self.slot = link, slot
-        key = None
-        if not self.emitted:
-            key = link.compatibility_key if self.request.sampling.is_seeded else link.compatibility_key.unseeded
-        self._life.submitted(link.identity.incarnation, key)
+            self.finish("length")
 
     # ---- Sink
 
@@ -309,11 +167,11 @@ class OutputSequence(Generic[Owner]):
         """Handle a refusal by the engine. If the engine had no room, the sequence is queued again. Otherwise the
         request is invalid and the call fails."""
         self.link = None
-        self._life.submission_refused(len(self.emitted))
-        self.call.submission_refused(self)
+        self.life.submission_refused(len(self.emitted))
+        self.call.events.submission_refused(self)
         if reason == "NO_ROOM":
-            self._life.wait(len(self.emitted))
-            self.call.requeue(self)
+            self.life.wait(len(self.emitted))
+            self.call.events.requeue(self)
             return
         self.call.fail(refusal_of(reason, message, field))
 
@@ -329,15 +187,20 @@ class OutputSequence(Generic[Owner]):
             if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
                 self._engine_ended(output.finish, link)
                 return
-            self._finish(_FINISH_WORDS[output.finish])
+            self.finish(_FINISH_WORDS[output.finish])
         before = len(self.emitted)
         stop = self.detokenizer.push(output.token_ids, output.finish is FinishReason.STOP)
         if stop is not None:
             self._stopped()
         added = max(len(self.emitted) - before, 0)  # a guard's refusal also removes tokens of earlier steps
-        if output.logprobs and self._logprob_texts is not None:
-            self._logprobs += self._logprob_texts.push(output.logprobs[:added])
-        call.progressed(self, added)
+        if output.logprobs and self.logprob_texts is not None:
+            self._logprobs += self.logprob_texts.push(output.logprobs[:added])
+        if added:
+            now = call.clock()
+            call.progressed(self, added, now)
+            self.last_token_at = now
+        else:
+            call.wake()
 
     def _record_first_output(self, output: TokenOutput) -> None:
         """Record the first output that a worker sends for the sequence."""
@@ -346,14 +209,14 @@ class OutputSequence(Generic[Owner]):
             self.cached_tokens = cached
         elif self.restored == len(self.emitted):
             self.cached_tokens = min(cached, len(self.request.prompt_token_ids))
-        reason = self._life.answered()
+        reason = self.life.answered()
         self.call.began(self, output)
         if reason:
             self.call.resumed(self, reason)
 
-    def token(self, token_id: int) -> None:
-        """Handle a step's only token, as a fast path of `output`. Never called for the first token. The link sets
-        `heard_at`."""
+    def token(self, token_id: int, now: float) -> None:
+        """Handle a step's only token, as a fast path of `output`. Never called for the first token."""
+        self.last_token_at = now
         direct = self.direct
         if direct is not None:
             text = self.detokenizer.text_of(token_id)
@@ -368,7 +231,7 @@ class OutputSequence(Generic[Owner]):
         """Pass the text of each further token to `direct`, if a piece has been delivered and further tokens bring only
         text."""
         if (
-            not (self.finish_reason or self._logprob_texts is not None or self.detokenizer.searches_text)
+            not (self.finish_reason or self.logprob_texts is not None or self.detokenizer.searches_text)
             and self._piece_popped
         ):
             self.direct = direct
@@ -387,16 +250,12 @@ class OutputSequence(Generic[Owner]):
         """Finish the sequence with the tokens emitted so far and the finish reason "length"."""
         if not self.finish_reason:
             self.direct = None
-            self._finish("length")
+            self.finish("length")
             self.leave_engine()
-
-    def _finish(self, reason: str) -> None:
-        self.finish_reason = reason
-        self._life.apply(Event.FINISHED)
 
     def _stopped(self) -> None:
         """Finish the sequence because of a stop string or a guard's refusal, and abort the engine's work."""
-        self._finish("content_filter" if self.detokenizer.refused else "stop")
+        self.finish("content_filter" if self.detokenizer.refused else "stop")
         self.leave_engine()
 
     def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
@@ -412,8 +271,8 @@ class OutputSequence(Generic[Owner]):
             )
             return
         if link is not None:
-            self._life.excluded |= {link.identity.incarnation}
-            self.call.worker_failed(self, link)
+            self.life.excluded |= {link.identity.incarnation}
+            self.call.events.worker_failed(link)
         message = "the engine could not continue this call; it is safe to retry"
         self._retry_or_fail(Outcome.INTERNAL, "error", message)
 
@@ -426,23 +285,23 @@ class OutputSequence(Generic[Owner]):
         """Handle the loss of the worker. The sequence continues on another worker after the tokens emitted so far."""
         link, self.link = self.link, None
         if link is not None and not link.draining:
-            self._life.lost(link.name, link.identity.node, len(self.emitted), self.call.clock())
+            self.life.lost(link.name, link.identity.node, len(self.emitted), self.call.clock())
         if not self.finish_reason:
             message = f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
             self._retry_or_fail(Outcome.WORKER_LOST, "lost", message)
 
     def _retry_or_fail(self, outcome: Outcome, reason: str, message: str) -> None:
-        if self._life.fail_worker(reason, len(self.emitted)) is Next.FAIL:
-            self.call.fail(CallError(outcome, message))
+        if self.life.fail_worker(reason, len(self.emitted)):
+            self.call.events.requeue(self)
         else:
-            self.call.requeue(self)
+            self.call.fail(CallError(outcome, message))
 
     def move(self) -> None:
         """Leave the draining worker. Another worker continues after the tokens emitted so far."""
         if self.link is not None and not self.finish_reason:
             self.leave_engine()
-            self._life.leave("moved", len(self.emitted))
-            self.call.requeue(self)
+            self.life.leave("moved", len(self.emitted))
+            self.call.events.requeue(self)
 
     # ---- the API
 
@@ -455,8 +314,8 @@ class OutputSequence(Generic[Owner]):
         if finished:
             if self.detokenizer.refused:  # a guard refused text that was held back to the end
                 self.finish_reason = "content_filter"
-            if self._logprob_texts is not None:
-                self._logprobs += self._logprob_texts.push(())
+            if self.logprob_texts is not None:
+                self._logprobs += self.logprob_texts.push(())
         if not (text or finished or self._logprobs):
             return None
         self._end_popped = finished
@@ -485,25 +344,9 @@ class OutputSequence(Generic[Owner]):
     @property
     def shown(self) -> int:
         """Number of tokens for which the caller has got text or a log probability."""
-        return self.delivered if self._logprob_texts is None else len(self.emitted)
+        return self.delivered if self.logprob_texts is None else len(self.emitted)
 
     @property
     def end_delivered(self) -> bool:
         """Whether the last piece of the sequence has been returned."""
         return self._end_popped
-
-    def unlink_call(self) -> None:
-        """Drop the reference to the ended call, so that the call and the sequence are freed without the garbage
-        collector."""
-        del self.call
-
-    def end(self) -> None:
-        """End the sequence with its call, and abort the sequence in the engine."""
-        self._life.apply(Event.FAILED)
-        self.leave_engine()
-
-    def leave_engine(self) -> None:
-        """Abort the sequence in the engine, if the sequence runs there."""
-        if self.link is not None:
-            self.link.abort(self.slot)
-            self.link = None

@@ -32,13 +32,12 @@ class Sink(Protocol):
     def refused(self, reason: str, message: str, field: str) -> None:
         """Handle the refusal of the request by the engine. No further method is called."""
 
-    heard_at: float
-    """Monotonic time at which the last token arrived. The link sets the time before it calls `token`; the sink sets the
-    time in `output`."""
+    last_token_at: float
+    """Monotonic time of the last token, which the sink records in `token` and `output`."""
 
-    def token(self, token_id: int) -> None:
+    def token(self, token_id: int, now: float) -> None:
         """Handle an output of one token and nothing else, as a shortcut for `output`. Never called for the first
-        token."""
+        token. `now`: the monotonic time at which the token arrived."""
 
     def output(self, output: TokenOutput) -> None:
         """Handle the tokens of one step. If the output has `finish`, no further method is called."""
@@ -177,13 +176,12 @@ class SlotTable:
             sink = sink_of(slot)
             if sink is None:
                 continue
-            if sink.heard_at == before:
+            if sink.last_token_at == before:
                 in_step += 1
             else:
-                self._count_gaps(now - sink.heard_at, 1)
-            sink.heard_at = now
+                self._count_gaps(now - sink.last_token_at, 1)
             try:
-                sink.token(token_id)
+                sink.token(token_id, now)
             except BaseException as error:
                 self._sink_failed(slot, sink, error)
         if not in_step:

@@ -62,9 +62,9 @@ class ResumeClaims:
         """Claim the call from the end of `chain` on. Raises CallError if these tokens, or too many prefixes, were used
         before."""
         call_id, maker = chain.call_head.call_id, chain.maker
-        if not await self._first_claims.take(f"{call_id}.{chain.last.hex()}", lasts_s):
+        if not await self._first_claims.claim_first(f"{call_id}.{chain.last.hex()}", lasts_s):
             raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
-        given_up = self._first_claims.take(_given_up_name(call_id, maker.generation), lasts_s)
+        given_up = self._first_claims.claim_first(_given_up_name(call_id, maker.generation), lasts_s)
         generation, not_given_up = await asyncio.gather(
             self._next_generation(call_id, maker.generation, lasts_s), given_up
         )
@@ -74,7 +74,7 @@ class ResumeClaims:
 
     async def _next_generation(self, call_id: str, after: int, lasts_s: float) -> int:
         for generation in range(after + 1, after + 1 + MOST_RESUMPTIONS):
-            if await self._first_claims.take(_generation_name(call_id, generation), lasts_s):
+            if await self._first_claims.claim_first(_generation_name(call_id, generation), lasts_s):
                 return generation
         raise CallError(Outcome.RESUME_EXPIRED, f"the call {TOO_OFTEN}")
 
@@ -92,12 +92,12 @@ class ResumeClaims:
     async def give_up(self, call_id: str, generation: int, lasts_s: float) -> None:
         """Record that this gateway ends a call through no fault of the client, so that the next resume is free. Raises
         CallError."""
-        await self._first_claims.take(_given_up_name(call_id, generation), lasts_s)
+        await self._first_claims.claim_first(_given_up_name(call_id, generation), lasts_s)
 
     async def close(self, call_id: str, generation: int, lasts_s: float) -> None:
         """Prevent all further resumes of a call. Raises CallError."""
         names = (_generation_name(call_id, generation + number) for number in range(1, MOST_RESUMPTIONS + 1))
-        await asyncio.gather(*(self._first_claims.take(name, lasts_s) for name in names))
+        await asyncio.gather(*(self._first_claims.claim_first(name, lasts_s) for name in names))
 
 
 def _generation_name(call_id: str, generation: int) -> str:

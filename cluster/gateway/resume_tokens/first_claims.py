@@ -33,7 +33,7 @@ Requested = tuple[str, float]
 class FirstClaims(Protocol):
     """A store of first claims."""
 
-    async def take(self, name: str, expires_s: float) -> bool:
+    async def claim_first(self, name: str, expires_s: float) -> bool:
         """Claim a name for `expires_s` seconds. Returns whether this is the first claim on the name. Raises
         CallError."""
 
@@ -52,13 +52,13 @@ class FileFirstClaims:
     def __init__(self, path: Path, wall: Callable[[], float] = time.time) -> None:
         self._path = path
         self._wall = wall
-        self._batcher = Batcher(self._take_all)
+        self._batcher = Batcher(self._claim_all)
 
-    async def take(self, name: str, expires_s: float) -> bool:
+    async def claim_first(self, name: str, expires_s: float) -> bool:
         """See FirstClaims."""
         return await self._batcher((name, expires_s))
 
-    async def _take_all(self, requested: Sequence[Requested]) -> Sequence[bool]:
+    async def _claim_all(self, requested: Sequence[Requested]) -> Sequence[bool]:
         try:
             return await asyncio.to_thread(self._write, requested, self._wall())
         except (sqlite3.Error, OSError) as error:
@@ -80,24 +80,24 @@ class LedgerFirstClaims:
 
     def __init__(
         self,
-        take: Callable[[Sequence[tuple[str, float]], float], Sequence[bool]],
+        claim: Callable[[Sequence[tuple[str, float]], float], Sequence[bool]],
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`take([(name, expires_at_s)], now_s)` claims the names and returns, for each name, whether the claim was the
+        """`claim([(name, expires_at_s)], now_s)` claims the names and returns, for each name, whether the claim was the
         first; raises StoreUnavailable."""
-        self._take = take
+        self._claim = claim
         self._wall = wall
-        self._batcher = Batcher(self._take_all)
+        self._batcher = Batcher(self._claim_all)
 
-    async def take(self, name: str, expires_s: float) -> bool:
+    async def claim_first(self, name: str, expires_s: float) -> bool:
         """See FirstClaims."""
         return await self._batcher((name, expires_s))
 
-    async def _take_all(self, requested: Sequence[Requested]) -> Sequence[bool]:
+    async def _claim_all(self, requested: Sequence[Requested]) -> Sequence[bool]:
         now_s = self._wall()
         try:
             return await asyncio.to_thread(
-                self._take, [(name, now_s + expires_s) for name, expires_s in requested], now_s
+                self._claim, [(name, now_s + expires_s) for name, expires_s in requested], now_s
             )
         except StoreUnavailable as error:
             log.warning("resumes_not_kept", error=str(error))
@@ -113,7 +113,7 @@ class StoreFirstClaims:
         self._first = first
         self._otherwise = otherwise
 
-    async def take(self, name: str, expires_s: float) -> bool:
+    async def claim_first(self, name: str, expires_s: float) -> bool:
         """See FirstClaims."""
         is_first = await self._first(name, expires_s)
-        return await self._otherwise.take(name, expires_s) if is_first is None else is_first
+        return await self._otherwise.claim_first(name, expires_s) if is_first is None else is_first

@@ -404,7 +404,7 @@ async def test_who_has_no_guards_keeps_the_short_way(keyed: Keyed) -> None:
     await read(stream)
 
     def direct() -> bool:
-        calls = [call for call in keyed.gateway.service._open.values() if call.tenant == "bare"]
+        calls = [call for call in keyed.gateway.service.calls if call.tenant == "bare"]
         return any(output.direct is not None for call in calls for output in call.sequences)
 
     await until(direct, "the call's tokens are sent directly to its connection")
@@ -423,7 +423,7 @@ async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, che
         await lab.guard(redacting(secret))
         stream = lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 120}), metadata=lab.who)
         chunks = [await asyncio.wait_for(read(stream), 20)]
-        (call,) = keyed.gateway.service._open.values()
+        (call,) = keyed.gateway.service.calls
         await until(lambda: len(call.sequences[0].emitted) >= 60, "half of the answer is emitted")
         next(engine for engine in engines if engine.load().running).kill()
         chunks += await rest_of(stream)

@@ -20,14 +20,16 @@ INFO = EngineInfo("sim", "sim", "1", 16, 1024, 32, STEP_TOKENS, 4096, 1000)
 class Silent:
     """Sink that ignores all events."""
 
-    heard_at = 0.0
+    last_token_at = 0.0
 
     def accepted(self) -> None:
         """Ignore the event. All other methods also ignore theirs."""
 
     def refused(self, reason: str, message: str, field: str) -> None: ...
 
-    def token(self, token_id: int) -> None: ...
+    def token(self, token_id: int, now: float) -> None:
+        """Record the time, which the link reads."""
+        self.last_token_at = now
 
     def output(self, output: TokenOutput) -> None: ...
 

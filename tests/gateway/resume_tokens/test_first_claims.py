@@ -20,7 +20,7 @@ __all__ = ["server"]
 async def firsts(stores: list[FirstClaims], name: str) -> int:
     """Return the number of claims on a name that were first, if the name is claimed four times at once in each
     store."""
-    return sum(await asyncio.gather(*(store.take(name, 60.0) for store in stores * 4)))
+    return sum(await asyncio.gather(*(store.claim_first(name, 60.0) for store in stores * 4)))
 
 
 async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
@@ -29,10 +29,10 @@ async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
     now = 100.0
     file = tmp_path / "new" / "resumed.db"
     assert await firsts([FileFirstClaims(file, lambda: now), FileFirstClaims(file, lambda: now)], "a.1") == 1
-    assert not await FileFirstClaims(file, lambda: now).take("a.1", 60.0)
-    assert await FileFirstClaims(file, lambda: now).take("a.2", 60.0)
+    assert not await FileFirstClaims(file, lambda: now).claim_first("a.1", 60.0)
+    assert await FileFirstClaims(file, lambda: now).claim_first("a.2", 60.0)
     now = 161.0
-    assert await FileFirstClaims(file, lambda: now).take("a.1", 60.0)
+    assert await FileFirstClaims(file, lambda: now).claim_first("a.1", 60.0)
 
 
 def unavailable(names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
@@ -45,7 +45,7 @@ async def test_without_a_store_nothing_is_resumed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     for stores in (LedgerFirstClaims(unavailable), FileFirstClaims(tmp_path / "file" / "resumed.db")):
         with pytest.raises(CallError) as raised:
-            await stores.take("a.1", 60.0)
+            await stores.claim_first("a.1", 60.0)
         assert raised.value.outcome is Outcome.STORE_UNAVAILABLE
         assert raised.value.retry_after_s
 
@@ -66,7 +66,7 @@ async def test_the_limits_store_decides_while_it_answers(server: Server, tmp_pat
         assert await firsts(both, "a.2") == 1
         assert limits[0].degraded
         with pytest.raises(CallError):
-            await StoreFirstClaims(limits[0].store.first, LedgerFirstClaims(unavailable)).take("a.3", 60.0)
+            await StoreFirstClaims(limits[0].store.first, LedgerFirstClaims(unavailable)).claim_first("a.3", 60.0)
     finally:
         for one in limits:
             await one.store.close()

@@ -97,7 +97,7 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
     call = cluster.stub.StreamChat(request)
     chunks = [await read(call), await read(call)]
     await doomed.stop()
-    (running,) = cluster.gateway.service._open.values()
+    (running,) = cluster.gateway.service.calls
     await until(lambda: cluster.gateway.scheduler.queues.is_resuming(running), "the call waits to be resumed")
     assert cluster.gateway.scheduler.queues.waiting("sim")[0] == 1
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)

@@ -216,7 +216,7 @@ class Kept:
     def __init__(self) -> None:
         self.names: set[str] = set()
 
-    async def take(self, name: str, expires_s: float) -> bool:
+    async def claim_first(self, name: str, expires_s: float) -> bool:
         """See FirstClaims."""
         await asyncio.sleep(0)
         new = name not in self.names

@@ -21,7 +21,7 @@ from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import ControllerLinks
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.gateway.apis.openai.answers import KEEP_ALIVE, keep_alive
-from cluster.gateway.service import Progress
+from cluster.gateway.calls.keepalive import Progress
 from cluster.policy.catalog.lifecycle import SourceFacts
 from cluster.policy.scaling.scaler import DECIDE_S, Scaler, ScalingSettings
 from cluster.v1 import inference_pb2 as pb

@@ -170,7 +170,7 @@ async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
         return stream
 
     async def waits() -> None:
-        (running,) = cluster.gateway.service._open.values()
+        (running,) = cluster.gateway.service.calls
         await until(lambda: cluster.gateway.scheduler.queues.is_resuming(running), "it waits")
 
     first, second = await two_workers(cluster, checkpoint, bundle)

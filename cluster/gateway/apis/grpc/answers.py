@@ -8,9 +8,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.api.types import RESUME_CAPABILITIES, weakest_resume_capability
 from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.keepalive import Progress
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.models import KnownModel
-from cluster.gateway.service import Progress
 from cluster.gateway.text.logprobs import TokenLogprob
 from cluster.v1 import inference_pb2 as pb
 
@@ -52,9 +52,7 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
         choices=[
             pb.ChoiceDelta(
                 index=piece.index,
-                delta=pb.Message(role="assistant", content=piece.text)
-                if piece.first
-                else pb.Message(content=piece.text),
+                delta=pb.Message(role="assistant" if piece.first else "", content=piece.text),
                 finish_reason=piece.finish_reason,
                 logprobs=logprobs_pb(piece.logprobs) if piece.logprobs else (),
             )
@@ -73,63 +71,53 @@ def chat_text(head: bytes, text: str, offset: int) -> bytes:
     data = text.encode()
     size = len(data)
     start = _DELTA[size] if size < len(_DELTA) else _delta(size)
-    return head + start + data + (_OFFSET[offset] if offset < len(_OFFSET) else b"\x28" + _varint(offset))
+    return head + start + data + (_OFFSET[offset] if offset < len(_OFFSET) else b"\x28" + varint(offset))
 
 
 def complete_text(head: bytes, text: str, offset: int) -> bytes:
     """Return a serialized CompleteChunk that holds only a text of choice 0. `head`: see `chat_text`."""
     data = text.encode()
-    choice = b"\x12" + _varint(len(data)) + data  # CompleteChoice.text
-    return head + b"\x1a" + _varint(len(choice)) + choice + b"\x28" + _varint(offset)
+    choice = b"\x12" + varint(len(data)) + data  # CompleteChoice.text
+    return head + b"\x1a" + varint(len(choice)) + choice + b"\x28" + varint(offset)
 
 
 def empty_chunk(head: bytes, offset: int) -> bytes:
     """Return a serialized ChatChunk or CompleteChunk without choices."""
-    return head + b"\x28" + _varint(offset)
+    return head + b"\x28" + varint(offset)
 
 
 def with_token(chunk: bytes, token: bytes, whole: bool) -> bytes:
     """Return a serialized ChatChunk or CompleteChunk with resume_token and resume_token_whole appended."""
-    return chunk + b"\x32" + _varint(len(token)) + (token + b"\x40\x01" if whole else token)
+    return chunk + b"\x32" + varint(len(token)) + (token + b"\x40\x01" if whole else token)
 
 
 def resumed(is_chat: bool, chunk: bytes) -> bytes:
     """Return a serialized ResumeChunk that holds a serialized chunk."""
-    return (b"\x0a" if is_chat else b"\x12") + _varint(len(chunk)) + chunk
+    return (b"\x0a" if is_chat else b"\x12") + varint(len(chunk)) + chunk
 
 
 def event_chunk(call_id: int, is_chat: bool, chunk: bytes) -> bytes:
     """Return a SessionEvent that holds a serialized chunk. The event is serialized as an element of SessionEvents."""
-    head = b"\x08" + _varint(call_id) if call_id else b""
-    body = head + (b"\x1a" if is_chat else b"\x22") + _varint(len(chunk)) + chunk
-    return b"\x0a" + _varint(len(body)) + body
+    head = b"\x08" + varint(call_id) if call_id else b""
+    body = head + (b"\x1a" if is_chat else b"\x22") + varint(len(chunk)) + chunk
+    return b"\x0a" + varint(len(body)) + body
 
 
 def event_head(call_id: int) -> bytes:
-    """Return the bytes with which every text event of a call in a session begins, for `event_text`."""
-    return (b"\x08" + _varint(call_id) if call_id else b"") + b"\x12"  # call_id, then the tag of text
-
-
-def event_text(head: bytes, text: str) -> bytes:
-    """Return a SessionEvent that holds only a text. The event is serialized by hand, as an element of SessionEvents."""
-    data = text.encode()
-    size = len(data)
-    length = len(head) + size
-    if length < 127:
-        return b"\x0a" + _SMALL[length + 1] + head + _SMALL[size] + data
-    body = head + _varint(size) + data
-    return b"\x0a" + _varint(len(body)) + body
+    """Return the bytes with which every text event of a call in a session begins."""
+    return (b"\x08" + varint(call_id) if call_id else b"") + b"\x12"  # call_id, then the tag of text
 
 
 def event(message: pb.SessionEvent) -> bytes:
     """Return a SessionEvent, serialized as an element of SessionEvents."""
     data = message.SerializeToString()
-    return b"\x0a" + _varint(len(data)) + data
+    return b"\x0a" + varint(len(data)) + data
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """Return a number as a varint of protobuf."""
     if value < 128:
-        return _SMALL[value]
+        return SMALL[value]
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -138,19 +126,19 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-_SMALL = [bytes([value]) for value in range(128)]
+SMALL = [bytes([value]) for value in range(128)]
 
 
 def _delta(size: int) -> bytes:
     """Return the bytes before a text of `size` bytes in a ChatChunk: the headers of ChatChunk.choices,
     ChoiceDelta.delta and Message.content."""
-    content = b"\x12" + _varint(size)
-    delta = b"\x12" + _varint(len(content) + size) + content
-    return b"\x1a" + _varint(len(delta) + size) + delta
+    content = b"\x12" + varint(size)
+    delta = b"\x12" + varint(len(content) + size) + content
+    return b"\x1a" + varint(len(delta) + size) + delta
 
 
 _DELTA = [_delta(size) for size in range(512)]
-_OFFSET = [b"\x28" + _varint(offset) for offset in range(4096)]
+_OFFSET = [b"\x28" + varint(offset) for offset in range(4096)]
 
 
 def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.CompleteChunk:

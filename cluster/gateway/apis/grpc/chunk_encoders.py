@@ -5,18 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 
 from cluster.gateway.apis.grpc import answers as codec
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.keepalive import ProgressOf
 from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.service import CallService
 from cluster.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
     from cluster.gateway.resume_tokens.tokens import ResumeTokens
+
+Wrap = Callable[[bytes], bytes]
+"""Function that puts a serialized chunk into the message that is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +50,13 @@ COMPLETE = Kind(
 class GrpcEncoder:
     """Encodes the pieces of a call as serialized chunks. Implements calls.stream_writer.ChunkEncoder."""
 
-    __slots__ = ("_call", "_head", "_kind", "_offset", "_service", "ended", "plain")
+    __slots__ = ("_call", "_head", "_kind", "_offset", "_progress", "ended", "plain")
 
-    def __init__(self, kind: Kind, call: Call, service: CallService) -> None:
+    def __init__(self, kind: Kind, call: Call, progress: ProgressOf) -> None:
         self.ended = False
         self._kind = kind
         self._call = call
-        self._service = service
+        self._progress = progress
         self._head = pb.ChatChunk(id=call.shown_id, model=call.model).SerializeToString()  # same bytes in CompleteChunk
         self._offset = 0
         self.plain = len(call.sequences) == 1
@@ -75,7 +79,7 @@ class GrpcEncoder:
         pieces = call.pop_pieces()
         if pieces:
             return self._pieces_chunk(pieces)
-        if call.silent:  # after keepalive_s without text that can be sent
+        if call.pop_keepalive():  # after keepalive_s without text that can be sent
             return self._progress_chunk()
         return b""
 
@@ -85,23 +89,50 @@ class GrpcEncoder:
         return self._kind.chunk(self._call, pieces, self._offset).SerializeToString()
 
     def _progress_chunk(self) -> bytes:
-        self._call.silent = False
-        progress = codec.progress_pb(self._service.progress(self._call))
+        progress = codec.progress_pb(self._progress(self._call))
         return self._kind.progress(self._call, progress).SerializeToString()
+
+
+class SessionEncoder(GrpcEncoder):
+    """Encodes the pieces of a call in a session as events of the session. The event of a text is not a chunk."""
+
+    __slots__ = ("_event_head", "_wrap")
+
+    def __init__(self, kind: Kind, call: Call, progress: ProgressOf, call_id: int, wrap: Wrap) -> None:
+        super().__init__(kind, call, progress)
+        self._event_head = codec.event_head(call_id)
+        self._wrap = wrap
+
+    def encode_text(self, text: str) -> bytes:
+        """See ChunkEncoder. The event is serialized by hand, as an element of SessionEvents."""
+        self._offset += 1
+        head, data = self._event_head, text.encode()
+        size = len(data)
+        length = len(head) + size
+        if length < 127:
+            return b"\x0a" + codec.SMALL[length + 1] + head + codec.SMALL[size] + data
+        body = head + codec.varint(size) + data
+        return b"\x0a" + codec.varint(len(body)) + body
+
+    def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
+        return self._wrap(super()._pieces_chunk(pieces))
+
+    def _progress_chunk(self) -> bytes:
+        return self._wrap(super()._progress_chunk())
 
 
 class ResumableEncoder(GrpcEncoder):
     """Encodes the pieces of a resumable call as serialized chunks that carry resume tokens."""
 
-    __slots__ = ("_resume_tokens", "_wraps")
+    __slots__ = ("_resume_tokens", "_wrap")
 
     def __init__(
-        self, kind: Kind, call: Call, service: CallService, resume_tokens: ResumeTokens, unwrapped: bool
+        self, kind: Kind, call: Call, progress: ProgressOf, resume_tokens: ResumeTokens, wrap: Wrap | None
     ) -> None:
-        super().__init__(kind, call, service)
+        super().__init__(kind, call, progress)
         self._resume_tokens = resume_tokens
         self._offset = resume_tokens.number
-        self._wraps = call.is_resumed and not unwrapped
+        self._wrap = wrap
 
     def encode_text(self, text: str) -> bytes:
         """See ChunkEncoder."""
@@ -124,13 +155,20 @@ class ResumableEncoder(GrpcEncoder):
         return self._wrapped(super()._progress_chunk())
 
     def _wrapped(self, chunk: bytes) -> bytes:
-        return codec.resumed(self._kind is CHAT, chunk) if self._wraps else chunk
+        return chunk if self._wrap is None else self._wrap(chunk)
 
 
-def encoder_for(kind: Kind, call: Call, service: CallService, unwrapped: bool = False) -> GrpcEncoder:
-    """Return the encoder for a call. `unwrapped`: do not wrap the chunks of a resumed call in ResumeChunks."""
-    return (
-        GrpcEncoder(kind, call, service)
-        if call.resume_tokens is None
-        else ResumableEncoder(kind, call, service, call.resume_tokens, unwrapped)
-    )
+def encoder_for(kind: Kind, call: Call, progress: ProgressOf) -> GrpcEncoder:
+    """Return the encoder for a call on a stream of its own."""
+    if call.resume_tokens is None:
+        return GrpcEncoder(kind, call, progress)
+    wrap = partial(codec.resumed, kind is CHAT) if call.is_resumed else None
+    return ResumableEncoder(kind, call, progress, call.resume_tokens, wrap)
+
+
+def session_encoder_for(kind: Kind, call: Call, progress: ProgressOf, call_id: int) -> GrpcEncoder:
+    """Return the encoder for a call in a session, which encodes events. `call_id`: id of the call in the session."""
+    wrap = partial(codec.event_chunk, call_id, kind is CHAT)
+    if call.resume_tokens is None:
+        return SessionEncoder(kind, call, progress, call_id, wrap)
+    return ResumableEncoder(kind, call, progress, call.resume_tokens, wrap)

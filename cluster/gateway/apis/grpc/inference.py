@@ -67,25 +67,21 @@ class InferenceApi:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the gRPC handler of all methods of the service."""
-        methods: dict[str, tuple[Callable[[Any, Any, CallMeta], Awaitable[Message | None]], bool]] = {
-            "Chat": (lambda r, c, m: self._answer_unary(CHAT, r, c, m), False),
-            "StreamChat": (lambda r, c, m: self._answer_stream(CHAT, r, c, m), True),
-            "Complete": (lambda r, c, m: self._answer_unary(COMPLETE, r, c, m), False),
-            "StreamComplete": (lambda r, c, m: self._answer_stream(COMPLETE, r, c, m), True),
-            "Resume": (lambda r, c, m: self._resume(r, c, m), True),
-            "Tokenize": (lambda r, c, m: self._tokenize(r, m), False),
-            "Detokenize": (lambda r, c, m: self._detokenize(r, m), False),
-            "ListModels": (lambda r, c, m: self._list_models(r, m), False),
-            "GetModel": (lambda r, c, m: self._get_model(r, m), False),
+        codecs: dict[str, Any] = {"request_deserializer": _raw_body, "response_serializer": _encode}
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        methods: dict[str, tuple[Any, Callable[[Any, Any, CallMeta], Awaitable[Message | None]]]] = {
+            "Chat": (unary, partial(self._answer_unary, CHAT)),
+            "StreamChat": (stream, partial(self._answer_stream, CHAT)),
+            "Complete": (unary, partial(self._answer_unary, COMPLETE)),
+            "StreamComplete": (stream, partial(self._answer_stream, COMPLETE)),
+            "Resume": (stream, self._resume),
+            "Tokenize": (unary, lambda request, context, meta: self._tokenize(request, meta)),
+            "Detokenize": (unary, lambda request, context, meta: self._detokenize(request, meta)),
+            "ListModels": (unary, lambda request, context, meta: self._list_models(request, meta)),
+            "GetModel": (unary, lambda request, context, meta: self._get_model(request, meta)),
         }
-        handlers: dict[str, Any] = {}
-        for name, (method, streams) in methods.items():
-            make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-            guarded = self._guarded(method, name)
-            handlers[name] = make(guarded, request_deserializer=_raw_body, response_serializer=_encode)
-        handlers["Session"] = grpc.stream_stream_rpc_method_handler(
-            self._session, request_deserializer=_raw_body, response_serializer=_encode
-        )
+        handlers = {name: make(self._guarded(method, name), **codecs) for name, (make, method) in methods.items()}
+        handlers["Session"] = grpc.stream_stream_rpc_method_handler(self._session, **codecs)
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def admit(self, call: Any) -> str | None:
@@ -137,7 +133,7 @@ class InferenceApi:
                 if name not in UNCOUNTED:
                     meta = await self._service.count(meta)
                 request = await self._bodies.message(
-                    name, data, meta.tenant, partial(self._service.longest_context, meta.principal)
+                    name, data, meta.tenant, partial(self._service.tokenization.longest_context, meta.principal)
                 )
                 context.release_request()
                 context.set_trailing_metadata((("x-request-id", meta.request_id),))
@@ -186,29 +182,26 @@ class InferenceApi:
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             if self._delivery is None:
                 self._delivery = ChunkDelivery()
-            encoder = encoder_for(kind, call, self._service)
+            encoder = encoder_for(kind, call, self._service.keepalives.progress)
             if call.is_resumed:
                 context.send(encoder.begin())
             await StreamWriter(call, encoder, context, self._delivery).run()
 
     async def _answer_unary(self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta) -> Message:
         async with self._service.open(request, meta) as call:
-            while not call.finished and call.error is None:
-                await call.news()
-            pieces = call.pop_pieces()
-            if call.error is not None:
-                raise call.error
+            pieces = await call.all_pieces()
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             return kind.response(call, pieces)
 
     # ---- tokens and models
 
     async def _tokenize(self, request: TokenizeCall, meta: CallMeta) -> pb.TokenizeResponse:
-        ids, max_model_len = await self._service.tokenize(request.model, request.prompt, meta)
+        ids, max_model_len = await self._service.tokenization.tokenize(request.model, request.prompt, meta)
         return pb.TokenizeResponse(token_ids=ids, max_model_len=max_model_len)
 
     async def _detokenize(self, request: DetokenizeCall, meta: CallMeta) -> pb.DetokenizeResponse:
-        return pb.DetokenizeResponse(text=await self._service.detokenize(request.model, request.token_ids, meta))
+        text = await self._service.tokenization.detokenize(request.model, request.token_ids, meta)
+        return pb.DetokenizeResponse(text=text)
 
     async def _list_models(self, request: pb.ListModelsRequest, meta: CallMeta) -> pb.ListModelsResponse:
         directory, principal = self._service.directory, meta.principal

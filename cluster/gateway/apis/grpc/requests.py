@@ -69,14 +69,11 @@ def parse_chat(request: pb.ChatRequest) -> GenerationRequest:
         raise unsupported("max_reasoning_tokens", "reasoning limits are")
     options = _options(given)
     _check_messages(request.messages)
-    kwargs = dict(_template_kwargs(request.chat_template_kwargs_json))
+    text = request.chat_template_kwargs_json
+    kwargs = _json_object("chat_template_kwargs_json", text) if text else {}
     if request.reasoning_effort:
         kwargs.setdefault("reasoning_effort", request.reasoning_effort)
-    prompt = ChatPrompt(
-        messages=_messages(request.messages),
-        template_kwargs=kwargs,
-        continue_final_message=request.continue_final_message,
-    )
+    prompt = ChatPrompt(_messages(request.messages), kwargs, continue_final_message=request.continue_final_message)
     return GenerationRequest(
         request.model, prompt, options, metadata=dict(request.metadata), resumable=_request_digest(request)
     )
@@ -95,13 +92,9 @@ def parse_complete(request: pb.CompleteRequest) -> GenerationRequest:
         prompt = TextPrompt(request.prompt)
     else:
         raise invalid("prompt", "must not be empty; give prompt or prompt_token_ids")
+    metadata, digest = dict(request.metadata), _request_digest(request)
     return GenerationRequest(
-        request.model,
-        prompt,
-        options,
-        DEFAULT_COMPLETE_TOKENS,
-        metadata=dict(request.metadata),
-        resumable=_request_digest(request),
+        request.model, prompt, options, DEFAULT_COMPLETE_TOKENS, metadata=metadata, resumable=digest
     )
 
 
@@ -217,7 +210,8 @@ def _session_call(start: pb.SessionStart) -> SessionStart:
         except CallError as error:
             request = error
     is_chat = start.resume.HasField("chat") if kind == "resume" else kind == "chat"
-    return SessionStart(start.call_id, is_chat, request, start.deadline_ms, *_session_ids(start))
+    ids = request_id(start.request_id), traceparent(start.traceparent)
+    return SessionStart(start.call_id, is_chat, request, start.deadline_ms, *ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +222,6 @@ class RequestReader:
     read: Callable[[Any], Any]
     only_field: str = ""
     """The only field that can make a request of this method large; "" if a request may be large."""
-
-
-def _session_ids(start: pb.SessionStart) -> tuple[str, str]:
-    return request_id(start.request_id), traceparent(start.traceparent)
 
 
 def check_name(name: str) -> None:
@@ -356,10 +346,6 @@ def _grammar(f: pb.ResponseFormat) -> Grammar | None:
         case other:
             known = "text, json_object, json_schema, regex, choice or grammar"
             raise invalid("response_format.type", f"must be {known}, got {quoted(other)}")
-
-
-def _template_kwargs(text: str) -> Mapping[str, Any]:
-    return _json_object("chat_template_kwargs_json", text) if text else {}
 
 
 def _json_object(field: str, text: str) -> dict[str, Any]:

@@ -11,14 +11,14 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from cluster.api.outcomes import OUTCOME_STATUS, CallError
 from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.keepalive import Progress, ProgressOf
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.models import KnownModel
-from cluster.gateway.service import Progress
 from cluster.gateway.text.logprobs import TokenLogprob
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -231,8 +231,7 @@ class SseEncoder:
 
     __slots__ = ("_call", "_progress", "_shift", "_stream", "ended", "plain")
 
-    def __init__(self, call: Call, stream: SseStream, shift: int, progress: Callable[[Call], Progress]) -> None:
-        """`progress`: returns the progress of a call without output."""
+    def __init__(self, call: Call, stream: SseStream, shift: int, progress: ProgressOf) -> None:
         self._progress = progress
         self.ended = False
         self._call = call
@@ -253,8 +252,7 @@ class SseEncoder:
         if pieces:
             self.ended = call.end_delivered
             return self._stream.events(call, pieces, self._shift)
-        if call.silent:
-            call.silent = False
+        if call.pop_keepalive():
             return keep_alive(self._progress(call))
         return b""
 

@@ -219,7 +219,7 @@ class OpenAiApi:
         meta = await self._service.count(meta)
         length = exchange.headers.get(b"content-length", b"")
         async with self._bodies.read(exchange.receive, connection, length, meta.tenant) as content:
-            max_ids = partial(self._service.longest_context, meta.principal)
+            max_ids = partial(self._service.tokenization.longest_context, meta.principal)
             parsed = await self._service.bodies.http(kind.name, content, meta.tenant, max_ids)
         answer = self._stream if parsed.stream else self._whole
         await _while_connected(answer(kind, parsed, meta, exchange), connection)
@@ -245,7 +245,7 @@ class OpenAiApi:
 
     async def _stream_call(self, call: Call, stream: answers.SseStream, shift: int, exchange: Exchange) -> None:
         """Stream the pieces of a call until the end of the call has been sent."""
-        encoder = answers.SseEncoder(call, stream, shift, self._service.progress)
+        encoder = answers.SseEncoder(call, stream, shift, self._service.keepalives.progress)
         while not exchange.started:
             await call.news()
             if data := encoder.encode_new():
@@ -263,7 +263,7 @@ class OpenAiApi:
             pieces: list[Piece] = []
             for i, call in enumerate(calls):
                 try:
-                    for piece in await _all_pieces(call):
+                    for piece in await call.all_pieces():
                         piece.index += i * parsed.requests[0].options.n
                         pieces.append(piece)
                 except CallError as error:
@@ -305,7 +305,7 @@ class OpenAiApi:
 
     async def _ready(self, exchange: Exchange) -> None:
         """Answer 200 while calls are accepted, even if there is no worker, since calls may wait for a worker."""
-        if self._service.closing:
+        if self._service.calls.closing:
             raise CallError(Outcome.NO_WORKER, "this gateway is stopping; call another")
         await exchange.respond(200, answers.body({"status": "ready"}))
 
@@ -318,17 +318,6 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     exchange = Exchange(scope, receive, send)
     content = answers.error_body(f"there is nothing at {scope['path']}", 404, "not_found")
     await exchange.respond(404, content)
-
-
-async def _all_pieces(call: Call) -> list[Piece]:
-    """Wait for the end of a call and return all pieces of the call. Raises the call's error, even if the call had
-    produced text before the error."""
-    while not call.finished and call.error is None:
-        await call.news()
-    pieces = call.pop_pieces()
-    if call.error is not None:
-        raise call.error
-    return pieces
 
 
 async def _run_all(awaitables: Sequence[Awaitable[None]]) -> None:

@@ -102,16 +102,8 @@ COMPLETION_FIELDS = _FIELDS | _UNSERVED_COMPLETION.keys()
 CHAT_FIELDS = (
     (_FIELDS - {"best_of", "prompt"})
     | _UNSERVED_CHAT.keys()
-    | {
-        *(
-            "add_generation_prompt",
-            "chat_template_kwargs",
-            "continue_final_message",
-            "max_completion_tokens",
-            "messages",
-        ),
-        *("reasoning_effort", "top_logprobs"),
-    }
+    | {"add_generation_prompt", "chat_template_kwargs", "continue_final_message", "max_completion_tokens", "messages"}
+    | {"reasoning_effort", "top_logprobs"}
 )
 _INSTEAD = {name: "use structured_outputs" for name in _UNSERVED if name.startswith("guided_")}
 
@@ -174,12 +166,7 @@ def parse_chat(body: Fields) -> ParsedRequest:
         generates = body.flag("add_generation_prompt")
     if resumes and generates:
         raise invalid("add_generation_prompt", "must be false with continue_final_message")
-    prompt = ChatPrompt(
-        messages=messages,
-        template_kwargs=template_kwargs,
-        continue_final_message=resumes,
-        add_generation_prompt=generates,
-    )
+    prompt = ChatPrompt(messages, template_kwargs, continue_final_message=resumes, add_generation_prompt=generates)
     length = "max_tokens" if body.values.get("max_completion_tokens") is None else "max_completion_tokens"
     options = _options(body, length, *_chat_logprobs(body))
     request = GenerationRequest(

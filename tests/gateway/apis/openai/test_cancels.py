@@ -44,9 +44,7 @@ async def test_a_client_gone_frees_its_place(
     elif where == "prefill":
         await until(lambda: worker.engine.load().running == 1, "the call is in prefill")
     else:
-        await until(
-            lambda: any(c.first_token_at is not None for c in cluster.gateway.service._open.values()), "tokens come"
-        )
+        await until(lambda: any(c.first_token_at is not None for c in cluster.gateway.service.calls), "tokens come")
     for wire in wires:
         await wire.close()
     await cluster.until_idle(5 if where == "prefill" else 2)

@@ -1,0 +1,192 @@
+"""The output of a session. All output of a tick is sent in one message.
+
+A tick is one pass of the event loop. The output of a tick is everything that one worker message brings, or everything
+that has gathered while the client did not read. A busy session thus costs one write for each engine step instead of
+one write for each token, and a slow client gets larger messages instead of later messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from cluster.api.outcomes import CallError
+from cluster.gateway.apis.grpc import answers as codec
+from cluster.gateway.apis.grpc.chunk_encoders import GrpcEncoder
+from cluster.gateway.apis.grpc.status import details
+from cluster.gateway.calls.call import Call
+from cluster.v1 import inference_pb2 as pb
+
+MAX_UNREAD_CHARS = 1 << 20
+"""Upper bound on the characters and serialized bytes that wait for a client that does not read. A session with more
+waiting output is closed."""
+MAX_HALTED_S = 60.0
+"""Seconds after which a session is closed if the client sends requests but reads nothing. The unread requests fill the
+tenant's budget of request bytes."""
+
+
+class SessionOutput:
+    """The serialized events for a session's next message, and the calls that have more to write."""
+
+    def __init__(self, context: Any, over: asyncio.Future[None]) -> None:
+        """`over`: ends the session. Its result is set once everything is sent after `finish`, or once the client has
+        read nothing for too long."""
+        self._context = context
+        self._over = over
+        self._loop = asyncio.get_running_loop()
+        self._finishing = False
+        self._halt: asyncio.Task[None] | None = None
+        self.pass_scheduled = False
+        self.dirty: dict[int, SessionWriter] = {}
+        """Writers of the calls that have output for the next pass, by call id."""
+        self.parts: list[bytes] = []
+        """Serialized events for the next message."""
+        self.halted = False
+        """Whether output is halted because the client does not read. Each call then keeps and merges its own output."""
+        self.client_reads = asyncio.Event()
+        """Event that is cleared while output is halted. Until the event is set again, requests of the client are not
+        read either."""
+        self.client_reads.set()
+        self.stalled = False
+        """Whether the session must be closed because the client has read nothing for too long."""
+
+    def wake(self) -> None:
+        """Schedule a pass, because there is output."""
+        if not self.pass_scheduled and not self.halted:
+            self.pass_scheduled = True
+            self._loop.call_soon(self._pass)
+
+    def send_status(self, call_id: int, error: CallError) -> None:
+        """Send the error with which a call has ended."""
+        self.parts.append(codec.event(pb.SessionEvent(call_id=call_id, status=details(error).SerializeToString())))
+        self.wake()
+
+    def finish(self) -> None:
+        """Send what is left, then end the session."""
+        self._finishing = True
+        self.wake()
+
+    async def close(self) -> None:
+        """Stop waiting for the client."""
+        if self._halt is not None:
+            self._halt.cancel()
+            await asyncio.gather(self._halt, return_exceptions=True)
+
+    def _pass(self) -> None:
+        """Append the output of all marked calls to the message, at most one event for each call, and send the message.
+        Events that were appended directly stay first."""
+        self.pass_scheduled = False
+        if self._over.done():
+            return
+        if self.dirty:
+            dirty, self.dirty = self.dirty, {}
+            for writer in dirty.values():
+                writer.write()
+        if self.parts:
+            parts, self.parts = self.parts, []
+            self._context.send(b"".join(parts))
+            if self._context.full:
+                self.halted = True
+                self.client_reads.clear()
+                self._halt = self._loop.create_task(self._await_reader())
+        if self._finishing and not self.halted:
+            self._over.set_result(None)
+
+    async def _await_reader(self) -> None:
+        """Wait until the client reads. Close the session if the client lets too much output gather."""
+        since = self._loop.time()
+        while True:
+            try:
+                async with asyncio.timeout(1.0):
+                    await self._context.wait_until_writable()
+            except TimeoutError:
+                ignored = self._context.unread_requests and self._loop.time() - since > MAX_HALTED_S
+                if (ignored or self._unread() > MAX_UNREAD_CHARS) and not self._over.done():
+                    self.stalled = True
+                    self._over.set_result(None)
+                    return
+                continue
+            self.halted = False
+            self.client_reads.set()
+            self.wake()
+            return
+
+    def _unread(self) -> int:
+        return sum(map(len, self.parts)) + sum(writer.pending_chars for writer in self.dirty.values())
+
+
+class SessionWriter:
+    """Writer of one call's events. `run` returns when the end of the call is written, or raises the call's error."""
+
+    __slots__ = ("_call", "_call_id", "_encode_new", "_encode_text", "_encoder", "_ended", "_open", "_output")
+
+    def __init__(self, output: SessionOutput, call_id: int, call: Call, encoder: GrpcEncoder) -> None:
+        self._call_id = call_id
+        self._output = output
+        self._call = call
+        self._encoder = encoder
+        self._encode_new = encoder.encode_new
+        self._encode_text = encoder.encode_text
+        self._open = True
+        self._ended = asyncio.Event()
+
+    async def run(self) -> None:
+        """Write events until the call ends. Raises the call's error."""
+        if self._call.is_resumed:
+            self._output.parts.append(self._encoder.begin())
+        self._call.listen(self._mark)
+        self._mark()
+        try:
+            await self._ended.wait()
+        finally:
+            self._call.listen(None)
+            self._output.dirty.pop(self._call_id, None)
+        if self._call.error is not None:
+            raise self._call.error
+
+    def _mark(self) -> None:
+        """Mark the call as having output for the next pass."""
+        output = self._output
+        output.dirty[self._call_id] = self
+        if not output.pass_scheduled:
+            output.wake()
+
+    def _send_text(self, text: str) -> None:
+        """Append the text of a token to the next message. Called directly while a worker's message is handled."""
+        output = self._output
+        if output.halted:
+            self._call.sequences[0].give_back(text)
+            output.dirty[self._call_id] = self
+            return
+        output.parts.append(self._encode_text(text))
+        if not output.pass_scheduled:
+            output.wake()
+
+    def write(self) -> None:
+        """Append everything that is new in the call to the next message."""
+        if not self._open:
+            return
+        try:
+            if text := self._call.pop_text():  # the most frequent case, which needs no `encode_new`
+                self._output.parts.append(self._encode_text(text))
+            elif text is None and (data := self._encode_new()):
+                self._output.parts.append(data)
+            if self._encoder.ended:
+                self._end()
+            elif self._encoder.plain:
+                self._call.sequences[0].go_direct(self._send_text)
+        except CallError:
+            self._end()  # `run` raises the call's error
+        except BaseException as error:  # ends this call, not the session
+            self._call.fail_unexpectedly(error)
+            self._end()
+
+    def _end(self) -> None:
+        """Write nothing more, and let `run` return."""
+        self._open = False
+        self._ended.set()
+
+    @property
+    def pending_chars(self) -> int:
+        """Upper bound on the number of characters that the call has not written."""
+        return sum(sequence.pending_chars for sequence in self._call.sequences)

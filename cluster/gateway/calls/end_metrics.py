@@ -1,0 +1,70 @@
+"""Metrics of calls that have ended: outcomes, times, tokens, and whether the SLO of the model was met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cluster.api.outcomes import Outcome
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.opening import Opening
+from cluster.gateway.demand import DemandTally, within_slo
+from cluster.gateway.models import ModelDirectory
+from cluster.observe.metrics import Metrics
+
+SHORT_OF_CAPACITY = (
+    Outcome.QUEUE_FULL,
+    Outcome.SHED,
+    Outcome.DEADLINE_EXCEEDED,
+    Outcome.DEADLINE_UNREACHABLE,
+    Outcome.MODEL_LOADING,
+    Outcome.NO_WORKER,
+    Outcome.WORKER_LOST,
+)
+"""Outcomes that might have been prevented by more replicas."""
+
+
+class EndMetrics:
+    """The metrics of one gateway's ended calls."""
+
+    def __init__(
+        self, metrics: Metrics, directory: ModelDirectory, tally: DemandTally, clock: Callable[[], float]
+    ) -> None:
+        self._metrics = metrics
+        self._directory = directory
+        self._tally = tally
+        self._clock = clock
+
+    def count(self, opening: Opening, outcome: Outcome) -> None:
+        """Count a call that has ended or could not begin."""
+        call, model, meta = opening.call, opening.model_name, opening.meta
+        metrics = self._metrics
+        metrics.count("requests_total", model, meta.tenant, meta.api, outcome.value)
+        if call is not None:
+            self._count_slo(call, outcome)
+        if call is None or call.first_token_at is None:
+            if outcome not in (Outcome.OK, Outcome.CANCELLED):
+                metrics.count("rejected_total", model, outcome.value)
+            return
+        call.count()
+        usage = call.usage
+        metrics.histogram("request_duration_seconds", model).observe(self._clock() - opening.arrived)
+        metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
+        metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
+        if call.pays_prompt:
+            metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
+        metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
+        metrics.count("generation_tokens_total", model, meta.tenant, by=call.new_tokens)
+
+    def _count_slo(self, call: Call, outcome: Outcome) -> None:
+        """Count whether a call met the SLO of its model. A cancelled or invalid call does not count, unless the call
+        had already missed the objective for the time to first token."""
+        known = self._directory.find(call.model)
+        if known is None or call.is_resumed:
+            return
+        entry, served = known.entry, outcome is Outcome.OK
+        ttft_s = call.usage.ttft_s if call.first_token_at is not None else None
+        late = entry.slo_ttft_s and self._clock() - call.arrived > entry.slo_ttft_s and ttft_s is None
+        if not served and not late and outcome not in SHORT_OF_CAPACITY:
+            return
+        met = served and within_slo(ttft_s, call.mean_gap_s, entry.slo_ttft_s, entry.slo_itl_s)
+        self._tally.count_slo(call.model, call.policy.priority_class, call.rank, met)

@@ -1,0 +1,167 @@
+"""The steps from a generation request to a call with its sequences. service.py takes the steps."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.api.types import EngineRequest, Sampling
+from cluster.gateway.apis.request_ids import random_id
+from cluster.gateway.auth.authenticator import Authenticator
+from cluster.gateway.calls import request as requests
+from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.life import Life
+from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.tokenization import encode
+from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.scheduling.scheduler import Scheduler
+from cluster.gateway.scheduling.submission import check_size
+from cluster.gateway.text.logprobs import LogprobTexts
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.observe.metrics import Metrics
+from cluster.policy.routing.version_split import Versions
+
+if TYPE_CHECKING:
+    from cluster.gateway.guards.guards import CallGuards, Guards
+    from cluster.gateway.resume_tokens.resumption import ResumeService
+    from cluster.gateway.resume_tokens.token_chain import TokenChain
+
+
+@dataclass(slots=True)
+class Opening:
+    """A call that is being opened: what is known of the call after the steps taken so far. The methods are the steps,
+    in order, and raise CallError."""
+
+    request: requests.GenerationRequest
+    meta: CallMeta
+    arrived: float
+    model_name: str = ""
+    chain: TokenChain | None = None
+    """Chain of the presented resume tokens, if the call began at another gateway."""
+    requested: KnownModel = field(init=False)
+    model: KnownModel = field(init=False)
+    """The model that serves the call: the requested model or a fallback model."""
+    versions: Versions = field(init=False)
+    text: TextModel = field(init=False)
+    max_model_len: int = 0
+    prompt_ids: array[int] = field(default_factory=lambda: array("I"))
+    guards: CallGuards | None = None
+    call: Call | None = None
+
+    async def read_resume_tokens(self, resumes: ResumeService) -> None:
+        """Read the resume tokens of the request."""
+        self.chain = await resumes.read(self.request, self.meta.principal)
+        self.model_name = self.chain.call_head.model
+        self.meta = replace(self.meta, deadline=resumes.deadline(self.chain, self.meta.deadline))
+
+    def choose_model(self, directory: ModelDirectory) -> None:
+        """Choose the requested model or one of its fallbacks, and the versions on which the call may begin."""
+        chain, principal = self.chain, self.meta.principal
+        name = self.request.model if chain is None else chain.call_head.model
+        requested = model = directory.resolve(name, principal, began=chain is not None)
+        if model.entry.fallback and not model.served and chain is None:
+            model = directory.fallback_of(model, principal) or model
+        self.requested, self.model, self.model_name = requested, model, model.name
+        request_id = self.meta.request_id if chain is None else chain.call_head.request_id
+        self.versions = model.choose_version(request_id, "" if chain is None else chain.bundle_digest)
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether a fallback model serves the call."""
+        return self.model is not self.requested
+
+    @property
+    def bundle_digest(self) -> str:
+        """Digest of the tokenizer bundle of the call."""
+        return self.model.bundle_digest_of(self.versions.first)
+
+    async def encode(self, directory: ModelDirectory) -> None:
+        """Encode the prompt."""
+        self.text = await directory.text_model(self.model, self.versions.first)
+        self.max_model_len, longest = self.model.max_model_len, self.meta.principal.tenant.max_context_tokens
+        if longest:
+            self.max_model_len = min(self.max_model_len, longest)
+        self.prompt_ids = await encode(self.request.prompt, self.text, self.meta.tenant, self.max_model_len)
+
+    def create_guards(self, guards: Guards) -> CallGuards:
+        """Create the guards of the call."""
+        principal = self.meta.principal
+        self.guards = guards.for_call(principal.tenant, self.model.name, self.meta.request_id, principal.subject)
+        return self.guards
+
+    async def guard_prompt(self, guards: CallGuards) -> None:
+        """Apply the guards to the prompt. If the guards change the prompt, encode the changed prompt."""
+        guarded = await guards.prompt(self.request.prompt, self.text)
+        if guarded is not self.request.prompt:
+            self.request = replace(self.request, prompt=guarded)
+            self.prompt_ids = await encode(guarded, self.text, self.meta.tenant, self.max_model_len)
+
+    def create_call(
+        self,
+        scheduler: Scheduler,
+        authenticator: Authenticator,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        life: Callable[[], Life],
+    ) -> Call:
+        """Create the call and its sequences, without queueing them. `life` returns the life of a new sequence."""
+        sampling = self._sampling()
+        request, meta, policy = self.request, self.meta, self.meta.principal.tenant
+        call = Call(
+            id=f"{'chatcmpl' if requests.is_chat(request.prompt) else 'cmpl'}-{random_id()}",
+            model=self.model.name,
+            policy=policy,
+            rank=scheduler.charges.rank_of(policy.priority_class),
+            arrived=self.arrived,
+            deadline=meta.deadline,
+            clock=clock,
+            events=scheduler,
+            itl=metrics.histogram("inter_token_latency_seconds", self.model.name),
+            request_id=meta.request_id,
+            counted=meta.counted,
+            versions=self.versions,
+            bundle_digest=self.bundle_digest,
+            usage=CallUsage(prompt_tokens=len(self.prompt_ids)),
+            labels={**request.metadata, **policy.labels},
+            key_id=meta.principal.subject if meta.principal.by == "key" else "",
+        )
+        salt = authenticator.cache_salt(meta.principal, request.cache_salt)
+        first = EngineRequest(
+            "", self.prompt_ids, sampling, cache_salt=salt, priority=call.rank, traceparent=meta.traceparent
+        )
+        check_size(first)
+        for index in range(request.options.n):
+            call.sequences.append(self._sequence(call, index, first, life()))
+        self.call = call
+        return call
+
+    def _sampling(self) -> Sampling:
+        """Return the sampling parameters of the call."""
+        if not self.max_model_len:
+            raise CallError(Outcome.MODEL_LOADING, f"model {self.model.name} is still being prepared; retry later")
+        return requests.sampling(
+            self.request,
+            self.model.default_sampling_of(self.versions.first),
+            len(self.prompt_ids),
+            self.max_model_len,
+            self.text.vocab_size,
+            self.meta.principal.tenant.max_output_tokens,
+            self.text.eos_token_ids,
+        )
+
+    def _sequence(self, call: Call, index: int, first: EngineRequest, life: Life) -> OutputSequence[Call]:
+        """Return a sequence of the call. `first`: the engine request of the first sequence. Each further sequence has
+        the next seed."""
+        options, sampling, engine_request = self.request.options, first.sampling, first
+        if index and sampling.seed is not None:
+            engine_request = replace(first, sampling=replace(sampling, seed=sampling.seed + index))
+        plain = self.text.detokenizer(self.prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
+        top = options.logprobs if options.logprobs_returned is None else options.logprobs_returned
+        logprob_texts = None if top is None else LogprobTexts(self.text, top)
+        guards = self.guards
+        detokenizer, logprobs = (plain, logprob_texts) if guards is None else guards.output(plain, logprob_texts)
+        return OutputSequence(call, index, engine_request, detokenizer, logprobs, life=life)

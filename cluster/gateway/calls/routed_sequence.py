@@ -1,0 +1,175 @@
+"""A sequence as the scheduler sees it: the request, the worker that runs it, and the workers that it had before.
+
+life.py decides the state of a sequence; the class in this module acts on the state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
+
+from cluster.api.types import CompatibilityKey, EngineRequest
+from cluster.gateway.calls.life import Event, Life, State
+from cluster.gateway.links.worker_link import WorkerLink
+
+
+class Identified(Protocol):
+    """An object with an id, which is the call of a sequence."""
+
+    id: str
+
+
+Owner = TypeVar("Owner", bound=Identified)
+
+
+@dataclass(eq=False, repr=False, slots=True)
+class RoutedSequence(Generic[Owner]):
+    """The request of one sequence, its slot on the link to a worker (no link between two workers), and its life."""
+
+    call: Owner
+    index: int
+    request: EngineRequest
+    life: Life = field(kw_only=True, default_factory=Life)
+    emitted: list[int] = field(init=False, default_factory=list)
+    """Tokens emitted so far. This is the detokenizer's own list, which leaves out the tokens after a stop string."""
+    key: str = field(init=False)
+    """Name of the sequence in this gateway's queues and accounts."""
+    link: WorkerLink | None = field(init=False, default=None)
+    slot: int = field(init=False, default=0)
+    restored: int = field(init=False, default=0)
+    """Number of tokens that had been emitted when this gateway continued the sequence."""
+    admitted: bool = field(init=False, default=False)
+    """Whether an engine has accepted the sequence."""
+    finish_reason: str = field(init=False, default="")
+    """Reason of the end in the words of the APIs; "" until the sequence has finished."""
+    cached_tokens: int = field(init=False, default=0)
+    """Number of prompt tokens that were cached on the sequence's first worker, or on the worker that resumed the
+    sequence for this gateway."""
+
+    def __post_init__(self) -> None:
+        self.key = f"{self.call.id}#{self.index}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.key} tokens {len(self.emitted)} {self.life.state.value}>"
+
+    @property
+    def state(self) -> State:
+        """State of the sequence."""
+        return self.life.state
+
+    @property
+    def tokens(self) -> int:
+        """Number of prompt and emitted tokens, all of which a new worker must compute before the next token."""
+        return len(self.request.prompt_token_ids) + len(self.emitted)
+
+    @property
+    def attempt(self) -> int:
+        """Number of the sequence's next Submit, from 1."""
+        return self.life.attempt
+
+    @property
+    def failures(self) -> int:
+        """Number of workers that have failed the sequence."""
+        return self.life.failures
+
+    @property
+    def compatibility(self) -> CompatibilityKey | None:
+        """Compatibility key of the worker that computed the sequence's first token."""
+        return self.life.compatibility
+
+    @property
+    def last_worker(self) -> str:
+        """Incarnation of the worker that got the sequence's last Submit."""
+        return self.life.last_worker
+
+    @property
+    def cached_on(self) -> str:
+        """Incarnation of the worker that holds the sequence's KV blocks after the loss of its gateway, else ""."""
+        return self.life.cached_on
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        """Incarnations of the workers to which the sequence must not be sent again."""
+        return self.life.excluded
+
+    @property
+    def moved(self) -> bool:
+        """Whether the sequence resumes because its worker was draining."""
+        return self.life.reason == "moved"
+
+    @property
+    def computed(self) -> bool:
+        """Whether a worker has accepted the sequence or emitted tokens for it."""
+        return self.life.computed
+
+    @property
+    def lost_links(self) -> tuple[str, ...]:
+        """Names of the links that the sequence lost in a row, without a new token in between."""
+        return self.life.loss.links
+
+    @property
+    def lost_at(self) -> float:
+        """Monotonic time at which the sequence last lost a worker unexpectedly."""
+        return self.life.loss.last_at
+
+    @property
+    def lost_node(self) -> str:
+        """Node of the worker that the sequence lost last."""
+        return self.life.loss.last_node
+
+    @property
+    def silent_since(self) -> float | None:
+        """Monotonic time of the first loss since the sequence's last token, else None."""
+        return self.life.silent_since(len(self.emitted))
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the sequence has lost so many workers in a row that it may be the cause; see worker_losses.py."""
+        return self.life.suspect(len(self.emitted))
+
+    def acquit(self) -> None:
+        """Forget the losses of the sequence, which is not their cause."""
+        self.life.acquit()
+
+    def restore_losses(self, losses: tuple[str, ...]) -> None:
+        """Set the losses in a row that another gateway has recorded."""
+        self.life.restore_losses(losses, len(self.emitted))
+
+    # ---- the worker
+
+    def submission(self) -> EngineRequest:
+        """Return the request for the next worker, which includes the tokens emitted so far."""
+        if not self.emitted:
+            return self.request
+        return replace(self.request, emitted_token_ids=tuple(self.emitted))
+
+    def bind(self, link: WorkerLink, slot: int) -> None:
+        """Record the worker and the slot to which the request was sent."""
+        self.link, self.slot = link, slot
+        key = None
+        if not self.emitted:
+            key = link.compatibility_key if self.request.sampling.is_seeded else link.compatibility_key.unseeded
+        self.life.submitted(link.identity.incarnation, key)
+
+    def leave_engine(self) -> None:
+        """Abort the sequence in the engine, if the sequence runs there."""
+        if self.link is not None:
+            self.link.abort(self.slot)
+            self.link = None
+
+    # ---- the end
+
+    def finish(self, reason: str) -> None:
+        """Finish the sequence, which keeps its tokens. `reason`: the finish reason."""
+        self.finish_reason = reason
+        self.life.apply(Event.FINISHED)
+
+    def end(self) -> None:
+        """End the sequence with its call, and abort the sequence in the engine."""
+        self.life.apply(Event.FAILED)
+        self.leave_engine()
+
+    def unlink_call(self) -> None:
+        """Drop the reference to the ended call, so that the call and the sequence are freed without the garbage
+        collector."""
+        del self.call

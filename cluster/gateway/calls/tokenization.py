@@ -1,0 +1,93 @@
+"""Conversion of prompts into token ids, for calls and for the methods Tokenize and Detokenize."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.gateway.apis.json_values import MAX_IDS
+from cluster.gateway.calls import request as requests
+from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.models import ModelDirectory
+from cluster.gateway.quotas.reservations import QuotaReservations
+from cluster.gateway.text.tokenizer import ANY_LENGTH, TextModel
+from cluster.policy.tenants.identity import Principal
+
+FEW_IDS = 4096
+"""Maximum number of token ids that are checked without numpy. Longer prompts are checked as a numpy array."""
+
+
+class Tokenization:
+    """The tokenizers of a gateway's models, as callers use them without a call."""
+
+    def __init__(self, directory: ModelDirectory, reservations: QuotaReservations) -> None:
+        self._directory = directory
+        self._reservations = reservations
+
+    def longest_context(self, principal: Principal) -> int:
+        """Return the longest context, in tokens, of the models that a caller may use; MAX_IDS if the context of one of
+        these models is unknown."""
+        lengths = [model.max_model_len for model in self._directory.open_to(principal)]
+        return max(lengths) if lengths and all(lengths) else MAX_IDS
+
+    async def tokenize(self, name: str, prompt: requests.Prompt, meta: CallMeta) -> tuple[array[int], int]:
+        """Encode a prompt and charge its tokens to the tenant. Returns the token ids and the model's context length.
+        Raises CallError."""
+        model = self._directory.resolve(name, meta.principal)
+        text = await self._directory.text_model(model)
+        ids = await encode(prompt, text, meta.tenant, model.max_model_len)
+        await self._reservations.charge(meta.principal.tenant, len(ids))
+        return ids, model.max_model_len
+
+    async def detokenize(self, name: str, token_ids: Sequence[int], meta: CallMeta) -> str:
+        """Decode token ids into text and charge the ids to the tenant. Raises CallError."""
+        model = self._directory.resolve(name, meta.principal)
+        text = await self._directory.text_model(model)
+        if model.max_model_len and len(token_ids) > model.max_model_len:
+            raise invalid("token_ids", f"at most {model.max_model_len} (the model's context), got {len(token_ids)}")
+        ids = _in_vocabulary(token_ids, text.vocab_size, "token_ids") if len(token_ids) else array("I")
+        await self._reservations.charge(meta.principal.tenant, len(ids))
+        return await text.decode_async(meta.tenant, ids, "token_ids")
+
+
+async def encode(
+    prompt: requests.Prompt, text: TextModel, tenant: str = "default", max_model_len: int = 0
+) -> array[int]:
+    """Encode a prompt. A long prompt is encoded outside the event loop. A `max_model_len` of 0 allows any length.
+
+    Raises CallError. A text that certainly leaves no room for output is refused before it is tokenized.
+    """
+    if requests.is_chat(prompt) and not text.has_chat_template:
+        raise CallError(
+            Outcome.UNSUPPORTED_FEATURE, "the model has no chat template: use Complete with a formatted prompt"
+        )
+    most = max_model_len - 1 if max_model_len else ANY_LENGTH
+    if isinstance(prompt, requests.PackedPrompt):
+        ids = await text.packed_ids_async(tenant, prompt, most)
+    elif isinstance(prompt, requests.ChatPrompt):
+        return await text.chat_ids_async(tenant, prompt.messages, most, **prompt.template_options)
+    elif isinstance(prompt, requests.TextPrompt):
+        ids = await text.prompt_ids_async(tenant, prompt.text, most)
+    else:
+        if len(prompt.token_ids) > most:
+            raise requests.too_long(len(prompt.token_ids), max_model_len, chat=False)
+        ids = _in_vocabulary(prompt.token_ids, text.vocab_size)
+    if not ids and not requests.is_chat(prompt):
+        raise invalid("prompt", "must not be empty")
+    return ids
+
+
+def _in_vocabulary(ids: Sequence[int], vocab_size: int, field: str = "prompt_token_ids") -> array[int]:
+    if 0 < len(ids) <= FEW_IDS and min(ids) >= 0 and max(ids) < vocab_size:
+        return array("I", ids)
+    import numpy as np  # not imported at start: deferred_imports.py
+
+    values = np.asarray(ids)
+    if values.dtype.kind not in "iu":  # integers beyond 64 bits become objects
+        values = np.asarray(ids, np.int64)
+    wrong = np.flatnonzero((values < 0) | (values >= vocab_size))
+    if wrong.size:
+        i = int(wrong[0])
+        raise invalid(f"{field}[{i}]", f"must be in 0 to {vocab_size - 1} (the vocabulary), got {values[i]}")
+    return array("I", values.astype(np.uint32).tobytes())

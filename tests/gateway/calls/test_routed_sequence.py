@@ -1,0 +1,99 @@
+"""The worker side of a sequence: what is sent to the next worker, and what is aborted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+
+from cluster.api.types import CompatibilityKey, EngineRequest, Sampling
+from cluster.gateway.calls.life import State
+from cluster.gateway.calls.routed_sequence import RoutedSequence
+from cluster.gateway.links.worker_link import WorkerLink
+
+KEY = CompatibilityKey("weights", "bundle", "class")
+
+
+@dataclass
+class Owner:
+    """A call with an id only."""
+
+    id: str = "cmpl-1"
+
+
+@dataclass
+class Identity:
+    """The identity of a worker."""
+
+    incarnation: str = "w1"
+
+
+@dataclass
+class Link:
+    """A link that collects the aborted slots."""
+
+    identity: Identity = field(default_factory=Identity)
+    compatibility_key: CompatibilityKey = KEY
+    aborted: list[int] = field(default_factory=list)
+
+    def abort(self, slot: int) -> None:
+        """Collect the slot."""
+        self.aborted.append(slot)
+
+
+def sequence(emitted: Sequence[int] = (), seed: int | None = None) -> RoutedSequence[Owner]:
+    """Return a sequence with a prompt of three tokens."""
+    request = EngineRequest("", [1, 2, 3], Sampling(max_tokens=8, temperature=1.0, seed=seed))
+    one = RoutedSequence(Owner(), 2, request)
+    one.emitted += emitted
+    return one
+
+
+def bound(one: RoutedSequence[Owner], slot: int = 7) -> Link:
+    """Send a sequence on a new link and return the link."""
+    link = Link()
+    one.bind(cast(WorkerLink, link), slot)
+    return link
+
+
+def test_a_submission_has_the_emitted_tokens() -> None:
+    """The request of a sequence without tokens is sent as it is; later requests have the tokens emitted so far."""
+    fresh, begun = sequence(), sequence([4, 5])
+    assert fresh.submission() is fresh.request
+    assert begun.submission().emitted_token_ids == (4, 5)
+    assert (fresh.key, fresh.tokens, begun.tokens) == ("cmpl-1#2", 3, 5)
+
+
+@pytest.mark.parametrize(("seed", "expected"), [(11, KEY), (None, KEY.unseeded)])
+def test_the_first_worker_decides_the_compatibility_key(seed: int | None, expected: CompatibilityKey) -> None:
+    """The key of the first worker is kept, with the engine class only for a seeded sequence."""
+    one = sequence(seed=seed)
+    bound(one)
+    assert (one.state, one.last_worker, one.compatibility) == (State.SENT, "w1", expected)
+
+
+def test_a_sequence_with_tokens_keeps_its_compatibility_key() -> None:
+    """A worker that continues a sequence does not change the sequence's key."""
+    one = sequence([4])
+    one.life.restore("w0", CompatibilityKey("other", "bundle", "class"), 1)
+    bound(one)
+    assert one.compatibility == CompatibilityKey("other", "bundle", "class")
+
+
+def test_an_ended_sequence_is_aborted_once() -> None:
+    """The end of a sequence aborts the slot, and a second end does nothing."""
+    one = sequence()
+    link = bound(one)
+    one.end()
+    one.end()
+    assert (link.aborted, one.link, one.state) == ([7], None, State.FAILED)
+
+
+def test_a_finished_sequence_keeps_its_state_at_the_end_of_the_call() -> None:
+    """A sequence that has finished does not fail with its call."""
+    one = sequence([4])
+    one.finish("stop")
+    one.end()
+    assert (one.finish_reason, one.state) == ("stop", State.DONE)
