@@ -4,21 +4,21 @@ DATA and WINDOW_UPDATE are the two frame types that come with every token. A fra
 in a fifth of the time, unless the frame is unusual.
 
 For each new stream, h2 counts the open streams by walking all of them. h2 also keeps a note of each of the last 65,536
-ended streams. In this server the connection counts its calls itself, and a stream is dropped when the stream's call
-ends.
+ended streams, which takes 10 MB. In this server the connection counts its calls itself, and a stream is dropped when
+the stream's call ends.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 from h2 import events
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
-from h2.stream import H2Stream, StreamInputs, StreamState
+from h2.stream import H2Stream, StreamClosedBy, StreamInputs, StreamState
 from hyperframe.frame import Frame
-
-from cluster.http2.reset_streams import EndedStreams
 
 # Header validation is off: this server reads only the headers that a call needs, and forwards no headers.
 _CONFIGURATION = H2Configuration(
@@ -37,6 +37,25 @@ _PRIVATE = (
 _PRIVATE_OF_STREAM = ("_actual_content_length", "_expected_content_length", "_inbound_window_manager")
 MAX_WINDOW = 2**31 - 1
 _OPEN = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
+_RESETS = (StreamClosedBy.SEND_RST_STREAM, StreamClosedBy.RECV_RST_STREAM)
+
+
+class EndedStreams(OrderedDict[int, StreamClosedBy | None]):
+    """A replacement for h2's notes of ended streams. Only the last `most` streams that were reset are kept.
+
+    h2 needs a stream's note when a late frame arrives for the ended stream. For a stream that ended normally, the note
+    only decides which error ends the connection."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __setitem__(self, stream_id: int, by: StreamClosedBy | None) -> None:
+        if by not in _RESETS:
+            return
+        super().__setitem__(stream_id, by)
+        while len(self) > self.most:
+            self.popitem(last=False)
 
 
 class Http2State(H2Connection):

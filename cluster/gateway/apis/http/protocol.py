@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 
 from cluster.gateway.apis.http.timeouts import ConnectionTimeouts, Late, TimeoutLimits
 from cluster.http2 import ConnectionSlot, ConnectionStage
-from cluster.http2.frame_costs import Bucket
+from cluster.http2.limits import Bucket
 
 CONNECTION: Final = "headrace.connection"
 """The key under which the ASGI scope of a request holds the protocol object of the connection."""
