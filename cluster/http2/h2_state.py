@@ -59,6 +59,14 @@ class EndedStreams(OrderedDict[int, StreamClosedBy | None]):
 
 
 class Http2State(H2Connection):
+    """The h2 state of a connection, on either side."""
+
+    def output(self) -> bytes:
+        """Return the bytes to send, like data_to_send, but at less cost if there are no bytes."""
+        return self.data_to_send() if self._data_to_send else b""
+
+
+class ServerState(Http2State):
     """The h2 state of a server connection, which receives one frame at a time."""
 
     def __init__(self, ended: EndedStreams) -> None:
@@ -85,10 +93,6 @@ class Http2State(H2Connection):
             self._terminate_connection(error.error_code)
             raise
 
-    def output(self) -> bytes:
-        """Return the bytes to send, like data_to_send, but at less cost if there are no bytes."""
-        return self.data_to_send() if self._data_to_send else b""
-
     def receive_data_of(self, stream: H2Stream, size: int, *, ends: bool) -> bool:
         """Count a DATA frame that has no flag except END_STREAM, as receive_frame would.
 
@@ -106,7 +110,7 @@ class Http2State(H2Connection):
         stream._actual_content_length += size
         return True
 
-    def receive_window_of(self, holder: H2Stream | Http2State, size: int) -> bool:
+    def receive_window_of(self, holder: H2Stream | ServerState, size: int) -> bool:
         """Count a WINDOW_UPDATE of an open stream or of the connection. Returns False if receive_frame must handle the
         frame."""
         window = holder.outbound_flow_control_window + size

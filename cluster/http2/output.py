@@ -13,7 +13,7 @@ from hyperframe.frame import GoAwayFrame
 
 from cluster.http2 import frames
 from cluster.http2.connection_table import ConnectionSlot
-from cluster.http2.h2_state import EndedStreams, Http2State
+from cluster.http2.h2_state import EndedStreams, Http2State, ServerState
 from cluster.http2.limits import FIRST_WINDOW_BYTES, Budget, ServerLimits
 
 UNAUTHENTICATED_UNSENT_BYTES: Final = 1 << 20
@@ -24,8 +24,10 @@ UNAUTHENTICATED_RESETS_NOTED: Final = 128
 class ConnectionOutput:
     """The unsent bytes of one connection. Once the output is closed or aborted, nothing more is sent or received."""
 
-    def __init__(self, transport: asyncio.Transport, h2: Http2State, on_unread: Callable[[], None]) -> None:
-        """`on_unread`: called when more bytes wait than the connection may leave unread."""
+    def __init__(
+        self, transport: asyncio.Transport, h2: Http2State, on_unread: Callable[[], None] | None = None
+    ) -> None:
+        """`on_unread`: called when more bytes wait than the other side may leave unread; None if there is no limit."""
         self._transport = transport
         self._h2 = h2
         self._loop = asyncio.get_running_loop()
@@ -129,7 +131,7 @@ class ConnectionOutput:
         if self._transport.is_closing():
             return
         self._transport.write(data)
-        if self._transport.get_write_buffer_size() > self._max_unsent_bytes:
+        if self._on_unread is not None and self._transport.get_write_buffer_size() > self._max_unsent_bytes:
             self._on_unread()
 
 
@@ -147,7 +149,7 @@ class BlockedAnswers:
 
     __slots__ = ("_by_connection", "_by_stream", "_h2")
 
-    def __init__(self, h2: Http2State) -> None:
+    def __init__(self, h2: ServerState) -> None:
         self._h2 = h2
         self._by_connection: dict[int, BlockedAnswer] = {}
         """Answers that wait for the connection's window, in the order in which they will be pushed."""
@@ -194,7 +196,7 @@ class ReceiveWindows:
 
     __slots__ = ("_growth", "_h2", "_output", "_step_bytes", "admitted")
 
-    def __init__(self, h2: Http2State, output: ConnectionOutput) -> None:
+    def __init__(self, h2: ServerState, output: ConnectionOutput) -> None:
         self._h2 = h2
         self._output = output
         self._growth = 0
@@ -242,7 +244,7 @@ class ConnectionCore:
         self.budget = budget
         self.loop = asyncio.get_running_loop()
         self.peer = _peer(transport.get_extra_info("peername"))
-        self.h2 = Http2State(EndedStreams(UNAUTHENTICATED_RESETS_NOTED))
+        self.h2 = ServerState(EndedStreams(UNAUTHENTICATED_RESETS_NOTED))
         self.output = ConnectionOutput(transport, self.h2, on_unread)
         self.blocked = BlockedAnswers(self.h2)
         self.windows = ReceiveWindows(self.h2, self.output)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.http2.frames import data_frame
-from cluster.http2.h2_state import EndedStreams, Http2State
+from cluster.http2.h2_state import EndedStreams, ServerState
 from cluster.http2.limits import FIRST_WINDOW_BYTES
 from cluster.http2.output import UNAUTHENTICATED_UNSENT_BYTES, BlockedAnswers, ConnectionOutput, ReceiveWindows
 
@@ -48,9 +48,9 @@ class Unread:
         self.calls += 1
 
 
-def begin() -> tuple[Sink, Http2State, ConnectionOutput, Unread]:
+def begin() -> tuple[Sink, ServerState, ConnectionOutput, Unread]:
     """Return the output of a new connection, with its parts."""
-    sink, h2, unread = Sink(), Http2State(EndedStreams(1)), Unread()
+    sink, h2, unread = Sink(), ServerState(EndedStreams(1)), Unread()
     h2.initiate_connection()
     return sink, h2, ConnectionOutput(sink, h2, unread), unread
 
@@ -96,7 +96,7 @@ async def test_what_is_queued_is_sent_before_the_close_and_nothing_after_it() ->
 class Answer:
     """An answer that sends one byte each time it is pushed, and blocks again until `left` bytes are sent."""
 
-    def __init__(self, stream_id: int, left: int, h2: Http2State, blocked: BlockedAnswers, sent: list[int]) -> None:
+    def __init__(self, stream_id: int, left: int, h2: ServerState, blocked: BlockedAnswers, sent: list[int]) -> None:
         self.stream_id = stream_id
         self._left, self._h2, self._blocked, self._sent = left, h2, blocked, sent
 
@@ -111,7 +111,7 @@ class Answer:
 @given(left=st.lists(st.integers(1, 5), min_size=1, max_size=6), window=st.integers(0, 30))
 def test_answers_share_the_window_of_the_connection_in_turn(left: list[int], window: int) -> None:
     """While the window is open, the answers send in turn, and no answer sends beyond the window."""
-    h2, sent = Http2State(EndedStreams(1)), list[int]()
+    h2, sent = ServerState(EndedStreams(1)), list[int]()
     blocked = BlockedAnswers(h2)
     for stream_id, count in enumerate(left):
         blocked.add(Answer(stream_id, count, h2, blocked, sent), of_stream=False)
