@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from cluster.gateway.apis.http.protocol import CONNECTION, MAX_HEADERS, UNPROVEN_REFUSALS
+from cluster.gateway.apis.http.connection import UNPROVEN_REFUSALS
+from cluster.gateway.apis.http.protocol import CONNECTION, MAX_HEADERS
 from cluster.gateway.apis.http.server import HttpServer
 from cluster.gateway.apis.http.timeouts import TimeoutLimits
 
