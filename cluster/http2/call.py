@@ -1,4 +1,4 @@
-"""A gRPC call on a server connection: a servicer context like grpc.aio's, whose `send` does not block."""
+"""The gRPC calls of a server connection. A call is a servicer context like grpc.aio's, whose `send` does not block."""
 
 from __future__ import annotations
 
@@ -6,186 +6,35 @@ import asyncio
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import grpc
 import grpc.aio
-from h2.exceptions import H2Error
-from h2.stream import StreamInputs
+from h2 import events
+from h2.errors import ErrorCodes
 
 from cluster.http2 import frames
-from cluster.http2.frames import DATA_HEAD, MESSAGE_HEAD
+from cluster.http2.lifetime import ConnectionLifetime
+from cluster.http2.limits import CLIENT_FAULT, Charges, ServerLimits
 from cluster.http2.messages import BadMessage, CallHead, Metadata, headers_of, status_message
 from cluster.http2.output import ConnectionCore
 from cluster.http2.request_body import RequestReader
+from cluster.http2.response import ResponseWriter
 
 if TYPE_CHECKING:
     from h2.stream import H2Stream
 
-_OK_HEAD = b"\x88" + frames.literal(b"content-type", b"application/grpc")  # \x88: `:status: 200` in the static table
 _OK_END = frames.literal(b"grpc-status", b"0")
-_ANONYMOUS_PATHS = ("/grpc.health.", "/grpc.reflection.")
-"""Paths of methods whose answer says nothing about the client's credential."""
-
-
-class CallOwner(Protocol):
-    """The open calls of a connection, to which each call belongs."""
-
-    def admit(self, call: ServerCall, tenant: str | None) -> None:
-        """Record that the gate has admitted a call. `tenant`: the call's tenant; None for a method that needs no
-        credential.
-
-        Raises BadMessage if too many calls without credentials are open."""
-
-    def charge_refusal(self, units: float = 1.0) -> None:
-        """Charge a refused or reset call. Cut the connection if the connection's token bucket is empty."""
-
-    def end_early(self, call: ServerCall, error: BadMessage) -> None:
-        """End a call whose request is malformed, too large or too slow."""
-
-    def reset(self, call: ServerCall) -> None:
-        """Reset a call whose client does not read."""
-
-    def done(self, stream_id: int) -> None:
-        """Remove a call whose status has been sent."""
-
-
-class ResponseWriter:
-    """The answer to one call. `send` accepts a message at once, and buffers what the client's windows do not allow."""
-
-    def __init__(
-        self, connection: ConnectionCore, owner: CallOwner, stream: H2Stream, path: str, request: RequestReader
-    ) -> None:
-        self.path = path
-        self.stream = stream
-        self.stream_id: int = stream.stream_id
-        self.request = request
-        self.connection = connection
-        self.owner = owner
-        self._h2 = connection.h2
-        self._output = connection.output
-        self._id_bytes = self.stream_id.to_bytes(4, "big")
-        self._head_sent = False
-        self._end: bytes | None = None
-        self._writers: list[asyncio.Future[None]] = []
-        self._pending = bytearray()
-        """Bytes of messages that the flow-control windows do not allow yet."""
-        self.closed = False
-        """Whether no more bytes can be sent: the status was sent, the stream was reset, or the connection is lost."""
-
-    @property
-    def full(self) -> bool:
-        """Whether the client must read before more may be sent."""
-        return self._output.paused or len(self._pending) > 0
-
-    def send(self, message: bytes) -> None:
-        """Send one serialized message as soon as the flow-control windows allow. Does nothing if the call is closed."""
-        if not self._head_sent:
-            self.send_head()
-        size = len(message)
-        frame = size + 5
-        stream, h2 = self.stream, self._h2
-        if (
-            frame < 2048
-            and not self._pending
-            and frame <= stream.outbound_flow_control_window
-            and frame <= h2.outbound_flow_control_window
-            and not self.closed
-        ):
-            # h2.send_data would do the same for an open stream, but takes 7 µs.
-            stream.outbound_flow_control_window -= frame
-            h2.outbound_flow_control_window -= frame
-            self._output.write(DATA_HEAD[frame] + self._id_bytes + MESSAGE_HEAD[size] + message)
-            return
-        self._pending += b"\x00" + size.to_bytes(4, "big")
-        self._pending += message
-        self.push()
-
-    async def wait_until_writable(self) -> None:
-        """Wait until the answer is no longer full, or is closed."""
-        while self.full and not self.closed:
-            waiter = asyncio.get_running_loop().create_future()
-            self._writers.append(waiter)
-            await waiter
-
-    def push(self) -> None:
-        """Send pending bytes as far as the flow-control windows allow, and then the status."""
-        pending, stream, h2 = self._pending, self.stream, self._h2
-        if self.closed:
-            pending.clear()
-        while pending:
-            size = min(
-                len(pending), stream.outbound_flow_control_window, h2.outbound_flow_control_window,
-                h2.max_outbound_frame_size,
-            )  # fmt: skip
-            if size <= 0:
-                self.connection.blocked.add(self, of_stream=stream.outbound_flow_control_window <= 0)
-                return
-            stream.outbound_flow_control_window -= size
-            h2.outbound_flow_control_window -= size
-            self._output.write(frames.data_frame(self._id_bytes, bytes(pending[:size])))
-            del pending[:size]
-        if self._end is not None:
-            self._send_end(self._end)
-        self.wake_writers()
-
-    def wake_writers(self) -> None:
-        """Wake waiting writers if the answer is no longer full, or is closed."""
-        if not self._writers or (self.full and not self.closed):
-            return
-        writers, self._writers = self._writers, []
-        for writer in writers:
-            if not writer.done():
-                writer.set_result(None)
-
-    def stop_sending(self) -> None:
-        """Send nothing more: the stream was reset, or the client is gone."""
-        self.closed = True
-        self._pending.clear()
-        self.wake_writers()
-
-    def send_head(self, metadata: Sequence[tuple[str, str | bytes]] = ()) -> None:
-        """Send the response headers, unless they were sent."""
-        if not self._head_sent and not self.closed:
-            self._head_sent = True
-            if not self.path.startswith(_ANONYMOUS_PATHS):
-                self.connection.mark_authenticated()
-            self._send_headers(_OK_HEAD + frames.block(headers_of(metadata)), end=False)
-
-    def send_status(self, fields: bytes) -> None:
-        """Send the header block with the status after all pending bytes."""
-        self._end = fields
-        self.push()
-
-    def refuse(self, http_status: bytes) -> None:
-        """Send an HTTP status as the answer to a request that is not a gRPC call."""
-        self._send_headers(frames.literal(b":status", http_status), end=True)
-
-    def _send_end(self, end: bytes) -> None:
-        if self.closed:
-            return
-        self._send_headers(end if self._head_sent else _OK_HEAD + end, end=True)
-        self.closed = True
-        self.owner.done(self.stream_id)
-
-    def _send_headers(self, fields: bytes, end: bool) -> None:
-        machine = self.stream.state_machine
-        try:
-            machine.process_input(StreamInputs.SEND_HEADERS)
-            if end:
-                machine.process_input(StreamInputs.SEND_END_STREAM)
-        except H2Error:  # the received bytes that opened the stream also reset the stream
-            self.closed = True
-            return
-        self._output.write_headers(self._id_bytes, fields, end)
-        if end and not self.request.half_closed:  # the reset stops a client that is still sending
-            self._output.reset_stream(self.stream_id)
+UNAUTHENTICATED_HEADER_BYTES: Final = 131_072
+"""Maximum size in bytes of the header fields of all open calls, for a connection without an admitted call."""
+ANONYMOUS_HEADER_BYTES: Final = 16_384
+"""Maximum size in bytes of the header fields of a connection's open calls to methods that need no credential."""
+AUTHENTICATED_FACTOR: Final = 32
+"""Factor by which UNAUTHENTICATED_HEADER_BYTES is multiplied after a call was admitted."""
 
 
 class CallTask:
     """The task of a call's handler, and the time limit that cancels the task."""
-
-    __slots__ = ("_loop", "_on_unsent", "_timer", "task", "timed_out")
 
     def __init__(
         self,
@@ -232,9 +81,10 @@ class ServerCall(ResponseWriter):
     buffers at most the messages that a writer sends between two checks of `full`.
     """
 
-    def __init__(self, connection: ConnectionCore, owner: CallOwner, stream: H2Stream, head: CallHead) -> None:
-        request = RequestReader(connection, stream.stream_id, head.encoding, self.abort, self._too_slow)
-        super().__init__(connection, owner, stream, head.path, request)
+    def __init__(self, core: ConnectionCore, owner: OpenCalls, stream: H2Stream, head: CallHead) -> None:
+        request = RequestReader(core, stream.stream_id, head.encoding, self.abort, self._too_slow)
+        super().__init__(core, stream, head.path, request, owner.done)
+        self.owner = owner
         self.header_bytes = head.size
         self.read = request.read  # the reader's own method, so that a message costs no further call
         self.admitted = False
@@ -246,14 +96,9 @@ class ServerCall(ResponseWriter):
         self.running: CallTask | None = None
         self.serializer: Callable[[Any], bytes] | None = None
         self._metadata = head.metadata
-        self._deadline = None if head.timeout_s is None else connection.loop.time() + head.timeout_s
+        self._deadline = None if head.timeout_s is None else core.loop.time() + head.timeout_s
         self._trailing: Sequence[tuple[str, str | bytes]] = ()
         self._status: tuple[grpc.StatusCode, str] | None = None
-
-    def __repr__(self) -> str:
-        return f"<Rpc {self.path} stream {self.stream_id}{' closed' if self.closed else ''}>"
-
-    # ---- as in grpc.aio.ServicerContext
 
     def invocation_metadata(self) -> Metadata:
         """The caller's metadata."""
@@ -268,8 +113,7 @@ class ServerCall(ResponseWriter):
         return self.connection.peer
 
     def peer_certificate(self) -> dict[str, Any] | None:
-        """The caller's verified certificate in the form that ssl returns; None if the caller presented no
-        certificate."""
+        """The caller's verified certificate as ssl returns it; None if the caller presented no certificate."""
         tls: ssl.SSLObject | None = self.connection.transport.get_extra_info("ssl_object")
         certificate = tls.getpeercert() if tls is not None else None
         return dict(certificate) if certificate else None
@@ -297,17 +141,12 @@ class ServerCall(ResponseWriter):
             await self.wait_until_writable()
 
     async def abort(
-        self,
-        code: grpc.StatusCode,
-        details: str = "",
-        trailing_metadata: Sequence[tuple[str, str | bytes]] = (),
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str | bytes]] = ()
     ) -> NoReturn:
         """End the call with this status. Raises AbortError."""
         self._status = (code, details)
         self._trailing = trailing_metadata
         raise grpc.aio.AbortError(details)
-
-    # ---- beyond grpc.aio.ServicerContext
 
     @property
     def unread_requests(self) -> int:
@@ -317,8 +156,6 @@ class ServerCall(ResponseWriter):
     def release_request(self) -> None:
         """Return the bytes of the parsed request to the budget. Idempotent."""
         self.request.release()
-
-    # ---- called by the server and the connection
 
     def mark_admitted(self, tenant: str | None) -> None:
         """Record that the gate has admitted the call."""
@@ -364,3 +201,188 @@ class ServerCall(ResponseWriter):
 
     def _too_slow(self) -> None:
         self.owner.end_early(self, BadMessage("the request was too slow while others waited", too_large=True))
+
+
+class CallTable:
+    """The open calls of one connection by stream id, and the counts that limit them."""
+
+    def __init__(self, limits: ServerLimits, max_calls: int) -> None:
+        self._limits = limits
+        self._max_calls = max_calls
+        self._max_header_bytes = UNAUTHENTICATED_HEADER_BYTES
+        self.by_stream: dict[int, ServerCall] = {}
+        self._header_bytes = self._anonymous = self._anonymous_bytes = 0
+
+    def admit(self) -> None:
+        """Replace the limits by the limits of an authenticated connection."""
+        self._max_calls = self._limits.max_calls
+        self._max_header_bytes = UNAUTHENTICATED_HEADER_BYTES * AUTHENTICATED_FACTOR
+
+    def is_full(self, header_bytes: int) -> bool:
+        """Whether the table has no room for another call with header fields of this size."""
+        calls = len(self.by_stream)
+        return calls >= self._max_calls or (calls > 0 and self._header_bytes + header_bytes > self._max_header_bytes)
+
+    def add(self, call: ServerCall) -> None:
+        """Add a call."""
+        self.by_stream[call.stream_id] = call
+        self._header_bytes += call.header_bytes
+
+    def count_anonymous(self, call: ServerCall) -> None:
+        """Count an open call to a method that needs no credential. Raises BadMessage if there are too many."""
+        self._anonymous += 1
+        self._anonymous_bytes += call.header_bytes
+        if self._anonymous > self._limits.anonymous_calls or self._anonymous_bytes > ANONYMOUS_HEADER_BYTES:
+            raise BadMessage("too many calls without a credential are open on this connection", too_large=True)
+
+    def remove(self, stream_id: int) -> ServerCall | None:
+        """Remove and return a call; None if the stream has no open call."""
+        call = self.by_stream.pop(stream_id, None)
+        if call is not None:
+            self._header_bytes -= call.header_bytes
+            if call.admitted and call.tenant is None:
+                self._anonymous -= 1
+                self._anonymous_bytes -= call.header_bytes
+        return call
+
+
+class OpenCalls:
+    """The open calls of one connection: opened by the client's frames, limited, and ended once."""
+
+    def __init__(
+        self,
+        connection: ConnectionCore,
+        table: CallTable,
+        lifetime: ConnectionLifetime,
+        charges: Charges,
+        start: Callable[[ServerCall, CallHead], None],
+        on_admitted: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """`start`: starts or refuses a call whose head has arrived. `on_admitted`: called when the first call with a
+        credential is admitted. `on_end`: called after the end of each call."""
+        self._table = table
+        self.by_stream = table.by_stream
+        self.served = False
+        """Whether a call to a method that needs a credential was admitted."""
+        self.idle_since = connection.loop.time()
+        """Loop time at which the last admitted call ended. Refused calls do not change it."""
+        self._connection = connection
+        self._lifetime = lifetime
+        self._charges = charges
+        self._start = start
+        self._on_admitted = on_admitted
+        self._on_end = on_end
+
+    def open(self, event: events.RequestReceived) -> None:
+        """Start or refuse the call of a request whose headers have arrived."""
+        connection, stream_id = self._connection, event.stream_id
+        stream = connection.h2.streams.get(stream_id)
+        size = sum([len(name) + len(value) + 32 for name, value in event.headers])  # as in RFC 9113, 6.5.2
+        self._charges.charge_fields(size, connection.loop.time())
+        if stream is None:
+            return
+        if not self._lifetime.accepts(stream_id) or self._table.is_full(size):
+            connection.output.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
+            self._drop_refused(stream_id)
+            return
+        head = CallHead.of(event.headers, size)
+        call = ServerCall(connection, self, stream, head)
+        if not head.is_grpc:
+            if event.stream_ended is not None:
+                call.request.end()
+            call.refuse(b"415")
+            self._drop_refused(stream_id)
+            return
+        self._table.add(call)
+        self._start(call, head)
+
+    def received(self, event: events.DataReceived) -> None:
+        """Handle a DATA frame that h2 has handled."""
+        call = self.by_stream.get(event.stream_id)
+        if call is None:
+            self._connection.windows.grow(event.flow_controlled_length)
+            return
+        try:
+            call.request.received(event.data, event.flow_controlled_length)
+        except BadMessage as error:
+            self.end_early(call, error)
+
+    def half_close(self, event: events.StreamEnded) -> None:
+        """Handle the end of a call's request."""
+        call = self.by_stream.get(event.stream_id)
+        if call is not None:
+            call.request.end()
+
+    def close(self, event: events.StreamReset) -> None:
+        """Close a call that the client has reset, or that h2 has reset for a protocol error."""
+        call = self._remove(event.stream_id)
+        if call is not None:
+            call.close()
+        self._connection.h2.drop_closed(event.stream_id)
+        self.charge_refusal(1.0 if event.remote_reset else CLIENT_FAULT)
+        self._on_end()
+
+    def close_all(self) -> None:
+        """Close all calls after the connection was lost."""
+        calls = list(self.by_stream.values())
+        self.by_stream.clear()
+        self._connection.blocked.clear()
+        for call in calls:
+            call.close()
+        self._on_end()
+
+    def admit(self, call: ServerCall, tenant: str | None) -> None:
+        """Record that the gate has admitted a call. `tenant`: the call's tenant; None for a method that needs no
+        credential.
+
+        Raises BadMessage if too many calls without credentials are open."""
+        call.mark_admitted(tenant)
+        if tenant is None:
+            self._table.count_anonymous(call)
+        else:
+            self.served = True
+            if not self._connection.windows.admitted:
+                self._on_admitted()
+                for other in list(self.by_stream.values()):
+                    other.request.body.settle_connection()
+        call.request.body.admit(tenant)
+
+    def charge_refusal(self, units: float = 1.0) -> None:
+        """Charge a refused or reset call. Cut the connection if the connection's token bucket is empty."""
+        if not self._charges.charge(units, self._connection.loop.time()) and not self._connection.output.closed:
+            self._lifetime.cut("too many resets or refused calls")
+
+    def end_early(self, call: ServerCall, error: BadMessage) -> None:
+        """End a call whose request is malformed, too large or too slow."""
+        call.fail(error)
+        self.charge_refusal(CLIENT_FAULT)
+
+    def reset(self, call: ServerCall) -> None:
+        """Reset a call whose client does not read."""
+        self._connection.output.reset_stream(call.stream_id, ErrorCodes.CANCEL)
+        call.stop_sending()
+        self.done(call.stream_id)
+
+    def done(self, stream_id: int) -> None:
+        """Remove a call whose status has been sent."""
+        call = self._remove(stream_id)
+        if call is not None:
+            if call.running is not None:
+                call.running.cancel_timer()
+            call.request.drop()
+            self._connection.h2.drop_closed(stream_id)
+            self._on_end()
+        self._lifetime.close_if_done()
+
+    def _drop_refused(self, stream_id: int) -> None:
+        self._connection.h2.drop_closed(stream_id)
+        self.charge_refusal()
+
+    def _remove(self, stream_id: int) -> ServerCall | None:
+        call = self._table.remove(stream_id)
+        if call is not None:
+            self._connection.blocked.discard(stream_id)
+            if not self.by_stream and (call.admitted or self.served):
+                self.idle_since = self._connection.loop.time()
+        return call

@@ -34,6 +34,8 @@ _CONFIGURATION = H2Configuration(
     client_side=True, header_encoding=None, validate_inbound_headers=False, normalize_inbound_headers=False
 )
 _READ = memoryview(bytearray(65_536))
+Serialize = Callable[[Any], bytes]
+Parse = Callable[[Any], Any]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -91,14 +93,9 @@ class GrpcClient:
         return self.connection.usable
 
     def call(
-        self,
-        path: str,
-        serialize: Callable[[Any], bytes],
-        parse: Callable[[Any], Any],
-        metadata: Sequence[tuple[str, str | bytes]] = (),
+        self, path: str, serialize: Serialize, parse: Parse, metadata: Sequence[tuple[str, str | bytes]] = ()
     ) -> ClientCall:
-        """Open a call of any kind. The caller of this method must read the call to its end or cancel the call. Raises
-        CallEnded."""
+        """Open a call of any kind, which must be read to its end or cancelled. Raises CallEnded."""
         headers = [
             (b":method", b"POST"),
             (b":scheme", self._scheme),
@@ -121,8 +118,7 @@ class Keepalive:
     def __init__(
         self, ping_s: float, answer_s: float, send_ping: Callable[[], bool], on_silence: Callable[[], None]
     ) -> None:
-        """`send_ping`: sends a ping, or returns False if none is needed now. `on_silence`: called if no answer comes
-        within `answer_s`."""
+        """`send_ping`: sends a ping, or returns False if none is needed. `on_silence`: called if no answer comes."""
         self._loop = asyncio.get_running_loop()
         self._ping_s, self._answer_s = ping_s, answer_s
         self._send_ping, self._on_silence = send_ping, on_silence
@@ -176,9 +172,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         """Whether the connection accepts another call."""
         return not self._transport.is_closing()
 
-    def open(
-        self, headers: list[tuple[bytes, bytes]], serialize: Callable[[Any], bytes], parse: Callable[[Any], Any]
-    ) -> ClientCall:
+    def open(self, headers: list[tuple[bytes, bytes]], serialize: Serialize, parse: Parse) -> ClientCall:
         """Open a call by sending its headers. Raises CallEnded."""
         if not self.usable:
             raise CallEnded(grpc.StatusCode.UNAVAILABLE, self._why or "the connection is closed")
@@ -197,8 +191,6 @@ class ClientConnection(asyncio.BufferedProtocol):
         """Close the connection and end its calls."""
         if self.usable:
             self.output.close()
-
-    # ---- asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the HTTP/2 preface and settings."""
@@ -247,14 +239,12 @@ class ClientConnection(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """Stop writing while the server does not read."""
-        self.output.pause()
+        self.output.pause(True)
 
     def resume_writing(self) -> None:
         """Resume writing when the server reads again."""
-        self.output.resume()
+        self.output.pause(False)
         self._push_all()
-
-    # ---- events
 
     def _data(self, event: events.DataReceived) -> None:
         if event.flow_controlled_length:
@@ -288,8 +278,6 @@ class ClientConnection(asyncio.BufferedProtocol):
         for call in list(self.calls.values()):
             call.push()
 
-    # ---- pings
-
     def _send_ping(self) -> bool:
         if not self.calls:
             return False
@@ -306,13 +294,7 @@ class ClientConnection(asyncio.BufferedProtocol):
 class ClientCall:
     """A call on the client's side, with the read and write methods of a grpc.aio call."""
 
-    def __init__(
-        self,
-        connection: ClientConnection,
-        stream_id: int,
-        serialize: Callable[[Any], bytes],
-        parse: Callable[[Any], Any],
-    ) -> None:
+    def __init__(self, connection: ClientConnection, stream_id: int, serialize: Serialize, parse: Parse) -> None:
         self._connection = connection
         self._h2 = connection.h2
         self._output = connection.output
@@ -364,10 +346,7 @@ class ClientCall:
                 self._reader = None
         return self._parse(self._inbox.popleft())
 
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self._messages()
-
-    async def _messages(self) -> AsyncIterator[Any]:
+    async def __aiter__(self) -> AsyncIterator[Any]:
         while (message := await self.read()) is not grpc.aio.EOF:
             yield message
 
@@ -376,8 +355,6 @@ class ClientCall:
         if self._end is None:
             self.end(grpc.StatusCode.CANCELLED, "cancelled")
             self._connection.reset(self._stream_id)
-
-    # ---- called by the connection
 
     def push(self) -> None:
         """Send pending bytes as far as the flow-control windows allow."""
@@ -427,8 +404,7 @@ class ClientCall:
         self.end(code, unquote(fields.get(b"grpc-message", b"").decode("latin-1")))
 
     def end(self, code: grpc.StatusCode, details: str) -> None:
-        """End the call with a status; a second end changes nothing. Messages received before the end can still be
-        read."""
+        """End the call with a status. Idempotent. Messages received before the end can still be read."""
         if self._end is None:
             self._end = (code, details)
             self._pending.clear()

@@ -1,24 +1,23 @@
-"""A connection from one client to the server, assembled from its parts: output, calls, limits, timeouts, the end. h2
-keeps the protocol's state."""
+"""A connection from one client, assembled from its parts: output, calls, limits, timeouts, lifetime."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
-from typing import Final, Protocol, cast
+from typing import Final, NamedTuple, cast
 
 from h2 import events
 from h2.settings import SettingCodes
 from hyperframe.frame import Frame, SettingsFrame
 
-from cluster.http2.call import ServerCall
+from cluster.http2.call import CallTable, OpenCalls, ServerCall
 from cluster.http2.connection_table import ConnectionSlot, ConnectionStage
 from cluster.http2.frame_intake import FrameIntake
 from cluster.http2.frames import FrameReader
 from cluster.http2.lifetime import ConnectionLifetime, ConnectionLog
 from cluster.http2.limits import Budget, Charges, ServerLimits
 from cluster.http2.messages import CallHead
-from cluster.http2.open_calls import CallTable, OpenCalls
 from cluster.http2.output import ConnectionCore
 from cluster.http2.read_slices import ReadTurns
 from cluster.http2.timeouts import ConnectionTimeouts
@@ -36,44 +35,43 @@ _READ = memoryview(bytearray(65_536))
 _UNAUTHENTICATED_READ = _READ[:UNAUTHENTICATED_FRAME_BYTES]
 
 
-class ConnectionServer(Protocol):
-    """The part of the server that connections use."""
+class ServerParts(NamedTuple):
+    """The parts of a server that its connections use. `gated`: whether calls need a credential."""
 
     limits: ServerLimits
     budget: Budget | None
     gated: bool
-    """Whether calls need a credential."""
     turns: ReadTurns
     log: ConnectionLog
     connections: set[Connection]
-
-    def start_call(self, call: ServerCall, head: CallHead) -> None:
-        """Start a call whose head has arrived, or refuse the call."""
-
-    def call_ended(self) -> None:
-        """Handle the end of a call. After the last call, a server that is stopping closes its connections."""
+    start_call: Callable[[ServerCall, CallHead], None]
+    """Starts a call whose head has arrived, or refuses the call."""
+    on_call_end: Callable[[], None]
 
 
 class Connection:
     """A connection from one client: its parts, its settings, and its slot among the connections of the port."""
 
-    def __init__(
-        self, transport: asyncio.Transport, server: ConnectionServer, age_s: float, slot: ConnectionSlot
-    ) -> None:
-        """`age_s`: age limit of this connection in seconds, 0 for none. `slot`: the connection's slot in the port's
-        pool."""
+    def __init__(self, transport: asyncio.Transport, server: ServerParts, age_s: float, slot: ConnectionSlot) -> None:
+        """`age_s`: age limit in seconds, 0 for none. `slot`: the connection's slot in the port's pool."""
         self.transport = transport
         self._slot = slot
         limits, self._gated = server.limits, server.gated
         max_calls = min(limits.unauthenticated_calls, limits.max_calls) if self._gated else limits.max_calls
-        self.core = core = ConnectionCore(transport, slot, limits, server.budget, self._abort_unread)
+        self.core = core = ConnectionCore(
+            transport,
+            slot,
+            limits,
+            server.budget,
+            lambda: self.lifetime.abort("the client does not read what it is sent"),
+        )
         self._charges = Charges(limits, core.output, core.loop.time())
         self._reader = FrameReader(UNAUTHENTICATED_FRAME_BYTES, limits.max_header_bytes)
         self._table = CallTable(limits, max_calls)
         note = partial(server.log.note, core.peer)
         self.lifetime = ConnectionLifetime(core, self._reader, self._table.by_stream, note)
         self.calls = OpenCalls(
-            core, self._table, self.lifetime, self._charges, server.start_call, self._raise_limits, server.call_ended
+            core, self._table, self.lifetime, self._charges, server.start_call, self._raise_limits, server.on_call_end
         )
         self.intake = FrameIntake(
             core, self._reader, self._charges, self.calls, self.lifetime, server.turns, self._handle
@@ -116,8 +114,6 @@ class Connection:
         self.core.windows.admit(limits.connection_window_bytes)
         self.core.output.write_h2()
 
-    # ---- events
-
     def _handle(self, frame: Frame) -> None:
         """Handle a frame that was already charged. Raises H2Error."""
         received = self.core.h2.receive_frame(frame)
@@ -156,7 +152,7 @@ class Connection:
 
     def resume(self) -> None:
         """Wake the calls that waited for the client to read."""
-        self.core.output.resume()
+        self.core.output.pause(False)
         for call in list(self.calls.by_stream.values()):
             call.wake_writers()
 
@@ -165,11 +161,6 @@ class Connection:
         self._slot.release()
         self.lifetime.end()
         self.calls.close_all()
-
-    def _abort_unread(self) -> None:
-        self.lifetime.abort("the client does not read what it is sent")
-
-    # ---- the slot
 
     @property
     def stage(self) -> ConnectionStage:
@@ -199,7 +190,7 @@ class ConnectionProtocol(asyncio.BufferedProtocol):
     _core: ConnectionCore
     _intake: FrameIntake
 
-    def __init__(self, server: ConnectionServer, age_s: float, slot: ConnectionSlot) -> None:
+    def __init__(self, server: ServerParts, age_s: float, slot: ConnectionSlot) -> None:
         self._server = server
         self._age_s = age_s
         self._slot = slot
@@ -234,7 +225,7 @@ class ConnectionProtocol(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """Stop writing while the client does not read."""
-        self._connection.core.output.pause()
+        self._connection.core.output.pause(True)
 
     def resume_writing(self) -> None:
         """Resume writing when the client reads again."""

@@ -1,5 +1,4 @@
-"""Parsing of a client's bytes into frames, which are charged. Other connections are handled between two slices of
-parsing."""
+"""Parsing of a client's bytes into frames, in slices, between which other connections are handled."""
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ from typing import Final
 from h2.exceptions import H2Error, ProtocolError
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
 
+from cluster.http2.call import OpenCalls
 from cluster.http2.frames import DATA, WINDOW_UPDATE, FrameReader
 from cluster.http2.lifetime import ConnectionLifetime
 from cluster.http2.limits import STREAMS_PER_UNIT, Charges
 from cluster.http2.messages import BadMessage
-from cluster.http2.open_calls import OpenCalls
 from cluster.http2.output import ConnectionCore
 from cluster.http2.read_slices import ReadTurns
 

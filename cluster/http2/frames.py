@@ -71,8 +71,7 @@ def header_frames(id_bytes: bytes, fields: bytes, *, end_stream: bool, frame_byt
 
 
 def _length(text: bytes) -> bytes:
-    """Encode a string's length as an integer with a seven-bit prefix (RFC 7541, 5.1). The string is not
-    Huffman-coded."""
+    """Encode the length of a string that is not Huffman-coded, with a seven-bit prefix (RFC 7541, 5.1)."""
     size = len(text)
     if size < 127:
         return bytes([size])
@@ -99,8 +98,7 @@ class FrameReader:
         self.kind = self.length = self.stream_id = 0
         """Type, length in bytes without the head, and stream id of the frame that `peek` has seen."""
         self.plain = self.ends = False
-        """`plain`: whether the frame has no flag except END_STREAM and is outside a header block. `ends`: whether
-        END_STREAM is set."""
+        """`plain`: no flag except END_STREAM, and outside a header block. `ends`: whether END_STREAM is set."""
 
     def allow_frames(self, size: int) -> None:
         """Set the maximum frame size in bytes."""
@@ -154,8 +152,7 @@ class FrameReader:
         return body
 
     def frame(self) -> Frame | None:
-        """Remove and return the frame that `peek` has seen; None if a header block is not complete yet. Raises
-        ProtocolError."""
+        """Remove and return the frame that `peek` has seen; None within a header block. Raises ProtocolError."""
         head = bytes(self._data[:HEAD_BYTES])
         frame = _parsed(head, self.body())
         if self._block is not None or isinstance(frame, HeadersFrame | ContinuationFrame):
@@ -172,8 +169,7 @@ class FrameReader:
         return not self._preface
 
     def _add_to_block(self, frame: Frame) -> Frame | None:
-        """Add a frame to the header block. Returns the HEADERS frame with the whole block once the block is complete,
-        else None."""
+        """Add a frame to the header block. Returns the HEADERS frame with the whole block at the block's end."""
         block = self._block
         if block is None:
             if not isinstance(frame, HeadersFrame):

@@ -22,10 +22,7 @@ from hyperframe.frame import Frame
 
 # Header validation is off: this server reads only the headers that a call needs, and forwards no headers.
 _CONFIGURATION = H2Configuration(
-    client_side=False,
-    header_encoding=None,
-    validate_inbound_headers=False,
-    normalize_inbound_headers=False,
+    client_side=False, header_encoding=None, validate_inbound_headers=False, normalize_inbound_headers=False
 )
 _PRIVATE = (
     "_closed_streams",
@@ -81,8 +78,7 @@ class ServerState(Http2State):
 
     @property
     def open_inbound_streams(self) -> int:
-        """The number of open streams for h2: always zero, so that h2 never refuses a stream. Connection limits the
-        number of calls."""
+        """Always zero, so that h2 never refuses a stream: CallTable limits the number of calls."""
         return 0
 
     def receive_frame(self, frame: Frame) -> list[events.Event]:
@@ -111,8 +107,7 @@ class ServerState(Http2State):
         return True
 
     def receive_window_of(self, holder: H2Stream | ServerState, size: int) -> bool:
-        """Count a WINDOW_UPDATE of an open stream or of the connection. Returns False if receive_frame must handle the
-        frame."""
+        """Count a WINDOW_UPDATE of a stream or of the connection. Returns False if receive_frame must handle it."""
         window = holder.outbound_flow_control_window + size
         if not size or window > MAX_WINDOW:
             return False

@@ -45,11 +45,7 @@ class ConnectionLifetime:
     """The steps by which one connection ends, and the timers that end with the connection. No step is undone."""
 
     def __init__(
-        self,
-        core: ConnectionCore,
-        reader: FrameReader,
-        calls: Mapping[int, object],
-        note: Callable[[str, str], None],
+        self, core: ConnectionCore, reader: FrameReader, calls: Mapping[int, object], note: Callable[[str, str], None]
     ) -> None:
         """`reader`: the received bytes, which are dropped when the connection is closed. `calls`: the open calls by
         stream id. `note`: logs an event of this connection with a reason."""
@@ -76,8 +72,6 @@ class ConnectionLifetime:
         self._reader.clear()
         for timer in self._timers:
             timer.cancel()
-
-    # ---- after running calls
 
     def accepts(self, stream_id: int) -> bool:
         """Whether a call with this stream id may begin."""
@@ -119,8 +113,6 @@ class ConnectionLifetime:
         """Close the connection if no call is open and no further call is accepted."""
         if self._refusing and not self._calls:
             self.close()
-
-    # ---- at once
 
     def close(self) -> None:
         """Flush and close the connection. Bytes received from now on are ignored."""

@@ -41,8 +41,7 @@ class ServerLimits:
     max_header_bytes: int = 65_536
     header_bytes_per_s: float = 4 << 20
     header_bytes_burst: float = 16 << 20
-    """Rate and size of a connection's token bucket for decoded header fields. Reading is delayed while the bucket is
-    empty."""
+    """Rate and size of a token bucket for decoded header fields. Reading waits while the bucket is empty."""
     unauthenticated_header_bytes_per_s: float = 65_536
     unauthenticated_header_bytes_burst: float = 256 << 10
     window_bytes: int = FIRST_WINDOW_BYTES
@@ -98,15 +97,9 @@ class Budget(Protocol):
         """Whether so many requests of this tenant wait that a further request must be refused."""
 
     def reserve(
-        self,
-        tenant: str,
-        connection: Hashable,
-        size: int,
-        on_grant: Callable[[], None],
-        too_slow: Callable[[], None],
+        self, tenant: str, connection: Hashable, size: int, on_grant: Callable[[], None], too_slow: Callable[[], None]
     ) -> BodyReservation:
-        """Reserve `size` bytes. Calls `on_grant` if the bytes are granted later, and `too_slow` if the request arrives
-        too slowly."""
+        """Reserve `size` bytes. Calls `on_grant` at a later grant, and `too_slow` if the bytes arrive too slowly."""
 
 
 class Bucket:
@@ -119,8 +112,7 @@ class Bucket:
         self._level, self._at = burst, now
 
     def charge(self, amount: float, now: float) -> float:
-        """Take `amount` from the bucket, even if the bucket holds less. Returns the new level, negative if too much was
-        taken."""
+        """Take `amount` from the bucket. Returns the new level, negative if the bucket held less."""
         self._level = min(self._level + (now - self._at) * self._rate, self._burst) - amount
         self._at = now
         return self._level

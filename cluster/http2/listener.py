@@ -115,8 +115,7 @@ class Listener:
         tls: ssl.SSLContext | None = None,
         shutdown_s: float | None = None,
     ) -> None:
-        """`shutdown_s`: time limit of the TLS shutdown, which includes sending unsent bytes; None: asyncio's limit of
-        30 s."""
+        """`shutdown_s`: time limit of the TLS shutdown and of sending unsent bytes; None: asyncio's 30 s."""
         self._sock = sock
         self._factory = factory
         self._pool = admission.pool
@@ -219,8 +218,7 @@ class _PendingConnection:
         self._held = held
 
     def evict(self, passes: int = 3) -> None:
-        """Drop the connection after three event-loop passes. A task that is cancelled earlier leaves its socket
-        open."""
+        """Drop the connection after three event-loop passes: a task cancelled earlier leaves its socket open."""
         if passes:
             self._loop.call_soon(self.evict, passes - 1)
         elif self.task is not None:

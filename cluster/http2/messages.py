@@ -144,13 +144,14 @@ class CallHead(NamedTuple):
     size: int
     """Size of the decoded header fields in bytes, as HTTP/2 counts it."""
     problem: str = ""
+    is_grpc: bool = True
 
     @classmethod
-    def of(cls, headers: Sequence[tuple[bytes, bytes]], size: int) -> CallHead | None:
-        """Parse the header fields of a request; None if the request is not a gRPC call."""
+    def of(cls, headers: Sequence[tuple[bytes, bytes]], size: int) -> CallHead:
+        """Parse the header fields of a request."""
         fields = dict(headers)
         if fields.get(b":method") != b"POST" or not fields.get(b"content-type", b"").startswith(b"application/grpc"):
-            return None
+            return cls("", (), None, "identity", size, is_grpc=False)
         path = fields.get(b":path", b"").decode("latin-1")
         encoding = fields.get(b"grpc-encoding", b"identity").decode("latin-1")
         metadata: Metadata = ()
@@ -160,11 +161,6 @@ class CallHead(NamedTuple):
         except ValueError as error:
             return cls(path, metadata, None, encoding, size, str(error))
         return cls(path, metadata, seconds, encoding, size)
-
-
-def header_bytes(headers: Sequence[tuple[bytes, bytes]]) -> int:
-    """Return the size of decoded header fields in bytes, as HTTP/2 counts it (RFC 9113, 6.5.2)."""
-    return sum([len(name) + len(value) + 32 for name, value in headers])
 
 
 def timeout_s(value: bytes) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
@@ -37,8 +37,7 @@ class ConnectionOutput:
         self._flushing = False
         """Whether a flush of `_unsent` is scheduled for this event-loop pass."""
         self._control_bytes = self._control_writes = 0
-        """Numbers of bytes and of writes in `_unsent` that belong to control frames, which are everything except
-        answers to calls."""
+        """Bytes and writes in `_unsent` that belong to control frames: everything except answers to calls."""
         self._must_reset_table = True
         self.payload_bytes = 0
         """Number of bytes sent in answers to calls, without the heads of frames."""
@@ -88,13 +87,9 @@ class ConnectionOutput:
         """Set the number of bytes that may wait for the client."""
         self._max_unsent_bytes = size
 
-    def pause(self) -> None:
-        """Record that the client does not read."""
-        self.paused = True
-
-    def resume(self) -> None:
-        """Record that the client reads again."""
-        self.paused = False
+    def pause(self, paused: bool) -> None:
+        """Record whether the other side does not read."""
+        self.paused = paused
 
     def close(self) -> None:
         """Send the remaining bytes, and close the transport once the client has read them. Idempotent."""
@@ -124,24 +119,14 @@ class ConnectionOutput:
         self._flushing = False
         out, self._unsent = self._unsent, []
         data = b"".join(out)
-        self.payload_bytes += (
-            len(data) - self._control_bytes - frames.HEAD_BYTES * (len(out) - self._control_writes)
-        )  # the heads of frames justify nothing
+        heads = frames.HEAD_BYTES * (len(out) - self._control_writes)
+        self.payload_bytes += len(data) - self._control_bytes - heads
         self._control_bytes = self._control_writes = 0
         if self._transport.is_closing():
             return
         self._transport.write(data)
         if self._on_unread is not None and self._transport.get_write_buffer_size() > self._max_unsent_bytes:
             self._on_unread()
-
-
-class BlockedAnswer(Protocol):
-    """An answer that waits for a send window."""
-
-    stream_id: int
-
-    def push(self) -> None:
-        """Send pending bytes as far as the flow-control windows allow."""
 
 
 class BlockedAnswers:
@@ -151,13 +136,13 @@ class BlockedAnswers:
 
     def __init__(self, h2: ServerState) -> None:
         self._h2 = h2
-        self._by_connection: dict[int, BlockedAnswer] = {}
+        self._by_connection: dict[int, Callable[[], None]] = {}
         """Answers that wait for the connection's window, in the order in which they will be pushed."""
-        self._by_stream: dict[int, BlockedAnswer] = {}
+        self._by_stream: dict[int, Callable[[], None]] = {}
 
-    def add(self, answer: BlockedAnswer, *, of_stream: bool) -> None:
-        """Register an answer to be pushed when the window of its stream (`of_stream`) or of the connection grows."""
-        (self._by_stream if of_stream else self._by_connection)[answer.stream_id] = answer
+    def add(self, stream_id: int, push: Callable[[], None], *, of_stream: bool) -> None:
+        """Call `push` when the window of the stream (`of_stream`) or of the connection grows."""
+        (self._by_stream if of_stream else self._by_connection)[stream_id] = push
 
     def discard(self, stream_id: int) -> None:
         """Remove the answer of a stream that has ended."""
@@ -171,22 +156,22 @@ class BlockedAnswers:
 
     def push_stream(self, stream_id: int) -> None:
         """Push the answer that waits for the window of a stream."""
-        answer = self._by_stream.pop(stream_id, None)
-        if answer is not None:
-            answer.push()
+        push = self._by_stream.pop(stream_id, None)
+        if push is not None:
+            push()
 
     def push(self) -> None:
         """Push answers while the connection's window is open. Each answer sends at least one byte, or begins to wait
         for the window of its stream."""
         blocked = self._by_connection
         while blocked and self._h2.outbound_flow_control_window > 0:
-            blocked.pop(next(iter(blocked))).push()
+            blocked.pop(next(iter(blocked)))()
 
     def push_all(self) -> None:
         """Push all answers after the client has changed the size of the streams' windows."""
         blocked, self._by_stream = self._by_stream, {}
-        for answer in blocked.values():
-            answer.push()
+        for push in blocked.values():
+            push()
         self.push()
 
 

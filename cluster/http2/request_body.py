@@ -54,8 +54,7 @@ class RequestBody:
         self._too_slow = too_slow
         self._reservation: BodyReservation | None = None
         self._allowed_size = 0
-        """Size in bytes of the incomplete message with its prefix, after the rest of the message was requested; else
-        0."""
+        """Size in bytes of the incomplete message with its prefix, once its rest was requested; else 0."""
         self._stream_growth = 0
         """Bytes by which the stream's receive window is to grow."""
         self._connection_growth = 0
@@ -67,8 +66,7 @@ class RequestBody:
         return len(self._inbox)
 
     def admit(self, tenant: str | None) -> None:
-        """Record that the caller was admitted. `tenant`: the caller's tenant; None for a method that needs no
-        credential. Raises BadMessage."""
+        """Record the admitted caller's tenant; None for a method without credential. Raises BadMessage."""
         self.tenant, self._admitted = tenant, True
         self.settle()
 
@@ -117,8 +115,7 @@ class RequestBody:
         self._grow_connection_window(self._connection_growth)
 
     def settle(self) -> None:
-        """Reserve the incomplete message unless it is already reserved, and grow the windows accordingly. Raises
-        BadMessage."""
+        """Reserve the incomplete message, unless it is reserved, and grow the windows. Raises BadMessage."""
         if not self._allowed_size and self._assembler.held_bytes:
             self._start_message()
         self.settle_connection()
@@ -126,8 +123,7 @@ class RequestBody:
             self._grow_stream_window()
 
     def settle_connection(self) -> None:
-        """Return received bytes to the connection's receive window, except bytes that a streaming handler must read
-        first."""
+        """Return received bytes to the connection's window, except bytes that a streaming handler must read."""
         if self._connection.windows.admitted:
             self._grow_connection_window(self._connection_growth - (self._unread if self.streaming else 0))
 
@@ -238,8 +234,7 @@ class RequestReader:
             self._held = None
 
     async def read(self) -> Any:
-        """Return the next message of the request stream, or grpc.aio.EOF at the end. Aborts the call if a message
-        cannot be parsed."""
+        """Return the next message, or grpc.aio.EOF at the end. Aborts the call if a message cannot be parsed."""
         while not len(self.body):
             if self.half_closed or self._closed:
                 return grpc.aio.EOF

@@ -8,15 +8,14 @@ import socket
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import grpc
 import grpc.aio
 import structlog
 
 from cluster.http2.call import ServerCall
-from cluster.http2.connection import Connection, ConnectionProtocol
+from cluster.http2.connection import Connection, ConnectionProtocol, ServerParts
 from cluster.http2.connection_table import ConnectionSlot
 from cluster.http2.lifetime import ConnectionLog
 from cluster.http2.limits import Budget, ServerLimits
@@ -34,8 +33,7 @@ CLOSE_NOTIFY_S: Final = 0.1
 only the end of TCP. Without this limit asyncio keeps the connection for 30 s."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Details:
+class _Details(NamedTuple):
     """The call details that a generic handler receives."""
 
     method: str
@@ -43,8 +41,7 @@ class _Details:
 
 
 class Gate(Protocol):
-    """The authorization of calls. A call is authorized when its headers have arrived, before the rest of the request is
-    read."""
+    """The authorization of calls, when their headers have arrived and before the rest is read."""
 
     async def admit(self, call: ServerCall) -> str | None:
         """Return the tenant whose budget the request counts against; None for a method that needs no credential.
@@ -61,7 +58,7 @@ class CallRunner:
         self._gate = gate
         self._request_s = request_s
         self._handlers: list[grpc.GenericRpcHandler] = []
-        self._stopping = False
+        self.stopping = False
 
     def add(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Add the handlers of a service's methods."""
@@ -69,7 +66,7 @@ class CallRunner:
 
     def stop(self) -> None:
         """End the calls that are cancelled from now on with UNAVAILABLE."""
-        self._stopping = True
+        self.stopping = True
 
     def start(self, call: ServerCall, head: CallHead) -> None:
         """Start a call whose head has arrived, or refuse the call."""
@@ -104,8 +101,7 @@ class CallRunner:
         return None
 
     async def _request(self, call: ServerCall, handler: Any) -> Any:
-        """Wait until the gate admits the caller, and return the request argument for the handler. Raises AbortError and
-        BadMessage."""
+        """Return the handler's request argument once the gate has admitted the call. Raises AbortError, BadMessage."""
         tenant = "" if self._gate is None else await self._gate.admit(call)
         if not call.closed:
             call.owner.admit(call, tenant)
@@ -151,7 +147,7 @@ class CallRunner:
                 whole = call.request.complete or handler.request_streaming
                 details = "deadline exceeded" if whole else "the request did not arrive in time"
                 call.finish(_CODE.DEADLINE_EXCEEDED, details, at_once=True)
-            elif self._stopping:
+            elif self.stopping:
                 call.finish(_CODE.UNAVAILABLE, "the gateway is stopping; call another", at_once=True)
             else:
                 call.finish(_CODE.CANCELLED, "cancelled", at_once=True)
@@ -174,16 +170,21 @@ class Server:
         """`admission`: the connection pool of the port, for a process with several ports. `gate`: authorizes calls;
         without a gate, connections have the full `limits` from the start. `budget`: see request_body.py."""
         self.limits = limits or ServerLimits()
-        self.budget = budget
-        self.gated = gate is not None
-        self._runner = CallRunner(self.limits.request_s, gate)
         self.connections: set[Connection] = set()
-        self.turns = ReadTurns()
-        self.log = ConnectionLog()
+        self._runner = runner = CallRunner(self.limits.request_s, gate)
+        self._parts = ServerParts(
+            self.limits,
+            budget,
+            gate is not None,
+            ReadTurns(),
+            ConnectionLog(),
+            self.connections,
+            runner.start,
+            self._on_call_end,
+        )
         self._admission = admission or ConnectionAdmission()
         self._listener: Listener | None = None
         self._empty = asyncio.Event()
-        self._stopping = False
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Add the handlers of a service's methods."""
@@ -193,8 +194,7 @@ class Server:
         """Do nothing: generated code registers the same methods here a second time."""
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
-        """Bind a socket, serve on it and return the port. `shared`: other processes may bind the port too. Raises
-        OSError."""
+        """Bind a socket, serve on it and return the port. `shared`: as in `listening_socket`. Raises OSError."""
         return await self.serve(listening_socket(host, port, shared=shared), tls)
 
     async def serve(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> int:
@@ -204,11 +204,9 @@ class Server:
         return int(listener.getsockname()[1])
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, give running calls `grace_s` seconds to end, and then end the remaining calls with
-        UNAVAILABLE."""
+        """Refuse new calls, wait `grace_s` seconds for running calls, and end the rest with UNAVAILABLE."""
         if self._listener is None:
             return
-        self._stopping = True
         self._runner.stop()
         self._listener.close()
         for connection in list(self.connections):
@@ -229,11 +227,10 @@ class Server:
 
     def _protocol(self, slot: ConnectionSlot) -> ConnectionProtocol:
         age_s = self.limits.age_s * random.uniform(0.9, 1.1)  # noqa: S311 - spread, not secrecy
-        return ConnectionProtocol(self, age_s, slot)
+        return ConnectionProtocol(self._parts, age_s, slot)
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
-        """Abort the connections for whose transport `condition` is true, with their calls. Returns the number of
-        connections."""
+        """Abort the connections whose transport meets the condition. Returns the number of connections."""
         transports = [c.transport for c in self.connections if condition(c.transport)]
         for transport in transports:
             transport.abort()
@@ -242,11 +239,7 @@ class Server:
     def _calls(self) -> list[ServerCall]:
         return [call for connection in self.connections for call in connection.calls.by_stream.values()]
 
-    def start_call(self, call: ServerCall, head: CallHead) -> None:
-        """Start a call whose head has arrived, or refuse the call."""
-        self._runner.start(call, head)
-
-    def call_ended(self) -> None:
+    def _on_call_end(self) -> None:
         """Handle the end of a call. After the last call, `stop` no longer waits."""
-        if self._stopping and not self._calls():
+        if self._runner.stopping and not self._calls():
             self._empty.set()

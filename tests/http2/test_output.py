@@ -105,7 +105,7 @@ class Answer:
         self._sent.append(self.stream_id)
         self._left -= 1
         if self._left:
-            self._blocked.add(self, of_stream=False)
+            self._blocked.add(self.stream_id, self.push, of_stream=False)
 
 
 @given(left=st.lists(st.integers(1, 5), min_size=1, max_size=6), window=st.integers(0, 30))
@@ -114,7 +114,7 @@ def test_answers_share_the_window_of_the_connection_in_turn(left: list[int], win
     h2, sent = ServerState(EndedStreams(1)), list[int]()
     blocked = BlockedAnswers(h2)
     for stream_id, count in enumerate(left):
-        blocked.add(Answer(stream_id, count, h2, blocked, sent), of_stream=False)
+        blocked.add(stream_id, Answer(stream_id, count, h2, blocked, sent).push, of_stream=False)
     h2.outbound_flow_control_window = window
     blocked.push()
     rounds = [i for turn in range(max(left)) for i, count in enumerate(left) if count > turn]

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import http2
-from cluster.http2.call import ServerCall
-from cluster.http2.messages import BadMessage
-from cluster.http2.open_calls import (
+from cluster.http2.call import (
     ANONYMOUS_HEADER_BYTES,
     AUTHENTICATED_FACTOR,
     UNAUTHENTICATED_HEADER_BYTES,
     CallTable,
+    ServerCall,
 )
+from cluster.http2.messages import BadMessage
 
 LIMITS = http2.ServerLimits(max_calls=6, anonymous_calls=2)
 
