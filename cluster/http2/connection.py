@@ -121,34 +121,33 @@ class Connection:
             # New settings apply at once, so their acknowledgement is sent first. Without the acknowledgement, a client
             # treats a larger frame, or more data than the old window allows, as an error and resets the stream.
             self.core.output.write_h2()
+        calls, output, blocked = self.calls, self.core.output, self.core.blocked
         for event in received:
-            if not self.core.output.closed:
-                self._handle_event(event)
-
-    def _handle_event(self, event: events.Event) -> None:
-        match event:
-            case events.RequestReceived():
-                self.calls.open(event)
-            case events.DataReceived():
-                self.calls.received(event)
-            case events.StreamEnded():
-                self.calls.half_close(event)
-            case events.StreamReset():
-                self.calls.close(event)
-            case events.WindowUpdated(stream_id=stream_id):
-                if stream_id:
-                    self.core.blocked.push_stream(stream_id)
-                else:
-                    self.core.blocked.push()
-            case events.RemoteSettingsChanged(changed_settings=changed):
-                self.timeouts.greet()
-                if SettingCodes.HEADER_TABLE_SIZE in changed:
-                    self.core.output.reset_table()
-                self.core.blocked.push_all()
-            case events.PingAckReceived():
-                self.timeouts.answered()
-            case events.ConnectionTerminated():
-                self.lifetime.follow_goaway()
+            if output.closed:
+                return
+            match event:
+                case events.DataReceived():
+                    calls.received(event)
+                case events.RequestReceived():
+                    calls.open(event)
+                case events.StreamEnded():
+                    calls.half_close(event)
+                case events.StreamReset():
+                    calls.close(event)
+                case events.WindowUpdated(stream_id=stream_id):
+                    if stream_id:
+                        blocked.push_stream(stream_id)
+                    else:
+                        blocked.push()
+                case events.RemoteSettingsChanged(changed_settings=changed):
+                    self.timeouts.greet()
+                    if SettingCodes.HEADER_TABLE_SIZE in changed:
+                        output.reset_table()
+                    blocked.push_all()
+                case events.PingAckReceived():
+                    self.timeouts.answered()
+                case events.ConnectionTerminated():
+                    self.lifetime.follow_goaway()
 
     def resume(self) -> None:
         """Wake the calls that waited for the client to read."""
