@@ -158,7 +158,8 @@ async def test_a_body_that_stalls_while_others_wait_is_ended() -> None:
         await until(lambda: app.budget.waiting == 1, "a third waits")
         for reservation in list(app.budget._granted):
             reservation.too_slow()
-        assert [(await upload.answer())[:3] for upload in stalled] == [b"408"] * 2
+        answers = await asyncio.gather(*(upload.answer() for upload in stalled))
+        assert [content[:3] for content in answers] == [b"408"] * 2
         assert await answer == b"200 %d" % LIMIT
 
 
