@@ -9,9 +9,8 @@ this server and on grpc.aio's server.
 from hyperframe.frame import Frame
 
 from cluster.http2.connection_table import ConnectionSlot, ConnectionStage, ConnectionTable, Port
-from cluster.http2.limited_log import LimitedLog
 from cluster.http2.limits import ServerLimits
-from cluster.http2.listener import ConnectionAdmission, Listener, listening_socket
+from cluster.http2.listener import ConnectionAdmission, LimitedLog, Listener, listening_socket
 from cluster.http2.server import Server
 
 # For a disabled debug log, h2 builds a repr of every received frame, with the frame's whole body.

@@ -21,18 +21,21 @@ import grpc
 import grpc.aio
 from h2 import events
 from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes
 
 from cluster.http2 import frames
+from cluster.http2.h2_state import Http2State
 from cluster.http2.messages import Assembler, BadMessage, headers_of
+from cluster.http2.output import ConnectionOutput
 
 _CONFIGURATION = H2Configuration(
     client_side=True, header_encoding=None, validate_inbound_headers=False, normalize_inbound_headers=False
 )
 _READ = memoryview(bytearray(65_536))
+Serialize = Callable[[Any], bytes]
+Parse = Callable[[Any], Any]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -61,38 +64,22 @@ async def connect(
     `ping_answer_s`: time limit for the answer to a ping; without an answer the connection is closed.
     """
     host, _, port = address.rpartition(":")
-    _, client = await asyncio.get_running_loop().create_connection(
-        lambda: GrpcClient(address, max_message_bytes, window_bytes, ping_s, ping_answer_s),
+    _, connection = await asyncio.get_running_loop().create_connection(
+        lambda: ClientConnection(max_message_bytes, window_bytes, ping_s, ping_answer_s),
         host.strip("[]"),
         int(port),
         ssl=tls,
     )
-    return client
+    return GrpcClient(connection, address, secure=tls is not None)
 
 
-class GrpcClient(asyncio.BufferedProtocol):
+class GrpcClient:
     """A connection to one server, made by `connect`."""
 
-    def __init__(
-        self, address: str, max_message_bytes: int, window_bytes: int, ping_s: float, ping_answer_s: float
-    ) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.h2 = H2Connection(_CONFIGURATION)
-        self.max_message_bytes = max_message_bytes
-        self.calls: dict[int, ClientCall] = {}
-        self.paused = False
+    def __init__(self, connection: ClientConnection, address: str, *, secure: bool) -> None:
+        self.connection = connection
         self._address = address.encode()
-        self._window_bytes = window_bytes
-        self._ping_s, self._ping_answer_s = ping_s, ping_answer_s
-        self._transport: asyncio.Transport
-        self._out: list[bytes] = []
-        self._flushing = False
-        self._heard = time.monotonic()
-        self.answered = True
-        """Whether bytes were received since the last ping."""
-        self._timer: asyncio.TimerHandle | None = None
-        self._why = ""
-        self._goes_away = False
+        self._scheme = b"https" if secure else b"http"
 
     async def __aenter__(self) -> GrpcClient:
         return self
@@ -103,41 +90,107 @@ class GrpcClient(asyncio.BufferedProtocol):
     @property
     def usable(self) -> bool:
         """Whether the connection accepts another call."""
-        return not self._transport.is_closing() and not self._goes_away
+        return self.connection.usable
 
     def call(
-        self,
-        path: str,
-        serialize: Callable[[Any], bytes],
-        parse: Callable[[Any], Any],
-        metadata: Sequence[tuple[str, str | bytes]] = (),
+        self, path: str, serialize: Serialize, parse: Parse, metadata: Sequence[tuple[str, str | bytes]] = ()
     ) -> ClientCall:
-        """Open a call of any kind. The caller of this method must read the call to its end or cancel the call. Raises
-        CallEnded."""
-        if not self.usable:
-            raise CallEnded(grpc.StatusCode.UNAVAILABLE, self._why or "the connection is closed")
-        stream_id = self.h2.get_next_available_stream_id()
+        """Open a call of any kind, which must be read to its end or cancelled. Raises CallEnded."""
         headers = [
             (b":method", b"POST"),
-            (b":scheme", b"http" if self._transport.get_extra_info("ssl_object") is None else b"https"),
+            (b":scheme", self._scheme),
             (b":path", path.encode()),
             (b":authority", self._address),
             (b"te", b"trailers"),
             (b"content-type", b"application/grpc"),
             *headers_of(metadata),
         ]
-        self.h2.send_headers(stream_id, headers)
-        self.send_h2_output()
-        made = self.calls[stream_id] = ClientCall(self, stream_id, serialize, parse)
-        return made
+        return self.connection.open(headers, serialize, parse)
 
     def close(self) -> None:
         """Close the connection and end its calls."""
-        if not self._transport.is_closing():
-            self._flush()
-            self._transport.close()
+        self.connection.close()
 
-    # ---- asyncio.BufferedProtocol
+
+class Keepalive:
+    """The pings of one connection while the server sends nothing. Without an answer the server is gone."""
+
+    def __init__(
+        self, ping_s: float, answer_s: float, send_ping: Callable[[], bool], on_silence: Callable[[], None]
+    ) -> None:
+        """`send_ping`: sends a ping, or returns False if none is needed. `on_silence`: called if no answer comes."""
+        self._loop = asyncio.get_running_loop()
+        self._ping_s, self._answer_s = ping_s, answer_s
+        self._send_ping, self._on_silence = send_ping, on_silence
+        self._heard = time.monotonic()
+        self.answered = True
+        """Whether bytes were received since the last ping."""
+        self._timer = self._loop.call_later(ping_s, self._ping)
+
+    def record_received(self) -> None:
+        """Record that bytes were received."""
+        self._heard = time.monotonic()
+        self.answered = True
+
+    def stop(self) -> None:
+        """Send no more pings."""
+        self._timer.cancel()
+
+    def _ping(self) -> None:
+        silent_s = time.monotonic() - self._heard
+        if silent_s < self._ping_s or not self._send_ping():
+            self._timer = self._loop.call_later(max(self._ping_s - silent_s, self._ping_s / 10), self._ping)
+            return
+        self.answered = False
+        self._timer = self._loop.call_later(self._answer_s, self._expect_answer)
+
+    def _expect_answer(self) -> None:
+        if self.answered:
+            self._timer = self._loop.call_later(self._ping_s, self._ping)
+        else:
+            self._on_silence()
+
+
+class ClientConnection(asyncio.BufferedProtocol):
+    """The transport and the HTTP/2 state of one client, with the calls that are open."""
+
+    output: ConnectionOutput
+    keepalive: Keepalive
+
+    def __init__(self, max_message_bytes: int, window_bytes: int, ping_s: float, ping_answer_s: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.h2 = Http2State(_CONFIGURATION)
+        self.max_message_bytes = max_message_bytes
+        self.calls: dict[int, ClientCall] = {}
+        self._window_bytes = window_bytes
+        self._ping_s, self._ping_answer_s = ping_s, ping_answer_s
+        self._transport: asyncio.Transport
+        self._why = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether the connection accepts another call."""
+        return not self._transport.is_closing()
+
+    def open(self, headers: list[tuple[bytes, bytes]], serialize: Serialize, parse: Parse) -> ClientCall:
+        """Open a call by sending its headers. Raises CallEnded."""
+        if not self.usable:
+            raise CallEnded(grpc.StatusCode.UNAVAILABLE, self._why or "the connection is closed")
+        stream_id = self.h2.get_next_available_stream_id()
+        self.h2.send_headers(stream_id, headers)
+        self.output.write_h2()
+        made = self.calls[stream_id] = ClientCall(self, stream_id, serialize, parse)
+        return made
+
+    def reset(self, stream_id: int) -> None:
+        """Reset the stream of a cancelled call."""
+        if self.calls.pop(stream_id, None) is not None and self.usable:
+            self.output.reset_stream(stream_id, ErrorCodes.CANCEL)
+
+    def close(self) -> None:
+        """Close the connection and end its calls."""
+        if self.usable:
+            self.output.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the HTTP/2 preface and settings."""
@@ -151,8 +204,9 @@ class GrpcClient(asyncio.BufferedProtocol):
         )
         h2.initiate_connection()
         h2.increment_flow_control_window(4 * self._window_bytes)
-        self.send_h2_output()
-        self._timer = self.loop.call_later(self._ping_s, self._ping)
+        self.output = ConnectionOutput(self._transport, h2)
+        self.output.write_h2()
+        self.keepalive = Keepalive(self._ping_s, self._ping_answer_s, self._send_ping, self._give_up)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return the buffer to read into."""
@@ -160,26 +214,24 @@ class GrpcClient(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Handle bytes received from the server."""
-        self._heard = time.monotonic()
-        self.answered = True
+        self.keepalive.record_received()
         try:
             received = self.h2.receive_data(bytes(_READ[:nbytes]))
-            self.send_h2_output()
+            self.output.write_h2()
             for event in received:
-                handle = _EVENTS.get(type(event))
-                if handle is not None:
-                    handle(self, event)
+                if type(event) is events.DataReceived:
+                    self._data(event)
+                else:
+                    self._handle(event)
         except H2Error as error:
             self._why = str(error) or type(error).__name__
-            self.send_h2_output()
             self.close()
             return
-        self.send_h2_output()
+        self.output.write_h2()
 
     def connection_lost(self, error: Exception | None) -> None:
         """End all calls after either side has closed the connection."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self.keepalive.stop()
         self._why = self._why or str(error or "the connection was closed")
         calls, self.calls = list(self.calls.values()), {}
         for call in calls:
@@ -187,44 +239,12 @@ class GrpcClient(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """Stop writing while the server does not read."""
-        self.paused = True
+        self.output.pause(True)
 
     def resume_writing(self) -> None:
         """Resume writing when the server reads again."""
-        self.paused = False
+        self.output.pause(False)
         self._push_all()
-
-    # ---- writing
-
-    def out(self, data: bytes) -> None:
-        """Add bytes to the one send of this event-loop pass."""
-        self._out.append(data)
-        if not self._flushing:
-            self._flushing = True
-            self.loop.call_soon(self._flush)
-
-    def send_h2_output(self) -> None:
-        """Add the bytes that h2 has prepared to the send of this event-loop pass, after the bytes already queued."""
-        data = self.h2.data_to_send()
-        if data:
-            self.out(data)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        out, self._out = self._out, []
-        if out and not self._transport.is_closing():
-            self._transport.write(b"".join(out))
-
-    def _push_all(self) -> None:
-        for call in list(self.calls.values()):
-            call.push()
-
-    # ---- events
-
-    def _head(self, event: events.ResponseReceived) -> None:
-        call = self.calls.get(event.stream_id)
-        if call is not None:
-            call.head(dict(event.headers))
 
     def _data(self, event: events.DataReceived) -> None:
         if event.flow_controlled_length:
@@ -234,72 +254,56 @@ class GrpcClient(asyncio.BufferedProtocol):
         if call is not None:
             call.data(event.data)
 
-    def _trailers(self, event: events.TrailersReceived) -> None:
-        call = self.calls.get(event.stream_id)
-        if call is not None:
-            call.trailers(dict(event.headers))
+    def _handle(self, event: events.Event) -> None:
+        call = self.calls.get(getattr(event, "stream_id", 0))
+        match event:
+            case events.ResponseReceived() if call is not None:
+                call.head(dict(event.headers))
+            case events.TrailersReceived() if call is not None:
+                call.trailers(dict(event.headers))
+            case events.StreamEnded() if call is not None:
+                del self.calls[event.stream_id]
+                call.end(grpc.StatusCode.UNKNOWN, "the stream ended without a status")
+            case events.StreamReset() if call is not None:
+                del self.calls[event.stream_id]
+                call.end(grpc.StatusCode.UNAVAILABLE, f"the stream was reset ({int(event.error_code)})")
+            case events.WindowUpdated() | events.RemoteSettingsChanged():
+                self._push_all()
+            case events.ConnectionTerminated():
+                # The server takes no further call, and h2 refuses to send for running calls.
+                self._why = "the server closes the connection (GOAWAY)"
+                self.close()
 
-    def _ended(self, event: events.StreamEnded) -> None:
-        call = self.calls.pop(event.stream_id, None)
-        if call is not None:
-            call.end(grpc.StatusCode.UNKNOWN, "the stream ended without a status")
+    def _push_all(self) -> None:
+        for call in list(self.calls.values()):
+            call.push()
 
-    def _reset(self, event: events.StreamReset) -> None:
-        call = self.calls.pop(event.stream_id, None)
-        if call is not None:
-            call.end(grpc.StatusCode.UNAVAILABLE, f"the stream was reset ({int(event.error_code)})")
-
-    def _windows(self, event: events.WindowUpdated | events.RemoteSettingsChanged) -> None:
-        self._push_all()
-
-    def _goaway(self, event: events.ConnectionTerminated) -> None:
-        """Close the connection and end all calls. After a GOAWAY the server takes no further call, and h2 refuses to
-        send for running calls."""
-        self._goes_away = True
-        self._why = "the server closes the connection (GOAWAY)"
-        self.close()
-
-    # ---- life
-
-    def reset_call(self, stream_id: int) -> None:
-        """Reset the stream of a cancelled call."""
-        if self.calls.pop(stream_id, None) is not None and not self._transport.is_closing():
-            with suppress(H2Error):
-                self.h2.reset_stream(stream_id, ErrorCodes.CANCEL)
-            self.send_h2_output()
-
-    def _ping(self) -> None:
-        silent_s = time.monotonic() - self._heard
-        if silent_s < self._ping_s or not self.calls:
-            self._timer = self.loop.call_later(max(self._ping_s - silent_s, self._ping_s / 10), self._ping)
-            return
+    def _send_ping(self) -> bool:
+        if not self.calls:
+            return False
         with suppress(H2Error):
             self.h2.ping(b"headrace")
-        self.send_h2_output()
-        self.answered = False
-        self._timer = self.loop.call_later(self._ping_answer_s, self._expect_pong)
+        self.output.write_h2()
+        return True
 
-    def _expect_pong(self) -> None:
-        if not self.answered:
-            self._why = "no answer to a ping"
-            self._transport.abort()
-            return
-        self._timer = self.loop.call_later(self._ping_s, self._ping)
+    def _give_up(self) -> None:
+        self._why = "no answer to a ping"
+        self._transport.abort()
 
 
 class ClientCall:
     """A call on the client's side, with the read and write methods of a grpc.aio call."""
 
-    def __init__(
-        self, client: GrpcClient, stream_id: int, serialize: Callable[[Any], bytes], parse: Callable[[Any], Any]
-    ) -> None:
-        self._client = client
+    def __init__(self, connection: ClientConnection, stream_id: int, serialize: Serialize, parse: Parse) -> None:
+        self._connection = connection
+        self._h2 = connection.h2
+        self._output = connection.output
         self._stream_id = stream_id
         self._id_bytes = stream_id.to_bytes(4, "big")
-        self._stream = client.h2.streams[stream_id]
+        self._stream = connection.h2.streams[stream_id]
         self._serialize = serialize
         self._parse = parse
-        self._assembler = Assembler(client.max_message_bytes)
+        self._assembler = Assembler(connection.max_message_bytes)
         self._inbox: deque[bytes | bytearray] = deque()
         self._pending = bytearray()
         self._closing = False
@@ -317,8 +321,8 @@ class ClientCall:
     async def write(self, message: Any) -> None:
         """Send a message and wait until the server has room for another message. Raises CallEnded."""
         self.send(message)
-        while self._pending or self._client.paused:
-            waiter = self._client.loop.create_future()
+        while self._pending or self._output.paused:
+            waiter = self._connection.loop.create_future()
             self._waiters.append(waiter)
             await waiter
             self._require()
@@ -335,17 +339,14 @@ class ClientCall:
                 if self._end[0] is grpc.StatusCode.OK:
                     return grpc.aio.EOF
                 raise CallEnded(*self._end)
-            self._reader = self._client.loop.create_future()
+            self._reader = self._connection.loop.create_future()
             try:
                 await self._reader
             finally:
                 self._reader = None
         return self._parse(self._inbox.popleft())
 
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self._messages()
-
-    async def _messages(self) -> AsyncIterator[Any]:
+    async def __aiter__(self) -> AsyncIterator[Any]:
         while (message := await self.read()) is not grpc.aio.EOF:
             yield message
 
@@ -353,14 +354,12 @@ class ClientCall:
         """Cancel the call. Does nothing if the call has ended."""
         if self._end is None:
             self.end(grpc.StatusCode.CANCELLED, "cancelled")
-            self._client.reset_call(self._stream_id)
-
-    # ---- called by the connection
+            self._connection.reset(self._stream_id)
 
     def push(self) -> None:
         """Send pending bytes as far as the flow-control windows allow."""
-        pending, stream, h2 = self._pending, self._stream, self._client.h2
-        while pending and self._end is None and not self._client.paused:
+        pending, stream, h2 = self._pending, self._stream, self._h2
+        while pending and self._end is None and not self._output.paused:
             size = min(
                 len(pending), stream.outbound_flow_control_window, h2.outbound_flow_control_window,
                 h2.max_outbound_frame_size,
@@ -369,13 +368,13 @@ class ClientCall:
                 return
             stream.outbound_flow_control_window -= size
             h2.outbound_flow_control_window -= size
-            self._client.out(frames.data_frame(self._id_bytes, bytes(pending[:size])))
+            self._output.write(frames.data_frame(self._id_bytes, bytes(pending[:size])))
             del pending[:size]
         if self._closing and not pending and self._end is None:
             self._closing = False
             with suppress(H2Error):
                 h2.end_stream(self._stream_id)
-            self._client.send_h2_output()
+            self._output.write_h2()
         self._wake()
 
     def head(self, fields: dict[bytes, bytes]) -> None:
@@ -394,7 +393,7 @@ class ClientCall:
                 self._inbox.append(message)
         except BadMessage as error:
             self.end(grpc.StatusCode.INTERNAL, str(error))
-            self._client.reset_call(self._stream_id)
+            self._connection.reset(self._stream_id)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -405,8 +404,7 @@ class ClientCall:
         self.end(code, unquote(fields.get(b"grpc-message", b"").decode("latin-1")))
 
     def end(self, code: grpc.StatusCode, details: str) -> None:
-        """End the call with a status; a second end changes nothing. Messages received before the end can still be
-        read."""
+        """End the call with a status. Idempotent. Messages received before the end can still be read."""
         if self._end is None:
             self._end = (code, details)
             self._pending.clear()
@@ -419,20 +417,8 @@ class ClientCall:
             raise CallEnded(*self._end)
 
     def _wake(self) -> None:
-        if self._waiters and (self._end is not None or (not self._pending and not self._client.paused)):
+        if self._waiters and (self._end is not None or (not self._pending and not self._output.paused)):
             waiters, self._waiters = self._waiters, []
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
-
-
-_EVENTS: dict[type[events.Event], Callable[[GrpcClient, Any], None]] = {
-    events.ResponseReceived: GrpcClient._head,
-    events.DataReceived: GrpcClient._data,
-    events.TrailersReceived: GrpcClient._trailers,
-    events.StreamEnded: GrpcClient._ended,
-    events.StreamReset: GrpcClient._reset,
-    events.WindowUpdated: GrpcClient._windows,
-    events.RemoteSettingsChanged: GrpcClient._windows,
-    events.ConnectionTerminated: GrpcClient._goaway,
-}

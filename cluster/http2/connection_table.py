@@ -25,18 +25,15 @@ from itertools import islice
 from typing import Final, Protocol
 
 OWN_DESCRIPTORS: Final = 96
-"""Number of descriptors for the process itself: files, database, limits store, helpers, logs, listeners, closing
-connections."""
+"""Descriptors for the process itself: files, database, limits store, helpers, logs, listeners."""
 MAX_CONNECTIONS: Final = 16_384
 """Maximum number of connections of one process, about 1 GB of memory, even if the process may have more descriptors."""
 MIN_CONNECTIONS: Final = 8
 """Minimum number of connections of each port, and of one address at a port, however few descriptors the process has."""
 ADDRESS_PART: Final = 3, 4
-"""Part of a port's connections that one address may use: three quarters, because all clients may come from one
-ingress."""
+"""Part of a port that one address may use: three quarters, because all clients may come from one ingress."""
 UNAUTHENTICATED_PART: Final = 8
-"""Divisor of a port's cap: an eighth is kept for unauthenticated connections, so that clients have time to send a
-credential."""
+"""Divisor of a port's cap: an eighth is kept for clients that have not yet sent a credential."""
 MEAN_LIFETIME_S: Final = 0.2
 """Lowest mean lifetime of a connection at a full port, in seconds. A full port accepts connections no faster than this
 lifetime allows; further connections wait in the socket's queue."""
@@ -117,8 +114,7 @@ class ConnectionSlot:
         self._pool.release(self)
 
     def stage(self, now: float) -> ConnectionStage:
-        """The connection's stage. A new connection, whose bytes may not have been read yet, counts as GREETED at
-        least."""
+        """The connection's stage; at least GREETED for a new connection, whose bytes may be unread."""
         stage = ConnectionStage.SILENT if self.connection is None else self.connection.stage
         old = now - self.since > UNREAD_S and self._pool.passes - self.since_pass > UNREAD_PASSES
         return stage if old else max(stage, ConnectionStage.GREETED)
@@ -252,8 +248,7 @@ class Pool:
         peer.unauthenticated[held] = None
 
     def _count_unauthenticated(self, key: str, before: int, change: int) -> None:
-        """Add `change` (1 or -1) to an address's number of unauthenticated connections. `before`: the number without
-        the change."""
+        """Add `change` (1 or -1) to an address's unauthenticated connections, of which there were `before`."""
         after = before + change
         self._unauthenticated += change
         if after:

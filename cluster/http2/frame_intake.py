@@ -1,21 +1,21 @@
-"""Parsing of a client's bytes into frames, which are charged. Other connections are handled between two slices of
-parsing."""
+"""Parsing of a client's bytes into frames, in slices, between which other connections are handled."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 from h2.exceptions import H2Error, ProtocolError
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
 
-from cluster.http2.call import ServerCall
-from cluster.http2.frame_costs import STREAMS_PER_UNIT, Charges
-from cluster.http2.frame_reader import DATA, WINDOW_UPDATE, FrameReader
-from cluster.http2.h2_state import Http2State
+from cluster.http2.call import OpenCalls
+from cluster.http2.frames import DATA, WINDOW_UPDATE, FrameReader
+from cluster.http2.lifetime import ConnectionLifetime
+from cluster.http2.limits import STREAMS_PER_UNIT, Charges
+from cluster.http2.messages import BadMessage
+from cluster.http2.output import ConnectionCore
 from cluster.http2.read_slices import ReadTurns
 
 LARGE_BYTES: Final = 16_384
@@ -29,47 +29,32 @@ GOAWAY_UNITS: Final = 5.0
 """Cost of a GOAWAY frame, in units. A client sends one or two GOAWAY frames."""
 
 
-class IntakeConnection(Protocol):
-    """The part of a connection that the frame intake uses."""
-
-    loop: asyncio.AbstractEventLoop
-    h2: Http2State
-    transport: asyncio.Transport
-    calls: dict[int, ServerCall]
-    closing: bool
-
-    def handle(self, frame: Frame) -> None:
-        """Handle a frame that was already charged. Raises H2Error."""
-
-    def data(self, call: ServerCall, data: bytes, size: int) -> None:
-        """Pass received request bytes to a call. `size`: number of bytes including padding."""
-
-    def window_opened(self, stream_id: int | None) -> None:
-        """Push the calls that waited for the send window of a stream, or of the connection if `stream_id` is 0 or
-        None."""
-
-    def send_h2_output(self) -> None:
-        """Append h2's pending output to the buffer that is sent at the end of this event-loop pass."""
-
-    def refuse(self, reason: str) -> None:
-        """Close the connection, which violated HTTP/2. h2 has already prepared the GOAWAY."""
-
-    def cut(self, reason: str) -> None:
-        """Close the connection with the error ENHANCE_YOUR_CALM, because the client exceeded a limit."""
-
-    def call_later(self, seconds: float, work: Callable[..., None]) -> None:
-        """Call `work` after `seconds`, unless the connection is lost before then."""
-
-
 class FrameIntake:
     """The received frames of one connection that are not parsed yet. Implements read_slices.Reader."""
 
-    def __init__(self, connection: IntakeConnection, reader: FrameReader, charges: Charges, turns: ReadTurns) -> None:
-        self._connection = connection
+    def __init__(
+        self,
+        core: ConnectionCore,
+        reader: FrameReader,
+        charges: Charges,
+        calls: OpenCalls,
+        lifetime: ConnectionLifetime,
+        turns: ReadTurns,
+        handle: Callable[[Frame], None],
+    ) -> None:
+        """`handle`: handles a frame that was charged; may raise H2Error."""
+        self._transport = core.transport
+        self._h2 = core.h2
+        self._output = core.output
+        self._blocked = core.blocked
+        self._loop = core.loop
+        self._calls = calls
+        self._by_stream = calls.by_stream
+        self._lifetime = lifetime
+        self._handle_charged = handle
         self._reader = reader
         self._charges = charges
         self._turns = turns
-        self._loop = connection.loop
         self._queued = self._paused = False
         self._unfinished_since = math.inf
 
@@ -87,33 +72,24 @@ class FrameIntake:
 
     def parse(self, until: float) -> bool:
         """Handle frames until the clock reaches `until`. Returns whether frames are left."""
-        connection = self._connection
         try:
             more = self._handle(until)
         except BaseException:  # as asyncio's transport does when a protocol raises
-            connection.transport.abort()
+            self._transport.abort()
             raise
         delayed = self._charges.delayed
         self._queued = more or delayed
-        if connection.closing:
+        if self._output.closed:
             self._reader.clear()
             return False
         if delayed:
             self._pause()
-            connection.call_later(self._charges.delay_s(), self._after_delay)
+            self._lifetime.call_later(self._charges.delay_s(), self._after_delay)
             return False
         if not more and self._paused:
             self._paused = False
-            connection.transport.resume_reading()
+            self._transport.resume_reading()
         return more
-
-    def allow_frames(self, size: int) -> None:
-        """Set the maximum frame size in bytes."""
-        self._reader.max_frame_bytes = size
-
-    def clear(self) -> None:
-        """Drop the unparsed bytes."""
-        self._reader.clear()
 
     def stalled_s(self, now: float) -> float:
         """Seconds since an incomplete frame or header block last made progress; 0 while frames are queued."""
@@ -126,12 +102,12 @@ class FrameIntake:
     def _pause(self) -> None:
         if not self._paused:
             self._paused = True
-            self._connection.transport.pause_reading()
+            self._transport.pause_reading()
 
     def _handle(self, until: float) -> bool:
-        connection, reader, handled, more = self._connection, self._reader, False, False
+        output, reader, handled, more = self._output, self._reader, False, False
         try:
-            while not connection.closing and self._peek():
+            while not output.closed and self._peek():
                 if more:
                     break
                 handled = True
@@ -141,75 +117,80 @@ class FrameIntake:
             else:
                 more = False
         except H2Error as error:
-            connection.refuse(str(error) or type(error).__name__)
+            self._lifetime.refuse(str(error) or type(error).__name__)
             return False
-        connection.send_h2_output()
+        output.write_h2()
         if not reader.unfinished:
             self._unfinished_since = math.inf
         elif handled or self._unfinished_since == math.inf:
             self._unfinished_since = self._loop.time()
-        return more and not connection.closing
+        return more and not output.closed
 
     def _peek(self) -> bool:
         try:
             return self._reader.peek()
         except ProtocolError as error:
-            self._connection.h2.refuse(error.error_code)
+            self._h2.refuse(error.error_code)
             raise
 
     def _handle_fast(self) -> bool:
         """Handle a DATA or WINDOW_UPDATE frame without h2. Returns False if h2 must handle the frame."""
-        connection, reader = self._connection, self._reader
+        reader = self._reader
         if reader.kind == DATA:
-            call = connection.calls.get(reader.stream_id)
+            call = self._by_stream.get(reader.stream_id)
             if call is None or (reader.length < SMALL_DATA_BYTES and not self._charges.justify_frame()):
                 return False
-            if not connection.h2.receive_data_of(call.stream, reader.length, ends=reader.ends):
+            if not self._h2.receive_data_of(call.stream, reader.length, ends=reader.ends):
                 return False
             ends = reader.ends
-            connection.data(call, reader.body(), reader.length)
+            try:
+                call.request.received(reader.body(), reader.length)
+            except BadMessage as error:
+                self._calls.end_early(call, error)
             if ends:
-                call.ended()
+                call.request.end()
             return True
         if reader.kind != WINDOW_UPDATE or reader.length != WINDOW_UPDATE_BYTES:
             return False
         return self._window_update()
 
     def _window_update(self) -> bool:
-        connection, reader, call = self._connection, self._reader, None
-        if reader.stream_id:
-            call = connection.calls.get(reader.stream_id)
+        h2, reader, stream_id, call = self._h2, self._reader, self._reader.stream_id, None
+        if stream_id:
+            call = self._by_stream.get(stream_id)
             if call is None or call.closed:
                 return False
         if not self._charges.justify_frame():
             return False
         size = reader.increment
-        if not connection.h2.receive_window_of(connection.h2 if call is None else call.stream, size):
+        if not h2.receive_window_of(h2 if call is None else call.stream, size):
             return False
         reader.body()
-        connection.window_opened(reader.stream_id)
+        if stream_id:
+            self._blocked.push_stream(stream_id)
+        else:
+            self._blocked.push()
         return True
 
     def _handle_any(self) -> None:
         """Handle a frame of any kind. Raises H2Error."""
-        connection = self._connection
         try:
             frame = self._reader.frame()
         except ProtocolError as error:
-            connection.h2.refuse(error.error_code)
+            self._h2.refuse(error.error_code)
             raise
         if frame is None:
             return
         if self._may_send(frame):
-            connection.handle(frame)
+            self._handle_charged(frame)
         else:
-            connection.cut("too many resets, refused calls or empty frames")
+            self._lifetime.cut("too many resets, refused calls or empty frames")
 
     def _may_send(self, frame: Frame) -> bool:
         """Charge a frame. Returns False if the frame exceeds the client's limit.
 
         Refused and reset calls are charged when the refusal or reset happens."""
-        charges, streams, now = self._charges, self._connection.h2.streams, self._loop.time()
+        charges, streams, now = self._charges, self._h2.streams, self._loop.time()
         if isinstance(frame, DataFrame):
             if frame.stream_id not in streams:
                 return charges.charge(1, now)

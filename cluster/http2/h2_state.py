@@ -4,28 +4,25 @@ DATA and WINDOW_UPDATE are the two frame types that come with every token. A fra
 in a fifth of the time, unless the frame is unusual.
 
 For each new stream, h2 counts the open streams by walking all of them. h2 also keeps a note of each of the last 65,536
-ended streams. In this server the connection counts its calls itself, and a stream is dropped when the stream's call
-ends.
+ended streams, which takes 10 MB. In this server the connection counts its calls itself, and a stream is dropped when
+the stream's call ends.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 from h2 import events
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
-from h2.stream import H2Stream, StreamInputs, StreamState
+from h2.stream import H2Stream, StreamClosedBy, StreamInputs, StreamState
 from hyperframe.frame import Frame
-
-from cluster.http2.reset_streams import EndedStreams
 
 # Header validation is off: this server reads only the headers that a call needs, and forwards no headers.
 _CONFIGURATION = H2Configuration(
-    client_side=False,
-    header_encoding=None,
-    validate_inbound_headers=False,
-    normalize_inbound_headers=False,
+    client_side=False, header_encoding=None, validate_inbound_headers=False, normalize_inbound_headers=False
 )
 _PRIVATE = (
     "_closed_streams",
@@ -37,9 +34,36 @@ _PRIVATE = (
 _PRIVATE_OF_STREAM = ("_actual_content_length", "_expected_content_length", "_inbound_window_manager")
 MAX_WINDOW = 2**31 - 1
 _OPEN = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
+_RESETS = (StreamClosedBy.SEND_RST_STREAM, StreamClosedBy.RECV_RST_STREAM)
+
+
+class EndedStreams(OrderedDict[int, StreamClosedBy | None]):
+    """A replacement for h2's notes of ended streams. Only the last `most` streams that were reset are kept.
+
+    h2 needs a stream's note when a late frame arrives for the ended stream. For a stream that ended normally, the note
+    only decides which error ends the connection."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __setitem__(self, stream_id: int, by: StreamClosedBy | None) -> None:
+        if by not in _RESETS:
+            return
+        super().__setitem__(stream_id, by)
+        while len(self) > self.most:
+            self.popitem(last=False)
 
 
 class Http2State(H2Connection):
+    """The h2 state of a connection, on either side."""
+
+    def output(self) -> bytes:
+        """Return the bytes to send, like data_to_send, but at less cost if there are no bytes."""
+        return self.data_to_send() if self._data_to_send else b""
+
+
+class ServerState(Http2State):
     """The h2 state of a server connection, which receives one frame at a time."""
 
     def __init__(self, ended: EndedStreams) -> None:
@@ -54,8 +78,7 @@ class Http2State(H2Connection):
 
     @property
     def open_inbound_streams(self) -> int:
-        """The number of open streams for h2: always zero, so that h2 never refuses a stream. Connection limits the
-        number of calls."""
+        """Always zero, so that h2 never refuses a stream: CallTable limits the number of calls."""
         return 0
 
     def receive_frame(self, frame: Frame) -> list[events.Event]:
@@ -65,10 +88,6 @@ class Http2State(H2Connection):
         except ProtocolError as error:
             self._terminate_connection(error.error_code)
             raise
-
-    def output(self) -> bytes:
-        """Return the bytes to send, like data_to_send, but at less cost if there are no bytes."""
-        return self.data_to_send() if self._data_to_send else b""
 
     def receive_data_of(self, stream: H2Stream, size: int, *, ends: bool) -> bool:
         """Count a DATA frame that has no flag except END_STREAM, as receive_frame would.
@@ -87,9 +106,8 @@ class Http2State(H2Connection):
         stream._actual_content_length += size
         return True
 
-    def receive_window_of(self, holder: H2Stream | Http2State, size: int) -> bool:
-        """Count a WINDOW_UPDATE of an open stream or of the connection. Returns False if receive_frame must handle the
-        frame."""
+    def receive_window_of(self, holder: H2Stream | ServerState, size: int) -> bool:
+        """Count a WINDOW_UPDATE of a stream or of the connection. Returns False if receive_frame must handle it."""
         window = holder.outbound_flow_control_window + size
         if not size or window > MAX_WINDOW:
             return False

@@ -12,13 +12,17 @@ import socket
 import ssl
 import struct
 from asyncio import sslproto
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
+import structlog
+
 from cluster.http2.connection_table import MAX_CONNECTIONS, ConnectionSlot, ConnectionStage, Pool
-from cluster.http2.limited_log import LimitedLog
+
+log = structlog.get_logger("connections")
 
 ACCEPTS_A_PASS: Final = 8
 """Maximum number of connections accepted in one event-loop pass. This number of descriptors may be in use beyond the
@@ -47,6 +51,7 @@ class _SecureTransport(Protocol):
 
 
 Factory = Callable[[ConnectionSlot], asyncio.BaseProtocol]
+LOG_INTERVAL_S: Final = 1.0
 BACKLOG: Final = 2048
 """Maximum number of connections that wait to be accepted."""
 
@@ -58,6 +63,33 @@ def listening_socket(host: str, port: int, *, shared: bool = False) -> socket.so
     # Accepted sockets inherit TCP_NODELAY. Without this option, the tokens of a second call wait for ACKs.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
+
+
+class LimitedLog:
+    """A log that counts events by reason and writes all counts in one line, at most once a second."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._next_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def count(self, reason: str) -> None:
+        """Count one event under `reason`; all counts are logged at most once a second."""
+        self._counts[reason] += 1
+        if self._timer is not None:
+            return
+        loop = asyncio.get_running_loop()
+        wait_s = self._next_at - loop.time()
+        if wait_s <= 0:
+            self._write()
+        else:
+            self._timer = loop.call_later(wait_s, self._write)
+
+    def _write(self) -> None:
+        self._timer = None
+        self._next_at = asyncio.get_running_loop().time() + LOG_INTERVAL_S
+        counts, self._counts = self._counts, Counter()
+        log.warning("connections_refused", **counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +115,7 @@ class Listener:
         tls: ssl.SSLContext | None = None,
         shutdown_s: float | None = None,
     ) -> None:
-        """`shutdown_s`: time limit of the TLS shutdown, which includes sending unsent bytes; None: asyncio's limit of
-        30 s."""
+        """`shutdown_s`: time limit of the TLS shutdown and of sending unsent bytes; None: asyncio's 30 s."""
         self._sock = sock
         self._factory = factory
         self._pool = admission.pool
@@ -187,8 +218,7 @@ class _PendingConnection:
         self._held = held
 
     def evict(self, passes: int = 3) -> None:
-        """Drop the connection after three event-loop passes. A task that is cancelled earlier leaves its socket
-        open."""
+        """Drop the connection after three event-loop passes: a task cancelled earlier leaves its socket open."""
         if passes:
             self._loop.call_soon(self.evict, passes - 1)
         elif self.task is not None:

@@ -10,6 +10,7 @@ import binascii
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 from urllib.parse import quote
 
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -130,6 +131,36 @@ class Inflater:
             self._out += self._inflate.decompress(piece, size)
         except zlib.error as error:
             raise BadMessage(f"cannot decompress the message: {error}") from None
+
+
+class CallHead(NamedTuple):
+    """The head of a call. `problem`: the error in the header fields, empty if the fields are valid."""
+
+    path: str
+    metadata: Metadata
+    timeout_s: float | None
+    """Seconds from the receipt of the head to the caller's deadline; None if the call has no deadline."""
+    encoding: str
+    size: int
+    """Size of the decoded header fields in bytes, as HTTP/2 counts it."""
+    problem: str = ""
+    is_grpc: bool = True
+
+    @classmethod
+    def of(cls, headers: Sequence[tuple[bytes, bytes]], size: int) -> CallHead:
+        """Parse the header fields of a request."""
+        fields = dict(headers)
+        if fields.get(b":method") != b"POST" or not fields.get(b"content-type", b"").startswith(b"application/grpc"):
+            return cls("", (), None, "identity", size, is_grpc=False)
+        path = fields.get(b":path", b"").decode("latin-1")
+        encoding = fields.get(b"grpc-encoding", b"identity").decode("latin-1")
+        metadata: Metadata = ()
+        try:
+            metadata = metadata_of(headers)
+            seconds = timeout_s(fields[b"grpc-timeout"]) if b"grpc-timeout" in fields else None
+        except ValueError as error:
+            return cls(path, metadata, None, encoding, size, str(error))
+        return cls(path, metadata, seconds, encoding, size)
 
 
 def timeout_s(value: bytes) -> float | None:

@@ -42,8 +42,7 @@ class ReadTurns:
         self._used_s = 0.0
 
     def parse_now(self, reader: Reader) -> bool:
-        """Parse a slice now if recent reads have left time. Returns whether bytes are left; the caller then queues the
-        reader by `put`."""
+        """Parse a slice if recent reads left time. Returns whether bytes are left; the caller then calls `put`."""
         begin = self._clock()
         if begin - self._window_at >= WINDOW_S:
             self._window_at, self._used_s = begin, 0.0

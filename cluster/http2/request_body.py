@@ -11,62 +11,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Final, NoReturn
 
-from cluster.http2.limits import ServerLimits
-from cluster.http2.messages import PREFIX_BYTES, Assembler, BadMessage
+import grpc
+import grpc.aio
 
+from cluster.http2.limits import BodyReservation, Budget
+from cluster.http2.messages import PREFIX_BYTES, Assembler, BadMessage, Inflater
+from cluster.http2.output import ConnectionCore
 
-class BodyReservation(Protocol):
-    """A reservation in the budget for the bytes of one message."""
-
-    @property
-    def granted(self) -> bool:
-        """Whether the bytes may be received now."""
-
-    def received(self, size: int) -> None:
-        """Count `size` bytes that have arrived since the grant."""
-
-    def complete(self) -> None:
-        """Record that all bytes have arrived."""
-
-    def shrink(self, size: int) -> None:
-        """Return all but `size` bytes to the budget."""
-
-    def release(self) -> None:
-        """Return the bytes to the budget. Idempotent."""
-
-
-class Budget(Protocol):
-    """The budget in which request bytes are reserved."""
-
-    def full(self, tenant: str) -> bool:
-        """Whether so many requests of this tenant wait that a further request must be refused."""
-
-    def reserve(
-        self,
-        tenant: str,
-        connection: Hashable,
-        size: int,
-        on_grant: Callable[[], None],
-        too_slow: Callable[[], None],
-    ) -> BodyReservation:
-        """Reserve `size` bytes. Calls `on_grant` if the bytes are granted later, and `too_slow` if the request arrives
-        too slowly."""
-
-
-class BodyConnection(Hashable, Protocol):
-    """The part of a connection that a request body uses."""
-
-    loop: asyncio.AbstractEventLoop
-    limits: ServerLimits
-    budget: Budget | None
-    admitted: bool
-
-    def grow_window(self, size: int, stream_id: int | None = None) -> None:
-        """Grow the receive window of a stream, or of the connection if `stream_id` is None, by `size` bytes."""
+INFLATE_STEP_BYTES: Final = 65_536
+"""Number of bytes that a call decompresses before it yields to the event loop."""
 
 
 @dataclass(slots=True)
@@ -82,25 +39,7 @@ class Received:
 class RequestBody:
     """The messages of one call's request. `streaming`: whether the handler reads any number of messages."""
 
-    __slots__ = (
-        "_admitted",
-        "_allowed_size",
-        "_assembler",
-        "_connection",
-        "_connection_growth",
-        "_has_message",
-        "_inbox",
-        "_reservation",
-        "_stream_growth",
-        "_stream_id",
-        "_tenant",
-        "_too_slow",
-        "_unread",
-        "began_at",
-        "streaming",
-    )
-
-    def __init__(self, connection: BodyConnection, stream_id: int, too_slow: Callable[[], None]) -> None:
+    def __init__(self, connection: ConnectionCore, stream_id: int, too_slow: Callable[[], None]) -> None:
         self.streaming = False
         self.began_at = math.inf
         """Loop time at which the rest of the incomplete message was requested; infinite if no rest is expected."""
@@ -108,13 +47,14 @@ class RequestBody:
         self._stream_id = stream_id
         self._assembler = Assembler(connection.limits.max_message_bytes)
         self._inbox: deque[Received] = deque()
-        self._tenant: str | None = None
+        self.tenant: str | None = None
+        """The tenant whose budget the request counts against; None before the caller was admitted, and for a method
+        that needs no credential."""
         self._admitted = self._has_message = False
         self._too_slow = too_slow
         self._reservation: BodyReservation | None = None
         self._allowed_size = 0
-        """Size in bytes of the incomplete message with its prefix, after the rest of the message was requested; else
-        0."""
+        """Size in bytes of the incomplete message with its prefix, once its rest was requested; else 0."""
         self._stream_growth = 0
         """Bytes by which the stream's receive window is to grow."""
         self._connection_growth = 0
@@ -126,9 +66,8 @@ class RequestBody:
         return len(self._inbox)
 
     def admit(self, tenant: str | None) -> None:
-        """Record that the caller was admitted. `tenant`: the caller's tenant; None for a method that needs no
-        credential. Raises BadMessage."""
-        self._tenant, self._admitted = tenant, True
+        """Record the admitted caller's tenant; None for a method without credential. Raises BadMessage."""
+        self.tenant, self._admitted = tenant, True
         self.settle()
 
     def add(self, data: bytes, size: int) -> None:
@@ -176,8 +115,7 @@ class RequestBody:
         self._grow_connection_window(self._connection_growth)
 
     def settle(self) -> None:
-        """Reserve the incomplete message unless it is already reserved, and grow the windows accordingly. Raises
-        BadMessage."""
+        """Reserve the incomplete message, unless it is reserved, and grow the windows. Raises BadMessage."""
         if not self._allowed_size and self._assembler.held_bytes:
             self._start_message()
         self.settle_connection()
@@ -185,9 +123,8 @@ class RequestBody:
             self._grow_stream_window()
 
     def settle_connection(self) -> None:
-        """Return received bytes to the connection's receive window, except bytes that a streaming handler must read
-        first."""
-        if self._connection.admitted:
+        """Return received bytes to the connection's window, except bytes that a streaming handler must read."""
+        if self._connection.windows.admitted:
             self._grow_connection_window(self._connection_growth - (self._unread if self.streaming else 0))
 
     def _start_message(self) -> None:
@@ -199,9 +136,9 @@ class RequestBody:
         if budget is None:
             self._allowed_size = size
             self._allow_rest()
-        elif self._tenant is not None:
+        elif self.tenant is not None:
             self._allowed_size = size
-            self._reserve(budget, self._tenant)
+            self._reserve(budget, self.tenant)
         elif size > limits.window_bytes:
             most = limits.window_bytes - PREFIX_BYTES
             raise BadMessage(
@@ -228,10 +165,153 @@ class RequestBody:
         at_once = at_once or self._allowed_size > 0  # the rest of a message must not wait for half a window
         if self._stream_growth and (at_once or self._stream_growth >= self._connection.limits.window_bytes // 2):
             size, self._stream_growth = self._stream_growth, 0
-            self._connection.grow_window(size, self._stream_id)
+            self._connection.windows.grow(size, self._stream_id)
 
     def _grow_connection_window(self, size: int) -> None:
         size = min(size, self._connection_growth)
         if size > 0:
             self._connection_growth -= size
-            self._connection.grow_window(size)
+            self._connection.windows.grow(size)
+
+
+Abort = Callable[[grpc.StatusCode, str], Awaitable[NoReturn]]
+
+
+class RequestReader:
+    """The request of one call, as the call's handler reads it: decompressed, and parsed if there are many messages."""
+
+    def __init__(
+        self, connection: ConnectionCore, stream_id: int, encoding: str, abort: Abort, too_slow: Callable[[], None]
+    ) -> None:
+        """`encoding`: the compression of the messages. `abort`: ends the call with a status. `too_slow`: called when
+        the request arrives too slowly while other requests wait."""
+        self.body = RequestBody(connection, stream_id, too_slow)
+        self.half_closed = False
+        """Whether the client has ended the request."""
+        self.complete = False
+        """Whether the handler's only message has arrived."""
+        self._connection = connection
+        self._encoding = encoding
+        self._abort = abort
+        self._too_slow = too_slow
+        self._parse: Callable[[Any], Any] | None = None
+        self._closed = False
+        self._held: BodyReservation | None = None
+        """The reservation of the handler's only message."""
+        self._waiter: asyncio.Future[None] | None = None
+
+    def stream(self, parse: Callable[[Any], Any]) -> None:
+        """Let the handler read any number of messages by `read`, each parsed by `parse`."""
+        self._parse = parse
+        self.body.streaming = True
+
+    def received(self, data: bytes, size: int) -> None:
+        """Handle received bytes of the request. `size`: number of bytes including padding. Raises BadMessage."""
+        self.body.add(data, size)
+        if self._parse is not None:
+            self._wake()
+
+    def end(self) -> None:
+        """Handle the end of the request: the client has half-closed the stream."""
+        self.half_closed = True
+        self._wake()
+
+    def close(self) -> None:
+        """Drop the request, because the client has reset the call or is gone."""
+        self._closed = True
+        self.drop()
+        self._wake()
+
+    def drop(self) -> None:
+        """Drop the request's messages and reservations."""
+        self.body.close()
+        self.release()
+
+    def release(self) -> None:
+        """Return the bytes of the parsed request to the budget. Idempotent."""
+        if self._held is not None:
+            self._held.release()
+            self._held = None
+
+    async def read(self) -> Any:
+        """Return the next message, or grpc.aio.EOF at the end. Aborts the call if a message cannot be parsed."""
+        while not len(self.body):
+            if self.half_closed or self._closed:
+                return grpc.aio.EOF
+            await self._wait()
+        received = self.body.pop()
+        try:
+            data = await self._decompress(received) if received.compressed else received.data
+            return data if self._parse is None else self._parse(data)
+        except BadMessage as error:
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED if error.too_large else grpc.StatusCode.INTERNAL
+            await self._abort(code, str(error))
+        except Exception as error:  # parsers of generated code raise many types
+            await self._abort(grpc.StatusCode.INTERNAL, f"cannot deserialize a request message: {error}")
+        finally:
+            if received.reservation is not None:
+                received.reservation.release()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while (message := await self.read()) is not grpc.aio.EOF:
+            yield message
+
+    async def only_message(self) -> bytes | bytearray | None:
+        """Wait for the end of the request and return the only message; None if the request has no message or more than
+        one.
+
+        The message's bytes count against the budget until `release` is called. Raises BadMessage."""
+        while not self.half_closed:
+            await self._wait()
+        self.complete = True
+        if len(self.body) != 1:
+            return None
+        received = self.body.pop()
+        self._held = received.reservation
+        return await self._decompress(received) if received.compressed else received.data
+
+    async def _wait(self) -> None:
+        self._waiter = self._connection.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _decompress(self, received: Received) -> bytes:
+        """Decompress a message in steps, and yield to the event loop between two steps."""
+        limits = self._connection.limits
+        unauthenticated = self._connection.budget is not None and self.body.tenant is None
+        most = limits.window_bytes if unauthenticated else limits.max_message_bytes
+        inflater = Inflater(received.data, self._encoding, most)
+        plain = inflater.step(INFLATE_STEP_BYTES)
+        if plain is None and received.reservation is None:
+            received.reservation = self._held = await self._reserve(most)
+        while plain is None:
+            await asyncio.sleep(0)
+            plain = inflater.step(INFLATE_STEP_BYTES)
+        if received.reservation is not None:
+            received.reservation.shrink(len(plain))
+        return plain
+
+    async def _reserve(self, size: int) -> BodyReservation | None:
+        """Reserve `size` bytes in the budget and wait until the budget grants them. Raises BadMessage if too many
+        requests wait already."""
+        budget, tenant = self._connection.budget, self.body.tenant
+        if budget is None or tenant is None:
+            return None
+        if budget.full(tenant):
+            raise BadMessage("too many requests are being decompressed at once; send fewer", too_large=True)
+        granted = asyncio.Event()
+        reservation = budget.reserve(tenant, self._connection, size, granted.set, self._too_slow)
+        reservation.complete()  # all bytes have been received
+        try:
+            if not reservation.granted:
+                await granted.wait()
+        except asyncio.CancelledError:
+            reservation.release()
+            raise
+        return reservation

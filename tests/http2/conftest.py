@@ -14,7 +14,7 @@ import grpc.aio
 import pytest
 
 from cluster import http2
-from cluster.http2.request_body import Budget
+from cluster.http2.limits import Budget
 from cluster.http2.server import Gate
 
 SERVICE = "test.Echo"

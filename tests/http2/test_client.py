@@ -42,7 +42,7 @@ async def test_calls_one_after_the_other_and_at_once(serve: Serve) -> None:
         requests = [b"%d" % i for i in range(50)]
         answers = await asyncio.gather(*(answers_to(client, "One", request) for request in requests))
         assert answers == [[r] for r in requests]
-        assert not client.calls
+        assert not client.connection.calls
 
 
 async def test_what_is_received_is_not_written_out(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ async def test_a_call_at_rest_stays(serve: Serve) -> None:
         assert await call.read() == b"there"
         for _ in range(5):
             for pinged in (True, False):  # each ping, and then its answer
-                while client.answered == pinged:  # noqa: ASYNC110 - in this very pass of the loop
+                while client.connection.keepalive.answered == pinged:  # noqa: ASYNC110 - in this very pass of the loop
                     await asyncio.sleep(0)
             time.sleep(0.15)  # noqa: ASYNC251 - the loop is late
             await asyncio.sleep(0.001)

@@ -227,11 +227,11 @@ async def test_thousands_of_requests_in_one_read_leave_the_loop_to_others(serve:
         await raw.send(b"".join(data))
         passes = 0
         async with asyncio.timeout(30):
-            while connection.h2.highest_inbound_stream_id < 8001:
+            while connection.core.h2.highest_inbound_stream_id < 8001:
                 await asyncio.sleep(0)
-                passes += connection.h2.highest_inbound_stream_id > 1
+                passes += connection.core.h2.highest_inbound_stream_id > 1
         assert passes > 20, "each pass of the loop parses for two milliseconds"
-        assert len(connection.h2.streams) < 10
+        assert len(connection.core.h2.streams) < 10
 
 
 async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve) -> None:
@@ -246,7 +246,7 @@ async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve)
         async with asyncio.timeout(20):
             while len(seen) < 3:
                 assert await method(b"again") == b"again"
-                seen.update(connection.peer for connection in echo.server.connections)
+                seen.update(connection.core.peer for connection in echo.server.connections)
         assert len([message async for message in stream]) == 3000
 
 
@@ -274,7 +274,7 @@ async def test_a_client_sees_the_end_of_tls_at_once(serve: Serve, tmp_path: Path
         call = unary_unary(channel, "Forever")(b"")
         await asyncio.wait_for(echo.seen.started.wait(), 5)
         for connection in echo.server.connections:
-            connection.close()
+            connection.lifetime.close()
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await asyncio.wait_for(call, 5)
         assert ended.value.code() is CODE.UNAVAILABLE

@@ -52,7 +52,7 @@ async def test_no_call_fails_when_a_connection_is_closed_for_idleness(serve: Ser
         async with asyncio.timeout(20):
             while len(seen) < 3:
                 assert await method(b"again") == b"again"
-                seen.update(connection.peer for connection in echo.server.connections)
+                seen.update(connection.core.peer for connection in echo.server.connections)
                 await asyncio.sleep(0.06)
 
 

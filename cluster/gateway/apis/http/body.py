@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
+from cluster.gateway.apis.http.connection import HttpConnection
 from cluster.policy.limits.request_bytes import RequestBytes, Reservation
 
 GRANT_TIMEOUT_S: Final = 30.0
-"""Longest time in seconds for which a body waits for a reservation, behind other bodies of the same tenant or of the
-process."""
+"""Longest wait in seconds for a reservation, behind other bodies of the tenant or of the process."""
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
@@ -28,19 +28,6 @@ class Refused(Exception):
         self.status = status
         self.code = code
         self.headers = headers
-
-
-class HttpBodyConnection(Protocol):
-    """The HTTP connection on which a request body arrives."""
-
-    def watch_paused(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the connection is lost, without resuming reading."""
-
-    def unwatch(self, lost: Callable[[], None]) -> None:
-        """Stop calling `lost`."""
-
-    def refuse_body(self) -> None:
-        """Close the connection because the request's body arrives too slowly."""
 
 
 UNCOPIED_BYTES: Final = 1 << 20
@@ -55,7 +42,7 @@ class RequestBodies:
 
     @asynccontextmanager
     async def read(
-        self, receive: Receive, connection: HttpBodyConnection, declared: bytes, tenant: str
+        self, receive: Receive, connection: HttpConnection, declared: bytes, tenant: str
     ) -> AsyncIterator[bytes | bytearray]:
         """Read a whole body. The bytes of the body count against the budget until the context ends.
 
@@ -92,7 +79,7 @@ class RequestBodies:
     def _too_large(self) -> Refused:
         return Refused(413, "request_too_large", f"the body is larger than {self._limit} bytes")
 
-    async def _reserved(self, connection: HttpBodyConnection, size: int, tenant: str) -> Reservation:
+    async def _reserved(self, connection: HttpConnection, size: int, tenant: str) -> Reservation:
         """Wait for a reservation of `size` bytes. Raises Refused if too many bodies wait or this body has waited too
         long, and ConnectionResetError if the client disconnects."""
         if self._budget.full(tenant):

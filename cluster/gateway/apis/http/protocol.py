@@ -2,13 +2,12 @@
 
 Problem: httptools parses all bytes at once, and uvicorn starts a task for each request. Received bytes are therefore
 parsed in small pieces. No further piece is parsed while a request waits for an earlier response, or while a body waits
-to be read. Meanwhile this class keeps the unparsed bytes and pauses reading.
+to be read. Meanwhile the unparsed bytes are kept and reading is paused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any, Final, cast
 
 import httptools
@@ -17,28 +16,71 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from cluster.gateway.apis.http.connection import HttpConnection
 from cluster.gateway.apis.http.timeouts import ConnectionTimeouts, Late, TimeoutLimits
 from cluster.http2 import ConnectionSlot, ConnectionStage
-from cluster.http2.frame_costs import Bucket
 
 CONNECTION: Final = "headrace.connection"
-"""The key under which the ASGI scope of a request holds the protocol object of the connection."""
+"""The key under which the ASGI scope of a request holds the connection's `HttpConnection`."""
 MAX_HEAD_BYTES: Final = 65_536
 MAX_HEADERS: Final = 256
 HEAD_PIECE_BYTES: Final = 4096
-"""Number of bytes that are parsed at once outside of a body: about a hundred of the smallest requests, which take a
-millisecond."""
+"""Bytes parsed at once outside of a body: about a hundred of the smallest requests, a millisecond."""
 BODY_PIECE_BYTES: Final = 16_384
-UNPROVEN_REFUSALS_PER_S: Final = 10.0
-UNPROVEN_REFUSALS: Final = 100.0
-"""Size of a token bucket for the refused requests of a connection without an accepted credential. The bucket is
-refilled at UNPROVEN_REFUSALS_PER_S requests a second."""
 _HOST = re.compile(rb"[!-~]*")
 _VERSIONS: Final = ("1.0", "1.1")
 
 
 class _Refused(Exception):
     """Raised for an invalid request head."""
+
+
+class ReceivedBytes:
+    """The received bytes of one connection that are not parsed yet, and the size of the head that is being parsed."""
+
+    def __init__(self) -> None:
+        self._data = b""
+        self._parsed_to = 0
+        self._in_head = True
+        self._progress = False
+        """Whether the last piece ended a head or a request, or held a part of a body."""
+        self.head_bytes = 0
+        """Number of parsed bytes of an unfinished head."""
+
+    @property
+    def size(self) -> int:
+        """Number of bytes that are not parsed yet."""
+        return len(self._data) - self._parsed_to
+
+    def append(self, data: bytes) -> None:
+        """Add received bytes."""
+        self._data = self._data[self._parsed_to :] + data if self.size else data
+        self._parsed_to = 0
+
+    def pop(self, size: int) -> bytes:
+        """Remove and return up to `size` bytes, which the parser gets next."""
+        piece = self._data[self._parsed_to : self._parsed_to + size]
+        self._parsed_to += len(piece)
+        self._in_head, self._progress = True, False
+        return piece
+
+    def clear(self) -> None:
+        """Drop the bytes."""
+        self._data, self._parsed_to = b"", 0
+
+    def begin_head(self) -> None:
+        """Record that the parser has begun a head."""
+        self._in_head = True
+
+    def end_head(self) -> None:
+        """Record that the parser is past the head: in a body, or at the end of a request."""
+        self._in_head, self._progress = False, True
+
+    def count_head(self, size: int) -> int:
+        """Count a parsed piece of `size` bytes, and return the number of parsed bytes of the unfinished head."""
+        before = 0 if self._progress else self.head_bytes
+        self.head_bytes = before + size if self._in_head else 0
+        return self.head_bytes
 
 
 class _Flow(FlowControl):
@@ -53,7 +95,7 @@ class _Flow(FlowControl):
         super().pause_reading()
 
     def resume_reading(self) -> None:
-        unparsed = self._protocol.unparsed_bytes
+        unparsed = self._protocol.received.size
         if unparsed:
             self._protocol.parse_soon()
         if unparsed <= HIGH_WATER_LIMIT:
@@ -61,33 +103,23 @@ class _Flow(FlowControl):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """An HTTP/1 connection. The ASGI scope of each request holds this object, as the API's `ClientConnection`."""
+    """An HTTP/1 connection. The ASGI scope of each request holds the connection's `HttpConnection`."""
 
-    full = False
-    """Whether the client must read before more is written. A plain attribute, since every token checks it."""
     timeouts: ConnectionTimeouts
-    requests = 0
-    """The number of requests that have begun."""
-    _lost = False
-    _on_lost: Callable[[], None] | None = None
-    _unparsed = b""
-    _parsed_to = 0
-    _parsing = False
-    _ignoring_input = False
-    """Whether all further bytes from the client are ignored."""
-    _head_bytes = 0
-    _in_head = True
-    _in_body = False
-    _progress = False
-    """Whether the last piece ended a head or a request, or held a part of a body."""
+    connection: HttpConnection
 
     def __init__(self, config: Config, state: ServerState, held: ConnectionSlot, limits: TimeoutLimits) -> None:
         """`held`: the slot of this connection within the connection limit of the port."""
         super().__init__(config, state, {})
         self._held = held
         self._limits = limits
-
-    # ---- the connection's slot
+        self.received = ReceivedBytes()
+        self.requests = 0
+        """The number of requests that have begun."""
+        self._in_body = False
+        self._parsing = False
+        self._ignoring_input = False
+        """Whether all further bytes from the client are ignored."""
 
     @property
     def stage(self) -> ConnectionStage:
@@ -97,54 +129,12 @@ class HttpProtocol(HttpToolsProtocol):
             ConnectionStage.CALLING if calling else ConnectionStage.GREETED if self.requests else ConnectionStage.SILENT
         )
 
-    def mark_authenticated(self) -> None:
-        """Record that the client presented a valid credential."""
-        self._held.mark_authenticated()
-
-    def charge_refusal(self) -> None:
-        """Count a refused request. An unauthenticated client with too many refused requests is disconnected after the
-        current answer."""
-        if not self._held.authenticated and self._refusals.charge(1, self.loop.time()) < 0:
-            self.cycle.keep_alive = False
-            self._ignoring_input = True
-
     def evict(self) -> None:
         """Close this connection to free the slot for another connection."""
         if self._held.authenticated and not self.transport.get_write_buffer_size():
             self.transport.close()
         else:
             self.transport.abort()
-
-    # ---- the API's ClientConnection
-
-    def send(self, data: bytes) -> None:
-        """Send one chunk of a chunked response body. Every response without a content-length is chunked."""
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-
-    async def wait_until_writable(self) -> None:
-        """Wait until the connection is no longer full, or is closed."""
-        await self.flow.drain()
-
-    def watch(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon. Reading is resumed, so
-        that a disconnect is noticed."""
-        self.watch_paused(lost)
-        self.flow.resume_reading()
-
-    def watch_paused(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the connection is lost, without resuming reading."""
-        self._on_lost = lost
-        if self._lost:
-            self.loop.call_soon(lost)
-
-    def unwatch(self, lost: Callable[[], None]) -> None:
-        """Stop calling `lost`."""
-        if self._on_lost is lost:
-            self._on_lost = None
-
-    def refuse_body(self) -> None:
-        """Close the connection because the request's body arrives too slowly."""
-        self._refuse(408, f"The connection is closed: {Late.BODY.value}.")
 
     # ---- asyncio.Protocol
 
@@ -155,48 +145,39 @@ class HttpProtocol(HttpToolsProtocol):
         if self._held.released:
             self.transport.abort()
         self.timeouts = ConnectionTimeouts(self._limits, self.loop.time())
-        self._refusals = Bucket(UNPROVEN_REFUSALS_PER_S, UNPROVEN_REFUSALS, self.loop.time())
         self.flow = _Flow(self)
+        self.connection = HttpConnection(transport, self.flow, self._held, self._refuse_body, self._end_after_answer)
         self._timer = self.loop.call_later(self._limits.check_s, self._check)
 
     def pause_writing(self) -> None:
-        """Handle a full write buffer by setting `full`: the client does not read."""
+        """Handle a full write buffer: the client does not read."""
         super().pause_writing()
-        self.full = True
+        self.connection.pause(True)
 
     def resume_writing(self) -> None:
-        """Handle a drained write buffer by clearing `full`: the client reads again."""
-        self.full = False
+        """Handle a drained write buffer: the client reads again."""
+        self.connection.pause(False)
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Handle the loss of the connection: release the slot and notify the watcher."""
         self._held.release()
         self._timer.cancel()
-        self.full = False
         self._ignoring_input = True
-        self._unparsed = b""
+        self.received.clear()
         super().connection_lost(exc)
-        self._lost = True
-        if self._on_lost is not None:
-            self._on_lost()
+        self.connection.lose()
 
     def data_received(self, data: bytes) -> None:
         """Handle received bytes: append the bytes to the unparsed bytes, and parse as far as allowed."""
         if self._ignoring_input:
             return
         self.timeouts.began_head(self.loop.time())
-        self._unparsed = self._unparsed[self._parsed_to :] + data if self.unparsed_bytes else data
-        self._parsed_to = 0
+        self.received.append(data)
         if not self._parsing:
             self._parse()
 
     # ---- parsing in pieces
-
-    @property
-    def unparsed_bytes(self) -> int:
-        """Number of bytes that are received and not yet parsed."""
-        return len(self._unparsed) - self._parsed_to
 
     def parse_soon(self) -> None:
         """Continue parsing in the next pass of the event loop."""
@@ -206,15 +187,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _parse(self) -> None:
         self._parsing = False
-        while self.unparsed_bytes and not self.transport.is_closing():
+        while self.received.size and not self.transport.is_closing():
             if self._must_wait():
                 self.flow.pause_reading()
                 return
-            size = BODY_PIECE_BYTES if self._in_body else HEAD_PIECE_BYTES
-            piece = self._unparsed[self._parsed_to : self._parsed_to + size]
-            self._parsed_to += len(piece)
-            self._feed(piece)
-        self._unparsed, self._parsed_to = b"", 0
+            self._feed(self.received.pop(BODY_PIECE_BYTES if self._in_body else HEAD_PIECE_BYTES))
+        self.received.clear()
         if not self._must_wait():
             self.flow.resume_reading()
 
@@ -226,9 +204,7 @@ class HttpProtocol(HttpToolsProtocol):
         return bool(self.pipeline) or len(cycle.body) > HIGH_WATER_LIMIT
 
     def _feed(self, piece: bytes) -> None:
-        """Parse a piece of the received bytes. Also check the size of the request head, which the parser does not
-        check."""
-        self._in_head, self._progress = True, False
+        """Parse a piece of the received bytes, and check the size of the head, which the parser does not."""
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:  # upgrades are not supported: the request is answered as plain HTTP
@@ -237,21 +213,18 @@ class HttpProtocol(HttpToolsProtocol):
             cause = error.__context__
             self._refuse(400, str(cause) if isinstance(cause, _Refused) else "Invalid HTTP request received.")
             return
-        before = 0 if self._progress else self._head_bytes
-        self._head_bytes = before + len(piece) if self._in_head else 0
-        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+        if self.received.count_head(len(piece)) > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(400, f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
 
     # ---- the parser's callbacks
 
     def on_message_begin(self) -> None:
-        self._in_head = True
+        self.received.begin_head()
         super().on_message_begin()
-        cast(dict[str, Any], self.scope)[CONNECTION] = self
+        cast(dict[str, Any], self.scope)[CONNECTION] = self.connection
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Handle a parsed header or trailer. A trailer is dropped, since a proxy that checks headers does not see
-        trailers."""
+        """Handle a parsed header. A trailer is dropped, since a proxy that checks headers does not see it."""
         if self._in_body:
             return
         if len(self.headers) >= MAX_HEADERS:
@@ -259,30 +232,23 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._progress = False, True
-        self._check_head()
+        self.received.end_head()
+        _check_head(self.parser.get_http_version(), self.headers)
         self.requests += 1
         super().on_headers_complete()
         self._in_body = True
         self.timeouts.ended_head()
 
-    def _check_head(self) -> None:
-        if self.parser.get_http_version() not in _VERSIONS:
-            raise _Refused("This port supports HTTP/1.1 and HTTP/1.0 only.")
-        hosts = [value for name, value in self.headers if name == b"host"]
-        if len(hosts) != 1 or _HOST.fullmatch(hosts[0]) is None:
-            raise _Refused("A request must have exactly one valid Host header.")
-
     def on_body(self, body: bytes) -> None:
-        self._in_head, self._progress = False, True
+        self.received.end_head()
         self.timeouts.body(len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._in_head = self._in_body = False
-        self._progress = True
+        self._in_body = False
+        self.received.end_head()
         if self.cycle.response_complete:
-            self.timeouts.ended_leftover(self.loop.time())
+            self.timeouts.answered(self.loop.time(), complete=True)
         else:
             self.timeouts.ended_body()
         super().on_message_complete()
@@ -297,7 +263,7 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             now = self.loop.time()
             self.timeouts.answered(now, complete=not self._in_body)
-            if self._head_bytes:
+            if self.received.head_bytes:
                 self.timeouts.began_head(now)
         self.flow.resume_reading()
 
@@ -320,12 +286,19 @@ class HttpProtocol(HttpToolsProtocol):
     def _stop_reading(self) -> None:
         """Answer the requests that were received so far, ignore all further bytes, and close the connection."""
         self._ignoring_input = True
-        self._unparsed, self._parsed_to = b"", 0
+        self.received.clear()
         last = self.pipeline[0][0] if self.pipeline else self.cycle
         if last is None or last.response_complete:
             self.transport.close()
         else:
             last.keep_alive = False
+
+    def _end_after_answer(self) -> None:
+        self.cycle.keep_alive = False
+        self._ignoring_input = True
+
+    def _refuse_body(self) -> None:
+        self._refuse(408, f"The connection is closed: {Late.BODY.value}.")
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer an invalid request with an error and close the connection. If earlier responses are outstanding, only
@@ -345,3 +318,12 @@ class HttpProtocol(HttpToolsProtocol):
         head = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head % len(content) + content)
         self.transport.close()
+
+
+def _check_head(version: str, headers: list[tuple[bytes, bytes]]) -> None:
+    """Raise _Refused if the version is unsupported, or the request has no valid Host header or more than one."""
+    if version not in _VERSIONS:
+        raise _Refused("This port supports HTTP/1.1 and HTTP/1.0 only.")
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) != 1 or _HOST.fullmatch(hosts[0]) is None:
+        raise _Refused("A request must have exactly one valid Host header.")

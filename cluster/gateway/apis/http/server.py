@@ -43,28 +43,24 @@ class HttpServer:
         self._listener: http2.Listener | None = None
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
-        """Bind an address and serve; returns the port. `shared`: whether other processes may bind the same port. Raises
-        OSError."""
+        """Bind an address and serve; returns the port. `shared`: as in `listening_socket`. Raises OSError."""
         self._config.load()
         listener = http2.listening_socket(host, port, shared=shared)
-        self._listener = http2.Listener(listener, self._connection, self._admission, tls)
+        self._listener = http2.Listener(
+            listener, lambda slot: HttpProtocol(self._config, self._state, slot, self._timeouts), self._admission, tls
+        )
         self._listener.start()
         return int(listener.getsockname()[1])
 
-    def _connection(self, held: http2.ConnectionSlot) -> HttpProtocol:
-        return HttpProtocol(self._config, self._state, held, self._timeouts)
-
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
-        """Abort the connections that meet the condition, and the requests on them. Returns the number of aborted
-        connections."""
+        """Abort the connections whose transport meets the condition. Returns the number of connections."""
         cut = [connection.transport for connection in self._state.connections if condition(connection.transport)]
         for transport in cut:
             transport.abort()
         return len(cut)
 
     async def stop(self, drain_s: float) -> None:
-        """Stop accepting connections, wait up to `drain_s` seconds for running requests, then abort the requests that
-        still run."""
+        """Stop accepting, wait up to `drain_s` seconds for running requests, then abort the rest."""
         if self._listener is None:
             return
         self._listener.close()

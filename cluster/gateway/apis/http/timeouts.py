@@ -96,13 +96,8 @@ class ConnectionTimeouts:
         self._paused = True
 
     def answered(self, now: float, *, complete: bool) -> None:
-        """Record the end of the response. `complete`: whether the whole body of the request has been received."""
+        """Record the end of the response, or of the rest of a body after it. `complete`: whether no rest is to come."""
         self._part = Part.IDLE if complete else Part.LEFTOVER
-        self._since = now
-
-    def ended_leftover(self, now: float) -> None:
-        """Record the end of the rest of a body, after the request has been answered."""
-        self._part = Part.IDLE
         self._since = now
 
     def overdue(self, now: float, unsent_bytes: int = 0) -> Late | None:

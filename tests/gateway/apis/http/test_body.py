@@ -13,6 +13,7 @@ from cluster.gateway.apis.http.body import Refused, RequestBodies
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.http.server import HttpServer
 from cluster.policy.limits.request_bytes import ByteBounds, RequestBytes
+from tests.gateway.apis.http.raw import read_all
 from tests.support.cluster import until
 
 MIB = 1 << 20
@@ -96,7 +97,7 @@ class Upload:
 
     async def answer(self) -> bytes:
         """Read the answer, and return the status and the content."""
-        answer = await asyncio.wait_for(self.reader.read(), WAIT_S)
+        answer = await asyncio.wait_for(read_all(self.reader), WAIT_S)
         head, _, content = answer.partition(b"\r\n\r\n")
         return head.split(b" ")[1] + b" " + content
 
@@ -157,7 +158,8 @@ async def test_a_body_that_stalls_while_others_wait_is_ended() -> None:
         await until(lambda: app.budget.waiting == 1, "a third waits")
         for reservation in list(app.budget._granted):
             reservation.too_slow()
-        assert [(await upload.answer())[:3] for upload in stalled] == [b"408"] * 2
+        answers = await asyncio.gather(*(upload.answer() for upload in stalled))
+        assert [content[:3] for content in answers] == [b"408"] * 2
         assert await answer == b"200 %d" % LIMIT
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from cluster.gateway.apis.http.protocol import CONNECTION, MAX_HEADERS, UNPROVEN_REFUSALS
+from cluster.gateway.apis.http.connection import UNPROVEN_REFUSALS
+from cluster.gateway.apis.http.protocol import CONNECTION, MAX_HEADERS
 from cluster.gateway.apis.http.server import HttpServer
 from cluster.gateway.apis.http.timeouts import TimeoutLimits
+from tests.gateway.apis.http.raw import read_all
 
 QUICK = TimeoutLimits(
     check_s=0.05,
@@ -72,9 +74,7 @@ async def exchange(app: Echo, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
     try:
         writer.write(data)
-        return await asyncio.wait_for(reader.read(), END_S)
-    except ConnectionResetError:
-        return b""
+        return await asyncio.wait_for(read_all(reader), END_S)
     finally:
         writer.close()
 
@@ -82,7 +82,7 @@ async def exchange(app: Echo, data: bytes) -> bytes:
 async def dribble(app: Echo, data: bytes, byte: bytes) -> bytes:
     """Send `data`, then `byte` repeatedly until the server closes the connection. Returns the server's answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
-    reading = asyncio.create_task(reader.read())
+    reading = asyncio.create_task(read_all(reader))
     try:
         writer.write(data)
         async with asyncio.timeout(END_S):
@@ -90,8 +90,6 @@ async def dribble(app: Echo, data: bytes, byte: bytes) -> bytes:
                 writer.write(byte)
                 await asyncio.wait((reading,), timeout=0.02)
         return reading.result()
-    except ConnectionResetError:
-        return b""
     finally:
         reading.cancel()
         writer.close()

@@ -104,5 +104,5 @@ def test_the_rest_of_a_refused_body_has_seconds() -> None:
     found = checked(timeouts, 1.0, 60.0)
     assert found is not None
     assert found[1] is Late.LEFTOVER
-    timeouts.ended_leftover(8.0)
+    timeouts.answered(8.0, complete=True)
     assert checked(timeouts, 8.0, 60.0) is None

@@ -7,7 +7,7 @@ from hyperframe.frame import DataFrame, RstStreamFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.http2.reset_streams import EndedStreams
+from cluster.http2.h2_state import EndedStreams
 from tests.http2.conftest import Serve
 from tests.http2.raw import raw_client
 
@@ -20,8 +20,8 @@ async def test_calls_that_ended_in_order_leave_nothing(serve: Serve) -> None:
         for number in range(200):
             await raw.until_ended(await raw.call("One", b"%d" % number))
         (connection,) = echo.server.connections
-        assert len(connection.h2.streams) <= 2
-        assert not connection.h2._closed_streams
+        assert len(connection.core.h2.streams) <= 2
+        assert not connection.core.h2._closed_streams
 
 
 async def test_what_comes_late_for_a_reset_call_ends_no_connection(serve: Serve) -> None:

@@ -1,0 +1,87 @@
+"""An HTTP/1 connection as the handlers of its requests see it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from uvicorn.protocols.http.flow_control import FlowControl
+
+from cluster.http2 import ConnectionSlot
+from cluster.http2.limits import Bucket
+
+UNPROVEN_REFUSALS_PER_S: Final = 10.0
+UNPROVEN_REFUSALS: Final = 100.0
+"""Size of a token bucket for the refused requests of a connection without an accepted credential. The bucket is
+refilled at UNPROVEN_REFUSALS_PER_S requests a second."""
+
+
+class HttpConnection:
+    """A connection that handlers write to and watch. Implements the API's `ClientConnection`."""
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        flow: FlowControl,
+        slot: ConnectionSlot,
+        refuse_body: Callable[[], None],
+        end: Callable[[], None],
+    ) -> None:
+        """`refuse_body`: closes the connection because the request's body arrives too slowly. `end`: disconnects the
+        client after the current answer."""
+        self.transport = transport
+        self.refuse_body = refuse_body
+        self.full = False
+        """Whether the client must read before more is written. A plain attribute, since every token checks it."""
+        self._flow = flow
+        self._slot = slot
+        self._end = end
+        self._loop = asyncio.get_running_loop()
+        self._refusals = Bucket(UNPROVEN_REFUSALS_PER_S, UNPROVEN_REFUSALS, self._loop.time())
+        self._lost = False
+        self._on_lost: Callable[[], None] | None = None
+
+    def send(self, data: bytes) -> None:
+        """Send one chunk of a chunked response body. Every response without a content-length is chunked."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    async def wait_until_writable(self) -> None:
+        """Wait until the connection is no longer full, or is closed."""
+        await self._flow.drain()
+
+    def pause(self, paused: bool) -> None:
+        """Record whether the client does not read."""
+        self.full = paused
+
+    def mark_authenticated(self) -> None:
+        """Record that the client presented a valid credential."""
+        self._slot.mark_authenticated()
+
+    def charge_refusal(self) -> None:
+        """Count a refused request. A client without a credential is disconnected after too many."""
+        if not self._slot.authenticated and self._refusals.charge(1, self._loop.time()) < 0:
+            self._end()
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon. Reading is resumed, so
+        that a disconnect is noticed."""
+        self.watch_paused(lost)
+        self._flow.resume_reading()
+
+    def watch_paused(self, lost: Callable[[], None]) -> None:
+        """Call `lost` once the connection is lost, without resuming reading."""
+        self._on_lost = lost
+        if self._lost:
+            self._loop.call_soon(lost)
+
+    def unwatch(self, lost: Callable[[], None]) -> None:
+        """Stop calling `lost`."""
+        if self._on_lost is lost:
+            self._on_lost = None
+
+    def lose(self) -> None:
+        """Notify the watcher after the connection was lost."""
+        self._lost, self.full = True, False
+        if self._on_lost is not None:
+            self._on_lost()

@@ -1,0 +1,45 @@
+"""Received bytes are parsed in order and in pieces, and the size of an unfinished head is counted over the pieces."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.gateway.apis.http.protocol import ReceivedBytes
+
+
+@given(
+    reads=st.lists(st.binary(min_size=1, max_size=50), max_size=10), size=st.integers(1, 20), early=st.integers(0, 5)
+)
+def test_pieces_are_the_received_bytes_in_order(reads: list[bytes], size: int, early: int) -> None:
+    """The pieces together are the received bytes, although further bytes arrive between two pieces."""
+    received, parsed = ReceivedBytes(), b""
+    for data in reads:
+        received.append(data)
+        for _ in range(early):
+            parsed += received.pop(size)
+    while received.size:
+        piece = received.pop(size)
+        assert 0 < len(piece) <= size
+        parsed += piece
+    assert parsed == b"".join(reads)
+    received.append(b"late")
+    received.clear()
+    assert received.size == 0
+
+
+def test_a_head_is_counted_over_its_pieces_and_from_its_last_end() -> None:
+    """Pieces of one head add up. A piece in which a head ended and another began counts for the new head alone."""
+    received = ReceivedBytes()
+    received.pop(1)
+    assert received.count_head(10) == 10
+    received.pop(1)
+    assert received.count_head(10) == 20
+    received.pop(1)
+    received.end_head()
+    received.begin_head()
+    assert received.count_head(10) == 10
+    received.pop(1)
+    received.end_head()
+    assert received.count_head(10) == 0
+    assert received.head_bytes == 0

@@ -1,0 +1,140 @@
+"""A connection's bytes are sent once per event-loop pass, and answers share the client's send windows."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.http2.frames import data_frame
+from cluster.http2.h2_state import EndedStreams, ServerState
+from cluster.http2.limits import FIRST_WINDOW_BYTES
+from cluster.http2.output import UNAUTHENTICATED_UNSENT_BYTES, BlockedAnswers, ConnectionOutput, ReceiveWindows
+
+ID = (1).to_bytes(4, "big")
+
+
+class Sink(asyncio.Transport):
+    """A transport that keeps each write, for a client that never reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self.closing = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append(bytes(data))
+
+    def get_write_buffer_size(self) -> int:
+        return sum(map(len, self.writes))
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    abort = close
+
+
+class Unread:
+    """A counter of the calls of `on_unread`."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+
+
+def begin() -> tuple[Sink, ServerState, ConnectionOutput, Unread]:
+    """Return the output of a new connection, with its parts."""
+    sink, h2, unread = Sink(), ServerState(EndedStreams(1)), Unread()
+    h2.initiate_connection()
+    return sink, h2, ConnectionOutput(sink, h2, unread), unread
+
+
+async def test_a_pass_is_one_write_and_only_answers_count() -> None:
+    """All bytes of one pass are one write. Control frames and the heads of frames do not count as payload."""
+    sink, _, output, _ = begin()
+    output.write_h2()
+    output.write(data_frame(ID, b"abc"))
+    output.write(data_frame(ID, b"de"))
+    assert sink.writes == []
+    await asyncio.sleep(0)
+    assert len(sink.writes) == 1
+    assert sink.writes[0].endswith(data_frame(ID, b"abc") + data_frame(ID, b"de"))
+    assert output.payload_bytes == 5
+
+
+async def test_a_client_that_does_not_read_is_reported_beyond_its_allowance() -> None:
+    """`on_unread` is called when more bytes wait than the connection may leave unread."""
+    _, _, output, unread = begin()
+    for allowed in (UNAUTHENTICATED_UNSENT_BYTES, 2 * UNAUTHENTICATED_UNSENT_BYTES):
+        output.allow_unsent(allowed)
+        output.write(b"x" * UNAUTHENTICATED_UNSENT_BYTES)
+        await asyncio.sleep(0)
+        assert unread.calls == 0
+    output.write(b"x")
+    await asyncio.sleep(0)
+    assert unread.calls == 1
+
+
+async def test_what_is_queued_is_sent_before_the_close_and_nothing_after_it() -> None:
+    """Closing sends the queued bytes; bytes that are queued later are dropped."""
+    sink, _, output, _ = begin()
+    output.write(b"last")
+    output.close()
+    assert output.closed
+    output.write(b"late")
+    await asyncio.sleep(0)
+    assert sink.writes[0].startswith(b"last")
+    assert len(sink.writes) == 1
+
+
+class Answer:
+    """An answer that sends one byte each time it is pushed, and blocks again until `left` bytes are sent."""
+
+    def __init__(self, stream_id: int, left: int, h2: ServerState, blocked: BlockedAnswers, sent: list[int]) -> None:
+        self.stream_id = stream_id
+        self._left, self._h2, self._blocked, self._sent = left, h2, blocked, sent
+
+    def push(self) -> None:
+        self._h2.outbound_flow_control_window -= 1
+        self._sent.append(self.stream_id)
+        self._left -= 1
+        if self._left:
+            self._blocked.add(self.stream_id, self.push, of_stream=False)
+
+
+@given(left=st.lists(st.integers(1, 5), min_size=1, max_size=6), window=st.integers(0, 30))
+def test_answers_share_the_window_of_the_connection_in_turn(left: list[int], window: int) -> None:
+    """While the window is open, the answers send in turn, and no answer sends beyond the window."""
+    h2, sent = ServerState(EndedStreams(1)), list[int]()
+    blocked = BlockedAnswers(h2)
+    for stream_id, count in enumerate(left):
+        blocked.add(stream_id, Answer(stream_id, count, h2, blocked, sent).push, of_stream=False)
+    h2.outbound_flow_control_window = window
+    blocked.push()
+    rounds = [i for turn in range(max(left)) for i, count in enumerate(left) if count > turn]
+    assert sent == rounds[:window]
+    blocked.clear()
+    h2.outbound_flow_control_window = 100
+    blocked.push_all()
+    assert sent == rounds[:window]
+
+
+async def test_the_receive_window_grows_at_once_before_a_call_was_admitted_and_in_steps_afterwards() -> None:
+    """Before a call was admitted each byte is returned at once. Afterwards a quarter of the window is returned."""
+    _, h2, output, _ = begin()
+    windows = ReceiveWindows(h2, output)
+    windows.grow(1)
+    assert h2.inbound_flow_control_window == FIRST_WINDOW_BYTES + 1
+    windows.admit(100_000)
+    held = h2.inbound_flow_control_window
+    assert held == 100_001
+    windows.grow(24_999)
+    assert h2.inbound_flow_control_window == held
+    windows.grow(1)
+    assert h2.inbound_flow_control_window == held + 25_000
