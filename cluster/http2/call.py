@@ -176,8 +176,11 @@ class ServerCall(ResponseWriter):
 
     def fail(self, error: BadMessage) -> None:
         """End the call, whose request is malformed or too large."""
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED if error.too_large else grpc.StatusCode.INTERNAL
-        self.finish(code, str(error), at_once=True)
+        self.interrupt(grpc.StatusCode.RESOURCE_EXHAUSTED if error.too_large else grpc.StatusCode.INTERNAL, str(error))
+
+    def interrupt(self, code: grpc.StatusCode, details: str) -> None:
+        """End the call with a status, and cancel the handler."""
+        self.finish(code, details, at_once=True)
         if self.running is not None:
             self.running.task.cancel()
 
@@ -357,6 +360,13 @@ class OpenCalls:
         """End a call whose request is malformed, too large or too slow."""
         call.fail(error)
         self.charge_refusal(CLIENT_FAULT)
+
+    def end_open_requests(self) -> None:
+        """End the calls whose clients may still send requests, because the connection is too old. Such calls, for
+        example sessions, may never end by themselves. All other calls may finish."""
+        for call in list(self.by_stream.values()):
+            if not call.request.half_closed:
+                call.interrupt(grpc.StatusCode.UNAVAILABLE, "the connection has reached its age limit; connect again")
 
     def reset(self, call: ServerCall) -> None:
         """Reset a call whose client does not read."""

@@ -77,18 +77,13 @@ class ConnectionLifetime:
         """Whether a call with this stream id may begin."""
         return stream_id <= self._last_accepted
 
-    def leave(self, grace_s: float = 0.0) -> None:
-        """Ask the client to reconnect. The connection closes after its last call, or at the latest after `grace_s`
-        seconds.
-
-        If `grace_s` is 0 there is no time limit, and the caller closes the connection."""
+    def leave(self) -> None:
+        """Ask the client to reconnect. The connection closes after its last call."""
         if self._leaving:
             return
         self._leaving = True
         self._output.write_goaway(MAX_STREAM_ID)  # calls that were sent already are still accepted (RFC 9113, 6.8)
         self.call_later(1.0, self.refuse_new_calls)
-        if grace_s:
-            self.call_later(grace_s, self.close)
 
     def refuse_new_calls(self) -> None:
         """Accept no further call, and send the client the id of the last accepted stream."""

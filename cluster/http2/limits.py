@@ -68,6 +68,7 @@ class ServerLimits:
     age_s: float = 0.0
     """Age in seconds at which the server asks the client to reconnect; 0: never."""
     age_grace_s: float = 300.0
+    """Time, after the age limit, for calls whose client may still send requests. All other calls may finish."""
 
 
 class BodyReservation(Protocol):

@@ -38,7 +38,7 @@ class ConnectionTimeouts:
         lifetime.call_later(limits.ping_s, self._ping)
         lifetime.call_later(self._check_s, self._check)
         if age_s:
-            lifetime.call_later(age_s, lifetime.leave, limits.age_grace_s)
+            lifetime.call_later(age_s, self._reach_age)
 
     def greet(self) -> None:
         """Record the client's settings."""
@@ -60,6 +60,10 @@ class ConnectionTimeouts:
             if now - call.request.body.began_at > limits.request_s:
                 calls.end_early(call, BadMessage("a message was not complete in time", too_large=True))
         self._lifetime.call_later(self._check_s, self._check)
+
+    def _reach_age(self) -> None:
+        self._lifetime.leave()
+        self._lifetime.call_later(self._limits.age_grace_s, self._calls.end_open_requests)
 
     def _expect_hello(self) -> None:
         if not self.greeted:

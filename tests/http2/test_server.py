@@ -250,6 +250,29 @@ async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve)
         assert len([message async for message in stream]) == 3000
 
 
+async def test_an_old_connection_cuts_no_stream(serve: Serve) -> None:
+    """After the age limit and the grace period, a running call goes on, and a call whose client may still send requests
+    ends with UNAVAILABLE. Formerly a stream that ran longer than the grace period was cut."""
+    async with (
+        serve(http2.ServerLimits(age_s=0.2, age_grace_s=0.2)) as echo,
+        grpc.aio.insecure_channel(echo.address) as channel,
+    ):
+        forever = unary_unary(channel, "Forever")(b"")
+        await asyncio.wait_for(echo.seen.started.wait(), 5)
+        session = stream_stream(channel, "Back")()
+        await session.write(b"a")
+        assert await session.read() == b"a"
+        assert await asyncio.wait_for(session.code(), 10) is CODE.UNAVAILABLE
+        assert "age limit" in await session.details()
+        assert echo.seen.running == 1
+        assert not forever.done()
+        forever.cancel()
+        await asyncio.wait_for(echo.seen.cancelled.wait(), 5)
+        async with asyncio.timeout(10):
+            while echo.server.connections:
+                await asyncio.sleep(0.01)
+
+
 async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
     """A call that does not finish within the grace period ends with UNAVAILABLE."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
