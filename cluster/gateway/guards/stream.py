@@ -44,8 +44,8 @@ class GuardStage(Protocol):
         """Number of characters that are held back."""
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """Add text and the marks of the text. Returns the decided text and marks. If `last` is set, or once the text is
-        refused, all text is decided."""
+        """Add text and its marks. Returns the text and marks that are decided now. `last`: whether the text ends here,
+        so that all of it is decided. A refusal ends the text too."""
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
         """Return the text that is held back, unfiltered, and its marks. Called after the guard has failed open."""
@@ -183,8 +183,8 @@ class SizeStage:
 
 
 class GuardChain:
-    """A sequence of guard stages, each with a time limit for one step. A stage fails if it raises an error or exceeds
-    the time limit. After a failure the text ends, or the stage is skipped from then on."""
+    """A sequence of guard stages. A stage fails if one call of its `feed` raises an error or exceeds the stage's time
+    limit. After a failure, `on_failure` decides whether the text ends or the stage is skipped from then on."""
 
     __slots__ = ("_clock", "_on_failure", "_stages", "_timeouts", "done", "refused")
 
