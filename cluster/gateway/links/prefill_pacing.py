@@ -69,8 +69,8 @@ class PrefillPacing:
         self._count(-tokens, resumed)
 
     def begin_step(self) -> bool:
-        """Stop counting the tokens with which the next step can begin. Returns whether the step can begin with any
-        accepted request."""
+        """Stop counting the tokens that the next step will compute: tokens of accepted requests, up to the step's
+        capacity. Returns whether there were accepted requests."""
         if not self._accepted:
             return False
         capacity = self._max_tokens

@@ -33,11 +33,11 @@ class Sink(Protocol):
         """Handle the refusal of the request by the engine. No further method is called."""
 
     heard_at: float
-    """Monotonic time at which the last token arrived. The link sets the time before it calls `token`; the sink sets the
-    time in `output`."""
+    """Monotonic time at which the last token arrived. The link sets it before a call of `token`; `output` must set it
+    itself."""
 
     def token(self, token_id: int) -> None:
-        """Handle an output of one token and nothing else, as a shortcut for `output`. Never called for the first
+        """Handle an output that consists of one token only. This is a fast path of `output`. Never called for the first
         token."""
 
     def output(self, output: TokenOutput) -> None:
@@ -47,7 +47,7 @@ class Sink(Protocol):
         """Handle the end of the link. No further method is called."""
 
     def failed(self, error: BaseException) -> None:
-        """Handle an exception of another method. `error`: the exception. The request has been aborted, and no further
+        """Handle an exception that another method of this sink has raised. The request has been aborted, and no further
         method is called."""
 
 
