@@ -98,7 +98,7 @@ class PromptLog:
             self._run_logged(lambda ended=ended: self._write(ended))  # type: ignore[misc]
 
     def _run_logged(self, work: Callable[[], None]) -> None:
-        """Run `work`. An exception is counted, and is logged unless the last run failed with the same exception."""
+        """Run `work`. Each exception is counted. A series of equal exceptions is logged once."""
         error = ""
         try:
             work()
