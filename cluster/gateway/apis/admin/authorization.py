@@ -265,7 +265,7 @@ class AdminAuthorizer:
         tenant: str = "",
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an audit event without waiting. A gateway without `auth` writes the event to the log."""
+        """Write an audit event without waiting; without `auth`, to the log. `name`: the object that was acted on."""
         if self._tenants is None:
             log.info("audit", kind=kind, action=action, object=name, outcome=outcome, reason=reason)
             return
@@ -287,7 +287,7 @@ class AdminAuthorizer:
 
 
 def details_of(caller: AdminCaller) -> dict[str, str]:
-    """Return the details about a caller that each audit event of the caller carries."""
+    """Return the caller's role and tenant (`of`, "" for none), as details of an audit event."""
     has_tenant = caller.principal not in (_LOOPBACK_OPERATOR, _SECRET_HOLDER)
     return {"role": caller.principal.role, "of": caller.principal.tenant.name if has_tenant else ""}
 

@@ -51,7 +51,7 @@ class TenantServices:
         self._rates = Prices(config.cost.currency, dict(config.cost.gpu_hour)) if config.cost else None
 
     async def run(self, caller: AdminCaller, act: Callable[[LedgerTenantService], T]) -> T:
-        """Run `act` with the caller's tenant service, off the event loop. Raises CallError."""
+        """Run `act` on a tenant service that acts for the caller, off the event loop. Raises CallError."""
         by = Actor(caller.actor, caller.source, details_of(caller))
         service = LedgerTenantService(
             self._tenants.ledger,
@@ -69,8 +69,8 @@ class TenantServices:
             raise _as_call_error(error) from None
 
     def _write(self, event: AuditEvent) -> None:
-        """Write an audit event before the request is answered. While the database is unreachable, the event goes to the
-        local file."""
+        """Write an audit event before the request is answered. While the database is unreachable, the event stays in
+        the local audit file."""
         self._tenants.audit.write(event)
         if event.outcome != Outcome.STORE_UNAVAILABLE.value:
             self._tenants.audit.flush()

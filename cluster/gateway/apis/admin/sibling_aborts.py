@@ -1,8 +1,8 @@
 """Aborts of calls in the other gateway processes of this host. Abort requests go to the link ports of these processes,
 since the processes have no admin port.
 
-Each abort request carries a tag that is derived from the cluster's secret. A tag is valid for one request and for a few
-minutes. So a program that has taken over the port of a dead process cannot abort other calls with the tags it receives.
+Each abort request carries a tag that is derived from the cluster's secret. A tag is valid for one request, for at most
+two minutes. So a program that has taken the port of a dead process cannot abort other calls with the tags it receives.
 """
 
 from __future__ import annotations
