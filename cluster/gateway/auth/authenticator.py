@@ -59,7 +59,7 @@ class Caller:
 
 
 class RegisteredCallers:
-    """The callers that are registered, and whether tenants or keys have changed since their last authentication."""
+    """The registered callers, and whether tenants or keys have changed since the callers were last authenticated."""
 
     def __init__(self, authenticate: Callable[[Credentials], Awaitable[Principal]]) -> None:
         """`authenticate`: returns the principal of credentials, or raises CallError."""
