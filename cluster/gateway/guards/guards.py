@@ -47,8 +47,8 @@ Audit = Callable[["GuardDecision"], None]
 
 @dataclass(frozen=True, slots=True)
 class GuardDecision:
-    """A guard's decision about one call. `matches`: number of matches by name. `texts`: the first matched texts; empty
-    unless the policy keeps matched texts."""
+    """A guard's decision about one call. `matches`: number of matches by name. `texts`: the first matched texts, if the
+    tenant's policy sets `log_prompts`."""
 
     tenant: str
     model: str
@@ -222,7 +222,7 @@ class CallGuards:
         self, detokenizer: Detokenizer, logprobs: LogprobTexts | None
     ) -> tuple[Detokenizer | GuardedText, LogprobSource | None]:
         """Wrap the detokenizer and the log probabilities of a sequence in the output guards. Raises CallError if a
-        guard that fails closed cannot work."""
+        guard cannot work and its failure mode is `closed`."""
         stages: list[GuardStage] = []
         rules: list[GuardRule] = []
         for rule in self._outputs:

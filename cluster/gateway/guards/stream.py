@@ -120,7 +120,7 @@ class PatternStage:
 
     def _decided_marks(self, all_marks: bool) -> Sequence[GuardMark]:
         """Remove and return the marks whose last character is decided. The returned marks hold positions in the output.
-        `all_marks`: return all marks."""
+        `all_marks`: return the other marks too."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
         while marks and (all_marks or marks[0].end <= decided):
