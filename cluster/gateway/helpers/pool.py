@@ -205,9 +205,8 @@ class HelperPool:
         """Run a job and return its result. Returns None if no helper is available in time; then the caller must do the
         work itself.
 
-        `size`: number of bytes that the job works on. `local_fallback=False` means that the caller cannot do the work
-        itself, so `run` waits even for a helper that gets no core. Raises the job's CallError, TooMuchCpu or
-        JobLost."""
+        `size`: number of bytes that the job works on. `local_fallback`: False if the caller cannot do the work itself;
+        `run` then waits even for a helper that gets no core. Raises the job's CallError, TooMuchCpu or JobLost."""
         for _ in range(MAX_LOSSES):
             helper = await self._acquire(tenant)
             if helper is None:
