@@ -1,4 +1,4 @@
-"""The gateway's end of the controller's stream: the controller sends the catalog, and receives demand and fleet reports
+"""The gateway's end of the controller's stream. The gateway receives the catalog, and sends demand and fleet reports
 and forwarded admin requests."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The gateway's server for links. The server authorizes workers and the controller, and passes their streams to the
-owners of the links."""
+"""The gateway's server for links. The server authorizes workers and the controller, and passes their streams to
+WorkerLinks, CurrentController and BundleFetches."""
 
 from __future__ import annotations
 

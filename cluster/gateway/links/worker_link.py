@@ -148,10 +148,11 @@ class WorkerLink:
     ) -> int:
         """Send a request to the worker and return the request's slot. The caller must have checked `free`.
 
-        `sealed_record`: the usage record, which the worker returns with the request's usage. `earlier_tokens`: number
-        of tokens that other workers have generated under that record; the worker returns this number too. `turn`: the
-        tenant's flow and the charged service. `fresh_tokens`: number of tokens of a resumed request that are likely to
-        be computed again, 0 for all. `stream`: the name by which another gateway may resume the request."""
+        `sealed_record`: the open record, which the worker returns with the request's usage. `earlier_tokens`: number of
+        tokens that other workers have generated under that record; the worker returns this number too. `turn`: the
+        sequence's waiting-room entry and its tenant's weight. `fresh_tokens`: number of tokens of a resumed request
+        that are likely to be computed again, 0 for all. `stream`: the name by which another gateway may resume the
+        request."""
         slot = next(self._numbers)
         message = codec.submit_to_pb(slot, attempt, request)  # first, so that a failed encoding uses no credit
         if sealed_record:
@@ -175,8 +176,8 @@ class WorkerLink:
         return slot
 
     def tokens_to_recompute(self, tokens: int) -> int:
-        """Return how many of a sequence's `tokens` the engine, which has computed them once, must compute again to
-        continue. The engine reuses full KV blocks, except for the block with the last token."""
+        """Return how many of a sequence's `tokens` the engine must compute a second time before the next token. The
+        engine reuses full KV blocks, except for the block with the last token."""
         size = max(self.info.block_size, 1)
         return tokens - max(tokens - 1, 0) // size * size
 
