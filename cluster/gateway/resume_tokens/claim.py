@@ -46,7 +46,7 @@ class ResumeClaim:
     generation: int
     terms: ResumeTerms
     silent: int
-    """Number of resumes in a row without a new token in between, this resume included."""
+    """Number of resumes in a row without a new model token in between, this resume included."""
     origin: str
     """If `terms` is IF_ALIVE, the incarnation of the gateway that made the presented tokens, else ""."""
 

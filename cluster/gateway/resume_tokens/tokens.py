@@ -66,7 +66,7 @@ class ResumeTokens:
         self.generation = 0
         """Generation of the call's last resume, 0 if the call began at this gateway."""
         self.silent = 0
-        """Number of resumes in a row, up to this gateway, without a new token."""
+        """Number of resumes in a row, up to this gateway, without a new model token."""
         self.begun_at = ""
         """Incarnation of the gateway from which the call was resumed, if that gateway's state decides who pays for the
         prompt, else ""."""
