@@ -210,7 +210,7 @@ class Scheduler:
         self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
 
     def submission_refused(self, sequence: CallSequence) -> None:
-        """Cancel the account of a Submit that a worker refused. A refused Submit costs nothing."""
+        """Stop waiting for the usage of a Submit that a worker refused. A refused Submit costs nothing."""
         if self.host.accounting is not None:
             self.host.accounting.refused(sequence)
 
