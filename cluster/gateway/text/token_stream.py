@@ -24,8 +24,8 @@ TAIL_TOKENS: Final = 96
 """Number of tokens at the end of a long prompt that prime a stream, if they are equivalent to the whole prompt."""
 REPLACEMENT: Final = "\ufffd"
 MAX_OPEN_TOKENS: Final = 256
-"""Number of tokens in a row without text up to which they may be one incomplete character. In such a run, each token
-costs a decode of all tokens before it, about 50 us on average."""
+"""Length of the longest run of tokens without text that is taken for one incomplete character. Each token of such a run
+costs a decode of the whole run so far, about 50 us on average."""
 KEPT_TOKENS: Final = 16
 """Number of tokens at the end of a longer run that stay in the stream, because they may begin a character."""
 

@@ -38,8 +38,8 @@ log = structlog.get_logger("text")
 
 ANY_LENGTH: Final = 2**62
 SURELY_FEW: Final = 8
-"""Characters for each allowed token. Only for a text with more characters than that is a lower bound on its tokens
-computed before it is tokenized."""
+"""Characters for each allowed token. A text with more characters is checked before it is tokenized: it is refused if a
+lower bound on its tokens is too high."""
 ENCODE_OFFLOAD_CHARS: Final = 4096
 """Length in characters above which a text is tokenized in a thread. A text of this length takes about a millisecond of
 one core, at 3-4 million characters a second."""
