@@ -131,7 +131,7 @@ class KnownModel:
         self._departed.pop(link.compatibility_key, None)
 
     def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
-        """Remove a link that has ended. `gone`: state of a model without workers that is not in the catalog."""
+        """Remove a link that has ended. `gone`: new state if this was the last link and the model is in no catalog."""
         del self.links[link.identity.worker_id]
         if link.identity.generation in self._replaced:
             _remember(self._departed, link.compatibility_key)
@@ -158,11 +158,11 @@ class KnownModel:
         return share is not None and share.quarantined
 
     def share(self, version: str) -> VersionShare | None:
-        """Return the catalog's share of a version; None if the catalog does not have the version."""
+        """Return the catalog's entry for a version; None if the catalog does not have the version."""
         return next((share for share in self.entry.versions if share.version == version), None)
 
     def choose_version(self, call_id: str, bundle_digest: str = "") -> Versions:
-        """Choose a version for a call, and other versions with an equal tokenizer for when the chosen version is full.
+        """Choose a version for a call, and the versions with the same tokenizer that may serve it instead when full.
 
         `bundle_digest`: for a resumed call, digest of the tokenizer with which the call began. Raises CallError."""
         shares = [share for share in self.entry.versions if not share.quarantined]
@@ -254,7 +254,7 @@ class ModelDirectory:
         for entry in _load_catalog(folder):
             self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
         self._any_known = self._has_catalog = bool(self._models)
-        """`_any_known`: whether a catalog or a worker has named a model so far. `_has_catalog`: a catalog has."""
+        """`_any_known`: whether any model has become known so far. `_has_catalog`: whether a catalog has arrived."""
         self._rebuild_names()
 
     # ---- updates
