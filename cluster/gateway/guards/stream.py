@@ -1,7 +1,7 @@
 """Output guards as stream filters: text is fed in chunks, and decided text is returned. No I/O, no clock.
 
-Text is decided once no later text can change what the guard does with it. Invariant: however a text is cut into chunks,
-the joined outputs equal the output for the whole text, and no character of a redacted or refused match is ever
+Text is decided once no later text can change what the guard does with it. Invariants: however a text is cut into
+chunks, the joined outputs equal the output for the whole text. No character of a redacted or refused match is ever
 returned. A stage holds back only text that may still become part of a match: at most as many characters as the longest
 possible match of any pattern.
 
