@@ -48,7 +48,7 @@ class InvalidToken(ValueError):
 @dataclass(frozen=True, slots=True)
 class CallHead:
     """The identity of a call: caller, model and request. Times are seconds since the epoch. A `deadline_s` of 0 means
-    no deadline. `request` and `prompt` are digests. `seed` is the requested seed, or else the seed drawn at random."""
+    no deadline. `request` and `prompt` are digests. `seed` is None if the request has no seed."""
 
     call_id: str
     request_id: str
