@@ -162,7 +162,7 @@ class KnownModel:
         return next((share for share in self.entry.versions if share.version == version), None)
 
     def choose_version(self, call_id: str, bundle_digest: str = "") -> Versions:
-        """Choose a version for a call, and the versions with the same tokenizer that may serve it instead when full.
+        """Choose a version for a call, and alternatives with the same tokenizer in case the chosen version is full.
 
         `bundle_digest`: for a resumed call, digest of the tokenizer with which the call began. Raises CallError."""
         shares = [share for share in self.entry.versions if not share.quarantined]
