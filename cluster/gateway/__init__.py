@@ -1,4 +1,4 @@
-"""The gateway, which turns requests into calls, and outcomes into statuses. Decisions are made in cluster.policy.
+"""The gateway process, which turns requests into calls, and outcomes into statuses. Its rules are in cluster.policy.
 
 The path of a call: apis/grpc/inference.py (bytes) -> calls/request.py (validated request) -> service.py (one call from
 arrival to end) -> models.py (model) -> text/ (token ids) -> scheduling/scheduler.py (queueing and binding) ->

@@ -1,7 +1,7 @@
 """The validity of a gateway's configuration file, checked again whenever the file changes.
 
-An invalid file has no effect until a process restarts. Because the file is checked at each change, its errors are
-reported while everything still serves.
+A changed file takes effect when a process restarts. The check at each change reports errors while the running
+processes still serve.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class ConfigState:
     """The validity of one configuration file. `watch` runs in the background of the gateway."""
 
     def __init__(self, path: Path | None = None, problems: Sequence[str] = (), look_s: float = LOOK_S) -> None:
-        """`path`: the configuration file; without a path, `watch` does nothing. `problems`: the errors found at the
-        start."""
+        """`path`: the configuration file; None: `watch` does nothing. `problems`: the errors found when the process
+        started. `look_s`: seconds between two looks at the file."""
         self._path = path
         self._look_s = look_s
         self._stamp = self._read_stamp()
@@ -35,7 +35,7 @@ class ConfigState:
 
     @property
     def valid(self) -> bool:
-        """Whether the file has no errors. A gateway that starts now would use all of a valid file."""
+        """Whether the file has no errors, so that a gateway that starts now would use all of the file."""
         return not self.problems
 
     async def watch(self) -> None:

@@ -17,9 +17,9 @@ AFTER_S, AT_LATEST_S, LOOK_S = 1.0, 10.0, 0.1
 
 
 async def import_later(idle: Callable[[], bool], after_s: float = AFTER_S, at_latest_s: float = AT_LATEST_S) -> None:
-    """Import MODULES in a thread when `idle()` first holds after `after_s` seconds, at the latest after `at_latest_s`.
+    """Import MODULES in a thread, when `after_s` seconds have passed and `idle()` is true, or after `at_latest_s`.
 
-    Callers would notice an import during a call, because loading native code holds the GIL for about 15 ms."""
+    An import during a call would delay the call, because loading native code holds the GIL for about 15 ms."""
     latest = time.monotonic() + at_latest_s
     await asyncio.sleep(after_s)
     while not idle() and time.monotonic() < latest:  # noqa: ASYNC110 - there is no event for idleness

@@ -1,10 +1,10 @@
 """The demand that a gateway reports to the controller. Demand is counted when sequences arrive, grow and end.
 
 A sequence counts as arrived once, even if the sequence is queued again. Waiting sequences are kept by model and
-priority class, so that a report needs no scan of the queue. At arrival a sequence's output counts with its expected
-length. This count is corrected when the output exceeds the expected length and when the sequence ends, so that the
-final sum is the number of generated tokens. Counters never decrease: an excess of expected tokens is subtracted from
-later additions. The module is pure: `now` is an argument.
+priority class, so that a report needs no scan of the queue. At arrival a sequence is counted with its expected output
+length. The count is corrected when the output grows longer and when the sequence ends. The reported counter never
+decreases: after an estimate that was too high, the counter stays until later output has used up the excess. The module
+is pure: `now` is an argument.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class DemandTally:
             self._count_output(waiting, tokens)
 
     def ended(self, waiting: WaitingSequence, tokens: int, ran: bool) -> None:
-        """Record a sequence's end with its number of output tokens. If the sequence never ran, its expected length
-        stays counted."""
+        """Record a sequence's end. `tokens`: its final number of output tokens. `ran`: whether the sequence ever ran;
+        if it did not, its expected length stays counted."""
         if ran and waiting.call_id in self._counted_output:
             self._count_output(waiting, tokens)
         self._counted_output.pop(waiting.call_id, None)
@@ -144,10 +144,10 @@ def _longest_waiting(queued: dict[str, WaitingSequence]) -> Iterator[WaitingSequ
 
 
 def within_slo(ttft_s: float | None, itl_s: float, asked_ttft_s: float, asked_itl_s: float) -> bool:
-    """Return whether a call met its SLO, which has an objective for the time to first token and one for the mean gap
-    between tokens.
+    """Return whether a call met its SLO.
 
-    An objective of 0 is always met. A `ttft_s` of None means that the call had no first token."""
+    `asked_ttft_s`, `asked_itl_s`: upper bounds, in seconds, on the time to first token and on the mean gap between
+    tokens; 0 for no bound. `ttft_s` is None if the call had no first token; the SLO is missed then."""
     if ttft_s is None:
         return False
     return (not asked_ttft_s or ttft_s <= asked_ttft_s) and (not asked_itl_s or itl_s <= asked_itl_s)

@@ -88,7 +88,7 @@ def _worker(link: WorkerLink) -> Iterator[Sample]:
 
 
 def _turn_tokens(model: KnownModel) -> float:
-    """Return U of docs/tenancy.md, in weighted tokens: the larger of the cost of the longest input and the cost of
-    outputs that fill one worker's KV cache."""
+    """Return the fairness unit U of docs/tenancy.md, in weighted tokens: the cost of the longest prompt or of outputs
+    that fill one worker's KV cache, whichever is larger. An output token counts 2."""
     kv_tokens = max((link.info.kv_tokens for link in model.links.values()), default=0)
     return max(2.0 * kv_tokens, float(model.max_model_len), 1.0)

@@ -33,15 +33,15 @@ ADMIN_BOUNDS = ByteBounds(connection=4 << 20, tenant=16 << 20, process=32 << 20)
 
 
 class Listeners:
-    """The servers that listen, by the name of their address in `gateway.listen`, and the connections that they may
-    hold together."""
+    """The open servers, by the names of their addresses in `gateway.listen`. The servers share one table of connection
+    limits, which follow from the process's limit on file descriptors."""
 
     def __init__(self) -> None:
         self._connections = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
         self._notices = http2.LimitedLog()
         self.servers: dict[str, http2.Server | HttpServer] = {}
         self.endpoints: dict[str, str] = {}
-        """Bound addresses by name."""
+        """Bound addresses (host:port) by listener name."""
 
     def admission(self, port: http2.Port) -> http2.ConnectionAdmission:
         """Return the connection limits of a port."""
@@ -124,7 +124,7 @@ def _add_reflection(server: http2.Server, names: Sequence[str]) -> None:
 def ledger_services(
     config: Config, tenants: TenantAuthenticator | None, authorizer: AdminAuthorizer
 ) -> dict[str, object]:
-    """Return the services that read and change the ledger. Without `auth` each of their verbs is refused."""
+    """Return the services that read and change the ledger. If `tenants` is None, these services refuse all methods."""
     if tenants is None:
         return dict.fromkeys(("Tenants", "Keys", "Usage", "Audit"), NoLedger())
     from cluster.gateway.apis.admin.ledger import AuditAdmin, KeysAdmin, TenantsAdmin, TenantServices, UsageAdmin

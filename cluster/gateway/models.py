@@ -37,8 +37,8 @@ MAX_PROGRESS = 0.99
 
 
 MAX_REMEMBERED = 64
-"""Maximum number of retired generations, and of compatibility keys of departed workers, that are remembered for a
-model."""
+"""Upper bound, for each model, on the remembered retired generations and on the remembered compatibility keys of
+departed workers."""
 
 MAX_POLICIES = 1000
 """Maximum number of distinct pattern lists, from tenants' policies, for which the visible models are cached."""
@@ -55,9 +55,9 @@ class KnownModel:
         """Engine info of the last worker that left. While no worker is linked, this info is used for fields that the
         catalog lacks."""
         self._replaced: dict[str, None] = {}
-        """Generations that the catalog has retired. The newest is last."""
+        """Deployment generations of workers (WorkerIdentity.generation) that the catalog has retired, oldest first."""
         self._departed: dict[CompatibilityKey, None] = {}
-        """Compatibility keys of workers that belonged to a retired generation and have left. The newest is last."""
+        """Compatibility keys of workers of retired generations that have left, oldest first."""
 
     @property
     def name(self) -> str:
@@ -84,8 +84,8 @@ class KnownModel:
         """Return the progress of the model's start in [0, 1] and the remaining seconds, both estimated from earlier
         starts.
 
-        The result is (0, 0) if the progress is unknown, and has a meaning only while no worker serves the model.
-        `wall_s`: seconds since the epoch."""
+        (0, 0) means unknown. The result is meaningful only while no worker serves the model. `wall_s`: the current
+        time in seconds since the Unix epoch."""
         whole_s, since_s = self.entry.cold_start_s, self.entry.starting_since_s
         if whole_s <= 0 or self.entry.state in (ModelState.FAILED, ModelState.GONE):
             return 0.0, 0.0
@@ -110,7 +110,8 @@ class KnownModel:
         return link.takes_new_requests and not self.retired(link)
 
     def retired(self, link: WorkerLink) -> bool:
-        """Return whether a worker must get no new calls. The running calls of a retired worker may continue."""
+        """Return whether a worker must get no new calls, because the catalog has retired its generation or quarantined
+        its version. Running calls may continue."""
         identity = link.identity
         return (bool(identity.generation) and identity.generation in self.entry.retired) or self.quarantined(link)
 
@@ -130,7 +131,7 @@ class KnownModel:
         self._departed.pop(link.compatibility_key, None)
 
     def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
-        """Remove a link that has ended. `gone`: state of a model without workers that is not in the catalog."""
+        """Remove a link that has ended. `gone`: new state if this was the last link and the model is in no catalog."""
         del self.links[link.identity.worker_id]
         if link.identity.generation in self._replaced:
             _remember(self._departed, link.compatibility_key)
@@ -140,12 +141,12 @@ class KnownModel:
                 self.entry = replace(self.entry, state=gone, state_reason="its last worker left")
 
     def leave_catalog(self) -> None:
-        """Handle the model's absence from a new catalog. Its workers keep serving it under its name."""
+        """Mark the model as missing from the catalog and drop its aliases. Its workers still serve it by its name."""
         self.entry, self.in_catalog = replace(self.entry, aliases=()), False
 
     def is_replaced(self, likeness: CompatibilityKey | None) -> bool:
-        """Return whether a sequence with this compatibility key cannot resume any more: incompatible replacement
-        workers serve the model, and no compatible worker is linked or expected."""
+        """Return whether a sequence with this compatibility key can no longer resume: its compatible workers were
+        retired and have left, and only incompatible workers serve the model. False for None."""
         if likeness is None or not self.served or not any(key.can_resume(likeness) for key in self._departed):
             return False
         return not any(link.compatibility_key.can_resume(likeness) for link in self.links.values())
@@ -157,14 +158,13 @@ class KnownModel:
         return share is not None and share.quarantined
 
     def share(self, version: str) -> VersionShare | None:
-        """Return the catalog's share of a version; None if the catalog does not have the version."""
+        """Return the catalog's entry for a version; None if the catalog does not have the version."""
         return next((share for share in self.entry.versions if share.version == version), None)
 
     def choose_version(self, call_id: str, bundle_digest: str = "") -> Versions:
-        """Choose the version for a call, and the versions with the same tokenizer that may replace the chosen version
-        when that version is full.
+        """Choose a version for a call, and alternatives with the same tokenizer in case the chosen version is full.
 
-        `bundle_digest`: digest of the tokenizer with which a resumed call began. Raises CallError."""
+        `bundle_digest`: for a resumed call, digest of the tokenizer with which the call began. Raises CallError."""
         shares = [share for share in self.entry.versions if not share.quarantined]
         if len(shares) == len(self.entry.versions) <= 1:
             return Versions()
@@ -248,13 +248,13 @@ class ModelDirectory:
         self._models: dict[str, KnownModel] = {}
         self._names: dict[str, str] = {}
         self._visible: dict[tuple[str, ...], Mapping[str, KnownModel]] = {}
-        """Cache of visible models: for each policy's list of model patterns, the models that the policy allows, by each
-        of the models' names."""
+        """Cache of the models that a tenant policy allows, by name and alias. Its key is the policy's list of model
+        patterns."""
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         for entry in _load_catalog(folder):
             self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
         self._any_known = self._has_catalog = bool(self._models)
-        """Whether any catalog or worker has named a model so far; whether a catalog has."""
+        """`_any_known`: whether any model has become known so far. `_has_catalog`: whether a catalog has arrived."""
         self._rebuild_names()
 
     # ---- updates
@@ -299,8 +299,8 @@ class ModelDirectory:
         self._visible = {}
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
-        """Return the reason why a worker may not serve its model, which is that the catalog pins other weights; "" if
-        the worker may serve."""
+        """Return an error text if the catalog pins other weights for the model than the worker has; "" if the worker
+        may serve."""
         known = self._models.get(identity.model)
         if known is None or not known.in_catalog:
             return ""
@@ -335,8 +335,8 @@ class ModelDirectory:
         """Return the model with this name or alias. The tenant's aliases take precedence over the aliases in the
         catalog.
 
-        Raises CallError; the error is the same whether the model does not exist or the caller may not use the model. A
-        model that is being removed is returned only if `began` is true, which means that the call began earlier."""
+        Raises CallError. A missing model and a model that the caller may not use give equal errors. `began`: whether
+        the call began earlier; only such a call gets a model that is being removed."""
         # The same lookup for forbidden and for missing models, so that timing does not reveal which models exist.
         model = self._visible_to(principal).get(principal.model_aliases.get(name, name))
         if model is not None:
@@ -366,14 +366,14 @@ class ModelDirectory:
         return visible
 
     def starts_in_s(self, name: str) -> float:
-        """Return the extra seconds that a call may wait for a model without a worker: twice the duration of the model's
-        start. 0 if a worker serves the model."""
+        """Return how many seconds longer a call may wait for a model without a worker: twice the expected duration of
+        the model's start. 0 if a worker serves the model."""
         model = self._models.get(name)
         return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
     def fallback_of(self, model: KnownModel, principal: Principal) -> KnownModel | None:
-        """Return the first fallback of a model that has a worker and that the caller may use; None if there is no such
-        fallback."""
+        """Return the first of the model's fallbacks that is served and that the caller may use; None if there is no
+        such fallback."""
         for name in model.entry.fallback:
             other = self.find(name)
             if other is not None and other.served and not other.leaving and other.open_to(principal):

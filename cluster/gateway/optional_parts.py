@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class UsageStore(NamedTuple):
-    """A store of usage records. `secrets` seal the workers' copies of open records. `insert`: see RecordDelivery."""
+    """A store of usage records. `secrets`: seal the copies of open records at the workers. `insert`: writes records."""
 
     secrets: Sequence[bytes]
     insert: Callable[[Sequence[UsageRecord]], None]
@@ -42,7 +42,7 @@ def tenant_authenticator(config: Config, folder: Path, metrics: Metrics, process
 def accounting(
     tenants: TenantAuthenticator | None, store: UsageStore | None, hub: Hub, folder: Path
 ) -> Accounting | None:
-    """Return the accounts. `store`: in place of the ledger of `tenants`. None without a store and without tenants."""
+    """Return the accounting of usage; None without a ledger. `store`: used instead of the ledger of `tenants`."""
     if store is None and tenants is not None:
         store = UsageStore(tenants.secrets, tenants.ledger.usage.insert)
     if store is None:
@@ -114,8 +114,8 @@ def _cached_secrets() -> Sequence[bytes]:
 def sibling_aborts(
     config: Config, process: int, tenants: TenantAuthenticator | None, abort: Abort
 ) -> SiblingAborts | None:
-    """Return the object by which the gateway processes of a host abort each other's calls, which is needed because only
-    process 0 has an admin port. None with a single process."""
+    """Return the object that aborts calls in the other gateway processes of this host, since only process 0 has an
+    admin port. None with a single process."""
     if config.gateway.processes == 1:
         return None
     from cluster.gateway.apis.admin.sibling_aborts import SiblingAborts

@@ -51,7 +51,7 @@ class ModelHealth:
         self._updates: set[asyncio.Task[None]] = set()
 
     def update(self, models: Iterable[KnownModel]) -> None:
-        """Set the status of each model name and alias. Names that are not known any more are not serving."""
+        """Set the status of each model name and alias. Names that are no longer known become NOT_SERVING."""
         now = {
             name: SERVING if model.state is ModelState.READY else NOT_SERVING
             for model in models

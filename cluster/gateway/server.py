@@ -54,8 +54,8 @@ LAG_S = 0.1
 SLOW_BODIES_S = 1.0
 """Interval in seconds of the search for request bodies that arrive too slowly."""
 HAND_OVER = 0.5
-"""Fraction of the drain time, at its end, in which a stopping gateway hands resumable streams over to the other
-gateways, if there are any."""
+"""Fraction of the drain time. In this last part of it, a stopping gateway hands resumable streams over to other
+gateways."""
 FINAL_STATUS_S = 0.5
 """Seconds after the drain time in which calls that still run can send their final status."""
 
@@ -77,7 +77,7 @@ class Gateway:
         """`folder`: the folder for tokenizer bundles, the last catalog and, with `auth`, the snapshot of tenants and
         keys. `process`: the index of this process among `gateway.processes`. `probes`: an address for grpc.health.v1
         without TLS, "" for no such listener. `config_state`: the validity of the file from which `config` was read.
-        `usage_store`: in place of the ledger of `auth`. Raises ValueError for an unusable secret file."""
+        `usage_store`: used instead of the ledger of `auth`. Raises ValueError for an unusable secret file."""
         make_private_folder(folder)
         self.config = config
         self._config_state = config_state or ConfigState()

@@ -31,8 +31,8 @@ FEW_CONTAINERS, FEW_VALUES = 2048, 16_384
 """Upper bounds on the containers (objects and arrays) and on the values in a JSON body that is parsed on the event
 loop. Parsing such a body takes one or two milliseconds."""
 PATIENCE_S: Final = 5.0
-"""Seconds for which a helper process may wait for a core (helpers/pool.py). Parsing in a thread instead would delay all
-calls."""
+"""Seconds that a helper process may wait for a core (helpers/pool.py). After that, the body is parsed in a thread of
+this process, which delays all calls."""
 FEW_ELEMENTS: Final = 2048
 """Upper bound on the fields and list elements in a protobuf message that is parsed on the event loop."""
 _PARSERS: Final = {"chat": parse_chat, "completion": parse_completion}

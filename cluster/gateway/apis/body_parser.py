@@ -71,8 +71,8 @@ _IDS_DECODER = msgspec.json.Decoder(list[int])
 _TEXT_DECODER = msgspec.json.Decoder(str)
 _MEMBERS_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
 MAX_OPTION_BYTES: Final = 1 << 17
-"""Upper bound on the bytes of a field that is not a prompt. The longest valid field, stop strings that consist of
-escapes only, has 100 KB."""
+"""Upper bound on the bytes of a field that is not a prompt. The longest valid field has 100 KB: stop strings in which
+every character is escaped."""
 _MAX_BYTES = {
     **dict.fromkeys(("messages", "prompt", "chat_template_kwargs", "tools", "functions", "documents"), 1 << 62),
     **dict.fromkeys(("response_format", "structured_outputs"), 2 << 20),
@@ -123,8 +123,8 @@ class BodyReader:
 
 
 def check_request(request: GenerationRequest, names: Mapping[str, str]) -> None:
-    """Check a parsed request as the gateway process would, so that an invalid request is not sent back to the gateway
-    process. Raises CallError."""
+    """Check a parsed request in the helper process, before its prompt is packed and sent to the gateway process.
+    Raises CallError."""
     try:
         check_options(request.options)
         check_metadata(request.metadata)
@@ -209,7 +209,7 @@ def _count_messages(raw: bytes) -> None:
 
 
 def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc_requests.DetokenizeCall | None:
-    """Parse a message with many token ids, which are read from the message's bytes. Returns None for other messages."""
+    """Parse a message with many token ids, reading the ids from its bytes as an array. Returns None for others."""
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
         return None

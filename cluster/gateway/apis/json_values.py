@@ -3,7 +3,7 @@
 Problem: a JSON parser builds an object for every two bytes of `[[],[],...]`. Each object takes 60 times the size of
 these two bytes, and a tenth of a microsecond with the interpreter lock held. The values of a long text are therefore
 counted before the text is parsed. Searches for single characters take one or two nanoseconds a byte: the first searches
-yield an upper bound, which is enough for ordinary texts; an exact count then leaves out the contents of strings.
+give an upper bound, which suffices for ordinary texts. In other texts, values outside of strings are counted exactly.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class NotText(CallError):
 
 
 def parse(path: str, text: bytes | str, bounds: JsonBounds | None = ARGUMENTS, levels: int = MAX_DEPTH) -> Any:
-    """Parse the JSON text of the field `path`. Raises CallError, which names the path of the invalid value."""
+    """Parse the JSON text of the field `path`. Raises CallError, which names the invalid value. `levels`: max depth."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(_UTF8_MARK)
     if bounds is not None:  # None: the caller has counted the values already
         check_counts(path, data, bounds)
@@ -164,7 +164,7 @@ def is_deeper(value: object, levels: int) -> bool:
 
 
 def surrogate_path(value: object, at: str) -> str | None:
-    """Return the path of the first text that holds a lone surrogate and so cannot be encoded; None if no text does."""
+    """Return the path of the first string with a lone surrogate; None if there is none. `at`: the path of `value`."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -19,7 +19,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 DEFAULT_PRINCIPAL = Principal(TenantPolicy("default"), by="nothing")
 """The principal of every call at a gateway without `auth`."""
 REAUTHENTICATE_S = 30.0
-"""Interval in seconds at which callers are authenticated again without any change, since keys and tokens expire."""
+"""Seconds after which callers are authenticated again even if nothing has changed, since keys and tokens expire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,10 @@ class Caller:
 
 
 class RegisteredCallers:
-    """The callers that are registered, and whether tenants or keys have changed since their last authentication."""
+    """The registered callers, and whether tenants or keys have changed since the callers were last authenticated."""
 
     def __init__(self, authenticate: Callable[[Credentials], Awaitable[Principal]]) -> None:
-        """`authenticate` raises CallError."""
+        """`authenticate`: returns the principal of credentials, or raises CallError."""
         self._authenticate = authenticate
         self._callers: set[Caller] = set()
         self._changed = asyncio.Event()
@@ -109,8 +109,8 @@ class Authenticator(Protocol):
         STORE_UNAVAILABLE."""
 
     def knows(self) -> object:
-        """Return the current snapshot of the known callers. Each change makes a new object, so snapshots are compared
-        by identity.
+        """Return an object that stands for the current tenants and keys. A change replaces the object, so compare it by
+        identity.
 
         Raises CallError STORE_UNAVAILABLE."""
 
@@ -126,8 +126,8 @@ class Authenticator(Protocol):
         continue."""
 
     def cache_salt(self, principal: Principal, own: str) -> str:
-        """Return the prefix-cache salt of a call. `own`: the caller's own salt, which only subdivides the tenant's
-        cache."""
+        """Return the prefix-cache salt of a call. `own`: the salt in the request, which only subdivides the tenant's
+        cache; "" for none."""
 
 
 class NoAuthentication:

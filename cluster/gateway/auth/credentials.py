@@ -1,8 +1,8 @@
 """Authentication of a call by a bearer token (an API key or an issuer's JWT) or by a client certificate.
 
 If a token is present, the token alone decides. A valid certificate never makes up for a bad token; otherwise a proxy's
-certificate would admit every request that the proxy forwards. A call with several tokens is refused, because smuggling
-attacks exploit the choice between the tokens.
+certificate would admit every request that the proxy forwards. A call with several tokens is refused: a proxy could have
+checked one token and the gateway another.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class FailureCallback(Protocol):
 
 
 class CredentialChecker:
-    """Checker of credentials, which turns the credentials of a call into a principal. `current` is
-    `Watcher.current`."""
+    """Turns the credentials of a call into a principal. `current`: returns the newest snapshot of tenants and keys
+    (Watcher.current)."""
 
     def __init__(
         self,

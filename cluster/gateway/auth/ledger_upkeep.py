@@ -38,13 +38,13 @@ class LedgerUpkeep:
 
     @property
     def may_be_prepared(self) -> bool:
-        """Whether the database may have been prepared before, which is not the case for a missing SQLite file."""
+        """Whether the database may have been prepared before. False only for an SQLite file that does not exist."""
         return not self._url.startswith("sqlite:///") or Path(self._url.removeprefix("sqlite:///")).exists()
 
     async def prepare(self, tried: asyncio.Event, *, serving: bool) -> None:
-        """Migrate the database and declare the configured tenants, with retries until this has succeeded.
+        """Migrate the database and declare the configured tenants. Retries until both have succeeded.
 
-        `serving`: whether calls already run, which the check must not slow down. `tried` is set after the first
+        `serving`: whether calls already run; migration then uses a process of low priority. `tried`: set after a failed
         attempt."""
         retry_s = RETRY_S
         while True:

@@ -1,11 +1,11 @@
 """Verification of JSON Web Tokens from the configured OpenID issuers. A verified token yields a tenant, a role and a
 subject.
 
-Only the issuers' own keys and the asymmetric algorithms in ALGORITHMS are trusted. The keys are fetched over TLS from
-the address in the issuer's discovery document. So the algorithm `none`, and HS256 keyed with a public key, fail before
-any key is looked up. However many tokens with an unknown key id arrive, they cause at most one fetch per issuer in
-MIN_REFETCH_S. While an issuer is unreachable, known keys stay valid for MAX_KEY_AGE_S. The length of a token is checked
-first, so a token of a megabyte costs nothing.
+Only the issuers' own keys and the asymmetric algorithms in ALGORITHMS are trusted. Tokens with the algorithm `none`, or
+with HS256 and a public key as the secret, are therefore refused before any key is looked up. The keys are fetched over
+TLS from the address in the issuer's discovery document. Tokens with unknown key ids cause at most one fetch per issuer
+in MIN_REFETCH_S. While an issuer is unreachable, known keys stay valid for MAX_KEY_AGE_S. The length of a token is
+checked first, so a token of a megabyte costs nothing.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class OidcVerifier:
             task.add_done_callback(self._refreshing.discard)
 
     async def _refresh(self, issuer: Issuer) -> None:
-        """Fetch the issuer's keys, unless a fetch was tried within the last MIN_REFETCH_S. If the fetch fails, the old
+        """Fetch the issuer's keys. Does nothing within MIN_REFETCH_S of the last attempt. If the fetch fails, the old
         keys stay."""
         keys = self._keys[issuer.issuer]
         async with keys.lock:
@@ -306,7 +306,7 @@ def _reason(error: jwt.InvalidTokenError) -> str:
 
 
 def check_url(url: str) -> str:
-    """Return a URL from which keys may be fetched. Raises ValueError unless the URL uses https or names this host."""
+    """Return the URL unchanged if it uses https or names this host. Raises ValueError for any other URL."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme == "https" and host:

@@ -2,9 +2,9 @@
 snapshot.
 
 Calls never wait for the database. A thread reads the database, and while the database is unreachable the last snapshot
-is used (ledger/tenants/watch.py). A change takes effect within one pass of the watcher: the running calls of a tenant
-that may no longer make calls are ended, and long-lived callers are authenticated again. Failed authentications are
-recorded in the audit log and the metrics.
+is used (ledger/tenants/watch.py). A change takes effect when the watcher next reads the database: running calls of a
+suspended or deleted tenant end, and long-lived callers are authenticated again. Failed authentications are recorded in
+the audit log and the metrics.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class TenantAuthenticator:
     # ---- start and stop
 
     async def start(self) -> None:
-        """Load a snapshot of tenants and keys. If there is no snapshot yet, log the reason."""
+        """Start the background work. Without a snapshot of an earlier run, wait up to FIRST_ANSWER_S for a new one."""
         self._loop = asyncio.get_running_loop()
         tried = asyncio.Event()
         waits = self._watcher.statistics().age_s == float("inf")
@@ -155,7 +155,7 @@ class TenantAuthenticator:
         )
 
     async def _keep_ledger(self, tried: asyncio.Event, *, serving: bool) -> None:
-        """Take care of the ledger's database, in process 0. See LedgerUpkeep.prepare for the arguments."""
+        """In process 0, prepare the ledger's database and delete expired rows. Arguments: see LedgerUpkeep.prepare."""
         await asyncio.sleep(CHECK_AFTER_S if serving else 0.0)
         if self._first:
             await self._upkeep.prepare(tried, serving=serving)
@@ -206,8 +206,8 @@ class TenantAuthenticator:
         return cache_salt(self.secrets, policy, own) if own else self._derive(policy)[2]
 
     def _derive(self, policy: TenantPolicy) -> tuple[TenantPolicy, TenantPolicy, str]:
-        """Return three values: the policy of the snapshot, the same policy with the tenant's handle, and the policy's
-        cache salt. They are computed once per policy."""
+        """Return three values: the policy of the snapshot, a copy of it with the tenant's handle, and the tenant's
+        cache salt. The values are computed once per policy."""
         cached = self._derived.get(policy.name)
         if cached is None or (policy is not cached[0] and policy is not cached[1]):
             handle = tenant_handle(self.secrets, policy.name)

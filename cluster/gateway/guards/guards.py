@@ -47,8 +47,8 @@ Audit = Callable[["GuardDecision"], None]
 
 @dataclass(frozen=True, slots=True)
 class GuardDecision:
-    """A guard's decision about one call. `matches`: number of matches by name. `texts`: the first matched texts; empty
-    unless the policy keeps matched texts."""
+    """A guard's decision about one call. `matches`: number of matches by name. `texts`: the first matched texts, if the
+    tenant's policy sets `log_prompts`."""
 
     tenant: str
     model: str
@@ -87,7 +87,7 @@ class Guards:
                         raise ValueError(f"{where}: {error.remedy}") from None
 
     def for_call(self, policy: TenantPolicy, model: str, request_id: str, actor: str) -> CallGuards:
-        """Return the guards of one call."""
+        """Return the guards of one call. `actor`: the caller's name in audit events."""
         return CallGuards(self, policy, model, request_id, actor)
 
     def patterns(self, rule: GuardRule) -> Patterns:
@@ -95,7 +95,7 @@ class Guards:
         return self._files.get(rule.patterns_file) if rule.patterns_file else patterns_of(tuple(rule.patterns.items()))
 
     def record_decision(self, decision: GuardDecision) -> None:
-        """Count a decision and write it to the audit."""
+        """Count a decision and write it to the audit log."""
         by = sum(decision.matches.values())
         self._metrics.count("guard_actions_total", decision.tenant, decision.guard, decision.outcome, by=by)
         self._audit(decision)
@@ -222,7 +222,7 @@ class CallGuards:
         self, detokenizer: Detokenizer, logprobs: LogprobTexts | None
     ) -> tuple[Detokenizer | GuardedText, LogprobSource | None]:
         """Wrap the detokenizer and the log probabilities of a sequence in the output guards. Raises CallError if a
-        guard that fails closed cannot work."""
+        guard cannot work and its failure mode is `closed`."""
         stages: list[GuardStage] = []
         rules: list[GuardRule] = []
         for rule in self._outputs:
@@ -254,7 +254,7 @@ class CallGuards:
     # ---- both
 
     def _failed(self, rule: GuardRule, error: Exception) -> bool:
-        """Record the failure of a guard. Returns whether everything passes this guard from now on."""
+        """Record the failure of a guard. Returns whether the guard fails open, so that the call goes on without it."""
         fails_open = rule.fail == "open"
         why = str(error) if isinstance(error, ValueError | OSError) else type(error).__name__
         log.warning("guard_failed", tenant=self._policy.name, guard=_name(rule), request_id=self._request_id, error=why)
@@ -267,7 +267,7 @@ class CallGuards:
             self._keep_texts(rule, outcome, [text])
 
     def _keep_texts(self, rule: GuardRule, outcome: str, texts: Sequence[str]) -> None:
-        """Keep the first matched texts for the audit, if the policy allows it."""
+        """Keep the first MAX_AUDIT_TEXTS matched texts for the audit event, if the policy sets `log_prompts`."""
         if texts and self._policy.log_prompts:
             kept = self._texts.setdefault((_name(rule), outcome), [])
             kept += texts[: max(MAX_AUDIT_TEXTS - len(kept), 0)]

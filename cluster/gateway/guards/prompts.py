@@ -15,8 +15,8 @@ from cluster.api.outcomes import invalid
 from cluster.gateway.calls.request import ChatPrompt, TextPrompt
 
 _FIXED_KEYS = frozenset({"role", "type"})
-"""Keys of a message whose values are not free text. The values are validated, and templates compare them with fixed
-words."""
+"""Message keys that hold fixed words instead of free text. Their values are validated, and templates compare them with
+fixed words."""
 
 
 def texts_of(prompt: ChatPrompt | TextPrompt) -> list[str]:

@@ -1,7 +1,7 @@
 """Output guards as stream filters: text is fed in chunks, and decided text is returned. No I/O, no clock.
 
-Text is decided once no later text can change what the guard does with it. Invariant: however a text is cut into chunks,
-the joined outputs equal the output for the whole text, and no character of a redacted or refused match is ever
+Text is decided once no later text can change what the guard does with it. Invariants: however a text is cut into
+chunks, the joined outputs equal the output for the whole text. No character of a redacted or refused match is ever
 returned. A stage holds back only text that may still become part of a match: at most as many characters as the longest
 possible match of any pattern.
 
@@ -44,8 +44,8 @@ class GuardStage(Protocol):
         """Number of characters that are held back."""
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """Add text and the marks of the text. Returns the decided text and marks. If `last` is set, or once the text is
-        refused, all text is decided."""
+        """Add text and its marks. Returns the text and marks that are decided now. `last`: whether the text ends here,
+        so that all of it is decided. A refusal ends the text too."""
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
         """Return the text that is held back, unfiltered, and its marks. Called after the guard has failed open."""
@@ -120,7 +120,7 @@ class PatternStage:
 
     def _decided_marks(self, all_marks: bool) -> Sequence[GuardMark]:
         """Remove and return the marks whose last character is decided. The returned marks hold positions in the output.
-        `all_marks`: return all marks."""
+        `all_marks`: return the other marks too."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
         while marks and (all_marks or marks[0].end <= decided):
@@ -183,8 +183,8 @@ class SizeStage:
 
 
 class GuardChain:
-    """A sequence of guard stages, each with a time limit for one step. A stage fails if it raises an error or exceeds
-    the time limit. After a failure the text ends, or the stage is skipped from then on."""
+    """A sequence of guard stages. A stage fails if one call of its `feed` raises an error or exceeds the stage's time
+    limit. After a failure, `on_failure` decides whether the text ends or the stage is skipped from then on."""
 
     __slots__ = ("_clock", "_on_failure", "_stages", "_timeouts", "done", "refused")
 

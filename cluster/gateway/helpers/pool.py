@@ -1,19 +1,19 @@
 """A pool of helper processes for a gateway's CPU-bound work, so that the event loop never waits for that work.
 
 Problem: parsing, rendering and tokenizing hold the GIL for milliseconds at a time even in a thread, and the event loop
-waits for the GIL after every system call. With many such threads the waits add up to a quarter of a second. Helpers
-(process.py) start with the first job, which waits for the first helper (0.2 to 0.6 s, once). The helpers run at idle
-priority (SCHED_IDLE) and exit after a time without work. If no helper can be started, or a helper gets no core for
-seconds, `run` returns None and the caller does the work itself.
+waits for the GIL after every system call. With many such threads the waits add up to a quarter of a second. The first
+job starts the helpers (process.py) and waits 0.2 to 0.6 s for the first one. Helpers run at idle priority (SCHED_IDLE)
+and exit after a time without work. If no helper can be started, or a helper gets no core for seconds, `run` returns
+None and the caller does the work itself.
 
 Tenants take turns: of the tenants with waiting jobs, the tenant that was served longest ago is next. Each job has a CPU
-limit; a job that exceeds the limit raises TooMuchCpu. A job that ends two helpers in a row is given up with JobLost:
-the job runs neither in a third helper nor in the gateway's own process.
+limit; a job that exceeds the limit raises TooMuchCpu. A job that kills two helpers in a row raises JobLost and is not
+tried again, neither in a third helper nor in the gateway's own process.
 
-Linux's scheduler treats a core that runs only an idle-priority process as idle. If that process were merely nice, the
-event loop would wait on the other core behind other processes, 15 to 30 ms at a time. Each helper has its own session:
-if Linux divides the CPU by session (autogroup, the default outside of control groups), helpers in the gateway's session
-would use up the gateway's share.
+Why idle priority: Linux treats a core that runs only an idle-priority process as free, and moves the event loop there.
+With merely nice helpers, the event loop would wait behind other processes, 15 to 30 ms at a time. Why a session for
+each helper: where Linux divides the CPU by session (autogroup, the default outside of control groups), helpers in the
+gateway's session would use up the gateway's share.
 """
 
 from __future__ import annotations
@@ -205,9 +205,8 @@ class HelperPool:
         """Run a job and return its result. Returns None if no helper is available in time; then the caller must do the
         work itself.
 
-        `size`: number of bytes that the job works on. `local_fallback=False` means that the caller cannot do the work
-        itself, so `run` waits even for a helper that gets no core. Raises the job's CallError, TooMuchCpu or
-        JobLost."""
+        `size`: number of bytes that the job works on. `local_fallback`: False if the caller cannot do the work itself;
+        `run` then waits even for a helper that gets no core. Raises the job's CallError, TooMuchCpu or JobLost."""
         for _ in range(MAX_LOSSES):
             helper = await self._acquire(tenant)
             if helper is None:

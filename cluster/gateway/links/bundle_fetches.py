@@ -11,7 +11,7 @@ from cluster.wire.bundle import MAX_BUNDLE_BYTES, Bundle
 
 
 class BundleFetches:
-    """The bundles that are being fetched, each once for all tasks that wait for it."""
+    """Running fetches of bundles. All tasks that wait for one bundle share one fetch."""
 
     def __init__(
         self, holder_of: Callable[[str], WorkerLink | None], request_from_controller: Callable[[str], bool]
@@ -25,7 +25,7 @@ class BundleFetches:
         """The link from which each bundle was requested, by the digest of the bundle; None for the controller."""
 
     async def fetch(self, digest: str, timeout_s: float = 30.0) -> Bundle:
-        """Fetch a bundle. Raises LookupError."""
+        """Fetch a bundle by its digest. Raises LookupError if no peer can send the bundle in time."""
         waiting = self._bundles.get(digest)
         if waiting is None or waiting.done():
             waiting = self._bundles[digest] = asyncio.get_running_loop().create_future()
@@ -53,8 +53,8 @@ class BundleFetches:
         return True
 
     def request_again(self) -> None:
-        """Request bundles again if the link of the worker from which they were requested has ended. Must be called when
-        a link has begun or ended."""
+        """Repeat each request that was sent to a worker whose link has ended. Must be called after each start and end
+        of a link."""
         for digest, holder in list(self._holders.items()):
             if holder is not None and holder.ended:
                 self._request(digest)

@@ -1,4 +1,4 @@
-"""The gateway's end of the controller's stream: the controller sends the catalog, and receives demand and fleet reports
+"""The gateway's end of the controller's stream. The gateway receives the catalog, and sends demand and fleet reports
 and forwarded admin requests."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Stream:
 
 
 class CurrentController:
-    """The controller whose stream is the newest, and what the controllers have reported."""
+    """The connected controller (of several streams, the newest), and the last catalog that a controller has sent."""
 
     def __init__(
         self, apply_catalog: Callable[[Sequence[CatalogEntry]], None], report: Callable[[], pb.GatewayControlFrame]
@@ -89,7 +89,7 @@ class CurrentController:
                 await context.write(frame)
 
     def report_now(self) -> None:
-        """Report the demand at once, not with the next periodic report."""
+        """Report the demand now, ahead of the next periodic report."""
         if self._stream is not None:
             self._stream.frames.put_nowait(self._report())
 

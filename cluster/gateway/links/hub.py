@@ -1,5 +1,5 @@
-"""The gateway's server for links. The server authorizes workers and the controller, and passes their streams to the
-owners of the links."""
+"""The gateway's server for links. The server authorizes workers and the controller, and passes their streams to
+WorkerLinks, CurrentController and BundleFetches."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class HubStatistics:
 
 
 class Hub(pb_grpc.LinkServicer):
-    """Server of cluster.link.v1.Link, in the read/write style of grpc.aio. The stubs are typed for the generator
-    style."""
+    """Server of cluster.link.v1.Link. The methods read and write through `context`, while the generated stubs are typed
+    for generators."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Hub(pb_grpc.LinkServicer):
         siblings: Sequence[str] = (),
         by_certificate: bool = False,
     ) -> None:
-        """`siblings`: link addresses of the other gateway processes that share the client ports; see link.siblings.
+        """`siblings`: link addresses of the other gateway processes of this host, which share the client ports.
         `by_certificate`: whether the port has TLS, so that a peer's certificate must name the peer's role."""
         self.gateway_id = gateway_id
         self._siblings = tuple(siblings)
@@ -218,8 +218,8 @@ async def _write_blobs(blobs: asyncio.Queue[pb.Blob], context: Any) -> None:
 
 
 def hub_server(hub: Hub, admission: http2.ConnectionAdmission | None = None) -> http2.Server:
-    """Return a server for the hub's services, which the gateway must start. `admission`: the connection limits of the
-    port."""
+    """Return a server for the hub's services. The caller must start the server. `admission`: the connection limits of
+    the port."""
     server = http2.Server(LIMITS, admission)
     pb_grpc.add_LinkServicer_to_server(hub, server)  # type: ignore[arg-type]
     return server

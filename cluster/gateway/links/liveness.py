@@ -46,10 +46,10 @@ class Suspicion:
 
 
 class Waking:
-    """A clock that stops while the clock's owner is due to run and does not run.
+    """A clock that excludes the time for which its owner overslept.
 
-    The owner announces each sleep. The part of oversleeping beyond LATE_S does not count. On a machine where every
-    process waits for a core, beats arrive as late as the checks for beats.
+    The owner announces each sleep. Oversleeping beyond LATE_S does not count: on a machine where every process waits
+    for a core, beats arrive as late as the owner's checks for beats.
     """
 
     def __init__(self, now: float, rest_s: float) -> None:
@@ -70,8 +70,8 @@ class LinkLiveness:
     """Failure detection for one epoch of one worker. `now` is always waking time."""
 
     def __init__(self, now: float, hang_s: float, silence_s: float) -> None:
-        """`hang_s`: minimum time, in seconds, before an inactive worker is suspected. `silence_s`: the same time for a
-        worker that has not sent a beat yet, since beats need a separate connection."""
+        """`hang_s`: minimum time, in seconds, before an inactive worker is suspected. `silence_s`: seconds of silence
+        that are allowed before the first beat, because beats need a connection of their own."""
         self._hang_s = hang_s
         self._silence_s = silence_s
         self._heard = now

@@ -1,11 +1,11 @@
-"""Prefill pacing: how many prompt tokens wait for a worker's steps, and how many tokens may wait.
+"""Prefill pacing: a count of the prompt tokens that wait for a worker's steps, and an upper bound on them.
 
 Problem: when a worker dies, its calls move to the other workers all at once, and all tokens of each call must be
 recomputed. If these calls are sent together, one step becomes so long that every sequence's next token is late. The
 prompts of new calls in the same step make the step even longer. If the calls are sent one by one, each after the first
 token of the previous call, every other step has no prefill. Invariants: a request is counted from its submission until
-a step is known to have begun with the request. Requests that have ended are not counted. A step is known to have begun
-with the requests that the engine had accepted when the previous step ended, up to the step's token capacity.
+a step that computes it has begun. Requests that have ended are not counted. A step begins when the previous step ends,
+and computes the requests that the engine has accepted by then, up to the step's token capacity.
 The budget is the number of tokens that makes a step STRETCH times as long as the 95th percentile of the step lengths.
 The budget follows from the cost of a prompt token at this worker, which is learned from steps that produced a first
 token. Before the cost is known, the budget is half a step's token capacity. The prompts of other gateways are invisible
@@ -69,8 +69,8 @@ class PrefillPacing:
         self._count(-tokens, resumed)
 
     def begin_step(self) -> bool:
-        """Stop counting the tokens with which the next step can begin. Returns whether the step can begin with any
-        accepted request."""
+        """Stop counting the tokens that the next step will compute: tokens of accepted requests, up to the step's
+        capacity. Returns whether there were accepted requests."""
         if not self._accepted:
             return False
         capacity = self._max_tokens

@@ -36,7 +36,7 @@ class Sink(Protocol):
     """Monotonic time of the last token, which the sink records in `token` and `output`."""
 
     def token(self, token_id: int, now: float) -> None:
-        """Handle an output of one token and nothing else, as a shortcut for `output`. Never called for the first
+        """Handle an output that consists of one token only. This is a fast path of `output`. Never called for the first
         token. `now`: the monotonic time at which the token arrived."""
 
     def output(self, output: TokenOutput) -> None:
@@ -46,7 +46,7 @@ class Sink(Protocol):
         """Handle the end of the link. No further method is called."""
 
     def failed(self, error: BaseException) -> None:
-        """Handle an exception of another method. `error`: the exception. The request has been aborted, and no further
+        """Handle an exception that another method of this sink has raised. The request has been aborted, and no further
         method is called."""
 
 

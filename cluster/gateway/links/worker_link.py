@@ -31,8 +31,8 @@ MAX_REASON_CHARS = 2_000
 
 
 class LinkStream(NamedTuple):
-    """Name under which a client may resume a sequence. `generation`: generation of the sequence's last resume, 0 if the
-    sequence was not resumed. `begun_at`: the gateway from which the sequence was resumed, "" if irrelevant."""
+    """Name under which a client may resume a sequence. `generation`: number of the last resume, 0 before the first.
+    `begun_at`: the gateway that had the stream before, if its loss decides who pays for the prompt; else ""."""
 
     name: str
     generation: int = 0
@@ -47,8 +47,8 @@ class LinkListener(Protocol):
         tokens that came after this gap."""
 
     def step_begun(self, link: WorkerLink, resumed: bool) -> None:
-        """Handle the beginning of a step with requests that were sent for the step. `resumed`: whether resumed requests
-        were among them."""
+        """Handle the beginning of a step that computes prompts of this gateway. `resumed`: whether prompts of resumed
+        requests are among them."""
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
         """Handle a worker's report of the usage of ended requests."""
@@ -81,7 +81,7 @@ class WorkerLink:
         """Work that the engine has computed since its start."""
         self.drain_state = DrainState.SERVING
         self.move_requests_at = float("inf")
-        """Monotonic time at which the requests that still run on a draining worker must move to other workers."""
+        """Monotonic time at which the requests on a draining worker must move to other workers; else infinity."""
         self.box = CommandBox()
         self._blobs: asyncio.Queue[pb.Blob] | None = None
         self._credit = CreditBalance()
@@ -148,10 +148,11 @@ class WorkerLink:
     ) -> int:
         """Send a request to the worker and return the request's slot. The caller must have checked `free`.
 
-        `sealed_record`: the usage record, which the worker returns with the request's usage. `earlier_tokens`: number
-        of tokens that other workers have generated under that record; the worker returns this number too. `turn`: the
-        tenant's flow and the charged service. `fresh_tokens`: number of tokens of a resumed request that are likely to
-        be computed again, 0 for all. `stream`: the name by which another gateway may resume the request."""
+        `sealed_record`: the open record, which the worker returns with the request's usage. `earlier_tokens`: number of
+        tokens that other workers have generated under that record; the worker returns this number too. `turn`: the
+        sequence's waiting-room entry and its tenant's weight. `fresh_tokens`: number of tokens of a resumed request
+        that are likely to be computed again, 0 for all. `stream`: the name by which another gateway may resume the
+        request."""
         slot = next(self._numbers)
         message = codec.submit_to_pb(slot, attempt, request)  # first, so that a failed encoding uses no credit
         if sealed_record:
@@ -175,10 +176,8 @@ class WorkerLink:
         return slot
 
     def tokens_to_recompute(self, tokens: int) -> int:
-        """Return how many of `tokens` the engine must compute again before the next token. The engine has computed all
-        of them before.
-
-        The engine reuses full KV blocks, except for the block with the last token."""
+        """Return how many of a sequence's `tokens` the engine must compute a second time before the next token. The
+        engine reuses full KV blocks, except for the block with the last token."""
         size = max(self.info.block_size, 1)
         return tokens - max(tokens - 1, 0) // size * size
 

@@ -26,11 +26,11 @@ LEAST_REST_S = 0.002
 CHECK_S = 0.1
 """Seconds between liveness checks while all workers are active."""
 CALM = 0.6
-"""Fraction of the time until suspicion. Checks become less frequent when more than this fraction remains for every
-worker."""
+"""Fraction of `hang_s`. While more time than this remains until any worker would be suspected, checks run every
+CHECK_S."""
 NOTICING_S = 0.02
-"""Seconds that the detection itself may take. They are part of the time within which an inactive worker must be
-detected."""
+"""Seconds that the detection itself may take. The time after which an inactive worker is suspected is shorter by these
+seconds."""
 
 
 class HubListener(LinkListener, Protocol):
@@ -63,8 +63,8 @@ class HubListener(LinkListener, Protocol):
 
 
 class WorkerLinks:
-    """The links by worker id, and the detection of workers that are lost. A worker has one link: a reconnect ends the
-    link before."""
+    """The links by worker id, and the detection of lost workers. A worker has one link: a reconnect ends its earlier
+    link."""
 
     def __init__(self, listener: HubListener, timing: Timing, on_change: Callable[[], None]) -> None:
         """`on_change` is called when a link has begun or ended."""
@@ -132,7 +132,7 @@ class WorkerLinks:
             await context.write(message)
 
     def apply_beat(self, link: WorkerLink, beat: pb.WorkerBeat) -> None:
-        """Apply a heartbeat, unless the heartbeat belongs to another epoch of the worker."""
+        """Apply a heartbeat of the link's epoch. Heartbeats of other epochs are ignored."""
         if (link.identity.incarnation, link.epoch) == (beat.incarnation, beat.epoch):
             link.apply_beat(beat, self._now())
 
@@ -182,8 +182,8 @@ class WorkerLinks:
             await asyncio.sleep(rest_s)
 
     def _rest_s(self, left_s: float) -> float:
-        """Return the seconds until the next check. `left_s`: seconds until the first worker would be suspected. Once a
-        worker is overdue, checks are more frequent."""
+        """Return the seconds until the next check. `left_s`: seconds until the first worker would be suspected. The
+        less time is left, the sooner the next check."""
         if left_s > max(CALM * self._timing.hang_s, 2 * CHECK_S):
             return CHECK_S
         return min(self._timing.hang_s / CHECKS, left_s)

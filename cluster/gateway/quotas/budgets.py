@@ -53,9 +53,9 @@ class BudgetWatch:
         interval_s: float = INTERVAL_S,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`policies` returns the policies of all tenants and may raise CallError. `on_sums` is called with the sums of
-        the day and the sums of the month, both by tenant, and the time. `max_tenants`: number of tenants in the metric.
-        The tenants closest to their budgets come first."""
+        """`policies` returns the policies of all tenants and may raise CallError. `on_sums` gets the tokens of the day
+        and of the month, both by tenant, and the time in seconds since the Unix epoch. `max_tenants`: upper bound on
+        the tenants in the metric, those closest to their budgets first."""
         self._cluster = cluster
         self._ledger = ledger
         self._policies = policies

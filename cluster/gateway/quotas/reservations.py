@@ -36,7 +36,8 @@ NO_LIMITS = TenantLimits()
 
 @dataclass(slots=True)
 class _Reservation:
-    """The reservation of one call. `due`: number of output tokens at which the reservation must be topped up."""
+    """The reservation of one call. `due`: number of output tokens at which it must be topped up. `seen`: number of
+    output tokens at the last pass."""
 
     call: Call
     due: int
@@ -210,8 +211,7 @@ def _use_headers(name: str, use: LimitUse) -> Sequence[tuple[str, str]]:
 
 
 def refusal(refused: LimitRefusal) -> CallError:
-    """Return the error for a refused caller. The error names the limit, its state, and when to retry, if a retry can
-    succeed."""
+    """Return the error for a refused caller. It names the limit, and a delay if a retry can succeed."""
     fields = headers(refused)
     if refused.retry_after_s is None:
         fields = (*fields, ("x-should-retry", "false"))  # OpenAI's clients retry any 429 otherwise

@@ -5,8 +5,9 @@ store makes each reservation, and a mirror in this process repeats the reservati
 gateway uses its mirror to enforce its share of each limit.
 Invariants: a call is settled once in the store and once in the mirror. Tokens that were counted while the store was
 unreachable are added to the store afterwards. The running calls of a dead gateway count for at most ALIVE_S.
-Not guaranteed: if one gateway alone has used up a limit, the gateways together may exceed this limit in the first
-minute after the loss of the store, by at most the shares of the other gateways.
+
+Not guaranteed: in the first minute after the loss of the store, the gateways together may exceed a limit that one of
+them had used up alone. The excess is at most the shares of the other gateways.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class ValkeyStore:
         beat_s: float = BEAT_S,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """`gateway`: instance id of this process. `on_return` adds to the store what was counted without the store; it
-        may raise UNREACHABLE. `clock`: a clock for tests, in place of the store's own clock."""
+        """`gateway`: instance id of this process. `on_return`: called when the store is reachable again, to add what
+        was counted meanwhile; may raise UNREACHABLE. `clock`: a clock for tests; None for the store's own clock."""
         self._redis: Redis = Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
         self._gateway = gateway
         self._on_return = on_return
@@ -170,8 +171,8 @@ class ValkeyStore:
 @dataclass(slots=True)
 class _HeldReservation:
     """The reservation of one call. `taken`: pairs (second, weighted tokens) that the store has counted for the call.
-    `in_store`: whether the store knows the reservation, which is not the case if the store was unreachable when the
-    reservation was made."""
+    `day`, `month`: numbers of the day and month that it counts for. `in_store`: False for a reservation that was made
+    while the store was unreachable, until the store is reachable again."""
 
     tenant: str
     prompt_tokens: int
@@ -322,7 +323,7 @@ class ValkeyLimits:
         self._owed[tenant] = self._owed.get(tenant, 0) + tokens
 
     async def _resynchronize(self) -> None:
-        """Add the tokens and calls that were counted without the store to the store. Raises UNREACHABLE."""
+        """Add the tokens and running calls that only this process has counted to the store. Raises UNREACHABLE."""
         for tenant in {*self._owed, *(held.tenant for held in self._held.values())}:
             owed = self._owed.pop(tenant, 0)
             try:

@@ -30,10 +30,10 @@ class ResumeTerms(enum.Enum):
     """Terms of a resume, which decide who pays if an engine computes the prompt again."""
 
     FREE = "free"
-    """The cluster pays, because the previous gateway gave the call up, or has an older release that does not name the
-    gateway in tokens."""
+    """The cluster pays, because the previous gateway gave the call up, or because the tokens come from an older release
+    and do not name their gateway."""
     IF_ALIVE = "if alive"
-    """The client pays, unless the previous gateway is lost. The worker reports whether that gateway is lost."""
+    """The client pays if the previous gateway is alive, else the cluster pays. The worker reports which is the case."""
     PAID = "paid"
     """The client pays, because the client left a gateway that still serves, or presents tokens of a generation that was
     resumed before."""
@@ -46,9 +46,9 @@ class ResumeClaim:
     generation: int
     terms: ResumeTerms
     silent: int
-    """Number of resumes in a row without a new token in between, this resume included."""
+    """Number of resumes in a row without a new model token in between, this resume included."""
     origin: str
-    """Incarnation of the gateway that made the presented tokens if `terms` depend on that gateway, else ""."""
+    """If `terms` is IF_ALIVE, the incarnation of the gateway that made the presented tokens, else ""."""
 
 
 class ResumeClaims:
@@ -59,8 +59,8 @@ class ResumeClaims:
         self._gateway = gateway
 
     async def claim(self, chain: TokenChain, lasts_s: float) -> ResumeClaim:
-        """Claim the call from the end of `chain` on. Raises CallError if these tokens, or too many prefixes, were used
-        before."""
+        """Claim the call's continuation after `chain`, for `lasts_s` seconds. Raises CallError if these tokens were
+        used before, or too many prefixes of the stream."""
         call_id, maker = chain.call_head.call_id, chain.maker
         if not await self._first_claims.claim_first(f"{call_id}.{chain.last.hex()}", lasts_s):
             raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")

@@ -1,9 +1,9 @@
 """First claims. Of all resumes with the same tokens, at whatever gateway, only the first succeeds.
 
-An atomic write decides. The write is made in the limits store if that store is configured and answers, else in the
-ledger's database, else in a file beside the secret that sealed the tokens. So every gateway that can open the tokens
-sees the claims on them. Without any of these stores nothing is resumed. A store that loses its data, or is unavailable
-to one of two gateways, lets a second resume through. The second resume has the same caller and is accounted.
+An atomic write decides. It goes to the limits store, if configured. It goes to the ledger's database if there is no
+limits store or the limits store does not answer. Without a ledger, a file beside the secret that sealed the tokens
+stands for the database. So every gateway that can open the tokens sees the claims on them. If no store answers, nothing
+is resumed. If a store loses its data, or only one of two gateways reaches it, a second resume may succeed.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ GIVEN_UP = (
     Outcome.SHED,
     Outcome.INTERNAL,
 )
-"""Outcomes that are not the fault of the client."""
+"""Outcomes that are not the fault of the client. The next resume of such a call is free."""
 
 
 class ResumeService:
@@ -71,9 +71,9 @@ class ResumeService:
         wall: Callable[[], float] = time.time,
     ) -> None:
         """`secrets` returns the cluster's secrets and may raise ValueError. The first secret seals tokens; every secret
-        opens tokens. `on_taken_over` is called with a call that was resumed at this gateway and the generation of the
-        resume, so that all workers end the sequences that they run for earlier generations. `expires_s`: seconds after
-        which tokens expire. `gateway`: incarnation of this gateway."""
+        opens tokens. `on_taken_over(call, generation)`: called after a resume at this gateway; it makes all workers end
+        the call's sequences of earlier generations. `expires_s`: seconds after which tokens expire. `gateway`:
+        incarnation of this gateway."""
         self._secrets = secrets
         self._gateway = gateway
         self._claims = ResumeClaims(first_claims, gateway)
@@ -141,8 +141,8 @@ class ResumeService:
     # ---- a resumed call
 
     async def read(self, request: GenerationRequest, principal: Principal) -> TokenChain:
-        """Open the tokens of a resume request and return their chain. Raises CallError unless all tokens belong to one
-        call of this caller with this request."""
+        """Open and check the tokens of a resume request, and return their chain. Raises CallError if a token belongs to
+        another call, caller or request, or if the tokens have expired."""
         resume = request.resume
         assert resume is not None
         if not request.resumable:
@@ -188,7 +188,8 @@ class ResumeService:
         return first if requested is None else min(first, requested)
 
     async def take_over(self, call: Call, chain: TokenChain) -> None:
-        """Claim a resumed call for this gateway, and end the call's earlier readers. Raises CallError."""
+        """Claim a resumed call for this gateway, and end the call's earlier stream, if it is at this gateway. Raises
+        CallError."""
         lasts_s = max(chain.expires_s - self._wall(), 0) + CLOCK_SKEW_S
         claim = await self._claims.claim(chain, lasts_s)
         tokens = call.resume_tokens
@@ -223,9 +224,8 @@ class ResumeService:
             del self._live[call.resume_tokens.head.call_id]
 
     async def give_up(self, call: Call, outcome: Outcome) -> None:
-        """Record in the store how a call ended, which decides about the call's next resume. The resume is free if the
-        client was not at fault, and impossible if the call may have crashed workers. Nothing is recorded if the store
-        does not answer in time."""
+        """Make the next resume of an ended call free if `outcome` is not the client's fault. If the call may have
+        crashed workers, forbid further resumes. Does nothing if the store of claims does not answer in time."""
         tokens = call.resume_tokens
         if tokens is None or not tokens.number or not (call.blamed or outcome in GIVEN_UP):
             return

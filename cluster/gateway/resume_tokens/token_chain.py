@@ -12,12 +12,12 @@ A choice is recorded as far as its text was delivered. `token_ids` are the ids o
 delivered. `chars` is the total number of delivered characters of the choice. Text that may begin a stop string is held
 back; the ids of such text belong to the next resume token.
 
-Layout, little-endian: number (8), expiry in seconds since the epoch (8), digest of the previous token (16), count of
-choices (2); for each choice: index (2), finish (1), chars (8), count of ids (4), the ids (4 each); then JSON with
-fields that are sent once: `call` in the first token, `likeness` (the compatibility key) by index with a choice's first
-ids, and `homes` (the worker) by index whenever a choice's worker has changed. A whole token has `whole` and all of
-these fields, and its choices have all their ids. `maker` is in the first token that a gateway makes for a call, and in
-whole tokens. Gateways of older releases do not make this field and ignore it. `now` is an argument.
+Layout, little-endian: number (8 bytes), expiry in seconds since the epoch (8), digest of the previous token (16), count
+of choices (2); for each choice: index (2), finish (1), chars (8), count of ids (4), the ids (4 each); then, if needed,
+a JSON object. Its fields: `call`, in the first token; `likeness`, a compatibility key by choice index, with a choice's
+first ids; `homes`, a worker by choice index, whenever the worker has changed; `maker`, in the first token that a
+gateway makes for a call. A whole token has `whole`, all of these fields, and all ids of its choices. Older releases
+neither make nor read `maker`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class InvalidToken(ValueError):
 @dataclass(frozen=True, slots=True)
 class CallHead:
     """The identity of a call: caller, model and request. Times are seconds since the epoch. A `deadline_s` of 0 means
-    no deadline. `request` and `prompt` are digests. `seed` is the requested seed or the drawn seed."""
+    no deadline. `request` and `prompt` are digests. `seed` is None if the request has no seed."""
 
     call_id: str
     request_id: str
@@ -64,8 +64,8 @@ class CallHead:
 
 class Maker(NamedTuple):
     """The origin of a resume token. `gateway`: incarnation of the gateway. `generation`: generation of the call at that
-    gateway. `silent`: number of resumes in a row, up to that gateway, without a new token. `progressed`: whether a new
-    token has been delivered since."""
+    gateway. `silent`: number of resumes in a row, up to that gateway, without a new model token. `progressed`: whether
+    that gateway has delivered a new model token."""
 
     gateway: str = ""
     generation: int = 0

@@ -22,9 +22,8 @@ from cluster.gateway.resume_tokens.token_chain import (
 )
 
 WHOLE_TOKENS, WHOLE_SHARE = 64, 0.25
-"""A token is whole after WHOLE_TOKENS other tokens, or after WHOLE_SHARE times the number of delivered ids if that is
-more. So the number of ids that are sealed again stays in proportion to the number of all sealed ids, and a client needs
-few tokens to resume."""
+"""The next whole token comes after WHOLE_TOKENS tokens, or after WHOLE_SHARE times the number of delivered ids if that
+is more. So repeated ids stay a bounded share of all sealed ids, and a client needs few tokens to resume."""
 
 
 class ResumeTokens:
@@ -67,7 +66,7 @@ class ResumeTokens:
         self.generation = 0
         """Generation of the call's last resume, 0 if the call began at this gateway."""
         self.silent = 0
-        """Number of resumes in a row, up to this gateway, without a new token."""
+        """Number of resumes in a row, up to this gateway, without a new model token."""
         self.begun_at = ""
         """Incarnation of the gateway from which the call was resumed, if that gateway's state decides who pays for the
         prompt, else ""."""
@@ -109,7 +108,7 @@ class ResumeTokens:
         return Maker(self._gateway, self.generation, self.silent, progressed)
 
     def text(self, text: str) -> bytes:
-        """Return the token for a chunk that has nothing but this text of choice 0."""
+        """Return the token for a chunk that holds only this text, of choice 0."""
         sequence = self._sequences[0]
         ids, shown, delivered = sequence.emitted, sequence.shown, self._delivered[0]
         if (

@@ -1,1 +1,1 @@
-"""The queues of a gateway: asks the scheduling policy and carries out the policy's instructions."""
+"""Queueing of a gateway's sequences, and sending to workers, as the scheduling policy decides."""

@@ -1,5 +1,5 @@
 """The executor, which carries out the instructions of the scheduling policy: it sends sequences to workers, and ends
-calls that have waited in vain."""
+calls whose sequences wait too long or can no longer be sent."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Executor:
         self._clock = clock
 
     def carry_out(self, instructions: Iterable[Instruction]) -> None:
-        """Carry out each instruction before the next one is taken."""
+        """Carry out instructions one by one. The iterator is advanced only after the instruction is carried out."""
         for instruction in instructions:
             match instruction:
                 case Send():

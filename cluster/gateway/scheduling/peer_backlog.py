@@ -1,10 +1,9 @@
-"""Reports of a gateway's queues to workers. The gateway's claim on capacity is sent to every worker, and the backlogs
-of the tenants are sent to some workers.
+"""Reports of a gateway's queues to workers: its claim on capacity to every worker, its tenants' backlogs to some.
 
-Workers divide their capacity by the gateways' claims. So a queue that becomes empty or non-empty is reported at once,
-and other changes are reported a few times a second. Backlogs are repeated every half second, since gateways forget a
-peer that does not report. Workers forward the backlogs to the other gateways. Two forwarding workers suffice, since the
-next report replaces a lost report.
+A claim is the gateway's share of the next turns (FairOrder.claimed_turns); workers divide their capacity by the claims.
+So a queue that becomes empty or non-empty is reported at once, and other changes a few times a second. Workers forward
+the backlogs to the other gateways. Two forwarding workers suffice, since the next report replaces a lost report.
+Backlogs are repeated every half second, since gateways forget a peer that does not report.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The sequences that wait for a worker at one gateway, with the demand that they make. The scheduling policy keeps the
-order of the sequences by name; this module has the sequences."""
+"""The sequences that wait for a worker at one gateway, and the demand that they make. The scheduling policy orders the
+keys of sequences; this module holds the sequences."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Queues:
         self.arrived_tokens[model] += sum(len(sequence.request.prompt_token_ids) for sequence in sequences)
 
     def admit(self, sequence: CallSequence, starts_in_s: float) -> QueueAdmission:
-        """Queue a new sequence, unless the waiting room refuses the sequence. `starts_in_s`: seconds until the earliest
-        possible start, 0 if unknown."""
+        """Offer a new sequence to the waiting room, which queues or refuses it. `starts_in_s`: seconds until the
+        earliest possible start, 0 if unknown."""
         entry = self._charges.waiting(sequence)
         self.tally.arrived(entry)
         admission = self._policy.admit(entry, self._clock(), starts_in_s, sequence.call.versions)
@@ -72,7 +72,7 @@ class Queues:
         return entry
 
     def resuming(self, sequence: CallSequence) -> ResumingSequence:
-        """Return a sequence in the form of the resume queue."""
+        """Return the resume queue's entry for a sequence, without queueing the sequence."""
         return ResumingSequence(
             self._charges.waiting(sequence),
             sequence.tokens,

@@ -57,7 +57,7 @@ class SchedulerHost(Protocol):
         model."""
 
     def state_changed(self) -> None:
-        """Handle a change, by a worker or by the catalog, of what the gateway can serve."""
+        """Handle a change of the models that the gateway can serve."""
 
     def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
         """Return the ids of a model's calls that were resumed at this gateway, each with its generation."""
@@ -167,8 +167,8 @@ class Scheduler:
         self.charges.settle(sequence)
 
     def take_over(self, call: Call, generation: int) -> None:
-        """Send the workers the new generation of a call that was resumed at this gateway. The workers then end what
-        they run for earlier readers of the call."""
+        """Send all workers the new generation of a call that was resumed at this gateway, so that they end the call's
+        sequences of earlier generations."""
         for link in self.links(call.model):
             link.box.takeover(call.shown_id, generation)
 
@@ -210,7 +210,7 @@ class Scheduler:
         self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
 
     def submission_refused(self, sequence: CallSequence) -> None:
-        """Cancel the account of a Submit that a worker refused. A refused Submit costs nothing."""
+        """Stop waiting for the usage of a Submit that a worker refused. A refused Submit costs nothing."""
         if self.host.accounting is not None:
             self.host.accounting.refused(sequence)
 
@@ -250,8 +250,8 @@ class Scheduler:
         self.backlogs.changed(model.name)
 
     def step_begun(self, model: str, resumed: bool) -> None:
-        """Send further sequences after a worker's step has begun with the sequences that were sent for the step.
-        Further sequences are resumed sequences, and new sequences that resumed sequences had held back."""
+        """Send further sequences after a worker's step has begun, since prefill pacing now allows more. `resumed`:
+        whether the step computes resumed sequences. New sequences may have waited behind these."""
         if resumed or self.policy.resuming.waiting(model)[0]:
             self.pump(model)
 

@@ -154,7 +154,7 @@ class ServiceCharges:
         self._gone[worker.model, worker.worker_id] = now
 
     def served(self, worker: WorkerIdentity, totals: Sequence[WeightedValue[ServedTotal]], now: float) -> None:
-        """Apply a worker's report, which has the service that the worker gave to each tenant through all gateways."""
+        """Apply a worker's report of the service that it has given to each tenant, summed over all gateways."""
         for total in totals:
             self._weights[total.value.tenant] = total.weight
         self.fair.order(worker.model).apply_served_report(
@@ -181,8 +181,8 @@ class ServiceCharges:
         return self.fair.order(call.model).service_ahead(call.flow, call.rank) / speed.per_s
 
     def sweep(self, models: Mapping[str, bool], now: float) -> None:
-        """Update the speeds and spreads, and forget workers that are long gone. Called once a second. `models`: all
-        models, each with whether a worker serves it."""
+        """Update the speeds and spreads, and forget workers that left GONE_S ago. Called once a second. `models`: for
+        each model, whether a worker is linked."""
         for (model, worker), when in list(self._gone.items()):
             if now - when >= GONE_S:
                 del self._gone[model, worker]

@@ -2,8 +2,8 @@
 
 Problem: the code runs in a link's reader, while all waiting calls are sent or the calls of a lost worker are requeued.
 An exception of one call would end that link, and with the link the calls of every tenant on that worker.
-Invariant: `submit` raises no exception of a call. A sequence that could not be sent holds no slot, credit, account or
-probe, and the call of that sequence ends INTERNAL.
+Invariant: no error that one call causes leaves `submit`. A sequence that could not be sent holds no slot, credit, open
+record or probe, and its call ends with INTERNAL.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
 STALLED = ("silent", "hung", "deaf", "mute")
 """Link-end reasons after which a reconnecting worker must pass a half-open probe."""
 PROVEN_BY_STEPS = ("silent", "hung")
-"""The reasons in STALLED after which a worker also passes the probe by reporting engine steps."""
+"""Link-end reasons in STALLED after which reported engine steps count as a passed probe, too."""
 
 
 class WorkerEvents:
@@ -112,7 +112,7 @@ class WorkerEvents:
         return self._metrics.histogram("inter_token_latency_seconds", model).observe
 
     def step_begun(self, link: WorkerLink, resumed: bool) -> None:
-        """Handle the beginning of a worker's step with sequences that were sent for the step."""
+        """Handle the beginning of a worker's step that computes prompts of this gateway: send further sequences."""
         self._scheduler.step_begun(link.identity.model, resumed)
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:

@@ -28,7 +28,7 @@ class LinkedWorkers:
         self._breakers = breakers
 
     def candidates(self, model: str, now: float, resumed: bool) -> list[Candidate]:
-        """Return all workers of a model. `resumed`: whether a sequence is to be resumed."""
+        """Return all workers of a model as candidates for a sequence. `resumed`: whether the sequence is resumed."""
         known = self._owner.directory.find(model)
         return [] if known is None else [self._candidate(known, link, now, resumed) for link in known.links.values()]
 
@@ -41,7 +41,7 @@ class LinkedWorkers:
         return None if link is None else self._candidate(known, link, now, resumed=True)
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """Return whether the workers that could resume a sequence with this key have been replaced for good."""
+        """Return whether a sequence with this key can no longer resume. See KnownModel.is_replaced."""
         known = self._owner.directory.find(model)
         return known is not None and known.is_replaced(compatibility)
 

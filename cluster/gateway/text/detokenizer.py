@@ -9,8 +9,8 @@ The text of a token depends on the tokens around it (token_stream.py). Two rules
 
 A stop token that ends a sequence (EOS included) counts as a token, but has no text.
 
-If a tokenizer's decoder only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT), a token of complete characters
-has the same text after every complete character. A table returns that text in a tenth of the stream's time.
+If a tokenizer's decoder only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT), a token that consists of whole
+characters has the same text wherever a character begins. A table then returns the text, ten times as fast as a stream.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class TextSource(Protocol):
         on. Do not call again after the text has ended."""
 
     def text_of(self, token_id: int) -> str:
-        """Add one token and return the text of the token, which `pop_text` then does not return. Not allowed
-        while `searches_text` is True."""
+        """Add one token and return its text. `pop_text` does not return this text again. Not allowed while
+        `searches_text` is True."""
 
     def push_back(self, text: str) -> None:
         """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` returns the text
@@ -126,7 +126,7 @@ class Detokenizer:
         unseen: UnseenTokens | None = None,
     ) -> None:
         """`prompt_ids`: the ids that prime the stream (see `priming_ids`). `stop`: stop strings, none of them empty.
-        `unseen`: the table for this tokenizer and `skip_special_tokens`; if None, a new table is made."""
+        `unseen`: a table made for this tokenizer and `skip_special_tokens`; None for a new table."""
         if any(not text for text in stop):
             raise ValueError("stop: an empty string would stop every call: leave it out")
         self.token_ids: list[int] = []
@@ -160,8 +160,8 @@ class Detokenizer:
         return None
 
     def text_of(self, token_id: int) -> str:
-        """Add one token that is not a stop token, and return the text of the token, which `pop_text` then does not
-        return. Not allowed if there are stop strings."""
+        """Add one token that is not a stop token, and return its text. `pop_text` does not return this text again. Not
+        allowed if there are stop strings."""
         if self._whole:
             text = self._whole_texts[token_id]  # type: ignore[index]
             if text is not None:
@@ -222,8 +222,8 @@ class Detokenizer:
         self._text = text[chars:]
 
     def pop_text(self, finished: bool) -> str:
-        """Return the text since the last call of `pop_text`. Unless `finished` is set, the end of the text, which may
-        begin a stop string, is held back."""
+        """Return the text since the last call of `pop_text`. While `finished` is False, the last characters are held
+        back, since they may begin a stop string."""
         text = self._text
         if finished or not self._held_chars:
             self._text = ""

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Final
 
 MAX_REPETITIONS: Final = 6
-"""Upper bound on the repetitions in one alternative of a group, as each repetition may match a part of the same
-text."""
+"""Upper bound on the repetitions in one alternative of a group. Each repetition multiplies the ways in which a text can
+match."""
 _UNBOUNDED = re.compile(r"[*+](?!\+)|\{\d*,\d*\}(?!\+)")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]", re.DOTALL)
 

@@ -92,7 +92,7 @@ class ChatTemplate:
         """`sources`: the Jinja text of each template by name; a single template has the name `default`.
         `special_tokens`: the text of each special token by name, such as bos_token.
 
-        A template that does not compile raises no error until `render`, so that the model can still serve completions.
+        A template that does not compile raises its error in `render`, so that the model can still serve completions.
         """
         environment = _environment(now)
         self._special_tokens = dict(special_tokens or {})

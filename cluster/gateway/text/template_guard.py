@@ -28,7 +28,7 @@ MAX_MADE_CHARS: Final = 512 * 1024 * 1024
 MAX_RENDER_S: Final = 2.0
 """Upper bound on the CPU time of one render, in seconds of the rendering thread."""
 CLOCK_EVERY: Final = 32
-"""Number of ticks between two readings of the clock, since a reading costs more than a tick."""
+"""Number of ticks (loop iterations and calls) between two readings of the clock. A reading costs more than a tick."""
 MAX_NUMBER: Final = 1_000_000
 """Largest number that a template may pass to a method or filter as a width, indent or count."""
 MAX_JSON_INDENT: Final = 64

@@ -5,10 +5,10 @@ the first space of a text. So the stream (DecodeStream of the tokenizers library
 only complete characters. As in vLLM, the stream is restarted without priming if a decode contradicts the emitted text
 (invalid bytes after valid bytes).
 
-With each token, DecodeStream decodes all tokens that have no text yet once more. For a sequence that never completes a
+At each new token, DecodeStream decodes again all tokens that have no text yet. For a sequence that never completes a
 character, or that ends in special tokens only, the cost would grow with the square of the length. Two kinds of tokens
 therefore bypass DecodeStream. Tokens that no decoder sees (skipped special tokens, and ids without a token) add no
-text. An incomplete character of more than MAX_OPEN_TOKENS tokens is decoded separately, except for the last tokens.
+text. A run of more than MAX_OPEN_TOKENS tokens without text is decoded at once, except for its last tokens.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ TAIL_TOKENS: Final = 96
 """Number of tokens at the end of a long prompt that prime a stream, if they are equivalent to the whole prompt."""
 REPLACEMENT: Final = "\ufffd"
 MAX_OPEN_TOKENS: Final = 256
-"""Number of tokens without text above which the tokens no longer count as one incomplete character. Each further token
-costs a decode of all tokens before it, about 50 us on average."""
+"""Length of the longest run of tokens without text that is taken for one incomplete character. Each token of such a run
+costs a decode of the whole run so far, about 50 us on average."""
 KEPT_TOKENS: Final = 16
-"""Number of tokens at the end of such a run that stay in the stream, because they may begin a character."""
+"""Number of tokens at the end of a longer run that stay in the stream, because they may begin a character."""
 
 
 class UnseenTokens(dict[int, bool]):
@@ -93,8 +93,8 @@ class TokenStream:
         return self.text_of(tokens[:cut]) + "".join(map(self.decode, tokens[cut:]))
 
     def _cut(self, tokens: list[int]) -> int:
-        """Return an index that is not inside a broken character. If the tokens are cut there, the texts of the two
-        parts joined equal the text of all tokens."""
+        """Return an index near the end at which `tokens` can be cut: the texts of the two parts, joined, equal the text
+        of all tokens. If there is none, return the latest index."""
         whole, latest = self.text_of(tokens), len(tokens) - KEPT_TOKENS
         for cut in range(latest, latest - KEPT_TOKENS, -1):
             if self.text_of(tokens[:cut]) + self.text_of(tokens[cut:]) == whole:
@@ -107,8 +107,8 @@ class TokenStream:
         return text
 
     def _recover(self, token_id: int, error: Exception) -> str | None:
-        """Return the text of a token on which the stream has failed with `error`. Raises `error` unless the error is
-        known to be harmless."""
+        """Return the text of a token on which the stream has failed with `error`, if the error is known to be harmless.
+        Raises any other `error`."""
         if isinstance(error, (OverflowError, TypeError)):  # not a token id at all
             return None
         if not str(error).startswith(INVALID_PREFIX):

@@ -1,9 +1,8 @@
 """A model's tokenizer and chat templates, from its bundle: prompts become token ids, and token ids become text.
 
-The ids equal those of the model's own tools. For a plain prompt, the tool is transformers' tokenizer with special
-tokens added, as in vLLM's server for completions. For messages, the tool is apply_chat_template(tokenize=True) without
-special tokens added, since the template contains the BOS. All functions are thread-safe; the Rust tokenizer releases
-the GIL.
+The ids of a plain prompt equal those of transformers' tokenizer with special tokens added, as in vLLM's server for
+completions. The ids of messages equal those of apply_chat_template(tokenize=True): no special tokens are added, since
+the template contains the BOS. All functions are thread-safe; the Rust tokenizer releases the GIL.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ log = structlog.get_logger("text")
 
 ANY_LENGTH: Final = 2**62
 SURELY_FEW: Final = 8
-"""Number of characters per allowed token up to which a text is tokenized without computing a lower bound on the number
-of tokens first."""
+"""Characters for each allowed token. A text with more characters is checked before it is tokenized: it is refused if a
+lower bound on its tokens is too high."""
 ENCODE_OFFLOAD_CHARS: Final = 4096
 """Length in characters above which a text is tokenized in a thread. A text of this length takes about a millisecond of
 one core, at 3-4 million characters a second."""
@@ -60,9 +59,9 @@ SPECIAL_TOKEN_NAMES: Final = (
 
 
 class _TextJobs:
-    """The place where a job of one model runs: here, in a thread, or in a helper process.
+    """Runs the text jobs of one model: on the event loop, in a thread, or in a helper process.
 
-    `is_quick`: whether the time of the tokenizer grows in proportion to the text, whatever the text is.
+    `is_quick`: whether the tokenizer takes linear time for every text.
     """
 
     def __init__(self, pool: EncodingPool | None, *, is_quick: bool) -> None:
@@ -219,8 +218,8 @@ class TextModel:
         )
 
     def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
-        """Return the token ids of a plain prompt, as encode_prompt does, packed. The ids of the beginnings of long
-        texts are cached for each tenant.
+        """Return the token ids of a plain prompt as a packed array. The ids equal those of encode_prompt. For each
+        tenant, the ids of the beginnings of long texts are cached.
 
         Raises CallError, before tokenizing, if the text certainly has more than `max_tokens` tokens.
         """
@@ -230,7 +229,8 @@ class TextModel:
     def chat_ids(
         self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
     ) -> array[int]:
-        """Return the token ids of messages, as encode_chat does, packed. Caches and limits as `prompt_ids` does."""
+        """Return the token ids of messages, as encode_chat does, but as a packed array. Cache and limit: see
+        `prompt_ids`."""
         text = self.render_chat(messages, **options)
         self._refuse_long(text, max_tokens, chat=True)
         return self._packed(tenant, text, "messages", add_special_tokens=False)

@@ -1,9 +1,9 @@
 """A reader of tokenizer.json that blocks the event loop less than the tokenizers library does, with the same result.
 
-Problem: the library reads a file of 128,000 pieces and their merges in a quarter of a second while holding the GIL, so
-a gateway that loads another model stalls. Here pydantic's parser reads the file, the BPE model is built from the parts,
-and the library reads the small rest. That takes a tenth less time, in several steps between which an event loop can
-run. Files that are unusual or not of a BPE model are left to the library, which also reports all errors.
+Problem: for a file of 128,000 pieces the library holds the GIL for a quarter of a second, so a gateway that loads
+another model stalls. Here pydantic's parser reads the file, the BPE model is built from the parts, and the library
+reads the small rest. That takes a tenth less time, in several steps between which an event loop can run. Files that are
+unusual or not of a BPE model are left to the library, which also reports all errors.
 """
 
 from __future__ import annotations

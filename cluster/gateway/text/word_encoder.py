@@ -2,8 +2,8 @@
 
 Theory. A byte-level BPE tokenizer first splits a text by regular expressions, then merges within each piece separately.
 No expression in `WORD_PATTERNS` can match a non-space character together with the space after it, and the only
-look-ahead in these expressions starts at white space. So there is always a split between a non-space character and the
-space after it, whatever the context, and the texts before and after the split can be encoded separately.
+look-ahead in these expressions starts at white space. So the tokenizer always splits a text between a non-space
+character and the space after it. The texts before and after such a split can be encoded separately.
 
 Method. Each distinct word of a text is encoded once, since long texts repeat most words. If too few words repeat, the
 text is encoded in blocks, whose pieces stay in the CPU caches. Blocks are cut from the beginning of the text. The next

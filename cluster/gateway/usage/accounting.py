@@ -173,7 +173,7 @@ class Accounting:
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
-        """Stop accounting, after all calls have ended. The method waits a moment for the engines' counts, writes the
+        """Stop accounting, after all calls have ended. Waits up to LAST_COUNTS_S for the engines' counts, writes the
         records, and moves as many records as possible into the database."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_COUNTS_S):
@@ -201,8 +201,8 @@ class Accounting:
     # ---- one sequence
 
     def open(self, sequence: CallSequence, link: WorkerLink) -> bytes:
-        """Open the account of a sequence that is about to be submitted on this link, or return to the open account for
-        a retry. Returns the sealed record for the Submit."""
+        """Open the account of a sequence that is about to be submitted on this link. A retry uses the sequence's open
+        account. Returns the sealed record for the Submit."""
         account = self._by_sequence.get(sequence.key)
         if account is None:
             record = self._record(sequence, link)

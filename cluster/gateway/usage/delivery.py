@@ -65,7 +65,7 @@ class RecordDelivery:
         self._acks.setdefault(record_id, []).append((link, key))
 
     def write(self, record: UsageRecord) -> None:
-        """Append a record to the spool. The call never waits for the disk."""
+        """Append a record to the spool, without waiting for the disk."""
         try:
             if self._spool is None:
                 raise ValueError("the spool is not open")

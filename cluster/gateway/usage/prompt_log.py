@@ -1,9 +1,9 @@
 """Prompt log, with prompts and outputs as JSON lines. Only calls of tenants whose policy sets `log_prompts` are logged.
 
-Under the gateway's folder the log has one folder for each tenant and one file for each day (UTC), so that old days and
-erased tenants are removed as whole files. Only the owner can read the files. A thread writes the log, and calls never
-wait for this thread: if the queue is full, a call is not logged and is counted as lost. Texts that look like keys or
-tokens are hidden, as in the audit log."""
+The log has one folder for each tenant, under the gateway's folder, and in it one file for each day (UTC). So old days
+and erased tenants are removed as whole files. Only the owner can read the files. A thread writes the log, and calls
+never wait for this thread: if its queue is full, a call is not logged and is counted as lost. Texts that look like keys
+or tokens are hidden, as in the audit log."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class PromptLog:
             self._run_logged(lambda ended=ended: self._write(ended))  # type: ignore[misc]
 
     def _run_logged(self, work: Callable[[], None]) -> None:
-        """Run `work`. An exception is counted, and is logged unless the last run failed with the same exception."""
+        """Run `work`. Each exception is counted. A series of equal exceptions is logged once."""
         error = ""
         try:
             work()

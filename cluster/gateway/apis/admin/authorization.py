@@ -46,12 +46,12 @@ _SECRET_HOLDER = Principal(TenantPolicy("default"), role="operator", by="secret"
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """The grant that a method requires (policy/tenants/identity.py), and the request field that names the tenant.
+    """The authorization rule of an admin method.
 
-    `cluster_wide`: whether the method concerns the whole cluster instead of one tenant. `any_tenant`: whether the
-    tenant field may be empty. `of_key`: whether the tenant field holds the name of a key. `object`: the request field
-    that names the object of the audit event; set for methods that the controller answers.
-    """
+    `grant`: the grant that a caller needs (policy/tenants/identity.py). `field`: the request field that names the
+    tenant. `cluster_wide`: whether the method concerns the whole cluster. `any_tenant`: whether `field` may be empty.
+    `of_key`: whether `field` holds a key's name. `object`: the request field that names the object of the audit event;
+    set for methods that the controller answers."""
 
     grant: str
     field: str = ""
@@ -167,7 +167,7 @@ class AdminAuthorizer:
         )
 
     async def admit(self, call: Any) -> str | None:
-        """Authenticate a call by the headers of the call. Returns the tenant. Implements rpc.server.Gate."""
+        """Authenticate a call by its headers and certificate. Returns the tenant's name. Implements rpc.server.Gate."""
         try:
             principal = await self._principal(call)
         except CallError as error:
@@ -265,7 +265,7 @@ class AdminAuthorizer:
         tenant: str = "",
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an audit event without waiting. A gateway without `auth` writes the event to the log."""
+        """Write an audit event without waiting; without `auth`, to the log. `name`: the object that was acted on."""
         if self._tenants is None:
             log.info("audit", kind=kind, action=action, object=name, outcome=outcome, reason=reason)
             return
@@ -287,7 +287,7 @@ class AdminAuthorizer:
 
 
 def details_of(caller: AdminCaller) -> dict[str, str]:
-    """Return the details about a caller that each audit event of the caller carries."""
+    """Return the caller's role and tenant (`of`, "" for none), as details of an audit event."""
     has_tenant = caller.principal not in (_LOOPBACK_OPERATOR, _SECRET_HOLDER)
     return {"role": caller.principal.role, "of": caller.principal.tenant.name if has_tenant else ""}
 

@@ -84,7 +84,7 @@ def seconds_or_none(message: Message, field: str) -> float | None:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """Return copies of a message's set fields, keyed by the field names of the configuration."""
+    """Return a message's set fields as plain values, by the field names of the configuration."""
     return {_config_name(message, field): _value(field, value) for field, value in message.ListFields()}
 
 
@@ -130,8 +130,8 @@ def stored_tenant(message: pb.Tenant) -> StoredTenant:
 
 
 def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that the Create request sets for a new tenant. `unset`: paths of fields that stay empty
-    although the fields have a default."""
+    """Return the fields that the Create request sets for a new tenant. `unset`: paths of fields that are empty in the
+    new tenant, in place of their defaults."""
     own = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     for path in unset:
         _set_path(own, *_split_path(path, "unset_mask"), None)

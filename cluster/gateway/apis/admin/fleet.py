@@ -87,7 +87,7 @@ class FleetAdmin:
         return targets
 
     def _notes_on_lost_models(self, links: Sequence[WorkerLink]) -> Sequence[str]:
-        """Return one note for each model that has no remaining worker that takes calls."""
+        """Return one note for each model of `links` that only the workers of `links` serve."""
         still_served = {
             link.identity.model for link in self._hub.links if link.takes_new_requests and link not in links
         }
@@ -188,8 +188,8 @@ class CatalogAdmin:
 
 
 def _matching_links(links: Sequence[WorkerLink], target: str) -> Sequence[WorkerLink]:
-    """Return the links of the workers that `target` names. `target` is a worker id, or else a pod, a host or a Ray node
-    id, which names all the workers there."""
+    """Return the links of the workers that `target` names: one worker by its id, or all workers of a pod, a host or a
+    Ray node."""
     if not target:
         return ()
     named = [link for link in links if link.identity.worker_id == target]
@@ -197,8 +197,8 @@ def _matching_links(links: Sequence[WorkerLink], target: str) -> Sequence[Worker
 
 
 def _state(link: WorkerLink) -> str:
-    """Return the state of a worker. A worker that has reported DRAINED is DRAINING as long as a call runs: the gateway
-    may have sent that call before it received the report."""
+    """Return the state of a worker. A worker that has reported DRAINED is shown as DRAINING while a call runs, because
+    the gateway may have sent that call before the report arrived."""
     if link.drain_state is DrainState.DRAINED and (link.running or link.load.running):
         return DrainState.DRAINING.value
     return "READY" if link.takes_new_requests else link.drain_state.value

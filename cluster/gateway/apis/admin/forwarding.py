@@ -25,7 +25,7 @@ class ForwardedVerbs:
         self._authorizer = authorizer
 
     def __call__(self, method: MethodDescriptor, verb: Verb) -> Method:
-        """Return a method that forwards requests to the controller. Changes are audited, refused changes included."""
+        """Return a method that forwards requests to the controller. Every change is audited, even a refused one."""
         name = f"{method.containing_service.name}.{method.name}"
         action = f"{method.containing_service.name.lower()}.{_snake(method.name)}"
         kind = GetMessageClass(method.output_type)

@@ -51,7 +51,7 @@ class TenantServices:
         self._rates = Prices(config.cost.currency, dict(config.cost.gpu_hour)) if config.cost else None
 
     async def run(self, caller: AdminCaller, act: Callable[[LedgerTenantService], T]) -> T:
-        """Run `act` with the caller's tenant service, off the event loop. Raises CallError."""
+        """Run `act` on a tenant service that acts for the caller, off the event loop. Raises CallError."""
         by = Actor(caller.actor, caller.source, details_of(caller))
         service = LedgerTenantService(
             self._tenants.ledger,
@@ -69,8 +69,8 @@ class TenantServices:
             raise _as_call_error(error) from None
 
     def _write(self, event: AuditEvent) -> None:
-        """Write an audit event before the request is answered. While the database is unreachable, the event goes to the
-        local file."""
+        """Write an audit event before the request is answered. While the database is unreachable, the event stays in
+        the local audit file."""
         self._tenants.audit.write(event)
         if event.outcome != Outcome.STORE_UNAVAILABLE.value:
             self._tenants.audit.flush()
@@ -170,7 +170,7 @@ def _request_id(value: str) -> str:
 
 
 class KeysAdmin:
-    """The Keys service (tenants.proto). A caller cannot create, rotate or revoke a key of a role above the caller's."""
+    """The Keys service (tenants.proto). A caller cannot create, rotate or revoke keys of a role above its own."""
 
     def __init__(self, services: TenantServices) -> None:
         self._services = services
@@ -270,8 +270,8 @@ class UsageAdmin:
 
 
 def _record_pb(record: UsageRecord, caller: AdminCaller) -> usage_pb2.UsageRecord:
-    """Return a usage record as a message. For a caller that may access one tenant only, the message leaves out where
-    the call ran."""
+    """Return a usage record as a message. A caller that may access one tenant only does not see the worker, pod, node
+    and gateway of the call."""
     fields = record.as_json()
     if caller.scope:
         fields |= dict.fromkeys(("worker", "pod", "node", "gateway"), "")
@@ -331,8 +331,8 @@ class AuditAdmin:
 
 
 def _event_pb(row: dict[str, Any], caller: AdminCaller) -> usage_pb2.AuditEvent:
-    """Return an audit event as a message. For a caller that may access one tenant only, the message holds the actor's
-    address only if the actor belongs to that tenant."""
+    """Return an audit event as a message. A caller that may access one tenant only sees the address of an actor of
+    that tenant, not of other actors."""
     event = usage_pb2.AuditEvent(time=codec.timestamp(row["at_s"]))
     details = row["details"] or {}
     hidden = caller.scope and details.get("of") != caller.scope

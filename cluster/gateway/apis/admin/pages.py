@@ -23,7 +23,7 @@ _TERM = re.compile(r'\s*([a-z_]+(?:\.[A-Za-z0-9_./-]{1,63})?)\s*=\s*(?:"([^"\\]*
 
 
 def page_size(requested: int) -> int:
-    """Return the number of rows in a page, for the requested number. Raises CallError for a negative number."""
+    """Return the number of rows in a page: MAX_PAGE for 0, else at most MAX_PAGE. Raises CallError below 0."""
     if requested < 0:
         raise invalid("page_size", f"must not be negative, got {requested}")
     return min(requested or MAX_PAGE, MAX_PAGE)
@@ -65,7 +65,7 @@ def _digest(list_key: tuple[str, ...]) -> str:
 def parse_filter(text: str, known: Mapping[str, str]) -> dict[str, str]:
     """Return the values of a filter like `a = "x" AND b.c = y`, by field. Raises CallError.
 
-    `known`: the fields that a filter may name, each with its form for error messages; `labels` stands for `labels.x`.
+    `known`: the fields that a filter may name, with their spelling in error messages. `labels` allows any `labels.x`.
     """
     values: dict[str, str] = {}
     if len(text) > MAX_FILTER:

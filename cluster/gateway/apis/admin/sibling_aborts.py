@@ -1,8 +1,8 @@
 """Aborts of calls in the other gateway processes of this host. Abort requests go to the link ports of these processes,
 since the processes have no admin port.
 
-Each abort request carries a tag that is derived from the cluster's secret. The tag is valid for that request and that
-minute only, so a program that listens on the port of a dead process learns nothing of use elsewhere.
+Each abort request carries a tag that is derived from the cluster's secret. A tag is valid for one request, for at most
+two minutes. So a program that has taken the port of a dead process cannot abort other calls with the tags it receives.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Abort = Callable[[str, str], list[str]]
 
 
 class SiblingAborts:
-    """Sends and answers abort requests between the gateway processes of a host. `abort`: CallService.abort. `secrets`:
-    empty without `auth`; requests then carry no tag, as links are trusted without `auth`."""
+    """Sends and answers abort requests between the gateway processes of a host. `abort`: ends calls of this process
+    (CallService.abort). `secrets`: empty without `auth`; requests then carry no tag, since links are trusted."""
 
     def __init__(
         self,
