@@ -113,9 +113,9 @@ def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
 
 
 def _without_other_forms(problems: list[Problem]) -> list[Problem]:
-    """Return the problems without those of an unused form of a key.
+    """Remove the problem `must be a string` of each key that has problems within its list.
 
-    A key that may be a string or a list has two forms, and the configuration uses one of the two forms.
+    For a key that may be a string or a list, pydantic reports the problems of both forms.
     """
     parents = {problem.path[:at] for problem in problems for at in range(len(problem.path))}
     return [
