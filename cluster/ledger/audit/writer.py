@@ -2,7 +2,7 @@
 
 A caller that guesses keys causes one failure event per request. So `write` does not block, and the list of waiting
 events is bounded. In each second, at most `per_second` authentication failures and policy decisions are written
-individually. The others of that second become one summary event per kind, action and outcome, with their number.
+individually. The others of that second are counted in one summary event per kind, action and outcome.
 Admin actions are never rate-limited.
 """
 
