@@ -70,8 +70,8 @@ class RayProcess:
     ) -> None:
         """Start a new Ray whenever the current Ray's head has ended. Runs until cancelled.
 
-        Before that, all processes of the cluster except `others` are ended, since no engine outlives the head. The
-        controller ends too, and `keep_alive` restarts it on the new Ray. `is_unused`: whether no worker is linked.
+        Before the start, all processes of the cluster except `others` are ended, since engines cannot outlive the head.
+        This includes the controller, which `keep_alive` restarts. `is_unused`: whether no worker is linked.
         """
         while True:
             await asyncio.sleep(WATCH_S)
