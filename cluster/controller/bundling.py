@@ -1,7 +1,7 @@
 """Builds a model's tokenizer bundle in a separate process: `python -m cluster.controller.bundling SETTINGS FOLDER`.
 
-The engine's way to load a tokenizer imports transformers, which takes seconds and hundreds of megabytes. In a process
-of its own, the import neither delays nor enlarges the controller. The process writes the bundle to FOLDER/<digest> and
+Loading a tokenizer in the engine's way needs an import of transformers, which takes seconds and hundreds of megabytes.
+A separate process keeps this cost out of the controller. The process writes the bundle to FOLDER/<digest> and
 prints `{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
 """
 

@@ -1,8 +1,8 @@
 """The control loop: observe Ray, compare Ray's state with the configuration, take the next steps, publish the catalog.
 
-A pass runs every second. The loop keeps no state that a new observation could not restore. After a restart or an outage
-of Ray, the first observation is therefore enough to continue. While Ray is unreachable, the last catalog stays
-published and the running replicas keep serving.
+A pass runs every second. All state of the loop can be restored from a new observation. After a restart or an outage of
+Ray, the first observation is therefore enough to continue. While Ray is unreachable, the last catalog stays published
+and the running replicas keep serving.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Controller:
         await self._execute(plan.actions, {app.app: app.replicas for app in wanted})
 
     async def _execute(self, actions: Sequence[reconcile.Action], replicas: Mapping[str, int]) -> None:
-        """Take all steps of a plan, even if a Ray cluster does not answer; then raises RayAway after the last step.
+        """Take all steps of a plan. If a Ray cluster did not answer in a step, raises RayAway after the last step.
         `replicas`: number of replicas of each wanted application."""
         away = None
         for action in actions:

@@ -8,16 +8,16 @@ from cluster.controller.links import FleetWorker
 from cluster.ray.backend import RaySnapshot
 
 QUIET_S = 3.0
-"""Seconds from an application's retirement until a reported load of 0 counts. By then the gateways have reported a load
-that was measured after the retirement."""
+"""Seconds to wait after an application's retirement before a reported load of 0 is trusted. By then the gateways have
+reported a load that was measured after the retirement."""
 
 
 class RetiredApps:
     """The retired applications, each with the time of its retirement in seconds since the epoch."""
 
     def __init__(self, drain_timeout_s: float = 300.0) -> None:
-        """`drain_timeout_s`: seconds after its retirement at which an application is deleted even with running calls.
-        The calls then resume on other workers or fail."""
+        """`drain_timeout_s`: seconds from an application's retirement until it is deleted, even if calls still run. The
+        calls then resume on other workers or fail."""
         self.drain_timeout_s = drain_timeout_s
         self._since_s: dict[str, float] = {}
 
