@@ -1,9 +1,9 @@
 """Finds and ends all processes of one local cluster, and no other processes.
 
-This is the last step of a stop, after Ray's own shutdown. Two rules find the processes. The environment contains
-HEADRACE_INSTANCE=<id>, which every child process inherits; or the process has a file open below the cluster's run
-folder. The second rule finds vLLM's engine core and ranks: they rename themselves, which can overwrite the environment
-that /proc shows, but their output still goes to Ray's log files.
+This is the last step of a stop, after Ray's own shutdown. A process belongs to the cluster in two cases: its
+environment contains HEADRACE_INSTANCE=<id>, which child processes inherit, or it has a file open below the cluster's
+run folder. The second case finds vLLM's engine core and ranks. They rename themselves, which can overwrite the
+environment that /proc shows, but their output still goes to Ray's log files.
 
 A killed engine process leaves its shared memory behind, so the shared-memory blocks that it has mapped are removed
 too.
