@@ -176,7 +176,7 @@ class GatewaySettings(Section):
     resume: Resume = Resume()
 
     def siblings(self, process: int) -> tuple[str, ...]:
-        """Return the link addresses of the other processes, each as `:port` on the host of this process."""
+        """Return the link addresses of the other processes, each as `:port` without the host, which is this host."""
         others = (self.listen.of(i).link for i in range(self.processes) if i != process)
         return tuple(":" + address.rsplit(":", 1)[1] for address in others)
 
