@@ -1,8 +1,8 @@
 """Access of a command to an admin port: address, credential and trusted certificate.
 
-For a local cluster, the user has to give none of the three. The address is in the run folder. The credential is made
-from the cluster secret: a user who may read the cluster secret is an operator. The trusted certificate is the
-certificate on disk, because the admin port is on the same host.
+For a local cluster, the command finds all three without options. The address is in the run folder. The credential is
+made from the cluster secret, since a user who may read the secret is an operator. The trusted certificate is the
+gateway's own certificate file, since the gateway is on this host.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Access:
 
 
 def admin_access(endpoint: str | None, admin: str | None, api_key_file: Path | None, tls_ca: Path | None) -> Access:
-    """Return the access that a command's options select. An unreadable file ends the command with exit code 2."""
+    """Return the access for a command's options. An unreadable file ends the command with exit code 2."""
     address = admin_endpoint(endpoint, admin)
     run = local_run()
     local = Access(address)
@@ -65,9 +65,9 @@ def admin_access(endpoint: str | None, admin: str | None, api_key_file: Path | N
 
 
 def local_access(address: str, config: Config) -> Access:
-    """Return the access to a gateway on this host with this configuration.
+    """Return the access to the gateway of a local cluster. `config`: the configuration that the cluster runs with.
 
-    The credential and the certificate are left out if the user may not read their files.
+    A credential or certificate whose file the user may not read is left out.
     """
     from cluster.gateway.auth.tls import first_dns_name
 

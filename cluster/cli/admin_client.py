@@ -60,9 +60,9 @@ class Admin:
         return getattr(stub, verb)(request, timeout=timeout_s, metadata=self._metadata)
 
     def catalog(self) -> tuple[list[admin_pb2.CatalogEntry], float]:
-        """Return the models, and the number of seconds since the controller's last message. Raises grpc.RpcError.
+        """Return the models, and the seconds since the gateway's last message from the controller.
 
-        The number is negative if the controller has not sent a message yet.
+        The seconds are negative before the first message. Raises grpc.RpcError.
         """
         pages = list(self._pages(self._catalog.List, admin_pb2.ListRequest(page_size=PAGE_SIZE)))
         return [model for page in pages for model in page.models], pages[-1].age_s

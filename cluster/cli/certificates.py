@@ -17,9 +17,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cluster.policy.tenants.revocation_list import Revocation
 
 ISSUED = "issued"
-"""Name of the file in an authority's folder that lists all issued certificates, in the format of a revocation list."""
+"""Name of the list of issued certificates, a file in the authority's folder with the format of a revocation list."""
 CLOCK_SKEW = datetime.timedelta(minutes=5)
-"""Tolerated clock skew: the clock of another machine may be behind by this time."""
+"""Time by which another machine's clock may be behind: certificates are valid from this long before their issue."""
 
 
 def make_authority(cert_file: Path, key_file: Path, days: int, subject: str = "headrace link authority") -> None:
@@ -46,7 +46,7 @@ def issue_server(folder: Path, name: str, hosts: Sequence[str], days: int) -> tu
 def issue_client(folder: Path, name: str, uris: Sequence[str], days: int) -> tuple[Path, Path]:
     """Issue a client certificate. Returns the certificate file and the key file.
 
-    `uris` names the roles that the certificate grants. Raises ValueError if the folder has no authority.
+    `uris`: URIs of the roles that the certificate grants. Raises ValueError if the folder has no authority.
     """
     names = [x509.UniformResourceIdentifier(uri) for uri in uris]
     return _issue(folder, name, names, ExtendedKeyUsageOID.CLIENT_AUTH, days)

@@ -34,7 +34,7 @@ _CODES = {"INVALID_FIELD": USAGE, "STORE_UNAVAILABLE": UNREACHABLE_CODE}
 
 
 class SafeConsole(Console):
-    """A rich console. Control characters in texts and table cells are escaped before the layout is computed."""
+    """A rich console that escapes control characters in texts and table cells before it computes the layout."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Escape a text, then let rich style the escaped text."""
@@ -84,7 +84,7 @@ def local_run() -> RunFolder | None:
 def grpc_endpoint(given: str | None) -> str:
     """Return the gRPC endpoint for callers.
 
-    The order of preference is: the given endpoint, the endpoint of the only local cluster, the default endpoint.
+    Order of preference: the given endpoint, the endpoint of the only local cluster, the default endpoint.
     """
     if given:
         return given
@@ -93,9 +93,9 @@ def grpc_endpoint(given: str | None) -> str:
 
 
 def admin_endpoint(endpoint: str | None, given: str | None) -> str:
-    """Return the admin address.
+    """Return the admin address for a command.
 
-    The order of preference is: the given address, the local cluster's address, port 50053 on the endpoint's host.
+    Order of preference: the given address, the local cluster's address, port 50053 on the host of `endpoint`.
     """
     if given:
         return given
@@ -118,8 +118,8 @@ def _is_same_address(first: str, second: str) -> bool:
 def api_key(file: Path | None) -> str:
     """Return the API key for a command's calls.
 
-    The key is read from the file. Without a file, the environment variable HEADRACE_API_KEY has the key, or the result
-    is empty.
+    The key is read from `file`, or from the environment variable HEADRACE_API_KEY if `file` is None. Without both, the
+    result is empty.
     """
     if file is None:
         return os.environ.get("HEADRACE_API_KEY", "")

@@ -1,7 +1,7 @@
 """The checks of `headrace config check`. Errors are settings that a process would refuse; warnings are likely mistakes.
 
-Rules that need only the file are in cluster/config/schema.py. The rules in this module also need a model folder on
-this machine, the files that the configuration names, the restrictions of pods, or the values of a chart.
+Rules that need only the text of the file are in cluster/config/schema.py. The rules in this module need more: a model
+folder on this machine, the files that the configuration names, the restrictions of pods, or a chart's values.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MIN_BATCHED_TOKENS = 2048
 _POD_SECTIONS = (("auth",), ("gateway",), ("link",), ("ray",), ("store",))
 """Sections of the configuration that the pod rules read.
 
-If a section has errors, the section's invalid keys are replaced by defaults. The pod rules are skipped then, because
-the pod rules would complain about values that are not in the file.
+If one of these sections has errors, the pod rules are skipped: invalid keys have been replaced by defaults, and the
+rules would complain about values that are not in the file.
 """
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -81,8 +81,8 @@ class Report:
 def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Report:
     """Check the text of a cluster.yaml, of a chart's values or of a ConfigMap.
 
-    With `pod`, the rules for pods are applied. To values and ConfigMaps, the rules for pods are always applied. With
-    `files`, all files that the configuration names must exist on this machine.
+    `pod`: apply the rules for pods also to a cluster.yaml; they always apply to values and ConfigMaps. `files`: require
+    that all files that the configuration names exist on this machine.
     """
     try:
         given = read_input(text)
@@ -108,7 +108,7 @@ def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Re
 
 
 def _in_wrong_model(problem: Problem, wrong: list[Problem]) -> bool:
-    """Return whether the problem's model already has schema errors. Further problems of that model would mislead."""
+    """Return whether a problem is in a model that has schema errors. Such a problem may only follow from the errors."""
     return any(other.path[:2] == problem.path[:2] or other.path == ("models",) for other in wrong)
 
 
@@ -188,8 +188,8 @@ def checkpoint_config(source: str) -> Mapping[str, Any]:
 def parallelism_problem(spec: ModelSpec, shape: Mapping[str, Any]) -> tuple[str, str] | None:
     """Check a model's degrees of parallelism against the checkpoint's config.json.
 
-    Returns the key with an invalid degree and a message, or None. The result is also None if the checkpoint is
-    unknown.
+    Returns the key of an invalid degree and a message, or None if no degree is invalid. If the checkpoint is unknown
+    (`shape` is empty), the result is None.
     """
     if text := _heads_problem(spec.tensor_parallel_size, shape):
         return "tensor_parallel_size", text
@@ -262,7 +262,7 @@ def _file_problems(config: Config) -> Iterator[Problem]:
 
 
 def _warnings(config: Config) -> Iterator[Problem]:
-    """Yield a problem for each likely mistake. No process refuses a configuration with likely mistakes."""
+    """Yield a problem for each likely mistake in a configuration that every process would accept."""
     names = [name for model in config.models for name in (model.name, *model.aliases)]
     if config.auth is not None and names:
         yield from _unknown_models(config, names)
@@ -277,10 +277,10 @@ def _warnings(config: Config) -> Iterator[Problem]:
 
 
 def _unknown_models(config: Config, names: list[str]) -> Iterator[Problem]:
-    """Yield a warning for each pattern that matches no model. The patterns are in `models` of a tenant.
+    """Yield a warning for each pattern in a tenant's `models` that matches no model.
 
-    The callers of such a tenant get MODEL_NOT_FOUND. If no pattern in `models` of tenant_defaults matches a model, a
-    warning is yielded too.
+    A warning is also yielded if no pattern at all in `models` of tenant_defaults matches a model. Callers of such
+    tenants get MODEL_NOT_FOUND.
     """
     from_defaults = False
     for at, tenant in enumerate(config.tenants):
@@ -310,9 +310,9 @@ def _matches(pattern: str, names: list[str]) -> bool:
 
 
 def _length_problem(model: Model, shape: Mapping[str, Any]) -> str:
-    """Return a message if vLLM by default refuses the max_model_len of an entry.
+    """Return a message if vLLM would refuse a model's `max_model_len` as too long. `shape`: the checkpoint's config.
 
-    The result is "" if vLLM accepts the length, or if the model's number of positions is unknown.
+    The result is "" if vLLM would accept the length, or if the checkpoint's number of positions is unknown.
     """
     positions, length = shape.get("max_position_embeddings"), model.max_model_len
     rope = shape.get("rope_parameters")

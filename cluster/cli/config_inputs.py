@@ -36,9 +36,9 @@ class NoConfiguration(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A configuration and the position of the configuration in the input.
+    """A configuration, and where in the input it was found.
 
-    `prefix` is put before each path in messages. If the input has the chart's values, `values` has the values merged
+    `prefix` is put before each path in messages. If the input is values of the chart, `values` has these values merged
     over the chart's defaults.
     """
 
@@ -48,7 +48,7 @@ class Input:
     for_pods: bool = False
     problems: tuple[Problem, ...] = ()
     lines: Document | None = None
-    """The document from which line numbers are taken. None means that line numbers are taken from `document`."""
+    """The document from which line numbers are taken; None: `document`."""
 
     def line_of(self, path: KeyPath) -> int:
         """Return the line of a configuration path, or 0 if the path is not in the text."""
@@ -114,7 +114,7 @@ def _read_values(document: Document) -> Input:
 
 
 def merge_values(under: Any, over: Any) -> Any:
-    """Merge `over` into `under` in the same way as Helm merges values."""
+    """Return the values `over` merged over `under` as Helm does: mappings are merged, and null removes a key."""
     if not isinstance(under, dict) or not isinstance(over, dict):
         return over
     merged = {key: merge_values(under[key], over[key]) if key in over else value for key, value in under.items()}
@@ -126,9 +126,9 @@ def merge_values(under: Any, over: Any) -> Any:
 
 
 def worker_group_problems(config: Config, values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each model with more minimum replicas than fit into the worker groups.
+    """Yield a problem for each model whose `replicas.min` replicas do not fit into its worker groups.
 
-    The minimum is `replicas.min`, and the worker groups are the groups of the model's Ray cluster.
+    A model's worker groups are those of the model's Ray cluster in the chart's `values`.
     """
     clusters = {cluster.get("name"): cluster for cluster in _list(values, "ray", "clusters")}
     for at, model in enumerate(config.models):

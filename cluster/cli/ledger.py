@@ -1,8 +1,8 @@
 """Helpers of the tenant commands: open the ledger, turn ledger errors into exit codes, print rows.
 
-The database is selected by --database-url. Without this option, store.database_url of the -f file selects the
-database. Without a file, the local cluster that is up selects the database. Otherwise the database is the local SQLite
-file in the cache folder.
+The database's URL comes from the first of these that is present: the option --database-url, store.database_url in the
+-f file, the configuration of the local cluster that is up. Otherwise the database is the SQLite file in the cache
+folder.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ RequiredReasonOption = Annotated[str, typer.Option("--reason", help="Why, for th
 class Settings:
     """The settings that a ledger command reads from the configuration.
 
-    If `made_here`, the database is the local SQLite file or a configured SQLite file. The first command that needs
-    such a database creates the database, as `headrace up` does.
+    `local`: the database is the SQLite file in the cache folder. `made_here`: the database is that file or the SQLite
+    file of the configuration. If the file is missing, a command creates it.
     """
 
     database_url: str
@@ -70,7 +70,7 @@ class Settings:
 
 
 def local_pepper() -> Path:
-    """Return the path of the pepper file of local clusters. No other pepper file is created if the file is missing."""
+    """Return the path of local clusters' pepper file, the only pepper file that a command may create."""
     return cache_dir() / "key-pepper"
 
 
@@ -133,8 +133,8 @@ def ledger_errors() -> Iterator[None]:
 def open_ledger(settings: Settings, *, keys: bool = False, check: bool = True) -> Iterator[Ledger]:
     """Open the ledger.
 
-    If `made_here` is set, a missing database is created. Any other database must have been upgraded before. With
-    `keys`, the peppers are read too. With `check`, the database's schema must be usable.
+    `keys`: also read the peppers, which operations on keys need. `check`: require a schema that this release can use;
+    an empty database is first created if `settings.made_here` is set.
     """
     from cluster.ledger import files
     from cluster.ledger.database import migrate

@@ -1,7 +1,7 @@
 """Set keys of models in a YAML text and keep everything else, including comments and layout. Does no I/O.
 
 The YAML parser gives the position of each value, and the new value replaces the text at that position. The result is
-parsed again, and rejected unless exactly the given keys have changed.
+parsed again, and rejected if anything but the given keys has changed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
 def set_keys(text: str, model: str, keys: Mapping[str, str]) -> str:
     """Return the text with `keys` set in the entry of one model.
 
-    Raises ValueError if the text is not YAML, or if the entry cannot be changed alone, because the text uses an alias
-    of an anchor or a merge key.
+    Raises ValueError if the text is not YAML. Raises ValueError if the change would affect other parts of the file,
+    which may happen with YAML aliases and merge keys.
     """
     try:
         before = yaml.safe_load(text)
@@ -35,7 +35,7 @@ def set_keys(text: str, model: str, keys: Mapping[str, str]) -> str:
 
 
 def _expected(data: Any, model: str, keys: Mapping[str, str]) -> Any:
-    """Return the parsed file with the keys of one model set. The edited text must have this value when parsed."""
+    """Return the parsed file with `keys` set in one model. The edited text must have this value when it is parsed."""
     return {
         **data,
         "models": [

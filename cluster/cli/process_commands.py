@@ -1,6 +1,7 @@
-"""The command line for processes only. `headrace gateway`, `headrace pod ...` and so on use this command line.
+"""The command line for processes only, such as `headrace gateway` and `headrace pod ...`.
 
-This module imports nothing that only other commands need. The pod commands are imported only in a pod.
+This module does not import what only other commands need, so that processes start fast. The pod commands are imported
+only for `headrace pod`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ PROCESSES = (processes.gateway, processes.controller, processes.prepare)
 
 
 def add_processes(app: typer.Typer) -> None:
-    """Add the processes as commands. The processes that only `up` starts are hidden commands."""
+    """Add the processes as commands: those that `up` starts as hidden commands, those of a pod under `pod`."""
     for process in PROCESSES:
         app.command(hidden=True)(process)
     add_pods(app)

@@ -27,8 +27,8 @@ _KINDS: Mapping[str, type[LedgerError]] = {
 class RemoteTenantService:
     """A TenantService over the admin API.
 
-    The methods raise the same LedgerErrors as LedgerTenantService. For any other error, e.g. because of credentials or
-    the caller's role, the methods raise HeadraceError.
+    The methods raise the same LedgerErrors as LedgerTenantService, and HeadraceError for any other error, such as
+    wrong credentials or a role without the permission.
     """
 
     def __init__(self, access: Access) -> None:
@@ -50,7 +50,7 @@ class RemoteTenantService:
             raise self._converted(error) from None
 
     def _converted(self, error: grpc.RpcError) -> Exception:
-        """Convert a gRPC error to the LedgerError with the same reason, or to a HeadraceError if there is none."""
+        """Convert a gRPC error to the LedgerError for its reason, or to a HeadraceError for any other reason."""
         converted = from_rpc(error, endpoint=self._access.address)
         kind = _KINDS.get(converted.reason)
         return converted if kind is None else kind(converted.message)

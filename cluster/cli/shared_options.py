@@ -17,10 +17,10 @@ def with_options(
     options: Mapping[str, Any],
     opened: Callable[[typer.Context, Mapping[str, Any]], AbstractContextManager[Any]],
 ) -> Callable[[Command], Command]:
-    """Return a decorator that adds options to a command, and passes an object that the options select.
+    """Return a decorator that adds options to a command, and passes the command an object made from the options.
 
-    `argument`: the command's argument for the object. `options`: annotated types of the options by name; the default
-    of each option is None. `opened`: function that returns the object as a context manager from the options' values.
+    `argument`: name of the command's argument that receives the object. `options`: annotated type of each option by
+    name; every option has the default None. `opened`: returns a context manager that opens and closes the object.
     """
 
     def decorate(command: Command) -> Command:

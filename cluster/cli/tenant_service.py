@@ -60,8 +60,8 @@ class TenantBackend:
 def with_tenant_service(*, keys: bool = False) -> Callable[[Command], Command]:
     """Return a decorator that passes an open tenant service to a command, as the argument `service`.
 
-    The decorator also adds the options that select the service. With `keys`, the command creates keys and needs the
-    pepper.
+    The decorator also adds the options that select the service. `keys`: the command creates keys, which needs the
+    pepper if the service uses the database.
     """
     options = {name: kind for name, kind in _OPTIONS.items() if keys or name != "pepper_file"}
 

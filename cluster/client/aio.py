@@ -1,4 +1,4 @@
-"""The client for asyncio code. The client has the same methods as the client in cluster.client.sync."""
+"""The client for asyncio code. AsyncClient has the same methods as cluster.client.sync.Client."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class AsyncStream(StreamState, Generic[Chunk]):
 
 @dataclass(eq=False)
 class _SessionAttempts(StreamAttempts):
-    """The calls of one stream, all of them in sessions if `sessions` is not None."""
+    """The calls of one stream. If `sessions` is None, the calls are plain streams, else calls in sessions."""
 
     sessions: Sessions | None
 
@@ -163,11 +163,11 @@ class AsyncClient:
 
     The client belongs to the event loop in which the client is created. A failed call raises HeadraceError.
     `timeout_s` is the deadline of the whole call, and the gateway passes the deadline on to the engine. `request_id`
-    is generated if the caller gives none. A call that fails with UNAVAILABLE is retried unless a part of the answer
-    has arrived. Concurrent streams share a session (cluster.client.session).
+    is generated if the caller gives none. A call that fails with UNAVAILABLE is retried if no part of the answer has
+    arrived. Concurrent streams share a session (cluster.client.session).
 
-    A broken stream is resumed unless `resume` is False. `endpoint` may name several gateways, as a list or
-    comma-separated, or resolve to several addresses; then the stream is resumed on another gateway.
+    With `resume`, a broken stream is resumed. `endpoint` may name several gateways, as a list or comma-separated, or
+    resolve to several addresses. Then a broken stream is resumed on another of these gateways.
     """
 
     def __init__(
@@ -315,7 +315,7 @@ class AsyncClient:
                 return models
 
     async def model(self, name: str, *, timeout_s: float | None = None) -> pb.Model:
-        """Return the model with a name or alias."""
+        """Return the model whose name or alias is `name`."""
         return await self._unary(lambda stub: stub.GetModel, pb.GetModelRequest(name=name), timeout_s)
 
     async def _unary(
@@ -363,10 +363,10 @@ class AsyncClient:
         self._streams -= 1
 
     async def _reconnect_early(self, channel: aio.Channel) -> None:
-        """While streams are running, reconnect as soon as a draining gateway gives up the connection.
+        """While streams are running, reconnect as soon as the connection to a draining gateway is lost.
 
-        So a stream that the draining gateway hands over is resumed at once. gRPC itself reconnects only for the next
-        call.
+        Then the streams of the draining gateway can be resumed at once. By itself, gRPC would reconnect only for the
+        next call.
         """
         state = channel.get_state()
         while state is not grpc.ChannelConnectivity.SHUTDOWN:

@@ -11,7 +11,7 @@ from cluster.client.gateways import GatewayList
 from cluster.client.resume import Resumption
 
 Method = Callable[[Any], Callable[..., Any]]
-"""Returns a method of a gRPC stub."""
+"""Type of functions that return a method of a given gRPC stub."""
 
 
 @dataclass(eq=False)
@@ -37,9 +37,9 @@ class StreamAttempts:
         self.call = self._begin(self.resumption.request, self.method)
 
     def pause_after(self, failed: HeadraceError) -> float | None:
-        """Return the pause before the stream is resumed in seconds, or None if the failure ends the stream.
+        """Return the seconds to wait before the stream is resumed, or None if the failure ends the stream.
 
-        If the gateway does not answer, the client uses the next gateway from now on.
+        If the gateway did not answer, the client uses the next gateway from now on.
         """
         if failed.reason == UNREACHABLE:
             self.gateways.switch_from(self.endpoint)

@@ -1,4 +1,4 @@
-"""The gateways of a client. The client uses one gateway until the gateway does not answer, then the next gateway."""
+"""The gateways of a client. The client uses one gateway, and switches to the next if the gateway does not answer."""
 
 from __future__ import annotations
 

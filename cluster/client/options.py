@@ -22,7 +22,7 @@ KEEPALIVE_INTERVAL_S, KEEPALIVE_TIMEOUT_S = 2.0, 2.0
 """Silence after which the client sends an HTTP/2 ping, and the time in which the gateway must acknowledge the ping.
 
 Both times are in seconds. Pings are sent only while calls are running. Without an acknowledgement the client closes the
-connection: after a pulled cable or a lost node nothing else would end the connection.
+connection. After a pulled cable or the loss of a node, only the missing acknowledgement shows that the peer is gone.
 """
 DNS_INTERVAL_S = 0.5
 """Minimum time between two DNS queries for a name, in seconds.
@@ -76,8 +76,8 @@ class ChannelOptions:
     ) -> ChannelOptions:
         """Build options from a client's arguments. Raises ValueError.
 
-        If an argument is None, the environment variable HEADRACE_ENDPOINT or HEADRACE_API_KEY has the value. An
-        endpoint must not be empty, and must not have a URL scheme other than unix or dns.
+        `endpoint` and `api_key` default to the environment variables HEADRACE_ENDPOINT and HEADRACE_API_KEY. Endpoints
+        must not be empty. The only allowed URL schemes are unix and dns.
         """
         endpoint = endpoint or os.environ.get("HEADRACE_ENDPOINT") or DEFAULT_ENDPOINT
         endpoints = tuple(endpoint.split(",") if isinstance(endpoint, str) else endpoint)
@@ -126,7 +126,7 @@ class ChannelOptions:
     def resumption(self, request: Request, timeout_s: float | None) -> Resumption:
         """Return the state that resumes a stream. If `timeout_s` is None, the default deadline applies.
 
-        Sets `resumable` in the request, unless the caller has set `resumable` or `resume` is off.
+        If `resume` is on and the caller has not set `resumable` in the request, sets `resumable`.
         """
         if self.resume and not request.HasField("resumable"):
             request.resumable = True

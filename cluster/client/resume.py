@@ -73,7 +73,7 @@ class Resumption:
         return chunk if chunk.HasField("usage") or chunk.HasField("progress") else None
 
     def pause_s(self, error: HeadraceError) -> float | None:
-        """Return the pause before the next attempt in seconds, or None if the error ends the stream."""
+        """Return the seconds to wait before the next attempt, or None if the error ends the stream."""
         remaining_s = self.remaining_s
         if not self._can_retry(error) or self._failures >= MAX_FAILURES:
             return None

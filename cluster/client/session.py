@@ -1,8 +1,8 @@
 """Concurrent streams share one Inference.Session, so that the gateway can send chunks of several calls in one message.
 
-AsyncClient opens a stream in a session while another stream is running. A session accepts no more calls if the
-connection is old or the gateway stops. Such a session ends when the last call of the session ends. New calls and
-refused calls go to another session. If a gateway does not support sessions, calls are plain streams.
+AsyncClient uses a session for a stream that begins while another stream is running. If the connection is old or the
+gateway stops, a session refuses new calls and ends with the last of its running calls. New and refused calls then go to
+another session. If a gateway does not support sessions, calls are plain streams.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from cluster.v1.inference_pb2_grpc import InferenceAsyncStub
 
 DEADLINE_GRACE_S = 1.0
-"""Time after a call's deadline for which the client waits for a DEADLINE_EXCEEDED from the gateway, in seconds."""
+"""Seconds after a call's deadline in which the client still waits for the gateway to report DEADLINE_EXCEEDED."""
 MAX_MOVES = 3
 MAX_BATCH, MAX_BATCH_BYTES = 100, 48 << 10
-"""Largest number and largest total size of the requests in one message. Every gateway accepts messages of 64 KiB."""
+"""Largest number and largest total bytes of the requests in one message. Every gateway accepts messages of 64 KiB."""
 
 Request = pb.ChatRequest | pb.CompleteRequest | pb.ResumeRequest
 
 
 class SessionCall:
-    """A call in a session. Reading works like reading a gRPC stream.
+    """A call in a session, with the methods `read` and `cancel` of a gRPC stream.
 
-    An item is a chunk, or a str with the next text of choice 0.
+    `read` returns chunks, or a str with the next text of choice 0.
     """
 
     def __init__(

@@ -108,10 +108,10 @@ class Client:
 
     A failed call raises HeadraceError. `timeout_s` is the deadline of the whole call, and the gateway passes the
     deadline on to the engine. `request_id` is generated if the caller gives none. A call that fails with UNAVAILABLE
-    is retried unless a part of the answer has arrived.
+    is retried if no part of the answer has arrived.
 
-    A broken stream is resumed unless `resume` is False. `endpoint` may name several gateways, as a list or
-    comma-separated, or resolve to several addresses; then the stream is resumed on another gateway.
+    With `resume`, a broken stream is resumed. `endpoint` may name several gateways, as a list or comma-separated, or
+    resolve to several addresses. Then a broken stream is resumed on another of these gateways.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class Client:
                 return models
 
     def model(self, name: str, *, timeout_s: float | None = None) -> pb.Model:
-        """Return the model with a name or alias."""
+        """Return the model whose name or alias is `name`."""
         return self._unary(lambda stub: stub.GetModel, pb.GetModelRequest(name=name), timeout_s)
 
     def _unary(

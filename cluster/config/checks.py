@@ -1,7 +1,7 @@
 """Rules between the models of cluster.yaml, and between models and other sections. Pure; each rule yields problems.
 
-Every process that reads a configuration refuses a configuration for which a rule yields problems. `headrace config
-check` adds warnings about probable mistakes.
+A process that reads a configuration refuses the configuration if a rule yields a problem. `headrace config check` adds
+warnings about probable mistakes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Entry(Protocol):
 
 
 def source_problem(source: str) -> str:
-    """Return why no replica could load from a source, judged by the text of the source alone; "" if a replica might."""
+    """Return why a source cannot be valid, judged by the text of the source alone; "" if the source may be valid."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return ""
@@ -61,8 +61,8 @@ def source_problem(source: str) -> str:
 
 
 def _hub_problem(source: str, name: str) -> str:
-    """Return why a name cannot be a repository of the hub, by the rules of the hub's client; "" if the name is
-    possible."""
+    """Return why `name` cannot name a repository of the Hugging Face hub, by the rules of the hub's client; "" if it
+    can."""
     if name.count("/") != 1 or not all(name.split("/")):
         return f"expected hf://organisation/name, got {source!r}"
     plain, at, revision = name.partition("@")
@@ -92,7 +92,7 @@ def engine_of(path: Path, source: str, engine: Mapping[str, Any], whole: Mapping
 def code_of(path: Path, engine: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield a problem for each argument of an `engine:` section that names code to run.
 
-    This rule is for models that may not run such code.
+    The rule applies only if `weights.allow.remote_code` is false.
     """
     for key, text in code_arguments(engine):
         yield Problem((*path, *key.split(".")), text)
@@ -166,10 +166,9 @@ A model has one Need for each GPU type on which the model may run.
 
 
 def budgets(needs: Sequence[Need], budget: Mapping[str, int]) -> Iterator[Problem]:
-    """Yield a problem for each minimum number of replicas that exceeds scaling.gpu_budget.
+    """Yield a problem for each GPU budget in `scaling.gpu_budget` that is too small.
 
-    Two cases are reported: one replica of a model needs more GPUs than the budget, or the minimum replicas of all
-    models together need more GPUs than the budget.
+    A budget is too small for one replica of a model, or for the minimum replicas of all models together.
     """
     by_model: dict[int, list[Need]] = {}
     for need in needs:

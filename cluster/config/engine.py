@@ -82,10 +82,10 @@ CODE = frozenset(
 )
 """Arguments of the pinned vLLM that name code to import, a plugin to load or a factory to call."""
 HARMLESS = {"worker_cls": ("auto",), "compilation_config.backend": ("", "eager", "inductor")}
-"""Values with which an argument in CODE names no code of the user, by argument."""
+"""Values of arguments in CODE, by argument, that select built-in code of vLLM and are therefore allowed."""
 LOOKS_LIKE_CODE = re.compile(r"(_cls|_class|_classes|_plugin|_plugins|module_path|class_path|_factory|_callable)$")
-"""Pattern of keys that name code by vLLM's naming convention. Such keys occur in free-form mappings (such as
-`kv_connector_extra_config`)."""
+"""Pattern of keys that name code by vLLM's naming convention. The pattern is for mappings with arbitrary keys, such as
+`kv_connector_extra_config`."""
 CODE_FORBIDDEN = "names code that the engine would run: only where weights.allow.remote_code is true"
 MOST_SHOWN = 8
 _WORDS = {
@@ -132,8 +132,8 @@ def engine_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
 def together_problems(whole: Mapping[Any, Any]) -> Iterator[Problem]:
     """Yield a problem for each combination of arguments that vLLM would refuse although each argument is valid alone.
 
-    `whole` includes the entry's `tensor_parallel_size` and `max_model_len`. An argument that is not given is not
-    checked, since vLLM chooses the value of the argument.
+    `whole` includes the entry's `tensor_parallel_size` and `max_model_len`. Arguments that are absent are not checked,
+    since vLLM chooses their values.
     """
     tokens, length, ranks = (
         _whole_number(whole, name) for name in ("max_num_batched_tokens", "max_model_len", "tensor_parallel_size")
@@ -191,7 +191,7 @@ def _code(path: str, value: Any) -> Iterator[Problem]:
 
 
 def _is_custom_proposer(speculative: Mapping[Any, Any]) -> bool:
-    """Return whether vLLM would read `model` as the import path of a class."""
+    """Return whether vLLM would import the `model` of a `speculative_config` as a class instead of loading weights."""
     model = speculative.get("model")
     if speculative.get("method") == "custom_class":
         return True

@@ -35,7 +35,7 @@ MAX_PORT = 65_535
 
 
 def check_address(value: str, least: int = 0) -> str:
-    """Return `host:port` unchanged. Raises ValueError for an invalid port, IP address or host name."""
+    """Return `host:port` unchanged. Raises ValueError for a port below `least`, or an invalid port or host."""
     host, _, port = value.rpartition(":")
     if not least <= int(port) <= MAX_PORT:
         raise ValueError(f"{value}: a port is {least} to {MAX_PORT}")
@@ -176,15 +176,14 @@ class GatewaySettings(Section):
     resume: Resume = Resume()
 
     def siblings(self, process: int) -> tuple[str, ...]:
-        """Return the link addresses of the other processes, each as `:port` on the host of this process."""
+        """Return the link addresses of the other processes, each as `:port` without the host, which is this host."""
         others = (self.listen.of(i).link for i in range(self.processes) if i != process)
         return tuple(":" + address.rsplit(":", 1)[1] for address in others)
 
     def open_port(self) -> str:
-        """Return the first of `grpc`, `http` and `link` that has port 0 although there are several processes; "" if
-        there is none.
+        """Return the first of `grpc`, `http` and `link` that has port 0, if there are several processes; else "".
 
-        Several processes would have to share or announce the chosen port.
+        With port 0, each process would listen on a different port.
         """
         if self.processes == 1:
             return ""

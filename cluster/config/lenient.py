@@ -1,11 +1,11 @@
 """Reads a partly invalid configuration, so that a restarting process can start with the valid rest.
 
-Problem: models change while gateways and controller run. An invalid entry is therefore first read by the process that
-restarts next, perhaps hours later. If that process exited, one typing error would end the whole fleet, one restart at a
-time.
+Problem: models change while gateways and the controller run. An invalid entry is therefore first read by the process
+that restarts next, perhaps hours later. If that process exited, one typing error would end the whole fleet, one restart
+at a time.
 
-Invariants: An invalid entry, or an entry with a name that another entry has too, changes nothing for any model. A
-problem in a section that a process needs still prevents the start of that process.
+Invariants: An invalid entry changes no running model, and neither do entries that share a name. A problem in a section
+that a process needs still prevents the start of the process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GATEWAY_OPTIONAL_SECTIONS = ("models", "weights", "ray")
 class HeldModel:
     """A model with an invalid entry. The model's running replicas stay unchanged.
 
-    `aliases` and `fallback` are the values of the entry, as far as these values can be read.
+    `aliases` and `fallback` have the values of the entry that can be read.
     """
 
     name: str
@@ -92,8 +92,8 @@ def for_controller(text: str, where: str = "configuration") -> PartialConfig:
 def _without_wrong_entries(
     document: Document, entries: Sequence[Any], without_models: Config, problems: tuple[str, ...]
 ) -> PartialConfig:
-    """Return the configuration without invalid model entries. Entries are left out until the others are valid
-    together."""
+    """Return the configuration without invalid model entries. Entries with problems are removed, and the rest is
+    checked again, until the rest is valid."""
     left_out = {*_with_duplicate_keys(document), *_conflicting(entries)}
     while True:
         staying = [at for at in range(len(entries)) if at not in left_out]
@@ -136,8 +136,8 @@ def _with_duplicate_keys(document: Document) -> set[int]:
 
 
 def _conflicting(entries: Sequence[Any]) -> set[int]:
-    """Return the positions of all entries that share a name or alias with another entry. Which entry is meant is
-    unknown."""
+    """Return the positions of all entries that share a name or alias with another entry. All of them are left out,
+    since the intended entry is unknown."""
     owners: dict[str, set[int]] = {}
     for at, entry in enumerate(entries):
         for name in names_of({"models": [entry]}):

@@ -1,7 +1,7 @@
 """Problems of a configuration, each with the key's path, the expected form and the remedy.
 
 Pydantic stops a model's validators at the first wrong field, and pydantic's message for `300s` is "unable to parse
-string". In this module a validator may report several problems at once (`ProblemsError`), unknown keys get a
+string". With this module a validator may report several problems at once (`ProblemsError`), unknown keys get a
 suggestion, and numbers with a unit are converted to the key's unit.
 """
 
@@ -113,9 +113,9 @@ def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
 
 
 def _without_other_forms(problems: list[Problem]) -> list[Problem]:
-    """Return the problems without those of an unused form of a key.
+    """Remove the problem `must be a string` of each key that has problems within its list.
 
-    A key that may be a string or a list has two forms, and the configuration uses one of the two forms.
+    For a key that may be a string or a list, pydantic reports the problems of both forms.
     """
     parents = {problem.path[:at] for problem in problems for at in range(len(problem.path))}
     return [
@@ -124,7 +124,7 @@ def _without_other_forms(problems: list[Problem]) -> list[Problem]:
 
 
 def _path_and_keys(location: Sequence[int | str], root: type[BaseModel]) -> tuple[Path, Sequence[str]]:
-    """Return the path of a pydantic location, and the keys that are known at the end of the path.
+    """Return the path of a pydantic location, and the keys that the schema has at the end of the path.
 
     Pydantic inserts the members of a union into the location. The path does not contain these members.
     """

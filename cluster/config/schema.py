@@ -1,8 +1,8 @@
 """The schema of cluster.yaml. The file is read once, checked completely, then frozen.
 
-An unknown key is refused with the path of the key. A section of a later release is refused by name, not ignored, since
-a limit that is accepted and not enforced is worse than no limit. tenants.py has the sections about tenants, and
-gateway.py has the `gateway` section.
+Unknown keys are refused, also the sections of later releases, since a limit that is accepted and not enforced is worse
+than an error. The error names the path of the key. tenants.py has the sections about tenants, and gateway.py has the
+`gateway` section.
 """
 
 from __future__ import annotations
@@ -366,8 +366,8 @@ class Model(Section):
         return self
 
     def engines(self) -> Iterator[tuple[KeyPath, str, Mapping[str, Any], Mapping[str, Any]]]:
-        """Yield every `engine:` section of the entry: the path, the source of the weights, the section's arguments, and
-        all arguments with which the engine is started."""
+        """Yield (path, source of the weights, arguments of the section, all arguments of the engine) for every
+        `engine:` section of the entry."""
 
         def whole(engine: Mapping[str, Any], ranks: int | None, length: int | None) -> Mapping[str, Any]:
             own = {"tensor_parallel_size": ranks or self.tensor_parallel_size, "max_model_len": length}
@@ -629,9 +629,9 @@ def examine(document: Document, absent: Collection[str] = ()) -> tuple[Config | 
 def without_invalid_keys(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
     """Return the configuration in a document without the wrong keys, and all problems of the document.
 
-    A wrong key hides problems that depend on the value of the key. The wrong key is therefore removed, and the rest is
-    checked again. A model entry that stays invalid is replaced by a placeholder, whose name is LEFT_OUT followed by the
-    entry's position.
+    A wrong key hides problems elsewhere. Wrong keys are therefore removed, and the rest is checked again until it is
+    valid. A model entry that stays invalid is replaced by a placeholder named LEFT_OUT followed by the entry's
+    position.
     """
     zero_bytes = [*_zero_bytes((), document.data, set())]
     wrong = [_duplicate_problem(duplicate) for duplicate in document.duplicates]
@@ -651,9 +651,9 @@ def without_invalid_keys(document: Document, absent: Collection[str] = ()) -> tu
 
 
 def _zero_bytes(path: KeyPath, value: Any, seen: set[int]) -> Iterator[Problem]:
-    """Yield a problem for each text with a zero byte, which no file name or program argument may contain.
+    """Yield a problem for each text with a zero byte, since file names and program arguments cannot contain one.
 
-    A value that YAML aliases repeat is checked once.
+    `seen`: ids of the values that were checked already, since YAML aliases may repeat a value.
     """
     if isinstance(value, str) and "\0" in value:
         yield Problem(path, f"{shown(value)} holds a zero byte (\\0): take it out")
@@ -675,7 +675,7 @@ def _duplicate_problem(key: Duplicate) -> Problem:
 
 
 def _follows(problem: Problem, removed: Sequence[KeyPath]) -> bool:
-    """Return whether a problem may exist only because other keys were removed."""
+    """Return whether the removal of other keys may have caused a problem."""
     if problem.missing and problem.path in removed:
         return True
     section = problem.path[0] if problem.path else ""

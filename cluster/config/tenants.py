@@ -524,7 +524,7 @@ def _check_options(given: Mapping[str, Sequence[str]]) -> None:
 
 
 def _check_connection(url: str) -> None:
-    """Raise ValueError for options of a Valkey URL that the client would refuse. No connection is opened."""
+    """Raise ValueError for options of a Valkey URL that the client would refuse. Opens no connection."""
     from redis.asyncio import ConnectionPool
     from redis.exceptions import RedisError
 

@@ -18,8 +18,8 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a PyYAML without l
 class Loader(_Base):  # type: ignore[misc] # PyYAML is untyped
     """Loader for YAML's safe types, with a separate constructor for dates.
 
-    A library that vLLM imports for structured outputs changes PyYAML's own class for the whole process, so that dates
-    are returned as text. A process with an engine would then read a file differently from a process without an engine.
+    A library that vLLM imports for structured outputs makes PyYAML's own loader return dates as text. With that loader,
+    a process with an engine would read a file differently from other processes.
     """
 
 
@@ -59,8 +59,8 @@ class Document:
     lines: Mapping[Path, int] = field(default_factory=dict)
 
     def line_of(self, path: Path) -> int:
-        """Return the line number of a path, or else of the nearest parent that is in the text; 0 if no parent is in the
-        text."""
+        """Return the line number of a path. If the text lacks the path, the result is the line of the nearest parent
+        in the text, or 0."""
         while path:
             if path in self.lines:
                 return self.lines[path]

@@ -1,8 +1,8 @@
 """Builds a model's tokenizer bundle in a separate process: `python -m cluster.controller.bundling SETTINGS FOLDER`.
 
-Loading a tokenizer as the engine does imports transformers, which takes seconds and hundreds of megabytes. The
-controller must spend neither that time nor that memory. The process writes the bundle to FOLDER/<digest> and prints
-`{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
+Loading a tokenizer in the engine's way needs an import of transformers, which takes seconds and hundreds of megabytes.
+A separate process keeps this cost out of the controller. The process writes the bundle to FOLDER/<digest> and
+prints `{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _NICENESS = 10  # lower priority than an engine that loads at the same time
 
 
 async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None, SourceFacts]:
-    """Build a bundle, and return the bundle with the model's properties. If the build fails, return None with the
-    reason in `trouble`."""
+    """Build a model's bundle, and return the bundle with the model's properties. If the build fails, the bundle is None
+    and `SourceFacts.trouble` has the reason."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -67,8 +67,8 @@ class BundleBuilder:
     """
 
     def __init__(self, folder: Path, *, local: bool) -> None:
-        """`folder`: the folder for built bundles. `local`: replicas run on this host, so every source is on this
-        host."""
+        """`folder`: the folder for built bundles. `local`: replicas run on this host, so every model's source can be
+        read here."""
         self._folder = folder
         self._local = local
         self._bundles: dict[str, Bundle] = {}
@@ -77,7 +77,7 @@ class BundleBuilder:
         self._todo: asyncio.Queue[ReplicaSettings] = asyncio.Queue()
 
     def bundle(self, digest: str) -> Bundle | None:
-        """Return a bundle that was built, or None."""
+        """Return the built bundle with a digest, or None if this builder has no such bundle."""
         return self._bundles.get(digest)
 
     def want(self, settings: Sequence[ReplicaSettings]) -> None:

@@ -1,10 +1,10 @@
 """Operators' changes of the catalog: validated as a whole, stored on disk, then applied by the controller.
 
 On a local cluster (`headrace up`) the configuration file is only the initial catalog: Apply may change every entry, and
-the changes hold until the next `up`. On other clusters the controller gets the file by other means (a ConfigMap). There
-Apply adds models beside the models of the file and stores the added models on disk. Apply refuses to change a model of
-the file, since two owners of one entry would undo each other's changes. Rolling back a canary and quarantining a
-version are allowed on every cluster, since an emergency needs them. Such an override ends when the entry is changed.
+the changes hold until the next `up`. On other clusters the file comes from a ConfigMap. There Apply can add models,
+which are stored on disk. Apply refuses to change the file's models, since the next ConfigMap would undo the change.
+Rolling back a canary and quarantining a version are allowed on every cluster, since an emergency needs them. Both are
+overrides of a version, which end when the version's entry changes.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class StoredCatalogService:
             models.restore(kept.overrides)
 
     def _restored(self, config: Config, kept: StoredCatalog) -> Config:
-        """Return a configuration with the stored models: alone on a local cluster, else beside the models of the
-        file."""
+        """Return `config` with the stored models. They replace the models of the file on a local cluster, and are added
+        to the models of the file otherwise."""
         stored = [entry for entry in kept.models if entry.get("name") not in self._file_models]
         entries = [entry_of(model) for model in config.models if model.name in self._file_models]
         try:
@@ -173,8 +173,8 @@ class StoredCatalogService:
         self._want()
 
     def _restarts(self, after: Config) -> Mapping[str, str]:
-        """Return why the stable version of a model gets new replicas, by model. Models without new replicas are left
-        out."""
+        """Return the models whose stable version would get new replicas with the configuration `after`, each with the
+        reason."""
         old = {variant.spec.name: variant.digest for variant in reversed(self._settings_of(self.config))}
         new = {variant.spec.name: variant.digest for variant in reversed(self._settings_of(after))}
         why = "settings of its replicas change: they are replaced one after another"
@@ -222,7 +222,7 @@ class StoredCatalogService:
         return entry
 
     def _override(self, model: str, version: str, **fields: Any) -> CatalogEntry:
-        """Override a version's configuration, and store the overrides. Returns the entry as it will be published."""
+        """Override fields of a version, and store the overrides. Returns the model's entry as it will be published."""
         self._models.override(model, version, **fields)
         self.keep()
         return self._preview(model)

@@ -1,8 +1,8 @@
 """The control loop: observe Ray, compare Ray's state with the configuration, take the next steps, publish the catalog.
 
-A pass runs every second. The loop keeps no state that a new observation could not restore. After a restart or an outage
-of Ray, the first observation is therefore enough to continue. While Ray is unreachable, the last catalog stays
-published and the running replicas keep serving.
+A pass runs every second. All state of the loop can be restored from a new observation. After a restart or an outage of
+Ray, the first observation is therefore enough to continue. While Ray is unreachable, the last catalog stays published
+and the running replicas keep serving.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Controller:
     scaler: Scaler = field(default_factory=Scaler)
     scaling_counters: scaling.Counters | None = None
     keep_overrides: Callable[[], None] = lambda: None
-    """Called when an automatic rollback has changed the overrides of `models`, to store the overrides."""
+    """Function that stores the overrides of `models`. Called after an automatic rollback has changed the overrides."""
     wall_s: Callable[[], float] = time.time
     now: Callable[[], float] = time.monotonic
     _away: str = ""
@@ -125,8 +125,8 @@ class Controller:
         await self._execute(plan.actions, {app.app: app.replicas for app in wanted})
 
     async def _execute(self, actions: Sequence[reconcile.Action], replicas: Mapping[str, int]) -> None:
-        """Take the steps of a plan. Raises RayAway after the last step if a Ray cluster did not answer, since others
-        may answer. `replicas`: number of replicas of each wanted application."""
+        """Take all steps of a plan. If a Ray cluster did not answer in a step, raises RayAway after the last step.
+        `replicas`: number of replicas of each wanted application."""
         away = None
         for action in actions:
             log.info("step", step=type(action).__name__, app=action.app, why=getattr(action, "why", ""))
@@ -162,11 +162,11 @@ class Controller:
     def _wanted_apps(
         self, model: str, snapshot: RaySnapshot, fleet: Sequence[FleetWorker]
     ) -> Iterator[reconcile.Wanted]:
-        """Yield the wanted applications of a model, each with a number of replicas. Versions that were rolled back are
-        left out.
+        """Yield the wanted applications of a model, each with a number of replicas. Versions that were rolled back get
+        no application.
 
-        On every GPU type in use, each version gets a share of the replicas, so that versions are compared on equal
-        hardware.
+        On every GPU type in use, each version gets a share of the replicas, so that a comparison of versions does not
+        depend on the hardware.
         """
         parts = self.models.shares(model)
         for part in parts:
@@ -210,7 +210,7 @@ class Controller:
                 self.keep_overrides()
 
     def _frozen_models(self) -> frozenset[str]:
-        """Return the models that operators have frozen. No change of a frozen model is rolled out."""
+        """Return the names of the models that operators have frozen. Changes of a frozen model are not rolled out."""
         requests = self.scaler.operator_requests
         return frozenset(self.models.variants) if requests.all_frozen else requests.frozen
 
@@ -223,7 +223,7 @@ class Controller:
 
 
 def _has_other_weights(settings: ReplicaSettings, fleet: Sequence[FleetWorker]) -> bool:
-    """Return whether the linked workers with these settings run weights other than the weights that the settings
-    pin."""
+    """Return whether all linked workers with these settings run other weights than the settings pin. The result is
+    False if there is no such worker, or if the settings pin no weights."""
     digests = {worker.weight_digest for worker in fleet if worker.generation == settings.digest}
     return bool(settings.spec.digest and digests) and settings.spec.digest not in digests

@@ -1,4 +1,4 @@
-"""Desired state of the models: which models run with which settings, stay unchanged, or leave."""
+"""Desired state of the models: models are wanted (with settings), held (stay unchanged) or leaving (are removed)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DesiredModels:
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
-        """Set by every change, so that the next pass of the controller begins at once."""
+        """Event that every change sets, so that the next pass of the controller begins at once."""
         self.variants: Mapping[str, tuple[ReplicaSettings, ...]] = {}
         """Variants of each wanted model: the stable version before the canary, the preferred GPU type first."""
         self.overrides: Mapping[str, Mapping[str, VersionOverride]] = {}
@@ -40,16 +40,16 @@ class DesiredModels:
         self.restore(self.overrides)
 
     def hold(self, models: Sequence[ModelSpec], everything: bool = False) -> None:
-        """Leave the running replicas of these models unchanged, and publish the models under the names in `models`.
+        """Hold these models: their running replicas stay unchanged, and their names and aliases stay published.
 
-        `everything`: also hold every running model that is not wanted.
+        `everything`: also hold every other running model that is not wanted.
         """
         self._held = {spec.name: spec for spec in models}
         self._hold_all = everything
         self.changed.set()
 
     def restore(self, overrides: Mapping[str, Mapping[str, VersionOverride]]) -> None:
-        """Set all overrides. Overrides of versions that are not wanted are dropped."""
+        """Replace all overrides. Overrides of versions that are not wanted are dropped."""
         versions = {(model, variant.spec.version) for model, variants in self.variants.items() for variant in variants}
         self.overrides = {
             model: kept
@@ -94,7 +94,7 @@ class DesiredModels:
         )
 
     def held(self, on_ray: Collection[str]) -> Mapping[str, ModelSpec]:
-        """Return the models that must stay unchanged, by name. Models without a replica are included.
+        """Return the specs of the held models, by name, also of held models without a replica.
 
         `on_ray`: names of the models that have an application on Ray.
         """
@@ -102,8 +102,8 @@ class DesiredModels:
         return {name: self._held.get(name) or ModelSpec(name, "") for name in names - self.variants.keys()}
 
     def leaving(self, on_ray: Collection[str]) -> Mapping[str, ModelSpec]:
-        """Return the models in `on_ray` that are neither wanted nor held, by name. The specs of models that have left
-        Ray are forgotten."""
+        """Return the specs of the models in `on_ray` that are neither wanted nor held, by name. Forgets the specs of
+        models that are not in `on_ray`."""
         names = set(on_ray) - self.variants.keys() - self.held(on_ray).keys()
         self._leaving = {name: self._leaving.get(name) or ModelSpec(name, "") for name in names}
         return self._leaving

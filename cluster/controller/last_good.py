@@ -1,4 +1,4 @@
-"""Storage of the last valid model entries, which replace invalid entries when the controller starts."""
+"""Storage of each model's last valid entry, which replaces an invalid entry when the controller starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = "last-good-models.json"
 def with_last_good(found: PartialConfig, folder: Path) -> PartialConfig:
     """Replace each invalid model entry by the model's last valid entry, if that entry is still valid beside the others.
 
-    Stores the valid entries for the next start. A model without a usable last entry stays held.
+    Stores the valid entries for the next start. A model without a usable last entry stays held (see HeldModel).
     """
     path = folder / FILE
     before = _read(path)
@@ -62,7 +62,7 @@ def _restored(found: PartialConfig, before: Mapping[str, Any]) -> PartialConfig:
 def _config_with(
     config: Config, entries: Sequence[Mapping[str, Any]], absent: set[str] | tuple[str, ...]
 ) -> Config | None:
-    """Return the configuration with these models, or None if that configuration is invalid."""
+    """Return `config` with the models in `entries`, or None if the result is invalid. `absent`: see with_models."""
     try:
         return with_models(config, entries, absent)
     except CallError:

@@ -82,8 +82,8 @@ class ControllerLinks:
         verbs: Mapping[str, admin_forwarding.Verb] | None = None,
         timing: Timing | None = None,
     ) -> None:
-        """`bundles`: function that returns a tokenizer bundle by digest. `verbs`: admin verbs that the controller
-        answers, such as `Catalog.Scale`."""
+        """`bundles`: function that returns a tokenizer bundle by digest. `verbs`: handlers of the admin verbs that the
+        controller answers, by names such as `Catalog.Scale`."""
         self._controller_id = controller_id
         self._incarnation = uuid.uuid4().hex[:12]
         self._gateways = GatewayAddresses(gateways)
@@ -107,7 +107,7 @@ class ControllerLinks:
         self._notify_all()
 
     def _notify_all(self) -> None:
-        """Have the catalog sent to every gateway after a change of the catalog or of the number of linked gateways."""
+        """Have the catalog sent to every gateway. Called when the catalog or the number of linked gateways changes."""
         for event in self._changed:
             event.set()
 
@@ -257,7 +257,7 @@ class ControllerLinks:
     async def _answer(self, request: pb.AdminRequest, replies: asyncio.Queue[pb.AdminReply]) -> None:
         """Carry out an admin request, even if the link's stream ends meanwhile.
 
-        After such an end, the gateway reports to the caller that the request may have been carried out.
+        If the stream ends, the gateway reports to the caller that the request may have been carried out.
         """
         replies.put_nowait(await admin_forwarding.answer(self._verbs, request))
 

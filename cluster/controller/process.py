@@ -1,4 +1,4 @@
-"""The controller process: construction of the parts, and their run until a stop."""
+"""The controller process: constructs the controller's parts, and runs the parts until the process is stopped."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _parts(
     *,
     local: bool,
 ) -> tuple[ControllerLinks, Controller, BundleBuilder]:
-    """Construct the parts of a controller that run. `local`: the replicas run on this host."""
+    """Construct the parts of a controller that have a `run` method. `local`: the replicas run on this host."""
     config, builder = found.config, BundleBuilder(run_folder / "bundles", local=local)
     models, published = DesiredModels(), PublishedCatalog(builder.known)
     models.hold(
@@ -131,7 +131,7 @@ def _parts(
 
 
 async def _wait_for_stop(stopped: asyncio.Task[bool], tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait until `stopped` is done. If a task in `tasks` fails first, raise the error of that task. A task may end
+    """Wait until `stopped` is done. If a task in `tasks` fails before, raises the task's error. Ignores tasks that end
     without an error."""
     pending: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopped, *tasks}
     while not stopped.done():

@@ -58,7 +58,7 @@ class PublishedCatalog:
         return tuple(self._entries.values())
 
     def preview(self, spec: ModelSpec, shares: Sequence[ReplicaShare]) -> CatalogEntry:
-        """Return the model's last published entry with these shares. `spec`: the spec of the stable version."""
+        """Return the model's last published entry with new shares. `spec`: the spec of the model's stable version."""
         last = self._entries.get(spec.name) or lifecycle.entry(spec, ModelState.DECLARED, None)
         before = {share.version: share for share in last.versions}
         versions = tuple(
@@ -73,7 +73,7 @@ class PublishedCatalog:
         return replace(last, versions=versions)
 
     def declare(self, models: DesiredModels, reason: str) -> Sequence[CatalogEntry]:
-        """Set a first catalog of the wanted models, before Ray was ever observed. `reason`: why that is so."""
+        """Set a first catalog with all wanted models in state DECLARED. `reason`: why Ray has not been observed yet."""
         for name, variants in models.variants.items():
             known = SourceFacts(trouble=reason)
             self._entries[name] = lifecycle.entry(variants[0].spec, ModelState.DECLARED, None, known=known)
@@ -111,7 +111,7 @@ class PublishedCatalog:
     def _version(
         self, seen: ControllerPass, part: ReplicaShare, spec: ModelSpec, variants: Sequence[ReplicaSettings]
     ) -> lifecycle.Version:
-        """Return a version as of this pass. `variants`: the variants of the version; empty if the model leaves."""
+        """Return a version's state in this pass. `variants`: the variants of the version; empty if the model leaves."""
         leaving = not variants
         wanted = [app for app in seen.wanted if (app.model, app.version) == (spec.name, part.version)]
         current = [seen.snapshot.apps[app.app] for app in wanted if app.app in seen.snapshot.apps]

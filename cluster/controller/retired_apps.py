@@ -1,4 +1,4 @@
-"""Applications that are retired: they get no new calls, and are deleted when no call is left."""
+"""Retired applications, which get no new calls and are deleted when their last call has ended."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from cluster.controller.links import FleetWorker
 from cluster.ray.backend import RaySnapshot
 
 QUIET_S = 3.0
-"""Seconds from an application's retirement until the application may count as empty. By then the gateways have reported
-the application's load."""
+"""Seconds to wait after an application's retirement before a reported load of 0 is trusted. By then the gateways have
+reported a load that was measured after the retirement."""
 
 
 class RetiredApps:
     """The retired applications, each with the time of its retirement in seconds since the epoch."""
 
     def __init__(self, drain_timeout_s: float = 300.0) -> None:
-        """`drain_timeout_s`: seconds that running calls may stay on a retired application. Then the application is
-        deleted, and the calls resume on other workers or fail."""
+        """`drain_timeout_s`: seconds from an application's retirement until it is deleted, even if calls still run. The
+        calls then resume on other workers or fail."""
         self.drain_timeout_s = drain_timeout_s
         self._since_s: dict[str, float] = {}
 
@@ -31,9 +31,9 @@ class RetiredApps:
     def deletable(
         self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker], awaited: Collection[str], linked: bool, now_s: float
     ) -> frozenset[str]:
-        """Return the applications that may be deleted: those without calls, and those whose drain time is over.
+        """Return the applications that may be deleted: those without calls, and those whose drain timeout is over.
 
-        `awaited`: models that leave and for which calls still wait. `linked`: whether a gateway reports loads.
+        `awaited`: leaving models for which calls still wait. `linked`: whether at least one gateway reports loads.
         """
         busy = {worker.generation for worker in fleet if worker.running}
         deletable = set()

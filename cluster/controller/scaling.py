@@ -48,10 +48,10 @@ def on_ray(apps: Iterable[Observed]) -> dict[Kind, RayReplicas]:
 def requested_on_ray(
     models: DesiredModels, snapshot: RaySnapshot, retired: Container[str]
 ) -> Mapping[Kind, RayReplicas]:
-    """Return the replica counts on Ray, with each target as the number for which the scaler has asked.
+    """Return the replica counts on Ray, each with the number of replicas that the scaler has requested as the target.
 
-    Retired applications are left out. Not counted in a target are a canary's replicas beyond the canary's share of the
-    calls, and replacements that are not up yet.
+    Ray's own target may be higher: a canary may have more replicas than its share of the calls, and a rollout adds
+    replacements. Retired applications are left out.
     """
     counts = on_ray(seen for app, seen in snapshot.apps.items() if app not in retired)
     for model, variants in models.variants.items():
@@ -68,8 +68,8 @@ def requested_on_ray(
 
 
 def room(models: DesiredModels, snapshot: RaySnapshot) -> Mapping[Kind, int]:
-    """Return how many replicas of each model with several GPU types fit on nodes of each type, beside the replicas of
-    other models."""
+    """Return, by model and GPU type, how many replicas fit on the nodes of that type beside other models' replicas.
+    Only models with several GPU types are included."""
     free: dict[Kind, int] = {}
     for model in models.variants:
         types = models.stable(model)
@@ -86,8 +86,8 @@ def room(models: DesiredModels, snapshot: RaySnapshot) -> Mapping[Kind, int]:
 
 
 def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = None) -> list[WorkerSeen]:
-    """Return the workers as WorkerSeen, the scaler's type. `gpus`: the GPU type of a worker, by the worker's
-    generation."""
+    """Convert workers to WorkerSeen, the scaler's type. `gpus`: GPU type by the digest of the replica's settings, which
+    a worker reports as its `generation`."""
     types = gpus or {}
     return [
         WorkerSeen(
@@ -175,7 +175,7 @@ class Counters:
         self._before: dict[str, tuple[Mapping[str, int], float]] = {}
 
     def count(self, scaler: Scaler) -> None:
-        """Add to the metrics how much the scaler's counters have grown since the last call."""
+        """Add the growth of the scaler's counters since the last call of this method to the metrics."""
         for model, (actions, gpu_seconds) in scaler.counters().items():
             actions_before, gpu_seconds_before = self._before.get(model, ({}, 0.0))
             for action, count in actions.items():

@@ -40,8 +40,8 @@ def sync_folder(folder: Path) -> None:
 def read_secrets(path: Path, setting: str) -> tuple[bytes, ...]:
     """Read secrets from a file with one secret per line and comment lines that begin with `#`.
 
-    The first secret signs; every secret verifies. Raises ValueError. The error message names the setting and the
-    remedy, and never contains a secret.
+    The first secret is for new keys, signatures and sealed data. The other secrets are older and still accepted. Raises
+    ValueError. The error message names the setting and the remedy, and never contains a secret.
     """
     remedy = "write one secret of 32 or more random characters per line: `openssl rand -hex 32`"
     try:
@@ -62,9 +62,9 @@ def read_secrets(path: Path, setting: str) -> tuple[bytes, ...]:
 
 
 def make_secret(path: Path) -> None:
-    """Create a file with one new secret, for local mode. Raises OSError.
+    """Create a file with one new secret, for a local cluster. Raises OSError.
 
-    An existing file is kept, even if a concurrent call has just created the file.
+    An existing file stays unchanged, also if another process creates the file at the same time.
     """
     make_missing_folders(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")

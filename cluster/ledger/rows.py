@@ -74,7 +74,7 @@ class StoredKey:
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key that was just created. `secret` is the whole key; `secret` is not stored and not part of the repr."""
+    """A key that was just created. `secret` is the whole key, which is neither stored nor shown in the repr."""
 
     stored: StoredKey
     secret: str

@@ -23,8 +23,8 @@ from cluster.ledger.usage.usage import UsageTable
 class Ledger:
     """Tenants, keys, usage, audit and snapshots of one database.
 
-    New keys are stored under the first pepper; every pepper verifies. Only the attribute `keys` needs a pepper.
-    `clock` returns seconds since the epoch.
+    `peppers`: secrets with which API keys are hashed. New keys are hashed with the first pepper. Only methods of `keys`
+    need peppers. `clock` returns seconds since the epoch.
     """
 
     def __init__(

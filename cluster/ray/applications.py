@@ -52,7 +52,7 @@ class ServeApps:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
     def scale(self, app: str, replicas: int) -> None:
-        """Set the number of replicas of an application, as Serve's REST endpoint does. Does not need the dashboard."""
+        """Set the number of replicas of an application. Like Serve's REST endpoint, but works without the dashboard."""
         deployment = DeploymentID(name=DEPLOYMENT, app_name=application_name(self._cluster, app))
         ray.get(_get_global_client()._controller.update_deployment_replicas.remote(deployment, replicas))
 
@@ -68,6 +68,6 @@ class ServeApps:
 def _has_accelerators() -> bool:
     """Return whether a node has real GPUs.
 
-    For real GPUs Ray adds a resource with the accelerator type, which Ray does not add for logical GPUs.
+    Ray adds a resource with the accelerator type for real GPUs only, not for logical GPUs.
     """
     return any(name.startswith("accelerator_type:") for name in ray.cluster_resources())

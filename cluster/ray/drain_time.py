@@ -1,4 +1,4 @@
-"""Division of the drain time that Ray gives a node. Pure; does not import Ray."""
+"""Division of a node's drain time between running calls and the end of the processes. Pure; does not import Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MARGIN_S = 15.0
 
 
 def ray_timeout_s(drain_timeout_s: float) -> float:
-    """Return the value of TIMEOUT_ENV, in seconds, with which calls have `drain_timeout_s` to end or resume elsewhere.
+    """Return the value of TIMEOUT_ENV, in seconds, that leaves calls `drain_timeout_s` to end or resume elsewhere.
 
     The Helm chart computes the same sum.
     """

@@ -91,7 +91,7 @@ class LocalRay:
     def environment(self) -> dict[str, str]:
         """Return the environment variables with which a process joins this Ray.
 
-        The process must set the variables before the process imports ray.
+        The variables must be set before that process imports ray.
         """
         return {
             reaper.INSTANCE_ENV: self._settings.instance,
@@ -189,7 +189,7 @@ class LocalRay:
 
     @property
     def is_draining(self) -> bool:
-        """Whether Ray has received SIGTERM and waits for the replicas. Only Ray's output shows this state."""
+        """Whether Ray has received SIGTERM and waits for the replicas. The state is read from Ray's output."""
         try:
             return _DRAINING in self.log_file.read_text(errors="replace")
         except OSError:
@@ -229,8 +229,8 @@ def free_ports(count: int) -> list[int]:
 def _without_other_ray(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment without the variables of another Ray and of an engine in the calling process.
 
-    Ranks take an engine's names from the environment of the Ray node before the names from the engine core. A foreign
-    engine's names must therefore not be in the node's environment.
+    An engine passes names, such as those of its sockets, to its ranks in environment variables. Variables of the Ray
+    node take precedence in the ranks, so names of a foreign engine must not be in the node's environment.
     """
     other = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID", end_causes.ENGINE, sockets.ENV)
     return {key: value for key, value in environment.items() if key not in other}

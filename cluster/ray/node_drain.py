@@ -48,7 +48,7 @@ class Nodes:
 
 
 async def poll_left_s(nodes: Nodes, within_s: float | None = None) -> float | None:
-    """Return Nodes.left_s, or None if Ray's head does not answer within `within_s` seconds or the query fails."""
+    """Return `nodes.left_s()`, or None if the query fails or takes longer than `within_s` seconds (None: no limit)."""
     try:
         async with asyncio.timeout(within_s):
             return await asyncio.to_thread(nodes.left_s)

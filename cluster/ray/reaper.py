@@ -1,12 +1,12 @@
 """Finds and ends all processes of one local cluster, and no other processes.
 
-This is the last step of a stop, after Ray's own shutdown. A process belongs to the cluster if the process's environment
-contains HEADRACE_INSTANCE=<id>, which every child process inherits, or if the process has a file open below the
-cluster's run folder. The second rule is needed because a process that renames itself (as vLLM's engine core and ranks
-do) can overwrite the environment that /proc shows. The output of such a process still goes to Ray's log files.
+This is the last step of a stop, after Ray's own shutdown. A process belongs to the cluster in two cases: its
+environment contains HEADRACE_INSTANCE=<id>, which child processes inherit, or it has a file open below the cluster's
+run folder. The second case finds vLLM's engine core and ranks. They rename themselves, which can overwrite the
+environment that /proc shows, but their output still goes to Ray's log files.
 
-A killed process leaves the engine's shared memory behind, so the shared-memory blocks that the process has mapped are
-removed too.
+A killed engine process leaves its shared memory behind, so the shared-memory blocks that it has mapped are removed
+too.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _SHUTDOWN_MARGIN_S = 3.0
 
 
 class ServedReplica:
-    """Class of the actors that Serve creates.
+    """Class of the actors that Serve creates, one for each replica.
 
     Serve calls, in this order: __init__, reconfigure, check_health repeatedly, __del__.
     """
@@ -56,9 +56,9 @@ class ServedReplica:
         self._watch: asyncio.Task[None] | None = None
 
     async def reconfigure(self, _digest: object) -> None:
-        """Start the replica when Serve calls for the first time.
+        """Start the replica at the first call. Later calls do nothing.
 
-        After a change of the model's entry, Serve creates new replicas of a new deployment version instead.
+        If the model's entry changes, Serve creates new replicas, which belong to a new deployment version.
         """
         if self._replica.engine is None:
             await self._replica.start()
@@ -71,8 +71,8 @@ class ServedReplica:
     async def __del__(self) -> None:
         """Drain and close the replica. Serve awaits this method in a graceful shutdown.
 
-        On a draining node, Serve may call this method before `watch` has noticed the drain. Less time may then be left
-        than the settings give, so the remaining time is queried here.
+        On a draining node, Serve may call this method before `watch` has noticed the drain. The node may then end
+        before the drain timeout of the settings, so this method queries the remaining time.
         """
         left_s = await node_drain.poll_left_s(self._nodes, within_s=node_drain.LAST_POLL_S)
         await self._replica.stop(math.inf if left_s is None else usable_s(left_s))

@@ -1,7 +1,7 @@
 """Several Ray clusters as one backend, so that Ray, Python, CUDA or vLLM can be upgraded side by side.
 
-When a cluster does not answer, the last snapshot of that cluster stays valid: the applications of that cluster are not
-deployed again elsewhere, and the other clusters are still managed.
+When a cluster does not answer, the cluster's last snapshot stays in use: its applications are not deployed again
+elsewhere, and the other clusters are still managed.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ SETUP = "make setup"
 class DoctorFinding:
     """The result of one check.
 
-    `missing` says what is missing, and is empty if nothing is missing. `remedy` is one command. `apt` is the name of
-    the Debian package.
+    `missing` is a message, or empty if nothing is missing. `remedy` is the command that installs what is missing.
+    `apt` is the name of the Debian package.
     """
 
     name: str
@@ -229,9 +229,9 @@ CHECKS: Sequence[Callable[[], DoctorFinding]] = (
 
 
 def missing_reason(name: str) -> str:
-    """Return one line that says what a check has found missing, with the remedy. Raises KeyError for an unknown name.
+    """Run the check with a name, and return what is missing, with the remedy, in one line; "" if nothing is missing.
 
-    The line is empty if nothing is missing.
+    Raises KeyError for an unknown name.
     """
     for check in CHECKS:
         finding = check()

@@ -1,4 +1,4 @@
-"""Commands drain, cordon and uncordon. The commands set, through the admin API, whether workers take new work."""
+"""Commands drain, cordon and uncordon, which use the admin API to stop or resume new work on workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.cli.common import FAILED, JsonOption, err, out, print_json
 
 POLL_S = 0.2
 LAG_S = 2.0
-"""Additional time to wait until the workers' new state has reached the gateway, in seconds."""
+"""Extra time to wait, in seconds, because the gateway learns a worker's new state with a delay."""
 
 TargetArgument = Annotated[
     str,
@@ -66,9 +66,9 @@ def _request_and_wait(api: Admin, verb: str, request: Any, state: str, as_json: 
 
 
 def _wait_for_state(api: Admin, targets: Collection[str], until: float, state: str = "DRAINED") -> list[pb.Worker]:
-    """Wait until all target workers have the state, or until the time `until`.
+    """Wait until all connected target workers have the state, or until `until` on the monotonic clock.
 
-    Returns the target workers that are still connected.
+    Returns the target workers that are still connected, whatever their state.
     """
     while True:
         rows = [worker for worker in api.workers() if worker.worker_id in targets]

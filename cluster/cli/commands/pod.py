@@ -1,9 +1,8 @@
 """Commands `headrace pod gateway|controller`: the processes of a pod, one process per container. The chart runs them.
 
-Kubernetes restarts the process of a container, and probes the process on a separate port. The probes use
-grpc.health.v1 in plain text, because a kubelet's probe has no TLS. If there are several controllers, only the
-controller that holds a Lease acts. Missing settings and files are reported before anything starts. With `--check`,
-nothing is started after the report.
+Kubernetes restarts a process that has ended, and probes each process on a separate port. The probes use grpc.health.v1
+in plain text, because a kubelet's probe has no TLS. If there are several controllers, only the holder of a Lease acts.
+Missing settings and files are reported before anything starts. With `--check`, nothing starts.
 """
 
 from __future__ import annotations
@@ -120,8 +119,8 @@ async def run_pod_controller(
     """Run the controller until `stop` is set.
 
     If `lease` names a Lease, the controller runs only while this pod holds the Lease. `account` is the folder of the
-    pod's service account. `loaded` has the configuration and the configuration's problems. Raises ValueError if a
-    Lease is named outside a pod.
+    pod's service account. `loaded` is the result of reading the configuration file, which may have invalid models.
+    Raises ValueError if a Lease is named outside a pod.
     """
     from cluster.controller.process import run_controller
 

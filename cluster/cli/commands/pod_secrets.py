@@ -1,11 +1,11 @@
 """Commands `headrace pod secrets` and `headrace pod certificates`.
 
-`headrace pod secrets` prints the chart's Secrets for a first install. `headrace pod certificates` prints the Secrets
-that a renewal replaces.
+`headrace pod secrets` prints the chart's Secrets for a first install. `headrace pod certificates` prints only the
+Secrets with certificates, for a renewal.
 
-Only a first install prints the key pepper, the cluster secret, the database password and Ray's token. These four are
-in one Secret with the field `immutable`, so Kubernetes protects the Secret against changes. `--authority FOLDER` keeps
-the files that renewals need:
+The key pepper, the cluster secret, the database password and Ray's token are printed only for a first install. These
+four are in one immutable Secret, which Kubernetes protects against changes. `--authority FOLDER` keeps the files that
+renewals need:
 
     FOLDER/ca.crt, ca.key            the link's authority, with the same files as from `headrace certs ca`
     FOLDER/clients/ca.crt, ca.key    the authority of the client ports' certificate; clients pin it

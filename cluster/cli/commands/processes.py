@@ -79,7 +79,7 @@ def gateway(
 
 
 def bound_link(config: Config, process: int = 0) -> socket.socket:
-    """Bind the link port. A port in use ends the command.
+    """Bind the link port of a gateway process. If the port is in use, the command ends with an error.
 
     Call this function before the gateway's modules are imported.
     """
@@ -188,7 +188,7 @@ def _write_json_line(value: dict[str, Any]) -> None:
 
 
 def stop_on_signal() -> asyncio.Event:
-    """Return an event. SIGTERM, SIGINT and SIGHUP set the event from now on."""
+    """Return an event that SIGTERM, SIGINT or SIGHUP sets."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

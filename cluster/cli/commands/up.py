@@ -173,7 +173,7 @@ async def _run_cluster(config: Config, run: RunFolder, *, demo: bool, background
 
 
 async def _run_unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, Any]) -> bool:
-    """Run `work` until `work` or `stopping` is done. Returns whether `work` is done."""
+    """Run `work`, and cancel it if `stopping` is done first. Returns whether `work` was completed."""
     task = asyncio.ensure_future(work)
     await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
@@ -208,7 +208,7 @@ def _state_text(entry: admin_pb2.CatalogEntry) -> str:
 
 
 async def _prepare(cluster: LocalCluster, step: StepLine) -> str:
-    """Run the command `prepare` in a child process. `prepare` fetches or builds the files of every model.
+    """Fetch or build the files of every model, by the command `prepare` in a child process.
 
     Returns the models' names. Raises StartFailed.
     """
@@ -290,9 +290,9 @@ def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, 
 
 
 def _command_to_type(tool: str) -> str:
-    """Return the text that a user types to run a tool.
+    """Return what a user must type to run a tool of this Python's folder.
 
-    The text is the tool's name if PATH leads to the tool in the folder of this Python, else the tool's path.
+    The result is the tool's name if PATH leads to that tool, else the tool's path.
     """
     here = Path(sys.executable).parent / tool
     on_path = shutil.which(tool)

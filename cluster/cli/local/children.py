@@ -64,7 +64,7 @@ class Child:
     async def start(self, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         """Start the process in a session of its own, so that Ctrl-C in the terminal reaches only the supervisor.
 
-        `arguments` and `environment` are added to those of the constructor.
+        `arguments` and `environment` are added to the arguments and environment given to the constructor.
         """
         with self.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -119,9 +119,9 @@ async def keep_alive(
     report: Callable[[str], None],
     backoff: Backoff | None = None,
 ) -> None:
-    """Restart a child after each end of the child's process. Runs until cancelled.
+    """Call `restart` whenever the child's process has ended. Runs until cancelled.
 
-    Before the restart, the end is reported and the pause of `backoff` passes.
+    Before each restart, the end is reported through `report`, and the pause of `backoff` passes.
     """
     backoff = backoff or Backoff()
     clock = asyncio.get_running_loop().time

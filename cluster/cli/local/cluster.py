@@ -182,7 +182,7 @@ class LocalCluster:
         )
 
     def config_text(self) -> str:
-        """Return the configuration for the parts as YAML: the user's configuration, with every port chosen."""
+        """Return the user's configuration as YAML, with a chosen port instead of each port 0. All processes read it."""
         plain: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True, by_alias=True)
         plain.setdefault("gateway", {})["listen"] = self.config.gateway.listen.model_dump(mode="json")
         return yaml.safe_dump(plain, sort_keys=False)

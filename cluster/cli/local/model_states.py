@@ -14,7 +14,7 @@ from cluster.cli.admin_client import Admin
 POLL_S = 0.1
 WATCH_S = 1.0
 PASSING = re.compile(r"|waiting for Ray to place it|\d+ of \d+ replicas serve|being replaced")
-"""Pattern of state reasons that are not reported, because they resolve without an action of the user."""
+"""Pattern of state reasons that need no action of the user, and are therefore not reported."""
 
 
 async def wait_until_settled(
@@ -35,8 +35,8 @@ async def wait_until_settled(
 async def report_reasons(admin: Admin, report: Callable[[str], None]) -> None:
     """Report new state reasons of models in the catalog. Runs until cancelled.
 
-    A state reason says why a model failed or how a replica's engine ended. The reasons of a model's first entry are
-    not reported.
+    A state reason says why a model failed or how a replica's engine ended. Reasons that a model already has when it
+    first appears in the catalog are not reported.
     """
     reported: dict[str, frozenset[str]] = {}
     while True:
@@ -50,7 +50,7 @@ async def report_reasons(admin: Admin, report: Callable[[str], None]) -> None:
 
 
 async def has_no_workers(admin: Admin) -> bool:
-    """Return True if no worker is linked any more, and False otherwise or if the gateway does not answer."""
+    """Return whether no worker is linked to the gateway. If the gateway does not answer, the result is False."""
     try:
         return not await asyncio.to_thread(admin.workers)
     except grpc.RpcError:

@@ -1,4 +1,4 @@
-"""Ports of a local cluster: choose a port for each port 0. All ports are checked before a process is started."""
+"""Ports of a local cluster: choose a free port for each port 0, and check all ports before any process starts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PortTaken(Exception):
 def choose_ports(config: Config) -> Config:
     """Return the configuration with a free port instead of each port 0. Raises PortTaken if an address is not free.
 
-    With several gateway processes, the ports of all processes are checked. The ports of the other processes are
-    derived from the ports of the first process, so a free port is chosen only if the derived ports are free too.
+    With several gateway processes, the ports of all processes are checked. The first process's ports determine the
+    ports of the other processes, so a port is chosen only if the ports that follow from it are free too.
     """
     listen, last = config.gateway.listen, config.gateway.processes - 1
     with contextlib.ExitStack() as held:
@@ -37,7 +37,7 @@ def choose_ports(config: Config) -> Config:
 
 
 def _choose_port(held: contextlib.ExitStack, listen: Listen, name: str, last: int, tries: int) -> Listen:
-    """Return `listen` with a port chosen for one listener. The sockets that are bound to the ports go into `held`."""
+    """Return `listen` with a free port for the listener `name`. `held` keeps the sockets open that hold the ports."""
     address = getattr(listen, name)
     for remaining in reversed(range(tries)):
         with contextlib.ExitStack() as bound:

@@ -17,7 +17,7 @@ WATCH_S = 0.5
 
 
 class RayProcess:
-    """The current Ray of a local cluster. Calls of LocalRay that block run in a thread."""
+    """The current Ray of a local cluster. Blocking methods of LocalRay are called in a thread."""
 
     def __init__(self, settings: LocalRaySettings) -> None:
         self._settings = settings
@@ -68,10 +68,10 @@ class RayProcess:
         others: Callable[[], Collection[int]],
         report: Callable[[str], None],
     ) -> None:
-        """Start a new Ray after each end of the current Ray's head. Runs until cancelled.
+        """Start a new Ray whenever the current Ray's head has ended. Runs until cancelled.
 
-        The engines end together with the old Ray's head. So all processes of the cluster are ended except the processes
-        in `others`, and `keep_alive` restarts the controller on the new Ray. `is_unused`: whether no worker is linked.
+        Before the start, all processes of the cluster except `others` are ended, since engines cannot outlive the head.
+        This includes the controller, which `keep_alive` restarts. `is_unused`: whether no worker is linked.
         """
         while True:
             await asyncio.sleep(WATCH_S)
@@ -92,7 +92,7 @@ class RayProcess:
 def link_session(link: Path, folder: Path | None) -> None:
     """Make `link` a symbolic link to Ray's session folder. The session folder of the previous run is deleted.
 
-    `folder` None: the cluster has no local Ray, and `link` is removed.
+    `folder` None means that the cluster has no local Ray; then `link` is removed.
     """
     if link.is_symlink():
         previous = link.readlink()

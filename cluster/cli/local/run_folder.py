@@ -29,7 +29,7 @@ def runs_dir() -> Path:
 class ProcessId:
     """A process id and the process's start time (Unix seconds).
 
-    A new process with the same process id has another start time, so the two processes are not confused.
+    The start time tells the process from a later process that reuses the process id.
     """
 
     pid: int

@@ -1,8 +1,8 @@
 """Audit events: admin actions, failed authentications and policy decisions.
 
-Each event is a JSON line in a file. If there is a database, each event is also a row. Callers may paste a key into a
-name or a reason, so every text of an event passes `scrub`, which hides parts that look like a key or token. This
-module imports only the standard library and `cluster.process.private_files`.
+Each event is a JSON line in a file. If there is a database, each event is also a row. `scrub` hides parts that look
+like a key or token in every text of an event, since callers may paste a key into a name or a reason. This module
+imports only the standard library and `cluster.process.private_files`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _SECRET = re.compile(
 
 
 def scrub(text: str) -> str:
-    """Hide all parts of a text that look like a key or token, and truncate the text to MAX_TEXT characters."""
+    """Replace parts that look like a key or token, and truncate the text to MAX_TEXT characters."""
     clean = text.encode("utf-8", "replace").decode().replace("\0", "")
     hidden = _SECRET.sub(HIDDEN, clean[: 4 * MAX_TEXT])
     return hidden if len(hidden) <= MAX_TEXT else hidden[: MAX_TEXT - 1] + "…"
 
 
 def hide_secrets(value: Any) -> Any:
-    """Hide all parts of a value's texts that look like a key or token. Texts are not truncated."""
+    """Hide parts that look like a key or token in all texts of a JSON value. Texts are not truncated."""
     if isinstance(value, str):
         return _SECRET.sub(HIDDEN, value)
     if isinstance(value, Mapping):
@@ -65,9 +65,9 @@ def _clean(value: Any) -> Any:
 class AuditEvent:
     """An audit event. The constructor scrubs all texts.
 
-    `at_s` is in seconds since the epoch. An example of `action` is keys.create, an example of `object` is
-    tenants/acme/keys/k1. `actor` is `key:<id>`, `jwt:<subject>` or `cli:<user>`; after a failed authentication,
-    `actor` is the claimed id. `source` is the peer's address.
+    `at_s` is in seconds since the epoch. `action` is a name such as keys.create, and `object` is a path such as
+    tenants/acme/keys/k1. `actor` is `key:<id>`, `jwt:<subject>` or `cli:<user>`, or the claimed id if authentication
+    failed. `source` is the peer's address.
     """
 
     at_s: float

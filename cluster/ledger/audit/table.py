@@ -37,9 +37,9 @@ class AuditTable:
         before: tuple[float, str] | None = None,
         limit: int = 100,
     ) -> list[dict[str, Any]]:
-        """Return a page of events, newest first. `equal` maps columns to required values.
+        """Return a page of events, newest first. `since_s` is in seconds since the epoch.
 
-        `before` is the (at_s, event_id) of the last event on the previous page.
+        `equal` maps columns to required values. `before` is the (at_s, event_id) of the previous page's last event.
         """
         query = select(audit).where(audit.c.at_s >= since_s)
         if tenant:
@@ -56,9 +56,9 @@ class AuditTable:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def expire(self, before_s: float, *, tenant: str = "", except_tenants: Sequence[str] = ()) -> int:
-        """Remove events older than `before_s`. Returns the number of events removed.
+        """Remove events recorded before `before_s` (seconds since the epoch). Returns the number of events removed.
 
-        `tenant` limits the removal to one tenant. Events of `except_tenants` stay.
+        `tenant` limits the removal to one tenant; "" means all tenants. Events of `except_tenants` stay.
         """
         old = delete(audit).where(audit.c.at_s < before_s)
         if tenant:

@@ -1,8 +1,8 @@
 """Asynchronous writer of audit events to the audit file and the audit table, with a rate limit.
 
-A caller that guesses keys causes a failure per request. So `write` does not block, the list of waiting events is
-bounded, and at most `per_second` failures and decisions are written individually in each second. Further failures and
-decisions in the same second are summarized in one event per kind, action and outcome, with the number of events.
+A caller that guesses keys causes one failure event per request. So `write` does not block, and the list of waiting
+events is bounded. In each second, at most `per_second` authentication failures and policy decisions are written
+individually. The others of that second are counted in one summary event per kind, action and outcome.
 Admin actions are never rate-limited.
 """
 

@@ -115,7 +115,7 @@ def restore(engine: Engine, file: Path) -> Counts:
 
 
 def _insert(connection: Connection, table: Table, columns: Sequence[str], rows: list[list[Any]]) -> None:
-    """Insert rows through the driver. The driver takes two thirds of the CPU time of SQLAlchemy's typed insert."""
+    """Insert rows with plain SQL through the driver, which needs a third less CPU time than SQLAlchemy's insert."""
     for at, name in enumerate(columns):
         if isinstance(table.c[name].type, JSON):
             for row in rows:

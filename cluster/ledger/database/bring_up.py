@@ -1,8 +1,8 @@
 """Prepare a database for this release: migrate SQLite, check PostgreSQL, or report why the database cannot be used.
 
-This module is also a program, which reads the database's URL from standard input. A gateway that is already serving
-calls runs the program. The check imports alembic and compares every table, which takes 0.2 s of a core. In a thread of
-the gateway, the check has blocked the event loop for 60 ms.
+The module can also run as a program, which reads the database's URL from standard input. A gateway that already serves
+calls runs the program instead of calling `prepare_database` in a thread. The check imports alembic and compares every
+table, which takes 0.2 s of CPU time. In a thread, the check has blocked the gateway's event loop for 60 ms.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def prepare_database(database_url: str) -> None:
 async def prepare_database_in_process(
     database_url: str, begun: Callable[[int], None] = lambda pid: None, timeout_s: float = TIMEOUT_S
 ) -> None:
-    """Run this module in a child process. Raises LedgerError.
+    """Run this module as a program in a child process. Raises LedgerError, also if `timeout_s` passes.
 
-    `begun` is called with the child's process id. Cancellation kills the child.
+    `begun` is called with the child's process id after the start. Cancellation kills the child.
     """
     pipe = asyncio.subprocess.PIPE
     try:

@@ -19,7 +19,7 @@ def next_change(connection: Connection) -> int:
 
 
 def require_reload(connection: Connection, number: int) -> None:
-    """Make readers reload all tenants and keys, because rows were deleted."""
+    """Make readers of snapshots older than change `number` reload all tenants and keys. Needed after a deletion."""
     connection.execute(update(change_sequence).where(change_sequence.c.id == 1).values(reload_from=number))
 
 

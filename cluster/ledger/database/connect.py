@@ -1,4 +1,4 @@
-"""Create SQLAlchemy engines. Transactions behave the same on SQLite and PostgreSQL."""
+"""Create SQLAlchemy engines whose transactions behave alike on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 

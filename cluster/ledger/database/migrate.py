@@ -2,9 +2,9 @@
 
 During an upgrade two releases use the same database. So every migration declares a kind. A migration of kind `expand`
 only adds, so the previous release still works. A migration of kind `contract` only removes what no supported release
-uses. `upgrade` stops before the first `contract` migration unless the argument `contract` is set. The table
-`schema_history` records the applied migrations. From this table an older release finds out whether a newer release
-has only expanded the database. If so, the older release continues to work.
+uses. `upgrade` applies `contract` migrations only if the argument `contract` is set; otherwise it stops before the
+first one. The table `schema_history` records the applied migrations. An older release continues to work if this table
+shows that newer releases have only expanded the database.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def _differences(connection: Connection) -> list[str]:
 def upgrade(engine: Engine, *, contract: bool = False, migrations: Migrations | None = None) -> tuple[str, ...]:
     """Apply pending migrations in one transaction. Returns the applied revisions.
 
-    Only one process at a time applies migrations. The function stops before the first `contract` migration unless
-    `contract` is set.
+    Only one process at a time applies migrations. If `contract` is False, the function stops before the first
+    migration of kind `contract`.
     """
     from alembic import command
 

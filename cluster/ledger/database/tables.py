@@ -5,8 +5,8 @@ JSON columns have the type JSON on SQLite and on PostgreSQL.
 `change_sequence` has one row. Every transaction that changes tenants or keys first adds 1 to the row's value, which
 locks the row until the commit. So numbers become visible in order, and a reader that has seen n has seen all changes
 up to n. (With a database sequence, 6 could be committed before 5, and a reader would miss 5.) Each row of `tenants`
-and `keys` carries the number of the row's last change, and readers select newer rows. `reload_from` is raised when
-rows are deleted.
+and `keys` has the number of the row's last change, and readers select rows with newer numbers. `reload_from` is the
+number of the last deletion of rows: a reader that has seen only smaller numbers reads all rows again.
 """
 
 from __future__ import annotations

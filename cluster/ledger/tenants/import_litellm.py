@@ -1,14 +1,14 @@
 """Import teams, keys, limits, budgets and aliases from LiteLLM. All keys stay valid.
 
-LiteLLM stores the SHA-256 of each key, and Headrace computes a key's digest from the SHA-256. `read` reads LiteLLM's
-rows. Any LiteLLM schema with teams is accepted; missing columns count as empty. `plan` decides without a database what
-each row becomes. The plan's notes name everything that cannot be imported, and the consequences. `apply` writes a plan
-and can be repeated.
+Keys stay valid because LiteLLM stores each key's SHA-256, from which Headrace computes its own digest. `read` reads
+LiteLLM's rows. Any LiteLLM schema with teams is accepted; missing columns count as empty. `plan` decides, without a
+database, which tenant or key each row becomes. The plan's notes name everything that cannot be imported, and the
+consequences. `apply` writes a plan and can be repeated.
 
-Rules: A team becomes a tenant. A key without a team belongs to the tenant of the key's user, or becomes a tenant. A
-key with its own models, limits, budget or aliases is more restricted than the key's team and becomes a tenant, because
-Headrace's keys have no limits and the import must not extend a key's rights. A budget is money in LiteLLM and tokens
-in Headrace, so budgets are imported only if a price is given.
+Rules: A team becomes a tenant. A key without a team belongs to the tenant of the key's user; a key without a user
+becomes a tenant. A key with its own models, limits, budget or aliases becomes a tenant too: keys in Headrace have no
+limits, and the import must not extend a key's rights. A budget is money in LiteLLM and tokens in Headrace, so budgets
+are imported only if a price is given.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ImportPlan:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """Numbers of tenants and keys that `apply` has written. `skipped` names the tenants and keys that it skipped."""
+    """Numbers of tenants and keys that `apply` has written. `skipped` has a message for each skipped tenant or key."""
 
     tenants: int
     keys: int
@@ -126,15 +126,15 @@ def read(database_url: str, password: str | None = None) -> LiteLLMRows:
 
 
 def plan(rows: LiteLLMRows, now_s: float, *, tokens_per_dollar: float | None = None) -> ImportPlan:
-    """Decide which tenants and keys are created from LiteLLM's rows."""
+    """Decide which tenants and keys to create from LiteLLM's rows. `now_s` is in seconds since the epoch."""
     return _Planner(rows, now_s, tokens_per_dollar).plan()
 
 
 def apply(import_plan: ImportPlan, ledger: Ledger) -> Applied:
     """Write a plan into the ledger. Raises LedgerError.
 
-    Tenants and keys of an earlier import stay unchanged. If a planned tenant has the name of an existing tenant that
-    was not imported from the same LiteLLM object, the planned tenant and its keys are skipped.
+    Tenants and keys of an earlier import stay unchanged. If a tenant from elsewhere already has a planned tenant's
+    name, the planned tenant and its keys are skipped.
     """
     skipped, tenants, keys = [], 0, 0
     foreign: set[str] = set()
@@ -172,7 +172,7 @@ def _source_of(ledger: Ledger, name: str) -> str:
 
 
 class _TenantPlan:
-    """The tenants to create, by name. `note` records the part of a row that cannot be imported."""
+    """The tenants to create, by name. `note` is called with a row's name and a message about the row."""
 
     def __init__(self, tokens_per_dollar: float | None, note: Callable[[str, str], None]) -> None:
         self._tokens_per_dollar = tokens_per_dollar
@@ -180,7 +180,7 @@ class _TenantPlan:
         self.planned: dict[str, PlannedTenant] = {}
 
     def add(self, where: str, wanted_name: Any, row: Row, aliases: Mapping[str, Any], source: str) -> str:
-        """Plan a tenant with the limits and models of a row. Returns the name, which is `wanted_name` if it is free."""
+        """Plan a tenant with a row's limits and models. Returns the tenant's name, a free variant of `wanted_name`."""
         name = self._free_name(str(wanted_name))
         limits = self._limits(where, row)
         models = _models(row)
@@ -207,7 +207,7 @@ class _TenantPlan:
         return name
 
     def narrow(self, name: str, team: TenantPolicy) -> None:
-        """Remove the models that the team may not use from a planned tenant."""
+        """Restrict a planned tenant to the models that the team may use. If none is left, the tenant is suspended."""
         planned = self.planned[name]
         allowed = tuple(m for m in planned.policy.models if team.allows(m))
         if not allowed:
@@ -258,7 +258,7 @@ class _TenantPlan:
 
 
 class _Planner:
-    """The walk over LiteLLM's rows: which tenant gets each key. Notes name the parts that cannot be imported."""
+    """Makes an ImportPlan from LiteLLM's rows: decides which tenants are created and which tenant gets each key."""
 
     def __init__(self, rows: LiteLLMRows, now_s: float, tokens_per_dollar: float | None) -> None:
         self._rows = rows
@@ -315,7 +315,7 @@ class _Planner:
         self._keys.append(PlannedKey(tenant, digest, printable, expires_at, bool(row.get("blocked"))))
 
     def _tenant_of_key(self, where: str, row: Row) -> str:
-        """Return the name of the tenant that gets a key. Plans the tenant if no planned tenant fits."""
+        """Return the name of the tenant that gets a key. If no planned tenant fits, plans a new tenant."""
         team, user = row.get("team_id"), row.get("user_id")
         alias = row.get("key_alias") or str(row["token"])[:8]
         own = self._own_restrictions(row)
@@ -334,7 +334,7 @@ class _Planner:
         )
 
     def _own_restrictions(self, row: Row) -> list[str]:
-        """Return the names of a key's own restrictions."""
+        """Return the columns, such as `models`, in which a key is more restricted than the key's team."""
         words = []
         if [m for m in _list(row.get("models")) if m not in ALL_MODELS]:
             words.append("models")
@@ -343,10 +343,10 @@ class _Planner:
         return words + (["aliases"] if _json(row.get("aliases")) else [])
 
     def _restricted_tenant(self, where: str, wanted_name: str, parent: str, row: Row) -> str:
-        """Plan a tenant for a restricted key of a team.
+        """Plan a tenant for a key that is more restricted than the key's team. `parent` is the team's tenant.
 
-        The tenant gets the team's models unless the key's models are narrower. If the team is suspended, the tenant is
-        suspended too.
+        If the key has no list of models, the tenant gets the team's models. If the team's tenant is suspended, the new
+        tenant is suspended too.
         """
         team = self._tenants.planned[parent]
         merged = dict(self._with_budget(row))
@@ -375,7 +375,7 @@ class _Planner:
         return {**row, **{name: budget[name] for name in names if row.get(name) is None and name in budget}}
 
     def _plan_old_key(self, row: Row) -> None:
-        """Plan a key that was rotated and stays valid until a later time."""
+        """Plan the old key of a rotation if the old key is still valid. It expires when it would expire in LiteLLM."""
         tenant, until = self._by_token.get(str(row["active_token_id"])), _seconds(row["revoke_at"])
         digest = _sha256(str(row["token"]))
         if tenant is not None and digest is not None and until is not None and until > self._now_s:
@@ -394,7 +394,7 @@ class _Planner:
 
 
 def _models(row: Row) -> tuple[str, ...]:
-    """Return the models of a row. The result is empty if the row allows no model."""
+    """Return the models that a row allows: ("*",) for all models, () for none."""
     models = _list(row.get("models"))
     if NO_MODELS in models:
         return tuple(m for m in models if m != NO_MODELS)

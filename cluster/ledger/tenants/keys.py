@@ -1,4 +1,4 @@
-"""The table of API keys. A new key is returned once. Only the key's digest under a pepper is stored."""
+"""The table of API keys. A new key is returned once, at its creation. Only the key's peppered digest is stored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Keys:
         request_id: str = "",
         validate_only: bool = False,
     ) -> NewKey:
-        """Create a key for a tenant with the origin `file` or `api`. Raises LedgerError, NotFound, AlreadyExists.
+        """Create a key for a tenant of either origin, `file` or `api`. Raises LedgerError, NotFound, AlreadyExists.
 
         With `request_id`, the key's id is derived from `request_id`, so that a repeated request creates no second key.
         """
@@ -94,7 +94,7 @@ class Keys:
     def rotate(self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None) -> NewKey:
         """Create a successor of a key, with the same name and role. Raises LedgerError, NotFound.
 
-        The old key stays valid for `overlap_s`, or until the old key expires if that is earlier.
+        The old key stays valid for `overlap_s` more seconds, at most until the old key's own expiry.
         """
         if not 0 <= overlap_s <= 366 * 86400:
             raise LedgerError("overlap_s: must be between 0 and 366 days")

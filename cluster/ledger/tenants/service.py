@@ -1,8 +1,8 @@
 """The tenant service: operations on tenants, keys, usage and audit for the admin API and the command line.
 
 `TenantService` is the interface. `LedgerTenantService` implements the interface on a database. The CLI's
-`RemoteTenantService` implements the interface over the admin API. Every change is audited, also a failed change.
-Suspending a tenant, deleting a tenant and revoking a key need a reason.
+`RemoteTenantService` implements the interface over the admin API. Every attempted change is audited, also if the
+change fails. Suspending a tenant, deleting a tenant and revoking a key need a reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 class TenantService(Protocol):
     """Operations on tenants, keys, usage and audit. Every operation may raise LedgerError or a subclass of LedgerError.
 
-    The names in `changes` and `own` are the configuration's field names. A value of None removes the field's value.
+    `changes` and `own` have the configuration's field names as keys. A value of None removes the field's value.
     """
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
@@ -68,9 +68,9 @@ class TenantService(Protocol):
         """Revoke a tenant's key."""
 
     def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """Return usage sums by group. With `cost`, each sum has a cost.
+        """Return usage sums by group. With `cost`, each group also has a cost.
 
-        The costs are computed with `rates`, or with the service's own rates if `rates` is None.
+        `rates`: prices from which the costs are computed; None means the service's own prices.
         """
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
@@ -92,7 +92,7 @@ class Actor:
 
 
 class _OperationAudit:
-    """The audit of one caller's operations. Every operation has one event, also an operation that fails."""
+    """The audit of one caller's operations. Each operation writes one event, whether it succeeds or fails."""
 
     def __init__(self, by: Actor, write: Callable[[AuditEvent], None], clock: Callable[[], float]) -> None:
         self._by = by
@@ -110,7 +110,7 @@ class _OperationAudit:
         details: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> T:
-        """Run an operation and audit the outcome. With `quiet`, which marks a dry run, the outcome is not audited."""
+        """Run an operation and audit the outcome. `quiet`: the operation is a dry run and is not audited."""
         outcome, result = "internal", None
         try:
             result = operation()
@@ -148,9 +148,9 @@ class _OperationAudit:
 class LedgerTenantService:
     """TenantService on a database. Operations run in the caller's thread.
 
-    Construction is cheap, so every caller gets a separate instance. `policy_of` builds a policy from a name and the
-    given fields. `write` receives audit events. `classes` has the valid priority classes; if `classes` is empty, every
-    class is valid. `may_grant` returns whether the caller may create, rotate and revoke keys of a role.
+    Construction is cheap, so every caller gets a separate instance. `policy_of` builds a policy from a tenant's name
+    and fields. `write` receives audit events. `classes` has the valid priority classes; if empty, every class is
+    valid. `may_grant` returns whether the caller may create, rotate and revoke keys with a given role.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class LedgerTenantService:
         request_id: str = "",
         validate_only: bool = False,
     ) -> StoredTenant:
-        """See TenantService. With `request_id`, an existing tenant with exactly the same policy is returned."""
+        """See TenantService. With `request_id`, an existing tenant with the same policy is returned, as for a retry."""
 
         def operation() -> StoredTenant:
             policy = self._policy_of(name, own)
@@ -215,7 +215,7 @@ class LedgerTenantService:
         return self.ledger.tenants.get(name)
 
     def tenants(self, after: str = "") -> Iterator[StoredTenant]:
-        """See TenantService. Returns only tenants with a name after `after`."""
+        """See TenantService. Returns only the tenants that follow `after` in the order of names."""
         while page := self.ledger.tenants.list(after=after, limit=PAGE):
             yield from page
             after = page[-1].policy.name
@@ -229,7 +229,7 @@ class LedgerTenantService:
         whole: Collection[str] = (),
         validate_only: bool = False,
     ) -> StoredTenant:
-        """See TenantService. The maps named in `whole` are replaced instead of merged key by key."""
+        """See TenantService. `whole` names fields, such as `limits`, that are replaced instead of merged key by key."""
 
         def operation() -> StoredTenant:
             if not changes:

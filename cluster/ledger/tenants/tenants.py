@@ -1,8 +1,8 @@
 """The table of tenants. Each tenant has a policy and an origin, `file` or `api`.
 
 Tenants that are declared in the configuration file have the origin `file` and are read-only here; only `declare`
-replaces their policies. The row of a deleted tenant is marked as removed and stays, because a new tenant with the same
-name would read the old tenant's usage.
+replaces their policies. The row of a deleted tenant stays and is marked as removed. The row keeps the name reserved, so
+that no new tenant with that name can read the deleted tenant's usage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cluster.policy.tenants.policy import PolicyError, TenantPolicy
 
 
 def digest_of_name(tenant: str) -> str:
-    """Return the digest of a tenant's name. After a tenant is erased, only this digest of the name is kept."""
+    """Return the digest of a tenant's name, which is all that is kept of an erased tenant."""
     return hashlib.sha256(b"headrace/erased\0" + tenant.encode()).hexdigest()
 
 

@@ -1,10 +1,10 @@
 """Access snapshots of a gateway: tenants and keys, polled from the database every half second, with a copy on disk.
 
 While the database is unreachable, the gateway uses the last snapshot, so that an outage locks no caller out. The last
-snapshot is used for at most `stale_after_s`, because a key that was revoked during the outage would still work. The
-age of a snapshot counts from the last successful poll: by the wall clock across a restart, by the monotonic clock
-within a process. So a step of the wall clock neither locks callers out nor keeps an old snapshot valid. A daemon
-thread polls the database. Readers get a reference to an immutable snapshot.
+snapshot is used for at most `stale_after_s` seconds, because it still accepts keys that were revoked during the outage.
+The age of a snapshot counts from the last successful poll. Within a process the age is measured by the monotonic clock,
+so a step of the wall clock does not change it; across a restart it is measured by the wall clock. A daemon thread polls
+the database. Readers get a reference to an immutable snapshot.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Watcher:
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the thread. If the thread still waits for the database after `timeout_s`, the daemon thread is left."""
+        """End the thread. If it still waits for the database after `timeout_s` seconds, it is left running."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout_s)

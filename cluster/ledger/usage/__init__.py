@@ -1,1 +1,1 @@
-"""Usage records, budget notices and resumed segments, from the gateway's spool to the database."""
+"""Usage records from the gateway's spool to the database, budget notices, resume claims and sealed records."""

@@ -1,8 +1,8 @@
 """Budget notices to send to a webhook. The first gateway that finds a notice stores the notice.
 
-Only one gateway at a time sends a notice: before each attempt, a gateway claims the attempt by moving `next_try_at`.
-If a gateway dies while sending, the notice is delayed and not lost. The receiver may then get the notice twice, with
-the same id.
+Only one gateway at a time sends a notice: before each attempt, the gateway claims the notice by moving `next_try_at`.
+If a gateway dies while sending, another gateway sends the notice later. The receiver may then get the notice twice,
+with the same id.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Longer than any budget's period, because a threshold must not be reported twice 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedNotice:
-    """A notice that this gateway has claimed and must send now. `attempts` includes the claimed attempt."""
+    """A notice that this gateway has claimed and must send now. `attempts` counts this attempt too."""
 
     notice: BudgetNotice
     noticed_at_s: float
@@ -35,7 +35,7 @@ class ClaimedNotice:
 
 
 def retry_delay_s(attempts: int) -> float:
-    """Return the number of seconds until the next attempt, after `attempts` attempts."""
+    """Return the pause in seconds after `attempts` failed attempts."""
     return min(FIRST_PAUSE_S * 2.0 ** min(attempts - 1, 20), LONGEST_PAUSE_S)
 
 

@@ -1,11 +1,10 @@
 """Records of a call: the open record when the call is submitted, and the usage record when the call ends.
 
 Both records have a form in plain JSON. The `record_id` is chosen once, when the call opens, and is sent to the worker
-in the sealed open record. Gateways and workers may report the end of a call several times and in any order; every
-report writes the row with the call's `record_id`. A row is replaced only if the row is an estimate, and only by an
-exact report or by a larger estimate. (`delivered_unknown` marks an estimate: the gateway was lost, and the delivered
-tokens are taken from what the worker had written to the gateway's link.) So all reports of a call, in any order, end
-in one row.
+in the sealed open record. Gateways and workers may report the end of a call several times and in any order. Every
+report writes the same row of the database, found by `record_id`. An exact row is final. An estimated row is replaced by
+an exact report or by a larger estimate. Estimates have `delivered_unknown` set: the gateway was lost, and the number of
+delivered tokens is what the worker had written to the gateway's link.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Resume claims. Each segment of a broken stream can be resumed once: the first gateway that claims a segment wins."""
+"""Resume claims in the database: of the gateways that want to resume the same broken stream, the first one wins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.ledger.database.tables import resumed
 
 
 class ResumedSegments:
-    """The table of claimed segment names.
+    """The table of claimed names. cluster/gateway/resume_tokens/claim.py defines which names a resume claims.
 
     Backups do not contain the table, because resume tokens are valid for minutes only.
     """
@@ -21,9 +21,9 @@ class ResumedSegments:
         self._engine = engine
 
     def claim(self, names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
-        """Claim segments in one transaction. Each entry of `names` is a (name, expires_at_s).
+        """Claim names in one transaction. Each entry of `names` is a (name, expires_at_s), in seconds since the epoch.
 
-        Returns one value per entry: True if the segment was unclaimed. Raises StoreUnavailable.
+        Returns one value per entry: True if the name was unclaimed. Raises StoreUnavailable.
         """
         first: dict[str, int] = {}
         for at, (name, _) in enumerate(names):

@@ -1,10 +1,10 @@
 """Authenticated encryption of open records and resume tokens, which workers and clients keep for the gateways.
 
 The cipher is AES-256-GCM, under keys derived from the gateways' common secret. Each process derives a key from the
-secret and a random salt. After MESSAGES_PER_SALT messages the process draws a new salt and derives a new key, because
-a key with random 96-bit nonces is safe for 2^32 messages, and a busy cluster seals 2^32 messages in weeks. The layout
-of sealed data is: version (1 byte), number of the secret (4 bytes), salt (16 bytes), nonce (12 bytes), ciphertext and
-tag. The bytes before the nonce are authenticated too.
+secret and a random salt. A key with random 96-bit nonces is safe for 2^32 messages, which a busy cluster seals in
+weeks. So the process draws a new salt and derives a new key after MESSAGES_PER_SALT messages. The layout of sealed data
+is: version (1 byte), number of the secret (4 bytes), salt (16 bytes), nonce (12 bytes), ciphertext and tag. The bytes
+before the nonce are authenticated too.
 """
 
 from __future__ import annotations

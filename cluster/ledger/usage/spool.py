@@ -1,8 +1,8 @@
 """The spool: usage records are written to local files first, then to the database, exactly once despite crashes.
 
-No record is lost: a record is *durable* once the record's line is fsynced. Only a durable record is acknowledged, and
-only then does the worker drop its copy of the record. A segment file is deleted only after the database has committed
-all records of the segment. So a durable record is always in a segment or in the database.
+No record is lost: a record is *durable* once the record's line is fsynced. The gateway acknowledges only durable
+records, and the worker keeps its copy until the acknowledgement. A segment file is deleted only after the database has
+committed all records of the segment. So a durable record is always in a segment or in the database.
 
 No record is stored twice: after a crash between commit and deletion the segment is replayed, and the database stores
 each record id once.

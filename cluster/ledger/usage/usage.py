@@ -27,8 +27,8 @@ class UsageTable:
     def insert(self, records: Sequence[UsageRecord]) -> None:
         """Insert all of the records, or none. Raises StoreUnavailable.
 
-        An existing row stays unless the row is an estimate and the new record is exact or estimates more tokens. (A
-        retried call has one estimate per worker.) A record is dropped if the tenant was erased after the call opened.
+        An exact row is final. An estimated row is replaced by an exact record or by a larger estimate. (A retried call
+        has one estimate per worker.) A record is dropped if the tenant was erased after the call opened.
         """
         deduplicated = _best_per_id(records)
         if not deduplicated:
@@ -82,9 +82,9 @@ class UsageTable:
     def tokens_since(
         self, since_day: str, tenants: Iterable[str] | None = None, *, before_day: str = ""
     ) -> dict[str, int]:
-        """Return prompt plus completion tokens by tenant, which is how budgets count tokens.
+        """Return the sum of prompt and completion tokens by tenant, as budgets count tokens.
 
-        The sums begin with `since_day` and end before `before_day`.
+        The sums include `since_day` and exclude `before_day` ("" means no end). `tenants` None means all tenants.
         """
         query = select(usage.c.tenant, func.sum(usage.c.prompt_tokens + usage.c.completion_tokens))
         query = query.where(usage.c.day >= since_day).group_by(usage.c.tenant)
@@ -96,7 +96,7 @@ class UsageTable:
             return {tenant: int(total) for tenant, total in connection.execute(query)}
 
     def expire(self, before_s: float, *, tenant: str = "", except_tenants: Sequence[str] = ()) -> int:
-        """Remove records of calls that opened before `before_s`. Returns the number of records removed.
+        """Remove records of calls that opened before `before_s` (epoch seconds). Returns the number of records removed.
 
         `tenant` limits the removal to one tenant. Records of `except_tenants` stay. Records are removed in batches, so
         that inserts never wait long for the database.
@@ -118,10 +118,10 @@ class UsageTable:
 
 
 def _best_per_id(records: Sequence[UsageRecord]) -> list[UsageRecord]:
-    """Return the best record of each id: an exact record, or else the largest estimate.
+    """Return the best record of each id, ordered by id: an exact record if there is one, else the largest estimate.
 
-    One SQL statement may not change the same row twice. The records are ordered by id, so that gateways that report
-    the same calls lock rows in the same order.
+    There is one record per id because an SQL statement may change a row only once. With the order, gateways that
+    report the same calls lock rows in the same order.
     """
     best: dict[str, UsageRecord] = {}
     for record in records:
@@ -168,7 +168,7 @@ def _conditions(usage_query: UsageQuery) -> list[ColumnElement[bool]]:
 
 
 def _fold(usage_query: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Prices | None) -> list[dict[str, Any]]:
-    """Sum rows by group. With `rates`, the argument `rows` has one row per group and accelerator."""
+    """Sum rows by group. With `rates`, the sums have costs, and `rows` must have one row per group and accelerator."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         key = tuple(str(row[f"d{at}"]) for at in range(len(usage_query.group_by)))

@@ -1,4 +1,4 @@
-"""Table of the segments of broken streams that a gateway has claimed."""
+"""Table of resume claims: names that gateways have claimed in order to resume broken streams."""
 
 from __future__ import annotations
 
