@@ -22,6 +22,7 @@ from cluster import http2
 from tests.http2.conftest import SERVICE, Serve, _serve
 from tests.http2.raw import raw_client
 from tests.support.certificates import Authority
+from tests.support.cluster import until
 
 pytestmark = pytest.mark.slow
 
@@ -268,9 +269,7 @@ async def test_an_old_connection_cuts_no_stream(serve: Serve) -> None:
         assert not forever.done()
         forever.cancel()
         await asyncio.wait_for(echo.seen.cancelled.wait(), 5)
-        async with asyncio.timeout(10):
-            while echo.server.connections:
-                await asyncio.sleep(0.01)
+        await until(lambda: not echo.server.connections, "the connection is closed after its last call")
 
 
 async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
