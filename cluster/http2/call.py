@@ -16,9 +16,9 @@ from h2.errors import ErrorCodes
 from cluster.http2 import frames
 from cluster.http2.lifetime import ConnectionLifetime
 from cluster.http2.limits import CLIENT_FAULT, Charges, ServerLimits
-from cluster.http2.messages import BadMessage, CallHead, Metadata, headers_of, status_message
+from cluster.http2.messages import BadMessage, RequestHead, Metadata, headers_of, status_message
 from cluster.http2.output import ConnectionCore
-from cluster.http2.request_body import RequestReader
+from cluster.http2.request_body import RequestStream
 from cluster.http2.response import ResponseWriter
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ class ServerCall(ResponseWriter):
     buffers at most the messages that a writer sends between two checks of `full`.
     """
 
-    def __init__(self, core: ConnectionCore, owner: OpenCalls, stream: H2Stream, head: CallHead) -> None:
-        request = RequestReader(core, stream.stream_id, head.encoding, self.abort, self._too_slow)
+    def __init__(self, core: ConnectionCore, owner: OpenStreams, stream: H2Stream, head: RequestHead) -> None:
+        request = RequestStream(core, stream.stream_id, head.encoding, self.abort, self._too_slow)
         super().__init__(core, stream, head.path, request, owner.done)
         self.owner = owner
         self.header_bytes = head.size
@@ -249,7 +249,7 @@ class CallTable:
         return call
 
 
-class OpenCalls:
+class OpenStreams:
     """The open calls of one connection: opened by the client's frames, limited, and ended once."""
 
     def __init__(
@@ -258,7 +258,7 @@ class OpenCalls:
         table: CallTable,
         lifetime: ConnectionLifetime,
         charges: Charges,
-        start: Callable[[ServerCall, CallHead], None],
+        start: Callable[[ServerCall, RequestHead], None],
         on_admitted: Callable[[], None],
         on_end: Callable[[], None],
     ) -> None:
@@ -289,7 +289,7 @@ class OpenCalls:
             connection.output.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
             self._drop_refused(stream_id)
             return
-        head = CallHead.of(event.headers, size)
+        head = RequestHead.of(event.headers, size)
         call = ServerCall(connection, self, stream, head)
         if not head.is_grpc:
             if event.stream_ended is not None:

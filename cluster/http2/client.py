@@ -65,7 +65,7 @@ async def connect(
     """
     host, _, port = address.rpartition(":")
     _, connection = await asyncio.get_running_loop().create_connection(
-        lambda: ClientConnection(max_message_bytes, window_bytes, ping_s, ping_answer_s),
+        lambda: GrpcClientConnection(max_message_bytes, window_bytes, ping_s, ping_answer_s),
         host.strip("[]"),
         int(port),
         ssl=tls,
@@ -76,7 +76,7 @@ async def connect(
 class GrpcClient:
     """A connection to one server, made by `connect`."""
 
-    def __init__(self, connection: ClientConnection, address: str, *, secure: bool) -> None:
+    def __init__(self, connection: GrpcClientConnection, address: str, *, secure: bool) -> None:
         self.connection = connection
         self._address = address.encode()
         self._scheme = b"https" if secure else b"http"
@@ -151,7 +151,7 @@ class Keepalive:
             self._on_silence()
 
 
-class ClientConnection(asyncio.BufferedProtocol):
+class GrpcClientConnection(asyncio.BufferedProtocol):
     """The transport and the HTTP/2 state of one client, with the calls that are open."""
 
     output: ConnectionOutput
@@ -294,7 +294,7 @@ class ClientConnection(asyncio.BufferedProtocol):
 class ClientCall:
     """A call on the client's side, with the read and write methods of a grpc.aio call."""
 
-    def __init__(self, connection: ClientConnection, stream_id: int, serialize: Serialize, parse: Parse) -> None:
+    def __init__(self, connection: GrpcClientConnection, stream_id: int, serialize: Serialize, parse: Parse) -> None:
         self._connection = connection
         self._h2 = connection.h2
         self._output = connection.output

@@ -11,13 +11,13 @@ from h2 import events
 from h2.settings import SettingCodes
 from hyperframe.frame import Frame, SettingsFrame
 
-from cluster.http2.call import CallTable, OpenCalls, ServerCall
+from cluster.http2.call import CallTable, OpenStreams, ServerCall
 from cluster.http2.connection_table import ConnectionSlot, ConnectionStage
 from cluster.http2.frame_intake import FrameIntake
 from cluster.http2.frames import FrameReader
 from cluster.http2.lifetime import ConnectionLifetime, ConnectionLog
 from cluster.http2.limits import Budget, Charges, ServerLimits
-from cluster.http2.messages import CallHead
+from cluster.http2.messages import RequestHead
 from cluster.http2.output import ConnectionCore
 from cluster.http2.read_slices import ReadTurns
 from cluster.http2.timeouts import ConnectionTimeouts
@@ -44,7 +44,7 @@ class ServerParts(NamedTuple):
     turns: ReadTurns
     log: ConnectionLog
     connections: set[Connection]
-    start_call: Callable[[ServerCall, CallHead], None]
+    start_call: Callable[[ServerCall, RequestHead], None]
     """Starts a call whose head has arrived, or refuses the call."""
     on_call_end: Callable[[], None]
 
@@ -70,7 +70,7 @@ class Connection:
         self._table = CallTable(limits, max_calls)
         note = partial(server.log.note, core.peer)
         self.lifetime = ConnectionLifetime(core, self._reader, self._table.by_stream, note)
-        self.calls = OpenCalls(
+        self.calls = OpenStreams(
             core, self._table, self.lifetime, self._charges, server.start_call, self._raise_limits, server.on_call_end
         )
         self.intake = FrameIntake(

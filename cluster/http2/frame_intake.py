@@ -10,7 +10,7 @@ from typing import Final
 from h2.exceptions import H2Error, ProtocolError
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
 
-from cluster.http2.call import OpenCalls
+from cluster.http2.call import OpenStreams
 from cluster.http2.frames import DATA, WINDOW_UPDATE, FrameReader
 from cluster.http2.lifetime import ConnectionLifetime
 from cluster.http2.limits import STREAMS_PER_UNIT, Charges
@@ -37,7 +37,7 @@ class FrameIntake:
         core: ConnectionCore,
         reader: FrameReader,
         charges: Charges,
-        calls: OpenCalls,
+        calls: OpenStreams,
         lifetime: ConnectionLifetime,
         turns: ReadTurns,
         handle: Callable[[Frame], None],

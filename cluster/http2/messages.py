@@ -133,7 +133,7 @@ class Inflater:
             raise BadMessage(f"cannot decompress the message: {error}") from None
 
 
-class CallHead(NamedTuple):
+class RequestHead(NamedTuple):
     """The head of a call. `problem`: the error in the header fields, empty if the fields are valid."""
 
     path: str
@@ -147,7 +147,7 @@ class CallHead(NamedTuple):
     is_grpc: bool = True
 
     @classmethod
-    def of(cls, headers: Sequence[tuple[bytes, bytes]], size: int) -> CallHead:
+    def of(cls, headers: Sequence[tuple[bytes, bytes]], size: int) -> RequestHead:
         """Parse the header fields of a request."""
         fields = dict(headers)
         if fields.get(b":method") != b"POST" or not fields.get(b"content-type", b"").startswith(b"application/grpc"):

@@ -177,7 +177,7 @@ class RequestBody:
 Abort = Callable[[grpc.StatusCode, str], Awaitable[NoReturn]]
 
 
-class RequestReader:
+class RequestStream:
     """The request of one call, as the call's handler reads it: decompressed, and parsed if there are many messages."""
 
     def __init__(

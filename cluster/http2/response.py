@@ -13,7 +13,7 @@ from cluster.http2 import frames
 from cluster.http2.frames import DATA_HEAD, MESSAGE_HEAD
 from cluster.http2.messages import headers_of
 from cluster.http2.output import ConnectionCore
-from cluster.http2.request_body import RequestReader
+from cluster.http2.request_body import RequestStream
 
 if TYPE_CHECKING:
     from h2.stream import H2Stream
@@ -27,7 +27,7 @@ class ResponseWriter:
     """The answer to one call. `send` accepts a message at once, and buffers what the client's windows do not allow."""
 
     def __init__(
-        self, core: ConnectionCore, stream: H2Stream, path: str, request: RequestReader, on_end: Callable[[int], None]
+        self, core: ConnectionCore, stream: H2Stream, path: str, request: RequestStream, on_end: Callable[[int], None]
     ) -> None:
         """`on_end`: called with the stream id once the status was sent."""
         self.path = path

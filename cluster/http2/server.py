@@ -20,7 +20,7 @@ from cluster.http2.connection_table import ConnectionSlot
 from cluster.http2.lifetime import ConnectionLog
 from cluster.http2.limits import Budget, ServerLimits
 from cluster.http2.listener import ConnectionAdmission, Listener, listening_socket
-from cluster.http2.messages import ENCODINGS, BadMessage, CallHead, Metadata
+from cluster.http2.messages import ENCODINGS, BadMessage, RequestHead, Metadata
 from cluster.http2.read_slices import ReadTurns
 
 log = structlog.get_logger("rpc")
@@ -68,7 +68,7 @@ class CallRunner:
         """End the calls that are cancelled from now on with UNAVAILABLE."""
         self.stopping = True
 
-    def start(self, call: ServerCall, head: CallHead) -> None:
+    def start(self, call: ServerCall, head: RequestHead) -> None:
         """Start a call whose head has arrived, or refuse the call."""
         if head.encoding not in ENCODINGS:
             call.set_trailing_metadata((("grpc-accept-encoding", ",".join(ENCODINGS)),))

@@ -8,7 +8,7 @@ from typing import Final
 
 from h2.exceptions import H2Error
 
-from cluster.http2.call import OpenCalls
+from cluster.http2.call import OpenStreams
 from cluster.http2.frame_intake import FrameIntake
 from cluster.http2.lifetime import ConnectionLifetime
 from cluster.http2.messages import BadMessage
@@ -22,7 +22,7 @@ class ConnectionTimeouts:
     """The checks of one connection's time limits, from the start of the connection."""
 
     def __init__(
-        self, core: ConnectionCore, lifetime: ConnectionLifetime, intake: FrameIntake, calls: OpenCalls, age_s: float
+        self, core: ConnectionCore, lifetime: ConnectionLifetime, intake: FrameIntake, calls: OpenStreams, age_s: float
     ) -> None:
         """`age_s`: age limit of the connection in seconds, 0 for none."""
         self.greeted = False

@@ -16,7 +16,7 @@ from cluster.http2.messages import (
     INFLATE_BYTES,
     Assembler,
     BadMessage,
-    CallHead,
+    RequestHead,
     Inflater,
     headers_of,
     metadata_of,
@@ -150,10 +150,10 @@ def test_any_client_reads_our_headers(fields: list[tuple[bytes, bytes]], end: bo
 def test_the_head_of_a_call_is_parsed_and_its_error_is_reported() -> None:
     """A head has the call's path, deadline, encoding and metadata. An invalid field is reported, not raised."""
     fields = [(b":method", b"POST"), (b":path", b"/a/B"), (b"content-type", b"application/grpc+proto"), (b"k", b"v")]
-    assert CallHead.of(fields, 7) == CallHead("/a/B", (("k", "v"),), None, "identity", 7)
-    with_time = CallHead.of([*fields, (b"grpc-timeout", b"2S"), (b"grpc-encoding", b"gzip")], 0)
+    assert RequestHead.of(fields, 7) == RequestHead("/a/B", (("k", "v"),), None, "identity", 7)
+    with_time = RequestHead.of([*fields, (b"grpc-timeout", b"2S"), (b"grpc-encoding", b"gzip")], 0)
     assert (with_time.timeout_s, with_time.encoding) == (2.0, "gzip")
     for wrong in ((b"grpc-timeout", b"soon"), (b"x-bin", b"?")):
-        assert CallHead.of([*fields, wrong], 0).problem
-    assert not CallHead.of([(b":method", b"GET"), *fields[1:]], 0).is_grpc
-    assert not CallHead.of([*fields[:2], (b"content-type", b"text/plain")], 0).is_grpc
+        assert RequestHead.of([*fields, wrong], 0).problem
+    assert not RequestHead.of([(b":method", b"GET"), *fields[1:]], 0).is_grpc
+    assert not RequestHead.of([*fields[:2], (b"content-type", b"text/plain")], 0).is_grpc

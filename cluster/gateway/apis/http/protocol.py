@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from cluster.gateway.apis.http.connection import HttpConnection
-from cluster.gateway.apis.http.timeouts import ConnectionTimeouts, Late, TimeoutLimits
+from cluster.gateway.apis.http.timeouts import HttpTimeouts, Late, TimeoutLimits
 from cluster.http2 import ConnectionSlot, ConnectionStage
 
 CONNECTION: Final = "headrace.connection"
@@ -105,7 +105,7 @@ class _Flow(FlowControl):
 class HttpProtocol(HttpToolsProtocol):
     """An HTTP/1 connection. The ASGI scope of each request holds the connection's `HttpConnection`."""
 
-    timeouts: ConnectionTimeouts
+    timeouts: HttpTimeouts
     connection: HttpConnection
 
     def __init__(self, config: Config, state: ServerState, held: ConnectionSlot, limits: TimeoutLimits) -> None:
@@ -144,7 +144,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._held.connection = self
         if self._held.released:
             self.transport.abort()
-        self.timeouts = ConnectionTimeouts(self._limits, self.loop.time())
+        self.timeouts = HttpTimeouts(self._limits, self.loop.time())
         self.flow = _Flow(self)
         self.connection = HttpConnection(transport, self.flow, self._held, self._refuse_body, self._end_after_answer)
         self._timer = self.loop.call_later(self._limits.check_s, self._check)

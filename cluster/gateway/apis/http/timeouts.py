@@ -53,7 +53,7 @@ class Late(Enum):
     UNREAD = "the client does not read"
 
 
-class ConnectionTimeouts:
+class HttpTimeouts:
     """The state of one connection, checked against the time limits."""
 
     __slots__ = ("_body_bytes", "_first", "_limits", "_part", "_paused", "_since", "_unread_bytes", "_unread_since")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.apis.http.timeouts import ConnectionTimeouts, Late, TimeoutLimits
+from cluster.gateway.apis.http.timeouts import HttpTimeouts, Late, TimeoutLimits
 
 LIMITS = TimeoutLimits()
 
 
-def checked(timeouts: ConnectionTimeouts, start: float, end: float, unsent_bytes: int = 0) -> tuple[float, Late] | None:
+def checked(timeouts: HttpTimeouts, start: float, end: float, unsent_bytes: int = 0) -> tuple[float, Late] | None:
     """Return the time and the reason of the first check in (start, end] that finds the client late; None if no check
     does."""
     now = start + LIMITS.check_s
@@ -24,7 +24,7 @@ def checked(timeouts: ConnectionTimeouts, start: float, end: float, unsent_bytes
 @given(gap_s=st.floats(0.1, 30.0))
 def test_a_dribbled_head_is_cut_whatever_its_rhythm(gap_s: float) -> None:
     """A connection is closed if the first request head does not end in time, however the bytes of the head arrive."""
-    timeouts, now = ConnectionTimeouts(LIMITS, 0.0), 0.0
+    timeouts, now = HttpTimeouts(LIMITS, 0.0), 0.0
     due = LIMITS.check_s
     while now < 60.0:
         now = min(now + gap_s, due)
@@ -41,10 +41,10 @@ def test_a_dribbled_head_is_cut_whatever_its_rhythm(gap_s: float) -> None:
 
 def test_a_connection_without_a_request_is_cut_sooner_than_one_between_requests() -> None:
     """A connection that has sent no request is closed sooner than a connection that is idle between two requests."""
-    silent = checked(ConnectionTimeouts(LIMITS, 0.0), 0.0, 60.0)
+    silent = checked(HttpTimeouts(LIMITS, 0.0), 0.0, 60.0)
     assert silent is not None
     assert silent[0] <= 20.0
-    used = ConnectionTimeouts(LIMITS, 0.0)
+    used = HttpTimeouts(LIMITS, 0.0)
     used.began_head(1.0)
     used.ended_head()
     used.ended_body()
@@ -62,7 +62,7 @@ def test_a_body_is_cut_for_a_slow_period_and_never_for_the_gateways_own_pauses(
 ) -> None:
     """A connection is closed after a period in which the body arrived slowly, but never for a period in which the
     gateway did not read."""
-    timeouts = ConnectionTimeouts(LIMITS, 0.0)
+    timeouts = HttpTimeouts(LIMITS, 0.0)
     timeouts.began_head(0.0)
     timeouts.ended_head()
     now = 0.0
@@ -81,7 +81,7 @@ def test_a_body_is_cut_for_a_slow_period_and_never_for_the_gateways_own_pauses(
 def test_a_client_that_takes_nothing_is_cut_and_one_that_takes_little_is_not() -> None:
     """The connection of a client that reads no byte of a response is closed. The connection of a client that reads a
     little is kept."""
-    timeouts = ConnectionTimeouts(LIMITS, 0.0)
+    timeouts = HttpTimeouts(LIMITS, 0.0)
     timeouts.began_head(0.0)
     timeouts.ended_head()
     timeouts.ended_body()
@@ -96,7 +96,7 @@ def test_a_client_that_takes_nothing_is_cut_and_one_that_takes_little_is_not() -
 
 def test_the_rest_of_a_refused_body_has_seconds() -> None:
     """A connection is closed if the rest of a refused body does not arrive within seconds."""
-    timeouts = ConnectionTimeouts(LIMITS, 0.0)
+    timeouts = HttpTimeouts(LIMITS, 0.0)
     timeouts.began_head(0.0)
     timeouts.ended_head()
     timeouts.answered(1.0, complete=False)
