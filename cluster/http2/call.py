@@ -16,7 +16,7 @@ from h2.errors import ErrorCodes
 from cluster.http2 import frames
 from cluster.http2.lifetime import ConnectionLifetime
 from cluster.http2.limits import CLIENT_FAULT, Charges, ServerLimits
-from cluster.http2.messages import BadMessage, RequestHead, Metadata, headers_of, status_message
+from cluster.http2.messages import BadMessage, Metadata, RequestHead, headers_of, status_message
 from cluster.http2.output import ConnectionCore
 from cluster.http2.request_body import RequestStream
 from cluster.http2.response import ResponseWriter

@@ -20,7 +20,7 @@ from cluster.http2.connection_table import ConnectionSlot
 from cluster.http2.lifetime import ConnectionLog
 from cluster.http2.limits import Budget, ServerLimits
 from cluster.http2.listener import ConnectionAdmission, Listener, listening_socket
-from cluster.http2.messages import ENCODINGS, BadMessage, RequestHead, Metadata
+from cluster.http2.messages import ENCODINGS, BadMessage, Metadata, RequestHead
 from cluster.http2.read_slices import ReadTurns
 
 log = structlog.get_logger("rpc")
