@@ -25,7 +25,7 @@ class _TenantQueue:
 
 
 class TenantQueues:
-    """Queues of waiting sequences, one for each tenant in each class, over all models."""
+    """Queues of waiting sequences over all models, one queue for each tenant and class."""
 
     def __init__(self, weight_of: Callable[[str], float], is_waiting: Callable[[WaitingSequence], bool]) -> None:
         """Create empty queues. `is_waiting` says whether an added sequence still waits."""
@@ -68,7 +68,7 @@ class TenantQueues:
             del queues[waiting.tenant]
 
     def last_of_longest(self, below: WaitingSequence) -> WaitingSequence | None:
-        """Return the sequence to shed so that `below` can enter, or None if no sequence may be shed for `below`."""
+        """Return the sequence to shed in favour of `below`, the new sequence, or None if none may be shed for it."""
         longest = self._longest = self._longest if self._longest is not None else self._all_lengths()
         self._adds_unasked = 0
         for rank in sorted(longest, reverse=True):
