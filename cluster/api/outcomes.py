@@ -79,7 +79,7 @@ class Outcome(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OutcomeStatus:
-    """Answer of the APIs to an outcome. `retry_after_s`: default delay before a retry; None: the answer names none."""
+    """Answer of the APIs to an outcome. `retry_after_s`: default delay before a retry, or None for no delay hint."""
 
     grpc: str
     http: int

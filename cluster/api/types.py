@@ -34,9 +34,9 @@ class Grammar:
 class Sampling:
     """Sampling parameters for the engine, with the model's defaults applied. The gateway handles stop strings.
 
-    `logprobs`: None for no log probabilities, 0 for the sampled token only, k to add the k most likely tokens. `top_k`:
-    0 is off. `stop_token_ids`: the caller's stop tokens. The engine adds the EOS ids of the generation config unless
-    `ignore_eos` is set.
+    `logprobs`: None for none, 0 for the sampled token only, k to add the k most likely tokens. `top_k`: 0 is off.
+    `stop_token_ids`: the caller's stop tokens. If `ignore_eos` is False, the engine also stops at the generation
+    config's EOS ids.
     """
 
     max_tokens: int
@@ -336,8 +336,8 @@ class VersionShare:
     quarantined: bool = False
     """The version gets no new calls, and the version's running calls are resumed on other versions where possible."""
     ttft_ratio: float = 0.0
-    """For a canary: gateways count its calls whose time to first token exceeds the stable version's times this
-    factor."""
+    """For a canary: gateways count the calls whose first token takes more than this number of times as long as the
+    first token of a call to the stable version."""
 
 
 @dataclass(frozen=True, slots=True)
