@@ -3,9 +3,9 @@
 Problem: a canary is checked every second for hours, on few calls. A test with a 5 % false-positive rate would give a
 wrong verdict every twenty seconds.
 
-Invariant: if the canary is no worse than the configured ratio allows, the probability of a rollback because of errors
-is at most ALPHA, and the probability of a rollback because of TTFT is at most ALPHA. This holds however often and for
-however long the canary is checked.
+Invariant: a canary that is no worse than the configured ratio allows is rolled back because of errors with a
+probability of at most ALPHA, and because of TTFT with a probability of at most ALPHA. The bound does not depend on the
+number of checks.
 
 Method: both tests bet against the hypothesis "no worse than allowed" (an e-process; Ville's inequality gives the
 bound).

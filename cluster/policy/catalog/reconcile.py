@@ -7,8 +7,8 @@ Invariants: the only change to an existing application is a change of the number
 (`model@version+digest`) identifies everything that the replicas are started with, so a changed entry becomes a new
 application beside the old one. The old application stays until the new one serves with as many replicas. Then the old
 application gets no new calls, and is deleted once no call is left or the drain time is over. If the replicas of both
-applications do not fit, the old application gives up one replica at a time, and only while Ray cannot place the
-replicas of the new application. A new application that fails to start takes no replica from the old one.
+applications do not fit, the old application gives up one replica at a time, as long as Ray cannot place a replica of
+the new application. A new application that fails to start takes no replica from the old one.
 
 Steps are listed in the order in which they must run: steps that free GPUs come first.
 """
@@ -158,9 +158,9 @@ def reconcile(
     """Plan the next steps. The plan has no steps if everything is as wanted.
 
     The first wanted application of a model replaces applications of versions that are no longer wanted. `empty`:
-    applications without a call, and applications whose drain time is over. `frozen`: models for which nothing new is
-    started and nothing is replaced. `dropped`: (model, version) pairs that get no calls, so their applications are
-    retired at once. `now_s` is wall-clock time, like the `deployed_at_s` of Ray.
+    applications that may be deleted: they have no call, or their drain time is over. `frozen`: models for which nothing
+    new is started and nothing is replaced. `dropped`: (model, version) pairs that get no calls, so their applications
+    are retired at once. `now_s` is wall-clock time, like the `deployed_at_s` of Ray.
     """
     actions: list[Action] = []
     retired: set[str] = set()

@@ -46,9 +46,9 @@ class VersionOverride:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaShare:
-    """Share of the calls and state of one version.
+    """One version's share of the calls (`weight`, in [0, 1]) and its state.
 
-    `gone`: the reason why the version must not run, or "".
+    `gone`: the reason why the version must not run, or "". `quarantined`: the version runs without calls.
     """
 
     version: str

@@ -268,7 +268,7 @@ class FairOrder:
         return f"FairOrder({len(self._where)} waiting, {len(self._flows.classes())} classes, {len(self._open)} charged)"
 
     def _remove_waiting(self, call_id: str) -> tuple[Flow, Charge | None]:
-        """Remove a waiting sequence. Returns its flow and its pending charge; None if it was charged before."""
+        """Remove a waiting sequence. Returns its flow, and the charge to make, or None if it was charged before."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
             flow.remove(serial)
@@ -307,7 +307,7 @@ class FairOrders:
             order.sweep(now)
 
     def retain_models(self, models: Iterable[str]) -> None:
-        """Forget models that are not listed, unless a sequence of the model waits or has an open charge."""
+        """Forget the orders of models outside `models`. Orders with a waiting sequence or an open charge are kept."""
         known = set(models)
         for model, order in list(self._orders.items()):
             statistics = order.statistics()

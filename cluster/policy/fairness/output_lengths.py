@@ -26,8 +26,8 @@ KEPT = 64
 DEFAULT_TOKENS = 256
 QUANTILE = 0.95
 RELEARNT_PART = 16
-"""The survival curve is computed again only when at least 1 / RELEARNT_PART of the kept outputs are new, because this
-costs as much as sorting the outputs."""
+"""The survival curve is computed again only when at least 1 / RELEARNT_PART of the kept outputs are new. Computing the
+curve costs as much as sorting the outputs."""
 
 
 class _Lengths:

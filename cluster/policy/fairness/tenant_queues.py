@@ -3,8 +3,8 @@
 Problem: a full waiting room must shed the lowest class first. Within a class, a flooding tenant must not take the
 places of other tenants.
 
-Invariant: the victim has a lower class than the new sequence, or the same class. With the same class, the queue of the
-victim's tenant is longer by weight than the queue of the new sequence's tenant would become.
+Invariant: the victim has a lower class than the new sequence, or an equal class and a tenant with a longer queue. Queue
+lengths are divided by the tenant's weight, and the new sequence counts as if it had entered.
 """
 
 from __future__ import annotations

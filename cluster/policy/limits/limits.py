@@ -40,7 +40,7 @@ NEVER = None
 
 
 class Limit(StrEnum):
-    """Names of the limits, the same as the fields of `TenantLimits`."""
+    """Names of the limits, which are the field names of `TenantLimits`."""
 
     REQUESTS = "requests_per_minute"
     TOKENS = "tokens_per_minute"
@@ -186,7 +186,7 @@ class LimitStore(Protocol):
         """
 
     def settle(self, call_id: str, prompt_tokens: int, output_tokens: int, now: float, epoch_s: float) -> None:
-        """Replace the reservation of an ended call by the tokens that the engine counted, 0 for a call that never ran.
+        """Replace the reservation of an ended call by the engine's token counts; both are 0 if the call never ran.
 
         A call without a reservation, such as a call that is settled already, is ignored.
         """

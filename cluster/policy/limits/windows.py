@@ -23,7 +23,7 @@ After a larger step, time continues at once from the last reading."""
 
 
 class MonotonicClock:
-    """Clock with monotonic readings, over a clock that may step back."""
+    """Conversion of the times of a clock that may step back into times that never decrease."""
 
     def __init__(self) -> None:
         self._last = -math.inf

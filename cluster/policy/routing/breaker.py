@@ -90,8 +90,8 @@ class Breakers:
         breaker.unseen = unseen
 
     def record_steps(self, incarnation: str, now: float, steps: int) -> None:
-        """Close a breaker that opened `unseen` if the engine steps again. `steps`: step count on the new link; 0 before
-        the first report."""
+        """Close the breaker if it opened because the engine could not be observed, and the engine steps again. `steps`:
+        the engine's step count, as reported on the new link; 0 before the first report."""
         breaker = self._breakers.get(incarnation)
         if breaker is None or not breaker.unseen:
             return

@@ -26,9 +26,9 @@ class Candidate:
     counts the sequences of this gateway on the worker; `waiting` counts the sequences in the queue of the engine.
     `kv_usage` is in [0, 1].
 
-    `resumed_prefill` and `new_prefill` are the prompt tokens that this gateway has sent for resumed calls and for new
-    calls, and that wait on the worker for the next engine step. While `resumed_prefill` is above 0, their sum must stay
-    within `prefill_budget`.
+    `resumed_prefill` and `new_prefill` count prompt tokens that wait on the worker for the next engine step: those of
+    this gateway's resumed calls and of its new calls. While `resumed_prefill` is above 0, their sum must stay within
+    `prefill_budget`.
     """
 
     worker_id: str

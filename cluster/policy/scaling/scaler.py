@@ -140,7 +140,7 @@ class _Model:
 class Scaler:
     """Scaler of all models. The controller calls `run_pass` in each pass; a decision follows every `decide_s` seconds.
 
-    After `decide_next_pass` the next pass decides, whatever the interval. `replicas` returns the decided number. Times
+    After `decide_next_pass` the next pass decides at once. `replicas` returns the decided number. Times
     are of one monotonic clock in seconds; `wall_s` is in seconds since the epoch.
     """
 
@@ -238,7 +238,7 @@ class Scaler:
         return [made for decision in decisions if (made := self._keep(decision, now, wall_s)) is not None]
 
     def decide_next_pass(self) -> None:
-        """Make the next pass decide, whatever the time of the last decision."""
+        """Make the next pass decide, even before the interval of decisions is over."""
         self._decide_at = float("-inf")
 
     def replicas(self, spec: ModelSpec) -> int:

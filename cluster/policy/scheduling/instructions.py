@@ -87,7 +87,7 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Acquit:
-    """Forget the losses of a sequence that still waits, because other workers were lost at the same time."""
+    """Forget the losses of a waiting sequence. Other workers were lost too, so the sequence is not the cause."""
 
     key: str
 

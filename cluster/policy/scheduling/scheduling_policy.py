@@ -136,8 +136,8 @@ class SchedulingPolicy:
                 yield Send(entry, decision.worker_id, decision.reason)
 
     def _route(self, entry: WaitingSequence, now: float) -> RoutingDecision:
-        """Pick a worker for a new sequence: one of the version `first` of the sequence's versions, else one of any of
-        these versions."""
+        """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
+        all versions on which the sequence may begin."""
         keep_free, versions = self.room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
         candidates = self._workers.candidates(entry.model, now, resumed=False)
         first = frozenset((versions.first,)) if versions.first else versions.all

@@ -381,7 +381,7 @@ def cache_salt(secrets: Sequence[bytes], policy: TenantPolicy, client_salt: str 
 
     Two tenants share a prefix only if an operator has given both tenants the same cache_group. A group and a tenant of
     the same name have different salts. `client_salt` divides the cache of the client's own tenant or group further; it
-    never opens the cache of another one.
+    never opens another cache.
     """
     owner = ("group", policy.cache_group) if policy.cache_group else ("tenant", policy.name)
     return derive(secrets[0], "cache-salt", *owner, key_number(secrets[0]), client_salt).hex()

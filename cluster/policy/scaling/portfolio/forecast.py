@@ -3,7 +3,7 @@
 A level estimates the load one cold start ahead, in replicas. The levels are means over several time spans, means with
 their trend extrapolated, and a mixture of means. The weights of the mixture are learnt by recursive least squares from
 the load that followed; a ridge prior makes the mixture start as the mean over one cold start. A signal follows a rising
-level at once and a falling level with a time constant, so that a recurring burst finds capacity. backtest.py selects
+level at once and a falling level slowly, so that a recurring burst finds capacity. backtest.py selects
 the signals that fit a model.
 """
 

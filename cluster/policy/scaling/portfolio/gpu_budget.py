@@ -35,7 +35,7 @@ EDGE = 1.3
 HORIZON = 5.0
 """Time over which the gain of a choice is counted, in cold starts."""
 CLEARED = 30.0
-"""Time in cold starts that the spare replicas need for the queue at which the gain is halved."""
+"""Time to work off the queue, in cold starts, that halves the gain of a number of replicas."""
 KNOWN = 1.0
 """Weight of the gain that is guessed from the mean load, relative to one cold start of replayed demand."""
 LEAST_GAIN = 1e-30
@@ -191,7 +191,7 @@ def _push_step(
 
 
 def _values(claim: GpuClaim) -> Floats:
-    """Weighted timely calls per second by number of replicas (0, 1, 2, ...), as a mean over HORIZON and with EDGE."""
+    """Weighted timely calls per second by number of replicas (0, 1, 2, ...): the mean over HORIZON, with bonus EDGE."""
     have = total_worth(claim.seen, claim.have)
     numbers = np.arange(claim.wanted + 1, dtype=float)
     kept = np.minimum(numbers, have)

@@ -15,10 +15,10 @@ from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """Values at `at_s`, the end of a past stretch, kept for one cold start and for the patience.
+    """Values at `at_s`, the end of a learning step during the last cold start.
 
-    A plan is the maximum of a signal during the patience. Rules hold replicas for the plan, not for the signal, so that
-    replicas do not leave at once.
+    A plan is the maximum of a signal during the patience (replica_target.PATIENCE). Rules hold replicas for the plan
+    and not for the signal, so that replicas do not leave at once.
     """
 
     at_s: float
@@ -64,7 +64,7 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
-    """Memory of one model. `recent_targets`: pairs of (time, target before scale-down is delayed)."""
+    """Memory of one model. `recent_targets`: pairs of (time, target before patience is applied)."""
 
     last_call_s: float
     stretch: Stretch = field(default_factory=Stretch)

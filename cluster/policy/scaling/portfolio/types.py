@@ -33,7 +33,7 @@ class ClassDemand:
     nearest_deadline_s: float | None = None
     """Nearest deadline of a queued call in seconds from now; None if no queued call has a deadline."""
     within_slo: int = 0
-    """Number of calls, judged since the last observation, whose first token and pace met the `slo` of the model."""
+    """Number of calls, judged since the last observation, that met both times of the model's `slo`."""
     outside_slo: int = 0
     held_requests: int = 0
 
@@ -140,7 +140,7 @@ class Observation:
 class ReplicaDecision:
     """Decided number of replicas of one model by GPU type. Starting and ready replicas count, draining replicas do not.
 
-    Every round has one decision for every model, even if nothing changes. `numbers` are shown by `cluster explain
+    Every round has one decision for every model, even if nothing changes. `numbers` are shown by `headrace explain
     scaling`; the names of these numbers are stable.
     """
 
