@@ -36,7 +36,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class Judged:
-    """Numbers of judged calls. A call is judged late at its first token or refusal, and else at its end."""
+    """Numbers of judged calls. Late calls are judged at the first token or the refusal, other calls at the end."""
 
     good: int = 0
     late: int = 0

@@ -125,7 +125,7 @@ class SimGateway:
         return self._policy.waiting(MODEL)[0]
 
     def claim(self) -> int:
-        """Backlog that this gateway reports to the workers: waiting calls, or in fair order its share of the turns."""
+        """Backlog that this gateway reports to the workers: with `fair` the claimed turns, else the waiting calls."""
         return self.waiting() if self.fair is None else self.fair.order(MODEL).claimed_turns()
 
     def pump(self, now: float) -> None:

@@ -1,6 +1,6 @@
 """Scaling in virtual time. Models have demand from a trace, replicas have a cold start, and a scaling policy decides.
 
-Every `every_s` seconds the policy receives what the controller would observe, and its decisions are carried out at
+Every `every_s` seconds the policy receives what the controller would observe, and decides. Decisions are carried out at
 once. A new replica holds its GPUs from the decision on, and serves after the cold start. An unwanted replica leaves at
 once; starting replicas leave first. Equal inputs give equal runs. No policy sees the future.
 """
