@@ -42,7 +42,7 @@ class Workers(Protocol):
         """Return one worker of a model for a sequence that resumes, or None if the worker is not linked."""
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """Return whether all workers that could resume a sequence with this key are gone for good."""
+        """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""
 
 
 class SchedulingPolicy:
