@@ -11,9 +11,9 @@ from cluster.api.types import CatalogEntry
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A changed key of a model's entry: the path of the key, and the plain values before and after the change.
+    """A changed key of a model's entry, with its values before and after the change as JSON values.
 
-    A value is None where the key is not set.
+    `path` is the dotted path of the key. None stands for a key that is not set.
     """
 
     path: str
@@ -25,8 +25,7 @@ class Difference:
 class Change:
     """A change of one model's entry.
 
-    `kind` is add, change or remove. `restarts` is the reason why the model gets new replicas, empty if the model gets
-    none.
+    `kind` is add, change or remove. `restarts`: why the model's replicas restart, or "" if they keep running.
     """
 
     model: str
@@ -43,9 +42,9 @@ class CatalogService(Protocol):
     """
 
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
-        """Add and change these entries and return the changes.
+        """Add or replace these entries and return the changes.
 
-        `prune` removes models that are not among the entries; `validate_only` changes nothing.
+        `prune`: also remove all models that have no entry in `entries`. `validate_only`: only return the changes.
         """
 
     def weigh(self, name: str, version: str, weight: float) -> CatalogEntry:
@@ -55,7 +54,7 @@ class CatalogService(Protocol):
         """Make the canary the model's stable version."""
 
     def roll_back(self, name: str, reason: str) -> CatalogEntry:
-        """Withdraw the canary of a model until the model's entry changes."""
+        """Withdraw the canary of a model, until an operator changes the model's entry."""
 
     def quarantine(self, name: str, version: str, reason: str, *, lift: bool) -> CatalogEntry:
         """Stop sending calls to a version, or with `lift` resume sending calls to the version."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 class ClassCounts:
     """Demand for one priority class of one model at one gateway.
 
-    Counters since the gateway's start: arrived sequences, prompt tokens of these sequences without the tokens that a
-    prefix cache is expected to hold, expected output tokens of these sequences, calls that ended within the model's
-    SLO, and calls that ended outside the SLO. Current values: queued requests and tokens, the longest wait so far, the
-    time to the nearest deadline (None if no request has a deadline), and the number of requests that are held because
-    no worker serves the model.
+    Counters since the gateway's start: sequences that arrived, their prompt tokens less the expected prefix-cache hits,
+    their expected output tokens, and ended calls within and outside the model's SLO.
+
+    Current values: queued requests and their tokens, the longest wait so far, the seconds until the nearest deadline
+    (None: no queued request has a deadline), and the requests held because no worker serves the model.
     """
 
     priority_class: str
@@ -34,7 +34,7 @@ class ClassCounts:
 class ModelDemand:
     """Demand for one model at one gateway, or summed over several gateways.
 
-    `arrived` and `arrived_tokens` count from the start of each gateway.
+    `arrived` and `arrived_tokens` count since each gateway's start; the other numbers are current.
     """
 
     model: str

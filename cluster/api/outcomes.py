@@ -79,7 +79,7 @@ class Outcome(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OutcomeStatus:
-    """Answer of the APIs to an outcome: gRPC status name, HTTP code and the default delay before a retry."""
+    """Answer of the APIs to an outcome. `retry_after_s`: default delay before a retry, or None for no delay hint."""
 
     grpc: str
     http: int
@@ -149,9 +149,8 @@ def shortened(text: str, most: int) -> str:
 class CallError(Exception):
     """Error of a call whose outcome is not OK.
 
-    `message` is for the caller: the message names the field and the remedy, and nothing internal. The size of the error
-    is bounded for every request: the error names at most MAX_VIOLATIONS fields, and every text is cut to a maximum
-    length.
+    `message` is shown to the caller: it names the field and the remedy, and nothing internal. The size of an error is
+    bounded: the error names at most MAX_VIOLATIONS fields, and every text is cut to a maximum length.
     """
 
     def __init__(
@@ -164,7 +163,8 @@ class CallError(Exception):
         quota: Sequence[Violation] = (),
         headers: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """Create an error. `quota` names the exhausted limits; `headers` are sent with the answer (gRPC metadata)."""
+        """Create an error. `retry_after_s` None: the default of `outcome`. `quota`: the exhausted limits. `headers`:
+        headers (in gRPC, metadata) of the answer."""
         message = shortened(message, MAX_MESSAGE_CHARS)
         super().__init__(message)
         self.outcome = outcome

@@ -23,7 +23,7 @@ class EngineCorrupt(EngineDead):
 class EngineRefused(Exception):
     """Raised when the engine rejects a request and keeps running.
 
-    `reason` names an Outcome, and `field` names the field of the request.
+    `reason` is the name of an Outcome. `field` is the invalid field of the request, or "".
     """
 
     def __init__(self, reason: str, message: str, field: str = "") -> None:
@@ -56,7 +56,7 @@ class Engine(Protocol):
         """Accept a request without blocking the event loop. Raises EngineRefused for a bad request, or EngineDead."""
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Abort requests, which get no final output. Unknown request ids are ignored."""
+        """Abort requests. Aborted requests get no final output; unknown request ids are ignored."""
 
     async def step(self) -> Sequence[TokenOutput]:
         """Wait for the next step that has outputs, and return all outputs of that step. Raises EngineDead."""

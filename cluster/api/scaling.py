@@ -9,10 +9,10 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class ScalingDecision:
-    """A scaling decision with the reason and the inputs.
+    """A decision to change the number of replicas of a model from `before` to `replicas`, or to keep this number.
 
-    `at_s` is in seconds since the epoch. `passes` counts the consecutive passes with the same decision. `numbers` are
-    the values on which the decision was based.
+    `at_s` is in seconds since the epoch. `numbers` are the values on which the decision was based. `passes` counts
+    consecutive passes with an equal decision.
     """
 
     at_s: float
@@ -27,9 +27,9 @@ class ScalingDecision:
 
 @dataclass(frozen=True, slots=True)
 class ModelScaling:
-    """Scaling state of one model.
+    """Scaling state of one model. `desired`: decided number of replicas. `target`: number that Ray was asked for.
 
-    `by` says what sets the number of replicas: demand, manual or frozen. `cold_start_s` is 0 if the time is unknown.
+    `by`: what sets the number of replicas (demand, manual or frozen). `cold_start_s`: 0 if not yet known.
     """
 
     name: str
@@ -65,8 +65,9 @@ class ScalingService(Protocol):
         """Set a fixed number of replicas, or with None return to scaling by demand."""
 
     def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
-        """Freeze or unfreeze the number of replicas. An empty name sets a separate flag for all models."""
+        """Freeze or unfreeze a model's number of replicas. `name` "" sets or clears a separate flag, which freezes all
+        models."""
 
     def explain(self, name: str, limit: int) -> ScalingExplanation:
-        """Return why the model has the current number of replicas, with at most `limit` decisions (0: all stored
-        decisions)."""
+        """Return why the model has its number of replicas. `limit`: maximum number of decisions; 0: all that are
+        stored."""

@@ -34,9 +34,9 @@ class Grammar:
 class Sampling:
     """Sampling parameters for the engine, with the model's defaults applied. The gateway handles stop strings.
 
-    `logprobs`: None for no log probabilities, 0 for the sampled token only, k to add the k most likely tokens. `top_k`:
-    0 is off. `stop_token_ids`: the caller's stop tokens. The engine adds the EOS ids of the generation config unless
-    `ignore_eos` is set.
+    `logprobs`: None for none, 0 for the sampled token only, k to add the k most likely tokens. `top_k`: 0 is off.
+    `stop_token_ids`: the caller's stop tokens. If `ignore_eos` is False, the engine also stops at the generation
+    config's EOS ids.
     """
 
     max_tokens: int
@@ -63,9 +63,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """Request to the engine for one sequence.
+    """Request to the engine for one sequence. `emitted_token_ids`: output tokens of a resumed sequence so far.
 
-    `request_id` is unique for the life of the engine. A duplicate id is refused.
+    `request_id` must be unique during the life of the engine. The engine refuses a duplicate id.
     """
 
     request_id: str
@@ -100,9 +100,9 @@ class TokenOutput:
     cached_tokens: int | None = None
     """Number of prompt tokens that were read from the prefix cache; set on the first output only."""
     origin_lost: bool = False
-    """Set on the first output of a resumed call.
+    """Meaningful only on the first output of a resumed call.
 
-    True if the worker considers the call's earlier gateway lost, or if the request had never stopped running.
+    True: the worker considers the call's earlier gateway lost, or has kept the request running all the time.
     """
     logprobs: Sequence[PositionLogprobs] | None = None
     message: str = ""
@@ -114,8 +114,8 @@ RESUME_EXACT = "resume:exact"
 every parameter continues unchanged, and the arithmetic does not depend on batching."""
 
 RESUME_STATE = "resume:state"
-"""Capability: like RESUME_EXACT, except that the arithmetic depends on batching. A resumed call has the state and the
-sampling noise of the uninterrupted call. The tokens may differ where two tokens are almost equally likely."""
+"""Capability: like RESUME_EXACT, except that the arithmetic depends on batching. Sampler state and sampling noise
+continue unchanged, but tokens may differ where two tokens are almost equally likely."""
 
 RESUME_PLAIN = "resume:plain"
 """Capability: emitted tokens are appended to the prompt. Calls with a frequency or presence penalty, a seed or a
@@ -126,8 +126,8 @@ RESUME_CAPABILITIES = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
 
 
 def weakest_resume_capability(capabilities: Iterable[str]) -> str:
-    """Return the weakest resume capability in `capabilities`, or "" if there is no resume capability in
-    `capabilities`."""
+    """Return the weakest resume capability in `capabilities`, or "" if there is none. Other capabilities are
+    ignored."""
     present = set(capabilities)
     return next((word for word in RESUME_CAPABILITIES if word in present), "")
 
@@ -140,7 +140,7 @@ class EngineInfo:
     """dtype, quantization and parallelism in one string, e.g. `float32-tp2-pp1`. Engines of equal classes compute
     equally."""
     engine_path: str
-    """Name of the path to the engine: `fastpath`, `public` (with `engine_path_reason`) or `sim`."""
+    """How steps are run: `fastpath`, `public` (vLLM's public API; `engine_path_reason` says why) or `sim`."""
     engine_version: str
     block_size: int
     kv_blocks: int
@@ -161,12 +161,11 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """Current load of an engine. `steps` never decreases; `kv_usage` is in [0, 1]; `step_s` is the last step's time.
+    """Current load of an engine. `steps` never decreases; `kv_usage` is in [0, 1]; `step_s`: seconds of the last step.
 
-    A stalled step (`running` above 0, `steps` unchanged, `step_age_s` far above `step_p99_s`) is a hang unless `busy`
-    names the engine's work: `start`, `prefill`, `grammar`, `adapter`, or `cpu` while the engine gets no CPU core.
-    `busy` is set only as long as the named work can explain the step's duration. For an engine that hangs with a full
-    queue, `busy` therefore soon becomes empty.
+    `busy` names work that explains a long current step: `start`, `prefill`, `grammar`, `adapter`, or `cpu` (the engine
+    gets no CPU core). `busy` becomes "" when the step lasts longer than the work can explain. An engine with requests
+    hangs if `busy` is "", `steps` does not grow and `step_age_s` is far above `step_p99_s`.
     """
 
     running: int = 0
@@ -209,19 +208,19 @@ _NOISE = re.compile(r"(-pp\d+)-[a-z0-9]+$")
 
 
 def without_seed_noise(engine_class: str) -> str:
-    """Return an engine class without the suffix that identifies the sampling noise, if the class has that suffix.
+    """Return an engine class without its sampling-noise suffix, if any.
 
-    The suffix follows the ranks. worker/engine/vllm/resume.py appends the suffix.
+    worker/engine/vllm/resume.py appends this suffix after the ranks, as in `-pp1-<noise>`.
     """
     return _NOISE.sub(r"\1", engine_class)
 
 
 @dataclass(frozen=True, slots=True)
 class CompatibilityKey:
-    """Properties that must be equal on two workers so that one worker can resume a sequence of the other worker.
+    """Properties that two workers must share so that one can resume a sequence of the other.
 
-    These properties are the weights, the tokenizer and the engine's arithmetic (dtype, quantization, parallelism). For
-    calls with a seed, the sampling noise that a seed produces must be equal too.
+    These are the weights, the tokenizer and the engine's arithmetic (dtype, quantization, parallelism). A call with a
+    seed also needs equal sampling noise for equal seeds.
     """
 
     weight_digest: str
@@ -234,7 +233,8 @@ class CompatibilityKey:
         return CompatibilityKey(self.weight_digest, self.bundle_digest, without_seed_noise(self.engine_class))
 
     def can_resume(self, begun: CompatibilityKey) -> bool:
-        """Return whether a worker with this key may resume a call that needs the key `begun`."""
+        """Return whether a worker with this key may resume a call. `begun`: key of the worker that began the call, or
+        its `unseeded` key for a call without a seed."""
         return begun in (self, self.unseeded)
 
 
@@ -242,7 +242,7 @@ class CompatibilityKey:
 class ModelSpec:
     """A model's configuration entry in the form that controller, replicas and engine use. Can be stored as JSON.
 
-    `engine`: engine arguments by vLLM's names. Arguments that Headrace sets itself were rejected before. `gpu`: Ray's
+    `engine`: engine arguments by vLLM's names, without the arguments that Headrace sets itself. `gpu`: Ray's
     accelerator type, empty for any type. `idle_s`: with `min_replicas` 0, the last replica ends after this number of
     seconds without a call.
     """
@@ -277,11 +277,11 @@ class ModelSpec:
     weight: float = 1.0
     """Share of the model's calls that this version gets, in [0, 1]; the shares of all versions add up to 1."""
     error_ratio: float = 0.0
-    """For a canary: the canary is rolled back when the canary's error rate is this many times the error rate of the
-    stable version; 0: never."""
+    """For a canary: roll it back when its error rate exceeds the stable version's error rate times this factor; 0:
+    never."""
     ttft_ratio: float = 0.0
-    """For a canary: the canary is rolled back when the canary's time to first token is this many times that of the
-    stable version; 0: never."""
+    """For a canary: roll it back when its time to first token exceeds the stable version's time to first token times
+    this factor; 0: never."""
     slo_ttft_s: float = 2.0
     """SLO for the time to first token, in seconds. `slo_itl_s` is the SLO for the mean time between tokens.
     `slo_target` is the share of calls that must meet both SLOs."""
@@ -336,17 +336,17 @@ class VersionShare:
     quarantined: bool = False
     """The version gets no new calls, and the version's running calls are resumed on other versions where possible."""
     ttft_ratio: float = 0.0
-    """For a canary: gateways count how often the canary's time to first token exceeds this ratio times the stable
-    version's time to first token."""
+    """For a canary: gateways count the calls whose first token takes more than this number of times as long as the
+    first token of a call to the stable version."""
 
 
 @dataclass(frozen=True, slots=True)
 class VersionTally:
     """A gateway's counts for one version of a model, since the gateway's start.
 
-    `errors`: calls that failed because of the worker. `pairs`: calls whose time to first token was compared with that
-    of the stable version's latest call. `slower`: calls among `pairs` whose time to first token was more than
-    `ttft_ratio` times as long.
+    `errors`: calls that failed because of the worker. `pairs`: calls whose time to first token was compared with the
+    time to first token of the stable version's latest call. `slower`: calls of `pairs` that took more than `ttft_ratio`
+    times as long.
     """
 
     model: str
@@ -394,5 +394,5 @@ class CatalogEntry:
     """SLO for the time to first token, in seconds; 0: no SLO. `slo_itl_s` is the SLO for the time between tokens."""
     slo_itl_s: float = 0.0
     starting_since_s: float = 0.0
-    """Time at which the model's first replica began to start, in seconds since the epoch; 0: the first replica is not
+    """Time at which the model's first replica began to start, in seconds since the epoch; 0 while no first replica is
     starting."""

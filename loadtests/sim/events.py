@@ -17,7 +17,7 @@ class EventQueue:
         self._count = 0
 
     def at(self, when: float, action: Action) -> None:
-        """Plan an action for the time `when`. An action for a past time runs now."""
+        """Plan an action for the time `when`, in seconds. An action for a past time runs at the current time."""
         self._count += 1
         heapq.heappush(self._planned, (max(when, self.now), self._count, action))
 

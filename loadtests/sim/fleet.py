@@ -1,10 +1,9 @@
-"""Replicas of one model in ticks of virtual time. Calls are served first come, first served, and prompts are computed
-before decoding.
+"""Simulated replicas of one model, in ticks of virtual time.
 
-Calls wait in one queue (the gateways bind late), and enter a replica when there is room for their tokens. The replicas
-are alike, and share prefill and running sequences evenly. The prompt of one call is computed by one replica. Streams of
-a replica that leaves are moved: the tokens so far are computed again, ahead of the queue. A call that has waited too
-long is refused, as a gateway would refuse the call, and counts as late.
+Calls wait in one queue, are served first come, first served, and enter a replica when its KV cache has room for their
+tokens. All replicas are alike, compute prompts before decoding, and share prefill and running sequences evenly. One
+replica computes the prompt of a call. When a replica leaves, its streams move to the other replicas, which compute the
+tokens so far again, ahead of the queue. A call that waits longer than MAX_WAIT_S is refused and counts as late.
 
 Invariants: every call is waiting, running or judged. A fleet without ready replicas serves nothing.
 """
@@ -37,12 +36,12 @@ class Arrival:
 
 @dataclass(slots=True)
 class Judged:
-    """Numbers of judged calls since the last reading. A call is judged when it gets its first token or when it ends."""
+    """Numbers of judged calls. Late calls are judged at the first token or the refusal, other calls at the end."""
 
     good: int = 0
     late: int = 0
     slow: int = 0
-    """Number of calls whose first token was in time, but whose stream had a mean pace that was too slow."""
+    """Number of calls whose first token was in time, but whose mean time between tokens was too long."""
 
 
 class _Waiting:
@@ -57,7 +56,7 @@ class _Waiting:
 class Fleet:
     """Replicas of one model. `tick` advances time.
 
-    Counts of calls are whole numbers, but arrivals with a `count` above 1 may be served in fractions.
+    The calls of an arrival with a `count` above 1 may be served in fractions of a call.
     """
 
     def __init__(self, model: ReplicaModel, ttft_s: float, itl_s: float) -> None:
@@ -69,11 +68,11 @@ class Fleet:
         self.prefilled_tokens = self.decoded_tokens = 0.0
         self.moved_tokens = 0.0
         self.expected_tokens = 0.0
-        """Predicted output tokens of all arrivals. The sum is corrected when a stream exceeds its prediction and when a
-        stream ends."""
+        """Output tokens of all arrivals so far: predicted for running and waiting calls, real for ended calls. A stream
+        beyond its prediction counts with its tokens so far."""
         self.on_end: Callable[[float, float], None] = lambda count, tokens: None
-        """Function that is called when calls end, with the number of calls and the number of output tokens of each
-        call."""
+        """Callback for calls that end together. Arguments: number of calls, and output tokens of each of these
+        calls."""
         self._queue: deque[_Waiting] = deque()
         self._streams: list[tuple[float, int, float, float, float, float, float]] = []
         self._growing: list[tuple[float, float]] = []
@@ -90,7 +89,7 @@ class Fleet:
         self.waiting_tokens += call.count * call.prompt_tokens
 
     def leave(self, share: float) -> None:
-        """Remove a share of the ready replicas. The streams of these replicas are moved."""
+        """Remove a share (above 0, at most 1) of the ready replicas. Their streams move to the other replicas."""
         self.moved_tokens += share * self.kv
 
     @property
@@ -112,7 +111,7 @@ class Fleet:
             self.expected_tokens -= call.left * call.expected
 
     def tick(self, now_s: float, dt: float, ready: int) -> None:
-        """Advance from `now_s` to `now_s + dt` with `ready` ready replicas."""
+        """Advance from `now_s` by `dt` seconds. `ready`: number of ready replicas."""
         self._refuse(now_s)
         if ready <= 0:
             return

@@ -25,7 +25,7 @@ MODEL = "m"
 
 @dataclass(slots=True)
 class SimCall:
-    """State of one simulated call."""
+    """State of one simulated call. `bound`, `first` and `ended`: times of these events, -1 before the event."""
 
     waiting: WaitingSequence
     request: EngineRequest
@@ -40,10 +40,10 @@ class SimCall:
 
 @dataclass(frozen=True, slots=True)
 class GatewayCallbacks:
-    """Callbacks of a gateway.
+    """Callbacks of a gateway. Gateways and workers are given by their numbers.
 
-    `bound` is called when a call was bound, `served` when a call has outputs. `submit` and `ack` send messages to a
-    worker, which is given by its number.
+    `bound(gateway, call)`: a call was bound to a worker. `served(call, output)`: a call has outputs. `submit(gateway,
+    worker, call)`: send a call to a worker. `ack(gateway, worker, grant id)`: report that a grant was applied.
     """
 
     bound: Callable[[int, SimCall], None]
@@ -125,7 +125,7 @@ class SimGateway:
         return self._policy.waiting(MODEL)[0]
 
     def claim(self) -> int:
-        """Backlog claim of this gateway, to report to the workers."""
+        """Backlog that this gateway reports to the workers: with `fair` the claimed turns, else the waiting calls."""
         return self.waiting() if self.fair is None else self.fair.order(MODEL).claimed_turns()
 
     def pump(self, now: float) -> None:

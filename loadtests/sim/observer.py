@@ -52,8 +52,8 @@ class Observer:
         """Longest time in seconds for which a worker had unused capacity while a call that fits waited at any
         gateway."""
         self.most_promised_over_room = 0
-        """Largest number of sequences by which credits exceeded the capacity and admission window of a worker. Must
-        stay 0."""
+        """Largest number of sequences by which a worker's granted credits exceeded the worker's free slots. Must stay
+        0."""
         self.longest_prompt = 0
         event_queue.every(SAMPLE_S, self._sample)
         event_queue.every(SAMPLE_S / 10, self.check_capacity)
@@ -105,15 +105,15 @@ class Observer:
     def unit(self) -> float:
         """U, the unit of gaps, in weighted tokens.
 
-        U is the larger of two services: the service of the longest prompt, and the service of the most running tokens
-        of one worker.
+        U is the larger of two costs: the longest prompt, weighted as input, and the largest number of tokens that one
+        worker held at once, weighted as output.
         """
         running = max(worker.most_running_tokens for worker in self._workers)
         return max(self._service.input * self.longest_prompt, self._service.output * running)
 
     def gap(self, one: str, other: str, weights: Mapping[str, float], from_s: float) -> float:
-        """Largest lead of one tenant over another tenant in any interval since `from_s`, in service divided by
-        weight."""
+        """The most that either of two tenants gained on the other in any interval since `from_s`, in weighted tokens
+        divided by weight."""
         start = round(from_s / SAMPLE_S)
         a, b = self._tenants[one].samples[start:], self._tenants[other].samples[start:]
         lead = [x / weights[one] - y / weights[other] for x, y in zip(a, b, strict=True)]
@@ -126,9 +126,9 @@ class Observer:
     def smallest_share(
         self, tenants: Sequence[str], weights: Mapping[str, float], from_s: float, window_s: float = 30.0
     ) -> float:
-        """Return the smallest ratio of share of service to share of weight, over all windows and tenants.
+        """Return the smallest ratio of a tenant's share of service to its share of weight; 1 is perfectly fair.
 
-        The shares of a tenant are its parts of the service and of the weight of all `tenants`.
+        Shares are fractions of the sum over `tenants`. The minimum is over all `tenants` and windows of `window_s`.
         """
         width, start = round(window_s / SAMPLE_S), round(from_s / SAMPLE_S)
         series = {t: self._tenants[t].samples[start:] for t in tenants}

@@ -4,7 +4,7 @@ A step computes one token for each running sequence and at most `chunk_tokens` o
 
     step_s + per_sequence_s * running + prompt tokens / prefill_tokens_per_s
 
-So time is shared linearly. With p prefilled tokens, d decoded tokens and f steps a second,
+So a fully used replica with p prefilled tokens, d decoded tokens and f steps a second satisfies
 
     1 = p / prefill + per_sequence * d + step * f
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ReplicaModel:
-    """Step model of a replica. Times are in seconds."""
+    """Step model of a replica. Times are in seconds. A pace `itl_s` is the time between two tokens of a sequence."""
 
     prefill_tokens_per_s: float = 8_000.0
     step_s: float = 0.006
@@ -29,23 +29,23 @@ class ReplicaModel:
     kv_tokens: int = 524_288
 
     def most_prefill(self, running: float) -> float:
-        """Prompt tokens per second if every step is filled with prompt tokens, beside `running` sequences."""
+        """Prompt tokens per second if every step computes `chunk_tokens` prompt tokens beside `running` sequences."""
         chunk_s = self.chunk_tokens / self.prefill_tokens_per_s
         return self.chunk_tokens / (self.step_s + self.per_sequence_s * running + chunk_s)
 
     def steps_per_s(self, running: float, prefill_tokens_per_s: float) -> float:
-        """Steps per second beside this rate of prefill. Each running sequence gets one token per step."""
+        """Steps per second beside this rate of prefill, if each step computes a token of `running` sequences."""
         left = max(1.0 - prefill_tokens_per_s / self.prefill_tokens_per_s, 0.0)
         return left / (self.step_s + self.per_sequence_s * running)
 
     def decode_tokens_per_s(self, itl_s: float) -> float:
-        """Maximum number of decoded tokens per second without prefill, if each sequence has a pace of `itl_s` or
-        better."""
+        """Maximum number of decoded tokens per second without prefill, if each sequence keeps at least the pace
+        `itl_s`."""
         running = self.sequences(itl_s)
         return running / (self.step_s + self.per_sequence_s * running)
 
     def sequences(self, itl_s: float) -> float:
-        """Maximum number of running sequences at a pace of `itl_s` or better."""
+        """Maximum number of running sequences that all keep at least the pace `itl_s`, without prefill."""
         return min((itl_s - self.step_s) / self.per_sequence_s, self.max_running)
 
     def busy(self, prompt_tokens: float, output_tokens: float, itl_s: float) -> float:
@@ -53,8 +53,8 @@ class ReplicaModel:
         return prompt_tokens / self.prefill_at(itl_s) + output_tokens / self.decode_tokens_per_s(itl_s)
 
     def prefill_at(self, itl_s: float) -> float:
-        """Prompt tokens per second if there are just enough steps to keep the pace `itl_s` of a few decoding
-        sequences."""
+        """Prompt tokens per second beside a few decoding sequences that are kept exactly at the pace `itl_s`: one step
+        per token."""
         return self.prefill_tokens_per_s * (1.0 - self.step_s / itl_s)
 
 

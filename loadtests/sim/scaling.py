@@ -1,8 +1,8 @@
 """Scaling in virtual time. Models have demand from a trace, replicas have a cold start, and a scaling policy decides.
 
-Every `every_s`, the production policy object receives what the controller would observe, and its decisions become
-replicas. A new replica holds its GPUs from the decision on, and serves after the cold start. An unwanted replica leaves
-at once; starting replicas leave first. Equal inputs give equal runs. No policy sees the future.
+Every `every_s` seconds the policy receives what the controller would observe, and decides. Decisions are carried out at
+once. A new replica holds its GPUs from the decision on, and serves after the cold start. An unwanted replica leaves at
+once; starting replicas leave first. Equal inputs give equal runs. No policy sees the future.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNBOUNDED = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Calls in the order of arrival. A `count` above 1 stands for several equal calls."""
+    """Calls in the order of arrival; the arrays have one element for each group of `count` equal calls."""
 
     at_s: Floats
     count: Floats
@@ -42,8 +42,7 @@ class Demand:
     output_tokens: Floats
     duration_s: float
     runs_to_most: bool = False
-    """Whether every output ends at its max_tokens. Gateways then know the length of an output after some outputs have
-    ended so."""
+    """Whether every output runs to its max_tokens. Gateways learn to expect such lengths from the first outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,8 @@ class Track:
 
     @property
     def attainment(self) -> float:
-        """Share of the calls within the SLO. Calls that still wait or run at the end keep their state at that time."""
+        """Share of the calls within the SLO. A call still running at the end counts as within the SLO if its first
+        token was in time; a call still waiting does not."""
         return self.good_calls / self.arrived if self.arrived else 1.0
 
 
@@ -88,7 +88,7 @@ Scaler = Callable[[Observation, float], Mapping[str, int]]
 
 
 class OurPolicy:
-    """Production policy together with its memory."""
+    """The production policy with its memory. `keep`: collect all decisions in `kept`."""
 
     def __init__(self, keep: bool = False) -> None:
         self.memory = Memory()
@@ -216,8 +216,8 @@ def simulate(
     gpu_budget: Mapping[str, int] | None = None,
     ranks: Mapping[str, int] | None = None,
 ) -> dict[str, Track]:
-    """Run all models to the end of the longest demand, with a decision every `every_s`. Returns the results by
-    model."""
+    """Run all models to the end of the longest demand, and return the results by model. `scaler` decides every
+    `every_s` seconds."""
     learnt = LearntOutputs()
     models = {name: _SimulatedModel(name, spec, cold_start_s, tick_s, learnt) for name, spec in specs.items()}
     duration_s = max(spec.demand.duration_s for spec in specs.values())
@@ -248,7 +248,7 @@ def _close(model: _SimulatedModel, now_s: float) -> None:
 
 
 def needed(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float) -> Sequence[float]:
-    """Arriving work in each time slot, in replica-seconds per second."""
+    """Return the work that arrives in each slot of `slot_s` seconds, as a number of fully used replicas."""
     work = demand.count * (
         demand.prompt_tokens / plant.prefill_at(itl_s) + demand.output_tokens / plant.decode_tokens_per_s(itl_s)
     )

@@ -42,7 +42,7 @@ class SimTenant:
             raise ValueError(f"tenant {self.name}: exactly one of backlog and rate_s must be above 0")
 
     def at(self, gateways: int) -> tuple[int, ...]:
-        """Numbers of the gateways that the tenant uses, if there are `gateways` gateways in total."""
+        """Numbers of the gateways that the tenant uses, out of `gateways` gateways in total."""
         if self.gateways is None:
             return tuple(range(gateways))
         return tuple(sorted({g % gateways for g in self.gateways}))
@@ -57,7 +57,7 @@ def clipped(pairs: Sequence[tuple[int, int]]) -> list[Lengths]:
 
 
 def made_up(rng: Random, prompt: float, output: float, count: int = 500) -> list[Lengths]:
-    """Return log-normal lengths around two medians, for use without a trace."""
+    """Return `count` log-normal lengths around the medians `prompt` and `output`, for use without a trace."""
     return clipped(
         [(round(prompt * rng.lognormvariate(0, 0.7)), round(output * rng.lognormvariate(0, 0.5))) for _ in range(count)]
     )

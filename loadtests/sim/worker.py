@@ -19,7 +19,7 @@ from loadtests.sim.events import EventQueue
 
 @dataclass(frozen=True, slots=True)
 class SimSubmit:
-    """Call on its way to a worker. `again`: the call has already been charged."""
+    """Call on its way to a worker. `again`: the call is resumed, so its charge was counted before."""
 
     request: EngineRequest
     flow: FlowKey

@@ -5,7 +5,7 @@ Problem: fairness between tenants over many workers and gateways cannot be teste
 take an hour, and no two runs would be alike.
 
 Invariants: equal settings and seeds give equal runs. The waiting room, the fair order, the credits, the accounts and
-the routing are the production code. No component gets any information before the delay of that information has passed.
+the routing are the production code. Every message and report between processes arrives after its delay.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ VOCAB = 32_000
 
 @dataclass(frozen=True, slots=True)
 class WorldConfig:
-    """Configuration of a simulation. Times are in seconds. The engine configuration must use VOCAB and set
-    `max_model_len`."""
+    """Configuration of a simulation; times in seconds. `link_s` is the delay of messages, `report_late_s` of reports.
+    `engine` must use VOCAB and set `max_model_len`."""
 
     tenants: Sequence[SimTenant]
     workers: int = 8

@@ -3,9 +3,9 @@
 Problem: a canary is checked every second for hours, on few calls. A test with a 5 % false-positive rate would give a
 wrong verdict every twenty seconds.
 
-Invariant: if the canary is no worse than the configured ratio allows, the probability of a rollback because of errors
-is at most ALPHA, and the probability of a rollback because of TTFT is at most ALPHA. This holds however often and for
-however long the canary is checked.
+Invariant: a canary that is no worse than the configured ratio allows is rolled back because of errors with a
+probability of at most ALPHA, and because of TTFT with a probability of at most ALPHA. The bound does not depend on the
+number of checks.
 
 Method: both tests bet against the hypothesis "no worse than allowed" (an e-process; Ville's inequality gives the
 bound).
@@ -38,7 +38,8 @@ MIN_ERRORS = 3
 class CanaryTally:
     """Counts of one version, as reported by the gateways.
 
-    `pairs` is the number of TTFT pairs of this version. This version was the slower one in `slower` of these pairs.
+    `pairs`: number of TTFT pairs. `slower`: number of pairs in which this version took more than `ttft_ratio` times as
+    long.
     """
 
     calls: int = 0
@@ -64,10 +65,10 @@ class CanaryVerdict:
 
 
 def log_evidence(losses: int, wins: int, chance: float) -> float:
-    """Natural logarithm of the wealth of a bet against "each loss has a probability of at most `chance`".
+    """Natural logarithm of the evidence against the hypothesis "each loss has a probability of at most `chance`".
 
-    `chance` is in (0, 1). The returned value is 0 without losses and wins. While the hypothesis is true, the
-    probability that the value ever exceeds log(1/a) is at most a.
+    `chance` is in (0, 1). The evidence is the wealth of a bet that starts with 1. If the hypothesis is true, the
+    probability that the logarithm ever exceeds log(1/a) is at most a.
     """
     terms = []
     for degradation in GRID:

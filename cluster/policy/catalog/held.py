@@ -21,8 +21,8 @@ HELD_REASON = "its entry in the controller's file is wrong, so what runs of it i
 def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[WorkerReport]) -> CatalogEntry:
     """Catalog entry of a held model for the gateways.
 
-    `spec` supplies the name, the aliases and the fallbacks of the model. All calls go to the version with the most
-    running replicas.
+    `spec` supplies only the name, the aliases and the fallbacks. `apps`: the model's applications on Ray. All calls go
+    to the version with the most running replicas.
     """
     by_version: dict[str, list[Observed]] = {}
     for app in apps:

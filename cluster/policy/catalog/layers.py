@@ -67,7 +67,7 @@ def promote_canary(entry: Entry) -> dict[str, Any]:
 def diff(now: Mapping[str, Entry], then: Mapping[str, Entry], restarts: Mapping[str, str]) -> tuple[Change, ...]:
     """Differences between two catalogs, sorted by model name.
 
-    `restarts` has the reason of the restart for each model whose replicas restart.
+    `restarts`: by model, the reason why the model's replicas restart. Models whose replicas keep running are absent.
     """
     listed = []
     for name in sorted(now.keys() | then.keys()):

@@ -64,9 +64,9 @@ def next_state(state: ModelState, observation: ModelObservation) -> ModelState:
 
 
 def observe(wanted: bool, seen: Observed | None, unplaceable: str = "") -> ModelObservation:
-    """Return the observation of one model in this pass.
+    """Return the observation of one model in this pass. `seen`: the model's applications merged; None: there are none.
 
-    `unplaceable` is the reason why no node can hold a replica, or "" if some node can.
+    `unplaceable`: the reason why no replica can be placed on the nodes, or "".
     """
     if not wanted:
         return ModelObservation.ENDED if seen is None else ModelObservation.WITHDRAWN
@@ -119,7 +119,7 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """Facts about a model that are read from the source of the model, without any worker."""
+    """Facts about a model, read from its source without a worker. `trouble`: why the source is unusable, or ""."""
 
     bundle_digest: str = ""
     max_model_len: int = 0
@@ -132,7 +132,7 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version of a model, as the controller sees this version now."""
+    """Current state of one version of a model, as the controller sees it."""
 
     spec: ModelSpec
     share: ReplicaShare
@@ -145,7 +145,7 @@ class Version:
     changing: bool = False
     """Whether another application of this version is about to replace the serving application."""
     lost: str = ""
-    """Summary of the engine ends of this version in the last minutes."""
+    """Text of `summarize_ends` about engines of this version that ended in the last minutes; "" if none ended."""
 
 
 def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
@@ -221,7 +221,7 @@ def entry(
     lost: str = "",
     cold_start_s: float = 0.0,
 ) -> CatalogEntry:
-    """Catalog entry of one model. Values from workers' reports override values from the model's source."""
+    """Catalog entry of a model with one version. Workers' reports override values from the model's source."""
     about = known or SourceFacts()
     first = reported[0] if reported else None
     return CatalogEntry(
@@ -276,8 +276,8 @@ def _reason(state: ModelState, seen: Observed | None, known: SourceFacts, unplac
 
 
 def fill_from_earlier(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEntry:
-    """Return the entry `now` with its gaps filled from an earlier entry, so that a model without workers stays
-    tokenizable."""
+    """Return the entry `now` with empty fields filled from an earlier entry. So gateways can tokenize for a model
+    without workers."""
     if entry_before is None:
         return now
     return dataclasses.replace(
@@ -295,7 +295,7 @@ def fill_from_earlier(entry_before: CatalogEntry | None, now: CatalogEntry) -> C
 
 
 def _remember_share(before: Sequence[VersionShare], now: VersionShare) -> VersionShare:
-    """Return the share `now` with gaps filled from the earlier share of the same version and revision."""
+    """Return the share `now` with empty digests filled from the earlier share of the same version and revision."""
     old = next((share for share in before if (share.version, share.revision) == (now.version, now.revision)), None)
     if old is None:
         return now

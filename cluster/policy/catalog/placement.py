@@ -3,8 +3,9 @@ Pure.
 
 A replica with one GPU is one bundle, since the engine runs in the process tree of the replica and must see the GPU. A
 larger replica has one CPU bundle for the replica itself and one bundle for each GPU, since vLLM rejects bundles of
-several GPUs. The group is packed strictly onto one node, unless pipeline parallelism or a key of the entry allows
-several nodes. Machines without GPUs run the same groups over Ray's logical GPUs.
+several GPUs. The group is packed strictly onto one node. With pipeline parallelism or
+`allow_cross_node_tensor_parallel` it may use several nodes. Machines without GPUs run equal groups over Ray's logical
+GPUs.
 """
 
 from __future__ import annotations
@@ -100,8 +101,9 @@ def capacity(
 ) -> int:
     """Estimated number of replicas that fit on the GPUs of the type in `spec`.
 
-    `others` are other models, each with a number of replicas that need GPUs too. Other models that accept any type are
-    assumed to run elsewhere. Fragmentation of GPUs over nodes is ignored.
+    `others`: other models with their numbers of replicas. Only models with the same `gpu` as `spec` take GPUs
+    away. So if `spec` names a type, models that accept any type are assumed to run elsewhere. Fragmentation of GPUs
+    over nodes is ignored.
     """
     if is_simulated(spec):
         return 1_000_000
@@ -125,8 +127,8 @@ def _strict_reason(spec: ModelSpec, need: Bundle, nodes: Sequence[Mapping[str, f
 def why_split(spec: ModelSpec, gpu_nodes: Sequence[str], driver_node: str) -> str:
     """Reason why the group must not start as Ray placed the bundles, or "" if the group may start.
 
-    `gpu_nodes` are the nodes of the GPU bundles, in the order of the bundles. vLLM orders ranks by node: first the node
-    of the driver, then by node id. Each run of tensor_parallel_size ranks is one tensor-parallel group.
+    `gpu_nodes`: the nodes of the GPU bundles, in the order of the bundles. vLLM orders ranks by node: first the node of
+    the driver, then by node id. Every tensor_parallel_size consecutive ranks form a tensor-parallel group.
     """
     if spec.allow_cross_node_tensor_parallel or spec.tensor_parallel_size == 1:
         return ""

@@ -7,8 +7,8 @@ Invariants: the only change to an existing application is a change of the number
 (`model@version+digest`) identifies everything that the replicas are started with, so a changed entry becomes a new
 application beside the old one. The old application stays until the new one serves with as many replicas. Then the old
 application gets no new calls, and is deleted once no call is left or the drain time is over. If the replicas of both
-applications do not fit, the old application gives up one replica at a time, and only while Ray cannot place the
-replicas of the new application. An application that cannot start displaces nothing.
+applications do not fit, the old application gives up one replica at a time, as long as Ray cannot place a replica of
+the new application. A new application that fails to start takes no replica from the old one.
 
 Steps are listed in the order in which they must run: steps that free GPUs come first.
 """
@@ -20,19 +20,19 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 RETRY_S = 60.0
-"""Pause before a failed application is deployed again. An application that Ray refused is not deployed again until the
-entry changes."""
+"""Seconds before a failed application is deployed again. An application that Ray refused is deployed again only when
+the entry changes."""
 SETTLE_S = 30.0
-"""Time for which a deployed application may be missing on Ray before the application is deployed again."""
+"""Seconds for which a deployed application may be missing on Ray before the application is deployed again."""
 SURGE_WAIT_S = 20.0
-"""Time that a new application waits for capacity before the old application gives up replicas."""
+"""Seconds for which a new application waits for capacity before the old application gives up replicas."""
 
 _APP = re.compile(r"(?P<model>[^@]+)@(?P<version>[^+]+)\+(?P<digest>[0-9a-f]+)")
 
 
 def app_name(model: str, version: str, digest: str) -> str:
-    """Name of the application for this model, version and digest. Two names are equal only if the replicas are
-    equal."""
+    """Name of the application for this model, version and digest. Equal names stand for replicas with equal
+    settings."""
     return f"{model}@{version}+{digest}"
 
 
@@ -49,8 +49,9 @@ def app_parts(app: str) -> tuple[str, str, str]:
 class Observed:
     """One of our applications on Ray.
 
-    Counts are numbers of replicas. `trouble` is the reason why the last start failed, or "". `digest` is "" from the
-    deployment until Ray shows the application.
+    `running`, `placed` and `leaving`: numbers of replicas that serve, start and stop. `gave_up`: the deployment failed.
+    `refused`: Ray rejected the settings. `trouble`: the reason why the last start failed, or "". `digest` is "" from
+    the deployment until Ray shows the application.
     """
 
     model: str
@@ -86,8 +87,8 @@ class Observed:
 class Wanted:
     """An application that should run.
 
-    `digest` covers everything that the replicas are started with; `replicas` is their number. `stale`: the replicas
-    have other weights than the entry now asks for, so the replicas must be restarted.
+    `replicas`: wanted number. `digest` covers all settings with which replicas are started. `stale`: the running
+    replicas have other weights than the entry now asks for, and must be restarted.
     """
 
     model: str
@@ -157,9 +158,9 @@ def reconcile(
     """Plan the next steps. The plan has no steps if everything is as wanted.
 
     The first wanted application of a model replaces applications of versions that are no longer wanted. `empty`:
-    applications without a call, and applications whose drain time is over. `frozen`: models for which nothing new is
-    started and nothing is replaced. `dropped`: (model, version) pairs that get no calls, so their applications are
-    retired at once. `now_s` is wall-clock time, like the `deployed_at_s` of Ray.
+    applications that may be deleted: they have no call, or their drain time is over. `frozen`: models for which nothing
+    new is started and nothing is replaced. `dropped`: (model, version) pairs that get no calls, so their applications
+    are retired at once. `now_s` is wall-clock time, like the `deployed_at_s` of Ray.
     """
     actions: list[Action] = []
     retired: set[str] = set()
@@ -186,11 +187,10 @@ def reconcile(
 
 
 def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-    """Return the wanted applications that replace `old`, chosen from the wanted applications of the same model.
+    """Return the applications that replace `old`. `wanted`: the wanted applications of the same model.
 
-    The version of the chosen applications is the version of `old`, or the first wanted version if the version of `old`
-    is no longer wanted. If wanted applications of that version are to have replicas on the GPU type of `old`, only
-    these are chosen.
+    `old` is replaced by its own version, or by the first wanted version if its own is no longer wanted. If that version
+    is to have replicas on the GPU type of `old`, the application for that type replaces `old` alone.
     """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")
@@ -199,10 +199,9 @@ def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
 
 
 def _serves_as_many(heir: Wanted, seen: Observed | None) -> bool:
-    """Whether the wanted application serves with as many replicas as wanted, so that the old application is not needed.
+    """Whether the new application serves with all its wanted replicas, so that the old application is not needed.
 
-    The number of replicas of the old application is not compared, because the old application may have given up
-    replicas to make room.
+    The old application's number of replicas does not matter, because it may have given up replicas to make room.
     """
     return seen is not None and not seen.deleting and seen.running >= heir.replicas
 

@@ -46,9 +46,9 @@ class VersionOverride:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaShare:
-    """Share of the calls and state of one version.
+    """One version's share of the calls (`weight`, in [0, 1]) and its state.
 
-    `gone`: the reason why the version must not run, or "".
+    `gone`: the reason why the version must not run, or "". `quarantined`: the version runs without calls.
     """
 
     version: str
@@ -100,15 +100,15 @@ def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
 
 
 def total_for(replicas: int, parts: Sequence[ReplicaShare]) -> int:
-    """Return the total for which all versions together have `replicas` replicas; the inverse of `replicas_of`."""
+    """Return the smallest total for which `replicas_of` gives all versions together at least `replicas` replicas."""
     return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
 
 
 def over_types(replicas: int, capacities: Sequence[int], there: Sequence[int] = ()) -> tuple[int, ...]:
     """Number of replicas on each type of GPU, the preferred type first.
 
-    `there` has the number of existing replicas by type; these replicas keep their type. Other replicas go to the first
-    type with capacity. Replicas that fit on no type wait for the preferred type.
+    `capacities` and `there`: capacity and existing replicas of each type. Existing replicas keep their type. Other
+    replicas go to the first type with capacity. Replicas that fit on no type are added to the preferred type.
     """
     room = [max(capacity, 0) for capacity in capacities]
     counts, left = [], replicas

@@ -86,8 +86,8 @@ class FairOrder:
     # ---- Order
 
     def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
-        """Append a sequence to the queue of its tenant. The counter of a tenant that returns from idle is lifted
-        first."""
+        """Append a sequence to the queue of its tenant. If the tenant was idle and its counter is too low, the counter
+        is raised first (see `__init__`)."""
         self._flows.advance(now)
         flow = self._flows.flow(waiting.rank, waiting.tenant)
         charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
@@ -95,7 +95,7 @@ class FairOrder:
         self._flows.change_here(flow, 1, charge.amount)
 
     def put_back(self, waiting: WaitingSequence) -> None:
-        """Insert a sequence before all sequences that have not had their turn.
+        """Insert a sequence that lost its worker before all sequences that were never taken.
 
         Sequences that were put back are ordered by class, the highest first, then by arrival.
         """
@@ -110,19 +110,18 @@ class FairOrder:
     def head(self) -> WaitingSequence | None:
         """The next sequence, or None if nothing waits.
 
-        This is the first sequence that was put back. Otherwise it is the first sequence of the tenant with the least
+        Sequences that were put back come first. After them comes the first sequence of the tenant with the least
         counter in the highest waiting class.
         """
         return self._put_back.head() or self._flows.head()
 
     def remove(self, call_id: str) -> None:
-        """Remove a waiting sequence. If the sequence was put back, the unused part of its charge is refunded."""
+        """Remove a waiting sequence. If it was charged before it was put back, the unused charge is refunded."""
         self._remove_waiting(call_id)
         self.ended(call_id)
 
     def mark_taken(self, call_id: str, now: float = 0.0) -> None:
-        """Remove a sequence that is sent to a worker. The predicted cost is charged unless the sequence was charged
-        before."""
+        """Remove a sequence that is sent to a worker, and charge its predicted cost if it was never charged before."""
         self._flows.advance(now)
         flow, charge = self._remove_waiting(call_id)
         if charge is not None:
@@ -130,7 +129,7 @@ class FairOrder:
             self._flows.add_service(flow, charge.amount)
 
     def position(self, call_id: str) -> int:
-        """Number of sequences of the same tenant and class ahead. So a tenant learns nothing about other tenants."""
+        """Number of sequences of the same tenant and class ahead. Other tenants' sequences are not revealed."""
         flow, _, serial = self._where[call_id]
         if serial < 0:
             return self._put_back.position(call_id)
@@ -146,7 +145,7 @@ class FairOrder:
     # ---- calls that had their turn
 
     def charge_of(self, call_id: str) -> float:
-        """Current charge of a call that had its turn, in weighted tokens. The account of the worker starts with this
+        """Current charge of a call that was sent, in weighted tokens. Raises KeyError for a call without an open
         charge."""
         return self._open[call_id][1].amount
 
@@ -189,7 +188,7 @@ class FairOrder:
     def link_ended(self, worker: str) -> None:
         """Record that the link to a worker has ended.
 
-        The next report of the worker comes by another link, so the part of this gateway starts at zero.
+        The next report comes by a new link, on which this gateway's part starts at zero.
         """
         self._worker_totals.link_ended(worker)
 
@@ -209,10 +208,10 @@ class FairOrder:
     def claimed_turns(self, picks: int = CLAIM_PICKS) -> int:
         """Return the share of this gateway in the next `picks` turns, as if all gateways had one queue.
 
-        The gateway reports this number as its backlog. The unit is 1/CLAIM_SCALE of a turn. The share is at least 1 if
-        anything waits on this gateway. `picks` should be about the number of turns between two reports: with more, a
-        gateway whose only tenant is first among thousands would get a small part of each credit. The cost is O(tenants
-        + picks), so this method is meant for reports and not for every call.
+        The gateway reports this share to workers as its backlog. The unit is 1/CLAIM_SCALE of a turn; the share is at
+        least 1 if anything waits here. `picks` should be about the number of turns between two reports. A larger number
+        would hide that a gateway's only tenant has the very next turn. The cost is O(tenants + picks), so the method is
+        meant for reports and not for every call.
         """
         if not self._where:
             return 0
@@ -229,7 +228,7 @@ class FairOrder:
     def sweep(self, now: float) -> None:
         """Forget gateways that are silent for `idle_s`, and idle tenants whose counters are at the floor.
 
-        The caller runs this method once a second. The method also notes tenants that count as guests
+        The caller runs this method once a second. The method also notes the guests for which slots are reserved
         (reserved_slots.py).
         """
         self._flows.advance(now)
@@ -241,12 +240,13 @@ class FairOrder:
     # ---- reading
 
     def counter(self, tenant: str, rank: int = 0) -> float:
-        """Counter of a tenant: weighted service divided by weight, including lifts. 0 for an unknown tenant."""
+        """Counter of a tenant: weighted service divided by weight, plus the raises after idle times. 0 for an unknown
+        tenant."""
         flow = self._flows.known(tenant, rank)
         return 0.0 if flow is None else flow.counter
 
     def service_ahead(self, tenant: str, rank: int = 0) -> float:
-        """Number of weighted tokens that are surely ahead of a new sequence of this tenant.
+        """Return a lower bound of the weighted tokens ahead of a new sequence of this tenant on this gateway.
 
         These are the tokens of higher classes and of the tenant's own queue.
         """
@@ -268,7 +268,7 @@ class FairOrder:
         return f"FairOrder({len(self._where)} waiting, {len(self._flows.classes())} classes, {len(self._open)} charged)"
 
     def _remove_waiting(self, call_id: str) -> tuple[Flow, Charge | None]:
-        """Remove a waiting sequence. Returns the flow, and the charge or None if the sequence was charged before."""
+        """Remove a waiting sequence. Returns its flow, and the charge to make, or None if it was charged before."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
             flow.remove(serial)
@@ -292,9 +292,9 @@ class FairOrders:
         self._orders: dict[str, FairOrder] = {}
 
     def order(self, model: str) -> FairOrder:
-        """Return the order of a model. An order is created at first use.
+        """Return the order of a model, created at first use.
 
-        The waiting room gets this method as `order_of`.
+        Gateways pass this method to the waiting room as `order_of`.
         """
         order = self._orders.get(model)
         if order is None:
@@ -307,7 +307,7 @@ class FairOrders:
             order.sweep(now)
 
     def retain_models(self, models: Iterable[str]) -> None:
-        """Forget models that are not listed, unless a sequence of the model waits or has an open charge."""
+        """Forget the orders of models outside `models`. Orders with a waiting sequence or an open charge are kept."""
         known = set(models)
         for model, order in list(self._orders.items()):
             statistics = order.statistics()

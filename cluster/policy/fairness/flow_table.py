@@ -16,7 +16,7 @@ from cluster.policy.fairness.service_counters import ClassTurns, Flow, FlowKey
 
 
 class FlowTable:
-    """Flows of one model. `now` is the latest time that was passed to `advance`."""
+    """Flows of one model. `now` is the latest time that was passed to `advance`; all times are monotonic seconds."""
 
     def __init__(self, weight_of: Callable[[str], float], idle_s: float, deficit_tokens: float) -> None:
         self._weight_of = weight_of
@@ -32,7 +32,7 @@ class FlowTable:
         return sum(len(turns.flows) for turns in self._classes.values())
 
     def advance(self, now: float) -> None:
-        """Set the current time, in seconds. An earlier time than before changes nothing."""
+        """Set the current time. A time before the current time is ignored."""
         if now > self.now:
             self.now = now
 
@@ -108,10 +108,10 @@ class FlowTable:
         turns.update(flow)
 
     def forget_idle(self, charged: Collection[int]) -> list[int]:
-        """Forget flows that were idle for `idle_s` and whose counters are at the floor, unless `charged` has their id.
+        """Forget flows that were idle for `idle_s` with a counter at or below the floor. Flows in `charged` are kept.
 
-        Returns the rank of each flow at the floor that is idle for less than `idle_s`: such a tenant is a guest
-        (reserved_slots.py).
+        `charged`: `id()` of each flow with open charges. Returns the ranks of the guests (reserved_slots.py), which are
+        flows at or below the floor that were idle for less than `idle_s`.
         """
         guests = []
         for rank, turns in self._classes.items():

@@ -1,7 +1,7 @@
 """Interface between the waiting room and an ordering rule.
 
-Problem: the waiting room enforces bounds and deadlines. Which waiting sequence is next is a separate question with
-several answers.
+Problem: the waiting room enforces bounds and deadlines. The order of the waiting sequences is a separate rule, and
+there are several such rules.
 
 Invariants: a sequence that is pushed or put back is removed once, by `mark_taken` or `remove`. `head` is one of the
 waiting sequences.
@@ -45,22 +45,23 @@ class Order(Protocol):
         """Append a sequence."""
 
     def put_back(self, waiting: WaitingSequence) -> None:
-        """Put back a sequence that lost its worker.
+        """Put back a sequence that was taken and lost its worker.
 
-        The sequence is placed before all sequences that have not had their turn.
+        The sequence is placed before all sequences that were never taken.
         """
 
     def head(self) -> WaitingSequence | None:
         """The next sequence, or None if nothing waits."""
 
     def remove(self, call_id: str) -> None:
-        """Remove a sequence that has not had its turn. Raises KeyError for an unknown id."""
+        """Remove a waiting sequence that will not be sent, such as a cancelled one. Raises KeyError for an unknown
+        id."""
 
     def mark_taken(self, call_id: str, now: float) -> None:
-        """Remove a sequence that has its turn. Raises KeyError for an unknown id."""
+        """Remove a waiting sequence because it is sent to a worker. Raises KeyError for an unknown id."""
 
     def position(self, call_id: str) -> int:
-        """Number of sequences ahead, as far as the tenant of the sequence may know. Raises KeyError for an unknown
+        """Number of sequences ahead. An order may leave out other tenants' sequences. Raises KeyError for an unknown
         id."""
 
     def slots_to_keep_free(self, waiting: WaitingSequence) -> int:

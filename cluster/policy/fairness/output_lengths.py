@@ -1,9 +1,9 @@
 """Learnt output lengths by tenant and model. Fair queuing and scaling use an expectation; limits use a high quantile.
 
 Many outputs end at max_tokens, so only a lower bound of their length is known (censored data). The mean of the observed
-lengths is too low for a call that may be longer. The lesser of this mean and max_tokens is too low for a mix of calls.
-The expectation is therefore the restricted mean of the Kaplan-Meier estimate: the area under the survival curve up to
-max_tokens. If all outputs of a tenant run to their max_tokens, the next outputs are expected to do so too.
+lengths is therefore too low for a call with a larger max_tokens. The expectation is the restricted mean of the
+Kaplan-Meier estimate: the area under the survival curve up to max_tokens. If all outputs of a tenant run to their
+max_tokens, the next outputs are expected to do so too.
 
 A (tenant, model) pair without observations uses the outputs of other tenants for the model, then all outputs, then a
 default.
@@ -26,7 +26,7 @@ KEPT = 64
 DEFAULT_TOKENS = 256
 QUANTILE = 0.95
 RELEARNT_PART = 16
-"""The curve is computed again when at least one in RELEARNT_PART of the kept outputs is new, because computing the
+"""The survival curve is computed again only when at least 1 / RELEARNT_PART of the kept outputs are new. Computing the
 curve costs as much as sorting the outputs."""
 
 
@@ -54,7 +54,7 @@ class _Lengths:
     def expected(self, default_tokens: int, max_tokens: int) -> float:
         """Area under the survival curve up to `max_tokens`.
 
-        Nothing is known beyond the longest observed length, so at most `default_tokens` more are expected there.
+        Beyond the longest observed length the curve is taken as flat, for at most `default_tokens`.
         """
         if self._new_since_curve * RELEARNT_PART >= len(self.last):
             self._curve()
@@ -67,8 +67,8 @@ class _Lengths:
         return self._area[at] + self._survival[at] * beyond
 
     def _curve(self) -> None:
-        """Compute the survival curve: for each observed length, the area up to this length and the share of longer
-        outputs."""
+        """Compute the survival curve: for each observed length, the area under the curve up to this length, and the
+        estimated share of longer outputs."""
         self._new_since_curve = 0
         ends: dict[int, list[int]] = {}
         for tokens, cut in self.last:
@@ -88,8 +88,7 @@ class _Lengths:
 
     @property
     def high(self) -> int:
-        """Length at the quantile QUANTILE. The value is computed on demand, because the outputs of a burst are added
-        together."""
+        """Length at the quantile QUANTILE. Computed on demand, so that a burst of outputs is sorted only once."""
         if self._high is None:
             ordered = sorted(tokens for tokens, _ in self.last)
             self._high = ordered[min(int(QUANTILE * len(ordered)), len(ordered) - 1)]
@@ -107,8 +106,7 @@ class LearntOutputs:
         self._all: _Lengths | None = None
 
     def observe(self, tenant: str, model: str, tokens: int, *, cut: bool = False) -> None:
-        """Record the length of a sequence that has ended. `cut`: the sequence ended at max_tokens and would have been
-        longer."""
+        """Record the output length of an ended sequence. `cut`: the sequence was cut off at max_tokens."""
         tokens = max(tokens, 0)
         self._lengths_of(self._pairs, (tenant, model)).add(tokens, cut)
         self._lengths_of(self._models, model).add(tokens, cut)
@@ -135,13 +133,13 @@ class LearntOutputs:
         return max(min(round(lengths.expected(self._default_tokens, max_tokens)), max_tokens), 1)
 
     def mean(self, tenant: str, model: str, max_tokens: int) -> int:
-        """Mean length of the observed outputs of a tenant and model, between 1 and `max_tokens`."""
+        """Mean of the observed lengths, between 1 and `max_tokens`. Without observations the default."""
         lengths = self._pairs.get((tenant, model))
         expected = self._default_tokens if lengths is None else round(lengths.total / len(lengths.last))
         return max(min(expected, max_tokens), 1)
 
     def p95(self, tenant: str, model: str, max_tokens: int) -> int:
-        """95th percentile of the observed lengths of a tenant and model, between 1 and `max_tokens`."""
+        """95th percentile of the observed lengths, between 1 and `max_tokens`. Without observations the default."""
         lengths = self._pairs.get((tenant, model))
         return max(min(self._default_tokens if lengths is None else lengths.high, max_tokens), 1)
 

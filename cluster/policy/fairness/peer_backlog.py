@@ -2,9 +2,9 @@
 
 Problem: the accounts of tenants must be cluster-wide without another store.
 
-Method: workers see all service, so workers report the service. A report has two numbers for each tenant: a total since
-the start of the worker, and the part of the total that came by the link of the report. A gateway knows its own part
-better and sooner, and adds only the growth of the rest.
+Method: workers see all service, so workers report the service. A report has two numbers for each tenant: the service
+since the worker's start, and the part of that service for calls of the gateway that gets the report. The gateway counts
+its own part itself, more exactly and sooner, so it adds only the growth of the rest.
 
 Invariants: a repeated report changes nothing. The next report makes up for a lost report. Service before the first
 report from a worker to a gateway is not added, because the start of that service is unknown.
@@ -29,7 +29,10 @@ class Backlog(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServedTotal:
-    """Service of one tenant at one worker: weighted tokens charged since the start of the worker, less refunds."""
+    """Service of one tenant at one worker since the worker's start: weighted tokens charged, less refunds.
+
+    `total`: calls of all gateways. `by_this_link`: calls that came by the link on which the report is sent.
+    """
 
     rank: int
     tenant: str
@@ -46,9 +49,9 @@ class WorkerTotals:
     def differences(
         self, worker: str, incarnation: str, totals: Iterable[ServedTotal]
     ) -> Iterator[tuple[FlowKey, float]]:
-        """Yield the service for other gateways since the last report of the worker, by flow.
+        """Yield by flow the service for calls of other gateways since the last report of the worker.
 
-        The first report of a worker only sets the starting point.
+        The first report of a worker yields nothing; it only sets the starting point.
         """
         known = self._workers.get(worker)
         first = known is None
@@ -66,7 +69,7 @@ class WorkerTotals:
                 yield key, difference
 
     def link_ended(self, worker: str) -> None:
-        """Restart the part of this gateway at zero, because the next report of the worker comes by another link."""
+        """Expect `by_this_link` to start at zero, because the next report of the worker comes by a new link."""
         known = self._workers.get(worker)
         if known is not None:
             for key, (total, _) in known[1].items():
@@ -84,7 +87,7 @@ class PeerBacklogs:
         self._reports: dict[str, tuple[float, Mapping[FlowKey, Backlog]]] = {}
 
     def replace(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> dict[FlowKey, Backlog]:
-        """Replace the report of a gateway. Returns the changes of the sums over all gateways, by flow."""
+        """Replace the report of another gateway. Returns by flow the change from its last report."""
         _, before = self._reports.get(gateway, (now, {}))
         self._reports[gateway] = (now, dict(waiting))
         none = Backlog(0, 0.0)
@@ -96,7 +99,7 @@ class PeerBacklogs:
         return changes
 
     def silent_since(self, when: float) -> dict[FlowKey, Backlog]:
-        """Drop gateways without a report since `when`. Returns the changes of the sums over all gateways, by flow."""
+        """Drop gateways without a report since `when`. Returns by flow their backlogs as negative changes."""
         sums: dict[FlowKey, Backlog] = {}
         for gateway, (reported_at, waiting) in list(self._reports.items()):
             if reported_at < when:
@@ -108,9 +111,10 @@ class PeerBacklogs:
 
     @staticmethod
     def share_of_turns(flows: Sequence[Flow], turns: int) -> tuple[float, int]:
-        """Return the part of this gateway in the next `turns` among these flows, and the number of turns used.
+        """Simulate up to `turns` turns among these flows. Returns this gateway's part of them, and their number.
 
-        The flow with the least counter has the first turn.
+        Each turn goes to the flow with the least counter. This gateway's part of a turn is the fraction of the flow's
+        waiting sequences that wait here.
         """
         heap = [(f.counter, at, f, f.here + f.elsewhere) for at, f in enumerate(flows)]
         if len(heap) > turns:

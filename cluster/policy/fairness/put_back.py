@@ -1,4 +1,4 @@
-"""Sequences that lost their worker and wait again. They have their turn before all other sequences.
+"""Sequences that lost their worker and start over. These sequences have their turn before all other sequences.
 
 Invariant: the order is by class, the highest first, then by arrival, then in the order in which they were put back.
 """

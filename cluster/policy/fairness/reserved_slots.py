@@ -1,13 +1,12 @@
 """Slots kept free for tenants that send little, beside tenants that always have something waiting.
 
-Problem: in a full cluster, each slot that becomes free is filled at once by a tenant that always waits. Even if a call
-of a quiet tenant has the next turn, the call must wait for a slot that is granted to its own gateway. With G gateways
-that is one slot in G.
+Problem: in a full cluster, each slot that becomes free is filled at once by a tenant that always waits. Even with the
+next turn, a call of a quiet tenant must wait until a worker grants a free slot to the call's gateway. Of G gateways,
+each is granted only one free slot in G.
 
-Invariants: slots are kept free only if a guest was seen recently. A guest is a tenant that has had no more than its
-share and now waits nowhere. Slots are kept only from tenants that have waited without a pause for longer than an idle
-tenant is remembered. The number of kept slots is at most one in KEPT_OF of the running calls of this gateway, and at
-most KEPT_MOST.
+Invariants: slots are kept free only if a guest was seen in the last GUEST_S seconds. A guest is a tenant that has had
+no more than its share and now waits nowhere. Slots are kept only from tenants that have waited without a pause for at
+least `idle_s` of FairOrder. At most one slot per KEPT_OF running calls of this gateway is kept, and at most KEPT_MOST.
 
 Source: trunk reservation (Kelly, Loss Networks, 1991): a few circuits that are kept for the rarer class cost the other
 class little.
@@ -21,7 +20,7 @@ GUEST_S = 30.0
 
 
 class ReservedSlots:
-    """Reserved slots of one model. Guests are noted once a second. `reserved` is read at each turn."""
+    """Reserved slots of one model. The caller notes guests once a second, and reads `reserved` at each turn."""
 
     __slots__ = ("_until",)
 

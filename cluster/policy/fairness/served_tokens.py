@@ -1,8 +1,7 @@
 """Account of a worker: the service that each flow received. `Served` reports are made from this account.
 
-Invariant: the total of a flow is the sum of the charges of all accepted calls of the flow. Charges are computed in the
-same way as by each gateway for its own calls. So all gateways that have all reports have equal accounts. The meter uses
-no clock.
+Invariant: the total of a flow is the sum of the charges of all accepted calls of the flow. Workers and gateways compute
+a call's charge in the same way, so all gateways that have all reports have equal accounts. The meter uses no clock.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class ServedMeter:
         self._resumed: set[str] = set()
 
     def attach(self, link: int) -> None:
-        """Add a new link. The first report on this link names every flow."""
+        """Add a new link. The first report on this link will contain every flow."""
         self._by_link[link] = {}
         self._changed[link] = set(self._totals)
 
@@ -37,7 +36,7 @@ class ServedMeter:
     def accepted(self, request_id: str, link: int, flow: FlowKey, charge: Charge, *, again: bool = False) -> None:
         """Record an accepted call.
 
-        `again`: another worker has already counted the call, so this meter adds only corrections.
+        `again`: another worker has counted the call's first charge, so this meter adds only later changes.
         """
         self._open[request_id] = (link, flow, charge)
         if again:
@@ -64,7 +63,7 @@ class ServedMeter:
             self._add(entry[0], entry[1], delta)
 
     def ended(self, request_id: str) -> None:
-        """End a call, and refund the charge for predicted tokens that were not generated, however the call ended."""
+        """End a call for any reason, and refund the charge for predicted tokens that were not generated."""
         if (entry := self._open.pop(request_id, None)) is not None:
             self._resumed.discard(request_id)
             self._add(entry[0], entry[1], entry[2].ended())

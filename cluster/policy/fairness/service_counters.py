@@ -3,11 +3,11 @@
 Problem: among ten thousand tenants the least counter must be found in microseconds, while each report changes thousands
 of counters.
 
-Method: flows are kept in buckets of QUANTUM weighted tokens. A flow is moved to another bucket only when its counter
+Method: flows are kept in buckets of QUANTUM, by counter. A flow is moved to another bucket only when its counter
 falls, or when the lookup finds that its counter has risen.
 
-Invariant: if all flows were in the buckets of their current counters, `least` would return a flow of the lowest bucket.
-So the counter of the returned flow is at most QUANTUM above the least counter.
+Invariant: `least` returns a flow from the lowest bucket by current counters, as if every flow were always moved at
+once. So the counter of the returned flow is at most QUANTUM above the least counter.
 
 Source: the calendar queue (Brown, CACM 1988). The time of the queue is a counter of VTC (Sheng et al., OSDI 2024).
 """
@@ -25,7 +25,7 @@ QUANTUM = 32.0
 
 
 class FlowKey(NamedTuple):
-    """A tenant within a priority class; rank 0 is the class that is served first."""
+    """A tenant within a priority class. Rank 0 is the highest class, which is served first."""
 
     rank: int
     tenant: str
@@ -71,7 +71,7 @@ class FifoQueue:
     def _skip(self, gone: list[int]) -> None:
         """Drop removed entries from the front, so that the first entry is a waiting entry.
 
-        The start of `gone` is cut off only once it is the larger part. So a turn does not copy the whole list.
+        Used serial numbers are cut from `gone` only when they are the larger part, so that few calls copy the list.
         """
         while self._skipped < len(gone) and gone[self._skipped] == self._first:
             self._line.popleft()
@@ -91,10 +91,10 @@ class FifoQueue:
 
 
 class Flow(FifoQueue):
-    """Queue of one tenant for one model and class. `counter` is the weighted service of the tenant divided by its
-    weight.
+    """Queue of one tenant for one model and class. `counter`: weighted tokens served, divided by the tenant's weight.
 
-    Queue and counter are one object, so that a turn among ten thousand tenants touches little uncached memory.
+    `elsewhere` and `elsewhere_service` are like `here` and `here_service`, for all other gateways together. Queue and
+    counter are one object, so that a turn among ten thousand tenants touches little uncached memory.
     """
 
     __slots__ = (
@@ -129,7 +129,7 @@ class Flow(FifoQueue):
 
 
 class LeastFirst:
-    """Flows ordered by the bucket of their counter. Within a bucket the order is first in, first out."""
+    """Flows by the bucket of their counter, the lowest bucket first. Within a bucket: first in, first out."""
 
     def __init__(self, quantum: float = QUANTUM) -> None:
         self._per_token = 1.0 / quantum
@@ -164,7 +164,7 @@ class LeastFirst:
             self.add(flow)
 
     def least(self) -> Flow | None:
-        """The flow with the least counter, or None without flows. Each outdated entry is handled once."""
+        """A flow of the lowest bucket by current counters, or None without flows."""
         while self._order:
             number = self._order[0]
             bucket = self._buckets[number]
@@ -197,9 +197,10 @@ class ClassTurns:
         self._last: Flow | None = None
 
     def floor(self) -> float:
-        """Starting counter of a flow that returns from idle (VTC).
+        """Return the counter to which a flow is raised when it waits again after a long idle time (the lift of VTC).
 
-        This is the least counter of the backlogged flows, or else the counter of the last flow that was backlogged.
+        This is the least counter of all backlogged flows. If none is backlogged, it is the counter of the last one that
+        was.
         """
         least = self.anywhere.least()
         if least is None:

@@ -3,8 +3,8 @@
 Problem: a full waiting room must shed the lowest class first. Within a class, a flooding tenant must not take the
 places of other tenants.
 
-Invariant: the victim has a lower class than the new sequence, or the same class. With the same class, the queue of the
-victim's tenant is longer by weight than the queue of the new sequence's tenant would become.
+Invariant: the victim has a lower class than the new sequence, or an equal class and a tenant with a longer queue. Queue
+lengths are divided by the tenant's weight, and the new sequence counts as if it had entered.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _TenantQueue:
 
 
 class TenantQueues:
-    """Queues of waiting sequences, one for each tenant in each class, over all models."""
+    """Queues of waiting sequences over all models, one queue for each tenant and class."""
 
     def __init__(self, weight_of: Callable[[str], float], is_waiting: Callable[[WaitingSequence], bool]) -> None:
         """Create empty queues. `is_waiting` says whether an added sequence still waits."""
@@ -68,7 +68,7 @@ class TenantQueues:
             del queues[waiting.tenant]
 
     def last_of_longest(self, below: WaitingSequence) -> WaitingSequence | None:
-        """Return the sequence to shed so that `below` can enter, or None if no sequence may be shed for `below`."""
+        """Return the sequence to shed in favour of `below`, the new sequence, or None if none may be shed for it."""
         longest = self._longest = self._longest if self._longest is not None else self._all_lengths()
         self._adds_unasked = 0
         for rank in sorted(longest, reverse=True):

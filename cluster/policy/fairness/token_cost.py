@@ -5,8 +5,8 @@ Problem: the next call is chosen before its output is known.
 Method: a call is charged its predicted cost, and the charge is corrected later. The charge is raised as soon as the
 output exceeds the prediction, and lowered at the end.
 
-Invariant: after `ended`, the charge is the cost of the tokens that were really computed. The sum of all deltas is the
-charge.
+Invariant: after `ended`, the charge is the cost of the tokens that were really computed. At any time, the predicted
+cost plus all returned changes is the charge.
 
 Source: VTC with length prediction (Sheng et al., OSDI 2024, section 4.3).
 """
@@ -38,7 +38,7 @@ class ServiceWeights:
 
 
 class Charge:
-    """Charge of one call. Each method returns the change of the charge in weighted tokens; a refund is negative."""
+    """Charge of one call. Methods return the change of the charge in weighted tokens, negative for a refund."""
 
     __slots__ = ("_generated", "_paid_output", "_prompt", "_prompt_tokens", "_weights")
 
@@ -56,13 +56,13 @@ class Charge:
         return self._prompt + self._weights.output * self._paid_output
 
     def cached(self, cached_tokens: int) -> float:
-        """Correct the charge by the number of cached prompt tokens that the engine reported."""
+        """Charge the prompt with the number of cached tokens that the engine reported, in place of the prediction."""
         before = self._prompt
         self._prompt = self._weights.prompt(self._prompt_tokens, cached_tokens)
         return self._prompt - before
 
     def generated(self, tokens: int) -> float:
-        """Set the total number of output tokens over all attempts. The total never falls."""
+        """Record the number of output tokens so far, over all workers that ran the call. A lower number is ignored."""
         self._generated = max(self._generated, tokens)
         more = max(self._generated - self._paid_output, 0)
         self._paid_output += more

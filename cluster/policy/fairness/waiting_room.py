@@ -4,9 +4,9 @@ Problem: calls must wait in the gateway and not in an engine, so that the next c
 wait must be bounded in number, tokens and time, or overload ends in congestion collapse.
 
 Invariants: a sequence that enters leaves exactly once: it is bound by `pop_next`, cancelled by `cancel`, returned by
-`pop_expired`, or shed for another sequence. The counts of the room are the counts of its entries. Only the head of an
-order may be bound, so a long prompt is not overtaken for ever. A sequence is never shed for a sequence of a lower
-class. Within a class, a sequence is never shed for a tenant with more waiting sequences.
+`pop_expired`, or shed for another sequence. Only the head of an order may be bound, so shorter prompts cannot overtake
+a long prompt for ever. A sequence is shed only for a sequence of a higher class, or of its own class whose tenant has a
+shorter queue by weight.
 
 Source: late binding as in Pegasus/Sparrow (Ousterhout et al., SOSP 2013); shedding from the longest queue as in longest
 queue drop (McKenney, Stochastic Fairness Queueing, 1990).
@@ -47,10 +47,10 @@ class RoomStatistics:
 
 @dataclass(frozen=True, slots=True)
 class RoomAdmission:
-    """Result of an admission. `outcome` is None if the sequence was admitted, else the reason of the refusal.
+    """Result of an admission. `shed`: the sequences that were shed to make room.
 
-    `shed` are the sequences that were shed to make room. Reasons: QUEUE_FULL, the room is full. RATE_LIMITED, the
-    tenant's own queue is full. DEADLINE_UNREACHABLE, the sequence could not start before its deadline.
+    `outcome`: None if the sequence was admitted, else the reason of the refusal: QUEUE_FULL (the room is full),
+    RATE_LIMITED (the tenant's own queue is full) or DEADLINE_UNREACHABLE (no start before the deadline is possible).
     """
 
     outcome: Outcome | None = None
@@ -84,8 +84,8 @@ class WaitingRoom:
     ) -> None:
         """Create an empty room.
 
-        `order_of` returns the order of a model. The room calls `order_of` when the first sequence of the model waits.
-        `longer_s` returns the extra seconds, beyond `max_wait_s`, for sequences that now arrive for a model.
+        `order_of(model)` returns the order of a model. The room calls it when the first sequence of the model waits.
+        `longer_s(model)` returns seconds that are added to `max_wait_s` for sequences that now arrive.
         """
         self._max_requests = max_requests
         self._max_tokens = max_tokens
@@ -108,11 +108,11 @@ class WaitingRoom:
         self._entered = self._refused = self._put_back = self._bound = self._left = self._expired = self._shed = 0
 
     def admit(self, waiting: WaitingSequence, now: float, starts_in_s: float = 0.0) -> RoomAdmission:
-        """Admit a sequence, or return the reason of the refusal. A full room may shed sequences of less importance.
+        """Admit a sequence, or return the reason of the refusal. A full room may shed other sequences first.
 
         Sequences in `shed` no longer wait, even if the new sequence is refused. `starts_in_s`: seconds until the
-        earliest possible start; a sequence whose deadline is not after that time is refused at once. Raises ValueError
-        for a call id that already waits.
+        earliest possible start; a sequence with an earlier deadline is refused at once. Raises ValueError for a call id
+        that already waits.
         """
         outcome = self._check_tenant_bounds(waiting)
         if outcome is None and waiting.deadline is not None and now + starts_in_s >= waiting.deadline:
@@ -136,8 +136,8 @@ class WaitingRoom:
         return RoomAdmission(outcome, tuple(shed))
 
     def put_back(self, waiting: WaitingSequence, now: float) -> None:
-        """Put back a sequence that lost its worker. The sequence waits at the head, with a new max_wait_s and without
-        any bound."""
+        """Put back a sequence that lost its worker. The sequence waits at the head for up to max_wait_s; the room's
+        bounds do not apply."""
         self._add(waiting, now).put_back(waiting)
         self._put_back += 1
 
@@ -151,7 +151,8 @@ class WaitingRoom:
     ) -> WaitingSequence | None:
         """Remove and return the next sequence if it fits. Returns None if nothing waits or the head does not fit.
 
-        The cost is O(log n), amortised. `now` None: the latest time that was passed to the room.
+        `fits(sequence)`: whether a worker can take the sequence. `now` None: the latest time that was passed to the
+        room.
         """
         queue = self._queues.get(model)
         head = queue.order.head() if queue is not None else None
@@ -188,7 +189,7 @@ class WaitingRoom:
         return gone
 
     def position(self, call_id: str) -> int | None:
-        """Number of sequences of the same model ahead, according to the order. None if no sequence with this id
+        """Number of sequences ahead, by `Order.position` of the sequence's model; None if no sequence with this id
         waits."""
         entry = self._entries.get(call_id)
         return None if entry is None else self._queues[entry[0].model].order.position(call_id)

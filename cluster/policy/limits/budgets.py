@@ -1,7 +1,7 @@
 """Use of the daily and monthly token budgets of tenants, and the thresholds that the use has crossed.
 
-Invariant: the id of a notice depends only on the tenant, the budget, the period and the threshold. So notices that
-several processes find, or one process finds several times, have the same id. Days and months are in UTC.
+Invariant: the id of a notice depends only on the tenant, the budget, the period and the threshold. So every process
+creates the same id for the same crossing, every time. Days and months are in UTC.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class BudgetUse:
 
     @property
     def ratio(self) -> float:
-        """Used tokens divided by the limit. The ratio exceeds 1 if running calls were allowed to finish."""
+        """Used tokens divided by the limit; above 1 after running calls were allowed to finish beyond the limit."""
         return self.used_tokens / self.limit_tokens
 
 

@@ -1,8 +1,8 @@
 """Tenant limits. An amount is reserved when a call is admitted, topped up while the call runs, and settled at the end.
 
 Problem: the cost of a call is known only at the end of the call, when many other calls have been admitted. So the
-likely cost is reserved (the prompt and the p95 output of the tenant). More is reserved in quanta as tokens come, and
-the unused rest is returned.
+likely cost is reserved: the prompt and the tenant's 95th percentile of output. If the output becomes longer, more is
+reserved in quanta of tokens. At the end the unused rest is returned.
 
 Invariants: no call is admitted that would bring any one-minute window, or a daily or monthly budget, over its limit.
 However a call ends, `running` decreases by one, and the reservation of the call is replaced by the tokens that the
@@ -40,7 +40,7 @@ NEVER = None
 
 
 class Limit(StrEnum):
-    """Names of the limits, the same as the fields of `TenantLimits`."""
+    """Names of the limits, which are the field names of `TenantLimits`."""
 
     REQUESTS = "requests_per_minute"
     TOKENS = "tokens_per_minute"
@@ -69,9 +69,9 @@ class TokenWeights:
 
 @dataclass(frozen=True, slots=True)
 class ReservationRequest:
-    """Amounts that a call asks to reserve.
+    """Amounts to reserve for a call.
 
-    `output_tokens` is the likely output of all n sequences of the call together.
+    `output_tokens`: likely output of all sequences of the call together.
     """
 
     call_id: str
@@ -174,9 +174,9 @@ class LimitStore(Protocol):
     def charge(
         self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float
     ) -> LimitRefusal | None:
-        """Count requests, or tokens that belong to no call.
+        """Count requests and tokens outside any reservation. `tokens` count as input tokens.
 
-        Returns a refusal if the requests or tokens do not fit the limits; then nothing is counted.
+        If they do not fit the limits, nothing is counted and the refusal is returned.
         """
 
     def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int, now: float, epoch_s: float) -> bool:
@@ -186,9 +186,9 @@ class LimitStore(Protocol):
         """
 
     def settle(self, call_id: str, prompt_tokens: int, output_tokens: int, now: float, epoch_s: float) -> None:
-        """Replace the reservation of an ended call by the tokens that the engine counted (zeros if the call never ran).
+        """Replace the reservation of an ended call by the engine's token counts; both are 0 if the call never ran.
 
-        Repeated settlements of a call and unknown ids are ignored.
+        A call without a reservation, such as a call that is settled already, is ignored.
         """
 
 
@@ -210,7 +210,7 @@ class Limiter:
     def reserve(
         self, policy: TenantPolicy, ask: ReservationRequest, now: float, epoch_s: float, *, sharers: int = 1
     ) -> Granted | LimitRefusal:
-        """See LimitStore. `sharers` is the number of gateways (at least 1) that each apply an equal share of every
+        """See LimitStore. `sharers`: number of gateways, at least 1. Each gateway applies an equal share of every
         limit."""
         if ask.call_id in self._held:
             raise ValueError(f"call {ask.call_id!r} holds a reservation already")
@@ -293,9 +293,9 @@ class Limiter:
         self._spend(use, held, prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """Raise the use of the budgets of this day and this month to at least the given tokens.
+        """Raise the counted use of the current day's and month's budgets to at least the given use.
 
-        `today` and `month` have the used tokens by tenant.
+        `today` and `month`: used tokens by tenant.
         """
         for name in {*today, *month}:
             use = self._tenants.setdefault(name, TenantUse())
@@ -398,7 +398,7 @@ class Limiter:
 
 
 def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:
-    """Return two times in seconds: until `over` more fits the limit, and until the whole limit is free."""
+    """Return two times in seconds: until `over` of the use has expired, and until the whole limit is free."""
     if name is Limit.MONTHLY or name is Limit.DAILY:
         ends_in_s = month_ends_in_s(epoch_s) if name is Limit.MONTHLY else day_ends_in_s(epoch_s)
         return ends_in_s, ends_in_s
@@ -411,8 +411,7 @@ def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: floa
 def gateway_share(limits: TenantLimits, sharers: int) -> TenantLimits:
     """Share of one gateway in the limits: an equal part for each of `sharers` gateways, but at least 1.
 
-    Because of the minimum of 1, all gateways together may exceed the limit a little. This is better than locking a
-    tenant out.
+    With the minimum of 1, all gateways together may exceed a small limit. A part of 0 would lock the tenant out.
     """
     if sharers <= 1:
         return limits

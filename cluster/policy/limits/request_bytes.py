@@ -5,12 +5,11 @@ Problem: a body can be parsed only when all bytes have arrived. Flow control bou
 transit, but not the bytes of many unfinished bodies together: 40 bodies of 15 MiB hold 600 MiB. If each body were
 granted a little at a time, the bodies could deadlock: every body could hold a part, and none could complete.
 
-Method: before more than a small head start of a body is read, the whole size of the body is reserved. The owner of the
-body reads on (grants window, resumes the socket) only once the reservation is granted, and releases the reservation
-when the body is parsed or dropped. So each body with a granted reservation can complete (the banker's rule, with each
-claim granted whole).
+Method: only a small head start of a body is read before the whole size of the body is reserved. The server reads the
+rest (by flow-control window or socket) once the reservation is granted, and releases the reservation when the body is
+parsed or dropped. So each body with a granted reservation can complete (the banker's algorithm, with whole claims).
 
-Invariants: the sum of granted sizes never exceeds a bound, with one exception. A single reservation that is larger than
+Invariants: the sum of granted sizes never exceeds a bound, with one exception. A reservation that alone is larger than
 the bound is granted when nothing else counts against that bound.
 
 A reservation is granted as soon as the bounds allow the grant and no earlier reservation in the order waits for the
@@ -85,8 +84,8 @@ class Reservation:
         self.granted = False
         self.released = False
         self.too_slow = too_slow
-        """Function that ends the body and releases the reservation. The caller of RequestBytes.slow calls the
-        function."""
+        """Function that ends the body and releases the reservation. Called by the caller of RequestBytes.slow, if the
+        body is too slow."""
         self._budget = budget
         self._on_grant = on_grant
         self._granted_at = 0.0
@@ -157,7 +156,7 @@ class RequestBytes:
     def full(self, tenant: str) -> bool:
         """Whether another body of the tenant must be refused because too many bodies wait.
 
-        The number of waiting bodies is bounded because each waiting body holds the bytes of its head start.
+        The bound exists because each waiting body holds memory for its head start.
         """
         return sum(map(len, self._waiting.get(tenant, {}).values())) >= MAX_WAITING or self.waiting >= 8 * MAX_WAITING
 
@@ -205,10 +204,10 @@ class RequestBytes:
         self._grant_all()
 
     def slow(self) -> list[Reservation]:
-        """Granted reservations whose bodies arrive too slowly. The list is empty if no other body waits.
+        """Granted reservations whose bodies arrive too slowly. The list is empty if no reservation waits.
 
-        A body is too slow if, after GRACE_S, its mean rate is below MIN_BYTES_PER_S. The caller must call `too_slow` of
-        each returned reservation.
+        A body is too slow if its mean rate since GRACE_S after the grant is below MIN_BYTES_PER_S. The caller must call
+        `too_slow` of each returned reservation.
         """
         if not self._waiting:
             return []
@@ -237,7 +236,7 @@ class RequestBytes:
     def _next(self) -> Reservation | None:
         """The waiting reservation to grant now, or None.
 
-        Free bytes in the process are kept for the first reservation in the order.
+        If the first reservation in the order does not fit the process bound, later reservations wait too.
         """
         for tenant in sorted(self._waiting, key=self._held.__getitem__):
             first = self._first_of(tenant)
@@ -246,7 +245,7 @@ class RequestBytes:
         return None
 
     def _first_of(self, tenant: str) -> Reservation | None:
-        """The first waiting reservation of a tenant on a connection whose bound allows the reservation, or None."""
+        """The tenant's first waiting reservation that fits the bound of its connection, or None."""
         held = self._held_by_connection
         for connection in sorted(self._waiting[tenant], key=held.__getitem__):
             first = next(iter(self._waiting[tenant][connection]))
@@ -276,7 +275,7 @@ class RequestBytes:
 
 
 def _within(held: int, size: int, bound: int) -> bool:
-    """Whether `size` more bytes fit the bound. The first reservation always fits, whatever its size."""
+    """Whether `size` more bytes fit the bound. Any size fits while nothing is held."""
     return held == 0 or held + size <= bound
 
 

@@ -4,7 +4,7 @@ Problem: a counter that is reset each minute lets twice the limit pass around th
 grows with the limit.
 
 Method: admissions are summed in buckets of one second. A bucket counts until the *end* of the bucket is one window old.
-So no window of WINDOW_S holds more than the limit. The price is one sixtieth of the limit.
+So no window of WINDOW_S holds more than the limit. In return, an amount counts for up to one second too long.
 
 Invariant: for any time t of an admission, the sum over (t - WINDOW_S, t] did not exceed the limit.
 """
@@ -18,12 +18,12 @@ from datetime import UTC, datetime
 
 WINDOW_S = 60
 STEP_BACK_S = 60.0
-"""Maximum step back, in seconds, after which readings stay constant until the clock catches up. After a larger step
-back, time continues from the last reading."""
+"""Largest backward step of a clock, in seconds, that is waited out: readings stay constant until the clock catches up.
+After a larger step, time continues at once from the last reading."""
 
 
 class MonotonicClock:
-    """Clock with monotonic readings, over a clock that may step back."""
+    """Conversion of the times of a clock that may step back into times that never decrease."""
 
     def __init__(self) -> None:
         self._last = -math.inf
@@ -60,7 +60,7 @@ class SlidingSum:
             self.total -= self._amounts.pop(self._buckets.popleft())
 
     def add(self, amount: int, now: float) -> int:
-        """Add an amount. Returns the number of the bucket, which `correct` takes."""
+        """Add an amount. Returns the number of the amount's bucket, for a later `correct`."""
         bucket = math.floor(now)
         if bucket not in self._amounts:
             self._buckets.append(bucket)
@@ -70,7 +70,7 @@ class SlidingSum:
         return bucket
 
     def correct(self, bucket: int, amount: int) -> None:
-        """Add a correction to the amount of a bucket. An expired bucket is not changed."""
+        """Add `amount`, which may be negative, to a bucket. Does nothing if the bucket has expired."""
         if bucket in self._amounts:
             self._amounts[bucket] += amount
             self.total += amount
@@ -103,7 +103,7 @@ class SlidingSum:
 
 @dataclass(slots=True)
 class Period:
-    """Use in one UTC day or month. `number` is the number of the day or month, which grows by one each time."""
+    """Tokens used in one UTC day or month. `number`: serial number of the period, as `day_of` or `month_of` returns."""
 
     number: int = -1
     used: int = 0
@@ -115,12 +115,12 @@ class Period:
 
 
 def day_of(epoch_s: float) -> int:
-    """Number of the UTC day that contains this time."""
+    """Serial number of the UTC day that contains this time, in seconds since the epoch."""
     return math.floor(epoch_s / 86_400)
 
 
 def month_of(epoch_s: float) -> int:
-    """Number of the UTC month that contains this time."""
+    """Serial number of the UTC month that contains this time, in seconds since the epoch."""
     when = datetime.fromtimestamp(epoch_s, UTC)
     return when.year * 12 + when.month - 1
 

@@ -8,9 +8,8 @@ breaker rejects calls until a pause is over, then lets one call at a time throug
 answered closes the breaker. A probe that fails opens the breaker for twice as long.
 
 Consecutive failures never open the last closed breaker: if there is no other worker, a bad worker is better than none.
-This exemption does not apply to a stalled worker, because a stalled worker answers no calls. A worker that was only
-unreachable needs no probe: after the reconnect, the steps that its engine makes for other gateways show that the engine
-works.
+A stall opens even the last closed breaker, because a stalled worker answers no calls. A worker that was only
+unreachable needs no probe: after the reconnect, its engine's steps for other gateways show that the engine works.
 
 Source: the circuit breaker of Nygard, "Release It!" (2nd ed., 2018), chapter 5.
 """
@@ -40,8 +39,8 @@ class _Breaker:
     steps: int = 0
     """Step count of the engine in the first report after the reconnect."""
     seen: bool = False
-    """Whether the engine has been observed working since the breaker opened. `pause_s` is kept until a call is
-    answered."""
+    """Whether the engine has been observed working since the breaker opened. True closes the breaker, but `pause_s`
+    stays until a success: if the breaker opens again before, the pause doubles."""
 
     @property
     def closed(self) -> bool:
@@ -91,7 +90,8 @@ class Breakers:
         breaker.unseen = unseen
 
     def record_steps(self, incarnation: str, now: float, steps: int) -> None:
-        """Record the step count of the engine, as reported on a new link; 0 before the first report."""
+        """Close the breaker if it opened because the engine could not be observed, and the engine steps again. `steps`:
+        the engine's step count, as reported on the new link; 0 before the first report."""
         breaker = self._breakers.get(incarnation)
         if breaker is None or not breaker.unseen:
             return
@@ -100,7 +100,7 @@ class Breakers:
             breaker.seen = True
 
     def retain(self, incarnations: Iterable[str]) -> None:
-        """Forget all closed breakers, except the breakers of the given incarnations."""
+        """Keep only open breakers and the breakers of these incarnations."""
         kept = set(incarnations)
         self._breakers = {
             name: breaker for name, breaker in self._breakers.items() if name in kept or not breaker.closed

@@ -4,9 +4,8 @@ Problem: the call at the head of its queue may go to any worker of its model tha
 should even out, and a human must be able to ask why a call went to a worker.
 
 Invariants: the chosen worker passed every filter, and no other worker that passed has a higher score. Equal inputs give
-equal decisions, whatever the order of the candidates. Every candidate is in the decision, either with its scores or
-with the filter that dropped the candidate. (If the free capacity is reserved for other tenants, no candidate is
-listed.)
+equal decisions, whatever the order of the candidates. The decision lists every candidate, with its scores or with the
+filter that dropped the candidate. Exception: the list is empty if the free capacity is reserved for other tenants.
 
 Source: the filter-scorer-picker pipeline of Kubernetes' scheduler and of the Gateway API inference extension.
 """
@@ -27,9 +26,9 @@ class Candidate:
     counts the sequences of this gateway on the worker; `waiting` counts the sequences in the queue of the engine.
     `kv_usage` is in [0, 1].
 
-    `resumed_prefill` is the number of prompt tokens of this gateway's resumed calls that wait on the worker for the
-    next engine step; `new_prefill` is the same number for new calls. If `resumed_prefill` is above 0, the sum of both
-    numbers must not exceed `prefill_budget`.
+    `resumed_prefill` and `new_prefill` count prompt tokens that wait on the worker for the next engine step: those of
+    this gateway's resumed calls and of its new calls. While `resumed_prefill` is above 0, their sum must stay within
+    `prefill_budget`.
     """
 
     worker_id: str
@@ -62,12 +61,11 @@ class RouteCall:
     """Fields of a call that routing uses.
 
     `tokens`: number of prompt tokens; for a resumed call, plus the number of emitted tokens. `uncached_tokens`: how
-    many of these tokens must probably be computed; 0 means all. `reserved_slots`: the call is sent nowhere unless more
-    than this many sequences are free in total. `compatibility_key`: key of the worker that began a resumed call; None
-    for a new call. `excluded`: incarnations on which the call has failed, and to which the call must not be sent again.
-    `versions`: versions that a new call may go to; empty means any version. `cached_on`: incarnation that last computed
-    a resumed call and probably still holds its KV blocks; on that incarnation only `uncached_there` tokens must be
-    computed.
+    many of `tokens` must probably be computed; 0 means all. `reserved_slots`: the call is sent only if more than this
+    number of sequences are free in total. `compatibility_key`: key of the worker that began a resumed call; None for a
+    new call. `excluded`: incarnations to which the call must not be sent. `versions`: versions on which a new call may
+    begin; empty means any version. `cached_on`: incarnation that probably still holds the KV blocks of a resumed call,
+    or "". `uncached_there`: number of tokens to compute on `cached_on`.
     """
 
     model: str
@@ -100,10 +98,10 @@ class Scorer:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Result for one candidate: `dropped`, the reason of the filter that dropped the candidate, or `parts`, its scores.
+    """Result for one candidate.
 
-    `parts` are pairs of a scorer name and a score. `total` is the weighted mean of the scores, in [0, 1]; 0 for a
-    dropped candidate.
+    `dropped`: reason of the filter that dropped the candidate; "" if it passed all. `parts`: pairs of scorer name and
+    score. `total`: weighted mean of the scores, in [0, 1]; 0 for a dropped candidate.
     """
 
     worker_id: str
@@ -122,8 +120,8 @@ class RoutingDecision:
     """Result of routing: the chosen worker, or None, and the reason.
 
     `reason` is one of a few words, used as a metric label. With a worker the reason is least_loaded or only_choice.
-    Without a worker the reason is no_worker, kept_free, or the reason of the filter furthest in the order that dropped
-    a candidate.
+    Without a worker the reason is no_worker, kept_free, or the reason of the last filter in FILTERS that dropped a
+    candidate.
     """
 
     worker_id: str | None
@@ -153,9 +151,9 @@ def uncached_tokens_at(call: RouteCall, c: Candidate) -> int:
 
 
 def may_take_resumed(c: Candidate) -> bool:
-    """Whether the worker may have capacity for any resumed call. The check is cheap.
+    """Cheap check before routing: False if the worker has no capacity for any resumed call.
 
-    While many resumed calls wait, a worker usually has no capacity for another one.
+    While many resumed calls wait, the check usually saves their routing.
     """
     return c.free_sequences > 0 and (not c.resumed_prefill or c.resumed_prefill + c.new_prefill < c.prefill_budget)
 
@@ -189,13 +187,13 @@ def _kept(call: RouteCall, c: Candidate) -> float:
 
 
 def is_compatible(call: RouteCall, candidate: Candidate) -> bool:
-    """Whether the call may run on the candidate, by the compatibility key of the candidate. True for a new call."""
+    """Whether the candidate's compatibility key allows the candidate to run the call. True for every new call."""
     likeness = candidate.compatibility_key
     return call.compatibility_key is None or (likeness is not None and likeness.can_resume(call.compatibility_key))
 
 
 PREFILL_TOKENS = 2048
-"""Number of queued prompt tokens that delay a first token as much as one more call in the queue of the engine."""
+"""Number of prompt tokens without output that score as badly as one call in the queue of the engine."""
 
 
 FILTERS = (
@@ -222,10 +220,10 @@ SCORERS = (
 the prompts that are not computed yet."""
 
 ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0), Scorer("kept_blocks", _kept, 16.0))
-"""Scorers for resumed calls. The worker that holds the KV blocks of the call comes first, if only the gateway was lost.
+"""Scorers for resumed calls. `kept_blocks` prefers the worker that holds the KV blocks of the call.
 
-Otherwise a burst of resumed calls is spread evenly, whatever the queues of the workers were at the last heartbeat,
-because the last call of the burst waits for the longest step.
+`few_replays` spreads other resumed calls evenly, because the last call of a burst waits for the longest step. Its
+weight exceeds that of the queue lengths, which are as old as the last heartbeat.
 """
 
 

@@ -1,9 +1,9 @@
 """Choice of a version of a model for a call, by the weights of the versions. All gateways choose the same version for
 the same call. Pure.
 
-Invariants: while the weights stay the same, a call id always gets the same version, on every gateway and in every
-repetition. Over many ids each version gets its share. When the weight of a version grows, calls only move to that
-version, and no other call changes its version.
+Invariants: with equal weights, a call id gets the same version on every gateway and in every repetition. Over many ids
+each version gets its share. When the weight of one version grows, some calls move to that version, and all other calls
+keep their version.
 
 Source: weighted rendezvous hashing (Schindelhauer and Schomaker 2005; the logarithmic method).
 """
@@ -32,7 +32,7 @@ ANY_VERSION = Versions()
 
 
 def choose_version(call_id: str, weights: Iterable[tuple[str, float]]) -> str:
-    """Return the version for the call, or "" if no weight is above 0."""
+    """Return the version for the call, or "" if no weight is above 0. `weights`: pairs of version and weight."""
     best, lowest = "", math.inf
     for version, weight in weights:
         if weight <= 0:

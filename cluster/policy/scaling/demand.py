@@ -1,12 +1,12 @@
 """Demand of all gateways, summed. Pure.
 
-Problem: gateways and the controller start and stop, and each arrival must count once. So each gateway reports counters
-since its start, the incarnation of that start, and for how long it has counted.
+Problem: gateways and the controller start and stop, and each arrival must count once. So each gateway reports its
+incarnation, its counters since its start, and the seconds since its start.
 
-Invariants: between two calls of `pop_demand`, the arrivals of a gateway are the growth of its counters. A gateway that
-started to count after this object was created counts from zero. Any other gateway that is new to this object counts
-from its first report. The growth of a counter is never negative. A disconnected gateway counts with its last report,
-but the calls that waited on that gateway no longer count.
+Invariants: between two calls of `pop_demand`, the arrivals of a gateway are the growth of its counters, never negative.
+For a gateway that started after this object was created, the growth begins at zero. For any other gateway, the growth
+begins at its first report to this object. After a disconnect, arrivals up to the last report still count; waiting calls
+do not.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class _Gateway:
 class DemandTotals:
     """Sum of the demand of all gateways.
 
-    `record_report` and `record_disconnect` update the demand of one gateway. The controller reads the sum with
-    `pop_demand`, once per pass.
+    `record_report` and `record_disconnect` update the demand of one gateway. `pop_demand` reads the sum, once for each
+    scaling decision.
     """
 
     def __init__(self, now: float) -> None:
@@ -52,10 +52,10 @@ class DemandTotals:
         """Rank of each priority class, as reported by the gateways."""
 
     def record_report(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float, now: float) -> bool:
-        """Record a report of a gateway incarnation that has counted for `counting_s`.
+        """Record a report of a gateway incarnation that has counted for `counting_s` seconds.
 
-        Returns True if the gateway holds calls for a model and class for which the previous report had no held calls.
-        Then scaling should be decided at once.
+        Returns True if scaling should be decided at once: the gateway now holds calls for a model and class without
+        held calls in its previous report.
         """
         report = {(d.model, c.priority_class): c for d in demand for c in d.classes}
         known = self._gateways.get(gateway)

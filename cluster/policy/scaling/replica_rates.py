@@ -1,12 +1,13 @@
 """Throughput of one replica, learnt from the durations of the steps of its engine. Pure.
 
 Model: a step takes `fixed` seconds, plus `decode` seconds for each sequence that gets a token, plus `prefill` seconds
-for each prompt token. So over any span, time in steps = fixed * steps + decode * tokens + prefill * prompt tokens.
+for each prompt token. So over a span between two reports of an engine,
+time in steps = fixed * steps + decode * generated tokens + prefill * prompt tokens.
 
 Method: the three costs are found by least squares over the spans of all replicas together; the weight of older spans
-fades. Costs cannot be negative, so the best of the seven subsets of costs with a non-negative solution is used. Batches
-are extrapolated to at most a few times the observed size, because a single stream does not show how many streams a
-replica can hold.
+fades. Costs cannot be negative. So least squares is solved for each of the seven subsets of costs, with the other costs
+0, and the best non-negative solution is used. The decode rate is extrapolated to at most BEYOND_SEEN times the observed
+batch, because a small batch does not show how many streams a replica can hold.
 
 Source: Lawson & Hanson, Solving Least Squares Problems (1974), ch. 23. All subsets are tried, because there are so few
 unknowns.
@@ -22,7 +23,7 @@ from cluster.api.demand import ComputedWork
 from cluster.policy.scaling.portfolio import Rates
 
 LEAST_BUSY_S = 0.05
-"""Minimum time in steps of a span, in seconds. A shorter span is merged into the next span."""
+"""Minimum time in steps of a span, in seconds. A shorter span is extended to the next report."""
 FADE_S = 600.0
 """Time in steps, in seconds, after which the weight of a span has fallen to 1/e."""
 TRUSTED_S = 2.0
@@ -50,8 +51,7 @@ class ReplicaLimits:
 
 @dataclass(slots=True)
 class LearntCosts:
-    """Learnt costs of one model on one GPU type. The caller runs `observe` once per pass with the reports of all
-    engines."""
+    """Learnt costs of one model on one GPU type. Call `observe` once per pass, with the reports of all engines."""
 
     _before: dict[str, ComputedWork] = field(default_factory=dict)
     _a: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(3)])
@@ -114,8 +114,8 @@ class LearntCosts:
     def rates(self, limits: ReplicaLimits, itl_s: float, gpus: int = 1) -> Rates:
         """Return the rates of a replica, derived from the learnt costs.
 
-        The prefill rate is for full prefill batches. The decode rate is for the largest batch whose steps take at most
-        `itl_s`.
+        The prefill rate is for steps that are full of prompt tokens. The decode rate is for the largest batch whose
+        steps take at most `itl_s`. `gpus`: number of GPUs of one replica.
         """
         costs = self.costs()
         if costs is None:

@@ -1,9 +1,9 @@
 """Scaling of all models, from observations of the cluster to the number of replicas of each model. Pure.
 
 The policy (`portfolio`) decides. This module assembles the observations for the policy and keeps the data that explains
-the decisions. Only the requests of operators (`OperatorRequest`) have to survive a restart. A new scaler takes the
-targets on Ray as the last decisions, learns rates and cold starts again, and counts demand from the current counters of
-the gateways.
+the decisions. Only the requests of operators (`OperatorRequest`) have to be stored. After a restart, a new scaler takes
+the targets on Ray as the last decisions, learns rates and cold starts again, and counts demand from the gateways'
+current counters on.
 
 While no gateway is connected, the demand is unknown, and all numbers of replicas stay the same.
 
@@ -44,10 +44,10 @@ PLENTY = 1_000_000
 KEPT = 200
 """Number of decisions that are kept for each model, for explanations."""
 DECIDE_S = 5.0
-"""Interval of decisions in seconds. A decision is made sooner for a held call, an operator's request or a changed
-entry."""
+"""Interval of decisions in seconds. A held call, an operator's request or a changed entry causes an earlier
+decision."""
 NEWEST = 0.3
-"""Weight of a new cold-start time relative to the learnt cold-start time."""
+"""Weight of a new cold-start time in the learnt mean; the earlier mean has the weight 1 - NEWEST."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ class OperatorRequest:
 class RayReplicas:
     """Replicas of a model on one type of GPU, as Ray reports them.
 
-    `target` is the wanted number; `running`, `placed` and `leaving` are the numbers of replicas that serve, start and
-    leave.
+    `target`: number that Ray was asked for. `running`, `placed` and `leaving`: numbers of replicas that serve, start
+    and stop.
     """
 
     target: int = 0
@@ -98,8 +98,8 @@ class RayReplicas:
 class WorkerSeen:
     """Worker that is connected to at least one gateway.
 
-    `gpu` is the type of GPU that the worker was made for. A type that the model does not have counts as the first type
-    of the model.
+    `serves`: whether the worker accepts new calls. `gpu`: type of GPU that the worker was made for; a type that the
+    model does not have counts as the model's first type.
     """
 
     worker_id: str
@@ -138,11 +138,10 @@ class _Model:
 
 
 class Scaler:
-    """Scaler of all models: `run_pass` runs once per pass, and decides every `decide_s` or sooner if a decision is
-    urgent.
+    """Scaler of all models. The controller calls `run_pass` in each pass; a decision follows every `decide_s` seconds.
 
-    `replicas` returns the decided number. `with_scaling_fields` adds the scaling fields of a catalog entry for the
-    gateways. Times are of one monotonic clock; `wall_s` is seconds since the epoch.
+    After `decide_next_pass` the next pass decides at once. `replicas` returns the decided number. Times
+    are of one monotonic clock in seconds; `wall_s` is in seconds since the epoch.
     """
 
     def __init__(
@@ -182,9 +181,9 @@ class Scaler:
     ) -> Sequence[tuple[str, ScalingDecision]]:
         """Run one pass. Returns the new decisions, each with the name of the model.
 
-        Several `specs` of the same name are the types of GPU of one model, the preferred type first. `blind`: no
-        gateway is connected. `room`: capacity for replicas by model and type of GPU; a type that is not listed has
-        enough capacity.
+        Several `specs` with one name stand for one model on several types of GPU, the preferred type first. `blind`: no
+        gateway is connected. `room`: number of replicas that fit, by model and type of GPU; a type without an entry
+        has enough capacity.
         """
         passed_s = 0.0 if self._looked_at is None else now - self._looked_at
         self._looked_at = now
@@ -239,7 +238,7 @@ class Scaler:
         return [made for decision in decisions if (made := self._keep(decision, now, wall_s)) is not None]
 
     def decide_next_pass(self) -> None:
-        """Make the next pass decide, whatever the time of the last decision."""
+        """Make the next pass decide, even before the interval of decisions is over."""
         self._decide_at = float("-inf")
 
     def replicas(self, spec: ModelSpec) -> int:
@@ -273,7 +272,7 @@ class Scaler:
     def _begun(self, model: _Model, types: Sequence[ModelSpec], rays: Mapping[str, RayReplicas]) -> dict[str, int]:
         """Return the number of replicas to begin the pass with, for each current type of GPU.
 
-        This is the last decision, or else the targets on Ray. A new model starts with the initial number in its entry.
+        This is the last decision, or else the target on Ray, or else (a new model) the initial number in the entry.
         """
         last = model.desired
         if last is None and rays:
@@ -368,9 +367,9 @@ class Scaler:
         return states | {f"{kind}-leaving-{number}": "draining" for number in range(unlinked)}
 
     def _started(self, model: _Model, names: Sequence[str], now: float) -> None:
-        """Learn the cold-start time from replicas that serve for the first time.
+        """Learn the cold-start time from the replicas `names`, which serve for the first time.
 
-        Only replicas whose start this scaler has decided count.
+        Each is matched with the oldest open start that this scaler has decided. Other starts are not counted.
         """
         for _ in names:
             if not model.ordered_at:
@@ -420,8 +419,7 @@ class Scaler:
         return None if action == "hold" else (name, made)
 
     def _hold(self, wall_s: float) -> Sequence[tuple[str, ScalingDecision]]:
-        """Decide without demand: apply the bounds and the requests of operators, and give new models their initial
-        number.
+        """Keep the numbers of replicas while the demand is unknown; only bounds and operators' requests change them.
 
         Returns the changes, each with the name of the model.
         """
@@ -473,7 +471,7 @@ class Scaler:
         return numbers
 
     def counters(self) -> Mapping[str, tuple[Mapping[str, int], float]]:
-        """Numbers of decisions by action, and GPU-seconds held since this object was created; by model."""
+        """Return by model the number of decisions by action, and the GPU-seconds held. Both count since creation."""
         return {name: (dict(model.counts), model.gpu_seconds) for name, model in self._models.items()}
 
     @property

@@ -11,13 +11,13 @@ from cluster.policy.fairness.order import WaitingSequence
 
 @dataclass(frozen=True, slots=True)
 class ResumingSequence:
-    """A sequence that has no worker and continues after the tokens that it has emitted. Times are monotonic seconds.
+    """A sequence without a worker, to be resumed after its emitted tokens. Times are monotonic seconds.
 
     `entry`: the sequence's entry in the waiting room, with which it was charged. `tokens`: number of prompt tokens and
     emitted tokens together. `compatibility`: key of the worker that computed the first token. `excluded`: incarnations
     of workers to which the sequence must not be sent. `cached_on`: incarnation of the worker that holds the sequence's
-    KV blocks, "" if none does. `silent_since`: time since when the sequence has had neither a worker nor a token; None
-    means since it was queued.
+    KV blocks, "" if none does. `silent_since`: time of the first lost worker since the sequence's last token; None: no
+    worker was lost since that token.
 
     `suspect`: whether the sequence has lost so many workers in a row that it may be the cause. `lost_links`: names of
     the links to these workers. `lost_at` and `lost_node`: time of the last loss, and node of the lost worker.
@@ -87,7 +87,7 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Acquit:
-    """Forget the losses of a sequence that still waits, because other workers were lost at the same time."""
+    """Forget the losses of a waiting sequence. Other workers were lost too, so the sequence is not the cause."""
 
     key: str
 

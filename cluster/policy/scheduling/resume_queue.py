@@ -1,12 +1,12 @@
 """Queue of sequences that lost their worker after their first token. These sequences are sent before all new sequences.
 
 A separate queue is needed because such a sequence can resume only on a compatible worker. At the head of the waiting
-room the sequence would block other sequences, which could be sent to any other worker. A sequence to be resumed was
-charged when it was first sent, so neither the fair queue nor the service accounts are involved again.
+room the sequence would block new sequences, which other workers could run. The sequence was charged when it was first
+sent, so the fair queue and the service accounts are not involved again.
 
 Invariant: a sequence in the queue has emitted a token and has no worker. The sequence leaves the queue when it resumes,
-when its call ends or when it has waited too long. Order: the higher class first, first come first served within a
-class. `now` is an argument."""
+when its call ends or when it has waited too long. Order: higher classes first; first come, first served within a
+class."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cluster.policy.scheduling.instructions import ResumingSequence
 
 CACHED_WORKER_WAIT_S = 0.1
 """Seconds that a sequence waits for capacity on the worker that holds its KV blocks. After that time another worker may
-compute the sequence again. The slot on the first worker has been free since the sequence's gateway was lost, and is
-granted as soon as a gateway claims the slot."""
+compute the sequence again. A short wait suffices: the slot of the lost gateway is free, and the worker grants the slot
+as soon as a gateway claims it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class ResumeQueue:
             self._cached_counts.setdefault(model, Counter())[sequence.cached_on] += 1
 
     def acquit(self, key: str) -> None:
-        """Record that a queued sequence is not suspect any more."""
+        """Record that a queued sequence is no longer suspected of having caused its losses."""
         places = self._places[self._models[key]]
         place = places[key]
         places[key] = replace(place, sequence=replace(place.sequence, suspect=False, lost_links=()))
@@ -89,8 +89,8 @@ class ResumeQueue:
         return sorted((place.sequence for place in places.values()), key=lambda sequence: sequence.entry.rank)
 
     def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[str]:
-        """Remove the sequences that have waited too long, and return their keys. `longer_s(model)` extends the longest
-        wait for a model's sequences, at most to twice the usual longest wait."""
+        """Remove the sequences that have waited too long, and return their keys. `longer_s(model)`: seconds added to
+        `max_wait_s` for a model's sequences, at most `max_wait_s`."""
         longest_s = {model: min(longer_s(model), self._max_wait_s) for model in self._places}
         gone = [
             key
@@ -108,11 +108,11 @@ class ResumeQueue:
         return (len(places), self._tokens[model]) if places else (0, 0)
 
     def cached_counts(self, model: str) -> Mapping[str, int]:
-        """Return, by worker incarnation, the number of a model's queued sequences whose KV blocks that worker holds."""
+        """Return the number of a model's queued sequences by the incarnation of the worker that holds their blocks."""
         return self._cached_counts.get(model, {})
 
     def waits_for(self, key: str, now: float) -> str:
-        """Return the incarnation of the worker for which the sequence must wait; "" if the sequence may now be sent to
+        """Return the incarnation of the worker that the sequence must wait for, or "" if the sequence may be sent to
         any worker."""
         model = self._models.get(key)
         if model is None:

@@ -13,10 +13,9 @@ from cluster.policy.scheduling.worker_losses import SETTLE_S
 def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate], now: float) -> RouteCall:
     """Return the routing request for a sequence that resumes on one of these workers.
 
-    Two groups of workers are excluded: the workers that failed the sequence, and the workers on the node of a worker
-    that was lost just now. The second group is excluded because a lost host loses all its workers, one after the other.
-    An exclusion that leaves no compatible worker is dropped: Ray may be about to replace the excluded worker, and it is
-    not certain that the worker was at fault."""
+    Two groups of workers are excluded. First, the workers in `sequence.excluded`, which failed the sequence. Second,
+    the workers on the node where the sequence lost a worker just now: a lost host loses its workers one after the
+    other. An exclusion that leaves no compatible worker is dropped, because the excluded workers may be sound."""
     holder = None
     if sequence.cached_on:
         holder = next((worker for worker in candidates if worker.incarnation == sequence.cached_on), None)
@@ -37,9 +36,9 @@ def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate
 
 
 def tokens_to_recompute(tokens: int, block_size: int) -> int:
-    """Return how many of `tokens`, which the engine has computed before, it must compute again before the next token.
+    """Return the number of tokens to compute before the next token, if the engine holds the KV blocks of all `tokens`.
 
-    The engine reuses full KV blocks of `block_size` tokens, except for the block with the last token."""
+    The engine reuses only full blocks of `block_size` tokens, without the block that holds the last token."""
     size = max(block_size, 1)
     return tokens - max(tokens - 1, 0) // size * size
 

@@ -6,7 +6,7 @@ make the same decisions as a gateway.
 
 Method: the policy keeps the queues and returns instructions. The caller carries out each instruction before it takes
 the next one, because a sequence that is sent uses credit of its worker. Resumed sequences are sent before new
-sequences, each to a compatible worker. `now` is an argument, in monotonic seconds; nothing else is read but `Workers`.
+sequences, each to a compatible worker. The inputs are `now`, in monotonic seconds, and the state of `Workers`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Workers(Protocol):
     """The workers that are linked to the gateway, as the policy sees them."""
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """Return all workers of a model. `resumed`: whether a sequence is to be resumed."""
+        """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes."""
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
-        """Return one worker of a model for a sequence that is to be resumed; None if the worker is not linked."""
+        """Return one worker of a model for a sequence that resumes, or None if the worker is not linked."""
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """Return whether the workers that could resume a sequence with this key have been replaced for good."""
+        """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""
 
 
 class SchedulingPolicy:
@@ -62,8 +62,8 @@ class SchedulingPolicy:
     def admit(
         self, entry: WaitingSequence, now: float, starts_in_s: float = 0.0, versions: Versions = ANY_VERSION
     ) -> RoomAdmission:
-        """Queue a new sequence, unless the waiting room refuses the sequence. See WaitingRoom.admit. `versions`:
-        versions of the model on which the sequence may begin."""
+        """Queue a new sequence if the waiting room admits the sequence; see WaitingRoom.admit. `versions`: versions of
+        the model on which the sequence may begin."""
         admission = self.room.admit(entry, now, starts_in_s)
         for other in admission.shed:
             self._versions.pop(other.call_id, None)
@@ -77,8 +77,8 @@ class SchedulingPolicy:
         self.set_versions(entry.call_id, versions)
 
     def set_versions(self, key: str, versions: Versions) -> None:
-        """Set the versions on which a queued sequence may begin: once a sequence of a call has begun, all sequences of
-        the call begin on the same version."""
+        """Set the versions on which a queued sequence may begin. Once a sequence of a call has begun, the other
+        sequences of the call may begin only on its version."""
         if versions.all:
             self._versions[key] = versions
         else:
@@ -99,8 +99,8 @@ class SchedulingPolicy:
         return new + resumed, prompt_tokens + tokens
 
     def expire(self, now: float, longer_s: Callable[[str], float]) -> list[End]:
-        """End the sequences that have waited too long. `longer_s(model)`: additional seconds for sequences that
-        resume."""
+        """Remove the sequences that have waited too long, and return the instructions to end their calls.
+        `longer_s(model)`: see ResumeQueue.expired."""
         late = [entry.call_id for entry in self.room.pop_expired(now)]
         for key in late:
             self._versions.pop(key, None)
@@ -136,8 +136,8 @@ class SchedulingPolicy:
                 yield Send(entry, decision.worker_id, decision.reason)
 
     def _route(self, entry: WaitingSequence, now: float) -> RoutingDecision:
-        """Pick the worker for the next sequence: a worker of the sequence's first version, else a worker of any version
-        on which the sequence may begin."""
+        """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
+        all versions on which the sequence may begin."""
         keep_free, versions = self.room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
         candidates = self._workers.candidates(entry.model, now, resumed=False)
         first = frozenset((versions.first,)) if versions.first else versions.all
@@ -149,7 +149,7 @@ class SchedulingPolicy:
     # ---- resumed sequences
 
     def assign_resumed(self, model: str, sequences: Iterable[ResumingSequence], now: float) -> Iterator[Instruction]:
-        """Yield the instructions for `sequences` of a model, which are in the resume queue."""
+        """Yield the instructions for `sequences`, which wait in the resume queue of the model."""
         view = _WorkersView(self._workers, model, now)
         for sequence in sequences:
             if sequence.key not in self.resuming:  # an earlier instruction has ended its call
@@ -196,8 +196,8 @@ class SchedulingPolicy:
         return view.all()
 
     def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
-        """Yield the keys of those of a draining worker's sequences for which another worker has capacity. The caller
-        must move each sequence before it takes the next key."""
+        """Yield the keys of the sequences for which another worker has capacity. `sequences` run on the draining worker
+        `worker_id`. The caller must move each sequence before it takes the next key."""
         for sequence in sequences:
             candidates = self._workers.candidates(sequence.model, now, resumed=True)
             request = RouteCall(sequence.model, sequence.tokens, compatibility_key=sequence.compatibility)
@@ -209,8 +209,8 @@ class SchedulingPolicy:
 
 
 class _WorkersView:
-    """The workers of one model while a batch of sequences is assigned. Each worker is read once, and again after a
-    sequence was sent to it: while many sequences resume, reading all workers for each of them would be slow."""
+    """Cache of one model's workers while a batch of sequences is assigned, since reading all workers for each sequence
+    would be slow. After a sequence was sent, its worker is read again."""
 
     def __init__(self, workers: Workers, model: str, now: float) -> None:
         self._workers = workers
@@ -232,7 +232,7 @@ class _WorkersView:
         return self._single[incarnation]
 
     def refresh(self, worker: Candidate) -> None:
-        """Read a worker again, because a sequence was sent to it."""
+        """Read a worker again after a sequence was sent to the worker."""
         self._single.pop(worker.incarnation, None)
         if self._all is not None:
             again = self._workers.candidate(self._model, worker.incarnation, self._now)

@@ -3,12 +3,12 @@ sent to a third worker.
 
 Problem: a request that crashes or blocks every engine would be passed from worker to worker and break all other streams
 on these workers. The gateway sees that a worker is lost, but not why.
-Invariant: a sequence that lost `most` workers unexpectedly, without a new token since before the first loss, is sent to
-no other worker. The exception: more workers on which the sequence did not run were lost at about the same time. The
+Invariant: the call of a sequence ends if the sequence lost `most` workers unexpectedly, with no token in between.
+Exception: the sequence resumes if the gateway lost even more workers that did not run the sequence within WINDOW_S. The
 verdict is given SETTLE_S after the sequence's last loss, since the losses of one host or network are detected one after
 the other.
-A loss counts as expected in two cases: the worker was draining, or the worker was only unreachable and the same process
-has reconnected before the verdict. `now` is an argument.
+A loss is expected, and does not count, in two cases: the worker was draining, or the worker was only unreachable and
+the same process has reconnected before the verdict.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from collections.abc import Collection
 MOST_SILENT = 2
 """Default of the setting gateway.resume.max_silent_losses."""
 CARRIED = "at another gateway"
-"""Entry in a sequence's list of lost links that stands for a resume at another gateway after which no token came."""
+"""Entry in a sequence's list of lost links for a loss at another gateway: a resume there brought no new token."""
 SETTLE_S = 1.0
 WINDOW_S = 30.0
 """Age in seconds after which a loss is forgotten."""
 
 
 class LossVerdict(enum.Enum):
-    """Verdict on a sequence that has lost the maximum number of workers in a row."""
+    """Verdict on a suspect sequence: WAIT for more loss reports, RESUME it, or END its call."""
 
     WAIT = "wait"
     RESUME = "resume"
@@ -42,8 +42,8 @@ class WorkerLosses:
         self._lost: deque[tuple[float, str, str]] = deque()
 
     def lost(self, link: str, now: float, unreachable: str = "") -> None:
-        """Record the end of a link, given by its name. `unreachable`: the worker's incarnation if the worker's process
-        may still live, else ""."""
+        """Record an unexpected end of the link with this name. `unreachable`: the worker's incarnation if the worker's
+        process may still live, else ""."""
         self._lost.append((now, link, unreachable))
         self._forget(now)
 
@@ -54,7 +54,7 @@ class WorkerLosses:
             self._lost = deque(loss for loss in self._lost if loss[2] != incarnation)
 
     def verdict(self, own: Collection[str], since: float, now: float) -> LossVerdict:
-        """Return the verdict on a sequence. `own`: names of the links on which the sequence ran when they ended.
+        """Return the verdict on a sequence. `own`: names of the ended links on which the sequence ran, and CARRIED.
         `since`: time at which the last of these links ended."""
         if now - since < SETTLE_S:
             return LossVerdict.WAIT

@@ -6,9 +6,9 @@ Problem: tenants do not trust each other, and guessing a key must reveal nothing
 Method: every key is looked up in the same way: HMAC-SHA256(pepper, SHA-256(whole key)) for each pepper, one table
 lookup, and one decision over flags. An unknown key is replaced by an entry that can never pass, so that unknown,
 expired, revoked and suspended keys run the same statements. Only the reason in the audit log differs. The caller gets
-the reason only for a suspended tenant, because the caller has then presented a valid key. The pepper prevents an
-attacker from choosing the place of the lookup. Because of the inner SHA-256, key hashes can be imported from systems
-that store only the SHA-256, without changing any key.
+the reason only for a suspended tenant, because the caller has then presented a valid key. The pepper keeps the table
+position of a key unpredictable. The inner SHA-256 allows the import of keys from systems that store only a key's
+SHA-256.
 
 This module uses no clock and no randomness: `now_s` (seconds since the epoch) and random bytes are arguments.
 """
@@ -70,9 +70,9 @@ def key_id_of(token: str) -> str:
 
 
 def sha256_of(token: str) -> bytes:
-    """SHA-256 of a key. Accepts lone surrogates.
+    """SHA-256 of a key, the input of `digest_of`. Accepts lone surrogates.
 
-    Other systems store a key in this form, and `digest_of` takes this form as input.
+    Keys can be imported in this form from systems that store only the SHA-256.
     """
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
@@ -118,8 +118,8 @@ _NO_TENANT = TenantEntry(TenantPolicy("nobody", suspended=True))
 class AccessSnapshot:
     """All tenants and keys at one point in the history of the database. A snapshot is never changed.
 
-    `sequence` is the change number of the database. `taken_at_s` is the last time when the snapshot was confirmed to be
-    the newest.
+    `sequence`: number of the last contained change of the database. `taken_at_s`: last time, in seconds since the
+    epoch, at which the snapshot was up to date.
     """
 
     sequence: int = 0
@@ -231,9 +231,9 @@ _REASONS = ("unknown", "unknown", "unknown", "unknown", "expired", "expired", "s
 
 
 def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes], now_s: float) -> AuthVerdict:
-    """Authenticate a key.
+    """Authenticate the API key `token`.
 
-    New keys are stored with the first pepper. Keys stored with any pepper are valid, and all peppers are always tried.
+    A key is valid if it is stored with any of `peppers`. All peppers are always tried, to take constant time.
     """
     if len(token) > MAX_KEY_BYTES:
         return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, "too_long")
@@ -254,7 +254,7 @@ def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes],
 
 
 def identify(snapshot: AccessSnapshot, tenant: str, by: str, subject: str, role: str = "caller") -> AuthVerdict:
-    """Return the verdict for a verified JWT or certificate that names `tenant`."""
+    """Return the verdict for a verified JWT or certificate that names `tenant`. An unknown `role` counts as caller."""
     entry = snapshot.tenants.get(tenant, _NO_TENANT)
     if entry is _NO_TENANT:
         return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, "unknown", subject)
@@ -292,7 +292,7 @@ def owner_of_certificate(names: Iterable[str], rules: Sequence[CertificateRule])
     """Owner of a verified certificate with the subject alternative names `names`, or None.
 
     Each name has its kind as a prefix: `URI:...` or `DNS:...`. The owner is None if no rule matches, or if the matching
-    rules name two tenants or roles. A name matches only rules of the same kind, because an authority that checks DNS
+    rules name different owners. A name matches only rules of its own kind, because an authority that checks DNS
     names may let certificate holders choose their URIs. URIs are compared exactly, DNS names without case. Wildcards
     are not supported, because a wildcard certificate would then stand for every tenant below the wildcard.
     """
@@ -366,7 +366,7 @@ def derive(secret: bytes, purpose: str, *parts: str | bytes) -> bytes:
 
 
 def key_number(secret: bytes) -> str:
-    """Identifier of a secret in a list: 8 hex digits that reveal nothing about the secret."""
+    """Public identifier of a secret, to pick the secret from a list: 8 hex digits that do not reveal the secret."""
     return derive(secret, "key-number")[:4].hex()
 
 
@@ -380,15 +380,15 @@ def cache_salt(secrets: Sequence[bytes], policy: TenantPolicy, client_salt: str 
     """Prefix-cache salt for the calls of a tenant, 64 hex digits. The salt is never sent to clients.
 
     Two tenants share a prefix only if an operator has given both tenants the same cache_group. A group and a tenant of
-    the same name have different salts. A salt from the client is mixed in: such a salt divides the cache of the
-    client's tenant further, and cannot match the cache of another tenant.
+    the same name have different salts. `client_salt` divides the cache of the client's own tenant or group further; it
+    never opens another cache.
     """
     owner = ("group", policy.cache_group) if policy.cache_group else ("tenant", policy.name)
     return derive(secrets[0], "cache-salt", *owner, key_number(secrets[0]), client_salt).hex()
 
 
 def salted_identifier(salt: str, identifier: str) -> str:
-    """Identifier of an image under the salt of a tenant, for caches that have no salt of their own."""
+    """Identifier of an image that is specific to the tenant's salt, for caches that are keyed by identifier alone."""
     return derive(salt.encode(), "identifier", identifier)[:16].hex()
 
 

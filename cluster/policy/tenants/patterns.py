@@ -5,11 +5,11 @@ guard down. So the length of the longest match of a pattern must be known, and t
 backtrack.
 
 - The search uses RE2: linear time in the text for any pattern, no backreferences, no lookaround.
-- The longest match is the width that Python's own parser computes. The two languages differ in a few spellings. Such a
+- The longest match is the width that Python's own parser computes. RE2 and Python differ in a few spellings. Such a
   spelling is translated, or rejected if its meaning differs (`a{,5}` is literal text to RE2).
 
-Invariant: no match of an accepted pattern has more characters than `longest_match` says, and none is empty. Whether
-there is a match at a position depends on one character before it and one after its longest match (`\\b`, `^`, `$`).
+Invariants: every match of an accepted pattern has 1 to `longest_match` characters. Whether a match begins at a position
+depends only on these characters, the character before and the character after them (`\\b`, `^`, `$`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Patterns:
             yield match.span()
 
     def name_at(self, text: str, start: int) -> str:
-        """Name of the pattern that matches at `start`, a begin that `find` returned."""
+        """Name of the pattern that matches at `start`. `start` must be the begin of a match that `find` yielded."""
         before = min(start, 1)
         near = text[start - before : start + self.longest + 1]
         names = (name for name, each in zip(self.names, self._each, strict=True) if each.match(near, before))

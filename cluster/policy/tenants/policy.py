@@ -1,7 +1,7 @@
 """Tenant policy as set by an operator. A policy is frozen, validated when it is built, and convertible to JSON.
 
-Invariant: every existing policy is valid. A limit is None (no limit) or at least 1, so that neither zero nor a negative
-number in a file or a call can mean "no limit". To stop a tenant, an operator suspends the tenant.
+Invariant: every existing policy is valid. A limit is None (no limit) or at least 1; zero and negative numbers are
+errors and never mean "no limit". To stop a tenant, an operator suspends the tenant.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, Literal, Self, TypeVar
 T = TypeVar("T")
 
 MAX_LIMIT = 10**15
-"""Maximum value of a limit. A higher value is assumed to be a typo: a million tokens a second would take thirty years
-to reach this limit."""
+"""Maximum value of a limit. A higher value is assumed to be a typo: at a million tokens per second, this many tokens
+take thirty years."""
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e6
 MAX_LABELS = 32
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
@@ -64,9 +64,10 @@ class GuardRule:
     """Rule of one guard. Guards run in the order of the policy.
 
     Exactly one of `builtin` and `address` is set. `builtin` is patterns or sizes. `address` is the address of a server
-    of cluster.guard.v1, as `unix:/path` or host:port. A server on another host is called over TLS; `ca_file` is needed
-    if the authority of the server certificate is not a public one. `timeout_s` bounds each call of the guard.
-    `patterns` are regular expressions by name; `patterns_file` is a file with such patterns.
+    of cluster.guard.v1, as `unix:/path` or host:port. A server on another host is called over TLS. `ca_file`:
+    certificate of the private authority behind the server's certificate; "" for a public authority. `timeout_s` bounds
+    each call of the guard. `fail`: whether text is refused (closed) or passes (open) when the guard gives no verdict.
+    `patterns`: regular expressions by name; `patterns_file`: a file with such patterns.
     """
 
     builtin: str = ""
@@ -158,10 +159,10 @@ class Retention:
 class TenantPolicy:
     """Policy of one tenant, as the gateway, the ledger and other components use it.
 
-    `handle` is the keyed hash that workers see, "" until the gateway has derived the hash. `models` are names, aliases,
-    adapters (`model:adapter`) or globs of these. `max_context_tokens` and `max_output_tokens` None: the limit of the
-    model applies. `cache_group` "": the tenant shares no prefix cache. `on_budget`: whether running calls finish or
-    stop when the budget is used up.
+    `handle`: keyed hash of the name, which workers get in place of the name; "" until the gateway has derived it.
+    `models`: names, aliases, adapters (`model:adapter`) or globs of these. `max_context_tokens` and `max_output_tokens`
+    None: the limit of the model applies. `cache_group`: tenants of one group share a prefix cache; "": the tenant
+    shares none. `on_budget`: whether running calls finish or stop when the budget is used up.
     """
 
     name: str

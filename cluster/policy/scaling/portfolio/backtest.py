@@ -4,15 +4,15 @@ Problem: a margin that fits a steady model wastes GPUs, and a margin that fits o
 bursty model. No constant is right, but rules can be tried, since demand does not depend on the number of replicas.
 
 Method: each rule (a signal of forecast.py and a margin over the signal) is replayed on past demand, with the rule's own
-cold starts and queue. Two sums are kept for each rule, fading over `MEMORY` cold starts: the replica-seconds that the
-rule would have held, and the calls that the rule would have served late. The rule to follow is the cheapest rule whose
-late calls stay within the budget. This is follow-the-leader among fixed experts (Cesa-Bianchi and Lugosi, "Prediction,
+cold starts and queue. Each rule has two sums, which fade over `MEMORY` cold starts: the replica-seconds that the rule
+would have held, and the calls that the rule would have served late. The rule to follow is the cheapest rule whose late
+calls stay within the budget. This is follow-the-leader among fixed experts (Cesa-Bianchi and Lugosi, "Prediction,
 Learning, and Games", ch. 2-4), with a constraint in place of a mixed loss.
 
-Replicas of a rule: held = ceil(margin on signal); ready = the least number held during the last cold start, because
-replicas held for all that time have started. Queue of a rule: the work that came, less the work that ready replicas
-serve. A call is late if it waits longer than the slack of the SLO, by the same fluid model as in
-loadtests/autoscale/optimum.py.
+Replicas of a rule: held = signal with margin, rounded up; ready = the least number held during the last cold start,
+because replicas held for all that time have started. Queue of a rule: the work that came, less the work that ready
+replicas serve. A call is late if it waits longer than the slack of the SLO (`Arrivals.slack_s`). The queue follows the
+fluid model of loadtests/autoscale/optimum.py.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Backtest:
 class Arrivals:
     """A stretch of demand: its load in replicas, and its number of calls.
 
-    `slack_s` is the time that a call may wait in the queue. `behind_s` is the maximum of outstanding decoding work, in
-    replica-seconds, with which streams still keep the pace of the SLO.
+    `slack_s`: time that a call may wait in the queue within the SLO. `behind_s`: decoding work, in replica-seconds,
+    that may be outstanding while streams still keep the pace of the SLO.
     """
 
     load: float
@@ -71,7 +71,7 @@ def empty() -> Backtest:
 
 
 def wanted_by_rule(signals: Floats, stray: Floats) -> Floats:
-    """Number of replicas that each rule asks for, not rounded."""
+    """Number of replicas that each rule asks for, not rounded. `signals` and `stray`: see DemandLevels."""
     by_factor = signals[:, None] * FACTORS
     by_stray = signals[:, None] + stray[:, None] * STRAYS
     rules: Floats = np.concatenate([np.concatenate([by_factor, by_stray], axis=1).reshape(-1), FIXED])
@@ -79,7 +79,7 @@ def wanted_by_rule(signals: Floats, stray: Floats) -> Floats:
 
 
 def round_up(replicas: Floats, correction: float) -> Floats:
-    """Numbers of replicas rounded up, with a tolerance for floating-point error."""
+    """Numbers of replicas times `correction`, rounded up with a tolerance for floating-point error."""
     rounded: Floats = np.ceil(replicas * correction - 1e-6)
     return rounded
 
@@ -95,7 +95,8 @@ def replay(
 ) -> Backtest:
     """Return the backtest with one more stretch of demand.
 
-    `wanted` and `ready` are whole numbers of replicas by rule. `doubt` multiplies the load.
+    `wanted` and `ready`: numbers of held and of ready replicas by rule. The load is multiplied by `doubt`. `passed_s`:
+    seconds of the stretch.
     """
     fade = float(np.exp(-passed_s / (MEMORY * cold_start_s)))
     waiting, late = queue_after(ready, before.waiting, arrivals, doubt, passed_s, cold_start_s)
@@ -113,10 +114,9 @@ def queue_after(
 ) -> tuple[Floats, Floats]:
     """Return the queue after a stretch, in replica-seconds, and the share of the calls of the stretch that are late.
 
-    An overload first slows running streams: prompts are computed first, so decoding work accumulates (up to `behind_s`)
-    until streams are at the pace of the SLO. Only then do prompts wait in the queue, for the slack at most. Work beyond
-    the wait of one cold start is dropped: the callers of that work have gone, and rules recover as the real queue
-    would.
+    In an overload, decoding is delayed first, because prompts are computed first. Once `behind_s` of decoding work is
+    outstanding, streams are just at the pace of the SLO, and prompts begin to wait. Calls are late when their prompts
+    wait longer than the slack. Work that would wait longer than one cold start is dropped, as its callers have gone.
     """
     after = np.maximum(waiting + arrivals.load * doubt * passed_s - ready * passed_s, 0.0)
     late = late_share(ready * arrivals.slack_s + arrivals.behind_s, waiting, after)
@@ -124,7 +124,7 @@ def queue_after(
 
 
 def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
-    """Share of evenly spaced calls that meet more work in the queue than `allowed`.
+    """Share of evenly spaced calls that arrive while the queue holds more work than `allowed`.
 
     The queue grows or shrinks evenly from `before` to `after`.
     """
@@ -134,12 +134,12 @@ def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
 
 
 def cheapest_rules(backtest: Backtest, late_budget: float, ahead: float) -> tuple[int, ...]:
-    """Return the rules to follow: the CHOSEN cheapest rules within the budget, the cheapest rule first.
+    """Return the rules to follow: the CHOSEN rules with the lowest price, the cheapest rule first.
 
-    `ahead` (1 or more) multiplies the budget of late calls: as long as the budget of the SLO window is not used up, a
-    rule that spent the budget on one surge is not penalised. The price of a rule that exceeds the budget is multiplied
-    by the same excess, and divided by the share of calls that the rule serves in time. So if no rule is within the
-    budget (no rule foresees a sudden surge), GPUs are neither added without end nor saved by serving no calls.
+    The price of a rule is its cost divided by its share of timely calls. If the rule's late calls exceed the budget,
+    the price is also multiplied by late calls / budget. So if no rule is within the budget, as after a sudden surge,
+    GPUs are neither added without end nor saved by serving no calls. The budget is `late_budget`, a share of the calls,
+    times `ahead`. An `ahead` above 1 spares rules that spent the budget of the whole SLO window on one surge.
     """
     allowed = late_budget * backtest.calls * ahead
     served = np.maximum(1.0 - backtest.late / max(backtest.calls, 1e-9), 1e-9)

@@ -2,9 +2,9 @@
 
 A level estimates the load one cold start ahead, in replicas. The levels are means over several time spans, means with
 their trend extrapolated, and a mixture of means. The weights of the mixture are learnt by recursive least squares from
-the load that followed. A ridge makes the mixture start as the mean over one cold start. A signal is a level that rises
-at once and falls at a rate of its own, so that a recurring burst finds capacity. backtest.py finds out which signal
-fits a model.
+the load that followed; a ridge prior makes the mixture start as the mean over one cold start. A signal follows a rising
+level at once and a falling level slowly, so that a recurring burst finds capacity. backtest.py selects
+the signals that fit a model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 SPANS = np.array([0.1, 0.33, 1.0, 2.0, 5.0, 20.0])
 """Time constants of the means, in cold starts."""
 TRENDS = ((2, 3, 1.0), (2, 3, 2.0))
-"""Triples of (faster, slower, distance). The difference of the two means is extrapolated by the distance."""
+"""Triples of (index of a faster mean, index of a slower mean, factor). Level: faster + factor * (faster - slower)."""
 FALLS = np.array([0.0, 4.0, 16.0, 64.0])
 """Time constants of the fall of a signal, in cold starts; 0 means that the signal falls at once."""
 LEVELS = len(SPANS) + len(TRENDS) + 1
@@ -41,7 +41,7 @@ class DemandLevels:
     signals: Floats
     """Signals as a flat array, by level and then by time constant of the fall."""
     stray: Floats
-    """Mean absolute distance of the load from the forecast that was made one cold start before, by signal."""
+    """Mean absolute error of each signal as a forecast of the load one cold start later."""
     weights: Floats
     """Weights of the mixture, one for each of SPANS."""
     spread: Floats
@@ -66,7 +66,7 @@ def update(
 ) -> DemandLevels:
     """Return the levels with one more stretch of `passed_s` seconds at this load.
 
-    `past` has the means and signals of one cold start ago; None before there are values of that age.
+    `past`: means and signals of one cold start ago; None while nothing that old was observed.
     """
     # While less time than the span of a mean has been observed, the mean covers the observed time.
     spans = np.minimum(SPANS * cold_start_s, before.seen_s + passed_s)
@@ -88,7 +88,8 @@ def update(
 def _regress(before: DemandLevels, x: Floats, became: float, passed: float) -> tuple[Floats, Floats]:
     """Run one step of recursive least squares. Returns the new weights and the new inverse matrix.
 
-    The step is relative to the size of the load, so that the scale of the load does not matter.
+    `x`: means of one cold start ago. `became`: load now. Both are divided by the larger load, so that scale does not
+    matter. `passed`: time in cold starts.
     """
     size = max(float(x.max()), became)
     if size <= 0:

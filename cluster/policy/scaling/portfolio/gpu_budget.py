@@ -1,18 +1,17 @@
 """Distribution of GPUs over models: first fixed numbers and minimums, then the rest by the gain in timely calls per
 GPU.
 
-Problem: the replica targets may need more GPUs than there are. The number of calls that a number of replicas serves in
-time (marginal_gain.py) rises slowly at first, because a model with fewer replicas than its load serves no call in time.
-Then the number rises steeply, then hardly at all. A greedy choice by single replicas would stop at the foot of the
-slope.
+Problem: the replica targets may need more GPUs than there are. Timely calls as a function of replicas
+(marginal_gain.py) form an S-curve: with fewer replicas than its load a model serves hardly any call in time, then the
+curve is steep, then flat. A greedy choice by single replicas would stop at the foot of the slope.
 
-Method: steps are taken along the upper concave hull, with as many replicas at once as gain most for each GPU. On the
-hull, gains fall from step to step, so the greedy choice is optimal up to the last step (a sum of concave functions
-under one knapsack constraint).
+Method: replicas are given in steps along the curve's upper concave hull. A step has the number of replicas that gains
+most per GPU. On the hull, gains fall from step to step, so the greedy choice is optimal up to the last step (a sum of
+concave functions under one knapsack constraint).
 
-A class counts `CLASS` times as much as the class below. A replica that must be started gains nothing until it serves,
-and queued work must be done before calls are in time again. A running replica gets a bonus (`EDGE`), so that two models
-of similar gain do not take GPUs from each other in turns.
+A class counts `CLASS` times as much as the class below. A new replica gains nothing during its cold start, and queued
+work delays the gain. The gain of a running replica is multiplied by `EDGE`, so that two models of similar gain do not
+take GPUs from each other in turns.
 """
 
 from __future__ import annotations
@@ -31,24 +30,24 @@ from cluster.policy.scaling.portfolio.types import ModelSeen, Rates, ReplicaDeci
 
 CLASS = 100.0
 DEEPEST = 6
-"""Depth in the order of classes below which all classes count alike."""
+"""Position in the order of classes (0 for the highest) from which on all classes count alike."""
 EDGE = 1.3
 HORIZON = 5.0
-"""Time that a choice is made for, in cold starts."""
+"""Time over which the gain of a choice is counted, in cold starts."""
 CLEARED = 30.0
-"""Time in cold starts within which the queue may be worked off at half the gain."""
+"""Time to work off the queue, in cold starts, that halves the gain of a number of replicas."""
 KNOWN = 1.0
-"""Weight of the guess from the mean load, in cold starts of observed demand."""
+"""Weight of the gain that is guessed from the mean load, relative to one cold start of replayed demand."""
 LEAST_GAIN = 1e-30
-"""Gain that is below the gain of any class, so that targets without load still have an order."""
+"""Gain per replica that is added for every model. It is below the gain of any class and matters only without load."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuClaim:
     """Claim of one model for replicas.
 
-    `fixed`: number of replicas, in total or by GPU type, that the model gets whatever its target. If `frozen` is set,
-    the model gets this number even beyond the budget. `wanted` and `load` are in replicas of one type
+    `fixed`: number of replicas in place of the target, in total or by GPU type; None: the target decides. If `frozen`
+    is set, the model gets `fixed` even beyond the budget. `wanted` and `load` are in replicas of one type
     (gpu_equivalence.py); all other numbers are in real replicas.
     """
 
@@ -91,7 +90,7 @@ class _GpuPool:
 def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[ReplicaDecision, ...]:
     """Decide every claim. Returns the decisions in the order of the claims.
 
-    The budget of a GPU type is never exceeded, except by frozen claims.
+    `budget`: number of GPUs by type; a type without an entry is unlimited. Only frozen claims may exceed the budget.
     """
     pool = _GpuPool(budget)
     # Classes count by their order, not by their rank numbers, so that unranked classes are equal and not worthless.
@@ -179,8 +178,7 @@ def _push_step(
     values: Floats,
     most: int,
 ) -> None:
-    """Push the next step of the claim, up to `most` replicas. The next step is the step with the highest gain per
-    GPU."""
+    """Push the claim's step with the highest gain per GPU. `most`: largest number of replicas after the step."""
     here = total_worth(claim.seen, mine)
     first = math.floor(here + 1e-6) + 1
     if _is_satisfied(claim, mine) or most < first:
@@ -193,8 +191,7 @@ def _push_step(
 
 
 def _values(claim: GpuClaim) -> Floats:
-    """Timely calls per second over the horizon, by number of replicas (0, 1, 2, ...), with the bonus for running
-    replicas."""
+    """Weighted timely calls per second by number of replicas (0, 1, 2, ...): the mean over HORIZON, with bonus EDGE."""
     have = total_worth(claim.seen, claim.have)
     numbers = np.arange(claim.wanted + 1, dtype=float)
     kept = np.minimum(numbers, have)
@@ -216,7 +213,7 @@ def _weighted_gain(claim: GpuClaim, numbers: Floats) -> Floats:
 
 
 def _in_time(claim: GpuClaim, numbers: Floats) -> Floats:
-    """Timely calls per second of all classes together, after the queue is worked off, by number of replicas."""
+    """Timely calls per second of all classes together by number of replicas, reduced by the work in the queue."""
     cold_s = max(claim.seen.settings.cold_start_s, 1.0)
     seen = claim.gains.time_s / cold_s
     guess = claim.calls_per_s * np.minimum(numbers / claim.load, 1.0) if claim.load > 0 else np.zeros(len(numbers))

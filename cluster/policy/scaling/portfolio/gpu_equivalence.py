@@ -22,7 +22,7 @@ _LITTLE = 1e-6
 
 
 def unit_of(seen: ModelSeen) -> str:
-    """GPU type of the unit in which the replicas of the model are counted; the first type if no rates are learnt."""
+    """GPU type of the unit: the most preferred type with learnt rates, or the first type if no rates are learnt."""
     return next((gpu for gpu in seen.settings.gpus if _learnt(seen.rates.get(gpu, Rates()))), seen.settings.gpus[0])
 
 
@@ -50,7 +50,7 @@ def round_up(replicas: float) -> int:
 
 
 def covers(replicas: float, wanted: int) -> bool:
-    """Whether `replicas`, in replicas of the unit, are at least the wanted number."""
+    """Whether `replicas` is at least the wanted number. Both count replicas of the unit."""
     return replicas >= wanted - _LITTLE
 
 
@@ -58,7 +58,7 @@ def as_one_type(seen: ModelSeen) -> ModelSeen:
     """Return the model as if all of its replicas were of the unit type.
 
     The number of replicas is the worth of all replicas, rounded up. The number of ready replicas is the worth of the
-    ready replicas, rounded down.
+    ready replicas, rounded down, but at least 1 if any is ready. Draining replicas are kept as they are.
     """
     if len(seen.settings.gpus) == 1:
         return seen

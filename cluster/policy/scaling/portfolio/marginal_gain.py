@@ -1,12 +1,11 @@
 """Timely calls per second that 0, 1, 2, ... replicas would have served, computed from recent demand.
 
 Problem: shared GPUs should go to the models where the GPUs gain most, and the gain is not proportional to the load. The
-queue is first come, first served. So a model with slightly fewer replicas than its load serves no call in time, and a
-model with slightly more replicas than its load serves nearly all calls in time. How many more replicas are needed
-depends on the bursts of the model.
+queue is first come, first served. So with slightly fewer replicas than its load a model serves no call in time, and
+with slightly more it serves nearly all calls in time. How many more are needed depends on the bursts of the model.
 
-Method: numbers of replicas are replayed on past demand, like rules (backtest.py). The timely calls of each number are
-summed, fading over `SPAN` cold starts.
+Method: each number of replicas in COUNTS is replayed on past demand, like a rule of backtest.py. The sums of timely
+calls fade over `SPAN` cold starts.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ SPAN = 10.0
 
 @dataclass(frozen=True, slots=True)
 class MarginalGains:
-    """Sums of the replayed demand. All sums fade.
+    """Sums of the replayed demand. `good` and `time_s` fade with time.
 
-    Arrays are by COUNTS: `good` in timely calls, `waiting` in work in the queue. `time_s` is the time that the sums
-    cover.
+    Arrays have one value for each of COUNTS. `good`: timely calls. `waiting`: work in the queue now, in
+    replica-seconds. `time_s`: seconds that `good` covers.
     """
 
     good: Floats

@@ -15,10 +15,10 @@ from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """A stretch within the last cold start and patience.
+    """Values at `at_s`, the end of a learning step during the last cold start.
 
-    `at_s` is the end of the stretch; `means`, `signals` and `plans` are the values at that time. A plan is the maximum
-    of its signal during the patience; the plan keeps the replicas of a rule from leaving.
+    A plan is the maximum of a signal during the patience (replica_target.PATIENCE). Rules hold replicas for the plan
+    and not for the signal, so that replicas do not leave at once.
     """
 
     at_s: float
@@ -44,10 +44,10 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """Agreement of the backtest with the results of real calls. All sums fade.
+    """Comparison of the backtest with the results of real calls. All sums fade with time.
 
-    `correction` scales the replicas of every rule. The correction is above 1 if calls are late that were in time in the
-    backtest.
+    `correction` scales the replicas of every rule. It is above 1 after real calls were late that the backtest served in
+    time. `waiting`: queued work in a backtest of the real replicas.
     """
 
     waiting: float = 0.0
@@ -64,7 +64,7 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
-    """Memory of one model. `recent_targets` are pairs of (time, raw target), for patience with scaling down."""
+    """Memory of one model. `recent_targets`: pairs of (time, target before patience is applied)."""
 
     last_call_s: float
     stretch: Stretch = field(default_factory=Stretch)
@@ -86,7 +86,7 @@ class ModelMemory:
     down: tuple[float, int] | None = None
     """Time of the last scale-down, and the number of replicas before this scale-down."""
     cut_s: float | None = None
-    """Last time when replicas that this model wanted went to other models."""
+    """Last time when the GPU budget gave this model's replicas to other models; None: never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,8 @@ def _claim(
 def _unlearnt(seen: ModelSeen, called: bool) -> ReplicaTarget:
     """Return the target of a model whose rates are not learnt yet.
 
-    The target is one replica if there is a call, and one replica more if calls wait too long or are late.
+    The target is the present number, at least 1 if there is a call. If calls wait too long or are late and no replica
+    is starting, it is one more.
     """
     have = sum(r.state != "draining" for r in seen.replicas)
     starting = any(r.state == "starting" for r in seen.replicas)

@@ -1,10 +1,10 @@
 """Replica target of one model, computed from its observed demand. The GPU budget is not considered here.
 
-Scale-up: the number of replicas is raised at once to what the followed rule (backtest.py) asks for.
+Scale-up: the number of replicas is raised at once to the number that the followed rules (backtest.py) ask for.
 
-Scale-down: only replicas that were not wanted during the patience of the model are removed. The patience is about half
-a cold start, because keeping a replica for a whole cold start costs as much as starting the replica again (ski rental).
-After a scale-down nothing is started for one cold start, unless calls wait too long or the target is far higher.
+Scale-down: a replica is removed if it was not wanted at any time during the patience, which is about half a cold start.
+Keeping a replica for a whole cold start would cost as much as starting the replica again (ski rental). For one cold
+start after a scale-down, replicas are started only if calls wait too long or the target is far higher.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ from cluster.policy.scaling.portfolio.types import ModelSeen, Rates
 STRETCHES = 24
 """Maximum number of learning steps per cold start."""
 TRUSTED = 5.0
-"""Number of cold starts of demand before the rules alone decide."""
+"""Number of cold starts of observed demand after which the target follows the rules."""
 BLIND = 2.0
-"""Number of cold starts of demand before any replica is removed: earlier there is no forecast."""
+"""Number of cold starts of observed demand before any replica is removed. Earlier there is no forecast."""
 FIRST_MARGIN = 1.4
 WINDOW = 60.0
 """Number of cold starts over which the SLO budget of late calls applies: one hour if a cold start takes a minute."""
 LEAST_MARGIN = 0.2
-"""Minimum margin over the mean load of one cold start while little demand was observed. The margin falls with the
-square root of the observed time in units of WINDOW. The value is about as much as public traces usually move within a
-cold start."""
+"""Minimum margin over the mean load of one cold start, before much demand was observed. The margin falls with the
+square root of the observed time, which is counted in units of WINDOW. Public traces usually move by about this fraction
+within a cold start."""
 SHARE_OF_BUDGET = 0.75
-"""Part of the budget of late calls that the rules may spend, less the late calls that no rule foresaw. The correction
-brings the unforeseen late calls to the same part of the budget."""
+"""Planned part of the budget of late calls. A late call is unforeseen if the backtest served it in time. The rules may
+spend the planned part less the unforeseen late calls. The correction keeps unforeseen late calls at the planned part.
+"""
 PACE = 0.12
-"""Growth of the correction's exponent in a cold start in which all calls are late, although the backtest served these
-calls in time. The exponent falls by the same amount times the budgeted share of late calls. So while the correction is
-within its bounds, the share of unforeseen late calls converges to the budget, whatever the demand does. An earlier rule
-corrected by the mean of two hours. That correction swung between 1 and 2, because the correction kept rising long after
-its value was enough. Source: Gibbs and Candes, Adaptive Conformal Inference Under Distribution Shift (2021)."""
+"""Step size of the correction, a factor on the replicas that the rules ask for. In one cold start the logarithm of the
+correction grows by PACE times (share of unforeseen late calls - SHARE_OF_BUDGET * budget). So while the correction is
+within its bounds, the share converges to that part of the budget, whatever the demand does. A correction by the mean of
+two hours, tried earlier, kept rising long after its value was enough and swung between the bounds. Source: Gibbs and
+Candes, Adaptive Conformal Inference Under Distribution Shift (2021)."""
 HEAVIEST = 4.0
-"""Maximum weight of a stretch. The weight is the number of calls of the stretch relative to the mean."""
+"""Maximum weight of a stretch in the correction. The weight is the stretch's calls per second relative to the mean."""
 LEAST, MOST = 1.0, 2.0
 """Bounds of the correction."""
 DOUBT = 0.07
 """Additional load in the replay of rules, as a fraction of the observed load. The fraction is DOUBT divided by the
-square root of the number of observed cold starts. The load is raised because the cheapest of many rules owes some of
-its result to the particular past that selected the rule."""
+square root of the number of observed cold starts. It offsets selection bias: the cheapest of many rules overfits the
+past."""
 PATIENCE = 0.45
-"""Number of cold starts for which an unwanted replica is kept. Signals fall at their own rate in addition."""
+"""Number of cold starts for which an unwanted replica is kept. The slow fall of signals adds to this time."""
 HOLD = 0.25
-"""Swing that starts no replica within one cold start of a scale-down: the target exceeds the previous number by up to
-this fraction. Margins cover such a swing, and a new replica would not serve before the swing is over."""
+"""Within one cold start of a scale-down, no replica is started if the target exceeds the number before the scale-down
+by at most this fraction. Margins cover such a swing, and a new replica would not serve before the swing is over."""
 OVERLOAD = 2.0
 """Number of cold starts over which backtested overload is averaged, because calls are judged some time after their
 arrival."""
@@ -63,12 +64,12 @@ EXPLAINED = 0.1
 STREAMS = 1 / 3
 """Number of cold starts over which the decoding of running streams is averaged: about the duration of a stream."""
 BEHIND = 0.05
-"""Maximum outstanding decoding work before streams are slower than the pace of the SLO. The value is a fraction of the
-decoding work that comes during one stream at this pace. With 0.2, the backtest predicted almost none of the 0.7 % of
-ServeGen's streams that were slow."""
+"""Outstanding decoding work with which streams still keep the pace of the SLO, as a fraction of the decoding work that
+comes during one stream at this pace. With 0.2, the backtest missed almost all slow streams of ServeGen's trace (0.7 %
+of its streams)."""
 UNKNOWN_RANK = 1 << 10
 SPREAD = 3.0
-"""Number of standard deviations that capacity covers, for the number of calls that come in a cold start."""
+"""Capacity covers this number of standard deviations of the number of calls that arrive in a cold start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
 
 
 def learn(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, passed_s: float, now_s: float) -> ModelMemory:
-    """Return the memory with the demand since the last observation."""
+    """Return the memory updated by the demand of the last `passed_s` seconds."""
     before = memory.stretch
     stretch = Stretch(
         before.passed_s + passed_s,
@@ -203,7 +204,7 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, stretch: Stretch, cold_
 def _update_fidelity(
     before: Fidelity, seen: ModelSeen, stretch: Stretch, arrivals: Arrivals, cold_s: float
 ) -> Fidelity:
-    """Compare the results of real calls with a backtest of the real replicas. Returns the updated agreement."""
+    """Compare the results of real calls with a backtest of the real replicas. Returns the updated fidelity."""
     ready = np.array([float(sum(r.state == "ready" for r in seen.replicas))])
     waiting, share = backtest.queue_after(ready, np.array([before.waiting]), arrivals, 1.0, stretch.passed_s, cold_s)
     predicted = float(share[0]) * stretch.calls
@@ -294,8 +295,8 @@ def _replicas_for_calls(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork,
     """Number of replicas that hold all running and queued calls, and the calls that may arrive before another replica
     serves.
 
-    If streams last longer than a cold start, running calls predict the next minute better than arrivals, because the
-    arrivals of a few long calls are no reliable rate.
+    If streams last longer than a cold start, running calls predict the near future better than arrivals: few calls
+    arrive, and their rate is not reliable.
     """
     places = seen.rates.get(seen.settings.gpus[0], Rates()).sequences
     # Calls on a draining replica end there or return to the queue.
@@ -306,7 +307,7 @@ def _replicas_for_calls(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork,
 
 
 def after_decision(memory: ModelMemory, seen: ModelSeen, decided: int, wanted: float, now_s: float) -> ModelMemory:
-    """Return the memory after the decision. `wanted` is the number of replicas that was claimed from the budget."""
+    """Return the memory after the decision for `decided` replicas. `wanted`: number claimed from the GPU budget."""
     have = sum(r.state != "draining" for r in seen.replicas)
     if decided >= have:
         return memory

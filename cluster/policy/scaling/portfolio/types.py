@@ -1,7 +1,7 @@
 """Input and output types of the scaling policy.
 
-All times are in seconds of one clock, the clock of `now_s` in `decide`. Names of durations end in _s too. Counts "since
-the last observation" cover exactly the time between two calls of `decide`. A first observation covers
+All times are in seconds of one clock, the clock of `now_s` in `decide`. Names of times and of durations end in _s.
+Counts "since the last observation" cover the time between two calls of `decide`; in a first observation they cover
 `Observation.covers_s`.
 """
 
@@ -18,9 +18,9 @@ ReplicaState = Literal["starting", "ready", "draining"]
 class ClassDemand:
     """Demand of one priority class for one model: arrivals since the last observation, and the calls that wait now.
 
-    `expected_output_tokens` is for the calls that arrived. The expected number is learnt from past calls of the tenant,
-    or else is max_tokens. `held_requests` is the number of queued calls that wait because no replica is ready. Prompt
-    tokens exclude the prefix that is expected to be cached.
+    `expected_output_tokens`: expected output of the calls that arrived, as the gateways have learnt from earlier calls.
+    `held_requests`: queued calls that wait because no replica is ready. Prompt tokens do not include the prefix that is
+    expected to be cached.
     """
 
     arrived_requests: int = 0
@@ -33,7 +33,7 @@ class ClassDemand:
     nearest_deadline_s: float | None = None
     """Nearest deadline of a queued call in seconds from now; None if no queued call has a deadline."""
     within_slo: int = 0
-    """Number of calls, judged since the last observation, whose first token and pace met the `slo` of the model."""
+    """Number of calls, judged since the last observation, that met both times of the model's `slo`."""
     outside_slo: int = 0
     held_requests: int = 0
 
@@ -54,11 +54,11 @@ class ReplicaSeen:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Rates of one replica on one GPU type, learnt from the steps of replicas.
+    """Rates of one replica on one GPU type, learnt from the steps of replicas. None: not learnt yet.
 
-    The prefill rate is for a replica that only prefills, the decode rate for a replica that only decodes. A replica
-    that prefills p and decodes d tokens a second is busy for p / prefill + d / decode of its time. The decode rate is
-    reached with as many sequences as keep the pace of the SLO. None: not learnt yet.
+    The prefill rate is for a replica that only prefills. The decode rate is for a replica that only decodes, with as
+    many sequences as the SLO's `itl_s` allows. A replica that prefills p and decodes d tokens a second is busy for
+    p / prefill rate + d / decode rate of its time.
     """
 
     prefill_tokens_per_s: float | None = None
@@ -66,7 +66,7 @@ class Rates:
     kv_tokens: int | None = None
     """Capacity of the KV cache of the replica, in tokens."""
     sequences: float | None = None
-    """Number of sequences that the replica can run at once within the pace of the SLO."""
+    """Number of sequences that the replica can run at once within the SLO's `itl_s`."""
     gpus: int = 1
     """Number of GPUs of one replica."""
 
@@ -88,9 +88,9 @@ class Slo:
 class ModelSettings:
     """Settings of one model: values from the configuration, and learnt values of the whole model.
 
-    `idle_s` above 0 with `min_replicas` 0: the model scales to zero after `idle_s` without a call. `gpus` lists the GPU
-    types in order of preference. `manual` overrides the policy, within the GPU budget, until `manual` is withdrawn; a
-    plain number is spread over the types as usual. `frozen`: the replicas of the model are not changed.
+    `idle_s` above 0 with `min_replicas` 0: the model scales to zero after `idle_s` seconds without a call. `gpus`: GPU
+    types in order of preference. `manual`: number of replicas, in total or by GPU type, that replaces the policy's
+    target within the GPU budget; None: no such number. `frozen`: the replicas of the model are not changed.
     """
 
     min_replicas: int = 1
@@ -109,8 +109,8 @@ class ModelSettings:
 class ModelSeen:
     """Observation of one model. Keys of `rates` are GPU types; keys of `demand` are class names.
 
-    `room` is the capacity for replicas of the model by GPU type, including the existing replicas. A type that is not
-    listed has enough capacity. Replicas without capacity on any type wait for the first type.
+    `room`: number of the model's replicas that fit on each GPU type, existing replicas included; a type without an
+    entry has enough capacity. Replicas that fit on no type wait for the first type.
     """
 
     settings: ModelSettings
@@ -133,14 +133,14 @@ class Observation:
     ranks: Mapping[str, int] = field(default_factory=dict)
     frozen: bool = False
     covers_s: float = 0.0
-    """Time in seconds that the arrivals cover if there is no memory. 0 means unknown; then only waiting calls count."""
+    """Seconds that the arrivals cover in a first observation. 0: unknown, so that only waiting calls count."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaDecision:
     """Decided number of replicas of one model by GPU type. Starting and ready replicas count, draining replicas do not.
 
-    Every round has one decision for every model, even if nothing changes. `numbers` are shown by `cluster explain
+    Every round has one decision for every model, even if nothing changes. `numbers` are shown by `headrace explain
     scaling`; the names of these numbers are stable.
     """
 
