@@ -34,16 +34,6 @@ class Arrival:
     expected: float
 
 
-@dataclass(slots=True)
-class Judged:
-    """Numbers of judged calls. Late calls are judged at the first token or the refusal, other calls at the end."""
-
-    good: int = 0
-    late: int = 0
-    slow: int = 0
-    """Number of calls whose first token was in time, but whose mean time between tokens was too long."""
-
-
 class _Waiting:
     __slots__ = ("at_s", "count", "expected", "left", "output", "prompt")
 

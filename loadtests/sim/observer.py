@@ -16,7 +16,7 @@ SAMPLE_S = 0.1
 
 
 @dataclass(slots=True)
-class Observed:
+class ObservedTenant:
     """Observations of one tenant: the service, sampled every SAMPLE_S, and the time to first token of each call."""
 
     service: float = 0.0
@@ -46,7 +46,7 @@ class Observer:
         self._gateways = gateways
         self._service = service
         self._event_queue = event_queue
-        self._tenants: dict[str, Observed] = defaultdict(Observed)
+        self._tenants: dict[str, ObservedTenant] = defaultdict(ObservedTenant)
         self._empty_since: dict[str, float] = {}
         self.longest_beside_room_s = 0.0
         """Longest time in seconds for which a worker had unused capacity while a call that fits waited at any
@@ -59,7 +59,7 @@ class Observer:
         event_queue.every(SAMPLE_S / 10, self.check_capacity)
 
     @property
-    def tenants(self) -> Mapping[str, Observed]:
+    def tenants(self) -> Mapping[str, ObservedTenant]:
         """Observations by tenant name."""
         return self._tenants
 

@@ -63,7 +63,7 @@ def made_up(rng: Random, prompt: float, output: float, count: int = 500) -> list
     )
 
 
-class Prompts:
+class PromptMaker:
     """Generator of prompts. A prompt is the prefix of its tenant, then a random part of one long random text."""
 
     def __init__(self, rng: Random, vocab: int) -> None:

@@ -23,7 +23,7 @@ from cluster.worker.engine.simulated.config import SimConfig
 from loadtests.sim.events import EventQueue
 from loadtests.sim.gateway import MODEL, GatewayCallbacks, SimCall, SimGateway
 from loadtests.sim.observer import Observer
-from loadtests.sim.traffic import Prompts, SimTenant
+from loadtests.sim.traffic import PromptMaker, SimTenant
 from loadtests.sim.worker import SimSubmit, SimWorker, WorkerCallbacks
 
 VOCAB = 32_000
@@ -57,7 +57,7 @@ class World:
         self.config = config
         self.event_queue = EventQueue()
         self._rng = Random(config.seed)
-        self._prompts = Prompts(self._rng, VOCAB)
+        self._prompts = PromptMaker(self._rng, VOCAB)
         self._tenants = {tenant.name: tenant for tenant in config.tenants}
         self._serial = 0
         self._open = True

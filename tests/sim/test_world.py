@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.worker.engine.simulated.config import SimConfig
 from loadtests.sim.events import EventQueue
-from loadtests.sim.traffic import Lengths, Prompts, SimTenant, clipped, made_up
+from loadtests.sim.traffic import Lengths, PromptMaker, SimTenant, clipped, made_up
 from loadtests.sim.world import VOCAB, World, WorldConfig
 
 pytestmark = pytest.mark.slow
@@ -141,12 +141,12 @@ def test_tenants_that_cannot_be() -> None:
 
 
 def test_made_up_lengths_and_prompts() -> None:
-    """Made-up lengths are spread around their medians. Prompts of one tenant share a prefix and have the requested
+    """Made-up lengths are spread around their medians. PromptMaker of one tenant share a prefix and have the requested
     length."""
     rng = Random(1)
     some = made_up(rng, 1000, 100)
     assert 700 < sorted(x.prompt for x in some)[250] < 1400
-    prompts, tenant = Prompts(rng, 100), SimTenant("a", SHORT, rate_s=1.0)
+    prompts, tenant = PromptMaker(rng, 100), SimTenant("a", SHORT, rate_s=1.0)
     one, two = prompts.make(tenant, 300), prompts.make(tenant, 400)
     assert (len(one), len(two), one[:256]) == (300, 400, two[:256])
     assert len(prompts.make(tenant, 1)) == 1
