@@ -11,14 +11,13 @@ import math
 
 TICK_S = 0.1
 _NEAR = 1e-3
-"""Tolerance for timers, as a part of a tick. A tick counts as reached if a timer fires early by less than the
-tolerance."""
+"""Fraction of a tick by which a timer may fire early, with the tick still counted as reached."""
 
 
 def seconds_to_tick(now: float, period_s: float) -> float:
-    """Seconds until the tick that ends a sleep of `period_s`. The period is rounded to whole ticks, and the first tick
-    may be shorter.
+    """Return the seconds from `now` (loop time) to the tick that ends a sleep of `period_s` seconds.
 
+    The period is rounded to whole ticks, counted from the last tick, so the sleep may be up to one tick shorter.
     A period shorter than a tick is returned unchanged.
     """
     if period_s < TICK_S:
