@@ -1,12 +1,12 @@
 """Detached requests: requests that run on for a moment after their gateway is lost, so that a stream can reattach.
 
-Problem: when a gateway is lost, all its streams are resumed through other gateways at the same time. To recompute each
-stream from its KV blocks would lengthen the engine's steps, although the engine itself never failed. So a request that
-the gateway has named (`Submit.stream`) is not aborted with its link. The tokens generated meanwhile are kept, and a
-Submit with the same name and the same tokens so far takes the request over. A finished request is kept for the same
-time, since its last output may have been on its way when the gateway was lost. Invariants: only a later Submit with the
-same name gets the tokens; a Submit with other parameters, or with other or more tokens, gets nothing; a detached
-request is claimed once, or dropped after DETACHED_S; a detached request blocks new requests, never resumed requests.
+Problem: when a gateway is lost, all its streams are resumed through other gateways at the same time. To submit them to
+the engine again would lengthen its steps, although the engine never failed. So when a link ends, its requests with a
+stream name (`Submit.stream`) run on, and the tokens generated meanwhile are kept. A Submit with an equal name takes the
+request over. A finished request is kept for as long, since its last output may not have reached the client. Invariants:
+a Submit gets a request only if its parameters are equal and the request's tokens begin with the Submit's emitted
+tokens. A detached request is claimed once, or dropped after DETACHED_S. It may block new requests, but never resumed
+requests.
 
 Pure: no clock, no I/O; `now` is monotonic seconds, and never goes back.
 """
@@ -20,7 +20,7 @@ from itertools import takewhile
 from cluster.api.types import FinishReason, TokenOutput
 
 DETACHED_S = 1.0
-"""Seconds that a detached request is kept, in which the client notices the loss and resumes through another gateway."""
+"""Seconds for which a detached request is kept: enough for a client to notice the loss and resume the stream."""
 FAILED = (FinishReason.ERROR, FinishReason.ABORT)
 
 
@@ -112,7 +112,7 @@ class DetachedRequests:
         return [request_id for stream in late for request_id in self.drop(stream)]
 
     def make_room(self, sequences: int, tokens: int) -> list[str]:
-        """Drop the oldest requests until the missing `sequences` and `tokens` are free."""
+        """Drop the oldest running requests until `sequences` slots and `tokens` KV tokens are freed."""
         dropped: list[str] = []
         for request in list(self._running.values()):
             if sequences <= 0 and tokens <= 0:

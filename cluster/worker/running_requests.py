@@ -51,11 +51,11 @@ class RunningRequest:
     share: GpuShare
     began: float
     expects_cache: bool = False
-    """Whether the gateway expects the KV blocks on this worker, at least those of the prompt."""
+    """Whether the gateway expects that this worker holds the KV blocks of at least the prompt."""
     cached_tokens: int = 0
     accepted: bool = False
     reattached: bool = False
-    """Whether the request was reattached and has had no output since then."""
+    """Whether the request has been reattached and has had no output after that."""
     stream: str = ""
     parameters: object = None
     generation: int = 0
@@ -67,8 +67,8 @@ class RunningRequest:
     token_ids: list[int] | None = None
     """All tokens after the prompt; None if the request cannot be reattached.
 
-    A request that can be reattached is known under `stream` when its gateway is gone. `parameters` has the other
-    parameters on which the tokens depend.
+    A request that can be reattached has a `stream`, under which a resumed call finds it. `parameters` has all other
+    values on which the tokens depend.
     """
 
     @classmethod
@@ -139,7 +139,7 @@ class RunningRequest:
 
 @dataclass(slots=True)
 class StepState:
-    """The outputs that one step has sent to links, or that were sent between two steps."""
+    """Record of the outputs that were put into outboxes in one step, or between two steps."""
 
     touched: dict[int, Link] = field(default_factory=dict)
     firsts: list[tuple[GpuShare, int, int]] = field(default_factory=list)
@@ -161,7 +161,7 @@ class RunningRequests:
         usage: WorkerUsage,
         is_lost: Callable[[str], bool],
     ) -> None:
-        """Create an empty set. `is_lost`: whether no working link leads to the gateway with the given incarnation."""
+        """Create an empty set. `is_lost(incarnation)`: whether this worker has no working link to that gateway."""
         self._info = info
         self._is_lost = is_lost
         self._meter = meter
@@ -186,11 +186,11 @@ class RunningRequests:
         return len(self._running)
 
     def output_tokens(self) -> Iterator[tuple[str, int]]:
-        """Yield each request id with the number of tokens generated for the request on all workers."""
+        """Yield each running request's id, with the number of tokens generated for it on all workers."""
         return ((request_id, running.output_tokens) for request_id, running in self._running.items())
 
     def shares(self) -> Iterator[tuple[GpuShare, int]]:
-        """Yield each request's share of GPU time and the number of tokens generated for the request on this worker."""
+        """Yield each running request's share of GPU time, with the number of tokens generated for it on this worker."""
         return ((running.share, running.generated) for running in self._running.values())
 
     def capacity(self) -> tuple[Capacity, int]:
@@ -211,9 +211,9 @@ class RunningRequests:
         return RunningRequest.from_submit(link, submit, request, share, self._info.block_size, now)
 
     def reattach(self, running: RunningRequest, submit: pb.Submit) -> tuple[bool, list[str]]:
-        """Reattach a resumed request to its detached request, if there is one, and send the tokens generated meanwhile.
+        """Let a resumed request take over its detached request, if there is one; send the tokens generated meanwhile.
 
-        Nothing is computed again. Return whether the request was reattached, and the engine request ids to abort.
+        Nothing is computed again. Returns whether the request was reattached, and the engine request ids to abort.
         """
         if running.token_ids is None:
             return False, []
@@ -236,10 +236,10 @@ class RunningRequests:
         return True, to_abort
 
     def start(self, running: RunningRequest, request_id: str, submit: pb.Submit) -> list[str]:
-        """Count a request that goes to the engine, and drop the detached requests that are in its way.
+        """Count a request that the caller will submit to the engine. Returns the engine request ids to abort first.
 
-        Detached requests are dropped if the KV cache lacks space for the new request, or if a resumed request lacks a
-        slot.
+        These are detached requests, which are dropped if the request needs their KV cache, or if the request is resumed
+        and needs their slots.
         """
         self._add_running(running, request_id, submit, running.fresh_tokens if self._caches_kv else running.tokens)
         if not self.detached:
@@ -330,10 +330,10 @@ class RunningRequests:
     # ---- end of a request
 
     def _forget_finished(self, step: StepState) -> list[str]:
-        """Forget finished requests, once the step is accounted for; return the engine request ids to abort.
+        """Forget the finished requests of a step that is accounted for; return the engine request ids to abort.
 
-        The requests stay resumable for a moment as detached requests, since a gateway may be lost before it delivers
-        the last output.
+        The requests can be resumed for a moment as detached requests, since a gateway may be lost before it delivers
+        their last output.
         """
         to_abort: list[str] = []
         finished, step.finished = step.finished, []
@@ -347,7 +347,7 @@ class RunningRequests:
     def detach_link(self, link: Link, stays: bool) -> list[str]:
         """Detach the requests of a link that has ended; return the engine request ids to abort.
 
-        `stays`: whether this worker keeps serving. If it does not, no request is detached.
+        `stays`: whether this worker keeps serving. If not, all requests of the link are aborted.
         """
         resumed = {running.stream for running in self._running.values() if running.link is not link}
         to_abort, count = [], 0

@@ -56,7 +56,7 @@ class Submits:
         self.credit.regrant()
 
     async def take_over(self, call: str, generation: int) -> None:
-        """Abort the requests of older generations of this call."""
+        """Record a call's resume. If its `generation` is new, abort the call's requests of older generations."""
         older = self.requests.of_call(call, generation) if self._generations.record(call, generation) else []
         to_abort = []
         for link, slot in older:

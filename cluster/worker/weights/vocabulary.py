@@ -92,15 +92,15 @@ def _remedy(folder: Path) -> str:
 
 
 def _lacks_merges(folder: Path) -> bool:
-    """Return whether byte pair encoding has a vocabulary but no merges, so that each letter would be a token."""
+    """Return whether the folder has vocab.json but no merges. Byte pair encoding would then make a token per letter."""
     here = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).exists()}
     return here == {"vocab.json"}
 
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """Return the tokenizer's ids that are outside the model's vocabulary and that encoding a text never gives.
+    """Return the tokenizer's ids outside the model's vocabulary, none of which occurs in an encoded text.
 
-    Raises ValueError for other ids outside the vocabulary, and for configured EOS ids outside the vocabulary.
+    Raises ValueError if such an id may occur in a text, or if a configured EOS id is outside the vocabulary.
     """
     size = vocab_size(folder)
     if not size:

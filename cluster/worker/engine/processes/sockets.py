@@ -99,13 +99,13 @@ def _sweep_folder(path: Path) -> bool:
 
 
 def folder() -> Path | None:
-    """Return the folder of the engine that this process owns or belongs to; None if it does not exist on this host."""
+    """Return the socket folder of the engine that this process owns or belongs to; None if this host has none."""
     named = Path(os.environ.get(ENV, ""))
     return named if named.name.startswith(PREFIX) and named.is_dir() else None
 
 
 def restore_default_elsewhere() -> None:
-    """Restore vLLM's default folder in a rank on a host without our folder, to which the environment was copied.
+    """Restore vLLM's default folder in a rank whose host lacks the folder that its (copied) environment names.
 
     Called in each vLLM process (watchdog.watch).
     """

@@ -119,9 +119,9 @@ def _repair_seeds() -> None:
 
 
 def shared_memory() -> str:
-    """Return an id of the shared memory that this process uses.
+    """Return an id of this process's /dev/shm, which belongs to the host or to a container.
 
-    The shared memory belongs to the host, or to the container of this process.
+    Two processes with equal ids can communicate over shared memory.
     """
     return f"{BOOT_ID.read_text().strip()}-{os.stat('/dev/shm').st_dev}"  # noqa: S108
 
@@ -190,10 +190,10 @@ def _repair_pipeline() -> None:
 
 
 def _has_node() -> bool:
-    """Return whether the replica has a Ray node with an address that is not loopback.
+    """Return whether the replica has a Ray node whose address is not loopback.
 
-    A node at a loopback address has no other nodes beside it, and Ray would replace its address by an external address
-    of the machine.
+    A node at a loopback address is the only node and needs no repair. Ray would replace the loopback address by an
+    external address of the machine.
     """
     address = os.environ.get(NODE, "")
     return bool(address) and not ipaddress.ip_address(address).is_loopback
@@ -232,7 +232,7 @@ def seeds_are_safe() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """A named repair. `needed` returns whether this process has the fault."""
+    """A named repair. `needed()` returns whether this process has the fault; `make()` applies the repair."""
 
     name: str
     make: Callable[[], None]

@@ -1,7 +1,7 @@
 """vLLM's CPU platform with Ray's logical GPUs as devices: tensor parallelism over Ray on machines without GPUs.
 
-vLLM's Ray executor refuses the CPU platform only because that platform has no Ray resource. On nodes started with
-logical GPUs (`ray start --num-gpus`) the same placement groups, executor and code run as on GPUs.
+vLLM's Ray executor refuses the CPU platform only because that platform names no Ray resource. On nodes started with
+logical GPUs (`ray start --num-gpus`), placement groups and executor then work as on GPUs.
 """
 
 from __future__ import annotations
