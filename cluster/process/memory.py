@@ -8,8 +8,8 @@ streams, one such walk took 30 ms. So the objects that a start or a load has cre
 and young objects are walked less often. Objects of ended calls are freed by reference counting, except for rare cycles.
 
 glibc keeps freed memory between pieces that are in use. In an hour of 100 calls a second, a gateway whose objects in
-use did not grow gained 3 MB of such holes. So whole free pages are returned to the system now and then,
-when no calls are running.
+use did not grow gained 3 MB of such holes. So whole free pages are returned to the system now and then, when no calls
+are running.
 """
 
 from __future__ import annotations
