@@ -135,7 +135,7 @@ class Histogram:
         self.sum += value * times
 
     def buckets(self) -> list[tuple[str, float]]:
-        """The cumulative counts by upper bound, in the form that Prometheus expects."""
+        """Return (upper bound, cumulative count) for each bucket, in the form that Prometheus expects."""
         out, running = [], 0
         for bound, count in zip((*map(str, self._bounds), "+Inf"), list(self.counts), strict=True):
             running += count
