@@ -26,7 +26,8 @@ NO_CONTROLLER_LINK = (
 
 M = TypeVar("M", bound=Message)
 Verb = Callable[[bytes, str], Awaitable[bytes]]
-"""`(serialized request, actor) -> serialized response`. Raises CallError."""
+"""`(serialized request, actor) -> serialized response`; `actor` is the operator's name in the audit log. Raises
+CallError."""
 
 
 def verb(kind: type[M], act: Callable[[M, str], Awaitable[Message]]) -> Verb:
@@ -43,7 +44,7 @@ def verb(kind: type[M], act: Callable[[M, str], Awaitable[Message]]) -> Verb:
 
 
 class AdminRequests:
-    """The gateway's side of one Control stream: the requests that wait for the controller's answer."""
+    """The gateway's side of one Control stream: the admin requests that wait for the controller's reply."""
 
     def __init__(self, send: Callable[[pb.GatewayControlFrame], None], verbs: frozenset[str]) -> None:
         """`verbs`: the verbs that the controller supports."""

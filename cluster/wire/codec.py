@@ -28,7 +28,7 @@ from cluster.wire.ended_requests import EndedUsage
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
 MAX_TEXT = 4096
-"""Maximum number of characters in an engine's text about one request."""
+"""Maximum number of characters of an engine's or worker's error text in a message."""
 MAX_VARINT_BYTES = 10
 """Maximum size of a varint in a message, in bytes."""
 
@@ -171,7 +171,7 @@ def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRe
 
 
 def wire_text(text: str) -> str:
-    """Truncate an engine's text to MAX_TEXT, and replace lone surrogates, which protobuf rejects."""
+    """Return an error text cut to MAX_TEXT characters. Lone surrogates, which protobuf rejects, are replaced."""
     return text[:MAX_TEXT].encode("utf-8", "replace").decode()
 
 

@@ -81,7 +81,7 @@ class CreditGranter:
         account.waiting = waiting - account.kept
 
     def acknowledge(self, link: int, grant_id: int) -> None:
-        """Record that the gateway has applied a grant: older limits are no longer in force."""
+        """Record that the gateway has applied the grant `grant_id`. Limits of older grants no longer count."""
         account = self._accounts[link]
         account.unacked = [(i, older) for i, older in account.unacked if i >= grant_id]
 
@@ -128,7 +128,7 @@ class CreditGranter:
 
 
 def _shares(total: int, claims: Mapping[int, int]) -> dict[int, int]:
-    """Split `total` in proportion to the claims (largest remainder), or evenly if all claims are zero."""
+    """Split `total` in proportion to the claims, by the largest-remainder method; evenly if all claims are zero."""
     weights = claims if any(claims.values()) else dict.fromkeys(claims, 1)
     weight_sum = sum(weights.values())
     shares = {link: total * weight // weight_sum for link, weight in weights.items()}

@@ -81,8 +81,8 @@ class Outbox:
         self.flush()
 
     def served(self, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Set the served totals, in place of unsent totals of the same flows. A call without totals sends an empty
-        report."""
+        """Set the served totals, in place of unsent totals of equal flows. Empty `totals` send an empty report if
+        nothing else is unsent."""
         if self._served is None:
             self._served = {}
         for total in totals:
@@ -95,7 +95,7 @@ class Outbox:
         self.flush()
 
     def engine_ended(self, why: str) -> None:
-        """Add the last message of the link: the reason why the worker's engine has ended."""
+        """Set the reason why the worker's engine has ended, which the next and last message reports."""
         self._engine_ended = why
         self.flush()
 
