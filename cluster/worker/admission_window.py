@@ -3,9 +3,9 @@
 Problem: a sequence sent too early waits in the engine's own queue, where fair order no longer applies. A sequence sent
 too late leaves a slot empty for a round trip. So the window has as many sequences as there are free slots, but only as
 many as the engine will probably start in the step after the running step. Invariants: if a slot is free and no prompt
-is pending, capacity is granted. At most LOOKAHEAD_SEQUENCES more sequences than slots are admitted, and only as many as
-end in each step on average. Source: the remaining work is a fluid model of chunked prefill (Sarathi-Serve, Agrawal et
-al., OSDI 2024).
+is pending, capacity is granted. Sequences beyond the slots are admitted in the number in which sequences end per step
+on average, at most LOOKAHEAD_SEQUENCES. Source: the remaining work is a fluid model of chunked prefill (Sarathi-Serve,
+Agrawal et al., OSDI 2024).
 
 The engine does not report the progress of a prompt, so the progress is estimated: each step computes as many tokens as
 it can, and a request's first output means that all prompts before this request are done. Pure: no clock.

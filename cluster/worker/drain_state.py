@@ -50,9 +50,9 @@ class DrainStates:
         return True
 
     def drain(self, now: float, timeout_s: float, leaving: bool) -> None:
-        """Take no new sequences. Running sequences may end by themselves for a part of `timeout_s`.
+        """Take no new sequences. Let running sequences end by themselves for STAY_PART of `timeout_s` seconds.
 
-        A second drain replaces this end time; if the process is about to end, only by an earlier end time.
+        A second drain sets this time anew. In a process that is about to end, it can only shorten the time.
         """
         stays_until = now + timeout_s * STAY_PART
         self._stays_until = min(self._stays_until, stays_until) if self.leaving else stays_until
@@ -68,9 +68,9 @@ class DrainStates:
             self._set_state(DrainState.DRAINED, now)
 
     def attach(self, outbox: Outbox, now: float) -> None:
-        """Add a link and send it the state, unless the worker serves.
+        """Add a link. Its gateway is sent the state if the worker does not serve.
 
-        A gateway that has not been sent a state assumes that the worker serves.
+        A gateway that has received no state assumes that the worker serves.
         """
         self._outboxes.append(outbox)
         if not self.serves:
@@ -120,7 +120,7 @@ class Drains:
     def apply(self, command: pb.Command) -> bool:
         """Apply an operator's command, which any gateway may forward.
 
-        Returns whether the worker takes new sequences again.
+        Returns True if the command made the worker take new sequences again.
         """
         verb = command.WhichOneof("verb")
         if verb == "cordon":

@@ -29,7 +29,7 @@ class EngineRunner:
         self._deaths: asyncio.Queue[EngineDead] = asyncio.Queue()
 
     async def run(self, requests: RunningRequests, credit: LinkCredit) -> None:
-        """Run steps until cancelled, and put their outputs into the links' outboxes. Raises EngineDead."""
+        """Run steps until cancelled; put their outputs into the links' outboxes and renew credit. Raises EngineDead."""
         while True:
             outputs = await self.engine.step()
             self.steps += 1

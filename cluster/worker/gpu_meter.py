@@ -104,9 +104,9 @@ class GpuMeter:
         return max(1, min(chunks, self._steps - share.from_step, len(self._last) + 1))
 
     def _add_tokens(self, step: _MeteredStep, tokens: float) -> float:
-        """Add newly known `tokens` to an earlier step; return the GPU-seconds that these tokens owe.
+        """Add `tokens` of a prompt to an earlier step, and lower the step's price accordingly.
 
-        The addition lowers the price of the step.
+        Returns the GPU-seconds that these tokens owe.
         """
         before = step.gpu_s / step.tokens
         step.tokens += tokens

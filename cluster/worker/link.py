@@ -34,7 +34,7 @@ class Link:
 
     number: int
     credit_order: int
-    """Position in the order in which links share capacity. The first links get the remainder of the division."""
+    """Sort key of the links that share capacity (link_credit.py). The first links get the remainder of the division."""
     gateway: str
     incarnation: str
     """Incarnation of the gateway."""

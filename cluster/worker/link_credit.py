@@ -32,7 +32,7 @@ class _Acknowledgement:
 
 
 class LinkCredit:
-    """The credit of all links, each known by its credit order. Only a worker that takes new sequences grants credit."""
+    """The credit of all links, by `credit_order`. Credit is granted only while the worker takes new sequences."""
 
     def __init__(
         self, capacity: Callable[[], tuple[Capacity, int]], count_cached: Callable[[int], int], drain_state: DrainStates
@@ -64,7 +64,7 @@ class LinkCredit:
         self._granter.record_submit(link, tokens, 0 < submit.fresh_tokens < tokens)
 
     def set_backlog(self, link: int, backlog: pb.Backlog) -> None:
-        """Set the number of calls that wait at a gateway."""
+        """Set the number of calls that wait at a link's gateway."""
         self._granter.set_backlog(link, backlog.claim or backlog.waiting, self._count_cached(backlog.kept))
 
     def acknowledge(self, link: int, grant_id: int) -> None:

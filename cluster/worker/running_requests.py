@@ -1,8 +1,8 @@
 """The requests that run in a worker's engine, from Submit to end, and everything counted about them.
 
 Outputs of the engine go to the link of their request. A request whose link has ended runs on for a moment
-(detached_requests.py); a Submit of the same stream takes the request over. No method awaits. Methods return the engine
-request ids that the caller must abort.
+(detached_requests.py), and a Submit of the same stream can take it over. No method is a coroutine: methods only return
+the engine request ids that the caller must abort.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class RunningRequest:
     generation: int = 0
     """Number of times that the call had been resumed when it was submitted."""
     resumed_from: str = ""
-    """Incarnation of the gateway from which the call was resumed."""
+    """Incarnation of the gateway that issued the resume token; "" if the call was not resumed with a token."""
     name: str = ""
-    """Name of the call's stream, also set if the request cannot be reattached (then `stream` is empty)."""
+    """Name of the request's stream. Unlike `stream`, also set if the request cannot be reattached."""
     token_ids: list[int] | None = None
     """All tokens after the prompt; None if the request cannot be reattached.
 
@@ -170,7 +170,7 @@ class RunningRequests:
         self._window = AdmissionWindow(info.max_num_seqs, info.max_num_batched_tokens)
         self._running: dict[str, RunningRequest] = {}
         self._pending_step = StepState()
-        """Outputs sent since the last step."""
+        """Outputs put into outboxes since the last step."""
         self._caches_kv = True
         """Whether resumed calls have lately found their KV blocks here. Not every engine caches them."""
         self.detached = DetachedRequests()
@@ -199,13 +199,13 @@ class RunningRequests:
         return Capacity(begins, self._info.kv_tokens - self.tokens), self._window.free_slots
 
     def count_cached(self, expected: int) -> int:
-        """Return how many of a gateway's `expected` cached calls this worker can resume at almost no cost."""
+        """Return how many of `expected` calls, whose KV blocks a gateway expects here, can resume at almost no cost."""
         return expected if self._caches_kv else min(expected, len(self.detached))
 
     # ---- start of a request
 
     def new_request(self, link: Link, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
-        """Return the record of a new request. The request is counted once `reattach` or `start` gets the record."""
+        """Return the record of a new request. The request is not counted before `reattach` or `start`."""
         now = time.monotonic()
         share = self._meter.open_share(now)
         return RunningRequest.from_submit(link, submit, request, share, self._info.block_size, now)

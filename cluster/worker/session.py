@@ -45,7 +45,7 @@ GATEWAY_SILENT_S = 1.0
 END_REASON_S = 0.5
 """Seconds that a worker with an ended engine waits for its gateways to read the reason and close their links.
 
-If the worker closed a link first, the reset would overtake the reason.
+If the worker closed a link first, the reset of the connection could arrive before the reason.
 """
 
 
@@ -233,9 +233,9 @@ class WorkerSession:
         self._credit.regrant()
 
     async def _watch_link(self, link: Link) -> None:
-        """Check the link every beat.
+        """Check the link once per beat interval, and send the load if no step has sent it meanwhile.
 
-        Raises LinkEnded for a silent or stuck gateway; sends the load if no step has sent it.
+        Raises LinkEnded if the gateway sends no beats, does not read, or does not acknowledge grants.
         """
         sent = 0
         while True:

@@ -1,4 +1,4 @@
-"""The settings that start a replica: frozen values that can be converted to JSON or pickled. No Ray here."""
+"""The settings that start a replica: frozen values that can be pickled or converted to JSON. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def find_refusal(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """A model's `spec` and its surroundings. Paths are on the replica's node; `environment` is added to the process."""
+    """A model's `spec` and its replicas' other settings. Paths are on the replica's node. `environment`: variables to
+    add to the replica's environment."""
 
     spec: ModelSpec
     cluster: str

@@ -1,7 +1,7 @@
 """The Submits of all links: each runs on the engine, is reattached to its detached request, or is refused.
 
 A request id inside the engine consists of gateway incarnation, epoch, slot and attempt, since a repeated id is fatal
-inside vLLM's engine core. A failure that a request causes never reaches the link or the link's other requests.
+inside vLLM's engine core. A failure of one request never ends the link or the link's other requests.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ PROMPT_TOKENS = 12
 ANSWER_TOKENS = 8
 """Number of tokens in the answer. Prompt and answer are shorter than a KV block, so each answer is computed anew."""
 TOPS: tuple[int, ...] = (20, 5, 1, 0)
-"""Numbers of log probabilities to request for each position. The first number that the engine allows is used."""
+"""Numbers of log probabilities to try to request for each position. The first that the engine allows is used."""
 PREFIX = "headrace-golden-"
 FIRST_PRIORITY = -(1 << 31)
 TOLERANCES = {"float32": 0.02, "sim": 0.02}
@@ -294,7 +294,7 @@ class CheckedEngine:
         await self._engine.abort(request_ids)
 
     def load(self) -> EngineLoad:
-        """Return the wrapped engine's load, which includes the golden request."""
+        """Return the wrapped engine's load, which includes a running golden request."""
         return self._engine.load()
 
     async def check(self) -> None:

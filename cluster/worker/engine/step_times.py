@@ -100,7 +100,7 @@ class StepTimes:
         self._since = now if goes_on else None
 
     def prefilled(self, tokens: int) -> None:
-        """Record that the last step completed prompts with `tokens` tokens in all."""
+        """Record that the last step completed prompts with `tokens` computed tokens in all."""
         tokens = min(tokens, self._most_tokens)
         if tokens >= SAMPLE_TOKENS:
             self._per_token.add(self.last_s / tokens)

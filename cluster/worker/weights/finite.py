@@ -67,7 +67,7 @@ def spans(file: Path) -> list[Span]:
 
 
 def not_finite(piece: memoryview, span: Span) -> str:
-    """Return `NaN` or `infinite numbers` if a piece of a tensor has them as an error (see Span); otherwise ""."""
+    """Return `NaN` or `infinite numbers` if a piece of a tensor has them and must not (see Span); otherwise ""."""
     import numpy as np
 
     width, infinity = INFINITE[span.kind]

@@ -18,7 +18,7 @@ MAX_TEXT = 256
 class Card:
     """A model card. `license` is the hub's name of the licence, in lower case.
 
-    `fields` has those FIELDS that the card has, with shortened values.
+    `fields`: the card's values, shortened, by name (one of FIELDS).
     """
 
     license: str = ""

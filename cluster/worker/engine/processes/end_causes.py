@@ -44,7 +44,7 @@ RECENT_S = 30.0
 TOGETHER_S = 1.0
 """Seconds by which the note of a rank's death may come later than errors that the death causes."""
 ENDING_S, LOOK_S = 5.0, 0.05
-"""Seconds that a core waits for the note of an ending process (slow on a busy machine), and between two checks."""
+"""Seconds that a core waits for an ending process to end, and between two checks for the end."""
 TRACEBACK = "Traceback (most recent call last):"
 LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor")
 """Loggers that report the failure of a core or a rank."""
@@ -185,7 +185,7 @@ def process_name() -> str:
 
 
 def _rank(name: str) -> str:
-    """Return a rank's name, given the name of its process (`VllmWorker-1`) or actor (`vllm_Worker_abc_TP1_PP0`)."""
+    """Return a rank's short name, given its process (`VllmWorker-1`) or actor (`vllm_Worker_abc_TP1_PP0`)."""
     if match := re.fullmatch(r"VllmWorker-(\d+)", name):
         return f"rank {match[1]}"
     parts = re.findall(r"_((?:PCP|TP|PP)\d+)", name)
@@ -303,7 +303,7 @@ def find_cause(engine: str, *, recent: bool = False) -> str:
 
 
 def with_log(reason: str, log: str) -> str:
-    """Return a reason followed by the path of the log, if there is one."""
+    """Return `reason`, followed by the path `log` if it is not empty."""
     return f"{reason}; log: {log}" if log else reason
 
 

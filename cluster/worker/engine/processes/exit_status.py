@@ -80,7 +80,7 @@ class Watched:
         return gone
 
     def wait(self, timeout_s: float) -> list[tuple[int, str]]:
-        """Wait at most `timeout_s` for a process to end; return each ended process with how it ended."""
+        """Wait at most `timeout_s` for a process to end; return pid and end (in words) of each ended process."""
         if not self._pidfds:
             time.sleep(timeout_s)
             return []

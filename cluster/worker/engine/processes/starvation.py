@@ -27,7 +27,7 @@ LEAST_S, STEPS = 0.5, 5
 SHARE = 0.3
 """Fraction of a step's age that must be lost before starvation explains it."""
 IDLE_SHARE = 0.2
-"""Fraction of a window. A runnable thread that ran for less than this fraction waited for the rest of the window."""
+"""Fraction of the time between two readings. A runnable thread that ran for less than that waited the rest of it."""
 
 
 class Task(NamedTuple):
@@ -106,7 +106,7 @@ class Starvation:
         self._lock = threading.Lock()
 
     def explains(self, age_s: float, p99_s: float, now: float) -> bool:
-        """Return whether CPU starvation explains the age `age_s` of the current step. `p99_s`: quantile of steps."""
+        """Return whether CPU starvation explains the current step's age `age_s`. `p99_s`: p99 of step durations."""
         if age_s < LOOK_AFTER_S:
             self._step = None
             return False

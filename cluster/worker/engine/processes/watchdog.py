@@ -107,7 +107,8 @@ def _with_descendants(roots: Iterable[int]) -> set[int]:
 def sharers(names: set[str]) -> dict[int, set[str]]:
     """Return the processes on this host that have mapped any of these names, each with all names that it has mapped.
 
-    Ranks placed by Ray are not descendants of this process, and are killed before they can unlink their own names.
+    These include ranks placed by Ray, which are not descendants of this process and may be killed before they can
+    unlink their names.
     """
     pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()] if names else []
     return {pid: mapped for pid in pids if (mapped := mapped_shared_memory(pid)) & names}

@@ -23,7 +23,7 @@ def chain(parent: int, token_ids: Sequence[int]) -> int:
 
 
 class KvCache:
-    """The blocks of one engine. Callers pair every acquire, allocate and commit with one release."""
+    """The blocks of one engine. Callers must `release` every block that they acquired, allocated or committed."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks

@@ -71,7 +71,7 @@ class SimSequence:
 
     @property
     def submitted_tokens(self) -> int:
-        """Number of tokens of the prompt and of earlier attempts."""
+        """Number of tokens in the request: the prompt, and the tokens that earlier attempts emitted."""
         return self.output_from + len(self.request.emitted_token_ids)
 
     def emit(self, source: TokenSource, corrupt: bool) -> TokenOutput:

@@ -141,5 +141,5 @@ def is_batch_invariant(dtype: str) -> bool:
 
 
 def plain_defaults(values: Mapping[str, Any]) -> dict[str, object]:
-    """Return the sampling defaults that are numbers, which can be sent to the gateways."""
+    """Return those sampling defaults that are numbers; only these are sent to the gateways."""
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}

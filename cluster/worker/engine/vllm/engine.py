@@ -296,7 +296,7 @@ class VllmEngine:
     def load(self) -> EngineLoad:
         """Return the scheduler's counts of the last step; any thread may call this.
 
-        Requests that the scheduler has not seen count as waiting.
+        Requests that the scheduler has not counted yet count as waiting.
         """
         path = self._path
         if path is None:
@@ -369,13 +369,13 @@ class VllmEngine:
 
 
 def _start_error(error: str) -> str:
-    """Return vLLM's error at start, or how vLLM's processes ended if the error gives their exit codes."""
+    """Return how vLLM's processes ended, in words, if vLLM's start error has their exit codes; otherwise the error."""
     failed = re.findall(r"'(\w+)': (-?\d+)", error.partition("Failed core proc(s):")[2])
     return " and ".join(f"{end_causes.CORE} {exit_status.describe(int(code))}" for _, code in failed) or error
 
 
 def _eos_token_ids(config: Any, path: EnginePath) -> frozenset[int]:
-    """Return the ids that end a request, unless the request ignores EOS. The ids are collected as in vLLM."""
+    """Return the EOS ids as vLLM collects them: those of the generation config and the tokenizer's own."""
     configured = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
     ids = {configured} if isinstance(configured, int) else set(configured or ())
     own = path.eos_token_id()

@@ -2,8 +2,8 @@
 
 **Seeds on CPU (vLLM 0.32.0).** When the prompt of a request with a seed is prefilled in chunks, a token is sampled
 after each chunk and discarded; the V1 runner then undoes the draw with `generator.set_offset(offset - 4)`. CPU
-generators have no offset, so the call raises in the engine core and ends it. The repair gives requests a generator that
-saves its state before the last draw and can restore that state.
+generators have no offset, so the call raises an error that ends the engine core. The repair gives requests a generator
+that saves its state before each draw and can restore the state.
 
 **Ranks on two hosts on CPU (vLLM 0.32.0).** Ranks of a group communicate over shared memory if all ranks have the same
 name for it. The name consists only of a port, so ranks on hosts without common memory try shared memory, too, and the
@@ -48,7 +48,7 @@ from cluster.worker.engine.vllm.private_names import missing
 VERSIONS = ("0.31.0", "0.32.0", "0.33.0")
 """Releases that have these faults; see docs/support.md."""
 ACTIVE = "HEADRACE_REPAIRS"
-"""Environment variable that an engine sets for its processes. Any other vLLM in this environment is not changed."""
+"""Environment variable that an engine sets for its processes. Without it, the plugin does not change vLLM."""
 
 PLUGIN = "headrace_repairs"
 """Name of the entry point that vLLM loads as a plugin."""

@@ -15,9 +15,9 @@ QUALIFIED_NAME = "cluster.worker.engine.vllm.cpu.platform_class.LogicalGpuCpuPla
 
 
 def plugin() -> str | None:
-    """Entry point of group vllm.platform_plugins: return the platform's name if it is selected on a CPU build.
+    """Entry point of group vllm.platform_plugins: return the platform's name if LOGICAL_GPUS selects it on a CPU build.
 
-    Otherwise returns None, so that vLLM chooses the platform.
+    Otherwise return None, so that vLLM chooses the platform.
     """
     if os.environ.get(LOGICAL_GPUS) != "1":
         return None
