@@ -1,5 +1,4 @@
-"""Names, labels, buckets and values of all metrics. Values are plain dicts and lists, which are cheap to update; only a
-scrape converts them to Prometheus' types."""
+"""Names, labels, buckets and values of all metrics. Values are plain dicts and lists until a scrape."""
 
 from __future__ import annotations
 
