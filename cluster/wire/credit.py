@@ -43,8 +43,8 @@ class _Account:
     unacked: list[tuple[int, Capacity]] = field(default_factory=list)
 
     def promised(self) -> Capacity:
-        """Return the capacity that this link may still use: the largest limit that the gateway may be using, minus what
-        it has sent."""
+        """Return the capacity that this link may still use: the largest limit that the gateway may be using, minus the
+        capacity already spent."""
         sequences, tokens = self.limit.sequences, self.limit.tokens
         for _, older in self.unacked:
             sequences, tokens = max(sequences, older.sequences), max(tokens, older.tokens)

@@ -1,10 +1,10 @@
-"""Usage of ended requests, which a worker keeps until the ledger's database has it.
+"""Usage records of ended requests, which a worker keeps until the records are in the ledger's database.
 
-Guarantee: no usage is lost, however many gateways are lost with their disks. A request arrives at the worker with its
-sealed open record. After the request has ended, the worker keeps its usage until a gateway acknowledges it, which the
-gateway does only after the database has committed. Each record is assigned to one link at a time. If that link ends or
-does not acknowledge for long, the record is assigned to another link. A record that is sent twice writes the same
-database row, so repetition does no harm.
+Guarantee: no record is lost, however many gateways are lost with their disks. A request arrives at the worker with its
+sealed open record. After the request has ended, the worker keeps its usage record until a gateway acknowledges the
+record. Gateways acknowledge only after the database has committed. Each record is assigned to one link at a time. If
+that link ends or does not acknowledge for long, the record is assigned to another link. A record that is sent twice
+writes the same database row, so repetition does no harm.
 
 Beyond `max_records` the oldest records are dropped and counted. This happens only if the database is down for long, and
 the gateways' spools then have the records too. The classes are pure: no clock, no I/O.
