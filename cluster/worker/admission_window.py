@@ -1,8 +1,8 @@
 """Admission window: the number of sequences that a worker may be sent now.
 
 Problem: a sequence sent too early waits in the engine's own queue, where fair order no longer applies. A sequence sent
-too late leaves a slot empty for a round trip. So the window has as many sequences as there are free slots, but only as
-many as the engine will probably start in the step after the running step. Invariants: if a slot is free and no prompt
+too late leaves a slot empty for a round trip. So the window is the number of free slots, or fewer: the number of
+prompts that the engine will probably start in the next step. Invariants: if a slot is free and no prompt
 is pending, capacity is granted. Sequences beyond the slots are admitted in the number in which sequences end per step
 on average, at most LOOKAHEAD_SEQUENCES. Source: the remaining work is a fluid model of chunked prefill (Sarathi-Serve,
 Agrawal et al., OSDI 2024).

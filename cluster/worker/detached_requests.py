@@ -1,12 +1,12 @@
 """Detached requests: requests that run on for a moment after their gateway is lost, so that a stream can reattach.
 
-Problem: when a gateway is lost, all its streams are resumed through other gateways at the same time. To submit them to
-the engine again would lengthen its steps, although the engine never failed. So when a link ends, its requests with a
-stream name (`Submit.stream`) run on, and the tokens generated meanwhile are kept. A Submit with an equal name takes the
-request over. A finished request is kept for as long, since its last output may not have reached the client. Invariants:
-a Submit gets a request only if its parameters are equal and the request's tokens begin with the Submit's emitted
-tokens. A detached request is claimed once, or dropped after DETACHED_S. It may block new requests, but never resumed
-requests.
+Problem: when a gateway is lost, all its streams are resumed through other gateways at the same time. To submit the
+resumed requests to the engine again would lengthen the engine's steps, although the engine never failed. So when a link
+ends, its requests with a stream name (`Submit.stream`) run on, and the tokens generated meanwhile are kept. A Submit
+with an equal name takes the request over. Finished requests are kept for the same time, since the last output may not
+have reached the client. Invariants: a Submit gets a request only if their parameters are equal and the request's tokens
+begin with the Submit's emitted tokens. A detached request is claimed once, or dropped after DETACHED_S. Detached
+requests may block new requests, but never resumed requests.
 
 Pure: no clock, no I/O; `now` is monotonic seconds, and never goes back.
 """

@@ -76,10 +76,10 @@ class GoldenAnswer:
 def why_wrong(reference: GoldenAnswer, answer: GoldenAnswer, tolerance: float) -> str:
     """Return the reason why an answer is wrong; empty when nothing proves that it is wrong.
 
-    An answer is wrong if a token's log probability differs from the reference by more than `tolerance`, or if a sampled
-    token is not the likeliest by more than `tolerance`. A token that is not listed among the most likely tokens counts
-    by a bound: its log probability is at most the smallest listed value. Positions after the first different token are
-    not compared.
+    An answer is wrong if a token's log probability differs from the reference by more than `tolerance`, or if another
+    token is likelier than the sampled token by more than `tolerance`. For a token that is not listed among the most
+    likely tokens only a bound is known: its log probability is at most the smallest listed value. Positions after the
+    first different token are not compared.
     """
     if answer.error:
         return answer.error

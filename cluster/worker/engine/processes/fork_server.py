@@ -2,7 +2,8 @@
 
 Problem: a cold start is mostly imports. The replica imports vLLM, torch and transformers; then vLLM's engine core and
 each rank start as new interpreters and import these modules again, one process after the other. So the replica first
-starts multiprocessing's fork server, which imports them in parallel with the replica. Core and ranks are forks of it.
+starts multiprocessing's fork server, which imports the modules in parallel with the replica. Core and ranks are forks
+of the server.
 
 Invariants: the server is a new interpreter, so it has none of the replica's sockets or thread locks. The server has one
 thread. A fork gets the current environment of the process that starts it, as a spawned process would. The server ends

@@ -23,8 +23,8 @@ class SimConfig:
 
     `folder` has the tokenizer and the configuration; "" for none. If `vocab`, `token_hi` or `max_model_len` is 0, or
     `eos` is -1, `resolved` takes the value from the folder. Output tokens are drawn from [token_lo, token_hi). If
-    `salted` is 1, the cache salt changes the tokens, so that a test detects a lost salt. If `salted` is 0, it does not,
-    as in a real engine.
+    `salted` is 1, the cache salt changes the tokens, so that a test detects a lost salt. If `salted` is 0, the cache
+    salt does not change the tokens, as in a real engine.
     """
 
     folder: str = ""

@@ -27,7 +27,7 @@ class LiveRequest:
     first: bool = True
     """True until the path has made the first output of the request."""
     waits: bool = True
-    """True until VllmEngine has handled the first output. `first` ends earlier, when `collect` makes that output."""
+    """True until VllmEngine has handled the first output. `first` becomes False earlier, within `collect`."""
 
 
 @dataclass(slots=True)

@@ -154,8 +154,8 @@ def _install_in_core() -> None:
     class ContinuedStats(PrefillStats):  # type: ignore[misc]
         """Prefill statistics over prompt and emitted tokens.
 
-        `bool()` of the statistics is False, so that the scheduler does not fill them in: it would assert that only
-        prompt tokens are cached.
+        `bool()` of the statistics is False, so that the scheduler does not fill them in: the scheduler would assert
+        that only prompt tokens are cached.
         """
 
         def __bool__(self) -> bool:
