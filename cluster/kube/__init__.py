@@ -1,1 +1,1 @@
-"""The Kubernetes Lease by which one controller is selected to act."""
+"""Leader election by a Kubernetes Lease: one of several controllers acts at a time."""

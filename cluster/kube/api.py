@@ -1,5 +1,5 @@
-"""Access to Leases over the Kubernetes API from within a pod. The token of the pod's service account is read for each
-call."""
+"""Kubernetes Leases, read and written over the API server from within a pod. Each call reads the token of the pod's
+service account anew, since Kubernetes renews the token."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cluster.kube.lease import LeaseRecord
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CALL_S = 3.0
-"""Time limit of a call in seconds. The limit is shorter than the time between a holder's last write and the end of the
-holder's term, so that a hanging call is noticed."""
+"""Time limit of an API call in seconds. The limit is well below LeaseTerms.yield_s, so that a call that hangs fails
+before the holder's term ends."""
 
 
 class ApiUnavailable(Exception):
@@ -31,18 +31,19 @@ class Conflict(Exception):
 
 
 class LeaseStore(Protocol):
-    """The store of the lease record. Both methods block, and raise ApiUnavailable."""
+    """Storage of the lease record. Both methods block, and raise ApiUnavailable if the API fails."""
 
     def read(self) -> LeaseRecord | None:
-        """Read the record; None if the store has no record."""
+        """Return the record; None if the store has none."""
 
     def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
-        """Write the record with a new holder ("" for none), if the stored record is still `over`. Raises Conflict."""
+        """Write `holder` ("" for none) over the record `over`, as last read; return the new record. `over` None: create
+        it. Raises Conflict if the stored record is no longer `over`."""
 
 
 @dataclass(frozen=True, slots=True)
 class KubeLease:
-    """A coordination.k8s.io/v1 Lease. `lease_s` is written into the record only for information."""
+    """A LeaseStore in a coordination.k8s.io/v1 Lease. `lease_s` (seconds) is written only as information for tools."""
 
     url: str
     namespace: str
@@ -53,7 +54,7 @@ class KubeLease:
 
     @classmethod
     def of_this_pod(cls, name: str, lease_s: float, account: Path = ACCOUNT) -> KubeLease:
-        """Create the object from the files and environment of this pod. Raises ValueError outside a pod."""
+        """Create a store for the Lease `name` in this pod's namespace. Raises ValueError outside a pod."""
         host, port = os.environ.get("KUBERNETES_SERVICE_HOST", ""), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
         try:
             namespace = (account / "namespace").read_text().strip()
@@ -65,7 +66,7 @@ class KubeLease:
         return cls(f"https://{host}:{port}", namespace, name, lease_s, account / "token", account / "ca.crt")
 
     def read(self) -> LeaseRecord | None:
-        """Read the Lease; see LeaseStore."""
+        """Return the Lease's record; see LeaseStore."""
         status, answer = self._call("GET", self._path())
         if status == http.client.NOT_FOUND:
             return None

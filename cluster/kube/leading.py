@@ -1,4 +1,4 @@
-"""Work that runs only while this process holds the Lease, and stops as soon as the process may no longer act."""
+"""Leadership of one process: its work runs only while the process holds the Lease, and stops when the Lease is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.kube.lease import LeaseCandidate, LeaseTerms
 log = structlog.get_logger("lease")
 
 Work = Callable[[asyncio.Event], Awaitable[None]]
-"""Work under the Lease. The work runs until the event is set, and ends soon after that."""
+"""Coroutine function with the leader's work. The work runs until its argument, an event, is set, and then ends soon."""
 
 
 class WorkNotStopped(Exception):
@@ -23,7 +23,7 @@ class WorkNotStopped(Exception):
 
 
 class Leader:
-    """A runner that runs work while this process leads. `leads` is the current state."""
+    """Runs work while this process, named `me`, holds the Lease."""
 
     def __init__(
         self,
@@ -47,8 +47,7 @@ class Leader:
         return self._candidate.may_act(self._clock_s())
 
     async def run(self, work: Work, stop: asyncio.Event) -> None:
-        """Wait for the Lease and run `work` while the Lease is held, repeatedly until `stop` is set; then give the
-        Lease up.
+        """Run `work` whenever this process holds the Lease, until `stop` is set; then give up the Lease.
 
         Raises the exceptions of `work`, and WorkNotStopped.
         """
@@ -83,7 +82,7 @@ class Leader:
         log.info("not_leading", me=self._candidate.me)
 
     async def _keep(self) -> None:
-        """Renew the record repeatedly. Returns when this process may no longer act."""
+        """Renew the Lease periodically. Returns when the Lease is lost."""
         while self.leads:
             left_s = self._candidate.acts_until_s() - self._clock_s()
             await asyncio.sleep(min(self._terms.again_s, left_s))
@@ -95,7 +94,7 @@ class Leader:
                 return
 
     async def _check_record(self) -> None:
-        """Read the record, and write the record if the candidate requires a write."""
+        """Read the record, and write it if the Lease must be taken or renewed. Errors of the API are logged."""
         try:
             record = await asyncio.to_thread(self._store.read)
             self._candidate, write = self._candidate.observe(record, self._clock_s())
@@ -112,8 +111,8 @@ class Leader:
             self._logged_error = str(error)
 
     async def _give_up(self) -> None:
-        """Clear the record's holder, so that the next process need not wait. Errors are ignored, since the record
-        expires."""
+        """Clear the record's holder, so that the next process can take the Lease at once. Errors are ignored, since the
+        Lease expires anyway."""
         with contextlib.suppress(Conflict, ApiUnavailable):
             await asyncio.to_thread(self._store.write, "", self._candidate.seen)
         self._candidate = LeaseCandidate(self._candidate.me, self._terms)

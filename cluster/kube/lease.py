@@ -1,12 +1,11 @@
-"""Leader election by a shared record (a Kubernetes Lease): the rule by which processes read and write the record.
+"""Leader election by a shared record (a Kubernetes Lease): the rules for reading and writing the record.
 
-Problem: two controllers that both act would undo each other's steps. Invariant: a process that acts has written the
-record within the last `yield_s` seconds. No other process takes the record before the record has stood unchanged for
-`lease_s` seconds, where `lease_s` > `yield_s`. As in Kubernetes' own leader election, the clocks of other processes are
-not trusted: a record has expired when *this* process has seen the record unchanged for long enough, so only the rates
-of clocks matter. The store refuses a write to a record that has changed since it was read. So two processes act at once
-only if one of them is paused for longer than `lease_s - yield_s` between checking the clock and acting. The action of
-the paused process then applies to Ray's current state, which the other process has compared.
+Problem: two controllers that act at the same time would undo each other's changes. Invariant: a process acts only
+within `yield_s` seconds after its own last write of the record. Another process takes the record only after the record
+has stood unchanged for `lease_s` seconds, which is longer. As in Kubernetes' own leader election, each process measures
+with its own clock how long the record has stood unchanged, so only the rates of the clocks matter. The store refuses a
+write if the record has changed since it was read. Two processes can act at the same time only if one of them pauses for
+longer than `lease_s - yield_s` between checking its clock and acting.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class LeaseTerms:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRecord:
-    """The stored record. `version` changes with every write by any process. `transitions` is the number of changes of
-    the holder."""
+    """The stored record. `holder`: "" for none. `version` changes with every write by any process. `transitions`:
+    number of changes of the holder."""
 
     holder: str
     version: str
@@ -40,15 +39,15 @@ class LeaseRecord:
 
 @dataclass(frozen=True, slots=True)
 class LeaseWrite:
-    """A write that makes this process the holder. `over`: the record that was read; None to create a record."""
+    """A write that makes this process the holder. `over`: the record to replace; None to create a record."""
 
     over: LeaseRecord | None
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseCandidate:
-    """The state of one process: the last seen record, the time since which that record is unchanged, and the time of
-    the process's own last write."""
+    """The state of one process. `seen`: the record as last read, unchanged since `seen_at_s`. `wrote_at_s`: start of
+    the process's own last write; None while it does not hold the Lease. Times are monotonic seconds."""
 
     me: str
     terms: LeaseTerms = LeaseTerms()
@@ -57,7 +56,8 @@ class LeaseCandidate:
     wrote_at_s: float | None = None
 
     def observe(self, record: LeaseRecord | None, now_s: float) -> tuple[LeaseCandidate, LeaseWrite | None]:
-        """Handle a read that ended at `now_s`. Returns the new state, and the write to make, if any."""
+        """Return the state after a read (`record` None: there is none), and the write that the caller must make, if
+        any."""
         if record is None:
             return replace(self, seen=None, wrote_at_s=None), LeaseWrite(None)
         known = self if record == self.seen else replace(self, seen=record, seen_at_s=now_s)
@@ -69,8 +69,8 @@ class LeaseCandidate:
         return known, None
 
     def written(self, record: LeaseRecord, began_at_s: float) -> LeaseCandidate:
-        """Handle a successful write and return the new state. The term starts before the request, because no other
-        process saw the record earlier."""
+        """Return the state after a successful write. The term counts from the start of the write, since other processes
+        may have seen the record from then on."""
         return replace(self, seen=record, seen_at_s=began_at_s, wrote_at_s=began_at_s)
 
     def may_act(self, now_s: float) -> bool:
@@ -78,5 +78,5 @@ class LeaseCandidate:
         return self.wrote_at_s is not None and now_s - self.wrote_at_s < self.terms.yield_s
 
     def acts_until_s(self) -> float:
-        """The time until which this process may act unless it renews the record; -inf if the process may not act."""
+        """Time at which this process must stop acting if it does not renew the record; -inf without the Lease."""
         return self.wrote_at_s + self.terms.yield_s if self.wrote_at_s is not None else float("-inf")

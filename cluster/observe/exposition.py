@@ -1,4 +1,4 @@
-"""A parser of /metrics pages."""
+"""Parser of /metrics pages in Prometheus' text format."""
 
 from __future__ import annotations
 

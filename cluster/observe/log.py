@@ -27,9 +27,9 @@ def configure(level: str = "info", **fields: str) -> None:
 
 
 def keep_handlers_open(logger: logging.Logger) -> None:
-    """Keep the handlers of a logger open until the process ends.
+    """Make the handlers of a logger ignore `close` until the process ends.
 
-    vLLM configures logging by dictConfig, which closes the handlers of all loggers. The logger of Ray Serve then has no
-    file, and a new Serve controller replaces each replica that cannot name its log file."""
+    vLLM calls logging.dictConfig, which closes all handlers, including the one of Ray Serve's log file. A restarted
+    Serve controller would then replace this replica, because the replica could not name its log file."""
     for handler in logger.handlers:
         handler.close = handler.flush  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Names, labels and buckets of all metrics. The counters of the token path are plain lists, which a scrape reads."""
+"""Names, labels, buckets and values of all metrics. Values are plain dicts and lists until a scrape."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Histogram:
         self.sum += value * times
 
     def buckets(self) -> list[tuple[str, float]]:
-        """The cumulative counts by upper bound, in the form that Prometheus expects."""
+        """Return (upper bound, cumulative count) for each bucket, in the form that Prometheus expects."""
         out, running = [], 0
         for bound, count in zip((*map(str, self._bounds), "+Inf"), list(self.counts), strict=True):
             running += count
@@ -147,10 +147,10 @@ Sample = tuple[str, tuple[str, ...], float]
 
 
 class Metrics(Collector):
-    """All metrics of one process. The names do not include the prefix `headrace_`."""
+    """All metrics of one process. Its methods take names without the prefix `headrace_`."""
 
     def __init__(self, cluster: str, max_tenants: int = 500) -> None:
-        """`max_tenants`: maximum number of tenants with their own series; further tenants share the series `other`."""
+        """`max_tenants`: greatest number of tenants with counters of their own; the others share the tenant `other`."""
         self._cluster = cluster
         self._max_tenants = max_tenants
         self._tenants: set[str] = set()
@@ -161,7 +161,7 @@ class Metrics(Collector):
         self.registry.register(self)
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
-        """Add `by` to a counter."""
+        """Add `by` to a counter. `labels`: the label values, in the order of DEFINITIONS."""
         at = _TENANT_AT.get(name)
         if at is not None and labels[at] not in self._tenants:
             if len(self._tenants) < self._max_tenants:
@@ -172,15 +172,15 @@ class Metrics(Collector):
         series[labels] = series.get(labels, 0) + by
 
     def histogram(self, name: str, *labels: str) -> Histogram:
-        """Return the series of a histogram with these labels. Callers that use the series often should keep the
-        object."""
+        """Return the histogram series with these label values, which is created if needed. Callers that use the series
+        often should keep the returned object."""
         series = self._histograms.setdefault(name, {})
         if labels not in series:
             series[labels] = Histogram(DEFINITIONS[name].buckets)
         return series[labels]
 
     def add_gauges(self, gauges: Callable[[], Iterable[Sample]]) -> None:
-        """Register a function that returns gauges. The scraping thread calls the function, which must only read."""
+        """Register a function that returns gauge values. It runs in the scraping thread and must only read."""
         self._gauges.append(gauges)
 
     def collect(self) -> Iterator[Metric]:
@@ -208,6 +208,6 @@ class Metrics(Collector):
                 yield gauge
 
     def render(self, accept: str = "") -> tuple[str, bytes]:
-        """Return the content type and body of /metrics in the format that the scraper accepts. Thread-safe."""
+        """Return the content type and the body of /metrics. `accept`: the scraper's Accept header. Thread-safe."""
         encode, kind = choose_encoder(accept)
         return kind, encode(self.registry)

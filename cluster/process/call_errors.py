@@ -1,12 +1,11 @@
-"""A check for exceptions that end only one call. Code that many calls share uses the check, and continues after such an
-exception."""
+"""A check whether an exception fails only one call. Code that serves many calls continues after such an exception."""
 
 from __future__ import annotations
 
 PANIC = "PanicException"
-"""Class name of a Rust extension's panic, which is a BaseException without an importable class."""
+"""Class name of a panic in a Rust extension. The class is a BaseException and cannot be imported."""
 
 
 def is_call_failure(error: BaseException) -> bool:
-    """Whether an exception raised for one call ends only that call. Cancellation and process exits do not count."""
+    """Return whether an exception fails only the call that raised it. False for cancellations and process exits."""
     return isinstance(error, Exception) or type(error).__name__ == PANIC

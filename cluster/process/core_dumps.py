@@ -1,4 +1,4 @@
-"""Core dumps are disabled: the memory of a process contains prompts, which must not be written to disk."""
+"""Setting that disables core dumps: the memory of a process contains prompts, which must not be written to disk."""
 
 from __future__ import annotations
 

@@ -1,16 +1,15 @@
 """Memory of a long-running process: exclude permanent objects from garbage collection, and return free pages.
 
-A garbage collection holds the interpreter while the collector walks the objects.
+The garbage collector stops all threads while it walks objects.
 
-With CPython's own settings the collector walks the young objects after every 700 new objects, which a hundred calls
-create. Now and then the collector walks all objects: modules, tokenizers and tables that live as long as the process.
-In a gateway with 256 streams, one such walk took 30 ms. So objects that a start or a load has created are frozen, and
-young objects are walked less often. Objects of ended calls are freed without the collector, except for rare reference
-cycles.
+By default the collector walks the young objects after every 700 new objects, which a hundred calls create. Now and then
+it walks all objects, including modules, tokenizers and tables that live as long as the process. In a gateway with 256
+streams, one such walk took 30 ms. So the objects that a start or a load has created are frozen (never walked again),
+and young objects are walked less often. Objects of ended calls are freed by reference counting, except for rare cycles.
 
-glibc keeps freed memory between pieces that are in use. In an hour of 100 calls a second, a gateway with a constant
-number of objects and bytes in use grew by 3 MB of such holes. Whole free pages are returned to the system now and then,
-when no calls are running.
+glibc keeps freed memory between pieces that are in use. In an hour of 100 calls a second, a gateway whose objects in
+use did not grow gained 3 MB of such holes. So whole free pages are returned to the system now and then, when no calls
+are running.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ INTERVAL_S, FIRST_S, CHECK_S = 60.0, 5.0, 0.5
 
 
 def freeze_objects() -> None:
-    """Exclude all current objects from later collections. Call this function after a start or a load."""
+    """Exclude all current objects from later collections, and collect less often. Call after a start or a load."""
     gc.freeze()
     gc.set_threshold(YOUNG_THRESHOLD, 50, 10)
     gc.enable()
 
 
 def return_free_pages() -> bool:
-    """Return free heap pages to the system, which takes some milliseconds for tens of megabytes. Returns False without
-    glibc."""
+    """Return free heap pages to the system, which takes some milliseconds for tens of megabytes. Returns False if the C
+    library is not glibc."""
     import ctypes  # not at import: ctypes is needed only after the start
 
     try:
@@ -52,10 +51,10 @@ async def keep_returning_free_pages(
     check_s: float = CHECK_S,
     give: Callable[[], bool] = return_free_pages,
 ) -> None:
-    """Return free pages every `every_s` seconds, when `idle` is true; for the first time soon after the start.
+    """Return free pages about every `every_s` seconds, as soon as `idle()` is true; the first time soon after the call.
 
-    The function returns only if the C library cannot return pages. The process must be idle, because all threads'
-    allocations wait meanwhile."""
+    The process must be idle, because allocations in all threads wait meanwhile. The coroutine ends only if `give`
+    returns False (not glibc)."""
     due = time.monotonic() + min(every_s, FIRST_S)
     while True:
         await asyncio.sleep(check_s)

@@ -1,9 +1,9 @@
-"""The gateways that a worker or controller dials: configured addresses, DNS names, and the siblings of each gateway.
+"""Addresses of the gateways that a worker or controller dials: configured addresses, DNS names and siblings.
 
-The gateway processes of one host share only the client ports, so a worker needs a link to each process. The Welcome of
-a gateway names the gateway's siblings. An address is dialled if a chain of last Welcomes leads from a configured
-gateway to the address. The Welcome of a gateway that no chain reaches does not count: otherwise two former siblings
-would keep each other in the list.
+Siblings are gateway processes on one host. They share the client ports, but a worker needs a link to each of them. So a
+gateway's first message on a link, the Welcome, lists its siblings. An address is dialled if it is configured, or if the
+last Welcome of a dialled address lists it. The search starts at the configured addresses, so that two former siblings
+do not keep each other in the list.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ log = structlog.get_logger("link")
 
 @dataclass(frozen=True, slots=True)
 class _Welcome:
-    """The last Welcome from an address. The Welcome is kept when the link breaks, because the siblings are still
-    running."""
+    """The last Welcome from an address. It is kept after the link breaks, because the siblings may still run."""
 
     incarnation: str
     siblings: tuple[str, ...]
 
 
 class GatewayAddresses:
-    """The known gateways. `dial` runs a session with each gateway; sessions report the gateway's Welcome to
+    """The known gateways. `dial` runs a session with each gateway; each session passes the gateway's Welcome to
     `record_welcome`."""
 
     def __init__(self, configured: Sequence[str], resolve: dns.Resolve = dns.resolve) -> None:
-        """`configured`: entries `host:port`, which are always dialled, or `srv://NAME`. `resolve` looks up such a NAME,
-        and the addresses in the last answer are dialled."""
+        """`configured`: addresses `host:port`, always dialled, and DNS names `srv://NAME`. `resolve` looks up a NAME;
+        the addresses in its last answer are dialled."""
         self._configured = tuple(dict.fromkeys(entry for entry in configured if not dns.is_dns_name(entry)))
         self._names = tuple(dict.fromkeys(entry for entry in configured if dns.is_dns_name(entry)))
         self._looked_up: dict[str, tuple[str, ...]] = {}
@@ -48,8 +47,8 @@ class GatewayAddresses:
         """The addresses to dial, with the configured addresses first."""
 
     def record_welcome(self, address: str, incarnation: str, siblings: Sequence[str]) -> None:
-        """Record the siblings that the gateway at `address` named, as `host:port`, or as `:port` on the dialled
-        host."""
+        """Record the Welcome of the gateway at `address`. A sibling is `host:port`, or `:port` on the host of
+        `address`."""
         host = address.rsplit(":", 1)[0]
         resolved = tuple(host + sibling if sibling.startswith(":") else sibling for sibling in siblings)
         self._welcomes[address] = _Welcome(incarnation, resolved)
@@ -82,8 +81,8 @@ class GatewayAddresses:
         return tuple(addresses)
 
     def _is_dialled_by_other_name(self, address: str, addresses: dict[str, None]) -> bool:
-        """Whether the gateway process at `address` is already dialled by another address. Two links of one worker to
-        one process would end each other."""
+        """Return whether `addresses` has another address of the gateway process at `address`. Two links of one worker
+        to one process would end each other."""
         last_welcome = self._welcomes.get(address)
         return last_welcome is not None and any(
             welcome.incarnation == last_welcome.incarnation
@@ -92,8 +91,8 @@ class GatewayAddresses:
         )
 
     async def dial(self, session: Callable[[str], Awaitable[None]], timing: Timing) -> None:
-        """Keep a session with each gateway until cancelled. A running link stays up when the gateway leaves the
-        list."""
+        """Keep a session with each gateway until cancelled. A gateway that leaves the list keeps its running session
+        and is not dialled again."""
         async with asyncio.TaskGroup() as group:
             for name in self._names:
                 group.create_task(dns.keep_resolving(name, partial(self.set_lookup, name), self._resolve))

@@ -1,8 +1,8 @@
-"""Admin verbs that only the controller can answer. Gateways send these verbs over the controller's Control stream.
+"""Admin verbs that only the controller can execute. A gateway forwards them over the controller's Control stream.
 
-A verb is a function of a serialized request. If the verb raises a CallError, the whole error is transferred, so that
-the operator reads the same error as if the gateway had raised it. If the stream ends before the answer, the controller
-may have executed the verb: the error says so, and no request is sent twice.
+A CallError that a verb raises is returned to the gateway with all its fields, so that the operator reads it as if the
+gateway had raised it. If the stream ends before the reply, the controller may have executed the verb: the operator gets
+an error that says so, and the gateway does not send the request again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ NO_CONTROLLER_LINK = (
 
 M = TypeVar("M", bound=Message)
 Verb = Callable[[bytes, str], Awaitable[bytes]]
-"""`(serialized request, actor) -> serialized response`. Raises CallError."""
+"""`(serialized request, actor) -> serialized response`; `actor` is the operator's name in the audit log. Raises
+CallError."""
 
 
 def verb(kind: type[M], act: Callable[[M, str], Awaitable[Message]]) -> Verb:
-    """Convert a coroutine function that takes and returns messages into a Verb."""
+    """Wrap `act`, which takes and returns protobuf messages, as a Verb. `kind`: the type of the request."""
 
     async def answer(body: bytes, actor: str) -> bytes:
         try:
@@ -43,7 +44,7 @@ def verb(kind: type[M], act: Callable[[M, str], Awaitable[Message]]) -> Verb:
 
 
 class AdminRequests:
-    """The gateway's side of one Control stream: the requests that wait for the controller's answer."""
+    """The gateway's side of one Control stream: the admin requests that wait for the controller's reply."""
 
     def __init__(self, send: Callable[[pb.GatewayControlFrame], None], verbs: frozenset[str]) -> None:
         """`verbs`: the verbs that the controller supports."""
@@ -53,8 +54,8 @@ class AdminRequests:
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
 
     async def ask(self, name: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
-        """Send a request and return the controller's answer. Raises CallError: the controller's error, or an error that
-        says that no answer came."""
+        """Send the verb `name` with the serialized request `body`; return the serialized response. Raises CallError:
+        the controller's error, an unknown verb, or no reply within `timeout_s`."""
         if name not in self._verbs:
             raise CallError(Outcome.UNSUPPORTED_FEATURE, f"this cluster's controller does not know {name}: upgrade it")
         self._next += 1
@@ -75,7 +76,7 @@ class AdminRequests:
             self._waiting.pop(number, None)
 
     def handle_reply(self, reply: pb.AdminReply) -> None:
-        """Handle a reply. The reply is ignored if the request with the same id no longer waits."""
+        """Pass a reply to the request with its id. A reply to a request that no longer waits is ignored."""
         waiting = self._waiting.get(reply.id)
         if waiting is None or waiting.done():
             return
@@ -85,7 +86,7 @@ class AdminRequests:
             waiting.set_result(reply.body)
 
     def fail_all(self) -> None:
-        """Fail all waiting requests, after the stream has ended."""
+        """Make all waiting requests raise a CallError. Call this after the stream has ended."""
         message = "the controller was lost before it answered and may have done it: look before you repeat"
         for waiting in self._waiting.values():
             if not waiting.done():

@@ -1,5 +1,5 @@
-"""The link's bulk stream, which sends large blobs in chunks, each under a key. Workers send bundles, gateways send
-prompts."""
+"""Bulk stream of a link, which sends large blobs in chunks, each blob under a key. Workers send tokenizer bundles,
+gateways send long prompts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BlobCall = grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]
 
 
 class Prompts:
-    """The prompts received on the bulk stream. A prompt belongs to a Submit that may arrive earlier or later than the
-    prompt."""
+    """Prompts received on the bulk stream, by key. A prompt and the Submit that names its key may arrive in any
+    order."""
 
     def __init__(self) -> None:
         self._parts: dict[str, bytearray] = {}
@@ -34,7 +34,7 @@ class Prompts:
                 whole.set_result(bytes(self._parts.pop(blob.key)))
 
     async def pop_prompt(self, key: str) -> bytes:
-        """Wait for the last chunk of a prompt, and remove and return the prompt."""
+        """Wait until the prompt `key` is complete, then remove and return it."""
         try:
             return await self._future(key)
         finally:
@@ -42,7 +42,7 @@ class Prompts:
 
 
 async def serve_bulk(call: BlobCall, hello: pb.Blob, prompts: Prompts, blobs: asyncio.Queue[pb.Blob]) -> None:
-    """Run one bulk stream: send `blobs` and collect `prompts`. Raises LinkEnded when the gateway closes the stream."""
+    """Run a bulk stream: send `hello` and the queued `blobs`, collect `prompts`. Raises LinkEnded when it is closed."""
     await call.write(hello)
     parts = [asyncio.create_task(_read(call, prompts)), asyncio.create_task(_write(call, blobs))]
     try:
@@ -68,7 +68,7 @@ async def _write(call: BlobCall, blobs: asyncio.Queue[pb.Blob]) -> None:
 
 
 async def send_bundle(blobs: asyncio.Queue[pb.Blob], digest: str, bundle: Bundle | None) -> None:
-    """Queue a bundle's chunks, or an error if this process does not have the bundle."""
+    """Queue the chunks of the bundle `digest`; an error chunk if `bundle` is None (this process does not have it)."""
     key = f"bundle:{digest}"
     if bundle is None:
         await blobs.put(pb.Blob(key=key, error="no such bundle here", last=True))

@@ -28,7 +28,7 @@ _PLAIN_SAMPLING = {
 
 
 def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, object]:
-    """The sampling values of a model's generation_config.json that are not neutral, with max_new_tokens as max_tokens.
+    """Return the sampling values of a generation_config.json that change the output; max_new_tokens as max_tokens.
 
     An engine applies these values to calls that do not set the fields."""
     values = {k: generation_config.get(k) for k, plain in _PLAIN_SAMPLING.items() if generation_config.get(k) != plain}
@@ -54,8 +54,8 @@ class Bundle:
         return "sha256:" + hashlib.sha256(self.pack()).hexdigest()
 
     def pack(self) -> bytes:
-        """Serialize the files in the order of their names: the name and the content of each file, each after an 8-byte
-        length."""
+        """Serialize the files, sorted by name. Each name and each content follows its length (8 bytes,
+        little-endian)."""
         out = bytearray()
         for name in sorted(self.files):
             for part in (name.encode(), self.files[name]):

@@ -28,7 +28,7 @@ from cluster.wire.ended_requests import EndedUsage
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
 MAX_TEXT = 4096
-"""Maximum number of characters in an engine's text about one request."""
+"""Maximum number of characters of an engine's or worker's error text in a message."""
 MAX_VARINT_BYTES = 10
 """Maximum size of a varint in a message, in bytes."""
 
@@ -115,7 +115,7 @@ def _grammar_from_pb(m: pb.Grammar) -> Grammar | None:
 
 
 def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
-    """Encode a request with its prompt ids."""
+    """Encode a request with its prompt ids. `slot`: its number on the link. `attempt`: 1 for its first Submit."""
     return pb.Submit(
         slot=slot,
         attempt=attempt,
@@ -130,7 +130,7 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
 
 
 def max_submit_bytes(request: EngineRequest) -> int:
-    """An upper bound for the sum of `submit_bytes`, at low cost: nearly all requests are far below any limit."""
+    """Return a cheap upper bound for the sum of `submit_bytes`. It is far below any limit for nearly all requests."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
     if sampling.grammar is not None:
@@ -141,7 +141,7 @@ def max_submit_bytes(request: EngineRequest) -> int:
 
 
 def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
-    """The sizes in bytes of the parts of a Submit that can be large, by request field, without the token ids."""
+    """Return the size in bytes of each part of a Submit that can be large, by request field, without the token ids."""
     sampling = sampling_to_pb(request.sampling)
     return {
         "stop_token_ids": pb.Sampling(stop_token_ids=sampling.stop_token_ids).ByteSize(),
@@ -154,8 +154,8 @@ def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
 
 
 def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRequest:
-    """Decode a request, the inverse of `submit_to_pb`, and set the engine's request id. Raises ValueError for invalid
-    fields."""
+    """Decode a request, the inverse of `submit_to_pb`. `prompt_ids`: from the Submit or, for a long prompt, from the
+    bulk stream. Raises ValueError for invalid fields."""
     if m.priority < 0:
         raise ValueError(f"priority is {m.priority}, but must be 0 or more")
     return EngineRequest(
@@ -171,13 +171,13 @@ def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRe
 
 
 def wire_text(text: str) -> str:
-    """Truncate an engine's text to MAX_TEXT, and replace lone surrogates, which protobuf rejects."""
+    """Return an error text cut to MAX_TEXT characters. Lone surrogates, which protobuf rejects, are replaced."""
     return text[:MAX_TEXT].encode("utf-8", "replace").decode()
 
 
 class StepColumns:
-    """A builder of one StepOutputs message, which holds the outputs of one or more engine steps for one link, column by
-    column."""
+    """A builder of one StepOutputs message: the outputs of one or more engine steps for one link, stored as columns
+    (slots, counts, token ids)."""
 
     def __init__(self) -> None:
         self.slots: list[int] = []
@@ -231,7 +231,7 @@ class StepColumns:
 
 
 def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterator[pb.SlotLogprobs]:
-    """Yield one message for each run of consecutive positions with equal width."""
+    """Yield one message for each run of consecutive positions with equally many log probabilities."""
     start = 0
     while start < len(positions):
         width = len(positions[start].token_ids)
@@ -246,8 +246,8 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """The slots that got more than one plain token in this step; None if the message's counts allow several tokens for
-    any slot."""
+    """Return the slots that have a First, a Finish or log probabilities besides their token. None if the message has
+    `counts`: then any slot may have no token or several."""
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}
@@ -257,9 +257,9 @@ def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
 
 
 def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) -> Iterator[tuple[int, TokenOutput]]:
-    """Yield (slot, output) in order, for all slots or for the slots in `only`.
+    """Yield (slot, output) once for each slot, or for each slot in `only`, in the order of the slots' last entries.
 
-    The First, Finish and logprobs of a slot come with the slot's last entry in the message."""
+    A slot's entries are merged into one output, with the slot's First, Finish and log probabilities."""
     slots = list(step.slots)
     ids = list(step.token_ids)
     counts = list(step.counts) or [1] * len(slots)

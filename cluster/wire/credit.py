@@ -1,10 +1,10 @@
-"""Credit, which divides a worker's capacity between gateways, so that a gateway sends a request only for free capacity.
+"""Credit: a worker divides its capacity among the gateways, and a gateway sends a request only if it has credit.
 
-Problem: without credit, each gateway would send requests for the same free capacity. Invariant: the capacity promised
-to all links together never exceeds the worker's capacity. A promise is a limit on the total that a link may ever send
-(QUIC's MAX_STREAMS, RFC 9000 section 4.6), so that a lost or repeated message does no harm. A limit can be lowered, to
-move unused capacity to a link with a longer queue. The capacity counts as promised until the gateway has acknowledged
-the lower limit.
+Problem: without credit, several gateways would send requests for the same free capacity. Invariant: the capacity
+promised to all links together never exceeds the worker's capacity. Capacity is promised as a limit on the total that a
+link may ever send (as in QUIC's MAX_STREAMS, RFC 9000 section 4.6), so that a lost or repeated message does no harm. A
+limit can be lowered, to move unused capacity to a link with a longer queue. Until the gateway has acknowledged the
+lower limit, the worker counts the higher limit as promised.
 
 Both classes are pure: no clock, no I/O.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Free capacity of a worker: a number of sequences, and a number of prompt tokens that fit the KV cache."""
+    """An amount of a worker's capacity: a number of sequences, and a number of prompt tokens in the KV cache."""
 
     sequences: int
     tokens: int
@@ -25,8 +25,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The new limits of a link: the number of Submits in the link's whole lifetime, and the sum of their prompt
-    tokens."""
+    """New limits of a link, counted from the start of the link: number of Submits, and sum of their prompt tokens."""
 
     link: int
     grant_id: int
@@ -44,8 +43,8 @@ class _Account:
     unacked: list[tuple[int, Capacity]] = field(default_factory=list)
 
     def promised(self) -> Capacity:
-        """The capacity that this link may still use: the largest limit that may be in force, minus what the gateway has
-        sent."""
+        """Return the capacity that this link may still use: the largest limit that the gateway may be using, minus the
+        capacity already spent."""
         sequences, tokens = self.limit.sequences, self.limit.tokens
         for _, older in self.unacked:
             sequences, tokens = max(sequences, older.sequences), max(tokens, older.tokens)
@@ -75,14 +74,14 @@ class CreditGranter:
         account.spent = Capacity(account.spent.sequences + 1, account.spent.tokens + tokens)
 
     def set_backlog(self, link: int, waiting: int, kept: int = 0) -> None:
-        """Set the number of calls that wait at a gateway for this model. This worker holds the KV blocks of `kept` of
-        the calls."""
+        """Set the number of calls that wait at a link's gateway. `kept`: those of them whose KV blocks this worker
+        holds."""
         account = self._accounts[link]
         account.kept = min(kept, waiting)
         account.waiting = waiting - account.kept
 
     def acknowledge(self, link: int, grant_id: int) -> None:
-        """Record that the gateway has applied a grant: older limits are no longer in force."""
+        """Record that the gateway has applied the grant `grant_id`. Limits of older grants no longer count."""
         account = self._accounts[link]
         account.unacked = [(i, older) for i, older in account.unacked if i >= grant_id]
 
@@ -92,10 +91,10 @@ class CreditGranter:
         return Capacity(sum(r.sequences for r in rooms), sum(r.tokens for r in rooms))
 
     def new_grants(self, room: Capacity, places: int = 0) -> list[Grant]:
-        """Return the limits to send now, for the links whose limit changes.
+        """Return the new limits to send, for the links whose limits change.
 
-        `room`: free capacity, promised or not. `places`: the higher limit on sequences that applies to calls whose KV
-        blocks are on this worker, since these calls cost next to nothing to start."""
+        `room`: free capacity, including capacity already promised. `places`: number of sequences that may be promised
+        if the excess over `room` is for calls whose KV blocks are here, since such calls start at almost no cost."""
         if not self._accounts:
             return []
         kept = {link: account.kept for link, account in self._accounts.items()}
@@ -129,7 +128,7 @@ class CreditGranter:
 
 
 def _shares(total: int, claims: Mapping[int, int]) -> dict[int, int]:
-    """Split `total` in proportion to the claims (largest remainder), or evenly if all claims are zero."""
+    """Split `total` in proportion to the claims, by the largest-remainder method; evenly if all claims are zero."""
     weights = claims if any(claims.values()) else dict.fromkeys(claims, 1)
     weight_sum = sum(weights.values())
     shares = {link: total * weight // weight_sum for link, weight in weights.items()}
@@ -144,8 +143,8 @@ def _by_remainder(weights: Mapping[int, int], total: int, weight_sum: int) -> li
 
 
 def _worth_sending(old: Capacity, new: Capacity, room_tokens: int) -> bool:
-    """Whether a changed limit is worth sending. Every change of sequences is sent. A change of tokens is sent if it
-    exceeds a tenth of the capacity, because every decoded token changes the limit."""
+    """Return whether to send a changed limit: always if the sequences change. A change of tokens alone must exceed a
+    tenth of `room_tokens`, because every decoded token changes the token limit a little."""
     if old.sequences != new.sequences:
         return True
     return abs(old.tokens - new.tokens) * 10 > max(room_tokens, 1)

@@ -26,7 +26,7 @@ def demand_to_pb(demand: Iterable[ModelDemand], counting_s: float) -> pb.Demand:
 
 
 def demand_from_pb(demand: pb.Demand) -> Sequence[ModelDemand]:
-    """Decode a gateway's demand report, the inverse of `demand_to_pb`, without the period."""
+    """Decode a gateway's demand report, the inverse of `demand_to_pb`. The period is not decoded."""
     return [
         ModelDemand(
             d.model,

@@ -1,4 +1,4 @@
-"""Connections to gateways: reconnects with growing pauses, and heartbeats sent from a thread."""
+"""Connections to gateways, with reconnects after growing pauses and with heartbeats sent from separate threads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Timing:
     """Time without a beat or message after which a worker considers its gateway lost. A gateway applies the same time
     to a worker that has not sent a beat yet."""
     hang_s: float = 0.5
-    """Time after which a gateway considers a stalled worker lost; five engine steps if they take longer
+    """Time after which a gateway considers a stalled worker lost. The limit is higher if five engine steps take longer
     (liveness.py)."""
     redial_min_s: float = 0.1
     redial_max_s: float = 2.0
@@ -75,7 +75,7 @@ def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
 
 @asynccontextmanager
 async def open_client(address: str, tls: TlsFiles | None) -> AsyncIterator[GrpcClient]:
-    """Connect to `host:port` with the low-latency client. Raises LinkEnded."""
+    """Connect to `host:port` with the HTTP/2 client of cluster.http2. Raises LinkEnded if the connection fails."""
     try:
         async with asyncio.timeout(DIAL_S):
             context = None if tls is None else tls.context()
@@ -89,8 +89,8 @@ async def open_client(address: str, tls: TlsFiles | None) -> AsyncIterator[GrpcC
 
 
 async def read(call: Any) -> Any:
-    """Return the next message of a stream, or None at the end of the stream (the stubs type grpc.aio.EOF as plain
-    object)."""
+    """Return the next message of a stream, or None at its end. Typed as Any, since the type stubs declare grpc.aio.EOF
+    as a plain object."""
     message = await call.read()
     return None if message is grpc.aio.EOF else message
 
@@ -98,9 +98,9 @@ async def read(call: Any) -> Any:
 async def wait_first(parts: list[asyncio.Task[None]]) -> None:
     """Wait until the first of the tasks ends, and raise the exception of that task.
 
-    An exception refers to the frames that it passes through. If such a frame referred to the task, the cycle would keep
-    the session's connections open until the garbage collector runs. So this function deletes its references to the
-    tasks, and the caller clears `parts` at the end.
+    An exception refers to the frames that it passes through. A frame that refers to the failed task would make a
+    reference cycle, which keeps connections open until the garbage collector runs. So this function deletes its
+    references to the tasks, and the caller must clear `parts` afterwards.
     """
     done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     try:
@@ -116,8 +116,8 @@ async def keep_dialing(
     timing: Timing,
     wanted: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Run `session(address)` repeatedly while `wanted()` is true. The pause between sessions grows while sessions end
-    at once."""
+    """Run `session(address)` repeatedly while `wanted()` is true. The pause between sessions grows as long as sessions
+    end soon after their start."""
     pause_s = timing.redial_min_s
     logged_reason = ""
     while wanted():
@@ -143,10 +143,10 @@ async def keep_dialing(
 
 
 class HeartbeatSender:
-    """The heartbeats of one link, sent from separate threads. A blocked event loop or engine step does not delay the
-    threads.
+    """Heartbeats of one link, sent from separate threads, so that a blocked event loop or a long step does not delay
+    them.
 
-    `beat(seq)` builds a beat from plain attributes that the engine loop sets; the function must not block.
+    `beat(seq)` builds a heartbeat; the function runs in such a thread and must not block.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 
 For such a name of a headless Service, Kubernetes answers with the ports and names of the Service's pods, including pods
 that are not ready. An answer replaces the previous answer. Without a new answer the last answer stays valid: dialing a
-gateway in vain costs little, and forgetting a gateway loses its calls. NXDOMAIN and an empty record set count as
-answers.
+gateway in vain costs little, and forgetting a gateway loses its calls. NXDOMAIN and an empty record set are answers,
+too: they leave no gateway.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = structlog.get_logger("link")
 
 SCHEME = "srv://"
 LOOKUP_INTERVAL_S = 3.0
-"""Interval of lookups in seconds: the time until a new gateway gets its first link."""
+"""Interval of lookups in seconds, and so the longest time until a new gateway gets its first link."""
 ANSWER_S = 5.0
 
 Resolve = Callable[[str], Awaitable[tuple[str, ...]]]
@@ -38,7 +38,7 @@ def is_dns_name(gateway: str) -> bool:
 async def resolve(
     name: str, resolver: dns.asyncresolver.Resolver | None = None, answer_s: float = ANSWER_S
 ) -> tuple[str, ...]:
-    """Resolve a name to the `host:port` of each gateway, sorted. Relative names use the machine's search domains.
+    """Resolve a name (without `srv://`) to the sorted `host:port` of its gateways, with the machine's search domains.
 
     Raises NoAnswer.
     """
@@ -59,8 +59,8 @@ async def keep_resolving(
     lookup: Resolve = resolve,
     interval_s: float = LOOKUP_INTERVAL_S,
 ) -> None:
-    """Call `on_change` with the gateways behind the entry `srv://...` whenever the gateways change. Runs until
-    cancelled."""
+    """Look up the entry `gateway` (`srv://...`) periodically; call `on_change` with its addresses when they change.
+    Runs until cancelled."""
     name = gateway.removeprefix(SCHEME)
     known: tuple[str, ...] | None = None
     logged_error = ""

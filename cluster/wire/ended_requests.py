@@ -1,13 +1,13 @@
-"""Usage of ended requests that a worker keeps until a gateway confirms that the ledger's database has the usage.
+"""Usage records of ended requests, which a worker keeps until the records are in the ledger's database.
 
-Guarantee: a request arrives at the worker with its sealed open record. The request runs, or its usage is kept here,
-until an acknowledgement names the record. Gateways acknowledge only after the database has committed. So no record is
-lost, however many gateways are lost with their disks. Each record is assigned to one link at a time. When that link
-ends, or does not acknowledge for long, the record is assigned to another link. A repeated record writes the same row,
-so repeating costs only work.
+Guarantee: no record is lost, however many gateways are lost with their disks. A request arrives at the worker with its
+sealed open record. After the request has ended, the worker keeps its usage record until a gateway acknowledges the
+record. Gateways acknowledge only after the database has committed. Each record is assigned to one link at a time. If
+that link ends or does not acknowledge for long, the record is assigned to another link. A record that is sent twice
+writes the same database row, so repetition does no harm.
 
 Beyond `max_records` the oldest records are dropped and counted. This happens only if the database is down for long, and
-the gateways' spools have the records too. The classes are pure: no clock, no I/O.
+the gateways' spools then have the records too. The classes are pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MAX_PER_MESSAGE = 500
 class EndedUsage:
     """Usage of one ended request, with times in seconds. `sealed`: the open record, which only gateways can decrypt.
 
-    `written_tokens`: generated tokens that were sent to the gateway from which the request came. `earlier_tokens`:
-    tokens of the same record that other workers generated before. If `idle_id` is set, the record is the replica's idle
-    time since `idle_since_s` (epoch) and belongs to no call.
+    `written_tokens`: generated tokens that were sent to the request's gateway. `earlier_tokens`: tokens of the same
+    record that other workers generated before. A record with an `idle_id` belongs to no call: it is the replica's idle
+    time since `idle_since_s` (epoch).
     """
 
     sealed: bytes
@@ -79,13 +79,13 @@ class UsageKeeper:
         return KeeperStatistics(len(self._kept), self._dropped)
 
     def attach(self, link: int) -> None:
-        """Add a link to a gateway that keeps accounts. The link gets the records that have no link."""
+        """Add a link to a gateway that writes to the ledger. The link gets the records that have no link."""
         self._due[link] = deque()
         self._assign(kept for kept in self._kept.values() if not kept.link)
 
     def detach(self, link: int, unwritten: Mapping[int, int]) -> None:
-        """Remove a link and reassign the records that were not acknowledged. `unwritten`: numbers of tokens never sent
-        on the link, by slot."""
+        """Remove a link and reassign its records. `unwritten`: number of tokens never sent on the link, by slot; these
+        are subtracted from `written_tokens`."""
         self._due.pop(link, None)
         if unwritten:
             for kept in self._kept.values():
@@ -113,7 +113,7 @@ class UsageKeeper:
         return bool(self._due.get(link))
 
     def pop_due(self, link: int, now: float, most: int = MAX_PER_MESSAGE) -> list[EndedUsage]:
-        """Remove and return the next records to send on this link."""
+        """Return the next records to send on this link, and mark them as sent. They are kept until acknowledged."""
         due, out = self._due.get(link), list[EndedUsage]()
         while due and len(out) < most:
             kept = self._kept.get(due.popleft())
@@ -128,7 +128,7 @@ class UsageKeeper:
             self._kept.pop(key, None)
 
     def reassign_late(self, now: float) -> list[int]:
-        """Reassign records that were sent long ago and not acknowledged. Returns the links that got records."""
+        """Assign records that were not acknowledged in time to other links. Returns the links that got records."""
         if len(self._due) < 2:
             return []
         late = []

@@ -1,5 +1,5 @@
-"""Conversion of fair-queue and tenant types between cluster.policy and link.v1. codec.py does the same for
-cluster.api."""
+"""Conversion of fair-queue and tenant types between cluster.policy and link.v1. The types of cluster.api are in
+codec.py."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class FlowBacklog(NamedTuple):
 
 
 def add_charge(message: pb.Submit, turn: WeightedValue[WaitingSequence]) -> None:
-    """Add a sequence's tenant and charge to a Submit. The class rank is already in the Submit, as the request's
-    priority."""
+    """Set the tenant of a sequence and its expected tokens in a Submit. The rank of the priority class is already
+    there, as the request's priority."""
     waiting = turn.value
     message.tenant_handle, message.tenant_weight = waiting.tenant, turn.weight
     message.expected_cached_tokens, message.expected_output_tokens = waiting.cached_tokens, waiting.output_tokens
@@ -42,8 +42,8 @@ def add_charge(message: pb.Submit, turn: WeightedValue[WaitingSequence]) -> None
 def backlog_to_pb(
     waiting: int, tokens: int, claim: int, kept: int, flows: Sequence[WeightedValue[FlowBacklog]] | None
 ) -> pb.Backlog:
-    """Encode a backlog. `kept`: the part of `claim` whose KV blocks are on this worker. `flows`: None if the message
-    reports no flows."""
+    """Encode a backlog. `claim`: the gateway's share of the sequences to be served next. `kept`: those of them whose KV
+    blocks are on this worker. `flows`: None leaves the last reported flows valid."""
     return pb.Backlog(
         waiting=waiting,
         waiting_tokens=tokens,
@@ -114,8 +114,8 @@ def _weight(weight: float) -> float:
 
 
 def _amount(value: float) -> float:
-    """Return a number of weighted tokens. Raises ValueError if the number is not finite, since such a number would
-    spoil all sums."""
+    """Return `value`, a number of weighted tokens. Raises ValueError if it is not finite, since it would make all sums
+    not finite."""
     if not isfinite(value):
         raise ValueError(f"weighted tokens must be a finite number, got {value}")
     return value

@@ -1,4 +1,4 @@
-"""The engines that ended recently, with the reasons. Workers report ended engines to gateways, and gateways to the
+"""Engines that ended recently, and why. Workers report the end of an engine to the gateways, and gateways to the
 controller."""
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def from_pb(lost: Iterable[pb.LostEngine]) -> list[LostEngine]:
 
 
 def merge_reports(reports: Iterable[Iterable[LostEngine]]) -> list[LostEngine]:
-    """Merge the reports of several gateways: each engine once, with its earliest report, oldest first."""
+    """Merge the reports of several gateways: each engine once, by its earliest report, in the order of time."""
     ends: dict[str, LostEngine] = {}
     for engine in sorted((engine for report in reports for engine in report), key=lambda engine: engine.at_s):
         ends.setdefault(engine.incarnation, engine)

@@ -1,6 +1,6 @@
-"""Outgoing messages of one link, merged until the link's writer sends them, so that no sender waits for a link.
+"""Outgoing messages of one link, merged until the link's writer sends them. Adding a message never waits.
 
-If a gateway stops reading, the bounded outbox for that gateway fills, and only that gateway's link is closed.
+If a gateway stops reading, its outbox fills up to a limit, and only the link to that gateway is closed.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ class Outbox:
         self.sent_seq = 0
         """Number of messages that `next_message` has returned."""
         self.usage: Callable[[], Sequence[EndedUsage]] = tuple
-        """Function that returns ended requests' usage for the next message. If the function returns the maximum,
-        another message follows."""
+        """Callback that returns the usage records for the next message. If it returns MAX_PER_MESSAGE records, another
+        message follows."""
 
     def output(self, slot: int, output: TokenOutput) -> None:
-        """Add a request's output in one step. `flush` wakes the writer after the step."""
+        """Add a request's output. Call `flush` after the step to wake the writer."""
         if self._columns is None:
             self._columns = StepColumns()
         self._columns.add(slot, output)
 
     def accepted(self, slot: int) -> None:
-        """Add a report that the engine accepted a Submit. The report is sent with the first tokens or the next beat."""
+        """Add a report that the engine accepted a Submit. Does not wake the writer, so it is sent with the next
+        message."""
         self._accepted.append(pb.Accepted(slot=slot))
 
     def refused(self, slot: int, reason: str, message: str, field: str) -> None:
@@ -80,8 +81,8 @@ class Outbox:
         self.flush()
 
     def served(self, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Set the served totals, in place of unsent totals of the same flows. A call without totals sends an empty
-        report."""
+        """Set the served totals, in place of unsent totals of equal flows. Empty `totals` send an empty report if
+        nothing else is unsent."""
         if self._served is None:
             self._served = {}
         for total in totals:
@@ -94,7 +95,7 @@ class Outbox:
         self.flush()
 
     def engine_ended(self, why: str) -> None:
-        """Add the last message of the link: the reason why the worker's engine has ended."""
+        """Set the reason why the worker's engine has ended, which the next and last message reports."""
         self._engine_ended = why
         self.flush()
 
@@ -148,7 +149,7 @@ class Outbox:
         return message
 
     def unwritten(self) -> dict[int, int]:
-        """The numbers of unsent tokens, by slot."""
+        """Return the number of unsent tokens of each slot."""
         counts: dict[int, int] = {}
         if self._columns is not None:
             for slot, count in zip(self._columns.slots, self._columns.counts, strict=True):
@@ -241,8 +242,8 @@ class CommandBox:
         return message
 
     def _next_submits(self) -> Sequence[pb.Submit]:
-        """Remove and return the Submits for one message, at least one. The rest go into the next message, so that no
-        message is too large."""
+        """Remove and return as many Submits as one message may contain (MESSAGE_BYTES); a single larger Submit is
+        allowed."""
         if len(self._submits) == 1:
             submits, self._submits = self._submits, []
             return submits

@@ -28,7 +28,7 @@ class TlsFiles:
         return parts[0], parts[1], parts[2]
 
     def context(self) -> ssl.SSLContext:
-        """Create an SSL context for asyncio connections. Raises ValueError."""
+        """Create an SSL context for asyncio connections. Raises ValueError for unreadable or invalid files."""
         authority = self._read()[2]
         try:
             context = ssl.create_default_context(cadata=authority.decode("ascii", "replace"))
@@ -39,6 +39,6 @@ class TlsFiles:
         return context
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Create gRPC credentials for the dialing side. Raises ValueError."""
+        """Create gRPC credentials for the dialing side. Raises ValueError if a file cannot be read."""
         cert, key, authority = self._read()
         return grpc.ssl_channel_credentials(root_certificates=authority, private_key=key, certificate_chain=cert)

@@ -1,4 +1,4 @@
-"""Status of a model version in the admin API's form, for the gateway and the controller alike."""
+"""Conversion of a model version's state to the admin API's VersionStatus, for the gateway and the controller."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from cluster.api.types import VersionShare
 
 
 def version_status(share: VersionShare) -> pb.VersionStatus:
-    """Return the status of a model version in the admin API's form."""
+    """Return the admin API's VersionStatus of a model version."""
     return pb.VersionStatus(
         version=share.version,
         weight=share.weight,

@@ -1,11 +1,11 @@
 """Admission window: the number of sequences that a worker may be sent now.
 
-The number is the worker's free slots, limited by the prompts that its engine can start. Problem: a sequence sent too
-early waits in the engine's own queue, where fair order no longer applies; a sequence sent too late leaves a slot empty
-for a round trip. So capacity is granted for the prompts that are likely to start in the step after the running step.
-Invariants: with a free slot and no prompt left to start, capacity is always granted; at most LOOKAHEAD_SEQUENCES more
-sequences than slots are admitted, and only where about as many end in each step. Source: the remaining work is a fluid
-model of chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024).
+Problem: a sequence sent too early waits in the engine's own queue, where fair order no longer applies. A sequence sent
+too late leaves a slot empty for a round trip. So the window is the number of free slots, or fewer: the number of
+prompts that the engine will probably start in the next step. Invariants: if a slot is free and no prompt
+is pending, capacity is granted. Sequences beyond the slots are admitted in the number in which sequences end per step
+on average, at most LOOKAHEAD_SEQUENCES. Source: the remaining work is a fluid model of chunked prefill (Sarathi-Serve,
+Agrawal et al., OSDI 2024).
 
 The engine does not report the progress of a prompt, so the progress is estimated: each step computes as many tokens as
 it can, and a request's first output means that all prompts before this request are done. Pure: no clock.
@@ -18,7 +18,7 @@ from collections import deque
 LOOKAHEAD_SEQUENCES = 2
 RECENT_PROMPTS = 64
 UNKNOWN_PROMPTS = 8
-"""Number of prompts assumed at the start, each of one full step; they give the first mean prompt length."""
+"""Number of fictitious prompts, each as long as a full step, from which the first mean prompt length is computed."""
 
 
 class AdmissionWindow:
@@ -47,7 +47,7 @@ class AdmissionWindow:
     def admissible_sequences(self) -> int:
         """Number of sequences that all links together may send now.
 
-        If no prompt is pending, the first prompt sent starts at once.
+        If no prompt is pending, at least 1 + LOOKAHEAD_SEQUENCES are admissible (as far as slots are free).
         """
         budget = max(self._step_tokens - self._live, 1)
         before = max(self._work - budget, 0) + self._late

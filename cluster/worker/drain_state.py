@@ -1,9 +1,9 @@
 """Drain state of a worker: whether the worker takes new sequences.
 
-Operators set the state, and so does the end of the worker's process. Every gateway is sent the state. A cordoned worker
-takes no new sequences and keeps the running sequences. A draining worker lets running sequences end by themselves for
-part of the drain time; then the gateways resume the remaining sequences on other workers, and no sequence is cut off.
-Uncordon undoes both, unless the process is about to end.
+The state is set by an operator's command or by the end of the worker's process, and is sent to every gateway. A
+cordoned worker takes no new sequences and keeps the running sequences. A draining worker also takes no new sequences.
+It lets running sequences end by themselves for part of the drain time; then the gateways resume the remaining sequences
+on other workers. Uncordon undoes both states, except in a process that is about to end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.wire.outbox import Outbox
 USAGE_ACK_S = 5.0
 """Seconds that a drained worker waits for the acknowledgement of its last usage records."""
 STAY_PART = 0.5
-"""Fraction of the drain time in which running sequences may end by themselves; then they resume on other workers."""
+"""Fraction of the drain time in which running sequences may end by themselves. The rest then resume elsewhere."""
 
 
 class DrainStates:
@@ -50,9 +50,9 @@ class DrainStates:
         return True
 
     def drain(self, now: float, timeout_s: float, leaving: bool) -> None:
-        """Take no new sequences; running sequences end or move to other workers. A second drain sets the end time anew.
+        """Take no new sequences. Let running sequences end by themselves for STAY_PART of `timeout_s` seconds.
 
-        If the process is about to end, the earlier end time counts.
+        A second drain sets this time anew. In a process that is about to end, it can only shorten the time.
         """
         stays_until = now + timeout_s * STAY_PART
         self._stays_until = min(self._stays_until, stays_until) if self.leaving else stays_until
@@ -68,9 +68,9 @@ class DrainStates:
             self._set_state(DrainState.DRAINED, now)
 
     def attach(self, outbox: Outbox, now: float) -> None:
-        """Add a link and send it the state, unless the worker serves.
+        """Add a link. Its gateway is sent the state if the worker does not serve.
 
-        A gateway that has not been sent a state assumes that the worker serves.
+        A gateway that has received no state assumes that the worker serves.
         """
         self._outboxes.append(outbox)
         if not self.serves:
@@ -91,12 +91,12 @@ class DrainStates:
 
 
 class Drains:
-    """The drain in progress of one worker. A command ends the drain that an earlier command began."""
+    """The drain in progress of one worker. A new command cancels the drain that an earlier command began."""
 
     def __init__(
         self, state: DrainStates, idle: asyncio.Event, flush_usage: Callable[[float], Awaitable[None]]
     ) -> None:
-        """Create without a drain. `idle` is set while no request runs; `flush_usage` waits some seconds at most."""
+        """`idle`: set while no request runs. `flush_usage(s)`: waits up to `s` seconds until usage is acknowledged."""
         self._state = state
         self._idle = idle
         self._flush_usage = flush_usage
@@ -120,7 +120,7 @@ class Drains:
     def apply(self, command: pb.Command) -> bool:
         """Apply an operator's command, which any gateway may forward.
 
-        Returns whether the worker takes new sequences again.
+        Returns True if the command made the worker take new sequences again.
         """
         verb = command.WhichOneof("verb")
         if verb == "cordon":
@@ -134,6 +134,6 @@ class Drains:
         return False
 
     def cancel(self) -> None:
-        """End the drain that a command began. The worker stays in its state."""
+        """Cancel the drain that a command began, if any. The drain state does not change."""
         if self._commanded is not None:
             self._commanded.cancel()

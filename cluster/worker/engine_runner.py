@@ -1,4 +1,4 @@
-"""The steps and aborts of a worker's engine. No step waits for a link, and a failed abort ends neither.
+"""The steps and aborts of a worker's engine. No step waits for a link, and no failed abort stops the steps or a link.
 
 Outputs go into the links' outboxes (wire/outbox.py), from which each link's writer sends them.
 """
@@ -19,7 +19,7 @@ log = structlog.get_logger("worker")
 
 
 class EngineRunner:
-    """The number and duration of an engine's steps, the aborts in progress, and the errors of a dead engine."""
+    """Runs the steps and aborts of one engine, counts the computed work, and reports when the engine is dead."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -29,7 +29,7 @@ class EngineRunner:
         self._deaths: asyncio.Queue[EngineDead] = asyncio.Queue()
 
     async def run(self, requests: RunningRequests, credit: LinkCredit) -> None:
-        """Run steps until cancelled, and put their outputs into the links' outboxes. Raises EngineDead."""
+        """Run steps until cancelled; put their outputs into the links' outboxes and renew credit. Raises EngineDead."""
         while True:
             outputs = await self.engine.step()
             self.steps += 1
@@ -48,7 +48,7 @@ class EngineRunner:
         return ComputedWork(self.steps, self._busy_s, requests.prefilled_tokens, requests.decoded_tokens)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Abort requests in the engine."""
+        """Abort requests in the engine. Errors are logged; EngineDead goes to `report_dead`."""
         if not request_ids:
             return
         try:
@@ -65,11 +65,11 @@ class EngineRunner:
         task.add_done_callback(self._tasks.discard)
 
     def report_dead(self, error: EngineDead) -> None:
-        """Record that a call of the engine has found it dead."""
+        """Record that a call of the engine raised EngineDead, so that `wait_dead` raises `error`."""
         self._deaths.put_nowait(error)
 
     async def wait_dead(self) -> None:
-        """Wait until the engine is found dead, and raise EngineDead."""
+        """Wait until EngineDead is reported, and raise it."""
         raise await self._deaths.get()
 
     async def finish(self) -> None:

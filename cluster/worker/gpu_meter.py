@@ -1,17 +1,17 @@
 """Attribution of GPU time to requests: the GPU time of each step is divided among the tokens of the step.
 
-The GPU time of a step is its duration times the replica's GPUs. Problem: the price of a token is time x GPUs / tokens
-of its step. A step has hundreds of requests; charging each request in every step would cost as much as the step's own
-bookkeeping. So only the sum C of all steps' prices is kept. A request that got one token in each step between two times
-owes the difference of C between these times; a request that got more or fewer owes that difference times its tokens per
-step. A step costs O(1), a request O(1) at its first token and O(1) at its end.
+The GPU time of a step is its duration times the replica's GPUs. A step's price is its GPU time divided by its tokens.
+Problem: a step has hundreds of requests, and charging each of them in every step would cost as much as the step's own
+bookkeeping. So only C, the sum of all steps' prices, is kept. A request that got one token in each step of a period
+owes the growth of C in that period. A request with more or fewer tokens owes that growth times its tokens per step. A
+step costs O(1), a request O(1) at its first token and O(1) at its end.
 
 A prompt is charged when its first token arrives, because only then does the engine report how many prompt tokens were
 cached. A prompt that needed several steps is divided evenly over the last ceil(tokens / max_num_batched_tokens) steps.
-The amount by which the other requests were overcharged for those steps is subtracted from C.
+In these steps the other requests were overcharged; the excess is subtracted from C.
 
-Idle time is lifetime x GPUs minus all charges. So the sum of requests and idle time is exact, although single charges
-are approximate. A request aborted before its first token owes nothing.
+Idle time is lifetime x GPUs minus all charges. So the sum of all charges and the idle time is exact, although a single
+charge is approximate. A request aborted before its first token owes nothing.
 
 Pure: no clock; `now` is monotonic seconds.
 """
@@ -27,7 +27,7 @@ REMEMBERED_STEPS = 256
 
 @dataclass(slots=True)
 class GpuShare:
-    """The data from which one request's GPU time is computed."""
+    """The data from which one request's GPU time is computed. `first_step` is -1 before the request's first token."""
 
     from_step: int
     prefill_s: float = 0.0
@@ -60,7 +60,7 @@ class GpuMeter:
         self._idle_reported = 0.0
 
     def open_share(self, now: float) -> GpuShare:
-        """Open the share of a request that enters the engine."""
+        """Return a new share for a request that enters the engine."""
         if self._busy_since is None:
             self._busy_since = now
         return GpuShare(self._steps)
@@ -104,9 +104,9 @@ class GpuMeter:
         return max(1, min(chunks, self._steps - share.from_step, len(self._last) + 1))
 
     def _add_tokens(self, step: _MeteredStep, tokens: float) -> float:
-        """Add newly known `tokens` to an earlier step; return the GPU-seconds that these tokens owe.
+        """Add `tokens` of a prompt to an earlier step, and lower the step's price accordingly.
 
-        The addition lowers the price of the step.
+        Returns the GPU-seconds that these tokens owe.
         """
         before = step.gpu_s / step.tokens
         step.tokens += tokens

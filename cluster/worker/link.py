@@ -1,4 +1,4 @@
-"""One link of a worker with a gateway: its opening, its Submits by slot, its bulk stream's blobs, and its tasks."""
+"""A link between a worker and a gateway: how it is opened, its requests by slot, its outgoing blobs and its tasks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Link:
 
     number: int
     credit_order: int
-    """Position in the order in which links share capacity. The first links get the remainder of the division."""
+    """Sort key of the links that share capacity (link_credit.py). The first links get the remainder of the division."""
     gateway: str
     incarnation: str
     """Incarnation of the gateway."""
@@ -68,9 +68,9 @@ class Link:
         return slot in self._submitting
 
     def request_to_abort(self, slot: int) -> str | None:
-        """Return the engine request id to abort now.
+        """Return the engine request id to abort now, or None.
 
-        None: the Submit is in progress, or the request ended while the abort was on its way.
+        None: the request has already ended, or its Submit is in progress (then `finish_submit` returns True later).
         """
         if slot in self._submitting:
             self._aborted.add(slot)
@@ -106,9 +106,9 @@ class LinkOpener:
 
     @asynccontextmanager
     async def open(self, address: str) -> AsyncIterator[tuple[Link, ClientCall, Coroutine[None, None, None]]]:
-        """Yield a link to the gateway at `host:port`, its call, and the work of its bulk stream, which must be run.
+        """Yield a link to the gateway at `host:port`, its call, and the coroutine of its bulk stream.
 
-        The caller stops the heartbeats. Raises LinkEnded.
+        The caller must run the coroutine, and stop the link's heartbeats at the end. Raises LinkEnded.
         """
         identity, epoch = self.identity, next(self._epochs)
         async with open_client(address, self.tls) as client, open_channel(address, self.tls) as bulk_channel:

@@ -1,4 +1,4 @@
-"""The credit of a worker's links: the free capacity is granted to the gateways, and acknowledgements are awaited."""
+"""The credit of a worker's links: grants of free capacity to the gateways, and the gateways' acknowledgements."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cluster.worker.drain_state import DrainStates
 
 
 def credit_order(worker_id: str, gateway: str, link: int) -> int:
-    """Return a link's place in the order in which gateways share capacity. Each worker has another order.
+    """Return a link's sort key among the links that share a worker's capacity. Each worker has another order.
 
-    A gateway that was last at every worker would get no credit while no call waits and fewer slots are free than there
-    are gateways.
+    With one order for all workers, the last gateway would get no credit anywhere while no call waits and each worker
+    has fewer free slots than gateways.
     """
     return zlib.crc32(f"{worker_id}/{gateway}".encode()) << 32 | link
 
@@ -28,11 +28,11 @@ class _Acknowledgement:
     outbox: Outbox
     grant_id: int = 0
     since: float | None = None
-    """Time since which the last grant is not acknowledged."""
+    """Monotonic time since which a grant has been unacknowledged; None if all grants are acknowledged."""
 
 
 class LinkCredit:
-    """The credit of all links, each known by its credit order. Only a worker that takes new sequences grants credit."""
+    """The credit of all links, by `credit_order`. Credit is granted only while the worker takes new sequences."""
 
     def __init__(
         self, capacity: Callable[[], tuple[Capacity, int]], count_cached: Callable[[int], int], drain_state: DrainStates
@@ -40,7 +40,7 @@ class LinkCredit:
         """Create the credit without links.
 
         `capacity` returns the capacity free for new calls, and the number of slots free for resumed calls.
-        `count_cached` returns how many of a gateway's expected cached calls can be resumed at almost no cost.
+        `count_cached(n)`: of `n` calls whose KV blocks a gateway expects here, the number that can be resumed cheaply.
         """
         self._capacity = capacity
         self._count_cached = count_cached
@@ -59,22 +59,22 @@ class LinkCredit:
         self._granter.detach(link)
 
     def record_submit(self, link: int, submit: pb.Submit, prompt_ids: bytes) -> None:
-        """Count the credit that a received Submit uses, even if it cannot be read."""
+        """Count the credit that a received Submit uses. Invalid Submits use credit, too."""
         tokens = (len(prompt_ids) + len(submit.emitted_ids)) // 4
         self._granter.record_submit(link, tokens, 0 < submit.fresh_tokens < tokens)
 
     def set_backlog(self, link: int, backlog: pb.Backlog) -> None:
-        """Set the number of calls that wait at a gateway."""
+        """Set the number of calls that wait at a link's gateway."""
         self._granter.set_backlog(link, backlog.claim or backlog.waiting, self._count_cached(backlog.kept))
 
     def acknowledge(self, link: int, grant_id: int) -> None:
-        """Record that the gateway has applied a grant, and perhaps not yet a later one."""
+        """Record that the gateway has applied the grant `grant_id`. Later grants may still be unacknowledged."""
         self._granter.acknowledge(link, grant_id)
         waiting = self._links[link]
         waiting.since = None if grant_id >= waiting.grant_id else time.monotonic()
 
     def unacked_s(self, link: int) -> float:
-        """Return the seconds for which the last grant is not acknowledged. The granted capacity is held until then."""
+        """Return for how many seconds a grant has been unacknowledged; 0 if all grants are acknowledged."""
         since = self._links[link].since
         return 0.0 if since is None else time.monotonic() - since
 

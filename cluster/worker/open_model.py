@@ -1,4 +1,4 @@
-"""Opening of a model: its catalog entry becomes a folder on this disk, a tokenizer bundle and an engine.
+"""Opening of a model: from its catalog entry to a folder on this disk, a tokenizer bundle and an engine.
 
 Used by replicas and by the controller.
 """

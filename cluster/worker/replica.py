@@ -210,7 +210,7 @@ class Replica:
         raise failure
 
     async def check(self) -> None:
-        """Raise when this replica no longer serves."""
+        """Raise EngineDead if this replica does not serve (any more)."""
         if self.engine is None or self._serving is None:
             raise EngineDead("the replica has not started")
         if self._serving.done():
@@ -235,8 +235,8 @@ class Replica:
     async def stop(self, within_s: float = math.inf) -> None:
         """Drain, close the links and end the engine. Idempotent.
 
-        The drain takes at most `within_s`, the settings' drain time, and the time left of the `timeout_s` given to
-        `leave`.
+        The drain ends after the shortest of these times: `within_s`, the settings' drain time, and what is left of the
+        time given to `leave`.
         """
         end, self.end = self.end, None
         serving, self._serving = self._serving, None

@@ -1,10 +1,10 @@
 """The newest known generation of each resumed call; a worker does not run requests of older generations.
 
 Problem: a client may resume a stream at another gateway, from any chunk, while the first gateway still serves the
-stream. One atomic write gives each resume a higher generation, but gateways have no connections to each other. Workers
-are linked to all gateways: a gateway that resumes a call reports the resume to every worker, and each worker ends the
-call's older requests. Invariant: after the report has arrived, no request of a lower generation of that call runs or
-starts on this worker. Beyond MOST calls the oldest calls are forgotten. Pure: no clock, no I/O.
+stream. Each resume gets a higher generation, but gateways have no connections to each other, so the first gateway does
+not learn of the resume. Workers are linked to all gateways: a gateway that resumes a call reports the generation to
+every worker, and each worker ends the call's older requests. Invariant: after a report has arrived, no request of a
+lower generation of that call runs or starts here. Beyond MOST calls the oldest are forgotten. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The requests that run in a worker's engine, from Submit to end, and everything counted about them.
 
 Outputs of the engine go to the link of their request. A request whose link has ended runs on for a moment
-(detached_requests.py); a Submit of the same stream takes the request over. No method awaits. Methods return the engine
-request ids that the caller must abort.
+(detached_requests.py), and a Submit of the same stream can take it over. No method is a coroutine: methods only return
+the engine request ids that the caller must abort.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ class RunningRequest:
     share: GpuShare
     began: float
     expects_cache: bool = False
-    """Whether the gateway expects the KV blocks on this worker, at least those of the prompt."""
+    """Whether the gateway expects that this worker holds the KV blocks of at least the prompt."""
     cached_tokens: int = 0
     accepted: bool = False
     reattached: bool = False
-    """Whether the request was reattached and has had no output since then."""
+    """Whether the request has been reattached and has had no output after that."""
     stream: str = ""
     parameters: object = None
     generation: int = 0
     """Number of times that the call had been resumed when it was submitted."""
     resumed_from: str = ""
-    """Incarnation of the gateway from which the call was resumed."""
+    """Incarnation of the gateway that issued the resume token; "" if the call was not resumed with a token."""
     name: str = ""
-    """Name of the call's stream, also set if the request cannot be reattached (then `stream` is empty)."""
+    """Name of the request's stream. Unlike `stream`, also set if the request cannot be reattached."""
     token_ids: list[int] | None = None
     """All tokens after the prompt; None if the request cannot be reattached.
 
-    A request that can be reattached is known under `stream` when its gateway is gone. `parameters` has the other
-    parameters on which the tokens depend.
+    A request that can be reattached has a `stream`, under which a resumed call finds it. `parameters` has all other
+    values on which the tokens depend.
     """
 
     @classmethod
@@ -139,7 +139,7 @@ class RunningRequest:
 
 @dataclass(slots=True)
 class StepState:
-    """The outputs that one step has sent to links, or that were sent between two steps."""
+    """Record of the outputs that were put into outboxes in one step, or between two steps."""
 
     touched: dict[int, Link] = field(default_factory=dict)
     firsts: list[tuple[GpuShare, int, int]] = field(default_factory=list)
@@ -161,7 +161,7 @@ class RunningRequests:
         usage: WorkerUsage,
         is_lost: Callable[[str], bool],
     ) -> None:
-        """Create an empty set. `is_lost`: whether no working link leads to the gateway with the given incarnation."""
+        """Create an empty set. `is_lost(incarnation)`: whether this worker has no working link to that gateway."""
         self._info = info
         self._is_lost = is_lost
         self._meter = meter
@@ -170,7 +170,7 @@ class RunningRequests:
         self._window = AdmissionWindow(info.max_num_seqs, info.max_num_batched_tokens)
         self._running: dict[str, RunningRequest] = {}
         self._pending_step = StepState()
-        """Outputs sent since the last step."""
+        """Outputs put into outboxes since the last step."""
         self._caches_kv = True
         """Whether resumed calls have lately found their KV blocks here. Not every engine caches them."""
         self.detached = DetachedRequests()
@@ -186,11 +186,11 @@ class RunningRequests:
         return len(self._running)
 
     def output_tokens(self) -> Iterator[tuple[str, int]]:
-        """Yield each request id with the number of tokens generated for the request on all workers."""
+        """Yield each running request's id, with the number of tokens generated for it on all workers."""
         return ((request_id, running.output_tokens) for request_id, running in self._running.items())
 
     def shares(self) -> Iterator[tuple[GpuShare, int]]:
-        """Yield each request's share of GPU time and the number of tokens generated for the request on this worker."""
+        """Yield each running request's share of GPU time, with the number of tokens generated for it on this worker."""
         return ((running.share, running.generated) for running in self._running.values())
 
     def capacity(self) -> tuple[Capacity, int]:
@@ -199,21 +199,21 @@ class RunningRequests:
         return Capacity(begins, self._info.kv_tokens - self.tokens), self._window.free_slots
 
     def count_cached(self, expected: int) -> int:
-        """Return how many of a gateway's `expected` cached calls this worker can resume at almost no cost."""
+        """Return how many of `expected` calls, whose KV blocks a gateway expects here, can resume at almost no cost."""
         return expected if self._caches_kv else min(expected, len(self.detached))
 
     # ---- start of a request
 
     def new_request(self, link: Link, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
-        """Return the record of a new request. The request is counted once `reattach` or `start` gets the record."""
+        """Return the record of a new request. The request is not counted before `reattach` or `start`."""
         now = time.monotonic()
         share = self._meter.open_share(now)
         return RunningRequest.from_submit(link, submit, request, share, self._info.block_size, now)
 
     def reattach(self, running: RunningRequest, submit: pb.Submit) -> tuple[bool, list[str]]:
-        """Reattach a resumed request to its detached request, if there is one, and send the tokens generated meanwhile.
+        """Let a resumed request take over its detached request, if there is one; send the tokens generated meanwhile.
 
-        Nothing is computed again. Return whether the request was reattached, and the engine request ids to abort.
+        Nothing is computed again. Returns whether the request was reattached, and the engine request ids to abort.
         """
         if running.token_ids is None:
             return False, []
@@ -236,10 +236,10 @@ class RunningRequests:
         return True, to_abort
 
     def start(self, running: RunningRequest, request_id: str, submit: pb.Submit) -> list[str]:
-        """Count a request that goes to the engine, and drop the detached requests that are in its way.
+        """Count a request that the caller will submit to the engine. Returns the engine request ids to abort first.
 
-        Detached requests are dropped if the KV cache lacks space for the new request, or if a resumed request lacks a
-        slot.
+        These are detached requests, which are dropped if the request needs their KV cache, or if the request is resumed
+        and needs their slots.
         """
         self._add_running(running, request_id, submit, running.fresh_tokens if self._caches_kv else running.tokens)
         if not self.detached:
@@ -330,10 +330,10 @@ class RunningRequests:
     # ---- end of a request
 
     def _forget_finished(self, step: StepState) -> list[str]:
-        """Forget finished requests, once the step is accounted for; return the engine request ids to abort.
+        """Forget the finished requests of a step that is accounted for; return the engine request ids to abort.
 
-        The requests stay resumable for a moment as detached requests, since a gateway may be lost before it delivers
-        the last output.
+        The requests can be resumed for a moment as detached requests, since a gateway may be lost before it delivers
+        their last output.
         """
         to_abort: list[str] = []
         finished, step.finished = step.finished, []
@@ -347,7 +347,7 @@ class RunningRequests:
     def detach_link(self, link: Link, stays: bool) -> list[str]:
         """Detach the requests of a link that has ended; return the engine request ids to abort.
 
-        `stays`: whether this worker keeps serving. If it does not, no request is detached.
+        `stays`: whether this worker keeps serving. If not, all requests of the link are aborted.
         """
         resumed = {running.stream for running in self._running.values() if running.link is not link}
         to_abort, count = [], 0

@@ -1,8 +1,8 @@
 """A worker's reports to gateways for fair queueing: the worker's own service, and the other gateways' backlogs.
 
 Gateways have no connections to each other, but a worker is linked to all gateways. So the worker forwards each
-gateway's backlog to the other gateways and reports to all gateways the service that it has given. Nothing here is done
-for each token.
+gateway's backlog to the other gateways, and reports to all of them the tokens that it has served each tenant. Nothing
+here is done for each token.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ServedReports:
         self._meter.revoked(request_id)
 
     def cached(self, request_id: str, cached_tokens: int) -> None:
-        """Record the number of cached tokens in a request's prompt, which the request's first output reports."""
+        """Record how many tokens of a request's prompt were cached, as reported with the first output."""
         self._meter.cached(request_id, cached_tokens)
 
     def ended(self, request_id: str, generated_tokens: int) -> None:

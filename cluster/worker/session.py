@@ -41,17 +41,17 @@ log = structlog.get_logger("worker")
 
 REPORT_S = 0.1
 GATEWAY_SILENT_S = 1.0
-"""Seconds of silence after which a gateway counts as lost for the calls resumed from it. Ten beats come each second."""
+"""Seconds without a beat (of ten a second) after which a gateway counts as lost when a call is resumed from it."""
 END_REASON_S = 0.5
 """Seconds that a worker with an ended engine waits for its gateways to read the reason and close their links.
 
-If the worker closed a link first, the reset would overtake the reason.
+If the worker closed a link first, the reset of the connection could arrive before the reason.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatistics:
-    """The counts of a worker session. All but `links` and `steps` are zero once the session's calls have ended."""
+    """The counts of a worker session. `tokens`: of running requests, with prompts. `promised`: credit of all links."""
 
     links: int
     running: int
@@ -66,7 +66,7 @@ class WorkerStatistics:
 class WorkerSession:
     """A session that serves one started engine to every gateway in `gateways` and the gateways' siblings.
 
-    `gateways` are `host:port` addresses. The session lasts until it is closed.
+    `gateways` are `host:port` addresses or `srv://` names. The session lasts until it is closed.
     """
 
     def __init__(
@@ -175,10 +175,7 @@ class WorkerSession:
                 await self._unlinked.wait()
 
     async def _report_served(self) -> None:
-        """Report served tokens to every gateway and abort expired detached requests, every REPORT_S seconds.
-
-        Neither the report nor the abort is done for each token.
-        """
+        """Report served tokens to every gateway and abort expired detached requests, every REPORT_S seconds."""
         while True:
             await asyncio.sleep(REPORT_S)
             self._served.report(self._requests.output_tokens())
@@ -236,9 +233,9 @@ class WorkerSession:
         self._credit.regrant()
 
     async def _watch_link(self, link: Link) -> None:
-        """Check the link every beat.
+        """Check the link once per beat interval, and send the load if no step has sent it meanwhile.
 
-        Raises LinkEnded for a silent or stuck gateway; sends the load if no step has sent it.
+        Raises LinkEnded if the gateway sends no beats, does not read, or does not acknowledge grants.
         """
         sent = 0
         while True:
@@ -256,7 +253,7 @@ class WorkerSession:
             sent = link.outbox.sent_seq
 
     def _is_gateway_lost(self, incarnation: str) -> bool:
-        """Return whether no link to a gateway works: no link is up, or the gateway's beats have stopped."""
+        """Return whether a gateway counts as lost: the worker has no link to it, or beats have stopped on all links."""
         links = (link for link in self._links.values() if link.incarnation == incarnation)
         return all(link.heartbeats.silent_s > GATEWAY_SILENT_S for link in links)
 

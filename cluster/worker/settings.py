@@ -1,4 +1,4 @@
-"""The settings that start a replica: frozen values that can be converted to JSON or pickled. No Ray here."""
+"""The settings that start a replica: frozen values that can be pickled or converted to JSON. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _REFUSAL = re.compile(_REFUSED + r'("(?:[^"\\]|\\.)*")')
 class ModelRefused(Exception):
     """A catalog entry that cannot work as it stands, so that a retry would fail too. The reason is shown to the user.
 
-    The exception's text has the reason as a JSON string after a marker, so that `find_refusal` can find the reason in
-    the text that Ray wraps around it on the way to the controller.
+    The exception's text has the reason as a JSON string after a marker, so that the controller can extract the reason
+    (`find_refusal`) from the text of Ray's error.
     """
 
     def __init__(self, reason: str) -> None:
@@ -40,7 +40,8 @@ def find_refusal(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """A model's `spec` and its surroundings. Paths are on the replica's node; `environment` is added to the process."""
+    """A model's `spec` and its replicas' other settings. Paths are on the replica's node. `environment`: variables to
+    add to the replica's environment."""
 
     spec: ModelSpec
     cluster: str
@@ -60,7 +61,7 @@ class ReplicaSettings:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def surroundings(self) -> dict[str, object]:
-        """Return all settings whose change requires a new replica, except the spec, as JSON values."""
+        """Return the settings, other than the spec, whose change requires a new replica. Values are JSON values."""
         return {
             "cluster": self.cluster,
             "gateways": list(self.gateways),
@@ -79,7 +80,7 @@ class ReplicaSettings:
         return {**self.surroundings(), **self._rules(), "spec": specs.to_json(self.spec)}
 
     def _rules(self) -> dict[str, object]:
-        """Return the settings that are read only when replicas start. A change of these requires no new replica."""
+        """Return the settings that are used only when replicas start. Their change requires no new replica."""
         return {
             "allowed_sources": list(self.allowed_sources),
             "allowed_formats": list(self.allowed_formats),

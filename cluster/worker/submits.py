@@ -1,7 +1,7 @@
 """The Submits of all links: each runs on the engine, is reattached to its detached request, or is refused.
 
 A request id inside the engine consists of gateway incarnation, epoch, slot and attempt, since a repeated id is fatal
-inside vLLM's engine core. A failure that a request causes never reaches the link or the link's other requests.
+inside vLLM's engine core. A failure of one request never ends the link or the link's other requests.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Submits:
         self.credit.regrant()
 
     async def take_over(self, call: str, generation: int) -> None:
-        """Abort the requests of older generations of this call."""
+        """Record a call's resume. If its `generation` is new, abort the call's requests of older generations."""
         older = self.requests.of_call(call, generation) if self._generations.record(call, generation) else []
         to_abort = []
         for link, slot in older:

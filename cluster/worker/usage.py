@@ -80,7 +80,7 @@ class WorkerUsage:
         self._acked.set()
 
     async def run(self) -> None:
-        """Report idle time, and send records that a gateway does not acknowledge to other gateways, until cancelled."""
+        """Until cancelled, report idle time, and assign records that were not acknowledged in time to other links."""
         dropped = 0
         while True:
             await asyncio.sleep(self._idle_report_s)
@@ -105,7 +105,7 @@ class WorkerUsage:
                     await self._acked.wait()
 
     def _report_idle(self) -> None:
-        """Record the GPU time that no request is charged for, since the last report."""
+        """Keep a usage record of the GPU time since the last report for which no request is charged."""
         gpu_seconds = self.meter.idle(time.monotonic(), list(self._running()))
         now_s = time.time()
         if gpu_seconds > 0:

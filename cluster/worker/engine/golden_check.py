@@ -2,16 +2,15 @@
 
 Problem: an engine on a GPU with a broken memory cell, or with a half-loaded checkpoint, keeps serving nonsense.
 `CheckedEngine` wraps an engine. At start it runs a fixed prompt greedily and keeps the answer as the reference. If the
-engine reports that it takes emitted tokens as output, the wrapper also cuts the answer at a few positions and requests
-the rest, so that a rank without the plugin is found before any call. An engine with `resume:exact` must return the same
-tokens for the rest, also for a seeded request. An engine that returns other tokens is healthy, but its capability
-becomes `resume:state`. After the start, every request that ends in ERROR (as with NaN logits) starts another check
-beside the running requests. A wrong answer raises EngineCorrupt from `step`, which ends the worker as a dead engine
-does.
+engine can resume requests with their output in place (`resume:exact` or `resume:state`), the wrapper also cuts the
+answer at a few positions and lets the engine continue it. This detects a rank without the resume plugin before any
+call. If an engine with `resume:exact` continues with different tokens, also in a seeded request, its capability becomes
+`resume:state`. After the start, every request that ends in ERROR (for example by NaN logits) starts another check
+beside the running requests. A wrong answer raises EngineCorrupt from `step`, which ends the worker like a dead engine.
 
 An error alone does not end a worker, because a caller can provoke an error. A correct answer need not be bit-identical:
 batches differ, and in 16-bit numbers the two most likely tokens may swap. So log probabilities are compared, within the
-precision of such numbers. An answer that this comparison cannot decide proves nothing.
+precision of such numbers. If the comparison does not prove an answer wrong, the answer counts as correct.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ PROMPT_TOKENS = 12
 ANSWER_TOKENS = 8
 """Number of tokens in the answer. Prompt and answer are shorter than a KV block, so each answer is computed anew."""
 TOPS: tuple[int, ...] = (20, 5, 1, 0)
-"""Numbers of log probabilities to request for each position. The first number that the engine allows is used."""
+"""Numbers of log probabilities to try to request for each position. The first that the engine allows is used."""
 PREFIX = "headrace-golden-"
 FIRST_PRIORITY = -(1 << 31)
 TOLERANCES = {"float32": 0.02, "sim": 0.02}
@@ -77,9 +76,9 @@ class GoldenAnswer:
 def why_wrong(reference: GoldenAnswer, answer: GoldenAnswer, tolerance: float) -> str:
     """Return the reason why an answer is wrong; empty when nothing proves that it is wrong.
 
-    A healthy engine gives each token a log probability within `tolerance` of the reference. An answer is wrong when no
-    such values explain both the reference and the answer. A token that is not listed among the most likely tokens has
-    an unknown log probability of at most the smallest listed value, and counts only by that bound. Positions after the
+    An answer is wrong if a token's log probability differs from the reference by more than `tolerance`, or if another
+    token is likelier than the sampled token by more than `tolerance`. For a token that is not listed among the most
+    likely tokens only a bound is known: its log probability is at most the smallest listed value. Positions after the
     first different token are not compared.
     """
     if answer.error:
@@ -95,7 +94,7 @@ def why_wrong(reference: GoldenAnswer, answer: GoldenAnswer, tolerance: float) -
 
 
 def _difference(expected: PositionLogprobs, actual: PositionLogprobs, tolerance: float) -> str:
-    """Return the difference at one position that noise within `tolerance` cannot explain; empty when there is none."""
+    """Return the difference at one position, in words, if it exceeds `tolerance`; otherwise ""."""
     sampled, likeliest, value = actual.token_ids[0], expected.token_ids[0], actual.logprobs[0]
     if any(map(math.isnan, actual.logprobs)) or not math.isfinite(value):
         return f"has the log probability {value}"
@@ -164,9 +163,9 @@ class CheckedEngine:
         return f"CheckedEngine({self._engine!r})"
 
     async def start(self) -> EngineInfo:
-        """Start and record the reference.
+        """Start the wrapped engine and record the reference answer.
 
-        Raises EngineCorrupt if there is no reference answer or a continued answer is wrong.
+        Raises EngineCorrupt if the engine refuses or fails the prompt, or if a continued answer is wrong.
         """
         self._info = info = await self._engine.start()
         continues = not {RESUME_EXACT, RESUME_STATE}.isdisjoint(info.capabilities)
@@ -184,8 +183,8 @@ class CheckedEngine:
     async def _resume_difference(self, wholes: Sequence[tuple[GoldenAnswer, int | None]]) -> str:
         """Cut each answer, let the engine continue it, and return the first difference in tokens.
 
-        The result is empty if there is no difference. `wholes`: answers with their seeds. Refused continuations do not
-        count. Raises EngineCorrupt if a greedy continuation is wrong.
+        The result is empty if there is no difference. `wholes`: complete answers with their seeds (None: greedy). A
+        refused continuation is no difference. Raises EngineCorrupt if a greedy continuation is wrong.
         """
         cuts = [
             (whole, seed, cut)
@@ -222,8 +221,8 @@ class CheckedEngine:
     async def _submit_golden(self, emitted: Sequence[int], seed: int | None) -> str:
         """Submit a golden request with as many log probabilities as the engine allows; return the request's id.
 
-        The id is empty if the engine refuses a seeded request, since it may not support seeds, or not resume with
-        seeds. Raises EngineCorrupt if the engine refuses any other golden request.
+        The id is empty if the engine refuses a seeded request, since support of seeds is optional. Raises EngineCorrupt
+        if the engine refuses any other golden request.
         """
         assert self._info is not None
         golden = golden_request(self._info, uuid.uuid4().hex, emitted, self._tops[0], seed)
@@ -295,7 +294,7 @@ class CheckedEngine:
         await self._engine.abort(request_ids)
 
     def load(self) -> EngineLoad:
-        """Return the wrapped engine's load, which includes the golden request."""
+        """Return the wrapped engine's load, which includes a running golden request."""
         return self._engine.load()
 
     async def check(self) -> None:

@@ -1,12 +1,12 @@
 """Durations of an engine's steps, which distinguish a hung step from a step with much work.
 
-Problem: a caller that waits for a step sees the same silence in both cases. Invariant: a step that takes longer than
-its reported work explains is reported as a step without work, so that no queue of prompts can hide a hang. The work is
-measured in prompt tokens; the time per prompt token is learned from the slowest steps so far and assumed high until
-then.
+Problem: a process that waits for a step cannot tell the two apart. Invariant: waiting prompt tokens explain a step's
+duration only up to a bound, so that a queue of prompts cannot hide a hang for long. The bound is the number of prompt
+tokens times the time per prompt token. That time is learned from the slowest steps so far (a quantile); before that, a
+high value is assumed.
 
-The quantile comes from a histogram whose buckets grow by a tenth and whose counts are halved now and then, so that old
-durations lose weight; an addition costs a logarithm. One thread adds durations; any thread may read.
+Quantiles come from a histogram whose buckets grow by a tenth. Its counts are halved now and then, so that old durations
+lose weight. An addition costs a logarithm. One thread adds durations; any thread may read.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ QUANTILE_EVERY = 16
 FIRST_TOKEN_S = 0.05
 """Assumed seconds per prompt token before any time has been measured."""
 PATIENCE = 5.0
-"""Multiple of the 0.9 quantile of the time per prompt token, up to which prompt tokens explain a step's duration."""
+"""Factor by which a step may exceed the 0.9 quantile of the time per prompt token and still count as explained."""
 LEAST_S = 0.5
-"""Seconds that prompt tokens explain, however few they are."""
+"""Step duration in seconds that any positive number of prompt tokens explains."""
 SAMPLE_TOKENS = 8
-"""Smallest number of prompt tokens in a step from which the time per token is learned."""
+"""Smallest number of prompt tokens that a step must have for the time per token to be learned from it."""
 
 
 class Quantile:
-    """A quantile of the last few thousand durations."""
+    """The quantile `order` (between 0 and 1) of the last few thousand durations."""
 
     __slots__ = ("_counts", "_order", "_total", "_value")
 
@@ -100,7 +100,7 @@ class StepTimes:
         self._since = now if goes_on else None
 
     def prefilled(self, tokens: int) -> None:
-        """Record that the last step completed prompts with `tokens` tokens in all."""
+        """Record that the last step completed prompts with `tokens` computed tokens in all."""
         tokens = min(tokens, self._most_tokens)
         if tokens >= SAMPLE_TOKENS:
             self._per_token.add(self.last_s / tokens)
@@ -115,7 +115,7 @@ class StepTimes:
         return max(0.0, now - since) if since is not None else 0.0
 
     def explains(self, now: float, prompt_tokens: int) -> bool:
-        """Return whether `prompt_tokens` prompt tokens explain that the current step has not ended yet."""
+        """Return whether `prompt_tokens` waiting prompt tokens explain the age of the current step."""
         if prompt_tokens <= 0:
             return False
         tokens = min(prompt_tokens, self._most_tokens)

@@ -1,9 +1,9 @@
-"""Checks of a checkpoint's weight files before an engine is built. They read the headers, not the weights.
+"""Checks of a checkpoint's weight files before an engine is built. Only the files' headers are read.
 
-Problem: vLLM finds some damage only after minutes, in a rank and with an unclear reason. Other damage it does not find
-at all: in place of a missing tensor it serves whatever the memory contains. Each check here compares the files with
-their headers or with config.json. Unknown cases (another format, an architecture with its own code) pass, and vLLM
-decides. Errors name the file and the remedy.
+Problem: vLLM finds some damage only after minutes, in a rank and with an unclear reason. vLLM does not find other
+damage at all: for a missing tensor it uses whatever the memory contains. Each check here compares the files with their
+headers or with config.json. Unknown cases (another format, an architecture with its own code) pass, and vLLM decides.
+Errors name the file and the remedy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 AGAIN = "fetch or copy the checkpoint again"
 
 MOST_LAYERS = 1000
-"""Greatest number of layers in a model built for comparison. No model has more, and such a model is built quickly."""
+"""Greatest number of layers in a model built for comparison: more than any known model has, yet quick to build."""
 
 
 class CheckpointError(ValueError):
@@ -103,7 +103,7 @@ def _check_indexed_files(where: str, weight_map: Mapping[str, str], names: Seque
 
 
 def _check_shards(where: str, names: Sequence[str]) -> None:
-    """Raise CheckpointError for missing files if there is no index. Each file name contains the number of files."""
+    """Raise CheckpointError if files are missing according to the file names, which contain the number of files."""
     for name in names:
         if shard := _SHARD.fullmatch(name):
             stem, _, total = shard.groups()
@@ -154,7 +154,7 @@ def _file_fault(file: Path, error: str) -> str:
 
 
 def _content_fault(content: bytes, otherwise: str) -> str:
-    """Return what is wrong with a file's content, and the remedy."""
+    """Return what is wrong with a file's content, and the remedy. `otherwise`: the fault if no known one is found."""
     if not content.strip():
         return f"is empty; {AGAIN}"
     if b"git-lfs" in content[:200]:
@@ -175,13 +175,13 @@ def _is_quantized(folder: Path) -> bool:
 
 
 def _overrides_config(spec: ModelSpec) -> bool:
-    """Return whether the entry overrides config.json, or lets vLLM start without all tensors."""
+    """Return whether the entry overrides config.json, or lets vLLM start although tensors are missing."""
     loader = spec.engine.get("model_loader_extra_config")
     return "hf_overrides" in spec.engine or (isinstance(loader, dict) and loader.get("enable_weights_track") is False)
 
 
 def _check_experts(where: str, headers: Headers) -> None:
-    """Raise CheckpointError unless all experts of a layer have the same tensors in the same shapes."""
+    """Raise CheckpointError if the experts of a layer differ in their tensors' names or shapes."""
     layers: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {}
     for name, shape in headers.shapes.items():
         if match := _EXPERT.fullmatch(name):

@@ -1,9 +1,9 @@
 """Download of weights from object stores and web servers (s3://, gs://, https://, http://), once per node.
 
-Problem: several replicas of a node start at once, a process is killed in the middle of forty gigabytes, or the disk is
-full. Invariants: one process of a node fetches a model, and the other processes wait for it. Bytes that have arrived
-are not fetched again if the server supports ranges. A folder is complete only when every file has the size that the
-server reported; a complete folder is used without network access.
+Problem: several replicas of a node may start at once, a process may be killed in the middle of forty gigabytes, and the
+disk may be full. Invariants: only one process of a node fetches a model, and the others wait for it. Bytes that have
+arrived are not fetched again if the server supports ranges. A folder is complete only when every file has the size that
+the server reported; a complete folder is used without network access.
 """
 
 from __future__ import annotations

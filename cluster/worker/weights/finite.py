@@ -1,8 +1,8 @@
 """Detection of NaN and infinite numbers in weights, while the bytes of the weights are read for the digest.
 
-An IEEE number is NaN or infinite if all bits of its exponent are set. As an integer such a number is then larger than
-every finite number of the same sign, so two maxima over a piece of memory suffice (8 GB/s on one core; the digest
-itself takes 1.6 GB/s).
+An IEEE number is NaN or infinite if all bits of its exponent are set. Its bits, read as an integer, are then larger
+than those of every finite number of the same sign. So two maxima over a piece of memory suffice (8 GB/s on one core,
+where the digest takes 1.6 GB/s).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def spans(file: Path) -> list[Span]:
 
 
 def not_finite(piece: memoryview, span: Span) -> str:
-    """Return `NaN` or `infinite numbers` if a piece of a tensor has such numbers and must not; otherwise ""."""
+    """Return `NaN` or `infinite numbers` if a piece of a tensor has them and must not (see Span); otherwise ""."""
     import numpy as np
 
     width, infinity = INFINITE[span.kind]

@@ -18,7 +18,7 @@ MAX_TEXT = 256
 class Card:
     """A model card. `license` is the hub's name of the licence, in lower case.
 
-    `fields` has those FIELDS that the card has, with shortened values.
+    `fields`: the card's values, shortened, by name (one of FIELDS).
     """
 
     license: str = ""
@@ -56,8 +56,8 @@ def _text(value: Any) -> str:
 def why_refused(named: str, card: Card, allowed: tuple[str, ...]) -> str:
     """Return why a model's licence forbids loading the model; "" if loading is allowed.
 
-    `named`: the licence in the catalog entry. It is used if the card names no licence; it must not differ from the
-    card's licence.
+    `named`: the licence in the catalog entry, used if the card names none; it must not contradict the card. `allowed`:
+    names of allowed licences; empty allows all.
     """
     if not allowed:
         return ""

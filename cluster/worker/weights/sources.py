@@ -1,8 +1,8 @@
 """Sources of weights, and the rules for them.
 
-A source is a folder, the Hugging Face hub, an object store, a web server or the default model. Only safetensors and no
-code are allowed, unless both the model's entry and `weights.allow` allow more: other formats can run code when they are
-read.
+A source is a folder, the Hugging Face hub, an object store, a web server or the default model. By default only
+safetensors files and no code are loaded, since other formats can run code when they are read. To allow more, both the
+model's entry and `weights.allow` must say so.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def revision_of(spec: ModelSpec, folder: Path) -> str:
 
 
 def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = False) -> None:
-    """Raise SourceError unless the folder has a checkpoint that the entry is allowed to load."""
+    """Raise SourceError if the folder has no checkpoint, or a checkpoint that the entry is not allowed to load."""
     where = f"models[{spec.name}].source"
     try:
         config = json.loads((folder / "config.json").read_text())

@@ -54,7 +54,7 @@ def _backend_json(tokenizer: Any, beyond: frozenset[int]) -> str:
 
 
 def _tokenizer_config(tokenizer: Any, beyond: frozenset[int]) -> dict[str, Any]:
-    """Return tokenizer settings under transformers' names. Special tokens are strings, as templates use them."""
+    """Return tokenizer settings under transformers' names, without tokens in `beyond`. Special tokens are strings."""
     left_out = set(tokenizer.convert_ids_to_tokens(sorted(beyond)))
     roles = {role: token for role, token in tokenizer.special_tokens_map.items() if str(token) not in left_out}
     extra = [str(token) for token in tokenizer.extra_special_tokens if str(token) not in left_out]

@@ -4,7 +4,7 @@ Problem: transformers creates a tokenizer without a vocabulary if a folder has n
 with ids that the model lacks; calls then fail with errors that blame the caller. Such a folder is refused when it is
 opened, with an error that names the file and the remedy.
 
-Some published models have special tokens beyond their vocabulary that text never needs: an image placeholder in a
+Some published models have special tokens with ids beyond the vocabulary, which no text needs: an image placeholder in a
 tokenizer shared with a multimodal model, or a padding token. The gateway's tokenizer omits such tokens and treats their
 strings as ordinary text.
 """
@@ -19,7 +19,7 @@ from typing import Any
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 NEEDED = "tokenizer.json, tokenizer.model, vocab.json with merges.txt, or vocab.txt"
 TEXT_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")
-"""Roles of special tokens that occur in the ids of a text or end the ids."""
+"""Roles of special tokens that may occur in the token ids of a text, for example at its start or end."""
 UNUSED_IN_TEXT = ("pad_token", "mask_token")
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 """Fields of a multimodal model's config.json that contain the configuration of the text model."""
@@ -92,15 +92,15 @@ def _remedy(folder: Path) -> str:
 
 
 def _lacks_merges(folder: Path) -> bool:
-    """Return whether byte pair encoding has a vocabulary but no merges, so that each letter would be a token."""
+    """Return whether the folder has vocab.json but no merges. Byte pair encoding would then make a token per letter."""
     here = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).exists()}
     return here == {"vocab.json"}
 
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """Return the tokenizer's ids that are outside the model's vocabulary and that encoding a text never gives.
+    """Return the tokenizer's ids outside the model's vocabulary, none of which occurs in an encoded text.
 
-    Raises ValueError for other ids outside the vocabulary, and for configured EOS ids outside the vocabulary.
+    Raises ValueError if such an id may occur in a text, or if a configured EOS id is outside the vocabulary.
     """
     size = vocab_size(folder)
     if not size:

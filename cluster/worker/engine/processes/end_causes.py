@@ -1,12 +1,13 @@
 """Causes of an engine's end: the process that failed first, how the process failed, and where its log is.
 
-Problem: vLLM reports to an engine's owner only that some process has ended. So each vLLM process (watchdog.watch)
-registers in the folder of the engine's sockets and writes the errors that it logs to a notes file in that folder. The
-engine core watches the ranks on this host (exit_status.py) and adds how they end. The owner reads the notes file.
+Problem: vLLM reports to an engine's owner (the replica's process) only that some process has ended. So each vLLM
+process registers in the folder of the engine's sockets (from watchdog.watch) and copies the errors that it logs to a
+notes file there. The engine core watches the ranks on this host (exit_status.py) and notes how they end. The owner
+reads the notes file.
 
-The first entry counts: when a rank fails, its core fails after it and reports less. A killed rank counts before errors
-of the same second, since the other ranks fail as soon as one rank is missing. A rank on another host does not have this
-folder; the error of such a rank is part of the core's error.
+The first note counts: a failed rank makes its core fail later, with a less useful error. Only a killed rank takes
+precedence over errors of the same second, which are the other ranks' reactions. A rank on another host does not have
+the folder; its error is part of the core's error.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from typing import Any
 from cluster.worker.engine.processes import exit_status, sockets
 
 ENGINE = "HEADRACE_ENGINE"
-"""Environment variable that names, among the engines of one owner, the engine to which a process belongs."""
+"""Environment variable: name of the engine to which a process belongs, unique among its owner's engines."""
 NOTES = "notes"
 MEMBER = "member"
 LONGEST = 500
 """Greatest number of characters kept of an error."""
 MOST_BYTES = 1 << 18
-"""Size of the notes file in bytes, from which on no note is added."""
+"""Size of the notes file in bytes above which no more notes are added."""
 RECENT_S = 30.0
-"""Age in seconds from which a note, such as the error of one request, does not explain a running engine's end."""
+"""Age in seconds above which a note is not the cause of a running engine's end, but perhaps one request's error."""
 TOGETHER_S = 1.0
-"""Seconds after an error within which the earlier death of a rank may still be noticed."""
+"""Seconds by which the note of a rank's death may come later than errors that the death causes."""
 ENDING_S, LOOK_S = 5.0, 0.05
-"""Seconds that a core waits for the note of an ending process (slow on a busy machine), and between two checks."""
+"""Seconds that a core waits for an ending process to end, and between two checks for the end."""
 TRACEBACK = "Traceback (most recent call last):"
 LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor")
 """Loggers that report the failure of a core or a rank."""
@@ -78,10 +79,10 @@ class Member:
 
 @contextlib.contextmanager
 def name_engine() -> Iterator[str]:
-    """Set the engine's name in the environment while the owner starts the engine, and yield the name for `find_cause`.
+    """Set a new engine's name in the environment while the owner starts the engine; yield the name for `find_cause`.
 
-    The name is removed afterwards: ranks keep a name that they find in the environment of their node, so a Ray that
-    this process starts later must not inherit it.
+    The variable is restored afterwards. Otherwise a Ray node that this process starts later would inherit the name, and
+    all ranks on that node would use it.
     """
     name, before = uuid.uuid4().hex[:8], os.environ.get(ENGINE)
     os.environ[ENGINE] = name
@@ -94,9 +95,9 @@ def name_engine() -> Iterator[str]:
 
 
 def _file(kind: str, engine: str = "") -> Path | None:
-    """Return the path of an engine's notes file, or the common prefix of its member files; None without a folder here.
+    """Return the path of an engine's notes file (`kind` NOTES), or the path prefix of its member files (MEMBER).
 
-    `engine`: name of the engine; by default the engine to which this process belongs.
+    None if this host has no folder for the engine. `engine`: default "" is the engine to which this process belongs.
     """
     folder = sockets.folder()
     return None if folder is None else folder / f"{kind}-{engine or os.environ.get(ENGINE, '')}"
@@ -114,7 +115,7 @@ def note(kind: str, text: str, log: str = "") -> None:
 
 
 class _NotesHandler(logging.Handler):
-    """A log handler that notes logged exceptions, and the ranks that an executor reports as ended."""
+    """A log handler that adds notes for logged exceptions, and for ranks that an executor reports as ended."""
 
     def __init__(self, name: str, members: Members | None = None) -> None:
         super().__init__(logging.ERROR)
@@ -133,7 +134,7 @@ class _NotesHandler(logging.Handler):
 
 
 def _note_death(arguments: tuple[object, ...]) -> None:
-    """Note the end of a rank from an executor's message: process name and exit code, or the ranks of Ray actors."""
+    """Note the end of ranks. `arguments` of an executor's log message: process name and exit code, or Ray ranks."""
     if len(arguments) == 2 and isinstance(arguments[1], int):
         kind = "killed" if arguments[1] < 0 else "ended"
         note(kind, f"{_rank(str(arguments[0]))} {exit_status.describe(arguments[1])}", log_of("stdout"))
@@ -155,9 +156,9 @@ def one_line(error: BaseException) -> str:
 
 
 def register(members: Members | None = None) -> None:
-    """Register this vLLM process, and note its errors from now on. Idempotent; the owner must not call it.
+    """Register this vLLM process, and note its errors from now on. Idempotent; the owner must not call this function.
 
-    `members`: given in a core, the other processes of the core's engine. Their ends are noted before the core's end.
+    `members`: only in an engine core, the engine's other processes; their ends are noted before the core's errors.
     """
     name = process_name()
     for logger in map(logging.getLogger, LOGGERS):
@@ -184,7 +185,7 @@ def process_name() -> str:
 
 
 def _rank(name: str) -> str:
-    """Return a rank's name, given the name of its process (`VllmWorker-1`) or actor (`vllm_Worker_abc_TP1_PP0`)."""
+    """Return a rank's short name, given its process (`VllmWorker-1`) or actor (`vllm_Worker_abc_TP1_PP0`)."""
     if match := re.fullmatch(r"VllmWorker-(\d+)", name):
         return f"rank {match[1]}"
     parts = re.findall(r"_((?:PCP|TP|PP)\d+)", name)
@@ -194,7 +195,7 @@ def _rank(name: str) -> str:
 
 
 def log_of(stream: str) -> str:
-    """Return the file to which a stream of this process is written; empty if the target is not a file."""
+    """Return the file to which this process's `stream` (stdout or stderr) is written; empty if it is not a file."""
     try:
         target = os.readlink(f"/proc/self/fd/{1 if stream == 'stdout' else 2}")
     except OSError:
@@ -203,11 +204,11 @@ def log_of(stream: str) -> str:
 
 
 class Members:
-    """The other processes of an engine core's engine on this host, whose ends the core notes.
+    """The processes of an engine on this host, except the engine core, which notes how they end.
 
-    Problem: a core also notices a rank's death by the rank's connections, which close before the process has ended, and
-    the owner reads the notes once the core has sent its own error. So the core delays its error (`settle`) until the
-    rank's end is noted.
+    Problem: a dying rank closes its connections before its process has ended. The core then fails at once, and the
+    owner reads the notes as soon as it gets the core's error. So the core delays its error (`settle`) until the rank's
+    end is noted.
     """
 
     def __init__(self) -> None:
@@ -288,9 +289,9 @@ def _crash_cause(member: Member) -> str:
 
 
 def find_cause(engine: str, *, recent: bool = False) -> str:
-    """Return why an engine of this process has ended, with the log of the process that failed; empty without notes.
+    """Return why an engine of this process has ended, and the log file of the failed process; empty without notes.
 
-    `engine`: the name from `name_engine`. `recent`: whether to ignore old notes, for an engine that was up.
+    `engine`: the name from `name_engine`. `recent`: whether to ignore notes older than RECENT_S (the engine was up).
     """
     notes = [entry for entry in _notes(engine) if not recent or time.time() - entry.at < RECENT_S]
     errors = [entry for entry in notes if entry.kind == "error"]
@@ -302,7 +303,7 @@ def find_cause(engine: str, *, recent: bool = False) -> str:
 
 
 def with_log(reason: str, log: str) -> str:
-    """Return a reason followed by the path of the log, if there is one."""
+    """Return `reason`, followed by the path `log` if it is not empty."""
     return f"{reason}; log: {log}" if log else reason
 
 

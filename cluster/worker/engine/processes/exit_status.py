@@ -1,8 +1,8 @@
-"""Exit statuses of processes on this host, which the kernel gives also to a process that is not their parent.
+"""Exit statuses of processes on this host that are not children of this process.
 
-A process learns the exit status of its children only, and an engine's ranks can be Ray's children. A file descriptor of
-a process (pidfd) becomes readable when the process ends; Linux 6.15 and later then give the exit status to any holder
-of the descriptor. While a process is a zombie, /proc has its status on any kernel.
+The wait system calls return only the exit status of children, but an engine's ranks can be Ray's children. A file
+descriptor of a process (pidfd) becomes readable when the process ends. Linux 6.15 and later then give the exit status
+to any holder of the descriptor. While a process is a zombie, /proc has its status on any kernel.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Watched:
         self._kills = out_of_memory_kills()
 
     def add(self, pids: Iterable[int]) -> list[int]:
-        """Watch more processes; return those already gone. On a kernel without pidfds no process is watched."""
+        """Watch more processes; return the pids that do not exist any more. Without pidfds no process is watched."""
         gone = []
         for pid in set(pids) - self._seen:
             self._seen.add(pid)
@@ -80,7 +80,7 @@ class Watched:
         return gone
 
     def wait(self, timeout_s: float) -> list[tuple[int, str]]:
-        """Wait at most `timeout_s` for a process to end; return each ended process with how it ended."""
+        """Wait at most `timeout_s` for a process to end; return pid and end (in words) of each ended process."""
         if not self._pidfds:
             time.sleep(timeout_s)
             return []

@@ -1,14 +1,15 @@
 """Fork server: a process that has already imported vLLM and from which the engine's processes are forked.
 
-Problem: a cold start is mostly imports. vLLM's engine core and each rank are new interpreters that import vLLM, torch
-and transformers one after the other, after the replica has done the same. Here the replica first starts a fork server
-(multiprocessing's), which imports in parallel with the replica; core and ranks are forks of the server.
+Problem: a cold start is mostly imports. The replica imports vLLM, torch and transformers; then vLLM's engine core and
+each rank start as new interpreters and import these modules again, one process after the other. So the replica first
+starts multiprocessing's fork server, which imports the modules in parallel with the replica. Core and ranks are forks
+of the server.
 
 Invariants: the server is a new interpreter, so it has none of the replica's sockets or thread locks. The server has one
-thread. A fork gets the environment that its parent has when the fork starts, as a spawned process would. The server
-ends when the last process connected to it has ended.
+thread. A fork gets the current environment of the process that starts it, as a spawned process would. The server ends
+when the last process connected to it has ended.
 
-The server is used only with vLLM's CPU build unless HEADRACE_ENGINE_START requests it: it has not been tried on GPUs.
+By default the server is used only with vLLM's CPU build, since it has not been tried on GPUs.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def start() -> None:
 
 
 def is_running() -> bool:
-    """Return whether this process has a server."""
+    """Return whether this process has started a fork server."""
     return getattr(forkserver._forkserver, "_forkserver_address", None) is not None
 
 
 def server_pids() -> set[int]:
-    """Return the server's pid, if there is a server. All processes that it forks belong to an engine."""
+    """Return a set with the server's pid; empty without a server. All forks of the server belong to an engine."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     return set() if pid is None else {int(pid)}
 
@@ -69,8 +70,8 @@ def server_pids() -> set[int]:
 def install(*, rank_in_core: bool = False) -> None:
     """Make vLLM start its processes as forks of the server, if there is a server.
 
-    A process that computes with bound threads is spawned instead, since libgomp reads the binding when a program
-    starts. Such a process is each rank, or the core if the rank runs in the core.
+    A process with compute threads that are bound to CPUs is spawned instead, since libgomp reads the binding when a
+    program starts. These are the ranks, or the core if the only rank runs in it (`rank_in_core`).
     """
     if not is_running():
         return
@@ -112,8 +113,8 @@ class _Context(context.ForkServerContext):
 def _create_folder() -> None:
     """Create the folder for the server's socket.
 
-    multiprocessing removes its own folder only when its process ends normally, and replicas are killed. This folder is
-    also removed by the reaper (reaper.py) and by the next engine on this host.
+    multiprocessing's default folder would stay behind when a replica is killed. This folder is then removed by the
+    reaper (reaper.py) or by the next engine on this host.
     """
     known: dict[str, object] = current_process()._config  # type: ignore[attr-defined]
     if known.get("tempdir") is None:
@@ -142,7 +143,7 @@ def _hidden_main() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _preloaded_libraries() -> Iterator[None]:
-    """Preload torch's own libgomp and vLLM's allocator, which vLLM's CPU platform requires in its processes."""
+    """Set LD_PRELOAD, while the context is open, to the libgomp and tcmalloc that vLLM's CPU platform requires."""
     before = os.environ.get("LD_PRELOAD")
     libraries = _library("vllm", "libs/libtcmalloc*.so*"), _library("torch", "../torch.libs/libgomp*.so*")
     if any(libraries) and not before:

@@ -1,8 +1,7 @@
-"""A private folder for the sockets of vLLM's processes, which vLLM would create in /tmp and never remove.
+"""A private folder for the sockets of vLLM's processes. By default vLLM creates them in /tmp and never removes them.
 
-The folder is removed with the last engine of the process. The folder of a killed process is removed by the next engine
-of the same user on the host. Ranks that Ray places on other hosts do not have the folder and keep vLLM's default
-folder.
+The folder is removed when the last engine of its process has ended. If the process is killed, the user's next engine on
+the host removes the folder. Ranks that Ray places on other hosts do not have the folder and use vLLM's default folder.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class SocketFolder:
 class OwnFolder:
     """A new folder that exists until `remove`, or until another process sweeps it after this process has ended.
 
-    A lock on the folder shows that the process is alive. A pid would not: containers that share a folder of temporary
-    files have different processes with the same pids.
+    A lock on the folder shows that its process is alive. A pid in its name would not: containers that share a folder of
+    temporary files have different processes with equal pids.
     """
 
     def __init__(self, prefix: str, base: Path | None = None) -> None:
@@ -99,13 +98,13 @@ def _sweep_folder(path: Path) -> bool:
 
 
 def folder() -> Path | None:
-    """Return the folder of the engine that this process owns or belongs to; None if it does not exist on this host."""
+    """Return the socket folder of the engine that this process owns or belongs to; None if this host has none."""
     named = Path(os.environ.get(ENV, ""))
     return named if named.name.startswith(PREFIX) and named.is_dir() else None
 
 
 def restore_default_elsewhere() -> None:
-    """Restore vLLM's default folder in a rank on a host without our folder, to which the environment was copied.
+    """Restore vLLM's default folder in a rank whose host lacks the folder that its (copied) environment names.
 
     Called in each vLLM process (watchdog.watch).
     """

@@ -1,11 +1,11 @@
-"""CPU starvation: whether an engine whose step makes no progress waits for a core rather than hangs.
+"""CPU starvation: whether an engine whose step makes no progress waits for a core or hangs.
 
 Problem: on a busy machine a step can take arbitrarily long, which looks like a hang. The kernel can distinguish the
 two: a hung thread sleeps, is stopped or uses CPU time; a starved thread is runnable and waits for a core. When a thread
 runs again, Linux adds its waiting time to its run delay; until then the thread is runnable and uses no CPU time.
-Invariant: time counts as lost only while a thread of the engine waited for a core, and only once. A step is excused
-while it would be within its bound without the lost time. So a hang on a busy machine is detected later, in proportion
-to the CPU share that the engine does not get, and a hang on an idle machine is detected as early as before.
+Invariant: only time in which a thread of the engine waited for a core counts as lost, and it counts once. A step is
+excused if its age without the lost time is within the bound for steps. So the detection of a hang is delayed on a busy
+machine, in proportion to the CPU share that the engine does not get, and not delayed on an idle machine.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ LOOK_AFTER_S = 0.15
 """Age of a step in seconds from which /proc is read."""
 LEAST_WINDOW_S = 0.04
 LEAST_S, STEPS = 0.5, 5
-"""Seconds, and number of longest steps, after which a gateway suspects an engine (gateway/links/liveness.py)."""
+"""Bound for a step's age as in gateway/links/liveness.py: the greater of these seconds and this multiple of p99."""
 SHARE = 0.3
 """Fraction of a step's age that must be lost before starvation explains it."""
 IDLE_SHARE = 0.2
-"""Fraction of a window. A runnable thread that ran for less than this fraction waited for the rest of the window."""
+"""Fraction of the time between two readings. A runnable thread that ran for less than that waited the rest of it."""
 
 
 class Task(NamedTuple):
@@ -43,7 +43,7 @@ Tasks = Mapping[tuple[int, int], Task]
 
 
 def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:
-    """Return the longest time, in seconds, for which a single thread waited for a core in a window."""
+    """Return the longest time, in seconds, that one thread waited for a core between two readings `window_s` apart."""
     most = 0.0
     for key, now in after.items():
         then = before.get(key)
@@ -59,9 +59,9 @@ def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:
 
 
 def read_tasks(pids: Iterable[int]) -> Tasks:
-    """Return the threads of these processes; none if /proc cannot be read.
+    """Return the threads of these processes; an empty mapping if /proc cannot be read.
 
-    The state of this process's own threads is not used, since they run in order to read /proc.
+    This process's own threads never count as runnable, since this function itself makes one of them run.
     """
     own = os.getpid()
     return {
@@ -106,7 +106,7 @@ class Starvation:
         self._lock = threading.Lock()
 
     def explains(self, age_s: float, p99_s: float, now: float) -> bool:
-        """Return whether CPU starvation of the engine explains the age of the current step."""
+        """Return whether CPU starvation explains the current step's age `age_s`. `p99_s`: p99 of step durations."""
         if age_s < LOOK_AFTER_S:
             self._step = None
             return False

@@ -1,16 +1,16 @@
 """Watchdog: each process of an engine ends itself soon after the engine's owner process is gone.
 
-vLLM's engine core outlives a killed parent (and spins), and its ranks keep their memory. A process cannot be made to
-watch from outside. So the owner sets a mark in the environment, which its children inherit, and a vLLM plugin (entry
-point group vllm.general_plugins, loaded in every vLLM process) starts a thread that watches the owner. The mark names
-the owner by pid, start time, boot and pid namespace, since a pid alone is reused and is meaningless on the other nodes
-to which Ray copies the environment. On those nodes the thread is not started; the ranks there end as Ray actors whose
-owner has died.
+Problem: when its parent is killed, vLLM's engine core keeps running (and spins), and its ranks keep their memory. So
+the owner (the replica's process) puts a mark into the environment, which its children inherit. A vLLM plugin (entry
+point group vllm.general_plugins), loaded in every vLLM process, starts a thread that watches the marked process. The
+mark consists of pid, start time, boot id and pid namespace: a pid alone may be reused, and Ray copies the environment
+to other nodes, where the pid has no meaning. On those nodes the thread is not started; Ray ends the ranks there, since
+they are actors whose owner has died.
 
 A killed process leaves its shared memory behind, and all processes of an engine may be killed at the same moment. So
 the names of the shared memory are unlinked as soon as the engine is up: all processes have mapped the memory by then,
-and the kernel frees it with the last of these processes. While an engine starts the names still exist: core and ranks
-unlink them as they end, and so does the reaper (reaper.py), which ends all of these processes.
+and the kernel frees the memory when the last of them ends. While an engine starts, the names still exist. Core and
+ranks unlink them when they end, and so does the reaper (reaper.py) when it ends these processes.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def _with_descendants(roots: Iterable[int]) -> set[int]:
 def sharers(names: set[str]) -> dict[int, set[str]]:
     """Return the processes on this host that have mapped any of these names, each with all names that it has mapped.
 
-    Ranks placed by Ray are not descendants of this process, and are killed before they can unlink their own names.
+    These include ranks placed by Ray, which are not descendants of this process and may be killed before they can
+    unlink their names.
     """
     pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()] if names else []
     return {pid: mapped for pid in pids if (mapped := mapped_shared_memory(pid)) & names}
@@ -131,11 +132,10 @@ def own_processes(others: Set[int]) -> set[int]:
 
 
 def forget_names(others: Set[int]) -> None:
-    """Unlink the shared memory of this process's engine, also the memory of ranks that are not its descendants.
+    """Unlink the shared memory of this process's engine, including that of ranks placed by Ray.
 
-    Only for an engine that is up: vLLM's queues and communicators open shared memory when they are created, never
-    later. `others`: children that this process had before the engine; these children and their own children may still
-    need names.
+    The engine must be up: vLLM's queues and communicators open shared memory by name only when they are created.
+    `others`: children that this process had before the engine. Names that only they and their children use are kept.
     """
     mapped = sharers(set().union(*map(mapped_shared_memory, own_processes(others))))
     unlink(set().union(*mapped.values()))

@@ -33,7 +33,7 @@ class WallClock:
 
 
 class VirtualClock:
-    """A clock that jumps to each deadline, for one engine. An hour of steps takes only their computation."""
+    """A clock that jumps to each deadline, for one engine. Simulated time then costs only the computation of steps."""
 
     def __init__(self, now: float = 0.0) -> None:
         self._now = now

@@ -21,10 +21,10 @@ SCHEME = "sim://"
 class SimConfig:
     """Speed, capacity and tokens of a simulated engine. The fields' names are the parameters of the URL.
 
-    `folder` has the tokenizer and the configuration; "" for none. For `vocab` 0, `eos` -1, `token_hi` 0 and
-    `max_model_len` 0 the folder's values are used (`resolved`). Output tokens are drawn from [token_lo, token_hi). With
-    `salted` 0 the cache salt does not change the tokens, as in a real engine; with `salted` 1 it changes them, so that
-    a test detects a lost salt.
+    `folder` has the tokenizer and the configuration; "" for none. If `vocab`, `token_hi` or `max_model_len` is 0, or
+    `eos` is -1, `resolved` takes the value from the folder. Output tokens are drawn from [token_lo, token_hi). If
+    `salted` is 1, the cache salt changes the tokens, so that a test detects a lost salt. If `salted` is 0, the cache
+    salt does not change the tokens, as in a real engine.
     """
 
     folder: str = ""
@@ -72,7 +72,7 @@ class SimConfig:
 
     @property
     def weight_digest(self) -> str:
-        """Digest of the fields that determine the tokens, in place of a digest of weights. Speed is not part of it."""
+        """Digest of the fields that determine the tokens, in place of a digest of weights. Speed does not change it."""
         shapes = (
             self.folder,
             self.vocab,
@@ -89,7 +89,7 @@ class SimConfig:
     def from_source(cls, source: str, overrides: Mapping[str, object] | None = None) -> SimConfig:
         """Parse `sim:///folder?decode_ms=20&fault=die@step:5`; parameters in `overrides` take precedence.
 
-        `fault` may be repeated. Raises ValueError that names the wrong parameter.
+        `fault` may be repeated. Raises ValueError, with the name of the wrong parameter.
         """
         if not source.startswith(SCHEME):
             raise ValueError(f"source {source!r}: the source of a simulated engine begins with {SCHEME}")
@@ -189,9 +189,9 @@ def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
 
 
 def _ordinary_range(ids: dict[str, int], tokenizer: dict[str, Any]) -> tuple[int, int]:
-    """Return the longest range of ids that are words or parts of words.
+    """Return the longest range of ids, as (first, last + 1), that are words or parts of words.
 
-    Added tokens, bytes and single characters are not in the range.
+    The range has no added tokens, bytes or single characters.
     """
     added = {int(token["id"]) for token in tokenizer.get("added_tokens", ())}
     ordinary = sorted(

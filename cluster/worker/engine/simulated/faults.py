@@ -74,7 +74,7 @@ class SimFault:
 
 
 class EngineFaults:
-    """The armed faults of one engine, and the state in which the faults that fired have left the engine."""
+    """The armed faults of one engine, and the effects of the faults that have fired (dead, hung, corrupt, nan)."""
 
     def __init__(self, initial: Iterable[SimFault], wake: asyncio.Event) -> None:
         """Arm the initial faults. `wake` is set when the engine dies or recovers."""
@@ -110,14 +110,14 @@ class EngineFaults:
             raise EngineDead(self.dead)
 
     async def wait_while_hung(self) -> None:
-        """Wait until the engine recovers. Raises EngineDead."""
+        """Wait until a hang ends. Raises EngineDead if the engine dies meanwhile."""
         while self.hung:
             self._wake.clear()
             await self._wake.wait()
             self.raise_if_dead()
 
     def begin_step(self, points: Iterable[str]) -> list[SimFault]:
-        """Apply the faults of a new step; return those that make the step take longer. Raises EngineDead."""
+        """Apply the faults at the `points` of a new step; return the `slow` faults among them. Raises EngineDead."""
         self.nan = False
         firing = [fault for point in points for fault in self.visit(point)]
         self.raise_if_dead()

@@ -23,7 +23,7 @@ def chain(parent: int, token_ids: Sequence[int]) -> int:
 
 
 class KvCache:
-    """The blocks of one engine. Callers pair every acquire, allocate and commit with one release."""
+    """The blocks of one engine. Callers must `release` every block that they acquired, allocated or committed."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
@@ -117,7 +117,7 @@ class SequenceBlocks:
     def acquire_prefix(self, tokens: Sequence[int]) -> int:
         """Hold the leading cached blocks; return the number of tokens in these blocks.
 
-        The last token is always computed, because its logits are needed.
+        The last token must be computed for its logits, so a block that contains it is not held.
         """
         self._hash(tokens, len(tokens))
         cached = self._cache.match(self._hashes[: (len(tokens) - 1) // self._size])

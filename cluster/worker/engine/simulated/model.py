@@ -42,7 +42,7 @@ class SimStatistics:
     kv_used_blocks: int = 0
     kv_idle_blocks: int = 0
     most_waiting: int = 0
-    """Greatest length of the queue directly after a step was scheduled."""
+    """Greatest length of the queue so far, measured after each scheduling of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ class SimModel:
         return len(self._live) - len(self._running)
 
     def load(self, busy: str = "", age_s: float = 0.0, p99_s: float = 0.0) -> EngineLoad:
-        """Return the current load. `busy`, `age_s` and `p99_s` describe the current step, known only to SimEngine."""
+        """Return the current load. SimEngine passes `busy`, `age_s` (age of the step) and `p99_s` (of durations)."""
         return EngineLoad(
             running=len(self._running),
             waiting=self._waiting,

@@ -12,7 +12,7 @@ MAX_LOGPROBS = 20
 
 
 def check_request(request: EngineRequest, c: SimConfig) -> None:
-    """Raise EngineRefused unless an engine with the configuration `c` can run the request."""
+    """Raise EngineRefused if an engine with the configuration `c` cannot run the request."""
     s = request.sampling
     length = len(request.prompt_token_ids) + len(request.emitted_token_ids)
     if length >= c.max_model_len:
@@ -71,7 +71,7 @@ class SimSequence:
 
     @property
     def submitted_tokens(self) -> int:
-        """Number of tokens of the prompt and of earlier attempts."""
+        """Number of tokens in the request: the prompt, and the tokens that earlier attempts emitted."""
         return self.output_from + len(self.request.emitted_token_ids)
 
     def emit(self, source: TokenSource, corrupt: bool) -> TokenOutput:

@@ -50,11 +50,11 @@ def extend(state: int, token_id: int) -> int:
 
 
 def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
-    """Return a hash of everything besides the tokens that determines the content.
+    """Return a hash of everything, except the tokens so far, that determines the next tokens.
 
-    Limits (max_tokens, stops, ...) are not part of the hash. As in a real engine, the position at which the output
-    begins matters only for features that depend on the output tokens: frequency and presence penalties, a seeded
-    generator, a grammar. Without these features, prompt and emitted ids together have the effect of a prompt.
+    Limits (max_tokens, stops, ...) are not part of the hash. The position at which the output begins is part of it only
+    with features that depend on the output tokens: frequency and presence penalties, a seeded generator, a grammar. In
+    all other requests prompt and emitted ids together count as a prompt, as in a real engine.
     """
     s = request.sampling
     bias = tuple(sorted(s.logit_bias.items()))

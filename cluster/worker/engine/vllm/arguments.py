@@ -26,9 +26,9 @@ def on_cpu() -> bool:
 
 
 def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
-    """Return vLLM's AsyncEngineArgs for the entry.
+    """Return vLLM's AsyncEngineArgs for the entry. `executor`: see VllmEngine.
 
-    Raises ValueError that names `engine.<name>` for an unknown argument name.
+    Raises ValueError for invalid arguments; for an unknown argument the error names `engine.<name>`.
     """
     from vllm import AsyncEngineArgs
 
@@ -122,10 +122,10 @@ def _carry_to_ray_ranks(prefix: str) -> None:
 
 
 def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: str = "") -> str:
-    """Return the class of engines that compute alike, e.g. `float32-tp2-pp1` or `bfloat16-fp8-tp8-pp1-v2`.
+    """Return the name of a class of engines that compute alike: `float32-tp2-pp1` or `bfloat16-fp8-tp8-pp1-v2`.
 
     The parts of the name are dtype, quantization, ranks and noise scheme (resume.noise). The scheme CPU_32 is omitted,
-    since the class names of older releases did not have a noise scheme.
+    so that its engines have the names that they had in older releases, which had no noise scheme.
     """
     quantized = f"-{quantization}" if quantization else ""
     drawn = "" if noise in ("", resume.CPU_32) else f"-{noise}"
@@ -141,5 +141,5 @@ def is_batch_invariant(dtype: str) -> bool:
 
 
 def plain_defaults(values: Mapping[str, Any]) -> dict[str, object]:
-    """Return the sampling defaults that are numbers, which can be sent to the gateways."""
+    """Return those sampling defaults that are numbers; only these are sent to the gateways."""
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}

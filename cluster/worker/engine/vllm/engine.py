@@ -43,11 +43,10 @@ REMEMBERED_IDS = 65_536
 """Number of ended request ids that are still refused as duplicates. The ids of live requests are always refused."""
 
 GRAMMAR_BESIDE_S, GRAMMAR_ALONE_S = 10.0, 90.0
-"""Age of a step in seconds up to which the compilation of a grammar explains the age.
+"""Greatest age of a step, in seconds, that the compilation of a grammar explains.
 
 The first bound applies while other requests run, the second while none runs. A thread of the engine core compiles the
-grammar, which slows the steps of other requests; the request with the grammar waits for it. grammar_size.py bounds the
-size of grammars.
+grammar, which slows the steps of other requests. grammar_size.py bounds the size of grammars.
 """
 
 
@@ -65,9 +64,9 @@ class VllmEngine:
     ) -> None:
         """Create an engine; `start` loads the model.
 
-        `executor` places the ranks of a world larger than one: "ray" on the placement group of this process's Ray
-        actor, "mp" as processes on this host. If `exact_resume` is False, requests are resumed as in an engine that
-        cannot resume exactly.
+        `executor` places the ranks if there are several: "ray" on the placement group of this process's Ray actor, "mp"
+        as processes on this host. If `exact_resume` is False, emitted tokens are resumed as part of a new prompt, and
+        requests for which that would change the output are refused.
         """
         self._spec = spec
         self._folder = model_folder
@@ -297,7 +296,7 @@ class VllmEngine:
     def load(self) -> EngineLoad:
         """Return the scheduler's counts of the last step; any thread may call this.
 
-        Requests that the scheduler has not seen count as waiting.
+        Requests that the scheduler has not counted yet count as waiting.
         """
         path = self._path
         if path is None:
@@ -332,7 +331,7 @@ class VllmEngine:
             raise self._with_reason(EngineDead("the engine core is dead"))
 
     def _with_reason(self, dead: EngineDead) -> EngineDead:
-        """Return the error with the reason why the engine ended. The reason is the same for every caller."""
+        """Return an EngineDead with the reason why the engine ended. The first reason found is used for all errors."""
         self._death_reason = self._death_reason or self._end_reason(dead)
         return EngineDead(self._death_reason)
 
@@ -370,13 +369,13 @@ class VllmEngine:
 
 
 def _start_error(error: str) -> str:
-    """Return vLLM's error at start, or how vLLM's processes ended if the error gives their exit codes."""
+    """Return how vLLM's processes ended, in words, if vLLM's start error has their exit codes; otherwise the error."""
     failed = re.findall(r"'(\w+)': (-?\d+)", error.partition("Failed core proc(s):")[2])
     return " and ".join(f"{end_causes.CORE} {exit_status.describe(int(code))}" for _, code in failed) or error
 
 
 def _eos_token_ids(config: Any, path: EnginePath) -> frozenset[int]:
-    """Return the ids that end a request, unless the request ignores EOS. The ids are collected as in vLLM."""
+    """Return the EOS ids as vLLM collects them: those of the generation config and the tokenizer's own."""
     configured = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
     ids = {configured} if isinstance(configured, int) else set(configured or ())
     own = path.eos_token_id()

@@ -1,10 +1,9 @@
-"""Estimate of a compiled grammar's size, by which a grammar is refused before an engine spends minutes on it.
+"""Estimate of a compiled grammar's size, by which large grammars are refused before an engine spends minutes on them.
 
 vLLM compiles grammars on a thread of its engine core, beside the scheduler of all requests. Measured with a vocabulary
-of 49,000: each string of a JSON schema that has a length bound or a pattern costs 0.5 to 1 s of a core, whatever the
-bound; everything else in a schema is cheap. In a regular expression counted repetitions are unrolled, and nested
-repetitions multiply: `(a{1,1000}){1,1000}` is a million positions in 20 characters; 45,000 positions took 12 s and 400
-MB.
+of 49,000: in a JSON schema, each string with a length bound or a pattern costs 0.5 to 1 s of a core, whatever the
+bound, and everything else is cheap. In a regular expression counted repetitions are unrolled, and nested repetitions
+multiply: `(a{1,1000}){1,1000}` has 20 characters and a million positions. 45,000 positions took 12 s and 400 MB.
 """
 
 from __future__ import annotations
@@ -66,9 +65,9 @@ def _end_of_atom(pattern: str, at: int) -> int:
 
 
 def bounded_strings(schema: Any) -> list[str]:
-    """Return the patterns of all strings in a schema that have a length bound or a pattern.
+    """Return one entry for each string in a JSON schema that has a pattern or a length bound.
 
-    A string with only a length bound gives "".
+    The entry is the string's pattern; "" if the string has only a length bound.
     """
     if isinstance(schema, list):
         return [pattern for part in schema for pattern in bounded_strings(part)]

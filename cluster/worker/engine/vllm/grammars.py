@@ -78,7 +78,7 @@ _UNSUPPORTED = {
     **dict.fromkeys(("\\A", "\\Z", "\\z", "\\G"), "anchors other than ^ and $"),
     **dict.fromkeys(("(?P=", "\\k", *(f"\\{digit}" for digit in range(1, 10))), "back references"),
 }
-"""Syntax that no backend of vLLM compiles. Some backends would read an escape as the plain letter."""
+"""Regex syntax that no backend of vLLM compiles, with its name. Some backends would read an escape as a letter."""
 
 
 def _check_regex(kind: str, pattern: str) -> None:

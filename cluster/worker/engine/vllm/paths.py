@@ -1,4 +1,4 @@
-"""Common parts of the two ways to drive vLLM: the interface EnginePath, and records of live requests and steps."""
+"""Common parts of fast_path.py and public_path.py: the interface EnginePath, and records of live requests and steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LiveRequest:
     first: bool = True
     """True until the path has made the first output of the request."""
     waits: bool = True
-    """True until VllmEngine has seen the first output of the request. One `collect` may return several outputs."""
+    """True until VllmEngine has handled the first output. `first` becomes False earlier, within `collect`."""
 
 
 @dataclass(slots=True)
@@ -60,11 +60,10 @@ class StepStats:
 
 
 def end(client: Any, shutdown: Callable[..., None]) -> None:
-    """Shut down vLLM and wait until the core's process is gone. `client` is the client of that core.
+    """Call vLLM's `shutdown` and wait until the core's process is gone. `client`: vLLM's client of the core.
 
     On CPUs a core takes seconds to free its objects one by one, although the kernel would free them at once. So a core
-    on CPUs is killed after END_WITHIN_S instead of after vLLM's five seconds. A core on GPUs has more to release and
-    gets vLLM's time.
+    on CPUs is killed after END_WITHIN_S. A core on GPUs has more to release, and vLLM kills it after five seconds.
     """
     manager = getattr(getattr(client, "resources", None), "engine_manager", None)
     processes = list(getattr(manager, "processes", ()))
@@ -77,14 +76,14 @@ def end(client: Any, shutdown: Callable[..., None]) -> None:
 
 
 def core_exit(client: Any) -> int | None:
-    """Return the exit code of the core's process; None while it runs. `client` is the client of that core."""
+    """Return the exit code of the core's process; None while it runs. `client`: vLLM's client of the core."""
     manager = getattr(getattr(client, "resources", None), "engine_manager", None)
     codes = [process.exitcode for process in getattr(manager, "processes", ())]
     return next((code for code in codes if code is not None), None)
 
 
 class EnginePath(Protocol):
-    """A way to drive the engine core. Only `prepare` raises vLLM's own errors; a dead core raises EngineDead."""
+    """A way to drive the engine core. Methods raise EngineDead if the core is dead; `prepare` raises vLLM's errors."""
 
     stats: StepStats
 

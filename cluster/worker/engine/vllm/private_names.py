@@ -1,7 +1,7 @@
 """Checks whether the installed vLLM has the private names that this code uses.
 
-A table maps a dotted path to the names used on it: parameters of a function or method, fields of a class. Names change
-between releases; the check of the tables at start gives a clear reason instead of a failure within a request.
+A table maps the dotted path of a function or class to the names of its parameters or fields that are used. Names change
+between releases. So the tables are checked at start, which gives a clear reason instead of a failure within a request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 def resolve(path: str) -> Any:
     """Return the object at a dotted path. Raises ImportError, AttributeError.
 
-    The object is an attribute of a module, or an attribute of such an attribute.
+    The path is a module's path, followed by names of attributes (for example a class and a method).
     """
     parts = path.split(".")
     for cut in range(len(parts), 0, -1):
@@ -51,7 +51,7 @@ def digest(path: str) -> str:
 
 
 def missing(symbols: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the table's entries that this vLLM lacks, as `path` or `path: name`; empty if it lacks none."""
+    """Return the table's entries that this vLLM lacks, as `path` or `path: name`; empty if it has them all."""
     lacking = []
     for path, fields in symbols.items():
         try:

@@ -63,7 +63,7 @@ class PublicPath:
         await self._llm.get_supported_tasks()
 
     def prepare(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> Any:
-        """Validate a request as AsyncLLM will, so that `submit` raises the refusal and no later task does."""
+        """Validate a request as AsyncLLM will, so that an invalid request fails here and not in the task of `add`."""
         params.verify(
             self._llm.vllm_config.model_config,
             self._llm.vllm_config.speculative_config,

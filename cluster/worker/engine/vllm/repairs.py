@@ -2,8 +2,8 @@
 
 **Seeds on CPU (vLLM 0.32.0).** When the prompt of a request with a seed is prefilled in chunks, a token is sampled
 after each chunk and discarded; the V1 runner then undoes the draw with `generator.set_offset(offset - 4)`. CPU
-generators have no offset, so the call raises in the engine core and ends it. The repair gives requests a generator that
-saves its state before the last draw and can restore that state.
+generators have no offset, so the call raises an error that ends the engine core. The repair gives requests a generator
+that saves its state before each draw and can restore the state.
 
 **Ranks on two hosts on CPU (vLLM 0.32.0).** Ranks of a group communicate over shared memory if all ranks have the same
 name for it. The name consists only of a port, so ranks on hosts without common memory try shared memory, too, and the
@@ -48,7 +48,7 @@ from cluster.worker.engine.vllm.private_names import missing
 VERSIONS = ("0.31.0", "0.32.0", "0.33.0")
 """Releases that have these faults; see docs/support.md."""
 ACTIVE = "HEADRACE_REPAIRS"
-"""Environment variable that an engine sets for its processes. Any other vLLM in this environment is not changed."""
+"""Environment variable that an engine sets for its processes. Without it, the plugin does not change vLLM."""
 
 PLUGIN = "headrace_repairs"
 """Name of the entry point that vLLM loads as a plugin."""
@@ -119,9 +119,9 @@ def _repair_seeds() -> None:
 
 
 def shared_memory() -> str:
-    """Return an id of the shared memory that this process uses.
+    """Return an id of this process's /dev/shm, which belongs to the host or to a container.
 
-    The shared memory belongs to the host, or to the container of this process.
+    Two processes with equal ids can communicate over shared memory.
     """
     return f"{BOOT_ID.read_text().strip()}-{os.stat('/dev/shm').st_dev}"  # noqa: S108
 
@@ -190,10 +190,10 @@ def _repair_pipeline() -> None:
 
 
 def _has_node() -> bool:
-    """Return whether the replica has a Ray node with an address that is not loopback.
+    """Return whether the replica has a Ray node whose address is not loopback.
 
-    A node at a loopback address has no other nodes beside it, and Ray would replace its address by an external address
-    of the machine.
+    A node at a loopback address is the only node and needs no repair. With the repair, Ray would replace the loopback
+    address by an external address of the machine.
     """
     address = os.environ.get(NODE, "")
     return bool(address) and not ipaddress.ip_address(address).is_loopback
@@ -232,7 +232,7 @@ def seeds_are_safe() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """A named repair. `needed` returns whether this process has the fault."""
+    """A named repair. `needed()` returns whether this process has the fault; `make()` applies the repair."""
 
     name: str
     make: Callable[[], None]

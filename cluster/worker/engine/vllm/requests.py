@@ -18,9 +18,9 @@ from cluster.worker.engine.vllm.resume import extra_args
 
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
-"""Greatest number of stop ids with min_tokens, EOS ids included. One more id ends the core of vLLM's V2 runner."""
+"""Greatest number of stop ids, EOS ids included, in a request with min_tokens. More would crash vLLM's V2 runner."""
 MAX_LOGIT_BIAS = 1024
-"""Greatest number of logit_bias entries. One more entry ends the core of vLLM's V2 runner, too."""
+"""Greatest number of logit_bias entries. More would crash vLLM's V2 runner and thereby the engine core."""
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 LOGIT_BIAS_LIMIT = 100.0
 MAX_MESSAGE_CHARACTERS = 500
@@ -134,7 +134,7 @@ def _check_ids(sampling: Sampling, limits: RequestBounds) -> None:
 
 
 def _check_ends(sampling: Sampling, limits: RequestBounds) -> None:
-    """Check the number of stop ids. The runner's table also has the EOS ids, even with `ignore_eos`."""
+    """Refuse too many stop ids. The model's EOS ids count too, even with `ignore_eos`, as in vLLM's runner."""
     ends = limits.eos_token_ids.union(sampling.stop_token_ids)
     if len(ends) > MAX_STOP_TOKEN_IDS_AFTER_MIN:
         raise refused(
@@ -225,7 +225,7 @@ def _clamped(sampling: Sampling) -> dict[int, float] | None:
 
 
 def refusal(error: Exception, default_field: str = "") -> EngineRefused:
-    """Return the refusal for an error of vLLM's own validation. The parameter that the error names is the field."""
+    """Return the refusal for an error of vLLM's validation. Its field is the error's parameter, or `default_field`."""
     field = getattr(error, "parameter", None) or default_field
     message = str(error.args[0] if error.args else error)[:MAX_MESSAGE_CHARACTERS]
     return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {message}" if field else message, field)

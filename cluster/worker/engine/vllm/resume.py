@@ -86,9 +86,9 @@ def why_plain(config: Any) -> str:
 def resumes_seeds(config: Any, installed: bool) -> bool:
     """Return whether a resumed request with a seed gets the random numbers of the uninterrupted request.
 
-    `installed`: whether the emitted tokens of the request are installed as output. With a draft model the random
-    numbers differ: the windows start at other positions, and the draws depend on the proposed tokens. The V2 runner
-    does not need installed tokens. The draws of the V1 runner in 0.31 are not known.
+    `installed`: whether the emitted tokens of the request are installed as output, which only the V1 runner needs. With
+    speculative decoding the random numbers differ: the windows start at other positions, and the draws depend on the
+    proposed tokens. For the V1 runner in vLLM 0.31 the result is False, since its draws were not verified.
     """
     if config.speculative_config is not None:
         return False
@@ -154,7 +154,7 @@ def _install_in_core() -> None:
     class ContinuedStats(PrefillStats):  # type: ignore[misc]
         """Prefill statistics over prompt and emitted tokens.
 
-        The statistics are false as a condition, so that the scheduler does not fill them in: the scheduler would assert
+        `bool()` of the statistics is False, so that the scheduler does not fill them in: the scheduler would assert
         that only prompt tokens are cached.
         """
 
@@ -199,8 +199,8 @@ def _replay(manager: Any, request: Any, grammar: Any, emitted: Sequence[int]) ->
     """Let a grammar's matcher accept the emitted tokens one by one.
 
     Each token is passed with the tokens before it, since a grammar may begin only after reasoning. Raises ValueError,
-    which ends only this request. The call runs in a thread while the request waits for the grammar. So it uses a copy
-    of the request's record, and sets in the original record at the end whether reasoning is over.
+    which ends only this request, if the matcher rejects a token. This function runs in a thread while the request waits
+    for its grammar. So it works on a copy of the request's record, and copies only `reasoning_ended` back at the end.
     """
     own = request.structured_output_request
     record = copy.copy(own)

@@ -1,9 +1,9 @@
-"""A single rank on CPUs runs in the engine core's process, as a single rank on GPUs does in vLLM.
+"""Placement of a single rank on CPUs in the engine core's process, as vLLM places a single rank on GPUs.
 
 Problem: vLLM's CPU platform gives even a single rank its own process, because the kernels' threads are bound to CPUs by
 environment variables that libgomp reads when a program starts. The extra process costs some hundred megabytes, the time
-of its start, and in each step a round trip over shared memory on which the rank spins. Here the core's process starts
-with those variables instead. Where threads are bound, the core is therefore a new interpreter, not a fork
+of its start, and in each step a round trip over shared memory, for which the rank spins. So the core's process itself
+starts with those variables. If they bind threads, the core must be a new interpreter rather than a fork
 (fork_server.py).
 
 `HEADRACE_ENGINE_RANK=process` keeps vLLM's behaviour. Source: vLLM's CpuPlatform.check_and_update_config and
@@ -28,7 +28,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 
 
 def settle(config: Any) -> bool:
-    """Put the rank into the core's process if this engine allows it; return whether the rank is there.
+    """Change vLLM's config so that the rank runs in the core's process, if that is possible; return whether it does.
 
     Raises ValueError for an invalid value of HEADRACE_ENGINE_RANK.
     """
@@ -43,9 +43,9 @@ def settle(config: Any) -> bool:
 
 
 def environment(config: Any) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that sets the environment variables for binding the threads of the engine's kernels.
+    """Return a context manager that sets the environment variables by which libgomp binds the kernels' threads.
 
-    Processes that start in the context have these variables.
+    Processes that start while the context is open inherit these variables.
     """
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 

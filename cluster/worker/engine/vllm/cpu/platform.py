@@ -1,7 +1,7 @@
 """vLLM's CPU platform with Ray's logical GPUs as devices: tensor parallelism over Ray on machines without GPUs.
 
-vLLM's Ray executor refuses the CPU platform only because that platform has no Ray resource. On nodes started with
-logical GPUs (`ray start --num-gpus`) the same placement groups, executor and code run as on GPUs.
+vLLM's Ray executor refuses the CPU platform only because that platform names no Ray resource. On nodes started with
+logical GPUs (`ray start --num-gpus`), placement groups and executor then work as on GPUs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ QUALIFIED_NAME = "cluster.worker.engine.vllm.cpu.platform_class.LogicalGpuCpuPla
 
 
 def plugin() -> str | None:
-    """Entry point of group vllm.platform_plugins: return the platform's name if it is selected on a CPU build.
+    """Entry point of group vllm.platform_plugins: return the platform's name if LOGICAL_GPUS selects it on a CPU build.
 
-    Otherwise returns None, so that vLLM chooses the platform.
+    Otherwise return None, so that vLLM chooses the platform.
     """
     if os.environ.get(LOGICAL_GPUS) != "1":
         return None

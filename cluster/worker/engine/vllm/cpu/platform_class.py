@@ -1,6 +1,6 @@
-"""The platform class that platform.plugin names.
+"""The platform class whose name platform.plugin returns.
 
-The class has its own module, since importing vLLM's platform class resolves the platform.
+The class has its own module, since the import of vLLM's platform class makes vLLM choose a platform.
 """
 
 from __future__ import annotations
