@@ -153,7 +153,8 @@ class Charges:
         self._fields = Bucket(limits.header_bytes_per_s, limits.header_bytes_burst, now)
 
     def justify_frame(self) -> bool:
-        """Use up the sent bytes that justify one empty frame. Returns False if too few bytes were sent."""
+        """Allow one empty frame in exchange for bytes that the client has sent. Returns False if too few bytes were
+        sent."""
         sent = self._sent.payload_bytes
         if sent - self._used_bytes < BYTES_PER_FRAME:
             return False

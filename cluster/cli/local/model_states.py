@@ -50,7 +50,7 @@ async def report_reasons(admin: Admin, report: Callable[[str], None]) -> None:
 
 
 async def has_no_workers(admin: Admin) -> bool:
-    """Return whether no worker is linked to the gateway. If the gateway does not answer, the result is False."""
+    """Return True if the gateway answers and no worker is linked to it."""
     try:
         return not await asyncio.to_thread(admin.workers)
     except grpc.RpcError:

@@ -376,7 +376,8 @@ class HelperPool:
 
 
 async def _wait_while_running(work: asyncio.Task[Any], helper: _Helper, patience_s: float) -> bool:
-    """Wait for a job as long as the helper gets CPU time. Returns whether the job is done."""
+    """Wait for a job, at least `patience_s` seconds and as long as the helper gets CPU time. Returns whether it is
+    done."""
     used_s = helper.cpu_s()
     while True:
         done, _ = await asyncio.wait({work}, timeout=patience_s)

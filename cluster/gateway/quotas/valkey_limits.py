@@ -323,7 +323,8 @@ class ValkeyLimits:
         self._owed[tenant] = self._owed.get(tenant, 0) + tokens
 
     async def _resynchronize(self) -> None:
-        """Add the tokens and running calls that only this process has counted to the store. Raises UNREACHABLE."""
+        """Tell the store about the tokens and running calls that so far only this process has counted. Raises
+        UNREACHABLE."""
         for tenant in {*self._owed, *(held.tenant for held in self._held.values())}:
             owed = self._owed.pop(tenant, 0)
             try:

@@ -98,7 +98,8 @@ class ResumeTokens:
             self.begun.add(index)
 
     def stream(self, index: int) -> LinkStream:
-        """Return the name of a choice at workers. The name is the same at every gateway that continues the choice."""
+        """Return the name under which workers know a choice. Every gateway that continues the choice uses the same
+        name."""
         return LinkStream(f"{self.head.call_id}#{index}", self.generation, self.begun_at)
 
     def _maker(self) -> Maker:

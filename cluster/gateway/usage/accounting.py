@@ -93,7 +93,7 @@ class CallAccount:
         return True
 
     def end(self, sequence: CallSequence, outcome: Outcome, now: float) -> None:
-        """Set the counts that the gateway knows, since the sequence has ended."""
+        """Record the final counts of a sequence that has ended, as far as the gateway knows them."""
         call = sequence.call
         self.admitted = self.admitted or sequence.admitted or len(sequence.emitted) > sequence.restored
         if self.continued:

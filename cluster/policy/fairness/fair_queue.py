@@ -209,10 +209,8 @@ class FairOrder:
         """Return the share of this gateway in the next `picks` turns, as if all gateways had one queue.
 
         The gateway reports this share to workers as its backlog. The unit is 1/CLAIM_SCALE of a turn; the share is at
-        least 1 if anything waits here. `picks` should be about the number of turns between two reports. A larger number
-        would hide that a gateway's only tenant has the very next turn. The cost is O(tenants + picks), so the method is
-        meant for reports and not for every call.
-        """
+        least 1 if anything waits here. `picks` should be about the number of turns between two reports. The cost is
+        O(tenants + picks), so the method is meant for reports and not for every call."""
         if not self._where:
             return 0
         mine = float(len(self._put_back))

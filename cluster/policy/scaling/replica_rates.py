@@ -2,7 +2,7 @@
 
 Model: a step takes `fixed` seconds, plus `decode` seconds for each sequence that gets a token, plus `prefill` seconds
 for each prompt token. So over a span between two reports of an engine,
-time in steps = fixed * steps + decode * generated tokens + prefill * prompt tokens.
+time spent in steps = fixed * steps + decode * generated tokens + prefill * prompt tokens.
 
 Method: the three costs are found by least squares over the spans of all replicas together; the weight of older spans
 fades. Costs cannot be negative. So least squares is solved for each of the seven subsets of costs, with the other costs

@@ -394,7 +394,7 @@ class Scaler:
         )
 
     def _keep(self, decision: ReplicaDecision, now: float, wall_s: float) -> tuple[str, ScalingDecision] | None:
-        """Apply a decision. Returns the decision, or None if the decision changes nothing."""
+        """Apply a decision on replicas. Returns the model and its scaling decision, or None if nothing changes."""
         name, model = decision.model, self._models[decision.model]
         assert model.standing is not None, "it has been looked at"
         assert model.desired is not None, "it has been looked at"

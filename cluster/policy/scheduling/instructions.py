@@ -71,7 +71,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """End the call of a sequence, which has left its queue."""
+    """End the call of a sequence. The sequence has left its queue."""
 
     key: str
     ending: Ending

@@ -198,10 +198,10 @@ def _install_in_grammars() -> None:
 def _replay(manager: Any, request: Any, grammar: Any, emitted: Sequence[int]) -> None:
     """Let a grammar's matcher accept the emitted tokens one by one.
 
-    Each token is passed with the tokens before it, since a grammar may begin only after reasoning. Raises ValueError,
-    which ends only this request, if the matcher rejects a token. This function runs in a thread while the request waits
-    for its grammar. So it works on a copy of the request's record, and copies only `reasoning_ended` back at the end.
-    """
+    The matcher sees each token together with all tokens before it, because it must notice where the reasoning ends and
+    the grammar begins. Raises ValueError if the matcher rejects a token; this ends only this request. This function
+    runs in a thread while the request waits for its grammar. So it works on a copy of the request's record, and copies
+    only `reasoning_ended` back at the end."""
     own = request.structured_output_request
     record = copy.copy(own)
     record.grammar = grammar
