@@ -47,7 +47,7 @@ triton: setup ## Triton for tests of vLLM's V2 model runner, in .triton beside t
 
 contract-v2: triton ## the engine contract on vLLM's V2 model runner, interpreted, and on both with asynchronous scheduling: half an hour
 	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted tests/worker/engine/v2_contract.py tests/worker/engine/async_contract.py \
-		tests/worker/engine/vllm/test_resume.py tests/worker/engine/vllm/test_killers.py $(ARGS)
+		tests/worker/engine/vllm/test_resume.py tests/worker/engine/vllm/test_killers.py --timeout 1800 $(ARGS)
 	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted --v1 tests/worker/engine/async_contract.py \
 		tests/worker/engine/vllm/test_contract.py tests/worker/engine/vllm/test_resume.py $(ARGS)
 
