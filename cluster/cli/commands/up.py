@@ -261,7 +261,7 @@ async def _first_answer(cluster: LocalCluster, step: StepLine) -> None:
 
 def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, background: bool) -> None:
     where = {name: address.replace("127.0.0.1", "localhost") for name, address in cluster.endpoints.items()}
-    command = _command_to_type("cluster")
+    command = _command_to_type("headrace")
     say("")
     say(f"ready   gRPC {where['grpc']}   OpenAI http://{where['http']}/v1")
     say(f"        admin {where['admin']}   metrics http://{where['metrics']}/metrics")
@@ -309,7 +309,7 @@ async def _stop(cluster: LocalCluster) -> None:
     remains = (
         "no process left"
         if leftovers == 0
-        else f"{leftovers} processes are left: end them by `{_command_to_type('cluster')} down`"
+        else f"{leftovers} processes are left: end them by `{_command_to_type('headrace')} down`"
     )
     step.done(
         f"gateway · controller · ray … stopped in {duration(step.elapsed_s)}, {remains}, logs in {cluster.run.path}"
