@@ -175,12 +175,6 @@ class WorkerLink:
         self.box.submit(message)
         return slot
 
-    def tokens_to_recompute(self, tokens: int) -> int:
-        """Return how many of a sequence's `tokens` the engine must compute a second time before the next token. The
-        engine reuses full KV blocks, except for the block with the last token."""
-        size = max(self.info.block_size, 1)
-        return tokens - max(tokens - 1, 0) // size * size
-
     @property
     def takes_new_requests(self) -> bool:
         """Whether the worker takes new requests."""

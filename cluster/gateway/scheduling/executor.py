@@ -65,8 +65,11 @@ class Executor:
     def _send(self, instruction: Send) -> None:
         entry = instruction.entry
         sequence = self._queues.left(entry.call_id)
+        if sequence is None:
+            return
         link = self._workers.link(entry.model, instruction.worker_id)
-        if sequence is None or link is None:
+        if link is None:  # a fault of the policy; the sequence has left its queue and must not be lost silently
+            sequence.call.fail_unexpectedly(LookupError(f"worker {instruction.worker_id} is not linked"))
             return
         now = self._clock()
         if submit(sequence, link, entry, self._accounting(), now, instruction.uncached_tokens):
