@@ -54,11 +54,64 @@ class Sampling:
     logprobs: int | None = None
     ignore_eos: bool = False
     grammar: Grammar | None = None
+    max_reasoning_tokens: int | None = None
+    """Budget for reasoning tokens, after which the engine ends the reasoning; None for no budget."""
 
     @property
     def is_seeded(self) -> bool:
         """Whether tokens are sampled with the caller's seed. Greedy decoding ignores the seed."""
         return self.seed is not None and self.temperature > 0
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParsing:
+    """A request to parse the output of a chat at the worker into reasoning, content and tool calls."""
+
+    request: str
+    """JSON object with the fields on which parsers depend, by OpenAI's names: `tools`, `tool_choice`,
+    `parallel_tool_calls`, `chat_template_kwargs`, `reasoning_effort`, and as an extension `tool_calls_before`, the
+    number of tool calls in the chat's history."""
+    stop: tuple[str, ...] = ()
+    """Stop strings. The worker searches the output for them, since a parsed output has no plain text."""
+    is_whole: bool = False
+    """Whether the caller gets the answer as a whole. The output is then parsed once, when it has ended."""
+    needs_tools: bool = False
+    """Whether the request must be refused if the worker has no parser for tool calls."""
+
+
+class PartKind(enum.IntEnum):
+    """Kind of a part of a parsed output. The numbers are those of link.v1 OutputPart.Kind."""
+
+    CONTENT = 1
+    REASONING = 2
+    TOOL_NAME = 3
+    """A tool call begins; the text is the name of the function."""
+    TOOL_ARGUMENTS = 4
+    """A fragment of the arguments of a tool call, as JSON text."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPart:
+    """A part of a parsed output. `call`: index of the tool call in the output, from 0; 0 for other kinds."""
+
+    kind: PartKind
+    text: str
+    call: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedOutput:
+    """What a worker's parser made of the tokens of one TokenOutput.
+
+    The parts of all outputs of a request, joined, depend only on the request's tokens, not on how the tokens were
+    distributed over steps. The first parsed output of a resumed request also repeats the parts of the emitted tokens.
+    """
+
+    parts: Sequence[OutputPart] = ()
+    stop_string: str = ""
+    """The stop string that has ended the output; "" if none has. The output then has only the tokens that count."""
+    reasoning_tokens: int = 0
+    """Number of reasoning tokens so far, set when the output has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +129,7 @@ class EngineRequest:
     priority: int = 0
     adapter: str = ""
     traceparent: str = ""
+    parsing: OutputParsing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +161,8 @@ class TokenOutput:
     logprobs: Sequence[PositionLogprobs] | None = None
     message: str = ""
     """Cause of an error for the logs; set with `finish` ERROR."""
+    parsed: ParsedOutput | None = None
+    """Parts of the output, if the worker parses it."""
 
 
 RESUME_EXACT = "resume:exact"
@@ -120,6 +176,9 @@ continue unchanged, but tokens may differ where two tokens are almost equally li
 RESUME_PLAIN = "resume:plain"
 """Capability: emitted tokens are appended to the prompt. Calls with a frequency or presence penalty, a seed or a
 grammar are refused."""
+
+TOOL_PARSER, REASONING_PARSER = "tools:", "reasoning:"
+"""Prefixes of the capabilities that name a worker's parsers of tool calls and of reasoning, e.g. `tools:hermes`."""
 
 RESUME_CAPABILITIES = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
 """Resume capabilities from the weakest to the strongest. Each engine has one of these capabilities."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from array import array
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from cluster.api.types import (
     CatalogEntry,
@@ -16,6 +16,10 @@ from cluster.api.types import (
     FinishReason,
     Grammar,
     ModelState,
+    OutputParsing,
+    OutputPart,
+    ParsedOutput,
+    PartKind,
     PositionLogprobs,
     Sampling,
     TokenOutput,
@@ -29,6 +33,7 @@ PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
 MAX_TEXT = 4096
 """Maximum number of characters of an engine's or worker's error text in a message."""
+_PART_KINDS = frozenset(map(int, PartKind))
 MAX_VARINT_BYTES = 10
 """Maximum size of a varint in a message, in bytes."""
 
@@ -67,6 +72,7 @@ def sampling_to_pb(s: Sampling) -> pb.Sampling:
         logit_bias=s.logit_bias,
         logprobs=s.logprobs,
         ignore_eos=s.ignore_eos,
+        max_reasoning_tokens=s.max_reasoning_tokens,
     )
     if s.grammar is not None:
         _grammar_to_pb(s.grammar, out.grammar)
@@ -100,6 +106,7 @@ def sampling_from_pb(m: pb.Sampling) -> Sampling:
         logprobs=m.logprobs if m.HasField("logprobs") else None,
         ignore_eos=m.ignore_eos,
         grammar=_grammar_from_pb(m.grammar) if m.HasField("grammar") else None,
+        max_reasoning_tokens=m.max_reasoning_tokens if m.HasField("max_reasoning_tokens") else None,
     )
 
 
@@ -126,7 +133,18 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
         priority=request.priority,
         adapter=request.adapter,
         traceparent=request.traceparent,
+        parsing=None if request.parsing is None else _parsing_to_pb(request.parsing),
     )
+
+
+def _parsing_to_pb(parsing: OutputParsing) -> pb.OutputParsing:
+    return pb.OutputParsing(
+        request=parsing.request, stop=parsing.stop, is_whole=parsing.is_whole, needs_tools=parsing.needs_tools
+    )
+
+
+def _parsing_from_pb(m: pb.OutputParsing) -> OutputParsing:
+    return OutputParsing(m.request, tuple(m.stop), m.is_whole, m.needs_tools)
 
 
 def max_submit_bytes(request: EngineRequest) -> int:
@@ -167,6 +185,7 @@ def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRe
         priority=m.priority,
         adapter=m.adapter,
         traceparent=m.traceparent,
+        parsing=_parsing_from_pb(m.parsing) if m.HasField("parsing") else None,
     )
 
 
@@ -187,6 +206,7 @@ class StepColumns:
         self._firsts: list[pb.First] = []
         self._finishes: list[pb.Finish] = []
         self._logprobs: list[pb.SlotLogprobs] = []
+        self._parts: list[pb.SlotParts] = []
 
     def add(self, slot: int, output: TokenOutput) -> None:
         """Append the output of one request in one step."""
@@ -217,6 +237,8 @@ class StepColumns:
             )
         if output.logprobs:
             self._logprobs.extend(_logprobs_to_pb(slot, output.logprobs))
+        if output.parsed is not None:
+            self._parts.append(_parsed_to_pb(slot, output.parsed))
 
     def to_pb(self) -> pb.StepOutputs:
         """Build the message."""
@@ -227,7 +249,32 @@ class StepColumns:
             firsts=self._firsts,
             finishes=self._finishes,
             logprobs=self._logprobs,
+            parts=self._parts,
         )
+
+
+def _parsed_to_pb(slot: int, parsed: ParsedOutput) -> pb.SlotParts:
+    parts = [
+        pb.OutputPart(kind=pb.OutputPart.Kind.ValueType(int(part.kind)), text=part.text, call=part.call)
+        for part in parsed.parts
+    ]
+    return pb.SlotParts(
+        slot=slot, parts=parts, stop_string=parsed.stop_string, reasoning_tokens=parsed.reasoning_tokens
+    )
+
+
+def _parsed_from_pb(messages: Iterable[pb.SlotParts]) -> dict[int, ParsedOutput]:
+    """Return the parsed output of each slot, merged over the slot's messages."""
+    out: dict[int, ParsedOutput] = {}
+    for m in messages:
+        before = out.get(m.slot, ParsedOutput())
+        parts = [OutputPart(PartKind(p.kind), p.text, p.call) for p in m.parts if int(p.kind) in _PART_KINDS]
+        out[m.slot] = ParsedOutput(
+            (*before.parts, *parts),
+            m.stop_string or before.stop_string,
+            max(m.reasoning_tokens, before.reasoning_tokens),
+        )
+    return out
 
 
 def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterator[pb.SlotLogprobs]:
@@ -246,20 +293,22 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Return the slots that have a First, a Finish or log probabilities besides their token. None if the message has
-    `counts`: then any slot may have no token or several."""
+    """Return the slots that have a First, a Finish, log probabilities or parts besides their token. None if the message
+    has `counts`: then any slot may have no token or several."""
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}
     more.update(finish.slot for finish in step.finishes)
     more.update(block.slot for block in step.logprobs)
+    more.update(parsed.slot for parsed in step.parts)
     return more
 
 
 def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) -> Iterator[tuple[int, TokenOutput]]:
     """Yield (slot, output) once for each slot, or for each slot in `only`, in the order of the slots' last entries.
 
-    A slot's entries are merged into one output, with the slot's First, Finish and log probabilities."""
+    A slot's entries are merged into one output, with the slot's First, Finish, log probabilities and
+    parts."""
     slots = list(step.slots)
     ids = list(step.token_ids)
     counts = list(step.counts) or [1] * len(slots)
@@ -268,6 +317,7 @@ def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) ->
     logprobs: dict[int, list[PositionLogprobs]] = {}
     for block in step.logprobs:
         logprobs.setdefault(block.slot, []).extend(_positions(block))
+    parsed = _parsed_from_pb(step.parts)
     last = {slot: i for i, slot in enumerate(slots)}
     at = 0
     partial: dict[int, list[int]] = {}
@@ -288,6 +338,7 @@ def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) ->
             output.stop_token_id = finish.stop_token_id if finish.HasField("stop_token_id") else None
             output.message = finish.message
         output.logprobs = logprobs.get(slot)
+        output.parsed = parsed.get(slot)
         yield slot, output
 
 

@@ -13,6 +13,10 @@ from cluster.api.types import (
     EngineRequest,
     FinishReason,
     Grammar,
+    OutputParsing,
+    OutputPart,
+    ParsedOutput,
+    PartKind,
     PositionLogprobs,
     Sampling,
     TokenOutput,
@@ -47,6 +51,7 @@ samplings = st.builds(
     logprobs=st.none() | st.integers(0, 20),
     ignore_eos=st.booleans(),
     grammar=grammars,
+    max_reasoning_tokens=st.none() | st.integers(0, 2**31),
 )
 requests = st.builds(
     EngineRequest,
@@ -58,6 +63,14 @@ requests = st.builds(
     priority=st.integers(0, 2**31 - 1),
     adapter=st.text(max_size=5),
     traceparent=st.text(max_size=5),
+    parsing=st.none()
+    | st.builds(
+        OutputParsing,
+        st.text(max_size=5),
+        st.lists(st.text(max_size=3), max_size=2).map(tuple),
+        st.booleans(),
+        st.booleans(),
+    ),
 )
 
 
@@ -126,6 +139,34 @@ def test_steps_keep_each_slots_order(
         assert [o.finish for s, o in got if s == slot and o.finish] == ([finishes[slot]] if slot in finishes else [])
         firsts_got = [o.prompt_tokens for s, o in got if s == slot and o.prompt_tokens is not None]
         assert firsts_got == ([slot * 10] if slot in firsts else [])
+
+
+parts = st.builds(OutputPart, st.sampled_from(PartKind), st.text(max_size=3), st.integers(0, 3))
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.lists(ids, max_size=2), st.lists(parts, max_size=3)), max_size=8))
+def test_parts_arrive_with_their_tokens(entries: list[tuple[int, list[int], list[OutputPart]]]) -> None:
+    """The parts of every slot arrive in order and with the slot's tokens, and an output without parts has none."""
+    columns = codec.StepColumns()
+    for slot, token_ids, of_step in entries:
+        columns.add(slot, TokenOutput("x", token_ids, parsed=ParsedOutput(of_step, "end", 3) if of_step else None))
+    message = pb.StepOutputs.FromString(columns.to_pb().SerializeToString())
+    more = codec.slots_with_details(message)
+    parsed_slots = {slot for slot, _, of_step in entries if of_step}
+    assert more is None or parsed_slots <= more
+    for slot, output in codec.outputs_from_pb(message):
+        expected = [part for s, _, of_step in entries if s == slot for part in of_step]
+        if slot in parsed_slots:
+            assert output.parsed == ParsedOutput(tuple(expected), "end", 3)
+        else:
+            assert output.parsed is None
+
+
+def test_parts_of_an_unknown_kind_are_skipped() -> None:
+    """A kind of part that a later release sends does not end the link."""
+    message = pb.StepOutputs(slots=[1], token_ids=[5])
+    message.parts.add(slot=1).parts.add(kind=9, text="x")
+    assert [output.parsed for _, output in codec.outputs_from_pb(message)] == [ParsedOutput(())]
 
 
 @given(st.lists(ids))

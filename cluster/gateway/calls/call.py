@@ -12,6 +12,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
 from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
+from cluster.gateway.calls.tool_call_ids import tool_call_id
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.observe.metrics import Histogram
@@ -32,6 +33,8 @@ class CallUsage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of the completion tokens, those of reasoning. Known at the end of the call."""
     queue_s: float = 0.0
     ttft_s: float = 0.0
     resumed: int = 0
@@ -98,6 +101,11 @@ class Call:
     def shown_id(self) -> str:
         """Call id that the caller knows. For a resumed call this is the id from the first gateway."""
         return self.resume_tokens.head.call_id if self.is_resumed and self.resume_tokens is not None else self.id
+
+    def tool_call_id(self, index: int, call: int) -> str:
+        """Return the id of a tool call in the answer. `index`: the choice. `call`: the tool call in the choice, from 0.
+        The id depends only on these and on the call's id, so it is the same after a resume at another gateway."""
+        return tool_call_id(self.shown_id, index, call)
 
     @property
     def tenant(self) -> str:

@@ -58,6 +58,21 @@ class RequestOptions:
     `logprobs`."""
     ignore_eos: bool = False
     grammar: Grammar | None = None
+    max_reasoning_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """Options for the parsing of a chat's output into reasoning, content and tool calls."""
+
+    parser_request: str = ""
+    """JSON object for OutputParsing.request; "" for a completion, which is not parsed."""
+    needs_tools: bool = False
+    """Whether the call may answer with tool calls, so that only a worker with a parser for tool calls may serve it."""
+    include_reasoning: bool = True
+    """Whether the answer shows the reasoning."""
+    is_whole: bool = False
+    """Whether the caller gets the answer as a whole and not as a stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +83,9 @@ class ChatPrompt:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continue_final_message: bool = False
     add_generation_prompt: bool = True
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Tools in OpenAI's format, for the template."""
+    documents: Sequence[Mapping[str, Any]] = ()
 
     @property
     def template_options(self) -> Mapping[str, Any]:
@@ -152,6 +170,7 @@ class GenerationRequest:
     resumable: str = ""
     """Digest of the whole request if the chunks of the answer must carry resume tokens, else ""."""
     resume: ResumeFrom | None = None
+    output: OutputOptions = field(default_factory=OutputOptions)
 
 
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_BYTES = 16, 64, 256

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
-from cluster.api.types import CompatibilityKey, FinishReason, TokenOutput
+from cluster.api.types import CompatibilityKey, FinishReason, OutputPart, TokenOutput
 from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
@@ -43,6 +43,10 @@ class Piece:
     finish_reason: str = ""
     logprobs: Sequence[TokenLogprob] = ()
     first: bool = False
+    parts: Sequence[OutputPart] = ()
+    """The parts since the last piece, in order, if the worker parses the output. `text` is then the joined content."""
+    stop_string: str = ""
+    """The stop string that has ended the sequence, set with `finish_reason`; "" if none has."""
 
 
 class CallEvents(Protocol):

@@ -296,6 +296,7 @@ class StepOutputs(_message.Message):
     FIRSTS_FIELD_NUMBER: _builtins.int
     FINISHES_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -308,6 +309,10 @@ class StepOutputs(_message.Message):
     def finishes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finish]: ...
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotLogprobs]: ...
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotParts]:
+        """Of requests with Submit.parsing, if the worker has a parser."""
+
     def __init__(
         self,
         *,
@@ -317,14 +322,99 @@ class StepOutputs(_message.Message):
         firsts: _abc.Iterable[Global___First] | None = ...,
         finishes: _abc.Iterable[Global___Finish] | None = ...,
         logprobs: _abc.Iterable[Global___SlotLogprobs] | None = ...,
+        parts: _abc.Iterable[Global___SlotParts] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finishes", b"finishes", "firsts", b"firsts", "logprobs", b"logprobs", "slots", b"slots", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finishes", b"finishes", "firsts", b"firsts", "logprobs", b"logprobs", "parts", b"parts", "slots", b"slots", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepOutputs: _TypeAlias = StepOutputs  # noqa: Y015
+
+@_typing.final
+class SlotParts(_message.Message):
+    """What the worker's parser made of a slot's tokens in this step, in order. The first one of a resumed request also
+    repeats the parts of Submit.emitted_ids.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    STOP_STRING_FIELD_NUMBER: _builtins.int
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    stop_string: _builtins.str
+    """The stop string that has ended the output. The slot then has only the tokens that count."""
+    reasoning_tokens: _builtins.int
+    """With the end of the output."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputPart]: ...
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        parts: _abc.Iterable[Global___OutputPart] | None = ...,
+        stop_string: _builtins.str = ...,
+        reasoning_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts", "reasoning_tokens", b"reasoning_tokens", "slot", b"slot", "stop_string", b"stop_string"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlotParts: _TypeAlias = SlotParts  # noqa: Y015
+
+@_typing.final
+class OutputPart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[OutputPart._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: OutputPart._Kind.ValueType  # 0
+        KIND_CONTENT: OutputPart._Kind.ValueType  # 1
+        KIND_REASONING: OutputPart._Kind.ValueType  # 2
+        KIND_TOOL_NAME: OutputPart._Kind.ValueType  # 3
+        """A tool call begins: the name of the function."""
+        KIND_TOOL_ARGUMENTS: OutputPart._Kind.ValueType  # 4
+        """A fragment of a tool call's arguments."""
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    KIND_UNSPECIFIED: OutputPart.Kind.ValueType  # 0
+    KIND_CONTENT: OutputPart.Kind.ValueType  # 1
+    KIND_REASONING: OutputPart.Kind.ValueType  # 2
+    KIND_TOOL_NAME: OutputPart.Kind.ValueType  # 3
+    """A tool call begins: the name of the function."""
+    KIND_TOOL_ARGUMENTS: OutputPart.Kind.ValueType  # 4
+    """A fragment of a tool call's arguments."""
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    CALL_FIELD_NUMBER: _builtins.int
+    kind: Global___OutputPart.Kind.ValueType
+    text: _builtins.str
+    call: _builtins.int
+    """Index of the tool call in the output."""
+    def __init__(
+        self,
+        *,
+        kind: Global___OutputPart.Kind.ValueType = ...,
+        text: _builtins.str = ...,
+        call: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "kind", b"kind", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutputPart: _TypeAlias = OutputPart  # noqa: Y015
 
 @_typing.final
 class First(_message.Message):
@@ -895,6 +985,7 @@ class Submit(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     BEGUN_AT_FIELD_NUMBER: _builtins.int
+    PARSING_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     attempt: _builtins.int
     prompt_ids: _builtins.bytes
@@ -931,6 +1022,10 @@ class Submit(_message.Message):
     """Of a call that goes on: the incarnation of the gateway whose resume token it showed."""
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
+    @_builtins.property
+    def parsing(self) -> Global___OutputParsing:
+        """Parse the output into reasoning, content and tool calls. A worker without a parser ignores it."""
+
     def __init__(
         self,
         *,
@@ -954,14 +1049,47 @@ class Submit(_message.Message):
         stream: _builtins.str = ...,
         generation: _builtins.int = ...,
         begun_at: _builtins.str = ...,
+        parsing: Global___OutputParsing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parsing", b"parsing", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "begun_at", b"begun_at", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "fresh_tokens", b"fresh_tokens", "generation", b"generation", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "stream", b"stream", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "begun_at", b"begun_at", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "fresh_tokens", b"fresh_tokens", "generation", b"generation", "parsing", b"parsing", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "stream", b"stream", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class OutputParsing(_message.Message):
+    """See cluster/api/types.py, OutputParsing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    IS_WHOLE_FIELD_NUMBER: _builtins.int
+    NEEDS_TOOLS_FIELD_NUMBER: _builtins.int
+    request: _builtins.str
+    """A JSON object."""
+    is_whole: _builtins.bool
+    needs_tools: _builtins.bool
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        request: _builtins.str = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        is_whole: _builtins.bool = ...,
+        needs_tools: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_whole", b"is_whole", "needs_tools", b"needs_tools", "request", b"request", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutputParsing: _TypeAlias = OutputParsing  # noqa: Y015
 
 @_typing.final
 class Takeover(_message.Message):
@@ -1029,6 +1157,7 @@ class Sampling(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
+    MAX_REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     min_tokens: _builtins.int
     temperature: _builtins.float
@@ -1042,6 +1171,8 @@ class Sampling(_message.Message):
     logprobs: _builtins.int
     """Absent: none. 0: of the sampled token only."""
     ignore_eos: _builtins.bool
+    max_reasoning_tokens: _builtins.int
+    """Budget for reasoning; absent: none."""
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1066,17 +1197,22 @@ class Sampling(_message.Message):
         logprobs: _builtins.int | None = ...,
         ignore_eos: _builtins.bool = ...,
         grammar: Global___Grammar | None = ...,
+        max_reasoning_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_seed", b"_seed", "grammar", b"grammar", "logprobs", b"logprobs", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_reasoning_tokens", b"_max_reasoning_tokens", "_seed", b"_seed", "grammar", b"grammar", "logprobs", b"logprobs", "max_reasoning_tokens", b"max_reasoning_tokens", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_seed", b"_seed", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_reasoning_tokens", b"_max_reasoning_tokens", "_seed", b"_seed", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_reasoning_tokens", b"max_reasoning_tokens", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__max_reasoning_tokens: _TypeAlias = _typing.Literal["max_reasoning_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_reasoning_tokens: _TypeAlias = _typing.Literal["_max_reasoning_tokens", b"_max_reasoning_tokens"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_reasoning_tokens) -> _WhichOneofReturnType__max_reasoning_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
