@@ -237,8 +237,11 @@ class StepColumns:
             )
         if output.logprobs:
             self._logprobs.extend(_logprobs_to_pb(slot, output.logprobs))
-        if output.parsed is not None:
-            self._parts.append(_parsed_to_pb(slot, output.parsed))
+        if (parsed := output.parsed) is not None:
+            # The first output of a request shows that the output is parsed, even if its token adds nothing.
+            begins = output.prompt_tokens is not None
+            if begins or parsed.parts or parsed.stop_string or parsed.reasoning_tokens:
+                self._parts.append(_parsed_to_pb(slot, parsed))
 
     def to_pb(self) -> pb.StepOutputs:
         """Build the message."""

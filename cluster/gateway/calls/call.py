@@ -224,6 +224,10 @@ class Call:
             )
         self.events.resumed(self.model, reason, self.clock() - sequence.last_token_at)
 
+    def reasoned(self, tokens: int) -> None:
+        """Count reasoning tokens of a sequence that has ended."""
+        self.usage.reasoning_tokens += tokens
+
     def silent_s(self, now: float) -> float:
         """Return the seconds since the call's last token, last keep-alive or arrival, whichever is latest."""
         return now - max(self.arrived, self._silent_since, *(sequence.last_token_at for sequence in self.sequences))
@@ -298,7 +302,7 @@ class Call:
                 raise self.error from None
             raise
         self.count()  # not earlier: a guard that refuses at the very end removes tokens
-        if self.error is not None and not any(piece.text for piece in pieces):
+        if self.error is not None and not any(piece.text or piece.parts for piece in pieces):
             raise self.error
         return pieces
 

@@ -21,6 +21,7 @@ from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
+from cluster.gateway.text.parsed_text import ParsedText
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.routing.version_split import Versions
@@ -163,5 +164,9 @@ class Opening:
         top = options.logprobs if options.logprobs_returned is None else options.logprobs_returned
         logprob_texts = None if top is None else LogprobTexts(self.text, top)
         guards = self.guards
-        detokenizer, logprobs = (plain, logprob_texts) if guards is None else guards.output(plain, logprob_texts)
-        return OutputSequence(call, index, engine_request, detokenizer, logprobs, life=life)
+        source, logprobs = (plain, logprob_texts) if guards is None else guards.output(plain, logprob_texts)
+        if engine_request.parsing is None:
+            return OutputSequence(call, index, engine_request, source, logprobs, life=life)
+        guarded_parts = None if guards is None else guards.parts()
+        parsed = ParsedText(source, guarded_parts, include_reasoning=self.request.output.include_reasoning)
+        return OutputSequence(call, index, engine_request, parsed, logprobs, parsed_text=parsed, life=life)

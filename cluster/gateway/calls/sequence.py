@@ -17,6 +17,7 @@ from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.logprobs import LogprobSource, TokenLogprob
+from cluster.gateway.text.parsed_text import ParsedText
 
 _FINISH_WORDS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.REPETITION: "stop"}
 
@@ -47,6 +48,11 @@ class Piece:
     """The parts since the last piece, in order, if the worker parses the output. `text` is then the joined content."""
     stop_string: str = ""
     """The stop string that has ended the sequence, set with `finish_reason`; "" if none has."""
+
+    @property
+    def chars(self) -> int:
+        """Number of characters in the piece, over all of its parts."""
+        return sum(len(part.text) for part in self.parts) if self.parts else len(self.text)
 
 
 class CallEvents(Protocol):
@@ -106,6 +112,9 @@ class SequenceOwner(Protocol):
     def resumed(self, sequence: OutputSequence[Any], reason: str) -> None:
         """Handle the first token after a resume on another worker."""
 
+    def reasoned(self, tokens: int) -> None:
+        """Count the reasoning tokens of the sequence, which has ended."""
+
 
 Owner = TypeVar("Owner", bound=SequenceOwner)
 
@@ -116,12 +125,15 @@ class OutputSequence(RoutedSequence[Owner]):
 
     detokenizer: TextSource
     logprob_texts: LogprobSource | None = None
+    parsed_text: ParsedText | None = None
+    """The `detokenizer`, if the worker may parse the output."""
     last_token_at: float = field(init=False, default=0.0)
     """Monotonic time of the sequence's last token."""
     direct: Callable[[str], None] | None = field(init=False, default=None)
     """Function that gets the text of each further token that brings nothing but text; None to keep the text."""
     _piece_popped: bool = field(init=False, default=False)
     _end_popped: bool = field(init=False, default=False)
+    _stop_string: str = field(init=False, default="")
     _logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -148,16 +160,17 @@ class OutputSequence(RoutedSequence[Owner]):
 
     def take_over_tokens(self, older: OutputSequence[Owner]) -> None:
         """Take over the further tokens that this gateway has received for an earlier reader of the same sequence, so
-        that these tokens are not computed again. A sequence with log probabilities takes no tokens over, because log
-        probabilities are not kept."""
+        that these tokens are not computed again. A sequence with log probabilities or with a parsed output takes no
+        tokens over, because log probabilities and parts are not kept."""
         more = older.emitted[len(self.emitted) :]
-        if self.finish_reason or older.finish_reason or self.logprob_texts is not None or not more:
+        keeps_more = self.logprob_texts is not None or self.parsed_text is not None
+        if self.finish_reason or older.finish_reason or keeps_more or not more:
             return
-        ended = self.detokenizer.push(more) is not None
+        stop = self.detokenizer.push(more)
         self.restored = len(self.emitted)
         self.life.restore(older.last_worker, older.compatibility, len(self.emitted))
-        if ended:
-            self._stopped()
+        if stop is not None:
+            self._stopped(stop)
         elif len(self.emitted) >= self.request.sampling.max_tokens:
             self.finish("length")
 
@@ -193,9 +206,9 @@ class OutputSequence(RoutedSequence[Owner]):
                 return
             self.finish(_FINISH_WORDS[output.finish])
         before = len(self.emitted)
-        stop = self.detokenizer.push(output.token_ids, output.finish is FinishReason.STOP)
+        stop = self._push(output)
         if stop is not None:
-            self._stopped()
+            self._stopped(stop)
         added = max(len(self.emitted) - before, 0)  # a guard's refusal also removes tokens of earlier steps
         if output.logprobs and self.logprob_texts is not None:
             self._logprobs += self.logprob_texts.push(output.logprobs[:added])
@@ -205,6 +218,19 @@ class OutputSequence(RoutedSequence[Owner]):
             self.last_token_at = now
         else:
             call.wake()
+
+    def _push(self, output: TokenOutput) -> str | None:
+        """Add the tokens of one engine step to the text. Returns what has ended the text, None while it goes on."""
+        ends = output.finish is FinishReason.STOP
+        parsed_text = self.parsed_text
+        if parsed_text is None:
+            return self.detokenizer.push(output.token_ids, ends)
+        stop = parsed_text.push_parsed(output.token_ids, output.parsed, ends, output.prompt_tokens is not None)
+        if output.parsed is not None and output.parsed.reasoning_tokens:
+            self.call.reasoned(output.parsed.reasoning_tokens)
+        if self.finish_reason == "stop" and parsed_text.has_tool_call:
+            self.finish_reason = "tool_calls"
+        return stop
 
     def _record_first_output(self, output: TokenOutput) -> None:
         """Record the first output that a worker sends for the sequence."""
@@ -227,8 +253,8 @@ class OutputSequence(RoutedSequence[Owner]):
             if text:
                 direct(text)
             return
-        if self.detokenizer.push((token_id,)) is not None:
-            self._stopped()
+        if (stop := self.detokenizer.push((token_id,))) is not None:
+            self._stopped(stop)
         self.call.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
@@ -257,9 +283,14 @@ class OutputSequence(RoutedSequence[Owner]):
             self.finish("length")
             self.leave_engine()
 
-    def _stopped(self) -> None:
+    def _stopped(self, stop: str) -> None:
         """Finish the sequence because of a stop string or a guard's refusal, and abort the engine's work."""
-        self.finish("content_filter" if self.detokenizer.refused else "stop")
+        if self.detokenizer.refused:
+            self.finish("content_filter")
+        else:
+            self._stop_string = stop
+            has_call = self.parsed_text is not None and self.parsed_text.has_tool_call
+            self.finish("tool_calls" if has_call else "stop")
         self.leave_engine()
 
     def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
@@ -320,10 +351,13 @@ class OutputSequence(RoutedSequence[Owner]):
                 self.finish_reason = "content_filter"
             if self.logprob_texts is not None:
                 self._logprobs += self.logprob_texts.push(())
-        if not (text or finished or self._logprobs):
+        parts = () if self.parsed_text is None else self.parsed_text.pop_parts()
+        if not (text or finished or self._logprobs or parts):
             return None
         self._end_popped = finished
-        piece = Piece(self.index, text, self.finish_reason, self._logprobs, not self._piece_popped)
+        piece = Piece(self.index, text, self.finish_reason, self._logprobs, not self._piece_popped, parts)
+        if finished:
+            piece.stop_string = self._stop_string
         self._piece_popped = True
         self._logprobs = []
         return piece
@@ -332,6 +366,8 @@ class OutputSequence(RoutedSequence[Owner]):
         """Return the text since the last piece if there is nothing else to deliver. Returns None otherwise; then
         `pop_piece` must be called."""
         if self.finish_reason or self._logprobs or not self._piece_popped:
+            return None
+        if self.parsed_text is not None and self.parsed_text.has_parts:
             return None
         return self.detokenizer.pop_text(False)
 

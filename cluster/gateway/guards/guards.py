@@ -21,6 +21,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.gateway.calls.request import ChatPrompt, IdsPrompt, PackedPrompt, Prompt
 from cluster.gateway.guards.files import PatternFiles
+from cluster.gateway.guards.parts import GuardedParts
 from cluster.gateway.guards.prompts import messages_of, texts_of, with_texts
 from cluster.gateway.guards.remote import GuardServers
 from cluster.gateway.guards.stream import GuardChain, GuardStage, PatternStage, SizeStage, filtered
@@ -223,25 +224,45 @@ class CallGuards:
     ) -> tuple[Detokenizer | GuardedText, LogprobSource | None]:
         """Wrap the detokenizer and the log probabilities of a sequence in the output guards. Raises CallError if a
         guard cannot work and its failure mode is `closed`."""
-        stages: list[GuardStage] = []
-        rules: list[GuardRule] = []
+        stages = self._stages()
+        if not stages:
+            return detokenizer, logprobs
+        text = GuardedText(detokenizer, self._chain(stages))
+        return text, None if logprobs is None else GuardedLogprobs(logprobs, text)
+
+    def parts(self) -> GuardedParts | None:
+        """Return the output guards of a sequence whose worker parses the output; None without such guards. Raises
+        CallError as `output` does."""
+        first = self._stages()
+        if not first:
+            return None
+
+        def new_chain() -> GuardChain:
+            """A size counts over all channels. Patterns begin anew with each channel."""
+            return self._chain(
+                [(rule, stage if isinstance(stage, SizeStage) else self._stage(rule)) for rule, stage in first]
+            )
+
+        return GuardedParts(new_chain)
+
+    def _stages(self) -> list[tuple[GuardRule, GuardStage]]:
+        """Return the output guards that can work."""
+        stages: list[tuple[GuardRule, GuardStage]] = []
         for rule in self._outputs:
             try:
-                stages.append(self._stage(rule))
-                rules.append(rule)
+                stages.append((rule, self._stage(rule)))
             except PatternError as error:
                 if not self._failed(rule, error):
                     raise _refusal("", f"the guard {_name(rule)} cannot work; tell the operator") from None
-        if not stages:
-            return detokenizer, logprobs
-        chain = GuardChain(
-            stages,
-            [rule.timeout_s for rule in rules],
-            lambda number, error: self._failed(rules[number], error),
+        return stages
+
+    def _chain(self, stages: Sequence[tuple[GuardRule, GuardStage]]) -> GuardChain:
+        return GuardChain(
+            [stage for _, stage in stages],
+            [rule.timeout_s for rule, _ in stages],
+            lambda number, error: self._failed(stages[number][0], error),
             self._shared.clock,
         )
-        text = GuardedText(detokenizer, chain)
-        return text, None if logprobs is None else GuardedLogprobs(logprobs, text)
 
     def _stage(self, rule: GuardRule) -> GuardStage:
         def on_decision(name: str, match: str) -> None:

@@ -136,7 +136,7 @@ class ResumeTokens:
             index = piece.index
             sequence = self._sequences[index]
             shown = sequence.shown
-            self._chars[index] += len(piece.text)
+            self._chars[index] += piece.chars
             self._finishes[index] = piece.finish_reason
             ids = sequence.emitted[self._delivered[index] : shown]
             choices.append(Choice(index, ids, self._chars[index], piece.finish_reason))

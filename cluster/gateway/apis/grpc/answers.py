@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from cluster.api.types import RESUME_CAPABILITIES, weakest_resume_capability
+from cluster.api.types import RESUME_CAPABILITIES, PartKind, weakest_resume_capability
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import Progress
 from cluster.gateway.calls.sequence import Piece
@@ -22,6 +22,7 @@ def usage_pb(usage: CallUsage) -> pb.Usage:
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
         queue_ms=int(usage.queue_s * 1000),
         ttft_ms=int(usage.ttft_s * 1000),
         resumed=usage.resumed,
@@ -43,6 +44,22 @@ def logprobs_pb(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
     ]
 
 
+def message_pb(call: Call, piece: Piece, role: str) -> pb.Message:
+    """Return a piece as a message or as the delta of a message."""
+    message = pb.Message(role=role, content=piece.text)
+    for part in piece.parts:
+        if part.kind is PartKind.REASONING:
+            message.reasoning_content += part.text
+        elif part.kind is PartKind.TOOL_NAME:
+            message.tool_calls.add(index=part.call, id=call.tool_call_id(piece.index, part.call), name=part.text)
+        elif part.kind is PartKind.TOOL_ARGUMENTS:
+            last = message.tool_calls[-1] if message.tool_calls else None
+            if last is None or last.index != part.call:
+                last = message.tool_calls.add(index=part.call)
+            last.arguments += part.text
+    return message
+
+
 def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk:
     """Return pieces as a ChatChunk. The last chunk of a call carries the usage of the call."""
     return pb.ChatChunk(
@@ -52,7 +69,7 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
         choices=[
             pb.ChoiceDelta(
                 index=piece.index,
-                delta=pb.Message(role="assistant" if piece.first else "", content=piece.text),
+                delta=message_pb(call, piece, "assistant" if piece.first else ""),
                 finish_reason=piece.finish_reason,
                 logprobs=logprobs_pb(piece.logprobs) if piece.logprobs else (),
             )
@@ -173,7 +190,7 @@ def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
         choices=[
             pb.Choice(
                 index=p.index,
-                message=pb.Message(role="assistant", content=p.text),
+                message=message_pb(call, p, "assistant"),
                 finish_reason=p.finish_reason,
                 logprobs=logprobs_pb(p.logprobs),
             )

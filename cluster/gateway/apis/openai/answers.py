@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from cluster.api.outcomes import OUTCOME_STATUS, CallError
+from cluster.api.types import PartKind
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import Progress, ProgressOf
 from cluster.gateway.calls.sequence import Piece
@@ -80,12 +81,44 @@ def usage_of(usages: Sequence[CallUsage]) -> dict[str, Any]:
     """Return OpenAI's usage object, with the token counts summed over all calls of a request."""
     prompt = sum(u.prompt_tokens for u in usages)
     completion = sum(u.completion_tokens for u in usages)
-    return {
+    usage: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in usages)},
     }
+    if reasoning := sum(u.reasoning_tokens for u in usages):
+        usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return usage
+
+
+def message_parts(call: Call, piece: Piece, *, stream: bool) -> dict[str, Any]:
+    """Return the fields of a message, or of a delta, that hold the parts of a piece. In a stream each tool call has its
+    index."""
+    fields: dict[str, Any] = {}
+    reasoning = "".join(part.text for part in piece.parts if part.kind is PartKind.REASONING)
+    if reasoning:
+        fields["reasoning_content"] = reasoning
+    if calls := _tool_calls(call, piece, stream=stream):
+        fields["tool_calls"] = calls
+    if piece.text or not (fields or piece.finish_reason):
+        fields["content"] = piece.text
+    return fields
+
+
+def _tool_calls(call: Call, piece: Piece, *, stream: bool) -> list[dict[str, Any]]:
+    calls: dict[int, dict[str, Any]] = {}
+    for part in piece.parts:
+        if part.kind not in (PartKind.TOOL_NAME, PartKind.TOOL_ARGUMENTS):
+            continue
+        shown = calls.setdefault(part.call, {"index": part.call} if stream else {})
+        if part.kind is PartKind.TOOL_NAME:
+            shown |= {"id": call.tool_call_id(piece.index, part.call), "type": "function"}
+            shown["function"] = {"name": part.text, "arguments": ""}
+        else:
+            function = shown.setdefault("function", {"arguments": ""})
+            function["arguments"] += part.text
+    return list(calls.values())
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -143,7 +176,7 @@ class SseStream(ABC):
         """Return one event for each piece. `shift`: the index in the answer of the call's first choice."""
         parts = []
         for piece in pieces:
-            if piece.finish_reason or piece.first or piece.logprobs or self.continuous_usage:
+            if piece.finish_reason or piece.first or piece.logprobs or piece.parts or self.continuous_usage:
                 parts.append(self._full(call, piece, shift).encode("ascii"))
             else:
                 parts.append(self.text(piece.index + shift, piece.text))
@@ -160,7 +193,7 @@ class SseStream(ABC):
     def _full(self, call: Call, piece: Piece, shift: int) -> str:
         choice = {
             "index": piece.index + shift,
-            **self._content(piece),
+            **self._content(call, piece),
             "logprobs": self._logprobs(piece.index + shift, piece.logprobs) if piece.logprobs else None,
             "finish_reason": piece.finish_reason or None,
         }
@@ -177,8 +210,8 @@ class SseStream(ABC):
         return f'{self._head}],"usage":{_encode(usage_of(usages))}}}\n\n'.encode("ascii") + DONE
 
     @abstractmethod
-    def _content(self, piece: Piece) -> dict[str, Any]:
-        """Return the fields of a choice that hold the text of the piece."""
+    def _content(self, call: Call, piece: Piece) -> dict[str, Any]:
+        """Return the fields of a choice that hold the text and the parts of the piece."""
 
     @abstractmethod
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -192,8 +225,10 @@ class ChatStream(SseStream):
     before_text = '"delta":{"content":'
     after_text = "}"
 
-    def _content(self, piece: Piece) -> dict[str, Any]:
+    def _content(self, call: Call, piece: Piece) -> dict[str, Any]:
         role = {"role": "assistant"} if piece.first else {}
+        if piece.parts:
+            return {"delta": {**role, **message_parts(call, piece, stream=True)}}
         return {"delta": {**role, "content": piece.text}}
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -210,7 +245,7 @@ class CompletionStream(SseStream):
         super().__init__(*args, **kwargs)
         self._offsets = TextOffsets()
 
-    def _content(self, piece: Piece) -> dict[str, Any]:
+    def _content(self, call: Call, piece: Piece) -> dict[str, Any]:
         return {"text": piece.text}
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -266,11 +301,16 @@ def error_event(error: CallError) -> bytes:
 
 
 def chat_answer(answer_id: str, model: str, created: int, calls: Sequence[Call], pieces: Sequence[Piece]) -> bytes:
-    """Return a complete chat answer as JSON. `pieces`: one piece for each choice."""
+    """Return a complete chat answer as JSON. `pieces`: one piece for each choice. A chat has one call."""
     choices = [
         {
             "index": p.index,
-            "message": {"role": "assistant", "content": p.text, "refusal": None},
+            "message": {
+                "role": "assistant",
+                "content": None,
+                "refusal": None,
+                **(message_parts(calls[0], p, stream=False) if p.parts else {"content": p.text}),
+            },
             "logprobs": chat_logprobs(p.logprobs) if p.logprobs else None,
             "finish_reason": p.finish_reason,
         }

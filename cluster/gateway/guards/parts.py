@@ -1,0 +1,51 @@
+"""Output guards for an output that the worker parses into content, reasoning and tool calls.
+
+Each channel (the content, the reasoning, the arguments of one tool call) is a text of its own: no match spans two
+channels. A channel ends when another one begins, and all of its text is decided then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from cluster.api.types import OutputPart, PartKind
+from cluster.gateway.guards.stream import GuardChain
+
+
+class GuardedParts:
+    """A filter that passes each channel of one sequence's output through a chain of guards."""
+
+    def __init__(self, new_chain: Callable[[], GuardChain]) -> None:
+        """`new_chain` returns the guards of a channel."""
+        self._new_chain = new_chain
+        self._chain: GuardChain | None = None
+        self._channel = OutputPart(PartKind.CONTENT, "")
+        self.refused = False
+
+    def feed(self, parts: Sequence[OutputPart], last: bool) -> list[OutputPart]:
+        """Add parts. Returns the parts that are decided. `last`: whether the output ends here. A refusal ends it, too,
+        and nothing after the refused text is returned."""
+        out: list[OutputPart] = []
+        for part in parts:
+            if self.refused:
+                break
+            is_name = part.kind is PartKind.TOOL_NAME
+            if is_name or (part.kind, part.call) != (self._channel.kind, self._channel.call):
+                self._filter("", True, out)
+                self._channel = part
+            self._filter(part.text, is_name, out)
+        if last:
+            self._filter("", True, out)
+        return out
+
+    def _filter(self, text: str, last: bool, out: list[OutputPart]) -> None:
+        """Filter text of the current channel. `last`: whether the channel ends here."""
+        if self.refused or not (text or self._chain):
+            return
+        self._chain = self._chain or self._new_chain()
+        decided, _ = self._chain.feed(text, (), last)
+        if decided:
+            out.append(OutputPart(self._channel.kind, decided, self._channel.call))
+        self.refused = self._chain.refused
+        if last:
+            self._chain = None

@@ -1,0 +1,185 @@
+"""The output of a sequence that its worker parses into content, reasoning and tool calls. The interface is that of the
+detokenizer, and `pop_parts` returns the parts of the text that was popped last.
+
+A worker without a parser sends no parts. Then the tokens go through the plain detokenizer, and the output is one text.
+The first output of the sequence decides this for the whole sequence.
+
+A worker that continues a sequence repeats the parts of all emitted tokens. All workers make the same parts of the same
+tokens, so the parts that were received before are skipped by their number of characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from cluster.api.types import OutputPart, ParsedOutput, PartKind
+from cluster.gateway.text.detokenizer import TextSource
+
+GUARD = "guard"
+
+
+class PartFilter(Protocol):
+    """The guards of a parsed output."""
+
+    refused: bool
+    """Whether a guard has ended the output."""
+
+    def feed(self, parts: Sequence[OutputPart], last: bool) -> list[OutputPart]:
+        """Add parts. Returns the parts that are decided. `last`: whether the output ends here, so that all parts are
+        decided."""
+
+
+class ParsedText:
+    """The text and the parts of one sequence. `inner`: the source of the text if the worker does not parse."""
+
+    __slots__ = (
+        "_filter",
+        "_include_reasoning",
+        "_inner",
+        "_last_popped",
+        "_new",
+        "_parsed",
+        "_received_chars",
+        "_restored",
+        "has_tool_call",
+        "token_ids",
+    )
+
+    def __init__(self, inner: TextSource, guards: PartFilter | None = None, *, include_reasoning: bool = True) -> None:
+        self._inner = inner
+        self._filter = guards
+        self._include_reasoning = include_reasoning
+        self._parsed: bool | None = None
+        """Whether the worker parses the output; None before the first output."""
+        self._restored: tuple[Sequence[int], int] | None = None
+        self._received_chars = 0
+        """Number of characters in the parts that were received, or that another gateway has delivered."""
+        self._new: list[OutputPart] = []
+        """Decided parts that `pop_text` has not returned yet."""
+        self._last_popped: list[OutputPart] = []
+        self.has_tool_call = False
+        """Whether the output has a tool call."""
+        self.token_ids = inner.token_ids
+
+    # ---- from the worker
+
+    def push_parsed(
+        self, token_ids: Sequence[int], parsed: ParsedOutput | None, stop_terminated: bool, begins: bool
+    ) -> str | None:
+        """Add the tokens of a step and what the worker made of them. Returns the stop string that ended the output,
+        GUARD if a guard ended the output, else None. `begins`: whether this is the first output of a worker."""
+        if self._parsed is None:
+            self._choose(parsed is not None)
+        if not self._parsed:
+            return self._inner.push(token_ids, stop_terminated)
+        self.token_ids += token_ids
+        if parsed is None:
+            return None
+        parts = _without_chars(parsed.parts, self._received_chars if begins else 0)
+        self._received_chars += sum(len(part.text) for part in parts)
+        self._add(parts, False)
+        return GUARD if self.refused else parsed.stop_string or None
+
+    def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
+        """Add the tokens of a step without parts. See TextSource."""
+        return self.push_parsed(token_ids, None, stop_terminated, False)
+
+    def _choose(self, parsed: bool) -> None:
+        self._parsed = parsed
+        if self._restored is not None and not parsed:
+            token_ids, chars = self._restored
+            del self.token_ids[:]
+            self._inner.restore(token_ids, chars)
+
+    def _add(self, parts: Sequence[OutputPart], last: bool) -> None:
+        if self._filter is not None:
+            parts = self._filter.feed(parts, last)
+        for part in parts:
+            if part.kind is PartKind.TOOL_NAME:
+                self.has_tool_call = True
+            elif part.kind is PartKind.REASONING and not self._include_reasoning:
+                continue
+            self._new.append(part)
+
+    def restore(self, token_ids: Sequence[int], chars: int) -> None:
+        """Continue after these tokens, of whose text or parts `chars` characters were delivered. Raises ValueError if
+        guards hold the output."""
+        if self._filter is not None:
+            raise ValueError("its tenant's guards hold its text")
+        self._restored = tuple(token_ids), chars
+        self._received_chars = chars
+        self.token_ids += token_ids
+
+    # ---- to the API
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether something else than content waits for `pop_text`."""
+        return any(part.kind is not PartKind.CONTENT for part in self._new)
+
+    def pop_text(self, finished: bool) -> str:
+        """Return the content since the last call of `pop_text`. `finished`: whether the output has ended."""
+        if not self._parsed:
+            self._last_popped = []
+            return self._inner.pop_text(finished)
+        if finished and not self.refused:
+            self._add((), True)
+        self._last_popped, self._new = merged(self._new), []
+        return "".join(part.text for part in self._last_popped if part.kind is PartKind.CONTENT)
+
+    def pop_parts(self) -> Sequence[OutputPart]:
+        """Return the parts to which the text that `pop_text` returned last belongs; empty if the output is not
+        parsed."""
+        parts, self._last_popped = self._last_popped, []
+        return parts
+
+    @property
+    def searches_text(self) -> bool:
+        """Whether every token must go through `push`. True for a parsed output, since a token alone has no text."""
+        return self._parsed is not False or self._inner.searches_text
+
+    @property
+    def refused(self) -> bool:
+        """Whether a guard has ended the output."""
+        return self._filter.refused if self._parsed and self._filter is not None else self._inner.refused
+
+    @property
+    def pending_chars(self) -> int:
+        """Number of characters that `pop_text` has not returned yet."""
+        return sum(len(part.text) for part in self._new) if self._parsed else self._inner.pending_chars
+
+    def pending_tokens(self) -> int:
+        """Count the tokens at the end of which nothing was returned yet. For a parsed output a token counts as returned
+        as soon as its parts are."""
+        return 0 if self._parsed or self._parsed is None else self._inner.pending_tokens()
+
+    def text_of(self, token_id: int) -> str:
+        """Add one token and return its text. Only for an output that is not parsed."""
+        return self._inner.text_of(token_id)
+
+    def push_back(self, text: str) -> None:
+        """Take back the text that `text_of` returned last."""
+        self._inner.push_back(text)
+
+
+def merged(parts: Sequence[OutputPart]) -> list[OutputPart]:
+    """Return the parts with neighbours of the same kind and tool call joined. A tool call's name stays alone."""
+    out: list[OutputPart] = []
+    for part in parts:
+        last = out[-1] if out else None
+        joins = last is not None and (last.kind, last.call) == (part.kind, part.call)
+        if last is not None and joins and part.kind is not PartKind.TOOL_NAME:
+            out[-1] = OutputPart(part.kind, last.text + part.text, part.call)
+        else:
+            out.append(part)
+    return out
+
+
+def _without_chars(parts: Sequence[OutputPart], chars: int) -> Sequence[OutputPart]:
+    """Return the parts without their first `chars` characters."""
+    for at, part in enumerate(parts):
+        if chars < len(part.text):
+            return [OutputPart(part.kind, part.text[chars:], part.call), *parts[at + 1 :]] if chars else parts[at:]
+        chars -= len(part.text)
+    return ()

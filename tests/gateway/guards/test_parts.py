@@ -1,0 +1,85 @@
+"""Guards of a parsed output: each channel is filtered as a text of its own, however it is cut into parts."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.types import OutputPart, PartKind
+from cluster.gateway.guards.parts import GuardedParts
+from cluster.gateway.guards.stream import Action, GuardChain, PatternStage, SizeStage
+from cluster.gateway.text.parsed_text import merged
+from cluster.policy.tenants.patterns import Patterns
+from tests.gateway.guards.test_stream import chain, ignore, whole
+
+SECRET = {"p": "ab{1,3}"}
+channels = st.lists(
+    st.builds(OutputPart, st.sampled_from(PartKind), st.text("abc", min_size=1, max_size=8), st.integers(0, 1)),
+    max_size=6,
+)
+
+
+def guarded(action: Action) -> GuardedParts:
+    """Return a filter with one pattern."""
+    return GuardedParts(lambda: chain([PatternStage(Patterns(SECRET), action, ignore)]))
+
+
+def cut(data: st.DataObject, parts: list[OutputPart]) -> list[list[OutputPart]]:
+    """Return the parts, cut at random, in feeds of one part each. The name of a tool call is never cut."""
+    out = []
+    for part in parts:
+        at = 0 if part.kind is PartKind.TOOL_NAME else data.draw(st.integers(0, len(part.text)))
+        pieces = [text for text in (part.text[:at], part.text[at:]) if text]
+        out += [[OutputPart(part.kind, text, part.call)] for text in pieces]
+    return out
+
+
+def texts(parts: list[OutputPart]) -> list[OutputPart]:
+    """Return the text of each channel in order, as one part each. A name is a channel of its own."""
+    out = []
+    for (kind, call), group in groupby(parts, lambda part: (part.kind, part.call)):
+        members = list(group)
+        if kind is PartKind.TOOL_NAME:
+            out += members
+        else:
+            out.append(OutputPart(kind, "".join(part.text for part in members), call))
+    return out
+
+
+@given(st.data(), channels, st.sampled_from(["redact", "refuse"]))
+def test_each_channel_is_filtered(data: st.DataObject, parts: list[OutputPart], action: Action) -> None:
+    """The output is that of filtering each channel as a whole. After a refusal nothing more is returned, and nothing
+    of the refused match."""
+    guards = guarded(action)
+    out: list[OutputPart] = []
+    for feed in cut(data, parts):
+        out += guards.feed(feed, False)
+    out += guards.feed([], True)
+    expected = []
+    refused = False
+    for channel in texts(parts):
+        kept = whole(SECRET, action, channel.text)
+        if kept:
+            expected.append(OutputPart(channel.kind, kept, channel.call))
+        if action == "refuse" and kept != channel.text:
+            refused = True
+            break
+    assert guards.refused == refused
+    assert merged(out) == merged(expected)
+
+
+@given(st.data(), channels, st.integers(1, 20))
+def test_a_size_counts_over_all_channels(data: st.DataObject, parts: list[OutputPart], most: int) -> None:
+    """An output of more characters than the limit ends at the limit, however the characters are spread over the
+    reasoning, the content and the tool calls."""
+    size = SizeStage(most, "refuse", ignore)
+    guards = GuardedParts(lambda: GuardChain([size], [1.0], lambda number, error: False, lambda: 0.0))
+    out: list[OutputPart] = []
+    for feed in cut(data, parts):
+        out += guards.feed(feed, False)
+    out += guards.feed([], True)
+    total = sum(len(part.text) for part in parts)
+    assert sum(len(part.text) for part in out) == min(total, most)
+    assert guards.refused == (total > most)

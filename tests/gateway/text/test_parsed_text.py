@@ -1,0 +1,157 @@
+"""A parsed output is the same for its caller, however it is cut into steps, by whichever workers it is computed, and at
+whichever gateway it continues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.types import OutputPart, ParsedOutput, PartKind
+from cluster.gateway.text.parsed_text import ParsedText, merged
+
+
+class PlainText:
+    """A text source in which every token is one letter."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self._text = ""
+        self.searches_text = self.refused = False
+
+    @property
+    def pending_chars(self) -> int:
+        """See TextSource."""
+        return len(self._text)
+
+    def pending_tokens(self) -> int:
+        """See TextSource."""
+        return len(self._text)
+
+    def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
+        """See TextSource."""
+        self.token_ids += token_ids
+        self._text += "x" * (len(token_ids) - stop_terminated)
+        return None
+
+    def text_of(self, token_id: int) -> str:
+        """See TextSource."""
+        self.token_ids.append(token_id)
+        return "x"
+
+    def push_back(self, text: str) -> None:
+        """See TextSource."""
+        self._text += text
+
+    def pop_text(self, finished: bool) -> str:
+        """See TextSource."""
+        text, self._text = self._text, ""
+        return text
+
+    def restore(self, token_ids: Sequence[int], chars: int) -> None:
+        """See TextSource."""
+        if chars > len(token_ids):
+            raise ValueError("too many characters")
+        self.token_ids += token_ids
+        self._text = "x" * (len(token_ids) - chars)
+
+
+parts = st.builds(OutputPart, st.sampled_from(PartKind), st.text("ab", min_size=1, max_size=4), st.integers(0, 2))
+of_tokens = st.lists(st.lists(parts, max_size=3), min_size=1, max_size=12)
+"""The parts that each token of an output adds."""
+
+
+def flat(tokens: Sequence[Sequence[OutputPart]]) -> list[OutputPart]:
+    """Return the merged parts of several tokens."""
+    return merged([part for of_token in tokens for part in of_token])
+
+
+def steps(data: st.DataObject, first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the tokens [start, stop) of each step of a worker."""
+    while first < end:
+        stop = data.draw(st.integers(first + 1, end))
+        yield first, stop
+        first = stop
+
+
+def run_worker(
+    text: ParsedText, tokens: Sequence[Sequence[OutputPart]], emitted: int, end: int, data: st.DataObject
+) -> list[OutputPart]:
+    """Compute the tokens from `emitted` to `end` as one worker does. Returns what was popped meanwhile."""
+    out: list[OutputPart] = []
+    for start, stop in steps(data, emitted, end):
+        begins = start == emitted
+        parsed = ParsedOutput(flat(tokens[0 if begins else start : stop]))
+        assert text.push_parsed(list(range(start, stop)), parsed, False, begins) is None
+        if data.draw(st.booleans()):
+            content = text.pop_text(False)
+            popped = text.pop_parts()
+            assert content == "".join(part.text for part in popped if part.kind is PartKind.CONTENT)
+            out += popped
+    return out
+
+
+@given(st.data(), of_tokens)
+def test_workers_may_change(data: st.DataObject, tokens: list[list[OutputPart]]) -> None:
+    """The joined parts are those of the tokens, however many workers computed them and however they were popped."""
+    text = ParsedText(PlainText())
+    ends = sorted([*data.draw(st.lists(st.integers(1, len(tokens)), max_size=3)), len(tokens)])
+    emitted, out = 0, []
+    for end in ends:
+        out += run_worker(text, tokens, emitted, end, data)
+        emitted = end
+    text.pop_text(True)
+    out += text.pop_parts()
+    assert merged(out) == flat(tokens)
+    assert text.token_ids == list(range(len(tokens)))
+    assert text.pending_chars == 0
+
+
+@given(st.data(), of_tokens)
+def test_gateways_may_change(data: st.DataObject, tokens: list[list[OutputPart]]) -> None:
+    """Another gateway that knows the delivered tokens and their number of characters delivers the rest."""
+    first = ParsedText(PlainText())
+    at = data.draw(st.integers(1, len(tokens)))
+    run_worker(first, tokens, 0, at, data)
+    delivered = flat(tokens[:at])  # a chunk always delivers all parts of its tokens
+    second = ParsedText(PlainText())
+    second.restore(first.token_ids, sum(len(part.text) for part in delivered))
+    out = run_worker(second, tokens, at, len(tokens), data)
+    second.pop_text(True)
+    assert merged([*delivered, *out, *second.pop_parts()]) == flat(tokens)
+    assert second.token_ids == list(range(len(tokens)))
+
+
+@given(st.integers(1, 5), st.integers(0, 5), st.booleans())
+def test_a_worker_without_a_parser_sends_plain_text(count: int, restored: int, late_parts: bool) -> None:
+    """If the first output has no parts, the output is the plain text of its tokens, also after a change of gateway.
+    Parts that arrive later are ignored."""
+    text = ParsedText(PlainText())
+    if restored:
+        text.restore(list(range(restored)), restored)
+    assert text.push_parsed(list(range(count)), None, False, True) is None
+    late = ParsedOutput([OutputPart(PartKind.REASONING, "r")]) if late_parts else None
+    assert text.push_parsed([9], late, True, False) is None
+    assert text.pop_text(True) == "x" * count
+    assert not text.pop_parts()
+    assert len(text.token_ids) == restored + count + 1
+
+
+def test_reasoning_may_be_left_out() -> None:
+    """A caller that does not want the reasoning gets the content and the tool calls."""
+    text = ParsedText(PlainText(), include_reasoning=False)
+    shown = [OutputPart(PartKind.CONTENT, "c"), OutputPart(PartKind.TOOL_NAME, "f")]
+    text.push_parsed([1], ParsedOutput([OutputPart(PartKind.REASONING, "r"), *shown]), False, True)
+    assert text.has_parts
+    assert text.has_tool_call
+    assert text.pop_text(False) == "c"
+    assert text.pop_parts() == shown
+
+
+def test_a_stop_string_ends_the_output() -> None:
+    """The stop string that the worker has found is returned, and all parts before it are delivered."""
+    text = ParsedText(PlainText())
+    parsed = ParsedOutput([OutputPart(PartKind.CONTENT, "c")], stop_string="END")
+    assert text.push_parsed([1], parsed, False, True) == "END"
+    assert text.pop_text(True) == "c"
