@@ -6,6 +6,7 @@ from cluster.client.answers import Answer, ChatAnswer, CompleteAnswer
 from cluster.client.errors import UNREACHABLE, HeadraceError
 from cluster.client.requests import ChatParams, Messages, SamplingParams
 from cluster.client.sync import Client, Stream
+from cluster.client.tools import Tool, ToolCall, run_calls
 
 __all__ = [
     "UNREACHABLE",
@@ -20,5 +21,8 @@ __all__ = [
     "Messages",
     "SamplingParams",
     "Stream",
+    "Tool",
+    "ToolCall",
     "Violation",
+    "run_calls",
 ]
