@@ -196,6 +196,9 @@ class OutputSequence(RoutedSequence[Owner]):
         """Handle the output of one engine step."""
         call = self.call
         if output.prompt_tokens is not None:
+            if output.parsed is None and self.parsed_text is not None and self.parsed_text.is_parsed:
+                self._continued_without_parser(output)
+                return
             self._record_first_output(output)
         self.direct = None
         if output.finish is not None:
@@ -293,13 +296,26 @@ class OutputSequence(RoutedSequence[Owner]):
             self.finish("tool_calls" if has_call else "stop")
         self.leave_engine()
 
+    def _continued_without_parser(self, output: TokenOutput) -> None:
+        """Handle the first output of a worker that does not parse the output, as the worker before did. Another worker
+        continues."""
+        link = self.link
+        if output.finish is None:
+            self.leave_engine()
+        self.link = None
+        if link is not None:
+            self.life.excluded |= {link.identity.incarnation}
+        self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", "no worker is left that parses tool calls as before")
+
     def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
         """Handle an output that finishes with ERROR or ABORT. If the request has a grammar, ERROR means that the
         grammar allowed no token. Otherwise the engine is at fault, and another engine may continue."""
-        if finish is FinishReason.ERROR and self.request.sampling.grammar is not None:
+        parsing = self.request.parsing
+        field = "tools" if parsing is not None and parsing.needs_tools else "response_format"
+        if finish is FinishReason.ERROR and (self.request.sampling.grammar is not None or field == "tools"):
             self.call.fail(
                 invalid(
-                    "response_format",
+                    field,
                     "no further token fits this format together with the call's other fields "
                     "(nothing fits the format, or it needs one of stop_token_ids); change one of them",
                 )

@@ -114,6 +114,11 @@ class ParsedText:
     # ---- to the API
 
     @property
+    def is_parsed(self) -> bool:
+        """Whether a worker has begun to parse the output."""
+        return bool(self._parsed)
+
+    @property
     def has_parts(self) -> bool:
         """Whether something else than content waits for `pop_text`."""
         return any(part.kind is not PartKind.CONTENT for part in self._new)
