@@ -14,13 +14,20 @@ from hypothesis import strategies as st
 from cluster.api.outcomes import Outcome
 from cluster.api.types import EngineRequest, FinishReason, ParsedOutput, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call, CallSequence
+from cluster.gateway.calls.end_metrics import EndMetrics
+from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.opening import Opening
 from cluster.gateway.calls.reasoning import divide, new_reasoning_tokens, reasoning_by_sequence, reasoning_in_part
+from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.sequence import CallEvents, OutputSequence
+from cluster.gateway.demand import DemandTally
 from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.models import ModelDirectory
 from cluster.gateway.text.parsed_text import ParsedText
 from cluster.gateway.usage.accounting import Accounting, CallAccount
 from cluster.ledger.usage.records import OpenRecord, UsageRecord
 from cluster.ledger.usage.sealed_records import Sealer
+from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.ended_requests import EndedUsage
 from tests.gateway.text.test_parsed_text import PlainText
@@ -105,7 +112,7 @@ outputs = st.tuples(st.integers(0, 20), st.integers(1, 20), st.none() | st.integ
 @given(st.lists(outputs, min_size=1, max_size=4))
 def test_reasoning_is_a_part_of_each_record(call_outputs: list[tuple[int, int, int | None]]) -> None:
     """Whatever workers report, a record has at most as many reasoning tokens as completion tokens, and the records of
-    a call have at most what was reported. `new_reasoning_tokens` counts what the records count."""
+    a call have at most what was reported. The metrics count what the records count."""
     call = parsed_call("c", [restored for restored, _, _ in call_outputs])
     for sequence, (_, tokens, reasoning) in zip(call.sequences, call_outputs, strict=True):
         send(sequence, tokens, reasoning)
@@ -153,3 +160,21 @@ async def test_records_of_a_gateway(tmp_path: Path) -> None:
         ("cancelled", 9, 0, False),
         ("ok", 9, 0, True),
     ]
+
+
+def test_reasoning_tokens_are_counted_in_metrics(tmp_path: Path) -> None:
+    """The counter of reasoning tokens grows with each call by the reasoning that this gateway delivered."""
+
+    async def fetch(digest: str) -> Any:
+        raise LookupError(digest)
+
+    metrics = Metrics("test")
+    end = EndMetrics(metrics, ModelDirectory(tmp_path, fetch), DemandTally(), lambda: 9.0)
+    for restored, reasoning in ((0, 4), (3, 5), (0, None)):
+        call = parsed_call("c", [restored])
+        send(call.sequences[0], 9, reasoning)
+        opening = Opening(cast(GenerationRequest, None), CallMeta("r", "grpc"), 1.0, "sim", call=call)
+        end.count(opening, Outcome.OK)
+    labels = {"headrace_cluster": "test", "model": "sim", "tenant": "default"}
+    assert metrics.registry.get_sample_value("headrace_reasoning_tokens_total", labels) == 4 + 2
+    assert metrics.registry.get_sample_value("headrace_generation_tokens_total", labels) == 27
