@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from cluster.ledger.errors import LedgerError
 from cluster.policy.tenants.policy import TenantPolicy
 
-COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "generated_tokens", "gpu_seconds")
+COUNTS = (
+    "requests",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "reasoning_tokens",
+    "generated_tokens",
+    "gpu_seconds",
+)
 DIMENSIONS = ("tenant", "model", "day", "month", "key_id", "version", "adapter", "outcome", "gpu")
 LABEL = re.compile(r"^label:([A-Za-z0-9_./-]{1,63})$")
 _DAY = re.compile(r"^\d{4}-\d{2}-\d{2}$")

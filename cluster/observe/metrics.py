@@ -48,6 +48,9 @@ DEFINITIONS: Mapping[str, _Definition] = {
     ),
     "cached_tokens_total": _Definition("counter", "Prompt tokens from the prefix cache.", ("model", "tenant")),
     "generation_tokens_total": _Definition("counter", "Tokens delivered to callers.", ("model", "tenant")),
+    "reasoning_tokens_total": _Definition(
+        "counter", "Reasoning tokens, a part of the tokens delivered to callers.", ("model", "tenant")
+    ),
     "tenant_service_tokens_total": _Definition(
         "counter", "Weighted tokens charged for ended calls.", ("model", "tenant")
     ),

@@ -26,7 +26,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63luster/admin/v1/usage.proto\x12\x10\x63luster.admin.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xae\x01\n\x11QueryUsageRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08group_by\x18\x02 \x03(\t\x12\x11\n\tsince_day\x18\x03 \x01(\t\x12\x11\n\tuntil_day\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0c\n\x04\x63ost\x18\x06 \x01(\x08\x12\x11\n\tpage_size\x18\x07 \x01(\x05\x12\x12\n\npage_token\x18\x08 \x01(\t\x12\r\n\x05total\x18\t \x01(\x08\"W\n\x12QueryUsageResponse\x12(\n\x04sums\x18\x01 \x03(\x0b\x32\x1a.cluster.admin.v1.UsageSum\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa6\x02\n\x08UsageSum\x12\x34\n\x05group\x18\x01 \x03(\x0b\x32%.cluster.admin.v1.UsageSum.GroupEntry\x12\x10\n\x08requests\x18\x02 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x03\x12\x15\n\rcached_tokens\x18\x04 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x06 \x01(\x03\x12\x13\n\x0bgpu_seconds\x18\x07 \x01(\x01\x12\x11\n\x04\x63ost\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08\x63urrency\x18\t \x01(\t\x1a,\n\nGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_cost\"Y\n\x12\x45xportUsageRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tsince_day\x18\x02 \x01(\t\x12\x11\n\tuntil_day\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\"E\n\x13\x45xportUsageResponse\x12.\n\x07records\x18\x01 \x03(\x0b\x32\x1d.cluster.admin.v1.UsageRecord\"\xc7\x04\n\x0bUsageRecord\x12\x11\n\trecord_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0f\n\x07segment\x18\x08 \x01(\x03\x12\x13\n\x0bopened_at_s\x18\t \x01(\x01\x12\x0f\n\x07outcome\x18\n \x01(\t\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x03\x12\x15\n\rcached_tokens\x18\x0c \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\r \x01(\x03\x12\x18\n\x10generated_tokens\x18\x0e \x01(\x03\x12\x0f\n\x07queue_s\x18\x0f \x01(\x01\x12\x13\n\x06ttft_s\x18\x10 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nduration_s\x18\x11 \x01(\x01\x12\x0b\n\x03gpu\x18\x12 \x01(\t\x12\x13\n\x0bgpu_seconds\x18\x13 \x01(\x01\x12\x19\n\x11\x64\x65livered_unknown\x18\x14 \x01(\x08\x12\x39\n\x06labels\x18\x15 \x03(\x0b\x32).cluster.admin.v1.UsageRecord.LabelsEntry\x12\x0e\n\x06worker\x18\x16 \x01(\t\x12\x0b\n\x03pod\x18\x17 \x01(\t\x12\x0c\n\x04node\x18\x18 \x01(\t\x12\x0f\n\x07gateway\x18\x19 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_ttft_s\"\x89\x01\n\x10ListAuditRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12.\n\nsince_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x11ListAuditResponse\x12,\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1c.cluster.admin.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf0\x01\n\nAuditEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x0e\n\x06object\x18\x07 \x01(\t\x12\x0f\n\x07outcome\x18\x08 \x01(\t\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x0e\n\x06source\x18\n \x01(\t\x12(\n\x07\x64\x65tails\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct2\xb4\x01\n\x05Usage\x12R\n\x05Query\x12#.cluster.admin.v1.QueryUsageRequest\x1a$.cluster.admin.v1.QueryUsageResponse\x12W\n\x06\x45xport\x12$.cluster.admin.v1.ExportUsageRequest\x1a%.cluster.admin.v1.ExportUsageResponse0\x01\x32X\n\x05\x41udit\x12O\n\x04List\x12\".cluster.admin.v1.ListAuditRequest\x1a#.cluster.admin.v1.ListAuditResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63luster/admin/v1/usage.proto\x12\x10\x63luster.admin.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xae\x01\n\x11QueryUsageRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08group_by\x18\x02 \x03(\t\x12\x11\n\tsince_day\x18\x03 \x01(\t\x12\x11\n\tuntil_day\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0c\n\x04\x63ost\x18\x06 \x01(\x08\x12\x11\n\tpage_size\x18\x07 \x01(\x05\x12\x12\n\npage_token\x18\x08 \x01(\t\x12\r\n\x05total\x18\t \x01(\x08\"W\n\x12QueryUsageResponse\x12(\n\x04sums\x18\x01 \x03(\x0b\x32\x1a.cluster.admin.v1.UsageSum\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc0\x02\n\x08UsageSum\x12\x34\n\x05group\x18\x01 \x03(\x0b\x32%.cluster.admin.v1.UsageSum.GroupEntry\x12\x10\n\x08requests\x18\x02 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x03\x12\x15\n\rcached_tokens\x18\x04 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\x03\x12\x18\n\x10reasoning_tokens\x18\n \x01(\x03\x12\x18\n\x10generated_tokens\x18\x06 \x01(\x03\x12\x13\n\x0bgpu_seconds\x18\x07 \x01(\x01\x12\x11\n\x04\x63ost\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08\x63urrency\x18\t \x01(\t\x1a,\n\nGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_cost\"Y\n\x12\x45xportUsageRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tsince_day\x18\x02 \x01(\t\x12\x11\n\tuntil_day\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\"E\n\x13\x45xportUsageResponse\x12.\n\x07records\x18\x01 \x03(\x0b\x32\x1d.cluster.admin.v1.UsageRecord\"\xe1\x04\n\x0bUsageRecord\x12\x11\n\trecord_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0f\n\x07segment\x18\x08 \x01(\x03\x12\x13\n\x0bopened_at_s\x18\t \x01(\x01\x12\x0f\n\x07outcome\x18\n \x01(\t\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x03\x12\x15\n\rcached_tokens\x18\x0c \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\r \x01(\x03\x12\x18\n\x10reasoning_tokens\x18\x1a \x01(\x03\x12\x18\n\x10generated_tokens\x18\x0e \x01(\x03\x12\x0f\n\x07queue_s\x18\x0f \x01(\x01\x12\x13\n\x06ttft_s\x18\x10 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nduration_s\x18\x11 \x01(\x01\x12\x0b\n\x03gpu\x18\x12 \x01(\t\x12\x13\n\x0bgpu_seconds\x18\x13 \x01(\x01\x12\x19\n\x11\x64\x65livered_unknown\x18\x14 \x01(\x08\x12\x39\n\x06labels\x18\x15 \x03(\x0b\x32).cluster.admin.v1.UsageRecord.LabelsEntry\x12\x0e\n\x06worker\x18\x16 \x01(\t\x12\x0b\n\x03pod\x18\x17 \x01(\t\x12\x0c\n\x04node\x18\x18 \x01(\t\x12\x0f\n\x07gateway\x18\x19 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_ttft_s\"\x89\x01\n\x10ListAuditRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12.\n\nsince_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x11ListAuditResponse\x12,\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1c.cluster.admin.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf0\x01\n\nAuditEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x0e\n\x06object\x18\x07 \x01(\t\x12\x0f\n\x07outcome\x18\x08 \x01(\t\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x0e\n\x06source\x18\n \x01(\t\x12(\n\x07\x64\x65tails\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct2\xb4\x01\n\x05Usage\x12R\n\x05Query\x12#.cluster.admin.v1.QueryUsageRequest\x1a$.cluster.admin.v1.QueryUsageResponse\x12W\n\x06\x45xport\x12$.cluster.admin.v1.ExportUsageRequest\x1a%.cluster.admin.v1.ExportUsageResponse0\x01\x32X\n\x05\x41udit\x12O\n\x04List\x12\".cluster.admin.v1.ListAuditRequest\x1a#.cluster.admin.v1.ListAuditResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,25 +42,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUERYUSAGERESPONSE']._serialized_start=290
   _globals['_QUERYUSAGERESPONSE']._serialized_end=377
   _globals['_USAGESUM']._serialized_start=380
-  _globals['_USAGESUM']._serialized_end=674
-  _globals['_USAGESUM_GROUPENTRY']._serialized_start=621
-  _globals['_USAGESUM_GROUPENTRY']._serialized_end=665
-  _globals['_EXPORTUSAGEREQUEST']._serialized_start=676
-  _globals['_EXPORTUSAGEREQUEST']._serialized_end=765
-  _globals['_EXPORTUSAGERESPONSE']._serialized_start=767
-  _globals['_EXPORTUSAGERESPONSE']._serialized_end=836
-  _globals['_USAGERECORD']._serialized_start=839
-  _globals['_USAGERECORD']._serialized_end=1422
-  _globals['_USAGERECORD_LABELSENTRY']._serialized_start=1366
-  _globals['_USAGERECORD_LABELSENTRY']._serialized_end=1411
-  _globals['_LISTAUDITREQUEST']._serialized_start=1425
-  _globals['_LISTAUDITREQUEST']._serialized_end=1562
-  _globals['_LISTAUDITRESPONSE']._serialized_start=1564
-  _globals['_LISTAUDITRESPONSE']._serialized_end=1654
-  _globals['_AUDITEVENT']._serialized_start=1657
-  _globals['_AUDITEVENT']._serialized_end=1897
-  _globals['_USAGE']._serialized_start=1900
-  _globals['_USAGE']._serialized_end=2080
-  _globals['_AUDIT']._serialized_start=2082
-  _globals['_AUDIT']._serialized_end=2170
+  _globals['_USAGESUM']._serialized_end=700
+  _globals['_USAGESUM_GROUPENTRY']._serialized_start=647
+  _globals['_USAGESUM_GROUPENTRY']._serialized_end=691
+  _globals['_EXPORTUSAGEREQUEST']._serialized_start=702
+  _globals['_EXPORTUSAGEREQUEST']._serialized_end=791
+  _globals['_EXPORTUSAGERESPONSE']._serialized_start=793
+  _globals['_EXPORTUSAGERESPONSE']._serialized_end=862
+  _globals['_USAGERECORD']._serialized_start=865
+  _globals['_USAGERECORD']._serialized_end=1474
+  _globals['_USAGERECORD_LABELSENTRY']._serialized_start=1418
+  _globals['_USAGERECORD_LABELSENTRY']._serialized_end=1463
+  _globals['_LISTAUDITREQUEST']._serialized_start=1477
+  _globals['_LISTAUDITREQUEST']._serialized_end=1614
+  _globals['_LISTAUDITRESPONSE']._serialized_start=1616
+  _globals['_LISTAUDITRESPONSE']._serialized_end=1706
+  _globals['_AUDITEVENT']._serialized_start=1709
+  _globals['_AUDITEVENT']._serialized_end=1949
+  _globals['_USAGE']._serialized_start=1952
+  _globals['_USAGE']._serialized_end=2132
+  _globals['_AUDIT']._serialized_start=2134
+  _globals['_AUDIT']._serialized_end=2222
 # @@protoc_insertion_point(module_scope)

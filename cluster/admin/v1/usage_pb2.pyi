@@ -122,6 +122,7 @@ class UsageSum(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     GPU_SECONDS_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
@@ -131,6 +132,8 @@ class UsageSum(_message.Message):
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
     completion_tokens: _builtins.int
+    reasoning_tokens: _builtins.int
+    """Part of the completion tokens, as far as known; 0 from gateways of older releases."""
     generated_tokens: _builtins.int
     gpu_seconds: _builtins.float
     cost: _builtins.float
@@ -146,6 +149,7 @@ class UsageSum(_message.Message):
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        reasoning_tokens: _builtins.int = ...,
         generated_tokens: _builtins.int = ...,
         gpu_seconds: _builtins.float = ...,
         cost: _builtins.float | None = ...,
@@ -153,7 +157,7 @@ class UsageSum(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "cost", b"cost", "currency", b"currency", "generated_tokens", b"generated_tokens", "gpu_seconds", b"gpu_seconds", "group", b"group", "prompt_tokens", b"prompt_tokens", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "cost", b"cost", "currency", b"currency", "generated_tokens", b"generated_tokens", "gpu_seconds", b"gpu_seconds", "group", b"group", "prompt_tokens", b"prompt_tokens", "reasoning_tokens", b"reasoning_tokens", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
     _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015
@@ -249,6 +253,7 @@ class UsageRecord(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     TTFT_S_FIELD_NUMBER: _builtins.int
@@ -274,6 +279,10 @@ class UsageRecord(_message.Message):
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
     completion_tokens: _builtins.int
+    reasoning_tokens: _builtins.int
+    """Part of the completion tokens; 0 where it is not known: outputs that did not end, calls of a lost gateway, older
+    records.
+    """
     generated_tokens: _builtins.int
     queue_s: _builtins.float
     ttft_s: _builtins.float
@@ -307,6 +316,7 @@ class UsageRecord(_message.Message):
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        reasoning_tokens: _builtins.int = ...,
         generated_tokens: _builtins.int = ...,
         queue_s: _builtins.float = ...,
         ttft_s: _builtins.float | None = ...,
@@ -322,7 +332,7 @@ class UsageRecord(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s", "adapter", b"adapter", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "delivered_unknown", b"delivered_unknown", "duration_s", b"duration_s", "gateway", b"gateway", "generated_tokens", b"generated_tokens", "gpu", b"gpu", "gpu_seconds", b"gpu_seconds", "key_id", b"key_id", "labels", b"labels", "model", b"model", "node", b"node", "opened_at_s", b"opened_at_s", "outcome", b"outcome", "pod", b"pod", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "record_id", b"record_id", "request_id", b"request_id", "segment", b"segment", "tenant", b"tenant", "ttft_s", b"ttft_s", "version", b"version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s", "adapter", b"adapter", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "delivered_unknown", b"delivered_unknown", "duration_s", b"duration_s", "gateway", b"gateway", "generated_tokens", b"generated_tokens", "gpu", b"gpu", "gpu_seconds", b"gpu_seconds", "key_id", b"key_id", "labels", b"labels", "model", b"model", "node", b"node", "opened_at_s", b"opened_at_s", "outcome", b"outcome", "pod", b"pod", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "reasoning_tokens", b"reasoning_tokens", "record_id", b"record_id", "request_id", b"request_id", "segment", b"segment", "tenant", b"tenant", "ttft_s", b"ttft_s", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
     _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015

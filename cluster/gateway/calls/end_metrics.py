@@ -7,6 +7,7 @@ from collections.abc import Callable
 from cluster.api.outcomes import Outcome
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.opening import Opening
+from cluster.gateway.calls.reasoning import new_reasoning_tokens
 from cluster.gateway.demand import DemandTally, within_slo
 from cluster.gateway.models import ModelDirectory
 from cluster.observe.metrics import Metrics
@@ -54,6 +55,8 @@ class EndMetrics:
             metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
         metrics.count("generation_tokens_total", model, meta.tenant, by=call.new_tokens)
+        if reasoning := new_reasoning_tokens(call):
+            metrics.count("reasoning_tokens_total", model, meta.tenant, by=reasoning)
 
     def _count_slo(self, call: Call, outcome: Outcome) -> None:
         """Count whether a call met the SLO of its model. A cancelled or invalid call does not count, unless the call

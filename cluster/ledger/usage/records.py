@@ -93,10 +93,12 @@ class OpenRecord:
 class UsageRecord:
     """The counts of an admitted call that has ended. Times are in seconds; `opened_at_s` counts from the epoch.
 
-    `completion_tokens` were delivered and are billed; `generated_tokens` came from the engine. `gpu` is the
-    accelerator's type and determines the price of `gpu_seconds`. `outcome` is the value of an Outcome. `worker`, `pod`
-    and `node` are the place where the call ended. `gateway` is the gateway that admitted the call. Records of older
-    releases have empty values for `worker`, `pod`, `node` and `gateway`.
+    `completion_tokens` were delivered and are billed; `generated_tokens` came from the engine. `reasoning_tokens` are
+    those of the completion tokens that are reasoning, as far as known: 0 in records of older releases, of outputs that
+    did not end, and with `delivered_unknown`. `gpu` is the accelerator's type and determines the price of
+    `gpu_seconds`. `outcome` is the value of an Outcome. `worker`, `pod` and `node` are the place where the call ended.
+    `gateway` is the gateway that admitted the call. Records of older releases have empty values for `worker`, `pod`,
+    `node` and `gateway`.
     """
 
     record_id: str
@@ -112,6 +114,7 @@ class UsageRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     generated_tokens: int = 0
     queue_s: float = 0.0
     ttft_s: float | None = None
@@ -127,6 +130,10 @@ class UsageRecord:
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.reasoning_tokens > self.completion_tokens:
+            raise RecordError(
+                f"reasoning_tokens: {self.reasoning_tokens} must not exceed completion_tokens, {self.completion_tokens}"
+            )
 
     @property
     def day(self) -> str:

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 from alembic import command
-from sqlalchemy import inspect, text
+from sqlalchemy import MetaData, Table, inspect, text
 
 from cluster.ledger.database import migrate
+from cluster.ledger.database.changes import dialect_insert
 from cluster.ledger.database.connect import make_engine, parse_url
 from cluster.ledger.errors import StoreUnavailable
+from cluster.ledger.rows import UsageQuery
 from cluster.ledger.store import Ledger
+from cluster.ledger.usage.records import UsageRecord
+from tests.ledger.samples import record
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +161,41 @@ def test_each_migration_does_what_its_kind_says(database_url: str) -> None:
                     column = columns[table][name]
                     assert column["nullable"] or column["default"] is not None, f"{script.revision}: {table}.{name}"
         before = {table: set(names) for table, names in columns.items()}
+    engine.dispose()
+
+
+def test_the_previous_release_goes_on_inserting_usage(database_url: str) -> None:
+    """After the migration to reasoning tokens, rows from before have 0 of them. The INSERT of the release before is
+    accepted, and no row has more reasoning tokens than completion tokens, whichever release replaces an estimate."""
+    ledger = Ledger(database_url)
+    engine = make_engine(database_url)
+    with engine.begin() as connection:
+        command.upgrade(migrate.Migrations().config(connection), "r0004")
+    previous = Table("usage", MetaData(), autoload_with=engine)
+    assert "reasoning_tokens" not in previous.c
+
+    def insert(*records: UsageRecord) -> None:
+        rows = [{**record.as_json(), "day": record.day} for record in records]
+        with engine.begin() as connection:
+            statement = dialect_insert(connection, previous)
+            values = {c.name: statement.excluded[c.name] for c in previous.c if c.name != "record_id"}
+            better = previous.c.delivered_unknown & ~statement.excluded.delivered_unknown
+            statement = statement.on_conflict_do_update(index_elements=["record_id"], set_=values, where=better)
+            connection.execute(statement, [{c.name: row[c.name] for c in previous.c} for row in rows])
+
+    insert(record("before"))
+    with engine.begin() as connection:
+        command.upgrade(migrate.Migrations().config(connection), "r0005")
+    insert(record("after"), record("exact"))
+    estimates = [record(name, delivered_unknown=True, reasoning_tokens=0) for name in ("exact", "estimate")]
+    ledger.usage.insert([record("new"), *estimates])
+    insert(record("new", completion_tokens=1, reasoning_tokens=0))
+    insert(record("estimate", completion_tokens=1, reasoning_tokens=0))
+    found = {row.record_id: (row.completion_tokens, row.reasoning_tokens) for row in ledger.usage.records(UsageQuery())}
+    assert found == {"before": (5, 0), "after": (5, 0), "exact": (5, 0), "estimate": (1, 0), "new": (5, 2)}
+    (sums,) = ledger.usage.query(UsageQuery(()))
+    assert (sums["completion_tokens"], sums["reasoning_tokens"]) == (21, 2)
+    ledger.close()
     engine.dispose()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -232,6 +234,25 @@ def test_lines_read_back() -> None:
     for bad in (b"", b"zzzzzzzz {}", b"00000000", encode(odd)[1:-1]):
         with pytest.raises(ValueError, match=r".*"):
             decode(bad)
+
+
+def line_of(values: dict[str, object]) -> bytes:
+    """Return the line of a record with these fields, as any release writes it."""
+    body = json.dumps(values).encode()
+    return b"%08x %s" % (zlib.crc32(body), body)
+
+
+def test_lines_of_other_releases_read_back(make: Callable[..., Spool], tmp_path: Path) -> None:
+    """A line of an earlier release, without reasoning tokens, has 0 of them, and a later release's field is dropped."""
+    values = record("r1").as_json()
+    earlier = {name: value for name, value in values.items() if name != "reasoning_tokens"}
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    lines = [line_of(earlier), line_of({**values, "record_id": "r2", "later": 1})]
+    (folder / "usage-000000000001.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    database = Database()
+    Replayer(make(), database.insert).replay()
+    assert list(database.rows.values()) == [record("r1", reasoning_tokens=0), record("r2", request_id="q-r1")]
 
 
 PROGRAM = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import random
 import threading
@@ -155,6 +156,34 @@ def test_sums_by_group(ledger: Ledger) -> None:
     assert ledger.usage.tokens_since("1970-01-01", ["other"]) == {"other": 15}
 
 
+reasoned = st.builds(
+    lambda completion, reasoning, model: {
+        "completion_tokens": completion,
+        "reasoning_tokens": min(reasoning, completion),
+        "model": model,
+    },
+    st.integers(0, 100),
+    st.integers(0, 100),
+    st.sampled_from(["m1", "m2", "m3"]),
+)
+
+
+numbers = itertools.count()
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(reasoned, min_size=1, max_size=12))
+def test_reasoning_is_a_part_of_the_completion(ledger: Ledger, rows: list[dict[str, Any]]) -> None:
+    """The reasoning tokens of a group are the sum over its records, and at most the group's completion tokens."""
+    tenant = f"t{next(numbers)}"
+    ledger.usage.insert([record(f"{tenant}.{at}", tenant=tenant, **values) for at, values in enumerate(rows)])
+    sums = {row["model"]: row for row in ledger.usage.query(UsageQuery(("model",), tenant=tenant))}
+    assert sums.keys() == {values["model"] for values in rows}
+    for model, row in sums.items():
+        assert row["reasoning_tokens"] == sum(v["reasoning_tokens"] for v in rows if v["model"] == model)
+        assert row["reasoning_tokens"] <= row["completion_tokens"]
+
+
 def test_money_is_gpu_seconds_times_their_rate(ledger: Ledger) -> None:
     """The cost of a group is the sum of GPU seconds times the rate of each accelerator.
 
@@ -200,6 +229,8 @@ def test_bad_queries_are_refused(bad: dict[str, Any]) -> None:
         ("prompt_tokens", 2**53),
         ("prompt_tokens", True),
         ("completion_tokens", 1.5),
+        ("reasoning_tokens", -1),
+        ("reasoning_tokens", 6),
         ("gpu_seconds", float("nan")),
         ("duration_s", float("inf")),
         ("queue_s", -0.1),
@@ -252,6 +283,7 @@ def test_csv(ledger: Ledger) -> None:
     parsed = list(csv.DictReader(io.StringIO(export.as_csv(rows), newline="")))
     assert [row["label:team"] for row in parsed] == ['\'=HYPERLINK("x")', 'x,"y"\n']
     assert [int(row["prompt_tokens"]) for row in parsed] == [10, 10]
+    assert [int(row["reasoning_tokens"]) for row in parsed] == [2, 2]
     assert export.as_csv([]) == ""
     rows = [row.as_json() for row in ledger.usage.records(UsageQuery())]
     assert '""team"": ""x,' in export.as_csv(rows)

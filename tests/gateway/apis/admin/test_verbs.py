@@ -275,11 +275,13 @@ async def test_usage_is_summed_paged_and_exported(world: World) -> None:
     ]
     assert second.next_page_token == ""
     total = usage_pb2.QueryUsageRequest(parent="tenants/spender", total=True)
-    assert [usage_sum.requests for usage_sum in (await world.ask("Usage.Query", total)).sums] == [7]
+    (in_all,) = (await world.ask("Usage.Query", total)).sums
+    assert (in_all.requests, in_all.completion_tokens, in_all.reasoning_tokens) == (7, 35, 14)
     pages = await world.ask("Usage.Export", usage_pb2.ExportUsageRequest(parent="tenants/spender", model="m0"))
     records = [record for page in pages for record in page.records]
     assert sorted(record.record_id for record in records) == ["u0", "u3", "u9"]
     assert (records[0].ttft_s, dict(records[0].labels)) == (0.5, {"team": "a"})
+    assert [record.reasoning_tokens for record in records] == [2, 2, 2]
 
 
 async def test_a_long_export_has_every_record_once(world: World) -> None:
