@@ -127,6 +127,8 @@ class OutputSequence(RoutedSequence[Owner]):
     logprob_texts: LogprobSource | None = None
     parsed_text: ParsedText | None = None
     """The `detokenizer`, if the worker may parse the output."""
+    reasoning_tokens: int = field(init=False, default=0)
+    """Number of reasoning tokens in the whole output, known when the output ends."""
     last_token_at: float = field(init=False, default=0.0)
     """Monotonic time of the sequence's last token."""
     direct: Callable[[str], None] | None = field(init=False, default=None)
@@ -230,7 +232,8 @@ class OutputSequence(RoutedSequence[Owner]):
             return self.detokenizer.push(output.token_ids, ends)
         stop = parsed_text.push_parsed(output.token_ids, output.parsed, ends, output.prompt_tokens is not None)
         if output.parsed is not None and output.parsed.reasoning_tokens:
-            self.call.reasoned(output.parsed.reasoning_tokens)
+            self.reasoning_tokens = output.parsed.reasoning_tokens
+            self.call.reasoned(self.reasoning_tokens)
         if self.finish_reason == "stop" and parsed_text.has_tool_call:
             self.finish_reason = "tool_calls"
         return stop

@@ -40,6 +40,7 @@ class ParsedText:
         "_last_popped",
         "_new",
         "_parsed",
+        "_popped_tokens",
         "_received_chars",
         "_restored",
         "has_tool_call",
@@ -58,6 +59,8 @@ class ParsedText:
         self._new: list[OutputPart] = []
         """Decided parts that `pop_text` has not returned yet."""
         self._last_popped: list[OutputPart] = []
+        self._popped_tokens = 0
+        """Number of tokens of which `pop_text` has returned all parts, or another gateway has delivered them."""
         self.has_tool_call = False
         """Whether the output has a tool call."""
         self.token_ids = inner.token_ids
@@ -110,6 +113,7 @@ class ParsedText:
         self._restored = tuple(token_ids), chars
         self._received_chars = chars
         self.token_ids += token_ids
+        self._popped_tokens = len(self.token_ids)
 
     # ---- to the API
 
@@ -131,6 +135,7 @@ class ParsedText:
         if finished and not self.refused:
             self._add((), True)
         self._last_popped, self._new = merged(self._new), []
+        self._popped_tokens = len(self.token_ids)
         return "".join(part.text for part in self._last_popped if part.kind is PartKind.CONTENT)
 
     def pop_parts(self) -> Sequence[OutputPart]:
@@ -155,9 +160,10 @@ class ParsedText:
         return sum(len(part.text) for part in self._new) if self._parsed else self._inner.pending_chars
 
     def pending_tokens(self) -> int:
-        """Count the tokens at the end of which nothing was returned yet. For a parsed output a token counts as returned
-        as soon as its parts are."""
-        return 0 if self._parsed or self._parsed is None else self._inner.pending_tokens()
+        """Count the tokens at the end that no `pop_text` has seen."""
+        if self._parsed is False:
+            return self._inner.pending_tokens()
+        return len(self.token_ids) - self._popped_tokens
 
     def text_of(self, token_id: int) -> str:
         """Add one token and return its text. Only for an output that is not parsed."""

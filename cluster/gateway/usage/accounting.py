@@ -34,7 +34,7 @@ import structlog
 from cluster.api.outcomes import Outcome
 from cluster.api.types import WorkerIdentity
 from cluster.gateway.calls.call import Call, CallSequence
-from cluster.gateway.calls.reasoning import reasoning_by_sequence, reasoning_in_part
+from cluster.gateway.calls.reasoning import reasoning_in_part
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.usage.delivery import RecordDelivery
@@ -96,9 +96,8 @@ class CallAccount:
         self.gpu_seconds += report.gpu_seconds
         return True
 
-    def end(self, sequence: CallSequence, reasoning: int, outcome: Outcome, now: float) -> None:
-        """Record the final counts of a sequence that has ended, as far as the gateway knows them. `reasoning`: number
-        of reasoning tokens in the whole output; 0 if it is not known."""
+    def end(self, sequence: CallSequence, outcome: Outcome, now: float) -> None:
+        """Record the final counts of a sequence that has ended, as far as the gateway knows them."""
         call = sequence.call
         self.admitted = self.admitted or sequence.admitted or len(sequence.emitted) > sequence.restored
         if self.continued:
@@ -106,7 +105,7 @@ class CallAccount:
         self.counts = {
             "outcome": outcome.value,
             "completion_tokens": max(sequence.delivered - sequence.restored, 0),
-            "reasoning_tokens": reasoning_in_part(reasoning, sequence.restored, sequence.delivered),
+            "reasoning_tokens": reasoning_in_part(sequence.reasoning_tokens, sequence.restored, sequence.delivered),
             "generated_tokens": len(sequence.emitted) - sequence.restored,
             "ttft_s": None if call.first_token_at is None else max(call.first_token_at - call.arrived, 0.0),
             "duration_s": max(now - call.arrived, 0.0),
@@ -251,7 +250,7 @@ class Accounting:
         """Close the account of each submitted sequence of an ended call. The record is written now, or later if the
         engine's counts are still missing. Idempotent."""
         now, pays = self._clock(), call.pays_prompt
-        for sequence, reasoning in zip(call.sequences, reasoning_by_sequence(call), strict=True):
+        for sequence in call.sequences:
             account = self._by_sequence.pop(sequence.key, None)
             if account is None:
                 continue
@@ -259,7 +258,7 @@ class Accounting:
                 # It is known only now who pays for a prompt that was computed again. The first sequence counts it.
                 prompt_tokens = len(sequence.request.prompt_token_ids) if pays else 0
                 account.record, pays = replace(account.record, prompt_tokens=prompt_tokens), False
-            account.end(sequence, reasoning, outcome, now)
+            account.end(sequence, outcome, now)
             if account.complete:
                 self._close(account)
             else:

@@ -89,6 +89,9 @@ def run_worker(
             popped = text.pop_parts()
             assert content == "".join(part.text for part in popped if part.kind is PartKind.CONTENT)
             out += popped
+            assert text.pending_tokens() == 0
+        else:
+            assert text.pending_tokens() >= stop - start
     return out
 
 

@@ -17,7 +17,7 @@ from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.calls.end_metrics import EndMetrics
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.opening import Opening
-from cluster.gateway.calls.reasoning import divide, new_reasoning_tokens, reasoning_by_sequence, reasoning_in_part
+from cluster.gateway.calls.reasoning import new_reasoning_tokens, reasoning_in_part
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.sequence import CallEvents, OutputSequence
 from cluster.gateway.demand import DemandTally
@@ -68,19 +68,20 @@ def parsed_call(call_id: str, restored: Sequence[int]) -> Call:
 
 
 def send(sequence: CallSequence, tokens: int, reasoning: int | None) -> None:
-    """Send `tokens` tokens to a sequence. `reasoning`: number of reasoning tokens in the output, which ends; None if
-    the output does not end."""
+    """Send `tokens` tokens to a sequence, and deliver them. `reasoning`: number of reasoning tokens of an output that
+    ends; None if the output does not end."""
     finish = None if reasoning is None else FinishReason.STOP
     parsed = ParsedOutput(reasoning_tokens=reasoning or 0)
     sequence.output(TokenOutput("", tuple(range(tokens)), finish, prompt_tokens=3, parsed=parsed))
+    sequence.pop_piece()
 
 
 def usage_records(call: Call) -> list[UsageRecord]:
     """Return the records of a call that ends now."""
     out = []
-    for sequence, reasoning in zip(call.sequences, reasoning_by_sequence(call), strict=True):
+    for sequence in call.sequences:
         account = CallAccount(OpenRecord(f"r{sequence.index}", "acme", "", "sim", "v1", "q", 1.0), b"")
-        account.end(sequence, reasoning, Outcome.OK, 9.0)
+        account.end(sequence, Outcome.OK, 9.0)
         record = account.close()
         assert record is not None
         out.append(record)
@@ -95,14 +96,6 @@ def test_parts_of_an_output_count_each_token_once(reasoning: int, parts: list[in
     counted = [reasoning_in_part(reasoning, first, end) for first, end in itertools.pairwise(bounds)]
     assert sum(counted) == min(reasoning, sum(parts))
     assert all(0 <= count <= tokens for count, tokens in zip(counted, parts, strict=True))
-
-
-@given(st.integers(0, 200), st.lists(st.integers(0, 40), max_size=6))
-def test_outputs_share_the_reasoning_of_their_call(total: int, tokens: list[int]) -> None:
-    """The shares of a call's outputs add up to the call's reasoning tokens, and no share exceeds its output."""
-    shares = divide(total, tokens)
-    assert sum(shares) == min(total, sum(tokens))
-    assert all(0 <= share <= own for share, own in zip(shares, tokens, strict=True))
 
 
 outputs = st.tuples(st.integers(0, 20), st.integers(1, 20), st.none() | st.integers(0, 45))
