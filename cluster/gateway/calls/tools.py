@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from cluster.api.outcomes import invalid, quoted
-from cluster.gateway.apis.json_values import is_deeper, kind
+from cluster.gateway.apis.json_values import NotJson, is_deeper, kind, parse
 from cluster.gateway.calls.request import ChatPrompt, OutputOptions
 
 MAX_TOOLS: Final = 1024
@@ -178,6 +178,21 @@ def output_options(
     )
     needs_tools = bool(prompt.tools) and tool_choice != "none"
     return OutputOptions(request, needs_tools, include_reasoning, is_whole)
+
+
+def call_arguments(path: str, text: str) -> dict[str, Any]:
+    """Return the arguments of a tool call in the history, which templates take as an object.
+
+    A text that is not a JSON object gives an empty object, as in vLLM: a model may have written it, and an error would
+    end the conversation. Raises CallError for a text that is nested too deeply or holds too many values.
+    """
+    if not text:
+        return {}
+    try:
+        value = parse(path, text)
+    except NotJson:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def tool_calls_of(messages: Sequence[Mapping[str, Any]]) -> int:

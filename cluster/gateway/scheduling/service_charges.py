@@ -81,7 +81,7 @@ class ServiceCharges:
         charge."""
         if (place := self.place(sequence)) is not None:
             return place
-        call, tokens = sequence.call, len(sequence.request.prompt_token_ids)
+        call, tokens, parsing = sequence.call, len(sequence.request.prompt_token_ids), sequence.request.parsing
         flow = call.flow
         self._weights[flow] = call.policy.weight
         place = WaitingSequence(
@@ -95,6 +95,7 @@ class ServiceCharges:
             rank=call.rank,
             cached_tokens=self._learnt_cached.mean(flow, call.model, tokens),
             output_tokens=self.learnt.expected(flow, call.model, sequence.request.sampling.max_tokens),
+            needs_tools=parsing is not None and parsing.needs_tools,
         )
         self._charges[sequence.key] = _Charge(place)
         return place
