@@ -24,6 +24,8 @@ MAX_PARSER_ARGUMENTS, MAX_PARSER_ARGUMENT_CHARS = 64, 256
 """Upper bounds on the template arguments that a parser gets: their number, and the characters of a name or a text."""
 REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 CHOICES: Final = ("auto", "none", "required")
+_PLAIN_REQUEST: Final = '{"tool_choice": "none", "parallel_tool_calls": true}'
+"""The request to the parsers for nearly all chats without tools."""
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 _NAME_RULE = "must have 1 to 128 letters, digits and characters of _ - . : /"
 
@@ -129,6 +131,9 @@ def parser_request(
     `template_kwargs`: the result of `template_arguments`. Parsers read flags there; an argument that is long or not a
     plain value is left out. Raises CallError for tools of more than MAX_TOOLS_BYTES.
     """
+    plain = tool_choice == "none" and parallel_tool_calls
+    if plain and not (tools or template_kwargs or reasoning_effort or tool_calls_before):
+        return _PLAIN_REQUEST
     fields: dict[str, Any] = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
     if flags := _flags(template_kwargs):
         fields["chat_template_kwargs"] = flags

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
@@ -170,9 +170,7 @@ def parse_chat(body: Fields) -> ParsedRequest:
         is_whole=not body.flag("stream"),
     )
     length = "max_tokens" if body.values.get("max_completion_tokens") is None else "max_completion_tokens"
-    options = _options(body, length, *_chat_logprobs(body))
-    budget = body.integer("thinking_token_budget")
-    options = replace(options, max_reasoning_tokens=None if budget == -1 else budget)
+    options = _options(body, length, *_chat_logprobs(body), body.integer("thinking_token_budget"))
     if not isinstance(choice, str) and body.values.get("structured_outputs") is not None:
         raise invalid("structured_outputs", "cannot be combined with a named tool_choice: give one of them")
     request = GenerationRequest(
@@ -266,7 +264,9 @@ def _array_prompt(path: str, value: object) -> Prompt:
 # ---- options
 
 
-def _options(body: Fields, length: str, logprobs: int | None, logprobs_told: int | None) -> RequestOptions:
+def _options(
+    body: Fields, length: str, logprobs: int | None, logprobs_told: int | None, budget: int | None = None
+) -> RequestOptions:
     n = body.integer("n")
     return RequestOptions(
         max_tokens=body.integer(length),
@@ -287,6 +287,7 @@ def _options(body: Fields, length: str, logprobs: int | None, logprobs_told: int
         logprobs_returned=logprobs_told,
         ignore_eos=body.flag("ignore_eos"),
         grammar=_grammar(body),
+        max_reasoning_tokens=None if budget == -1 else budget,
     )
 
 

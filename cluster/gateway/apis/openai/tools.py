@@ -13,9 +13,11 @@ from cluster.gateway.calls.tools import MAX_TOOLS, ToolChoice, check_choice, che
 
 def tools_of(body: Fields) -> list[dict[str, Any]]:
     """Return the tools of a chat in the form of ChatPrompt.tools; empty for an absent field. Raises CallError."""
+    if body.values.get("tools") is None:
+        return []
     body.at_most(MAX_TOOLS, "tools", "tools")
     tools = [_tool(tool) for tool in body.objects("tools")]
-    if not tools and body.values.get("tools") is not None:
+    if not tools:
         raise invalid("tools", "must not be empty: give at least one tool, or leave it out")
     check_tools("tools", tools)
     return tools
@@ -67,6 +69,8 @@ def _function_name(choice: Fields) -> str:
 
 def documents_of(body: Fields) -> tuple[dict[str, str], ...]:
     """Return the documents for the template: objects of texts. Raises CallError."""
+    if body.values.get("documents") is None:
+        return ()
     body.at_most(MAX_MESSAGES, "documents", "documents")
     for document in body.objects("documents"):
         for name, value in document.values.items():
