@@ -124,8 +124,9 @@ class ChatRequest(_message.Message):
     """A JSON object handed to the chat template, e.g. {"enable_thinking": false}."""
     continue_final_message: _builtins.bool
     priority: _builtins.str
-    """Refused so far, as is affinity_key."""
+    """A priority class: that of the tenant, or one that is served later. Empty: that of the tenant."""
     affinity_key: _builtins.str
+    """Refused so far."""
     resumable: _builtins.bool
     """Chunks carry resume tokens (the SDK sets it). Only streams have them."""
     @_builtins.property

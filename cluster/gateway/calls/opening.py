@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from cluster.api.outcomes import CallError, Outcome, Violation
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import REASONING_PARSER, TOOL_PARSER, EngineRequest, OutputParsing, Sampling
 from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Authenticator
@@ -24,6 +24,7 @@ from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.routing.version_split import Versions
+from cluster.policy.tenants.policy import TenantPolicy
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
@@ -112,7 +113,7 @@ class Opening:
     ) -> Call:
         """Create the call and its sequences, without queueing them. `life` returns the life of a new sequence."""
         sampling = self._sampling()
-        request, meta, policy = self.request, self.meta, self.meta.principal.tenant
+        request, meta, policy = self.request, self.meta, self._policy(scheduler)
         call = Call(
             id=f"{'chatcmpl' if requests.is_chat(request.prompt) else 'cmpl'}-{random_id()}",
             model=self.model.name,
@@ -146,6 +147,17 @@ class Opening:
             call.sequences.append(self._sequence(call, index, first, life()))
         self.call = call
         return call
+
+    def _policy(self, scheduler: Scheduler) -> TenantPolicy:
+        """Return the policy of the tenant, with the priority class of the request if it has one. A tenant may use its
+        own class and all classes that are served later."""
+        policy, name = self.meta.principal.tenant, self.request.priority_class
+        if name in ("", policy.priority_class):
+            return policy
+        allowed = scheduler.charges.classes_from(policy.priority_class)
+        if name not in allowed:
+            raise invalid("priority", f"must be one of {', '.join(allowed)}; got {quoted(name)}")
+        return replace(policy, priority_class=name)
 
     def _sampling(self) -> Sampling:
         """Return the sampling parameters of the call."""

@@ -176,6 +176,8 @@ class GenerationRequest:
     """Digest of the whole request if the chunks of the answer must carry resume tokens, else ""."""
     resume: ResumeFrom | None = None
     output: OutputOptions = field(default_factory=OutputOptions)
+    priority_class: str = ""
+    """Name of the priority class of the call; "" for the class of the tenant."""
 
 
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_BYTES = 16, 64, 256

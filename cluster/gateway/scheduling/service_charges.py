@@ -74,6 +74,11 @@ class ServiceCharges:
         """Return the rank of a priority class. Rank 0 is served first."""
         return self._ranks.get(priority_class, self._last_rank)
 
+    def classes_from(self, priority_class: str) -> list[str]:
+        """Return a priority class and all classes that are served after it, in the order of service."""
+        first = self.rank_of(priority_class)
+        return sorted((name for name, rank in self._ranks.items() if rank >= first), key=self.rank_of)
+
     # ---- one sequence
 
     def waiting(self, sequence: CallSequence) -> WaitingSequence:

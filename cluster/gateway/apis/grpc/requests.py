@@ -92,9 +92,14 @@ def parse_chat(request: pb.ChatRequest, is_whole: bool = False) -> GenerationReq
         reasoning_effort=request.reasoning_effort,
         is_whole=is_whole,
     )
-    digest = _request_digest(request)
     return GenerationRequest(
-        request.model, prompt, options, metadata=dict(request.metadata), resumable=digest, output=output
+        request.model,
+        prompt,
+        options,
+        metadata=dict(request.metadata),
+        resumable=_request_digest(request),
+        output=output,
+        priority_class=request.priority,
     )
 
 
@@ -116,9 +121,14 @@ def parse_complete(request: pb.CompleteRequest) -> GenerationRequest:
         prompt = TextPrompt(request.prompt)
     else:
         raise invalid("prompt", "must not be empty; give prompt or prompt_token_ids")
-    metadata, digest = dict(request.metadata), _request_digest(request)
     return GenerationRequest(
-        request.model, prompt, options, DEFAULT_COMPLETE_TOKENS, metadata=metadata, resumable=digest
+        request.model,
+        prompt,
+        options,
+        DEFAULT_COMPLETE_TOKENS,
+        metadata=dict(request.metadata),
+        resumable=_request_digest(request),
+        priority_class=request.priority,
     )
 
 
@@ -303,8 +313,6 @@ def _given(request: pb.ChatRequest | pb.CompleteRequest) -> Mapping[str, Any]:
 
 
 def _options(given: Mapping[str, Any]) -> RequestOptions:
-    if given.get("priority"):
-        raise unsupported("priority", "priority classes are")
     if given.get("affinity_key"):
         raise unsupported("affinity_key", "affinity is")
     _check_counts(given)

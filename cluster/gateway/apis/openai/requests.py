@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
@@ -54,7 +54,6 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "logprob_token_ids": ([],),
-    "priority": (0,),
     "prompt_logprobs": (),
     "repetition_detection": (),
     "return_token_ids": (False,),
@@ -90,7 +89,8 @@ _UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = _UNSERVED | {
 _FIELDS = frozenset(
     {
         *("best_of", "cache_salt", "frequency_penalty", "ignore_eos", "logit_bias", "logprobs", "max_tokens"),
-        *("metadata", "min_p", "min_tokens", "model", "n", "presence_penalty", "prompt", "repetition_penalty"),
+        *("metadata", "min_p", "min_tokens", "model", "n", "presence_penalty", "priority", "prompt"),
+        *("repetition_penalty",),
         *("response_format", "seed", "stop", "stop_token_ids", "stream", "stream_options", "structured_outputs"),
         *("temperature", "top_k", "top_p"),
     }
@@ -174,7 +174,13 @@ def parse_chat(body: Fields) -> ParsedRequest:
     if not isinstance(choice, str) and body.values.get("structured_outputs") is not None:
         raise invalid("structured_outputs", "cannot be combined with a named tool_choice: give one of them")
     request = GenerationRequest(
-        body.text("model") or "", prompt, options, cache_salt=_salt(body), metadata=_metadata(body), output=output
+        body.text("model") or "",
+        prompt,
+        options,
+        cache_salt=_salt(body),
+        metadata=_metadata(body),
+        output=output,
+        priority_class=_priority(body),
     )
     return _parsed(body, [request], _CHAT_NAMES | {"max_tokens": length})
 
@@ -189,9 +195,10 @@ def parse_completion(body: Fields) -> ParsedRequest:
     # OpenAI returns the sampled token in addition to the k most likely tokens: one token more than `logprobs` says.
     options = _options(body, "max_tokens", logprobs, None if logprobs is None else logprobs + 1)
     model, salt, metadata = body.text("model") or "", _salt(body), _metadata(body)
-    requests = [
-        GenerationRequest(model, prompt, options, DEFAULT_COMPLETE_TOKENS, salt, metadata) for prompt in _prompts(body)
-    ]
+    first = GenerationRequest(
+        model, TextPrompt(""), options, DEFAULT_COMPLETE_TOKENS, salt, metadata, priority_class=_priority(body)
+    )
+    requests = [replace(first, prompt=prompt) for prompt in _prompts(body)]
     return _parsed(body, requests, {"prompt_token_ids": "prompt"})
 
 
@@ -211,6 +218,14 @@ def _metadata(body: Fields) -> dict[str, str]:
         return {}
     entries.at_most(MAX_METADATA, "entries")
     return {name: entries.text(name) or "" for name in entries.values}
+
+
+def _priority(body: Fields) -> str:
+    """Return the priority class of a request; "" for the tenant's class, which vLLM's default of 0 stands for."""
+    value = body.values.get("priority")
+    if isinstance(value, int) and value != 0:
+        raise unsupported("priority", "give the name of a priority class, or leave it out")
+    return "" if value == 0 else body.text("priority") or ""
 
 
 def _salt(body: Fields) -> str:

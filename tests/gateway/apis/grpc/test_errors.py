@@ -69,7 +69,8 @@ BAD_CHATS: list[tuple[str, pb.ChatRequest, str, str]] = [
      "INVALID_FIELD", "tool_choice.name"),
     ("unknown effort", chat(reasoning_effort="huge"), "INVALID_FIELD", "reasoning_effort"),
     ("negative budget", chat(max_reasoning_tokens=-1), "INVALID_FIELD", "max_reasoning_tokens"),
-    ("priority", chat(priority="high"), "UNSUPPORTED_FEATURE", "priority"),
+    ("unknown priority", chat(priority="high"), "INVALID_FIELD", "priority"),
+    ("priority of others", chat(priority="interactive"), "INVALID_FIELD", "priority"),
     ("affinity", chat(affinity_key="x"), "UNSUPPORTED_FEATURE", "affinity_key"),
 ]  # fmt: skip
 

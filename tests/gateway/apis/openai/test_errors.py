@@ -113,6 +113,8 @@ BAD_CHATS: list[tuple[str, dict[str, Any], str]] = [
      "tool_choice": {"function": {"name": "f"}}}, "structured_outputs"),
     ("parallel calls of a wrong type", {"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ("unknown effort", {"reasoning_effort": "huge"}, "reasoning_effort"),
+    ("unknown priority", {"priority": "high"}, "priority"),
+    ("priority of a wrong type", {"priority": []}, "priority"),
     ("negative budget", {"thinking_token_budget": -2}, "thinking_token_budget"),
     ("budget of a wrong type", {"thinking_token_budget": "x"}, "thinking_token_budget"),
     ("reserved template argument", {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
