@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +45,12 @@ MAX_POLICIES = 1000
 """Maximum number of distinct pattern lists, from tenants' policies, for which the visible models are cached."""
 
 
+@lru_cache(maxsize=256)
+def has_parser(capabilities: tuple[str, ...], prefix: str) -> bool:
+    """Return whether a worker's capabilities name a parser. `prefix`: TOOL_PARSER or REASONING_PARSER."""
+    return any(word.startswith(prefix) for word in capabilities)
+
+
 class KnownModel:
     """This gateway's knowledge of one model."""
 
@@ -73,6 +80,10 @@ class KnownModel:
     def served(self) -> bool:
         """Whether at least one worker takes new calls for the model."""
         return any(map(self.takes_calls, self.links.values()))
+
+    def has_parser(self, prefix: str) -> bool:
+        """Return whether a linked worker has a parser. `prefix`: TOOL_PARSER or REASONING_PARSER."""
+        return any(has_parser(link.info.capabilities, prefix) for link in self.links.values())
 
     @property
     def leaving(self) -> bool:

@@ -115,13 +115,18 @@ class ChatRequest(_message.Message):
     ignore_eos: _builtins.bool
     user: _builtins.str
     parallel_tool_calls: _builtins.bool
+    """Absent: true."""
     reasoning_effort: _builtins.str
+    """none, minimal, low, medium, high, xhigh or max."""
     max_reasoning_tokens: _builtins.int
+    """Budget for reasoning, after which the model must answer."""
     chat_template_kwargs_json: _builtins.str
     """A JSON object handed to the chat template, e.g. {"enable_thinking": false}."""
     continue_final_message: _builtins.bool
     priority: _builtins.str
+    """A priority class: that of the tenant, or one that is served later. Empty: that of the tenant."""
     affinity_key: _builtins.str
+    """Refused so far."""
     resumable: _builtins.bool
     """Chunks carry resume tokens (the SDK sets it). Only streams have them."""
     @_builtins.property
@@ -135,7 +140,9 @@ class ChatRequest(_message.Message):
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]: ...
     @_builtins.property
-    def tool_choice(self) -> Global___ToolChoice: ...
+    def tool_choice(self) -> Global___ToolChoice:
+        """Absent: auto with tools, none without."""
+
     @_builtins.property
     def response_format(self) -> Global___ResponseFormat: ...
     @_builtins.property
@@ -357,8 +364,10 @@ class Tool(_message.Message):
     PARAMETERS_JSON_FIELD_NUMBER: _builtins.int
     STRICT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """1 to 128 letters, digits and characters of _ - . : /, different from the names of the other tools."""
     description: _builtins.str
     parameters_json: _builtins.str
+    """A JSON schema."""
     strict: _builtins.bool
     def __init__(
         self,
@@ -414,6 +423,7 @@ class ToolCall(_message.Message):
     id: _builtins.str
     name: _builtins.str
     arguments: _builtins.str
+    """A JSON object. In a request, a text that is none counts as an empty object."""
     def __init__(
         self,
         *,
@@ -1248,20 +1258,26 @@ class TokenizeRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     text: _builtins.str
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]: ...
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
+        """With messages: the tools that the chat template gets, so that the count is that of a chat with these tools."""
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         text: _builtins.str = ...,
         messages: _abc.Iterable[Global___Message] | None = ...,
+        tools: _abc.Iterable[Global___Tool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "model", b"model", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "model", b"model", "text", b"text", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

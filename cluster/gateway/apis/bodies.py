@@ -113,15 +113,18 @@ def _unreadable() -> CallError:
 
 def _is_small_json(body: bytes | bytearray) -> bool:
     size = len(body)
-    if size <= SMALL_JSON_BYTES:
-        return True
-    return (
-        size <= LARGE_BYTES and body.count(b"[") + body.count(b"{") <= FEW_CONTAINERS and body.count(b",") <= FEW_VALUES
-    )
+    return size <= SMALL_JSON_BYTES or (size <= LARGE_BYTES and _has_few_values(body))
+
+
+def _has_few_values(text: bytes | bytearray) -> bool:
+    """Return whether JSON in a text has few values, judged by the characters that begin or separate values."""
+    return text.count(b"[") + text.count(b"{") <= FEW_CONTAINERS and text.count(b",") <= FEW_VALUES
 
 
 def _is_small_message(kind: Any, data: bytes | bytearray) -> bool:
     size = len(data)
     if size <= SMALL_MESSAGE_BYTES:
         return True
-    return size <= LARGE_BYTES and scan(kind.DESCRIPTOR, data, FEW_ELEMENTS).elements <= FEW_ELEMENTS
+    if size > LARGE_BYTES or not _has_few_values(data):  # schemas and arguments are JSON in fields of the message
+        return False
+    return scan(kind.DESCRIPTOR, data, FEW_ELEMENTS).elements <= FEW_ELEMENTS

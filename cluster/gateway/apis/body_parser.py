@@ -74,10 +74,10 @@ MAX_OPTION_BYTES: Final = 1 << 17
 """Upper bound on the bytes of a field that is not a prompt. The longest valid field has 100 KB: stop strings in which
 every character is escaped."""
 _MAX_BYTES = {
-    **dict.fromkeys(("messages", "prompt", "chat_template_kwargs", "tools", "functions", "documents"), 1 << 62),
-    **dict.fromkeys(("response_format", "structured_outputs"), 2 << 20),
+    **dict.fromkeys(("messages", "prompt", "chat_template_kwargs", "functions", "documents"), 1 << 62),
+    **dict.fromkeys(("response_format", "structured_outputs", "tools"), 2 << 20),
 }
-_BOUNDS = {"messages": MESSAGES, "prompt": PROMPTS}
+_BOUNDS = {"messages": MESSAGES, "prompt": PROMPTS, "tools": MESSAGES}
 _PLACE = re.compile(r"\$\[(\d+)\]")
 _BYTE = re.compile(r"\(byte (\d+)\)")
 

@@ -59,6 +59,14 @@ class NotText(CallError):
         super().__init__(error.outcome, error.message, violations=error.violations)
 
 
+class NotJson(CallError):
+    """Raised for a text that is valid Unicode and not JSON."""
+
+    def __init__(self, path: str, why: object) -> None:
+        error = invalid(path or "body", f"is not JSON: {why}")
+        super().__init__(error.outcome, error.message, violations=error.violations)
+
+
 def parse(path: str, text: bytes | str, bounds: JsonBounds | None = ARGUMENTS, levels: int = MAX_DEPTH) -> Any:
     """Parse the JSON text of the field `path`. Raises CallError, which names the invalid value. `levels`: max depth."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(_UTF8_MARK)
@@ -76,7 +84,7 @@ def parse(path: str, text: bytes | str, bounds: JsonBounds | None = ARGUMENTS, l
         raise _too_deep(path) from None
     except ValueError as error:  # invalid JSON, or a number of thousands of digits
         why = "it is UTF-16 or UTF-32: send UTF-8" if "\0" in characters[:4] else error
-        raise invalid(path or "body", f"is not JSON: {why}") from None
+        raise NotJson(path, why) from None
     if data.count(b"[") + data.count(b"{") > levels and is_deeper(value, levels):
         raise _too_deep(path)
     if (has_surrogates or _ESCAPED_SURROGATE.search(data)) and (where := surrogate_path(value, path)) is not None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import EngineRequest, Sampling
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
+from cluster.api.types import REASONING_PARSER, TOOL_PARSER, EngineRequest, OutputParsing, Sampling
 from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Authenticator
 from cluster.gateway.calls import request as requests
@@ -25,6 +25,7 @@ from cluster.gateway.text.parsed_text import ParsedText
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.routing.version_split import Versions
+from cluster.policy.tenants.policy import TenantPolicy
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
@@ -66,6 +67,8 @@ class Opening:
         requested = model = directory.resolve(name, principal, began=chain is not None)
         if model.entry.fallback and not model.served and chain is None:
             model = directory.fallback_of(model, principal) or model
+        if self.request.output.needs_tools and chain is None and model.links and not model.has_parser(TOOL_PARSER):
+            raise _no_tool_parser(model.name)
         self.requested, self.model, self.model_name = requested, model, model.name
         request_id = self.meta.request_id if chain is None else chain.call_head.request_id
         self.versions = model.choose_version(request_id, "" if chain is None else chain.bundle_digest)
@@ -111,7 +114,7 @@ class Opening:
     ) -> Call:
         """Create the call and its sequences, without queueing them. `life` returns the life of a new sequence."""
         sampling = self._sampling()
-        request, meta, policy = self.request, self.meta, self.meta.principal.tenant
+        request, meta, policy = self.request, self.meta, self._policy(scheduler)
         call = Call(
             id=f"{'chatcmpl' if requests.is_chat(request.prompt) else 'cmpl'}-{random_id()}",
             model=self.model.name,
@@ -132,13 +135,30 @@ class Opening:
         )
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)
         first = EngineRequest(
-            "", self.prompt_ids, sampling, cache_salt=salt, priority=call.rank, traceparent=meta.traceparent
+            "",
+            self.prompt_ids,
+            sampling,
+            cache_salt=salt,
+            priority=call.rank,
+            traceparent=meta.traceparent,
+            parsing=output_parsing(request, self.model),
         )
         check_size(first)
         for index in range(request.options.n):
             call.sequences.append(self._sequence(call, index, first, life()))
         self.call = call
         return call
+
+    def _policy(self, scheduler: Scheduler) -> TenantPolicy:
+        """Return the policy of the tenant, with the priority class of the request if it has one. A tenant may use its
+        own class and all classes that are served later."""
+        policy, name = self.meta.principal.tenant, self.request.priority_class
+        if name in ("", policy.priority_class):
+            return policy
+        allowed = scheduler.charges.classes_from(policy.priority_class)
+        if name not in allowed:
+            raise invalid("priority", f"must be one of {', '.join(allowed)}; got {quoted(name)}")
+        return replace(policy, priority_class=name)
 
     def _sampling(self) -> Sampling:
         """Return the sampling parameters of the call."""
@@ -170,3 +190,25 @@ class Opening:
         guarded_parts = None if guards is None else guards.parts()
         parsed = ParsedText(source, guarded_parts, include_reasoning=self.request.output.include_reasoning)
         return OutputSequence(call, index, engine_request, parsed, logprobs, parsed_text=parsed, life=life)
+
+
+def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> OutputParsing | None:
+    """Return how the worker is to parse the output of a call; None if there is nothing to parse.
+
+    A call that may call tools is parsed, and a chat with a model that has a parser of reasoning. While a model has no
+    worker, its parsers are unknown, and every chat is parsed; a worker without a parser ignores that."""
+    output = request.output
+    if not output.parser_request:
+        return None
+    if not output.needs_tools and model.links and not model.has_parser(REASONING_PARSER):
+        return None
+    return OutputParsing(output.parser_request, request.options.stop, output.is_whole, output.needs_tools)
+
+
+def _no_tool_parser(model: str) -> CallError:
+    return CallError(
+        Outcome.UNSUPPORTED_FEATURE,
+        f"tools: no worker of model {model} has a parser for tool calls; leave tools out, choose another model, or ask "
+        "the operator to set the model's tool_call_parser",
+        violations=[Violation("tools", "not supported by this model")],
+    )

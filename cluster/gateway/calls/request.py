@@ -80,18 +80,23 @@ class ChatPrompt:
     """Chat messages for the model's chat template. Each message is a plain mapping in OpenAI's format."""
 
     messages: Sequence[Mapping[str, Any]]
+    """Without `content` if the caller gave none. Arguments of tool calls are objects, and `reasoning` of the
+    assistant is also in `reasoning_content`."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continue_final_message: bool = False
     add_generation_prompt: bool = True
     tools: Sequence[Mapping[str, Any]] = ()
-    """Tools in OpenAI's format, for the template."""
+    """Tools as `function_tool` in calls/tools.py makes them."""
     documents: Sequence[Mapping[str, Any]] = ()
+    """Documents for the template, which can be cited. Each is an object of texts, such as `title` and `text`."""
 
     @property
     def template_options(self) -> Mapping[str, Any]:
         """Arguments of the chat template, without the messages."""
+        documents = {"documents": list(self.documents)} if self.documents else {}
         return {
-            "template_kwargs": self.template_kwargs,
+            "tools": self.tools,
+            "template_kwargs": {**self.template_kwargs, **documents},
             "continue_final_message": self.continue_final_message,
             "add_generation_prompt": self.add_generation_prompt and not self.continue_final_message,
         }
@@ -171,6 +176,8 @@ class GenerationRequest:
     """Digest of the whole request if the chunks of the answer must carry resume tokens, else ""."""
     resume: ResumeFrom | None = None
     output: OutputOptions = field(default_factory=OutputOptions)
+    priority_class: str = ""
+    """Name of the priority class of the call; "" for the class of the tenant."""
 
 
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_BYTES = 16, 64, 256
@@ -188,6 +195,7 @@ RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
     "presence_penalty": (-2.0, 2.0, True),
     "repetition_penalty": (0.0, 1e6, False),
     "logprobs": (0, MAX_TOP_LOGPROBS, True),
+    "max_reasoning_tokens": (0, None, True),
 }
 
 
@@ -372,4 +380,5 @@ def sampling(
         logprobs=o.logprobs,
         ignore_eos=o.ignore_eos,
         grammar=o.grammar,
+        max_reasoning_tokens=o.max_reasoning_tokens,
     )

@@ -1,8 +1,8 @@
 """Extraction and replacement of those texts of a prompt that reach the model.
 
 In a chat prompt these are all texts that a caller writes: contents, names, reasoning, tool calls with the keys of the
-arguments, and the values of template arguments. Each text is searched by itself: a template inserts other text between
-two texts, so no match can span two texts.
+arguments, the values of template arguments, tools and documents. Each text is searched by itself: a template inserts
+other text between two texts, so no match can span two texts.
 """
 
 from __future__ import annotations
@@ -51,9 +51,15 @@ def _rewritten(prompt: ChatPrompt | TextPrompt, write: Callable[[str], str]) -> 
             for message in prompt.messages
         ]
         arguments = {key: _walk(value, write) for key, value in prompt.template_kwargs.items()}
+        tools = [_rewritten_tool(tool, write) for tool in prompt.tools]
+        documents = tuple(_walk(document, write) for document in prompt.documents)
     except RecursionError:
         raise invalid("messages", "are nested too deeply: send flatter tool arguments") from None
-    return replace(prompt, messages=messages, template_kwargs=arguments)
+    return replace(prompt, messages=messages, template_kwargs=arguments, tools=tools, documents=documents)
+
+
+def _rewritten_tool(tool: Mapping[str, Any], write: Callable[[str], str]) -> dict[str, Any]:
+    return {**tool, "function": {key: _walk(value, write) for key, value in tool["function"].items()}}
 
 
 def _walk(value: Any, write: Callable[[str], str]) -> Any:

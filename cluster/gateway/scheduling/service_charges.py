@@ -74,6 +74,11 @@ class ServiceCharges:
         """Return the rank of a priority class. Rank 0 is served first."""
         return self._ranks.get(priority_class, self._last_rank)
 
+    def classes_from(self, priority_class: str) -> list[str]:
+        """Return a priority class and all classes that are served after it, in the order of service."""
+        first = self.rank_of(priority_class)
+        return sorted((name for name, rank in self._ranks.items() if rank >= first), key=self.rank_of)
+
     # ---- one sequence
 
     def waiting(self, sequence: CallSequence) -> WaitingSequence:
@@ -81,7 +86,7 @@ class ServiceCharges:
         charge."""
         if (place := self.place(sequence)) is not None:
             return place
-        call, tokens = sequence.call, len(sequence.request.prompt_token_ids)
+        call, tokens, parsing = sequence.call, len(sequence.request.prompt_token_ids), sequence.request.parsing
         flow = call.flow
         self._weights[flow] = call.policy.weight
         place = WaitingSequence(
@@ -95,6 +100,7 @@ class ServiceCharges:
             rank=call.rank,
             cached_tokens=self._learnt_cached.mean(flow, call.model, tokens),
             output_tokens=self.learnt.expected(flow, call.model, sequence.request.sampling.max_tokens),
+            needs_tools=parsing is not None and parsing.needs_tools,
         )
         self._charges[sequence.key] = _Charge(place)
         return place

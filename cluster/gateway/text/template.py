@@ -2,14 +2,16 @@
 
 The Jinja environment equals that of transformers: sandboxed and immutable, trim_blocks and lstrip_blocks, loop
 controls, tojson without HTML escapes, raise_exception, strftime_now, and {% generation %} blocks. A generation block
-only marks text for training, so only the contents are rendered here. Each render has limits on the CPU time, on the
-characters of the output and of intermediate texts (template_guard.py), and on the items of all `range` calls together.
+only marks text for training, so only the contents are rendered here. A template gets messages in the form in which
+vLLM's server passes them (conversation.py). Each render has limits on the CPU time, on the characters of the output and
+of intermediate texts (template_guard.py), and on the items of all `range` calls together.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
@@ -21,6 +23,8 @@ from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError,
 from jinja2.sandbox import safe_range
 
 from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.gateway.text.content_format import takes_parts
+from cluster.gateway.text.conversation import conversation
 from cluster.gateway.text.template_guard import (
     MAX_RENDER_S,
     MAX_RENDERED_CHARS,
@@ -79,6 +83,21 @@ def _environment(now: Callable[[], datetime]) -> Environment:
     return environment
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A compiled template, and the form in which it takes messages; see `conversation`."""
+
+    template: jinja2.Template
+    takes_parts: bool
+    knows_developer: bool
+
+
+def _compiled(environment: Environment, source: str) -> _Compiled:
+    """Compile a template. Raises TemplateSyntaxError."""
+    knows_developer = '"developer"' in source or "'developer'" in source  # as vLLM decides
+    return _Compiled(environment.guarded(source), takes_parts(environment.parse(source)), knows_developer)
+
+
 class ChatTemplate:
     """The chat templates of a model, compiled once. Rendering is thread-safe, and pure except for `now`."""
 
@@ -97,10 +116,10 @@ class ChatTemplate:
         environment = _environment(now)
         self._special_tokens = dict(special_tokens or {})
         self._sources = dict(sources)
-        self._compiled: dict[str, jinja2.Template | str] = {}
+        self._compiled: dict[str, _Compiled | str] = {}
         for name, source in sources.items():
             try:
-                self._compiled[name] = environment.guarded(source)
+                self._compiled[name] = _compiled(environment, source)
             except TemplateSyntaxError as e:
                 self._compiled[name] = f"line {e.lineno}: {e.message}"
 
@@ -121,26 +140,28 @@ class ChatTemplate:
     ) -> str:
         """Return the text of the prompt, special tokens included.
 
-        `tools`: None and an empty list are equivalent. `continue_final_message`: leave the last message open; no
+        `tools`: None and an empty list are equivalent. Documents are the template argument of that name.
+        `continue_final_message`: leave the last message open; no
         generation prompt is added then. Raises CallError: INVALID_FIELD on `messages` with the error text of the
         template, or UNSUPPORTED_FEATURE if the model has no usable template.
         """
         if not messages:
             raise invalid("messages", "at least one message is needed")
         tools = list(tools) if tools else None
-        name = self._name_for(tools)
+        compiled = self._template(self._name_for(tools))
+        messages = conversation(messages, in_parts=compiled.takes_parts, knows_developer=compiled.knows_developer)
         if continue_final_message:
             messages = _marked(messages)
         variables = {
             "range": _bounded_range(),
             **self._special_tokens,
             **_checked(template_kwargs or {}),
-            "messages": list(messages),
+            "messages": messages,
             "tools": tools,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         variables.setdefault("documents", None)
-        text = _run(self._template(name), variables)
+        text = _run(compiled.template, variables)
         return _cut_at_mark(text, messages[-1]["content"]) if continue_final_message else text
 
     def _name_for(self, tools: object) -> str:
@@ -153,7 +174,7 @@ class ChatTemplate:
             Outcome.UNSUPPORTED_FEATURE, f"the model has {existing}: use Complete with a plain prompt instead of Chat"
         )
 
-    def _template(self, name: str) -> jinja2.Template:
+    def _template(self, name: str) -> _Compiled:
         compiled = self._compiled[name]
         if isinstance(compiled, str):
             raise CallError(

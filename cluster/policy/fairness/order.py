@@ -23,7 +23,7 @@ class WaitingSequence:
     `tokens` is the number of prompt tokens. `cached_tokens` is the number of prompt tokens that are expected in the
     cache of a worker. `output_tokens` is the expected number of output tokens. `deadline` and `arrived` are times;
     `deadline` is None without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed
-    last.
+    last. `needs_tools`: whether the worker must have a parser for tool calls.
     """
 
     call_id: str
@@ -36,6 +36,7 @@ class WaitingSequence:
     rank: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    needs_tools: bool = False
 
 
 class Order(Protocol):

@@ -54,6 +54,8 @@ class Candidate:
     node: str = ""
     block_size: int = 0
     """Number of tokens in a KV block of the worker's engine."""
+    parses_tools: bool = False
+    """Whether the worker has a parser for tool calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,8 @@ class RouteCall:
     number of sequences are free in total. `compatibility_key`: key of the worker that began a resumed call; None for a
     new call. `excluded`: incarnations to which the call must not be sent. `versions`: versions on which a new call may
     begin; empty means any version. `cached_on`: incarnation that probably still holds the KV blocks of a resumed call,
-    or "". `uncached_there`: number of tokens to compute on `cached_on`.
+    or "". `uncached_there`: number of tokens to compute on `cached_on`. `needs_tools`: whether the worker must have a
+    parser for tool calls.
     """
 
     model: str
@@ -77,6 +80,7 @@ class RouteCall:
     uncached_tokens: int = 0
     cached_on: str = ""
     uncached_there: int = 0
+    needs_tools: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +196,15 @@ def is_compatible(call: RouteCall, candidate: Candidate) -> bool:
     return call.compatibility_key is None or (likeness is not None and likeness.can_resume(call.compatibility_key))
 
 
+def needs_parser(needs_tools: bool, candidates: Iterable[Candidate]) -> bool:
+    """Whether a call that needs tools must go to a worker with a parser for tool calls.
+
+    False if no worker has one: then any worker refuses the call, and its error says why. Otherwise the call would stay
+    at the head of its queue and hold back all calls behind it.
+    """
+    return needs_tools and any(c.parses_tools for c in candidates)
+
+
 PREFILL_TOKENS = 2048
 """Number of prompt tokens without output that score as badly as one call in the queue of the engine."""
 
@@ -203,6 +216,7 @@ FILTERS = (
     Filter("retired", lambda call, c: not c.retired or call.compatibility_key is not None),
     Filter("other_version", lambda call, c: not call.versions or c.version in call.versions),
     Filter("other_weights", is_compatible),
+    Filter("no_tool_parser", lambda call, c: c.parses_tools or not call.needs_tools),
     Filter("failed_there", lambda call, c: c.incarnation not in call.excluded),
     Filter("replaying", _replays_fit),
     Filter("no_free_sequence", lambda _, c: c.free_sequences > 0),

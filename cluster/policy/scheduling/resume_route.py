@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from cluster.policy.routing.router import Candidate, RouteCall, is_compatible
+from cluster.policy.routing.router import Candidate, RouteCall, is_compatible, needs_parser
 from cluster.policy.scheduling.instructions import ResumingSequence
 from cluster.policy.scheduling.worker_losses import SETTLE_S
 
@@ -27,6 +27,7 @@ def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate
         uncached_tokens=max(sequence.tokens - sequence.entry.cached_tokens, 1),
         cached_on=sequence.cached_on,
         uncached_there=0 if holder is None else tokens_to_recompute(sequence.tokens, holder.block_size),
+        needs_tools=needs_parser(sequence.entry.needs_tools, candidates),
     )
     compatible = [worker.incarnation for worker in candidates if not worker.draining and is_compatible(call, worker)]
     for excluded in (call.excluded | _on_lost_node(sequence, candidates, now), call.excluded):

@@ -12,6 +12,7 @@ sequences, each to a compatible worker. The inputs are `now`, in monotonic secon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from cluster.api.types import CompatibilityKey
@@ -22,6 +23,7 @@ from cluster.policy.routing.router import (
     RouteCall,
     RoutingDecision,
     may_take_resumed,
+    needs_parser,
     pick,
     uncached_tokens_at,
 )
@@ -141,9 +143,12 @@ class SchedulingPolicy:
         keep_free, versions = self.room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
         candidates = self._workers.candidates(entry.model, now, resumed=False)
         first = frozenset((versions.first,)) if versions.first else versions.all
-        decision = pick(RouteCall(entry.model, entry.tokens, keep_free, versions=first), candidates)
+        call = RouteCall(entry.model, entry.tokens, keep_free, versions=first)
+        if needs_parser(entry.needs_tools, candidates):
+            call = replace(call, needs_tools=True)
+        decision = pick(call, candidates)
         if decision.worker_id is None and len(versions.all) > 1:
-            decision = pick(RouteCall(entry.model, entry.tokens, keep_free, versions=versions.all), candidates)
+            decision = pick(replace(call, versions=versions.all), candidates)
         return decision
 
     # ---- resumed sequences
@@ -200,7 +205,12 @@ class SchedulingPolicy:
         `worker_id`. The caller must move each sequence before it takes the next key."""
         for sequence in sequences:
             candidates = self._workers.candidates(sequence.model, now, resumed=True)
-            request = RouteCall(sequence.model, sequence.tokens, compatibility_key=sequence.compatibility)
+            request = RouteCall(
+                sequence.model,
+                sequence.tokens,
+                compatibility_key=sequence.compatibility,
+                needs_tools=sequence.entry.needs_tools,
+            )
             if pick(request, [one for one in candidates if one.worker_id != worker_id]).worker_id is not None:
                 yield sequence.key
 

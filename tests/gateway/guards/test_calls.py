@@ -204,10 +204,15 @@ async def test_a_prompt_is_refused_without_telling_what_was_found(keyed: Keyed) 
     assert (await refused(lab.stub.Chat(hidden, metadata=lab.who))).reason == "GUARD_REFUSED"
     arguments = chat(chat_template_kwargs_json='{"date_string":"4111111111111111"}')
     assert (await refused(lab.stub.Chat(arguments, metadata=lab.who))).reason == "GUARD_REFUSED"
+    tools = chat(tools=[pb.Tool(name="f", description="4111111111111111")], tool_choice=pb.ToolChoice(mode="none"))
+    assert (await refused(lab.stub.Chat(tools, metadata=lab.who))).reason == "GUARD_REFUSED"
+    documents = chat_body(documents=[{"text": "4111111111111111"}])
+    reply = await keyed.fetch("/v1/chat/completions", documents, key=lab.key)
+    assert reply.error["code"] == "guard_refused"
     assert await lab.text()
-    events = await lab.audited(4)
+    events = await lab.audited(6)
     assert "41111111" not in str(events)
-    assert lab.counted("input_patterns", "refused") == 4
+    assert lab.counted("input_patterns", "refused") == 6
 
 
 async def test_the_model_sees_the_redacted_prompt(keyed: Keyed) -> None:

@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import CompatibilityKey
-from cluster.policy.routing.router import FILTERS, SCORERS, Candidate, RouteCall, Router, Scorer, may_take_resumed, pick
+from cluster.policy.routing.router import (
+    FILTERS,
+    SCORERS,
+    Candidate,
+    RouteCall,
+    Router,
+    Scorer,
+    may_take_resumed,
+    needs_parser,
+    pick,
+)
 
 CALL = RouteCall("m", 100)
 FREE = Candidate("w", "m", "v1", 4, 1000, 0, 0, 0.0, healthy=True, draining=False)
@@ -35,6 +45,7 @@ candidates = st.lists(
         kv_usage=st.sampled_from([0.0, 0.5, 1.0]),
         healthy=st.sampled_from([True, True, False]),
         draining=st.sampled_from([False, False, True]),
+        parses_tools=st.booleans(),
     ),
     max_size=8,
     unique_by=lambda c: c.worker_id,
@@ -49,11 +60,14 @@ candidates = st.lists(
         ({"draining": True}, "draining"),
         ({"free_sequences": 0}, "no_free_sequence"),
         ({"free_tokens": 99}, "too_few_free_tokens"),
+        ({"parses_tools": False}, "no_tool_parser"),
     ],
 )
 def test_each_filter_drops_and_is_named(change: dict[str, object], reason: str) -> None:
     """A worker that a filter drops is not chosen, however idle it is, and the decision names the filter."""
-    decision = pick(CALL, [worker("a", **change), worker("b", running=50, kv_usage=0.9, waiting=9)])
+    call = dataclasses.replace(CALL, needs_tools=True)
+    busy = worker("b", parses_tools=True, running=50, kv_usage=0.9, waiting=9)
+    decision = pick(call, [worker("a", **{"parses_tools": True} | change), busy])
     assert (decision.worker_id, decision.reason) == ("b", "only_choice")
     assert {score.worker_id: score.dropped for score in decision.scores} == {"a": reason, "b": ""}
 
@@ -95,6 +109,19 @@ def test_nobody_is_said_with_the_nearest_reason(workers: list[Candidate], reason
     """If no worker is chosen, the reason is the reason of the last filter that dropped a candidate."""
     decision = pick(CALL, workers)
     assert (decision.worker_id, decision.reason) == (None, reason)
+
+
+def test_a_call_with_tools_does_not_wait_for_a_parser_that_nobody_has() -> None:
+    """A call that needs tools is restricted to workers with a parser while there is one, even a busy one. Without any
+    it is sent, so that a worker's refusal ends it. Other calls are never restricted."""
+    plain, parses = worker("a"), worker("b", parses_tools=True, free_sequences=0)
+    assert needs_parser(True, [plain, parses])
+    assert not needs_parser(True, [plain])
+    assert not needs_parser(False, [plain, parses])
+    call = dataclasses.replace(CALL, needs_tools=True)
+    assert pick(call, [plain, parses]).reason == "no_free_sequence"
+    assert pick(call, [plain]).reason == "no_tool_parser"
+    assert pick(CALL, [plain, parses]).worker_id == "a"
 
 
 def test_what_is_kept_free_stays_free() -> None:

@@ -108,6 +108,28 @@ def test_sequences_that_resume_go_first_and_only_to_compatible_workers() -> None
     assert policy.waiting("m") == (1, 12)
 
 
+def test_a_sequence_with_tools_goes_where_they_are_parsed() -> None:
+    """New and resumed sequences that need tools go to workers with a parser for tool calls, and are moved only there.
+    If no worker has a parser, they are sent to a worker that will refuse them, and hold back no other."""
+    fleet = Fleet()
+    fleet.add("plain", free=9)
+    policy = policy_of(fleet)
+    fleet.add("parses")
+    fleet.workers["parses"] = replace(fleet.workers["parses"], parses_tools=True)
+    with_tools = [replace(entry(key), needs_tools=True) for key in "abc"]
+    policy.admit(with_tools[0], 0.0)
+    assert sent(carry_out(policy, fleet, 0.0)) == [("a", "parses")]
+    fleet.grant("parses", 1)
+    policy.resume(ResumingSequence(with_tools[1], 12, KEYS[0]), 0.0)
+    assert sent(carry_out(policy, fleet, 0.0)) == [("b", "parses")]
+    running = ResumingSequence(with_tools[2], 12, KEYS[0])
+    assert not list(policy.movable([running], "parses", 0.0))
+    policy.admit(with_tools[2], 0.0)
+    assert not carry_out(policy, fleet, 0.0)
+    del fleet.workers["parses"]
+    assert sent(carry_out(policy, fleet, 0.0)) == [("c", "plain")]
+
+
 def test_a_suspect_waits_for_its_verdict() -> None:
     """A sequence that lost two workers in a row is not sent before the losses have settled. Then the sequence is ended,
     or acquitted if other workers were lost too."""

@@ -30,6 +30,19 @@ from cluster.gateway.calls.request import (
     ResumeFrom,
     TextPrompt,
 )
+from cluster.gateway.calls.tools import (
+    MAX_TOOLS,
+    MAX_TOOLS_BYTES,
+    ToolChoice,
+    call_arguments,
+    check_choice,
+    check_effort,
+    check_tools,
+    function_tool,
+    named_choice,
+    output_options,
+    template_arguments,
+)
 from cluster.v1 import inference_pb2 as pb
 
 MAX_BATCHED_REQUESTS = 1000
@@ -57,26 +70,42 @@ def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
         raise invalid("request", f"is not a message of this method: {error}") from None
 
 
-def parse_chat(request: pb.ChatRequest) -> GenerationRequest:
-    """Parse a ChatRequest. Raises CallError."""
+def parse_chat(request: pb.ChatRequest, is_whole: bool = False) -> GenerationRequest:
+    """Parse a ChatRequest. `is_whole`: whether the caller gets the answer as a whole. Raises CallError."""
     check_name(request.model)
     given = _given(request)
-    if "tools" in given:
-        raise unsupported("tools", "tool calls are")
-    if "tool_choice" in given and request.tool_choice.mode not in ("", "none", "auto"):
-        raise unsupported("tool_choice", "tool calls are")
-    if "max_reasoning_tokens" in given:
-        raise unsupported("max_reasoning_tokens", "reasoning limits are")
     options = _options(given)
     _check_messages(request.messages)
+    check_effort(request.reasoning_effort)
+    tools = _tools(request.tools)
+    choice = _choice(request.tool_choice, tools)
     text = request.chat_template_kwargs_json
-    kwargs = _json_object("chat_template_kwargs_json", text) if text else {}
-    if request.reasoning_effort:
-        kwargs.setdefault("reasoning_effort", request.reasoning_effort)
-    prompt = ChatPrompt(_messages(request.messages), kwargs, continue_final_message=request.continue_final_message)
-    return GenerationRequest(
-        request.model, prompt, options, metadata=dict(request.metadata), resumable=_request_digest(request)
+    arguments = template_arguments(
+        _json_object("chat_template_kwargs_json", text) if text else {}, request.reasoning_effort
     )
+    resumes = request.continue_final_message
+    prompt = ChatPrompt(_messages(request.messages), arguments, continue_final_message=resumes, tools=tools)
+    output = output_options(
+        prompt,
+        choice,
+        parallel_tool_calls=given.get("parallel_tool_calls", True),
+        reasoning_effort=request.reasoning_effort,
+        is_whole=is_whole,
+    )
+    return GenerationRequest(
+        request.model,
+        prompt,
+        options,
+        metadata=dict(request.metadata),
+        resumable=_request_digest(request),
+        output=output,
+        priority_class=request.priority,
+    )
+
+
+def parse_whole_chat(request: pb.ChatRequest) -> GenerationRequest:
+    """Parse a ChatRequest of the method Chat. Raises CallError."""
+    return parse_chat(request, is_whole=True)
 
 
 def parse_complete(request: pb.CompleteRequest) -> GenerationRequest:
@@ -92,9 +121,14 @@ def parse_complete(request: pb.CompleteRequest) -> GenerationRequest:
         prompt = TextPrompt(request.prompt)
     else:
         raise invalid("prompt", "must not be empty; give prompt or prompt_token_ids")
-    metadata, digest = dict(request.metadata), _request_digest(request)
     return GenerationRequest(
-        request.model, prompt, options, DEFAULT_COMPLETE_TOKENS, metadata=metadata, resumable=digest
+        request.model,
+        prompt,
+        options,
+        DEFAULT_COMPLETE_TOKENS,
+        metadata=dict(request.metadata),
+        resumable=_request_digest(request),
+        priority_class=request.priority,
     )
 
 
@@ -170,9 +204,12 @@ def tokenize_call(request: pb.TokenizeRequest) -> TokenizeCall:
     if bool(request.text) == bool(request.messages):
         raise invalid("text", "give either text or messages")
     if request.text:
+        if request.tools:
+            raise invalid("tools", "need messages: give messages instead of text")
         return TokenizeCall(request.model, TextPrompt(request.text))
     _check_messages(request.messages)
-    return TokenizeCall(request.model, ChatPrompt(_messages(request.messages)))
+    prompt = ChatPrompt(_messages(request.messages), tools=_tools(request.tools))
+    return TokenizeCall(request.model, prompt)
 
 
 def detokenize_call(request: pb.DetokenizeRequest) -> DetokenizeCall:
@@ -242,7 +279,7 @@ def _get_model(request: pb.GetModelRequest) -> pb.GetModelRequest:
 
 
 READ: Mapping[str, RequestReader] = {
-    "Chat": RequestReader(pb.ChatRequest, parse_chat),
+    "Chat": RequestReader(pb.ChatRequest, parse_whole_chat),
     "StreamChat": RequestReader(pb.ChatRequest, parse_chat),
     "Complete": RequestReader(pb.CompleteRequest, parse_complete),
     "StreamComplete": RequestReader(pb.CompleteRequest, parse_complete),
@@ -276,8 +313,8 @@ def _given(request: pb.ChatRequest | pb.CompleteRequest) -> Mapping[str, Any]:
 
 
 def _options(given: Mapping[str, Any]) -> RequestOptions:
-    if given.get("priority"):
-        raise unsupported("priority", "priority classes are")
+    if given.get("affinity_key"):
+        raise unsupported("affinity_key", "affinity is")
     _check_counts(given)
     get = given.get
     logprobs, top = None, get("top_logprobs")
@@ -303,6 +340,7 @@ def _options(given: Mapping[str, Any]) -> RequestOptions:
         logprobs=logprobs,
         ignore_eos=get("ignore_eos", False),
         grammar=_grammar(given["response_format"]) if "response_format" in given else None,
+        max_reasoning_tokens=get("max_reasoning_tokens"),
     )
 
 
@@ -360,21 +398,27 @@ def _message(index: int, message: pb.Message) -> dict[str, Any]:
     if role not in ROLES:
         raise invalid(f"messages[{index}].role", f"must be one of {', '.join(ROLES)}; got {quoted(role)}")
     out: dict[str, Any] = {"role": role, "content": content}
+    at = f"messages[{index}]"
     if message.parts:
         if content:
-            raise invalid(f"messages[{index}].parts", "give either content or parts, not both")
-        out["content"] = _joined_text(f"messages[{index}]", message.parts)
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if value := getattr(message, name):
-            out[name] = value
-    if message.tool_calls:
-        at = f"messages[{index}]"
-        out["tool_calls"] = [_tool_call(f"{at}.tool_calls[{i}]", c) for i, c in enumerate(message.tool_calls)]
+            raise invalid(f"{at}.parts", "give either content or parts, not both")
+        out["content"] = _text_parts(at, message.parts)
+    if role == "assistant":
+        if message.tool_calls:
+            out["tool_calls"] = _tool_calls(at, message.tool_calls)
+            out["content"] = out["content"] or None  # as OpenAI's clients send it
+        if message.reasoning_content:
+            out["reasoning"] = out["reasoning_content"] = message.reasoning_content
+    elif role == "tool" and message.tool_call_id:
+        out["tool_call_id"] = message.tool_call_id
+    if message.name:
+        out["name"] = message.name
     return out
 
 
-def _joined_text(at: str, parts: Sequence[pb.ContentPart]) -> str:
-    """Join the text parts of a message with newlines, as vLLM does for templates that take plain content."""
+def _text_parts(at: str, parts: Sequence[pb.ContentPart]) -> list[dict[str, str]]:
+    if len(parts) > MAX_MESSAGES:
+        raise invalid(f"{at}.parts", f"at most {MAX_MESSAGES} parts, got {len(parts)}")
     texts = []
     for i, part in enumerate(parts):
         kind = part.WhichOneof("part")
@@ -382,10 +426,44 @@ def _joined_text(at: str, parts: Sequence[pb.ContentPart]) -> str:
             raise unsupported(f"{at}.parts[{i}].image", "images are")
         if kind is None:
             raise invalid(f"{at}.parts[{i}]", "is empty; give text")
-        texts.append(part.text)
-    return "\n".join(texts)
+        texts.append({"type": "text", "text": part.text})
+    return texts
 
 
-def _tool_call(at: str, call: pb.ToolCall) -> dict[str, Any]:
-    arguments = _json_object(f"{at}.arguments", call.arguments) if call.arguments else {}
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+def _tool_calls(at: str, calls: Sequence[pb.ToolCall]) -> list[dict[str, Any]]:
+    """Return the tool calls of a message, with their fields in the order in which vLLM passes them to a template."""
+    if len(calls) > MAX_MESSAGES:
+        raise invalid(f"{at}.tool_calls", f"at most {MAX_MESSAGES} tool calls, got {len(calls)}")
+    out = []
+    for i, call in enumerate(calls):
+        arguments = call_arguments(f"{at}.tool_calls[{i}].arguments", call.arguments)
+        out.append({"id": call.id, "function": {"arguments": arguments, "name": call.name}, "type": "function"})
+    return out
+
+
+def _tools(tools: Sequence[pb.Tool]) -> list[dict[str, Any]]:
+    """Return the tools of a request in the form of ChatPrompt.tools. Raises CallError."""
+    _check_count("tools", tools, MAX_TOOLS, "tools")
+    if (size := sum(len(tool.parameters_json) for tool in tools)) > MAX_TOOLS_BYTES:
+        raise invalid("tools", f"have {size} characters of schemas; at most {MAX_TOOLS_BYTES} are allowed: send less")
+    out = []
+    for i, tool in enumerate(tools):
+        text = tool.parameters_json
+        parameters = _json_object(f"tools[{i}].parameters_json", text) if text else None
+        strict = tool.strict if tool.HasField("strict") else None
+        out.append(function_tool(tool.name, tool.description or None, parameters, strict))
+    check_tools("tools", out, inner="")
+    return out
+
+
+def _choice(choice: pb.ToolChoice, tools: Sequence[Mapping[str, Any]]) -> ToolChoice:
+    """Return the tool choice. The default is `auto` with tools and `none` without. Raises CallError."""
+    match choice.mode:
+        case "":
+            return "auto" if tools else "none"
+        case "function":
+            found = named_choice(choice.name)
+        case mode:
+            found = mode
+    check_choice(tools, found, "tool_choice.name" if choice.mode == "function" else "tool_choice.mode")
+    return found

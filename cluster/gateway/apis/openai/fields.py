@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.api.outcomes import CallError, invalid
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.gateway.apis.json_values import BODY, kind, parse
 
 INT32 = (1 << 31) - 1
@@ -19,6 +19,15 @@ def read_object(body: bytes) -> Fields:
     if not isinstance(value, dict):
         raise invalid("body", f"must be a JSON object, got {kind(value)}")
     return Fields(value)
+
+
+def unsupported(path: str, remedy: str = "leave it out") -> CallError:
+    """Return the error for a known field that this release does not support."""
+    return CallError(
+        Outcome.UNSUPPORTED_FEATURE,
+        f"{path}: not supported in this release; {remedy}",
+        violations=[Violation(path, "not supported")],
+    )
 
 
 class Fields:
@@ -44,12 +53,14 @@ class Fields:
             raise self.wrong(name, "a string")
         return value
 
-    def flag(self, name: str) -> bool:
-        """Return the boolean in a field; False for an absent field."""
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return the boolean in a field."""
         value = self.values.get(name)
-        if value is not None and not isinstance(value, bool):
+        if value is None:
+            return default
+        if not isinstance(value, bool):
             raise self.wrong(name, "true or false")
-        return bool(value)
+        return value
 
     def integer(self, name: str, largest: int = INT32) -> int | None:
         """Return the whole number in a field. The allowed range is -largest - 1 to largest."""

@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar
 from cluster.gateway.apis.json_values import kind, parse
-from cluster.gateway.apis.openai.fields import INT64, Fields, real, whole_numbers
+from cluster.gateway.apis.openai.fields import INT64, Fields, real, unsupported, whole_numbers
+from cluster.gateway.apis.openai.messages import messages_of
+from cluster.gateway.apis.openai.tools import choice_of, documents_of, tools_of
 from cluster.gateway.calls.request import (
     DEFAULT_COMPLETE_TOKENS,
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
-    MAX_MESSAGES,
     MAX_METADATA,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -32,8 +33,8 @@ from cluster.gateway.calls.request import (
     RequestOptions,
     TextPrompt,
 )
+from cluster.gateway.calls.tools import check_effort, output_options, template_arguments
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_PROMPTS = 128
 MAX_SALT_CHARS = 512
 _TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
@@ -53,7 +54,6 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "logprob_token_ids": ([],),
-    "priority": (0,),
     "prompt_logprobs": (),
     "repetition_detection": (),
     "return_token_ids": (False,),
@@ -61,7 +61,6 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stream_interval": (1,),
-    "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "truncation_side": (),
     "use_beam_search": (False,),
@@ -72,15 +71,12 @@ _UNSERVED_CHAT: dict[str, tuple[Any, ...]] = _UNSERVED | {
     "add_special_tokens": (False,),
     "audio": (),
     "chat_template": (),
-    "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "return_prompt_text": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": (),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -88,11 +84,13 @@ _UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = _UNSERVED | {
     "add_special_tokens": (True,),
     "prompt_embeds": ([],),
     "suffix": ("",),
+    "thinking_token_budget": (-1,),
 }
 _FIELDS = frozenset(
     {
         *("best_of", "cache_salt", "frequency_penalty", "ignore_eos", "logit_bias", "logprobs", "max_tokens"),
-        *("metadata", "min_p", "min_tokens", "model", "n", "presence_penalty", "prompt", "repetition_penalty"),
+        *("metadata", "min_p", "min_tokens", "model", "n", "presence_penalty", "priority", "prompt"),
+        *("repetition_penalty",),
         *("response_format", "seed", "stop", "stop_token_ids", "stream", "stream_options", "structured_outputs"),
         *("temperature", "top_k", "top_p"),
     }
@@ -103,18 +101,15 @@ CHAT_FIELDS = (
     (_FIELDS - {"best_of", "prompt"})
     | _UNSERVED_CHAT.keys()
     | {"add_generation_prompt", "chat_template_kwargs", "continue_final_message", "max_completion_tokens", "messages"}
-    | {"reasoning_effort", "top_logprobs"}
+    | {"documents", "include_reasoning", "parallel_tool_calls", "reasoning_effort", "thinking_token_budget"}
+    | {"tool_choice", "tools", "top_logprobs"}
 )
+_CHAT_NAMES = {
+    "chat_template_kwargs_json": "chat_template_kwargs",
+    "logprobs": "top_logprobs",
+    "max_reasoning_tokens": "thinking_token_budget",
+}
 _INSTEAD = {name: "use structured_outputs" for name in _UNSERVED if name.startswith("guided_")}
-
-
-def unsupported(path: str, remedy: str = "leave it out") -> CallError:
-    """Return the error for a known field that this release does not support."""
-    return CallError(
-        Outcome.UNSUPPORTED_FEATURE,
-        f"{path}: not supported in this release; {remedy}",
-        violations=[Violation(path, "not supported")],
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,24 +150,39 @@ def _renamed(field: str, names: Mapping[str, str], prompt: int | None) -> str:
 def parse_chat(body: Fields) -> ParsedRequest:
     """Parse a body of /v1/chat/completions. Raises CallError."""
     _refuse_unserved(body, _UNSERVED_CHAT)
-    messages = _messages(body)
-    kwargs = body.object("chat_template_kwargs")
-    template_kwargs = dict(kwargs.values) if kwargs is not None else {}
-    if effort := body.text("reasoning_effort"):
-        template_kwargs.setdefault("reasoning_effort", effort)
+    messages = messages_of(body)
+    kwargs, effort = body.object("chat_template_kwargs"), body.text("reasoning_effort") or ""
+    check_effort(effort)
     resumes = body.flag("continue_final_message")
-    generates = not resumes
-    if body.values.get("add_generation_prompt") is not None:
-        generates = body.flag("add_generation_prompt")
+    generates = body.flag("add_generation_prompt", not resumes)
     if resumes and generates:
         raise invalid("add_generation_prompt", "must be false with continue_final_message")
-    prompt = ChatPrompt(messages, template_kwargs, continue_final_message=resumes, add_generation_prompt=generates)
-    length = "max_tokens" if body.values.get("max_completion_tokens") is None else "max_completion_tokens"
-    options = _options(body, length, *_chat_logprobs(body))
-    request = GenerationRequest(
-        body.text("model") or "", prompt, options, cache_salt=_salt(body), metadata=_metadata(body)
+    tools = tools_of(body)
+    choice = choice_of(body, tools)
+    arguments = template_arguments(kwargs.values if kwargs is not None else {}, effort)
+    prompt = ChatPrompt(messages, arguments, resumes, generates, tools, documents_of(body))
+    output = output_options(
+        prompt,
+        choice,
+        parallel_tool_calls=body.flag("parallel_tool_calls", True),
+        reasoning_effort=effort,
+        include_reasoning=body.flag("include_reasoning", True),
+        is_whole=not body.flag("stream"),
     )
-    return _parsed(body, [request], {"max_tokens": length, "logprobs": "top_logprobs"})
+    length = "max_tokens" if body.values.get("max_completion_tokens") is None else "max_completion_tokens"
+    options = _options(body, length, *_chat_logprobs(body), body.integer("thinking_token_budget"))
+    if not isinstance(choice, str) and body.values.get("structured_outputs") is not None:
+        raise invalid("structured_outputs", "cannot be combined with a named tool_choice: give one of them")
+    request = GenerationRequest(
+        body.text("model") or "",
+        prompt,
+        options,
+        cache_salt=_salt(body),
+        metadata=_metadata(body),
+        output=output,
+        priority_class=_priority(body),
+    )
+    return _parsed(body, [request], _CHAT_NAMES | {"max_tokens": length})
 
 
 def parse_completion(body: Fields) -> ParsedRequest:
@@ -185,9 +195,10 @@ def parse_completion(body: Fields) -> ParsedRequest:
     # OpenAI returns the sampled token in addition to the k most likely tokens: one token more than `logprobs` says.
     options = _options(body, "max_tokens", logprobs, None if logprobs is None else logprobs + 1)
     model, salt, metadata = body.text("model") or "", _salt(body), _metadata(body)
-    requests = [
-        GenerationRequest(model, prompt, options, DEFAULT_COMPLETE_TOKENS, salt, metadata) for prompt in _prompts(body)
-    ]
+    first = GenerationRequest(
+        model, TextPrompt(""), options, DEFAULT_COMPLETE_TOKENS, salt, metadata, priority_class=_priority(body)
+    )
+    requests = [replace(first, prompt=prompt) for prompt in _prompts(body)]
     return _parsed(body, requests, {"prompt_token_ids": "prompt"})
 
 
@@ -207,6 +218,14 @@ def _metadata(body: Fields) -> dict[str, str]:
         return {}
     entries.at_most(MAX_METADATA, "entries")
     return {name: entries.text(name) or "" for name in entries.values}
+
+
+def _priority(body: Fields) -> str:
+    """Return the priority class of a request; "" for the tenant's class, which vLLM's default of 0 stands for."""
+    value = body.values.get("priority")
+    if isinstance(value, int) and value != 0:
+        raise unsupported("priority", "give the name of a priority class, or leave it out")
+    return "" if value == 0 else body.text("priority") or ""
 
 
 def _salt(body: Fields) -> str:
@@ -257,79 +276,12 @@ def _array_prompt(path: str, value: object) -> Prompt:
             raise invalid(path, f"must be a string or an array of token ids, got {kind(value)}")
 
 
-def _messages(body: Fields) -> list[Mapping[str, Any]]:
-    body.at_most(MAX_MESSAGES, "messages", "messages")
-    values = body.array("messages")
-    if not values:
-        raise invalid("messages", "must not be empty")
-    return [value if _is_plain(value) else _message(body.member("messages", i)) for i, value in enumerate(values)]
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether a message holds only a valid role and a text, so that the message can be used as it is."""
-    if type(value) is not dict or len(value) != 2:
-        return False
-    return type(value.get("content")) is str and value.get("role") in ROLES
-
-
-def _message(message: Fields) -> dict[str, Any]:
-    role = message.text("role")
-    if role not in ROLES:
-        raise invalid(message.path("role"), f"must be one of {', '.join(ROLES)}; got {quoted(role)}")
-    out: dict[str, Any] = {"role": role, "content": _content(message)}
-    for name in ("name", "tool_call_id"):
-        if value := message.text(name):
-            out[name] = value
-    if reasoning := message.text("reasoning_content") or message.text("reasoning"):
-        out["reasoning_content"] = reasoning
-    message.at_most(MAX_MESSAGES, "tool calls", "tool_calls")
-    if calls := message.objects("tool_calls"):
-        out["tool_calls"] = [_tool_call(call) for call in calls]
-    for name in ("function_call", "audio"):
-        if message.values.get(name) is not None:
-            raise unsupported(message.path(name))
-    return out
-
-
-def _content(message: Fields) -> str:
-    """Return the text of a message. Text parts are joined with newlines, as vLLM does for templates that take plain
-    content."""
-    value = message.values.get("content")
-    if isinstance(value, str):
-        return value
-    if value is not None and not isinstance(value, list):
-        raise message.wrong("content", "a string or an array of parts")
-    message.at_most(MAX_MESSAGES, "parts", "content")
-    texts = []
-    for part in message.objects("content"):
-        type_ = part.text("type")
-        if type_ not in ("text", "refusal"):
-            if type_ is None:
-                raise invalid(part.path("type"), "is missing; give a part of type text")
-            raise unsupported(part.path("type"), f"{quoted(type_)} parts are not supported; send text parts")
-        text = part.text(type_)
-        if text is None:
-            raise invalid(part.path(type_), "is missing")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _tool_call(call: Fields) -> dict[str, Any]:
-    function = call.object("function")
-    if function is None:
-        raise invalid(call.path("function"), "is missing")
-    path = function.path("arguments")
-    arguments = parse(path, function.text("arguments") or "{}")
-    if not isinstance(arguments, dict):
-        raise invalid(path, "must be a JSON object")
-    named = {"name": function.text("name") or "", "arguments": arguments}
-    return {"id": call.text("id") or "", "type": "function", "function": named}
-
-
 # ---- options
 
 
-def _options(body: Fields, length: str, logprobs: int | None, logprobs_told: int | None) -> RequestOptions:
+def _options(
+    body: Fields, length: str, logprobs: int | None, logprobs_told: int | None, budget: int | None = None
+) -> RequestOptions:
     n = body.integer("n")
     return RequestOptions(
         max_tokens=body.integer(length),
@@ -350,6 +302,7 @@ def _options(body: Fields, length: str, logprobs: int | None, logprobs_told: int
         logprobs_returned=logprobs_told,
         ignore_eos=body.flag("ignore_eos"),
         grammar=_grammar(body),
+        max_reasoning_tokens=None if budget == -1 else budget,
     )
 
 

@@ -58,7 +58,20 @@ BAD_CHATS: list[tuple[str, pb.ChatRequest, str, str]] = [
     ("image", pb.ChatRequest(model="sim", messages=[pb.Message(role="user", parts=[pb.ContentPart(
         image=pb.Image(url="http://x"))])]), "UNSUPPORTED_FEATURE", "messages[0].parts[0].image"),
     ("tools", chat(tools=[pb.Tool(name="f")]), "UNSUPPORTED_FEATURE", "tools"),
-    ("priority", chat(priority="high"), "UNSUPPORTED_FEATURE", "priority"),
+    ("odd name of a tool", chat(tools=[pb.Tool(name="f g")]), "INVALID_FIELD", "tools[0].name"),
+    ("a name twice", chat(tools=[pb.Tool(name="f")] * 2), "INVALID_FIELD", "tools[1].name"),
+    ("parameters", chat(tools=[pb.Tool(name="f", parameters_json="[]")]), "INVALID_FIELD", "tools[0].parameters_json"),
+    ("too many tools", chat(tools=[pb.Tool(name=f"f{i}") for i in range(1025)]), "INVALID_FIELD", "tools"),
+    ("choice without tools", chat(tool_choice=pb.ToolChoice(mode="auto")), "INVALID_FIELD", "tool_choice.mode"),
+    ("unknown choice", chat(tools=[pb.Tool(name="f")], tool_choice=pb.ToolChoice(mode="any")), "INVALID_FIELD",
+     "tool_choice.mode"),
+    ("choice of another tool", chat(tools=[pb.Tool(name="f")], tool_choice=pb.ToolChoice(mode="function", name="g")),
+     "INVALID_FIELD", "tool_choice.name"),
+    ("unknown effort", chat(reasoning_effort="huge"), "INVALID_FIELD", "reasoning_effort"),
+    ("negative budget", chat(max_reasoning_tokens=-1), "INVALID_FIELD", "max_reasoning_tokens"),
+    ("unknown priority", chat(priority="high"), "INVALID_FIELD", "priority"),
+    ("priority of others", chat(priority="interactive"), "INVALID_FIELD", "priority"),
+    ("affinity", chat(affinity_key="x"), "UNSUPPORTED_FEATURE", "affinity_key"),
 ]  # fmt: skip
 
 

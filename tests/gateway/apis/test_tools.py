@@ -1,0 +1,322 @@
+"""Requests with tools and reasoning: both APIs make the same generation request of them, large or small."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from cluster.api.outcomes import CallError
+from cluster.api.ports import Engine
+from cluster.api.types import EngineRequest, OutputParsing
+from cluster.gateway.apis import bodies
+from cluster.gateway.apis.body_parser import BodyReader
+from cluster.gateway.apis.grpc import requests as grpc_requests
+from cluster.gateway.apis.openai.fields import read_object
+from cluster.gateway.apis.openai.requests import parse_chat
+from cluster.gateway.calls.request import ChatPrompt, GenerationRequest, PackedPrompt
+from cluster.gateway.calls.tools import MAX_TOOLS_BYTES
+from cluster.gateway.scheduling.submission import MAX_SUBMIT_BYTES
+from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.worker.engine.simulated.engine import SimEngine
+from tests.support.calls import chat, complete, refused
+from tests.support.cluster import TestCluster, sim_engine
+from tests.support.http import chat_body
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "child": {"$ref": "#"}}}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "weather", "description": "é", "parameters": SCHEMA, "strict": True}},
+    {"type": "function", "function": {"name": "noop"}},
+]
+PB_TOOLS = [
+    pb.Tool(name="weather", description="é", parameters_json=json.dumps(SCHEMA), strict=True),
+    pb.Tool(name="noop"),
+]
+ARGUMENTS = ['{"city": "Zürich"}', "", "[1]", "no JSON", "7"]
+
+
+def read(**fields: Any) -> GenerationRequest:
+    """Parse a body as on the event loop."""
+    return parse_chat(read_object(json.dumps(chat_body(**fields)).encode())).requests[0]
+
+
+def unpacked(request: GenerationRequest) -> GenerationRequest:
+    """Return a request of a helper process with its prompt unpacked."""
+    assert isinstance(request.prompt, PackedPrompt)
+    return replace(request, prompt=request.prompt.unpacked())
+
+
+BODY: dict[str, Any] = {
+    "tools": TOOLS,
+    "tool_choice": {"type": "function", "function": {"name": "noop"}},
+    "parallel_tool_calls": False,
+    "reasoning_effort": "low",
+    "thinking_token_budget": 7,
+    "chat_template_kwargs": {"a": 1},
+    "stream": True,
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "reasoning_content": "r", "tool_calls": [
+            {"id": str(i), "type": "function", "function": {"name": "weather", "arguments": text}}
+            for i, text in enumerate(ARGUMENTS)]},
+        {"role": "tool", "content": "x", "tool_call_id": "1", "name": "weather"},
+    ],
+}  # fmt: skip
+MESSAGE = pb.ChatRequest(
+    model="sim",
+    temperature=0.0,
+    max_tokens=16,
+    tools=PB_TOOLS,
+    tool_choice=pb.ToolChoice(mode="function", name="noop"),
+    parallel_tool_calls=False,
+    reasoning_effort="low",
+    max_reasoning_tokens=7,
+    chat_template_kwargs_json='{"a": 1}',
+    messages=[
+        pb.Message(role="user", parts=[pb.ContentPart(text="a"), pb.ContentPart(text="b")]),
+        pb.Message(
+            role="assistant",
+            reasoning_content="r",
+            tool_calls=[pb.ToolCall(id=str(i), name="weather", arguments=text) for i, text in enumerate(ARGUMENTS)],
+        ),
+        pb.Message(role="tool", content="x", tool_call_id="1", name="weather"),
+    ],
+)
+
+
+def test_both_apis_make_the_same_request() -> None:
+    """A body and a gRPC message that say the same give equal requests, also in a helper process. Arguments in the
+    history that are not a JSON object become an empty object."""
+    small = read(**BODY)
+    assert small == grpc_requests.parse_chat(MESSAGE)
+    reader = BodyReader()
+    assert unpacked(reader.http(json.dumps(chat_body(**BODY)).encode(), "chat").requests[0]) == small
+    assert unpacked(reader.message(MESSAGE.SerializeToString(), "StreamChat")) == small
+    assert isinstance(small.prompt, ChatPrompt)
+    calls = small.prompt.messages[1]["tool_calls"]
+    assert [call["function"]["arguments"] for call in calls] == [{"city": "Zürich"}, {}, {}, {}, {}]
+    asked = json.loads(small.output.parser_request)
+    assert [tool["function"]["name"] for tool in asked["tools"]] == ["weather", "noop"]
+    assert asked["tool_calls_before"] == len(ARGUMENTS)
+    assert small.options.max_reasoning_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "choice", "needs_tools"),
+    [
+        ({}, "none", False),
+        ({"tools": TOOLS}, "auto", True),
+        ({"tools": TOOLS, "tool_choice": None}, "auto", True),
+        ({"tools": TOOLS, "tool_choice": "none"}, "none", False),
+        ({"tools": TOOLS, "tool_choice": "required"}, "required", True),
+    ],
+)
+def test_the_choice_has_vllms_defaults(fields: dict[str, Any], choice: str, needs_tools: bool) -> None:
+    """Without a choice, a call with tools may call them. With the choice `none`, the template still gets the tools."""
+    output = read(**fields).output
+    assert (json.loads(output.parser_request)["tool_choice"], output.needs_tools) == (choice, needs_tools)
+    prompt = read(**fields).prompt
+    assert isinstance(prompt, ChatPrompt)
+    assert len(prompt.tools) == len(fields.get("tools", ()))
+
+
+def test_only_whole_answers_are_parsed_whole() -> None:
+    """An HTTP answer without a stream and the gRPC method Chat are whole; all other answers are not."""
+    assert read().output.is_whole
+    assert not read(stream=True).output.is_whole
+    assert grpc_requests.READ["Chat"].read(chat()).output.is_whole
+    assert not grpc_requests.READ["StreamChat"].read(chat()).output.is_whole
+    (start,) = grpc_requests.session_items(pb.SessionRequest(start=pb.SessionStart(call_id=1, chat=chat())))
+    assert isinstance(start, grpc_requests.SessionStart)
+    assert isinstance(start.request, GenerationRequest)
+    assert not start.request.output.is_whole
+
+
+def test_reasoning_fields_are_read() -> None:
+    """A budget of -1 is none, reasoning can be hidden, and `reasoning` takes precedence over its older name."""
+    assert read(thinking_token_budget=-1).options.max_reasoning_tokens is None
+    assert read(thinking_token_budget=0).options.max_reasoning_tokens == 0
+    assert read().output.include_reasoning
+    assert not read(include_reasoning=False).output.include_reasoning
+    turn = {"role": "assistant", "content": "x", "reasoning": "new", "reasoning_content": "old"}
+    prompt = read(messages=[turn, {"role": "user", "content": "y", "reasoning": "z"}]).prompt
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.messages[0]["reasoning"] == prompt.messages[0]["reasoning_content"] == "new"
+    assert "reasoning" not in prompt.messages[1]
+
+
+def test_tool_results_without_calls_are_accepted() -> None:
+    """A tool result without its call is accepted, as in vLLM: the template decides."""
+    prompt = read(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]).prompt
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.messages[0] == {"role": "tool", "content": "x", "tool_call_id": "1"}
+
+
+def test_tokenize_counts_tools() -> None:
+    """Tokenize gets the tools that a chat would get; with a plain text they are refused."""
+    request = pb.TokenizeRequest(model="sim", messages=MESSAGE.messages, tools=PB_TOOLS)
+    asked = grpc_requests.tokenize_call(request).prompt
+    of_chat = grpc_requests.parse_chat(MESSAGE).prompt
+    assert isinstance(asked, ChatPrompt)
+    assert isinstance(of_chat, ChatPrompt)
+    assert (asked.tools, asked.messages) == (of_chat.tools, of_chat.messages)
+    with pytest.raises(CallError, match="tools: need messages"):
+        grpc_requests.tokenize_call(pb.TokenizeRequest(model="sim", text="x", tools=PB_TOOLS))
+
+
+DENSE = '{"a":[' + "[]," * 400_000 + "[]]}"
+LONG = '{"a":"' + "x" * (4 << 20) + '"}'
+
+
+def call(arguments: str) -> dict[str, Any]:
+    """Return a body with one tool call in the history."""
+    function = {"name": "f", "arguments": arguments}
+    return {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"tools": [{"function": {"name": f"f{i}"}} for i in range(30_000)]}, "tools"),
+        ({"tools": [{"function": {"name": "f", "description": "x" * MAX_TOOLS_BYTES}}]}, "tools"),
+        ({"tools": [{"function": {"name": "f", "parameters": {"enum": [[]] * 60_000}}}]}, "tools"),
+        ({"tool_choice": {"function": {"name": "x" * 1_000_000}}, "tools": TOOLS}, "tool_choice"),
+        (call(DENSE), "messages[0].tool_calls[0].function.arguments"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 10_001}]}, "messages[0].content"),
+        ({"messages": call("")["messages"][:1] * 10_001}, "messages"),
+        ({"documents": [{"text": "x"}] * 10_001}, "documents"),
+    ],
+)
+def test_bad_bodies_are_refused_soon(fields: dict[str, Any], path: str) -> None:
+    """A body that is far too large in some way is refused in bounded time, and the error names the field."""
+    body = json.dumps(chat_body(**fields)).encode()
+    began = time.thread_time()
+    with pytest.raises(CallError) as raised:
+        BodyReader().http(body, "chat")
+    assert time.thread_time() - began < 1.0
+    assert raised.value.violations[0].field == path
+    assert len(raised.value.message) < 500
+
+
+def test_long_arguments_are_accepted() -> None:
+    """Arguments of megabytes in the history are accepted: a model may have written them."""
+    request = unpacked(BodyReader().http(json.dumps(chat_body(**call(LONG))).encode(), "chat").requests[0])
+    assert isinstance(request.prompt, ChatPrompt)
+    (earlier,) = request.prompt.messages[0]["tool_calls"]
+    assert earlier["function"]["arguments"] == json.loads(LONG)
+
+
+@pytest.mark.parametrize(
+    ("request_", "path"),
+    [
+        (chat(tools=[pb.Tool(name=f"f{i}") for i in range(5000)]), "tools"),
+        (chat(tools=[pb.Tool(name="f", parameters_json=LONG)]), "tools"),
+        (chat(tools=[pb.Tool(name="f", parameters_json=DENSE[:900_000])]), "tools[0].parameters_json"),
+        (chat(tools=[pb.Tool(name="f", parameters_json="[" * 100_000)]), "tools[0].parameters_json"),
+        (chat(tool_choice=pb.ToolChoice(mode="x" * 1_000_000), tools=PB_TOOLS), "tool_choice.mode"),
+    ],
+)
+def test_bad_messages_are_refused_soon(request_: pb.ChatRequest, path: str) -> None:
+    """A gRPC message with too many or too large tools is refused in bounded time, and the error names the field."""
+    began = time.thread_time()
+    with pytest.raises(CallError) as raised:
+        BodyReader().message(request_.SerializeToString(), "Chat")
+    assert time.thread_time() - began < 1.0
+    assert raised.value.violations[0].field == path
+
+
+def test_dense_schemas_are_not_parsed_on_the_event_loop() -> None:
+    """JSON within a gRPC message counts as values: a message with many values goes to a helper process."""
+    for parameters, small in (('{"x": "' + "y" * 16_000 + '"}', True), ('{"x": [' + "1," * 8000 + "1]}", False)):
+        request = chat(tools=[pb.Tool(name=f"f{i}", parameters_json=parameters) for i in range(20)])
+        assert bodies._is_small_message(pb.ChatRequest, request.SerializeToString()) == small
+
+
+@dataclass
+class RecordingEngine:
+    """A simulated engine that keeps the parsing options of all requests."""
+
+    inner: SimEngine
+    parsings: list[OutputParsing | None] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def submit(self, request: EngineRequest) -> None:
+        """See Engine."""
+        self.parsings.append(request.parsing)
+        await self.inner.submit(request)
+
+
+async def add_worker(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, *parsers: str, **parameters: int
+) -> RecordingEngine:
+    """Link a worker with these parsers in its capabilities. `parameters`: of the simulated engine."""
+    inner = sim_engine(checkpoint, **parameters)
+    info = await inner.start()
+    engine = RecordingEngine(inner)
+    told = replace(info, capabilities=(*info.capabilities, *parsers))
+    await cluster.add_worker(cast(Engine, engine), bundle, info=told)
+    return engine
+
+
+async def test_a_call_with_tools_goes_to_a_worker_with_a_parser(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """Without a worker with a parser, a call with tools is refused at once. With one, it goes there, with the parser
+    request and the stop strings; other chats are not parsed."""
+    plain = await add_worker(cluster, checkpoint, bundle)
+    asked: dict[str, Any] = {"tools": PB_TOOLS, "stop": ["never so"]}
+    answer = await refused(cluster.stub.Chat(chat(**asked)))
+    assert (answer.reason, answer.fields) == ("UNSUPPORTED_FEATURE", ["tools"])
+    assert "tool_call_parser" in answer.message
+    await cluster.stub.Chat(chat(tools=PB_TOOLS, tool_choice=pb.ToolChoice(mode="none")))
+    parses = await add_worker(cluster, checkpoint, bundle, "tools:hermes")
+    for _ in range(4):
+        await cluster.stub.Chat(chat(**asked))
+        async for _chunk in cluster.stub.StreamChat(chat(**asked)):
+            pass
+        await cluster.stub.Chat(chat())
+        await cluster.stub.Complete(complete(stop=["never so"]))
+    request = grpc_requests.parse_chat(chat(**asked)).output.parser_request
+    with_tools = [parsing for parsing in parses.parsings if parsing is not None]
+    assert with_tools == [OutputParsing(request, ("never so",), whole, True) for whole in (True, False)] * 4
+    assert not any(plain.parsings)
+    await cluster.until_idle()
+
+
+async def test_a_chat_is_parsed_where_a_worker_parses_reasoning(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """If a worker of the model has a parser of reasoning, all chats are parsed, and completions are not."""
+    engine = await add_worker(cluster, checkpoint, bundle, "reasoning:qwen3")
+    await cluster.stub.Chat(chat(max_reasoning_tokens=5))
+    await cluster.stub.Complete(complete())
+    parsing, of_completion = engine.parsings
+    assert of_completion is None
+    assert parsing == OutputParsing(grpc_requests.parse_chat(chat()).output.parser_request, is_whole=True)
+    await cluster.until_idle()
+
+
+async def test_large_tools_reach_the_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """The tools do not count against the bound on a request beside its prompt."""
+    engine = await add_worker(
+        cluster,
+        checkpoint,
+        bundle,
+        "tools:hermes",
+        max_model_len=300_000,
+        kv_blocks=20_000,
+        prefill_tokens_per_s=10**9,
+        max_num_batched_tokens=200_000,
+    )
+    await cluster.stub.Chat(chat(tools=[pb.Tool(name="f", description="y" * 2 * MAX_SUBMIT_BYTES)]))
+    (parsing,) = engine.parsings
+    assert parsing is not None
+    assert len(parsing.request) > 2 * MAX_SUBMIT_BYTES
+    await cluster.until_idle()

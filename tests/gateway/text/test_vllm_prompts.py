@@ -1,0 +1,224 @@
+"""A body of /v1/chat/completions gives the prompt that vLLM's server renders from the same body."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.api.outcomes import CallError
+from cluster.gateway.apis.openai.fields import read_object
+from cluster.gateway.apis.openai.requests import parse_chat
+from cluster.gateway.calls.request import ChatPrompt
+from cluster.gateway.text.content_format import takes_parts
+from cluster.gateway.text.template import ChatTemplate
+from tests.gateway.text.kinds import Kind, with_template
+
+pytestmark = pytest.mark.slow
+
+PUBLIC = Path(__file__).parents[2] / "data" / "chat_templates"
+SOURCES = {path.stem: path.read_text() for path in PUBLIC.glob("*.jinja")}
+OWN = {
+    "everything": "{{ messages | tojson }}{{ [tools, documents] | tojson }}{{ enable_thinking }}{{ effort }}",
+    "in parts": "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{{ part | tojson }}{% endfor %}|"
+    "{{ m | tojson }}{% endfor %}",
+    "a developer": "{% for m in messages %}{{ m['role'] == 'developer' }}{{ m | tojson }}{% endfor %}",
+}
+FORMATS = {
+    "plain": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "attribute": "{% for m in messages %}{% for c in m.content %}{% endfor %}{% endfor %}",
+    "item": "{% for m in messages %}{% for c in m['content'] %}{% endfor %}{% endfor %}",
+    "filtered": "{% for m in messages[1:] | list %}{% for c in m.content | reverse %}{% endfor %}{% endfor %}",
+    "alias": "{% set l = messages %}{% set k = l[1:] %}"
+    "{% for m in k %}{% for c in m.content %}{% endfor %}{% endfor %}",
+    "self": "{% set messages = messages[1:] %}{% for m in messages %}{% for c in m.content %}{% endfor %}{% endfor %}",
+    "variable": "{% for m in messages %}{% set content = m.content %}{% for c in content %}{% endfor %}{% endfor %}",
+    "other variable": "{% for m in messages %}{% set x = m.content %}{% for c in x %}{% endfor %}{% endfor %}",
+    "macro": "{% macro f(x) %}{% for c in x %}{% endfor %}{% endmacro %}"
+    "{% for m in messages %}{{ f(m.content) }}{% endfor %}",
+    "macro by name": "{% macro f(a, x) %}{% for c in x %}{% endfor %}{% endmacro %}"
+    "{% for m in messages %}{{ f(1, x=m['content']) }}{% endfor %}",
+    "macro without content": "{% macro f(content) %}{% for c in content %}{% endfor %}{% endmacro %}"
+    "{% for m in messages %}{{ f(m.tools) }}{% endfor %}",
+    "macro unused": "{% macro f(content) %}{% for c in content %}{% endfor %}{% endmacro %}",
+    "namespace": "{% set ns = namespace(l=1) %}{% set ns.l = messages %}"
+    "{% for m in messages %}{% for c in m.content %}{% endfor %}{% endfor %}",
+    "tuple": "{% for i, m in messages %}{% endfor %}"
+    "{% for m in messages %}{% for c in m.content %}{% endfor %}{% endfor %}",
+    "loop over other": "{% for t in tools %}{% for c in t.content %}{% endfor %}{% endfor %}",
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "enum": ["Zürich", "東京"]}},
+    "required": ["city"],
+}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"parameters": SCHEMA, "name": "weather", "description": "The <weather> & more"}},
+    {"function": {"name": "now", "description": "", "parameters": {}, "strict": True, "x": 1}, "defer_loading": False},
+]
+BARE = [{"function": {"name": "noop"}}]
+TEXTS = st.sampled_from(
+    ["", "Hi", " <b>é 東京</b> \n", "x-anthropic-billing-header: cch=1\nBe brief.", "<think>a</think>b"]
+)
+PARTS = st.lists(st.builds(lambda text: {"type": "text", "text": text}, TEXTS), max_size=3)
+ARGUMENTS = st.sampled_from(["", "{}", '{"city": "Zürich", "n": [1, null]}', "[1]", "no JSON", '{"a"', "null", '"x"'])
+CALLS = st.lists(
+    st.builds(
+        lambda id_, arguments: {"type": "function", "id": id_, "function": {"name": "weather", "arguments": arguments}},
+        st.sampled_from(["abcdef123", "1"]),
+        ARGUMENTS,
+    ),
+    max_size=2,
+)
+
+
+def message(role: str, **optional: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Return a strategy for messages of a role."""
+    names = {"content": TEXTS | PARTS, "name": st.sampled_from(["bob", ""])}
+    return st.fixed_dictionaries({"role": st.just(role)}, optional=names | optional)
+
+
+ASSISTANTS = message(
+    "assistant",
+    content=st.none() | TEXTS | PARTS,
+    tool_calls=CALLS,
+    reasoning_content=TEXTS,
+    reasoning=st.none() | TEXTS,
+)
+ANSWERS = message("tool", tool_call_id=st.sampled_from(["abcdef123", "1"]))
+MESSAGES = st.lists(
+    message("user") | ASSISTANTS | ANSWERS | message("system") | message("developer"), min_size=1, max_size=5
+)
+BODIES = st.fixed_dictionaries(
+    {"model": st.just("m"), "messages": MESSAGES},
+    optional={
+        "tools": st.sampled_from([TOOLS, BARE]),
+        "documents": st.just([{"text": "A fact.", "title": "One"}]),
+        "reasoning_effort": st.sampled_from(["none", "low", "high"]),
+        "chat_template_kwargs": st.sampled_from(
+            [
+                {},
+                {"enable_thinking": False},
+                {"enable_thinking": None, "effort": "auto"},
+                {"reasoning_effort": "medium"},
+            ]
+        ),
+        "add_generation_prompt": st.just(False),
+    },
+)
+TURNS: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "How is"}, {"type": "text", "text": "the weather?"}]},
+    {"role": "assistant", "content": None, "reasoning_content": "I look.", "tool_calls": [
+        {"type": "function", "id": "abcdef123", "function": {"name": "weather", "arguments": '{"city": "Zürich"}'}}]},
+    {"role": "tool", "content": [{"type": "text", "text": '{"sky": "blue"}'}], "tool_call_id": "abcdef123"},
+    {"role": "assistant", "content": "Blue."},
+    {"role": "user", "content": "And tomorrow?"},
+]  # fmt: skip
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "a tool was called": {"messages": TURNS, "tools": TOOLS},
+    "without tools": {"messages": TURNS},
+    "a tool with only a name": {"messages": TURNS, "tools": BARE},
+    "an answer without its call": {"messages": [TURNS[1], TURNS[3]], "tools": TOOLS},
+    "documents": {"messages": TURNS[:2], "documents": [{"title": "One", "text": "A fact."}], "tools": TOOLS},
+    "only documents": {"messages": TURNS[:2], "documents": [{"title": "One", "text": "A fact."}]},
+    "a developer": {"messages": [TURNS[1], {"role": "developer", "content": "Now in French."}, TURNS[0], TURNS[5]]},
+    "no thinking": {"messages": TURNS[:2], "reasoning_effort": "none"},
+    "an effort": {"messages": TURNS, "reasoning_effort": "high", "tools": TOOLS},
+    "to be continued": {"messages": TURNS[:5], "continue_final_message": True, "add_generation_prompt": False},
+}
+
+
+def theirs(body: Mapping[str, Any], tokenizer: Any, source: str) -> str | None:
+    """Return the prompt that vLLM's server renders; None for an error."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers.chat_utils import parse_chat_messages
+    from vllm.renderers.hf import resolve_chat_template_content_format, safe_apply_chat_template
+
+    config: Any = SimpleNamespace(
+        enable_prompt_embeds=False,
+        multimodal_config=None,
+        revision=None,
+        code_revision=None,
+        trust_remote_code=False,
+    )
+    request = ChatCompletionRequest.model_validate(json.loads(json.dumps(body)))
+    tools = None if request.tools is None else [tool.model_dump() for tool in request.tools]
+    defaults = {"tokenize": False} | ({} if tools is None else {"tools": tools})
+    params = request.build_chat_params(source, "auto").with_defaults(defaults)
+    arguments = params.get_apply_chat_template_kwargs()
+    form = resolve_chat_template_content_format(source, tools, "auto", tokenizer, model_config=config)
+    messages, _, _ = parse_chat_messages(request.messages, config, form)
+    try:
+        return str(safe_apply_chat_template(config, tokenizer, messages, **arguments))
+    except VLLMValidationError:
+        return None
+
+
+def ours(body: Mapping[str, Any], render: Callable[..., str]) -> str | None:
+    """Return the prompt of the gateway; None for an error of the template."""
+    prompt = parse_chat(read_object(json.dumps(body).encode())).requests[0].prompt
+    assert isinstance(prompt, ChatPrompt)
+    try:
+        return render(prompt.messages, **prompt.template_options)
+    except CallError:
+        return None
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_prompts_equal_vllms(kinds: dict[str, Kind], name: str) -> None:
+    """The ids of each public template equal vLLM's for tools, tool results, documents, reasoning and developers."""
+    kind = kinds["mistral"]
+    model, rendered = with_template(kind, {"default": SOURCES[name]}), 0
+    for title, fields in CONVERSATIONS.items():
+        body = {"model": "m", **fields}
+        expected = theirs(body, kind.theirs, SOURCES[name])
+        assert ours(body, model.render_chat) == expected, title
+        if expected is not None:
+            prompt = parse_chat(read_object(json.dumps(body).encode())).requests[0].prompt
+            ids = kind.theirs.encode(expected, add_special_tokens=False)
+            assert isinstance(prompt, ChatPrompt)
+            assert model.encode_chat(prompt.messages, **prompt.template_options) == ids, title
+            rendered += 1
+    assert rendered >= 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(BODIES)
+def test_any_body_gives_vllms_prompt(kinds: dict[str, Kind], body: dict[str, Any]) -> None:
+    """For any body, every template gives vLLM's prompt, or both fail. Three of the templates show all that they get."""
+    tokenizer = kinds["mistral"].theirs
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token")}
+    for name, source in (SOURCES | OWN).items():
+        template = _template(source, tuple(special.items()))
+        assert ours(body, template.render) == theirs(body, tokenizer, source), name
+
+
+_templates: dict[str, ChatTemplate] = {}
+
+
+def _template(source: str, special: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    if source not in _templates:
+        _templates[source] = ChatTemplate({"default": source}, special_tokens=dict(special))
+    return _templates[source]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *SOURCES])
+def test_the_content_format_is_vllms(name: str) -> None:
+    """The content format of a template is the one that vLLM detects."""
+    from vllm.renderers.hf import _detect_content_format, _try_extract_ast
+
+    source = (FORMATS | SOURCES)[name]
+    expected = _detect_content_format(source, default="string") == "openai"
+    tree = _try_extract_ast(source)
+    assert tree is not None
+    assert takes_parts(tree) == expected
+    if name in ("attribute", "macro by name", "plain", "other variable", "namespace"):
+        assert expected == (name in ("attribute", "macro by name")), "both formats are detected"
