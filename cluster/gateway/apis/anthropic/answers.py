@@ -42,9 +42,15 @@ def parts_of(piece: Piece) -> Sequence[OutputPart]:
     return (OutputPart(PartKind.CONTENT, piece.text),)
 
 
-def stop_of(piece: Piece) -> tuple[str, str | None]:
-    """Return the stop reason of a sequence's last piece, and the stop sequence that has ended the answer."""
+def stop_of(piece: Piece, last_arguments: Sequence[str] = ()) -> tuple[str, str | None]:
+    """Return the stop reason of a sequence's last piece, and the stop sequence that has ended the answer.
+
+    `last_arguments`: the fragments of the last tool call's arguments. A client runs the tool calls of an answer that
+    ends with tool_use, so a call that a stop sequence has cut must not end so.
+    """
     if piece.stop_string and piece.finish_reason == "stop":
+        return "stop_sequence", piece.stop_string
+    if piece.stop_string and piece.finish_reason == "tool_calls" and _parsed_arguments(last_arguments) is None:
         return "stop_sequence", piece.stop_string
     return _STOP_REASONS.get(piece.finish_reason, "end_turn"), None
 
@@ -102,27 +108,32 @@ class ContentBlocks:
 
     def blocks(self) -> list[dict[str, Any]]:
         """Return the blocks."""
-        return [_finished(block, "".join(texts)) for block, texts in zip(self._blocks, self._texts, strict=True)]
+        return [_finished(block, texts) for block, texts in zip(self._blocks, self._texts, strict=True)]
+
+    @property
+    def last_arguments(self) -> Sequence[str]:
+        """Fragments of the arguments of the last tool call."""
+        return self._texts[self._of_call[max(self._of_call)]] if self._of_call else ()
 
 
-def _finished(block: Mapping[str, Any], text: str) -> dict[str, Any]:
+def _finished(block: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     match block["type"]:
         case "text":
-            return {**block, "text": text}
+            return {**block, "text": "".join(texts)}
         case "thinking":
-            return {**block, "thinking": text, "signature": ""}
-        case _:
-            return {**block, "input": _arguments(text)}
+            return {**block, "thinking": "".join(texts), "signature": ""}
+        case _:  # arguments that were cut are shown as an empty object: the API has no other form for them
+            return {**block, "input": _parsed_arguments(texts) or {}}
 
 
-def _arguments(text: str) -> dict[str, Any]:
-    """Return the arguments of a tool call. Arguments that are not a JSON object, because the answer was cut or the
-    model erred, are shown as an empty object: the API has no other form for them."""
+def _parsed_arguments(fragments: Sequence[str]) -> dict[str, Any] | None:
+    """Return the arguments of a tool call; None if they are not a JSON object, because the answer was cut or the model
+    erred."""
     try:
-        value = json.loads(text, parse_constant=_refused, parse_float=_finite)
+        value = json.loads("".join(fragments) or "{}", parse_constant=_refused, parse_float=_finite)
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _refused(constant: str) -> float:
@@ -144,7 +155,7 @@ def whole_message(head: Mapping[str, Any], usage: CallUsage, tool_id: ToolId, pi
     blocks = ContentBlocks(tool_id)
     for part in parts_of(piece):
         blocks.add(part)
-    reason, sequence = stop_of(piece)
+    reason, sequence = stop_of(piece, blocks.last_arguments)
     stop = {"stop_reason": reason, "stop_sequence": sequence}
     return {**head, "content": blocks.blocks(), **stop, "usage": final_usage(usage)}
 

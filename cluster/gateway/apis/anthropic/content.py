@@ -13,9 +13,9 @@ from cluster.gateway.calls.request import MAX_MESSAGES
 TOOL_ID_PREFIX: Final = "toolu_"
 """Prefix of tool call ids in this API. Templates and OpenAI's API have the ids without it."""
 ROLES: Final = ("user", "assistant", "system")
-ACCOUNTING_MARK: Final = "x-anthropic-billing-header"
-"""Beginning of a system text that Claude Code sends for Anthropic's accounts. The text is left out, as vLLM's server
-does, because it changes with every request and would keep the system prompt out of the prefix cache."""
+BILLING_HEADER: Final = "x-anthropic-billing-header"
+"""Beginning of a line that Claude Code puts before its system prompt. The line is left out, because it changes with
+every request and would keep the system prompt out of the prefix cache."""
 
 
 def chat_messages(body: Fields) -> list[dict[str, Any]]:
@@ -31,8 +31,12 @@ def chat_messages(body: Fields) -> list[dict[str, Any]]:
 
 def text_of(fields: Fields, name: str) -> str:
     """Return the joined text blocks of a system prompt. Raises CallError."""
-    texts = (_text(block) for block in _blocks(fields, name, ("text",)))
-    return "".join(text for text in texts if not text.startswith(ACCOUNTING_MARK))
+    return "".join([without_header(_text(block)) for block in _blocks(fields, name, ("text",))])
+
+
+def without_header(text: str) -> str:
+    """Return a system text without the billing header."""
+    return text.partition("\n")[2] if text.startswith(BILLING_HEADER) else text
 
 
 def _is_plain(value: Any) -> bool:
@@ -73,6 +77,11 @@ def _tool_id(block: Fields, name: str) -> str:
     return tool_id.removeprefix(TOOL_ID_PREFIX)
 
 
+def _joined(texts: list[str]) -> str:
+    """Return the content of a message with these text blocks. Empty blocks are left out, as vLLM does."""
+    return "\n".join(filter(None, texts))
+
+
 class _Conversation:
     """The messages translated so far."""
 
@@ -101,10 +110,7 @@ class _Conversation:
             self._add_assistant(message)
 
     def _add_system(self, message: Fields, content: str | list[Any]) -> None:
-        if isinstance(content, str):
-            text = "" if content.startswith(ACCOUNTING_MARK) else content
-        else:
-            text = text_of(message, "content")
+        text = without_header(content) if isinstance(content, str) else text_of(message, "content")
         if text:
             self.messages.append({"role": "system", "content": text})
 
@@ -117,7 +123,7 @@ class _Conversation:
             else:
                 self._add_tool_result(block)
         if any(texts):
-            self.messages.append({"role": "user", "content": "\n".join(filter(None, texts))})
+            self.messages.append({"role": "user", "content": _joined(texts)})
 
     def _add_tool_result(self, block: Fields) -> None:
         tool_id = _tool_id(block, "tool_use_id")
@@ -144,11 +150,11 @@ class _Conversation:
                     thinking.append(_required(block, "thinking"))
                 case "tool_use":
                     calls.append(self._tool_call(block))
-        out: dict[str, Any] = {"role": "assistant", "content": "\n".join(filter(None, texts))}
-        if reasoning := "".join(thinking):
-            out["reasoning_content"] = reasoning
+        out: dict[str, Any] = {"role": "assistant", "content": _joined(texts)}
         if calls:
             out["tool_calls"] = calls
+        if reasoning := "".join(thinking):
+            out["reasoning"] = out["reasoning_content"] = reasoning
         self.messages.append(out)
 
     def _tool_call(self, block: Fields) -> dict[str, Any]:
@@ -157,4 +163,6 @@ class _Conversation:
         if arguments is None:
             raise invalid(block.path("input"), "is missing: give an object")
         self._called.add(tool_id)
-        return {"id": tool_id, "type": "function", "function": {"name": name, "arguments": dict(arguments.values)}}
+        # Some templates show a tool call as JSON: the fields have the order in which vLLM passes them.
+        function = {"arguments": dict(arguments.values), "name": name}
+        return {"id": tool_id, "function": function, "type": "function"}

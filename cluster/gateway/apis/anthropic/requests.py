@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from cluster.api.outcomes import CallError, invalid, quoted
 from cluster.api.types import Grammar
-from cluster.gateway.apis.anthropic.content import chat_messages, text_of
+from cluster.gateway.apis.anthropic.content import chat_messages, text_of, without_header
 from cluster.gateway.apis.anthropic.errors import with_messages_names
 from cluster.gateway.apis.openai.fields import Fields
 from cluster.gateway.apis.openai.requests import MAX_SALT_CHARS, ParsedRequest, unsupported
@@ -110,8 +110,8 @@ def _chat(body: Fields, *, is_whole: bool) -> tuple[ChatPrompt, OutputOptions]:
     effort = _effort(body)
     arguments = body.object("chat_template_kwargs")
     given = {**(arguments.values if arguments is not None else {}), **_thinking_arguments(body)}
-    # An answer continues the text of a final message of the assistant.
-    resumes = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"])
+    last = messages[-1]  # an answer continues the text of a final message of the assistant
+    resumes = last["role"] == "assistant" and bool(last["content"]) and "tool_calls" not in last
     prompt = ChatPrompt(
         messages,
         chat_tools.template_arguments(given, effort),
@@ -139,7 +139,7 @@ def _messages(body: Fields) -> list[dict[str, Any]]:
 def _system(body: Fields) -> str:
     value = body.values.get("system")
     if value is None or isinstance(value, str):
-        return value or ""
+        return without_header(value or "")
     return text_of(body, "system")
 
 

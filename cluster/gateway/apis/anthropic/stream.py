@@ -60,6 +60,9 @@ class BlockEvents:
         """Text of a delta event of the open block, before the text of the part."""
         self._of_call: dict[int, int] = {}
         """Position of the block of each tool call."""
+        self._last_call = 0
+        self.last_arguments: list[str] = []
+        """Fragments of the arguments of the last tool call."""
 
     @property
     def in_text(self) -> bool:
@@ -88,12 +91,15 @@ class BlockEvents:
         kind = part.kind
         if kind is PartKind.TOOL_NAME:
             self._of_call[part.call] = self._next
+            self._last_call, self.last_arguments = part.call, []
             block = {"type": "tool_use", "id": self._tool_id(part.call), "name": part.text, "input": {}}
             return self._begin(PartKind.TOOL_ARGUMENTS, block)
         if not part.text:
             return ""
         if kind is PartKind.TOOL_ARGUMENTS:
             index = self._of_call[part.call]
+            if part.call == self._last_call:
+                self.last_arguments.append(part.text)
             if self._open is kind and index == self._next - 1:
                 return self.text(part.text)
             # A parser that adds to an earlier call: clients find the block by its index.
@@ -149,7 +155,7 @@ class MessageEvents:
     def end(self) -> bytes:
         """Return the events after the last piece."""
         assert self._last is not None, "the call has not ended"
-        reason, sequence = answers.stop_of(self._last)
+        reason, sequence = answers.stop_of(self._last, self._blocks.last_arguments)
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         return (event("message_delta", delta=delta, usage=answers.final_usage(self._usage())) + STOP).encode("ascii")
 

@@ -52,10 +52,11 @@ def test_a_conversation_with_tools_becomes_that_of_openai() -> None:
         system=text("be ", "brief"),
     )
     call = {"id": "abc123XYZ", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    thought = {"reasoning": "hm", "reasoning_content": "hm"}
     assert prompt.messages == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "one\ntwo"},
-        {"role": "assistant", "content": "a\nb", "reasoning_content": "hm", "tool_calls": [call]},
+        {"role": "assistant", "content": "a\nb", "tool_calls": [call], **thought},
         {"role": "tool", "tool_call_id": "abc123XYZ", "content": "42"},
         {"role": "user", "content": "now"},
     ]
@@ -77,20 +78,22 @@ def test_the_content_of_a_tool_result(content: Any, shown: str) -> None:
 
 
 def test_an_answer_that_was_begun_is_continued() -> None:
-    """The text of a final message of the assistant is continued; a final tool call without text is not."""
+    """The text of a final message of the assistant is continued; a final tool call is not."""
     begun = prompt_of(USER, {"role": "assistant", "content": "Well"})
     assert (begun.continue_final_message, begun.add_generation_prompt) == (True, False)
-    called = prompt_of(USER, {"role": "assistant", "content": [USE]})
-    assert (called.continue_final_message, called.add_generation_prompt) == (False, True)
+    for content in ([USE], [*text("Well"), USE], text("")):
+        called = prompt_of(USER, {"role": "assistant", "content": content})
+        assert (called.continue_final_message, called.add_generation_prompt) == (False, True)
 
 
 def test_system_texts() -> None:
-    """System texts stand where they were sent, and texts for Anthropic's accounts are left out."""
-    billing = text("x-anthropic-billing-header: 1")
-    prompt = prompt_of(USER, {"role": "system", "content": [*billing, *text("now")]}, system=[*billing, *text("s")])
-    assert [m["content"] for m in prompt.messages] == ["s", "Hi", "now"]
-    only = prompt_of({"role": "system", "content": "x-anthropic-billing-header: 1"}, USER, system="")
-    assert only.messages == [USER]
+    """System texts stand where they were sent, and lines for Anthropic's accounts are left out."""
+    header = "x-anthropic-billing-header: 1"
+    for system in (text(header, "s"), text(f"{header}\ns"), f"{header}\ns", "s"):
+        for late in (text(header, "now"), f"{header}\nnow"):
+            prompt = prompt_of(USER, {"role": "system", "content": late}, system=system)
+            assert [message["content"] for message in prompt.messages] == ["s", "Hi", "now"]
+    assert prompt_of({"role": "system", "content": header}, USER, system=header).messages == [USER]
 
 
 def test_options() -> None:

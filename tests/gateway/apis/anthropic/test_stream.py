@@ -186,7 +186,7 @@ def test_late_arguments_reach_their_call() -> None:
     assert shown == [(0, '{"x": '), (1, "{}"), (0, "1}")]
 
 
-@pytest.mark.parametrize("text", ['{"x": ', "[1]", "", "nothing", '{"x": NaN}', '{"x": 1e999}', "[" * 100_000])
+@pytest.mark.parametrize("text", ['{"x": ', "[1]", "{}", "nothing", '{"x": NaN}', '{"x": 1e999}', "[" * 100_000])
 def test_arguments_that_are_no_object(text: str) -> None:
     """Arguments that are not a JSON object are shown as an empty object in a whole answer."""
     parts = [OutputPart(TOOL_NAME, "f"), OutputPart(TOOL_ARGUMENTS, text)]
@@ -206,6 +206,19 @@ def test_arguments_that_are_no_object(text: str) -> None:
 def test_stop_reasons(finish: str, stop_string: str, expected: tuple[str, str | None]) -> None:
     """A finish reason has Anthropic's name, and a stop string is the stop sequence."""
     assert stop_of(Piece(0, "", finish, stop_string=stop_string)) == expected
+
+
+@pytest.mark.parametrize(("cut", "reason"), [(True, "stop_sequence"), (False, "tool_use")])
+def test_a_call_that_a_stop_sequence_cuts_is_not_run(cut: bool, reason: str) -> None:
+    """An answer whose last tool call is cut by a stop sequence ends with stop_sequence, whole or streamed. A complete
+    call counts, whatever text follows."""
+    parts = [OutputPart(TOOL_NAME, "f", 0), OutputPart(TOOL_ARGUMENTS, "{}", 0), OutputPart(TOOL_NAME, "g", 1)]
+    parts.append(OutputPart(TOOL_ARGUMENTS, '{"x": ' if cut else '{"x": 1}', 1))
+    piece = Piece(0, "", "tool_calls", parts=[*parts, OutputPart(CONTENT, "and")], stop_string="END")
+    whole = whole_message(HEAD, USAGE, tool_id, piece)
+    assert (whole["stop_reason"], whole["stop_sequence"]) == (reason, "END" if cut else None)
+    delta = events_of(streamed([piece]))[-2]["delta"]
+    assert delta == {"stop_reason": whole["stop_reason"], "stop_sequence": whole["stop_sequence"]}
 
 
 def test_pings() -> None:
