@@ -71,7 +71,7 @@ async def test_the_official_client_gets_the_text_of_openais_api(busy: TestCluste
 async def test_the_count_is_that_of_the_call(busy: TestCluster) -> None:
     """count_tokens returns the number of prompt tokens of the same call, of which the cached ones are no input tokens;
     the start of a stream has the counts of its end."""
-    fields: dict[str, Any] = {"system": "Be brief.", "tools": [TOOL], "max_tokens": 2, "temperature": 0}
+    fields: dict[str, Any] = {"system": "Be brief.", "tools": [TOOL], "tool_choice": {"type": "none"}, "max_tokens": 2}
     fields["messages"] = [
         {"role": "user", "content": "How much is it? " * 20},
         {"role": "assistant", "content": [{"type": "text", "text": "I look."}, USE]},
@@ -79,7 +79,7 @@ async def test_the_count_is_that_of_the_call(busy: TestCluster) -> None:
     ]
     counted = (await fetch(busy, COUNT, {"model": "sim", **fields})).json
     async with client(busy) as ai:
-        named = {name: fields[name] for name in ("system", "tools", "messages")}
+        named = {name: fields[name] for name in fields if name != "max_tokens"}
         assert (await ai.messages.count_tokens(model="sim", **named)).to_dict() == counted
     shown: list[dict[str, int]] = []
     for stream in (False, True, True):
@@ -137,7 +137,9 @@ async def test_the_messages_are_those_of_openais_api(busy: TestCluster) -> None:
     begun = [said, {"role": "assistant", "content": "Well"}]
     same_asked = {"role": "assistant", "content": None, "tool_calls": [call]}
     same_told = {"role": "tool", "tool_call_id": "abc123XYZ", "content": "42"}
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     cases: list[tuple[list[Any], dict[str, Any]]] = [
+        (parts, {"messages": parts}),
         ([said, asked, told], {"messages": [said, same_asked, same_told]}),
         (begun, {"messages": begun, "continue_final_message": True}),
     ]
@@ -151,7 +153,8 @@ async def test_the_messages_are_those_of_openais_api(busy: TestCluster) -> None:
 
 async def test_a_large_body_is_read_by_a_helper(busy: TestCluster) -> None:
     """A body with thousands of values is parsed in a helper process, with the result of a small body."""
-    small = message_body(tools=[TOOL], system=[{"type": "text", "text": "Be brief."}], thinking={"type": "disabled"})
+    small = message_body(tools=[TOOL], tool_choice={"type": "none"}, thinking={"type": "disabled"})
+    small["system"] = [{"type": "text", "text": "Be brief."}]
     large = {**small, "ignored": [[]] * 20_000}
     before = busy.gateway.service.bodies.pool.pids
     for path in (COUNT, MESSAGES):
