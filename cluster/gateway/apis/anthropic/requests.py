@@ -37,17 +37,17 @@ COUNT_FIELDS: Final = frozenset(
 """The fields that are read from a body of /v1/messages/count_tokens; all other fields are ignored."""
 # Known fields that would change the answer and are not supported, each with the values at which it has no effect.
 _UNSERVED: Final[Mapping[str, tuple[Any, ...]]] = {
-    "container": (),
     "ec_transfer_params": (),
     "kv_transfer_params": (),
     "mcp_servers": ([],),
+    "output_format": (),
     "vllm_xargs": ({},),
     "watermarking": (False,),
 }
 MESSAGES_FIELDS: Final = (
     COUNT_FIELDS
     | _UNSERVED.keys()
-    | {"cache_salt", "max_tokens", "metadata", "stop_sequences", "stream", "temperature", "top_k", "top_p"}
+    | {"cache_salt", "container", "max_tokens", "metadata", "stop_sequences", "stream", "temperature", "top_k", "top_p"}
 )
 """The fields that are read from a body of /v1/messages; all other fields are ignored."""
 NAMES: Final[Mapping[str, str]] = {
@@ -61,15 +61,23 @@ NAMES: Final[Mapping[str, str]] = {
 
 def parse_messages(body: Fields) -> ParsedRequest:
     """Parse a body of /v1/messages. Raises CallError."""
-    for name in sorted(body.values.keys() & _UNSERVED.keys()):
-        value = body.values[name]
-        if value is not None and value not in _UNSERVED[name]:
-            raise unsupported(name)
+    _refuse_unserved(body)
     stream = body.flag("stream")
     prompt, output = _chat(body, is_whole=not stream)
     request = GenerationRequest(_model(body), prompt, _options(body), cache_salt=_salt(body), output=output)
     _check_metadata(body)
     return ParsedRequest([request], stream, names=NAMES)
+
+
+def _refuse_unserved(body: Fields) -> None:
+    for name in sorted(body.values.keys() & _UNSERVED.keys()):
+        value = body.values[name]
+        if value is not None and value not in _UNSERVED[name]:
+            raise unsupported(name, "use output_config.format" if name == "output_format" else "leave it out")
+    # A container matters to tools of Anthropic's servers only, except for the skills that it brings.
+    container = body.values.get("container")
+    if isinstance(container, dict) and container.get("skills"):
+        raise unsupported("container.skills")
 
 
 def parse_count(body: Fields) -> ParsedRequest:

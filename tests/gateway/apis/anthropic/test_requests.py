@@ -164,7 +164,7 @@ def test_hints_are_ignored() -> None:
     """Fields without an effect on the answer, and unknown fields, change nothing; a field that holds null is
     absent."""
     hints: dict[str, Any] = {"metadata": {"user_id": "u"}, "service_tier": "auto", "cache_control": {"type": "x"}}
-    hints |= {"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}, "unknown": [1], "container": None}
+    hints |= {"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}, "unknown": [1], "container": "c"}
     hints |= {"mcp_servers": [], "tools": None, "system": None, "stop_sequences": None, "tool_choice": {"type": "auto"}}
     hints |= {"thinking": None, "output_config": {"effort": None, "format": None}, "inference_geo": "us"}
     assert parsed(**hints) == parsed()
@@ -248,7 +248,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("unknown effort", {"output_config": {"effort": "none"}}, "output_config.effort"),
     ("unknown format", {"output_config": {"format": {"type": "regex"}}}, "output_config.format.type"),
     ("format without schema", {"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
-    ("container", {"container": "c"}, "container"),
+    ("skills", {"container": {"skills": [{"skill_id": "pptx"}]}}, "container.skills"),
+    ("output_format", {"output_format": {"type": "json_schema"}}, "output_format"),
     ("MCP servers", {"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ("user id of a wrong type", {"metadata": {"user_id": 5}}, "metadata.user_id"),
     ("empty salt", {"cache_salt": ""}, "cache_salt"),
