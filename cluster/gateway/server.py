@@ -20,7 +20,7 @@ from cluster.gateway.apis.admin.forwarding import ForwardedVerbs
 from cluster.gateway.apis.grpc.inference import SERVICE
 from cluster.gateway.apis.http.body import RequestBodies
 from cluster.gateway.apis.http.server import HttpServer
-from cluster.gateway.apis.openai.app import OpenAiApi
+from cluster.gateway.apis.http_application import http_application
 from cluster.gateway.auth.authenticator import NoAuthentication
 from cluster.gateway.auth.revocation import cut_revoked
 from cluster.gateway.auth.tls import NewestContext, revoked_file
@@ -133,8 +133,8 @@ class Gateway:
         self.clients = client_server(
             settings, self.service, self.health.servicer, admission(http2.Port.CLIENT), self._request_bytes
         )
-        openai = OpenAiApi(self.service, RequestBodies(settings.max_message_bytes, self._request_bytes))
-        self.http = HttpServer(openai.app(), admission(http2.Port.CLIENT))
+        bodies = RequestBodies(settings.max_message_bytes, self._request_bytes)
+        self.http = HttpServer(http_application(self.service, bodies), admission(http2.Port.CLIENT))
         self.link_server = hub_server(self.hub, admission(http2.Port.LINK))
         self._siblings = optional_parts.sibling_aborts(config, process, self.tenants, self.service.abort)
         if self._siblings is not None:

@@ -34,6 +34,12 @@ def completion_body(prompt: Any = "Once upon a time", **fields: Any) -> dict[str
     return {"model": "sim", "prompt": prompt, "temperature": 0, "max_tokens": 16, **fields}
 
 
+def message_body(text: str = "Hello, who are you?", **fields: Any) -> dict[str, Any]:
+    """Return the body of a request of Anthropic's Messages API with one user message; temperature 0 and 16 tokens by
+    default."""
+    return chat_body(text, **fields)
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A whole response. `body` has all chunks joined; `chunks` has the chunks separately."""

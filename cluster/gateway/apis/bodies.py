@@ -15,6 +15,7 @@ from typing import Any, Final
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.gateway.apis.anthropic.requests import PARSERS as ANTHROPIC_PARSERS
 from cluster.gateway.apis.grpc import requests
 from cluster.gateway.apis.grpc.message_scan import scan
 from cluster.gateway.apis.json_values import MAX_IDS, NotText
@@ -35,7 +36,7 @@ PATIENCE_S: Final = 5.0
 this process, which delays all calls."""
 FEW_ELEMENTS: Final = 2048
 """Upper bound on the fields and list elements in a protobuf message that is parsed on the event loop."""
-_PARSERS: Final = {"chat": parse_chat, "completion": parse_completion}
+_PARSERS: Final = {"chat": parse_chat, "completion": parse_completion, **ANTHROPIC_PARSERS}
 
 
 class Bodies:
@@ -53,8 +54,8 @@ class Bodies:
     ) -> ParsedRequest:
         """Parse a request body of the HTTP API. Raises CallError.
 
-        `name`: `chat` or `completion`. `max_ids`: returns the largest allowed number of token ids in a prompt; a longer
-        prompt is refused before it is parsed. Called for large bodies only.
+        `name`: `chat`, `completion`, `messages` or `count_tokens`. `max_ids`: returns the largest allowed number of
+        token ids in a prompt; a longer prompt is refused before it is parsed. Called for large bodies only.
         """
         if _is_small_json(body):
             with suppress(NotText):  # the helper names the field

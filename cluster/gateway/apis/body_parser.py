@@ -20,6 +20,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.gateway.apis.anthropic import requests as anthropic_requests
 from cluster.gateway.apis.grpc import requests as grpc_requests
 from cluster.gateway.apis.grpc.message_scan import scan
 from cluster.gateway.apis.grpc.packed_ids import packed_ids
@@ -74,8 +75,8 @@ MAX_OPTION_BYTES: Final = 1 << 17
 """Upper bound on the bytes of a field that is not a prompt. The longest valid field has 100 KB: stop strings in which
 every character is escaped."""
 _MAX_BYTES = {
-    **dict.fromkeys(("messages", "prompt", "chat_template_kwargs", "functions", "documents"), 1 << 62),
-    **dict.fromkeys(("response_format", "structured_outputs", "tools"), 2 << 20),
+    **dict.fromkeys(("messages", "prompt", "chat_template_kwargs", "functions", "documents", "system"), 1 << 62),
+    **dict.fromkeys(("response_format", "structured_outputs", "tools", "output_config"), 2 << 20),
 }
 _BOUNDS = {"messages": MESSAGES, "prompt": PROMPTS, "tools": MESSAGES}
 _PLACE = re.compile(r"\$\[(\d+)\]")
@@ -95,6 +96,8 @@ class BodyReader:
         self._http = {
             "chat": (_splitter(openai_requests.CHAT_FIELDS), openai_requests.parse_chat),
             "completion": (_splitter(openai_requests.COMPLETION_FIELDS), openai_requests.parse_completion),
+            "messages": (_splitter(anthropic_requests.MESSAGES_FIELDS), anthropic_requests.parse_messages),
+            "count_tokens": (_splitter(anthropic_requests.COUNT_FIELDS), anthropic_requests.parse_count),
         }
 
     def http(self, body: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> openai_requests.ParsedRequest:

@@ -12,12 +12,13 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.gateway.apis.anthropic.requests import COUNT_FIELDS, MESSAGES_FIELDS
 from cluster.gateway.apis.openai.requests import CHAT_FIELDS, COMPLETION_FIELDS
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from tests.support.cluster import TestCluster, running_cluster, sim_engine
 from tests.support.fuzz import nothing_unexpected
-from tests.support.http import Wire, chat_body, completion_body
+from tests.support.http import Wire, chat_body, completion_body, message_body
 
 pytestmark = pytest.mark.slow
 
@@ -108,8 +109,10 @@ async def test_every_field_of_every_message(busy: TestCluster, method: str) -> N
 @pytest.mark.parametrize(
     ("path", "good", "fields"),
     [("/v1/chat/completions", chat_body(max_tokens=2), CHAT_FIELDS),
-     ("/v1/completions", completion_body(max_tokens=2), COMPLETION_FIELDS)],
-    ids=["chat", "completion"],
+     ("/v1/completions", completion_body(max_tokens=2), COMPLETION_FIELDS),
+     ("/v1/messages", message_body(max_tokens=2), MESSAGES_FIELDS),
+     ("/v1/messages/count_tokens", message_body(), COUNT_FIELDS)],
+    ids=["chat", "completion", "messages", "count_tokens"],
 )  # fmt: skip
 async def test_every_field_of_every_body(
     busy: TestCluster, path: str, good: dict[str, Any], fields: frozenset[str]

@@ -8,7 +8,6 @@ and JSON encoders escape these characters only in ASCII output.
 from __future__ import annotations
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -54,24 +53,6 @@ def call_error_body(error: CallError) -> bytes:
     case, `param` is the first wrong field."""
     param = error.violations[0].field if error.violations else None
     return error_body(error.message, OUTCOME_STATUS[error.outcome].http, error.outcome.name.lower(), param)
-
-
-def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an error: the rate limits, the retry delay in whole seconds, and for OpenAI's clients the
-    retry delay in milliseconds."""
-    headers = as_headers(error.headers)
-    if error.retry_after_s is None:
-        return headers
-    return [
-        *headers,
-        (b"retry-after", b"%d" % math.ceil(error.retry_after_s)),
-        (b"retry-after-ms", b"%d" % (error.retry_after_s * 1000)),
-    ]
-
-
-def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
-    """Return headers as pairs of bytes."""
-    return [(name.encode("ascii"), value.encode("ascii")) for name, value in pairs]
 
 
 # ---- parts

@@ -1,0 +1,56 @@
+"""The steps of a call that all HTTP APIs share: read the request, and stream the answer.
+
+The pieces of a stream bypass ASGI: a StreamWriter writes the pieces directly to the connection. A streamed response
+starts with the first piece or keep-alive, so a call that fails earlier is answered with the status code of the error.
+HTTP has no deadlines; instead a call is cancelled as soon as the client disconnects.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from cluster.gateway.apis.http.body import Refused, RequestBodies
+from cluster.gateway.apis.http.exchange import Exchange
+from cluster.gateway.apis.http.protocol import CONNECTION
+from cluster.gateway.apis.openai.requests import ParsedRequest
+from cluster.gateway.apis.request_ids import traceparent
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.stream_writer import ChunkDelivery, ChunkEncoder, StreamWriter
+from cluster.gateway.service import CallService
+
+
+class HttpCalls:
+    """Reads requests for a CallService and streams answers, for all APIs of one HTTP port."""
+
+    def __init__(self, service: CallService, bodies: RequestBodies) -> None:
+        self.service = service
+        self._bodies = bodies
+        self._delivery: ChunkDelivery | None = None
+
+    async def read(self, name: str, exchange: Exchange) -> tuple[ParsedRequest, CallMeta]:
+        """Count a request, and read and parse the body. `name`: the parser, see Bodies.http. Raises CallError, Refused,
+        and ConnectionResetError if the client disconnects before the body ends."""
+        media_type = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if media_type != b"application/json":  # also prevents cross-site form posts
+            raise Refused(415, "unsupported_media_type", "content-type must be application/json")
+        trace = traceparent(exchange.header(b"traceparent"))
+        meta = CallMeta(exchange.request_id, "http", traceparent=trace, principal=exchange.principal)
+        meta = await self.service.count(meta)
+        length = exchange.headers.get(b"content-length", b"")
+        connection = exchange.scope[CONNECTION]
+        async with self._bodies.read(exchange.receive, connection, length, meta.tenant) as content:
+            max_ids = partial(self.service.tokenization.longest_context, meta.principal)
+            return await self.service.bodies.http(name, content, meta.tenant, max_ids), meta
+
+    async def stream(self, call: Call, encoder: ChunkEncoder, exchange: Exchange) -> None:
+        """Stream the pieces of a call until the end of the call has been sent. Raises the call's error."""
+        while not exchange.started:
+            await call.news()
+            if data := encoder.encode_new():
+                await exchange.write(data)
+                if encoder.ended:
+                    return
+        if self._delivery is None:
+            self._delivery = ChunkDelivery()
+        await StreamWriter(call, encoder, exchange.scope[CONNECTION], self._delivery).run()

@@ -1,0 +1,236 @@
+"""An HTTP request with its response, and what all HTTP APIs do alike: authenticate, read a call's body, map errors to
+responses, and end a call whose client is gone. An `ApiForm` holds the differences between the APIs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import Any, Protocol
+
+import structlog
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.apis.http.body import Refused
+from cluster.gateway.apis.http.protocol import CONNECTION
+from cluster.gateway.apis.request_ids import random_id, request_id
+from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Authenticator, Credentials, alternative_names
+from cluster.gateway.calls.stream_writer import Transport
+
+log = structlog.get_logger("http")
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_EVENTS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class ClientConnection(Transport, Protocol):
+    """The connection on which a request came. The server puts the connection into the ASGI scope of the request."""
+
+    transport: Any
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon."""
+
+    def unwatch(self, lost: Callable[[], None]) -> None:
+        """Stop calling `lost`."""
+
+    def mark_authenticated(self) -> None:
+        """Record that the client presented a valid credential."""
+
+    def charge_refusal(self) -> None:
+        """Count a refused request."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """The response to a request that failed. `content`: JSON."""
+
+    status: int
+    content: bytes
+    headers: Sequence[tuple[bytes, bytes]] = ()
+
+
+class ApiForm(Protocol):
+    """The form of an API's errors, request ids and credentials."""
+
+    @property
+    def request_id_headers(self) -> Sequence[bytes]:
+        """Names of the response headers that hold the request id."""
+
+    @property
+    def key_header(self) -> bytes:
+        """Name of a request header that may hold an API key instead of `authorization`; b"" if there is none."""
+
+    def refused(self, refused: Refused, request_id: str) -> ErrorAnswer:
+        """Return the response to a request that did not become a call."""
+
+    def failed(self, error: CallError, request_id: str) -> ErrorAnswer:
+        """Return the response to a call that failed."""
+
+    def event(self, error: CallError, request_id: str) -> bytes:
+        """Return an error as the last event of a stream that has begun."""
+
+
+class Exchange:
+    """An HTTP request and the response to the request."""
+
+    def __init__(self, form: ApiForm, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.started = False
+        self.principal = DEFAULT_PRINCIPAL
+        self.limit_headers: list[tuple[bytes, bytes]] = []
+        """Headers that hold the caller's rate limits, for a successful answer."""
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.request_id = request_id(self.header(b"x-request-id")) or random_id()
+        self._form = form
+
+    def header(self, name: bytes) -> str:
+        """Return the value of a header; "" if the header is absent."""
+        return self.headers.get(name, b"").decode("latin-1")
+
+    def credentials(self, certificates: bool) -> Credentials:
+        """Return the credentials that the caller presents. `certificates`: whether client certificates are accepted; if
+        so, the credentials include the names in the caller's certificate."""
+        host, port = self.scope.get("client") or ("", 0)
+        tls = self.scope[CONNECTION].transport.get_extra_info("ssl_object") if certificates else None
+        names = alternative_names(tls.getpeercert()) if tls is not None else ()
+        return Credentials(self._authorization(), names, f"{host}:{port}")
+
+    def _authorization(self) -> tuple[str, ...]:
+        """Return the values of `authorization`, and an API key in the API's own header as a further value if it
+        differs. Several values are refused later."""
+        headers, key_header = self.scope["headers"], self._form.key_header
+        values = [value.decode("latin-1") for name, value in headers if name == b"authorization"]
+        keys = [value.decode("latin-1") for name, value in headers if key_header and name == key_header and value]
+        return (*values, *(value for value in map("Bearer {}".format, keys) if value not in values))
+
+    async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Send the status and the headers of the response."""
+        self.started = True
+        shown_id = self.request_id.encode()
+        common = [(b"date", formatdate(usegmt=True).encode())]
+        common += [(name, shown_id) for name in self._form.request_id_headers]
+        await self.send({"type": "http.response.start", "status": status, "headers": [*common, *headers]})
+
+    async def write(self, part: bytes, more: bool = True) -> None:
+        """Send a part of an event stream. The first call of this method starts the response."""
+        if not self.started:
+            await self.start(200, [*_EVENTS, *self.limit_headers])
+        await self.send({"type": "http.response.body", "body": part, "more_body": more})
+
+    async def respond(self, status: int, content: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Send a complete JSON response."""
+        length = (b"content-length", b"%d" % len(content))
+        await self.start(status, [(b"content-type", b"application/json"), length, *headers])
+        await self.send({"type": "http.response.body", "body": content, "more_body": False})
+
+    async def refuse(self, refused: Refused) -> None:
+        """Send the response to a request that did not become a call."""
+        answer = self._form.refused(refused, self.request_id)
+        await self.respond(answer.status, answer.content, answer.headers)
+
+    async def fail(self, error: CallError) -> None:
+        """Send the error of a call: as the response, or as an event if the stream has begun."""
+        if self.started:
+            await self.write(self._form.event(error, self.request_id), more=False)
+            return
+        answer = self._form.failed(error, self.request_id)
+        headers = [*answer.headers, *([(b"www-authenticate", b"Bearer")] if answer.status == 401 else [])]
+        await self.respond(answer.status, answer.content, headers)
+
+
+class Endpoint:
+    """The ASGI application of one route. It checks the HTTP method and maps errors to responses.
+
+    If there is an `authenticator`, the caller is authenticated before the body is read.
+    """
+
+    def __init__(
+        self,
+        form: ApiForm,
+        method: str,
+        answer: Callable[[Exchange], Awaitable[None]],
+        authenticator: Authenticator | None = None,
+    ) -> None:
+        self._form = form
+        self._authenticator = authenticator
+        self._methods = ("GET", "HEAD") if method == "GET" else (method,)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(self._form, scope, receive, send)
+        try:
+            if scope["method"] not in self._methods:
+                allow = [(b"allow", ", ".join(self._methods).encode())]
+                raise Refused(405, "method_not_allowed", f"use {self._methods[0]} on {scope['path']}", allow)
+            if self._authenticator is not None:
+                exchange.principal = await self._authenticator.principal(
+                    exchange.credentials(self._authenticator.by_certificate)
+                )
+                scope[CONNECTION].mark_authenticated()
+            await self._answer(exchange)
+        except ConnectionResetError:
+            return
+        except Refused as refused:
+            scope[CONNECTION].charge_refusal()
+            await exchange.refuse(refused)
+        except CallError as error:
+            scope[CONNECTION].charge_refusal()
+            await exchange.fail(error)
+        except Exception:  # callers get no traceback; the log has it under the request id
+            log.exception("unexpected", request_id=exchange.request_id)
+            message = f"unexpected failure; quote request id {exchange.request_id}"
+            await exchange.fail(CallError(Outcome.INTERNAL, message))
+
+
+def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    """Return headers as pairs of bytes."""
+    return [(name.encode("ascii"), value.encode("ascii")) for name, value in pairs]
+
+
+def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an error: the rate limits, the retry delay in whole seconds, and for clients that read it
+    the retry delay in milliseconds."""
+    headers = as_headers(error.headers)
+    if error.retry_after_s is None:
+        return headers
+    return [
+        *headers,
+        (b"retry-after", b"%d" % math.ceil(error.retry_after_s)),
+        (b"retry-after-ms", b"%d" % (error.retry_after_s * 1000)),
+    ]
+
+
+async def while_connected(work: Awaitable[None], connection: ClientConnection) -> None:
+    """Await `work`. If the client disconnects, cancel `work` and raise ConnectionResetError."""
+    task, gone = asyncio.current_task(), False
+
+    def lost() -> None:
+        nonlocal gone
+        if not gone and task is not None:
+            gone = True
+            task.cancel()
+
+    connection.watch(lost)
+    try:
+        await work
+    except asyncio.CancelledError:
+        if not gone or (task is not None and task.uncancel()):  # cancelled for another reason
+            raise
+        raise ConnectionResetError from None
+    finally:
+        connection.unwatch(lost)

@@ -1,0 +1,39 @@
+"""The routes of the HTTP port as one ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from starlette.routing import Route, Router
+
+from cluster.gateway.apis.http.body import Refused
+from cluster.gateway.apis.http.exchange import ApiForm, Application, Exchange, Receive, Scope, Send
+from cluster.gateway.apis.http.protocol import CONNECTION
+
+
+def routed(endpoints: Mapping[str, Application], not_found: Application) -> Application:
+    """Return the ASGI application with these endpoints by path. `not_found`: answers all other paths."""
+    routes = [Route(path, endpoint, name=path) for path, endpoint in endpoints.items()]
+    router = Router(routes, redirect_slashes=False, default=not_found)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        """Look up the path in the table before the router is asked. The router tries one expression after the other,
+        and most paths need no expression."""
+        endpoint = endpoints.get(scope.get("path", "")) if scope["type"] == "http" else None
+        await (endpoint or router)(scope, receive, send)
+
+    return app
+
+
+def not_found(form: ApiForm) -> Application:
+    """Return the ASGI application that answers paths at which there is nothing."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # a WebSocket: closed before it is accepted
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        scope[CONNECTION].charge_refusal()
+        refused = Refused(404, "not_found", f"there is nothing at {scope['path']}")
+        await Exchange(form, scope, receive, send).refuse(refused)
+
+    return app

@@ -1,0 +1,24 @@
+"""All APIs of the HTTP port as one ASGI application."""
+
+from __future__ import annotations
+
+from cluster.gateway.apis.anthropic import app as anthropic
+from cluster.gateway.apis.anthropic.errors import FORM as ANTHROPIC_FORM
+from cluster.gateway.apis.http.body import RequestBodies
+from cluster.gateway.apis.http.calls import HttpCalls
+from cluster.gateway.apis.http.exchange import Application
+from cluster.gateway.apis.http.routes import not_found, routed
+from cluster.gateway.apis.openai import app as openai
+from cluster.gateway.service import CallService
+
+
+def http_application(service: CallService, bodies: RequestBodies) -> Application:
+    """Return the ASGI application with all routes of the HTTP port. Paths of two APIs are chosen by the version
+    header."""
+    calls = HttpCalls(service, bodies)
+    endpoints = dict(openai.OpenAiApi(calls).endpoints())
+    for path, endpoint in anthropic.AnthropicApi(calls).endpoints().items():
+        other = endpoints.get(path)
+        endpoints[path] = endpoint if other is None else anthropic.ByVersion(endpoint, other)
+    missing = anthropic.ByVersion(not_found(ANTHROPIC_FORM), not_found(openai.FORM))
+    return routed(endpoints, missing)
