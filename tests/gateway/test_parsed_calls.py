@@ -1,0 +1,170 @@
+"""Calls with tools and reasoning through a real gateway and real links. The worker's parts reach the caller whole, on
+every API, also when workers or the caller's stream are lost in between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.api.types import OutputPart, PartKind
+from cluster.client.answers import StreamState
+from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
+from tests.support.calls import chat, refused, rest_of, resume
+from tests.support.cluster import TestCluster, Worker, running_cluster
+from tests.support.http import chat_body, client
+from tests.support.parts_engine import PartsEngine
+
+pytestmark = pytest.mark.slow
+
+ARGUMENTS = ['{"city": ', '"Zürich"', ', "days"', ": 3}"]
+SCRIPT: list[list[OutputPart]] = [
+    [OutputPart(PartKind.REASONING, "Let me ")],
+    [OutputPart(PartKind.REASONING, "think.")],
+    [],
+    [OutputPart(PartKind.CONTENT, "I look it up.")],
+    [],
+    [OutputPart(PartKind.TOOL_NAME, "weather")],
+    *([OutputPart(PartKind.TOOL_ARGUMENTS, text)] for text in ARGUMENTS),
+    [OutputPart(PartKind.TOOL_NAME, "time", 1), OutputPart(PartKind.TOOL_ARGUMENTS, "{", 1)],
+    [OutputPart(PartKind.TOOL_ARGUMENTS, "}", 1)],
+    [],
+]
+EXPECTED = {
+    "role": "assistant",
+    "content": "I look it up.",
+    "reasoning_content": "Let me think.",
+    "tool_calls": [("weather", "".join(ARGUMENTS)), ("time", "{}")],
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("weather", "time")
+]
+PB_TOOLS = [pb.Tool(name=name, parameters_json='{"type": "object"}') for name in ("weather", "time")]
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[TestCluster]:
+    """Start a gateway without workers."""
+    async with running_cluster(tmp_path) as running:
+        yield running
+
+
+async def add(cluster: TestCluster, bundle: Bundle, **options: Any) -> Worker:
+    """Add a worker that gives every call the output of SCRIPT."""
+    return await cluster.add_worker(PartsEngine(SCRIPT, reasoning_tokens=2, **options), bundle)
+
+
+def request(**fields: Any) -> pb.ChatRequest:
+    """Return a chat with tools."""
+    return chat(max_tokens=50, tools=PB_TOOLS, **fields)
+
+
+def shown(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with name and arguments of each tool call only."""
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
+
+
+def joined(chunks: Sequence[pb.ChatChunk]) -> StreamState:
+    """Return the state of a stream after these chunks."""
+    state = StreamState("")
+    for chunk in chunks:
+        state._record(chunk)
+    return state
+
+
+async def test_every_api_shows_the_parts(cluster: TestCluster, bundle: Bundle) -> None:
+    """Whole and streamed answers over gRPC and over OpenAI's API have the same content, reasoning and tool calls, each
+    call with an id of its own."""
+    await add(cluster, bundle)
+    whole = (await cluster.stub.Chat(request())).choices[0]
+    assert (whole.message.content, whole.message.reasoning_content) == (
+        EXPECTED["content"],
+        EXPECTED["reasoning_content"],
+    )
+    assert [(call.name, call.arguments) for call in whole.message.tool_calls] == EXPECTED["tool_calls"]
+    assert whole.finish_reason == "tool_calls"
+    stream = joined([chunk async for chunk in cluster.stub.StreamChat(request())])
+    assert shown(stream.message) == EXPECTED
+    assert stream.finish_reason == "tool_calls"
+    assert stream.usage is not None
+    assert (stream.usage.completion_tokens, stream.usage.reasoning_tokens) == (len(SCRIPT), 2)
+    async with client(cluster) as ai:
+        body: dict[str, Any] = {**chat_body(max_tokens=50), "tools": TOOLS}
+        answer: Any = await ai.chat.completions.create(**body)
+        chunks: list[Any] = [chunk async for chunk in await ai.chat.completions.create(**body, stream=True)]
+    message = answer.choices[0].message.model_dump(exclude_none=True)
+    assert shown({key: message[key] for key in EXPECTED}) == EXPECTED
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 2
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(delta.content or "" for delta in deltas) == EXPECTED["content"]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == EXPECTED["reasoning_content"]
+    calls = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert [call.function.name for call in calls if call.id] == ["weather", "time"]
+    assert "".join(call.function.arguments for call in calls if call.index == 0) == "".join(ARGUMENTS)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    ids = {call.id for call in answer.choices[0].message.tool_calls} | {call.id for call in calls if call.id}
+    assert len(ids) == 4
+
+
+async def test_a_lost_worker_changes_nothing(cluster: TestCluster, bundle: Bundle) -> None:
+    """The caller gets each part once, whichever part of the output was due when the worker was lost."""
+    for cut in range(1, len(SCRIPT) - 1):
+        doomed = await add(cluster, bundle, step_s=0.005)
+        call = cluster.stub.StreamChat(request())
+        chunks: list[pb.ChatChunk] = []
+        while len(chunks) < min(cut, 9):
+            chunks.append(await asyncio.wait_for(read(call), 10))
+        await doomed.stop()
+        survivor = await add(cluster, bundle)
+        chunks += await rest_of(call)
+        assert shown(joined(chunks).message) == EXPECTED, cut
+        ids = [delta.id for chunk in chunks for choice in chunk.choices for delta in choice.delta.tool_calls]
+        assert len(list(filter(None, ids))) == 2
+        await survivor.stop()
+
+
+async def test_a_resumed_stream_has_the_same_tool_calls(cluster: TestCluster, bundle: Bundle) -> None:
+    """A caller that resumes its broken stream gets the rest of the parts, and the ids of its tool calls stay."""
+    await add(cluster, bundle)
+    undisturbed = [chunk async for chunk in cluster.stub.StreamChat(request(resumable=True))]
+    expected = joined(undisturbed)
+    for kept in range(1, len(undisturbed) - 1):
+        chunks = undisturbed[:kept]
+        chunks = chunks + [
+            message.chat async for message in cluster.stub.Resume(resume(request(resumable=True), chunks))
+        ]
+        assert joined(chunks).message == expected.message, kept
+        assert joined(chunks).finish_reason == "tool_calls"
+
+
+async def test_a_worker_without_a_parser(cluster: TestCluster, bundle: Bundle) -> None:
+    """A chat without tools is served as plain text by a worker that has no parser. A chat with tools is refused, with
+    the field and the remedy."""
+    await add(cluster, bundle, parses=False)
+    answer = await cluster.stub.Chat(chat(max_tokens=50))
+    assert answer.choices[0].message.content
+    error = await refused(cluster.stub.Chat(request()))
+    assert error.fields == ["tools"]
+    assert "tool_call_parser" in error.message
+
+
+async def test_parsing_is_asked_for(cluster: TestCluster, bundle: Bundle) -> None:
+    """The worker gets the tools, the tool choice and the stop strings of the call."""
+    worker = await add(cluster, bundle)
+    choice = pb.ToolChoice(mode="function", name="time")
+    await cluster.stub.Chat(request(tool_choice=choice, parallel_tool_calls=False, stop=["END"]))
+    assert isinstance(worker.engine, PartsEngine)
+    parsing = worker.engine.requests[-1].parsing
+    assert parsing is not None
+    asked = json.loads(parsing.request)
+    assert [tool["function"]["name"] for tool in asked["tools"]] == ["weather", "time"]
+    assert asked["tool_choice"]["function"]["name"] == "time"
+    assert asked["parallel_tool_calls"] is False
+    assert (parsing.stop, parsing.is_whole, parsing.needs_tools) == (("END",), True, True)
