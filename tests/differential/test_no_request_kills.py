@@ -263,20 +263,20 @@ async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "value", "more"),
+    ("kind", "value", "more", "field"),
     [
-        ("grammar", "root ::= root", {}),
-        ("json_schema", {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, {}),
-        ("choice", ("yes", "no"), {"stop_token_ids": range(VOCAB_SIZE)}),
+        ("grammar", "root ::= root", {}, "response_format"),
+        ("json_schema", {"$ref": "#/a", "a": {"$ref": "#/a"}}, {}, "response_format.json_schema"),
+        ("choice", ("yes", "no"), {"stop_token_ids": range(VOCAB_SIZE)}, "response_format"),
     ],
     ids=["endless-grammar", "endless-schema", "needed-tokens-stop"],
 )
 async def test_a_format_that_nothing_fits_is_the_callers_fault(
-    cluster: TestCluster, kind: str, value: Any, more: dict[str, Any]
+    cluster: TestCluster, kind: str, value: Any, more: dict[str, Any], field: str
 ) -> None:
     """If no token fits the format, the call fails with an error on response_format, not with an internal error."""
     answer = await refused(cluster.stub.Chat(chat(model=MODEL, response_format=format_pb(kind, value), **more)))
-    assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["response_format"])
+    assert (answer.reason, answer.fields) == ("INVALID_FIELD", [field])
     await cluster.until_idle()
 
 

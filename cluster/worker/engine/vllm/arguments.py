@@ -17,6 +17,10 @@ CPU_KV_CACHE_BYTES = 1 << 30
 
 EXECUTORS = ("ray", "mp")
 
+GRAMMAR_BACKEND = "xgrammar"
+"""The backend of structured outputs, unless the entry names one. With vLLM's default, `auto`, an engine compiles all
+grammars with the backend that its first request chose: one caller would decide what another's schema enforces."""
+
 
 def on_cpu() -> bool:
     """Return whether vLLM runs on its CPU platform here."""
@@ -52,14 +56,14 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
         "scheduling_policy": "priority",
         "disable_log_stats": False,
         **_platform_defaults(spec),
-        **spec.engine,
+        **{name: value for name, value in spec.engine.items() if name != "structured_outputs_config"},
     }
     if world_size(spec) > 1:
         chosen["distributed_executor_backend"] = executor
     if why := _why_not_on_cpu(spec) if on_cpu() else "":
         raise ValueError(f"models[{spec.name}].engine.{why}")
     try:
-        return AsyncEngineArgs(**chosen)
+        return AsyncEngineArgs(**chosen, structured_outputs_config=_grammars(spec))
     except (TypeError, ValueError) as error:
         raise ValueError(f"models[{spec.name}].engine: {error}") from error
 
@@ -73,6 +77,16 @@ def _why_not_on_cpu(spec: ModelSpec) -> str:
             "then share each expert), or set tensor_parallel_size to 1"
         )
     return ""
+
+
+def _grammars(spec: ModelSpec) -> Any:
+    """Return vLLM's configuration of structured outputs. Raises TypeError or ValueError for a wrong one."""
+    from vllm.config import StructuredOutputsConfig
+
+    chosen = spec.engine.get("structured_outputs_config") or {}
+    if not isinstance(chosen, Mapping):
+        raise TypeError("structured_outputs_config: must be a mapping")
+    return StructuredOutputsConfig(**{"backend": GRAMMAR_BACKEND, **chosen})
 
 
 def world_size(spec: ModelSpec) -> int:

@@ -9,12 +9,8 @@ from typing import Any
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
 from cluster.api.types import Grammar
-from cluster.worker.engine.vllm.grammar_size import (
-    MAX_BOUNDED_STRINGS,
-    MAX_REGEX_POSITIONS,
-    bounded_strings,
-    regex_positions,
-)
+from cluster.worker.engine.vllm.grammar_size import MAX_REGEX_POSITIONS, regex_positions
+from cluster.worker.engine.vllm.schema_keywords import check_schema
 
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_CHOICES = 1024
@@ -67,7 +63,7 @@ def _check_text(kind: str, value: str | tuple[str, ...]) -> None:
     if kind == "json_schema":
         _check_schema(value)
     if kind == "regex":
-        _check_regex("regex", value)
+        _check_regex(value)
 
 
 _TOKEN = re.compile(r"\\k|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:<?[=!]|>|\(|P=)", re.DOTALL)
@@ -81,13 +77,13 @@ _UNSUPPORTED = {
 """Regex syntax that no backend of vLLM compiles, with its name. Some backends would read an escape as a letter."""
 
 
-def _check_regex(kind: str, pattern: str) -> None:
+def _check_regex(pattern: str) -> None:
     unsupported = next((what for token in _TOKEN.findall(pattern) if (what := _UNSUPPORTED.get(token))), None)
     if unsupported is not None:
-        raise _refused(kind, f"{unsupported} are not supported in expressions; write the expression without them")
+        raise _refused("regex", f"{unsupported} are not supported in expressions; write the expression without them")
     positions = regex_positions(pattern)
     if positions > MAX_REGEX_POSITIONS:
-        raise _refused(kind, f"unrolls to {positions} positions, at most {MAX_REGEX_POSITIONS}: repeat fewer times")
+        raise _refused("regex", f"unrolls to {positions} positions, at most {MAX_REGEX_POSITIONS}: repeat fewer times")
 
 
 def _check_unicode(kind: str, value: str) -> None:
@@ -104,14 +100,7 @@ def _check_schema(value: str) -> None:
         raise _refused("json_schema", f"is not JSON: {error}") from None
     if not isinstance(schema, dict):
         raise _refused("json_schema", "must be a JSON object")
-    bounded = bounded_strings(schema)
-    if len(bounded) > MAX_BOUNDED_STRINGS:
-        raise _refused(
-            "json_schema",
-            f"has {len(bounded)} strings with a pattern or length bound; at most {MAX_BOUNDED_STRINGS} compile in time",
-        )
-    for pattern in bounded:
-        _check_regex("json_schema", pattern)
+    check_schema(f"{FIELD}.json_schema", schema)
 
 
 def structured_outputs(grammar: Grammar) -> Any:

@@ -26,6 +26,9 @@ own. The repair passes the address of the replica's node to Ray.
 **Pipeline parallelism on CPU (vLLM 0.32.0).** A rank other than the first copies its input into tensors that only a
 profiling run creates. Without compilation the CPU runner creates no such tensors, so the first step ends the engine.
 The repair creates the tensors in the first step.
+
+**Strings that are no JSON (xgrammar 0.2.8).** A grammar allows control characters in strings with a length bound, and
+unknown escapes in e-mail addresses (json_strings.py).
 """
 
 from __future__ import annotations
@@ -253,12 +256,19 @@ def _install_resume() -> None:
     resume.install(v1_ranks=_on_cpu() and not missing(resume.V1_SYMBOLS))
 
 
+def _repair_strings() -> None:
+    from cluster.worker.engine.vllm import json_strings
+
+    json_strings.install()
+
+
 REPAIRS = (
     Repair("seeds", _repair_seeds, _on_cpu),
     Repair("shared memory", _repair_shared_memory, _on_cpu),
     Repair("pipeline", _repair_pipeline, _on_cpu),
     Repair("resume", _install_resume, lambda: True),
     Repair("queues", _repair_queues, lambda: True),
+    Repair("strings", _repair_strings, lambda: True),
     Repair("meeting", _repair_rendezvous, lambda: True),
     Repair("node", _repair_node, lambda: _has_node() and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "1"),
 )

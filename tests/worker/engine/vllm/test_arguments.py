@@ -37,6 +37,21 @@ def test_an_entry_becomes_arguments(llama_folder: Path) -> None:
     assert args.distributed_executor_backend is None
 
 
+def test_grammars_have_one_backend(llama_folder: Path) -> None:
+    """The backend is xgrammar unless the entry names another; other settings of the section are kept."""
+    for section, backend in (
+        ({}, "xgrammar"),
+        ({"enable_in_reasoning": True}, "xgrammar"),
+        ({"backend": "auto"}, "auto"),
+    ):
+        engine: dict[str, object] = {"structured_outputs_config": section} if section else {}
+        config = arguments.engine_arguments(spec(engine=engine), llama_folder, "ray").structured_outputs_config
+        assert config.backend == backend
+        assert config.enable_in_reasoning == ("enable_in_reasoning" in section)
+    with pytest.raises(ValueError, match=r"engine: structured_outputs_config: must be"):
+        arguments.engine_arguments(spec(engine={"structured_outputs_config": "x"}), llama_folder, "ray")
+
+
 @pytest.mark.parametrize("executor", ["ray", "mp"])
 def test_a_world_larger_than_one_takes_the_executor(llama_folder: Path, executor: str) -> None:
     """Tensor-parallel and pipeline-parallel ranks use the given executor."""

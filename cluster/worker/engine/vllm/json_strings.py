@@ -1,0 +1,95 @@
+"""Repair of xgrammar's grammars for JSON strings (xgrammar 0.2.8): outputs are JSON.
+
+A string with a length bound may have control characters, and the local part of an e-mail address may have unknown
+escapes. Neither is JSON. The repaired compiler rewrites the class of such a string in the grammar's text, and gives
+addresses an expression without quoted parts. Other grammars are compiled unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_LOOSE = r"[^\"\\\r\n]"
+_STRICT = r"[^\0-\x1f\"\\]"
+_LITERAL_OR_CLASS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]')
+
+_ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
+EMAIL = rf"^{_ATOM}(\.{_ATOM})*@{_LABEL}(\.{_LABEL})*$"
+"""Addresses as in RFC 5321 without quoted local parts and address literals."""
+
+_DATA = frozenset({"const", "enum", "default", "examples"})
+
+
+def without_control_characters(grammar: str) -> str:
+    """Return the text of a grammar with control characters taken out of the strings that have a length bound."""
+    return _LITERAL_OR_CLASS.sub(lambda token: _STRICT if token[0] == _LOOSE else token[0], grammar)
+
+
+def with_plain_addresses(specification: str) -> str:
+    """Return a JSON schema, or JSON that has schemas, with an expression in place of each format `email`."""
+    if '"email"' not in specification:
+        return specification
+    return json.dumps(_plain_addresses(json.loads(specification)))
+
+
+def _plain_addresses(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain_addresses(inner) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    rewritten = {key: inner if key in _DATA else _plain_addresses(inner) for key, inner in value.items()}
+    if rewritten.get("format") == "email":
+        del rewritten["format"]
+        rewritten["pattern"] = EMAIL
+    return rewritten
+
+
+class StrictCompiler:
+    """A compiler of xgrammar whose JSON schemas and structural tags only produce JSON strings."""
+
+    def __init__(self, compiler: Any) -> None:
+        self._compiler = compiler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiler, name)
+
+    def compile_json_schema(self, schema: str, **options: Any) -> Any:
+        """Compile a JSON schema. Raises RuntimeError for an invalid one."""
+        import xgrammar
+
+        schema = with_plain_addresses(schema)
+        repaired = self._repaired(lambda: xgrammar.Grammar.from_json_schema(schema, **options))
+        return repaired or self._compiler.compile_json_schema(schema, **options)
+
+    def compile_structural_tag(self, tag: Any, *triggers: Any) -> Any:
+        """Compile a structural tag, given as JSON or in the older form with triggers."""
+        import xgrammar
+
+        tag = with_plain_addresses(tag) if isinstance(tag, str) else tag
+        repaired = self._repaired(lambda: xgrammar.Grammar.from_structural_tag(tag, *triggers))
+        return repaired or self._compiler.compile_structural_tag(tag, *triggers)
+
+    def _repaired(self, make: Callable[[], Any]) -> Any:
+        """Return the repaired grammar, compiled; None if the grammar needs no repair."""
+        import xgrammar
+
+        text = str(make())
+        strict = without_control_characters(text)
+        return None if strict == text else self._compiler.compile_grammar(xgrammar.Grammar.from_ebnf(strict))
+
+
+def install() -> None:
+    """Give vLLM's xgrammar backend the repaired compiler."""
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+    prepare = XgrammarBackend.__post_init__
+
+    def __post_init__(self: Any) -> None:
+        prepare(self)
+        self.compiler = StrictCompiler(self.compiler)
+
+    XgrammarBackend.__post_init__ = __post_init__
