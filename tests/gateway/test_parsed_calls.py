@@ -130,6 +130,25 @@ async def test_a_lost_worker_changes_nothing(cluster: TestCluster, bundle: Bundl
         await survivor.stop()
 
 
+@pytest.mark.parametrize("options", [{"parses": False}, {"tool_parser": "mistral"}], ids=["none", "another"])
+async def test_a_worker_with_another_parser_does_not_continue(
+    cluster: TestCluster, bundle: Bundle, options: dict[str, Any]
+) -> None:
+    """A stream whose worker is lost continues only on a worker with the same parsers, since others would make other
+    parts of the same tokens."""
+    doomed = await add(cluster, bundle, step_s=0.005)
+    call = cluster.stub.StreamChat(request())
+    chunks = [await asyncio.wait_for(read(call), 10) for _ in range(4)]
+    other = await add(cluster, bundle, **options)
+    await doomed.stop()
+    survivor = await add(cluster, bundle)
+    chunks += await rest_of(call)
+    assert shown(joined(chunks).message) == EXPECTED
+    assert isinstance(survivor.engine, PartsEngine)
+    assert survivor.engine.requests
+    await other.stop()
+
+
 async def test_a_resumed_stream_has_the_same_tool_calls(cluster: TestCluster, bundle: Bundle) -> None:
     """A caller that resumes its broken stream gets the rest of the parts, and the ids of its tool calls stay."""
     await add(cluster, bundle)

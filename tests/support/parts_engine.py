@@ -30,11 +30,13 @@ class PartsEngine:
         *,
         reasoning_tokens: int = 0,
         parses: bool = True,
+        tool_parser: str = "hermes",
         step_s: float = 0.002,
     ) -> None:
         self._script = script
         self._reasoning_tokens = reasoning_tokens
         self._parses = parses
+        self._tool_parser = tool_parser
         self._step_s = step_s
         self._running: dict[str, EngineRequest] = {}
         self._done: dict[str, int] = {}
@@ -44,7 +46,7 @@ class PartsEngine:
 
     async def start(self) -> EngineInfo:
         """See Engine."""
-        words = ("tools:hermes", "reasoning:qwen3") if self._parses else ()
+        words = (f"tools:{self._tool_parser}", "reasoning:qwen3") if self._parses else ()
         return EngineInfo("parts", "sim", "1", 16, 1000, 8, 2048, 2048, 256, capabilities=(RESUME_EXACT, *words))
 
     async def submit(self, request: EngineRequest) -> None:

@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
-from cluster.api.types import CompatibilityKey, FinishReason, OutputPart, TokenOutput
+from cluster.api.types import (
+    REASONING_PARSER,
+    TOOL_PARSER,
+    CompatibilityKey,
+    FinishReason,
+    OutputPart,
+    TokenOutput,
+)
 from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
@@ -136,6 +143,8 @@ class OutputSequence(RoutedSequence[Owner]):
     _piece_popped: bool = field(init=False, default=False)
     _end_popped: bool = field(init=False, default=False)
     _stop_string: str = field(init=False, default="")
+    _parsers: tuple[str, ...] = field(init=False, default=())
+    """The worker's capabilities that name the parsers of the output; empty if the worker does not parse."""
     _logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -198,8 +207,8 @@ class OutputSequence(RoutedSequence[Owner]):
         """Handle the output of one engine step."""
         call = self.call
         if output.prompt_tokens is not None:
-            if output.parsed is None and self.parsed_text is not None and self.parsed_text.is_parsed:
-                self._continued_without_parser(output)
+            if self.parsed_text is not None and not self._parses_as_before(output):
+                self._leave_wrong_parser(output)
                 return
             self._record_first_output(output)
         self.direct = None
@@ -299,9 +308,17 @@ class OutputSequence(RoutedSequence[Owner]):
             self.finish("tool_calls" if has_call else "stop")
         self.leave_engine()
 
-    def _continued_without_parser(self, output: TokenOutput) -> None:
-        """Handle the first output of a worker that does not parse the output, as the worker before did. Another worker
-        continues."""
+    def _parses_as_before(self, output: TokenOutput) -> bool:
+        """Return whether the worker of a first output parses the output as the workers before it did, if any did. Other
+        parsers would make other parts of the same tokens."""
+        words = self.link.info.capabilities if self.link is not None and output.parsed is not None else ()
+        parsers = tuple(word for word in words if word.startswith((TOOL_PARSER, REASONING_PARSER)))
+        if self.parsed_text is None or not self.parsed_text.is_parsed:
+            self._parsers = parsers
+        return parsers == self._parsers
+
+    def _leave_wrong_parser(self, output: TokenOutput) -> None:
+        """Leave a worker that parses the output in another way than the worker before. Another worker continues."""
         link = self.link
         if output.finish is None:
             self.leave_engine()
