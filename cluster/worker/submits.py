@@ -42,10 +42,11 @@ class Submits:
     _generations: ResumeGenerations = field(default_factory=ResumeGenerations)
 
     async def accept(self, link: Link, submit: pb.Submit) -> None:
-        """Submit a small request at once, and submit a request with a long prompt or a grammar in a task of its own."""
+        """Submit a small request at once, and one with a long prompt, a grammar or parsing in a task of its own."""
         if submit.slot in link.requests:
             raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
-        if submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES or submit.sampling.HasField("grammar"):
+        takes_time = submit.sampling.HasField("grammar") or submit.HasField("parsing")
+        if takes_time or submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES:
             link.spawn(self._submit(link, submit))
         else:
             await self._submit(link, submit)
@@ -108,7 +109,10 @@ class Submits:
         """Reattach a resumed request, or submit it to the engine. Raises EngineRefused and EngineDead."""
         if submit.generation:
             await self.take_over(call_of(submit.stream), submit.generation)
+        if request.parsing is not None:
+            request = await self.runner.parser.open(request)
         if self._generations.is_outdated(submit.stream, submit.generation):
+            self.runner.parser.close(request.request_id)
             raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
         running = self.requests.new_request(link, submit, request)
         reattached, to_abort = self.requests.reattach(running, submit)

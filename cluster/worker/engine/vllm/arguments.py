@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.types import ModelSpec
+from cluster.config.engine import PARSER_KEYS
 from cluster.worker.engine.vllm import repairs, resume
 
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -25,8 +26,8 @@ def on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
-    """Return vLLM's AsyncEngineArgs for the entry. `executor`: see VllmEngine.
+def engine_arguments(spec: ModelSpec, folder: Path, executor: str, reasoning_parser: str = "") -> Any:
+    """Return vLLM's AsyncEngineArgs for the entry. `executor`, `reasoning_parser`: see VllmEngine.
 
     Raises ValueError for invalid arguments; for an unknown argument the error names `engine.<name>`.
     """
@@ -35,7 +36,8 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
     if executor not in EXECUTORS:
         raise ValueError(f"executor {executor!r} is unknown: use one of {', '.join(EXECUTORS)}")
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    for name in spec.engine:
+    engine = {name: value for name, value in spec.engine.items() if name not in PARSER_KEYS}
+    for name in engine:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean `engine.{near[0]}`?" if near else ""
@@ -52,7 +54,8 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
         "scheduling_policy": "priority",
         "disable_log_stats": False,
         **_platform_defaults(spec),
-        **spec.engine,
+        **engine,
+        "reasoning_parser": reasoning_parser,
     }
     if world_size(spec) > 1:
         chosen["distributed_executor_backend"] = executor

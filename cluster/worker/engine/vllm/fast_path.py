@@ -44,7 +44,12 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.core_client.AsyncMPClient.get_supported_tasks_async": (),
     "vllm.v1.engine.core_client.AsyncMPClient.shutdown": ("timeout",),
     "vllm.v1.engine.core_client.BackgroundResources": ("engine_dead",),
-    "vllm.v1.engine.EngineCoreRequest": ("external_req_id", "request_id"),
+    "vllm.v1.engine.EngineCoreRequest": (
+        "external_req_id",
+        "request_id",
+        "reasoning_ended",
+        "reasoning_parser_kwargs",
+    ),
     "vllm.v1.engine.EngineCoreOutputs": ("outputs", "scheduler_stats"),
     "vllm.v1.engine.EngineCoreOutput": (
         "request_id",
@@ -108,12 +113,16 @@ class FastPath:
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
 
-    def prepare(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> Any:
+    def prepare(
+        self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
+    ) -> Any:
         """Validate a request and build the engine core's form of it. Raises vLLM's validation errors."""
         request = self._processor.process_inputs(
             request_id, prompt, params, supported_tasks=self._tasks, priority=priority
         )
         request.external_req_id = request_id
+        for name, value in reasoning.items():
+            setattr(request, name, value)
         return request
 
     async def add(self, prepared: Any) -> None:
