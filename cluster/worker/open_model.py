@@ -5,18 +5,14 @@ Used by replicas and by the controller.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from cluster.api.ports import Engine
-from cluster.config.engine import PARSER_KEYS, code_arguments
+from cluster.config.engine import code_arguments
 from cluster.policy.catalog.placement import is_simulated
 from cluster.wire.bundle import Bundle
-from cluster.worker.parsing.families import chosen_parsers, without_parser_keys
-from cluster.worker.parsing.kit import KitSettings, usable_parsers
-from cluster.worker.parsing.output_parser import OutputParser
-from cluster.worker.parsing.parser_process import start_process
-from cluster.worker.parsing.port import ParserNames
+from cluster.worker.parsing.families import without_parser_keys
+from cluster.worker.parsing.model_parser import model_parser, requested_parser
 from cluster.worker.replica import OpenedModel
 from cluster.worker.settings import ReplicaSettings
 from cluster.worker.weights.model_card import Card, read_card
@@ -34,24 +30,9 @@ def open_model(settings: ReplicaSettings) -> OpenedModel:
     folder = _resolve(settings)
     check_weights(settings.spec, folder)
     bundle = _bundle_of(folder, settings)
-    names, given = chosen_parsers(bundle, settings.spec.engine)
-    kit = _kit_settings(settings, folder, names)
-    if names and (names := usable_parsers(kit, given)) != kit.names:
-        kit = _kit_settings(settings, folder, names)
-    engine = VllmEngine(settings.spec, folder, reasoning_parser=names.reasoning)
-    digest = weight_digest(folder, _cache_dir(settings))
-    return OpenedModel(engine, bundle, digest, _output_parser(kit))
-
-
-def _kit_settings(settings: ReplicaSettings, folder: Path, names: ParserNames) -> KitSettings:
-    spec = settings.spec
-    return KitSettings(
-        str(folder), names, spec.trust_remote_code, str(spec.engine.get("reasoning_parser_plugin") or "")
-    )
-
-
-def _output_parser(kit: KitSettings) -> OutputParser | None:
-    return OutputParser(kit.names, functools.partial(start_process, kit)) if kit.names else None
+    parser = model_parser(settings.spec, folder, bundle)
+    engine = VllmEngine(settings.spec, folder, reasoning_parser=parser.names.reasoning if parser else "")
+    return OpenedModel(engine, bundle, weight_digest(folder, _cache_dir(settings)), parser)
 
 
 def _refuse_code(settings: ReplicaSettings) -> None:
@@ -76,10 +57,7 @@ def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
     config = SimConfig.from_source(settings.spec.source, without_parser_keys(settings.spec.engine))
     bundle = _bundle_of(Path(config.folder), settings) if config.folder else Bundle({})
     engine: Engine = SimEngine(config)
-    names, given = chosen_parsers(bundle, settings.spec.engine)
-    # A simulated engine has parsers only on request: they need vLLM, which a laptop with simulated engines may lack.
-    names = ParserNames(*(name if key in given else "" for key, name in zip(PARSER_KEYS, names.values, strict=True)))
-    parser = _output_parser(_kit_settings(settings, Path(config.folder), names))
+    parser = requested_parser(settings.spec, Path(config.folder), bundle)
     return OpenedModel(engine, bundle, config.weight_digest, parser)
 
 

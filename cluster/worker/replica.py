@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import math
 import os
 import time
@@ -35,6 +34,7 @@ from cluster.process.interpreter import shorten_switch_interval
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.golden_check import CheckedEngine
 from cluster.worker.engine.vllm import repairs
+from cluster.worker.parsing.model_parser import with_parsers
 from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.session import WorkerSession
 from cluster.worker.settings import ModelRefused, ReplicaSettings
@@ -136,7 +136,7 @@ class Replica:
                 )
             opened_at = time.time()
             self.engine = engine = CheckedEngine(opened.engine, node=self.place.node)
-            self.info = _with_parsers(await engine.start(), opened.parser)
+            self.info = with_parsers(await engine.start(), opened.parser)
         except ValueError as error:
             await self.stop()
             raise ModelRefused(str(error)) from error
@@ -254,12 +254,6 @@ class Replica:
                 await serving
         if engine is not None:
             await engine.close()
-
-
-def _with_parsers(info: EngineInfo, parser: OutputParser | None) -> EngineInfo:
-    """Return the engine's properties with the capabilities of the parsers."""
-    words = () if parser is None else parser.names.capabilities
-    return dataclasses.replace(info, capabilities=(*info.capabilities, *words))
 
 
 async def _check_engine(engine: Engine) -> None:

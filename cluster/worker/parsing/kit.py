@@ -92,12 +92,17 @@ def _as_json(values: dict[str, Any]) -> str:
 def load_kit(settings: KitSettings) -> ParserKit:
     """Load the tokenizer and the parsers. Raises ValueError if vLLM has no such parser, or if the parser cannot be used
     with the tokenizer."""
+    return kit_of(_tokenizer(settings), settings)
+
+
+def _tokenizer(settings: KitSettings) -> Any:
+    """Return the model's tokenizer with the cache of vLLM's server, without which every parser reads the vocabulary."""
     from vllm.tokenizers.hf import get_cached_tokenizer
 
     from cluster.worker.weights.vocabulary import load_tokenizer
 
     tokenizer = load_tokenizer(Path(settings.folder), trust_remote_code=settings.trust_remote_code)
-    return kit_of(get_cached_tokenizer(tokenizer), settings)
+    return get_cached_tokenizer(tokenizer)
 
 
 def usable_parsers(settings: KitSettings, given: Container[str]) -> ParserNames:
@@ -106,21 +111,21 @@ def usable_parsers(settings: KitSettings, given: Container[str]) -> ParserNames:
     `given`: keys of the parsers that the model's entry names; the others are chosen by the model's family. Raises
     ValueError if a parser that the entry names cannot be used.
     """
+    tokenizer = _tokenizer(settings)
     kept = settings.names
     for key, field in zip(PARSER_KEYS, ("tools", "reasoning"), strict=True):
         name = getattr(kept, field)
         if not name:
             continue
-        alone = ParserNames(**{field: name})
         try:
-            load_kit(replace(settings, names=alone))
+            kit_of(tokenizer, replace(settings, names=ParserNames(**{field: name})))
         except ValueError as error:
             if key in given:
                 raise
             log.warning("parser_not_used", parser=name, reason=str(error))
             kept = replace(kept, **{field: ""})
     if kept.tools and kept.reasoning:
-        load_kit(replace(settings, names=kept))
+        kit_of(tokenizer, replace(settings, names=kept))
     return kept
 
 

@@ -78,6 +78,11 @@ class OutputParser:
         self.replaced = 0
         """Number of processes that have been replaced."""
 
+    @property
+    def open_sessions(self) -> int:
+        """Number of sessions that are not closed."""
+        return len(self._sessions)
+
     # ---- requests
 
     async def open(self, request: EngineRequest) -> EngineRequest:

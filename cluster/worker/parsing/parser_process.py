@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import select
 import socket
@@ -47,7 +48,9 @@ class Sessions:
             case wire.Open():
                 return self._open(request)
             case wire.Feed():
-                return wire.ParsedStep([self._feed(*item) for item in request.items if item[0] in self._sessions])
+                parsed = [self._feed(*item) for item in request.items if item[0] in self._sessions]
+                self._progress.record(NONE)
+                return wire.ParsedStep(parsed)
             case wire.Close():
                 self._sessions.pop(request.number, None)
         return None
@@ -73,8 +76,6 @@ class Sessions:
             log.exception("parse_failed")
             del self._sessions[number]
             return wire.Parsed(number, [], 0, error=f"{type(error).__name__}")
-        finally:
-            self._progress.record(NONE)
 
 
 def serve(connection: socket.socket, load: Callable[[], ParserKit], progress: Progress) -> None:
@@ -157,6 +158,8 @@ def _from_json(text: str) -> KitSettings:
 
 def _main(connection: socket.socket, settings: KitSettings) -> None:
     """Run the process. The first bytes on the connection bring the descriptor of the shared memory."""
+    # Some parsers log an error with a traceback for every token of a malformed call, with the output in it.
+    logging.getLogger("vllm").setLevel(logging.CRITICAL)
     threading.Thread(target=_end_with_worker, args=(connection,), daemon=True).start()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)

@@ -99,6 +99,9 @@ class SessionRecord:
         self.has_answers = True
         if parsed.error:
             return failed(output.request_id, f"the output could not be parsed: {parsed.error}")
+        if not parsed.parts and output.finish is None and not parsed.stop:
+            output.parsed = _NOTHING
+            return output
         parts = [OutputPart(_KINDS[kind], text, call) for kind, text, call in parsed.parts]
         output.parsed = ParsedOutput(parts, parsed.stop, parsed.reasoning_tokens)
         if parsed.stop:
