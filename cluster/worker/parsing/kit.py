@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,16 @@ class ParserKit:
     streams: bool = True
     """Whether the parser can parse parts of an output. If not, streamed answers with tools are parsed as a whole."""
 
-    def open(self, opening: wire.Open) -> tuple[ParserSession | None, wire.Opened]:
-        """Open a session; None if the request is refused, with the reason in Opened."""
+    def open(
+        self, opening: wire.Open, working: Callable[[], None] = lambda: None
+    ) -> tuple[ParserSession | None, wire.Opened]:
+        """Open a session; None if the request is refused, with the reason in Opened. `working`: see ParserSession."""
         try:
-            return self._open(opening)
+            return self._open(opening, working)
         except WrongRequest as wrong:
             return None, wire.Opened(opening.number, error=wrong.message, field=wrong.field)
 
-    def _open(self, opening: wire.Open) -> tuple[ParserSession, wire.Opened]:
+    def _open(self, opening: wire.Open, working: Callable[[], None]) -> tuple[ParserSession, wire.Opened]:
         request = chat_request(opening.request, opening.grammar)
         before = request.extract_structured_outputs()
         kwargs = template_kwargs(request)
@@ -75,7 +77,7 @@ class ParserKit:
             ended = reasoning_ended(parser, request, wire.unpack_ids(opening.prompt))
         if not self.streams and may_call_tools(request):
             opening = msgspec.structs.replace(opening, is_whole=True)
-        session = ParserSession(opening, self.tokenizer, parser, request, Coalescing(self.long_call))
+        session = ParserSession(opening, self.tokenizer, parser, request, Coalescing(self.long_call), working)
         return session, wire.Opened(opening.number, grammar, ended, _as_json(kwargs) if ended is not None else "")
 
     def _make(self, request: Any, kwargs: dict[str, Any]) -> Any:

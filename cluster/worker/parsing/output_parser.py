@@ -24,7 +24,7 @@ from cluster.worker.parsing.sessions import SessionRecord, failed
 
 log = structlog.get_logger("parser")
 
-MAX_REQUEST_BYTES = 1 << 20
+MAX_REQUEST_BYTES = 2 << 20
 """Greatest size of OutputParsing.request, which has the tools."""
 MAX_GRAMMAR_BYTES = 256 << 10
 """Greatest size of a grammar that a parser makes of tools."""
@@ -92,6 +92,8 @@ class OutputParser:
             return request
         if not self.names.tools:
             refuse_tools(request)
+        if not parsing.needs_tools and self.names.leave_text_unchanged:
+            return replace(request, parsing=None)
         if len(parsing.request.encode(errors="replace")) > MAX_REQUEST_BYTES:
             raise _refused("tools", f"at most {MAX_REQUEST_BYTES} bytes with the other fields for the parser")
         record = self._new_record(request, parsing)

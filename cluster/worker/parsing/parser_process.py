@@ -58,7 +58,7 @@ class Sessions:
     def _open(self, opening: wire.Open) -> wire.Opened:
         self._progress.record(opening.number)
         try:
-            session, opened = self._kit.open(opening)
+            session, opened = self._kit.open(opening, lambda: self._progress.record(opening.number))
         except Exception as error:  # a parser's fault must end only its own request
             log.exception("open_failed")
             return wire.Opened(opening.number, error=f"the parser failed: {type(error).__name__}")

@@ -14,6 +14,31 @@ from cluster.api.types import REASONING_PARSER, TOOL_PARSER, EngineRequest, Toke
 NO_TOOLS = "this worker has no parser for tool calls; set engine.tool_call_parser of the model, or send no tools"
 
 
+LEAVE_TEXT_UNCHANGED = frozenset(
+    {
+        "deepseek_v3",
+        "deepseek_v31",
+        "ernie45",
+        "granite4",
+        "hermes",
+        "hunyuan_a13b",
+        "internlm",
+        "jamba",
+        "lfm2",
+        "llama3_json",
+        "llama4_json",
+        "llama4_pythonic",
+        "olmo3",
+        "phi4_mini_json",
+        "pythonic",
+        "qwen3_json",
+        "xlam",
+    }
+)
+"""Parsers of tool calls that leave the text of an answer without tools unchanged. The others drop a tool call's marks
+even then."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParserNames:
     """The parsers of a model by vLLM's names; "" for none."""
@@ -23,6 +48,11 @@ class ParserNames:
 
     def __bool__(self) -> bool:
         return bool(self.tools or self.reasoning)
+
+    @property
+    def leave_text_unchanged(self) -> bool:
+        """Whether an answer to a request without tools is its text, so that nothing needs to be parsed."""
+        return not self.reasoning and self.tools in LEAVE_TEXT_UNCHANGED
 
     @property
     def values(self) -> tuple[str, str]:
@@ -49,7 +79,8 @@ class OutputParsers(Protocol):
     async def open(self, request: EngineRequest) -> EngineRequest:
         """Open a session for a request with `parsing`; return the request with the grammar that its tools require.
 
-        Raises EngineRefused if the request cannot be parsed.
+        If nothing needs to be parsed, there is no session and the returned request has no `parsing`. Raises
+        EngineRefused if the request cannot be parsed.
         """
 
     def divert(self, outputs: Sequence[TokenOutput]) -> tuple[Sequence[TokenOutput], Sequence[TokenOutput]]:

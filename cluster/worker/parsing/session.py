@@ -7,7 +7,7 @@ that is not streamed. So the joined parts depend on the tokens alone, and a resu
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,9 @@ from cluster.worker.parsing.wire import Part
 PRIMING_TOKENS = 1024
 """Number of the prompt's last tokens with which the detokenizer begins. The text of the first output token depends on
 the tokens before it; vLLM's detokenizer decodes the whole prompt for it, which is the same for longer suffixes."""
+REPLAYED_TOKENS = 256
+"""Number of emitted tokens that are replayed in one parse, where that gives the same parts. One by one, the replay of a
+long output would take seconds, in which no other output is parsed."""
 
 
 class ParserSession:
@@ -28,10 +31,22 @@ class ParserSession:
     `parser`: vLLM's Parser, made for this request. `request`: vLLM's ChatCompletionRequest, adjusted by the parser.
     """
 
-    def __init__(self, opening: wire.Open, tokenizer: Any, parser: Any, request: Any, coalescing: Coalescing) -> None:
+    def __init__(
+        self,
+        opening: wire.Open,
+        tokenizer: Any,
+        parser: Any,
+        request: Any,
+        coalescing: Coalescing,
+        working: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begin a session and replay its emitted tokens. `working` is called from time to time during long work."""
         self._parser = parser
         self._request = request
         self._coalescing = coalescing
+        self._working = working
+        self._reasons = parser.reasoning_parser is not None
+        """Whether the output is still reasoning. Its end is parsed token by token."""
         self._is_whole = opening.is_whole
         self._has_stops = bool(opening.stop)
         self._prompt: list[int] | None = wire.unpack_ids(opening.prompt)
@@ -42,16 +57,22 @@ class ParserSession:
         self._unparsed: list[int] = []
         self._parts: list[Part] = []
         self._stop = ""
-        self._replay(wire.unpack_ids(opening.emitted), opening.delivered)
+        self._replay(wire.unpack_ids(opening.emitted))
 
-    def _replay(self, emitted: Sequence[int], delivered: int) -> None:
-        """Feed the emitted tokens, and keep the parts of those after the first `delivered`."""
-        for position, token_id in enumerate(emitted):
-            self._take(token_id, wire.RUNS)
-            if position < delivered:
-                self._parts.clear()
+    def _replay(self, emitted: Sequence[int]) -> None:
+        """Take the emitted tokens, and keep their parts for the first answer."""
+        together = REPLAYED_TOKENS if self._coalescing.long_call else 1
+        for token_id in emitted:
+            if self._is_whole or self._reasons or together == 1:
+                self._take(token_id, wire.RUNS)
+            else:
+                self._decode(token_id, wire.RUNS)
+                if self._ended_by_stop() or len(self._unparsed) >= together:
+                    self._parse(self._ended_by_stop())
             if self._ended_by_stop():
                 return
+        if self._unparsed:
+            self._parse(False)
 
     def feed(self, number: int, ids: Sequence[int], state: int) -> wire.Parsed:
         """Parse the next tokens. `number`: the session's number. `state`: RUNS, STOPPED, ENDED or FAILED."""
@@ -82,17 +103,24 @@ class ParserSession:
 
     def _take(self, token_id: int, state: int) -> None:
         """Detokenize and parse one token."""
-        self._ids.append(token_id)
-        self._stop = self._detokenizer.update([token_id], state == wire.STOPPED) or ""
-        ended = bool(self._stop) or state != wire.RUNS
+        ended = self._decode(token_id, state)
         if self._is_whole:
             if ended:
                 self._finish()
-            return
-        self._text += self._detokenizer.get_next_output_text(ended, True)
-        self._unparsed.append(token_id)
-        if ended or self._coalescing.is_due(len(self._ids)):
+        elif ended or self._coalescing.is_due(len(self._ids)):
             self._parse(ended)
+
+    def _decode(self, token_id: int, state: int) -> bool:
+        """Detokenize one token, and search its text for stop strings. Returns whether the output has ended."""
+        self._ids.append(token_id)
+        if not len(self._ids) % REPLAYED_TOKENS:
+            self._working()
+        self._stop = self._detokenizer.update([token_id], state == wire.STOPPED) or ""
+        ended = bool(self._stop) or state != wire.RUNS
+        if not self._is_whole:
+            self._text += self._detokenizer.get_next_output_text(ended, True)
+            self._unparsed.append(token_id)
+        return ended
 
     def _finish(self) -> None:
         """Parse what is left at the end of the output."""
@@ -118,6 +146,7 @@ class ParserSession:
         parts = list(_delta_parts(delta, self._single))
         if parts:
             self._parts += parts
+            self._reasons = self._reasons and all(kind == PartKind.REASONING for kind, _, _ in parts)
             self._coalescing.record(len(self._ids), in_call=parts[-1][0] >= PartKind.TOOL_NAME)
 
     def _parse_whole(self) -> None:

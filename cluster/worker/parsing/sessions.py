@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.api.types import (
@@ -38,7 +39,10 @@ class SessionRecord:
     ids: array[int] = field(default_factory=lambda: array("I"))
     answered: int = 0
     sent: int = 0
-    has_answers: bool = False
+    delivered_chars: int = 0
+    """Number of characters of the parts that have come back."""
+    repeated_chars: int = 0
+    """Number of characters with which the next answer repeats earlier ones, after a session has begun anew."""
     pending: deque[tuple[TokenOutput, int]] = field(default_factory=deque)
     has_ended: bool = False
     """Whether the request's last output has been returned."""
@@ -56,6 +60,7 @@ class SessionRecord:
     def opening(self) -> wire.Open:
         """Return the message that begins the session, or begins it anew after the answers so far."""
         sampling = self.request.sampling
+        self.repeated_chars = self.delivered_chars
         return wire.Open(
             self.number,
             self.parsing.request,
@@ -63,7 +68,6 @@ class SessionRecord:
             self.parsing.is_whole,
             wire.pack_ids(self.request.prompt_token_ids),
             self.ids[: self.answered].tobytes(),
-            self.answered if self.has_answers else 0,
             sampling.min_tokens,
             None if sampling.grammar is None else _grammar_text(sampling.grammar),
         )
@@ -96,19 +100,33 @@ class SessionRecord:
     def answer(self, parsed: wire.Parsed) -> TokenOutput:
         """Complete the oldest output that is not answered, and return it."""
         output, self.answered = self.pending.popleft()
-        self.has_answers = True
         if parsed.error:
             return failed(output.request_id, f"the output could not be parsed: {parsed.error}")
         if not parsed.parts and output.finish is None and not parsed.stop:
             output.parsed = _NOTHING
             return output
-        parts = [OutputPart(_KINDS[kind], text, call) for kind, text, call in parsed.parts]
+        parts = self._new_parts(parsed.parts)
         output.parsed = ParsedOutput(parts, parsed.stop, parsed.reasoning_tokens)
         if parsed.stop:
             output.token_ids = output.token_ids[: parsed.kept]
             output.logprobs = None if output.logprobs is None else output.logprobs[: parsed.kept]
             output.finish, output.stop_token_id = FinishReason.STOP, None
         return output
+
+    def _new_parts(self, given: Sequence[wire.Part]) -> list[OutputPart]:
+        """Return the parts without those that were delivered before the session began anew.
+
+        Equal tokens give equal characters, but perhaps in other pieces.
+        """
+        parts = []
+        repeated, self.repeated_chars = self.repeated_chars, 0
+        for kind, text, call in given:
+            new = text[repeated:]
+            repeated -= min(repeated, len(text))
+            if new:
+                parts.append(OutputPart(_KINDS[kind], new, call))
+                self.delivered_chars += len(new)
+        return parts
 
 
 def failed(request_id: str, message: str) -> TokenOutput:

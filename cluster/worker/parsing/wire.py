@@ -35,7 +35,7 @@ class GrammarText(msgspec.Struct, array_like=True, frozen=True):
 class Open(msgspec.Struct, array_like=True, tag=1, frozen=True):
     """Begin session `number`. `request`, `stop` and `is_whole`: see OutputParsing. `prompt`, `emitted`: packed ids.
 
-    `delivered`: number of the emitted tokens whose parts are known to the worker and are not repeated.
+    The session's first answer also has the parts of the emitted tokens.
     """
 
     number: int
@@ -44,7 +44,6 @@ class Open(msgspec.Struct, array_like=True, tag=1, frozen=True):
     is_whole: bool
     prompt: bytes
     emitted: bytes
-    delivered: int
     min_tokens: int
     grammar: GrammarText | None
 

@@ -234,7 +234,7 @@ def opening_for(form: Format, prompt: Sequence[int], *rest: Any, **changes: Any)
     return opening(prompt, *rest, **({"chat_template_kwargs": dict(form.template_kwargs)} | changes))
 
 
-def opening(prompt: Sequence[int], emitted: Sequence[int] = (), delivered: int = 0, **changes: Any) -> wire.Open:
+def opening(prompt: Sequence[int], emitted: Sequence[int] = (), **changes: Any) -> wire.Open:
     """Return the message that opens a session with TOOLS. `changes`: fields of OutputParsing.request, or of Open."""
     own = {key: changes.pop(key) for key in ("stop", "is_whole", "min_tokens") if key in changes}
     request = json.dumps({"tools": TOOLS, "tool_choice": "auto"} | changes)
@@ -244,7 +244,6 @@ def opening(prompt: Sequence[int], emitted: Sequence[int] = (), delivered: int =
         request=request,
         prompt=wire.pack_ids(prompt),
         emitted=wire.pack_ids(emitted),
-        delivered=delivered,
         grammar=None,
         **fields,
     )

@@ -30,9 +30,11 @@ HANG, DIE, RAISE = "please hang", "please die", "please raise"
 class FaultyKit(ParserKit):
     """A kit whose sessions fail when they parse for a request that asks for it."""
 
-    def open(self, opening: wire.Open) -> tuple[ParserSession | None, wire.Opened]:
+    def open(
+        self, opening: wire.Open, working: Callable[[], None] = lambda: None
+    ) -> tuple[ParserSession | None, wire.Opened]:
         """Open a session, which fails if the request contains one of the words."""
-        session, opened = super().open(opening)
+        session, opened = super().open(opening, working)
         for word, fail in ((HANG, _hang), (DIE, _die), (RAISE, _raise)):
             if word in opening.request and session is not None:
                 session.feed = fail  # type: ignore[method-assign, assignment]
@@ -124,7 +126,7 @@ def request_of(
 ) -> EngineRequest:
     """Return a request with parsing. `changes`: see `opening`; also `sampling` and `needs_tools`."""
     sampling = changes.pop("sampling", Sampling(max_tokens=1000))
-    needs_tools = changes.pop("needs_tools", False)
+    needs_tools = changes.pop("needs_tools", changes.get("tool_choice") != "none")
     message = opening_for(form, prompt, **changes)
     parsing = OutputParsing(message.request, tuple(message.stop), message.is_whole, needs_tools)
     return EngineRequest(request_id, list(prompt), sampling, emitted_token_ids=list(emitted), parsing=parsing)

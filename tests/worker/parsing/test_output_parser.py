@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ async def test_outputs_come_back_parsed_with_their_tokens(folder: Path) -> None:
         assert outputs[-1].finish is FinishReason.LENGTH
         other = [TokenOutput("other", [1])]
         assert parser.divert(other) == (other, ())
+
+
+async def test_a_request_without_tools_needs_no_session_where_its_text_is_its_content(folder: Path) -> None:
+    """Without tools and without a parser for reasoning, most parsers change nothing, and the request is not parsed."""
+    parser, hosts = parser_of(folder, ONLY_TOOLS)
+    plain = request_of(ONLY_TOOLS, "r", [1], tool_choice="none")
+    assert await parser.open(plain) == replace(plain, parsing=None)
+    assert not parser.open_sessions
+    assert not hosts.started
+    reasoning, _ = parser_of(folder, HERMES)
+    async with running(reasoning):
+        assert (await reasoning.open(request_of(HERMES, "r", [1], tool_choice="none"))).parsing is not None
+        assert reasoning.open_sessions == 1
 
 
 async def test_a_whole_answer_costs_nothing_before_its_end(folder: Path) -> None:
@@ -235,7 +249,7 @@ async def test_a_grammar_of_the_caller_stays_and_begins_after_the_reasoning(fold
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "x" * (1 << 20)}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "x" * (2 << 20)}}]}, "tools"),
         ({"tools": "no list"}, "tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "unknown"}}}, "tool_choice"),
     ],
@@ -259,4 +273,4 @@ async def test_a_worker_without_a_parser_of_tools_refuses_tools_only_where_they_
             await parser.open(needs)
         assert (refused.value.reason, refused.value.field) == (Outcome.UNSUPPORTED_FEATURE.name, "tools")
         assert "tool_call_parser" in refused.value.message
-    assert (await NoParsers().open(request_of(ONLY_TOOLS, "r", [1]))).parsing is None
+    assert (await NoParsers().open(request_of(ONLY_TOOLS, "r", [1], tool_choice="none"))).parsing is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.api.types import PartKind
+from cluster.worker.parsing import session as session_module
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.coalescing import COALESCED, Coalescing
 from cluster.worker.parsing.kit import ParserKit
+from cluster.worker.parsing.port import LEAVE_TEXT_UNCHANGED
 from cluster.worker.parsing.session import merged
 from tests.worker.parsing.formats import (
     CALLS,
@@ -134,16 +137,18 @@ def test_the_formats_are_right(folder: Path, form: Format) -> None:
 
 
 @all_formats
-def test_a_resume_at_any_token_continues_the_parts(folder: Path, form: Format) -> None:
-    """A session that begins after any number of emitted tokens repeats their parts, or those not yet delivered."""
+def test_a_resume_at_any_token_continues_the_parts(folder: Path, form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that begins after any number of emitted tokens repeats their parts, and goes on with the same parts,
+    also where several emitted tokens are replayed in one parse.
+    """
     kit = kit_for(folder, form)
-    prompt, ids = prompt_ids(folder, form), encode(folder, form.short)
-    single = run(kit, opening_for(form, prompt), [[token] for token in ids])
-    for cut in range(len(ids)):
-        again = run(kit, opening_for(form, prompt, ids[:cut]), [ids[cut:]])
-        assert joined(again) == joined(single)
-        rest = run(kit, opening_for(form, prompt, ids[:cut], delivered=cut), [ids[cut:]])
-        assert joined([*single[:cut], *rest]) == joined(single)
+    prompt = prompt_ids(folder, form)
+    for together, text, step in ((256, form.short, 1), (7, form.output, 3)):
+        monkeypatch.setattr(session_module, "REPLAYED_TOKENS", together)
+        ids = encode(folder, text)
+        expected = joined(run(kit, opening_for(form, prompt), [ids]))
+        for cut in range(0, len(ids), step):
+            assert joined(run(kit, opening_for(form, prompt, ids[:cut]), [ids[cut:]])) == expected
 
 
 @all_formats
@@ -174,7 +179,7 @@ def test_coalescing_changes_no_parts(folder: Path, form: Format) -> None:
     for text in (form.long, form.output):
         ids = encode(folder, text)
         expected = joined(run(kit_for(folder, form, 0), opening_for(form, prompt), [ids]))
-        for long_call in (2, 16, 64):
+        for long_call in (2, 48):
             kit = kit_for(folder, form, long_call)
             assert joined(run(kit, opening_for(form, prompt), [ids])) == expected
             assert joined(run(kit, opening_for(form, prompt), [[token] for token in ids])) == expected
@@ -207,6 +212,21 @@ def test_a_stop_string_ends_the_output_as_in_vllm(folder: Path, name: str, stop:
         assert joined(steps) == expected
         assert sum(step.kept for step in steps) == end
         assert {step.stop for step in steps} - {""} == ({found} if found else set())
+
+
+@pytest.mark.parametrize("name", sorted(LEAVE_TEXT_UNCHANGED - {"xlam"}))
+def test_without_tools_the_content_is_the_text(folder: Path, name: str) -> None:
+    """The parsers that are not run for requests without tools would make the output's text their only content."""
+    form = replace(next((form for form in FORMATS if form.tools == name), FORMATS[0]), tools=name, reasoning="")
+    kit = kit_for(folder, form)
+    for message in ({"tool_choice": "none"}, {"tool_choice": "none", "tools": []}):
+        for text in (form.output, "<tool_call> [f(x=1)] ", '{"name": "x"}'):
+            ids = encode(folder, text)
+            plain = kit.tokenizer.decode(ids, skip_special_tokens=True)
+            for is_whole in (False, True):
+                assert joined(run(kit, opening([1], is_whole=is_whole, **message), steps_of(ids, [3]))) == [
+                    (PartKind.CONTENT, plain, 0)
+                ]
 
 
 def test_a_stop_string_counts_only_after_min_tokens(folder: Path) -> None:
