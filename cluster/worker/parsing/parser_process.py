@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 
 import structlog
@@ -60,7 +61,7 @@ class Sessions:
         try:
             session, opened = self._kit.open(opening, lambda: self._progress.record(opening.number))
         except Exception as error:  # a parser's fault must end only its own request
-            log.exception("open_failed")
+            log.error("open_failed", error=_place(error))
             return wire.Opened(opening.number, error=f"the parser failed: {type(error).__name__}")
         finally:
             self._progress.record(NONE)
@@ -73,9 +74,15 @@ class Sessions:
         try:
             return self._sessions[number].feed(number, wire.unpack_ids(packed), state)
         except Exception as error:  # a parser's fault must end only its own request
-            log.exception("parse_failed")
+            log.error("parse_failed", error=_place(error))
             del self._sessions[number]
             return wire.Parsed(number, [], 0, error=f"{type(error).__name__}")
+
+
+def _place(error: Exception) -> str:
+    """Return an error's type and the line that raised it. Its message may contain a caller's text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}" if frames else type(error).__name__
 
 
 def serve(connection: socket.socket, load: Callable[[], ParserKit], progress: Progress) -> None:

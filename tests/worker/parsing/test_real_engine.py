@@ -90,7 +90,7 @@ async def parsed(parser: OutputParser, request: EngineRequest, answer: Answer, e
 
 
 async def test_forced_calls_are_valid_after_the_reasoning_and_resume_exactly(folder: Path, checkpoint: Path) -> None:
-    """With tool_choice required and a strict tool, the engine ends its reasoning within the budget and then makes a call
+    """With tool_choice required and a strict tool, the engine ends its reasoning within the budget, then makes a call
     whose arguments are valid by the schema. A request that is cut continues with the same tokens and parts.
     """
     parser, _ = parser_of(folder, HERMES)

@@ -84,6 +84,11 @@ class Served:
     end: WorkerSession
     parser: OutputParser
 
+    def work(self) -> tuple[int, int]:
+        """Return the counts of prefilled and of decoded tokens."""
+        requests = self.end._requests
+        return requests.prefilled_tokens, requests.decoded_tokens
+
     async def ask(self, **changes: Any) -> Answer:
         """Run a request to its end and return the answer."""
         answer = self.submit(**changes)
@@ -115,7 +120,11 @@ async def serving(door: Door, folder: Path) -> AsyncIterator[Served]:
     )
     task = asyncio.create_task(end.run())
     try:
-        yield Served(await door.worker("sim"), engine, end, parser)
+        served = Served(await door.worker("sim"), engine, end, parser)
+        yield served
+        await eventually(lambda: not end.statistics().running, "the worker is free")
+        assert end.statistics().tokens == 0
+        assert not parser.open_sessions
     finally:
         await end.close()
         await asyncio.gather(task, return_exceptions=True)
@@ -134,6 +143,18 @@ async def test_parts_arrive_beside_unchanged_tokens(door: Door, folder: Path) ->
         assert all(output.parsed is not None for output in streamed.outputs)
         assert streamed.outputs[0].prompt_tokens == len(PROMPT)
         assert streamed.outputs[-1].finish is FinishReason.LENGTH
+
+
+async def test_parsed_tokens_are_counted_like_plain_ones(door: Door, folder: Path) -> None:
+    """The work of a parsed request counts once, as that of a plain request; a stop string leaves none uncounted."""
+    async with serving(door, folder) as served:
+        counts = []
+        for changes in ({"tool_choice": "none"}, {}, {"is_whole": True}):
+            before = served.work()
+            await served.ask(**changes)
+            await eventually(lambda before=before: served.work()[1] - before[1] >= 40, "all tokens are counted")  # type: ignore[misc]
+            counts.append((served.work()[0] - before[0], served.work()[1] - before[1]))
+        assert counts == [(counts[0][0], 40)] * 3
 
 
 async def test_a_resumed_request_repeats_its_parts(door: Door, folder: Path) -> None:
@@ -169,6 +190,7 @@ async def test_an_abort_and_a_refusal_leave_nothing(door: Door, folder: Path) ->
         answer = served.submit(sampling=long)
         await eventually(lambda: answer.outputs, "the request runs")
         served.link.abort(answer.slot)
+        served.link.abort(served.submit(sampling=long).slot)  # in one message with its Submit
         refused = await served.ask(tools="none")
         assert refused.refusal == ("INVALID_FIELD", "tools")
         too_long = await served.ask(sampling=Sampling(max_tokens=0))
