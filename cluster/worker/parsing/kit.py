@@ -22,7 +22,7 @@ from cluster.worker.parsing.chat_requests import (
     reasoning_ended,
     template_kwargs,
 )
-from cluster.worker.parsing.coalescing import COALESCED, LONG_CALL, Coalescing
+from cluster.worker.parsing.coalescing import COALESCED, LONG_CALL, REPLAYED_TOGETHER, Coalescing
 from cluster.worker.parsing.port import ParserNames
 from cluster.worker.parsing.session import ParserSession
 
@@ -53,6 +53,8 @@ class ParserKit:
     tokenizer: Any
     parser_class: Any
     long_call: int
+    replays_together: bool = False
+    """Whether several emitted tokens may be replayed in one parse."""
     streams: bool = True
     """Whether the parser can parse parts of an output. If not, streamed answers with tools are parsed as a whole."""
 
@@ -77,7 +79,9 @@ class ParserKit:
             ended = reasoning_ended(parser, request, wire.unpack_ids(opening.prompt))
         if not self.streams and may_call_tools(request):
             opening = msgspec.structs.replace(opening, is_whole=True)
-        session = ParserSession(opening, self.tokenizer, parser, request, Coalescing(self.long_call), working)
+        session = ParserSession(
+            opening, self.tokenizer, parser, request, Coalescing(self.long_call), working, self.replays_together
+        )
         return session, wire.Opened(opening.number, grammar, ended, _as_json(kwargs) if ended is not None else "")
 
     def _make(self, request: Any, kwargs: dict[str, Any]) -> Any:
@@ -152,8 +156,13 @@ def kit_of(tokenizer: Any, settings: KitSettings) -> ParserKit:
         raise ValueError(f"{_keys(names)}: {error}") from error
     if parser_class is None:
         raise ValueError("engine: neither tool_call_parser nor reasoning_parser is set")
-    coalesced = not names.tools or names.tools in COALESCED
-    return ParserKit(tokenizer, parser_class, settings.long_call if coalesced else 0, names.tools not in NOT_STREAMING)
+    return ParserKit(
+        tokenizer,
+        parser_class,
+        long_call=settings.long_call if names.tools in COALESCED else 0,
+        replays_together=names.tools in REPLAYED_TOGETHER,
+        streams=names.tools not in NOT_STREAMING,
+    )
 
 
 def _keys(names: ParserNames) -> str:

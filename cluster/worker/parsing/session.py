@@ -39,12 +39,15 @@ class ParserSession:
         request: Any,
         coalescing: Coalescing,
         working: Callable[[], None] = lambda: None,
+        replays_together: bool = False,
     ) -> None:
-        """Begin a session and replay its emitted tokens. `working` is called from time to time during long work."""
+        """Begin a session and replay its emitted tokens. `working` is called from time to time during long work.
+        `replays_together`: whether several emitted tokens may be replayed in one parse."""
         self._parser = parser
         self._request = request
         self._coalescing = coalescing
         self._working = working
+        self._replays_together = replays_together
         self._reasons = parser.reasoning_parser is not None
         """Whether the output is still reasoning. Its end is parsed token by token."""
         self._is_whole = opening.is_whole
@@ -61,7 +64,7 @@ class ParserSession:
 
     def _replay(self, emitted: Sequence[int]) -> None:
         """Take the emitted tokens, and keep their parts for the first answer."""
-        together = REPLAYED_TOKENS if self._coalescing.long_call else 1
+        together = REPLAYED_TOKENS if self._replays_together else 1
         for token_id in emitted:
             if self._is_whole or self._reasons or together == 1:
                 self._take(token_id, wire.RUNS)
@@ -118,6 +121,8 @@ class ParserSession:
         self._stop = self._detokenizer.update([token_id], state == wire.STOPPED) or ""
         ended = bool(self._stop) or state != wire.RUNS
         if not self._is_whole:
+            if ended and self._unparsed:  # parsers may finish in another way if the last token is not alone
+                self._parse(False)
             self._text += self._detokenizer.get_next_output_text(ended, True)
             self._unparsed.append(token_id)
         return ended

@@ -56,7 +56,7 @@ def _raise(*_: Any) -> wire.Parsed:
 
 def faulty(kit: ParserKit) -> FaultyKit:
     """Return a kit like `kit` that fails on request."""
-    return FaultyKit(kit.tokenizer, kit.parser_class, kit.long_call)
+    return FaultyKit(kit.tokenizer, kit.parser_class, kit.long_call, kit.replays_together, kit.streams)
 
 
 def thread_host(kit: ParserKit) -> ParserHost:
