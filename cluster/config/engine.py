@@ -136,20 +136,23 @@ def engine_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
         if name in OWNED_ENGINE_ARGS:
             yield str(name), f"is set by Headrace: {OWNED_ENGINE_ARGS[name]}"
         elif name in PARSER_KEYS:
-            yield from _parser_problems(str(name), value, has_plugin=bool(engine.get(f"{name}_plugin")))
+            continue
         elif name not in known:
             yield str(name), f"vLLM has no such engine argument{near(str(name), [*known])}"
         else:
             yield from _problems(str(name), value, known[name])
+    yield from parser_problems(engine)
 
 
-def _parser_problems(key: str, value: Any, *, has_plugin: bool) -> Iterator[Problem]:
-    """Yield a problem for a value that names no parser of vLLM. `has_plugin`: whether a plugin may define the name."""
-    known = [*parsers(key), NO_PARSER]
-    if not isinstance(value, str) or not value:
-        yield key, f"must be the name of a parser, or {NO_PARSER}, not {shown(value)}"
-    elif value not in known and not has_plugin:
-        yield key, f"vLLM has no such parser: {shown(value)}{near(value, known)}; known are {', '.join(known)}"
+def parser_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
+    """Yield a problem for each key in PARSER_KEYS whose value names no parser of vLLM or of the section's plugin."""
+    for key in PARSER_KEYS:
+        known = [*parsers(key), NO_PARSER]
+        value = engine.get(key, NO_PARSER)
+        if not isinstance(value, str) or not value:
+            yield key, f"must be the name of a parser, or {NO_PARSER}, not {shown(value)}"
+        elif value not in known and not engine.get(f"{key}_plugin"):
+            yield key, f"vLLM has no such parser: {shown(value)}{near(value, known)}; known are {', '.join(known)}"
 
 
 def together_problems(whole: Mapping[Any, Any]) -> Iterator[Problem]:

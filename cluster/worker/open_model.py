@@ -11,7 +11,6 @@ from cluster.api.ports import Engine
 from cluster.config.engine import code_arguments
 from cluster.policy.catalog.placement import is_simulated
 from cluster.wire.bundle import Bundle
-from cluster.worker.parsing.families import without_parser_keys
 from cluster.worker.parsing.model_parser import model_parser, requested_parser
 from cluster.worker.replica import OpenedModel
 from cluster.worker.settings import ReplicaSettings
@@ -54,7 +53,7 @@ def open_bundle(settings: ReplicaSettings) -> tuple[Bundle, Card]:
 def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
     from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 
-    config = SimConfig.from_source(settings.spec.source, without_parser_keys(settings.spec.engine))
+    config = SimConfig.from_source(settings.spec.source, settings.spec.engine)
     bundle = _bundle_of(Path(config.folder), settings) if config.folder else Bundle({})
     engine: Engine = SimEngine(config)
     parser = requested_parser(settings.spec, Path(config.folder), bundle)

@@ -185,3 +185,13 @@ def test_an_unknown_parser_is_a_problem_with_near_names(engine: dict[str, Any], 
     ((path, problem),) = engine_problems(engine)
     assert path in engine
     assert text in problem
+
+
+def test_parsers_of_simulated_engines_are_checked_too() -> None:
+    """A simulated engine's entry may name parsers; an unknown name is reported."""
+    text = (
+        'api_version: headrace/v1\nname: t\nmodels: [{name: m, source: "sim:///x", engine: {tool_call_parser: %s}}]\n'
+    )
+    assert parse(text % "hermes").models[0].engine == {"tool_call_parser": "hermes"}
+    with pytest.raises(ConfigError, match="did you mean `hermes`"):
+        parse(text % "hermse")

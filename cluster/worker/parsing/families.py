@@ -115,8 +115,3 @@ def chosen_parsers(bundle: Bundle, engine: Mapping[str, Any]) -> tuple[ParserNam
     ]
     tools, reasoning = ("" if name == NO_PARSER else name for name in names)
     return ParserNames(tools, reasoning), frozenset(given)
-
-
-def without_parser_keys(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an `engine:` section without its parsers, which are not arguments of the engine."""
-    return {key: value for key, value in engine.items() if key not in PARSER_KEYS}

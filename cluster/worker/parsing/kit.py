@@ -103,9 +103,12 @@ def load_kit(settings: KitSettings) -> ParserKit:
 
 def _tokenizer(settings: KitSettings) -> Any:
     """Return the model's tokenizer with the cache of vLLM's server, without which every parser reads the vocabulary."""
-    from vllm.tokenizers.hf import get_cached_tokenizer
-
     from cluster.worker.weights.vocabulary import load_tokenizer
+
+    try:
+        from vllm.tokenizers.hf import get_cached_tokenizer
+    except ImportError as error:
+        raise ValueError(f"{_keys(settings.names)}: needs vLLM: {error}") from error
 
     tokenizer = load_tokenizer(Path(settings.folder), trust_remote_code=settings.trust_remote_code)
     return get_cached_tokenizer(tokenizer)
@@ -137,8 +140,10 @@ def usable_parsers(settings: KitSettings, given: Container[str]) -> ParserNames:
 
 def kit_of(tokenizer: Any, settings: KitSettings) -> ParserKit:
     """Return the kit of a loaded tokenizer. Raises ValueError as `load_kit`."""
-    from vllm.parser import ParserManager
-
+    try:
+        from vllm.parser import ParserManager
+    except ImportError as error:
+        raise ValueError(f"{_keys(settings.names)}: this vLLM has no such parsers: {error}") from error
     names = settings.names
     if settings.plugin:
         from vllm.reasoning import ReasoningParserManager

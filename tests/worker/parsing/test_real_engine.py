@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ STRICT = {
         "parameters": {
             "type": "object",
             "properties": {
-                "city": {"type": "string", "maxLength": 8},
+                "city": {"type": "string", "pattern": "^[A-Z][a-z]{2,6}$"},
                 "stars": {"enum": [3, 4, 5]},
                 "late": {"type": "boolean"},
             },
@@ -112,7 +113,7 @@ async def test_forced_calls_are_valid_after_the_reasoning_and_resume_exactly(fol
             assert end <= BUDGET
             arguments = json.loads(parts[-1][1])
             assert arguments.keys() == {"city", "stars", "late"}
-            assert len(arguments["city"]) <= 8
+            assert re.fullmatch("[A-Z][a-z]{2,6}", arguments["city"])
             assert arguments["stars"] in (3, 4, 5)
             assert isinstance(arguments["late"], bool)
             for cut in (1, end, end + 1, end + 2, end + 9, len(whole.token_ids) - 1):

@@ -36,9 +36,8 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str, reasoning_par
     if executor not in EXECUTORS:
         raise ValueError(f"executor {executor!r} is unknown: use one of {', '.join(EXECUTORS)}")
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    engine = {name: value for name, value in spec.engine.items() if name not in PARSER_KEYS}
-    for name in engine:
-        if name not in known:
+    for name in spec.engine:
+        if name not in known and name not in PARSER_KEYS:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean `engine.{near[0]}`?" if near else ""
             raise ValueError(f"engine.{name}: vLLM has no such engine argument{hint}")
@@ -54,15 +53,15 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str, reasoning_par
         "scheduling_policy": "priority",
         "disable_log_stats": False,
         **_platform_defaults(spec),
-        **engine,
-        "reasoning_parser": reasoning_parser,
+        **spec.engine,
     }
     if world_size(spec) > 1:
         chosen["distributed_executor_backend"] = executor
     if why := _why_not_on_cpu(spec) if on_cpu() else "":
         raise ValueError(f"models[{spec.name}].engine.{why}")
+    chosen = {name: value for name, value in chosen.items() if name not in PARSER_KEYS}
     try:
-        return AsyncEngineArgs(**chosen)
+        return AsyncEngineArgs(**chosen, reasoning_parser=reasoning_parser)
     except (TypeError, ValueError) as error:
         raise ValueError(f"models[{spec.name}].engine: {error}") from error
 

@@ -44,12 +44,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.core_client.AsyncMPClient.get_supported_tasks_async": (),
     "vllm.v1.engine.core_client.AsyncMPClient.shutdown": ("timeout",),
     "vllm.v1.engine.core_client.BackgroundResources": ("engine_dead",),
-    "vllm.v1.engine.EngineCoreRequest": (
-        "external_req_id",
-        "request_id",
-        "reasoning_ended",
-        "reasoning_parser_kwargs",
-    ),
+    "vllm.v1.engine.EngineCoreRequest": ("external_req_id", "request_id"),
     "vllm.v1.engine.EngineCoreOutputs": ("outputs", "scheduler_stats"),
     "vllm.v1.engine.EngineCoreOutput": (
         "request_id",
@@ -122,7 +117,8 @@ class FastPath:
         )
         request.external_req_id = request_id
         for name, value in reasoning.items():
-            setattr(request, name, value)
+            if hasattr(request, name):  # otherwise this release's core decides where a grammar begins
+                setattr(request, name, value)
         return request
 
     async def add(self, prepared: Any) -> None:

@@ -37,13 +37,6 @@ def test_an_entry_becomes_arguments(llama_folder: Path) -> None:
     assert args.distributed_executor_backend is None
 
 
-def test_the_engine_gets_the_reasoning_parser_and_no_tool_parser(llama_folder: Path) -> None:
-    """The parsers of the entry are not passed as such: the engine gets the reasoning parser that was chosen."""
-    entry = spec(engine={"tool_call_parser": "hermes", "reasoning_parser": "none"})
-    assert arguments.engine_arguments(entry, llama_folder, "ray").reasoning_parser == ""
-    assert arguments.engine_arguments(entry, llama_folder, "ray", "qwen3").reasoning_parser == "qwen3"
-
-
 @pytest.mark.parametrize("executor", ["ray", "mp"])
 def test_a_world_larger_than_one_takes_the_executor(llama_folder: Path, executor: str) -> None:
     """Tensor-parallel and pipeline-parallel ranks use the given executor."""
@@ -117,3 +110,10 @@ async def test_an_engine_that_has_not_started_or_is_closed_is_dead(llama_folder:
         if not closed:
             await engine.close()
             await engine.close()
+
+
+def test_the_engine_gets_the_reasoning_parser_and_no_tool_parser(llama_folder: Path) -> None:
+    """The parsers of the entry are not passed as such: the engine gets the reasoning parser that was chosen."""
+    entry = spec(engine={"tool_call_parser": "hermes", "reasoning_parser": "none"})
+    assert arguments.engine_arguments(entry, llama_folder, "ray").reasoning_parser == ""
+    assert arguments.engine_arguments(entry, llama_folder, "ray", "qwen3").reasoning_parser == "qwen3"
