@@ -23,11 +23,18 @@ class Grammar:
     """A constraint on the output of a request. `kind` is json_schema, json_object, regex, choice or grammar.
 
     `value` is the text of the schema, expression or grammar. For choice, `value` holds the allowed strings; for
-    json_object, `value` is "".
+    json_object, `value` is "". A worker's output parser also makes the kind structural_tag, which no caller can send.
     """
 
     kind: str
     value: str | tuple[str, ...]
+    field: str = "response_format"
+    """Field of the caller's request from which the constraint comes, for errors."""
+    reasoning_ended: bool | None = None
+    """Whether the constraint holds from the first token (True) or after the reasoning (False). None: the engine
+    decides. Set by a worker's output parser."""
+    template_kwargs: str = ""
+    """JSON object: arguments of the chat template, for the engine's own parser of reasoning; "" for none."""
 
 
 @dataclass(frozen=True, slots=True)

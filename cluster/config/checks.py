@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from cluster.config.engine import code_arguments, engine_problems, together_problems
+from cluster.config.engine import code_arguments, engine_problems, parser_problems, together_problems
 from cluster.config.problems import Path, Problem
 
 SCHEMES = ("hf", "s3", "gs", "http", "https", "demo", "sim")
@@ -79,10 +79,12 @@ def _hub_problem(source: str, name: str) -> str:
 def engine_of(path: Path, source: str, engine: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield a problem for each argument of an `engine:` section that vLLM or Headrace refuses.
 
-    Simulated engines have other arguments and are not checked. `whole`: all arguments with which the section's engine
-    is started.
+    Of a simulated engine, which has other arguments, only the parsers are checked. `whole`: all arguments with which
+    the section's engine is started.
     """
     if source.startswith("sim://"):
+        for key, text in parser_problems(engine):
+            yield Problem((*path, key), text)
         return
     single = [*engine_problems(engine)]
     for key, text in single or together_problems(whole):

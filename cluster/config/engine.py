@@ -18,6 +18,11 @@ from typing import Any
 from cluster.config.problems import shown
 
 TABLE = Path(__file__).with_name("vllm_arguments.json")
+PARSERS = Path(__file__).with_name("vllm_parsers.json")
+PARSER_KEYS = ("tool_call_parser", "reasoning_parser")
+"""Keys of an `engine:` section that name the parsers of a model's output. Without a key, the model's family decides."""
+NO_PARSER = "none"
+"""Value of a key in PARSER_KEYS for no parser, even if the model's family has one."""
 Problem = tuple[str, str]
 """Path of the key below `engine`, and text of the problem."""
 
@@ -107,6 +112,13 @@ def arguments() -> Mapping[str, Any]:
     return rows
 
 
+@functools.cache
+def parsers(key: str) -> Sequence[str]:
+    """Return the names of the pinned vLLM's parsers. `key`: one of PARSER_KEYS."""
+    names: Sequence[str] = json.loads(PARSERS.read_text())[key]
+    return names
+
+
 def near(name: str, known: Sequence[str]) -> str:
     """Return `; did you mean X?` with the known name that is closest to `name`; "" if no known name is close."""
     normalized = {candidate.replace("-", "_").lower(): candidate for candidate in known}
@@ -123,10 +135,24 @@ def engine_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
     for name, value in engine.items():
         if name in OWNED_ENGINE_ARGS:
             yield str(name), f"is set by Headrace: {OWNED_ENGINE_ARGS[name]}"
+        elif name in PARSER_KEYS:
+            continue
         elif name not in known:
             yield str(name), f"vLLM has no such engine argument{near(str(name), [*known])}"
         else:
             yield from _problems(str(name), value, known[name])
+    yield from parser_problems(engine)
+
+
+def parser_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
+    """Yield a problem for each key in PARSER_KEYS whose value names no parser of vLLM or of the section's plugin."""
+    for key in PARSER_KEYS:
+        known = [*parsers(key), NO_PARSER]
+        value = engine.get(key, NO_PARSER)
+        if not isinstance(value, str) or not value:
+            yield key, f"must be the name of a parser, or {NO_PARSER}, not {shown(value)}"
+        elif value not in known and not engine.get(f"{key}_plugin"):
+            yield key, f"vLLM has no such parser: {shown(value)}{near(value, known)}; known are {', '.join(known)}"
 
 
 def together_problems(whole: Mapping[Any, Any]) -> Iterator[Problem]:

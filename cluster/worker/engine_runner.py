@@ -13,6 +13,7 @@ import structlog
 from cluster.api.demand import ComputedWork
 from cluster.api.ports import Engine, EngineDead
 from cluster.worker.link_credit import LinkCredit
+from cluster.worker.parsing.port import NoParsers, OutputParsers
 from cluster.worker.running_requests import RunningRequests
 
 log = structlog.get_logger("worker")
@@ -21,8 +22,9 @@ log = structlog.get_logger("worker")
 class EngineRunner:
     """Runs the steps and aborts of one engine, counts the computed work, and reports when the engine is dead."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, parser: OutputParsers | None = None) -> None:
         self.engine = engine
+        self.parser: OutputParsers = parser or NoParsers()
         self.steps = 0
         self._busy_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -33,7 +35,8 @@ class EngineRunner:
         while True:
             outputs = await self.engine.step()
             self.steps += 1
-            touched, to_abort = requests.apply_step(outputs)
+            outputs, diverted = self.parser.divert(outputs)
+            touched, to_abort = requests.apply_step(outputs, diverted)
             if to_abort:
                 await self.abort(to_abort)
             load = self.engine.load()
@@ -41,6 +44,16 @@ class EngineRunner:
             credit.regrant()
             for link in touched:
                 link.outbox.load(load)
+                link.outbox.flush()
+
+    async def run_parsed(self, requests: RunningRequests, credit: LinkCredit) -> None:
+        """Put parsed outputs into the links' outboxes until cancelled. No output waits for the engine's next step."""
+        while True:
+            touched, to_abort = requests.apply_parsed(await self.parser.parsed())
+            if to_abort:
+                await self.abort(to_abort)
+                credit.regrant()
+            for link in touched:
                 link.outbox.flush()
 
     def work(self, requests: RunningRequests) -> ComputedWork:

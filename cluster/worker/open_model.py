@@ -11,6 +11,7 @@ from cluster.api.ports import Engine
 from cluster.config.engine import code_arguments
 from cluster.policy.catalog.placement import is_simulated
 from cluster.wire.bundle import Bundle
+from cluster.worker.parsing.model_parser import model_parser, requested_parser
 from cluster.worker.replica import OpenedModel
 from cluster.worker.settings import ReplicaSettings
 from cluster.worker.weights.model_card import Card, read_card
@@ -28,8 +29,9 @@ def open_model(settings: ReplicaSettings) -> OpenedModel:
     folder = _resolve(settings)
     check_weights(settings.spec, folder)
     bundle = _bundle_of(folder, settings)
-    engine = VllmEngine(settings.spec, folder)
-    return OpenedModel(engine, bundle, weight_digest(folder, _cache_dir(settings)))
+    parser = model_parser(settings.spec, folder, bundle)
+    engine = VllmEngine(settings.spec, folder, reasoning_parser=parser.names.reasoning if parser else "")
+    return OpenedModel(engine, bundle, weight_digest(folder, _cache_dir(settings)), parser)
 
 
 def _refuse_code(settings: ReplicaSettings) -> None:
@@ -54,7 +56,8 @@ def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
     config = SimConfig.from_source(settings.spec.source, settings.spec.engine)
     bundle = _bundle_of(Path(config.folder), settings) if config.folder else Bundle({})
     engine: Engine = SimEngine(config)
-    return OpenedModel(engine, bundle, config.weight_digest)
+    parser = requested_parser(settings.spec, Path(config.folder), bundle)
+    return OpenedModel(engine, bundle, config.weight_digest, parser)
 
 
 def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:

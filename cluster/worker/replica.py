@@ -34,6 +34,8 @@ from cluster.process.interpreter import shorten_switch_interval
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.golden_check import CheckedEngine
 from cluster.worker.engine.vllm import repairs
+from cluster.worker.parsing.model_parser import with_parsers
+from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.session import WorkerSession
 from cluster.worker.settings import ModelRefused, ReplicaSettings
 
@@ -68,6 +70,8 @@ class OpenedModel:
     engine: Engine
     bundle: Bundle
     weight_digest: str
+    parser: OutputParser | None = None
+    """Parser of the model's outputs; None if the model has no parsers."""
 
 
 class ModelOpener(Protocol):
@@ -132,7 +136,7 @@ class Replica:
                 )
             opened_at = time.time()
             self.engine = engine = CheckedEngine(opened.engine, node=self.place.node)
-            self.info = await engine.start()
+            self.info = with_parsers(await engine.start(), opened.parser)
         except ValueError as error:
             await self.stop()
             raise ModelRefused(str(error)) from error
@@ -179,6 +183,7 @@ class Replica:
             tls=self.settings.tls,
             gpus=self.place.gpus,
             gpu=identity.gpu,
+            parser=opened.parser,
         )
         self._serving = asyncio.create_task(self._serve_until_dead(self.end, engine))
         memory.freeze_objects()

@@ -64,6 +64,8 @@ class RunningRequest:
     """Incarnation of the gateway that issued the resume token; "" if the call was not resumed with a token."""
     name: str = ""
     """Name of the request's stream. Unlike `stream`, also set if the request cannot be reattached."""
+    is_parsed: bool = False
+    """Whether the request may have a session of the output parser. It can then not be reattached."""
     token_ids: list[int] | None = None
     """All tokens after the prompt; None if the request cannot be reattached.
 
@@ -94,7 +96,8 @@ class RunningRequest:
             name=submit.stream,
         )
         running.expects_cache = bool(emitted) and running.fresh_tokens <= block_size < prompt
-        if submit.stream and request.sampling.logprobs is None:
+        running.is_parsed = request.parsing is not None
+        if submit.stream and request.sampling.logprobs is None and not running.is_parsed:
             running.stream, running.token_ids = submit.stream, list(request.emitted_token_ids)
             running.parameters = (request.sampling, request.adapter, request.cache_salt, request.priority)
         return running
@@ -160,10 +163,13 @@ class RunningRequests:
         served: ServedReports,
         usage: WorkerUsage,
         is_lost: Callable[[str], bool],
+        close_session: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Create an empty set. `is_lost(incarnation)`: whether this worker has no working link to that gateway."""
+        """Create an empty set. `is_lost(incarnation)`: whether this worker has no working link to that gateway.
+        `close_session`: ends a request's session of the output parser."""
         self._info = info
         self._is_lost = is_lost
+        self._close_session = close_session
         self._meter = meter
         self._served = served
         self._usage = usage
@@ -266,11 +272,19 @@ class RunningRequests:
 
     # ---- step
 
-    def apply_step(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[Link], list[str]]:
-        """Apply a step's outputs; return the links that the caller must flush and the engine request ids to abort."""
+    def apply_step(
+        self, outputs: Sequence[TokenOutput], diverted: Sequence[TokenOutput] = ()
+    ) -> tuple[Collection[Link], list[str]]:
+        """Apply a step's outputs; return the links that the caller must flush and the engine request ids to abort.
+
+        `diverted`: the step's outputs that are being parsed. They count as work of this step, and are sent by
+        `apply_parsed`.
+        """
         step, self._pending_step = self._pending_step, StepState()
         already_sent = step.tokens
         self._send_outputs(outputs, step)
+        if diverted:
+            self._record_diverted(diverted, step)
         self.decoded_tokens += step.tokens - already_sent + step.detached_tokens
         if self._meter.gpus:
             self._meter.step(time.monotonic(), step.tokens + step.detached_tokens, step.firsts)
@@ -309,6 +323,41 @@ class RunningRequests:
                 step.finished.append((running, output))
         self.tokens += emitted
         step.tokens += emitted
+
+    def _record_diverted(self, outputs: Sequence[TokenOutput], step: StepState) -> None:
+        """Count outputs that are being parsed as work of a step."""
+        for output in outputs:
+            running = self._running.get(output.request_id)
+            count = len(output.token_ids)
+            step.tokens += count
+            if running is not None and output.prompt_tokens is not None:
+                step.firsts.append((running.share, self._record_first_output(running, output), count))
+
+    def apply_parsed(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[Link], list[str]]:
+        """Send parsed outputs, whose work `apply_step` has counted. Forget the requests that have ended.
+
+        Returns the links that the caller must flush, and the engine request ids to abort: requests that ended by a stop
+        string or by a fault of the parser still run in the engine.
+        """
+        touched: dict[int, Link] = {}
+        to_abort: list[str] = []
+        for output in outputs:
+            running = self._running.get(output.request_id)
+            if running is None:  # aborted while it was parsed
+                continue
+            if output.prompt_tokens is not None and running.resumed_from:
+                output = replace(output, origin_lost=self._is_lost(running.resumed_from))
+            link = running.link
+            link.outbox.output(running.slot, output)
+            touched[link.number] = link
+            count = len(output.token_ids)
+            running.tokens += count
+            self.tokens += count
+            if output.finish is not None:
+                running.accepted = True
+                to_abort.append(output.request_id)
+                self.forget(output.request_id, _OUTCOMES.get(output.finish, Outcome.OK))
+        return touched.values(), to_abort
 
     def _record_first_output(self, running: RunningRequest, output: TokenOutput) -> int:
         """Record a request's first output on this worker; return the number of tokens computed for the request."""
@@ -373,6 +422,8 @@ class RunningRequests:
         if running is None:
             return
         self.tokens -= running.tokens
+        if running.is_parsed:
+            self._close_session(request_id)
         self._window.record_end(request_id)
         self._served.ended(request_id, running.output_tokens)
         running.link.requests.pop(running.slot, None)

@@ -32,6 +32,7 @@ from cluster.worker.engine_runner import EngineRunner
 from cluster.worker.gpu_meter import GpuMeter
 from cluster.worker.link import Link, LinkOpener
 from cluster.worker.link_credit import LinkCredit
+from cluster.worker.parsing.port import OutputParsers
 from cluster.worker.running_requests import RunningRequests
 from cluster.worker.served_reports import ServedReports
 from cluster.worker.submits import Submits
@@ -84,12 +85,14 @@ class WorkerSession:
         gpu: str = "",
         keeper: UsageKeeper | None = None,
         idle_report_s: float = 60.0,
+        parser: OutputParsers | None = None,
     ) -> None:
         """Create a session; `run` serves the engine.
 
         `outbox_tokens`: number of token ids that may wait for one gateway before its link is closed.
         `gpus`, `gpu`: number and type of the replica's GPUs, for the ledger.
         `idle_report_s`: seconds between two reports of the idle time of the GPUs.
+        `parser`: parser of outputs; None for a worker without parsers.
         """
         self._identity = identity
         self._engine = engine
@@ -103,11 +106,13 @@ class WorkerSession:
             identity.incarnation, keeper or UsageKeeper(), meter, gpu, idle_report_s, lambda: self._requests.shares()
         )
         self._served = ServedReports()
-        self._requests = RunningRequests(info, meter, self._served, self._usage, self._is_gateway_lost)
+        self._runner = EngineRunner(engine, parser)
+        self._requests = RunningRequests(
+            info, meter, self._served, self._usage, self._is_gateway_lost, self._runner.parser.close
+        )
         self._drain_state = DrainStates()
         self._drains = Drains(self._drain_state, self._requests.idle, self._usage.flush)
         self._credit = LinkCredit(self._requests.capacity, self._requests.count_cached, self._drain_state)
-        self._runner = EngineRunner(engine)
         self._submits = Submits(self._runner, self._requests, self._served, self._credit)
         self._closed = asyncio.Event()
         self._engine_ended = ""
@@ -132,6 +137,8 @@ class WorkerSession:
         work: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._runner.wait_dead()),
             asyncio.create_task(self._runner.run(self._requests, self._credit)),
+            asyncio.create_task(self._runner.run_parsed(self._requests, self._credit)),
+            asyncio.create_task(self._runner.parser.run()),
             asyncio.create_task(self._closed.wait()),
             asyncio.create_task(self._gateways.dial(self._serve_gateway, self._timing)),
             asyncio.create_task(self._usage.run()),

@@ -42,13 +42,17 @@ class Submits:
     _generations: ResumeGenerations = field(default_factory=ResumeGenerations)
 
     async def accept(self, link: Link, submit: pb.Submit) -> None:
-        """Submit a small request at once, and submit a request with a long prompt or a grammar in a task of its own."""
+        """Submit a small request at once, and one with a long prompt, a grammar or parsing in a task of its own."""
         if submit.slot in link.requests:
             raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
-        if submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES or submit.sampling.HasField("grammar"):
-            link.spawn(self._submit(link, submit))
+        # Before a task begins: an abort may follow in the same message.
+        request_id = f"{link.incarnation}-{link.number}-{submit.slot}-{submit.attempt}"
+        link.begin_submit(submit.slot, request_id)
+        takes_time = submit.sampling.HasField("grammar") or submit.HasField("parsing")
+        if takes_time or submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES:
+            link.spawn(self._submit(link, submit, request_id))
         else:
-            await self._submit(link, submit)
+            await self._submit(link, submit, request_id)
 
     async def abort(self, link: Link, slots: Sequence[int]) -> None:
         """Abort the requests in these slots. A Submit in progress is aborted when it finishes."""
@@ -72,11 +76,9 @@ class Submits:
             self.requests.forget(request_id, Outcome.CANCELLED)
         return request_id
 
-    async def _submit(self, link: Link, submit: pb.Submit) -> None:
+    async def _submit(self, link: Link, submit: pb.Submit, request_id: str) -> None:
         """Run a request or refuse it."""
         slot = submit.slot
-        request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
-        link.begin_submit(slot, request_id)
         ids = submit.prompt_ids
         if submit.prompt_blob:
             ids = await link.prompts.pop_prompt(submit.prompt_blob)
@@ -108,7 +110,10 @@ class Submits:
         """Reattach a resumed request, or submit it to the engine. Raises EngineRefused and EngineDead."""
         if submit.generation:
             await self.take_over(call_of(submit.stream), submit.generation)
+        if request.parsing is not None:
+            request = await self.runner.parser.open(request)
         if self._generations.is_outdated(submit.stream, submit.generation):
+            self.runner.parser.close(request.request_id)
             raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
         running = self.requests.new_request(link, submit, request)
         reattached, to_abort = self.requests.reattach(running, submit)

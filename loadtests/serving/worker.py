@@ -23,17 +23,15 @@ from cluster.process import memory
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.worker.engine.simulated.engine import SCHEME, SimConfig, SimEngine
+from cluster.worker.parsing.model_parser import model_parser, requested_parser, with_parsers
+from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.session import WorkerSession
 
 
-def engine_of(arguments: argparse.Namespace) -> Engine:
-    """Return the engine that the source names. vLLM is imported only for a model folder."""
-    if arguments.source.startswith(SCHEME):
-        return SimEngine(SimConfig.from_source(arguments.source))
-    from cluster.worker.engine.vllm.engine import VllmEngine
-
+def spec_of(arguments: argparse.Namespace) -> ModelSpec:
+    """Return the model's entry."""
     given = json.loads(arguments.engine)
-    spec = ModelSpec(
+    return ModelSpec(
         arguments.name,
         arguments.source,
         dtype=given.pop("dtype", "auto"),
@@ -41,18 +39,31 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
         tensor_parallel_size=given.pop("tensor_parallel_size", 1),
         engine=given,
     )
-    return VllmEngine(spec, Path(arguments.source), executor="mp")
+
+
+def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Engine, OutputParser | None]:
+    """Return the engine that the source names, and the parser of its outputs. vLLM is imported only for a model folder,
+    or if the engine's arguments name a parser."""
+    spec = spec_of(arguments)
+    if arguments.source.startswith(SCHEME):
+        config = SimConfig.from_source(arguments.source)
+        return SimEngine(config), requested_parser(spec, Path(config.folder), bundle)
+    from cluster.worker.engine.vllm.engine import VllmEngine
+
+    parser = model_parser(spec, Path(arguments.source), bundle)
+    reasoning = parser.names.reasoning if parser is not None else ""
+    return VllmEngine(spec, Path(arguments.source), executor="mp", reasoning_parser=reasoning), parser
 
 
 async def serve(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM, or until the engine ends."""
-    engine = engine_of(arguments)
+    bundle = Bundle.load(Path(arguments.bundle))
+    engine, parser = opened(arguments, bundle)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        info = await engine.start()
-        bundle = Bundle.load(Path(arguments.bundle))
+        info = with_parsers(await engine.start(), parser)
         identity = WorkerIdentity(
             worker_id=arguments.id or f"{arguments.name}-w1",
             incarnation=f"{os.getpid()}",
@@ -66,6 +77,7 @@ async def serve(arguments: argparse.Namespace) -> None:
             bundle=bundle,
             gateways=[arguments.link],
             timing=Timing(redial_max_s=arguments.redial_max_s),
+            parser=parser,
         )
         Path(arguments.ready).write_text(json.dumps({"pid": os.getpid(), "engine": info.engine_version}))
         memory.freeze_objects()

@@ -35,10 +35,11 @@ HARMLESS = {
 
 
 @pytest.mark.engine
-def test_the_table_is_the_installed_vllms() -> None:
-    """The table of engine arguments matches the installed vLLM."""
+@pytest.mark.parametrize("script", ["engine_arguments", "output_parsers"])
+def test_the_table_is_the_installed_vllms(script: str) -> None:
+    """The tables of engine arguments and of output parsers match the installed vLLM."""
     done = subprocess.run(
-        [sys.executable, "scripts/engine_arguments.py", "--check"],
+        [sys.executable, f"scripts/{script}.py", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -107,6 +108,8 @@ def test_arguments_that_run_code_are_told_apart(engine: dict[str, Any], path: st
         {"gpu_memory_utilization": 0.92, "kv_cache_dtype": "fp8", "enable_expert_parallel": True, "max_num_seqs": 4},
         {"attention_backend": "FLASH_ATTN", "optimization_level": 2, "enforce_eager": True, "quantization": None},
         {"limit_mm_per_prompt": {"image": 2}, "hf_overrides": {"x": 1}, "kv_cache_memory_bytes": 1 << 30},
+        {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"},
+        {"tool_call_parser": "none", "reasoning_parser": "none"},
     ],
 )
 def test_right_arguments_pass(engine: dict[str, Any]) -> None:
@@ -164,3 +167,31 @@ def test_what_headrace_sets_is_named() -> None:
     """Every argument that Headrace sets itself is refused."""
     problems = dict(engine_problems(dict.fromkeys(OWNED_ENGINE_ARGS)))
     assert problems.keys() == OWNED_ENGINE_ARGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("engine", "text"),
+    [
+        ({"tool_call_parser": "hermse"}, "did you mean `hermes`?"),
+        ({"tool_call_parser": "qwen3-coder"}, "did you mean `qwen3_coder`?"),
+        ({"reasoning_parser": "deepseek-r1"}, "did you mean `deepseek_r1`?"),
+        ({"reasoning_parser": "hermes"}, "known are cohere_command3"),
+        ({"tool_call_parser": ["hermes"]}, "must be the name of a parser"),
+        ({"tool_call_parser": ""}, "must be the name of a parser"),
+    ],
+)
+def test_an_unknown_parser_is_a_problem_with_near_names(engine: dict[str, Any], text: str) -> None:
+    """A parser that vLLM does not have is reported under its key, with the nearest name or all names."""
+    ((path, problem),) = engine_problems(engine)
+    assert path in engine
+    assert text in problem
+
+
+def test_parsers_of_simulated_engines_are_checked_too() -> None:
+    """A simulated engine's entry may name parsers; an unknown name is reported."""
+    text = (
+        'api_version: headrace/v1\nname: t\nmodels: [{name: m, source: "sim:///x", engine: {tool_call_parser: %s}}]\n'
+    )
+    assert parse(text % "hermes").models[0].engine == {"tool_call_parser": "hermes"}
+    with pytest.raises(ConfigError, match="did you mean `hermes`"):
+        parse(text % "hermse")

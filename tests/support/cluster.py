@@ -21,6 +21,8 @@ from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.wire.tls import TlsFiles
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
+from cluster.worker.parsing.model_parser import with_parsers
+from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.session import WorkerSession
 from cluster.worker.weights.tokenizer_bundle import build_bundle
 
@@ -93,11 +95,13 @@ class TestCluster:
         weight_digest: str = "",
         pod: str = "",
         host: str = "",
+        parser: OutputParser | None = None,
     ) -> Worker:
         """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs."""
         number = next(_numbers)
         if info is None:
             info = await engine.start()
+        info = with_parsers(info, parser)
         identity = WorkerIdentity(
             worker_id=f"{model}-w{number}",
             incarnation=f"i{number}",
@@ -118,6 +122,7 @@ class TestCluster:
             gateways=gateways or [self.gateway.endpoints["link"]],
             tls=tls,
             timing=timing,
+            parser=parser,
         )
         worker = Worker(identity, engine, info, end, asyncio.create_task(_run(end)))
         self.workers.append(worker)

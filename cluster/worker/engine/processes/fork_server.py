@@ -21,8 +21,9 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import context, current_process, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from cluster.worker.engine.processes import sockets
@@ -65,6 +66,11 @@ def server_pids() -> set[int]:
     """Return a set with the server's pid; empty without a server. All forks of the server belong to an engine."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     return set() if pid is None else {int(pid)}
+
+
+def new_process(name: str, target: Callable[..., object], args: tuple[object, ...]) -> BaseProcess:
+    """Return a process, not started, that will be a fork of the server. Use it only if the server is running."""
+    return _Process(name=name, target=target, args=args, daemon=True)
 
 
 def install(*, rank_in_core: bool = False) -> None:

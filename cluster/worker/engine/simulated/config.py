@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from cluster.config.engine import PARSER_KEYS
 from cluster.wire.bundle import sampling_defaults
 from cluster.worker.engine.simulated.faults import SimFault
 
@@ -89,7 +90,8 @@ class SimConfig:
     def from_source(cls, source: str, overrides: Mapping[str, object] | None = None) -> SimConfig:
         """Parse `sim:///folder?decode_ms=20&fault=die@step:5`; parameters in `overrides` take precedence.
 
-        `fault` may be repeated. Raises ValueError, with the name of the wrong parameter.
+        `fault` may be repeated. Overrides that name parsers of outputs (PARSER_KEYS) are no parameters of the engine.
+        Raises ValueError, with the name of the wrong parameter.
         """
         if not source.startswith(SCHEME):
             raise ValueError(f"source {source!r}: the source of a simulated engine begins with {SCHEME}")
@@ -98,7 +100,10 @@ class SimConfig:
             raise ValueError(f"source {source!r}: use three slashes before an absolute folder: sim:///{url.netloc}...")
         values: dict[str, Any] = {}
         faults: list[SimFault] = []
-        given = [*parse_qsl(url.query, keep_blank_values=True), *((k, str(v)) for k, v in (overrides or {}).items())]
+        given = [
+            *parse_qsl(url.query, keep_blank_values=True),
+            *((k, str(v)) for k, v in (overrides or {}).items() if k not in PARSER_KEYS),
+        ]
         for name, text in given:
             if name == "fault":
                 faults.append(SimFault.parse(text))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.types import ModelSpec
+from cluster.config.engine import PARSER_KEYS
 from cluster.worker.engine.vllm import repairs, resume
 
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -29,8 +30,8 @@ def on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
-    """Return vLLM's AsyncEngineArgs for the entry. `executor`: see VllmEngine.
+def engine_arguments(spec: ModelSpec, folder: Path, executor: str, reasoning_parser: str = "") -> Any:
+    """Return vLLM's AsyncEngineArgs for the entry. `executor`, `reasoning_parser`: see VllmEngine.
 
     Raises ValueError for invalid arguments; for an unknown argument the error names `engine.<name>`.
     """
@@ -40,7 +41,7 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
         raise ValueError(f"executor {executor!r} is unknown: use one of {', '.join(EXECUTORS)}")
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for name in spec.engine:
-        if name not in known:
+        if name not in known and name not in PARSER_KEYS:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean `engine.{near[0]}`?" if near else ""
             raise ValueError(f"engine.{name}: vLLM has no such engine argument{hint}")
@@ -62,8 +63,9 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
         chosen["distributed_executor_backend"] = executor
     if why := _why_not_on_cpu(spec) if on_cpu() else "":
         raise ValueError(f"models[{spec.name}].engine.{why}")
+    chosen = {name: value for name, value in chosen.items() if name not in PARSER_KEYS}
     try:
-        return AsyncEngineArgs(**chosen, structured_outputs_config=_grammars(spec))
+        return AsyncEngineArgs(**chosen, structured_outputs_config=_grammars(spec), reasoning_parser=reasoning_parser)
     except (TypeError, ValueError) as error:
         raise ValueError(f"models[{spec.name}].engine: {error}") from error
 

@@ -34,6 +34,7 @@ from cluster.worker.engine.vllm.requests import (
     check,
     is_heavy,
     prompt_of,
+    reasoning_arguments,
     refusal,
     refused,
     sampling_params,
@@ -61,18 +62,21 @@ class VllmEngine:
         prefer_fastpath: bool = True,
         executor: str = "ray",
         exact_resume: bool = True,
+        reasoning_parser: str = "",
     ) -> None:
         """Create an engine; `start` loads the model.
 
         `executor` places the ranks if there are several: "ray" on the placement group of this process's Ray actor, "mp"
         as processes on this host. If `exact_resume` is False, emitted tokens are resumed as part of a new prompt, and
-        requests for which that would change the output are refused.
+        requests for which that would change the output are refused. `reasoning_parser`: name of vLLM's parser of the
+        model's reasoning, with which the engine finds where a grammar begins and counts a budget of reasoning tokens.
         """
         self._spec = spec
         self._folder = model_folder
         self._prefer_fastpath = prefer_fastpath
         self._executor = executor
         self._exact_resume = exact_resume
+        self._reasoning_parser = reasoning_parser
         self._path: EnginePath | None = None
         self._limits = RequestBounds(0, 0, 0)
         self._live: dict[str, LiveRequest] = {}
@@ -125,7 +129,7 @@ class VllmEngine:
     def _build(self, fast: bool) -> tuple[Any, EnginePath]:
         arguments.prepare_environment(self._spec, self._executor)
         self._has_sockets = sockets.OURS.acquire()
-        args = arguments.engine_arguments(self._spec, self._folder, self._executor)
+        args = arguments.engine_arguments(self._spec, self._folder, self._executor, self._reasoning_parser)
         try:
             config = args.create_engine_config()
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
@@ -166,6 +170,8 @@ class VllmEngine:
             eos_token_ids=_eos_token_ids(config, path),
             installs=installs,
             resumes_seeds=resume.resumes_seeds(config, installs),
+            budgets=bool(config.reasoning_config is not None and config.reasoning_config.enabled),
+            resumes_budgets=installs and resume.resumes_budgets(config),
         )
         return EngineInfo(
             engine_class=arguments.engine_class(dtype, model.quantization, self._spec, resume.noise(config)),
@@ -227,13 +233,13 @@ class VllmEngine:
         def prepare() -> Any:
             params = sampling_params(request, self._limits)
             prompt = prompt_of(request, self._limits)
-            return path.prepare(request.request_id, prompt, params, request.priority)
+            return path.prepare(request.request_id, prompt, params, request.priority, reasoning_arguments(request))
 
         self._validating += 1
         try:
             return await asyncio.to_thread(prepare) if is_heavy(request) else prepare()
         except (VLLMError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise refusal(error, "response_format" if request.sampling.grammar else "") from error
+            raise refusal(error, request.sampling.grammar.field if request.sampling.grammar else "") from error
         finally:
             self._validating -= 1
 

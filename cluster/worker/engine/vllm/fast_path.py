@@ -108,12 +108,17 @@ class FastPath:
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
 
-    def prepare(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> Any:
+    def prepare(
+        self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
+    ) -> Any:
         """Validate a request and build the engine core's form of it. Raises vLLM's validation errors."""
         request = self._processor.process_inputs(
             request_id, prompt, params, supported_tasks=self._tasks, priority=priority
         )
         request.external_req_id = request_id
+        for name, value in reasoning.items():
+            if hasattr(request, name):  # otherwise this release's core decides where a grammar begins
+                setattr(request, name, value)
         return request
 
     async def add(self, prepared: Any) -> None:

@@ -90,8 +90,13 @@ class EnginePath(Protocol):
     async def ready(self) -> None:
         """Finish the start in the event loop. Called once, before the first `prepare`."""
 
-    def prepare(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> Any:
-        """Validate a request, in any thread, and return its form for `add`. Raises vLLM's validation errors."""
+    def prepare(
+        self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
+    ) -> Any:
+        """Validate a request, in any thread, and return its form for `add`. Raises vLLM's validation errors.
+
+        `reasoning`: vLLM's arguments `reasoning_ended` and `reasoning_parser_kwargs`, or nothing.
+        """
 
     async def add(self, prepared: Any) -> None:
         """Hand a prepared request to the engine core."""

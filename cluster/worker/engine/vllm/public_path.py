@@ -62,7 +62,9 @@ class PublicPath:
         """Fetch the tasks that the core supports."""
         await self._llm.get_supported_tasks()
 
-    def prepare(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> Any:
+    def prepare(
+        self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
+    ) -> Any:
         """Validate a request as AsyncLLM will, so that an invalid request fails here and not in the task of `add`."""
         params.verify(
             self._llm.vllm_config.model_config,
@@ -70,7 +72,7 @@ class PublicPath:
             self._llm.vllm_config.structured_outputs_config,
             self._llm.renderer.tokenizer,
         )
-        return request_id, prompt, params, priority
+        return request_id, prompt, params, priority, reasoning
 
     async def add(self, prepared: Any) -> None:
         """Start the task that generates the request's outputs."""
@@ -78,9 +80,11 @@ class PublicPath:
             raise EngineDead("the engine core is dead")
         self._readers[prepared[0]] = asyncio.create_task(self._read(*prepared))
 
-    async def _read(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> None:
+    async def _read(
+        self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
+    ) -> None:
         try:
-            async for output in self._llm.generate(prompt, params, request_id, priority=priority):
+            async for output in self._llm.generate(prompt, params, request_id, priority=priority, **reasoning):
                 self._queue.put_nowait((request_id, output))
         except self._dead_error as error:
             self._queue.put_nowait(EngineDead(str(error)))

@@ -6,15 +6,17 @@ it all streams of the replica. So the bounds that protect the process are checke
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
-from cluster.api.types import EngineRequest, Sampling
-from cluster.worker.engine.vllm.grammars import check_grammar, structured_outputs
+from cluster.api.types import EngineRequest, Grammar, Sampling
+from cluster.worker.engine.vllm.grammars import FIELD, check_grammar, structured_outputs
 from cluster.worker.engine.vllm.resume import extra_args
+from cluster.worker.engine.vllm.structural_tags import STRUCTURAL_TAG, check_structural_tag, structural_tag
 
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
@@ -42,6 +44,10 @@ class RequestBounds:
     """Whether the emitted tokens of a resumed request are installed as output (resume.py)."""
     resumes_seeds: bool = True
     """Whether a resumed request with a seed continues with the random numbers of the uninterrupted request."""
+    budgets: bool = False
+    """Whether the engine can end the reasoning after a number of tokens."""
+    resumes_budgets: bool = False
+    """Whether a resumed request keeps its budget of reasoning tokens."""
 
 
 def refused(field: str, description: str, outcome: Outcome = Outcome.INVALID_FIELD) -> EngineRefused:
@@ -63,10 +69,23 @@ def check(request: EngineRequest, limits: RequestBounds) -> None:
     _check_tokens(request, limits)
     _check_numbers(request.sampling, limits)
     _check_ids(request.sampling, limits)
-    if request.sampling.grammar is not None:
-        check_grammar(request.sampling.grammar)
+    _check_grammar(request.sampling.grammar)
     if request.emitted_token_ids:
         _check_resume(request, limits)
+
+
+def _check_grammar(grammar: Grammar | None) -> None:
+    if grammar is None:
+        return
+    if grammar.kind == STRUCTURAL_TAG:
+        check_structural_tag(grammar)
+        return
+    try:
+        check_grammar(grammar)
+    except EngineRefused as error:
+        if grammar.field == FIELD:
+            raise
+        raise refused(grammar.field, f"they make a grammar that is refused: {error.message}") from error
 
 
 def _check_tokens(request: EngineRequest, limits: RequestBounds) -> None:
@@ -113,9 +132,21 @@ def _check_numbers(sampling: Sampling, limits: RequestBounds) -> None:
             raise refused("seed", "must fit into 64 bits")
         if not limits.seeds:
             raise refused("seed", "this engine cannot take seeds", Outcome.UNSUPPORTED_FEATURE)
+    _check_budget(sampling, limits)
     most = min(limits.max_logprobs, limits.vocab_size)
     if sampling.logprobs is not None and not 0 <= sampling.logprobs <= most:
         raise refused("logprobs", f"must be in [0, {most}], got {sampling.logprobs}")
+
+
+def _check_budget(sampling: Sampling, limits: RequestBounds) -> None:
+    budget = sampling.max_reasoning_tokens
+    if budget is None:
+        return
+    if not limits.budgets:
+        what = "this model has no budget for reasoning; leave the field out, or set engine.reasoning_parser"
+        raise refused("max_reasoning_tokens", what, Outcome.UNSUPPORTED_FEATURE)
+    if budget < 0:
+        raise refused("max_reasoning_tokens", f"must be at least 0, got {budget}")
 
 
 def _check_ids(sampling: Sampling, limits: RequestBounds) -> None:
@@ -157,7 +188,8 @@ def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
         ("frequency_penalty", plain and sampling.frequency_penalty != 0),
         ("presence_penalty", plain and sampling.presence_penalty != 0),
         ("seed", not limits.resumes_seeds and sampling.is_seeded),
-        ("response_format", plain and sampling.grammar is not None),
+        (sampling.grammar.field if sampling.grammar else FIELD, plain and sampling.grammar is not None),
+        ("max_reasoning_tokens", not limits.resumes_budgets and sampling.max_reasoning_tokens is not None),
     )
     for field, differs in restarts:
         if differs:
@@ -211,11 +243,28 @@ def sampling_params(request: EngineRequest, limits: RequestBounds) -> Any:
         logprobs=sampling.logprobs,
         flat_logprobs=sampling.logprobs is not None,
         ignore_eos=sampling.ignore_eos,
-        structured_outputs=structured_outputs(sampling.grammar) if sampling.grammar is not None else None,
+        structured_outputs=_structured_outputs(sampling.grammar) if sampling.grammar is not None else None,
+        thinking_token_budget=sampling.max_reasoning_tokens,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         skip_clone=True,  # created for this request only
     )
+
+
+def _structured_outputs(grammar: Grammar) -> Any:
+    return structural_tag(grammar) if grammar.kind == STRUCTURAL_TAG else structured_outputs(grammar)
+
+
+def reasoning_arguments(request: EngineRequest) -> dict[str, Any]:
+    """Return vLLM's arguments that control where a grammar begins; empty if the engine decides."""
+    grammar = request.sampling.grammar
+    if grammar is None or grammar.reasoning_ended is None:
+        return {}
+    kwargs = json.loads(grammar.template_kwargs) if grammar.template_kwargs else {}
+    return {
+        "reasoning_ended": grammar.reasoning_ended,
+        "reasoning_parser_kwargs": {"chat_template_kwargs": kwargs},
+    }
 
 
 def _clamped(sampling: Sampling) -> dict[int, float] | None:

@@ -95,6 +95,16 @@ def resumes_seeds(config: Any, installed: bool) -> bool:
     return bool(config.use_v2_model_runner) or (installed and noise(config) == CPU_32)
 
 
+def resumes_budgets(config: Any) -> bool:
+    """Return whether a resumed request keeps its budget of reasoning tokens.
+
+    Both runners count the reasoning in prompt and output. But the V1 runner loses its place within an end of the
+    reasoning that has several tokens.
+    """
+    end = config.reasoning_config.reasoning_end_token_ids if config.reasoning_config is not None else None
+    return bool(config.use_v2_model_runner) or len(end or ()) == 1
+
+
 V1, V2, CPU_31, CPU_32 = "v1", "v2", "cpu31", "cpu32"
 """Noise schemes. A scheme determines which random numbers a seed gives; see `noise`."""
 DRAWS = {"863f32f93b242303": CPU_31, "6d05adf47d121861": CPU_32}

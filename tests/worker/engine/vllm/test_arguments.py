@@ -125,3 +125,10 @@ async def test_an_engine_that_has_not_started_or_is_closed_is_dead(llama_folder:
         if not closed:
             await engine.close()
             await engine.close()
+
+
+def test_the_engine_gets_the_reasoning_parser_and_no_tool_parser(llama_folder: Path) -> None:
+    """The parsers of the entry are not passed as such: the engine gets the reasoning parser that was chosen."""
+    entry = spec(engine={"tool_call_parser": "hermes", "reasoning_parser": "none"})
+    assert arguments.engine_arguments(entry, llama_folder, "ray").reasoning_parser == ""
+    assert arguments.engine_arguments(entry, llama_folder, "ray", "qwen3").reasoning_parser == "qwen3"

@@ -1,0 +1,136 @@
+"""vLLM's ChatCompletionRequest for a session, made from OutputParsing.request, and the grammar in such a request."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from cluster.worker.parsing.wire import GrammarText
+
+FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning_effort")
+"""Fields of OutputParsing.request that are passed to vLLM. The others do not change vLLM's parsers."""
+MAX_MESSAGE = 500
+"""Greatest number of characters kept of vLLM's error messages, which can repeat the whole request."""
+
+
+class WrongRequest(Exception):
+    """A request that vLLM's parsers refuse. `field` is the wrong field of the chat."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+        self.message = message
+
+
+def chat_request(text: str, grammar: GrammarText | None) -> Any:
+    """Return vLLM's request with the fields of `text`, a JSON object, and with the caller's grammar.
+
+    Raises WrongRequest.
+    """
+    from pydantic import ValidationError
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.exceptions import VLLMError
+
+    try:
+        values = json.loads(text)
+        given = {name: values[name] for name in FIELDS if values.get(name) is not None}
+        if not given.get("tools"):
+            given.pop("tools", None)
+            if given.get("tool_choice") in ("auto", "none"):
+                del given["tool_choice"]
+        request = ChatCompletionRequest(messages=[{"role": "user", "content": ""}], stream=True, **given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise WrongRequest(*_located(first["loc"], first["msg"])) from error
+    except VLLMError as error:
+        raise WrongRequest(getattr(error, "parameter", None) or "tools", _short(error)) from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise WrongRequest("tools", _short(error)) from error
+    if grammar is not None:
+        request.structured_outputs = _structured_outputs(grammar)
+    return request
+
+
+def _located(location: tuple[int | str, ...], message: str) -> tuple[str, str]:
+    """Return the field of a pydantic error, and its message with the path inside of the field."""
+    path = [str(part) for part in location]
+    field = path[0] if path and path[0] in FIELDS else "tools"
+    inside = ".".join(path[1:])
+    return field, f"{inside}: {message}"[:MAX_MESSAGE] if inside else message[:MAX_MESSAGE]
+
+
+def _short(error: Exception) -> str:
+    return str(error.args[0] if error.args else error)[:MAX_MESSAGE]
+
+
+def _structured_outputs(grammar: GrammarText) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    match grammar.kind:
+        case "json_schema":
+            return StructuredOutputsParams(json=grammar.value)
+        case "json_object":
+            return StructuredOutputsParams(json_object=True)
+        case "choice":
+            return StructuredOutputsParams(choice=list(grammar.values))
+        case "regex":
+            return StructuredOutputsParams(regex=grammar.value)
+        case _:
+            return StructuredOutputsParams(grammar=grammar.value)
+
+
+def may_call_tools(request: Any) -> bool:
+    """Return whether an answer to vLLM's request shows tool calls."""
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+def is_forced(request: Any) -> bool:
+    """Return whether vLLM's request requires a tool call."""
+    return request.tool_choice not in (None, "none", "auto")
+
+
+def adjust(parser: Any, request: Any) -> None:
+    """Let vLLM's parser adjust the request in place, if vLLM's server would: `skip_special_tokens` and the grammar.
+
+    Raises WrongRequest.
+    """
+    wanted = parser.always_adjust_request or parser.reasoning_parser is not None or request.tool_choice != "none"
+    if not wanted:
+        return
+    try:
+        adjusted = parser.adjust_request(request)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, NotImplementedError) as error:
+        raise WrongRequest("tools", f"no grammar can be made of them: {_short(error)}") from error
+    if adjusted is not request:
+        raise WrongRequest("tools", "this parser replaces the request, which is not supported")
+
+
+def changed_grammar(request: Any, before: Any) -> GrammarText | None:
+    """Return the grammar of an adjusted request, if it is not `before`, the request's own StructuredOutputsParams."""
+    after = request.extract_structured_outputs()
+    if after is None or after is before or after == before:
+        return None
+    if after.structural_tag is not None:
+        return GrammarText("structural_tag", after.structural_tag)
+    if after.json is not None:
+        return GrammarText("json_schema", after.json if isinstance(after.json, str) else json.dumps(after.json))
+    if after.json_object:
+        return GrammarText("json_object")
+    if after.grammar is not None:
+        return GrammarText("grammar", after.grammar)
+    if after.regex is not None:
+        return GrammarText("regex", after.regex)
+    return GrammarText("choice", values=tuple(after.choice or ()))
+
+
+def reasoning_ended(parser: Any, request: Any, prompt: list[int]) -> bool | None:
+    """Return whether the reasoning has ended before the output begins, as vLLM's server tells its engine."""
+    if request._grammar_from_parser:  # the grammar itself has a rule for the reasoning
+        return True
+    return None if parser.reasoning_parser is None else bool(parser.is_reasoning_end(prompt))
+
+
+def template_kwargs(request: Any) -> dict[str, Any]:
+    """Return the arguments of the chat template, which also control some parsers, as vLLM's server makes them."""
+    chat = request.build_chat_params(None, "auto").with_defaults({})
+    return dict(chat.chat_template_kwargs)

@@ -1,0 +1,86 @@
+"""Coalescing of a tool call's arguments, for parsers that read a whole call again for each token.
+
+Such a parser costs O(n) a token, so a call with thousands of tokens would cost seconds. Once a call is long, its
+parser gets several tokens at a time, and their number grows with the call, which makes the cost of a token constant.
+Invariant: where a parse happens depends only on the tokens so far, never on how the engine's steps delivered them. So
+all splits of an output, and its replay on another worker, give the same parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LONG_CALL = 256
+"""Number of tokens of a tool call from which its tokens are coalesced."""
+PARSES_A_DOUBLING = 64
+"""Number of parses while a call's length doubles, at least."""
+
+COALESCED = frozenset(
+    {
+        "deepseek_v3",
+        "glm45",
+        "glm47",
+        "granite",
+        "hermes",
+        "hunyuan_a13b",
+        "internlm",
+        "jamba",
+        "lfm2",
+        "llama3_json",
+        "llama4_json",
+        "llama4_pythonic",
+        "minimax_m2",
+        "pythonic",
+        "qwen3_coder",
+        "qwen3_json",
+        "qwen3_xml",
+        "seed_oss",
+        "step3p5",
+    }
+)
+"""Parsers of tool calls that make the same parts, joined, if they get several tokens of a call at a time.
+
+One exception: Llama's arguments lag behind the tokens, so a long call that max_tokens cuts may end some characters
+earlier.
+"""
+REPLAYED_TOGETHER = frozenset(
+    {
+        "deepseek_v32",
+        "glm45",
+        "glm47",
+        "hermes",
+        "internlm",
+        "kimi_k2",
+        "minimax_m2",
+        "mistral",
+        "qwen3_coder",
+        "qwen3_json",
+        "qwen3_xml",
+        "seed_oss",
+        "step3p5",
+    }
+)
+"""Parsers of tool calls that make the same parts, joined, if they get several tokens of any kind at a time."""
+
+
+@dataclass(slots=True)
+class Coalescing:
+    """The decision of one session when to parse. `long_call`: see LONG_CALL; 0 to parse after every token."""
+
+    long_call: int = LONG_CALL
+    _began: int = -1
+    """Position at which the latest tool call began; -1 outside a call."""
+
+    def is_due(self, position: int) -> bool:
+        """Return whether the tokens up to `position`, counted from the output's first token, must be parsed now."""
+        length = position - self._began
+        if self._began < 0 or not self.long_call or length < self.long_call:
+            return True
+        return position % (1 << (max(length // PARSES_A_DOUBLING, 1).bit_length() - 1)) == 0
+
+    def record(self, position: int, *, in_call: bool) -> None:
+        """Record that the parts of the tokens up to `position` end within a tool call, or outside of one."""
+        if not in_call:
+            self._began = -1
+        elif self._began < 0:
+            self._began = position

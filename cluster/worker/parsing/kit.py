@@ -1,0 +1,175 @@
+"""The parsers of one model, loaded once: vLLM's parser class and the tokenizer, from which sessions are opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from cluster.config.engine import PARSER_KEYS
+from cluster.worker.parsing import wire
+from cluster.worker.parsing.chat_requests import (
+    WrongRequest,
+    adjust,
+    changed_grammar,
+    chat_request,
+    may_call_tools,
+    reasoning_ended,
+    template_kwargs,
+)
+from cluster.worker.parsing.coalescing import COALESCED, LONG_CALL, REPLAYED_TOGETHER, Coalescing
+from cluster.worker.parsing.port import ParserNames
+from cluster.worker.parsing.session import ParserSession
+
+NOT_STREAMING = ("phi4_mini_json",)
+"""Parsers of tool calls that return nothing, not even content, for parts of an output."""
+
+log = structlog.get_logger("parser")
+
+
+@dataclass(frozen=True, slots=True)
+class KitSettings:
+    """What a parser process needs: the model's folder with its tokenizer, and the parsers' names.
+
+    `plugin`: path of a Python file that registers further reasoning parsers; "" for none. `long_call`: see LONG_CALL.
+    """
+
+    folder: str
+    names: ParserNames
+    trust_remote_code: bool = False
+    plugin: str = ""
+    long_call: int = LONG_CALL
+
+
+@dataclass(frozen=True, slots=True)
+class ParserKit:
+    """A model's tokenizer and vLLM's parser class for it."""
+
+    tokenizer: Any
+    parser_class: Any
+    long_call: int
+    replays_together: bool = False
+    """Whether several emitted tokens may be replayed in one parse."""
+    streams: bool = True
+    """Whether the parser can parse parts of an output. If not, streamed answers with tools are parsed as a whole."""
+
+    def open(
+        self, opening: wire.Open, working: Callable[[], None] = lambda: None
+    ) -> tuple[ParserSession | None, wire.Opened]:
+        """Open a session; None if the request is refused, with the reason in Opened. `working`: see ParserSession."""
+        try:
+            return self._open(opening, working)
+        except WrongRequest as wrong:
+            return None, wire.Opened(opening.number, error=wrong.message, field=wrong.field)
+
+    def _open(self, opening: wire.Open, working: Callable[[], None]) -> tuple[ParserSession, wire.Opened]:
+        request = chat_request(opening.request, opening.grammar)
+        before = request.extract_structured_outputs()
+        kwargs = template_kwargs(request)
+        adjust(self._make(request, kwargs), request)
+        parser = self._make(request, kwargs)
+        grammar = changed_grammar(request, before)
+        ended = None
+        if grammar is not None or before is not None:
+            ended = reasoning_ended(parser, request, wire.unpack_ids(opening.prompt))
+        if not self.streams and may_call_tools(request):
+            opening = msgspec.structs.replace(opening, is_whole=True)
+        session = ParserSession(
+            opening, self.tokenizer, parser, request, Coalescing(self.long_call), working, self.replays_together
+        )
+        return session, wire.Opened(opening.number, grammar, ended, _as_json(kwargs) if ended is not None else "")
+
+    def _make(self, request: Any, kwargs: dict[str, Any]) -> Any:
+        try:
+            return self.parser_class(self.tokenizer, request.tools, chat_template_kwargs=kwargs)
+        except (ValueError, TypeError, KeyError) as error:
+            raise WrongRequest("chat_template_kwargs", str(error)[:200]) from error
+
+
+def _as_json(values: dict[str, Any]) -> str:
+    return json.dumps({name: value for name, value in values.items() if value is not None})
+
+
+def load_kit(settings: KitSettings) -> ParserKit:
+    """Load the tokenizer and the parsers. Raises ValueError if vLLM has no such parser, or if the parser cannot be used
+    with the tokenizer."""
+    return kit_of(_tokenizer(settings), settings)
+
+
+def _tokenizer(settings: KitSettings) -> Any:
+    """Return the model's tokenizer with the cache of vLLM's server, without which every parser reads the vocabulary."""
+    from cluster.worker.weights.vocabulary import load_tokenizer
+
+    try:
+        from vllm.tokenizers.hf import get_cached_tokenizer
+    except ImportError as error:
+        raise ValueError(f"{_keys(settings.names)}: needs vLLM: {error}") from error
+
+    tokenizer = load_tokenizer(Path(settings.folder), trust_remote_code=settings.trust_remote_code)
+    return get_cached_tokenizer(tokenizer)
+
+
+def usable_parsers(settings: KitSettings, given: Container[str]) -> ParserNames:
+    """Return those of the parsers that can be used with the model's tokenizer.
+
+    `given`: keys of the parsers that the model's entry names; the others are chosen by the model's family. Raises
+    ValueError if a parser that the entry names cannot be used.
+    """
+    tokenizer = _tokenizer(settings)
+    kept = settings.names
+    for key, field in zip(PARSER_KEYS, ("tools", "reasoning"), strict=True):
+        name = getattr(kept, field)
+        if not name:
+            continue
+        try:
+            kit_of(tokenizer, replace(settings, names=ParserNames(**{field: name})))
+        except ValueError as error:
+            if key in given:
+                raise
+            log.warning("parser_not_used", parser=name, reason=str(error))
+            kept = replace(kept, **{field: ""})
+    if kept.tools and kept.reasoning:
+        kit_of(tokenizer, replace(settings, names=kept))
+    return kept
+
+
+def kit_of(tokenizer: Any, settings: KitSettings) -> ParserKit:
+    """Return the kit of a loaded tokenizer. Raises ValueError as `load_kit`."""
+    try:
+        from vllm.parser import ParserManager
+    except ImportError as error:
+        raise ValueError(f"{_keys(settings.names)}: this vLLM has no such parsers: {error}") from error
+    names = settings.names
+    if settings.plugin:
+        from vllm.reasoning import ReasoningParserManager
+
+        ReasoningParserManager.import_reasoning_parser(settings.plugin)
+    try:
+        parser_class = ParserManager.get_parser(
+            tool_parser_name=names.tools or None,
+            reasoning_parser_name=names.reasoning or None,
+            enable_auto_tools=bool(names.tools),
+            is_harmony=names.tools == "openai" or names.reasoning == "openai_gptoss",
+            tokenizer=tokenizer,
+        )
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{_keys(names)}: {error}") from error
+    if parser_class is None:
+        raise ValueError("engine: neither tool_call_parser nor reasoning_parser is set")
+    return ParserKit(
+        tokenizer,
+        parser_class,
+        long_call=settings.long_call if names.tools in COALESCED else 0,
+        replays_together=names.tools in REPLAYED_TOGETHER,
+        streams=names.tools not in NOT_STREAMING,
+    )
+
+
+def _keys(names: ParserNames) -> str:
+    keys = (("tool_call_parser", names.tools), ("reasoning_parser", names.reasoning))
+    return " and ".join(f"engine.{key} {name}" for key, name in keys if name)

@@ -1,0 +1,288 @@
+"""The worker's side of its parser process: sessions, and the replacement of a process that has ended or hangs.
+
+A new process begins all sessions anew: it replays their tokens, whose parts are not sent again. So the calls go on with
+the same parts. A request whose parse hangs fails, and so does a request on which a process has died twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import structlog
+
+from cluster.api.outcomes import Outcome
+from cluster.api.ports import EngineRefused
+from cluster.api.types import EngineRequest, Grammar, OutputParsing, TokenOutput
+from cluster.worker.parsing import wire
+from cluster.worker.parsing.hangs import HangWatch
+from cluster.worker.parsing.parser_process import ParserHost
+from cluster.worker.parsing.port import ParserNames, refuse_tools
+from cluster.worker.parsing.sessions import SessionRecord, failed
+
+log = structlog.get_logger("parser")
+
+MAX_REQUEST_BYTES = 2 << 20
+"""Greatest size of OutputParsing.request, which has the tools."""
+MAX_GRAMMAR_BYTES = 256 << 10
+"""Greatest size of a grammar that a parser makes of tools."""
+MAX_DEATHS = 2
+"""Number of processes that may end while they work on a session, before the session fails."""
+RESTART_S = 1.0
+"""Seconds between two starts if a process ends before it has answered anything."""
+OPEN_S = 60.0
+"""Greatest number of seconds that a request waits for its session, which includes the start of the process."""
+CHECK_S = 0.25
+"""Seconds between two checks whether a parse hangs."""
+
+
+class _Hung(Exception):
+    """The process works on one session for too long."""
+
+
+@dataclass(slots=True)
+class _Connection:
+    """A connected parser process. `is_ready`: whether it has loaded its parsers."""
+
+    host: ParserHost
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    is_ready: bool = False
+
+    def send(self, message: wire.Request) -> None:
+        """Send a message. It is buffered if the process does not read."""
+        self.writer.write(wire.encode(message))
+
+
+class OutputParser:
+    """The output parser of a worker with parsers; see OutputParsers."""
+
+    def __init__(
+        self,
+        names: ParserNames,
+        start: Callable[[], ParserHost],
+        watch: Callable[[ParserHost], HangWatch] = HangWatch.of,
+    ) -> None:
+        """`start` starts a parser process and blocks until it exists."""
+        self.names = names
+        self._start = start
+        self._watch = watch
+        self._numbers: dict[str, int] = {}
+        self._sessions: dict[int, SessionRecord] = {}
+        self._last = 0
+        self._connection: _Connection | None = None
+        self._done: list[TokenOutput] = []
+        self._has_done = asyncio.Event()
+        self.replaced = 0
+        """Number of processes that have been replaced."""
+
+    @property
+    def open_sessions(self) -> int:
+        """Number of sessions that are not closed."""
+        return len(self._sessions)
+
+    # ---- requests
+
+    async def open(self, request: EngineRequest) -> EngineRequest:
+        """Open a session for a request with `parsing`; see OutputParsers."""
+        parsing = request.parsing
+        if parsing is None:
+            return request
+        if not self.names.tools:
+            refuse_tools(request)
+        if not parsing.needs_tools and self.names.leave_text_unchanged:
+            return replace(request, parsing=None)
+        if len(parsing.request.encode(errors="replace")) > MAX_REQUEST_BYTES:
+            raise _refused("tools", f"at most {MAX_REQUEST_BYTES} bytes with the other fields for the parser")
+        record = self._new_record(request, parsing)
+        try:
+            async with asyncio.timeout(OPEN_S):
+                opened = await record.opened
+            if opened.error:
+                raise _refused(opened.field or "tools", opened.error)
+            return with_grammar(request, opened)
+        except TimeoutError:
+            self.close(request.request_id)
+            reason = "the worker's output parser does not answer; try again"
+            raise EngineRefused(Outcome.INTERNAL.name, reason) from None
+        except BaseException:  # also when cancelled: a failed request must not keep its session
+            self.close(request.request_id)
+            raise
+
+    def _new_record(self, request: EngineRequest, parsing: OutputParsing) -> SessionRecord:
+        self._last += 1
+        record = SessionRecord.of(self._last, request, parsing)
+        self._sessions[record.number] = record
+        self._numbers[request.request_id] = record.number
+        if self._connection is not None and self._connection.is_ready:
+            self._connection.send(record.opening())
+        return record
+
+    def divert(self, outputs: Sequence[TokenOutput]) -> tuple[Sequence[TokenOutput], Sequence[TokenOutput]]:
+        """Take the outputs of requests with a session out of a step; see OutputParsers."""
+        if not self._numbers:
+            return outputs, ()
+        passed, taken, items = [], [], []
+        for output in outputs:
+            number = self._numbers.get(output.request_id)
+            record = None if number is None else self._sessions[number]
+            if record is not None and record.has_ended:  # the engine has not yet aborted the request
+                taken.append(output)
+            elif record is None or (item := record.take(output)) is None:
+                passed.append(output)
+            else:
+                taken.append(output)
+                items.append(item)
+        if items and self._connection is not None and self._connection.is_ready:
+            self._connection.send(wire.Feed(items))
+        return passed, taken
+
+    async def parsed(self) -> Sequence[TokenOutput]:
+        """Wait for parsed outputs; see OutputParsers."""
+        await self._has_done.wait()
+        self._has_done.clear()
+        done, self._done = self._done, []
+        return done
+
+    def close(self, request_id: str) -> None:
+        """End a session; see OutputParsers."""
+        number = self._numbers.pop(request_id, None)
+        if number is None:
+            return
+        record = self._sessions.pop(number)
+        if not record.opened.done():
+            record.opened.set_result(wire.Opened(number, error="the request was withdrawn"))
+        if self._connection is not None and self._connection.is_ready:
+            self._connection.send(wire.Close(number))
+
+    # ---- the process
+
+    async def run(self) -> None:
+        """Run the process, and replace it when it ends, until cancelled."""
+        while True:
+            began, answered = time.monotonic(), False
+            try:
+                answered = await self._run_process()
+            except OSError as error:
+                log.warning("parser_not_started", reason=str(error))
+            self.replaced += 1
+            if not answered and time.monotonic() - began < RESTART_S:
+                await asyncio.sleep(RESTART_S)
+
+    async def _run_process(self) -> bool:
+        """Run one process until it ends. Returns whether it was ready."""
+        host = await asyncio.to_thread(self._start)
+        connection: _Connection | None = None
+        try:
+            reader, writer = await asyncio.open_connection(sock=host.connection)
+            connection = self._connection = _Connection(host, reader, writer)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read(connection))
+                group.create_task(self._check(host))
+        except* _Hung:
+            log.error("parser_hangs", sessions=len(self._sessions))
+        except* (OSError, EOFError, ValueError) as errors:
+            log.warning("parser_ended", reason=str(errors.exceptions[0]), sessions=len(self._sessions))
+        finally:
+            self._connection = None
+            if connection is not None:
+                connection.writer.close()
+            await asyncio.shield(asyncio.to_thread(host.kill))
+            self._record_death(host)
+        return connection is not None and connection.is_ready
+
+    async def _read(self, connection: _Connection) -> None:
+        reader = connection.reader
+        while True:
+            head = await reader.readexactly(wire.LENGTH.size)
+            (size,) = wire.LENGTH.unpack(head)
+            if size > wire.MAX_MESSAGE_BYTES:
+                raise EOFError(f"a message of {size} bytes")
+            self._apply(connection, wire.decode_reply(await reader.readexactly(size)))
+
+    def _apply(self, connection: _Connection, reply: wire.Reply) -> None:
+        match reply:
+            case wire.ParsedStep():
+                self._apply_parsed(reply.items)
+            case wire.Opened():
+                record = self._sessions.get(reply.number)
+                if record is not None and not record.opened.done():
+                    record.opened.set_result(reply)
+                elif record is not None and reply.error:
+                    self._fail(record, reply.error)
+            case wire.Ready():
+                if reply.error:
+                    raise EOFError(reply.error)
+                self._begin_sessions(connection)
+
+    def _begin_sessions(self, connection: _Connection) -> None:
+        """Begin all sessions in a new process, and send the outputs that are not answered."""
+        connection.is_ready = True
+        for record in self._sessions.values():
+            if record.has_ended:
+                continue
+            connection.send(record.opening())
+            if items := record.again():
+                connection.send(wire.Feed(items))
+
+    def _apply_parsed(self, items: Sequence[wire.Parsed]) -> None:
+        for parsed in items:
+            record = self._sessions.get(parsed.number)
+            if record is not None and not record.has_ended:
+                self._return(record, record.answer(parsed))
+
+    def _return(self, record: SessionRecord, output: TokenOutput) -> None:
+        record.has_ended = output.finish is not None
+        self._done.append(output)
+        self._has_done.set()
+
+    def _fail(self, record: SessionRecord, reason: str) -> None:
+        """Fail one request: its open, or its output."""
+        if not record.opened.done():
+            record.opened.set_result(wire.Opened(record.number, error=reason, field="tools"))
+        elif not record.has_ended:
+            self._return(record, failed(record.request.request_id, f"the output could not be parsed: {reason}"))
+
+    def _record_death(self, host: ParserHost) -> None:
+        """Count the death of a process for the session on which it worked, and fail that session if it is the cause."""
+        record = self._sessions.get(host.progress.read()[0])
+        if record is None:
+            return
+        record.deaths += 1
+        if record.deaths >= MAX_DEATHS:
+            self._fail(record, "the parser failed on it twice")
+
+    async def _check(self, host: ParserHost) -> None:
+        """Raise _Hung when the parse of a session takes too long; the session then fails."""
+        watch = self._watch(host)
+        while True:
+            await asyncio.sleep(CHECK_S)
+            if hung := watch.hung(time.monotonic()):
+                record = self._sessions.get(hung)
+                if record is not None:
+                    self._fail(record, "the parse takes too long")
+                raise _Hung
+
+
+def _refused(field: str, reason: str) -> EngineRefused:
+    return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {reason}", field)
+
+
+def with_grammar(request: EngineRequest, opened: wire.Opened) -> EngineRequest:
+    """Return a request with the grammar of its session, and with the place where the grammar begins.
+
+    Raises EngineRefused for a grammar that is too large.
+    """
+    sampling, text = request.sampling, opened.grammar
+    grammar = sampling.grammar
+    if text is not None:
+        if len(text.value) > MAX_GRAMMAR_BYTES:
+            limit = f"at most {MAX_GRAMMAR_BYTES} bytes as a grammar, got {len(text.value)}"
+            raise _refused("tools", f"{limit}: send fewer or smaller strict tools, or tool_choice auto without strict")
+        grammar = Grammar(text.kind, text.values if text.kind == "choice" else text.value, field="tools")
+    if grammar is None:
+        return request
+    grammar = replace(grammar, reasoning_ended=opened.reasoning_ended, template_kwargs=opened.template_kwargs)
+    return replace(request, sampling=replace(sampling, grammar=grammar))

@@ -1,0 +1,187 @@
+"""The parser process: one process of a worker that parses the outputs of all its requests.
+
+It is a fork of the fork server, which has imported vLLM, or a new interpreter where there is no fork server. It answers
+the worker's messages in order, and ends when the worker closes the connection. A thread ends it too when the worker is
+gone while a parse hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+
+import structlog
+
+from cluster.worker.engine.processes import fork_server
+from cluster.worker.parsing import wire
+from cluster.worker.parsing.kit import KitSettings, ParserKit, load_kit
+from cluster.worker.parsing.port import ParserNames
+from cluster.worker.parsing.progress import NONE, Progress, new_memory
+from cluster.worker.parsing.session import ParserSession
+
+log = structlog.get_logger("parser")
+
+PROCESS_NAME = "OutputParser"
+_CLOSED = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
+
+
+class Sessions:
+    """The sessions of the process. Every message gets at most one reply."""
+
+    def __init__(self, kit: ParserKit, progress: Progress) -> None:
+        self._kit = kit
+        self._progress = progress
+        self._sessions: dict[int, ParserSession] = {}
+
+    def answer(self, request: wire.Request) -> wire.Reply | None:
+        """Carry out a message and return the reply."""
+        match request:
+            case wire.Open():
+                return self._open(request)
+            case wire.Feed():
+                parsed = [self._feed(*item) for item in request.items if item[0] in self._sessions]
+                self._progress.record(NONE)
+                return wire.ParsedStep(parsed)
+            case wire.Close():
+                self._sessions.pop(request.number, None)
+        return None
+
+    def _open(self, opening: wire.Open) -> wire.Opened:
+        self._progress.record(opening.number)
+        try:
+            session, opened = self._kit.open(opening, lambda: self._progress.record(opening.number))
+        except Exception as error:  # a parser's fault must end only its own request
+            log.error("open_failed", error=_place(error))
+            return wire.Opened(opening.number, error=f"the parser failed: {type(error).__name__}")
+        finally:
+            self._progress.record(NONE)
+        if session is not None:
+            self._sessions[opening.number] = session
+        return opened
+
+    def _feed(self, number: int, packed: bytes, state: int) -> wire.Parsed:
+        self._progress.record(number)
+        try:
+            return self._sessions[number].feed(number, wire.unpack_ids(packed), state)
+        except Exception as error:  # a parser's fault must end only its own request
+            log.error("parse_failed", error=_place(error))
+            del self._sessions[number]
+            return wire.Parsed(number, [], 0, error=f"{type(error).__name__}")
+
+
+def _place(error: Exception) -> str:
+    """Return an error's type and the line that raised it. Its message may contain a caller's text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}" if frames else type(error).__name__
+
+
+def serve(connection: socket.socket, load: Callable[[], ParserKit], progress: Progress) -> None:
+    """Load the parsers and answer messages until the connection is closed."""
+    try:
+        kit = load()
+    except Exception as error:  # the worker must learn why no parser runs
+        connection.sendall(wire.encode(wire.Ready(f"{type(error).__name__}: {error}"[:2000])))
+        return
+    sessions = Sessions(kit, progress)
+    connection.sendall(wire.encode(wire.Ready()))
+    while (request := wire.receive_request(connection)) is not None:
+        reply = sessions.answer(request)
+        if reply is not None:
+            connection.sendall(wire.encode(reply))
+
+
+class ParserHost:
+    """A started parser, as the worker sees it: the worker's end of the connection, and the parser's progress.
+
+    `kill` ends the process and waits until it is gone. `pid` is None if the parser has no process of its own.
+    """
+
+    def __init__(
+        self, connection: socket.socket, progress: Progress, kill: Callable[[], None], pid: int | None = None
+    ) -> None:
+        self.connection = connection
+        self.progress = progress
+        self.kill = kill
+        self.pid = pid
+
+
+def start_process(settings: KitSettings) -> ParserHost:
+    """Start a parser process. Blocks until the process exists, which then loads its parsers."""
+    ours, theirs = socket.socketpair()
+    memory = new_memory()
+    try:
+        kill, pid = (_fork if fork_server.is_running() else _spawn)(theirs, settings)
+        socket.send_fds(ours, [b"m"], [memory])
+        return ParserHost(ours, Progress(os.dup(memory)), kill, pid)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+        os.close(memory)
+
+
+def _fork(theirs: socket.socket, settings: KitSettings) -> tuple[Callable[[], None], int | None]:
+    process = fork_server.new_process(PROCESS_NAME, _main, (theirs, settings))
+    process.start()
+
+    def kill() -> None:
+        process.kill()
+        process.join()
+
+    return kill, process.pid
+
+
+def _spawn(theirs: socket.socket, settings: KitSettings) -> tuple[Callable[[], None], int | None]:
+    descriptor = theirs.fileno()
+    command = [sys.executable, "-m", __name__, str(descriptor), _to_json(settings)]
+    process = subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL)
+
+    def kill() -> None:
+        process.kill()
+        process.wait()
+
+    return kill, process.pid
+
+
+def _to_json(settings: KitSettings) -> str:
+    return json.dumps(dataclasses.asdict(settings))
+
+
+def _from_json(text: str) -> KitSettings:
+    values = json.loads(text)
+    return KitSettings(**values | {"names": ParserNames(**values["names"])})
+
+
+def _main(connection: socket.socket, settings: KitSettings) -> None:
+    """Run the process. The first bytes on the connection bring the descriptor of the shared memory."""
+    # Some parsers log an error with a traceback for every token of a malformed call, with the output in it.
+    logging.getLogger("vllm").setLevel(logging.CRITICAL)
+    threading.Thread(target=_end_with_worker, args=(connection,), daemon=True).start()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+        if descriptors:
+            serve(connection, lambda: load_kit(settings), Progress(descriptors[0]))
+    os._exit(0)  # there is nothing to clean up, and exit handlers of vLLM could block
+
+
+def _end_with_worker(connection: socket.socket) -> None:
+    """End the process when the worker has closed the connection, even while a parse hangs."""
+    poll = select.poll()
+    poll.register(connection, _CLOSED)
+    poll.poll()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main(socket.socket(fileno=int(sys.argv[1])), _from_json(sys.argv[2]))

@@ -1,0 +1,42 @@
+"""The session on which a parser process works, in memory that it shares with its worker.
+
+The worker must find out which request makes a parse hang or ends the process. The process cannot report that any more,
+so it records each session before it works on it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+
+_FIELDS = struct.Struct("<QQ")
+NONE = 0
+"""Number of no session."""
+
+
+class Progress:
+    """A shared record of the current session and of the number of records so far. One process writes it."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Map the memory behind `descriptor`, and close the descriptor."""
+        self._memory = mmap.mmap(descriptor, _FIELDS.size)
+        os.close(descriptor)
+        self._count = 0
+
+    def record(self, session: int) -> None:
+        """Record that the work on a session begins, or that none is in work (NONE)."""
+        self._count += 1
+        _FIELDS.pack_into(self._memory, 0, session, self._count)
+
+    def read(self) -> tuple[int, int]:
+        """Return the current session and the number of records, which changes with each record."""
+        session, count = _FIELDS.unpack_from(self._memory)
+        return int(session), int(count)
+
+
+def new_memory() -> int:
+    """Return the descriptor of new memory for a Progress."""
+    descriptor = os.memfd_create("headrace-parser", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, _FIELDS.size)
+    return descriptor

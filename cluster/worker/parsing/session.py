@@ -1,0 +1,228 @@
+"""One request in the parser process: its tokens go through vLLM's detokenizer and parser, one token at a time.
+
+The session does what vLLM's own server does with a stream of one token a step, and with the whole text of an answer
+that is not streamed. So the joined parts depend on the tokens alone, and a resumed request replays its tokens.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from cluster.api.types import PartKind
+from cluster.worker.parsing import wire
+from cluster.worker.parsing.chat_requests import is_forced, may_call_tools
+from cluster.worker.parsing.coalescing import Coalescing
+from cluster.worker.parsing.wire import Part
+
+PRIMING_TOKENS = 1024
+"""Number of the prompt's last tokens with which the detokenizer begins. The text of the first output token depends on
+the tokens before it; vLLM's detokenizer decodes the whole prompt for it, which is the same for longer suffixes."""
+REPLAYED_TOKENS = 256
+"""Number of emitted tokens that are replayed in one parse, where that gives the same parts. One by one, the replay of a
+long output would take seconds, in which no other output is parsed."""
+
+
+class ParserSession:
+    """The parsing of one request's output.
+
+    `parser`: vLLM's Parser, made for this request. `request`: vLLM's ChatCompletionRequest, adjusted by the parser.
+    """
+
+    def __init__(
+        self,
+        opening: wire.Open,
+        tokenizer: Any,
+        parser: Any,
+        request: Any,
+        coalescing: Coalescing,
+        working: Callable[[], None] = lambda: None,
+        replays_together: bool = False,
+    ) -> None:
+        """Begin a session and replay its emitted tokens. `working` is called from time to time during long work.
+        `replays_together`: whether several emitted tokens may be replayed in one parse."""
+        self._parser = parser
+        self._request = request
+        self._coalescing = coalescing
+        self._working = working
+        self._replays_together = replays_together
+        self._reasons = parser.reasoning_parser is not None
+        """Whether the output is still reasoning. Its end is parsed token by token."""
+        self._is_whole = opening.is_whole
+        self._has_stops = bool(opening.stop)
+        self._prompt: list[int] | None = wire.unpack_ids(opening.prompt)
+        self._single = request.parallel_tool_calls is False
+        self._detokenizer = _detokenizer(opening, tokenizer, request, self._prompt)
+        self._ids = array("I")
+        self._text = ""
+        self._unparsed: list[int] = []
+        self._parts: list[Part] = []
+        self._stop = ""
+        self._replay(wire.unpack_ids(opening.emitted))
+
+    def _replay(self, emitted: Sequence[int]) -> None:
+        """Take the emitted tokens, and keep their parts for the first answer."""
+        together = REPLAYED_TOKENS if self._replays_together else 1
+        for token_id in emitted:
+            if self._is_whole or self._reasons or together == 1:
+                self._take(token_id, wire.RUNS)
+            else:
+                self._decode(token_id, wire.RUNS)
+                if self._ended_by_stop() or len(self._unparsed) >= together:
+                    self._parse(self._ended_by_stop())
+            if self._ended_by_stop():
+                return
+        if self._unparsed:
+            self._parse(False)
+
+    def feed(self, number: int, ids: Sequence[int], state: int) -> wire.Parsed:
+        """Parse the next tokens. `number`: the session's number. `state`: RUNS, STOPPED, ENDED or FAILED."""
+        kept = len(ids)
+        if state == wire.FAILED:
+            return wire.Parsed(number, [], kept)
+        if self._ended_by_stop():
+            kept = 0
+        elif ids:
+            kept = self._take_all(ids, state)
+        elif state != wire.RUNS:
+            self._finish()
+        ended = self._ended_by_stop() or state != wire.RUNS
+        parts, self._parts = merged(self._parts), []
+        return wire.Parsed(number, parts, kept, self._stop, self._reasoning_tokens() if ended else 0)
+
+    def _ended_by_stop(self) -> bool:
+        return bool(self._stop)
+
+    def _take_all(self, ids: Sequence[int], state: int) -> int:
+        """Take tokens until a stop string is found; return the number of tokens taken."""
+        last = len(ids) - 1
+        for at, token_id in enumerate(ids):
+            self._take(token_id, state if at == last else wire.RUNS)
+            if self._ended_by_stop():
+                return at + 1
+        return len(ids)
+
+    def _take(self, token_id: int, state: int) -> None:
+        """Detokenize and parse one token."""
+        ended = self._decode(token_id, state)
+        if self._is_whole:
+            if ended:
+                self._finish()
+        elif ended or self._coalescing.is_due(len(self._ids)):
+            self._parse(ended)
+
+    def _decode(self, token_id: int, state: int) -> bool:
+        """Detokenize one token, and search its text for stop strings. Returns whether the output has ended."""
+        self._ids.append(token_id)
+        if not len(self._ids) % REPLAYED_TOKENS:
+            self._working()
+        self._stop = self._detokenizer.update([token_id], state == wire.STOPPED) or ""
+        ended = bool(self._stop) or state != wire.RUNS
+        if not self._is_whole:
+            if ended and self._unparsed:  # parsers may finish in another way if the last token is not alone
+                self._parse(False)
+            self._text += self._detokenizer.get_next_output_text(ended, True)
+            self._unparsed.append(token_id)
+        return ended
+
+    def _finish(self) -> None:
+        """Parse what is left at the end of the output."""
+        if self._is_whole:
+            self._parse_whole()
+        else:
+            self._text += self._detokenizer.get_next_output_text(True, True)
+            self._parse(True)
+
+    def _parse(self, ended: bool) -> None:
+        text, ids = self._text, self._unparsed
+        self._text, self._unparsed = "", []
+        delta = self._parser.parse_delta(
+            delta_text=text,
+            delta_token_ids=ids,
+            request=self._request,
+            prompt_token_ids=self._prompt,
+            finished=ended,
+        )
+        self._prompt = None  # parsers read the prompt at their first token only
+        if delta is None:
+            return
+        parts = list(_delta_parts(delta, self._single))
+        if parts:
+            self._parts += parts
+            self._reasons = self._reasons and all(kind == PartKind.REASONING for kind, _, _ in parts)
+            self._coalescing.record(len(self._ids), in_call=parts[-1][0] >= PartKind.TOOL_NAME)
+
+    def _parse_whole(self) -> None:
+        parser, request = self._parser, self._request
+        parser.set_prompt_token_ids(self._prompt or [])
+        reasoning, content, calls = parser.parse(
+            self._detokenizer.get_next_output_text(True, False),
+            request,
+            enable_auto_tools=parser.tool_parser is not None,
+            model_output_token_ids=self._detokenizer.output_token_ids,
+        )
+        if not may_call_tools(request) or (parser.tool_parser is None and not is_forced(request)):
+            calls = None
+        if reasoning:
+            self._parts.append((PartKind.REASONING, reasoning, 0))
+        if content:
+            self._parts.append((PartKind.CONTENT, content, 0))
+        for index, call in enumerate((calls or [])[: 1 if self._single else None]):
+            self._parts.append((PartKind.TOOL_NAME, call.name, index))
+            if call.arguments:
+                self._parts.append((PartKind.TOOL_ARGUMENTS, call.arguments, index))
+
+    def _reasoning_tokens(self) -> int:
+        if self._parser.reasoning_parser is None:
+            return 0
+        return int(self._parser.count_reasoning_tokens(tuple(self._ids)))
+
+
+def merged(parts: Sequence[Part]) -> list[Part]:
+    """Return the parts with neighbours joined that have one kind and belong to one call."""
+    out: list[Part] = []
+    for kind, text, call in parts:
+        if out and kind != PartKind.TOOL_NAME and out[-1][0] == kind and out[-1][2] == call:
+            out[-1] = (kind, out[-1][1] + text, call)
+        else:
+            out.append((int(kind), text, call))
+    return out
+
+
+def _delta_parts(delta: Any, single: bool) -> Sequence[Part]:
+    """Return the parts of vLLM's DeltaMessage. `single`: whether only the first tool call counts."""
+    parts: list[Part] = []
+    if delta.reasoning:
+        parts.append((PartKind.REASONING, delta.reasoning, 0))
+    if delta.content:
+        parts.append((PartKind.CONTENT, delta.content, 0))
+    for call in delta.tool_calls or ():
+        function = call.function
+        if function is None or (single and call.index):
+            continue
+        if function.name:
+            parts.append((PartKind.TOOL_NAME, function.name, call.index))
+        if function.arguments:
+            parts.append((PartKind.TOOL_ARGUMENTS, function.arguments, call.index))
+    return parts
+
+
+def _detokenizer(opening: wire.Open, tokenizer: Any, request: Any, prompt: list[int]) -> Any:
+    """Return vLLM's incremental detokenizer, which also finds stop strings."""
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    params = SimpleNamespace(
+        stop=list(opening.stop),
+        min_tokens=opening.min_tokens,
+        include_stop_str_in_output=False,
+        skip_special_tokens=request.skip_special_tokens,
+        spaces_between_special_tokens=request.spaces_between_special_tokens,
+    )
+    return IncrementalDetokenizer.from_new_request(
+        tokenizer,
+        SimpleNamespace(
+            request_id="", prompt_token_ids=prompt[-PRIMING_TOKENS:], prompt_embeds=None, sampling_params=params
+        ),
+    )

@@ -1,0 +1,152 @@
+"""The sessions of a worker's parsed requests, as the worker records them: enough to begin each one anew elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.api.types import (
+    EngineRequest,
+    FinishReason,
+    Grammar,
+    OutputParsing,
+    OutputPart,
+    ParsedOutput,
+    PartKind,
+    TokenOutput,
+)
+from cluster.worker.parsing import wire
+
+_KINDS = {int(kind): kind for kind in PartKind}
+_NOTHING = ParsedOutput()
+
+
+@dataclass(slots=True, eq=False)
+class SessionRecord:
+    """A request whose output is parsed. `ids`: all tokens of the output, emitted ones included.
+
+    `answered`: number of `ids` whose parts have come back. `sent`: number of `ids` that the parser has got or will get.
+    `pending`: outputs that are sent and not answered, each with the number of `ids` up to its end.
+    """
+
+    number: int
+    request: EngineRequest
+    parsing: OutputParsing
+    opened: asyncio.Future[wire.Opened]
+    ids: array[int] = field(default_factory=lambda: array("I"))
+    answered: int = 0
+    sent: int = 0
+    delivered_chars: int = 0
+    """Number of characters of the parts that have come back."""
+    repeated_chars: int = 0
+    """Number of characters with which the next answer repeats earlier ones, after a session has begun anew."""
+    pending: deque[tuple[TokenOutput, int]] = field(default_factory=deque)
+    has_ended: bool = False
+    """Whether the request's last output has been returned."""
+    deaths: int = 0
+    """Number of processes that have ended while they worked on this session."""
+
+    @classmethod
+    def of(cls, number: int, request: EngineRequest, parsing: OutputParsing) -> SessionRecord:
+        """Return the record of a new session."""
+        record = cls(number, request, parsing, asyncio.get_running_loop().create_future())
+        record.ids.extend(request.emitted_token_ids)
+        record.answered = record.sent = len(record.ids)
+        return record
+
+    def opening(self) -> wire.Open:
+        """Return the message that begins the session, or begins it anew after the answers so far."""
+        sampling = self.request.sampling
+        self.repeated_chars = self.delivered_chars
+        return wire.Open(
+            self.number,
+            self.parsing.request,
+            self.parsing.stop,
+            self.parsing.is_whole,
+            wire.pack_ids(self.request.prompt_token_ids),
+            self.ids[: self.answered].tobytes(),
+            sampling.min_tokens,
+            None if sampling.grammar is None else _grammar_text(sampling.grammar),
+        )
+
+    def take(self, output: TokenOutput) -> tuple[int, bytes, int] | None:
+        """Record an output of the engine, and return its feed item with all tokens that are not sent yet.
+
+        None if the output needs no parsing: the answer is whole, has no stop strings and does not end yet. `output` is
+        then complete for the gateway.
+        """
+        self.ids.extend(output.token_ids)
+        if self.parsing.is_whole and not self.parsing.stop and output.finish is None:
+            output.parsed = _NOTHING
+            return None
+        begin, self.sent = self.sent, len(self.ids)
+        self.pending.append((output, self.sent))
+        return self._item(output, begin, self.sent)
+
+    def again(self) -> list[tuple[int, bytes, int]]:
+        """Return the feed items of the outputs that are not answered, for a new process."""
+        items, begin = [], self.answered
+        for output, end in self.pending:
+            items.append(self._item(output, begin, end))
+            begin = end
+        return items
+
+    def _item(self, output: TokenOutput, begin: int, end: int) -> tuple[int, bytes, int]:
+        return self.number, self.ids[begin:end].tobytes(), _state(output.finish)
+
+    def answer(self, parsed: wire.Parsed) -> TokenOutput:
+        """Complete the oldest output that is not answered, and return it."""
+        output, self.answered = self.pending.popleft()
+        if parsed.error:
+            return failed(output.request_id, f"the output could not be parsed: {parsed.error}")
+        if not parsed.parts and output.finish is None and not parsed.stop:
+            output.parsed = _NOTHING
+            return output
+        parts = self._new_parts(parsed.parts)
+        output.parsed = ParsedOutput(parts, parsed.stop, parsed.reasoning_tokens)
+        if parsed.stop:
+            output.token_ids = output.token_ids[: parsed.kept]
+            output.logprobs = None if output.logprobs is None else output.logprobs[: parsed.kept]
+            output.finish, output.stop_token_id = FinishReason.STOP, None
+        return output
+
+    def _new_parts(self, given: Sequence[wire.Part]) -> list[OutputPart]:
+        """Return the parts without those that were delivered before the session began anew.
+
+        Equal tokens give equal characters, but perhaps in other pieces.
+        """
+        parts = []
+        repeated, self.repeated_chars = self.repeated_chars, 0
+        for kind, text, call in given:
+            new = text[repeated:]
+            repeated -= min(repeated, len(text))
+            if new:
+                parts.append(OutputPart(_KINDS[kind], new, call))
+                self.delivered_chars += len(new)
+        return parts
+
+
+def failed(request_id: str, message: str) -> TokenOutput:
+    """Return the last output of a request that cannot be parsed."""
+    return TokenOutput(request_id, (), FinishReason.ERROR, message=message)
+
+
+def _state(finish: FinishReason | None) -> int:
+    match finish:
+        case None:
+            return wire.RUNS
+        case FinishReason.STOP:
+            return wire.STOPPED
+        case FinishReason.ERROR:
+            return wire.FAILED
+        case _:
+            return wire.ENDED
+
+
+def _grammar_text(grammar: Grammar) -> wire.GrammarText:
+    if isinstance(grammar.value, str):
+        return wire.GrammarText(grammar.kind, grammar.value)
+    return wire.GrammarText(grammar.kind, values=tuple(grammar.value))

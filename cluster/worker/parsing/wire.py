@@ -1,0 +1,147 @@
+"""Messages between the worker and its parser process: msgpack behind a length, on a stream socket.
+
+Both sides are processes of one worker, so a message that cannot be decoded is a fault and ends the process. Token ids
+travel packed, four bytes each.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from array import array
+from collections.abc import Sequence
+
+import msgspec
+
+LENGTH = struct.Struct("<I")
+MAX_MESSAGE_BYTES = 256 << 20
+
+RUNS, STOPPED, ENDED, FAILED = range(4)
+"""How the request of a feed item stands: it runs on; it has ended by a stop token, whose text is not output; it has
+ended in another way; it has failed, and its output is not parsed."""
+
+Part = tuple[int, str, int]
+"""Kind, text and call of an OutputPart."""
+
+
+class GrammarText(msgspec.Struct, array_like=True, frozen=True):
+    """A grammar. `values`: the strings of a choice."""
+
+    kind: str
+    value: str = ""
+    values: tuple[str, ...] = ()
+
+
+class Open(msgspec.Struct, array_like=True, tag=1, frozen=True):
+    """Begin session `number`. `request`, `stop` and `is_whole`: see OutputParsing. `prompt`, `emitted`: packed ids.
+
+    The session's first answer also has the parts of the emitted tokens.
+    """
+
+    number: int
+    request: str
+    stop: tuple[str, ...]
+    is_whole: bool
+    prompt: bytes
+    emitted: bytes
+    min_tokens: int
+    grammar: GrammarText | None
+
+
+class Feed(msgspec.Struct, array_like=True, tag=2, frozen=True):
+    """Outputs of a step: session, packed ids and how the request stands (RUNS, STOPPED, ENDED or FAILED)."""
+
+    items: list[tuple[int, bytes, int]]
+
+
+class Close(msgspec.Struct, array_like=True, tag=3, frozen=True):
+    """End a session."""
+
+    number: int
+
+
+class Ready(msgspec.Struct, array_like=True, tag=1, frozen=True):
+    """The process has loaded its parsers; or `error` says why it cannot."""
+
+    error: str = ""
+
+
+class Opened(msgspec.Struct, array_like=True, tag=2, frozen=True):
+    """The session has begun, or `error` says why not and `field` which field of the request is wrong.
+
+    `grammar`: the constraint that replaces the request's own; None to keep that. `reasoning_ended`: whether the
+    reasoning has ended before the output begins; None if the session has no parser for reasoning.
+    """
+
+    number: int
+    grammar: GrammarText | None = None
+    reasoning_ended: bool | None = None
+    template_kwargs: str = ""
+    error: str = ""
+    field: str = ""
+
+
+class Parsed(msgspec.Struct, array_like=True, frozen=True):
+    """What a session made of one feed item. `kept`: number of the item's ids that count; all unless `stop` is set."""
+
+    number: int
+    parts: list[Part]
+    kept: int
+    stop: str = ""
+    reasoning_tokens: int = 0
+    error: str = ""
+
+
+class ParsedStep(msgspec.Struct, array_like=True, tag=3, frozen=True):
+    """The answer to a Feed, with one entry for each item of a known session, in order."""
+
+    items: list[Parsed]
+
+
+Request = Open | Feed | Close
+Reply = Ready | Opened | ParsedStep
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def pack_ids(token_ids: Sequence[int]) -> bytes:
+    """Pack token ids."""
+    return array("I", token_ids).tobytes()
+
+
+def unpack_ids(packed: bytes) -> list[int]:
+    """Unpack token ids."""
+    ids = array("I")
+    ids.frombytes(packed)
+    return ids.tolist()
+
+
+def encode(message: Request | Reply) -> bytes:
+    """Return a message with its length in front."""
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
+
+
+def decode_reply(body: bytes) -> Reply:
+    """Decode a message of the parser process, without its length. Raises msgspec.MsgspecError."""
+    return _replies.decode(body)
+
+
+def receive_request(sock: socket.socket) -> Request | None:
+    """Wait for the worker's next message; None if the worker has closed the connection."""
+    head = _read(sock, LENGTH.size)
+    if head is None:
+        return None
+    body = _read(sock, LENGTH.unpack(head)[0])
+    return None if body is None else _requests.decode(body)
+
+
+def _read(sock: socket.socket, size: int) -> bytes | None:
+    received = bytearray()
+    while len(received) < size:
+        more = sock.recv(min(size - len(received), 1 << 20))
+        if not more:
+            return None
+        received += more
+    return bytes(received)

@@ -1,0 +1,141 @@
+"""Parsers for tests: in a thread, in a fork of the test's process, and faulty ones."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.api.types import EngineRequest, FinishReason, OutputParsing, Sampling, TokenOutput
+from cluster.worker.parsing import wire
+from cluster.worker.parsing.kit import ParserKit
+from cluster.worker.parsing.output_parser import OutputParser
+from cluster.worker.parsing.parser_process import ParserHost, serve
+from cluster.worker.parsing.port import ParserNames
+from cluster.worker.parsing.progress import Progress, new_memory
+from cluster.worker.parsing.session import ParserSession
+from tests.worker.parsing.formats import Format, kit_for, opening_for
+
+HANG, DIE, RAISE = "please hang", "please die", "please raise"
+"""Words in `reasoning_effort`'s place, after which FaultyKit's parses hang, end the process or raise."""
+
+
+@dataclass(frozen=True)
+class FaultyKit(ParserKit):
+    """A kit whose sessions fail when they parse for a request that asks for it."""
+
+    def open(
+        self, opening: wire.Open, working: Callable[[], None] = lambda: None
+    ) -> tuple[ParserSession | None, wire.Opened]:
+        """Open a session, which fails if the request contains one of the words."""
+        session, opened = super().open(opening, working)
+        for word, fail in ((HANG, _hang), (DIE, _die), (RAISE, _raise)):
+            if word in opening.request and session is not None:
+                session.feed = fail  # type: ignore[method-assign, assignment]
+        return session, opened
+
+
+def _hang(*_: Any) -> wire.Parsed:
+    while True:
+        time.sleep(0.001)
+
+
+def _die(*_: Any) -> wire.Parsed:
+    os._exit(9)
+
+
+def _raise(*_: Any) -> wire.Parsed:
+    raise IndexError("no such thing")
+
+
+def faulty(kit: ParserKit) -> FaultyKit:
+    """Return a kit like `kit` that fails on request."""
+    return FaultyKit(kit.tokenizer, kit.parser_class, kit.long_call, kit.replays_together, kit.streams)
+
+
+def thread_host(kit: ParserKit) -> ParserHost:
+    """Start a parser in a thread."""
+    ours, theirs = socket.socketpair()
+    memory = new_memory()
+    progress = Progress(os.dup(memory))
+    child = Progress(memory)
+
+    def run() -> None:
+        try:
+            serve(theirs, lambda: kit, child)
+        except OSError:
+            return
+
+    threading.Thread(target=run, daemon=True).start()
+    return ParserHost(ours, progress, lambda: theirs.shutdown(socket.SHUT_RDWR))
+
+
+def fork_host(kit: ParserKit) -> ParserHost:
+    """Start a parser in a fork of this process."""
+    ours, theirs = socket.socketpair()
+    memory = new_memory()
+
+    def run() -> None:
+        ours.close()
+        serve(theirs, lambda: kit, Progress(memory))
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    process.start()
+    theirs.close()
+
+    def kill() -> None:
+        process.kill()
+        process.join()
+
+    host = ParserHost(ours, Progress(os.dup(memory)), kill, process.pid)
+    os.close(memory)
+    return host
+
+
+@dataclass
+class Hosts:
+    """A starter of parsers that remembers them."""
+
+    start: Callable[[ParserKit], ParserHost]
+    kit: ParserKit
+    started: list[ParserHost] = field(default_factory=list)
+
+    def __call__(self) -> ParserHost:
+        """Start a parser."""
+        self.started.append(self.start(self.kit))
+        return self.started[-1]
+
+
+def parser_of(
+    folder: Path, form: Format, start: Callable[[ParserKit], ParserHost] = thread_host, **options: Any
+) -> tuple[OutputParser, Hosts]:
+    """Return an output parser for a format, and the starter of its processes."""
+    hosts = Hosts(start, faulty(kit_for(folder, form)))
+    return OutputParser(ParserNames(form.tools, form.reasoning), hosts, **options), hosts
+
+
+def request_of(
+    form: Format, request_id: str, prompt: Sequence[int], emitted: Sequence[int] = (), **changes: Any
+) -> EngineRequest:
+    """Return a request with parsing. `changes`: see `opening`; also `sampling` and `needs_tools`."""
+    sampling = changes.pop("sampling", Sampling(max_tokens=1000))
+    needs_tools = changes.pop("needs_tools", changes.get("tool_choice") != "none")
+    message = opening_for(form, prompt, **changes)
+    parsing = OutputParsing(message.request, tuple(message.stop), message.is_whole, needs_tools)
+    return EngineRequest(request_id, list(prompt), sampling, emitted_token_ids=list(emitted), parsing=parsing)
+
+
+def outputs_of(
+    request_id: str, ids: Sequence[int], size: int, finish: FinishReason = FinishReason.LENGTH
+) -> list[TokenOutput]:
+    """Return the outputs of steps with `size` tokens each; the last one ends the request."""
+    outputs = [TokenOutput(request_id, list(ids[at : at + size])) for at in range(0, len(ids), size)]
+    outputs[-1].finish = finish
+    return outputs

@@ -1,0 +1,76 @@
+"""The parsers chosen for a model by its family and its chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config.engine import parsers
+from cluster.wire.bundle import Bundle
+from cluster.worker.parsing.families import REASONING, TOOLS, chosen_parsers, family_parsers
+from cluster.worker.parsing.port import ParserNames
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "data" / "chat_templates"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "template", "tools", "reasoning"),
+    [
+        ("qwen2", "qwen2.5", "hermes", ""),
+        ("qwen3", "qwen3-training", "hermes", "qwen3"),
+        ("qwen3_moe", "qwen3-training", "hermes", "qwen3"),
+        ("qwen3_5", "qwen3.5", "qwen3_coder", "qwen3"),
+        ("llama", "hermes-2-pro-tool-use", "hermes", ""),
+        ("mistral", "mistral-nemo", "mistral", ""),
+        ("mistral3", "mistral-small-3.2", "mistral", ""),
+        ("glm4_moe", "glm-4.6", "glm45", "glm45"),
+        ("granite", "granite-3.3", "granite", "granite"),
+        ("gpt_oss", "gpt-oss", "openai", "openai_gptoss"),
+        ("llama", "chatml", "", ""),
+        ("phi3", "phi3-training", "", ""),
+        ("unknown", "qwen2.5", "", ""),
+    ],
+)
+def test_a_family_has_the_parsers_that_its_template_writes(
+    model_type: str, template: str, tools: str, reasoning: str
+) -> None:
+    """A model gets a parser if its family has one and its template contains the parser's marks, else none."""
+    source = (TEMPLATES / f"{template}.jinja").read_text()
+    assert family_parsers(model_type, source) == ParserNames(tools, reasoning)
+    assert family_parsers(model_type, "") == ParserNames()
+
+
+def test_every_row_names_a_parser_of_the_pinned_vllm() -> None:
+    """The table of families names only parsers that vLLM has."""
+    assert {row.parser for row in TOOLS} <= set(parsers("tool_call_parser"))
+    assert {row.parser for row in REASONING} <= set(parsers("reasoning_parser"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "names", "given"),
+    [
+        ({}, ParserNames("hermes", "qwen3"), set()),
+        ({"tool_call_parser": "qwen3_coder"}, ParserNames("qwen3_coder", "qwen3"), {"tool_call_parser"}),
+        ({"reasoning_parser": "none"}, ParserNames("hermes", ""), {"reasoning_parser"}),
+        (
+            {"tool_call_parser": "none", "reasoning_parser": "none"},
+            ParserNames(),
+            {"tool_call_parser", "reasoning_parser"},
+        ),
+    ],
+)
+def test_the_entry_overrides_the_family(engine: dict[str, Any], names: ParserNames, given: set[str]) -> None:
+    """`engine.tool_call_parser` and `engine.reasoning_parser` replace the family's parsers; `none` removes them."""
+    template = (TEMPLATES / "qwen3-training.jinja").read_bytes()
+    bundle = Bundle({"config.json": json.dumps({"model_type": "qwen3"}).encode(), "chat_template.jinja": template})
+    assert chosen_parsers(bundle, engine) == (names, frozenset(given))
+
+
+def test_the_capabilities_name_the_parsers() -> None:
+    """A worker's capabilities name its parsers, and a worker without parsers has none of these words."""
+    assert ParserNames("hermes", "qwen3").capabilities == ("tools:hermes", "reasoning:qwen3")
+    assert ParserNames("", "qwen3").capabilities == ("reasoning:qwen3",)
+    assert ParserNames().capabilities == ()
