@@ -28,6 +28,8 @@ from cluster.gateway.text.parsed_text import ParsedText
 
 _FINISH_WORDS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.REPETITION: "stop"}
 
+_NO_SUCH_PARSER = "no worker is left that parses the output as its first worker did; send a new call"
+
 CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
 """Names of request fields as callers know them, by the name of the engine field."""
 
@@ -200,8 +202,11 @@ class OutputSequence(RoutedSequence[Owner]):
         if reason == "NO_ROOM":
             self.life.wait(len(self.emitted))
             self.call.events.requeue(self)
-            return
-        self.call.fail(refusal_of(reason, message, field))
+        elif field == "tools" and self.parsed_text is not None and self.parsed_text.is_parsed:
+            self.life.excluded |= {self.life.last_worker}
+            self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
+        else:
+            self.call.fail(refusal_of(reason, message, field))
 
     def output(self, output: TokenOutput) -> None:
         """Handle the output of one engine step."""
@@ -325,7 +330,7 @@ class OutputSequence(RoutedSequence[Owner]):
         self.link = None
         if link is not None:
             self.life.excluded |= {link.identity.incarnation}
-        self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", "no worker is left that parses tool calls as before")
+        self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
 
     def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
         """Handle an output that finishes with ERROR or ABORT. If the request has a grammar, ERROR means that the

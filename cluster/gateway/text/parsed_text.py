@@ -79,7 +79,10 @@ class ParsedText:
         self.token_ids += token_ids
         if parsed is None:
             return None
-        parts = _without_chars(parsed.parts, self._received_chars if begins else 0)
+        parts = parsed.parts
+        if begins:  # names that were delivered before count, too
+            self.has_tool_call |= any(part.kind is PartKind.TOOL_NAME for part in parts)
+            parts = _without_chars(parts, self._received_chars)
         self._received_chars += sum(len(part.text) for part in parts)
         self._add(parts, False)
         return GUARD if self.refused else parsed.stop_string or None
