@@ -304,7 +304,8 @@ async def test_a_chat_is_parsed_where_a_worker_parses_reasoning(
 
 
 async def test_large_tools_reach_the_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The tools do not count against the bound on a request beside its prompt."""
+    """The tools do not count against the bound on a request beside its prompt. They are sent for each output, so their
+    size bounds the number of outputs."""
     engine = await add_worker(
         cluster,
         checkpoint,
@@ -315,7 +316,10 @@ async def test_large_tools_reach_the_worker(cluster: TestCluster, checkpoint: Pa
         prefill_tokens_per_s=10**9,
         max_num_batched_tokens=200_000,
     )
-    await cluster.stub.Chat(chat(tools=[pb.Tool(name="f", description="y" * 2 * MAX_SUBMIT_BYTES)]))
+    tools = [pb.Tool(name="f", description="y" * 2 * MAX_SUBMIT_BYTES)]
+    answer = await refused(cluster.stub.Chat(chat(tools=tools, n=21)))
+    assert answer.fields == ["n"]
+    await cluster.stub.Chat(chat(tools=tools))
     (parsing,) = engine.parsings
     assert parsing is not None
     assert len(parsing.request) > 2 * MAX_SUBMIT_BYTES
