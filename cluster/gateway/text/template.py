@@ -145,9 +145,9 @@ class ChatTemplate:
         """Return the text of the prompt, special tokens included.
 
         `tools`: None and an empty list are equivalent. Documents are the template argument of that name.
-        `continue_final_message`: leave the last message open; no
-        generation prompt is added then. Raises CallError: INVALID_FIELD on `messages` with the error text of the
-        template, or UNSUPPORTED_FEATURE if the model has no usable template.
+        `continue_final_message`: leave the last message open; no generation prompt is added then. Raises CallError:
+        INVALID_FIELD on `messages` with the error text of the template, or UNSUPPORTED_FEATURE if the model has no
+        usable template.
         """
         if not messages:
             raise invalid("messages", "at least one message is needed")
