@@ -330,6 +330,8 @@ class ModelSpec:
     allow_cross_node_tensor_parallel: bool = False
     trust_remote_code: bool = False
     load_format: str = "safetensors"
+    control_tokens_in_content: str = "keep"
+    """Whether the texts of control tokens in contents become control tokens (`keep`) or are escaped (`escape`)."""
     digest: str = ""
     """Weight digest that every worker of the model must have; empty for any digest."""
     license: str = ""

@@ -320,6 +320,10 @@ class Model(Section):
     """Whether the engine may run the model's own code. Needs `weights.allow.remote_code`."""
     load_format: str = "safetensors"
     """vLLM's name of the weights' format. Must be listed in `weights.allow.formats`."""
+    control_tokens_in_content: Literal["keep", "escape"] = "keep"
+    """What becomes of control tokens, such as `<|im_end|>`, in contents of users, tool results and documents. `keep`:
+    they become control tokens, as with vLLM and transformers. `escape`: they stay text, with a space after the first
+    character."""
 
     @field_validator("name", "version")
     @classmethod
@@ -443,6 +447,7 @@ class Model(Section):
             allow_cross_node_tensor_parallel=self.allow_cross_node_tensor_parallel,
             trust_remote_code=self.trust_remote_code,
             load_format=self.load_format,
+            control_tokens_in_content=self.control_tokens_in_content,
             digest=self.digest,
             license=self.license.lower(),
             ray=self.ray,

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_BUNDLE_BYTES = 256 * 1024 * 1024
+ESCAPED_TOKENS, ESCAPE_SEPARATOR = "escaped_tokens", "escape_separator"
+"""Names in the bundle's tokenizer_config.json: the control tokens that a gateway escapes in contents, and the character
+that it puts into them. Absent if the model's `control_tokens_in_content` is `keep`."""
 _PLAIN_SAMPLING = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,

@@ -63,7 +63,12 @@ def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
 def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
     from cluster.worker.weights.tokenizer_bundle import build_bundle
 
-    return build_bundle(folder, trust_remote_code=settings.spec.trust_remote_code)
+    spec = settings.spec
+    return build_bundle(
+        folder,
+        trust_remote_code=spec.trust_remote_code,
+        escapes_control_tokens=spec.control_tokens_in_content == "escape",
+    )
 
 
 def _resolve(settings: ReplicaSettings) -> Path:

@@ -146,6 +146,7 @@ JSON = st.recursive(
 )
 KEYS = ["model", "messages", "prompt", "max_tokens", "temperature", "stop", "stream", "n", "tools", "logprobs", "seed"]
 KEYS += ["response_format", "top_p", "logit_bias", "stream_options", "tool_choice", "user", "min_p", "top_logprobs"]
+KEYS += ["parallel_tool_calls", "reasoning_effort", "thinking_token_budget", "documents", "priority"]
 
 
 def bodies() -> st.SearchStrategy[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.api.types import ModelSpec
-from cluster.worker.open_model import open_model
+from cluster.wire.bundle import ESCAPED_TOKENS
+from cluster.worker.open_model import open_bundle, open_model
 from cluster.worker.replica import Replica, ReplicaPlacement
 from cluster.worker.settings import ModelRefused, ReplicaSettings
 from tests.support.checkpoints import build_checkpoint
@@ -67,3 +69,12 @@ def test_a_whole_checkpoint_is_opened(llama: Path, tmp_path: Path) -> None:
     opened = open_model(ReplicaSettings(ModelSpec("m", str(llama)), "c", cache_dir=str(tmp_path / "cache")))
     assert opened.weight_digest.startswith("sha256:")
     assert "tokenizer.json" in opened.bundle.files
+
+
+def test_the_entry_decides_whether_control_tokens_are_escaped(llama: Path, tmp_path: Path) -> None:
+    """The tokenizer bundle of a model whose entry says `escape` names the control tokens; that of others does not."""
+    for option in ("keep", "escape"):
+        spec = ModelSpec("m", str(llama), control_tokens_in_content=option)
+        bundle, _ = open_bundle(ReplicaSettings(spec, "c", cache_dir=str(tmp_path / "cache")))
+        tokens = json.loads(bundle.files["tokenizer_config.json"]).get(ESCAPED_TOKENS, [])
+        assert ("<|eot_id|>" in tokens) == (option == "escape")

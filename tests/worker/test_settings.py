@@ -54,6 +54,7 @@ def test_what_replicas_never_see_restarts_none(change: dict[str, Any]) -> None:
         dataclasses.replace(SETTINGS, tls=None),
         dataclasses.replace(SETTINGS, spec=dataclasses.replace(SETTINGS.spec, dtype="float32")),
         dataclasses.replace(SETTINGS, spec=dataclasses.replace(SETTINGS.spec, engine={"max_num_seqs": 9})),
+        dataclasses.replace(SETTINGS, spec=dataclasses.replace(SETTINGS.spec, control_tokens_in_content="escape")),
     ],
 )
 def test_what_replicas_are_started_with_makes_them_anew(changed: ReplicaSettings) -> None:

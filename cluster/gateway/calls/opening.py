@@ -27,6 +27,9 @@ from cluster.observe.metrics import Metrics
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.policy import TenantPolicy
 
+MAX_PARSING_CHARS = 4 << 20
+"""Upper bound on the parser requests of all outputs of a call together, which may travel on one link at once."""
+
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
     from cluster.gateway.resume_tokens.resumption import ResumeService
@@ -196,12 +199,19 @@ def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> Ou
     """Return how the worker is to parse the output of a call; None if there is nothing to parse.
 
     A call that may call tools is parsed, and a chat with a model that has a parser of reasoning. While a model has no
-    worker, its parsers are unknown, and every chat is parsed; a worker without a parser ignores that."""
+    worker, its parsers are unknown, and every chat is parsed; a worker without a parser ignores that. Raises CallError
+    for tools that are too long for the number of outputs."""
     output = request.output
     if not output.parser_request:
         return None
     if not output.needs_tools and model.links and not model.has_parser(REASONING_PARSER):
         return None
+    if (size := request.options.n * len(output.parser_request)) > MAX_PARSING_CHARS:
+        raise invalid(
+            "n",
+            f"the tools are sent for each of n outputs, {size} characters in all; at most {MAX_PARSING_CHARS} are "
+            "allowed: lower n or shorten the tools",
+        )
     return OutputParsing(output.parser_request, request.options.stop, output.is_whole, output.needs_tools)
 
 

@@ -24,6 +24,7 @@ from jinja2.sandbox import safe_range
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.text.content_format import takes_parts
+from cluster.gateway.text.control_tokens import ControlTokens
 from cluster.gateway.text.conversation import conversation
 from cluster.gateway.text.template_guard import (
     MAX_RENDER_S,
@@ -106,15 +107,18 @@ class ChatTemplate:
         sources: Mapping[str, str],
         *,
         special_tokens: Mapping[str, str] | None = None,
+        control_tokens: ControlTokens | None = None,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """`sources`: the Jinja text of each template by name; a single template has the name `default`.
-        `special_tokens`: the text of each special token by name, such as bos_token.
+        `special_tokens`: the text of each special token by name, such as bos_token. `control_tokens`: tokens that are
+        escaped in texts of users, tools and documents; None if no tokens are.
 
         A template that does not compile raises its error in `render`, so that the model can still serve completions.
         """
         environment = _environment(now)
         self._special_tokens = dict(special_tokens or {})
+        self._control_tokens = control_tokens
         self._sources = dict(sources)
         self._compiled: dict[str, _Compiled | str] = {}
         for name, source in sources.items():
@@ -141,21 +145,25 @@ class ChatTemplate:
         """Return the text of the prompt, special tokens included.
 
         `tools`: None and an empty list are equivalent. Documents are the template argument of that name.
-        `continue_final_message`: leave the last message open; no
-        generation prompt is added then. Raises CallError: INVALID_FIELD on `messages` with the error text of the
-        template, or UNSUPPORTED_FEATURE if the model has no usable template.
+        `continue_final_message`: leave the last message open; no generation prompt is added then. Raises CallError:
+        INVALID_FIELD on `messages` with the error text of the template, or UNSUPPORTED_FEATURE if the model has no
+        usable template.
         """
         if not messages:
             raise invalid("messages", "at least one message is needed")
         tools = list(tools) if tools else None
         compiled = self._template(self._name_for(tools))
         messages = conversation(messages, in_parts=compiled.takes_parts, knows_developer=compiled.knows_developer)
+        arguments = dict(_checked(template_kwargs or {}))
+        if self._control_tokens is not None:
+            messages = self._control_tokens.in_messages(messages)
+            arguments |= {"documents": self._control_tokens.in_documents(arguments.get("documents"))}
         if continue_final_message:
             messages = _marked(messages)
         variables = {
             "range": _bounded_range(),
             **self._special_tokens,
-            **_checked(template_kwargs or {}),
+            **arguments,
             "messages": messages,
             "tools": tools,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,

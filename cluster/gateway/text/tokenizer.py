@@ -23,13 +23,14 @@ from tokenizers import Tokenizer
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.calls.request import PackedPrompt, TextPrompt, too_long
 from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
+from cluster.gateway.text.control_tokens import ControlTokens
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.expressions import expressions_of, may_explode
 from cluster.gateway.text.output_texts import OutputTexts
 from cluster.gateway.text.template import ChatTemplate
 from cluster.gateway.text.tokenizer_json import read_tokenizer
 from cluster.gateway.text.word_encoder import WordEncoder
-from cluster.wire.bundle import Bundle
+from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, Bundle
 
 if TYPE_CHECKING:
     from cluster.gateway.text.reach import Reach
@@ -140,7 +141,12 @@ class TextModel:
         special = {name: str(config[name]) for name in SPECIAL_TOKEN_NAMES if config.get(name) is not None}
         return cls(
             tokenizer,
-            ChatTemplate(_template_sources(bundle), special_tokens=special, now=now),
+            ChatTemplate(
+                _template_sources(bundle),
+                special_tokens=special,
+                control_tokens=_control_tokens(config),
+                now=now,
+            ),
             config=config,
             generation_config=_json(bundle, "generation_config.json"),
             model_config=_json(bundle, "config.json"),
@@ -344,6 +350,11 @@ def _template_sources(bundle: Bundle) -> dict[str, str]:
         elif name.startswith("chat_template.") and name.endswith(".jinja"):
             sources[name.removeprefix("chat_template.").removesuffix(".jinja")] = content.decode()
     return sources
+
+
+def _control_tokens(config: Mapping[str, Any]) -> ControlTokens | None:
+    tokens = config.get(ESCAPED_TOKENS)
+    return ControlTokens(tokens, config[ESCAPE_SEPARATOR]) if tokens else None
 
 
 def _eos_ids(tokenizer: Tokenizer, config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:

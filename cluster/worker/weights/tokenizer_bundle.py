@@ -10,34 +10,61 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.wire.bundle import Bundle
+from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, Bundle
 from cluster.worker.weights.vocabulary import check_vocabulary, load_tokenizer, read_json
 
 CONFIG_FIELDS = ("model_type", "architectures", "vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings")
+SEPARATORS = (" ", "\u200b", "\u2060")
+"""Characters that may be put into a control token to escape it. The first that no control token contains is used."""
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def build_bundle(folder: Path, *, trust_remote_code: bool = False) -> Bundle:
+def build_bundle(folder: Path, *, trust_remote_code: bool = False, escapes_control_tokens: bool = False) -> Bundle:
     """Return the bundle of the model in `folder`. Equal folders give equal digests.
 
+    `escapes_control_tokens`: whether gateways escape control tokens in contents (gateway/text/control_tokens.py).
+
     Raises ValueError if the folder has no tokenizer, a tokenizer without a fast (tokenizer.json) form, a tokenizer with
-    ids that the model does not have, or a chat template whose name is not a valid file name.
+    ids that the model does not have, control tokens that cannot be escaped, or a chat template whose name is not a
+    valid file name.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     beyond = check_vocabulary(folder, tokenizer)
+    escapes = (
+        escaping(tokenizer.backend_tokenizer.get_added_tokens_decoder().values()) if escapes_control_tokens else {}
+    )
     files = {
         "tokenizer.json": _backend_json(tokenizer, beyond).encode(),
-        "tokenizer_config.json": _dump(_tokenizer_config(tokenizer, beyond)),
+        "tokenizer_config.json": _dump(_tokenizer_config(tokenizer, beyond) | escapes),
         "generation_config.json": _dump(read_json(folder / "generation_config.json")),
         "config.json": _dump(_model_config(folder)),
     }
     for name, source in _templates(tokenizer).items():
         files["chat_template.jinja" if name == "default" else f"chat_template.{name}.jinja"] = source.encode()
     return Bundle(files)
+
+
+def escaping(added: Iterable[Any]) -> dict[str, Any]:
+    """Return the entries of tokenizer_config.json for escapes. `added`: the tokenizer's `tokenizers.AddedToken`s.
+
+    Control tokens are the special tokens, and tokens in brackets such as `<tool_call>`. A token of one character is
+    left out, since it cannot be divided. Raises ValueError for a token that is searched in normalized text, where the
+    normalizer could undo an escape, and for tokens that contain all separators.
+    """
+    control = [token for token in added if token.special or token.content[:1] + token.content[-1:] in ("<>", "[]")]
+    if token := next((token for token in control if token.normalized), None):
+        raise ValueError(
+            f"control_tokens_in_content: the tokenizer normalizes texts before {token.content!r}: use keep"
+        )
+    texts = sorted({token.content for token in control if len(token.content) > 1})
+    free = [separator for separator in SEPARATORS if not any(separator in text for text in texts)]
+    if not free:
+        raise ValueError("control_tokens_in_content: every separator is part of a control token: use keep")
+    return {ESCAPED_TOKENS: texts, ESCAPE_SEPARATOR: free[0]}
 
 
 def _backend_json(tokenizer: Any, beyond: frozenset[int]) -> str:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from cluster.api.outcomes import CallError
-from cluster.api.ports import Engine
-from cluster.api.types import EngineRequest, OutputParsing
+from cluster.api.types import OutputParsing
 from cluster.gateway.apis import bodies
 from cluster.gateway.apis.body_parser import BodyReader
 from cluster.gateway.apis.grpc import requests as grpc_requests
 from cluster.gateway.apis.openai.fields import read_object
 from cluster.gateway.apis.openai.requests import parse_chat
+from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.request import ChatPrompt, GenerationRequest, PackedPrompt
 from cluster.gateway.calls.tools import MAX_TOOLS_BYTES
 from cluster.gateway.scheduling.submission import MAX_SUBMIT_BYTES
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
-from cluster.worker.engine.simulated.engine import SimEngine
 from tests.support.calls import chat, complete, refused
-from tests.support.cluster import TestCluster, sim_engine
+from tests.support.cluster import TestCluster, sim_engine, until
 from tests.support.http import chat_body
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "child": {"$ref": "#"}}}
@@ -237,32 +236,22 @@ def test_dense_schemas_are_not_parsed_on_the_event_loop() -> None:
         assert bodies._is_small_message(pb.ChatRequest, request.SerializeToString()) == small
 
 
-@dataclass
-class RecordingEngine:
-    """A simulated engine that keeps the parsing options of all requests."""
-
-    inner: SimEngine
-    parsings: list[OutputParsing | None] = field(default_factory=list)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    async def submit(self, request: EngineRequest) -> None:
-        """See Engine."""
-        self.parsings.append(request.parsing)
-        await self.inner.submit(request)
-
-
-async def add_worker(
-    cluster: TestCluster, checkpoint: Path, bundle: Bundle, *parsers: str, **parameters: int
-) -> RecordingEngine:
-    """Link a worker with these parsers in its capabilities. `parameters`: of the simulated engine."""
-    inner = sim_engine(checkpoint, **parameters)
-    info = await inner.start()
-    engine = RecordingEngine(inner)
+async def add_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle, *parsers: str, **parameters: int) -> str:
+    """Link a worker with these parsers in its capabilities, and return its incarnation. `parameters`: of the simulated
+    engine."""
+    engine = sim_engine(checkpoint, **parameters)
+    info = await engine.start()
     told = replace(info, capabilities=(*info.capabilities, *parsers))
-    await cluster.add_worker(cast(Engine, engine), bundle, info=told)
-    return engine
+    worker = await cluster.add_worker(engine, bundle, info=told)
+    return worker.identity.incarnation
+
+
+async def opened(cluster: TestCluster, request: GenerationRequest) -> tuple[OutputParsing | None, str]:
+    """Open a call. Returns its parsing options and the worker that it was sent to."""
+    async with cluster.gateway.service.open(request, CallMeta("id", "grpc")) as call:
+        sequence = call.sequences[0]
+        await until(lambda: bool(sequence.last_worker), "it is sent")
+        return sequence.request.parsing, sequence.last_worker
 
 
 async def test_a_call_with_tools_goes_to_a_worker_with_a_parser(
@@ -270,23 +259,19 @@ async def test_a_call_with_tools_goes_to_a_worker_with_a_parser(
 ) -> None:
     """Without a worker with a parser, a call with tools is refused at once. With one, it goes there, with the parser
     request and the stop strings; other chats are not parsed."""
-    plain = await add_worker(cluster, checkpoint, bundle)
-    asked: dict[str, Any] = {"tools": PB_TOOLS, "stop": ["never so"]}
-    answer = await refused(cluster.stub.Chat(chat(**asked)))
+    await add_worker(cluster, checkpoint, bundle)
+    asked = chat(tools=PB_TOOLS, stop=["never so"])
+    answer = await refused(cluster.stub.Chat(asked))
     assert (answer.reason, answer.fields) == ("UNSUPPORTED_FEATURE", ["tools"])
     assert "tool_call_parser" in answer.message
     await cluster.stub.Chat(chat(tools=PB_TOOLS, tool_choice=pb.ToolChoice(mode="none")))
     parses = await add_worker(cluster, checkpoint, bundle, "tools:hermes")
-    for _ in range(4):
-        await cluster.stub.Chat(chat(**asked))
-        async for _chunk in cluster.stub.StreamChat(chat(**asked)):
-            pass
-        await cluster.stub.Chat(chat())
-        await cluster.stub.Complete(complete(stop=["never so"]))
-    request = grpc_requests.parse_chat(chat(**asked)).output.parser_request
-    with_tools = [parsing for parsing in parses.parsings if parsing is not None]
-    assert with_tools == [OutputParsing(request, ("never so",), whole, True) for whole in (True, False)] * 4
-    assert not any(plain.parsings)
+    for is_whole in (True, False) * 3:
+        request = grpc_requests.parse_chat(asked, is_whole)
+        expected = OutputParsing(request.output.parser_request, ("never so",), is_whole, True)
+        assert await opened(cluster, request) == (expected, parses)
+        for plain in (grpc_requests.parse_chat(chat()), grpc_requests.parse_complete(complete(stop=["never so"]))):
+            assert (await opened(cluster, plain))[0] is None
     await cluster.until_idle()
 
 
@@ -294,29 +279,24 @@ async def test_a_chat_is_parsed_where_a_worker_parses_reasoning(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
     """If a worker of the model has a parser of reasoning, all chats are parsed, and completions are not."""
-    engine = await add_worker(cluster, checkpoint, bundle, "reasoning:qwen3")
-    await cluster.stub.Chat(chat(max_reasoning_tokens=5))
-    await cluster.stub.Complete(complete())
-    parsing, of_completion = engine.parsings
-    assert of_completion is None
-    assert parsing == OutputParsing(grpc_requests.parse_chat(chat()).output.parser_request, is_whole=True)
+    await add_worker(cluster, checkpoint, bundle, "reasoning:qwen3")
+    request = grpc_requests.parse_whole_chat(chat(max_reasoning_tokens=5))
+    parsing, _ = await opened(cluster, request)
+    assert parsing == OutputParsing(request.output.parser_request, is_whole=True)
+    assert (await opened(cluster, grpc_requests.parse_complete(complete())))[0] is None
     await cluster.until_idle()
 
 
-async def test_large_tools_reach_the_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The tools do not count against the bound on a request beside its prompt."""
-    engine = await add_worker(
-        cluster,
-        checkpoint,
-        bundle,
-        "tools:hermes",
-        max_model_len=300_000,
-        kv_blocks=20_000,
-        prefill_tokens_per_s=10**9,
-        max_num_batched_tokens=200_000,
-    )
-    await cluster.stub.Chat(chat(tools=[pb.Tool(name="f", description="y" * 2 * MAX_SUBMIT_BYTES)]))
-    (parsing,) = engine.parsings
+async def test_large_tools_can_be_sent(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """The tools do not count against the bound on a request beside its prompt. They are sent for each output, so their
+    size bounds the number of outputs."""
+    parameters = {"max_model_len": 300_000, "kv_blocks": 20_000, "max_num_batched_tokens": 300_000}
+    worker = await add_worker(cluster, checkpoint, bundle, "tools:hermes", **parameters)
+    tools = [pb.Tool(name="f", description="y" * 2 * MAX_SUBMIT_BYTES)]
+    parsing, sent_to = await opened(cluster, grpc_requests.parse_chat(chat(tools=tools)))
     assert parsing is not None
     assert len(parsing.request) > 2 * MAX_SUBMIT_BYTES
+    assert sent_to == worker
+    answer = await refused(cluster.stub.Chat(chat(tools=tools, n=21)))
+    assert answer.fields == ["n"]
     await cluster.until_idle()

@@ -190,7 +190,7 @@ def test_prompts_equal_vllms(kinds: dict[str, Kind], name: str) -> None:
     assert rendered >= 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(BODIES)
 def test_any_body_gives_vllms_prompt(kinds: dict[str, Kind], body: dict[str, Any]) -> None:
     """For any body, every template gives vLLM's prompt, or both fail. Three of the templates show all that they get."""

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
-from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
+from cluster.api.outcomes import CallError, Outcome, invalid, quoted
 from cluster.api.types import Grammar
-from cluster.gateway.apis.json_values import parse
+from cluster.gateway.apis.grpc.messages import (
+    check_count,
+    check_messages,
+    choice_of,
+    json_object,
+    messages_of,
+    tools_of,
+    unsupported,
+)
 from cluster.gateway.apis.request_ids import request_id, traceparent
 from cluster.gateway.calls.request import (
     DEFAULT_COMPLETE_TOKENS,
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
-    MAX_MESSAGES,
     MAX_METADATA,
     MAX_NAME_CHARS,
     MAX_STOP_STRINGS,
@@ -30,19 +37,7 @@ from cluster.gateway.calls.request import (
     ResumeFrom,
     TextPrompt,
 )
-from cluster.gateway.calls.tools import (
-    MAX_TOOLS,
-    MAX_TOOLS_BYTES,
-    ToolChoice,
-    call_arguments,
-    check_choice,
-    check_effort,
-    check_tools,
-    function_tool,
-    named_choice,
-    output_options,
-    template_arguments,
-)
+from cluster.gateway.calls.tools import check_effort, output_options, template_arguments
 from cluster.v1 import inference_pb2 as pb
 
 MAX_BATCHED_REQUESTS = 1000
@@ -50,16 +45,6 @@ MAX_BATCHED_REQUESTS = 1000
 MAX_PAGE_TOKEN = 8192
 MAX_SMALL_BYTES = 65_536
 """Upper bound in bytes on a request with an `only_field`. A longer request is refused before it is parsed."""
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-def unsupported(field: str, what: str) -> CallError:
-    """Return the error for a known field that this release does not support."""
-    return CallError(
-        Outcome.UNSUPPORTED_FEATURE,
-        f"{field}: {what} not in this release; leave it out",
-        violations=[Violation(field, "not supported")],
-    )
 
 
 def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
@@ -75,16 +60,16 @@ def parse_chat(request: pb.ChatRequest, is_whole: bool = False) -> GenerationReq
     check_name(request.model)
     given = _given(request)
     options = _options(given)
-    _check_messages(request.messages)
+    check_messages(request.messages)
     check_effort(request.reasoning_effort)
-    tools = _tools(request.tools)
-    choice = _choice(request.tool_choice, tools)
+    tools = tools_of(request.tools)
+    choice = choice_of(request.tool_choice, tools)
     text = request.chat_template_kwargs_json
     arguments = template_arguments(
-        _json_object("chat_template_kwargs_json", text) if text else {}, request.reasoning_effort
+        json_object("chat_template_kwargs_json", text) if text else {}, request.reasoning_effort
     )
     resumes = request.continue_final_message
-    prompt = ChatPrompt(_messages(request.messages), arguments, continue_final_message=resumes, tools=tools)
+    prompt = ChatPrompt(messages_of(request.messages), arguments, continue_final_message=resumes, tools=tools)
     output = output_options(
         prompt,
         choice,
@@ -207,8 +192,8 @@ def tokenize_call(request: pb.TokenizeRequest) -> TokenizeCall:
         if request.tools:
             raise invalid("tools", "need messages: give messages instead of text")
         return TokenizeCall(request.model, TextPrompt(request.text))
-    _check_messages(request.messages)
-    prompt = ChatPrompt(_messages(request.messages), tools=_tools(request.tools))
+    check_messages(request.messages)
+    prompt = ChatPrompt(messages_of(request.messages), tools=tools_of(request.tools))
     return TokenizeCall(request.model, prompt)
 
 
@@ -291,17 +276,6 @@ READ: Mapping[str, RequestReader] = {
 }
 
 
-def _check_messages(messages: Sequence[pb.Message]) -> None:
-    if not messages:
-        raise invalid("messages", "must not be empty")
-    if len(messages) > MAX_MESSAGES:
-        raise invalid("messages", f"at most {MAX_MESSAGES} messages, got {len(messages)}")
-
-
-def _messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
-    return [_message(i, message) for i, message in enumerate(messages)]
-
-
 def options_of(request: pb.ChatRequest | pb.CompleteRequest) -> RequestOptions:
     """Parse the sampling options of a request. Raises CallError."""
     return _options(_given(request))
@@ -356,14 +330,9 @@ def _check_counts(given: Mapping[str, Any]) -> None:
     """Check the lengths of list fields before the elements are read. Raises CallError."""
     for name, most, what in _COUNTED:
         if name in given:
-            _check_count(name, given[name], most, what)
+            check_count(name, given[name], most, what)
     if "response_format" in given:
-        _check_count("response_format.choice", given["response_format"].choice, MAX_CHOICES, "strings")
-
-
-def _check_count(name: str, values: Sized, most: int, what: str) -> None:
-    if len(values) > most:
-        raise invalid(name, f"at most {most} {what}, got {len(values)}")
+        check_count("response_format.choice", given["response_format"].choice, MAX_CHOICES, "strings")
 
 
 def _grammar(f: pb.ResponseFormat) -> Grammar | None:
@@ -373,7 +342,7 @@ def _grammar(f: pb.ResponseFormat) -> Grammar | None:
         case "json_object":
             return Grammar("json_object", "")
         case "json_schema":
-            _json_object("response_format.json_schema", f.json_schema)
+            json_object("response_format.json_schema", f.json_schema)
             return Grammar("json_schema", f.json_schema)
         case "regex":
             return Grammar("regex", f.regex)
@@ -384,86 +353,3 @@ def _grammar(f: pb.ResponseFormat) -> Grammar | None:
         case other:
             known = "text, json_object, json_schema, regex, choice or grammar"
             raise invalid("response_format.type", f"must be {known}, got {quoted(other)}")
-
-
-def _json_object(field: str, text: str) -> dict[str, Any]:
-    value = parse(field, text)
-    if not isinstance(value, dict):
-        raise invalid(field, "must be a JSON object")
-    return value
-
-
-def _message(index: int, message: pb.Message) -> dict[str, Any]:
-    role, content = message.role, message.content
-    if role not in ROLES:
-        raise invalid(f"messages[{index}].role", f"must be one of {', '.join(ROLES)}; got {quoted(role)}")
-    out: dict[str, Any] = {"role": role, "content": content}
-    at = f"messages[{index}]"
-    if message.parts:
-        if content:
-            raise invalid(f"{at}.parts", "give either content or parts, not both")
-        out["content"] = _text_parts(at, message.parts)
-    if role == "assistant":
-        if message.tool_calls:
-            out["tool_calls"] = _tool_calls(at, message.tool_calls)
-            out["content"] = out["content"] or None  # as OpenAI's clients send it
-        if message.reasoning_content:
-            out["reasoning"] = out["reasoning_content"] = message.reasoning_content
-    elif role == "tool" and message.tool_call_id:
-        out["tool_call_id"] = message.tool_call_id
-    if message.name:
-        out["name"] = message.name
-    return out
-
-
-def _text_parts(at: str, parts: Sequence[pb.ContentPart]) -> list[dict[str, str]]:
-    if len(parts) > MAX_MESSAGES:
-        raise invalid(f"{at}.parts", f"at most {MAX_MESSAGES} parts, got {len(parts)}")
-    texts = []
-    for i, part in enumerate(parts):
-        kind = part.WhichOneof("part")
-        if kind == "image":
-            raise unsupported(f"{at}.parts[{i}].image", "images are")
-        if kind is None:
-            raise invalid(f"{at}.parts[{i}]", "is empty; give text")
-        texts.append({"type": "text", "text": part.text})
-    return texts
-
-
-def _tool_calls(at: str, calls: Sequence[pb.ToolCall]) -> list[dict[str, Any]]:
-    """Return the tool calls of a message, with their fields in the order in which vLLM passes them to a template."""
-    if len(calls) > MAX_MESSAGES:
-        raise invalid(f"{at}.tool_calls", f"at most {MAX_MESSAGES} tool calls, got {len(calls)}")
-    out = []
-    for i, call in enumerate(calls):
-        arguments = call_arguments(f"{at}.tool_calls[{i}].arguments", call.arguments)
-        out.append({"id": call.id, "function": {"arguments": arguments, "name": call.name}, "type": "function"})
-    return out
-
-
-def _tools(tools: Sequence[pb.Tool]) -> list[dict[str, Any]]:
-    """Return the tools of a request in the form of ChatPrompt.tools. Raises CallError."""
-    _check_count("tools", tools, MAX_TOOLS, "tools")
-    if (size := sum(len(tool.parameters_json) for tool in tools)) > MAX_TOOLS_BYTES:
-        raise invalid("tools", f"have {size} characters of schemas; at most {MAX_TOOLS_BYTES} are allowed: send less")
-    out = []
-    for i, tool in enumerate(tools):
-        text = tool.parameters_json
-        parameters = _json_object(f"tools[{i}].parameters_json", text) if text else None
-        strict = tool.strict if tool.HasField("strict") else None
-        out.append(function_tool(tool.name, tool.description or None, parameters, strict))
-    check_tools("tools", out, inner="")
-    return out
-
-
-def _choice(choice: pb.ToolChoice, tools: Sequence[Mapping[str, Any]]) -> ToolChoice:
-    """Return the tool choice. The default is `auto` with tools and `none` without. Raises CallError."""
-    match choice.mode:
-        case "":
-            return "auto" if tools else "none"
-        case "function":
-            found = named_choice(choice.name)
-        case mode:
-            found = mode
-    check_choice(tools, found, "tool_choice.name" if choice.mode == "function" else "tool_choice.mode")
-    return found
