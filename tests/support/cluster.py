@@ -23,6 +23,7 @@ from cluster.wire.tls import TlsFiles
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.parsing.model_parser import with_parsers
 from cluster.worker.parsing.output_parser import OutputParser
+from cluster.worker.parsing.port import OutputParsers
 from cluster.worker.session import WorkerSession
 from cluster.worker.weights.tokenizer_bundle import build_bundle
 
@@ -95,13 +96,14 @@ class TestCluster:
         weight_digest: str = "",
         pod: str = "",
         host: str = "",
-        parser: OutputParser | None = None,
+        parser: OutputParsers | None = None,
     ) -> Worker:
         """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs."""
         number = next(_numbers)
         if info is None:
             info = await engine.start()
-        info = with_parsers(info, parser)
+        if isinstance(parser, OutputParser):
+            info = with_parsers(info, parser)
         identity = WorkerIdentity(
             worker_id=f"{model}-w{number}",
             incarnation=f"i{number}",
