@@ -7,7 +7,14 @@ from typing import Any
 
 from cluster.worker.parsing.wire import GrammarText
 
-FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning_effort")
+FIELDS = (
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "chat_template_kwargs",
+    "reasoning_effort",
+    "include_reasoning",
+)
 """Fields of OutputParsing.request that are passed to vLLM. The others do not change vLLM's parsers."""
 MAX_MESSAGE = 500
 """Greatest number of characters kept of vLLM's error messages, which can repeat the whole request."""
@@ -124,8 +131,11 @@ def changed_grammar(request: Any, before: Any) -> GrammarText | None:
 
 
 def reasoning_ended(parser: Any, request: Any, prompt: list[int]) -> bool | None:
-    """Return whether the reasoning has ended before the output begins, as vLLM's server tells its engine."""
-    if request._grammar_from_parser:  # the grammar itself has a rule for the reasoning
+    """Return whether the reasoning has ended before the output begins, as vLLM's server tells its engine.
+
+    A grammar holds from the first token if the caller wants no reasoning, or has a rule for the reasoning itself.
+    """
+    if not request.include_reasoning or request._grammar_from_parser:
         return True
     return None if parser.reasoning_parser is None else bool(parser.is_reasoning_end(prompt))
 

@@ -79,6 +79,7 @@ class ParserKit:
             ended = reasoning_ended(parser, request, wire.unpack_ids(opening.prompt))
         if not self.streams and may_call_tools(request):
             opening = msgspec.structs.replace(opening, is_whole=True)
+        request.include_reasoning = True  # the gateway hides the reasoning, and its guards read it
         session = ParserSession(
             opening, self.tokenizer, parser, request, Coalescing(self.long_call), working, self.replays_together
         )
@@ -149,12 +150,15 @@ def kit_of(tokenizer: Any, settings: KitSettings) -> ParserKit:
         from vllm.reasoning import ReasoningParserManager
 
         ReasoningParserManager.import_reasoning_parser(settings.plugin)
+    is_harmony = "openai" in names.tools or "gptoss" in names.reasoning
     try:
+        if is_harmony:
+            _load_harmony()
         parser_class = ParserManager.get_parser(
             tool_parser_name=names.tools or None,
             reasoning_parser_name=names.reasoning or None,
             enable_auto_tools=bool(names.tools),
-            is_harmony=names.tools == "openai" or names.reasoning == "openai_gptoss",
+            is_harmony=is_harmony,
             tokenizer=tokenizer,
         )
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
@@ -168,6 +172,20 @@ def kit_of(tokenizer: Any, settings: KitSettings) -> ParserKit:
         replays_together=names.tools in REPLAYED_TOGETHER,
         streams=names.tools not in NOT_STREAMING,
     )
+
+
+def _load_harmony() -> None:
+    """Load the vocabulary of the harmony format. Raises ValueError if that is impossible.
+
+    vLLM loads it with the first request, which would then fail.
+    """
+    from vllm.entrypoints.openai.parser.harmony_utils import get_encoding
+
+    try:
+        get_encoding()
+    except Exception as error:  # HarmonyError and others: no network, or a wrong file
+        why = "set TIKTOKEN_ENCODINGS_BASE to a folder that has o200k_base.tiktoken"
+        raise ValueError(f"the harmony vocabulary cannot be loaded: {error}; {why}") from error
 
 
 def _keys(names: ParserNames) -> str:

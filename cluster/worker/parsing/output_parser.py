@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
-from cluster.api.types import EngineRequest, Grammar, OutputParsing, TokenOutput
+from cluster.api.types import EngineRequest, OutputParsing, TokenOutput
 from cluster.worker.parsing import wire
+from cluster.worker.parsing.connection import Connection
 from cluster.worker.parsing.hangs import HangWatch
+from cluster.worker.parsing.opened_request import refused, with_grammar
 from cluster.worker.parsing.parser_process import ParserHost
 from cluster.worker.parsing.port import ParserNames, refuse_tools
 from cluster.worker.parsing.sessions import SessionRecord, failed
@@ -26,8 +28,6 @@ log = structlog.get_logger("parser")
 
 MAX_REQUEST_BYTES = 2 << 20
 """Greatest size of OutputParsing.request, which has the tools."""
-MAX_GRAMMAR_BYTES = 256 << 10
-"""Greatest size of a grammar that a parser makes of tools."""
 MAX_DEATHS = 2
 """Number of processes that may end while they work on a session, before the session fails."""
 RESTART_S = 1.0
@@ -40,20 +40,6 @@ CHECK_S = 0.25
 
 class _Hung(Exception):
     """The process works on one session for too long."""
-
-
-@dataclass(slots=True)
-class _Connection:
-    """A connected parser process. `is_ready`: whether it has loaded its parsers."""
-
-    host: ParserHost
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    is_ready: bool = False
-
-    def send(self, message: wire.Request) -> None:
-        """Send a message. It is buffered if the process does not read."""
-        self.writer.write(wire.encode(message))
 
 
 class OutputParser:
@@ -72,7 +58,7 @@ class OutputParser:
         self._numbers: dict[str, int] = {}
         self._sessions: dict[int, SessionRecord] = {}
         self._last = 0
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._done: list[TokenOutput] = []
         self._has_done = asyncio.Event()
         self.replaced = 0
@@ -95,13 +81,13 @@ class OutputParser:
         if not parsing.needs_tools and self.names.leave_text_unchanged:
             return replace(request, parsing=None)
         if len(parsing.request.encode(errors="replace")) > MAX_REQUEST_BYTES:
-            raise _refused("tools", f"at most {MAX_REQUEST_BYTES} bytes with the other fields for the parser")
+            raise refused("tools", f"at most {MAX_REQUEST_BYTES} bytes with the other fields for the parser")
         record = self._new_record(request, parsing)
         try:
             async with asyncio.timeout(OPEN_S):
                 opened = await record.opened
             if opened.error:
-                raise _refused(opened.field or "tools", opened.error)
+                raise refused(opened.field, opened.error)
             return with_grammar(request, opened)
         except TimeoutError:
             self.close(request.request_id)
@@ -174,10 +160,9 @@ class OutputParser:
     async def _run_process(self) -> bool:
         """Run one process until it ends. Returns whether it was ready."""
         host = await asyncio.to_thread(self._start)
-        connection: _Connection | None = None
+        connection: Connection | None = None
         try:
-            reader, writer = await asyncio.open_connection(sock=host.connection)
-            connection = self._connection = _Connection(host, reader, writer)
+            connection = self._connection = await Connection.open(host)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read(connection))
                 group.create_task(self._check(host))
@@ -188,21 +173,16 @@ class OutputParser:
         finally:
             self._connection = None
             if connection is not None:
-                connection.writer.close()
+                connection.close()
             await asyncio.shield(asyncio.to_thread(host.kill))
             self._record_death(host)
         return connection is not None and connection.is_ready
 
-    async def _read(self, connection: _Connection) -> None:
-        reader = connection.reader
+    async def _read(self, connection: Connection) -> None:
         while True:
-            head = await reader.readexactly(wire.LENGTH.size)
-            (size,) = wire.LENGTH.unpack(head)
-            if size > wire.MAX_MESSAGE_BYTES:
-                raise EOFError(f"a message of {size} bytes")
-            self._apply(connection, wire.decode_reply(await reader.readexactly(size)))
+            self._apply(connection, await connection.receive())
 
-    def _apply(self, connection: _Connection, reply: wire.Reply) -> None:
+    def _apply(self, connection: Connection, reply: wire.Reply) -> None:
         match reply:
             case wire.ParsedStep():
                 self._apply_parsed(reply.items)
@@ -214,10 +194,17 @@ class OutputParser:
                     self._fail(record, reply.error)
             case wire.Ready():
                 if reply.error:
+                    self._refuse_all(f"the worker's output parser does not start: {reply.error}")
                     raise EOFError(reply.error)
                 self._begin_sessions(connection)
 
-    def _begin_sessions(self, connection: _Connection) -> None:
+    def _refuse_all(self, reason: str) -> None:
+        """Refuse the requests that wait for their session."""
+        for record in self._sessions.values():
+            if not record.opened.done():
+                record.opened.set_result(wire.Opened(record.number, error=reason))
+
+    def _begin_sessions(self, connection: Connection) -> None:
         """Begin all sessions in a new process, and send the outputs that are not answered."""
         connection.is_ready = True
         for record in self._sessions.values():
@@ -264,25 +251,3 @@ class OutputParser:
                 if record is not None:
                     self._fail(record, "the parse takes too long")
                 raise _Hung
-
-
-def _refused(field: str, reason: str) -> EngineRefused:
-    return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {reason}", field)
-
-
-def with_grammar(request: EngineRequest, opened: wire.Opened) -> EngineRequest:
-    """Return a request with the grammar of its session, and with the place where the grammar begins.
-
-    Raises EngineRefused for a grammar that is too large.
-    """
-    sampling, text = request.sampling, opened.grammar
-    grammar = sampling.grammar
-    if text is not None:
-        if len(text.value) > MAX_GRAMMAR_BYTES:
-            limit = f"at most {MAX_GRAMMAR_BYTES} bytes as a grammar, got {len(text.value)}"
-            raise _refused("tools", f"{limit}: send fewer or smaller strict tools, or tool_choice auto without strict")
-        grammar = Grammar(text.kind, text.values if text.kind == "choice" else text.value, field="tools")
-    if grammar is None:
-        return request
-    grammar = replace(grammar, reasoning_ended=opened.reasoning_ended, template_kwargs=opened.template_kwargs)
-    return replace(request, sampling=replace(sampling, grammar=grammar))

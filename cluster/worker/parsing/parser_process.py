@@ -62,7 +62,9 @@ class Sessions:
             session, opened = self._kit.open(opening, lambda: self._progress.record(opening.number))
         except Exception as error:  # a parser's fault must end only its own request
             log.error("open_failed", error=_place(error))
-            return wire.Opened(opening.number, error=f"the parser failed: {type(error).__name__}")
+            return wire.Opened(
+                opening.number, error=f"the parser failed on them: {type(error).__name__}", field="tools"
+            )
         finally:
             self._progress.record(NONE)
         if session is not None:

@@ -59,8 +59,8 @@ def faulty(kit: ParserKit) -> FaultyKit:
     return FaultyKit(kit.tokenizer, kit.parser_class, kit.long_call, kit.replays_together, kit.streams)
 
 
-def thread_host(kit: ParserKit) -> ParserHost:
-    """Start a parser in a thread."""
+def thread_host(kit: ParserKit | Callable[[], ParserKit]) -> ParserHost:
+    """Start a parser in a thread. `kit`: the kit, or a function that loads it."""
     ours, theirs = socket.socketpair()
     memory = new_memory()
     progress = Progress(os.dup(memory))
@@ -68,7 +68,7 @@ def thread_host(kit: ParserKit) -> ParserHost:
 
     def run() -> None:
         try:
-            serve(theirs, lambda: kit, child)
+            serve(theirs, kit if callable(kit) else lambda: kit, child)
         except OSError:
             return
 

@@ -16,11 +16,22 @@ from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
 from cluster.api.types import FinishReason, Grammar, ParsedOutput, Sampling, TokenOutput
 from cluster.worker.parsing.hangs import HangWatch
+from cluster.worker.parsing.kit import ParserKit
 from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.parsing.parser_process import ParserHost
 from cluster.worker.parsing.port import NoParsers, ParserNames
 from tests.worker.parsing.formats import FORMATS, Format, as_parts, encode
-from tests.worker.parsing.hosts import DIE, HANG, RAISE, Hosts, fork_host, outputs_of, parser_of, request_of
+from tests.worker.parsing.hosts import (
+    DIE,
+    HANG,
+    RAISE,
+    Hosts,
+    fork_host,
+    outputs_of,
+    parser_of,
+    request_of,
+    thread_host,
+)
 from tests.worker.parsing.test_sessions import prompt_ids
 
 pytestmark = pytest.mark.engine
@@ -217,6 +228,26 @@ async def test_a_parse_that_hangs_or_kills_the_process_fails_alone(folder: Path,
         assert got["bad"][-1].finish is FinishReason.ERROR
         assert parts_of(got["good"]) == expected
     assert len(hosts.started) >= 2
+
+
+def _raise() -> ParserKit:
+    raise ZeroDivisionError("no parsers")
+
+
+async def test_a_process_that_cannot_load_its_parsers_refuses_and_is_tried_again(folder: Path) -> None:
+    """Requests that wait for a process which cannot load its parsers are refused with the reason; the next process may
+    work."""
+
+    def broken(kit: ParserKit) -> ParserHost:
+        return thread_host(kit) if hosts.started else thread_host(_raise)
+
+    parser, hosts = parser_of(folder, ONLY_TOOLS, broken)
+    async with running(parser):
+        with pytest.raises(EngineRefused, match="ZeroDivisionError") as refused:
+            await parser.open(request_of(ONLY_TOOLS, "r", [1]))
+        assert refused.value.reason == Outcome.INTERNAL.name
+        assert parts_of(await parse(parser, ONLY_TOOLS, folder))
+    assert len(hosts.started) == 2
 
 
 async def test_no_process_remains(folder: Path) -> None:

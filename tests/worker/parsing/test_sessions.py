@@ -316,6 +316,8 @@ def test_a_forced_call_has_a_grammar_that_begins_after_the_reasoning(folder: Pat
     assert forced.reasoning_ended is False
     thought = [*prompt_ids(folder, form), *encode(folder, "</think>")]
     assert kit.open(opening(thought, tool_choice="required"))[1].reasoning_ended is True
+    hidden = opening(prompt_ids(folder, form), tool_choice="required", include_reasoning=False)
+    assert kit.open(hidden)[1].reasoning_ended is True
     assert kit.open(opening(thought))[1] == wire.Opened(1)
 
 

@@ -170,7 +170,7 @@ class VllmEngine:
             eos_token_ids=_eos_token_ids(config, path),
             installs=installs,
             resumes_seeds=resume.resumes_seeds(config, installs),
-            budgets=bool(config.reasoning_config is not None and config.reasoning_config.enabled),
+            budgets=bool(getattr(getattr(config, "reasoning_config", None), "enabled", False)),
             resumes_budgets=installs and resume.resumes_budgets(config),
         )
         return EngineInfo(

@@ -244,7 +244,7 @@ def sampling_params(request: EngineRequest, limits: RequestBounds) -> Any:
         flat_logprobs=sampling.logprobs is not None,
         ignore_eos=sampling.ignore_eos,
         structured_outputs=_structured_outputs(sampling.grammar) if sampling.grammar is not None else None,
-        thinking_token_budget=sampling.max_reasoning_tokens,
+        **_budget(sampling),
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         skip_clone=True,  # created for this request only
@@ -253,6 +253,11 @@ def sampling_params(request: EngineRequest, limits: RequestBounds) -> Any:
 
 def _structured_outputs(grammar: Grammar) -> Any:
     return structural_tag(grammar) if grammar.kind == STRUCTURAL_TAG else structured_outputs(grammar)
+
+
+def _budget(sampling: Sampling) -> dict[str, Any]:
+    """Return the argument for a budget of reasoning tokens, which not every release of vLLM has."""
+    return {} if sampling.max_reasoning_tokens is None else {"thinking_token_budget": sampling.max_reasoning_tokens}
 
 
 def reasoning_arguments(request: EngineRequest) -> dict[str, Any]:

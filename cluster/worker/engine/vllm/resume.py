@@ -101,7 +101,7 @@ def resumes_budgets(config: Any) -> bool:
     Both runners count the reasoning in prompt and output. But the V1 runner loses its place within an end of the
     reasoning that has several tokens.
     """
-    end = config.reasoning_config.reasoning_end_token_ids if config.reasoning_config is not None else None
+    end = getattr(getattr(config, "reasoning_config", None), "reasoning_end_token_ids", None)
     return bool(config.use_v2_model_runner) or len(end or ()) == 1
 
 

@@ -1,0 +1,38 @@
+"""The request that the engine gets: the caller's, with the grammar that the parser has made of its tools."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.api.outcomes import Outcome
+from cluster.api.ports import EngineRefused
+from cluster.api.types import EngineRequest, Grammar
+from cluster.worker.parsing import wire
+
+MAX_GRAMMAR_BYTES = 256 << 10
+"""Greatest size of a grammar that a parser makes of tools."""
+
+
+def refused(field: str, reason: str) -> EngineRefused:
+    """Return the refusal of a request, which is the caller's fault if it names a field."""
+    if not field:
+        return EngineRefused(Outcome.INTERNAL.name, reason)
+    return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {reason}", field)
+
+
+def with_grammar(request: EngineRequest, opened: wire.Opened) -> EngineRequest:
+    """Return a request with the grammar of its session, and with the place where the grammar begins.
+
+    Raises EngineRefused for a grammar that is too large.
+    """
+    sampling, text = request.sampling, opened.grammar
+    grammar = sampling.grammar
+    if text is not None:
+        if len(text.value) > MAX_GRAMMAR_BYTES:
+            limit = f"at most {MAX_GRAMMAR_BYTES} bytes as a grammar, got {len(text.value)}"
+            raise refused("tools", f"{limit}: send fewer or smaller strict tools, or tool_choice auto without strict")
+        grammar = Grammar(text.kind, text.values if text.kind == "choice" else text.value, field="tools")
+    if grammar is None:
+        return request
+    grammar = replace(grammar, reasoning_ended=opened.reasoning_ended, template_kwargs=opened.template_kwargs)
+    return replace(request, sampling=replace(sampling, grammar=grammar))
