@@ -62,7 +62,8 @@ def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), 
     """End every process of the cluster except `keep`, and return the number of processes that were found.
 
     Each process gets SIGTERM, and after `grace_s` seconds SIGKILL. This repeats until no process is left, so that
-    processes started meanwhile end too. Then the shared memory and the socket folders of the ended engines are removed.
+    processes started meanwhile end too. Then the shared memory, semaphores and socket folders of the ended engines are
+    removed.
     """
     exempt = frozenset(keep)
     seen: set[int] = set()
@@ -71,15 +72,14 @@ def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), 
     give_up_at = kill_at + 5.0
     while (pids := find(instance, folder) - exempt) and time.monotonic() < give_up_at:
         kill_now = time.monotonic() >= kill_at
-        blocks = blocks.union(
-            *map(watchdog.mapped_shared_memory, pids)
-        )  # before any kill, since the first kill can end other processes too
+        # before any kill, since the first kill can end other processes too
+        blocks = blocks.union(*map(watchdog.mapped_shared_memory, pids), watchdog.semaphores(pids))
         for pid in pids:
             if kill_now or pid not in seen:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL if kill_now else signal.SIGTERM)
         seen |= pids
         time.sleep(_POLL_S)
-    watchdog.unlink(blocks)
+    watchdog.unlink(blocks - watchdog.semaphores({os.getpid(), *exempt}))
     sockets.sweep()
     return len(seen)

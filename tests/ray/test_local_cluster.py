@@ -50,27 +50,30 @@ def test_reaper_ends_the_tagged_alone(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_reaper_takes_shared_memory_along() -> None:
-    """The reaper removes the shared memory of killed engines, but not the shared memory of another cluster."""
+    """The reaper removes the shared memory and semaphores of killed engines, but not those of another cluster."""
     hold = (
-        "import sys; from multiprocessing import resource_tracker as t, shared_memory as m; t.register = lambda *a: 0; "
+        "import multiprocessing as p, time; from multiprocessing import resource_tracker as t, shared_memory as m; "
+        "t.register = lambda *a: 0; b = m.SharedMemory(create=True, size=64); l = p.get_context('spawn').Lock(); "
+        "print(b.name, 'sem.' + l._semlock.name.lstrip('/'), flush=True); time.sleep(600)"
     )
-    hold += "b = m.SharedMemory(create=True, size=64); print(b.name, flush=True); import time; time.sleep(600)"
     processes = []
     for instance in ("abc", "abcd"):
         environment = {**os.environ, "HEADRACE_INSTANCE": instance}
         processes.append(subprocess.Popen([sys.executable, "-c", hold], env=environment, stdout=subprocess.PIPE))
     ours, theirs = processes
     try:
-        names = [process.stdout.readline().decode().strip() for process in processes if process.stdout is not None]
-        assert set(names) <= set(os.listdir("/dev/shm"))
+        lines = [process.stdout.readline().decode().split() for process in processes if process.stdout is not None]
+        names = {name for line in lines for name in line}
+        assert len(names) == 4
+        assert names <= set(os.listdir("/dev/shm"))
         reaper.end("abc", grace_s=0.0)
         assert ours.wait(5.0) < 0
-        assert set(names) & set(os.listdir("/dev/shm")) == {names[1]}
+        assert names & set(os.listdir("/dev/shm")) == set(lines[1])
     finally:
         reaper.end("abcd", grace_s=0.0)
         ours.kill()
         theirs.wait()
-    assert not set(names) & set(os.listdir("/dev/shm"))
+    assert not names & set(os.listdir("/dev/shm"))
 
 
 def test_reaper_finds_by_open_files(tmp_path: Path) -> None:

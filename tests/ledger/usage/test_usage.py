@@ -8,11 +8,12 @@ import itertools
 import json
 import random
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.ledger.audit.audit import AuditEvent
@@ -76,20 +77,31 @@ def test_requests_are_counted_and_not_their_parts(ledger: Ledger) -> None:
 REPORTS = [(i, generated) for i in range(4) for generated in (None, 2, 5)]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def shared_ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
+    """An empty SQLite ledger for all examples of a law; each example has a tenant of its own."""
+    ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('law') / 'l.db'}")
+    ledger.upgrade()
+    yield ledger
+    ledger.close()
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(REPORTS), max_size=14), st.data())
 def test_order_and_repetition_do_not_matter(
-    tmp_path_factory: pytest.TempPathFactory, reports: list[tuple[int, int | None]], data: st.DataObject
+    shared_ledger: Ledger, reports: list[tuple[int, int | None]], data: st.DataObject
 ) -> None:
     """Reports in any order and in any batches leave one row per call.
 
     The row has the exact report if there is an exact report, and the largest estimate otherwise.
     """
-    ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('law') / 'l.db'}")
-    ledger.upgrade()
+    ledger, tenant = shared_ledger, f"t{next(EXAMPLES)}"
     records = [
-        record(f"r{i}", generated_tokens=4) if estimate is None else
-        record(f"r{i}", generated_tokens=estimate, delivered_unknown=True)
+        record(f"{tenant}-r{i}", tenant=tenant, generated_tokens=4) if estimate is None else
+        record(f"{tenant}-r{i}", tenant=tenant, generated_tokens=estimate, delivered_unknown=True)
         for i, estimate in reports
     ]  # fmt: skip
     at = 0
@@ -97,10 +109,10 @@ def test_order_and_repetition_do_not_matter(
         size = data.draw(st.integers(1, 5))
         ledger.usage.insert(records[at : at + size])
         at += size
-    stored = {row.record_id: row.generated_tokens for row in ledger.usage.records(UsageQuery())}
+    stored = {row.record_id: row.generated_tokens for row in ledger.usage.records(UsageQuery(tenant=tenant))}
     by_call = {i: [estimate for j, estimate in reports if j == i] for i, _ in reports}
-    assert stored == {f"r{i}": 4 if None in all_ else max(filter(None, all_)) for i, all_ in by_call.items()}
-    ledger.close()
+    expected = {i: 4 if None in all_ else max(filter(None, all_)) for i, all_ in by_call.items()}
+    assert stored == {f"{tenant}-r{i}": tokens for i, tokens in expected.items()}
 
 
 def test_gateways_that_report_the_same_calls_at_once(ledger: Ledger) -> None:

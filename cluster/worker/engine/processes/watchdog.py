@@ -7,10 +7,11 @@ mark consists of pid, start time, boot id and pid namespace: a pid alone may be 
 to other nodes, where the pid has no meaning. On those nodes the thread is not started; Ray ends the ranks there, since
 they are actors whose owner has died.
 
-A killed process leaves its shared memory behind, and all processes of an engine may be killed at the same moment. So
-the names of the shared memory are unlinked as soon as the engine is up: all processes have mapped the memory by then,
-and the kernel frees the memory when the last of them ends. While an engine starts, the names still exist. Core and
-ranks unlink them when they end, and so does the reaper (reaper.py) when it ends these processes.
+A killed process leaves its shared memory and its semaphores behind, and all processes of an engine may be killed at
+the same moment, multiprocessing's resource tracker included. So their names are unlinked as soon as the engine is up:
+all processes have mapped the memory by then, and the kernel frees the memory when the last of them ends. While an
+engine starts, the names still exist. Core and ranks unlink them when they end, and so does the reaper (reaper.py) when
+it ends these processes.
 """
 
 from __future__ import annotations
@@ -91,6 +92,31 @@ def mapped_shared_memory(pid: int | str) -> set[str]:
         return set()
 
 
+def semaphores(pids: Iterable[int]) -> set[str]:
+    """Return the names in /dev/shm of the multiprocessing semaphores that any of the processes has mapped.
+
+    The C library maps a new semaphore under another name, which is gone afterwards. So files are compared by inode.
+    """
+    mapped = set().union(*map(_mapped_semaphores, pids))
+    names = set()
+    for file in Path("/dev/shm").glob("sem.mp-*") if mapped else ():  # noqa: S108
+        with contextlib.suppress(FileNotFoundError):
+            status = file.stat()
+            if (f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)) in mapped:
+                names.add(file.name)
+    return names
+
+
+def _mapped_semaphores(pid: int) -> set[tuple[str, str]]:
+    """Return device and inode of the semaphores that a process has mapped."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except OSError:  # the process has ended, or belongs to another user
+        return set()
+    rows = [line.split(maxsplit=5) for line in maps.splitlines() if "/dev/shm/sem." in line]  # noqa: S108
+    return {(row[3], row[4]) for row in rows}
+
+
 def children() -> set[int]:
     """Return the pids of this process's children."""
     return {child.pid for child in psutil.Process().children()}
@@ -132,17 +158,20 @@ def own_processes(others: Set[int]) -> set[int]:
 
 
 def forget_names(others: Set[int]) -> None:
-    """Unlink the shared memory of this process's engine, including that of ranks placed by Ray.
+    """Unlink the shared memory of this process's engine, including that of ranks placed by Ray, and its semaphores.
 
-    The engine must be up: vLLM's queues and communicators open shared memory by name only when they are created.
-    `others`: children that this process had before the engine. Names that only they and their children use are kept.
+    The engine must be up: vLLM's queues, communicators and locks are opened by name only when they are created.
+    `others`: children that this process had before the engine. Names that only they and their children use are kept,
+    and so are semaphores that this process uses, since it may still pass them on by name.
     """
-    mapped = sharers(set().union(*map(mapped_shared_memory, own_processes(others))))
+    own = own_processes(others)
+    mapped = sharers(set().union(*map(mapped_shared_memory, own)))
     unlink(set().union(*mapped.values()))
+    unlink(semaphores(own) - semaphores({os.getpid(), *_with_descendants(others)}))
 
 
 def _end_process() -> None:
-    unlink(set().union(*sharers(mapped_shared_memory(os.getpid())).values()))
+    unlink(semaphores({os.getpid()}).union(*sharers(mapped_shared_memory(os.getpid())).values()))
     os.kill(os.getpid(), signal.SIGKILL)  # not sys.exit: the main thread may spin in native code
 
 

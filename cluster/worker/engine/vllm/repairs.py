@@ -11,8 +11,8 @@ engine does not start. The repair adds an id of the shared memory to the name; r
 network.
 
 **Names that are gone (vLLM 0.32.0).** A queue between core and ranks unlinks its shared memory when it is freed, and
-prints a traceback if the name is already unlinked, as in every engine that is up (watchdog.py). The repair ignores a
-missing name.
+prints a traceback if the name is already unlinked, as in every engine that is up (watchdog.py). So does the ranks'
+lock with its semaphore. The repair ignores a missing name.
 
 **Rendezvous file of the ranks (vLLM 0.32.0).** Each engine creates a file in /tmp by which its ranks find each other,
 and a killed engine leaves the file behind. The repair creates the file in the folder of the engine's sockets, which is
@@ -41,7 +41,7 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, synchronize
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,7 @@ def _repair_queues() -> None:
         from vllm.distributed.device_communicators.shm_tensor_arena import ShmTensorArena
 
         _free_quietly(ShmTensorArena)
+    _free_semaphores_quietly()
 
 
 def _free_quietly(kind: Any) -> None:
@@ -161,6 +162,19 @@ def _free_quietly(kind: Any) -> None:
             resource_tracker.unregister(f"/{self.shared_memory.name}", "shared_memory")  # the last action of unlink()
 
     kind.__del__ = __del__
+
+
+def _free_semaphores_quietly() -> None:
+    locks: Any = synchronize.SemLock
+    clean_up = locks._cleanup
+
+    def _cleanup(name: str) -> None:
+        try:
+            clean_up(name)
+        except FileNotFoundError:
+            resource_tracker.unregister(name, "semaphore")  # the last action of the clean-up
+
+    locks._cleanup = staticmethod(_cleanup)
 
 
 def _repair_rendezvous() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
@@ -131,6 +132,46 @@ async def test_only_the_engines_names_are_forgotten() -> None:
     await stranger.communicate(b"\n")
     await ours.communicate(b"\n")
     assert theirs not in shared_memory()
+
+
+LOCKS = """
+import multiprocessing
+from cluster.worker.engine.vllm import repairs
+repairs._free_semaphores_quietly()
+if __name__ == "__main__":
+    lock = multiprocessing.get_context("spawn").Lock()
+    print(lock._semlock.name, flush=True)
+    input()
+    print(lock.acquire(timeout=5), flush=True)
+"""
+
+
+async def test_only_the_engines_semaphores_are_forgotten(tmp_path: Path) -> None:
+    """A child's lock loses its name and still works. Locks of this process, and of a child that existed before, keep
+    theirs.
+    """
+    program = tmp_path / "locks.py"
+    program.write_text(LOCKS)
+
+    async def child() -> tuple[Process, str]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, program, stdin=PIPE, stdout=PIPE, stderr=PIPE, env={**os.environ, "PYTHONPATH": os.getcwd()}
+        )
+        assert process.stdout is not None
+        return process, f"sem.{(await process.stdout.readline()).decode().strip().lstrip('/')}"
+
+    kept = multiprocessing.get_context("spawn").Lock()
+    kept_name = f"sem.{kept._semlock.name.lstrip('/')}"  # type: ignore[attr-defined]
+    stranger, theirs = await child()
+    before = watchdog.children()
+    ours, own = await child()
+    assert watchdog.semaphores({ours.pid}) == {own}
+    watchdog.forget_names(before)
+    assert own not in os.listdir("/dev/shm")
+    assert {kept_name, theirs} <= set(os.listdir("/dev/shm"))
+    for process in (stranger, ours):
+        assert await process.communicate(b"\n") == (b"True\n", b""), "the lock works, and its clean-up is quiet"
+    assert theirs not in os.listdir("/dev/shm")
 
 
 def test_a_mark_names_one_process_for_ever() -> None:

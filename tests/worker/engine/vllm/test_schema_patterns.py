@@ -38,7 +38,9 @@ REFUSED = (
         ("a\\", "backslash"),
         ("[z-a]", "range"),
     ),
-    *(("(.{0,100}){0,20}", "counted group"), (r"\ud83d", "surrogate"), (r"[a-\d]", "range"), ("(?>a)", "group")),
+    *(("(.?){64}", "counts a group"), ("((a|b?)c){17}", "counts a group"), ("(ab){129}", "unrolls a counted group")),
+    *(("[a-z]?" * 257, "under `?`"), (".{0,100}a{2,3}.{0,99}b.{0,99}", "under `?`")),
+    *(("(.{0,100}){0,20}", "counts a group"), (r"\ud83d", "surrogate"), (r"[a-\d]", "range"), ("(?>a)", "group")),
 )
 ACCEPTED = (
     *(
