@@ -19,7 +19,8 @@ from cluster.wire.dial import read
 from tests.support.calls import chat, refused, rest_of, resume
 from tests.support.cluster import TestCluster, Worker, running_cluster
 from tests.support.http import chat_body, client
-from tests.support.parts_engine import PartsEngine, PartsParser
+from tests.support.parsed_outputs import ParsedByEngine
+from tests.support.parts_engine import PartsEngine
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[TestCluster]:
 
 async def add(cluster: TestCluster, bundle: Bundle, **options: Any) -> Worker:
     """Add a worker that gives every call the output of SCRIPT."""
-    parser = PartsParser() if options.get("parses", True) else None
+    parser = ParsedByEngine() if options.get("parses", True) else None
     return await cluster.add_worker(PartsEngine(SCRIPT, reasoning_tokens=2, **options), bundle, parser=parser)
 
 

@@ -15,18 +15,9 @@ from cluster.api.types import (
     ParsedOutput,
     TokenOutput,
 )
-from cluster.worker.parsing.port import NoParsers
 
 FIRST_ID = 40
 """Token id of the first token; each further token has the next id."""
-
-
-class PartsParser(NoParsers):
-    """The output parser of a worker with a PartsEngine, which needs none."""
-
-    async def open(self, request: EngineRequest) -> EngineRequest:
-        """See OutputParsers."""
-        return request
 
 
 class PartsEngine:

@@ -15,7 +15,8 @@ from tests.gateway.apis.anthropic.test_app import MESSAGES, client
 from tests.gateway.apis.anthropic.test_stream import events_of, joined
 from tests.support.cluster import running_cluster
 from tests.support.http import fetch, message_body
-from tests.support.parts_engine import PartsEngine, PartsParser
+from tests.support.parsed_outputs import ParsedByEngine
+from tests.support.parts_engine import PartsEngine
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,7 @@ async def test_thinking_and_tool_calls(tmp_path: Path, bundle: Bundle) -> None:
     """A whole and a streamed answer, and those of the official client, have the same blocks: thinking, text and a
     tool_use for each call, with an id of its own. The answer can be sent back with the results of its calls."""
     async with running_cluster(tmp_path) as cluster:
-        worker = await cluster.add_worker(PartsEngine(SCRIPT, reasoning_tokens=2), bundle, parser=PartsParser())
+        worker = await cluster.add_worker(PartsEngine(SCRIPT, reasoning_tokens=2), bundle, parser=ParsedByEngine())
         body = message_body(max_tokens=50, tools=TOOLS)
         del body["temperature"]
         whole = (await fetch(cluster, MESSAGES, body)).json

@@ -256,6 +256,16 @@ def with_thinking(folder: Path, made: Path) -> tuple[int, int]:
     return ids[0], ids[1]
 
 
+async def greedy_bias(subject: Subject, prompt: Sequence[int], token: int) -> float:
+    """Return a bias with which greedy decoding samples `token` for the first time after 3 to 17 other tokens."""
+    for tenths in range(1, 60):
+        (answer,) = await Driver(subject).run(request(prompt, max_tokens=18, logit_bias={token: tenths / 10}))
+        if token in answer.token_ids:
+            assert answer.token_ids.index(token) > 2, f"a bias of {tenths / 10} is too much, and less is too little"
+            return tenths / 10
+    raise AssertionError("no bias is enough")
+
+
 async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_path: Path) -> None:
     """A request whose grammar begins after reasoning is resumed exactly, whether cut before or after that point."""
     begin, end = with_thinking(llama_folder, tmp_path / "thinking")
@@ -265,12 +275,13 @@ async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_p
     info = await engine.start()
     try:
         subject = Subject(engine, info, TOKEN_LO, TOKEN_HI, deadline_s=240.0)
-        changes = {
-            **({"temperature": 1.0, "seed": 7} if subject.resumes_seeds else {}),
-            "grammar": Grammar("regex", "[a-f]{3}(-[a-f]{3})+"),
-            "logit_bias": {end: 6.0},
-        }
-        uncut = await cut_everywhere(subject, (*subject.prompt(60), begin), 24, changes)
+        prompt = (*subject.prompt(60), begin)
+        changes: dict[str, object] = {"grammar": Grammar("regex", "[a-f]{3}(-[a-f]{3})+")}
+        if subject.resumes_seeds:
+            changes |= {"temperature": 1.0, "seed": 7, "logit_bias": {end: 6.0}}
+        else:
+            changes["logit_bias"] = {end: await greedy_bias(subject, prompt, end)}
+        uncut = await cut_everywhere(subject, prompt, 24, changes)
         reasoning = uncut.token_ids.index(end)
         assert 2 < reasoning < 18, "both parts are cut"
         await Driver(subject).empty()
