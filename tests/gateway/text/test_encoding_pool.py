@@ -18,7 +18,8 @@ import pytest
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.helpers.pool import JobLost, TooMuchCpu
 from cluster.gateway.text.encoding_pool import EncodingPool
-from cluster.gateway.text.tokenizer import ENCODE_HELPER_CHARS, TextModel
+from cluster.gateway.text.text_jobs import ENCODE_HELPER_CHARS
+from cluster.gateway.text.tokenizer import TextModel
 from cluster.wire.bundle import Bundle
 from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.gateway.text.kinds import Kind
