@@ -43,6 +43,7 @@ class Bodies:
 
     def __init__(self) -> None:
         self.pool = HelperPool(lambda: ("bodies", b""), patience_s=PATIENCE_S)
+        self._one_at_a_time = asyncio.Lock()
 
     def close(self) -> None:
         """Stop the helper processes."""
@@ -56,9 +57,14 @@ class Bodies:
         `name`: `chat` or `completion`. `max_ids`: returns the largest allowed number of token ids in a prompt; a longer
         prompt is refused before it is parsed. Called for large bodies only.
         """
-        if _is_small_json(body):
+        if len(body) <= SMALL_JSON_BYTES:
             with suppress(NotText):  # the helper names the field
                 return _PARSERS[name](read_object(bytes(body)))
+        elif _is_small_json(body):
+            async with self._one_at_a_time:  # else bodies that arrive together would block the event loop together
+                await asyncio.sleep(0)
+                with suppress(NotText):
+                    return _PARSERS[name](read_object(bytes(body)))
         parsed: ParsedRequest = await self._read_in_helper("http", body, tenant, name, max_ids())
         return parsed
 
@@ -112,11 +118,11 @@ def _unreadable() -> CallError:
 
 
 def _is_small_json(body: bytes | bytearray) -> bool:
-    size = len(body)
-    if size <= SMALL_JSON_BYTES:
-        return True
+    """Return whether a body of more than SMALL_JSON_BYTES has few values."""
     return (
-        size <= LARGE_BYTES and body.count(b"[") + body.count(b"{") <= FEW_CONTAINERS and body.count(b",") <= FEW_VALUES
+        len(body) <= LARGE_BYTES
+        and body.count(b"[") + body.count(b"{") <= FEW_CONTAINERS
+        and body.count(b",") <= FEW_VALUES
     )
 
 

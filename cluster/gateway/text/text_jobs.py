@@ -35,6 +35,11 @@ class TextJobs:
         self._pool = pool
         self.is_quick = is_quick
 
+    def is_short(self, chars: int) -> bool:
+        """Return whether a text of `chars` characters is tokenized on the event loop, since that takes a millisecond at
+        most."""
+        return chars <= ENCODE_OFFLOAD_CHARS and self.is_quick
+
     async def run(
         self,
         tenant: str,
@@ -49,7 +54,7 @@ class TextJobs:
 
         Raises CallError, which names `field`, if a helper process fails or is too busy.
         """
-        if chars <= ENCODE_OFFLOAD_CHARS and self.is_quick:
+        if self.is_short(chars):
             return work()
         if (chars > ENCODE_HELPER_CHARS or not self.is_quick) and self._pool is not None:
             try:

@@ -12,10 +12,9 @@ import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import structlog
 from tokenizers import Tokenizer
@@ -53,8 +52,7 @@ SPECIAL_TOKEN_NAMES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class PromptText:
+class PromptText(NamedTuple):
     """The text of a prompt, as it is tokenized. `field`: `prompt` or `messages`, the field that the text comes from."""
 
     text: str
@@ -258,6 +256,8 @@ class TextModel:
 
     async def prompt_ids_async(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
         """Return the result of prompt_ids. A long text is tokenized off the event loop."""
+        if self._jobs.is_short(len(text)):
+            return self.prompt_ids(tenant, text, max_tokens)
         return await self._ids_async(tenant, len(text), ("prompt_text", (text, max_tokens), {}), "prompt")
 
     async def chat_ids_async(
@@ -267,6 +267,8 @@ class TextModel:
         loop.
         """
         chars = _chars(messages) + _chars(options)
+        if self._jobs.is_short(chars):
+            return self.chat_ids(tenant, messages, max_tokens, **options)
         return await self._ids_async(tenant, chars, ("chat_text", (messages, max_tokens), options), "messages")
 
     async def packed_ids_async(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
@@ -286,7 +288,11 @@ class TextModel:
     async def _ids_async(self, tenant: str, chars: int, job: Job, field: str) -> array[int]:
         """Return the ids of the PromptText that `job` makes."""
         method, positional, named = job
-        recall = self._blocks.recall(self._memory, tenant, **_added(field)) if self._blocks is not None else None
+        recall = (
+            self._blocks.recall(self._memory, tenant, add_special_tokens=field == "prompt")
+            if self._blocks is not None
+            else None
+        )
 
         def missing(answer: bytes | array[int]) -> Job | None:
             """Return the second job for a prompt of which the helper process has sent the digests."""
@@ -314,40 +320,37 @@ class TextModel:
             raise too_long(fewest, max_tokens + 1, chat, surely="at least ")
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
-        with _tokenizing(field):
+        try:
             # The batch method computes no offsets, so it is twice as fast. It also releases the GIL.
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            raise _named(error, field) from None
         return list(encoding.ids)
 
     def _whole(self, prompt: PromptText) -> array[int]:
-        return array("I", self._encode(prompt.text, prompt.field, **_added(prompt.field)))
+        return array("I", self._encode(prompt.text, prompt.field, add_special_tokens=prompt.field == "prompt"))
 
     def _ids(self, tenant: str, prompt: PromptText) -> array[int]:
         if self._blocks is None or len(prompt.text) <= ENCODE_OFFLOAD_CHARS:
             return self._whole(prompt)
         with _tokenizing(prompt.field):
-            return self._blocks.encode(prompt.text, self._memory, tenant, **_added(prompt.field))
-
-
-def _added(field: str) -> dict[str, bool]:
-    """Return whether the tokenizer adds special tokens: to a plain prompt, since a chat template contains its own."""
-    return {"add_special_tokens": field == "prompt"}
+            return self._blocks.encode(prompt.text, self._memory, tenant, add_special_tokens=prompt.field == "prompt")
 
 
 @contextmanager
 def _tokenizing(field: str) -> Iterator[None]:
-    """Turn the errors of the tokenizer into CallErrors that name `field`."""
+    """Name `field` in the errors of the tokenizer."""
     try:
         yield
-    except TypeError:  # raised by the Rust side for a lone surrogate
-        raise _no_unicode(field) from None
     except BaseException as error:
-        raise _panicked(error, field) from None
+        raise _named(error, field) from None
 
 
-def _panicked(error: BaseException, field: str) -> BaseException:
-    """Return the CallError for a panic of the Rust tokenizer, which is not an Exception. Any other error is returned
-    unchanged."""
+def _named(error: BaseException, field: str) -> BaseException:
+    """Return the CallError for a lone surrogate, for which the Rust tokenizer raises TypeError, and for a panic of the
+    tokenizer, which is not an Exception. Any other error is returned unchanged."""
+    if isinstance(error, TypeError):
+        return _no_unicode(field)
     if type(error).__name__ != "PanicException":
         return error
     log.warning("tokenizer_panicked", reason=str(error)[:200])
