@@ -64,7 +64,7 @@ class Bodies:
             async with self._one_at_a_time:  # else bodies that arrive together would block the event loop together
                 await asyncio.sleep(0)
                 with suppress(NotText):
-                    return _PARSERS[name](read_object(bytes(body)))
+                    return _PARSERS[name](read_object(bytes(body), None))  # few values, so few strings
         parsed: ParsedRequest = await self._read_in_helper("http", body, tenant, name, max_ids())
         return parsed
 

@@ -71,10 +71,9 @@ class BlockEncoder:
             return None
         return cls(tokenizer, cuts, words, around, **options)
 
-    def encode(self, text: str, memory: PromptMemory, tenant: str, *, add_special_tokens: bool) -> array[int]:
+    def encode(self, text: str, recall: Recall) -> array[int]:
         """Return the ids of a text. Raises TypeError for a lone surrogate, as the tokenizer does."""
         blocks = self.cut(text)
-        recall = self.recall(memory, tenant, add_special_tokens=add_special_tokens)
         missing = recall.missing(self._digests(blocks))
         return recall.ids(self._encoded([blocks[i] for i in missing]))
 
@@ -88,9 +87,9 @@ class BlockEncoder:
         blocks, self._blocks = self._blocks, []
         return self._encoded([blocks[i] for i in missing])
 
-    def recall(self, memory: PromptMemory, tenant: str, *, add_special_tokens: bool) -> Recall:
-        """Return a Recall for one text of a tenant."""
-        return Recall(memory, tenant, self._around if add_special_tokens else (b"", b""))
+    def recall(self, memory: PromptMemory, tenant: str, cache_salt: str = "", *, add_special_tokens: bool) -> Recall:
+        """Return a Recall for one text of a tenant. `cache_salt`: only texts with the same salt share blocks."""
+        return Recall(memory, tenant, cache_salt, self._around if add_special_tokens else (b"", b""))
 
     def cut(self, text: str) -> list[str]:
         """Cut a text into blocks, which make up the text when they are joined."""
@@ -129,17 +128,21 @@ class BlockEncoder:
 class Recall:
     """The ids of one text: those of known blocks from the memory, and those of the other blocks as they come."""
 
-    def __init__(self, memory: PromptMemory, tenant: str, around: tuple[PackedIds, PackedIds]) -> None:
+    def __init__(self, memory: PromptMemory, tenant: str, cache_salt: str, around: tuple[PackedIds, PackedIds]) -> None:
         """`around`: the ids before and after the text."""
         self._memory = memory
         self._tenant = tenant
+        self._salt = (
+            hashlib.sha256(cache_salt.encode("utf-8", "surrogatepass")).digest()[:DIGEST_BYTES] if cache_salt else b""
+        )
         self._around = around
         self._digests: list[bytes] = []
         self._known: list[Planes | None] = []
 
     def missing(self, digests: Digests) -> array[int]:
         """Return the numbers of the blocks that must be encoded, in order. The last block is always among them."""
-        self._digests = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
+        salt = self._salt
+        self._digests = [digests[at : at + DIGEST_BYTES] + salt for at in range(0, len(digests), DIGEST_BYTES)]
         self._known = [*self._memory.get(self._tenant, self._digests), None]
         return array("I", [i for i, planes in enumerate(self._known) if planes is None])
 

@@ -196,24 +196,25 @@ class TextModel:
             continue_final_message=continue_final_message,
         )
 
-    def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
+    def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH, cache_salt: str = "") -> array[int]:
         """Return the token ids of a plain prompt as a packed array. The ids equal those of encode_prompt. Blocks of
-        long texts that the tenant has sent before are not tokenized again.
+        long texts that the tenant has sent before with the same `cache_salt` are not tokenized again.
 
         Raises CallError, before tokenizing, if the text certainly has more than `max_tokens` tokens.
         """
-        return self._ids(tenant, self.prompt_text(text, max_tokens))
+        return self._ids(self.prompt_text(text, max_tokens), tenant, cache_salt)
 
     def chat_ids(
-        self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
+        self,
+        tenant: str,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int = ANY_LENGTH,
+        cache_salt: str = "",
+        **options: Any,
     ) -> array[int]:
         """Return the token ids of messages, as encode_chat does, but as a packed array. Memory and limit: see
         `prompt_ids`."""
-        return self._ids(tenant, self.chat_text(messages, max_tokens, **options))
-
-    def packed_ids(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
-        """Return the token ids of a packed prompt, as prompt_ids or chat_ids does."""
-        return self._ids(tenant, self.packed_text(prompt, max_tokens))
+        return self._ids(self.chat_text(messages, max_tokens, **options), tenant, cache_salt)
 
     def prompt_text(self, text: str, max_tokens: int = ANY_LENGTH) -> PromptText:
         """Return a plain prompt as it is tokenized. Raises CallError as `prompt_ids` does."""
@@ -223,13 +224,13 @@ class TextModel:
     def chat_text(
         self, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
     ) -> PromptText:
-        """Return messages as they are tokenized. Raises CallError as `chat_ids` does."""
+        """Return messages as they are tokenized. Raises CallError as `prompt_ids` does."""
         text = self.render_chat(messages, **options)
         self._refuse_long(text, max_tokens, chat=True)
         return PromptText(text, "messages")
 
     def packed_text(self, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> PromptText:
-        """Return a packed prompt as it is tokenized. Raises CallError as `packed_ids` does."""
+        """Return a packed prompt as it is tokenized. Raises CallError as `prompt_ids` does."""
         unpacked = prompt.unpacked()
         if isinstance(unpacked, TextPrompt):
             return self.prompt_text(unpacked.text, max_tokens)
@@ -254,28 +255,40 @@ class TextModel:
         with _tokenizing(field):
             return self._blocks.finish(missing)
 
-    async def prompt_ids_async(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
+    async def prompt_ids_async(
+        self, tenant: str, text: str, max_tokens: int = ANY_LENGTH, cache_salt: str = ""
+    ) -> array[int]:
         """Return the result of prompt_ids. A long text is tokenized off the event loop."""
         if self._jobs.is_short(len(text)):
             return self.prompt_ids(tenant, text, max_tokens)
-        return await self._ids_async(tenant, len(text), ("prompt_text", (text, max_tokens), {}), "prompt")
+        job: Job = ("prompt_text", (text, max_tokens), {})
+        return await self._ids_async(tenant, cache_salt, len(text), job, "prompt")
 
     async def chat_ids_async(
-        self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
+        self,
+        tenant: str,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int = ANY_LENGTH,
+        cache_salt: str = "",
+        **options: Any,
     ) -> array[int]:
         """Return the result of chat_ids. If messages and options together are long, the work is done off the event
         loop.
         """
         chars = _chars(messages) + _chars(options)
         if self._jobs.is_short(chars):
-            return self.chat_ids(tenant, messages, max_tokens, **options)
-        return await self._ids_async(tenant, chars, ("chat_text", (messages, max_tokens), options), "messages")
+            return self.chat_ids(tenant, messages, max_tokens, cache_salt, **options)
+        job: Job = ("chat_text", (messages, max_tokens), options)
+        return await self._ids_async(tenant, cache_salt, chars, job, "messages")
 
-    async def packed_ids_async(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
-        """Return the result of packed_ids. The work is done off the event loop."""
+    async def packed_ids_async(
+        self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH, cache_salt: str = ""
+    ) -> array[int]:
+        """Return the token ids of a packed prompt, as prompt_ids or chat_ids does. The work is done off the event
+        loop."""
         chars = max(memoryview(prompt.packed).nbytes, ENCODE_HELPER_CHARS + 1)
-        field = "messages" if prompt.is_chat else "prompt"
-        return await self._ids_async(tenant, chars, ("packed_text", (prompt, max_tokens), {}), field)
+        job: Job = ("packed_text", (prompt, max_tokens), {})
+        return await self._ids_async(tenant, cache_salt, chars, job, "messages" if prompt.is_chat else "prompt")
 
     async def decode_async(self, tenant: str, token_ids: Sequence[int], field: str) -> str:
         """Return the text of token ids, special tokens included. Many ids are decoded off the event loop."""
@@ -285,21 +298,19 @@ class TextModel:
         )
         return text
 
-    async def _ids_async(self, tenant: str, chars: int, job: Job, field: str) -> array[int]:
+    async def _ids_async(self, tenant: str, cache_salt: str, chars: int, job: Job, field: str) -> array[int]:
         """Return the ids of the PromptText that `job` makes."""
         method, positional, named = job
-        recall = (
-            self._blocks.recall(self._memory, tenant, add_special_tokens=field == "prompt")
-            if self._blocks is not None
-            else None
-        )
+        recall = None
+        if self._blocks is not None:
+            recall = self._blocks.recall(self._memory, tenant, cache_salt, add_special_tokens=field == "prompt")
 
         def missing(answer: bytes | array[int]) -> Job | None:
             """Return the second job for a prompt of which the helper process has sent the digests."""
             return ("finish", (recall.missing(answer), field), {}) if recall and isinstance(answer, bytes) else None
 
         def here() -> array[int]:
-            return self._ids(tenant, getattr(self, method)(*positional, **named))
+            return self._ids(getattr(self, method)(*positional, **named), tenant, cache_salt)
 
         answer = await self._jobs.run(tenant, chars, ("begin", (job,), {}), field, here, then=missing)
         if isinstance(answer, array):
@@ -330,11 +341,12 @@ class TextModel:
     def _whole(self, prompt: PromptText) -> array[int]:
         return array("I", self._encode(prompt.text, prompt.field, add_special_tokens=prompt.field == "prompt"))
 
-    def _ids(self, tenant: str, prompt: PromptText) -> array[int]:
+    def _ids(self, prompt: PromptText, tenant: str, cache_salt: str) -> array[int]:
         if self._blocks is None or len(prompt.text) <= ENCODE_OFFLOAD_CHARS:
             return self._whole(prompt)
         with _tokenizing(prompt.field):
-            return self._blocks.encode(prompt.text, self._memory, tenant, add_special_tokens=prompt.field == "prompt")
+            recall = self._blocks.recall(self._memory, tenant, cache_salt, add_special_tokens=prompt.field == "prompt")
+            return self._blocks.encode(prompt.text, recall)
 
 
 @contextmanager

@@ -46,7 +46,8 @@ def test_ids_equal_those_from_scratch(name: str) -> None:
             expected = tokenizer.encode(text, add_special_tokens=special).ids
             recall = encoder.recall(memory, "acme", add_special_tokens=special)
             missing = recall.missing(encoder.begin(text))
-            assert encoder.encode(text, memory, "acme", add_special_tokens=special).tolist() == expected
+            other = encoder.recall(memory, "acme", add_special_tokens=special)
+            assert encoder.encode(text, other).tolist() == expected
             assert recall.ids(encoder.finish(missing)).tolist() == expected
 
     law()
@@ -105,18 +106,19 @@ def turns(count: int, said: str = "") -> str:
     return "".join(f"<|start_header_id|>user<|end_header_id|>\n\n{line}<|eot_id|>" for line in lines)
 
 
-def missing_chars(encoder: BlockEncoder, memory: PromptMemory, text: str, tenant: str = "acme") -> int:
+def missing_chars(encoder: BlockEncoder, memory: PromptMemory, text: str, tenant: str = "acme", salt: str = "") -> int:
     """Encode a text. Returns the number of characters that were not known."""
     blocks = encoder.cut(text)
-    missing = encoder.recall(memory, tenant, add_special_tokens=False).missing(encoder.begin(text))
-    encoder.encode(text, memory, tenant, add_special_tokens=False)
+    recall = encoder.recall(memory, tenant, salt, add_special_tokens=False)
+    missing = recall.missing(encoder.begin(text))
+    recall.ids(encoder.finish(missing))
     return sum(len(blocks[i]) for i in missing)
 
 
 @pytest.mark.parametrize("name", ["llama3", "llama3, odd tokens"])
 def test_a_turn_costs_its_new_part(name: str) -> None:
-    """The next turn of a conversation costs its new messages. A change in an earlier message costs that message, and
-    other tenants find nothing."""
+    """The next turn of a conversation costs its new messages. A change in an earlier message costs that message. Other
+    tenants, and the same tenant with another salt, find nothing."""
     encoder, memory = encoder_of(TOKENIZERS[name], 100), PromptMemory()
     assert encoder is not None
     whole, message = len(turns(40)), len(turns(1))
@@ -124,6 +126,8 @@ def test_a_turn_costs_its_new_part(name: str) -> None:
     assert missing_chars(encoder, memory, turns(42)) < 4 * message
     assert missing_chars(encoder, memory, turns(42, "A new word.")) < 3 * message
     assert missing_chars(encoder, memory, turns(42), "other") == len(turns(42))
+    assert missing_chars(encoder, memory, turns(42), salt="mine") == len(turns(42))
+    assert missing_chars(encoder, memory, turns(42), salt="mine") < message
 
 
 def test_models_share_a_memory() -> None:
@@ -135,7 +139,7 @@ def test_models_share_a_memory() -> None:
         assert encoder is not None
         text = turns(100)
         for _ in range(2):
-            ids = encoder.encode(text, memory, "acme", add_special_tokens=False)
+            ids = encoder.encode(text, encoder.recall(memory, "acme", add_special_tokens=False))
             assert ids.tolist() == ids_of(tokenizer, text)
     assert memory.bytes_of("acme") == memory.bytes > 0
 
@@ -147,7 +151,7 @@ def test_a_giant_text_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None
     encoder, memory = BlockEncoder.of(tokenizer, json.loads(tokenizer.to_str())), PromptMemory()
     assert encoder is not None
     text = "<|eot_id|>" * 10_001
-    ids = encoder.encode(text, memory, "acme", add_special_tokens=True)
+    ids = encoder.encode(text, encoder.recall(memory, "acme", add_special_tokens=True))
     assert ids == array("I", tokenizer.encode(text).ids)
     assert memory.bytes == 0
 
@@ -158,7 +162,7 @@ def test_a_lone_surrogate_is_the_tokenizers_error() -> None:
     assert encoder is not None
     for text in ("a \ud800", "a " * 50 + "\ud800", "\ud800 a" * 50):
         with pytest.raises(TypeError):
-            encoder.encode(text, PromptMemory(), "acme", add_special_tokens=False)
+            encoder.encode(text, encoder.recall(PromptMemory(), "acme", add_special_tokens=False))
 
 
 def test_a_tokenizer_without_cuts_encodes_whole() -> None:
