@@ -37,7 +37,7 @@ def words(seed: str, count: int) -> str:
 
 
 @functools.cache
-def _reference() -> str:
+def reference() -> str:
     """Return Python's language reference from help(): real prose with some code."""
     topics = importlib.import_module("pydoc_data.topics").topics
     return "\n".join(topics[name] for name in sorted(topics))
@@ -45,7 +45,7 @@ def _reference() -> str:
 
 def prose(seed: str, size_bytes: int) -> str:
     """Return `size_bytes` bytes of Python's language reference, from a seeded position on."""
-    text = _reference()
+    text = reference()
     at = random.Random(seed).randrange(len(text))
     return (text[at:] + text)[:size_bytes].encode()[:size_bytes].decode("utf-8", "ignore")
 

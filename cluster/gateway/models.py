@@ -20,6 +20,7 @@ from cluster.api.outcomes import CallError, Outcome, quoted
 from cluster.api.types import CatalogEntry, CompatibilityKey, EngineInfo, ModelState, VersionShare, WorkerIdentity
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
 from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.text.prompt_memory import PromptMemory
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.routing.version_split import Versions, choose_version
@@ -262,6 +263,7 @@ class ModelDirectory:
         """Cache of the models that a tenant policy allows, by name and alias. Its key is the policy's list of model
         patterns."""
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
+        self._prompts = PromptMemory()
         for entry in _load_catalog(folder):
             self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
         self._any_known = self._has_catalog = bool(self._models)
@@ -417,18 +419,17 @@ class ModelDirectory:
         if folder.exists():
             bundle = await asyncio.to_thread(Bundle.load, folder)
             if bundle.digest == digest:
-                return await _text_model(bundle)
+                return await self._text_model(bundle)
             log.warning("bundle_damaged", folder=str(folder))
         bundle = await self._fetch(digest)
-        text = await _text_model(bundle)
+        text = await self._text_model(bundle)
         await asyncio.to_thread(bundle.save, folder)
         return text
 
-
-async def _text_model(bundle: Bundle) -> TextModel:
-    text = await asyncio.to_thread(TextModel.from_bundle, bundle)
-    memory.freeze_objects()
-    return text
+    async def _text_model(self, bundle: Bundle) -> TextModel:
+        text = await asyncio.to_thread(TextModel.from_bundle, bundle, memory=self._prompts)
+        memory.freeze_objects()
+        return text
 
 
 def _save_catalog(folder: Path, entries: Sequence[CatalogEntry]) -> None:

@@ -44,6 +44,7 @@ class Bodies:
 
     def __init__(self) -> None:
         self.pool = HelperPool(lambda: ("bodies", b""), patience_s=PATIENCE_S)
+        self._one_at_a_time = asyncio.Lock()
 
     def close(self) -> None:
         """Stop the helper processes."""
@@ -57,9 +58,14 @@ class Bodies:
         `name`: `chat`, `completion`, `messages` or `count_tokens`. `max_ids`: returns the largest allowed number of
         token ids in a prompt; a longer prompt is refused before it is parsed. Called for large bodies only.
         """
-        if _is_small_json(body):
+        if len(body) <= SMALL_JSON_BYTES:
             with suppress(NotText):  # the helper names the field
                 return _PARSERS[name](read_object(bytes(body)))
+        elif _is_small_json(body):
+            async with self._one_at_a_time:  # else bodies that arrive together would block the event loop together
+                await asyncio.sleep(0)
+                with suppress(NotText):
+                    return _PARSERS[name](read_object(bytes(body), None))  # few values, so few strings
         parsed: ParsedRequest = await self._read_in_helper("http", body, tenant, name, max_ids())
         return parsed
 
@@ -113,8 +119,8 @@ def _unreadable() -> CallError:
 
 
 def _is_small_json(body: bytes | bytearray) -> bool:
-    size = len(body)
-    return size <= SMALL_JSON_BYTES or (size <= LARGE_BYTES and _has_few_values(body))
+    """Return whether a body of more than SMALL_JSON_BYTES has few values."""
+    return len(body) <= LARGE_BYTES and _has_few_values(body)
 
 
 def _has_few_values(text: bytes | bytearray) -> bool:

@@ -201,19 +201,28 @@ class HelperPool:
         """Process ids of the running helpers."""
         return frozenset(helper.pid for helper in self._helpers)
 
-    async def run(self, job: Job, *, size: int = 0, tenant: str = "", local_fallback: bool = True) -> Any:
+    async def run(
+        self,
+        job: Job,
+        *,
+        size: int = 0,
+        tenant: str = "",
+        local_fallback: bool = True,
+        then: Callable[[Any], Job | None] | None = None,
+    ) -> Any:
         """Run a job and return its result. Returns None if no helper is available in time; then the caller must do the
         work itself.
 
         `size`: number of bytes that the job works on. `local_fallback`: False if the caller cannot do the work itself;
-        `run` then waits even for a helper that gets no core. Raises the job's CallError, TooMuchCpu or JobLost."""
+        `run` then waits even for a helper that gets no core. `then`: returns a second job from the result of the first,
+        which the same helper runs next; its result is returned. Raises the job's CallError, TooMuchCpu or JobLost."""
         for _ in range(MAX_LOSSES):
             helper = await self._acquire(tenant)
             if helper is None:
                 return None
             # The job completes even if its caller is cancelled, because its answer must be read from the socket.
             patience_s = self._patience_s + size / 1e6
-            work = self._spawn(self._work(helper, job, patience_s, self.cpu_s + CPU_S_PER_MB * size / 1e6))
+            work = self._spawn(self._work(helper, job, then, patience_s, self.cpu_s + CPU_S_PER_MB * size / 1e6))
             if not local_fallback:
                 await asyncio.wait({work})
             elif not await _wait_while_running(work, helper, patience_s):
@@ -273,11 +282,15 @@ class HelperPool:
             return
         self._idle.append(helper)
 
-    async def _work(self, helper: _Helper, job: Job, patience_s: float, cpu_s: float) -> tuple[str, Any] | None:
-        """Run a job on a helper and return the helper's answer; None if the helper was lost."""
+    async def _work(
+        self, helper: _Helper, job: Job, then: Callable[[Any], Job | None] | None, patience_s: float, cpu_s: float
+    ) -> tuple[str, Any] | None:
+        """Run a job on a helper and return the helper's answer; None if the helper was lost. `then`: see `run`."""
         late = asyncio.get_running_loop().call_later(patience_s, self._mark_late, helper)
         try:
             answer = await helper.do(job, cpu_s)
+            if then is not None and answer[0] == OK and (second := then(answer[1])) is not None:
+                answer = await helper.do(second, cpu_s)
         except OSError as error:
             if helper in self._helpers and await asyncio.to_thread(lambda: helper.out_of_time):
                 self._replace_stopped(helper, job[0], cpu_s)

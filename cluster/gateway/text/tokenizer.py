@@ -7,29 +7,30 @@ the template contains the BOS. All functions are thread-safe; the Rust tokenizer
 
 from __future__ import annotations
 
-import asyncio
+import hashlib
 import json
-import os
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import structlog
 from tokenizers import Tokenizer
 
-from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.api.outcomes import CallError, invalid
 from cluster.gateway.calls.request import PackedPrompt, TextPrompt, too_long
-from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
+from cluster.gateway.helpers.pool import Job
+from cluster.gateway.text.block_encoder import BlockEncoder
 from cluster.gateway.text.control_tokens import ControlTokens
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.expressions import expressions_of, may_explode
 from cluster.gateway.text.output_texts import OutputTexts
+from cluster.gateway.text.prompt_memory import PromptMemory
 from cluster.gateway.text.template import ChatTemplate
+from cluster.gateway.text.text_jobs import ENCODE_HELPER_CHARS, ENCODE_OFFLOAD_CHARS, TextJobs
 from cluster.gateway.text.tokenizer_json import read_tokenizer
-from cluster.gateway.text.word_encoder import WordEncoder
 from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, Bundle
 
 if TYPE_CHECKING:
@@ -41,13 +42,6 @@ ANY_LENGTH: Final = 2**62
 SURELY_FEW: Final = 8
 """Characters for each allowed token. A text with more characters is checked before it is tokenized: it is refused if a
 lower bound on its tokens is too high."""
-ENCODE_OFFLOAD_CHARS: Final = 4096
-"""Length in characters above which a text is tokenized in a thread. A text of this length takes about a millisecond of
-one core, at 3-4 million characters a second."""
-ENCODE_HELPER_CHARS: Final = 32_768
-"""Length in characters above which a text is tokenized in a helper process (encoding_pool.py), if one is available."""
-_THREADS = ThreadPoolExecutor(min(os.cpu_count() or 1, 8), thread_name_prefix="encode")
-"""Threads for tokenization, no more than cores. Everything but the Rust tokenizer runs under the GIL anyway."""
 SPECIAL_TOKEN_NAMES: Final = (
     "bos_token",
     "eos_token",
@@ -59,38 +53,11 @@ SPECIAL_TOKEN_NAMES: Final = (
 )
 
 
-class _TextJobs:
-    """Runs the text jobs of one model: on the event loop, in a thread, or in a helper process.
+class PromptText(NamedTuple):
+    """The text of a prompt, as it is tokenized. `field`: `prompt` or `messages`, the field that the text comes from."""
 
-    `is_quick`: whether the tokenizer takes linear time for every text.
-    """
-
-    def __init__(self, pool: EncodingPool | None, *, is_quick: bool) -> None:
-        self._pool = pool
-        self.is_quick = is_quick
-
-    async def run(self, tenant: str, chars: int, job: Job, field: str, work: Callable[[], Any]) -> Any:
-        """Run a job without blocking the event loop. `work` does the job in this process.
-
-        Raises CallError, which names `field`, if a helper process fails or is too busy.
-        """
-        if chars <= ENCODE_OFFLOAD_CHARS and self.is_quick:
-            return work()
-        if (chars > ENCODE_HELPER_CHARS or not self.is_quick) and self._pool is not None:
-            try:
-                result = await self._pool.run(job, size=chars, tenant=tenant, local_fallback=self.is_quick)
-            except TooMuchCpu:
-                raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
-            except JobLost as lost:
-                log.warning("text_not_tokenized", job=job[0], reason=str(lost))
-                raise CallError(
-                    Outcome.INTERNAL, f"{field}: the model's tokenizer could not process this text"
-                ) from None
-            if result is not None:
-                return result
-            if not self.is_quick:
-                raise CallError(Outcome.NO_WORKER, "this gateway is too busy to tokenize; retry shortly")
-        return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
+    text: str
+    field: str
 
 
 class TextModel:
@@ -105,8 +72,11 @@ class TextModel:
         generation_config: Mapping[str, Any],
         model_config: Mapping[str, Any],
         pool: EncodingPool | None = None,
+        memory: PromptMemory | None = None,
+        salt: bytes = b"",
     ) -> None:
-        """`pool`: the helper processes for long texts. If None, long texts are tokenized in threads."""
+        """`pool`: the helper processes for long texts. If None, long texts are tokenized in threads. `memory`: the
+        gateway's memory of encoded prompts. `salt`: distinguishes this model in the memory."""
         self.pool = pool
         self._tokenizer = tokenizer
         self._template = template
@@ -114,8 +84,9 @@ class TextModel:
         self._vocab_size = int(model_config.get("vocab_size") or tokenizer.get_vocab_size())
         self._family = str(model_config.get("model_type", ""))
         layout = self._layout = json.loads(_without_model(tokenizer))
-        self._jobs = _TextJobs(pool, is_quick=not any(map(may_explode, expressions_of(layout))))
-        self._words = WordEncoder.of(tokenizer, layout.get("pre_tokenizer"))
+        self._jobs = TextJobs(pool, is_quick=not any(map(may_explode, expressions_of(layout))))
+        self._blocks = BlockEncoder.of(tokenizer, layout, salt=salt)
+        self._memory = memory or PromptMemory()
         output = OutputTexts(tokenizer, layout)  # its methods are this object's, without another call per token
         self.decode = output.decode
         self.detokenizer = output.detokenizer
@@ -123,10 +94,16 @@ class TextModel:
 
     @classmethod
     def from_bundle(
-        cls, bundle: Bundle, *, now: Callable[[], datetime] = datetime.now, in_helper: bool = False
+        cls,
+        bundle: Bundle,
+        *,
+        now: Callable[[], datetime] = datetime.now,
+        in_helper: bool = False,
+        memory: PromptMemory | None = None,
     ) -> TextModel:
         """Return the TextModel of a bundle. `now`: the clock of strftime_now in chat templates. `in_helper`: whether
-        this is a helper process, which starts no further helper processes.
+        this is a helper process, which starts no further helper processes. `memory`: the memory of encoded prompts,
+        which several models may share.
 
         Raises ValueError, which names the file, if a file is missing or invalid.
         """
@@ -151,6 +128,8 @@ class TextModel:
             generation_config=_json(bundle, "generation_config.json"),
             model_config=_json(bundle, "config.json"),
             pool=EncodingPool(bundle) if now == datetime.now and not in_helper else None,  # helpers use the real clock
+            memory=memory,
+            salt=hashlib.sha256(bundle.files["tokenizer.json"]).digest() + bytes([tokenizer.encode_special_tokens]),
         )
 
     @property
@@ -223,64 +202,127 @@ class TextModel:
             continue_final_message=continue_final_message,
         )
 
-    def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
-        """Return the token ids of a plain prompt as a packed array. The ids equal those of encode_prompt. For each
-        tenant, the ids of the beginnings of long texts are cached.
+    def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH, cache_salt: str = "") -> array[int]:
+        """Return the token ids of a plain prompt as a packed array. The ids equal those of encode_prompt. Blocks of
+        long texts that the tenant has sent before with the same `cache_salt` are not tokenized again.
 
         Raises CallError, before tokenizing, if the text certainly has more than `max_tokens` tokens.
         """
-        self._refuse_long(text, max_tokens, chat=False)
-        return self._packed(tenant, text, "prompt", add_special_tokens=True)
+        return self._ids(self.prompt_text(text, max_tokens), tenant, cache_salt)
 
     def chat_ids(
-        self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
+        self,
+        tenant: str,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int = ANY_LENGTH,
+        cache_salt: str = "",
+        **options: Any,
     ) -> array[int]:
-        """Return the token ids of messages, as encode_chat does, but as a packed array. Cache and limit: see
+        """Return the token ids of messages, as encode_chat does, but as a packed array. Memory and limit: see
         `prompt_ids`."""
+        return self._ids(self.chat_text(messages, max_tokens, **options), tenant, cache_salt)
+
+    def prompt_text(self, text: str, max_tokens: int = ANY_LENGTH) -> PromptText:
+        """Return a plain prompt as it is tokenized. Raises CallError as `prompt_ids` does."""
+        self._refuse_long(text, max_tokens, chat=False)
+        return PromptText(text, "prompt")
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
+    ) -> PromptText:
+        """Return messages as they are tokenized. Raises CallError as `prompt_ids` does."""
         text = self.render_chat(messages, **options)
         self._refuse_long(text, max_tokens, chat=True)
-        return self._packed(tenant, text, "messages", add_special_tokens=False)
+        return PromptText(text, "messages")
 
-    def packed_ids(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
-        """Return the token ids of a packed prompt, as prompt_ids or chat_ids does."""
+    def packed_text(self, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> PromptText:
+        """Return a packed prompt as it is tokenized. Raises CallError as `prompt_ids` does."""
         unpacked = prompt.unpacked()
         if isinstance(unpacked, TextPrompt):
-            return self.prompt_ids(tenant, unpacked.text, max_tokens)
-        return self.chat_ids(tenant, unpacked.messages, max_tokens, **unpacked.template_options)
+            return self.prompt_text(unpacked.text, max_tokens)
+        return self.chat_text(unpacked.messages, max_tokens, **unpacked.template_options)
 
-    async def prompt_ids_async(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
+    def begin(self, job: Job) -> bytes | array[int]:
+        """Begin to tokenize a prompt in a helper process. `job`: the method that returns the PromptText.
+
+        Returns the digests of the prompt's blocks, after which `finish` encodes those that the caller lacks; or the ids
+        of the whole prompt, if it cannot be cut into blocks.
+        """
+        method, positional, named = job
+        prompt: PromptText = getattr(self, method)(*positional, **named)
+        with _tokenizing(prompt.field):
+            digests = self._blocks.begin(prompt.text) if self._blocks is not None else b""
+        return digests or self._whole(prompt)
+
+    def finish(self, missing: array[int], field: str) -> list[bytes]:
+        """Return the packed ids of the blocks with the numbers `missing`, of the prompt that `begin` was last called
+        with."""
+        assert self._blocks is not None
+        with _tokenizing(field):
+            return self._blocks.finish(missing)
+
+    async def prompt_ids_async(
+        self, tenant: str, text: str, max_tokens: int = ANY_LENGTH, cache_salt: str = ""
+    ) -> array[int]:
         """Return the result of prompt_ids. A long text is tokenized off the event loop."""
-        job: Job = ("prompt_ids", (tenant, text, max_tokens), {})
-        ids: array[int] = await self._run(tenant, len(text), job, "prompt")
-        return ids
+        if self._jobs.is_short(len(text)):
+            return self.prompt_ids(tenant, text, max_tokens)
+        job: Job = ("prompt_text", (text, max_tokens), {})
+        return await self._ids_async(tenant, cache_salt, len(text), job, "prompt")
 
     async def chat_ids_async(
-        self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
+        self,
+        tenant: str,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int = ANY_LENGTH,
+        cache_salt: str = "",
+        **options: Any,
     ) -> array[int]:
         """Return the result of chat_ids. If messages and options together are long, the work is done off the event
         loop.
         """
         chars = _chars(messages) + _chars(options)
-        job: Job = ("chat_ids", (tenant, messages, max_tokens), options)
-        ids: array[int] = await self._run(tenant, chars, job, "messages")
-        return ids
+        if self._jobs.is_short(chars):
+            return self.chat_ids(tenant, messages, max_tokens, cache_salt, **options)
+        job: Job = ("chat_text", (messages, max_tokens), options)
+        return await self._ids_async(tenant, cache_salt, chars, job, "messages")
 
-    async def packed_ids_async(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
-        """Return the result of packed_ids. The work is done off the event loop."""
+    async def packed_ids_async(
+        self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH, cache_salt: str = ""
+    ) -> array[int]:
+        """Return the token ids of a packed prompt, as prompt_ids or chat_ids does. The work is done off the event
+        loop."""
         chars = max(memoryview(prompt.packed).nbytes, ENCODE_HELPER_CHARS + 1)
-        job: Job = ("packed_ids", (tenant, prompt, max_tokens), {})
-        ids: array[int] = await self._run(tenant, chars, job, "messages" if prompt.is_chat else "prompt")
-        return ids
+        job: Job = ("packed_text", (prompt, max_tokens), {})
+        return await self._ids_async(tenant, cache_salt, chars, job, "messages" if prompt.is_chat else "prompt")
 
     async def decode_async(self, tenant: str, token_ids: Sequence[int], field: str) -> str:
         """Return the text of token ids, special tokens included. Many ids are decoded off the event loop."""
         job: Job = ("decode", (token_ids, False), {})
-        text: str = await self._run(tenant, 4 * len(token_ids), job, field)
+        text: str = await self._jobs.run(
+            tenant, 4 * len(token_ids), job, field, lambda: self.decode(token_ids, skip_special_tokens=False)
+        )
         return text
 
-    async def _run(self, tenant: str, chars: int, job: Job, field: str) -> Any:
+    async def _ids_async(self, tenant: str, cache_salt: str, chars: int, job: Job, field: str) -> array[int]:
+        """Return the ids of the PromptText that `job` makes."""
         method, positional, named = job
-        return await self._jobs.run(tenant, chars, job, field, lambda: getattr(self, method)(*positional, **named))
+        recall = None
+        if self._blocks is not None:
+            recall = self._blocks.recall(self._memory, tenant, cache_salt, add_special_tokens=field == "prompt")
+
+        def missing(answer: bytes | array[int]) -> Job | None:
+            """Return the second job for a prompt of which the helper process has sent the digests."""
+            return ("finish", (recall.missing(answer), field), {}) if recall and isinstance(answer, bytes) else None
+
+        def here() -> array[int]:
+            return self._ids(getattr(self, method)(*positional, **named), tenant, cache_salt)
+
+        answer = await self._jobs.run(tenant, chars, ("begin", (job,), {}), field, here, then=missing)
+        if isinstance(answer, array):
+            return answer
+        assert recall is not None
+        return recall.ids(answer)
 
     @cached_property
     def _reach(self) -> Reach | None:
@@ -298,28 +340,35 @@ class TextModel:
         try:
             # The batch method computes no offsets, so it is twice as fast. It also releases the GIL.
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except TypeError:  # raised by the Rust side for a lone surrogate
-            raise _no_unicode(field) from None
         except BaseException as error:
-            raise _panicked(error, field) from None
+            raise _named(error, field) from None
         return list(encoding.ids)
 
-    def _packed(self, tenant: str, text: str, field: str, *, add_special_tokens: bool) -> array[int]:
-        if self._words is None or len(text) <= ENCODE_OFFLOAD_CHARS:
-            return array("I", self._encode(text, field, add_special_tokens=add_special_tokens))
-        ids = array("I")
-        try:
-            ids.frombytes(self._words.encode(text, add_special_tokens=add_special_tokens, tenant=tenant))
-        except TypeError:
-            raise _no_unicode(field) from None
-        except BaseException as error:
-            raise _panicked(error, field) from None
-        return ids
+    def _whole(self, prompt: PromptText) -> array[int]:
+        return array("I", self._encode(prompt.text, prompt.field, add_special_tokens=prompt.field == "prompt"))
+
+    def _ids(self, prompt: PromptText, tenant: str, cache_salt: str) -> array[int]:
+        if self._blocks is None or len(prompt.text) <= ENCODE_OFFLOAD_CHARS:
+            return self._whole(prompt)
+        with _tokenizing(prompt.field):
+            recall = self._blocks.recall(self._memory, tenant, cache_salt, add_special_tokens=prompt.field == "prompt")
+            return self._blocks.encode(prompt.text, recall)
 
 
-def _panicked(error: BaseException, field: str) -> BaseException:
-    """Return the CallError for a panic of the Rust tokenizer, which is not an Exception. Any other error is returned
-    unchanged."""
+@contextmanager
+def _tokenizing(field: str) -> Iterator[None]:
+    """Name `field` in the errors of the tokenizer."""
+    try:
+        yield
+    except BaseException as error:
+        raise _named(error, field) from None
+
+
+def _named(error: BaseException, field: str) -> BaseException:
+    """Return the CallError for a lone surrogate, for which the Rust tokenizer raises TypeError, and for a panic of the
+    tokenizer, which is not an Exception. Any other error is returned unchanged."""
+    if isinstance(error, TypeError):
+        return _no_unicode(field)
     if type(error).__name__ != "PanicException":
         return error
     log.warning("tokenizer_panicked", reason=str(error)[:200])

@@ -353,6 +353,24 @@ async def test_what_is_large_is_read_by_a_helper(bodies: Bodies) -> None:
     assert replace(items[0], request=_plain(items[0].request)) == first
 
 
+async def test_large_bodies_that_come_together_take_turns(bodies: Bodies) -> None:
+    """Other tasks of the event loop run between any two bodies of hundreds of kilobytes that arrive together."""
+    text = "The river turns the wheel. " * 10_000
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": text}]}).encode()
+    passes, read = 0, []
+
+    async def one() -> None:
+        await bodies.http("chat", body)
+        read.append(passes)
+
+    tasks = [asyncio.create_task(one()) for _ in range(5)]
+    while not all(task.done() for task in tasks):
+        passes += 1
+        await asyncio.sleep(0)
+    assert len(set(read)) == len(read) == 5
+    assert not bodies.pool.pids
+
+
 async def test_small_bodies_start_no_helper(bodies: Bodies) -> None:
     """Small bodies are parsed on the event loop."""
     for text in ("hello", "hello, " * 8000):

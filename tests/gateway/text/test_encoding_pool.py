@@ -11,14 +11,17 @@ import os
 import signal
 import socket
 import time
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway.helpers.pool import JobLost, TooMuchCpu
+from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
 from cluster.gateway.text.encoding_pool import EncodingPool
-from cluster.gateway.text.tokenizer import ENCODE_HELPER_CHARS, TextModel
+from cluster.gateway.text.prompt_memory import PromptMemory
+from cluster.gateway.text.text_jobs import ENCODE_HELPER_CHARS
+from cluster.gateway.text.tokenizer import TextModel
 from cluster.wire.bundle import Bundle
 from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.gateway.text.kinds import Kind
@@ -223,6 +226,43 @@ async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
     for ids in await asyncio.gather(*calls):
         assert ids.tolist() == expected
     assert await asyncio.wait_for(pool.ready(), READY_S)
+
+
+async def test_what_was_sent_outlives_its_helper(kinds: dict[str, Kind]) -> None:
+    """The next turn of a conversation is known although the helpers that encoded the turn before have died, and the ids
+    are those from scratch."""
+    memory = PromptMemory()
+    model = TextModel.from_bundle(build_bundle(kinds["llama"].folder), memory=memory)
+    pool = model.pool
+    assert pool is not None
+    messages = [{"role": "user", "content": PROMPT}]
+    assert (await model.chat_ids_async(TENANT, messages)).tolist() == model.encode_chat(messages)
+    held = memory.bytes
+    for pid in pool.pids:
+        os.kill(pid, signal.SIGKILL)
+    messages += [{"role": "assistant", "content": "It does."}, {"role": "user", "content": "And then? " * 100}]
+    assert (await model.chat_ids_async(TENANT, messages)).tolist() == model.encode_chat(messages)
+    assert 0 < memory.bytes - held < held / 20
+    pool.close()
+
+
+async def test_a_second_job_runs_on_the_same_helper(kinds: dict[str, Kind]) -> None:
+    """The job that `then` returns for a result runs next on the helper that gave the result, before all jobs that
+    wait. An error of the first job ends the call."""
+    pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1)
+
+    async def call(text: str) -> list[bytes]:
+        begin: Job = ("begin", (("prompt_text", (text,), {}),), {})
+        answer: list[bytes] = await pool.run(begin, then=lambda digests: ("finish", (array("I", [0]), "prompt"), {}))
+        return answer
+
+    texts = [f"{i} " * 3000 for i in range(10)]
+    answers = await asyncio.wait_for(asyncio.gather(*map(call, texts)), READY_S)
+    assert answers == [await call(text) for text in texts]
+    assert len({ids for (ids,) in answers}) == 10
+    with pytest.raises(CallError):
+        await call("\ud800" + texts[0])
+    pool.close()
 
 
 @pytest.fixture

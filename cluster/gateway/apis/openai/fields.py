@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
-from cluster.gateway.apis.json_values import BODY, kind, parse
+from cluster.gateway.apis.json_values import BODY, JsonBounds, kind, parse
 
 INT32 = (1 << 31) - 1
 INT64 = (1 << 63) - 1
 
 
-def read_object(body: bytes) -> Fields:
-    """Parse the body of a request as a JSON object. Raises CallError."""
-    value = parse("", body, BODY)
+def read_object(body: bytes, bounds: JsonBounds | None = BODY) -> Fields:
+    """Parse the body of a request as a JSON object. Raises CallError. `bounds`: None if the values in the body have
+    been counted."""
+    value = parse("", body, bounds)
     if not isinstance(value, dict):
         raise invalid("body", f"must be a JSON object, got {kind(value)}")
     return Fields(value)

@@ -1,0 +1,276 @@
+"""What a turn of an agent costs in the gateway's front end: parsing the body, rendering, tokenizing.
+
+`python -m loadtests.agents.turns [--json FILE]`
+
+Many conversations of four tenants take their turns in rotation, one at a time, so that the CPU time of each turn is
+known exactly: that of this process, which does the work of a gateway, and that of its helper processes. Then several
+conversations take their turns at once, and the longest stall of the event loop is measured, also in CPU time of the
+event loop itself, since on a busy machine it waits for a core. The ids of some turns are compared with those from
+scratch. With --memory, many conversations of half the length follow, and the oldest of them take a turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from cluster.gateway.apis.bodies import Bodies
+from cluster.gateway.calls.request import ChatPrompt
+from cluster.gateway.calls.tokenization import encode
+from cluster.gateway.text.prompt_memory import PromptMemory
+from cluster.gateway.text.tokenizer import TextModel
+from loadtests.agents import conversations
+from loadtests.agents.families import FAMILIES, HAS_TOOLS, SCALES, bundle
+
+CONVERSATIONS, TENANTS, AT_ONCE, LAST_TURNS = 64, 4, 8, 5
+MAX_MODEL_LEN: Final = 262_144
+CHECK_EVERY: Final = 97
+"""Number of turns between two whose ids are compared with those from scratch."""
+Messages = list[dict[str, Any]]
+
+
+@dataclass
+class Turns:
+    """The figures of one family. Times are in milliseconds; `stall_ms` is the longest with AT_ONCE turns at once."""
+
+    family: str
+    tokens: int = 0
+    turns: int = 0
+    p50_ms: float = 0.0
+    last_ms: float = 0.0
+    p99_ms: float = 0.0
+    gateway_ms: float = 0.0
+    scratch_ms: float = 0.0
+    stall_ms: float = 0.0
+    stall_cpu_ms: float = 0.0
+    memory_mib: float = 0.0
+    checked: int = 0
+    different: int = 0
+    mean_by_turn_ms: list[float] = field(default_factory=list)
+
+
+class FrontEnd:
+    """The front end of one gateway with one model."""
+
+    def __init__(self, family: str) -> None:
+        self.memory = PromptMemory()
+        self.text = TextModel.from_bundle(bundle(family), memory=self.memory)
+        self.bodies = Bodies()
+
+    async def start(self) -> None:
+        """Start all helper processes."""
+        assert self.text.pool is not None
+        await asyncio.gather(self.text.pool.ready(), self.bodies.pool.ready())
+
+    def close(self) -> None:
+        """End all helper processes."""
+        assert self.text.pool is not None
+        self.text.pool.close()
+        self.bodies.close()
+
+    async def turn(self, body: bytes, tenant: str) -> Sequence[int]:
+        """Do what a gateway does with a body, up to the token ids."""
+        parsed = await self.bodies.http("chat", body, tenant)
+        return await encode(parsed.requests[0].prompt, self.text, tenant, MAX_MODEL_LEN)
+
+    async def from_scratch(self, body: bytes) -> Sequence[int]:
+        """Return the ids of a body, tokenized at once and whole."""
+        prompt = await self._parsed(body)
+        return self.text.encode_chat(prompt.messages, **prompt.template_options)
+
+    async def remember(self, body: bytes, tenant: str) -> None:
+        """Tokenize a body in this process, which has the memory."""
+        prompt = await self._parsed(body)
+        self.text.chat_ids(tenant, prompt.messages, **prompt.template_options)
+
+    async def _parsed(self, body: bytes) -> ChatPrompt:
+        prompt = (await self.bodies.http("chat", body)).requests[0].prompt
+        assert isinstance(prompt, ChatPrompt), "bodies of this size are parsed in the gateway"
+        return prompt
+
+    def cpu_s(self) -> tuple[float, float]:
+        """Return the CPU seconds used so far by this process, and by its helpers."""
+        assert self.text.pool is not None
+        return time.process_time(), sum(map(_cpu_s, self.text.pool.pids | self.bodies.pool.pids))
+
+
+def _cpu_s(pid: int) -> float:
+    """Return the CPU seconds of a process. Its schedstat counts nanoseconds, its stat hundredths of seconds."""
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir()) / 1e9
+
+
+def made(family: str, count: int, turns: int, first: int = 0) -> list[list[Messages]]:
+    """Return conversations, whose tenants have a system prompt each."""
+    numbers = range(first, first + count)
+    return [
+        [
+            messages if family in HAS_TOOLS else conversations.without_tools(messages)
+            for messages in conversations.conversation(f"{i}", SCALES[family], f"tenant-{i % TENANTS}", turns)
+        ]
+        for i in numbers
+    ]
+
+
+async def one_at_a_time(front: FrontEnd, talks: Sequence[Sequence[Messages]], figures: Turns) -> None:
+    """Let the conversations take their turns in rotation, and fill in the figures of CPU time."""
+    by_turn: list[list[float]] = []
+    own: list[float] = []
+    for number in range(len(talks[0])):
+        costs = []
+        for i, talk in enumerate(talks):
+            body = conversations.body(talk[number])
+            before = front.cpu_s()
+            ids = await front.turn(body, f"tenant-{i % TENANTS}")
+            after = front.cpu_s()
+            own.append(1000 * (after[0] - before[0]))
+            costs.append(own[-1] + 1000 * (after[1] - before[1]))
+            figures.tokens = max(figures.tokens, len(ids))
+            if (number * len(talks) + i) % CHECK_EVERY == 0 or (number, i) == (len(talk) - 1, 0):
+                figures.checked += 1
+                figures.different += list(ids) != list(await front.from_scratch(body))
+        by_turn.append(costs)
+    repeated = sorted(cost for costs in by_turn[1:] for cost in costs)
+    figures.turns = len(repeated)
+    figures.p50_ms = statistics.median(repeated)
+    figures.p99_ms = repeated[min(len(repeated) - 1, int(0.99 * len(repeated)))]
+    figures.mean_by_turn_ms = [round(statistics.fmean(costs), 2) for costs in by_turn]
+    figures.last_ms = statistics.fmean(figures.mean_by_turn_ms[-LAST_TURNS:])
+    figures.gateway_ms = statistics.median(own[len(talks) :])
+    figures.memory_mib = front.memory.bytes / 2**20
+    before = front.cpu_s()
+    await front.turn(body, "a tenant that has sent nothing")
+    figures.scratch_ms = 1000 * (sum(front.cpu_s()) - sum(before))
+
+
+async def all_at_once(front: FrontEnd, talks: Sequence[Sequence[Messages]]) -> tuple[float, float]:
+    """Let the conversations take their last turns, each at the same time as the others. Returns the longest stall of
+    the event loop, and the most CPU time that it used in a stall, in milliseconds."""
+    worst_s, worst_cpu_s, ended = 0.0, 0.0, False
+
+    async def witness() -> None:
+        nonlocal worst_s, worst_cpu_s
+        while not ended:
+            before, cpu = time.perf_counter(), time.thread_time()
+            await asyncio.sleep(0)
+            worst_s, worst_cpu_s = (
+                max(worst_s, time.perf_counter() - before),
+                max(worst_cpu_s, time.thread_time() - cpu),
+            )
+
+    for number in range(len(talks[0]) - LAST_TURNS, len(talks[0])):
+        bodies = [conversations.body(talk[number]) for talk in talks]
+        ended, watching = False, asyncio.create_task(witness())
+        await asyncio.sleep(0.01)
+        await asyncio.gather(*(front.turn(body, f"tenant-{i % TENANTS}") for i, body in enumerate(bodies)))
+        ended = True
+        await watching
+    return 1000 * worst_s, 1000 * worst_cpu_s
+
+
+async def mean_ms(front: FrontEnd, bodies: Sequence[bytes], tenants: Sequence[str]) -> float:
+    """Return the mean CPU time of turns, in milliseconds."""
+    before = sum(front.cpu_s())
+    for body, tenant in zip(bodies, tenants, strict=True):
+        await front.turn(body, tenant)
+    return 1000 * (sum(front.cpu_s()) - before) / len(bodies)
+
+
+@dataclass
+class Remembered:
+    """What is remembered of many conversations of half the length, of tenants with a system prompt each.
+
+    `mib`: size of the memory by its own count. `grown_mib`: growth of this process. `oldest_ms`, `scratch_ms`: mean CPU
+    time of the next turn of the oldest conversations, and of such a turn if nothing is known of it.
+    """
+
+    conversations: int
+    mib: float = 0.0
+    grown_mib: float = 0.0
+    oldest_ms: float = 0.0
+    scratch_ms: float = 0.0
+
+
+async def remember(count: int, family: str = "byte-level", sample: int = 20) -> Remembered:
+    """Let conversations begin in the middle, one after the other, then let the oldest take their next turn. The
+    beginnings are tokenized in this process, since a helper would make no difference to its memory."""
+    front, half = FrontEnd(family), conversations.TURNS // 2
+    await front.start()
+    figures, process = Remembered(count), psutil.Process()
+    await front.remember(conversations.body(made(family, 1, half)[0][-1]), "a stranger")
+    before = process.memory_info().rss
+    try:
+        for i in range(count):
+            await front.remember(conversations.body(made(family, 1, half, i)[0][-1]), f"tenant-{i % TENANTS}")
+        figures.mib, figures.grown_mib = front.memory.bytes / 2**20, (process.memory_info().rss - before) / 2**20
+        bodies = [conversations.body(made(family, 1, half + 1, i)[0][-1]) for i in range(sample)]
+        await mean_ms(front, bodies[:4], ["warm"] * 4)  # the helpers have encoded nothing yet
+        figures.oldest_ms = await mean_ms(front, bodies, [f"tenant-{i % TENANTS}" for i in range(sample)])
+        figures.scratch_ms = await mean_ms(front, bodies, [f"stranger-{i}" for i in range(sample)])
+    finally:
+        front.close()
+    return figures
+
+
+async def measure(family: str, count: int = CONVERSATIONS, turns: int = conversations.TURNS) -> Turns:
+    """Return the figures of one family."""
+    front, figures = FrontEnd(family), Turns(family)
+    await front.start()
+    try:
+        talks = made(family, count, turns)
+        await one_at_a_time(front, talks, figures)
+        figures.stall_ms, figures.stall_cpu_ms = await all_at_once(front, talks[:AT_ONCE])
+    finally:
+        front.close()
+    return figures
+
+
+def table(rows: Iterable[Turns]) -> Table:
+    """Return the table of all families."""
+    out = Table("family", "tokens", "turns", "p50 ms", "last five ms", "p99 ms", "of it gateway ms", "not seen ms")
+    for name in ("stall ms", "its CPU ms", "memory MiB", "ids differ"):
+        out.add_column(name)
+    for row in rows:
+        times: tuple[float, ...] = (row.p50_ms, row.last_ms, row.p99_ms, row.gateway_ms, row.scratch_ms, row.stall_ms)
+        times += (row.stall_cpu_ms, row.memory_mib)
+        different = f"{row.different} of {row.checked}"
+        out.add_row(row.family, f"{row.tokens}", f"{row.turns}", *(f"{value:.1f}" for value in times), different)
+    return out
+
+
+def main() -> None:
+    """Measure, print the table, and write the report."""
+    arguments = argparse.ArgumentParser(prog="python -m loadtests.agents.turns", description=__doc__)
+    arguments.add_argument("--conversations", type=int, default=CONVERSATIONS)
+    arguments.add_argument("--turns", type=int, default=conversations.TURNS)
+    arguments.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be repeated")
+    arguments.add_argument(
+        "--memory", type=int, default=0, metavar="N", help="let N conversations of half length follow"
+    )
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="write the whole report")
+    options = arguments.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    rows = [asyncio.run(measure(family, options.conversations, options.turns)) for family in options.family or FAMILIES]
+    console = Console(width=160)
+    console.print(table(rows))
+    report: dict[str, Any] = {"turns": [asdict(row) for row in rows]}
+    if options.memory:
+        report["memory"] = asdict(asyncio.run(remember(options.memory)))
+        console.print(report["memory"])
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
