@@ -19,6 +19,7 @@ from typing import Any
 from loadtests.agents import cases, servers
 from loadtests.agents.cases import Case
 from loadtests.agents.compare import Answer, Difference, differences
+from loadtests.agents.families import NAMED
 from loadtests.agents.scripted import read_prompts
 from loadtests.agents.trials import MAX_TOKENS, Trial, plan, texts
 from loadtests.figures import Bound, Figure
@@ -30,6 +31,7 @@ FORMATS = "tool formats among them"
 DIFFERENT = "answers that differ from vLLM's own server: text, reasoning, calls, finish reason"
 PROMPTS = "cases whose prompt differs from vLLM's, in token ids"
 CUT = "answers cut by max_tokens that vLLM reports as tool_calls, and Headrace as length"
+NAMED_END = "answers to a named tool choice that vLLM ends with stop, and Headrace with tool_calls"
 UNEXPECTED = "answers of vLLM's server that lack the expected calls"
 STEP_SIZE = "answers of vLLM's server that change with the size of the engine's steps"
 ROWS: Mapping[str, Bound | None] = {
@@ -39,6 +41,7 @@ ROWS: Mapping[str, Bound | None] = {
     DIFFERENT: Bound("<=", 0),
     PROMPTS: Bound("<=", 0),
     CUT: None,
+    NAMED_END: None,
     UNEXPECTED: None,
     STEP_SIZE: None,
 }
@@ -61,19 +64,22 @@ class Compared:
 
     @property
     def differences(self) -> list[Difference]:
-        """The differences, without the finish reason of a cut answer."""
+        """The differences, without those finish reasons that have a row of their own."""
         found = differences(self.theirs, self.ours)
-        return [one for one in found if one.field != "finish"] if self.is_cut_call else found
+        return [one for one in found if one.field != "finish"] if self.other_finish else found
 
     @property
-    def is_cut_call(self) -> bool:
-        """Whether max_tokens ended the answer within or after a call, and vLLM hides that.
+    def other_finish(self) -> str:
+        """The row that counts the answer's finish reason, if it differs in a known way; else "".
 
-        vLLM reports `length` for such an answer if it is streamed, and `tool_calls` if it is not, so an agent cannot
-        know that the call may be incomplete. Headrace reports `length` in both modes, as OpenAI does.
+        CUT: vLLM reports `length` for an answer that max_tokens has cut within a call if the answer is streamed, and
+        `tool_calls` if it is not, so an agent cannot know that the call may be incomplete. Headrace reports `length`.
+        NAMED_END: vLLM reports `stop` for a call that the caller has chosen by name, Headrace as for any other call.
         """
-        cut = self.trial.max_tokens < MAX_TOKENS
-        return cut and self.theirs.finish == "tool_calls" and self.ours.finish == "length"
+        finish = (self.theirs.finish, self.ours.finish)
+        if self.trial.max_tokens < MAX_TOKENS and finish == ("tool_calls", "length"):
+            return CUT
+        return NAMED_END if self.trial.choice == NAMED and finish == ("stop", "tool_calls") else ""
 
     def as_json(self) -> dict[str, Any]:
         """Return what is different, with the request's case and both messages."""
@@ -161,7 +167,8 @@ def figures(compared: Sequence[Compared], wrong_prompts: int) -> list[Figure]:
         FORMATS: len({one.trial.family.name for one in whole if one.theirs.calls}),
         DIFFERENT: sum(1 for one in compared if one.differences),
         PROMPTS: wrong_prompts,
-        CUT: sum(1 for one in compared if one.is_cut_call),
+        CUT: sum(1 for one in compared if one.other_finish == CUT),
+        NAMED_END: sum(1 for one in compared if one.other_finish == NAMED_END),
         UNEXPECTED: sum(1 for one in compared if one.is_unexpected),
         STEP_SIZE: sum(1 for one in compared if differences(one.theirs, one.stepped)),
     }
