@@ -21,7 +21,7 @@ from loadtests.agents.cases import Case
 from loadtests.agents.compare import Answer, Difference, differences
 from loadtests.agents.families import NAMED
 from loadtests.agents.scripted import read_prompts
-from loadtests.agents.trials import MAX_TOKENS, Trial, plan, texts
+from loadtests.agents.trials import Trial, plan, texts
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage
 
@@ -30,7 +30,7 @@ CALLED = "cases in which vLLM's own server reports a tool call"
 FORMATS = "tool formats among them"
 DIFFERENT = "answers that differ from vLLM's own server: text, reasoning, calls, finish reason"
 PROMPTS = "cases whose prompt differs from vLLM's, in token ids"
-CUT = "answers cut by max_tokens that vLLM reports as tool_calls, and Headrace as length"
+CUT = "answers cut within a call that vLLM ends with tool_calls, and Headrace with length or stop"
 NAMED_END = "answers to a named tool choice that vLLM ends with stop, and Headrace with tool_calls"
 UNEXPECTED = "answers of vLLM's server that lack the expected calls"
 STEP_SIZE = "answers of vLLM's server that change with the size of the engine's steps"
@@ -72,12 +72,12 @@ class Compared:
     def other_finish(self) -> str:
         """The row that counts the answer's finish reason, if it differs in a known way; else "".
 
-        CUT: vLLM reports `length` for an answer that max_tokens has cut within a call if the answer is streamed, and
-        `tool_calls` if it is not, so an agent cannot know that the call may be incomplete. Headrace reports `length`.
+        CUT: max_tokens or a stop string has cut the answer within a call. vLLM ends it with `length` or `stop` if it is
+        streamed, but with `tool_calls` if it is not, so an agent cannot know that the call is incomplete or missing.
         NAMED_END: vLLM reports `stop` for a call that the caller has chosen by name, Headrace as for any other call.
         """
         finish = (self.theirs.finish, self.ours.finish)
-        if self.trial.max_tokens < MAX_TOKENS and finish == ("tool_calls", "length"):
+        if self.trial.is_cut and finish[0] == "tool_calls" and (finish[1] == "length" or not self.ours.calls):
             return CUT
         return NAMED_END if self.trial.choice == NAMED and finish == ("stop", "tool_calls") else ""
 
@@ -89,7 +89,7 @@ class Compared:
     @property
     def is_unexpected(self) -> bool:
         """Whether vLLM's own answer lacks the calls of an uncut trial."""
-        return self.trial.max_tokens == MAX_TOKENS and not self.trial.is_as_written(self.theirs)
+        return not self.trial.is_cut and not self.trial.is_as_written(self.theirs)
 
     @property
     def request(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Compared:
         trial = self.trial
         return {
             "case": trial.case.name, "family": trial.family.name, "mode": self.mode, "tool_choice": trial.choice,
-            "max_tokens": trial.max_tokens, "parallel_tool_calls": not trial.single, "emitted": trial.text,
+            **trial.options, "turns before": len(trial.history), "emitted": trial.text,
         }  # fmt: skip
 
 

@@ -99,7 +99,7 @@ class Difference:
 
 
 def differences(theirs: Answer, ours: Answer) -> list[Difference]:
-    """Return the fields in which two answers differ. Arguments are compared as text and as JSON values.
+    """Return the fields in which two answers differ. If arguments differ as text, also compare their values.
 
     An error on either side, or on both, is a difference: there is nothing to compare.
     """
@@ -112,7 +112,8 @@ def differences(theirs: Answer, ours: Answer) -> list[Difference]:
     for number, (one, other) in enumerate(zip(theirs.calls, ours.calls, strict=False)):
         pairs.append((f"name of call {number}", one.name, other.name))
         pairs.append((f"arguments of call {number}", one.arguments, other.arguments))
-        pairs.append((f"arguments of call {number} as JSON", one.parsed, other.parsed))
+        if one.arguments != other.arguments:
+            pairs.append((f"arguments of call {number} as JSON", one.parsed, other.parsed))
     return [Difference(name, repr(one), repr(other)) for name, one, other in pairs if one != other]
 
 

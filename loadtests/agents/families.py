@@ -41,13 +41,14 @@ class Family:
     forced_as_json: bool = False
     """Whether vLLM expects forced calls as plain JSON and not in the family's format."""
 
-    def answer(self, calls: Sequence[Call], text: str = "", reasoning: str = "", choice: str = "auto") -> str:
-        """Return the text of an answer: reasoning, text and calls, each if given. `choice`: the kind of tool choice."""
+    def answer(self, calls: Sequence[Call], text: str = "", reasoning: str | None = "", choice: str = "auto") -> str:
+        """Return the text of an answer: reasoning, text and calls, each if given.
+
+        `reasoning`: None if the model does not even begin to reason. `choice`: the kind of tool choice.
+        """
         thought = ""
-        if self.reasoning:
-            thought = f"{'<think>' if self.opens_reasoning else ''}{reasoning}</think>\n\n"
-            if not reasoning and self.opens_reasoning:
-                thought = "<think></think>"
+        if self.reasoning and reasoning is not None:
+            thought = f"{'<think>' if self.opens_reasoning else ''}{reasoning}</think>" + ("\n\n" if reasoning else "")
         if choice in FORCED and self.forced_as_json:
             return thought + _forced_json(calls, choice)
         said = text if not calls or (self.text_before_calls and choice not in FORCED) else ""
@@ -62,7 +63,11 @@ class Family:
             "{%- if tools %}<|im_start|>system\nTools of " + self.name + ":\n"
             "{%- for tool in tools %}\n" + tool + "{%- endfor %}<|im_end|>\n{%- endif %}"
             "{%- for message in messages %}{{ '\n<|im_start|>' + message.role + '\n' }}"
-            "{{ message.content }}<|im_end|>{%- endfor %}"
+            "{%- if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>\n{% endif %}"
+            "{{ message.content or '' }}"
+            "{%- for call in message.tool_calls or [] %}\n{{ call.id }} {{ call.function.name }}: "
+            "{{ call.function.arguments | tojson }}{%- endfor %}"
+            "{%- if message.tool_call_id %} (of {{ message.tool_call_id }}){%- endif %}<|im_end|>{%- endfor %}"
             "{%- if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{%- endif %}"
         )
 

@@ -16,7 +16,7 @@ from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, FinishReason, Sampling
 from loadtests.agents import bfcl, cases, compare, families, prepare, scripted, servers
 from loadtests.agents.compare import Answer, ToolCall, differences, read_answer
-from loadtests.agents.trials import MAX_TOKENS, Trial, plan, texts
+from loadtests.agents.trials import Trial, plan, texts
 from loadtests.children import free_port
 from loadtests.traces import NoData
 from tests.loadtests.agent_cases import FUNCTION, made_cases
@@ -66,11 +66,13 @@ def test_missing_data_names_the_remedy(tmp_path: Path) -> None:
 
 
 def test_every_family_and_category_has_its_turn() -> None:
-    """A plan for a mixed sample uses all families, cuts some answers and asks for a single call in some."""
+    """A plan for a mixed sample uses all families, all kinds of tool choice and all options of requests."""
     trials = plan(bfcl.mixed(made_cases(240), 220, seed=1))
     assert {trial.family.name for trial in trials} == families.BY_NAME.keys()
-    assert any(trial.max_tokens < MAX_TOKENS for trial in trials)
-    assert any(trial.single for trial in trials)
+    assert {trial.choice for trial in trials} == {"auto", "required", "named", "none"}
+    options = {"parallel_tool_calls", "include_reasoning", "chat_template_kwargs", "max_tokens", "stop"}
+    assert {name for trial in trials for name in trial.options} == options
+    assert any(trial.history for trial in trials)
     assert len({trial.key for trial in trials}) == 220
 
 
@@ -200,7 +202,7 @@ async def test_vllms_own_server_reads_the_written_calls(
     sample: tuple[list[Trial], list[dict[str, Any]]], vllm_side: servers.Side, mode: str
 ) -> None:
     """vLLM's server finds in each scripted answer exactly the calls that were written."""
-    trials = [trial for trial in sample[0] if trial.max_tokens == MAX_TOKENS]
+    trials = [trial for trial in sample[0] if not trial.is_cut]
     answers = await bfcl.ask_all(vllm_side, [trial.body(stream=bfcl.MODES[mode]) for trial in trials])
     for trial, answer in zip(trials, answers, strict=True):
         assert not answer.error
