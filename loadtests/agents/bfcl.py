@@ -18,7 +18,7 @@ from typing import Any
 
 from loadtests.agents import cases, servers
 from loadtests.agents.cases import Case
-from loadtests.agents.compare import Answer, Difference, differences
+from loadtests.agents.compare import CUT, NAMED_END, Answer, Difference, differences, known_finish
 from loadtests.agents.families import NAMED
 from loadtests.agents.scripted import read_prompts
 from loadtests.agents.trials import Trial, plan, texts
@@ -30,8 +30,8 @@ CALLED = "cases in which vLLM's own server reports a tool call"
 FORMATS = "tool formats among them"
 DIFFERENT = "answers that differ from vLLM's own server: text, reasoning, calls, finish reason"
 PROMPTS = "cases whose prompt differs from vLLM's, in token ids"
-CUT = "answers cut within a call that vLLM ends with tool_calls, and Headrace with length or stop"
-NAMED_END = "answers to a named tool choice that vLLM ends with stop, and Headrace with tool_calls"
+CUT_ROW = "answers cut within a call that vLLM ends with tool_calls, and Headrace with length or stop"
+NAMED_ROW = "answers to a named tool choice that vLLM ends with stop, and Headrace with tool_calls"
 UNEXPECTED = "answers of vLLM's server that lack the expected calls"
 STEP_SIZE = "answers of vLLM's server that change with the size of the engine's steps"
 ROWS: Mapping[str, Bound | None] = {
@@ -40,8 +40,8 @@ ROWS: Mapping[str, Bound | None] = {
     FORMATS: Bound(">=", 10),
     DIFFERENT: Bound("<=", 0),
     PROMPTS: Bound("<=", 0),
-    CUT: None,
-    NAMED_END: None,
+    CUT_ROW: None,
+    NAMED_ROW: None,
     UNEXPECTED: None,
     STEP_SIZE: None,
 }
@@ -70,16 +70,9 @@ class Compared:
 
     @property
     def other_finish(self) -> str:
-        """The row that counts the answer's finish reason, if it differs in a known way; else "".
-
-        CUT: max_tokens or a stop string has cut the answer within a call. vLLM ends it with `length` or `stop` if it is
-        streamed, but with `tool_calls` if it is not, so an agent cannot know that the call is incomplete or missing.
-        NAMED_END: vLLM reports `stop` for a call that the caller has chosen by name, Headrace as for any other call.
-        """
-        finish = (self.theirs.finish, self.ours.finish)
-        if self.trial.is_cut and finish[0] == "tool_calls" and (finish[1] == "length" or not self.ours.calls):
-            return CUT
-        return NAMED_END if self.trial.choice == NAMED and finish == ("stop", "tool_calls") else ""
+        """The way in which the finish reasons differ, if it is known; else "". See known_finish."""
+        trial = self.trial
+        return known_finish(self.theirs, self.ours, is_cut=trial.is_cut, is_named=trial.choice == NAMED)
 
     def as_json(self) -> dict[str, Any]:
         """Return what is different, with the request's case and both messages."""
@@ -167,8 +160,8 @@ def figures(compared: Sequence[Compared], wrong_prompts: int) -> list[Figure]:
         FORMATS: len({one.trial.family.name for one in whole if one.theirs.calls}),
         DIFFERENT: sum(1 for one in compared if one.differences),
         PROMPTS: wrong_prompts,
-        CUT: sum(1 for one in compared if one.other_finish == CUT),
-        NAMED_END: sum(1 for one in compared if one.other_finish == NAMED_END),
+        CUT_ROW: sum(1 for one in compared if one.other_finish == CUT),
+        NAMED_ROW: sum(1 for one in compared if one.other_finish == NAMED_END),
         UNEXPECTED: sum(1 for one in compared if one.is_unexpected),
         STEP_SIZE: sum(1 for one in compared if differences(one.theirs, one.stepped)),
     }

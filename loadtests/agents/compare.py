@@ -117,6 +117,26 @@ def differences(theirs: Answer, ours: Answer) -> list[Difference]:
     return [Difference(name, repr(one), repr(other)) for name, one, other in pairs if one != other]
 
 
+CUT, NAMED_END = "cut", "named"
+"""Known ways in which finish reasons differ; see known_finish."""
+
+
+def known_finish(theirs: Answer, ours: Answer, *, is_cut: bool, is_named: bool) -> str:
+    """Return CUT or NAMED_END if the finish reasons differ in a known way; else "".
+
+    CUT: max_tokens or a stop string has cut the answer within a call. vLLM ends it with `length` or `stop` if it is
+    streamed, but with `tool_calls` if it is not, so an agent cannot know that the call is incomplete or missing.
+    NAMED_END: vLLM reports `stop` for a call that the caller has chosen by name, Headrace as for any other call.
+    """
+    if (
+        is_cut
+        and theirs.finish == "tool_calls"
+        and (ours.finish == "length" or (ours.finish == "stop" and not ours.calls))
+    ):
+        return CUT
+    return NAMED_END if is_named and (theirs.finish, ours.finish) == ("stop", "tool_calls") else ""
+
+
 class Server:
     """Client of one OpenAI-compatible server on loopback, with a pool of connections."""
 

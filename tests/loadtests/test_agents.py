@@ -164,6 +164,19 @@ def test_answers_differ_exactly_if_a_difference_is_found(one: Answer, other: Ans
     assert not differences(one, replace(one))
 
 
+@given(ANSWERS, ANSWERS, st.booleans(), st.booleans())
+def test_a_finish_reason_is_known_only_where_it_differs(
+    one: Answer, other: Answer, is_cut: bool, is_named: bool
+) -> None:
+    """Known finish reasons differ, and exist only for cut answers and named choices. `length` is never explained away
+    on vLLM's side."""
+    known = compare.known_finish(one, other, is_cut=is_cut, is_named=is_named)
+    if known:
+        assert one.finish != other.finish
+        assert one.finish != "length"
+        assert is_cut if known == compare.CUT else is_named
+
+
 def test_errors_never_compare_as_equal() -> None:
     """Two errors, even the same one, are a difference, and the error's text is shown."""
     refused = read_answer(400, b'{"error": {"message": "no"}}')
