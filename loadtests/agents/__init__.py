@@ -1,1 +1,1 @@
-"""Load tests of agent work: tool calls, reasoning and long conversations, beside vLLM's own server."""
+"""Load of agents: conversations that call tools, and grow by a few messages a turn."""
