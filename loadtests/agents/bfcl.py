@@ -19,7 +19,7 @@ from typing import Any
 from loadtests.agents import cases, servers
 from loadtests.agents.cases import Case
 from loadtests.agents.compare import CUT, NAMED_END, Answer, Difference, differences, known_finish
-from loadtests.agents.families import NAMED
+from loadtests.agents.formats import NAMED
 from loadtests.agents.scripted import read_prompts
 from loadtests.agents.trials import Trial, plan, texts
 from loadtests.figures import Bound, Figure

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from loadtests.agents.families import BY_NAME, Family
+from loadtests.agents.formats import BY_NAME, Family
 from loadtests.agents.scripted import MAX_MODEL_TOKENS
 from tests.support import checkpoints, tokenizer_kinds
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from loadtests.agents.cases import Call, Case
 from loadtests.agents.compare import Answer
-from loadtests.agents.families import FAMILIES, NAMED, REQUIRED, Family
+from loadtests.agents.formats import FAMILIES, NAMED, REQUIRED, Family
 from loadtests.agents.scripted import MARK
 
 MAX_TOKENS = 8192

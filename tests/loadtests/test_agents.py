@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, FinishReason, Sampling
-from loadtests.agents import bfcl, cases, compare, families, prepare, scripted, servers
+from loadtests.agents import bfcl, cases, compare, formats, prepare, scripted, servers
 from loadtests.agents.compare import Answer, ToolCall, differences, read_answer
 from loadtests.agents.trials import Trial, plan, texts
 from loadtests.children import free_port
 from loadtests.traces import NoData
 from tests.loadtests.agent_cases import FUNCTION, made_cases
 
-FAMILY = families.BY_NAME["hermes"]
+FAMILY = formats.BY_NAME["hermes"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 CALLS = st.builds(ToolCall, TEXT.filter(bool), TEXT)
 ANSWERS = st.builds(
@@ -68,7 +68,7 @@ def test_missing_data_names_the_remedy(tmp_path: Path) -> None:
 def test_every_family_and_category_has_its_turn() -> None:
     """A plan for a mixed sample uses all families, all kinds of tool choice and all options of requests."""
     trials = plan(bfcl.mixed(made_cases(240), 220, seed=1))
-    assert {trial.family.name for trial in trials} == families.BY_NAME.keys()
+    assert {trial.family.name for trial in trials} == formats.BY_NAME.keys()
     assert {trial.choice for trial in trials} == {"auto", "required", "named", "none"}
     options = {"parallel_tool_calls", "include_reasoning", "chat_template_kwargs", "max_tokens", "stop"}
     assert {name for trial in trials for name in trial.options} == options
@@ -191,7 +191,7 @@ def test_errors_never_compare_as_equal() -> None:
 def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Trial], list[dict[str, Any]]]:
     """Return thirty trials in three families, and the families' models."""
     folder = tmp_path_factory.mktemp("agents")
-    trials = plan(made_cases(30), [families.BY_NAME[name] for name in ("hermes", "kimi_k2", "qwen3_coder")])
+    trials = plan(made_cases(30), [formats.BY_NAME[name] for name in ("hermes", "kimi_k2", "qwen3_coder")])
     made = [prepare.write_family(name, answers, folder / name) for name, answers in texts(trials).items()]
     return trials, made
 
@@ -220,4 +220,4 @@ async def test_vllms_own_server_reads_the_written_calls(
     for trial, answer in zip(trials, answers, strict=True):
         assert not answer.error
         assert trial.is_as_written(answer), (trial, answer)
-        assert (answer.finish == "tool_calls") == (bool(answer.calls) and trial.choice != families.NAMED)
+        assert (answer.finish == "tool_calls") == (bool(answer.calls) and trial.choice != formats.NAMED)
