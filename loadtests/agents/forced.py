@@ -30,6 +30,8 @@ COMPARED = "answers with a required or named call, SmolLM2 in float32, whole and
 CALLED = "answers of vLLM's server among them with a tool call"
 DIFFERENT = "answers among them that differ from vLLM's own server"
 ROWS: Mapping[str, Bound | None] = {COMPARED: Bound(">=", 40), CALLED: None, DIFFERENT: Bound("<=", 0)}
+LONE_RANK = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Environment with which vLLM's rank on CPUs runs in the process of the engine core, as in Headrace's engine."""
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
     "max_model_len": 4096,
@@ -83,7 +85,7 @@ async def _ask_vllm(
     children: Children, folder: Path, requests: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> list[Answer]:
     engine = {**ENGINE, "enforce_eager": True, "enable_auto_tool_choice": True, "tool_call_parser": TOOLS}
-    peer, port = await peers.vllm_server(children, MODEL, folder, engine, servers.ENVIRONMENT)
+    peer, port = await peers.vllm_server(children, MODEL, folder, engine, servers.ENVIRONMENT | LONE_RANK)
     answers = await _ask(Server(port), requests)
     await peer.child.stop()
     return answers
