@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers gpu-report triton contract-v2 killers gpu-contract window clean clean-all
+.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents gpu-report triton contract-v2 killers gpu-contract window clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -99,6 +99,9 @@ bench-peers: setup ## the environment .venv-peers, for the scenarios that run be
 	$(VENV)/uv pip sync --quiet --python .venv-peers/bin/python requirements/peers.txt
 	@echo "peers are in .venv-peers; try: make bench SCENARIO=relay"
 
+bench-agents: setup ## BFCL's cases (PyPI's bfcl-eval, Apache 2.0), in .bfcl beside the environment, for the scenario agents
+	@[ -d .bfcl/bfcl_eval ] || $(VENV)/uv pip install --quiet --no-deps --require-hashes --target .bfcl -r requirements/bfcl.txt
+
 gpu-report: ## peers with a real model on this machine's GPUs, as Markdown (MODEL=folder-or-id REPORT=docs/x.md)
 	@[ -x $(VENV)/python ] || { echo "no $(VENV): make one with the gpu extra, pip install -e '.[gpu,bench]'"; exit 2; }
 	HF_HUB_OFFLINE=$(HUB_OFFLINE) $(VENV)/python -m loadtests.gpu_report $(MODEL) $(if $(REPORT),--out $(REPORT)) $(ARGS)
@@ -108,4 +111,4 @@ clean: ## remove caches and what was built
 	find cluster tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## remove the environment too
-	rm -rf .venv .triton .window *.egg-info
+	rm -rf .venv .triton .window .bfcl *.egg-info

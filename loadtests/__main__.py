@@ -32,6 +32,7 @@ SCENARIOS = {
     "faults": "thousands of faults, recovery, overload and a soak: the effect on callers",
     "hosts": "the rendered chart on network namespaces as hosts: kills, cuts and rolls under load (root)",
     "hostile": "attacks by anonymous clients, tenants and routine procedures: the effect on everyone else",
+    "agents": "tool calls and reasoning in ten formats beside vLLM's own server, on BFCL's cases",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 OK, PARTIAL, USAGE = 0, 1, 2
@@ -73,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
                 metavar="CHECKOUT",
                 help="checkout to compare with in the part cost (CPU per token)",
             )
+        if name == "agents":
+            subparser.add_argument("--cases", type=positive, help="number of BFCL's cases (default all 1040)")
         if name == "hosts":
             subparser.add_argument(
                 "--speed", type=positive, help="factor by which streams are shorter (default 1: 5 to 120 s)"
@@ -107,6 +110,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
         soak_s=getattr(arguments, "soak_s", None),
         speed=getattr(arguments, "speed", None),
         against=getattr(arguments, "against", None),
+        cases=getattr(arguments, "cases", None),
     )
     report.peers = options.peers
     scenario = importlib.import_module(f"loadtests.scenarios.{arguments.scenario}")

@@ -62,6 +62,8 @@ class Options:
     """For `hosts`: factor by which the streams are shorter."""
     against: Path | None = None
     """For `hostile`: the checkout with which the cost per token is compared."""
+    cases: int | None = None
+    """For `agents`: number of cases of BFCL."""
     ends_at: float | None = None
     """Value of time.monotonic after which no round begins."""
 

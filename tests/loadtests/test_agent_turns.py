@@ -1,0 +1,30 @@
+"""Conversations of agents have the shape of published traces, and the ids of their turns are checked."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from loadtests.agents import conversations, turns
+
+
+def test_a_conversation_grows_as_traces_do() -> None:
+    """Each turn begins with the turn before. 96 % of all text sent was sent before, and equal seeds give equal text."""
+    talk = conversations.conversation("7")
+    assert len(talk) == conversations.TURNS
+    assert all(later[: len(turn)] == turn for turn, later in itertools.pairwise(talk))
+    sizes = [sum(len(message["content"]) for message in turn) for turn in talk]
+    assert sizes[-1] == pytest.approx(conversations.CHARS, rel=0.05)
+    assert sum(sizes[:-1]) / sum(sizes) == pytest.approx(0.96, abs=0.015)
+    assert conversations.conversation("7", count=3) == talk[:3] != conversations.conversation("8", count=3)
+
+
+@pytest.mark.slow
+async def test_a_short_run_checks_its_ids() -> None:
+    """A run of a few turns measures each figure, and finds no ids that differ from those from scratch."""
+    figures = await turns.measure("byte-level", 2, turns.LAST_TURNS + 1)
+    assert (figures.checked, figures.different) == (2, 0)
+    assert figures.p50_ms > figures.gateway_ms > 0
+    assert figures.scratch_ms > figures.last_ms > 0
+    assert figures.memory_mib > 0
