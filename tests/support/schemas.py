@@ -10,6 +10,8 @@ PATTERNS = (
     *("^a+$", "a|b", "^[a-c]{1,3}$", ".", "[^a]{0,3}", r"\d+", r"\w*", "(ab|c)+", "^$", "[a-z]{2,4}?x", r"\S\s"),
     *("(?:a|b){2}", r"[\x00-c]", r"\W", "é", "[é-ü]", "a^b", "(?=a)a", '"', "[^b]{0,200}", r"\u00e9.", "é.", r"\t"),
 )
+NAME_PATTERNS = tuple(text for text in PATTERNS if r"\W" not in text and r"\S" not in text)
+"""Expressions for names: jsonschema matches names with Unicode classes, which ECMAScript does not have."""
 VALUES: tuple[Any, ...] = (None, True, False, 0, 1, -1, 1.0, 0.5, "", "a", "ab", "é", [], [1], {}, {"a": 1})
 NAMES = ("a", "b", "ab", "é", "x y", "0", "")
 _LEAVES: tuple[Any, ...] = (True, {}, *({"type": name} for name in ("integer", "string", "null", "boolean")))
@@ -100,6 +102,6 @@ class SchemaGenerator:
         self._maybe(schema, 0.4, required=lambda: names[: self._source.randint(0, 3)])
         self._maybe(schema, 0.4, additionalProperties=lambda: self._source.choice((False, True, self._schema(depth))))
         self._maybe(schema, 0.15, minProperties=self._below(3), maxProperties=self._below(3))
-        self._maybe(schema, 0.1, patternProperties=lambda: {self._source.choice(PATTERNS): self._schema(depth)})
+        self._maybe(schema, 0.1, patternProperties=lambda: {self._source.choice(NAME_PATTERNS): self._schema(depth)})
         self._maybe(schema, 0.1, propertyNames=self._one_of({"pattern": "^a"}, {"enum": ["a"]}, {"maxLength": 2}, {}))
         self._maybe(schema, 0.05, unevaluatedProperties=lambda: self._schema(depth))
