@@ -92,7 +92,7 @@ class Opening:
         self.max_model_len, longest = self.model.max_model_len, self.meta.principal.tenant.max_context_tokens
         if longest:
             self.max_model_len = min(self.max_model_len, longest)
-        self.prompt_ids = await encode(self.request.prompt, self.text, self.meta.tenant, self.max_model_len)
+        await self._encode()
 
     def create_guards(self, guards: Guards) -> CallGuards:
         """Create the guards of the call."""
@@ -105,7 +105,11 @@ class Opening:
         guarded = await guards.prompt(self.request.prompt, self.text)
         if guarded is not self.request.prompt:
             self.request = replace(self.request, prompt=guarded)
-            self.prompt_ids = await encode(guarded, self.text, self.meta.tenant, self.max_model_len)
+            await self._encode()
+
+    async def _encode(self) -> None:
+        request, tenant = self.request, self.meta.tenant
+        self.prompt_ids = await encode(request.prompt, self.text, tenant, self.max_model_len, request.cache_salt)
 
     def create_call(
         self,
