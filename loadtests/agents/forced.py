@@ -62,7 +62,8 @@ async def measure(stage: Stage) -> list[Figure]:
     """Run the comparison and return the rows. Raises NoData if BFCL's data or the model is missing, or DidNotStart."""
     count = min(CASES, stage.options.cases or CASES)
     with_calls = [case for case in mixed(cases.load(), None, stage.options.seed) if case.calls]
-    requests = bodies(with_calls[:count])
+    short = sorted(with_calls, key=lambda case: len(str(case.tools)))  # long schemas would not end within TOKENS
+    requests = bodies(short[:count])
     try:
         source = await asyncio.to_thread(ensure_demo_model, cache_dir())
     except DemoModelError as error:
