@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -9,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, FinishReason, Sampling
-from loadtests.agents import bfcl, cases, compare, formats, prepare, scripted, servers
+from cluster.worker.parsing.kit import load_kit
+from loadtests.agents import bfcl, cases, compare, formats, prepare, scripted, servers, worker
 from loadtests.agents.compare import Answer, ToolCall, differences, read_answer
 from loadtests.agents.trials import Trial, plan, texts
 from loadtests.children import free_port
 from loadtests.traces import NoData
 from tests.loadtests.agent_cases import FUNCTION, made_cases
+from tests.support.cluster import LOOPBACK, running_cluster
+from tests.worker.parsing.hosts import thread_host
 
 FAMILY = formats.BY_NAME["hermes"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -221,3 +226,48 @@ async def test_vllms_own_server_reads_the_written_calls(
         assert not answer.error
         assert trial.is_as_written(answer), (trial, answer)
         assert (answer.finish == "tool_calls") == (bool(answer.calls) and trial.choice != formats.NAMED)
+
+
+# -- Headrace beside vLLM's own server
+
+
+@pytest.fixture(scope="session")
+async def headrace_side(
+    sample: tuple[list[Trial], list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[servers.Side]:
+    """Return a gateway with the workers of the sample, in this process. Each parser runs in a thread."""
+    folder = tmp_path_factory.mktemp("headrace")
+    names = [model["name"] for model in sample[1]]
+    config = yaml.safe_load(LOOPBACK) | {"models": [{"name": name, "source": "sim:///nowhere"} for name in names]}
+    log = scripted.PromptLog(folder / "prompts")
+    async with running_cluster(folder, yaml.safe_dump(config)) as cluster:
+        endpoints = cluster.gateway.endpoints
+        sessions = [
+            await worker.session_of(
+                model, worker.engine_of(model, 1, log), endpoints["link"], lambda kit: thread_host(load_kit(kit))
+            )
+            for model in sample[1]
+        ]
+        running = [asyncio.create_task(session.run()) for session in sessions]
+        server = compare.Server(int(endpoints["http"].rpartition(":")[2]))
+        side = servers.Side(dict.fromkeys(names, server), folder / "prompts")
+        async with asyncio.timeout(60):
+            while not await server.ready_models() >= set(names):  # noqa: ASYNC110 - polls as a client does
+                await asyncio.sleep(0.02)
+        yield side
+        side.close()
+        for session in sessions:
+            await session.close()
+        await asyncio.gather(*running)
+
+
+@pytest.mark.engine
+async def test_headrace_answers_as_vllms_own_server(
+    sample: tuple[list[Trial], list[dict[str, Any]]], vllm_side: servers.Side, headrace_side: servers.Side
+) -> None:
+    """Over the same tokens, in other steps, Headrace's answers and prompts equal those of vLLM's server."""
+    compared = await bfcl.compare(sample[0], vllm_side, headrace_side)
+    assert len(compared) == 60
+    assert [one.as_json() for one in compared if one.differences] == []
+    assert bfcl.different_prompts(vllm_side, headrace_side) == []
+    assert sum(1 for one in compared if one.ours.calls) >= 30
