@@ -202,13 +202,15 @@ class Opening:
 def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> OutputParsing | None:
     """Return how the worker is to parse the output of a call; None if there is nothing to parse.
 
-    A call that may call tools is parsed, and a chat with a model that has a parser of reasoning. While a model has no
-    worker, its parsers are unknown, and every chat is parsed; a worker without a parser ignores that. Raises CallError
-    for tools that are too long for the number of outputs."""
+    A call that may call tools is parsed, a chat with a model that has a parser of reasoning, and one whose tools must
+    not be called, so that such calls are not shown as content. While a model has no worker, its parsers are unknown,
+    and every chat is parsed; a worker without a parser ignores that. Raises CallError for tools that are too long for
+    the number of outputs."""
     output = request.output
     if not output.parser_request:
         return None
-    if not output.needs_tools and model.links and not model.has_parser(REASONING_PARSER):
+    parses = model.has_parser(REASONING_PARSER) or (output.has_tools and model.has_parser(TOOL_PARSER))
+    if not output.needs_tools and model.links and not parses:
         return None
     if (size := request.options.n * len(output.parser_request)) > MAX_PARSING_CHARS:
         raise invalid(

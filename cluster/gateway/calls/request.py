@@ -69,6 +69,8 @@ class OutputOptions:
     """JSON object for OutputParsing.request; "" for a completion, which is not parsed."""
     needs_tools: bool = False
     """Whether the call may answer with tool calls, so that only a worker with a parser for tool calls may serve it."""
+    has_tools: bool = False
+    """Whether the prompt has tools. Then the model may write tool calls even if it must not."""
     include_reasoning: bool = True
     """Whether the answer shows the reasoning."""
     is_whole: bool = False

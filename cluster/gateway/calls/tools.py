@@ -181,8 +181,8 @@ def output_options(
         reasoning_effort=reasoning_effort,
         tool_calls_before=tool_calls_of(prompt.messages),
     )
-    needs_tools = bool(prompt.tools) and tool_choice != "none"
-    return OutputOptions(request, needs_tools, include_reasoning, is_whole)
+    has_tools = bool(prompt.tools)
+    return OutputOptions(request, has_tools and tool_choice != "none", has_tools, include_reasoning, is_whole)
 
 
 def call_arguments(path: str, text: str) -> dict[str, Any]:

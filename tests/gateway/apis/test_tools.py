@@ -258,7 +258,7 @@ async def test_a_call_with_tools_goes_to_a_worker_with_a_parser(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
     """Without a worker with a parser, a call with tools is refused at once. With one, it goes there, with the parser
-    request and the stop strings; other chats are not parsed."""
+    request and the stop strings. A chat whose tools must not be called is parsed too; other chats are not."""
     await add_worker(cluster, checkpoint, bundle)
     asked = chat(tools=PB_TOOLS, stop=["never so"])
     answer = await refused(cluster.stub.Chat(asked))
@@ -270,6 +270,8 @@ async def test_a_call_with_tools_goes_to_a_worker_with_a_parser(
         request = grpc_requests.parse_chat(asked, is_whole)
         expected = OutputParsing(request.output.parser_request, ("never so",), is_whole, True)
         assert await opened(cluster, request) == (expected, parses)
+        none = grpc_requests.parse_chat(chat(tools=PB_TOOLS, tool_choice=pb.ToolChoice(mode="none")), is_whole)
+        assert (await opened(cluster, none))[0] == OutputParsing(none.output.parser_request, is_whole=is_whole)
         for plain in (grpc_requests.parse_chat(chat()), grpc_requests.parse_complete(complete(stop=["never so"]))):
             assert (await opened(cluster, plain))[0] is None
     await cluster.until_idle()
