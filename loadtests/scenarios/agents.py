@@ -15,7 +15,7 @@ from loadtests.figures import Bound, Figure, missing
 from loadtests.scenarios.common import Stage
 from loadtests.traces import NoData
 
-PARTS = ("bfcl", "forced")
+PARTS = ("bfcl", "forced", "turns")
 """Names of the modules of loadtests/agents that are parts."""
 NOT_ASKED = "not selected (--only)"
 

@@ -23,7 +23,7 @@ def test_a_conversation_grows_as_traces_do() -> None:
 @pytest.mark.slow
 async def test_a_short_run_checks_its_ids() -> None:
     """A run of a few turns measures each figure, and finds no ids that differ from those from scratch."""
-    figures = await turns.measure("byte-level", 2, turns.LAST_TURNS + 1)
+    figures = await turns.measure_family("byte-level", 2, turns.LAST_TURNS + 1)
     assert (figures.checked, figures.different) == (2, 0)
     assert figures.p50_ms > figures.gateway_ms > 0
     assert figures.scratch_ms > figures.last_ms > 0
