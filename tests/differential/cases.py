@@ -26,7 +26,8 @@ Prompt = str | tuple[int, ...] | tuple[Mapping[str, Any], ...]
 SCHEMA = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "maxLength": 12},
+        # Not by `maxLength`: vLLM's own server then allows control characters that JSON forbids (repair "strings").
+        "name": {"type": "string", "pattern": "^[a-zA-Z ]{0,12}$"},
         "count": {"type": "integer", "minimum": 0, "maximum": 99},
         "kind": {"enum": ["mühle", "水車", "wheel"]},
         "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},

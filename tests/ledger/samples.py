@@ -23,7 +23,7 @@ def record(record_id: str = "r1", **changes: Any) -> UsageRecord:
         "prompt_tokens": 10,
         "cached_tokens": 4,
         "completion_tokens": 5,
-        "reasoning_tokens": 2,
+        "reasoning_tokens": min(2, changes.get("completion_tokens", 5)),
         "generated_tokens": 6,
         "queue_s": 0.25,
         "ttft_s": 0.5,

@@ -131,7 +131,8 @@ async def serving(door: Door, folder: Path) -> AsyncIterator[Served]:
 
 
 async def test_parts_arrive_beside_unchanged_tokens(door: Door, folder: Path) -> None:
-    """A parsed request gets the tokens of a plain one, each output parsed, and the parts make the tokens' text."""
+    """A parsed request gets the tokens of a plain one, shows with its first output that it is
+    parsed, and the parts make the tokens' text."""
     async with serving(door, folder) as served:
         assert {f"{TOOL_PARSER}hermes"} <= set(served.link.info.capabilities)
         assert not any(word.startswith(REASONING_PARSER) for word in served.link.info.capabilities)
@@ -140,7 +141,7 @@ async def test_parts_arrive_beside_unchanged_tokens(door: Door, folder: Path) ->
         assert streamed.tokens == whole.tokens
         assert len(streamed.tokens) == 40
         assert streamed.parts == whole.parts == [(1, text, 0)]
-        assert all(output.parsed is not None for output in streamed.outputs)
+        assert streamed.outputs[0].parsed is not None
         assert streamed.outputs[0].prompt_tokens == len(PROMPT)
         assert streamed.outputs[-1].finish is FinishReason.LENGTH
 

@@ -269,9 +269,7 @@ async def greedy_bias(subject: Subject, prompt: Sequence[int], token: int) -> fl
 async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_path: Path) -> None:
     """A request whose grammar begins after reasoning is resumed exactly, whether cut before or after that point."""
     begin, end = with_thinking(llama_folder, tmp_path / "thinking")
-    engine = VllmEngine(
-        tiny_spec(engine={**tiny_spec().engine, "reasoning_parser": "qwen3"}), tmp_path / "thinking", executor="mp"
-    )
+    engine = VllmEngine(tiny_spec(), tmp_path / "thinking", executor="mp", reasoning_parser="qwen3")
     info = await engine.start()
     try:
         subject = Subject(engine, info, TOKEN_LO, TOKEN_HI, deadline_s=240.0)
