@@ -108,7 +108,7 @@ class OutputPart:
 
 @dataclass(frozen=True, slots=True)
 class ParsedOutput:
-    """What a worker's parser made of the tokens of one TokenOutput.
+    """Parts and end of one TokenOutput's text, as the worker's parser found them.
 
     The parts of all outputs of a request, joined, depend only on the request's tokens, not on how the tokens were
     distributed over steps. The first parsed output of a resumed request also repeats the parts of the emitted tokens.

@@ -17,6 +17,7 @@ from cluster.gateway.calls.life import Life
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.tokenization import encode
+from cluster.gateway.calls.tools import with_tools
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
@@ -104,7 +105,10 @@ class Opening:
         """Apply the guards to the prompt. If the guards change the prompt, encode the changed prompt."""
         guarded = await guards.prompt(self.request.prompt, self.text)
         if guarded is not self.request.prompt:
-            self.request = replace(self.request, prompt=guarded)
+            output = self.request.output
+            if isinstance(guarded, requests.ChatPrompt) and guarded.tools:
+                output = with_tools(output, guarded.tools)
+            self.request = replace(self.request, prompt=guarded, output=output)
             await self._encode()
 
     async def _encode(self) -> None:

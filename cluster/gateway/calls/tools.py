@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from cluster.api.outcomes import invalid, quoted
@@ -183,6 +184,14 @@ def output_options(
     )
     has_tools = bool(prompt.tools)
     return OutputOptions(request, has_tools and tool_choice != "none", has_tools, include_reasoning, is_whole)
+
+
+def with_tools(output: OutputOptions, tools: Sequence[Mapping[str, Any]]) -> OutputOptions:
+    """Return the output options of a chat whose tools have been replaced by `tools`, for example by a guard."""
+    if not output.parser_request:
+        return output
+    fields = json.loads(output.parser_request)
+    return replace(output, parser_request=json.dumps({**fields, "tools": list(tools)}, ensure_ascii=False))
 
 
 def call_arguments(path: str, text: str) -> dict[str, Any]:

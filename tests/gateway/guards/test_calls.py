@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.api.types import OutputPart, PartKind
 from cluster.config.schema import parse
 from cluster.gateway.guards.remote import on_this_host
 from cluster.gateway.server import Gateway
@@ -24,6 +25,8 @@ from tests.support.certificates import Authority
 from tests.support.cluster import sim_engine, until
 from tests.support.http import chat_body, completion_body
 from tests.support.keyed import Keyed, bearer, eventually, keyed_cluster, keyed_text
+from tests.support.parsed_outputs import ParsedByEngine
+from tests.support.parts_engine import PartsEngine
 
 pytestmark = pytest.mark.slow
 
@@ -444,3 +447,17 @@ def test_a_declared_tenants_file_must_be_there(tmp_path: Path) -> None:
         text = keyed_text(tmp_path, f"tenants: [{{name: acme, guards: {guards}}}]\n")
         with pytest.raises(ValueError, match=rf"tenants\[acme\]\.guards\[0\]\.patterns_file: .*{error}"):
             Gateway(parse(text), tmp_path / "gateway")
+
+
+async def test_the_parsers_get_what_the_guards_leave(tmp_path: Path, bundle: Bundle) -> None:
+    """What an input guard removes from a tool reaches neither the prompt nor the worker's parsers."""
+    engine = PartsEngine([[OutputPart(PartKind.CONTENT, "ok")]])
+    async with keyed_cluster(tmp_path) as keyed:
+        await keyed.cluster.add_worker(engine, bundle, parser=ParsedByEngine())
+        lab = await tenant(keyed, "lab")
+        await lab.guard({**redacting("hunter2"), "on": "input"})
+        await lab.text(tools=[pb.Tool(name="f", description="it is hunter2")])
+    parsing = engine.requests[-1].parsing
+    assert parsing is not None
+    (tool,) = json.loads(parsing.request)["tools"]
+    assert (tool["function"]["name"], tool["function"]["description"]) == ("f", "it is [redacted: secret]")
