@@ -7,6 +7,7 @@ import sys
 from array import array
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
+from cluster.api.output_parts import OutputParsing, OutputPart, ParsedOutput, PartKind
 from cluster.api.types import (
     CatalogEntry,
     DrainState,
@@ -16,10 +17,6 @@ from cluster.api.types import (
     FinishReason,
     Grammar,
     ModelState,
-    OutputParsing,
-    OutputPart,
-    ParsedOutput,
-    PartKind,
     PositionLogprobs,
     Sampling,
     TokenOutput,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cluster.api.types import OutputPart, PartKind
+from cluster.api.output_parts import OutputPart, PartKind
 from cluster.client.answers import StreamState
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle

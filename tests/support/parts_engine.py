@@ -5,16 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from cluster.api.types import (
-    RESUME_EXACT,
-    EngineInfo,
-    EngineLoad,
-    EngineRequest,
-    FinishReason,
-    OutputPart,
-    ParsedOutput,
-    TokenOutput,
-)
+from cluster.api.output_parts import OutputPart, ParsedOutput
+from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, FinishReason, TokenOutput
 
 FIRST_ID = 40
 """Token id of the first token; each further token has the next id."""

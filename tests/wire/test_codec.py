@@ -8,15 +8,12 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.api.output_parts import OutputParsing, OutputPart, ParsedOutput, PartKind
 from cluster.api.types import (
     EngineInfo,
     EngineRequest,
     FinishReason,
     Grammar,
-    OutputParsing,
-    OutputPart,
-    ParsedOutput,
-    PartKind,
     PositionLogprobs,
     Sampling,
     TokenOutput,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
-from cluster.api.types import REASONING_PARSER, TOOL_PARSER, EngineRequest, OutputParsing, Sampling
+from cluster.api.output_parts import OutputParsing
+from cluster.api.types import REASONING_PARSER, TOOL_PARSER, EngineRequest, Sampling
 from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Authenticator
 from cluster.gateway.calls import request as requests

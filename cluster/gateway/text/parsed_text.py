@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from cluster.api.types import OutputPart, ParsedOutput, PartKind
+from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind, merge_parts
 from cluster.gateway.text.detokenizer import TextSource
 
 GUARD = "guard"
@@ -137,7 +137,7 @@ class ParsedText:
             return self._inner.pop_text(finished)
         if finished and not self.refused:
             self._add((), True)
-        self._last_popped, self._new = merged(self._new), []
+        self._last_popped, self._new = merge_parts(self._new), []
         self._popped_tokens = len(self.token_ids)
         return "".join(part.text for part in self._last_popped if part.kind is PartKind.CONTENT)
 
@@ -175,19 +175,6 @@ class ParsedText:
     def push_back(self, text: str) -> None:
         """Take back the text that `text_of` returned last."""
         self._inner.push_back(text)
-
-
-def merged(parts: Sequence[OutputPart]) -> list[OutputPart]:
-    """Return the parts with neighbours of the same kind and tool call joined. A tool call's name stays alone."""
-    out: list[OutputPart] = []
-    for part in parts:
-        last = out[-1] if out else None
-        joins = last is not None and (last.kind, last.call) == (part.kind, part.call)
-        if last is not None and joins and part.kind is not PartKind.TOOL_NAME:
-            out[-1] = OutputPart(part.kind, last.text + part.text, part.call)
-        else:
-            out.append(part)
-    return out
 
 
 def _without_chars(parts: Sequence[OutputPart], chars: int) -> Sequence[OutputPart]:

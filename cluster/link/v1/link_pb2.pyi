@@ -1061,7 +1061,7 @@ Global___Submit: _TypeAlias = Submit  # noqa: Y015
 
 @_typing.final
 class OutputParsing(_message.Message):
-    """See cluster/api/types.py, OutputParsing."""
+    """See cluster/api/output_parts.py."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

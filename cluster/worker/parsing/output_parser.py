@@ -14,8 +14,9 @@ from dataclasses import replace
 import structlog
 
 from cluster.api.outcomes import Outcome
+from cluster.api.output_parts import OutputParsing
 from cluster.api.ports import EngineRefused
-from cluster.api.types import EngineRequest, OutputParsing, TokenOutput
+from cluster.api.types import EngineRequest, TokenOutput
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.connection import Connection
 from cluster.worker.parsing.hangs import HangWatch

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from cluster.api.types import PartKind
+from cluster.api.output_parts import PartKind, merge_parts
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.chat_requests import is_forced, may_call_tools
 from cluster.worker.parsing.coalescing import Coalescing
@@ -89,7 +89,7 @@ class ParserSession:
         elif state != wire.RUNS:
             self._finish()
         ended = self._ended_by_stop() or state != wire.RUNS
-        parts, self._parts = merged(self._parts), []
+        parts, self._parts = merge_parts(self._parts), []
         return wire.Parsed(number, parts, kept, self._stop, self._reasoning_tokens() if ended else 0)
 
     def _ended_by_stop(self) -> bool:
@@ -178,17 +178,6 @@ class ParserSession:
         if self._parser.reasoning_parser is None:
             return 0
         return int(self._parser.count_reasoning_tokens(tuple(self._ids)))
-
-
-def merged(parts: Sequence[Part]) -> list[Part]:
-    """Return the parts with neighbours joined that have one kind and belong to one call."""
-    out: list[Part] = []
-    for kind, text, call in parts:
-        if out and kind != PartKind.TOOL_NAME and out[-1][0] == kind and out[-1][2] == call:
-            out[-1] = (kind, out[-1][1] + text, call)
-        else:
-            out.append((int(kind), text, call))
-    return out
 
 
 def _delta_parts(delta: Any, single: bool) -> Sequence[Part]:

@@ -8,16 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.api.types import (
-    EngineRequest,
-    FinishReason,
-    Grammar,
-    OutputParsing,
-    OutputPart,
-    ParsedOutput,
-    PartKind,
-    TokenOutput,
-)
+from cluster.api.output_parts import OutputParsing, OutputPart, ParsedOutput, PartKind
+from cluster.api.types import EngineRequest, FinishReason, Grammar, TokenOutput
 from cluster.worker.parsing import wire
 
 _KINDS = {int(kind): kind for kind in PartKind}

@@ -85,7 +85,7 @@ class Parsed(msgspec.Struct, array_like=True, frozen=True):
     """What a session made of one feed item. `kept`: number of the item's ids that count; all unless `stop` is set."""
 
     number: int
-    parts: list[Part]
+    parts: Sequence[Part]
     kept: int
     stop: str = ""
     reasoning_tokens: int = 0

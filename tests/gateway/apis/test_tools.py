@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.api.outcomes import CallError
-from cluster.api.types import OutputParsing
+from cluster.api.output_parts import OutputParsing
 from cluster.gateway.apis import bodies
 from cluster.gateway.apis.body_parser import BodyReader
 from cluster.gateway.apis.grpc import requests as grpc_requests

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.types import OutputPart, PartKind
+from cluster.api.output_parts import OutputPart, PartKind
 from cluster.config.schema import parse
 from cluster.gateway.guards.remote import on_this_host
 from cluster.gateway.server import Gateway

@@ -7,10 +7,9 @@ from itertools import groupby
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.api.types import OutputPart, PartKind
+from cluster.api.output_parts import OutputPart, PartKind, merge_parts
 from cluster.gateway.guards.parts import GuardedParts
 from cluster.gateway.guards.stream import Action, GuardChain, PatternStage, SizeStage
-from cluster.gateway.text.parsed_text import merged
 from cluster.policy.tenants.patterns import Patterns
 from tests.gateway.guards.test_stream import chain, ignore, whole
 
@@ -67,7 +66,7 @@ def test_each_channel_is_filtered(data: st.DataObject, parts: list[OutputPart], 
             refused = True
             break
     assert guards.refused == refused
-    assert merged(out) == merged(expected)
+    assert merge_parts(out) == merge_parts(expected)
 
 
 @given(st.data(), channels, st.integers(1, 20))

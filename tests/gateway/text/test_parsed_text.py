@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.api.types import OutputPart, ParsedOutput, PartKind
-from cluster.gateway.text.parsed_text import ParsedText, merged
+from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind, merge_parts
+from cluster.gateway.text.parsed_text import ParsedText
 
 
 class PlainText:
@@ -64,7 +64,7 @@ of_tokens = st.lists(st.lists(parts, max_size=3), min_size=1, max_size=12)
 
 def flat(tokens: Sequence[Sequence[OutputPart]]) -> list[OutputPart]:
     """Return the merged parts of several tokens."""
-    return merged([part for of_token in tokens for part in of_token])
+    return merge_parts([part for of_token in tokens for part in of_token])
 
 
 def steps(data: st.DataObject, first: int, end: int) -> Iterator[tuple[int, int]]:
@@ -106,7 +106,7 @@ def test_workers_may_change(data: st.DataObject, tokens: list[list[OutputPart]])
         emitted = end
     text.pop_text(True)
     out += text.pop_parts()
-    assert merged(out) == flat(tokens)
+    assert merge_parts(out) == flat(tokens)
     assert text.token_ids == list(range(len(tokens)))
     assert text.pending_chars == 0
 
@@ -122,7 +122,7 @@ def test_gateways_may_change(data: st.DataObject, tokens: list[list[OutputPart]]
     second.restore(first.token_ids, sum(len(part.text) for part in delivered))
     out = run_worker(second, tokens, at, len(tokens), data)
     second.pop_text(True)
-    assert merged([*delivered, *out, *second.pop_parts()]) == flat(tokens)
+    assert merge_parts([*delivered, *out, *second.pop_parts()]) == flat(tokens)
     assert second.token_ids == list(range(len(tokens)))
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.outcomes import Outcome
-from cluster.api.types import EngineRequest, FinishReason, ParsedOutput, Sampling, TokenOutput, WorkerIdentity
+from cluster.api.output_parts import ParsedOutput
+from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.calls.end_metrics import EndMetrics
 from cluster.gateway.calls.meta import CallMeta

@@ -9,11 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cluster.api.types import OutputPart, PartKind
+from cluster.api.output_parts import OutputPart, PartKind, merge_parts
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.kit import KitSettings, ParserKit, kit_of
 from cluster.worker.parsing.port import ParserNames
-from cluster.worker.parsing.session import merged
 from tests.support.checkpoints import build_tokenizer
 
 Arguments = Mapping[str, Any]
@@ -249,9 +248,9 @@ def opening(prompt: Sequence[int], emitted: Sequence[int] = (), **changes: Any) 
     )
 
 
-def joined(steps: Sequence[wire.Parsed]) -> list[wire.Part]:
+def joined(steps: Sequence[wire.Parsed]) -> list[OutputPart]:
     """Return the parts of all steps, joined."""
-    return merged([part for step in steps for part in step.parts])
+    return merge_parts([part for step in steps for part in step.parts])
 
 
 def called(parts: Sequence[wire.Part]) -> list[tuple[str, Any]]:
@@ -265,6 +264,6 @@ def called(parts: Sequence[wire.Part]) -> list[tuple[str, Any]]:
     return [(name, json.loads(arguments)) for name, arguments in calls.values()]
 
 
-def as_parts(parts: Sequence[OutputPart]) -> list[wire.Part]:
+def as_parts(parts: Sequence[OutputPart]) -> list[OutputPart]:
     """Return the parts of an output of the worker, joined."""
-    return merged([(int(part.kind), part.text, part.call) for part in parts])
+    return merge_parts(parts)

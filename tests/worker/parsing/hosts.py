@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.api.types import EngineRequest, FinishReason, OutputParsing, Sampling, TokenOutput
+from cluster.api.output_parts import OutputParsing
+from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.kit import ParserKit
 from cluster.worker.parsing.output_parser import OutputParser

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from cluster.api.outcomes import Outcome
+from cluster.api.output_parts import ParsedOutput
 from cluster.api.ports import EngineRefused
-from cluster.api.types import FinishReason, Grammar, ParsedOutput, Sampling, TokenOutput
+from cluster.api.types import FinishReason, Grammar, Sampling, TokenOutput
 from cluster.worker.parsing.hangs import HangWatch
 from cluster.worker.parsing.kit import ParserKit
 from cluster.worker.parsing.output_parser import OutputParser

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from cluster.api.types import EngineRequest, FinishReason, PartKind, Sampling
+from cluster.api.output_parts import PartKind
+from cluster.api.types import EngineRequest, FinishReason, Sampling
 from cluster.worker.engine.vllm.engine import VllmEngine
 from cluster.worker.parsing.output_parser import OutputParser
 from tests.worker.engine.conftest import TOKEN_HI, TOKEN_LO, tiny_spec

@@ -13,13 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.api.types import PartKind
+from cluster.api.output_parts import PartKind, merge_parts
 from cluster.worker.parsing import session as session_module
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.coalescing import COALESCED, REPLAYED_TOGETHER, Coalescing
 from cluster.worker.parsing.kit import ParserKit
 from cluster.worker.parsing.port import LEAVE_TEXT_UNCHANGED
-from cluster.worker.parsing.session import merged
 from tests.worker.parsing.formats import (
     CALLS,
     FORMATS,
@@ -96,8 +95,8 @@ def vllm_stream(kit: ParserKit, form: Format, prompt: list[int], ids: list[int],
                 argued = call.function.arguments
                 parts += [(PartKind.TOOL_ARGUMENTS, argued, call.index)] if argued else []
         if found:
-            return merged(parts), found
-    return merged(parts), ""
+            return merge_parts(parts), found
+    return merge_parts(parts), ""
 
 
 def steps_of(ids: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:

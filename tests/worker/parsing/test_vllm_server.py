@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.api.types import PartKind
+from cluster.api.output_parts import PartKind
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.kit import ParserKit
 from tests.worker.parsing.formats import FORMATS, THOUGHT, TOOLS, Format, encode, joined, kit_for

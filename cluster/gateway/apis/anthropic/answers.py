@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from cluster.api.types import OutputPart, PartKind
+from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic.content import TOOL_ID_PREFIX
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.sequence import Piece

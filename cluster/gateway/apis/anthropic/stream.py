@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from cluster.api.types import OutputPart, PartKind
+from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic import answers
 from cluster.gateway.apis.openai.answers import keep_alive
 from cluster.gateway.calls.call import Call, CallUsage

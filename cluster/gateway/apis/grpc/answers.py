@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from cluster.api.types import RESUME_CAPABILITIES, PartKind, weakest_resume_capability
+from cluster.api.output_parts import PartKind
+from cluster.api.types import RESUME_CAPABILITIES, weakest_resume_capability
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import Progress
 from cluster.gateway.calls.sequence import Piece

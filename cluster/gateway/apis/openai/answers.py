@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from cluster.api.outcomes import OUTCOME_STATUS, CallError
-from cluster.api.types import PartKind
+from cluster.api.output_parts import PartKind
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import Progress, ProgressOf
 from cluster.gateway.calls.sequence import Piece

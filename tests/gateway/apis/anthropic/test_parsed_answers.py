@@ -9,7 +9,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from cluster.api.types import OutputPart, PartKind
+from cluster.api.output_parts import OutputPart, PartKind
 from cluster.wire.bundle import Bundle
 from tests.gateway.apis.anthropic.test_app import MESSAGES, client
 from tests.gateway.apis.anthropic.test_stream import events_of, joined

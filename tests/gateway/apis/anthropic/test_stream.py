@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.api.types import OutputPart, PartKind
+from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic.answers import page_of, stop_of, whole_message
 from cluster.gateway.apis.anthropic.stream import PING, MessageEvents, ping
 from cluster.gateway.calls.call import CallUsage

@@ -1,0 +1,74 @@
+"""Parts of an output that a worker parses into content, reasoning and tool calls, and the request to parse it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParsing:
+    """A request to parse the output of a chat at the worker into reasoning, content and tool calls."""
+
+    request: str
+    """JSON object with the fields on which parsers depend, by OpenAI's names: `tools`, `tool_choice`,
+    `parallel_tool_calls`, `chat_template_kwargs`, `reasoning_effort`, and as an extension `tool_calls_before`, the
+    number of tool calls in the chat's history."""
+    stop: tuple[str, ...] = ()
+    """Stop strings. The worker searches the output for them, since a parsed output has no plain text."""
+    is_whole: bool = False
+    """Whether the caller gets the answer as a whole. The output is then parsed once, when it has ended."""
+    needs_tools: bool = False
+    """Whether the request must be refused if the worker has no parser for tool calls."""
+
+
+class PartKind(enum.IntEnum):
+    """Kind of a part of a parsed output. The numbers are those of link.v1 OutputPart.Kind."""
+
+    CONTENT = 1
+    REASONING = 2
+    TOOL_NAME = 3
+    """A tool call begins; the text is the name of the function."""
+    TOOL_ARGUMENTS = 4
+    """A fragment of the arguments of a tool call, as JSON text."""
+
+
+class OutputPart(NamedTuple):
+    """A part of a parsed output. `call`: index of the tool call in the output, from 0; 0 for other kinds."""
+
+    kind: PartKind
+    text: str
+    call: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedOutput:
+    """Parts and end of one TokenOutput's text, as the worker's parser found them.
+
+    The parts of all outputs of a request, joined, depend only on the request's tokens, not on how the tokens were
+    distributed over steps. The first parsed output of a resumed request also repeats the parts of the emitted tokens.
+    """
+
+    parts: Sequence[OutputPart] = ()
+    stop_string: str = ""
+    """The stop string that has ended the output; "" if none has. The output then has only the tokens that count."""
+    reasoning_tokens: int = 0
+    """Number of reasoning tokens so far, set when the output has ended."""
+
+
+def merge_parts(parts: Iterable[tuple[int, str, int]]) -> list[OutputPart]:
+    """Return the parts, where neighbours of the same kind and tool call are joined. The name of a tool call is never
+    joined, since each name begins a call.
+
+    Each item of `parts` is an OutputPart, or the kind, text and call of one.
+    """
+    out: list[OutputPart] = []
+    for kind, text, call in parts:
+        last = out[-1] if out else None
+        if last is not None and kind != PartKind.TOOL_NAME and (last.kind, last.call) == (kind, call):
+            out[-1] = OutputPart(last.kind, last.text + text, call)
+        else:
+            out.append(OutputPart(PartKind(kind), text, call))
+    return out
