@@ -1,4 +1,4 @@
-"""One of a call's n outputs. The tokens arrive from the link, become text, and wait for the API or go directly to the
+"""Output of a call, one of n. The tokens arrive from the link, become text, and wait for the API or go directly to the
 API.
 
 Tokens become text when they arrive, not when the client reads. So a stop string ends the engine's work at once, even if
@@ -124,7 +124,7 @@ Owner = TypeVar("Owner", bound=SequenceOwner)
 
 @dataclass(eq=False, repr=False, slots=True)
 class OutputSequence(RoutedSequence[Owner]):
-    """One of a call's n outputs. Implements the Sink of worker_link.py."""
+    """Output of a call, one of n. Implements the Sink of worker_link.py."""
 
     detokenizer: TextSource
     logprob_texts: LogprobSource | None = None

@@ -1,4 +1,4 @@
-"""Where the text jobs of a model run: on the event loop, in a thread, or in a helper process."""
+"""Placement of a model's text jobs: on the event loop, in a thread, or in a helper process."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ log = structlog.get_logger("parser")
 
 @dataclass(frozen=True, slots=True)
 class KitSettings:
-    """What a parser process needs: the model's folder with its tokenizer, and the parsers' names.
+    """Settings of a parser process: the model's folder with its tokenizer, and the parsers' names.
 
     `plugin`: path of a Python file that registers further reasoning parsers; "" for none. `long_call`: see LONG_CALL.
     """

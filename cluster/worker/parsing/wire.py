@@ -17,7 +17,7 @@ LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 256 << 20
 
 RUNS, STOPPED, ENDED, FAILED = range(4)
-"""How the request of a feed item stands: it runs on; it has ended by a stop token, whose text is not output; it has
+"""State of a feed item's request: it runs on; it has ended by a stop token, whose text is not output; it has
 ended in another way; it has failed, and its output is not parsed."""
 
 Part = tuple[int, str, int]
@@ -82,7 +82,7 @@ class Opened(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 
 class Parsed(msgspec.Struct, array_like=True, frozen=True):
-    """What a session made of one feed item. `kept`: number of the item's ids that count; all unless `stop` is set."""
+    """Result of a session for one feed item. `kept`: number of the item's ids that count; all unless `stop` is set."""
 
     number: int
     parts: Sequence[Part]
