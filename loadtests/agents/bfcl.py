@@ -24,6 +24,7 @@ from loadtests.agents.scripted import read_prompts
 from loadtests.agents.trials import Trial, plan, texts
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage
+from loadtests.scenarios.parts import exact
 
 COMPARED = "BFCL cases, each answered whole and streamed, by vLLM's server and by Headrace"
 CALLED = "cases in which vLLM's own server reports a tool call"
@@ -165,13 +166,7 @@ def figures(compared: Sequence[Compared], wrong_prompts: int) -> list[Figure]:
         UNEXPECTED: sum(1 for one in compared if one.is_unexpected),
         STEP_SIZE: sum(1 for one in compared if differences(one.theirs, one.stepped)),
     }
-    return [counted(name, values[name], bound) for name, bound in ROWS.items()]
-
-
-def counted(name: str, value: float, bound: Bound | None, note: str = "") -> Figure:
-    """Return a row with a count. A row with a bound is met when the value is inside the bound."""
-    met = None if bound is None else value >= bound.limit if bound.sense == ">=" else value <= bound.limit
-    return Figure(name, value=value, bound=str(bound) if bound else None, met=met, unit="", note=note)
+    return [exact(name, values[name], bound) for name, bound in ROWS.items()]
 
 
 def report(stage: Stage, compared: Sequence[Compared], wrong_prompts: Sequence[str]) -> None:

@@ -15,12 +15,13 @@ from cluster.config.schema import cache_dir
 from cluster.worker.weights.demo_model import DemoModelError, ensure_demo_model
 from loadtests import peers
 from loadtests.agents import cases, servers
-from loadtests.agents.bfcl import MODES, counted, mixed
+from loadtests.agents.bfcl import MODES, mixed
 from loadtests.agents.cases import Case
 from loadtests.agents.compare import Answer, Server, differences, known_finish
 from loadtests.children import Children
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage
+from loadtests.scenarios.parts import exact
 from loadtests.serving import ours as serving
 from loadtests.traces import NoData
 
@@ -79,7 +80,7 @@ async def measure(stage: Stage) -> list[Figure]:
             stage.screen.say(f"differs: {name}: {wrong[name]}")
     stage.report.settings |= {"forced: engine": dict(ENGINE), "forced: differences": wrong}
     values = {COMPARED: len(requests), CALLED: sum(1 for one in theirs if one.calls), DIFFERENT: len(wrong)}
-    return [counted(name, values[name], bound) for name, bound in ROWS.items()]
+    return [exact(name, values[name], bound) for name, bound in ROWS.items()]
 
 
 async def _ask_vllm(

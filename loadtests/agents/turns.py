@@ -35,6 +35,7 @@ from loadtests.agents import conversations
 from loadtests.agents.families import FAMILIES, HAS_TOOLS, SCALES, bundle
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage
+from loadtests.scenarios.parts import exact
 
 CONVERSATIONS, TENANTS, AT_ONCE, LAST_TURNS = 64, 4, 8, 5
 MAX_MODEL_LEN: Final = 262_144
@@ -266,13 +267,12 @@ async def measure(stage: Stage) -> list[Figure]:
     notes = {DIFFERENT: f"{checked} turns checked", STALL: "wall time, which includes waiting for a core"}
     units = {DIFFERENT: ""}
     return [
-        Figure(
+        exact(
             name,
-            value=value,
-            bound=str(ROWS[name]),
-            met=value <= ROWS[name].limit,
-            unit=units.get(name, "ms"),
-            note=notes.get(name, f"the worst of {len(rows)} tokenizer families; gateway and helper processes"),
+            value,
+            ROWS[name],
+            units.get(name, "ms"),
+            notes.get(name, f"the worst of {len(rows)} tokenizer families; gateway and helper processes"),
         )
         for name, value in worst.items()
     ]

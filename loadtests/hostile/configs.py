@@ -25,7 +25,7 @@ from loadtests.figures import Bound, Figure
 from loadtests.hostile.config_mutations import Mutant, mutant
 from loadtests.hostile.config_oracle import Oracle
 from loadtests.scenarios.common import Stage
-from loadtests.scenarios.hostile import exact
+from loadtests.scenarios.parts import exact
 
 MUTANTS = 100
 TRIES = 4 * MUTANTS

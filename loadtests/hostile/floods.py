@@ -25,7 +25,7 @@ from loadtests.figures import Bound, Figure
 from loadtests.hostile.attacker import Attacker
 from loadtests.hostile.ports import ATTACKER, Attacked, attacked
 from loadtests.scenarios.common import Stage
-from loadtests.scenarios.hostile import exact
+from loadtests.scenarios.parts import exact
 
 ROW = "kinds of frame floods not cut within 1 s of the gateway's CPU"
 ROWS: Mapping[str, Bound] = {ROW: Bound("<=", 0)}

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from loadtests.figures import Bound, Figure
 from loadtests.hostile.ports import ATTACKER, Attacked, attacked, peak_memory, quiet_calls
 from loadtests.scenarios.common import Stage
-from loadtests.scenarios.hostile import exact
+from loadtests.scenarios.parts import exact
 
 ONE = "resident memory that one HTTP connection without a credential takes"
 MANY = "resident memory that 1,000 of them take together, HTTP"

@@ -32,7 +32,7 @@ from loadtests.children import Child
 from loadtests.figures import Bound, Figure
 from loadtests.processes import SIMULATED
 from loadtests.scenarios.common import Stage
-from loadtests.scenarios.hostile import exact
+from loadtests.scenarios.parts import exact
 from loadtests.serving import ours as serving
 
 DESCRIPTORS, STRANGERS = 256, 1000

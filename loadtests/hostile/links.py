@@ -32,7 +32,7 @@ from loadtests.faults.engines import ENGINE, ENVIRONMENT
 from loadtests.figures import Bound, Figure
 from loadtests.hostile.generator import Generator, Hostile, length_delimited
 from loadtests.scenarios.common import Stage
-from loadtests.scenarios.hostile import exact
+from loadtests.scenarios.parts import exact
 from loadtests.serving import fleet, ours
 from loadtests.serving.fleet import Fleet
 

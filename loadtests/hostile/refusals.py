@@ -23,7 +23,7 @@ from cluster.v1 import inference_pb2 as pb
 from loadtests.children import Child
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage
-from loadtests.scenarios.hostile import exact
+from loadtests.scenarios.parts import exact
 from loadtests.serving import ours
 
 BY_BYTES = "CPU of a refused request of 1 and 16 MB, by bytes, every list field, worst"

@@ -224,7 +224,7 @@ async def renew(children: Children, folder: Path, keys: int, say: Callable[[str]
 
 async def measure(stage: Stage) -> list[Figure]:
     """Measure the share of keys that still work after the renewals."""
-    from loadtests.scenarios.hostile import exact
+    from loadtests.scenarios.parts import exact
 
     try:
         share = await renew(stage.children, stage.folder / "renewal", KEYS, stage.screen.say)

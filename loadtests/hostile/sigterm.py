@@ -146,7 +146,7 @@ def broken_streams(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -
 
 async def measure(stage: Stage) -> list[Figure]:
     """Make the calls undisturbed, then again with SIGTERM while the streams run; return the rows."""
-    from loadtests.scenarios.hostile import exact
+    from loadtests.scenarios.parts import exact
 
     checkpoint = build_checkpoint("llama", stage.folder / "sigterm-llama")
     with ray_nodes(DRAIN_S) as ray:

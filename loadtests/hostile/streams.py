@@ -19,7 +19,7 @@ from loadtests.figures import Bound, Figure
 from loadtests.hostile.attacker import HEADERS, Attacker
 from loadtests.hostile.ports import ATTACKER, attacked, quiet_calls
 from loadtests.scenarios.common import Stage
-from loadtests.scenarios.hostile import exact
+from loadtests.scenarios.parts import exact
 
 CPU = "CPU of 4,000 requests in one read against sixteen times 250"
 WAIT = "longest wait of a quiet tenant's call meanwhile"

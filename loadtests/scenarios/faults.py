@@ -24,11 +24,11 @@ from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.figures import Bound, Figure, Interval, missing
 from loadtests.peers import NoPeers
 from loadtests.scenarios.common import Stage
+from loadtests.scenarios.parts import NOT_ASKED
 from loadtests.serving import fleet
 from loadtests.serving import ours as serving
 
 POINTS, ENGINE_POINTS = 1000, 40
-NOT_ASKED = "not selected (--only)"
 EXACT = "calls under random faults that end with exactly the undisturbed answer"
 DUPLICATES, GAPS = "such calls that told something twice", "such calls with something missing"
 ENGINES = "calls on two real vLLM workers (float32, greedy) that go on token-exact"

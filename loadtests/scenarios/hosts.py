@@ -25,6 +25,7 @@ from loadtests.hosts.cluster import TENANT, Cluster, Size
 from loadtests.hosts.events import EVENTS, EpisodeResults, NotWhole, Play, evaluate
 from loadtests.hosts.load import Call, Load
 from loadtests.scenarios.common import Stage
+from loadtests.scenarios.parts import exact
 
 SHARE = 0.7
 BOOKS_S = 25.0
@@ -87,7 +88,7 @@ async def play(stage: Stage) -> None:
     if ways_out is None:
         stage.report.figures.append(missing(WAYS_OUT, _NONE, "the cluster did not start"))
     else:
-        stage.report.figures.append(_counted(WAYS_OUT, len(ways_out), _NONE, "namespaces", ", ".join(ways_out)))
+        stage.report.figures.append(exact(WAYS_OUT, len(ways_out), _NONE, "namespaces", ", ".join(ways_out)))
 
 
 async def _events(stage: Stage, cluster: Cluster, wanted: Sequence[str], speed: float) -> None:
@@ -136,7 +137,7 @@ async def _events(stage: Stage, cluster: Cluster, wanted: Sequence[str], speed: 
 def _rows(load: Load, results: dict[str, EpisodeResults]) -> list[Figure]:
     failed = [call for call in load.calls if call.error]
     note = f"of {len(load.calls)} streams; {dict(Counter(call.error.split(':')[0] for call in failed))}"
-    out = [_counted(FAILED, len(failed), _NONE, "calls", note)]
+    out = [exact(FAILED, len(failed), _NONE, "calls", note)]
     struck = {name: result for name, result in results.items() if name != "calm" and result.calls}
     worst = max(struck.values(), key=lambda result: result.ratio, default=None)
     out.append(_worst(SILENCE, worst, _SILENCE) if worst else missing(SILENCE, _SILENCE, "no event was played"))
@@ -150,11 +151,11 @@ def _rows(load: Load, results: dict[str, EpisodeResults]) -> list[Figure]:
             for name, result in results.items()
             if name in NODE_LOSSES and result.episode.capacity_s and result.episode.engines_s
         )
-        out.append(_counted(CAPACITY, max(beyond)[0], _CAPACITY, "s", per_event))
+        out.append(exact(CAPACITY, max(beyond)[0], _CAPACITY, "s", per_event))
     else:
         out.append(missing(CAPACITY, _CAPACITY, "no node was lost, or its engines' start was not found"))
     differing = [call for call in load.calls if call.text]
-    out.append(_counted(TEXTS, len(differing), _NONE, "streams", differing[0].text[:120] if differing else ""))
+    out.append(exact(TEXTS, len(differing), _NONE, "streams", differing[0].text[:120] if differing else ""))
     out.append(lost_in_move(results.get(MOVING)))
     return out
 
@@ -171,7 +172,7 @@ def lost_in_move(result: EpisodeResults | None) -> Figure:
         return missing(MOVE, _NONE, "no stream had to be resumed, so nothing was measured")
     lost = [call for call in result.calls if call.error or call.text]
     note = f"of {len(result.calls)} streams, {result.moved} of which went on at the other one's workers"
-    return _counted(MOVE, len(lost), _NONE, "streams", note)
+    return exact(MOVE, len(lost), _NONE, "streams", note)
 
 
 def _worst(name: str, result: EpisodeResults, bound: Bound | None) -> Figure:
@@ -183,10 +184,6 @@ def _worst(name: str, result: EpisodeResults, bound: Bound | None) -> Figure:
     )
     met = None if bound is None else result.ratio <= bound.limit
     return Figure(name, value=result.ratio, bound=str(bound) if bound else None, met=met, note=note)
-
-
-def _counted(name: str, value: float, bound: Bound, unit: str, note: str) -> Figure:
-    return Figure(name, value=value, bound=str(bound), met=value <= bound.limit, unit=unit, note=note)
 
 
 async def _engine(stage: Stage, cluster: Cluster) -> list[Figure]:
@@ -203,7 +200,7 @@ async def _engine(stage: Stage, cluster: Cluster) -> list[Figure]:
     fewest = float(min(results.ranks))
     return [
         Figure(RANKS, value=fewest, bound=str(_ONE), met=fewest >= 1.0, unit="ranks", note=note),
-        _counted(RANKS_FAILED, len(bad), _NONE, "calls", f"of {len(calls)}"),
+        exact(RANKS_FAILED, len(bad), _NONE, "calls", f"of {len(calls)}"),
     ]
 
 
@@ -245,4 +242,4 @@ async def _ledger_figure(cluster: Cluster, calls: Sequence[Call], settings: dict
     if anew:
         twice += f", {len(anew)} of which were begun again, since none of their text had arrived"
     note = f"{len(reported)} answered calls, {len(rows)} records; {twice}"
-    return _counted(BOOKS, len(lacking) + len(doubled), _NONE, "calls", note)
+    return exact(BOOKS, len(lacking) + len(doubled), _NONE, "calls", note)

@@ -1,0 +1,53 @@
+"""A scenario that consists of parts: modules of one package, each with rows of its own.
+
+`--only PART` runs some of the parts. The report has the rows of all parts, in the order of the table.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol, cast
+
+from loadtests.children import DidNotStart
+from loadtests.figures import Bound, Figure, missing
+from loadtests.scenarios.common import Stage
+from loadtests.traces import NoData
+
+NOT_ASKED = "not selected (--only)"
+
+
+class Part(Protocol):
+    """Protocol that the module of a part implements."""
+
+    ROWS: Mapping[str, Bound | None]
+    """Rows of the part, with the bound of each row; None for a row without a bound."""
+    measure: Callable[[Stage], Awaitable[list[Figure]]]
+    """Function that returns one figure for each row. Raises RuntimeError, DidNotStart, TimeoutError, or NoData if
+    something that the part needs was not fetched.
+    """
+
+
+def exact(name: str, value: float, bound: Bound | None, unit: str = "", note: str = "") -> Figure:
+    """Return a row that is counted or measured once. A row with a bound is met when the value is inside the bound."""
+    met = None if bound is None else value >= bound.limit if bound.sense == ">=" else value <= bound.limit
+    return Figure(name, value=value, bound=str(bound) if bound else None, met=met, unit=unit, note=note)
+
+
+async def play_parts(stage: Stage, package: str, names: Sequence[str]) -> None:
+    """Run the selected parts, and report the rows of all parts. `package`: the package of the parts' modules. The child
+    processes that a part has started are stopped at its end."""
+    for name in names:
+        part = cast(Part, importlib.import_module(f"{package}.{name}"))
+        if not stage.options.selects(name):
+            stage.report.figures += [missing(row, bound, NOT_ASKED) for row, bound in part.ROWS.items()]
+            continue
+        stage.screen.say(f"part {name}")
+        try:
+            stage.report.figures += await part.measure(stage)
+        except (RuntimeError, DidNotStart, TimeoutError, NoData) as error:
+            stage.report.problems.append(f"{name}: {error!r}")
+            stage.report.figures += [missing(row, bound, f"part {name} failed") for row, bound in part.ROWS.items()]
+        finally:
+            for child in stage.children.started:
+                await child.stop()
