@@ -40,7 +40,6 @@ class SamplingParams(TypedDict, total=False):
     user: str
     response_format: Mapping[str, Any] | pb.ResponseFormat
     priority: str
-    affinity_key: str
     metadata: Mapping[str, str]
     resumable: bool
 
@@ -75,6 +74,18 @@ def complete_request(model: str, prompt: str | Sequence[int], params: SamplingPa
     if isinstance(prompt, str):
         return pb.CompleteRequest(model=model, prompt=prompt, **fields)
     return pb.CompleteRequest(model=model, prompt_token_ids=prompt, **fields)
+
+
+def tokenize_request(
+    model: str, text: str | Messages, tools: Sequence[Mapping[str, Any] | pb.Tool]
+) -> pb.TokenizeRequest:
+    """Build a TokenizeRequest. `tools`: the tools with which the chat template renders messages."""
+    request = pb.TokenizeRequest(model=model, tools=[_tool(tool, i) for i, tool in enumerate(tools)])
+    if isinstance(text, str):
+        request.text = text
+    else:
+        request.messages.extend(to_messages(text))
+    return request
 
 
 def to_messages(messages: Messages) -> list[pb.Message]:

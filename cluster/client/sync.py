@@ -22,7 +22,14 @@ from cluster.client.attempts import StreamAttempts
 from cluster.client.errors import UNREACHABLE, HeadraceError, from_rpc
 from cluster.client.gateways import GatewayList
 from cluster.client.options import DEFAULT_TIMEOUT_S, MAX_MESSAGE_BYTES, ChannelOptions, new_request_id
-from cluster.client.requests import ChatParams, Messages, SamplingParams, chat_request, complete_request, to_messages
+from cluster.client.requests import (
+    ChatParams,
+    Messages,
+    SamplingParams,
+    chat_request,
+    complete_request,
+    tokenize_request,
+)
 from cluster.client.resume import Request
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import InferenceStub
@@ -225,13 +232,17 @@ class Client:
         request = complete_request(model, prompt, params)
         return self._stream(lambda stub: stub.StreamComplete, request, timeout_s, request_id, headers)
 
-    def tokenize(self, model: str, text: str | Messages, *, timeout_s: float | None = None) -> list[int]:
-        """Return the token ids of a text. Messages are converted to a text by the model's chat template first."""
-        request = pb.TokenizeRequest(model=model)
-        if isinstance(text, str):
-            request.text = text
-        else:
-            request.messages.extend(to_messages(text))
+    def tokenize(
+        self,
+        model: str,
+        text: str | Messages,
+        *,
+        tools: Sequence[Mapping[str, Any] | pb.Tool] = (),
+        timeout_s: float | None = None,
+    ) -> list[int]:
+        """Return the token ids of a text. Messages are converted to a text by the model's chat template first, together
+        with `tools`."""
+        request = tokenize_request(model, text, tools)
         return list(self._unary(lambda stub: stub.Tokenize, request, timeout_s).token_ids)
 
     def detokenize(self, model: str, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.client.requests import chat_request, complete_request, to_messages
+from cluster.client.requests import chat_request, complete_request, to_messages, tokenize_request
 from cluster.v1 import inference_pb2 as pb
 
 
@@ -74,3 +74,10 @@ def test_an_unknown_parameter_is_an_error() -> None:
     chat_only: Any = {"tools": []}
     with pytest.raises(TypeError, match="unknown parameter 'tools'"):
         complete_request("m", "x", chat_only)
+
+
+def test_tokenize_takes_messages_with_tools() -> None:
+    """The tools of a chat are sent with its messages, so that the ids are those of the chat's prompt."""
+    messages = [{"role": "user", "content": "x"}]
+    request = tokenize_request("m", messages, [{"type": "function", "function": {"name": "f"}}])
+    assert request == pb.TokenizeRequest(model="m", messages=to_messages(messages), tools=[pb.Tool(name="f")])
