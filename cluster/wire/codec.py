@@ -300,7 +300,8 @@ def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
     more = {first.slot for first in step.firsts}
     more.update(finish.slot for finish in step.finishes)
     more.update(block.slot for block in step.logprobs)
-    more.update(parsed.slot for parsed in step.parts)
+    if step.parts:
+        more.update(parsed.slot for parsed in step.parts)
     return more
 
 
@@ -317,7 +318,7 @@ def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) ->
     logprobs: dict[int, list[PositionLogprobs]] = {}
     for block in step.logprobs:
         logprobs.setdefault(block.slot, []).extend(_positions(block))
-    parsed = _parsed_from_pb(step.parts)
+    parsed = _parsed_from_pb(step.parts) if step.parts else {}
     last = {slot: i for i, slot in enumerate(slots)}
     at = 0
     partial: dict[int, list[int]] = {}
