@@ -9,7 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from cluster.api.demand import ComputedWork
-from cluster.api.types import CompatibilityKey, DrainState, EngineInfo, EngineLoad, EngineRequest, WorkerIdentity
+from cluster.api.types import (
+    PARSER_KINDS,
+    CompatibilityKey,
+    DrainState,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    WorkerIdentity,
+)
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import PrefillPacing
 from cluster.gateway.links.slots import Sink, SlotTable
@@ -73,6 +81,8 @@ class WorkerLink:
         self._listener = listener
         self.identity = identity
         self.info = info
+        self.parsers = frozenset(kind for kind in PARSER_KINDS if any(c.startswith(kind) for c in info.capabilities))
+        """The kinds of parsers that the worker has: TOOL_PARSER, REASONING_PARSER."""
         self.epoch = epoch
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.liveness = liveness

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from cluster.api.types import TOOL_PARSER, CompatibilityKey
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel, ModelDirectory, has_parser
+from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.router import Candidate
 
@@ -77,5 +77,5 @@ class LinkedWorkers:
             retired=known.retired(link),
             node=identity.node,
             block_size=link.info.block_size,
-            parses_tools=has_parser(link.info.capabilities, TOOL_PARSER),
+            parses_tools=TOOL_PARSER in link.parsers,
         )
