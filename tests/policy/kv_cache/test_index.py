@@ -15,7 +15,7 @@ from cluster.policy.kv_cache.prefix_hashes import Hashes, prefix_hashes
 MULTIPLIER = 0x9A5E_37C1_55D3_0B87
 WORKERS = tuple(f"w{number}" for number in range(8))
 BLOCKS = 24
-PROMPTS = tuple(prefix_hashes(range(start, start + BLOCKS), 1, 0)[0] for start in (0, 1000, 2000))
+PROMPTS = tuple(prefix_hashes(range(start, start + BLOCKS), 1, 0) for start in (0, 1000, 2000))
 
 
 def blocks(ranges: list[tuple[int, int]], prompt: int) -> Hashes:
@@ -117,7 +117,7 @@ TestIndexMachine = IndexMachine.TestCase
 
 def test_a_long_prompt_matches_exactly_where_each_worker_ends() -> None:
     index, rng = CacheIndex(100_000, MULTIPLIER), np.random.default_rng(1)
-    hashes, _ = prefix_hashes(rng.integers(0, 1000, 8000, np.uint32), 1, 0)
+    hashes = prefix_hashes(rng.integers(0, 1000, 8000, np.uint32), 1, 0)
     ends = {f"w{number}": int(rng.integers(1, 8001)) for number in range(50)} | {"whole": 8000, "one": 1}
     for worker, end in ends.items():
         index.add_worker(worker)
@@ -128,7 +128,7 @@ def test_a_long_prompt_matches_exactly_where_each_worker_ends() -> None:
 
 def test_a_worker_that_has_left_leaves_nothing_behind() -> None:
     index = CacheIndex(100_000, MULTIPLIER)
-    hashes, _ = prefix_hashes(range(2000), 1, 0)
+    hashes = prefix_hashes(range(2000), 1, 0)
     for number in range(20):
         index.add_worker(f"w{number}")
         index.store(f"w{number}", hashes[: 100 * number])
@@ -154,7 +154,7 @@ def test_numbers_of_workers_are_used_again() -> None:
 
 def test_shared_prompts_of_a_thousand_workers_take_little_memory() -> None:
     index = CacheIndex(1 << 20, MULTIPLIER)
-    hashes, _ = prefix_hashes(range(1000), 1, 0)
+    hashes = prefix_hashes(range(1000), 1, 0)
     for number in range(1000):
         index.add_worker(f"w{number}")
         index.store(f"w{number}", hashes)
