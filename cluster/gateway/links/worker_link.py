@@ -67,6 +67,9 @@ class LinkListener(Protocol):
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
         """Handle another gateway's backlog for the worker's model."""
 
+    def kv_blocks(self, link: WorkerLink, message: pb.KvBlocks) -> None:
+        """Handle a worker's report of its KV blocks. Raises ValueError for a malformed report."""
+
     def drain_state_changed(self, link: WorkerLink) -> None:
         """Handle a change of the worker's drain state."""
 
@@ -100,6 +103,8 @@ class WorkerLink:
         gaps = listener.token_gaps(identity.model)
         self._slots = SlotTable(identity.worker_id, self.pacing, self.box.aborts, gaps)
         self._numbers = itertools.count(1)
+        self.last_sent = 0.0
+        """Monotonic time of the last request that was sent to the worker."""
         self.closed = asyncio.Event()
         self.why = ""
         self.reason = "lost"
@@ -173,6 +178,7 @@ class WorkerLink:
         message.fresh_tokens = fresh_tokens
         if stream is not None:
             message.stream, message.generation, message.begun_at = stream.name, stream.generation, stream.begun_at
+        self.last_sent = time.monotonic()
         tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         expected = tokens - turn.value.cached_tokens if turn is not None else tokens
         blobs = () if self._blobs is None else _move_prompt(message)
@@ -224,6 +230,8 @@ class WorkerLink:
             self._listener.peer_backlog(self, gateway, waiting)
         if message.usage:
             self._listener.usage(self, [codec.usage_from_pb(usage) for usage in message.usage])
+        if message.HasField("kv_blocks"):
+            self._listener.kv_blocks(self, message.kv_blocks)
         if message.engine_ended:
             self.engine_ended = message.engine_ended[:MAX_REASON_CHARS]
             self.close("its engine has ended", "lost")

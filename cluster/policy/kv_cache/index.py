@@ -27,6 +27,7 @@ from cluster.policy.kv_cache.prefix_hashes import Hashes
 _SHORT: Final = 512
 """Number of blocks of a prompt up to which each block is looked up."""
 _STRIDE: Final = 16
+_EXPIRED_AT_ONCE: Final = 16
 _BATCH: Final = 1024
 """Number of hashes that are changed at once."""
 
@@ -63,6 +64,11 @@ class CacheIndex:
     def __len__(self) -> int:
         """Number of different blocks."""
         return len(self._table)
+
+    @property
+    def workers(self) -> int:
+        """Number of workers."""
+        return len(self._numbers)
 
     @property
     def bytes_used(self) -> int:
@@ -142,7 +148,9 @@ class CacheIndex:
         """Drop expectations whose time has passed, and the blocks of departed workers in some segments of the table.
         Returns whether there is more to do now."""
         due = self._expectations
-        if due and due[0].until <= now:
+        for _ in range(_EXPIRED_AT_ONCE):
+            if not due or due[0].until > now:
+                break
             self._expire(due.popleft())
         for _ in range(segments):
             self._sweep()

@@ -9,58 +9,17 @@ Events that do not fit are counted and otherwise ignored: a wrong mirror costs c
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.policy.kv_cache.prefix_hashes import EMPTY, Hashes, Prefix, next_prefix, prefix_hashes, seed_of
+from cluster.api.kv_events import BlockId, BlocksRemoved, BlocksStored, KvEvent
+from cluster.policy.kv_cache.changes import KvChange
+from cluster.policy.kv_cache.prefix_hashes import EMPTY, Prefix, next_prefix, prefix_hashes, seed_of
 
-BlockId = Hashable
-"""Hash of a block in the engine's own form: bytes or an integer."""
 _SMALL_EVENT = 4
 """Number of blocks up to which hashing them one by one is faster."""
-
-
-@dataclass(frozen=True, slots=True)
-class BlocksStored:
-    """Blocks that follow each other have been stored. `parent`: the block before the first one; None if the first block
-    begins a prompt. `token_ids`: tokens of all of these blocks. `cache_salt` counts only without a parent; `adapter` is
-    the digest of the adapter, "" for none."""
-
-    blocks: Sequence[BlockId]
-    parent: BlockId | None
-    token_ids: Sequence[int]
-    block_size: int
-    cache_salt: str = ""
-    adapter: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class BlocksRemoved:
-    """A copy of each of these blocks has been removed."""
-
-    blocks: Sequence[BlockId]
-
-
-@dataclass(frozen=True, slots=True)
-class BlocksCleared:
-    """All blocks have been removed."""
-
-
-KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
-
-
-@dataclass(slots=True)
-class KvChange:
-    """What events have changed. `is_reset`: `stored` are then all blocks that are held."""
-
-    is_reset: bool = False
-    stored: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
-    removed: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
-
-    def __bool__(self) -> bool:
-        return self.is_reset or bool(len(self.stored) or len(self.removed))
 
 
 @dataclass(slots=True)

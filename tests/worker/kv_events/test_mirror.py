@@ -10,8 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from cluster.api.kv_events import BlocksCleared, BlocksRemoved, BlocksStored
 from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
-from cluster.worker.kv_events.mirror import BlocksCleared, BlocksRemoved, BlocksStored, KvMirror
+from cluster.worker.kv_events.mirror import KvMirror
 
 SIZE = 4
 SALTS = ("", "tenant")
