@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,15 +44,14 @@ def install() -> None:
     """Make the environment and fetch the source packages. Raises CalledProcessError."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     bin_, python = ROOT / ".venv" / "bin", FOLDER / "venv" / "bin" / "python"
-    _run([bin_ / "uv", "venv", "--quiet", "--python", bin_ / "python", FOLDER / "venv"])
-    _run([bin_ / "uv", "pip", "sync", "--quiet", "--require-hashes", "--python", python, PINS])
+    _run(bin_ / "uv", "venv", "--quiet", "--python", bin_ / "python", FOLDER / "venv")
+    _run(bin_ / "uv", "pip", "sync", "--quiet", "--require-hashes", "--python", python, PINS)
     wanted = FOLDER / "sources.txt"
     wanted.write_text("".join(f"{pin(name, PINS.read_text())}\n" for name in SOURCES))
     # Without build isolation, pip fetches no unpinned build backend to read a source package's metadata.
-    _run(
-        [bin_ / "python", "-m", "pip", "--python", python, "download", "--quiet", "--require-hashes", "--no-deps"]
-        + ["--no-build-isolation", "--no-binary", ":all:", "--dest", FOLDER / "archives", "-r", wanted]
-    )
+    pip = (bin_ / "python", "-m", "pip", "--python", python, "download", "--quiet")
+    options = ("--require-hashes", "--no-deps", "--no-build-isolation", "--no-binary", ":all:")
+    _run(*pip, *options, "--dest", FOLDER / "archives", "-r", wanted)
     (FOLDER / "src").mkdir()
     for archive in sorted((FOLDER / "archives").iterdir()):
         unpack(archive, FOLDER / "src" / archive.name.partition("-")[0])
@@ -61,7 +59,7 @@ def install() -> None:
     shutil.copy(PINS, STAMP)
 
 
-def _run(command: Sequence[str | Path]) -> None:
+def _run(*command: str | Path) -> None:
     subprocess.run(list(map(str, command)), check=True, stdin=subprocess.DEVNULL)
 
 

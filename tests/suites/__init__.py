@@ -1,1 +1,1 @@
-"""The client libraries' own test suites against a gateway: `make client-suites` runs all of it, `make test` a sample."""
+"""The client libraries' own tests against a gateway: `make client-suites` runs all of them, `make test` a sample."""

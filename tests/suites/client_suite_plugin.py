@@ -1,8 +1,9 @@
 """Plugin of pytest for a run of a client library's tests, in the environment of the suites. Imports nothing of ours.
 
-`CLIENT_SUITE` holds JSON: `excluded` (objects with `file` and `names`), `names` (names of the tests to run; empty for
-all) and `report` (the file for the results). The results are JSON: the outcome of each test by its id, `excluded` for a
-test that is not run, and under "stale" the exclusions that fit no test.
+`CLIENT_SUITE` holds JSON: `excluded` (objects with `file`, `names` and `reason`), `names` (names of the tests to run;
+empty for all, the excluded ones included) and `report` (the file for the results). The results are JSON: the outcome of
+each test by its id, and under "stale" the exclusions that fit no test. The outcome of an excluded test is `excluded` if
+it does not pass, and `needless` if it passes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 
 GIVEN = json.loads(os.environ.get("CLIENT_SUITE", "{}"))
 OUTCOMES: dict[str, str] = {}
+EXCLUDED: set[str] = set()
 STALE: list[str] = []
 
 
@@ -26,28 +28,33 @@ def key_of(nodeid: str) -> tuple[str, str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the excluded tests, and those that are not named."""
-    excluded = {(entry["file"], name) for entry in GIVEN["excluded"] for name in entry["names"]}
+    """Deselect the tests that are not named. Without names, run the excluded tests too, as tests that must fail."""
+    excluded = {(entry["file"], name): entry["reason"] for entry in GIVEN["excluded"] for name in entry["names"]}
     keys = [key_of(item.nodeid) for item in items]
-    STALE.extend(f"{path}::{name}" for path, name in sorted(excluded - set(keys)))
+    STALE.extend(f"{path}::{name}" for path, name in sorted(excluded.keys() - set(keys)))
     kept, dropped = [], []
     for item, key in zip(items, keys, strict=True):
-        if key in excluded:
-            OUTCOMES[item.nodeid] = "excluded"
+        reason = excluded.get(key)
+        if GIVEN["names"] and (reason or key[1] not in GIVEN["names"]):
             dropped.append(item)
-        elif GIVEN["names"] and key[1] not in GIVEN["names"]:
-            dropped.append(item)
-        else:
-            kept.append(item)
+            continue
+        kept.append(item)
+        if reason:
+            EXCLUDED.add(item.nodeid)
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Record the outcome of a test. A failure of its setup or teardown fails the test."""
-    if report.when == "call" or report.outcome != "passed":
+    outcome: str = report.outcome
+    if report.nodeid in EXCLUDED:  # a strict xfail: failed if it passes
+        outcome = "needless" if report.when == "call" and outcome == "failed" else "excluded"
+        OUTCOMES[report.nodeid] = outcome if OUTCOMES.get(report.nodeid) != "needless" else "needless"
+    elif report.when == "call" or outcome != "passed":
         worse = OUTCOMES.get(report.nodeid) in ("failed", "skipped")
-        OUTCOMES[report.nodeid] = OUTCOMES[report.nodeid] if worse else report.outcome
+        OUTCOMES[report.nodeid] = OUTCOMES[report.nodeid] if worse else outcome
 
 
 def pytest_sessionfinish() -> None:

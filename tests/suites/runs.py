@@ -27,6 +27,8 @@ PLUGIN = "client_suite_plugin"
 RUN_S = 240.0
 """Greatest number of seconds that a run may take."""
 TAIL_LINES = 120
+_CLIENT_SETTINGS = ("PYTEST_", "OPENAI_", "ANTHROPIC_", "LANGCHAIN_", "LANGSMITH_")
+"""Beginnings of environment variables that would change a run."""
 
 
 def is_installed() -> bool:
@@ -37,7 +39,11 @@ def is_installed() -> bool:
 
 def deprecated_models() -> list[str]:
     """Return the models of which anthropic's client warns. A test of the client calls each."""
-    command = [PYTHON, "-c", "from anthropic.resources.messages import DEPRECATED_MODELS; print(*DEPRECATED_MODELS)"]
+    command = [
+        str(PYTHON),
+        "-c",
+        "from anthropic.resources.messages import DEPRECATED_MODELS; print(*DEPRECATED_MODELS)",
+    ]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
@@ -65,7 +71,8 @@ def read_suites() -> Mapping[str, Suite]:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The results of a run. `outcomes`: passed, failed, skipped or excluded, by the id of the test."""
+    """The results of a run. `outcomes`: passed, failed, skipped, excluded or needless (excluded, and passes), by the
+    id of the test."""
 
     outcomes: Mapping[str, str]
     stale: Sequence[str]
@@ -93,13 +100,14 @@ class Results:
 
 def _environment(suite: Suite, address: str, names: Sequence[str], report: Path) -> dict[str, str]:
     given = {"excluded": suite.excluded, "names": names, "report": str(report)}
-    passed_on = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "OPENAI_"))}
+    passed_on = {name: value for name, value in os.environ.items() if not name.startswith(_CLIENT_SETTINGS)}
     return passed_on | {
         "CLIENT_SUITE": json.dumps(given),
         "PYTHONPATH": str(HERE),
-        "PYTHONDONTWRITEBYTECODE": "1",
         "TEST_API_BASE_URL": f"http://{address}/v1" if suite.name == "openai" else f"http://{address}",
-        "LANGSMITH_TRACING": "false",
+        "PYTHONDONTWRITEBYTECODE": "",  # most of a run is imports
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
     }
 
 
@@ -116,7 +124,7 @@ def _command(suite: Suite) -> list[str]:
 
 async def run(suite: Suite, address: str, scratch: Path, names: Sequence[str] = ()) -> Results:
     """Run the tests of a suite against the gateway at an HTTP address (host:port). `names`: names of the tests; empty
-    for all that are not excluded. `scratch`: a folder for the results. Raises TimeoutError."""
+    for all, the excluded ones included. `scratch`: a folder for the results. Raises TimeoutError."""
     report = scratch / f"{suite.name}.json"
     report.unlink(missing_ok=True)
     process = await asyncio.create_subprocess_exec(
