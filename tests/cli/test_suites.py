@@ -32,3 +32,11 @@ def test_a_source_package_is_unpacked_under_the_librarys_name(tmp_path: Path) ->
     suites.unpack(archive, tmp_path / "lib")
     assert (tmp_path / "lib" / "tests" / "test_it.py").read_text() == "x = 1\n"
     assert not (tmp_path / "lib.new").exists()
+
+
+@pytest.mark.parametrize("name", ["openai", "anthropic", "langchain-tests", "langchain-openai", "langchain-anthropic"])
+def test_the_page_names_the_pinned_versions(name: str) -> None:
+    """docs/api.md names the version of each library whose tests run."""
+    version = suites.pin(name, suites.PINS.read_text()).split(" ")[0].partition("==")[2]
+    page = " ".join((suites.ROOT / "docs" / "api.md").read_text().split())
+    assert f"{name} {version}" in page
