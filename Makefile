@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents gpu-report triton contract-v2 killers gpu-contract window clean clean-all
+.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents gpu-report triton suites client-suites contract-v2 killers gpu-contract window clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -29,7 +29,7 @@ demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes
 
 test: ## all tests, those with the real engine included (NO_INSTALL=1: install nothing that they need; JOBS=2: in two processes)
 	@python="$(python)" && [ -n "$$python" ] && PYTHONPATH=. "$$python" -m tests.support.machine
-	@$(MAKE) --no-print-directory setup $(if $(CI),triton)
+	@$(MAKE) --no-print-directory setup $(if $(CI),triton suites)
 	$(VENV)/python -m pytest $(if $(JOBS),-n $(JOBS) --dist loadscope) $(ARGS)
 
 test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
@@ -60,6 +60,12 @@ gpu-contract: setup ## the engine contract on this machine's GPU: batch-invarian
 
 window: triton ## the engine contract on the other vLLM releases of docs/support.md: downloads, then some minutes each
 	PYTHONPATH=. $(VENV)/python scripts/window.py $(ARGS)
+
+suites: setup ## the client libraries' own test suites, in .suites beside the environment
+	@$(VENV)/python scripts/suites.py
+
+client-suites: suites ## the own test suites of the clients openai, anthropic and langchain against a gateway: two minutes
+	$(VENV)/python -m pytest -s tests/suites/whole.py $(ARGS)
 
 fuzz: setup ## throw bytes and messages at every port, FUZZ_S=60 seconds each (FUZZ_SEED=n repeats a run)
 	FUZZ_S=$(or $(FUZZ_S),60) $(VENV)/python -m pytest tests/fuzz $(ARGS)
@@ -111,4 +117,4 @@ clean: ## remove caches and what was built
 	find cluster tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## remove the environment too
-	rm -rf .venv .triton .window .bfcl *.egg-info
+	rm -rf .venv .triton .window .bfcl .suites *.egg-info

@@ -17,6 +17,8 @@ from cluster.gateway.models import KnownModel
 ToolId = Callable[[int], str]
 """Function that returns the shown id of a tool call. The argument is the index of the call in the answer."""
 
+LIFECYCLE: Final = "active"
+"""The stage that every model of a model list is in."""
 _STOP_REASONS: Final[Mapping[str, str]] = {
     "stop": "end_turn",
     "length": "max_tokens",
@@ -170,7 +172,7 @@ def model_info(model: KnownModel, created: float) -> dict[str, Any]:
         "id": model.name,
         "display_name": model.name,
         "created_at": datetime.fromtimestamp(int(created), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "lifecycle": "active",
+        "lifecycle": LIFECYCLE,
         "max_input_tokens": model.max_model_len or None,
         "max_tokens": model.max_model_len or None,
     }
