@@ -75,6 +75,8 @@ class OutputOptions:
     """Whether the answer shows the reasoning."""
     is_whole: bool = False
     """Whether the caller gets the answer as a whole and not as a stream."""
+    tool_calls_before: int = 0
+    """Number of tool calls in the chat's history."""
 
 
 @dataclass(frozen=True, slots=True)
