@@ -144,6 +144,7 @@ class Opening:
             usage=CallUsage(prompt_tokens=len(self.prompt_ids)),
             labels={**request.metadata, **policy.labels},
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
+            tool_calls_before=request.output.tool_calls_before,
         )
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)
         first = EngineRequest(

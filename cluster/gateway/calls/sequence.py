@@ -307,6 +307,11 @@ class OutputSequence(RoutedSequence[Owner]):
             self.finish("tool_calls" if has_call else "stop")
         self.leave_engine()
 
+    @property
+    def tool_parser(self) -> str:
+        """The parser of tool calls that the worker parses the output with, by vLLM's name; "" if there is none."""
+        return next((word.removeprefix(TOOL_PARSER) for word in self._parsers if word.startswith(TOOL_PARSER)), "")
+
     def _parses_as_before(self, output: TokenOutput) -> bool:
         """Return whether the worker of a first output parses the output as the workers before it did, if any did. Other
         parsers would make other parts of the same tokens."""
