@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.output_parts import OutputPart
-from cluster.api.types import PARSER_KINDS, CompatibilityKey, FinishReason, TokenOutput
+from cluster.api.types import PARSER_KINDS, TOOL_PARSER, CompatibilityKey, FinishReason, TokenOutput
 from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
