@@ -63,6 +63,7 @@ class VllmEngine:
         executor: str = "ray",
         exact_resume: bool = True,
         reasoning_parser: str = "",
+        tokenizer_mode: str = "",
     ) -> None:
         """Create an engine; `start` loads the model.
 
@@ -70,6 +71,7 @@ class VllmEngine:
         as processes on this host. If `exact_resume` is False, emitted tokens are resumed as part of a new prompt, and
         requests for which that would change the output are refused. `reasoning_parser`: name of vLLM's parser of the
         model's reasoning, with which the engine finds where a grammar begins and counts a budget of reasoning tokens.
+        `tokenizer_mode`: vLLM's mode for the model's tokenizer, unless the entry sets one; "" for vLLM's own choice.
         """
         self._spec = spec
         self._folder = model_folder
@@ -77,6 +79,7 @@ class VllmEngine:
         self._executor = executor
         self._exact_resume = exact_resume
         self._reasoning_parser = reasoning_parser
+        self._tokenizer_mode = tokenizer_mode
         self._path: EnginePath | None = None
         self._limits = RequestBounds(0, 0, 0)
         self._live: dict[str, LiveRequest] = {}
@@ -129,7 +132,9 @@ class VllmEngine:
     def _build(self, fast: bool) -> tuple[Any, EnginePath]:
         arguments.prepare_environment(self._spec, self._executor)
         self._has_sockets = sockets.OURS.acquire()
-        args = arguments.engine_arguments(self._spec, self._folder, self._executor, self._reasoning_parser)
+        args = arguments.engine_arguments(
+            self._spec, self._folder, self._executor, self._reasoning_parser, self._tokenizer_mode
+        )
         try:
             config = args.create_engine_config()
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
