@@ -10,7 +10,7 @@ import math
 import pickle
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from cluster.api.outcomes import MAX_VIOLATIONS, CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar, Sampling
@@ -91,6 +91,7 @@ class ChatPrompt:
     """Tools as `function_tool` in calls/tools.py makes them."""
     documents: Sequence[Mapping[str, Any]] = ()
     """Documents for the template, which can be cited. Each is an object of texts, such as `title` and `text`."""
+    is_chat: ClassVar = True
 
     @property
     def template_options(self) -> Mapping[str, Any]:
