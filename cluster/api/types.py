@@ -137,6 +137,8 @@ grammar are refused."""
 
 TOOL_PARSER, REASONING_PARSER = "tools:", "reasoning:"
 """Prefixes of the capabilities that name a worker's parsers of tool calls and of reasoning, e.g. `tools:hermes`."""
+RENDERER = "renders:"
+"""Prefix of the capability that names a worker's renderer of chats, e.g. `renders:deepseek_v32`."""
 
 PARSER_KINDS = (TOOL_PARSER, REASONING_PARSER)
 

@@ -65,10 +65,11 @@ class GatewayGauges:
         for model in self.directory.models:
             labels = (model.name,)
             waiting, tokens = self.scheduler.queues.waiting(model.name)
+            chats, guessed = self.scheduler.renders.waiting(model.name)
             yield "fairness_gap_ratio", labels, spreads.get(model.name, 0.0) / _turn_tokens(model)
             yield "requests_in_flight", labels, running.get(model.name, 0)
-            yield "queue_requests", labels, waiting
-            yield "queue_tokens", labels, tokens
+            yield "queue_requests", labels, waiting + chats
+            yield "queue_tokens", labels, tokens + guessed
             yield "model_replicas", labels, len(model.links)
             yield "model_replicas_desired", labels, model.entry.replicas_desired
             for state in ModelState:

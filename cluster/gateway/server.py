@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -39,7 +40,7 @@ from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.worker_events import WorkerEvents
 from cluster.gateway.service import CallService
 from cluster.observe.metrics import Histogram, Metrics
-from cluster.policy.fairness.waiting_room import WaitingRoom
+from cluster.policy.fairness.waiting_room import Order, WaitingRoom
 from cluster.policy.limits.limits import Limiter
 from cluster.policy.limits.request_bytes import ByteBounds, RequestBytes
 from cluster.process import interpreter, memory
@@ -89,11 +90,12 @@ class Gateway:
         charges = ServiceCharges({entry.name: entry.rank for entry in config.classes}, self.metrics)
         self.scheduler = Scheduler(
             self,
-            self._waiting_room(charges),
+            self._waiting_room(charges, charges.fair.order),
             charges,
             self.metrics,
             resume_wait_s=settings.resume.max_wait_s,
             max_silent_losses=settings.resume.max_silent_losses,
+            render_room_of=partial(self._waiting_room, charges),
         )
         self.worker_events = WorkerEvents(self.scheduler, self.metrics)
         self.hub = Hub(
@@ -142,13 +144,13 @@ class Gateway:
         self._admin_authorizer = AdminAuthorizer(self.tenants)
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _waiting_room(self, charges: ServiceCharges) -> WaitingRoom:
+    def _waiting_room(self, charges: ServiceCharges, order_of: Callable[[str], Order]) -> WaitingRoom:
         queue = self.config.gateway.queue
         return WaitingRoom(
             max_requests=queue.max_requests,
             max_tokens=queue.max_tokens,
             max_wait_s=queue.max_wait_s,
-            order_of=charges.fair.order,
+            order_of=order_of,
             weight_of=charges.weight_of,
             tenant_max_requests=queue.tenant_max_requests,
             tenant_max_tokens=queue.tenant_max_tokens,

@@ -24,10 +24,13 @@ from cluster.gateway.calls.life import Life
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.open_calls import OpenCalls
 from cluster.gateway.calls.opening import Opening
-from cluster.gateway.calls.tokenization import Tokenization
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.calls.tokenization import RenderChat, Tokenization
+from cluster.gateway.links.link_renders import RenderedPrompt
+from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
+from cluster.gateway.scheduling.chat_renders import ChatToRender, needs_worker
 from cluster.gateway.scheduling.scheduler import Scheduler
+from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.scheduling.worker_losses import MOST_SILENT
 from cluster.process.call_errors import is_call_failure
@@ -74,7 +77,9 @@ class CallService:
         self.clock = clock
         self.calls = OpenCalls(self.authenticator.tenant_error, clock)
         self.authenticator.on_change.add(self.calls.end_suspended)
-        self.tokenization = Tokenization(directory, reservations)
+        self.tokenization = Tokenization(directory, reservations, self._renderer_of)
+        self.authenticator.on_change.add(partial(scheduler.renders.end_suspended, self.authenticator.tenant_error))
+        self.calls.on_close.add(scheduler.renders.close)
         self.keepalives = KeepAlives(self.calls, scheduler, directory, clock)
         # Operations on all open calls, under the names that the gateway process and the admin API call.
         self.statistics, self.abort, self.send_keepalives = self.calls.statistics, self.calls.abort, self.keepalives.run
@@ -141,7 +146,7 @@ class CallService:
         if opening.request.metadata:
             requests.check_metadata(opening.request.metadata)
         opening.choose_model(self.directory)
-        await opening.encode(self.directory)
+        await opening.encode(self.directory, self._renderer_of)
         if opening.meta.principal.tenant.guards:
             await self._guard_prompt(opening, cleanup)
         if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived
@@ -164,6 +169,23 @@ class CallService:
             await self._resume_service().take_over(call, opening.chain)
         self._queue(call, opening, cleanup)
         return call
+
+    def _renderer_of(
+        self, model: KnownModel, text: TextModel, meta: CallMeta, bundle_digest: str, priority_class: str
+    ) -> RenderChat | None:
+        """Choose the renderer of a call's chats; implements RendererOf. The chat waits for a worker in the order of the
+        scheduler's `renders`."""
+        if not needs_worker(model, bundle_digest, text.renderer, has_template=text.has_chat_template):
+            return None
+        policy, renders = meta.principal.tenant, self._scheduler.renders
+        rank = self._scheduler.charges.rank_of(priority_class or policy.priority_class)
+
+        async def render(chat: bytes, max_tokens: int) -> RenderedPrompt:
+            return await renders.render(
+                ChatToRender(model, bundle_digest, policy, rank, chat, max_tokens, meta.deadline)
+            )
+
+        return render
 
     def _resume_service(self) -> ResumeService:
         if self.resumes is None:

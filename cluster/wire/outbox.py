@@ -19,6 +19,7 @@ from cluster.wire.credit import Grant
 from cluster.wire.demand_codec import work_to_pb
 from cluster.wire.ended_requests import MAX_PER_MESSAGE, EndedUsage
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, peer_backlogs_to_pb, served_to_pb
+from cluster.wire.rendering import RenderedPieces
 
 MESSAGE_BYTES = 4 << 20
 """Maximum size in bytes of the Submits in one message to a worker; a worker accepts far larger messages."""
@@ -43,6 +44,7 @@ class Outbox:
         self._elsewhere: dict[str, Sequence[WeightedValue[FlowBacklog]]] = {}
         self._engine_ended = ""
         self._kv_blocks: deque[pb.KvBlocks] = deque()
+        self._rendered = RenderedPieces()
         self.acked_seq = 0
         self.sent_seq = 0
         """Number of messages that `next_message` has returned."""
@@ -103,6 +105,11 @@ class Outbox:
         self._kv_blocks.extend(messages)
         self.flush()
 
+    def rendered(self, answer: pb.Rendered) -> None:
+        """Add the answer to a Render. Its ids are sent in pieces, one a message."""
+        self._rendered.add(answer)
+        self.flush()
+
     def engine_ended(self, why: str) -> None:
         """Set the reason why the worker's engine has ended, which the next and last message reports."""
         self._engine_ended = why
@@ -157,6 +164,10 @@ class Outbox:
             message.kv_blocks.CopyFrom(self._kv_blocks.popleft())
             if self._kv_blocks:
                 self._wake.set()
+        if self._rendered:
+            message.rendered.extend(self._rendered.next_message())
+            if self._rendered:
+                self._wake.set()
         if usage := self.usage():
             message.usage.extend(map(usage_to_pb, usage))
             if len(usage) >= MAX_PER_MESSAGE:
@@ -185,6 +196,7 @@ class CommandBox:
         self._usage_acks: list[int] = []
         self._commands: list[pb.Command] = []
         self._takeovers: list[pb.Takeover] = []
+        self._renders: list[pb.Render] = []
         self._seq = 0
 
     def submit(self, submit: pb.Submit) -> None:
@@ -227,6 +239,11 @@ class CommandBox:
         self._takeovers.append(pb.Takeover(call=call, generation=generation))
         self._wake.set()
 
+    def render(self, render: pb.Render) -> None:
+        """Add a chat that the worker must render."""
+        self._renders.append(render)
+        self._wake.set()
+
     def command(self, command: pb.Command) -> None:
         """Add an operator's command for the worker."""
         self._commands.append(command)
@@ -246,6 +263,7 @@ class CommandBox:
             usage_acks=self._usage_acks,
             commands=self._commands,
             takeovers=self._takeovers,
+            renders=self._renders,
         )
         if self._fetch:
             message.fetch_bundle.digest = self._fetch.pop(0)
@@ -254,6 +272,7 @@ class CommandBox:
         if not self._submits:  # an abort must not overtake the Submit of the same request
             self._aborts = []
         self._backlog, self._usage_acks, self._commands, self._takeovers = None, [], [], []
+        self._renders = []
         return message
 
     def _next_submits(self) -> Sequence[pb.Submit]:

@@ -10,7 +10,14 @@ from pathlib import Path
 from cluster.config.engine import code_arguments
 from cluster.policy.catalog.placement import is_simulated
 from cluster.wire.bundle import Bundle
-from cluster.worker.parsing.model_parser import model_parser, requested_parser
+from cluster.worker.parsing.model_parser import (
+    model_parser,
+    model_renderer,
+    renderer_in,
+    requested_parser,
+    requested_renderer,
+)
+from cluster.worker.rendering.families import tokenizer_mode_of
 from cluster.worker.replica import OpenedModel
 from cluster.worker.settings import ReplicaSettings
 from cluster.worker.weights.model_card import Card, read_card
@@ -29,8 +36,14 @@ def open_model(settings: ReplicaSettings) -> OpenedModel:
     check_weights(settings.spec, folder)
     bundle = _bundle_of(folder, settings)
     parser = model_parser(settings.spec, folder, bundle)
-    engine = VllmEngine(settings.spec, folder, reasoning_parser=parser.names.reasoning if parser else "")
-    return OpenedModel(engine, bundle, weight_digest(folder, _cache_dir(settings)), parser, engine)
+    renderer = model_renderer(settings.spec, folder, bundle)
+    engine = VllmEngine(
+        settings.spec,
+        folder,
+        reasoning_parser=parser.names.reasoning if parser else "",
+        tokenizer_mode=tokenizer_mode_of(renderer_in(bundle)),
+    )
+    return OpenedModel(engine, bundle, weight_digest(folder, _cache_dir(settings)), parser, renderer, engine)
 
 
 def _refuse_code(settings: ReplicaSettings) -> None:
@@ -56,7 +69,8 @@ def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
     bundle = _bundle_of(Path(config.folder), settings) if config.folder else Bundle({})
     engine = SimEngine(config)
     parser = requested_parser(settings.spec, Path(config.folder), bundle)
-    return OpenedModel(engine, bundle, config.weight_digest, parser, engine)
+    renderer = requested_renderer(settings.spec, Path(config.folder), bundle)
+    return OpenedModel(engine, bundle, config.weight_digest, parser, renderer, engine)
 
 
 def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
@@ -67,6 +81,7 @@ def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
         folder,
         trust_remote_code=spec.trust_remote_code,
         escapes_control_tokens=spec.control_tokens_in_content == "escape",
+        tokenizer_mode=str(spec.engine.get("tokenizer_mode") or "auto"),
     )
 
 

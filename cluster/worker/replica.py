@@ -36,6 +36,7 @@ from cluster.worker.engine.golden_check import CheckedEngine
 from cluster.worker.engine.vllm import repairs
 from cluster.worker.parsing.model_parser import with_parsers
 from cluster.worker.parsing.output_parser import OutputParser
+from cluster.worker.rendering.prompt_renderer import PromptRenderer
 from cluster.worker.session import WorkerSession
 from cluster.worker.settings import ModelRefused, ReplicaSettings
 
@@ -72,6 +73,8 @@ class OpenedModel:
     weight_digest: str
     parser: OutputParser | None = None
     """Parser of the model's outputs; None if the model has no parsers."""
+    renderer: PromptRenderer | None = None
+    """Renderer of the model's chats; None if gateways render them."""
     kv_events: KvEventSource | None = None
     """Events of the engine's prefix cache; None if the engine has none."""
 
@@ -138,7 +141,7 @@ class Replica:
                 )
             opened_at = time.time()
             self.engine = engine = CheckedEngine(opened.engine, node=self.place.node)
-            self.info = with_parsers(await engine.start(), opened.parser)
+            self.info = with_parsers(await engine.start(), opened.parser, opened.renderer)
         except ValueError as error:
             await self.stop()
             raise ModelRefused(str(error)) from error
@@ -187,6 +190,7 @@ class Replica:
             gpu=identity.gpu,
             parser=opened.parser,
             kv_events=opened.kv_events,
+            renderer=opened.renderer,
         )
         self._serving = asyncio.create_task(self._serve_until_dead(self.end, engine))
         memory.freeze_objects()

@@ -34,6 +34,8 @@ from cluster.worker.kv_events.reports import KvReports
 from cluster.worker.link import Link, LinkOpener
 from cluster.worker.link_credit import LinkCredit
 from cluster.worker.parsing.port import OutputParsers
+from cluster.worker.rendering.prompt_renderer import PromptRenderer
+from cluster.worker.renders import Renders
 from cluster.worker.running_requests import RunningRequests
 from cluster.worker.served_reports import ServedReports
 from cluster.worker.submits import Submits
@@ -88,6 +90,7 @@ class WorkerSession:
         idle_report_s: float = 60.0,
         parser: OutputParsers | None = None,
         kv_events: KvEventSource | None = None,
+        renderer: PromptRenderer | None = None,
     ) -> None:
         """Create a session; `run` serves the engine.
 
@@ -96,6 +99,7 @@ class WorkerSession:
         `idle_report_s`: seconds between two reports of the idle time of the GPUs.
         `parser`: parser of outputs; None for a worker without parsers.
         `kv_events`: events of the engine's prefix cache; None for an engine without events.
+        `renderer`: renderer of chats; None for a worker whose gateways render them.
         """
         self._identity = identity
         self._engine = engine
@@ -111,6 +115,7 @@ class WorkerSession:
         self._served = ServedReports()
         self._kv_reports = KvReports(kv_events, info.block_size)
         self._runner = EngineRunner(engine, parser)
+        self._renders = Renders(renderer)
         self._requests = RunningRequests(
             info, meter, self._served, self._usage, self._is_gateway_lost, self._runner.parser.close
         )
@@ -143,6 +148,7 @@ class WorkerSession:
             asyncio.create_task(self._runner.run(self._requests, self._credit)),
             asyncio.create_task(self._runner.run_parsed(self._requests, self._credit)),
             asyncio.create_task(self._runner.parser.run()),
+            asyncio.create_task(self._closed.wait() if (own := self._renders.renderer) is None else own.run()),
             asyncio.create_task(self._closed.wait()),
             asyncio.create_task(self._gateways.dial(self._serve_gateway, self._timing)),
             asyncio.create_task(self._usage.run()),
@@ -293,6 +299,8 @@ class WorkerSession:
             self._served.forward_backlog(link.number, message.backlog)
         if message.aborts:
             await self._submits.abort(link, message.aborts)
+        for render in message.renders:
+            self._renders.accept(link, render)
         if message.HasField("fetch_bundle"):
             digest = message.fetch_bundle.digest
             bundle = self._bundle if digest == self._identity.bundle_digest else None

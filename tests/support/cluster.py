@@ -24,6 +24,7 @@ from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.parsing.model_parser import with_parsers
 from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.parsing.port import OutputParsers
+from cluster.worker.rendering.prompt_renderer import PromptRenderer
 from cluster.worker.session import WorkerSession
 from cluster.worker.weights.tokenizer_bundle import build_bundle
 
@@ -97,13 +98,13 @@ class TestCluster:
         pod: str = "",
         host: str = "",
         parser: OutputParsers | None = None,
+        renderer: PromptRenderer | None = None,
     ) -> Worker:
         """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs."""
         number = next(_numbers)
         if info is None:
             info = await engine.start()
-        if isinstance(parser, OutputParser):
-            info = with_parsers(info, parser)
+        info = with_parsers(info, parser if isinstance(parser, OutputParser) else None, renderer)
         identity = WorkerIdentity(
             worker_id=f"{model}-w{number}",
             incarnation=f"i{number}",
@@ -126,6 +127,7 @@ class TestCluster:
             timing=timing,
             parser=parser,
             kv_events=engine if isinstance(engine, SimEngine) else None,
+            renderer=renderer,
         )
         worker = Worker(identity, engine, info, end, asyncio.create_task(_run(end)))
         self.workers.append(worker)
@@ -146,6 +148,7 @@ class TestCluster:
             and all(w.end.statistics().running == 0 for w in self.workers if not w.task.done())
             and all(w.engine.load().running == 0 for w in self.workers if not w.task.done())
             and all(self.gateway.scheduler.queues.waiting(m.name) == (0, 0) for m in self.gateway.directory.models)
+            and all(self.gateway.scheduler.renders.waiting(m.name) == (0, 0) for m in self.gateway.directory.models)
         )
 
     async def until_idle(self, timeout_s: float = 20.0) -> None:

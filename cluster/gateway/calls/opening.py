@@ -17,7 +17,7 @@ from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.life import Life
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.sequence import OutputSequence
-from cluster.gateway.calls.tokenization import encode
+from cluster.gateway.calls.tokenization import RendererOf, encode
 from cluster.gateway.calls.tools import with_tools
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
@@ -54,6 +54,7 @@ class Opening:
     """The model that serves the call: the requested model or a fallback model."""
     versions: Versions = field(init=False)
     text: TextModel = field(init=False)
+    renderer_of: RendererOf = field(init=False)
     max_model_len: int = 0
     prompt_ids: array[int] = field(default_factory=lambda: array("I"))
     guards: CallGuards | None = None
@@ -88,13 +89,17 @@ class Opening:
         """Digest of the tokenizer bundle of the call."""
         return self.model.bundle_digest_of(self.versions.first)
 
-    async def encode(self, directory: ModelDirectory) -> None:
-        """Encode the prompt."""
+    async def encode(self, directory: ModelDirectory, renderer_of: RendererOf) -> None:
+        """Encode the prompt. `renderer_of`: see CallService."""
         self.text = await directory.text_model(self.model, self.versions.first)
-        self.max_model_len, longest = self.model.max_model_len, self.meta.principal.tenant.max_context_tokens
-        if longest:
-            self.max_model_len = min(self.max_model_len, longest)
+        self.renderer_of = renderer_of
+        self.max_model_len = self._longest_context()
         await self._encode()
+
+    def _longest_context(self) -> int:
+        """Return the context length for the call, in tokens; 0 while the model's is unknown."""
+        longest, of_tenant = self.model.max_model_len, self.meta.principal.tenant.max_context_tokens
+        return min(longest, of_tenant) if of_tenant else longest
 
     def create_guards(self, guards: Guards) -> CallGuards:
         """Create the guards of the call."""
@@ -114,7 +119,11 @@ class Opening:
 
     async def _encode(self) -> None:
         request, tenant = self.request, self.meta.tenant
-        self.prompt_ids = await encode(request.prompt, self.text, tenant, self.max_model_len, request.cache_salt)
+        render = self.renderer_of(self.model, self.text, self.meta, self.bundle_digest, request.priority_class)
+        length = self.max_model_len
+        self.prompt_ids = await encode(request.prompt, self.text, tenant, length, request.cache_salt, render)
+        if not length:  # unknown before the first worker, for which the prompt may have waited
+            self.max_model_len = self._longest_context()
 
     def create_call(
         self,

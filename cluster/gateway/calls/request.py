@@ -10,7 +10,7 @@ import math
 import pickle
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from cluster.api.outcomes import MAX_VIOLATIONS, CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar, Sampling
@@ -96,6 +96,7 @@ class ChatPrompt:
     merges_system: bool = False
     """Whether later system messages become a part of the first one, if the model's template does not allow them. The
     contents of system messages are texts then."""
+    is_chat: ClassVar = True
 
     @property
     def template_options(self) -> Mapping[str, Any]:

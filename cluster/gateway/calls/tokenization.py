@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.json_values import MAX_IDS
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.meta import CallMeta
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.links.link_renders import RenderedPrompt
+from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
+from cluster.gateway.scheduling.chat_renders import ids_in_vocabulary
 from cluster.gateway.text.tokenizer import ANY_LENGTH, TextModel
 from cluster.policy.tenants.identity import Principal
 
@@ -18,12 +21,36 @@ FEW_IDS = 4096
 """Maximum number of token ids that are checked without numpy. Longer prompts are checked as a numpy array."""
 
 
+RenderChat = Callable[[bytes, int], Awaitable[RenderedPrompt]]
+"""Function that lets a worker make the prompt of a chat. Its arguments are the chat as JSON (text/chat_json.py), and
+the number of ids above which no ids are needed, 0 for the model's context. It raises CallError."""
+
+
+class RendererOf(Protocol):
+    """Choice of the renderer of a model's chats."""
+
+    def __call__(
+        self, model: KnownModel, text: TextModel, meta: CallMeta, bundle_digest: str, priority_class: str
+    ) -> RenderChat | None:
+        """Return how workers make the prompts of a call's chats; None if the gateway's chat template does.
+
+        `text`: the tokenizer of the bundle `bundle_digest`. `priority_class`: of the request, "" for the tenant's.
+        """
+
+
 class Tokenization:
     """The tokenizers of a gateway's models, as callers use them without a call."""
 
-    def __init__(self, directory: ModelDirectory, reservations: QuotaReservations) -> None:
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        reservations: QuotaReservations,
+        renderer_of: RendererOf,
+    ) -> None:
+        """`renderer_of`: see CallService."""
         self._directory = directory
         self._reservations = reservations
+        self._renderer_of = renderer_of
 
     def longest_context(self, principal: Principal) -> int:
         """Return the longest context, in tokens, of the models that a caller may use; MAX_IDS if the context of one of
@@ -36,7 +63,8 @@ class Tokenization:
         Raises CallError."""
         model = self._directory.resolve(name, meta.principal)
         text = await self._directory.text_model(model)
-        ids = await encode(prompt, text, meta.tenant, model.max_model_len)
+        render = self._renderer_of(model, text, meta, model.bundle_digest, "")
+        ids = await encode(prompt, text, meta.tenant, model.max_model_len, render=render)
         await self._reservations.charge(meta.principal.tenant, len(ids))
         return ids, model.max_model_len
 
@@ -57,12 +85,16 @@ async def encode(
     tenant: str = "default",
     max_model_len: int = 0,
     cache_salt: str = "",
+    render: RenderChat | None = None,
 ) -> array[int]:
     """Encode a prompt. A long prompt is encoded outside the event loop. A `max_model_len` of 0 allows any length.
-    `cache_salt`: only prompts of the tenant with the same salt are encoded faster because of each other.
+    `cache_salt`: only prompts of the tenant with the same salt are encoded faster because of each other. `render`: how
+    workers make the prompts of chats; None if the chat template makes them.
 
     Raises CallError. A text that certainly leaves no room for output is refused before it is tokenized.
     """
+    if render is not None and isinstance(prompt, requests.ChatPrompt | requests.PackedPrompt) and prompt.is_chat:
+        return await _rendered(prompt, text, tenant, max_model_len, render)
     if requests.is_chat(prompt) and not text.has_chat_template:
         raise CallError(
             Outcome.UNSUPPORTED_FEATURE, "the model has no chat template: use Complete with a formatted prompt"
@@ -81,6 +113,19 @@ async def encode(
     if not ids and not requests.is_chat(prompt):
         raise invalid("prompt", "must not be empty")
     return ids
+
+
+async def _rendered(
+    prompt: requests.ChatPrompt | requests.PackedPrompt,
+    text: TextModel,
+    tenant: str,
+    max_model_len: int,
+    render: RenderChat,
+) -> array[int]:
+    rendered = await render(await text.chat_json_async(tenant, prompt), max(max_model_len - 1, 0))
+    if not rendered.ids:
+        raise requests.too_long(rendered.tokens, max_model_len or rendered.max_tokens, chat=True)
+    return ids_in_vocabulary(rendered, text.vocab_size)
 
 
 def _in_vocabulary(ids: Sequence[int], vocab_size: int, field: str = "prompt_token_ids") -> array[int]:

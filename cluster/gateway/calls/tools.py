@@ -197,19 +197,40 @@ def with_tools(output: OutputOptions, tools: Sequence[Mapping[str, Any]]) -> Out
     return replace(output, parser_request=json.dumps({**fields, "tools": list(tools)}, ensure_ascii=False))
 
 
-def call_arguments(path: str, text: str) -> dict[str, Any]:
+class CallArguments(dict[str, Any]):
+    """Arguments of a tool call in the history, with the text that the caller sent. Some renderers of vLLM copy the text
+    into the prompt, so an equal object with other spaces would be another prompt."""
+
+    _text = ""
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any], text: str) -> CallArguments:
+        """Return arguments with the caller's text."""
+        arguments = cls(value)
+        arguments._text = text
+        return arguments
+
+
+def arguments_text(arguments: Mapping[str, Any]) -> str:
+    """Return the arguments of a tool call as JSON: the caller's text if there is one."""
+    if isinstance(arguments, CallArguments):
+        return arguments._text
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+def call_arguments(path: str, text: str) -> CallArguments:
     """Return the arguments of a tool call in the history, which templates take as an object.
 
     A text that is not a JSON object gives an empty object, as in vLLM: a model may have written it, and an error would
     end the conversation. Raises CallError for a text that is nested too deeply or holds too many values.
     """
     if not text:
-        return {}
+        return CallArguments()
     try:
         value = parse(path, text)
     except NotJson:
-        return {}
-    return value if isinstance(value, dict) else {}
+        value = None
+    return CallArguments.of(value if isinstance(value, dict) else {}, text)
 
 
 def tool_calls_of(messages: Sequence[Mapping[str, Any]]) -> int:

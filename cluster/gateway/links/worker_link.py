@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from cluster.api.demand import ComputedWork
 from cluster.api.types import (
     PARSER_KINDS,
+    RENDERER,
     CompatibilityKey,
     DrainState,
     EngineInfo,
@@ -18,6 +19,7 @@ from cluster.api.types import (
     EngineRequest,
     WorkerIdentity,
 )
+from cluster.gateway.links.link_renders import LinkRenders
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import PrefillPacing
 from cluster.gateway.links.slots import Sink, SlotTable
@@ -31,6 +33,7 @@ from cluster.wire.dial import CHUNK_BYTES
 from cluster.wire.ended_requests import EndedUsage
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, add_charge, peer_backlogs_from_pb, served_from_pb
 from cluster.wire.outbox import CommandBox
+from cluster.wire.rendering import INLINE_CHAT_BYTES
 
 # Prompts with more bytes are sent in chunks on the Bulk stream, so that no large message delays a token.
 TURN_PROMPT_BYTES = 32_768
@@ -105,6 +108,8 @@ class WorkerLink:
         self._numbers = itertools.count(1)
         self.last_sent = 0.0
         """Monotonic time of the last request that was sent to the worker."""
+        self.renders = LinkRenders(self._send_render)
+        """Chats that the worker renders for this gateway."""
         self.closed = asyncio.Event()
         self.why = ""
         self.reason = "lost"
@@ -196,6 +201,21 @@ class WorkerLink:
         """Whether the worker takes new requests."""
         return self.drain_state is DrainState.SERVING
 
+    @property
+    def renderer(self) -> str:
+        """Name of the worker's renderer of chats; "" if it has none."""
+        words = (word for word in self.info.capabilities if word.startswith(RENDERER))
+        return next(words, RENDERER).removeprefix(RENDERER)
+
+    def _send_render(self, render: pb.Render) -> None:
+        if self._blobs is not None and len(render.chat) > INLINE_CHAT_BYTES:
+            key, data = f"chat:{render.number}", render.chat
+            render.ClearField("chat")
+            render.chat_blob = key
+            for blob in _chunks(key, data):
+                self._blobs.put_nowait(blob)
+        self.box.render(render)
+
     def command(self, command: pb.Command) -> None:
         """Send an operator's command to the worker."""
         self.box.command(command)
@@ -213,7 +233,8 @@ class WorkerLink:
     # ---- called by the hub
 
     def apply(self, message: pb.WorkerTurn) -> bool:
-        """Apply a message from the worker. Returns whether the worker's credit or drain state has changed."""
+        """Apply a message from the worker. Returns whether the worker's credit or drain state has changed, or whether
+        it takes another chat to render."""
         now = time.monotonic()
         for accepted in message.accepted:
             self._slots.accept(accepted.slot)
@@ -236,6 +257,8 @@ class WorkerLink:
             self.engine_ended = message.engine_ended[:MAX_REASON_CHARS]
             self.close("its engine has ended", "lost")
         changed = False
+        for piece in message.rendered:
+            changed |= self.renders.apply(piece)
         if message.HasField("load"):
             self.load = codec.load_from_pb(message.load)
         if message.HasField("work"):
@@ -265,6 +288,7 @@ class WorkerLink:
         """End the link: call `lost` once on the sink of every slot."""
         self.ended = True  # first, because a sink looks for another worker at once
         self._slots.lose(why)
+        self.renders.lose()
 
 
 def _move_prompt(message: pb.Submit) -> Sequence[pb.Blob]:
@@ -274,5 +298,9 @@ def _move_prompt(message: pb.Submit) -> Sequence[pb.Blob]:
     key, data = f"prompt:{message.slot}:{message.attempt}", message.prompt_ids
     message.ClearField("prompt_ids")
     message.prompt_blob = key
+    return _chunks(key, data)
+
+
+def _chunks(key: str, data: bytes) -> Sequence[pb.Blob]:
     starts = range(0, len(data), CHUNK_BYTES)
     return [pb.Blob(key=key, data=data[at : at + CHUNK_BYTES], last=at + CHUNK_BYTES >= len(data)) for at in starts]

@@ -20,6 +20,7 @@ from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.canary_statistics import CanaryStatistics
+from cluster.gateway.scheduling.chat_renders import ChatRenders, small_room
 from cluster.gateway.scheduling.executor import Executor
 from cluster.gateway.scheduling.peer_backlog import BacklogReports
 from cluster.gateway.scheduling.queues import Queues
@@ -27,7 +28,7 @@ from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.gateway.scheduling.workers import LinkedWorkers
 from cluster.observe.metrics import Metrics
-from cluster.policy.fairness.waiting_room import WaitingRoom
+from cluster.policy.fairness.waiting_room import Order, WaitingRoom
 from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.scheduling.instructions import ResumingSequence
@@ -77,9 +78,11 @@ class Scheduler:
         resume_wait_s: float = 30.0,
         max_silent_losses: int = MOST_SILENT,
         policy_of: Callable[[WaitingRoom, Workers, float, WorkerLosses], SchedulingPolicy] = SchedulingPolicy,
+        render_room_of: Callable[[Callable[[str], Order]], WaitingRoom] = small_room,
     ) -> None:
         """`resume_wait_s`: longest wait, in seconds, of a sequence for a compatible worker. `max_silent_losses`: see
-        policy/scheduling/worker_losses.py. `policy_of` creates the policy; a test may record what the policy does."""
+        policy/scheduling/worker_losses.py. `policy_of` creates the policy; a test may record what the policy does.
+        `render_room_of`: see ChatRenders."""
         self.host = host
         self.charges = charges
         self.canaries = CanaryStatistics()
@@ -88,6 +91,14 @@ class Scheduler:
         workers = LinkedWorkers(host, self.breakers, self.worker_caches, lambda key: self.queues.sequence(key).request)
         self.policy = policy_of(room, workers, resume_wait_s, WorkerLosses(max_silent_losses))
         self.queues = Queues(self.policy, charges, clock)
+        self.renders = ChatRenders(
+            render_room_of,
+            charges.weight_of,
+            self.queues.tally,
+            lambda name: host.directory.find(name),
+            clock,
+            self._note_unserved,
+        )
         self._executor = Executor(
             self.queues,
             workers,
@@ -274,6 +285,7 @@ class Scheduler:
             self._sweep(now)
         self.worker_caches.maintain(now)
         self._executor.carry_out(self.policy.expire(now, directory.starts_in_s))
+        self.renders.expire()
         # A sequence may have waited long enough for the worker that holds its KV blocks.
         for name in self.policy.resuming.models:
             self.pump(name)
@@ -287,6 +299,7 @@ class Scheduler:
         models = self.host.directory.models
         self.queues.tally.retain_models(model.name for model in models)
         self._unserved &= {model.name for model in models if not model.served}
+        self.renders.sweep((model.name for model in models), now)
         self.charges.sweep({model.name: bool(model.links) for model in models}, now)
         self.breakers.retain(link.identity.incarnation for model in models for link in model.links.values())
         for model in models:

@@ -44,6 +44,7 @@ class WorkerEvents:
         self._host.directory.add_link(link)
         scheduler.backlogs.joined(identity.model)
         scheduler.pump(identity.model)
+        scheduler.renders.pump(identity.model)
         self._host.state_changed()
 
     def link_down(self, link: WorkerLink, why: str) -> None:
@@ -59,11 +60,13 @@ class WorkerEvents:
         if link.reason in STALLED:
             self._scheduler.breakers.record_stall(identity.incarnation, now, link.reason in PROVEN_BY_STEPS)
         self._scheduler.pump(identity.model)
+        self._scheduler.renders.pump(identity.model)
         self._host.state_changed()
 
     def link_changed(self, link: WorkerLink) -> None:
         """Handle a change of a worker's credit or drain state: send waiting sequences."""
         self._scheduler.pump(link.identity.model)
+        self._scheduler.renders.pump(link.identity.model)
 
     def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """Apply a new catalog from the controller."""
@@ -77,6 +80,7 @@ class WorkerEvents:
             not_servable = None if known is None else queue_errors.not_servable(known)
             if not_servable is not None:
                 sequence.call.fail(not_servable)
+        self._scheduler.renders.end_unservable()
         self._host.state_changed()
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
@@ -89,7 +93,7 @@ class WorkerEvents:
         return [
             ModelDemand(
                 model.name,
-                *queues.waiting(model.name),
+                *self._waiting(model.name),
                 sum(link.running for link in model.links.values()),
                 queues.arrived[model.name],
                 queues.arrived_tokens[model.name],
@@ -97,6 +101,12 @@ class WorkerEvents:
             )
             for model in self._host.directory.models
         ]
+
+    def _waiting(self, model: str) -> tuple[int, int]:
+        """Return the number of requests that wait for a model's workers, and of tokens to compute for them."""
+        requests, tokens = self._queues.waiting(model)
+        chats, guessed = self._scheduler.renders.waiting(model)
+        return requests + chats, tokens + guessed
 
     @property
     def keeps_accounts(self) -> bool:

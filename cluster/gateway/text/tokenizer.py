@@ -20,9 +20,10 @@ import structlog
 from tokenizers import Tokenizer
 
 from cluster.api.outcomes import CallError, invalid
-from cluster.gateway.calls.request import PackedPrompt, TextPrompt, too_long
+from cluster.gateway.calls.request import ChatPrompt, PackedPrompt, TextPrompt, too_long
 from cluster.gateway.helpers.pool import Job
 from cluster.gateway.text.block_encoder import BlockEncoder
+from cluster.gateway.text.chat_json import chat_json
 from cluster.gateway.text.control_tokens import ControlTokens
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.expressions import expressions_of, may_explode
@@ -31,7 +32,7 @@ from cluster.gateway.text.prompt_memory import PromptMemory
 from cluster.gateway.text.template import ChatTemplate
 from cluster.gateway.text.text_jobs import ENCODE_HELPER_CHARS, ENCODE_OFFLOAD_CHARS, TextJobs
 from cluster.gateway.text.tokenizer_json import read_tokenizer
-from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, Bundle
+from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, RENDERER, Bundle
 
 if TYPE_CHECKING:
     from cluster.gateway.text.reach import Reach
@@ -80,6 +81,8 @@ class TextModel:
         self.pool = pool
         self._tokenizer = tokenizer
         self._template = template
+        self._control_tokens = _control_tokens(config)
+        self._renderer = str(config.get(RENDERER, ""))
         self._eos_token_ids = _eos_ids(tokenizer, config, generation_config)
         self._vocab_size = int(model_config.get("vocab_size") or tokenizer.get_vocab_size())
         self._family = str(model_config.get("model_type", ""))
@@ -150,8 +153,13 @@ class TextModel:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model has a chat template, so that it can serve chat requests."""
+        """Whether the model has a chat template, with which this gateway can make the prompts of chats."""
         return bool(self._template)
+
+    @property
+    def renderer(self) -> str:
+        """Name of the renderer with which workers make the prompts of chats; "" if only the chat template does."""
+        return self._renderer
 
     def __repr__(self) -> str:
         return f"TextModel({self._family or 'unknown'}, {self._vocab_size} tokens, {self._template!r})"
@@ -205,6 +213,36 @@ class TextModel:
             continue_final_message=continue_final_message,
             merges_system=merges_system,
         )
+
+    def chat_json(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> bytes:
+        """Return a chat as the JSON that a worker's renderer gets. `options`: as of render_chat. Raises CallError."""
+        if self._control_tokens is not None:
+            messages = self._control_tokens.in_messages(messages)
+            arguments = dict(options.get("template_kwargs") or {})
+            if "documents" in arguments:
+                arguments["documents"] = self._control_tokens.in_documents(arguments["documents"])
+            options = {**options, "template_kwargs": arguments}
+        return chat_json(messages, **options)
+
+    def packed_chat_json(self, prompt: PackedPrompt) -> bytes:
+        """Return the result of chat_json for a packed chat."""
+        unpacked = prompt.unpacked()
+        assert isinstance(unpacked, ChatPrompt)
+        return self.chat_json(unpacked.messages, **unpacked.template_options)
+
+    async def chat_json_async(self, tenant: str, prompt: ChatPrompt | PackedPrompt) -> bytes:
+        """Return the result of chat_json. If the chat is long, the work is done off the event loop."""
+        job: Job
+        if isinstance(prompt, PackedPrompt):
+            chars = max(memoryview(prompt.packed).nbytes, ENCODE_HELPER_CHARS + 1)
+            job = ("packed_chat_json", (prompt,), {})
+        else:
+            options = prompt.template_options
+            chars = _chars(prompt.messages) + _chars(options)
+            job = ("chat_json", (prompt.messages,), dict(options))
+        method, positional, named = job
+        work: Callable[[], bytes] = lambda: getattr(self, method)(*positional, **named)  # noqa: E731
+        return bytes(await self._jobs.run(tenant, chars, job, "messages", work))
 
     def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH, cache_salt: str = "") -> array[int]:
         """Return the token ids of a plain prompt as a packed array. The ids equal those of encode_prompt. Blocks of

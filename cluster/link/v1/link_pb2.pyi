@@ -37,6 +37,7 @@ class WorkerTurn(_message.Message):
     SERVED_FIELD_NUMBER: _builtins.int
     ELSEWHERE_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
+    RENDERED_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
     ENGINE_ENDED_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
@@ -69,6 +70,10 @@ class WorkerTurn(_message.Message):
     @_builtins.property
     def elsewhere(self) -> _containers.RepeatedCompositeFieldContainer[Global___Elsewhere]: ...
     @_builtins.property
+    def rendered(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rendered]:
+        """Pieces of prompts, in answer to Renders."""
+
+    @_builtins.property
     def work(self) -> Global___Work: ...
     @_builtins.property
     def kv_blocks(self) -> Global___KvBlocks: ...
@@ -87,13 +92,14 @@ class WorkerTurn(_message.Message):
         served: Global___Served | None = ...,
         elsewhere: _abc.Iterable[Global___Elsewhere] | None = ...,
         seq: _builtins.int = ...,
+        rendered: _abc.Iterable[Global___Rendered] | None = ...,
         work: Global___Work | None = ...,
         engine_ended: _builtins.str = ...,
         kv_blocks: Global___KvBlocks | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "hello", b"hello", "kv_blocks", b"kv_blocks", "load", b"load", "served", b"served", "standing", b"standing", "step", b"step", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "elsewhere", b"elsewhere", "engine_ended", b"engine_ended", "hello", b"hello", "kv_blocks", b"kv_blocks", "load", b"load", "refused", b"refused", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "elsewhere", b"elsewhere", "engine_ended", b"engine_ended", "hello", b"hello", "kv_blocks", b"kv_blocks", "load", b"load", "refused", b"refused", "rendered", b"rendered", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -832,6 +838,7 @@ class GatewayTurn(_message.Message):
     USAGE_ACKS_FIELD_NUMBER: _builtins.int
     COMMANDS_FIELD_NUMBER: _builtins.int
     TAKEOVERS_FIELD_NUMBER: _builtins.int
+    RENDERS_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     grant_ack: _builtins.int
     """The newest Credit that has been applied."""
@@ -855,6 +862,10 @@ class GatewayTurn(_message.Message):
 
     @_builtins.property
     def takeovers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Takeover]: ...
+    @_builtins.property
+    def renders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Render]:
+        """Only to a worker with a capability `renders:`."""
+
     def __init__(
         self,
         *,
@@ -868,14 +879,95 @@ class GatewayTurn(_message.Message):
         usage_acks: _abc.Iterable[_builtins.int] | None = ...,
         commands: _abc.Iterable[Global___Command] | None = ...,
         takeovers: _abc.Iterable[Global___Takeover] | None = ...,
+        renders: _abc.Iterable[Global___Render] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "commands", b"commands", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "seq", b"seq", "submits", b"submits", "takeovers", b"takeovers", "usage_acks", b"usage_acks", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "commands", b"commands", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "renders", b"renders", "seq", b"seq", "submits", b"submits", "takeovers", b"takeovers", "usage_acks", b"usage_acks", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GatewayTurn: _TypeAlias = GatewayTurn  # noqa: Y015
+
+@_typing.final
+class Render(_message.Message):
+    """Make the prompt of a chat with the renderer of the worker's model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
+    CHAT_BLOB_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Unique within the link."""
+    chat: _builtins.bytes
+    """A JSON object with fields of vLLM's chat request: messages, tools, chat_template_kwargs and others."""
+    chat_blob: _builtins.str
+    """The chat is sent on Bulk under this key instead."""
+    max_tokens: _builtins.int
+    """A prompt of more tokens is answered with their number alone."""
+    timeout_ms: _builtins.int
+    """Time after which the gateway no longer waits."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        chat: _builtins.bytes = ...,
+        chat_blob: _builtins.str = ...,
+        max_tokens: _builtins.int = ...,
+        timeout_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "chat_blob", b"chat_blob", "max_tokens", b"max_tokens", "number", b"number", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Render: _TypeAlias = Render  # noqa: Y015
+
+@_typing.final
+class Rendered(_message.Message):
+    """A piece of the answer to a Render. The last piece has all fields; the others have ids and `more`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    token_ids: _builtins.bytes
+    """Packed little-endian uint32 token ids. The ids of all pieces together are the prompt."""
+    more: _builtins.bool
+    tokens: _builtins.int
+    """Number of tokens of the whole prompt."""
+    reason: _builtins.str
+    """Why there is no prompt: a reason of the vocabulary (INVALID_FIELD, INTERNAL, ...); empty if there is one."""
+    message: _builtins.str
+    field: _builtins.str
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        token_ids: _builtins.bytes = ...,
+        more: _builtins.bool = ...,
+        tokens: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        field: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "message", b"message", "more", b"more", "number", b"number", "reason", b"reason", "token_ids", b"token_ids", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rendered: _TypeAlias = Rendered  # noqa: Y015
 
 @_typing.final
 class Command(_message.Message):

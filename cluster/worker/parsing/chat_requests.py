@@ -66,6 +66,17 @@ def _located(location: tuple[int | str, ...], message: str) -> tuple[str, str]:
     return field, f"{inside}: {message}"[:MAX_MESSAGE] if inside else message[:MAX_MESSAGE]
 
 
+def chat_error(error: Exception, field: str, what: str) -> WrongRequest:
+    """Return the error for a chat that vLLM's code refuses or fails on. `field`: the wrong field, unless vLLM names
+    one. `what`: words for an error of a kind that vLLM does not raise on purpose."""
+    from vllm.exceptions import VLLMError
+
+    text = _short(error)
+    if not isinstance(error, ValueError | VLLMError):
+        text = f"{what} ({type(error).__name__}: {text})"
+    return WrongRequest(str(getattr(error, "parameter", None) or field), text[:MAX_MESSAGE])
+
+
 def _short(error: Exception) -> str:
     return str(error.args[0] if error.args else error)[:MAX_MESSAGE]
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config.engine import NO_PARSER, PARSER_KEYS
-from cluster.wire.bundle import Bundle
+from cluster.wire.bundle import RENDERER, Bundle
 from cluster.worker.parsing.port import ParserNames
+from cluster.worker.rendering.families import PARSERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +104,19 @@ def _match(rows: tuple[_Row, ...], model_type: str, template: str) -> str:
     return ""
 
 
+def _renderer_parsers(bundle: Bundle) -> ParserNames | None:
+    """Return the parsers of a model whose chats vLLM's own code renders; None for a model with a chat template."""
+    parsers = PARSERS.get(str(json.loads(bundle.files.get("tokenizer_config.json", b"{}")).get(RENDERER, "")))
+    return None if parsers is None else ParserNames(*parsers)
+
+
 def chosen_parsers(bundle: Bundle, engine: Mapping[str, Any]) -> tuple[ParserNames, frozenset[str]]:
     """Return the parsers of a model, and those of PARSER_KEYS that the entry's `engine:` section has set."""
     given = {key: str(engine[key]) for key in PARSER_KEYS if engine.get(key)}
     config = json.loads(bundle.files.get("config.json", b"{}"))
     template = bundle.files.get("chat_template.jinja", b"").decode(errors="replace")
     template = bundle.files.get("chat_template.tool_use.jinja", b"").decode(errors="replace") or template
-    family = family_parsers(str(config.get("model_type", "")), template)
+    family = _renderer_parsers(bundle) or family_parsers(str(config.get("model_type", "")), template)
     names = [
         given.get(key, default) for key, default in zip(PARSER_KEYS, (family.tools, family.reasoning), strict=True)
     ]

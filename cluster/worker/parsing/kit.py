@@ -25,6 +25,7 @@ from cluster.worker.parsing.chat_requests import (
 from cluster.worker.parsing.coalescing import COALESCED, LONG_CALL, REPLAYED_TOGETHER, Coalescing
 from cluster.worker.parsing.port import ParserNames
 from cluster.worker.parsing.session import ParserSession
+from cluster.worker.rendering.kit import renderer_tokenizer
 
 NOT_STREAMING = ("phi4_mini_json",)
 """Parsers of tool calls that return nothing, not even content, for parts of an output."""
@@ -44,6 +45,9 @@ class KitSettings:
     trust_remote_code: bool = False
     plugin: str = ""
     long_call: int = LONG_CALL
+    renderer: str = ""
+    """Renderer of the model's chats (rendering/families.py), whose tokenizer the parsers use; "" for a model with a
+    chat template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,8 @@ def _tokenizer(settings: KitSettings) -> Any:
     except ImportError as error:
         raise ValueError(f"{_keys(settings.names)}: needs vLLM: {error}") from error
 
+    if settings.renderer:
+        return renderer_tokenizer(settings.renderer, settings.folder, trust_remote_code=settings.trust_remote_code)
     tokenizer = load_tokenizer(Path(settings.folder), trust_remote_code=settings.trust_remote_code)
     return get_cached_tokenizer(tokenizer)
 
@@ -184,7 +190,7 @@ def _load_harmony() -> None:
     try:
         get_encoding()
     except Exception as error:  # HarmonyError and others: no network, or a wrong file
-        why = "set TIKTOKEN_ENCODINGS_BASE to a folder that has o200k_base.tiktoken"
+        why = "unset TIKTOKEN_ENCODINGS_BASE, or put the right o200k_base.tiktoken there"
         raise ValueError(f"the harmony vocabulary cannot be loaded: {error}; {why}") from error
 
 

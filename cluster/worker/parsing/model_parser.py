@@ -1,19 +1,28 @@
-"""The output parser of a model, made from its catalog entry, its folder and its tokenizer bundle."""
+"""The output parser and the renderer of a model, made from its catalog entry, its folder and its tokenizer bundle."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import structlog
+
+from cluster.api.types import RENDERER as RENDERER_CAPABILITY
 from cluster.api.types import EngineInfo, ModelSpec
 from cluster.config.engine import PARSER_KEYS
-from cluster.wire.bundle import Bundle
+from cluster.wire.bundle import RENDERER, Bundle
 from cluster.worker.parsing.families import chosen_parsers
 from cluster.worker.parsing.kit import KitSettings, usable_parsers
 from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.parsing.parser_process import start_process
 from cluster.worker.parsing.port import ParserNames
+from cluster.worker.rendering.kit import load_renderer
+from cluster.worker.rendering.prompt_renderer import PromptRenderer
+
+log = structlog.get_logger("parser")
 
 
 def model_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser | None:
@@ -25,8 +34,38 @@ def model_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser 
     names, given = chosen_parsers(bundle, spec.engine)
     if not names:
         return None
-    kit = _settings(spec, folder, names)
+    kit = _settings(spec, folder, names, renderer_in(bundle))
     return _parser(replace(kit, names=usable_parsers(kit, given)))
+
+
+def model_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRenderer | None:
+    """Return the renderer of a model for vLLM; None if gateways render its chat template. Blocks, and imports vLLM.
+
+    A renderer that cannot be loaded is left out if the model has a chat template, too. Raises ValueError otherwise.
+    """
+    name = renderer_in(bundle)
+    if not name:
+        return None
+    try:
+        load_renderer(name, str(folder), trust_remote_code=spec.trust_remote_code).close()
+    except ValueError as error:
+        if "chat_template.jinja" not in bundle.files:
+            raise
+        log.warning("renderer_not_used", renderer=name, reason=str(error))
+        return None
+    return _renderer(spec, folder, name)
+
+
+def requested_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRenderer | None:
+    """Return the renderer that the entry names, for a simulated engine; None without vLLM."""
+    name = renderer_in(bundle)
+    named = "tokenizer_mode" in spec.engine and importlib.util.find_spec("vllm") is not None
+    return _renderer(spec, folder, name) if name and named else None
+
+
+def renderer_in(bundle: Bundle) -> str:
+    """Return the name of the renderer in a bundle; "" if the model has a chat template."""
+    return str(json.loads(bundle.files.get("tokenizer_config.json", b"{}")).get(RENDERER, ""))
 
 
 def requested_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser | None:
@@ -36,20 +75,25 @@ def requested_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputPar
     """
     names, given = chosen_parsers(bundle, spec.engine)
     own = ParserNames(*(name if key in given else "" for key, name in zip(PARSER_KEYS, names.values, strict=True)))
-    return _parser(_settings(spec, folder, own))
+    return _parser(_settings(spec, folder, own, renderer_in(bundle)))
 
 
-def _settings(spec: ModelSpec, folder: Path, names: ParserNames) -> KitSettings:
-    return KitSettings(
-        str(folder), names, spec.trust_remote_code, str(spec.engine.get("reasoning_parser_plugin") or "")
-    )
+def _settings(spec: ModelSpec, folder: Path, names: ParserNames, renderer: str) -> KitSettings:
+    plugin = str(spec.engine.get("reasoning_parser_plugin") or "")
+    return KitSettings(str(folder), names, spec.trust_remote_code, plugin, renderer=renderer)
+
+
+def _renderer(spec: ModelSpec, folder: Path, name: str) -> PromptRenderer:
+    settings = KitSettings(str(folder), ParserNames(), spec.trust_remote_code, renderer=name)
+    return PromptRenderer(name, functools.partial(start_process, settings))
 
 
 def _parser(settings: KitSettings) -> OutputParser | None:
     return OutputParser(settings.names, functools.partial(start_process, settings)) if settings.names else None
 
 
-def with_parsers(info: EngineInfo, parser: OutputParser | None) -> EngineInfo:
-    """Return an engine's properties with the capabilities of the worker's parsers."""
+def with_parsers(info: EngineInfo, parser: OutputParser | None, renderer: PromptRenderer | None = None) -> EngineInfo:
+    """Return an engine's properties with the capabilities of the worker's parsers and renderer."""
     words = () if parser is None else parser.names.capabilities
-    return replace(info, capabilities=(*info.capabilities, *words))
+    renders = () if renderer is None else (RENDERER_CAPABILITY + renderer.name,)
+    return replace(info, capabilities=(*info.capabilities, *words, *renders))

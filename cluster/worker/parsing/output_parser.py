@@ -7,11 +7,8 @@ the same parts. A request whose parse hangs fails, and so does a request on whic
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-import structlog
 
 from cluster.api.outcomes import Outcome
 from cluster.api.output_parts import OutputParsing
@@ -23,27 +20,18 @@ from cluster.worker.parsing.hangs import HangWatch
 from cluster.worker.parsing.opened_request import refused, with_grammar
 from cluster.worker.parsing.parser_process import ParserHost
 from cluster.worker.parsing.port import ParserNames, refuse_tools
+from cluster.worker.parsing.replaced_process import ReplacedProcess
 from cluster.worker.parsing.sessions import SessionRecord, failed
-
-log = structlog.get_logger("parser")
 
 MAX_REQUEST_BYTES = 2 << 20
 """Greatest size of OutputParsing.request, which has the tools."""
 MAX_DEATHS = 2
 """Number of processes that may end while they work on a session, before the session fails."""
-RESTART_S = 1.0
-"""Seconds between two starts if a process ends before it has answered anything."""
 OPEN_S = 60.0
 """Greatest number of seconds that a request waits for its session, which includes the start of the process."""
-CHECK_S = 0.25
-"""Seconds between two checks whether a parse hangs."""
 
 
-class _Hung(Exception):
-    """The process works on one session for too long."""
-
-
-class OutputParser:
+class OutputParser(ReplacedProcess):
     """The output parser of a worker with parsers; see OutputParsers."""
 
     def __init__(
@@ -53,17 +41,13 @@ class OutputParser:
         watch: Callable[[ParserHost], HangWatch] = HangWatch.of,
     ) -> None:
         """`start` starts a parser process and blocks until it exists."""
+        super().__init__(start, watch)
         self.names = names
-        self._start = start
-        self._watch = watch
         self._numbers: dict[str, int] = {}
         self._sessions: dict[int, SessionRecord] = {}
         self._last = 0
-        self._connection: Connection | None = None
         self._done: list[TokenOutput] = []
         self._has_done = asyncio.Event()
-        self.replaced = 0
-        """Number of processes that have been replaced."""
 
     @property
     def open_sessions(self) -> int:
@@ -103,8 +87,7 @@ class OutputParser:
         record = SessionRecord.of(self._last, request, parsing)
         self._sessions[record.number] = record
         self._numbers[request.request_id] = record.number
-        if self._connection is not None and self._connection.is_ready:
-            self._connection.send(record.opening())
+        self._send(record.opening())
         return record
 
     def divert(self, outputs: Sequence[TokenOutput]) -> tuple[Sequence[TokenOutput], Sequence[TokenOutput]]:
@@ -122,8 +105,8 @@ class OutputParser:
             else:
                 taken.append(output)
                 items.append(item)
-        if items and self._connection is not None and self._connection.is_ready:
-            self._connection.send(wire.Feed(items))
+        if items:
+            self._send(wire.Feed(items))
         return passed, taken
 
     async def parsed(self) -> Sequence[TokenOutput]:
@@ -141,47 +124,9 @@ class OutputParser:
         record = self._sessions.pop(number)
         if not record.opened.done():
             record.opened.set_result(wire.Opened(number, error="the request was withdrawn"))
-        if self._connection is not None and self._connection.is_ready:
-            self._connection.send(wire.Close(number))
+        self._send(wire.Close(number))
 
     # ---- the process
-
-    async def run(self) -> None:
-        """Run the process, and replace it when it ends, until cancelled."""
-        while True:
-            began, answered = time.monotonic(), False
-            try:
-                answered = await self._run_process()
-            except OSError as error:
-                log.warning("parser_not_started", reason=str(error))
-            self.replaced += 1
-            if not answered and time.monotonic() - began < RESTART_S:
-                await asyncio.sleep(RESTART_S)
-
-    async def _run_process(self) -> bool:
-        """Run one process until it ends. Returns whether it was ready."""
-        host = await asyncio.to_thread(self._start)
-        connection: Connection | None = None
-        try:
-            connection = self._connection = await Connection.open(host)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._read(connection))
-                group.create_task(self._check(host))
-        except* _Hung:
-            log.error("parser_hangs", sessions=len(self._sessions))
-        except* (OSError, EOFError, ValueError) as errors:
-            log.warning("parser_ended", reason=str(errors.exceptions[0]), sessions=len(self._sessions))
-        finally:
-            self._connection = None
-            if connection is not None:
-                connection.close()
-            await asyncio.shield(asyncio.to_thread(host.kill))
-            self._record_death(host)
-        return connection is not None and connection.is_ready
-
-    async def _read(self, connection: Connection) -> None:
-        while True:
-            self._apply(connection, await connection.receive())
 
     def _apply(self, connection: Connection, reply: wire.Reply) -> None:
         match reply:
@@ -233,22 +178,16 @@ class OutputParser:
         elif not record.has_ended:
             self._return(record, failed(record.request.request_id, f"the output could not be parsed: {reason}"))
 
-    def _record_death(self, host: ParserHost) -> None:
+    def _record_death(self, number: int) -> None:
         """Count the death of a process for the session on which it worked, and fail that session if it is the cause."""
-        record = self._sessions.get(host.progress.read()[0])
+        record = self._sessions.get(number)
         if record is None:
             return
         record.deaths += 1
         if record.deaths >= MAX_DEATHS:
             self._fail(record, "the parser failed on it twice")
 
-    async def _check(self, host: ParserHost) -> None:
-        """Raise _Hung when the parse of a session takes too long; the session then fails."""
-        watch = self._watch(host)
-        while True:
-            await asyncio.sleep(CHECK_S)
-            if hung := watch.hung(time.monotonic()):
-                record = self._sessions.get(hung)
-                if record is not None:
-                    self._fail(record, "the parse takes too long")
-                raise _Hung
+    def _fail_hung(self, number: int) -> None:
+        record = self._sessions.get(number)
+        if record is not None:
+            self._fail(record, "the parse takes too long")

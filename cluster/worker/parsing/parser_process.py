@@ -1,4 +1,5 @@
-"""The parser process: one process of a worker that parses the outputs of all its requests.
+"""The parser process: one process of a worker that parses the outputs of all its requests. A worker that renders
+chats has a second process of the same kind for them, so that no render delays tokens.
 
 It is a fork of the fork server, which has imported vLLM, or a new interpreter where there is no fork server. It answers
 the worker's messages in order, and ends when the worker closes the connection. A thread ends it too when the worker is
@@ -28,6 +29,7 @@ from cluster.worker.parsing.kit import KitSettings, ParserKit, load_kit
 from cluster.worker.parsing.port import ParserNames
 from cluster.worker.parsing.progress import NONE, Progress, new_memory
 from cluster.worker.parsing.session import ParserSession
+from cluster.worker.rendering.kit import RendererKit, load_renderer
 
 log = structlog.get_logger("parser")
 
@@ -35,10 +37,13 @@ PROCESS_NAME = "OutputParser"
 _CLOSED = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
+Kit = ParserKit | RendererKit
+
+
 class Sessions:
     """The sessions of the process. Every message gets at most one reply."""
 
-    def __init__(self, kit: ParserKit, progress: Progress) -> None:
+    def __init__(self, kit: Kit, progress: Progress) -> None:
         self._kit = kit
         self._progress = progress
         self._sessions: dict[int, ParserSession] = {}
@@ -52,11 +57,26 @@ class Sessions:
                 parsed = [self._feed(*item) for item in request.items if item[0] in self._sessions]
                 self._progress.record(NONE)
                 return wire.ParsedStep(parsed)
+            case wire.Render():
+                return self._render(request)
             case wire.Close():
                 self._sessions.pop(request.number, None)
         return None
 
+    def _render(self, request: wire.Render) -> wire.Rendered:
+        assert isinstance(self._kit, RendererKit), "the parser process renders no chats"
+        self._progress.record(request.number)
+        try:
+            return self._kit.render(request)
+        except Exception as error:  # a renderer's fault must end only its own request
+            log.error("render_failed", error=_place(error))
+            why = f"the model's renderer failed on this chat: {type(error).__name__}"
+            return wire.Rendered(request.number, error=why, field="messages")
+        finally:
+            self._progress.record(NONE)
+
     def _open(self, opening: wire.Open) -> wire.Opened:
+        assert isinstance(self._kit, ParserKit), "the renderer's process parses no outputs"
         self._progress.record(opening.number)
         try:
             session, opened = self._kit.open(opening, lambda: self._progress.record(opening.number))
@@ -87,8 +107,8 @@ def _place(error: Exception) -> str:
     return f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}" if frames else type(error).__name__
 
 
-def serve(connection: socket.socket, load: Callable[[], ParserKit], progress: Progress) -> None:
-    """Load the parsers and answer messages until the connection is closed."""
+def serve(connection: socket.socket, load: Callable[[], Kit], progress: Progress) -> None:
+    """Load the parsers or the renderer, and answer messages until the connection is closed."""
     try:
         kit = load()
     except Exception as error:  # the worker must learn why no parser runs
@@ -173,8 +193,14 @@ def _main(connection: socket.socket, settings: KitSettings) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
         if descriptors:
-            serve(connection, lambda: load_kit(settings), Progress(descriptors[0]))
+            serve(connection, lambda: _load(settings), Progress(descriptors[0]))
     os._exit(0)  # there is nothing to clean up, and exit handlers of vLLM could block
+
+
+def _load(settings: KitSettings) -> Kit:
+    if settings.names:
+        return load_kit(settings)
+    return load_renderer(settings.renderer, settings.folder, trust_remote_code=settings.trust_remote_code)
 
 
 def _end_with_worker(connection: socket.socket) -> None:

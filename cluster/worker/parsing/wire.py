@@ -60,6 +60,14 @@ class Close(msgspec.Struct, array_like=True, tag=3, frozen=True):
     number: int
 
 
+class Render(msgspec.Struct, array_like=True, tag=4, frozen=True):
+    """Render a chat. `chat`: see rendering/chats.py. `max_tokens`: number of ids up to which the ids are returned."""
+
+    number: int
+    chat: bytes
+    max_tokens: int
+
+
 class Ready(msgspec.Struct, array_like=True, tag=1, frozen=True):
     """The process has loaded its parsers; or `error` says why it cannot."""
 
@@ -98,8 +106,21 @@ class ParsedStep(msgspec.Struct, array_like=True, tag=3, frozen=True):
     items: list[Parsed]
 
 
-Request = Open | Feed | Close
-Reply = Ready | Opened | ParsedStep
+class Rendered(msgspec.Struct, array_like=True, tag=4, frozen=True):
+    """The prompt of a chat: packed ids, and their number. `ids` is empty if there are more than Render.max_tokens.
+
+    `error` says why there is no prompt, and `field` which field of the chat is wrong; "" if no field is.
+    """
+
+    number: int
+    ids: bytes = b""
+    tokens: int = 0
+    error: str = ""
+    field: str = ""
+
+
+Request = Open | Feed | Close | Render
+Reply = Ready | Opened | ParsedStep | Rendered
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)

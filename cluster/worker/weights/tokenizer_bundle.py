@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, Bundle
+from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, RENDERER, Bundle
+from cluster.worker.rendering.families import renderer_of
+from cluster.worker.weights.tekken import TEKKEN_FILE
 from cluster.worker.weights.vocabulary import check_vocabulary, load_tokenizer, read_json
 
 CONFIG_FIELDS = ("model_type", "architectures", "vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings")
@@ -23,10 +25,17 @@ SEPARATORS = (" ", "\u200b", "\u2060")
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def build_bundle(folder: Path, *, trust_remote_code: bool = False, escapes_control_tokens: bool = False) -> Bundle:
+def build_bundle(
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    escapes_control_tokens: bool = False,
+    tokenizer_mode: str = "auto",
+) -> Bundle:
     """Return the bundle of the model in `folder`. Equal folders give equal digests.
 
     `escapes_control_tokens`: whether gateways escape control tokens in contents (gateway/text/control_tokens.py).
+    `tokenizer_mode`: the entry's `engine.tokenizer_mode`, which may choose a renderer (rendering/families.py).
 
     Raises ValueError if the folder has no tokenizer, a tokenizer without a fast (tokenizer.json) form, a tokenizer with
     ids that the model does not have, control tokens that cannot be escaped, or a chat template whose name is not a
@@ -37,13 +46,22 @@ def build_bundle(folder: Path, *, trust_remote_code: bool = False, escapes_contr
     escapes = (
         escaping(tokenizer.backend_tokenizer.get_added_tokens_decoder().values()) if escapes_control_tokens else {}
     )
+    config, templates = _model_config(folder), _templates(tokenizer)
+    renderer = renderer_of(
+        tokenizer_mode,
+        str(config.get("model_type", "")),
+        config.get("architectures") or (),
+        has_template=bool(templates),
+        has_tekken=(folder / TEKKEN_FILE).exists(),
+    )
+    rendered = {RENDERER: renderer} if renderer else {}
     files = {
         "tokenizer.json": _backend_json(tokenizer, beyond).encode(),
-        "tokenizer_config.json": _dump(_tokenizer_config(tokenizer, beyond) | escapes),
+        "tokenizer_config.json": _dump(_tokenizer_config(tokenizer, beyond) | escapes | rendered),
         "generation_config.json": _dump(read_json(folder / "generation_config.json")),
-        "config.json": _dump(_model_config(folder)),
+        "config.json": _dump(config),
     }
-    for name, source in _templates(tokenizer).items():
+    for name, source in templates.items():
         files["chat_template.jinja" if name == "default" else f"chat_template.{name}.jinja"] = source.encode()
     return Bundle(files)
 

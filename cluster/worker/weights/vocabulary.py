@@ -16,8 +16,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.worker.weights.tekken import TEKKEN_FILE, load_tekken
+
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
-NEEDED = "tokenizer.json, tokenizer.model, vocab.json with merges.txt, or vocab.txt"
+NEEDED = "tokenizer.json, tokenizer.model, tekken.json, vocab.json with merges.txt, or vocab.txt"
 TEXT_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")
 """Roles of special tokens that may occur in the token ids of a text, for example at its start or end."""
 UNUSED_IN_TEXT = ("pad_token", "mask_token")
@@ -30,6 +32,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the folder's tokenizer, which has a Rust backend. Raises ValueError with the file and the remedy."""
     from transformers import AutoTokenizer, TokenizersBackend
 
+    if has_only_tekken(folder):
+        return load_tekken(folder)
     if why := _why_no_tokenizer(folder, trust_remote_code):
         raise ValueError(f"{folder} {why}")
     try:
@@ -58,17 +62,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def has_only_tekken(folder: Path) -> bool:
+    """Return whether Mistral's own tokenizer file is the folder's only one."""
+    return (folder / TEKKEN_FILE).exists() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
 def _why_no_tokenizer(folder: Path, trust_remote_code: bool) -> str:
     """Return why a folder has no tokenizer; empty if the folder may have a tokenizer."""
     if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return ""
     if trust_remote_code and "auto_map" in read_json(folder / "tokenizer_config.json"):
         return ""
-    if (folder / "tekken.json").exists():
-        return (
-            "has only tekken.json, Mistral's own kind of tokenizer, which is not served yet: put the tokenizer.json "
-            "of the same model beside it"
-        )
     if any(folder.glob("*.gguf")):
         return "has its tokenizer in a gguf file, and gguf folders are not served yet: use the model's safetensors form"
     return f"has no tokenizer: it needs {NEEDED}. Copy the tokenizer files of the model that it was made from"

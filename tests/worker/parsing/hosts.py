@@ -17,7 +17,7 @@ from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.kit import ParserKit
 from cluster.worker.parsing.output_parser import OutputParser
-from cluster.worker.parsing.parser_process import ParserHost, serve
+from cluster.worker.parsing.parser_process import Kit, ParserHost, serve
 from cluster.worker.parsing.port import ParserNames
 from cluster.worker.parsing.progress import Progress, new_memory
 from cluster.worker.parsing.session import ParserSession
@@ -60,7 +60,7 @@ def faulty(kit: ParserKit) -> FaultyKit:
     return FaultyKit(kit.tokenizer, kit.parser_class, kit.long_call, kit.replays_together, kit.streams)
 
 
-def thread_host(kit: ParserKit | Callable[[], ParserKit]) -> ParserHost:
+def thread_host(kit: Kit | Callable[[], Kit]) -> ParserHost:
     """Start a parser in a thread. `kit`: the kit, or a function that loads it."""
     ours, theirs = socket.socketpair()
     memory = new_memory()
@@ -77,14 +77,14 @@ def thread_host(kit: ParserKit | Callable[[], ParserKit]) -> ParserHost:
     return ParserHost(ours, progress, lambda: theirs.shutdown(socket.SHUT_RDWR))
 
 
-def fork_host(kit: ParserKit) -> ParserHost:
-    """Start a parser in a fork of this process."""
+def fork_host(kit: Kit | Callable[[], Kit]) -> ParserHost:
+    """Start a parser in a fork of this process. `kit`: the kit, or a function that loads it in the fork."""
     ours, theirs = socket.socketpair()
     memory = new_memory()
 
     def run() -> None:
         ours.close()
-        serve(theirs, lambda: kit, Progress(memory))
+        serve(theirs, kit if callable(kit) else lambda: kit, Progress(memory))
         os._exit(0)
 
     process = multiprocessing.get_context("fork").Process(target=run, daemon=True)

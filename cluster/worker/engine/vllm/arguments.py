@@ -12,6 +12,8 @@ from typing import Any
 from cluster.api.types import ModelSpec
 from cluster.config.engine import PARSER_KEYS
 from cluster.worker.engine.vllm import repairs, resume
+from cluster.worker.rendering.families import MISTRAL
+from cluster.worker.weights.tekken import TEKKEN_FILE
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """Size of the KV cache in bytes on machines without GPUs, unless `engine.kv_cache_memory_bytes` is set."""
@@ -21,6 +23,9 @@ EXECUTORS = ("ray", "mp")
 GRAMMAR_BACKEND = "xgrammar"
 """The backend of structured outputs, unless the entry names one. With vLLM's default, `auto`, an engine compiles all
 grammars with the backend that its first request chose: one caller would decide what another's schema enforces."""
+TEKKEN_GRAMMAR_BACKEND = "guidance"
+"""The backend for Mistral's own tokenizer. Its parser of tool calls writes grammars that name special tokens, which
+xgrammar does not know."""
 
 
 def on_cpu() -> bool:
@@ -31,10 +36,15 @@ def on_cpu() -> bool:
 
 
 def engine_arguments(
-    spec: ModelSpec, folder: Path, executor: str, reasoning_parser: str = "", kv_events: Any = None
+    spec: ModelSpec,
+    folder: Path,
+    executor: str,
+    reasoning_parser: str = "",
+    tokenizer_mode: str = "",
+    kv_events: Any = None,
 ) -> Any:
-    """Return vLLM's AsyncEngineArgs for the entry. `executor`, `reasoning_parser`: see VllmEngine. `kv_events`: vLLM's
-    KVEventsConfig, None for no events.
+    """Return vLLM's AsyncEngineArgs for the entry. `executor`, `reasoning_parser`, `tokenizer_mode`: see VllmEngine.
+    `kv_events`: vLLM's KVEventsConfig, None for no events.
 
     Raises ValueError for invalid arguments; for an unknown argument the error names `engine.<name>`.
     """
@@ -60,6 +70,7 @@ def engine_arguments(
         "scheduling_policy": "priority",
         "disable_log_stats": False,
         **({} if kv_events is None else {"kv_events_config": kv_events}),
+        **({"tokenizer_mode": tokenizer_mode} if tokenizer_mode else {}),
         **_platform_defaults(spec),
         **{name: value for name, value in spec.engine.items() if name != "structured_outputs_config"},
     }
@@ -68,8 +79,12 @@ def engine_arguments(
     if why := _why_not_on_cpu(spec) if on_cpu() else "":
         raise ValueError(f"models[{spec.name}].engine.{why}")
     chosen = {name: value for name, value in chosen.items() if name not in PARSER_KEYS}
+    is_tekken = chosen.get("tokenizer_mode") == MISTRAL and (folder / TEKKEN_FILE).exists()
+    backend = TEKKEN_GRAMMAR_BACKEND if is_tekken else GRAMMAR_BACKEND
     try:
-        return AsyncEngineArgs(**chosen, structured_outputs_config=_grammars(spec), reasoning_parser=reasoning_parser)
+        return AsyncEngineArgs(
+            **chosen, structured_outputs_config=_grammars(spec, backend), reasoning_parser=reasoning_parser
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"models[{spec.name}].engine: {error}") from error
 
@@ -85,14 +100,15 @@ def _why_not_on_cpu(spec: ModelSpec) -> str:
     return ""
 
 
-def _grammars(spec: ModelSpec) -> Any:
-    """Return vLLM's configuration of structured outputs. Raises TypeError or ValueError for a wrong one."""
+def _grammars(spec: ModelSpec, backend: str) -> Any:
+    """Return vLLM's configuration of structured outputs. `backend`: unless the entry names one. Raises TypeError or
+    ValueError for a wrong one."""
     from vllm.config import StructuredOutputsConfig
 
     chosen = spec.engine.get("structured_outputs_config") or {}
     if not isinstance(chosen, Mapping):
         raise TypeError("structured_outputs_config: must be a mapping")
-    return StructuredOutputsConfig(**{"backend": GRAMMAR_BACKEND, **chosen})
+    return StructuredOutputsConfig(**{"backend": backend, **chosen})
 
 
 def world_size(spec: ModelSpec) -> int:

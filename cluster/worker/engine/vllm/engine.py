@@ -66,6 +66,7 @@ class VllmEngine:
         executor: str = "ray",
         exact_resume: bool = True,
         reasoning_parser: str = "",
+        tokenizer_mode: str = "",
     ) -> None:
         """Create an engine; `start` loads the model.
 
@@ -73,6 +74,7 @@ class VllmEngine:
         as processes on this host. If `exact_resume` is False, emitted tokens are resumed as part of a new prompt, and
         requests for which that would change the output are refused. `reasoning_parser`: name of vLLM's parser of the
         model's reasoning, with which the engine finds where a grammar begins and counts a budget of reasoning tokens.
+        `tokenizer_mode`: vLLM's mode for the model's tokenizer, unless the entry sets one; "" for vLLM's own choice.
         """
         self._spec = spec
         self._folder = model_folder
@@ -80,6 +82,7 @@ class VllmEngine:
         self._executor = executor
         self._exact_resume = exact_resume
         self._reasoning_parser = reasoning_parser
+        self._tokenizer_mode = tokenizer_mode
         self._path: EnginePath | None = None
         self._limits = RequestBounds(0, 0, 0)
         self._live: dict[str, LiveRequest] = {}
@@ -140,6 +143,7 @@ class VllmEngine:
             self._folder,
             self._executor,
             self._reasoning_parser,
+            self._tokenizer_mode,
             None if self._kv_events is None else self._kv_events.config(),
         )
         try:

@@ -52,6 +52,20 @@ def test_grammars_have_one_backend(llama_folder: Path) -> None:
         arguments.engine_arguments(spec(engine={"structured_outputs_config": "x"}), llama_folder, "ray")
 
 
+def test_tekken_models_have_their_own_mode_and_backend(tmp_path: Path, llama_folder: Path) -> None:
+    """A renderer's tokenizer mode holds unless the entry sets one, and grammars of tekken models use guidance."""
+    (tmp_path / "tekken.json").write_text("{}")
+    for folder, engine, mode, backend in (
+        (tmp_path, {}, "mistral", "guidance"),
+        (tmp_path, {"tokenizer_mode": "hf"}, "hf", "xgrammar"),
+        (tmp_path, {"structured_outputs_config": {"backend": "auto"}}, "mistral", "auto"),
+        (llama_folder, {}, "mistral", "xgrammar"),
+    ):
+        args = arguments.engine_arguments(spec(engine=engine), folder, "ray", tokenizer_mode="mistral")
+        assert (args.tokenizer_mode, args.structured_outputs_config.backend) == (mode, backend)
+    assert arguments.engine_arguments(spec(), llama_folder, "ray").tokenizer_mode == "auto"
+
+
 @pytest.mark.parametrize("executor", ["ray", "mp"])
 def test_a_world_larger_than_one_takes_the_executor(llama_folder: Path, executor: str) -> None:
     """Tensor-parallel and pipeline-parallel ranks use the given executor."""

@@ -1,0 +1,107 @@
+"""The chats that one worker renders for this gateway: sent, and not answered yet."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.api.outcomes import CallError, Outcome, Violation
+from cluster.link.v1 import link_pb2 as pb
+from cluster.wire.rendering import MAX_OUTSTANDING, JoinedPieces
+
+MAX_MESSAGE = 500
+
+
+class RendererLost(Exception):
+    """The worker's link has ended before the worker answered."""
+
+
+@dataclass(slots=True, eq=False)
+class RenderedPrompt:
+    """A worker's answer. `ids` is empty if `tokens` is more than `max_tokens`, as requested."""
+
+    ids: array[int]
+    tokens: int
+    max_tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class _Outstanding:
+    answer: asyncio.Future[RenderedPrompt]
+    pieces: JoinedPieces
+    max_tokens: int
+
+
+class LinkRenders:
+    """The outstanding renders of one link. An answer to an unknown number is ignored, because its caller is gone."""
+
+    def __init__(self, send: Callable[[pb.Render], None]) -> None:
+        """`send` sends a message to the worker."""
+        self._send = send
+        self._numbers = itertools.count(1)
+        self._outstanding: dict[int, _Outstanding] = {}
+
+    def __len__(self) -> int:
+        return len(self._outstanding)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the worker takes another chat now."""
+        return len(self._outstanding) < MAX_OUTSTANDING
+
+    def start(self, chat: bytes, max_tokens: int, timeout_s: float) -> asyncio.Future[RenderedPrompt]:
+        """Send a chat. The future gets the prompt, a CallError, or RendererLost.
+
+        The chat stays outstanding until its answer arrives, also if the future is cancelled.
+        """
+        number = next(self._numbers)
+        answer = asyncio.get_running_loop().create_future()
+        self._outstanding[number] = _Outstanding(answer, JoinedPieces(max_tokens), max_tokens)
+        timeout_ms = max(int(timeout_s * 1000), 1)
+        self._send(pb.Render(number=number, chat=chat, max_tokens=max_tokens, timeout_ms=timeout_ms))
+        return answer
+
+    def apply(self, piece: pb.Rendered) -> bool:
+        """Apply a piece of an answer. Returns whether an answer is complete, so that there is room for another chat.
+
+        Raises ValueError for an answer that does not fit its request.
+        """
+        outstanding = self._outstanding.get(piece.number)
+        if outstanding is None:
+            return False
+        outstanding.pieces.add(piece)
+        if piece.more:
+            return False
+        if not outstanding.answer.done():
+            _set_answer(outstanding, piece)
+        del self._outstanding[piece.number]  # last: an answer that does not fit ends the link, which fails the render
+        return True
+
+    def lose(self) -> None:
+        """Fail all outstanding renders with RendererLost, since the link has ended."""
+        outstanding, self._outstanding = list(self._outstanding.values()), {}
+        for render in outstanding:
+            if not render.answer.done():
+                render.answer.set_exception(RendererLost())
+
+
+def _set_answer(outstanding: _Outstanding, piece: pb.Rendered) -> None:
+    if piece.reason:
+        outstanding.answer.set_exception(_error(piece))
+        return
+    ids = array("I")
+    ids.frombytes(outstanding.pieces.ids)
+    if not piece.tokens or len(ids) != (piece.tokens if piece.tokens <= outstanding.max_tokens else 0):
+        raise ValueError(f"a prompt of {piece.tokens} tokens with {len(ids)} ids")
+    outstanding.answer.set_result(RenderedPrompt(ids, piece.tokens, outstanding.max_tokens))
+
+
+def _error(piece: pb.Rendered) -> CallError:
+    outcome = Outcome.__members__.get(piece.reason, Outcome.INTERNAL)
+    message = piece.message[:MAX_MESSAGE]
+    if outcome is Outcome.INVALID_FIELD and piece.field:
+        return CallError(outcome, f"{piece.field}: {message}", violations=[Violation(piece.field, message)])
+    return CallError(outcome, message)

@@ -1,0 +1,279 @@
+"""The chats that workers render for this gateway: they wait for a worker, and their prompts come back as token ids.
+
+Some models have no chat template: vLLM's own code makes their prompts, and only workers have it. Such a call waits here
+before it is admitted, since its limits and its place in the queue depend on the number of its tokens. The wait has the
+bounds of the waiting room, with a guess at the tokens; tenants take turns by the fair queue's rule. A model without a
+worker is demand for the controller, so the wait for a first worker is like that of any other call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.gateway.demand import DemandTally
+from cluster.gateway.links.link_renders import RenderedPrompt, RendererLost
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.models import KnownModel
+from cluster.gateway.scheduling import queue_errors
+from cluster.policy.fairness.fair_queue import FairOrder, FairOrders
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.waiting_room import Order, WaitingRoom
+from cluster.policy.tenants.policy import TenantPolicy
+from cluster.wire.rendering import MAX_CHAT_BYTES
+
+BYTES_A_TOKEN = 4
+"""Bytes of JSON that are counted as one token of a chat that is not rendered yet."""
+RENDER_S = 60.0
+"""Greatest number of seconds that a worker may take for one chat, other chats before it included."""
+GRACE_S = 5.0
+"""Seconds that the gateway waits longer for the answer of a worker."""
+MAX_ATTEMPTS = 3
+"""Number of workers that may be lost with a chat before its call fails."""
+ANY_TOKENS = 1 << 24
+"""Bound on a prompt's tokens while the model's context is not known."""
+
+
+def small_room(order_of: Callable[[str], Order]) -> WaitingRoom:
+    """Return a waiting room for a gateway without settings."""
+    return WaitingRoom(max_requests=1000, max_tokens=4_000_000, max_wait_s=120.0, order_of=order_of)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatToRender:
+    """A chat and the worker that it needs. `chat`: a JSON object, see text/chat_json.py."""
+
+    model: KnownModel
+    bundle_digest: str
+    policy: TenantPolicy
+    rank: int
+    chat: bytes
+    max_tokens: int = 0
+    """Number of ids above which no ids are needed; 0 for the model's context."""
+    deadline: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Wait:
+    """A chat from its arrival until its prompt is there. `entry`: its place in the room."""
+
+    ask: ChatToRender
+    entry: WaitingSequence
+    done: asyncio.Future[RenderedPrompt]
+    attempts: int = 0
+    timer: asyncio.TimerHandle | None = None
+
+    def fail(self, error: CallError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
+class ChatRenders:
+    """The chats of one gateway that wait for a prompt, for all models."""
+
+    def __init__(
+        self,
+        room_of: Callable[[Callable[[str], Order]], WaitingRoom],
+        weight_of: Callable[[str], float],
+        tally: DemandTally,
+        find: Callable[[str], KnownModel | None],
+        clock: Callable[[], float],
+        note_unserved: Callable[[KnownModel], None] = lambda model: None,
+    ) -> None:
+        """`room_of` returns a waiting room whose orders are those of its argument. `find` returns a model by name.
+        `note_unserved` reports the demand for a model that has no worker."""
+        self._orders = FairOrders(lambda: FairOrder(weight_of=weight_of))
+        self._room = room_of(self._orders.order)
+        self._tally = tally
+        self._find = find
+        self._clock = clock
+        self._note_unserved = note_unserved
+        self._waits: dict[str, _Wait] = {}
+        self._numbers = itertools.count(1)
+
+    def waiting(self, model: str) -> tuple[int, int]:
+        """Return the number of a model's chats that no worker has yet, and the guess at their tokens."""
+        return self._room.waiting(model)
+
+    async def render(self, ask: ChatToRender) -> RenderedPrompt:
+        """Wait for a worker, and return the prompt that it makes of a chat. Raises CallError."""
+        model, policy = ask.model, ask.policy
+        if len(ask.chat) > MAX_CHAT_BYTES:
+            raise invalid("messages", f"at most {MAX_CHAT_BYTES} bytes of JSON, got {len(ask.chat)}: send less")
+        if (not_servable := queue_errors.not_servable(model)) is not None:
+            raise not_servable
+        if (no_renderer := _no_renderer(model, ask.bundle_digest)) is not None:
+            raise no_renderer
+        now = self._clock()
+        entry = WaitingSequence(
+            call_id=f"render-{next(self._numbers)}",
+            model=model.name,
+            tenant=policy.handle or policy.name,
+            tokens=len(ask.chat) // BYTES_A_TOKEN + 1,
+            deadline=ask.deadline,
+            priority_class=policy.priority_class,
+            arrived=now,
+            rank=ask.rank,
+        )
+        admitted = self._room.admit(entry, now)
+        for shed in admitted.shed:
+            self._waits[shed.call_id].fail(queue_errors.shed())
+        if admitted.outcome is not None:
+            raise queue_errors.refused(admitted.outcome)
+        wait = _Wait(ask, entry, asyncio.get_running_loop().create_future())
+        self._waits[entry.call_id] = wait
+        self._tally.enqueue(entry)
+        try:
+            self.pump(model.name)
+            self._note_unserved(model)
+            async with asyncio.timeout(None if ask.deadline is None else max(ask.deadline - self._clock(), 0.0)):
+                return await wait.done
+        except TimeoutError:
+            raise queue_errors.too_late(model.name, model, True) from None
+        finally:
+            self._forget(wait)
+
+    def _forget(self, wait: _Wait) -> None:
+        name, key = wait.entry.model, wait.entry.call_id
+        wait.stop_timer()
+        self._tally.dequeue(key)
+        self._room.cancel(key)
+        self._orders.order(name).ended(key)
+        del self._waits[key]
+
+    # ---- sending
+
+    def pump(self, name: str) -> None:
+        """Send waiting chats of a model as long as a worker takes them."""
+        model = self._find(name)
+        while model is not None and (head := self._room.head(name)) is not None:
+            wait = self._waits[head.call_id]
+            if model.links and (error := _no_renderer(model, wait.ask.bundle_digest)) is not None:
+                self._room.cancel(head.call_id)
+                wait.fail(error)
+                continue
+            link = _free_link(model, wait.ask.bundle_digest)
+            if link is None:
+                return
+            self._room.pop_next(name, lambda _: True, self._clock())
+            self._send(wait, link, model)
+
+    def _send(self, wait: _Wait, link: WorkerLink, model: KnownModel) -> None:
+        ask, timeout_s = wait.ask, RENDER_S
+        if ask.deadline is not None:
+            timeout_s = min(timeout_s, max(ask.deadline - self._clock(), 0.0))
+        most = ask.max_tokens or model.max_model_len or ANY_TOKENS
+        answer = link.renders.start(ask.chat, most, timeout_s)
+        no_answer = CallError(Outcome.SHED, "the worker did not render the chat in time; retry after the given delay")
+        wait.timer = asyncio.get_running_loop().call_later(timeout_s + GRACE_S, wait.fail, no_answer)
+        answer.add_done_callback(lambda answered: self._answered(wait, answered))
+
+    def _answered(self, wait: _Wait, answer: asyncio.Future[RenderedPrompt]) -> None:
+        wait.stop_timer()
+        error = answer.exception()
+        if wait.done.done():  # nobody waits for the prompt any more
+            return
+        if error is None:
+            wait.done.set_result(answer.result())
+        elif not isinstance(error, RendererLost):
+            wait.done.set_exception(error)
+        else:
+            self._retry(wait)
+
+    def _retry(self, wait: _Wait) -> None:
+        """Let a chat that lost its worker wait for another one, before all chats that were never sent."""
+        wait.attempts += 1
+        if wait.attempts >= MAX_ATTEMPTS:
+            wait.fail(CallError(Outcome.WORKER_LOST, f"{wait.attempts} workers were lost with this chat; retry later"))
+            return
+        self._room.put_back(wait.entry, self._clock())
+        self.pump(wait.entry.model)
+
+    # ---- ends
+
+    def expire(self) -> None:
+        """End chats that have waited too long. Called a few times a second."""
+        now = self._clock()
+        for entry in self._room.pop_expired(now):
+            late = entry.deadline is not None and now >= entry.deadline
+            self._waits[entry.call_id].fail(queue_errors.too_late(entry.model, self._find(entry.model), late))
+
+    def sweep(self, models: Iterable[str], now: float) -> None:
+        """Forget the accounts of idle tenants and of models that are gone. Called once a second."""
+        self._orders.sweep(now)
+        self._orders.retain_models(models)
+
+    def end_unservable(self) -> None:
+        """End the chats for models that will not be served."""
+        for wait in list(self._waits.values()):
+            model = self._find(wait.entry.model)
+            if model is not None and (error := queue_errors.not_servable(model)) is not None:
+                wait.fail(error)
+
+    def end_suspended(self, tenant_error: Callable[[str], CallError | None]) -> None:
+        """End the chats of tenants that may no longer make calls. `tenant_error(tenant)`: see OpenCalls."""
+        for wait in list(self._waits.values()):
+            if (error := tenant_error(wait.ask.policy.name)) is not None:
+                wait.fail(error)
+
+    def close(self) -> None:
+        """End the chats that no worker has yet, since this gateway is stopping."""
+        for wait in list(self._waits.values()):
+            if wait.timer is None:
+                wait.fail(CallError(Outcome.NO_WORKER, "this gateway is stopping; call another", retry_after_s=0.1))
+
+
+def needs_worker(model: KnownModel, bundle_digest: str, renderer: str, *, has_template: bool) -> bool:
+    """Return whether a worker must render the chats of a model. `renderer`: of the tokenizer bundle, "" for none.
+
+    A model with a chat template beside its renderer falls back to it while its workers cannot load the renderer.
+    """
+    if not renderer:
+        return False
+    return not (has_template and model.links and _no_renderer(model, bundle_digest) is not None)
+
+
+def _renders(link: WorkerLink, bundle_digest: str) -> bool:
+    return bool(link.renderer) and link.identity.bundle_digest == bundle_digest
+
+
+def _no_renderer(model: KnownModel, bundle_digest: str) -> CallError | None:
+    """Return the error for a chat that no linked worker can render; None if one can, or while no worker is linked."""
+    if not model.links or any(_renders(link, bundle_digest) for link in model.links.values()):
+        return None
+    if all(link.identity.bundle_digest != bundle_digest for link in model.links.values()):
+        return CallError(
+            Outcome.MODEL_LOADING, f"model {model.name} was replaced while the call waited; retry the call"
+        )
+    return CallError(
+        Outcome.UNSUPPORTED_FEATURE,
+        f"model {model.name} has no chat template, and no worker of it renders chats: ask the operator to upgrade the "
+        "workers or to look for renderer_not_used in their logs, or use Complete with a formatted prompt",
+        violations=[Violation("messages", "cannot be rendered for this model now")],
+    )
+
+
+def _free_link(model: KnownModel, bundle_digest: str) -> WorkerLink | None:
+    """Return the link of the worker with the fewest chats to render, preferably of one that takes new calls."""
+    links = [link for link in model.links.values() if _renders(link, bundle_digest) and link.renders.has_room]
+    return min(
+        (link for link in links if not link.ended),
+        key=lambda link: (not model.takes_calls(link), len(link.renders), link.identity.worker_id),
+        default=None,
+    )
+
+
+def ids_in_vocabulary(prompt: RenderedPrompt, vocab_size: int) -> array[int]:
+    """Return the ids of a prompt that a worker has made. Raises CallError for an id that the model does not have."""
+    if prompt.ids and max(prompt.ids) >= vocab_size:
+        raise CallError(Outcome.INTERNAL, "the worker's renderer made token ids that the model does not have")
+    return prompt.ids

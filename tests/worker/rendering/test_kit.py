@@ -1,0 +1,130 @@
+"""Prompts of the renderer's process equal those of vLLM's server, from the caller's body to the token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.api.outcomes import CallError
+from cluster.gateway.apis.openai.fields import read_object
+from cluster.gateway.apis.openai.requests import parse_chat
+from cluster.gateway.calls.request import ChatPrompt
+from cluster.gateway.text.chat_json import chat_json
+from cluster.worker.parsing import wire
+from cluster.worker.rendering.families import HARMONY, MISTRAL
+from cluster.worker.rendering.kit import RendererKit
+from tests.gateway.text.test_vllm_prompts import BODIES, CONVERSATIONS
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+CONFIG: Any = SimpleNamespace(multimodal_config=None, enable_prompt_embeds=False)
+FORMAT = {"deepseek_v32": "string", "deepseek_v4": "openai", "deepseek_v41": "openai"}
+"""Content format of each DeepSeek renderer."""
+
+
+def theirs(renderer: str, tokenizer: Any, body: Mapping[str, Any]) -> list[int] | None:
+    """Return the ids that vLLM's server makes of a body, by the functions that its renderers call; None for a
+    refusal."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    request = ChatCompletionRequest.model_validate(json.loads(json.dumps(body)))
+    try:
+        return _rendered(renderer, tokenizer, request)
+    except Exception:  # of any kind, which the server answers as an error
+        return None
+
+
+def _rendered(renderer: str, tokenizer: Any, request: Any) -> list[int]:
+    from vllm.renderers.chat_utils import parse_chat_messages
+    from vllm.renderers.mistral import safe_apply_chat_template
+    from vllm.renderers.online_renderer import OnlineRenderer
+    from vllm.utils.mistral import mt
+
+    tools = None if request.tools is None else [tool.model_dump() for tool in request.tools]
+    if renderer == HARMONY:
+        server: Any = SimpleNamespace(supports_browsing=False, supports_code_interpreter=False, renderer=None)
+        _, (prompt,) = OnlineRenderer._make_request_with_harmony(server, request, tools is not None)
+        return list(prompt["prompt_token_ids"])
+    if renderer == MISTRAL:
+        mt.maybe_serialize_tool_calls(request)
+        mt.truncate_tool_call_ids(request)
+        mt.validate_request_params(request)
+    params = request.build_chat_params(None, "auto").with_defaults({"tools": tools, "tokenize": renderer == MISTRAL})
+    arguments = params.get_apply_chat_template_kwargs()
+    if renderer == MISTRAL:
+        return list(safe_apply_chat_template(tokenizer, request.messages, **arguments))
+    messages, _, _ = parse_chat_messages(request.messages, CONFIG, FORMAT[renderer])
+    text = tokenizer.apply_chat_template(request.messages, conversation=messages, **arguments)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def ours(kit: RendererKit, body: Mapping[str, Any]) -> list[int] | None:
+    """Return the ids of a body, as the gateway and the renderer's process make them; None for a refusal."""
+    try:
+        prompt = parse_chat(read_object(json.dumps(body).encode())).requests[0].prompt
+    except CallError:
+        return None
+    assert isinstance(prompt, ChatPrompt)
+    rendered = kit.render(wire.Render(1, chat_json(prompt.messages, **prompt.template_options), 100_000))
+    assert rendered.error or rendered.tokens == len(wire.unpack_ids(rendered.ids)) > 0
+    return None if rendered.error else wire.unpack_ids(rendered.ids)
+
+
+def test_conversations(kit: tuple[str, Any, RendererKit]) -> None:
+    """Tools, tool results, reasoning, developers and continued messages give vLLM's ids, or vLLM refuses them too."""
+    renderer, tokenizer, renders = kit
+    rendered = 0
+    for title, fields in CONVERSATIONS.items():
+        body = {"model": "m", **fields}
+        expected = theirs(renderer, tokenizer, body)
+        assert ours(renders, body) == expected, title
+        rendered += expected is not None
+    assert rendered >= 3
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=BODIES)
+def test_any_body(kit: tuple[str, Any, RendererKit], body: dict[str, Any]) -> None:
+    """For any body whose renderer arguments are the caller's own, the ids are vLLM's, or both refuse it."""
+    renderer, tokenizer, renders = kit
+    given_arguments = body.get("chat_template_kwargs") or {}
+    if renderer in (MISTRAL, HARMONY) and given_arguments:  # the gateway accepts some that vLLM refuses or ignores
+        body = {name: value for name, value in body.items() if name != "chat_template_kwargs"}
+    assert ours(renders, body) == theirs(renderer, tokenizer, body)
+
+
+def test_refusals_name_the_field(kit: tuple[str, Any, RendererKit]) -> None:
+    """A chat that vLLM refuses, or that is no chat, gives an error with the field and a bounded message."""
+    _, _, renders = kit
+    for chat in (b"", b"[]", b'{"messages": 1}', b'{"messages": [{"role": "x"}]}', b"\xff"):
+        rendered = renders.render(wire.Render(7, chat, 100))
+        assert rendered.number == 7
+        assert rendered.error, chat
+        assert rendered.field
+        assert len(rendered.error) <= 600
+
+
+def test_long_prompts_have_no_ids(kit: tuple[str, Any, RendererKit]) -> None:
+    """A prompt of more tokens than requested is answered with their number alone."""
+    _, _, renders = kit
+    chat = json.dumps({"messages": [{"role": "user", "content": "Hello there"}]}).encode()
+    whole = renders.render(wire.Render(1, chat, 1000))
+    assert renders.render(wire.Render(1, chat, whole.tokens)) == whole
+    assert renders.render(wire.Render(1, chat, whole.tokens - 1)) == wire.Rendered(1, b"", whole.tokens)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=60))
+def test_equal_chats_have_equal_prompts(kit: tuple[str, Any, RendererKit], text: str) -> None:
+    """Rendering is a function of the chat: the same chat gives the same ids, whatever was rendered before."""
+    _, _, renders = kit
+    chat = json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
+    first = renders.render(wire.Render(1, chat, 1000))
+    renders.render(wire.Render(2, b'{"messages": [{"role": "user", "content": "other"}]}', 1000))
+    assert renders.render(wire.Render(1, chat, 1000)) == first

@@ -1,0 +1,78 @@
+"""Mistral's own tokenizer file: the gateway's tokenizer has the ids and the texts of mistral-common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.wire.bundle import Bundle
+from cluster.worker.weights.tokenizer_bundle import build_bundle
+from tests.support.rendered_models import TEKKEN_TOKENS, build_rendered
+
+pytestmark = pytest.mark.slow
+
+TEXTS = st.lists(
+    st.sampled_from(["<s>", "[INST]", "Hello", " world", "\n\n", "  ", "é́", "日本", "🎉", "don't", "123"])
+    | st.text(max_size=5)
+).map("".join)
+Models = tuple[TextModel, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small tekken.json."""
+    return build_rendered("mistral", tmp_path_factory.mktemp("tekken"))
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> Models:
+    """The gateway's tokenizer, and mistral-common's."""
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    bundle = Bundle.unpack(build_bundle(folder).pack())
+    return TextModel.from_bundle(bundle, in_helper=True), Tekkenizer.from_file(folder / "tekken.json")
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS)
+def test_prompts_equal_mistral_commons(models: Models, text: str) -> None:
+    """A prompt has mistral-common's ids, also if it contains the texts of special tokens, and they decode to it."""
+    ours, theirs = models
+    ids = theirs.encode(text, bos=True, eos=False)
+    assert ours.encode_prompt(text) == ids
+    assert ours.decode(ids[1:], skip_special_tokens=False) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, TEKKEN_TOKENS - 1), max_size=20))
+def test_outputs_equal_mistral_commons(models: Models, ids: list[int]) -> None:
+    """Any ids decode to mistral-common's text, at once and token by token."""
+    from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+
+    ours, theirs = models
+    expected = theirs.decode(ids, SpecialTokenPolicy.IGNORE)
+    assert ours.decode(ids, skip_special_tokens=True) == expected
+    detokenizer = ours.detokenizer([1])
+    streamed = "".join(detokenizer.push([token_id]) or "" for token_id in ids) if ids else ""
+    assert expected.startswith(streamed.rstrip("\ufffd")) or expected == streamed
+
+
+def test_the_bundle_names_the_renderer(models: Models) -> None:
+    """The model has Mistral's renderer, no chat template, and the EOS that ends an answer."""
+    ours, theirs = models
+    assert (ours.renderer, ours.has_chat_template) == ("mistral", False)
+    assert ours.eos_token_ids == (theirs.eos_id,)
+    assert ours.vocab_size == TEKKEN_TOKENS
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    """A damaged tekken.json is refused with its path and the remedy."""
+    for content in ("", "{}", '{"vocab": 1}', '{"config": {}, "vocab": [{"rank": 0, "token_bytes": "!"}]}'):
+        (tmp_path / "tekken.json").write_text(content)
+        with pytest.raises(ValueError, match=r"tekken\.json cannot be read.*copy it again"):
+            build_bundle(tmp_path)
