@@ -297,6 +297,9 @@ class StepOutputs(_message.Message):
     FINISHES_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
+    PART_SLOTS_FIELD_NUMBER: _builtins.int
+    PART_TAGS_FIELD_NUMBER: _builtins.int
+    PART_TEXTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -313,6 +316,16 @@ class StepOutputs(_message.Message):
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotParts]:
         """Of requests with Submit.parsing, if the worker has a parser."""
 
+    @_builtins.property
+    def part_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Parts of parsed outputs, in order, column by column: slot, 8 * call + kind, and text of each part. They come before
+        the parts in `parts`. A message a part would cost more than all else that a token needs.
+        """
+
+    @_builtins.property
+    def part_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def part_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -323,10 +336,13 @@ class StepOutputs(_message.Message):
         finishes: _abc.Iterable[Global___Finish] | None = ...,
         logprobs: _abc.Iterable[Global___SlotLogprobs] | None = ...,
         parts: _abc.Iterable[Global___SlotParts] | None = ...,
+        part_slots: _abc.Iterable[_builtins.int] | None = ...,
+        part_tags: _abc.Iterable[_builtins.int] | None = ...,
+        part_texts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finishes", b"finishes", "firsts", b"firsts", "logprobs", b"logprobs", "parts", b"parts", "slots", b"slots", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finishes", b"finishes", "firsts", b"firsts", "logprobs", b"logprobs", "part_slots", b"part_slots", "part_tags", b"part_tags", "part_texts", b"part_texts", "parts", b"parts", "slots", b"slots", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
