@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -196,3 +197,26 @@ def test_ended_counts_round_trip() -> None:
         key=2**40,
     )
     assert codec.usage_from_pb(pb.Usage.FromString(codec.usage_to_pb(usage).SerializeToString())) == usage
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), parts), min_size=1, max_size=8), st.integers(0, 255))
+def test_single_tokens_with_parts_need_no_further_messages(entries: list[tuple[int, OutputPart]], unknown: int) -> None:
+    """A step of one token a slot with parts has no details, and parts of an unknown kind are left out."""
+    columns = codec.StepColumns()
+    for slot, part in entries:
+        columns.add(slot, TokenOutput("x", [7], parsed=ParsedOutput((part,))))
+    message = columns.to_pb()
+    message.part_slots.append(9)
+    message.part_tags.append(unknown << 3)
+    message.part_texts.append("of a later version")
+    assert codec.slots_with_details(message) == set()
+    expected: dict[int, list[OutputPart]] = {}
+    for slot, part in entries:
+        expected.setdefault(slot, []).append(part)
+    assert codec.parts_by_slot(message) == expected
+
+
+def test_parts_of_unequal_columns_are_refused() -> None:
+    """A message whose columns of parts differ in length raises ValueError."""
+    with pytest.raises(ValueError, match="shorter"):
+        codec.parts_by_slot(pb.StepOutputs(part_slots=[1, 2], part_tags=[1], part_texts=["a"]))
