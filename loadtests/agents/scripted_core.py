@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from itertools import repeat
 from pathlib import Path
@@ -23,7 +23,7 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
-from loadtests.agents.scripted import Scripts
+from loadtests.agents.scripted import ScheduledRequest, Scripts
 from loadtests.agents.scripted_settings import PLAIN_TOKEN, SCRIPTS, STEP_MS
 
 BLOCKS: Final = 1 << 14
@@ -38,7 +38,7 @@ class ScriptedExecutor(Executor):  # type: ignore[misc]
         self._scripts = Scripts.read(Path(self.model_config.model), Path(path)) if path else None
         self._step_s = float(os.environ.get(STEP_MS, "0")) / 1000
         self._due_s = 0.0
-        self._running: dict[str, _Request] = {}
+        self._running: dict[str, ScheduledRequest] = {}
 
     def collective_rpc(self, method: Any, *_: Any, non_block: bool = False, **__: Any) -> Any:
         """Return what a rank without a model returns: nothing."""
@@ -85,7 +85,7 @@ class ScriptedExecutor(Executor):  # type: ignore[misc]
         for key in scheduler_output.finished_req_ids:
             self._running.pop(key, None)
         for new in scheduler_output.scheduled_new_reqs:
-            self._running[new.req_id] = _Request(new, self._scripts)
+            self._running[new.req_id] = request_of(new, self._scripts)
         scheduled: Mapping[str, int] = scheduler_output.num_scheduled_tokens
         tokens = [self._running[key].tokens(count) for key, count in scheduled.items()]
         output = ModelRunnerOutput(
@@ -109,15 +109,8 @@ class ScriptedExecutor(Executor):  # type: ignore[misc]
             time.sleep(self._due_s - now)
 
 
-class _Request:
-    """A request of ScriptedExecutor."""
-
-    def __init__(self, new: Any, scripts: Scripts | None) -> None:
-        prompt: Sequence[int] = new.prompt_token_ids
-        self._left = len(prompt) - new.num_computed_tokens
-        self._tokens = repeat(PLAIN_TOKEN) if scripts is None else iter(scripts.answers[scripts.key(prompt)])
-
-    def tokens(self, scheduled: int) -> list[int]:
-        """Count the scheduled tokens as computed, and return the token that follows; [] within the prompt."""
-        self._left -= scheduled
-        return [] if self._left > 0 else [next(self._tokens)]
+def request_of(new: Any, scripts: Scripts | None) -> ScheduledRequest:
+    """Return the request of vLLM's NewRequestData."""
+    prompt = new.prompt_token_ids
+    tokens = repeat(PLAIN_TOKEN) if scripts is None else iter(scripts.answers[scripts.key(prompt)])
+    return ScheduledRequest(len(prompt) - new.num_computed_tokens, tokens)
