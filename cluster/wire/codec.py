@@ -316,8 +316,9 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Return the slots that have a First, a Finish, log probabilities or SlotParts besides their token. None if the
-    message has `counts`: then any slot may have no token or several."""
+    """Return the slots that have a First, a Finish, log probabilities or SlotParts besides their token, and all slots
+    with parts if a slot has several entries, whose parts must not be separated from their tokens. None if the message
+    has `counts`: then any slot may have no token or several."""
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}
@@ -325,6 +326,10 @@ def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
     more.update(block.slot for block in step.logprobs)
     if step.parts:
         more.update(parsed.slot for parsed in step.parts)
+    if step.part_slots:
+        slots = list(step.slots)
+        if len(set(slots)) < len(slots):
+            more.update(step.part_slots)
     return more
 
 
