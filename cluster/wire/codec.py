@@ -31,6 +31,10 @@ PROTOCOL_MAX = 1
 MAX_TEXT = 4096
 """Maximum number of characters of an engine's or worker's error text in a message."""
 _PART_KINDS = frozenset(map(int, PartKind))
+_KIND_OF = {int(kind): kind for kind in PartKind}
+_KIND_BITS = 3
+_KIND_MASK = (1 << _KIND_BITS) - 1
+"""Low bits of a part's tag, which are its kind."""
 MAX_VARINT_BYTES = 10
 """Maximum size of a varint in a message, in bytes."""
 
@@ -195,7 +199,9 @@ class StepColumns:
     """A builder of one StepOutputs message: the outputs of one or more engine steps for one link, stored as columns
     (slots, counts, token ids)."""
 
-    def __init__(self) -> None:
+    def __init__(self, part_columns: bool = True) -> None:
+        """`part_columns`: whether the gateway reads the columns of parts; see Welcome."""
+        self._part_columns = part_columns
         self.slots: list[int] = []
         self.counts: list[int] = []
         self.token_ids: list[int] = []
@@ -204,6 +210,9 @@ class StepColumns:
         self._finishes: list[pb.Finish] = []
         self._logprobs: list[pb.SlotLogprobs] = []
         self._parts: list[pb.SlotParts] = []
+        self._part_slots: list[int] = []
+        self._part_tags: list[int] = []
+        self._part_texts: list[str] = []
 
     def add(self, slot: int, output: TokenOutput) -> None:
         """Append the output of one request in one step."""
@@ -237,8 +246,13 @@ class StepColumns:
         if (parsed := output.parsed) is not None:
             # The first output of a request shows that the output is parsed, even if its token adds nothing.
             begins = output.prompt_tokens is not None
-            if begins or parsed.parts or parsed.stop_string or parsed.reasoning_tokens:
-                self._parts.append(_parsed_to_pb(slot, parsed))
+            if begins or parsed.stop_string or parsed.reasoning_tokens or not self._part_columns:
+                self._parts.append(_parsed_to_pb(slot, parsed, with_parts=not self._part_columns))
+            if self._part_columns:
+                for kind, text, call in parsed.parts:
+                    self._part_slots.append(slot)
+                    self._part_tags.append(call << _KIND_BITS | kind)
+                    self._part_texts.append(text)
 
     def to_pb(self) -> pb.StepOutputs:
         """Build the message."""
@@ -250,22 +264,42 @@ class StepColumns:
             finishes=self._finishes,
             logprobs=self._logprobs,
             parts=self._parts,
+            part_slots=self._part_slots,
+            part_tags=self._part_tags,
+            part_texts=self._part_texts,
         )
 
 
-def _parsed_to_pb(slot: int, parsed: ParsedOutput) -> pb.SlotParts:
+def _parsed_to_pb(slot: int, parsed: ParsedOutput, *, with_parts: bool) -> pb.SlotParts:
     parts = [
         pb.OutputPart(kind=pb.OutputPart.Kind.ValueType(int(part.kind)), text=part.text, call=part.call)
-        for part in parsed.parts
+        for part in (parsed.parts if with_parts else ())
     ]
     return pb.SlotParts(
         slot=slot, parts=parts, stop_string=parsed.stop_string, reasoning_tokens=parsed.reasoning_tokens
     )
 
 
-def _parsed_from_pb(messages: Iterable[pb.SlotParts]) -> dict[int, ParsedOutput]:
-    """Return the parsed output of each slot, merged over the slot's messages."""
-    out: dict[int, ParsedOutput] = {}
+def parts_by_slot(step: pb.StepOutputs) -> dict[int, list[OutputPart]]:
+    """Return the parts of each slot that has parts in the columns. Parts of an unknown kind are left out. Raises
+    ValueError if the columns differ in length."""
+    out: dict[int, list[OutputPart]] = {}
+    for slot, tag, text in zip(step.part_slots, step.part_tags, step.part_texts, strict=True):
+        kind = _KIND_OF.get(tag & _KIND_MASK)
+        if kind is not None:
+            part = OutputPart(kind, text, tag >> _KIND_BITS)
+            if (parts := out.get(slot)) is None:
+                out[slot] = [part]
+            else:
+                parts.append(part)
+    return out
+
+
+def _parsed_from_pb(
+    messages: Iterable[pb.SlotParts], columns: Mapping[int, Sequence[OutputPart]]
+) -> dict[int, ParsedOutput]:
+    """Return the parsed output of each slot, merged over the slot's messages. `columns`: see parts_by_slot."""
+    out = {slot: ParsedOutput(tuple(parts)) for slot, parts in columns.items()}
     for m in messages:
         before = out.get(m.slot, ParsedOutput())
         parts = [OutputPart(PartKind(p.kind), p.text, p.call) for p in m.parts if int(p.kind) in _PART_KINDS]
@@ -293,7 +327,8 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Return the slots that have a First, a Finish, log probabilities or parts besides their token. None if the message
+    """Return the slots that have a First, a Finish, log probabilities or SlotParts besides their token, and all slots
+    with parts if a slot has several entries, whose parts must not be separated from their tokens. None if the message
     has `counts`: then any slot may have no token or several."""
     if step.counts:
         return None
@@ -302,14 +337,24 @@ def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
     more.update(block.slot for block in step.logprobs)
     if step.parts:
         more.update(parsed.slot for parsed in step.parts)
+    if step.part_slots:
+        slots = list(step.slots)
+        if len(set(slots)) < len(slots):
+            more.update(step.part_slots)
     return more
 
 
-def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) -> Iterator[tuple[int, TokenOutput]]:
+def outputs_from_pb(
+    step: pb.StepOutputs,
+    only: Container[int] | None = None,
+    columns: Mapping[int, Sequence[OutputPart]] | None = None,
+) -> Iterator[tuple[int, TokenOutput]]:
     """Yield (slot, output) once for each slot, or for each slot in `only`, in the order of the slots' last entries.
 
     A slot's entries are merged into one output, with the slot's First, Finish, log probabilities and
-    parts."""
+    parts. `columns`: parts_by_slot(step), if it is known."""
+    if columns is None:
+        columns = parts_by_slot(step)
     slots = list(step.slots)
     ids = list(step.token_ids)
     counts = list(step.counts) or [1] * len(slots)
@@ -318,7 +363,7 @@ def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) ->
     logprobs: dict[int, list[PositionLogprobs]] = {}
     for block in step.logprobs:
         logprobs.setdefault(block.slot, []).extend(_positions(block))
-    parsed = _parsed_from_pb(step.parts) if step.parts else {}
+    parsed = _parsed_from_pb(step.parts, columns) if step.parts or columns else {}
     last = {slot: i for i, slot in enumerate(slots)}
     at = 0
     partial: dict[int, list[int]] = {}

@@ -45,6 +45,8 @@ class Outbox:
         self._engine_ended = ""
         self._kv_blocks: deque[pb.KvBlocks] = deque()
         self._rendered = RenderedPieces()
+        self.part_columns = False
+        """Whether the gateway reads the columns of parts; see Welcome."""
         self.acked_seq = 0
         self.sent_seq = 0
         """Number of messages that `next_message` has returned."""
@@ -55,7 +57,7 @@ class Outbox:
     def output(self, slot: int, output: TokenOutput) -> None:
         """Add a request's output. Call `flush` after the step to wake the writer."""
         if self._columns is None:
-            self._columns = StepColumns()
+            self._columns = StepColumns(self.part_columns)
         self._columns.add(slot, output)
 
     def accepted(self, slot: int) -> None:

@@ -119,6 +119,7 @@ class LinkOpener:
             log.info("link_up", gateway=welcome.gateway_id, address=address, epoch=epoch)
             self.gateways.record_welcome(address, welcome.incarnation, welcome.siblings)
             outbox = Outbox(self.outbox_tokens)
+            outbox.part_columns = welcome.part_columns
             link = Link(
                 epoch,
                 credit_order(identity.worker_id, welcome.incarnation, epoch),

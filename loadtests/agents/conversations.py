@@ -77,9 +77,10 @@ def _turn(seed: str, number: int, scale: float) -> list[dict[str, Any]]:
     ]
 
 
-def body(messages: list[dict[str, Any]]) -> bytes:
-    """Return the body of a request of OpenAI's API, as clients in Python write it."""
-    return json.dumps({"model": "agent", "messages": messages, "stream": True, "max_tokens": 444}).encode()
+def body(messages: list[dict[str, Any]], **more: object) -> bytes:
+    """Return the body of a request of OpenAI's API, as clients in Python write it. `more`: further or other fields."""
+    value = {"model": "agent", "messages": messages, "stream": True, "max_tokens": 444, **more}
+    return json.dumps(value).encode()
 
 
 def without_tools(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

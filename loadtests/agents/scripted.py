@@ -190,3 +190,17 @@ class ScriptedEngine:
         self._closed = True
         self._running.clear()
         self._wake.set()
+
+
+class ScheduledRequest:
+    """A request as an executor of vLLM's engine core sees it: each step schedules some of its tokens."""
+
+    def __init__(self, prompt_tokens: int, tokens: Iterator[int]) -> None:
+        """Create the request. `prompt_tokens`: number of the prompt's tokens that are not computed yet."""
+        self._left = prompt_tokens
+        self._tokens = tokens
+
+    def tokens(self, scheduled: int) -> list[int]:
+        """Count the scheduled tokens as computed; return the token that follows, or [] within the prompt."""
+        self._left -= scheduled
+        return [] if self._left > 0 else [next(self._tokens)]

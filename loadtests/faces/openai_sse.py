@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,12 +44,21 @@ class _Events:
             self.error = str(value["error"])
             return
         for choice in value.get("choices") or ():
-            text = (choice.get("delta") or {}).get("content") if self._chat else choice.get("text")
+            text = _delta_text(choice.get("delta") or {}) if self._chat else choice.get("text")
             if text:
                 self.started = True
                 self._on_text(text)
             self.finish = choice.get("finish_reason") or self.finish
         self.usage = value.get("usage") or self.usage
+
+
+def _delta_text(delta: Mapping[str, Any]) -> str:
+    """Return the text of a chat's delta: its content, and names and arguments of its tool calls."""
+    text: str = delta.get("content") or ""
+    for call in delta.get("tool_calls") or ():
+        function = call.get("function") or {}
+        text += (function.get("name") or "") + (function.get("arguments") or "")
+    return text
 
 
 class OpenAiSse:
@@ -103,7 +113,8 @@ class OpenAiSse:
             raise CallFailed(CallFailed.UNREACHABLE, f"{self._host}:{self._port}: {error.strerror or error}") from None
         return made
 
-    def _bytes(self, request: Request) -> bytes:
+    def body(self, request: Request) -> bytes:
+        """Return the body of a call, as JSON."""
         body: dict[str, Any] = {
             "model": self._model,
             "max_tokens": request.max_tokens,
@@ -117,7 +128,10 @@ class OpenAiSse:
             body["messages"] = [{"role": "user", "content": request.prompt}]
         else:
             body["prompt"] = request.prompt
-        data = json.dumps(body, separators=(",", ":")).encode()
+        return json.dumps(body, separators=(",", ":")).encode()
+
+    def _bytes(self, request: Request) -> bytes:
+        data = self.body(request)
         path = f"{self._root}/v1/{'chat/' if request.chat else ''}completions"
         head = (
             f"POST {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"

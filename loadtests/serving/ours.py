@@ -108,6 +108,8 @@ class Ours:
     key: str
     model: str = MODEL
     siblings: Sequence[tuple[Child, Mapping[str, str]]] = ()
+    keys: Sequence[str] = ()
+    """A key of each tenant; the first is `key`."""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -203,13 +205,15 @@ async def start(
     processes: int = 1,
     checkout: Path = ROOT,
     descriptors: int = 0,
+    tenant_count: int = 1,
 ) -> Ours:
     """Start a gateway and a worker; return when the model is ready. `source` and `engine`: as for serving.worker.
     `checkout`: the source tree that both processes run. `descriptors`: hard limit of the gateway's file descriptors.
     Raises DidNotStart.
     """
     home = folder / f"{name}-tenants"
-    key = await tenants.make_key(home)
+    keys = await tenants.make_tenants(home, tenant_count)
+    key = keys[0]
     first, *siblings = await start_gateways(
         children, folder, f"{name}-gateway", home, processes=processes, witness=witness,
         checkout=checkout, descriptors=descriptors,
@@ -244,7 +248,7 @@ async def start(
 
     if siblings:
         await worker.until(linked, "every gateway process has its link", READY_S)
-    return Ours(gateway, worker, endpoints, key, siblings=siblings)
+    return Ours(gateway, worker, endpoints, key, siblings=siblings, keys=keys)
 
 
 async def read_stalls(ours: Ours, path: Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,25 @@ async def make_key(home: Path) -> str:
     return (await make_keys(home, ("",)))[""]
 
 
+async def make_tenants(home: Path, count: int) -> list[str]:
+    """Create secrets, a ledger and `count` tenants without limits on models; return a key of each tenant."""
+    names = [TENANT, *(f"{TENANT}-{number}" for number in range(2, count + 1))]
+    keys = await asyncio.to_thread(_make_keys, home, {name: TenantPolicy(name, limits=LIMITS) for name in names})
+    return list(keys.values())
+
+
 async def make_keys(home: Path, classes: Sequence[str]) -> dict[str, str]:
     """Create secrets, a ledger and a tenant for each priority class ("" for the default class); return the keys by
     class.
     """
-    return await asyncio.to_thread(_make_keys, home, classes)
+    policies = {}
+    for cls in classes:
+        policy = TenantPolicy(f"{TENANT}-{cls}" if cls else TENANT, limits=LIMITS)
+        policies[cls] = dataclasses.replace(policy, priority_class=cls or policy.priority_class)
+    return await asyncio.to_thread(_make_keys, home, policies)
 
 
-def _make_keys(home: Path, classes: Sequence[str]) -> dict[str, str]:
+def _make_keys(home: Path, policies: Mapping[str, TenantPolicy]) -> dict[str, str]:
     home.mkdir(parents=True, exist_ok=True)
     for name in ("cluster-secret", "key-pepper"):
         make_secret(home / name)
@@ -51,11 +62,9 @@ def _make_keys(home: Path, classes: Sequence[str]) -> dict[str, str]:
     try:
         ledger.upgrade()
         keys = {}
-        for cls in classes:
-            name = f"{TENANT}-{cls}" if cls else TENANT
-            policy = TenantPolicy(name, limits=LIMITS)
-            ledger.tenants.create(dataclasses.replace(policy, priority_class=cls or policy.priority_class))
-            keys[cls] = ledger.keys.create(name).secret
+        for name, policy in policies.items():
+            ledger.tenants.create(policy)
+            keys[name] = ledger.keys.create(policy.name).secret
         return keys
     finally:
         ledger.close()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cluster.api.demand import ModelDemand
+from cluster.api.output_parts import OutputPart
 from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, VersionTally, WorkerIdentity
 from cluster.gateway.links.hub import Hub, hub_server
 from cluster.gateway.links.worker_link import WorkerLink
@@ -103,6 +104,10 @@ class _Answer:
         """Handle one token: collect the token."""
         self.last_token_at = now
         self.output(TokenOutput("", (token_id,)))
+
+    def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
+        """Handle one token with parts: collect the token."""
+        self.token(token_id, now)
 
     def output(self, output: TokenOutput) -> None:
         """Handle an output: collect its tokens, and complete the answer if the output is the last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -141,13 +142,20 @@ def test_steps_keep_each_slots_order(
 parts = st.builds(OutputPart, st.sampled_from(PartKind), st.text(max_size=3), st.integers(0, 3))
 
 
-@given(st.lists(st.tuples(st.integers(1, 3), st.lists(ids, max_size=2), st.lists(parts, max_size=3)), max_size=8))
-def test_parts_arrive_with_their_tokens(entries: list[tuple[int, list[int], list[OutputPart]]]) -> None:
-    """The parts of every slot arrive in order and with the slot's tokens, and an output without parts has none."""
-    columns = codec.StepColumns()
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.lists(ids, max_size=2), st.lists(parts, max_size=3)), max_size=8),
+    st.booleans(),
+)
+def test_parts_arrive_with_their_tokens(
+    entries: list[tuple[int, list[int], list[OutputPart]]], part_columns: bool
+) -> None:
+    """The parts of every slot arrive in order and with the slot's tokens, and an output without parts has none. A
+    gateway that does not read columns of parts gets all parts in SlotParts."""
+    columns = codec.StepColumns(part_columns)
     for slot, token_ids, of_step in entries:
         columns.add(slot, TokenOutput("x", token_ids, parsed=ParsedOutput(of_step, "end", 3) if of_step else None))
     message = pb.StepOutputs.FromString(columns.to_pb().SerializeToString())
+    assert part_columns or not message.part_slots
     more = codec.slots_with_details(message)
     parsed_slots = {slot for slot, _, of_step in entries if of_step}
     assert more is None or parsed_slots <= more
@@ -196,3 +204,27 @@ def test_ended_counts_round_trip() -> None:
         key=2**40,
     )
     assert codec.usage_from_pb(pb.Usage.FromString(codec.usage_to_pb(usage).SerializeToString())) == usage
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), parts), min_size=1, max_size=8), st.integers(0, 255))
+def test_single_tokens_with_parts_need_no_further_messages(entries: list[tuple[int, OutputPart]], unknown: int) -> None:
+    """One token a slot with parts is no detail, unless a slot has several. Parts of an unknown kind are left out."""
+    columns = codec.StepColumns()
+    for slot, part in entries:
+        columns.add(slot, TokenOutput("x", [7], parsed=ParsedOutput((part,))))
+    message = columns.to_pb()
+    message.part_slots.append(9)
+    message.part_tags.append(unknown << 3)
+    message.part_texts.append("of a later version")
+    slots = [slot for slot, _ in entries]
+    assert codec.slots_with_details(message) == (set() if len(set(slots)) == len(slots) else {9, *slots})
+    expected: dict[int, list[OutputPart]] = {}
+    for slot, part in entries:
+        expected.setdefault(slot, []).append(part)
+    assert codec.parts_by_slot(message) == expected
+
+
+def test_parts_of_unequal_columns_are_refused() -> None:
+    """A message whose columns of parts differ in length raises ValueError."""
+    with pytest.raises(ValueError, match="shorter"):
+        codec.parts_by_slot(pb.StepOutputs(part_slots=[1, 2], part_tags=[1], part_texts=["a"]))

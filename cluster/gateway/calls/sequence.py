@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
-from cluster.api.output_parts import OutputPart
+from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind
 from cluster.api.types import PARSER_KINDS, TOOL_PARSER, CompatibilityKey, FinishReason, TokenOutput
 from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.links.worker_link import WorkerLink
@@ -136,6 +136,8 @@ class OutputSequence(RoutedSequence[Owner]):
     """Monotonic time of the sequence's last token."""
     direct: Callable[[str], None] | None = field(init=False, default=None)
     """Function that gets the text of each further token that brings nothing but text; None to keep the text."""
+    direct_content: Callable[[str], None] | None = field(init=False, default=None)
+    """The same for a parsed output: function that gets the content of each further token that brings only content."""
     _piece_popped: bool = field(init=False, default=False)
     _end_popped: bool = field(init=False, default=False)
     _stop_string: str = field(init=False, default="")
@@ -210,7 +212,7 @@ class OutputSequence(RoutedSequence[Owner]):
                 self._leave_wrong_parser(output)
                 return
             self._record_first_output(output)
-        self.direct = None
+        self.stop_direct()
         if output.finish is not None:
             link = self.link
             self.link = None
@@ -269,31 +271,52 @@ class OutputSequence(RoutedSequence[Owner]):
             return
         if (stop := self.detokenizer.push((token_id,))) is not None:
             self._stopped(stop)
+        elif self.parsed_text is not None and self.parsed_text.is_parsed:
+            return  # the parser has made nothing of this token yet
+        self.call.wake()
+
+    def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
+        """Handle a step's only token and its parts, as a fast path of `output`. Never called for the first token."""
+        parsed_text = self.parsed_text
+        if parsed_text is None:  # no parts were asked for
+            self.token(token_id, now)
+            return
+        self.last_token_at = now
+        direct = self.direct_content
+        if direct is not None and len(parts) == 1 and parts[0].kind is PartKind.CONTENT:
+            text = parts[0].text
+            parsed_text.pass_content(token_id, text)
+            direct(text)
+            return
+        self.direct_content = None
+        if (stop := parsed_text.push_parsed((token_id,), ParsedOutput(parts), False, False)) is not None:
+            self._stopped(stop)
         self.call.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
         """Pass the text of each further token to `direct`, if a piece has been delivered and further tokens bring only
         text."""
-        if (
-            not (self.finish_reason or self.logprob_texts is not None or self.detokenizer.searches_text)
-            and self._piece_popped
-        ):
+        if self.finish_reason or self.logprob_texts is not None or not self._piece_popped:
+            return
+        if not self.detokenizer.searches_text:
             self.direct = direct
+        elif self.parsed_text is not None and self.parsed_text.passes_content:
+            self.direct_content = direct
 
     def stop_direct(self) -> None:
         """Stop passing text to `direct`, and keep all further text for `pop_piece`."""
-        self.direct = None
+        self.direct = self.direct_content = None
 
     def give_back(self, text: str) -> None:
         """Put back the text that was just passed to `direct`. This text and all further text is kept for
         `pop_piece`."""
-        self.direct = None
+        self.stop_direct()
         self.detokenizer.push_back(text)
 
     def cut(self) -> None:
         """Finish the sequence with the tokens emitted so far and the finish reason "length"."""
         if not self.finish_reason:
-            self.direct = None
+            self.stop_direct()
             self.finish("length")
             self.leave_engine()
 

@@ -165,6 +165,7 @@ class Hub(pb_grpc.LinkServicer):
             incarnation=self.incarnation,
             siblings=self._siblings,
             accounts=self._listener.keeps_accounts,
+            part_columns=True,
         )
 
     async def Beat(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]

@@ -6,11 +6,12 @@ applied afterwards. Slots are not reused within a link.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Protocol
 
 import structlog
 
+from cluster.api.output_parts import OutputPart
 from cluster.api.types import TokenOutput
 from cluster.gateway.links.prefill_pacing import PrefillPacing
 from cluster.link.v1 import link_pb2 as pb
@@ -38,6 +39,10 @@ class Sink(Protocol):
     def token(self, token_id: int, now: float) -> None:
         """Handle an output that consists of one token only. This is a fast path of `output`. Never called for the first
         token. `now`: the monotonic time at which the token arrived."""
+
+    def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
+        """Handle an output that consists of one token and of what the worker's parser made of it. Otherwise like
+        `token`."""
 
     def output(self, output: TokenOutput) -> None:
         """Handle the tokens of one step. If the output has `finish`, no further method is called."""
@@ -141,8 +146,9 @@ class SlotTable:
         """Deliver the outputs of one engine step, which arrived at the monotonic time `now`."""
         sinks = self._sinks
         more = codec.slots_with_details(step)
+        parts = codec.parts_by_slot(step) if step.part_slots else {}
         if more is not None:
-            step_s = self._apply_tokens(step, more, now)
+            step_s = self._apply_tokens(step, more, parts, now)
             if step_s:
                 prompts = self._prefilling
                 self._pacing.record_step(
@@ -150,7 +156,7 @@ class SlotTable:
                 )
             if not more:
                 return
-        for slot, output in codec.outputs_from_pb(step, more):
+        for slot, output in codec.outputs_from_pb(step, more, parts):
             sink = sinks.get(slot)
             if sink is None:
                 continue
@@ -163,8 +169,11 @@ class SlotTable:
             except BaseException as error:
                 self._sink_failed(slot, sink, error)
 
-    def _apply_tokens(self, step: pb.StepOutputs, without: Container[int], now: float) -> float:
-        """Deliver tokens to the slots that got one token and nothing else. Slots in `without` are skipped.
+    def _apply_tokens(
+        self, step: pb.StepOutputs, without: Container[int], parts: Mapping[int, Sequence[OutputPart]], now: float
+    ) -> float:
+        """Deliver tokens to the slots that got one token, perhaps with `parts`, and nothing else. Slots in `without`
+        are skipped.
 
         Returns the duration of the step in seconds, measured at slots that also got a token in the previous step; 0 if
         there are no such slots."""
@@ -181,7 +190,10 @@ class SlotTable:
             else:
                 self._count_gaps(now - sink.last_token_at, 1)
             try:
-                sink.token(token_id, now)
+                if parts and (made := parts.get(slot)) is not None:
+                    sink.parsed_token(token_id, made, now)
+                else:
+                    sink.token(token_id, now)
             except BaseException as error:
                 self._sink_failed(slot, sink, error)
         if not in_step:

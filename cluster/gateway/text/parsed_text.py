@@ -172,9 +172,24 @@ class ParsedText:
         """Add one token and return its text. Only for an output that is not parsed."""
         return self._inner.text_of(token_id)
 
+    @property
+    def passes_content(self) -> bool:
+        """Whether `pass_content` may be called: nothing waits for `pop_text`, and no guard reads the parts."""
+        return bool(self._parsed) and self._filter is None and not self._new
+
+    def pass_content(self, token_id: int, text: str) -> None:
+        """Add one token of a parsed output that brings only content, which the caller delivers itself."""
+        self.token_ids.append(token_id)
+        self._received_chars += len(text)
+        self._popped_tokens = len(self.token_ids)
+
     def push_back(self, text: str) -> None:
-        """Take back the text that `text_of` returned last."""
-        self._inner.push_back(text)
+        """Take back the text that `text_of` returned, or `pass_content` got, last."""
+        if self._parsed:
+            self._new.append(OutputPart(PartKind.CONTENT, text))
+            self._popped_tokens -= 1
+        else:
+            self._inner.push_back(text)
 
 
 def _without_chars(parts: Sequence[OutputPart], chars: int) -> Sequence[OutputPart]:

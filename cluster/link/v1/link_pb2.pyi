@@ -337,6 +337,9 @@ class StepOutputs(_message.Message):
     FINISHES_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
+    PART_SLOTS_FIELD_NUMBER: _builtins.int
+    PART_TAGS_FIELD_NUMBER: _builtins.int
+    PART_TEXTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -353,6 +356,16 @@ class StepOutputs(_message.Message):
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotParts]:
         """Of requests with Submit.parsing, if the worker has a parser."""
 
+    @_builtins.property
+    def part_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Parts of parsed outputs, in order, column by column: slot, 8 * call + kind, and text of each part. They come before
+        the parts in `parts`. A message a part would cost more than all else that a token needs.
+        """
+
+    @_builtins.property
+    def part_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def part_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -363,10 +376,13 @@ class StepOutputs(_message.Message):
         finishes: _abc.Iterable[Global___Finish] | None = ...,
         logprobs: _abc.Iterable[Global___SlotLogprobs] | None = ...,
         parts: _abc.Iterable[Global___SlotParts] | None = ...,
+        part_slots: _abc.Iterable[_builtins.int] | None = ...,
+        part_tags: _abc.Iterable[_builtins.int] | None = ...,
+        part_texts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finishes", b"finishes", "firsts", b"firsts", "logprobs", b"logprobs", "parts", b"parts", "slots", b"slots", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finishes", b"finishes", "firsts", b"firsts", "logprobs", b"logprobs", "part_slots", b"part_slots", "part_tags", b"part_tags", "part_texts", b"part_texts", "parts", b"parts", "slots", b"slots", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1063,11 +1079,14 @@ class Welcome(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     SIBLINGS_FIELD_NUMBER: _builtins.int
     ACCOUNTS_FIELD_NUMBER: _builtins.int
+    PART_COLUMNS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     gateway_id: _builtins.str
     incarnation: _builtins.str
     accounts: _builtins.bool
     """Whether this gateway writes usage records: only such a one is told Usage."""
+    part_columns: _builtins.bool
+    """Whether this gateway reads the columns of parts in StepOutputs. Otherwise parts are sent in SlotParts."""
     @_builtins.property
     def siblings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -1078,10 +1097,11 @@ class Welcome(_message.Message):
         incarnation: _builtins.str = ...,
         siblings: _abc.Iterable[_builtins.str] | None = ...,
         accounts: _builtins.bool = ...,
+        part_columns: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "gateway_id", b"gateway_id", "incarnation", b"incarnation", "protocol", b"protocol", "siblings", b"siblings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "gateway_id", b"gateway_id", "incarnation", b"incarnation", "part_columns", b"part_columns", "protocol", b"protocol", "siblings", b"siblings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

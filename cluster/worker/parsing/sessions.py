@@ -110,6 +110,10 @@ class SessionRecord:
 
         Equal tokens give equal characters, but perhaps in other pieces.
         """
+        if not self.repeated_chars:
+            new_parts = [OutputPart(_KINDS[kind], text, call) for kind, text, call in given if text]
+            self.delivered_chars += sum([len(part.text) for part in new_parts])
+            return new_parts
         parts = []
         repeated, self.repeated_chars = self.repeated_chars, 0
         for kind, text, call in given:

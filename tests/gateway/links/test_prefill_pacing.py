@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.api.output_parts import OutputPart
 from cluster.api.types import EngineInfo, EngineRequest, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import LEAST, STRETCH, UNKNOWN, PrefillPacing
@@ -30,6 +33,8 @@ class Silent:
     def token(self, token_id: int, now: float) -> None:
         """Record the time, which the link reads."""
         self.last_token_at = now
+
+    def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None: ...
 
     def output(self, output: TokenOutput) -> None: ...
 

@@ -158,3 +158,21 @@ def test_a_stop_string_ends_the_output() -> None:
     parsed = ParsedOutput([OutputPart(PartKind.CONTENT, "c")], stop_string="END")
     assert text.push_parsed([1], parsed, False, True) == "END"
     assert text.pop_text(True) == "c"
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=4), min_size=1), st.booleans())
+def test_content_may_pass_beside_the_text(texts: list[str], is_returned: bool) -> None:
+    """Content that the caller delivers itself counts as delivered; a text that is given back comes with `pop_text`."""
+    text = ParsedText(PlainText())
+    text.push_parsed((0,), ParsedOutput(), False, True)
+    before = text.passes_content
+    for number, content in enumerate(texts, 1):
+        text.pass_content(number, content)
+    assert (text.pending_tokens(), text.pending_chars) == (0, 0)
+    if is_returned:
+        text.push_back(texts[-1])
+        assert (before, text.passes_content) == (True, False)
+        assert text.pending_tokens() == 1
+    assert text.pop_text(False) == (texts[-1] if is_returned else "")
+    assert list(text.token_ids) == list(range(len(texts) + 1))
+    assert text.pending_tokens() == 0

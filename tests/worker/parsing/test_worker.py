@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.api.output_parts import OutputPart, ParsedOutput
 from cluster.api.types import REASONING_PARSER, TOOL_PARSER, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.wire.bundle import Bundle
@@ -49,6 +50,10 @@ class Answer:
     def token(self, token_id: int, now: float) -> None:
         """Collect one token without details."""
         self.output(TokenOutput("", (token_id,)))
+
+    def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
+        """Collect one token with its parts."""
+        self.output(TokenOutput("", (token_id,), parsed=ParsedOutput(parts)))
 
     def output(self, output: TokenOutput) -> None:
         """Collect an output."""

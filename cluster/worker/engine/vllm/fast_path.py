@@ -44,7 +44,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.core_client.AsyncMPClient.get_supported_tasks_async": (),
     "vllm.v1.engine.core_client.AsyncMPClient.shutdown": ("timeout",),
     "vllm.v1.engine.core_client.BackgroundResources": ("engine_dead",),
-    "vllm.v1.engine.EngineCoreRequest": ("external_req_id", "request_id"),
+    "vllm.v1.engine.EngineCoreRequest": ("external_req_id", "request_id", "prompt_token_ids"),
     "vllm.v1.engine.EngineCoreOutputs": ("outputs", "scheduler_stats"),
     "vllm.v1.engine.EngineCoreOutput": (
         "request_id",
@@ -111,10 +111,16 @@ class FastPath:
     def prepare(
         self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
     ) -> Any:
-        """Validate a request and build the engine core's form of it. Raises vLLM's validation errors."""
+        """Validate a request and build the engine core's form of it. Raises vLLM's validation errors.
+
+        vLLM gets only the first id: the ids and their number are checked already (requests.py), and its check of a long
+        prompt would take as long as all else here.
+        """
+        ids = prompt["prompt_token_ids"]
         request = self._processor.process_inputs(
-            request_id, prompt, params, supported_tasks=self._tasks, priority=priority
+            request_id, {**prompt, "prompt_token_ids": ids[:1]}, params, supported_tasks=self._tasks, priority=priority
         )
+        request.prompt_token_ids = ids
         request.external_req_id = request_id
         for name, value in reasoning.items():
             if hasattr(request, name):  # otherwise this release's core decides where a grammar begins

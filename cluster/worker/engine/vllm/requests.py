@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,8 +105,18 @@ def _check_tokens(request: EngineRequest, limits: RequestBounds) -> None:
         ("prompt_token_ids", request.prompt_token_ids),
         ("emitted_token_ids", request.emitted_token_ids),
     ):
-        if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_size):
+        if ids and not _all_below(ids, limits.vocab_size):
             raise refused(field, f"token ids must be in [0, {limits.vocab_size})")
+
+
+def _all_below(ids: Sequence[int], vocab_size: int) -> bool:
+    """Return whether all ids are in [0, vocab_size). An array, which holds a long prompt, is not made into objects."""
+    if isinstance(ids, array):
+        import numpy as np
+
+        values = np.frombuffer(ids, np.dtype(ids.typecode))
+        return bool(values.min() >= 0 and values.max() < vocab_size)
+    return min(ids) >= 0 and max(ids) < vocab_size
 
 
 def _check_numbers(sampling: Sampling, limits: RequestBounds) -> None:
@@ -211,7 +223,9 @@ def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
     The prompt includes the emitted ids if they cannot be installed as output.
     """
     emitted = () if limits.installs else request.emitted_token_ids
-    prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*request.prompt_token_ids, *emitted]}
+    ids = request.prompt_token_ids
+    listed = ids.tolist() if isinstance(ids, array) else list(ids)
+    prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*listed, *emitted] if emitted else listed}
     if request.cache_salt:
         prompt["cache_salt"] = request.cache_salt
     return prompt

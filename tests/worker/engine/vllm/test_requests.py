@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from array import array
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -299,3 +302,15 @@ def test_counts_of_any_text(pattern: str) -> None:
 def test_expressions_that_are_supported_pass(pattern: str) -> None:
     """Supported syntax passes, also class members and escaped backslashes that look like unsupported syntax."""
     check_grammar(Grammar("regex", pattern))
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=60), st.booleans())
+def test_ids_outside_the_vocabulary_are_refused_in_any_form(ids: list[int], packed: bool) -> None:
+    """Ids are refused exactly if one of them is not in the vocabulary, as a list and as an array."""
+    request = EngineRequest("r", array("I", ids) if packed else ids, Sampling(max_tokens=1))
+    refusals: Any = (
+        contextlib.nullcontext() if max(ids) < LIMITS.vocab_size else pytest.raises(EngineRefused, match="token ids")
+    )
+    with refusals:
+        check(request, LIMITS)
+    assert prompt_of(request, LIMITS)["prompt_token_ids"] == ids

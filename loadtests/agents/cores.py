@@ -1,0 +1,85 @@
+"""Start of both sides over vLLM's own engine core with a scripted executor (scripted_core.py): vLLM's OpenAI server,
+and a gateway with a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from loadtests import peers
+from loadtests.agents.scripted_settings import EXECUTOR, IN_CORE, SCRIPTS, STEP_MS
+from loadtests.agents.servers import ENVIRONMENT
+from loadtests.children import Children
+from loadtests.serving import ours as serving
+
+READY_S = 120.0
+ENGINE: Mapping[str, object] = {
+    "dtype": "float32",
+    "max_num_seqs": 128,
+    "max_num_batched_tokens": 262_144,
+    "distributed_executor_backend": EXECUTOR,
+    "enable_prefix_caching": False,
+}
+"""Engine arguments of both sides. Without a cache of prefixes the core, which is not measured, need not hash them."""
+
+
+async def write_models(children: Children, folder: Path, texts: Mapping[str, Mapping[str, str]]) -> Path:
+    """Write the models of large families, with a script for each text by key; return their folder. Raises DidNotStart.
+
+    `texts`: by name of a family, the text of each answer by key; empty for a family without scripts.
+    """
+    made, words = folder / "large-models", []
+    for family, by_key in texts.items():
+        file = folder / f"{family}.texts.json"
+        file.write_text(json.dumps(by_key))
+        words.append(f"{family}={file if by_key else ''}")
+    command = [sys.executable, "-m", "loadtests.agents.large_models", str(made), *words]
+    child = children.start("prepare-large-models", "preparation", command)
+
+    async def written() -> bool:
+        return await asyncio.to_thread((made / "ready").exists)
+
+    await child.until(written, "models and scripts are written", READY_S)
+    await child.stop()
+    return made
+
+
+def environment(model: Path, step_ms: float) -> dict[str, str]:
+    """Return the environment of a side's processes. `model`: folder of a family, in which write_models may have
+    written scripts."""
+    scripts = model / "scripts.json"
+    return {
+        **ENVIRONMENT, "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        SCRIPTS: str(scripts) if scripts.exists() else "", STEP_MS: f"{step_ms:g}",
+    }  # fmt: skip
+
+
+async def start_server(
+    children: Children, model: Path, step_ms: float, engine: Mapping[str, object]
+) -> tuple[peers.Peer, int]:
+    """Start vLLM's own server; return the peer and its port. `engine`: further arguments. Raises DidNotStart."""
+    arguments = {**ENGINE, **engine, "enforce_eager": True}
+    return await peers.vllm_server(
+        children, serving.MODEL, model / "model", arguments, environment(model, step_ms)
+    )  # fmt: skip
+
+
+async def start_ours(
+    children: Children,
+    folder: Path,
+    model: Path,
+    step_ms: float,
+    engine: Mapping[str, object],
+    name: str = "ours",
+    witness: tuple[str, ...] = (),
+    tenant_count: int = 1,
+) -> serving.Ours:
+    """Start a gateway and a worker. `engine`: further arguments; `witness`, `tenant_count`: see serving.start. Raises
+    DidNotStart."""
+    return await serving.start(
+        children, folder, bundle=model / "bundle", source=str(model / "model"), engine={**ENGINE, **engine},
+        environment={**environment(model, step_ms), **IN_CORE}, name=name, witness=witness, tenant_count=tenant_count,
+    )  # fmt: skip

@@ -1,0 +1,12 @@
+"""Settings of scripted_core.py. This module imports nothing of vLLM, so that any process can read them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+EXECUTOR: Final = "loadtests.agents.scripted_core.ScriptedExecutor"
+IN_CORE: Final = {"HEADRACE_ENGINE_RANK": "process"}
+"""Environment with which Headrace's worker keeps the chosen executor; by default it replaces it on CPUs."""
+SCRIPTS, STEP_MS = "LOADTEST_SCRIPTS", "LOADTEST_STEP_MS"
+"""Environment variables: path of the scripts (JSON: token ids by key), and duration of a step in milliseconds."""
+PLAIN_TOKEN: Final = 1000

@@ -1,0 +1,34 @@
+"""Events of parts are the same however they are rendered."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.output_parts import OutputPart, PartKind
+from cluster.gateway.apis.openai.answers import ChatStream
+from cluster.gateway.calls.sequence import Piece
+
+
+class _Call:
+    """The only thing that the rendering of parts asks of a call."""
+
+    def tool_call_id(self, index: int, number: int) -> str:
+        """Return an id."""
+        return f"{index}/{number}"
+
+
+@given(st.text(), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.booleans())
+def test_a_fragment_of_arguments(text: str, number: int, index: int, shift: int, include_usage: bool) -> None:
+    """The event of a fragment of arguments, which has a short way, is that of the long way."""
+    stream = ChatStream("id", "model", 1, include_usage=include_usage)
+    part = OutputPart(PartKind.TOOL_ARGUMENTS, text, number)
+    short = stream.events(cast(Any, _Call()), [Piece(index, "", "", [], False, [part])], shift)
+    both = [part, OutputPart(PartKind.TOOL_ARGUMENTS, "", number)]
+    long = stream.events(cast(Any, _Call()), [Piece(index, "", "", [], False, both)], shift)
+    assert short == long
+    delta = json.loads(short.removeprefix(b"data: "))["choices"][0]["delta"]
+    assert delta == {"tool_calls": [{"index": number, "function": {"arguments": text}}]}

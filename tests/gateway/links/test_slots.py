@@ -1,0 +1,78 @@
+"""Parts of parsed outputs arrive with their tokens, however the worker's steps are merged into messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind
+from cluster.api.types import TokenOutput
+from cluster.gateway.links.prefill_pacing import PrefillPacing
+from cluster.gateway.links.slots import SlotTable
+from cluster.wire import codec
+
+SLOTS = (1, 2, 3)
+
+
+@dataclass
+class Received:
+    """Sink that joins what it gets, and checks that a token's parts come with the token."""
+
+    texts: Sequence[str]
+    """The text of each token's part; "" for none."""
+    last_token_at: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+
+    def accepted(self) -> None: ...
+
+    def refused(self, reason: str, message: str, field: str) -> None: ...
+
+    def lost(self, why: str) -> None: ...
+
+    def failed(self, error: BaseException) -> None:
+        """Fail the test."""
+        raise error
+
+    def token(self, token_id: int, now: float) -> None:
+        """Get a token without parts."""
+        self._get((token_id,), ())
+
+    def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
+        """Get a token with its parts."""
+        self._get((token_id,), parts)
+
+    def output(self, output: TokenOutput) -> None:
+        """Get several tokens with their parts."""
+        self._get(output.token_ids, () if output.parsed is None else output.parsed.parts)
+
+    def _get(self, token_ids: Sequence[int], parts: Sequence[OutputPart]) -> None:
+        self.tokens += token_ids
+        self.text += "".join(part.text for part in parts)
+        assert self.text == "".join(self.texts[: len(self.tokens)])
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.sampled_from(SLOTS), st.sampled_from(("", "a", "bc"))), max_size=5), max_size=6),
+    st.booleans(),
+)
+def test_parts_come_with_their_tokens(messages: list[list[tuple[int, str]]], merge_all: bool) -> None:
+    """After each event a sink has the parts of exactly the tokens that it has, and in the end it has all of them."""
+    if merge_all:
+        messages = [[entry for message in messages for entry in message]]
+    texts = {slot: [t for message in messages for s, t in message if s == slot] for slot in SLOTS}
+    table = SlotTable("w", PrefillPacing(1000), lambda slots: None, lambda gap_s, count: None)
+    sinks = {slot: Received(texts[slot]) for slot in SLOTS}
+    for slot, sink in sinks.items():
+        table.add(slot, sink, 1, 1, False)
+    for now, message in enumerate(messages, 1):
+        columns = codec.StepColumns()
+        for slot, text in message:
+            parts = (OutputPart(PartKind.CONTENT, text),) if text else ()
+            columns.add(slot, TokenOutput("", [7], parsed=ParsedOutput(parts)))
+        table.apply_step(columns.to_pb(), float(now))
+    for slot, sink in sinks.items():
+        assert (len(sink.tokens), sink.text) == (len(texts[slot]), "".join(texts[slot]))
