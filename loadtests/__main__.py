@@ -32,7 +32,7 @@ SCENARIOS = {
     "faults": "thousands of faults, recovery, overload and a soak: the effect on callers",
     "hosts": "the rendered chart on network namespaces as hosts: kills, cuts and rolls under load (root)",
     "hostile": "attacks by anonymous clients, tenants and routine procedures: the effect on everyone else",
-    "agents": "tool calls and reasoning in ten formats beside vLLM's own server, on BFCL's cases",
+    "agents": "tool calls and reasoning in ten formats beside vLLM's own server; real clients while workers die",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 OK, PARTIAL, USAGE = 0, 1, 2

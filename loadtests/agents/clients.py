@@ -1,9 +1,9 @@
 """Part clients: real clients finish a task of twelve turns with tools, while workers are killed in mid-stream.
 
-Agent loops of libraries and coding agents, unmodified, work on a scripted model behind a gateway with two workers.
+Agent loops of libraries and coding agents, unmodified, work on a scripted model behind a gateway with four workers.
 Three times a task the worker that generates the answer dies by SIGKILL: half-way through the arguments of a tool call,
-through a text, and through the reasoning. The other worker continues and a new one takes the place. Each tool must get
-the script's arguments once, and each prompt must hold all results.
+through a text, and through the reasoning. Another worker continues, and a new one takes the place. Each tool must get
+the script's arguments once, each prompt must hold all texts and results, and no client may need to repeat a request.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from cluster.cli.local.gateway_metrics import gateway_rows
+from cluster.api.outcomes import Outcome as CallOutcome
+from cluster.cli.local.gateway_metrics import gateway_rows, scrape
 from loadtests.agents import servers
 from loadtests.agents.cases import Call
 from loadtests.agents.client_tasks.coding import (
@@ -57,7 +59,7 @@ from loadtests.traces import NoData
 PROGRAMS = Path(__file__).parent / "client_programs"
 PACE_S, WORKERS = 0.01, 4
 """Seconds of an engine's step of 1 to 5 tokens, and number of workers."""
-CLIENT_S, READY_S = 240.0, 120.0
+CLIENT_S, LINKED_S = 240.0, 300.0
 SHOWN = 3
 """Number of faults of a run that are printed. The report has all of them."""
 RAN = "runs of real clients: twelve turns with tool calls, and a last text"
@@ -65,6 +67,7 @@ CLIENTS = "clients among them"
 FINISHED = "runs that ended with everything as in the script"
 WRONG_CALLS = "tool calls that were not made once with the script's arguments"
 REPEATED = "requests that a client had to repeat"
+REFUSED = "calls of clients that the gateway did not answer with success"
 DIED = "workers killed in the middle of an answer"
 RESUMED = "answers that another worker continued"
 ROWS: Mapping[str, Bound | None] = {
@@ -73,6 +76,7 @@ ROWS: Mapping[str, Bound | None] = {
     FINISHED: Bound(">=", 10),
     WRONG_CALLS: Bound("<=", 0),
     REPEATED: Bound("<=", 0),
+    REFUSED: Bound("<=", 0),
     DIED: Bound(">=", 30),
     RESUMED: Bound(">=", 30),
 }
@@ -199,9 +203,12 @@ async def measure(stage: Stage) -> list[Figure]:
         for run in runs:
             await until_linked(gateway)
             rows.append(await play(stage, run, log, workers))
-    stage.report.settings["clients"] = [row.as_json() for row in rows]
+    samples = await asyncio.to_thread(scrape, gateway.endpoints["metrics"])
+    outcomes = calls_by_outcome(samples or ())
+    stage.report.settings |= {"clients": [row.as_json() for row in rows], "clients: calls by outcome": outcomes}
     stage.screen.console.print(table(rows))
-    return figures(rows)
+    stage.screen.say(f"calls by outcome: {outcomes}")
+    return figures(rows, outcomes)
 
 
 async def prepare(children: Children, folder: Path, tasks: Sequence[Task]) -> list[dict[str, Any]]:
@@ -215,9 +222,13 @@ async def prepare(children: Children, folder: Path, tasks: Sequence[Task]) -> li
 
 async def until_linked(gateway: servers.Gateway) -> None:
     """Wait until all workers have a link. Raises TimeoutError."""
-    async with asyncio.timeout(READY_S):
-        while (await asyncio.to_thread(gateway_rows, [gateway.endpoints]))[0]["workers"] < WORKERS:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
+    deadline = time.monotonic() + LINKED_S
+    while (linked := (await asyncio.to_thread(gateway_rows, [gateway.endpoints]))[0]["workers"]) < WORKERS:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"{linked} of {WORKERS} workers had a link after {LINKED_S:g} s; --logs keeps their logs"
+            )
+        await asyncio.sleep(0.1)
 
 
 # -- the runs
@@ -290,9 +301,7 @@ def versions(is_node: bool, package: str) -> str:
 async def play(stage: Stage, run: Run, log: Path, workers: Workers) -> Row:
     """Run a client to its end and return its row."""
     before, died, began = log.stat().st_size, workers.died, time.monotonic()
-    path = os.pathsep.join((str(ENVIRONMENT / "bin"), str(NODE_MODULES / ".bin"), os.environ["PATH"]))
-    program = ["bash", "-c", 'cd "$1"; shift; exec "$@"', "client", str(run.folder), *run.command]
-    child = stage.children.start(run.task.name, "client", program, {"PATH": path, **run.environment})
+    child = stage.children.start(run.task.name, "client", program(run))
     wrong = []
     try:
         async with asyncio.timeout(CLIENT_S):
@@ -313,6 +322,14 @@ async def play(stage: Stage, run: Run, log: Path, workers: Workers) -> Row:
     row = Row(run, outcome, died, time.monotonic() - began)
     stage.screen.say(f"{run.task.name}: {'; '.join(outcome.wrong[:SHOWN]) or 'as in the script'}")
     return row
+
+
+def program(run: Run) -> list[str]:
+    """Return the command of a run, in its working folder. It gets nothing of this process's environment, which may have
+    addresses and keys of other servers."""
+    path = os.pathsep.join((str(ENVIRONMENT / "bin"), str(NODE_MODULES / ".bin"), os.defpath))
+    given = {"PATH": path, "LANG": "C.UTF-8", "HOME": str(run.folder), "PYTHONPATH": str(ROOT), **run.environment}
+    return ["env", "-i", "-C", str(run.folder), *(f"{name}={value}" for name, value in given.items()), *run.command]
 
 
 def _since(log: Path, offset: int) -> list[str]:
@@ -341,14 +358,24 @@ def judge(run: Run, output: Path) -> tuple[int, list[str]]:
 # -- the report
 
 
-def figures(rows: Sequence[Row]) -> list[Figure]:
-    """Return the rows of the part."""
+def calls_by_outcome(samples: Iterable[tuple[str, Mapping[str, str], float]]) -> dict[str, int]:
+    """Return the number of calls that ended, by API and outcome, from the samples of a gateway's metrics."""
+    out: Counter[str] = Counter()
+    for name, labels, value in samples:
+        if name == "headrace_requests_total":
+            out[f"{labels['api']} {labels['outcome']}"] += int(value)
+    return dict(out)
+
+
+def figures(rows: Sequence[Row], outcomes: Mapping[str, int]) -> list[Figure]:
+    """Return the rows of the part. `outcomes`: number of calls by API and outcome, as calls_by_outcome returns it."""
     values = {
         RAN: len(rows),
         CLIENTS: len({row.run.client for row in rows}),
         FINISHED: sum(1 for row in rows if not row.outcome.wrong),
         WRONG_CALLS: sum(row.outcome.calls - row.outcome.calls_right for row in rows),
         REPEATED: sum(row.outcome.requests.repeated for row in rows),
+        REFUSED: sum(count for name, count in outcomes.items() if not name.endswith(f" {CallOutcome.OK.value}")),
         DIED: sum(row.died for row in rows),
         RESUMED: sum(row.outcome.requests.resumed for row in rows),
     }

@@ -42,8 +42,9 @@ TASKS = [TASK, *(coding.coding_task(agent.name, agent.tools, Path("/work")) for 
 PROGRAMS = ROOT / "loadtests" / "agents" / "client_programs"
 
 
-def history(task: Task, turn: int, extra: Sequence[str] = ()) -> str:
-    """Return the prompt of a turn as a client sends it, with extra messages of user and assistant before the task."""
+def history(task: Task, turn: int, extra: Sequence[str] = (), *, reasons: bool = True) -> str:
+    """Return the prompt of a turn as a client sends it, with extra messages of user and assistant before the task.
+    `reasons`: whether the client sends reasoning back."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": "You use <tool_call> and tools."}]
     messages += [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(extra)]
     messages.append({"role": "user", "content": f"{task.mark} Begin."})
@@ -52,7 +53,8 @@ def history(task: Task, turn: int, extra: Sequence[str] = ()) -> str:
         calls = [
             {"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in step.calls
         ]
-        messages.append({"role": "assistant", "content": step.text, "tool_calls": calls})
+        reasoning = {"reasoning_content": step.reasoning} if reasons else {}
+        messages.append({"role": "assistant", "content": step.text, "tool_calls": calls, **reasoning})
         messages += [{"role": "tool", "content": results.pop(0) if results else "done"} for _ in step.calls]
     return TEMPLATE.render(messages, tools=[{"type": "function", "function": tool} for tool in TOOLS])
 
@@ -144,6 +146,22 @@ async def test_the_engine_dies_once_and_the_next_one_completes_the_answer(script
     assert {json.loads(line)["key"] for line in log.read_text().splitlines()} == {key}
 
 
+# -- the runs
+
+
+def test_a_client_gets_no_variable_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A client sees the variables of its run and no others, such as the key of another server, and runs in its
+    folder."""
+    monkeypatch.setenv("OPENAI_API_KEY", "of another server")
+    run = clients.Run(
+        "made", "chat", True, "1", TASK, ["bash", "-c", "env; pwd"], {"ONE": "1", "HOME": "/home"}, tmp_path
+    )
+    lines = subprocess.run(clients.program(run), check=True, capture_output=True, text=True).stdout.splitlines()
+    given = dict(line.split("=", 1) for line in lines[:-1])
+    assert given.keys() - {"PWD", "SHLVL", "_"} == {"PATH", "LANG", "HOME", "PYTHONPATH", "ONE"}
+    assert (given["HOME"], lines[-1]) == ("/home", str(tmp_path))
+
+
 # -- the judgement
 
 
@@ -163,16 +181,21 @@ def test_a_turn_that_is_missing_or_repeated_is_seen(at: int) -> None:
     assert (counts.repeated, wrong) == (1, [])
 
 
-_PARTS = [*TASK.results, *(step.text.strip() for step in TASK.steps if step.text)]
+_PARTS = [*TASK.results, *(each for step in TASK.steps for each in (step.text.strip(), step.reasoning) if each)]
 
 
 @given(st.sampled_from(_PARTS), st.sampled_from(("", "twice", "cut")))
 def test_a_history_that_lost_or_doubled_something_is_seen(part: str, how: str) -> None:
-    """A text or a result that is missing, doubled or cut in the last prompt is a fault."""
+    """A text or a result that is missing, doubled or cut in the last prompt is a fault, and a reasoning that is not
+    whole. A client that sends no reasoning back is right."""
+    without = replace(RUN[-1], prompt=history(TASK, TURNS + 1, reasons=False))
+    assert judge_requests(TASK, [*RUN[:-1], without])[1] == []
     prompt = RUN[-1].prompt
     assert prompt.count(part) == 1
     damaged = prompt.replace(part, {"": "", "twice": part + part, "cut": part[:-1]}[how])
-    assert judge_requests(TASK, [*RUN[:-1], replace(RUN[-1], prompt=damaged)])[1]
+    wrong = judge_requests(TASK, [*RUN[:-1], replace(RUN[-1], prompt=damaged)])[1]
+    is_left_out = how == "" and part in {step.reasoning for step in TASK.steps}
+    assert bool(wrong) != is_left_out
 
 
 @given(st.permutations(TASK.calls), st.integers(0, len(TASK.calls) - 1))
@@ -209,6 +232,19 @@ def test_the_files_show_whether_each_call_was_made_once(agent: coding.CodingAgen
     assert len(coding.judge_files(tmp_path)) == 1
     (tmp_path / "notes.md").unlink()
     assert len(coding.judge_files(tmp_path)) == 2
+
+
+def test_only_calls_with_success_count_as_answered() -> None:
+    """Calls that ended in any other way than with success, on any API, are counted in a row of their own."""
+    samples = [
+        ("headrace_requests_total", {"api": api, "outcome": outcome, "tenant": tenant}, 2.0)
+        for api, outcome in (("openai", "ok"), ("anthropic", "ok"), ("anthropic", "cancelled"), ("openai", "timed_out"))
+        for tenant in ("one", "other")
+    ]
+    outcomes = clients.calls_by_outcome([*samples, ("headrace_resumes_total", {"reason": "lost"}, 3.0)])
+    assert outcomes == {"openai ok": 4, "anthropic ok": 4, "anthropic cancelled": 4, "openai timed_out": 4}
+    (row,) = (row for row in clients.figures([], outcomes) if row.name == clients.REFUSED)
+    assert (row.value, row.met) == (8, False)
 
 
 # -- the packages

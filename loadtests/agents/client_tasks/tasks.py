@@ -5,6 +5,7 @@ Pure. A task's answers are written in the format of Qwen 3: reasoning, text, and
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def key_of(name: str, turn: int) -> str:
 
 
 _TURN, _MARK_BEGINS = "<|im_start|>assistant\n", "[task "
+_THOUGHTS = re.compile(r"<\|im_start\|>assistant\n<think>\n(.*?)\n</think>", re.DOTALL)
 
 
 def key_of_prompt(prompt: str) -> str:
@@ -216,7 +218,8 @@ class Outcome:
 def judge_requests(task: Task, submitted: Sequence[Submitted]) -> tuple[Requests, list[str]]:
     """Return the counts of a run's requests, and what is wrong with them.
 
-    Each turn must have been asked for, and its prompt must hold all earlier texts and results of calls once.
+    Each turn must have been asked for, and its prompt must hold all earlier texts and results of calls once,
+    and no other reasoning.
     """
     new = Counter(one.key for one in submitted if not one.emitted)
     side = new.pop(SIDE, 0)
@@ -239,7 +242,11 @@ def _wrong_history(task: Task, one: Submitted) -> list[str]:
     for text in (*(step.text.strip() for step in before if step.text), *task.results[:done]):
         if (count := one.prompt.count(text)) != 1:
             wrong.append(f"{one.key} has {text!r} {count} times")
-    return wrong
+    # A client need not send reasoning back. What it sends must be whole.
+    reasoning = {"", *(step.reasoning for step in before)}
+    return wrong + [
+        f"{one.key} has the reasoning {each!r}" for each in _THOUGHTS.findall(one.prompt) if each not in reasoning
+    ]
 
 
 def judge_calls(expected: Sequence[Call], made: Sequence[Call]) -> tuple[int, list[str]]:
