@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton contract-v2 killers gpu-contract window clean clean-all
+.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton suites client-suites contract-v2 killers gpu-contract window clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -29,7 +29,7 @@ demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes
 
 test: ## all tests, those with the real engine included (NO_INSTALL=1: install nothing that they need; JOBS=2: in two processes)
 	@python="$(python)" && [ -n "$$python" ] && PYTHONPATH=. "$$python" -m tests.support.machine
-	@$(MAKE) --no-print-directory setup $(if $(CI),triton)
+	@$(MAKE) --no-print-directory setup $(if $(CI),triton suites)
 	$(VENV)/python -m pytest $(if $(JOBS),-n $(JOBS) --dist loadscope) $(ARGS)
 
 test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
@@ -47,9 +47,9 @@ triton: setup ## Triton for tests of vLLM's V2 model runner, in .triton beside t
 
 contract-v2: triton ## the engine contract on vLLM's V2 model runner, interpreted, and on both with asynchronous scheduling: half an hour
 	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted tests/worker/engine/v2_contract.py tests/worker/engine/async_contract.py \
-		tests/worker/engine/vllm/test_resume.py tests/worker/engine/vllm/test_killers.py --timeout 1800 $(ARGS)
+		tests/worker/parsing/cut_contract.py tests/worker/engine/vllm/test_resume.py tests/worker/engine/vllm/test_killers.py --timeout 1800 $(ARGS)
 	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted --v1 tests/worker/engine/async_contract.py \
-		tests/worker/engine/vllm/test_contract.py tests/worker/engine/vllm/test_resume.py $(ARGS)
+		tests/worker/engine/vllm/test_contract.py tests/worker/engine/vllm/test_resume.py tests/worker/parsing/cut_contract.py $(ARGS)
 
 killers: triton ## SEEDS=200 from FIRST=0, each at least 16 crowds of random requests against the V2 runner, interpreted
 	PYTHONPATH=. KILLERS_FIRST=$(or $(FIRST),0) KILLERS_SEEDS=$(or $(SEEDS),200) $(VENV)/python -m loadtests.interpreted tests/worker/engine/vllm/test_killers.py $(ARGS)
@@ -60,6 +60,12 @@ gpu-contract: setup ## the engine contract on this machine's GPU: batch-invarian
 
 window: triton ## the engine contract on the other vLLM releases of docs/support.md: downloads, then some minutes each
 	PYTHONPATH=. $(VENV)/python scripts/window.py $(ARGS)
+
+suites: setup ## the client libraries' own test suites, in .suites beside the environment
+	@$(VENV)/python scripts/suites.py
+
+client-suites: suites ## the own test suites of the clients openai, anthropic and langchain against a gateway: two minutes
+	$(VENV)/python -m pytest -s tests/suites/whole.py $(ARGS)
 
 fuzz: setup ## throw bytes and messages at every port, FUZZ_S=60 seconds each (FUZZ_SEED=n repeats a run)
 	FUZZ_S=$(or $(FUZZ_S),60) $(VENV)/python -m pytest tests/fuzz $(ARGS)
@@ -102,7 +108,7 @@ bench-peers: setup ## the environment .venv-peers, for the scenarios that run be
 bench-agents: setup ## BFCL's cases (PyPI's bfcl-eval, Apache 2.0), in .bfcl beside the environment, for the scenario agents
 	@[ -d .bfcl/bfcl_eval ] || $(VENV)/uv pip install --quiet --no-deps --require-hashes --target .bfcl -r requirements/bfcl.txt
 
-bench-clients: setup ## the environment .venv-clients (1.2 GB): clients from PyPI and npm for the scenario agents, with a Node.js of their own
+bench-clients: setup ## the environment .venv-clients (1.4 GB): clients from PyPI and npm for the scenario agents, with a Node.js of their own
 	$(VENV)/uv venv --quiet --allow-existing --python $(VENV)/python .venv-clients
 	$(VENV)/uv pip sync --quiet --python .venv-clients/bin/python requirements/clients.txt
 	cp loadtests/agents/client_programs/package.json loadtests/agents/client_programs/package-lock.json .venv-clients
@@ -120,4 +126,4 @@ clean: ## remove caches and what was built
 	find cluster tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## remove the environment too
-	rm -rf .venv .venv-clients .triton .window .bfcl *.egg-info
+	rm -rf .venv .venv-clients .triton .window .bfcl .suites *.egg-info

@@ -14,8 +14,7 @@ class OutputParsing:
 
     request: str
     """JSON object with the fields on which parsers depend, by OpenAI's names: `tools`, `tool_choice`,
-    `parallel_tool_calls`, `chat_template_kwargs`, `reasoning_effort`, and as an extension `tool_calls_before`, the
-    number of tool calls in the chat's history."""
+    `parallel_tool_calls`, `chat_template_kwargs`, `reasoning_effort`."""
     stop: tuple[str, ...] = ()
     """Stop strings. The worker searches the output for them, since a parsed output has no plain text."""
     is_whole: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from cluster.api.kv_events import KvEvent
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput
 
 
@@ -69,3 +70,10 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop the engine and every process that the engine has started."""
+
+
+class KvEventSource(Protocol):
+    """The events of an engine's prefix cache. A single reader calls `kv_events`, from before the first request on."""
+
+    async def kv_events(self) -> Sequence[KvEvent]:
+        """Wait for further events and return them in the engine's order. A cancelled wait loses nothing."""

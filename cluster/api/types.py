@@ -138,6 +138,11 @@ grammar are refused."""
 TOOL_PARSER, REASONING_PARSER = "tools:", "reasoning:"
 """Prefixes of the capabilities that name a worker's parsers of tool calls and of reasoning, e.g. `tools:hermes`."""
 
+PARSER_KINDS = (TOOL_PARSER, REASONING_PARSER)
+
+KV_EVENTS = "kv_events:v1"
+"""Capability: the worker reports the KV blocks that it holds, by the prefix hashes of policy/kv_cache."""
+
 RESUME_CAPABILITIES = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
 """Resume capabilities from the weakest to the strongest. Each engine has one of these capabilities."""
 

@@ -10,7 +10,6 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,12 +45,6 @@ MAX_POLICIES = 1000
 """Maximum number of distinct pattern lists, from tenants' policies, for which the visible models are cached."""
 
 
-@lru_cache(maxsize=256)
-def has_parser(capabilities: tuple[str, ...], prefix: str) -> bool:
-    """Return whether a worker's capabilities name a parser. `prefix`: TOOL_PARSER or REASONING_PARSER."""
-    return any(word.startswith(prefix) for word in capabilities)
-
-
 class KnownModel:
     """This gateway's knowledge of one model."""
 
@@ -59,6 +52,9 @@ class KnownModel:
         self.entry = entry
         self.in_catalog = in_catalog
         self.links: dict[str, WorkerLink] = {}
+        self.parsers: frozenset[str] = frozenset()
+        """The kinds of parsers that any linked worker has: TOOL_PARSER, REASONING_PARSER. Kept here because each call
+        asks, and a model may have a thousand workers."""
         self.last_info: EngineInfo | None = None
         """Engine info of the last worker that left. While no worker is linked, this info is used for fields that the
         catalog lacks."""
@@ -81,10 +77,6 @@ class KnownModel:
     def served(self) -> bool:
         """Whether at least one worker takes new calls for the model."""
         return any(map(self.takes_calls, self.links.values()))
-
-    def has_parser(self, prefix: str) -> bool:
-        """Return whether a linked worker has a parser. `prefix`: TOOL_PARSER or REASONING_PARSER."""
-        return any(has_parser(link.info.capabilities, prefix) for link in self.links.values())
 
     @property
     def leaving(self) -> bool:
@@ -140,11 +132,13 @@ class KnownModel:
     def add_link(self, link: WorkerLink) -> None:
         """Add the link of a worker that has connected."""
         self.links[link.identity.worker_id] = link
+        self.parsers |= link.parsers
         self._departed.pop(link.compatibility_key, None)
 
     def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
         """Remove a link that has ended. `gone`: new state if this was the last link and the model is in no catalog."""
         del self.links[link.identity.worker_id]
+        self.parsers = frozenset().union(*(other.parsers for other in self.links.values()))
         if link.identity.generation in self._replaced:
             _remember(self._departed, link.compatibility_key)
         if not self.links:

@@ -6,7 +6,8 @@ If a gateway stops reading, its outbox fills up to a limit, and only the link to
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 from cluster.api.demand import ComputedWork
 from cluster.api.types import EngineLoad, TokenOutput
@@ -21,6 +22,8 @@ from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, peer_backlog
 
 MESSAGE_BYTES = 4 << 20
 """Maximum size in bytes of the Submits in one message to a worker; a worker accepts far larger messages."""
+MAX_KV_MESSAGES = 4096
+"""Maximum number of unsent reports of KV blocks. A report of all blocks of a large engine takes some hundred."""
 
 
 class Outbox:
@@ -39,6 +42,7 @@ class Outbox:
         self._served: dict[FlowKey, WeightedValue[ServedTotal]] | None = None
         self._elsewhere: dict[str, Sequence[WeightedValue[FlowBacklog]]] = {}
         self._engine_ended = ""
+        self._kv_blocks: deque[pb.KvBlocks] = deque()
         self.acked_seq = 0
         self.sent_seq = 0
         """Number of messages that `next_message` has returned."""
@@ -94,6 +98,11 @@ class Outbox:
         self._elsewhere[gateway] = waiting
         self.flush()
 
+    def kv_blocks(self, messages: Iterable[pb.KvBlocks]) -> None:
+        """Add reports of KV blocks. Each is sent with another message, so that tokens are not delayed."""
+        self._kv_blocks.extend(messages)
+        self.flush()
+
     def engine_ended(self, why: str) -> None:
         """Set the reason why the worker's engine has ended, which the next and last message reports."""
         self._engine_ended = why
@@ -105,7 +114,9 @@ class Outbox:
 
     @property
     def full(self) -> bool:
-        """Whether too many tokens wait, because the gateway has stopped reading."""
+        """Whether too many tokens or reports wait, because the gateway has stopped reading."""
+        if len(self._kv_blocks) > MAX_KV_MESSAGES:
+            return True
         return self._columns is not None and len(self._columns.token_ids) > self._max_tokens
 
     async def next_message(self) -> pb.WorkerTurn:
@@ -142,6 +153,10 @@ class Outbox:
         if self._elsewhere:
             message.elsewhere.extend(peer_backlogs_to_pb(self._elsewhere))
             self._elsewhere = {}
+        if self._kv_blocks:
+            message.kv_blocks.CopyFrom(self._kv_blocks.popleft())
+            if self._kv_blocks:
+                self._wake.set()
         if usage := self.usage():
             message.usage.extend(map(usage_to_pb, usage))
             if len(usage) >= MAX_PER_MESSAGE:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.api.ports import Engine
 from cluster.config.engine import code_arguments
 from cluster.policy.catalog.placement import is_simulated
 from cluster.wire.bundle import Bundle
@@ -31,7 +30,7 @@ def open_model(settings: ReplicaSettings) -> OpenedModel:
     bundle = _bundle_of(folder, settings)
     parser = model_parser(settings.spec, folder, bundle)
     engine = VllmEngine(settings.spec, folder, reasoning_parser=parser.names.reasoning if parser else "")
-    return OpenedModel(engine, bundle, weight_digest(folder, _cache_dir(settings)), parser)
+    return OpenedModel(engine, bundle, weight_digest(folder, _cache_dir(settings)), parser, engine)
 
 
 def _refuse_code(settings: ReplicaSettings) -> None:
@@ -55,9 +54,9 @@ def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
 
     config = SimConfig.from_source(settings.spec.source, settings.spec.engine)
     bundle = _bundle_of(Path(config.folder), settings) if config.folder else Bundle({})
-    engine: Engine = SimEngine(config)
+    engine = SimEngine(config)
     parser = requested_parser(settings.spec, Path(config.folder), bundle)
-    return OpenedModel(engine, bundle, config.weight_digest, parser)
+    return OpenedModel(engine, bundle, config.weight_digest, parser, engine)
 
 
 def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:

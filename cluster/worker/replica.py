@@ -24,7 +24,7 @@ from typing import Protocol
 
 import structlog
 
-from cluster.api.ports import Engine, EngineCorrupt, EngineDead
+from cluster.api.ports import Engine, EngineCorrupt, EngineDead, KvEventSource
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.policy.catalog.placement import why_split
 from cluster.process import memory
@@ -72,6 +72,8 @@ class OpenedModel:
     weight_digest: str
     parser: OutputParser | None = None
     """Parser of the model's outputs; None if the model has no parsers."""
+    kv_events: KvEventSource | None = None
+    """Events of the engine's prefix cache; None if the engine has none."""
 
 
 class ModelOpener(Protocol):
@@ -184,6 +186,7 @@ class Replica:
             gpus=self.place.gpus,
             gpu=identity.gpu,
             parser=opened.parser,
+            kv_events=opened.kv_events,
         )
         self._serving = asyncio.create_task(self._serve_until_dead(self.end, engine))
         memory.freeze_objects()

@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from cluster.api.ports import Engine, EngineDead
+from cluster.api.ports import Engine, EngineDead, KvEventSource
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.http2.client import ClientCall
 from cluster.link.v1 import link_pb2 as pb
@@ -30,6 +30,7 @@ from cluster.wire.tls import TlsFiles
 from cluster.worker.drain_state import Drains, DrainStates
 from cluster.worker.engine_runner import EngineRunner
 from cluster.worker.gpu_meter import GpuMeter
+from cluster.worker.kv_events.reports import KvReports
 from cluster.worker.link import Link, LinkOpener
 from cluster.worker.link_credit import LinkCredit
 from cluster.worker.parsing.port import OutputParsers
@@ -86,6 +87,7 @@ class WorkerSession:
         keeper: UsageKeeper | None = None,
         idle_report_s: float = 60.0,
         parser: OutputParsers | None = None,
+        kv_events: KvEventSource | None = None,
     ) -> None:
         """Create a session; `run` serves the engine.
 
@@ -93,6 +95,7 @@ class WorkerSession:
         `gpus`, `gpu`: number and type of the replica's GPUs, for the ledger.
         `idle_report_s`: seconds between two reports of the idle time of the GPUs.
         `parser`: parser of outputs; None for a worker without parsers.
+        `kv_events`: events of the engine's prefix cache; None for an engine without events.
         """
         self._identity = identity
         self._engine = engine
@@ -106,6 +109,7 @@ class WorkerSession:
             identity.incarnation, keeper or UsageKeeper(), meter, gpu, idle_report_s, lambda: self._requests.shares()
         )
         self._served = ServedReports()
+        self._kv_reports = KvReports(kv_events, info.block_size)
         self._runner = EngineRunner(engine, parser)
         self._requests = RunningRequests(
             info, meter, self._served, self._usage, self._is_gateway_lost, self._runner.parser.close
@@ -143,6 +147,7 @@ class WorkerSession:
             asyncio.create_task(self._gateways.dial(self._serve_gateway, self._timing)),
             asyncio.create_task(self._usage.run()),
             asyncio.create_task(self._report_served()),
+            asyncio.create_task(self._kv_reports.run()),
         ]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -217,6 +222,7 @@ class WorkerSession:
             self._usage.attach(link.number, link.outbox)
         self._credit.attach(link.credit_order, link.outbox)
         self._served.attach(link.number, link.incarnation, link.outbox)
+        self._kv_reports.attach(link.number, link.outbox)
         self._credit.regrant()
         self._drain_state.attach(link.outbox, time.monotonic())
 
@@ -228,6 +234,7 @@ class WorkerSession:
         self._drain_state.detach(link.outbox)
         self._credit.detach(link.credit_order)
         self._served.detach(link.number)
+        self._kv_reports.detach(link.number)
         link.heartbeats.stop()
         to_abort = self._requests.detach_link(link, stays=self._drain_state.serves and not self._closed.is_set())
         self._usage.detach(link.number, link.outbox)

@@ -167,6 +167,8 @@ async def alternate(
 ) -> None:
     """Warm up each arm, then run every arm in turn `rounds` times, with the same requests. A broken arm is skipped.
 
+    Each second round has the opposite order, so that no arm always follows the same other arm.
+
     `cooldown_s`: pause between two arms, for work that the processes of an arm still do after the arm's last call.
     """
     for contestant in contestants:
@@ -176,7 +178,7 @@ async def alternate(
             stage.report.settings.setdefault("rounds cut short", []).append(f"{number - 1} of {rounds}: time was up")
             break
         requests = requests_of(number)
-        for contestant in contestants:
+        for contestant in contestants if number % 2 else reversed(contestants):
             if not contestant.arm.problem:
                 await run_round(contestant, stage.screen, number, requests, concurrency=concurrency, limits=limits)
                 await asyncio.sleep(cooldown_s)

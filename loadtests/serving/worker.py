@@ -16,8 +16,9 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-from cluster.api.ports import Engine
+from cluster.api.ports import Engine, KvEventSource
 from cluster.api.types import ModelSpec, WorkerIdentity
 from cluster.process import memory
 from cluster.wire.bundle import Bundle
@@ -41,7 +42,11 @@ def spec_of(arguments: argparse.Namespace) -> ModelSpec:
     )
 
 
-def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[Engine, OutputParser | None]:
+class EventfulEngine(Engine, KvEventSource, Protocol):
+    """An engine whose KV events can be read."""
+
+
+def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[EventfulEngine, OutputParser | None]:
     """Return the engine that the source names, and the parser of its outputs. vLLM is imported only for a model folder,
     or if the engine's arguments name a parser."""
     spec = spec_of(arguments)
@@ -78,6 +83,7 @@ async def serve(arguments: argparse.Namespace) -> None:
             gateways=[arguments.link],
             timing=Timing(redial_max_s=arguments.redial_max_s),
             parser=parser,
+            kv_events=engine,
         )
         Path(arguments.ready).write_text(json.dumps({"pid": os.getpid(), "engine": info.engine_version}))
         memory.freeze_objects()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.api.types import CompatibilityKey, EngineRequest, TokenOutput
@@ -154,6 +154,10 @@ class SimGateway:
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker."""
         return self._candidate(int(incarnation))
+
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """Nothing: the simulated gateway knows no KV blocks."""
+        return {}
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""

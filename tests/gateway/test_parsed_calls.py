@@ -18,7 +18,7 @@ from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
 from tests.support.calls import chat, refused, rest_of, resume
 from tests.support.cluster import TestCluster, Worker, running_cluster
-from tests.support.http import chat_body, client
+from tests.support.http import chat_body, client, fetch
 from tests.support.parsed_outputs import ParsedByEngine
 from tests.support.parts_engine import PartsEngine
 
@@ -163,6 +163,33 @@ async def test_a_resumed_stream_has_the_same_tool_calls(cluster: TestCluster, bu
         ]
         assert joined(chunks).message == expected.message, kept
         assert joined(chunks).finish_reason == "tool_calls"
+
+
+async def test_kimis_tool_calls_are_numbered(cluster: TestCluster, bundle: Bundle) -> None:
+    """With a parser of Kimi's models, the id of a tool call has the function's name and the call's number in the
+    conversation, on every API, and also after a resume."""
+    await add(cluster, bundle, tool_parser="kimi_k2")
+    earlier = [pb.ToolCall(id=f"functions.time:{i}", name="time", arguments="{}") for i in range(2)]
+    asked = request(resumable=True)
+    asked.messages.add(role="assistant", tool_calls=earlier)
+    asked.messages.add(role="tool", content="now", tool_call_id="functions.time:0")
+    expected = ["functions.weather:2", "functions.time:3"]
+    whole = (await cluster.stub.Chat(asked)).choices[0].message
+    assert [call.id for call in whole.tool_calls] == expected
+    chunks = [chunk async for chunk in cluster.stub.StreamChat(asked)]
+    assert [call["id"] for call in joined(chunks).message["tool_calls"]] == expected
+    for kept in range(1, len(chunks) - 1):
+        rest = [message.chat async for message in cluster.stub.Resume(resume(asked, chunks[:kept]))]
+        assert [call["id"] for call in joined(chunks[:kept] + rest).message["tool_calls"]] == expected
+    two = await cluster.stub.Chat(request(n=2))
+    of_choices = [[call.id for call in choice.message.tool_calls] for choice in two.choices]
+    assert of_choices == [["functions.weather:0", "functions.time:1"]] * 2
+    body = {**chat_body(max_tokens=50), "tools": TOOLS}
+    for number in (0, 2):
+        answer = (await fetch(cluster, "/v1/chat/completions", body)).json["choices"][0]["message"]
+        ids = [call["id"] for call in answer["tool_calls"]]
+        assert ids == [f"functions.weather:{number}", f"functions.time:{number + 1}"]
+        body["messages"] = [*body["messages"], answer]
 
 
 async def test_a_worker_without_a_parser(cluster: TestCluster, bundle: Bundle) -> None:

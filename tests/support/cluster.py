@@ -125,6 +125,7 @@ class TestCluster:
             tls=tls,
             timing=timing,
             parser=parser,
+            kv_events=engine if isinstance(engine, SimEngine) else None,
         )
         worker = Worker(identity, engine, info, end, asyncio.create_task(_run(end)))
         self.workers.append(worker)

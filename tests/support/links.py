@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from cluster.gateway.links.worker_link import WorkerLink
+from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.wire.ended_requests import EndedUsage
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
@@ -27,6 +28,9 @@ class NoListener:
         """See LinkListener."""
 
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
+        """See LinkListener."""
+
+    def kv_blocks(self, link: WorkerLink, message: pb.KvBlocks) -> None:
         """See LinkListener."""
 
     def drain_state_changed(self, link: WorkerLink) -> None:

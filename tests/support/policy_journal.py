@@ -4,7 +4,7 @@ another policy."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,12 @@ class _RecordedWorkers:
         self._journal.reads.append(((model, incarnation, now), answer))
         return answer
 
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """See Workers."""
+        answer = self._workers.cached_tokens(model, key)
+        self._journal.reads.append(((model, key), answer))
+        return answer
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""
         answer = self._workers.is_replaced(model, compatibility)
@@ -116,6 +122,10 @@ class _ReplayedWorkers:
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """See Workers."""
         return self._answer((model, incarnation, now))  # type: ignore[no-any-return]
+
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """See Workers."""
+        return self._answer((model, key))  # type: ignore[no-any-return]
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""

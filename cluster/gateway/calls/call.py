@@ -12,7 +12,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
 from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
-from cluster.gateway.calls.tool_call_ids import tool_call_id
+from cluster.gateway.calls.tool_call_ids import NUMBERED, numbered_id, tool_call_id
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.observe.metrics import Histogram
@@ -70,6 +70,8 @@ class Call:
     """Digest of the tokenizer bundle with which the prompt was encoded."""
     counted: bool = False
     """Whether the call is already counted as a request of the call's tenant."""
+    tool_calls_before: int = 0
+    """Number of tool calls in the chat's history."""
     began_at: WorkerIdentity | None = None
     """The worker that got the call's first Submit."""
     sequences: list[CallSequence] = field(default_factory=list)
@@ -102,9 +104,12 @@ class Call:
         """Call id that the caller knows. For a resumed call this is the id from the first gateway."""
         return self.resume_tokens.head.call_id if self.is_resumed and self.resume_tokens is not None else self.id
 
-    def tool_call_id(self, index: int, call: int) -> str:
+    def tool_call_id(self, index: int, call: int, name: str) -> str:
         """Return the id of a tool call in the answer. `index`: the choice. `call`: the tool call in the choice, from 0.
-        The id depends only on these and on the call's id, so it is the same after a resume at another gateway."""
+        `name`: the called function. The id depends only on these, on the request and on the call's id, so it is the
+        same after a resume at another gateway."""
+        if self.sequences[index].tool_parser in NUMBERED:
+            return numbered_id(name, self.tool_calls_before + call)
         return tool_call_id(self.shown_id, index, call)
 
     @property

@@ -72,7 +72,7 @@ class Opening:
         requested = model = directory.resolve(name, principal, began=chain is not None)
         if model.entry.fallback and not model.served and chain is None:
             model = directory.fallback_of(model, principal) or model
-        if self.request.output.needs_tools and chain is None and model.links and not model.has_parser(TOOL_PARSER):
+        if self.request.output.needs_tools and chain is None and model.links and TOOL_PARSER not in model.parsers:
             raise _no_tool_parser(model.name)
         self.requested, self.model, self.model_name = requested, model, model.name
         request_id = self.meta.request_id if chain is None else chain.call_head.request_id
@@ -144,6 +144,7 @@ class Opening:
             usage=CallUsage(prompt_tokens=len(self.prompt_ids)),
             labels={**request.metadata, **policy.labels},
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
+            tool_calls_before=request.output.tool_calls_before,
         )
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)
         first = EngineRequest(
@@ -214,7 +215,7 @@ def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> Ou
     output = request.output
     if not output.parser_request:
         return None
-    parses = model.has_parser(REASONING_PARSER) or (output.has_tools and model.has_parser(TOOL_PARSER))
+    parses = REASONING_PARSER in model.parsers or (output.has_tools and TOOL_PARSER in model.parsers)
     if not output.needs_tools and model.links and not parses:
         return None
     if (size := request.options.n * len(output.parser_request)) > MAX_PARSING_CHARS:

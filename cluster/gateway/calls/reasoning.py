@@ -21,4 +21,5 @@ def new_reasoning_tokens(call: Call) -> int:
     return sum(
         reasoning_in_part(sequence.reasoning_tokens, sequence.restored, len(sequence.emitted))
         for sequence in call.sequences
+        if sequence.reasoning_tokens
     )

@@ -75,6 +75,8 @@ class OutputOptions:
     """Whether the answer shows the reasoning."""
     is_whole: bool = False
     """Whether the caller gets the answer as a whole and not as a stream."""
+    tool_calls_before: int = 0
+    """Number of tool calls in the chat's history."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +93,21 @@ class ChatPrompt:
     """Tools as `function_tool` in calls/tools.py makes them."""
     documents: Sequence[Mapping[str, Any]] = ()
     """Documents for the template, which can be cited. Each is an object of texts, such as `title` and `text`."""
+    merges_system: bool = False
+    """Whether later system messages become a part of the first one, if the model's template does not allow them. The
+    contents of system messages are texts then."""
 
     @property
     def template_options(self) -> Mapping[str, Any]:
         """Arguments of the chat template, without the messages."""
         documents = {"documents": list(self.documents)} if self.documents else {}
+        merges = {"merges_system": True} if self.merges_system else {}
         return {
             "tools": self.tools,
             "template_kwargs": {**self.template_kwargs, **documents},
             "continue_final_message": self.continue_final_message,
             "add_generation_prompt": self.add_generation_prompt and not self.continue_final_message,
+            **merges,
         }
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.output_parts import OutputPart
-from cluster.api.types import REASONING_PARSER, TOOL_PARSER, CompatibilityKey, FinishReason, TokenOutput
+from cluster.api.types import PARSER_KINDS, TOOL_PARSER, CompatibilityKey, FinishReason, TokenOutput
 from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
@@ -219,7 +219,10 @@ class OutputSequence(RoutedSequence[Owner]):
                 return
             self.finish(_FINISH_WORDS[output.finish])
         before = len(self.emitted)
-        stop = self._push(output)
+        if self.parsed_text is None:
+            stop = self.detokenizer.push(output.token_ids, output.finish is FinishReason.STOP)
+        else:
+            stop = self._push_parsed(self.parsed_text, output)
         if stop is not None:
             self._stopped(stop)
         added = max(len(self.emitted) - before, 0)  # a guard's refusal also removes tokens of earlier steps
@@ -232,12 +235,9 @@ class OutputSequence(RoutedSequence[Owner]):
         else:
             call.wake()
 
-    def _push(self, output: TokenOutput) -> str | None:
+    def _push_parsed(self, parsed_text: ParsedText, output: TokenOutput) -> str | None:
         """Add the tokens of one engine step to the text. Returns what has ended the text, None while it goes on."""
         ends = output.finish is FinishReason.STOP
-        parsed_text = self.parsed_text
-        if parsed_text is None:
-            return self.detokenizer.push(output.token_ids, ends)
         stop = parsed_text.push_parsed(output.token_ids, output.parsed, ends, output.prompt_tokens is not None)
         if output.parsed is not None and output.parsed.reasoning_tokens:
             self.reasoning_tokens = output.parsed.reasoning_tokens
@@ -307,11 +307,16 @@ class OutputSequence(RoutedSequence[Owner]):
             self.finish("tool_calls" if has_call else "stop")
         self.leave_engine()
 
+    @property
+    def tool_parser(self) -> str:
+        """The parser of tool calls that the worker parses the output with, by vLLM's name; "" if there is none."""
+        return next((word.removeprefix(TOOL_PARSER) for word in self._parsers if word.startswith(TOOL_PARSER)), "")
+
     def _parses_as_before(self, output: TokenOutput) -> bool:
         """Return whether the worker of a first output parses the output as the workers before it did, if any did. Other
         parsers would make other parts of the same tokens."""
         words = self.link.info.capabilities if self.link is not None and output.parsed is not None else ()
-        parsers = tuple(word for word in words if word.startswith((TOOL_PARSER, REASONING_PARSER)))
+        parsers = tuple(word for word in words if word.startswith(PARSER_KINDS))
         if self.parsed_text is None or not self.parsed_text.is_parsed:
             self._parsers = parsers
         return parsers == self._parsers

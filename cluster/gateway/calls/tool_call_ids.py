@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from hashlib import blake2b
 from string import ascii_letters, digits
+from typing import Final
 
 LENGTH = 9
-"""Number of characters of an id. Mistral's templates accept ids of exactly nine letters and digits, and all other
+"""Number of characters of an id. Mistral's templates accept ids of exactly nine letters and digits, and most other
 templates accept these ids too."""
+NUMBERED: Final = frozenset({"kimi_k2", "kimi_k3"})
+"""Parsers of models whose templates show ids as the model writes them: `functions.NAME:NUMBER`. The name and the number
+are part of the prompt, so other ids would be a format that the model was not trained on."""
 _ALPHABET = ascii_letters + digits
 
 
@@ -19,3 +23,9 @@ def tool_call_id(call_id: str, index: int, call: int) -> str:
         number, letter = divmod(number, len(_ALPHABET))
         letters.append(_ALPHABET[letter])
     return "".join(letters)
+
+
+def numbered_id(name: str, number: int) -> str:
+    """Return the id of a call of the function `name`, as vLLM's server makes it for Kimi's models. `number`: number of
+    tool calls before it in the conversation, its own answer included."""
+    return f"functions.{name}:{number}"

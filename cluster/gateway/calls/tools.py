@@ -125,7 +125,6 @@ def parser_request(
     parallel_tool_calls: bool,
     template_kwargs: Mapping[str, Any],
     reasoning_effort: str,
-    tool_calls_before: int,
 ) -> str:
     """Return the JSON object for OutputParsing.request, without fields that are empty.
 
@@ -133,15 +132,13 @@ def parser_request(
     plain value is left out. Raises CallError for tools of more than MAX_TOOLS_BYTES.
     """
     plain = tool_choice == "none" and parallel_tool_calls
-    if plain and not (tools or template_kwargs or reasoning_effort or tool_calls_before):
+    if plain and not (tools or template_kwargs or reasoning_effort):
         return _PLAIN_REQUEST
     fields: dict[str, Any] = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
     if flags := _flags(template_kwargs):
         fields["chat_template_kwargs"] = flags
     if reasoning_effort:
         fields["reasoning_effort"] = reasoning_effort
-    if tool_calls_before:
-        fields["tool_calls_before"] = tool_calls_before
     text = json.dumps(fields)
     if not tools:
         return text
@@ -180,10 +177,16 @@ def output_options(
         parallel_tool_calls=parallel_tool_calls,
         template_kwargs=prompt.template_kwargs,
         reasoning_effort=reasoning_effort,
-        tool_calls_before=tool_calls_of(prompt.messages),
     )
     has_tools = bool(prompt.tools)
-    return OutputOptions(request, has_tools and tool_choice != "none", has_tools, include_reasoning, is_whole)
+    return OutputOptions(
+        request,
+        has_tools and tool_choice != "none",
+        has_tools,
+        include_reasoning,
+        is_whole,
+        tool_calls_of(prompt.messages),
+    )
 
 
 def with_tools(output: OutputOptions, tools: Sequence[Mapping[str, Any]]) -> OutputOptions:

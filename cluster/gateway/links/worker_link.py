@@ -9,7 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from cluster.api.demand import ComputedWork
-from cluster.api.types import CompatibilityKey, DrainState, EngineInfo, EngineLoad, EngineRequest, WorkerIdentity
+from cluster.api.types import (
+    PARSER_KINDS,
+    CompatibilityKey,
+    DrainState,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    WorkerIdentity,
+)
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import PrefillPacing
 from cluster.gateway.links.slots import Sink, SlotTable
@@ -59,6 +67,9 @@ class LinkListener(Protocol):
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
         """Handle another gateway's backlog for the worker's model."""
 
+    def kv_blocks(self, link: WorkerLink, message: pb.KvBlocks) -> None:
+        """Handle a worker's report of its KV blocks. Raises ValueError for a malformed report."""
+
     def drain_state_changed(self, link: WorkerLink) -> None:
         """Handle a change of the worker's drain state."""
 
@@ -73,6 +84,8 @@ class WorkerLink:
         self._listener = listener
         self.identity = identity
         self.info = info
+        self.parsers = frozenset(kind for kind in PARSER_KINDS if any(c.startswith(kind) for c in info.capabilities))
+        """The kinds of parsers that the worker has: TOOL_PARSER, REASONING_PARSER."""
         self.epoch = epoch
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.liveness = liveness
@@ -90,6 +103,8 @@ class WorkerLink:
         gaps = listener.token_gaps(identity.model)
         self._slots = SlotTable(identity.worker_id, self.pacing, self.box.aborts, gaps)
         self._numbers = itertools.count(1)
+        self.last_sent = 0.0
+        """Monotonic time of the last request that was sent to the worker."""
         self.closed = asyncio.Event()
         self.why = ""
         self.reason = "lost"
@@ -163,6 +178,7 @@ class WorkerLink:
         message.fresh_tokens = fresh_tokens
         if stream is not None:
             message.stream, message.generation, message.begun_at = stream.name, stream.generation, stream.begun_at
+        self.last_sent = time.monotonic()
         tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         expected = tokens - turn.value.cached_tokens if turn is not None else tokens
         blobs = () if self._blobs is None else _move_prompt(message)
@@ -214,6 +230,8 @@ class WorkerLink:
             self._listener.peer_backlog(self, gateway, waiting)
         if message.usage:
             self._listener.usage(self, [codec.usage_from_pb(usage) for usage in message.usage])
+        if message.HasField("kv_blocks"):
+            self._listener.kv_blocks(self, message.kv_blocks)
         if message.engine_ended:
             self.engine_ended = message.engine_ended[:MAX_REASON_CHARS]
             self.close("its engine has ended", "lost")

@@ -14,6 +14,7 @@ from cluster.gateway.models import ModelDirectory
 from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.submission import submit
+from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.gateway.scheduling.workers import LinkedWorkers
 from cluster.observe.metrics import Metrics
 from cluster.policy.routing.breaker import Breakers
@@ -32,6 +33,7 @@ class Executor:
         self,
         queues: Queues,
         workers: LinkedWorkers,
+        caches: WorkerCaches,
         breakers: Breakers,
         metrics: Metrics,
         directory: Callable[[], ModelDirectory],
@@ -41,6 +43,7 @@ class Executor:
         """`accounting` returns the gateway's accounts, or None if the gateway keeps no accounts."""
         self._queues = queues
         self._workers = workers
+        self._caches = caches
         self._breakers = breakers
         self._metrics = metrics
         self._directory = directory
@@ -74,6 +77,7 @@ class Executor:
         now = self._clock()
         if submit(sequence, link, entry, self._accounting(), now, instruction.uncached_tokens):
             self._breakers.record_sent(link.identity.incarnation, now)
+            self._caches.expect(link, sequence.key, sequence.request, now)
             self._metrics.count("route_decisions_total", entry.model, instruction.reason)
             if sequence.call.versions.all and len(sequence.call.sequences) > 1:
                 self._queues.versions_changed(sequence.call)

@@ -24,6 +24,7 @@ from cluster.gateway.scheduling.executor import Executor
 from cluster.gateway.scheduling.peer_backlog import BacklogReports
 from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.service_charges import ServiceCharges
+from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.gateway.scheduling.workers import LinkedWorkers
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import WaitingRoom
@@ -83,11 +84,19 @@ class Scheduler:
         self.charges = charges
         self.canaries = CanaryStatistics()
         self.breakers = Breakers()
-        workers = LinkedWorkers(host, self.breakers)
+        self.worker_caches = WorkerCaches()
+        workers = LinkedWorkers(host, self.breakers, self.worker_caches, lambda key: self.queues.sequence(key).request)
         self.policy = policy_of(room, workers, resume_wait_s, WorkerLosses(max_silent_losses))
         self.queues = Queues(self.policy, charges, clock)
         self._executor = Executor(
-            self.queues, workers, self.breakers, metrics, lambda: host.directory, lambda: host.accounting, clock
+            self.queues,
+            workers,
+            self.worker_caches,
+            self.breakers,
+            metrics,
+            lambda: host.directory,
+            lambda: host.accounting,
+            clock,
         )
         self.links = workers.links
         self.backlogs = BacklogReports(charges, self.queues.waiting, self.policy.resuming, workers.links, clock)
@@ -263,6 +272,7 @@ class Scheduler:
         if now - self._swept >= SWEEP_S:
             self._swept = now
             self._sweep(now)
+        self.worker_caches.maintain(now)
         self._executor.carry_out(self.policy.expire(now, directory.starts_in_s))
         # A sequence may have waited long enough for the worker that holds its KV blocks.
         for name in self.policy.resuming.models:

@@ -11,6 +11,7 @@ from cluster.api.types import CatalogEntry, VersionTally, WorkerIdentity
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.scheduler import Scheduler
+from cluster.link.v1 import link_pb2 as pb
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.wire.ended_requests import EndedUsage
@@ -49,6 +50,7 @@ class WorkerEvents:
         """Handle the end of a worker's link: remove the worker. The worker's sequences have already been requeued."""
         identity, now = link.identity, self._clock()
         self._host.directory.remove_link(link)
+        self._scheduler.worker_caches.forget(link)
         self._charges.left(identity, now)
         self._metrics.count("worker_detected_total", identity.model, link.reason)
         if not link.draining:
@@ -127,6 +129,10 @@ class WorkerEvents:
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
         """Handle another gateway's backlog, which a worker has forwarded."""
         self._charges.replace_peer_backlog(link.identity.model, gateway, waiting, self._clock())
+
+    def kv_blocks(self, link: WorkerLink, message: pb.KvBlocks) -> None:
+        """Handle a worker's report of its KV blocks. Raises ValueError for a malformed report."""
+        self._scheduler.worker_caches.report(link, message)
 
     def drain_state_changed(self, link: WorkerLink) -> None:
         """Handle a change of a worker's drain state."""

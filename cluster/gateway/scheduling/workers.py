@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from cluster.api.types import TOOL_PARSER, CompatibilityKey
+from cluster.api.types import TOOL_PARSER, CompatibilityKey, EngineRequest
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel, ModelDirectory, has_parser
+from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.router import Candidate
 
@@ -23,9 +24,18 @@ class DirectoryOwner(Protocol):
 class LinkedWorkers:
     """The linked workers of one gateway. Implements policy.scheduling.scheduling_policy.Workers."""
 
-    def __init__(self, owner: DirectoryOwner, breakers: Breakers) -> None:
+    def __init__(
+        self,
+        owner: DirectoryOwner,
+        breakers: Breakers,
+        caches: WorkerCaches,
+        request_of: Callable[[str], EngineRequest],
+    ) -> None:
+        """`request_of` returns the request of a waiting sequence by the sequence's key."""
         self._owner = owner
         self._breakers = breakers
+        self._caches = caches
+        self._request_of = request_of
 
     def candidates(self, model: str, now: float, resumed: bool) -> list[Candidate]:
         """Return all workers of a model as candidates for a sequence. `resumed`: whether the sequence is resumed."""
@@ -39,6 +49,10 @@ class LinkedWorkers:
             return None
         link = next((link for link in known.links.values() if link.identity.incarnation == incarnation), None)
         return None if link is None else self._candidate(known, link, now, resumed=True)
+
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """Return how many leading tokens of a waiting sequence's prompt the workers of a model hold, by worker id."""
+        return self._caches.cached_tokens(model, key, self._request_of(key))
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether a sequence with this key can no longer resume. See KnownModel.is_replaced."""
@@ -77,5 +91,6 @@ class LinkedWorkers:
             retired=known.retired(link),
             node=identity.node,
             block_size=link.info.block_size,
-            parses_tools=has_parser(link.info.capabilities, TOOL_PARSER),
+            parses_tools=TOOL_PARSER in link.parsers,
+            last_sent=link.last_sent,
         )

@@ -32,6 +32,14 @@ def conversation(messages: Sequence[Message], *, in_parts: bool, knows_developer
     return _with_one_system([_as_system(message) for message in out])
 
 
+def merged_system(messages: Sequence[Message]) -> list[Message]:
+    """Return messages of Anthropic's API with one system message at the beginning, which has the texts of all, as
+    vLLM's server merges them for a template that allows no other place. The texts are joined without separator."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    others = (message for message in messages if message["role"] != "system")
+    return [{"role": "system", "content": "".join(system)}, *others]
+
+
 def _converted(message: Message, in_parts: bool) -> Message:
     role, content = message.get("role"), message.get("content")
     has_header = role == "system" and isinstance(content, str) and content.startswith(BILLING_HEADER)

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Final
 
 import jinja2
@@ -25,7 +26,7 @@ from jinja2.sandbox import safe_range
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.text.content_format import takes_parts
 from cluster.gateway.text.control_tokens import ControlTokens
-from cluster.gateway.text.conversation import conversation
+from cluster.gateway.text.conversation import conversation, merged_system
 from cluster.gateway.text.template_guard import (
     MAX_RENDER_S,
     MAX_RENDERED_CHARS,
@@ -42,6 +43,10 @@ RESERVED_KWARGS: Final = frozenset(
 CONTINUE_MARK: Final = "\ue000HEADRACE-CONTINUES-HERE "
 """Mark that is appended to the final message, to find the end of that message in the prompt. The space at the end of
 the mark shows whether the template trims messages."""
+
+
+_LATE_SYSTEM: Final = [{"role": role, "content": "t"} for role in ("system", "user", "system", "user")]
+"""Messages that show whether a template allows a later system message."""
 
 
 class _Raised(TemplateError):
@@ -82,6 +87,20 @@ def _environment(now: Callable[[], datetime]) -> Environment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: now().strftime(form)
     return environment
+
+
+def _allows_late_system(source: str) -> bool:
+    """Return whether a template renders a system message after the beginning.
+
+    The decision is vLLM's, so that prompts are equal: without the additions of transformers, so that templates that
+    need these on such messages do not allow it either.
+    """
+    try:
+        template = Environment([jinja2.ext.loopcontrols], {}).guarded(source)
+        _run(template, {"messages": _LATE_SYSTEM, "add_generation_prompt": False, "range": _bounded_range()})
+    except (CallError, TemplateSyntaxError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +160,22 @@ class ChatTemplate:
         template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        merges_system: bool = False,
     ) -> str:
         """Return the text of the prompt, special tokens included.
 
         `tools`: None and an empty list are equivalent. Documents are the template argument of that name.
-        `continue_final_message`: leave the last message open; no generation prompt is added then. Raises CallError:
-        INVALID_FIELD on `messages` with the error text of the template, or UNSUPPORTED_FEATURE if the model has no
-        usable template.
+        `continue_final_message`: leave the last message open; no generation prompt is added then.
+        `merges_system`: merge later system messages into the first one, if the model has a template that does not
+        allow them. Raises CallError: INVALID_FIELD on `messages` with the error text of the template, or
+        UNSUPPORTED_FEATURE if the model has no usable template.
         """
         if not messages:
             raise invalid("messages", "at least one message is needed")
         tools = list(tools) if tools else None
         compiled = self._template(self._name_for(tools))
+        if merges_system and _has_late_system(messages) and not self._allows_late_system:
+            messages = merged_system(messages)
         messages = conversation(messages, in_parts=compiled.takes_parts, knows_developer=compiled.knows_developer)
         arguments = dict(_checked(template_kwargs or {}))
         if self._control_tokens is not None:
@@ -172,6 +195,13 @@ class ChatTemplate:
         text = _run(compiled.template, variables)
         return _cut_at_mark(text, messages[-1]["content"]) if continue_final_message else text
 
+    @cached_property
+    def _allows_late_system(self) -> bool:
+        """Whether all templates that render chats allow a system message after the beginning."""
+        return all(
+            _allows_late_system(self._sources[name]) for name in ("default", "tool_use") if name in self._sources
+        )
+
     def _name_for(self, tools: object) -> str:
         if tools is not None and "tool_use" in self._compiled:
             return "tool_use"
@@ -190,6 +220,10 @@ class ChatTemplate:
                 f"the model's chat template does not compile ({compiled}): use Complete with a plain prompt",
             )
         return compiled
+
+
+def _has_late_system(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return any(message["role"] == "system" for message in messages[1:])
 
 
 def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -172,6 +172,7 @@ class TextModel:
         template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
+        merges_system: bool = False,
     ) -> list[int]:
         """Render messages with the chat template and tokenize the result. Raises CallError as ChatTemplate.render
         does."""
@@ -181,6 +182,7 @@ class TextModel:
             template_kwargs=template_kwargs,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
+            merges_system=merges_system,
         )
         return self._encode(text, "messages", add_special_tokens=False)
 
@@ -192,6 +194,7 @@ class TextModel:
         template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
+        merges_system: bool = False,
     ) -> str:
         """Render messages with the chat template. Returns the text that encode_chat tokenizes."""
         return self._template.render(
@@ -200,6 +203,7 @@ class TextModel:
             template_kwargs=template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            merges_system=merges_system,
         )
 
     def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH, cache_salt: str = "") -> array[int]:

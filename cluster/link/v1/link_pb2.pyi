@@ -39,6 +39,7 @@ class WorkerTurn(_message.Message):
     SEQ_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
     ENGINE_ENDED_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_FIELD_NUMBER: _builtins.int
     acked_seq: _builtins.int
     """Sequence number of the last GatewayTurn applied."""
     seq: _builtins.int
@@ -69,6 +70,8 @@ class WorkerTurn(_message.Message):
     def elsewhere(self) -> _containers.RepeatedCompositeFieldContainer[Global___Elsewhere]: ...
     @_builtins.property
     def work(self) -> Global___Work: ...
+    @_builtins.property
+    def kv_blocks(self) -> Global___KvBlocks: ...
     def __init__(
         self,
         *,
@@ -86,14 +89,45 @@ class WorkerTurn(_message.Message):
         seq: _builtins.int = ...,
         work: Global___Work | None = ...,
         engine_ended: _builtins.str = ...,
+        kv_blocks: Global___KvBlocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "hello", b"hello", "load", b"load", "served", b"served", "standing", b"standing", "step", b"step", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "hello", b"hello", "kv_blocks", b"kv_blocks", "load", b"load", "served", b"served", "standing", b"standing", "step", b"step", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "elsewhere", b"elsewhere", "engine_ended", b"engine_ended", "hello", b"hello", "load", b"load", "refused", b"refused", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "elsewhere", b"elsewhere", "engine_ended", b"engine_ended", "hello", b"hello", "kv_blocks", b"kv_blocks", "load", b"load", "refused", b"refused", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerTurn: _TypeAlias = WorkerTurn  # noqa: Y015
+
+@_typing.final
+class KvBlocks(_message.Message):
+    """Which KV blocks the engine has stored and removed, as packed little-endian 64-bit prefix hashes. Sent only by a worker
+    with the capability `kv_events:v1`, on a new link for all blocks.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IS_RESET_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    is_reset: _builtins.bool
+    """The worker holds the stored blocks of this message, and none of those that were reported before."""
+    stored: _builtins.bytes
+    removed: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        is_reset: _builtins.bool = ...,
+        stored: _builtins.bytes = ...,
+        removed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_reset", b"is_reset", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvBlocks: _TypeAlias = KvBlocks  # noqa: Y015
 
 @_typing.final
 class Work(_message.Message):

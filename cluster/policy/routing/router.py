@@ -12,8 +12,8 @@ Source: the filter-scorer-picker pipeline of Kubernetes' scheduler and of the Ga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cluster.api.types import CompatibilityKey
 
@@ -56,6 +56,8 @@ class Candidate:
     """Number of tokens in a KV block of the worker's engine."""
     parses_tools: bool = False
     """Whether the worker has a parser for tool calls."""
+    last_sent: float = 0.0
+    """Time of the last sequence that this gateway has sent to the worker, in monotonic seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ class RouteCall:
     new call. `excluded`: incarnations to which the call must not be sent. `versions`: versions on which a new call may
     begin; empty means any version. `cached_on`: incarnation that probably still holds the KV blocks of a resumed call,
     or "". `uncached_there`: number of tokens to compute on `cached_on`. `needs_tools`: whether the worker must have a
-    parser for tool calls.
+    parser for tool calls. `cached`: number of leading tokens of a new call that workers hold in their KV caches, by
+    worker id.
     """
 
     model: str
@@ -81,6 +84,7 @@ class RouteCall:
     cached_on: str = ""
     uncached_there: int = 0
     needs_tools: bool = False
+    cached: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,8 @@ class Score:
 class RoutingDecision:
     """Result of routing: the chosen worker, or None, and the reason.
 
-    `reason` is one of a few words, used as a metric label. With a worker the reason is least_loaded or only_choice.
+    `reason` is one of a few words, used as a metric label. With a worker the reason is least_loaded, cached_prefix or
+    only_choice.
     Without a worker the reason is no_worker, kept_free, or the reason of the last filter in FILTERS that dropped a
     candidate.
     """
@@ -182,6 +187,11 @@ def _prefill(_: RouteCall, c: Candidate) -> float:
     return 1.0 / (1.0 + c.prefill_tokens / PREFILL_TOKENS)
 
 
+def _cached(call: RouteCall, c: Candidate) -> float:
+    saved = call.cached.get(c.worker_id, 0)
+    return saved / (saved + PREFILL_TOKENS)
+
+
 def _replays(_: RouteCall, c: Candidate) -> float:
     return 1.0 - min(c.resumed_prefill / c.prefill_budget, 1.0) if c.prefill_budget else 0.0
 
@@ -206,7 +216,8 @@ def needs_parser(needs_tools: bool, candidates: Iterable[Candidate]) -> bool:
 
 
 PREFILL_TOKENS = 2048
-"""Number of prompt tokens without output that score as badly as one call in the queue of the engine."""
+"""Number of prompt tokens without output that score as badly as one call in the queue of the engine, and number of
+cached tokens that score half."""
 
 
 FILTERS = (
@@ -233,6 +244,11 @@ SCORERS = (
 """Scorers for the least load: the free share of sequences, the free share of KV memory, the queue of the engine, and
 the prompts that are not computed yet."""
 
+NEW_SCORERS = (*SCORERS, Scorer("cached_prefix", _cached, 3.0))
+"""Scorers for new calls. `cached_prefix` prefers the worker that holds most of the prompt, the more tokens the worker
+saves. Its weight is that of most of the load together: a worker that is full, or whose queue is long, loses the call in
+spite of its blocks."""
+
 ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0), Scorer("kept_blocks", _kept, 16.0))
 """Scorers for resumed calls. `kept_blocks` prefers the worker that holds the KV blocks of the call.
 
@@ -256,26 +272,29 @@ class Router:
     def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
         """Pick the candidate with the best score among the candidates that pass all filters.
 
-        Of candidates with equal scores, the one with more free sequences wins, then the first by worker_id.
+        Of candidates with equal scores, the one with more free sequences wins, then the one that this gateway has sent
+        nothing for the longest time, so that idle workers fill their caches evenly, then the first by worker_id.
         """
         if call.reserved_slots:
             candidates = list(candidates)
             open_to_all = (c for c in candidates if c.model == call.model and not c.draining and not c.retired)
             if sum(c.free_sequences for c in open_to_all) <= call.reserved_slots:
                 return RoutingDecision(None, "kept_free", ())
-        passed: list[tuple[float, int, str, Score]] = []
+        passed: list[tuple[float, int, float, str, Score]] = []
         dropped: list[Score] = []
         for candidate in candidates:
             score = self._score(call, candidate)
             if score.dropped:
                 dropped.append(score)
             else:
-                passed.append((-score.total, -candidate.free_sequences, candidate.worker_id, score))
-        passed.sort(key=lambda entry: entry[:3])
+                order = (-score.total, -candidate.free_sequences, candidate.last_sent, candidate.worker_id)
+                passed.append((*order, score))
+        passed.sort(key=lambda entry: entry[:4])
         dropped.sort(key=lambda score: score.worker_id)
-        scores = (*(entry[3] for entry in passed), *dropped)
+        scores = (*(entry[4] for entry in passed), *dropped)
         if passed:
-            return RoutingDecision(scores[0].worker_id, "least_loaded" if len(passed) > 1 else "only_choice", scores)
+            reason = "cached_prefix" if call.cached.get(scores[0].worker_id) else "least_loaded"
+            return RoutingDecision(scores[0].worker_id, reason if len(passed) > 1 else "only_choice", scores)
         return RoutingDecision(None, self._why_nobody(dropped), scores)
 
     def _score(self, call: RouteCall, candidate: Candidate) -> Score:
@@ -291,13 +310,12 @@ class Router:
         return "no_worker" if furthest == "other_model" else furthest
 
 
-_LEAST_LOADED, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
+_NEW, _ONWARD = Router(scorers=NEW_SCORERS), Router(scorers=ONWARD_SCORERS)
 
 
 def pick(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
     """Pick a worker with the default pipeline for new calls or for resumed calls.
 
-    The pipeline for new calls scores the least load. The pipeline for resumed calls also scores cached blocks and
-    waiting prompts.
+    Both pipelines score the load and cached blocks. The pipeline for resumed calls also scores waiting prompts.
     """
-    return (_LEAST_LOADED if call.compatibility_key is None else _ONWARD).pick(call, candidates)
+    return (_NEW if call.compatibility_key is None else _ONWARD).pick(call, candidates)

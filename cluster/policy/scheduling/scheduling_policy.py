@@ -11,7 +11,7 @@ sequences, each to a compatible worker. The inputs are `now`, in monotonic secon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -42,6 +42,10 @@ class Workers(Protocol):
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker of a model for a sequence that resumes, or None if the worker is not linked."""
+
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """Return how many leading tokens of a new sequence's prompt the workers of a model hold in their KV caches, by
+        worker id. Workers that hold none are left out."""
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""
@@ -143,7 +147,8 @@ class SchedulingPolicy:
         keep_free, versions = self.room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
         candidates = self._workers.candidates(entry.model, now, resumed=False)
         first = frozenset((versions.first,)) if versions.first else versions.all
-        call = RouteCall(entry.model, entry.tokens, keep_free, versions=first)
+        cached = self._workers.cached_tokens(entry.model, entry.call_id)
+        call = RouteCall(entry.model, entry.tokens, keep_free, versions=first, cached=cached)
         if needs_parser(entry.needs_tools, candidates):
             call = replace(call, needs_tools=True)
         decision = pick(call, candidates)

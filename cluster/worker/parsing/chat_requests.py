@@ -110,6 +110,20 @@ def adjust(parser: Any, request: Any) -> None:
         raise WrongRequest("tools", f"no grammar can be made of them: {_short(error)}") from error
     if adjusted is not request:
         raise WrongRequest("tools", "this parser replaces the request, which is not supported")
+    if is_forced(request) and _reads_no_forced_call(parser):
+        raise WrongRequest(
+            "tool_choice", "this model's parser (mistral) does not read a forced call as a call: use tool_choice auto"
+        )
+
+
+def _reads_no_forced_call(parser: Any) -> bool:
+    """Return whether a forced call would be shown as content.
+
+    For a Mistral tokenizer of version 11 or newer in transformers' form, vLLM 0.32 forces a bare JSON array, which its
+    parser reads only with older tokenizers.
+    """
+    inner = getattr(getattr(parser, "_tool_parser", None), "_parser_engine", parser)
+    return getattr(inner, "_is_pre_v11", None) is False
 
 
 def changed_grammar(request: Any, before: Any) -> GrammarText | None:

@@ -101,7 +101,7 @@ def test_both_apis_make_the_same_request() -> None:
     assert [call["function"]["arguments"] for call in calls] == [{"city": "Zürich"}, {}, {}, {}, {}]
     asked = json.loads(small.output.parser_request)
     assert [tool["function"]["name"] for tool in asked["tools"]] == ["weather", "noop"]
-    assert asked["tool_calls_before"] == len(ARGUMENTS)
+    assert small.output.tool_calls_before == len(ARGUMENTS)
     assert small.options.max_reasoning_tokens == 7
 
 

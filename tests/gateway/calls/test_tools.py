@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.calls.request import ChatPrompt
+from cluster.gateway.calls.tool_call_ids import numbered_id
 from cluster.gateway.calls.tools import (
     MAX_TOOL_DEPTH,
     MAX_TOOLS,
@@ -23,6 +24,7 @@ from cluster.gateway.calls.tools import (
     output_options,
     parser_request,
     template_arguments,
+    tool_calls_of,
 )
 
 JSON = st.recursive(
@@ -150,7 +152,6 @@ def test_the_parser_request_is_json_with_the_fields(tools: list[Any], argument: 
         parallel_tool_calls=False,
         template_kwargs={"x": argument},
         reasoning_effort="low",
-        tool_calls_before=3,
     )
     fields = json.loads(text)
     assert fields.pop("tools", []) == tools
@@ -160,7 +161,6 @@ def test_the_parser_request_is_json_with_the_fields(tools: list[Any], argument: 
         "tool_choice": named_choice("f"),
         "parallel_tool_calls": False,
         "reasoning_effort": "low",
-        "tool_calls_before": 3,
     }
 
 
@@ -192,4 +192,21 @@ def test_only_a_call_that_may_call_tools_needs_a_parser(tools: list[Any], choice
     ]
     options = output_options(ChatPrompt(messages, tools=tools), choice, is_whole=True)
     assert (options.needs_tools, options.is_whole) == (needs, True)
-    assert json.loads(options.parser_request)["tool_calls_before"] == 2
+    assert options.tool_calls_before == 2
+
+
+@pytest.mark.slow
+def test_kimis_ids_are_vllms() -> None:
+    """The ids of Kimi's tool calls, and the count of the calls before them, are those of vLLM's server."""
+    from vllm.parser.utils import count_chat_history_tool_calls
+    from vllm.renderers.chat_utils import make_tool_call_id
+
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    messages: list[Any] = [
+        {"role": "assistant", "content": "", "tool_calls": [call, call]},
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+        {"role": "assistant", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    assert tool_calls_of(messages) == count_chat_history_tool_calls(messages) == 3
+    assert numbered_id("f.g", 3) == make_tool_call_id("kimi_k2", "f.g", 3)

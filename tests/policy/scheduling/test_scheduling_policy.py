@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -30,6 +30,7 @@ class Fleet:
 
     workers: dict[str, Candidate] = field(default_factory=dict)
     replaced: set[CompatibilityKey | None] = field(default_factory=set)
+    cached: dict[str, dict[str, int]] = field(default_factory=dict)
     broken: bool = False
 
     def add(self, name: str, free: int = 1, key: CompatibilityKey = KEYS[0], version: str = "") -> None:
@@ -56,6 +57,10 @@ class Fleet:
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """See Workers."""
         return self.workers.get(incarnation)
+
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """See Workers."""
+        return self.cached.get(key, {})
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""

@@ -14,12 +14,14 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 
 from cluster.api.outcomes import Outcome
-from cluster.api.ports import Engine, EngineRefused
+from cluster.api.ports import Engine, EngineRefused, KvEventSource
 from cluster.api.types import (
+    KV_EVENTS,
     RESUME_PLAIN,
     EngineInfo,
     EngineRequest,
@@ -29,6 +31,8 @@ from cluster.api.types import (
     Sampling,
     TokenOutput,
 )
+from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
+from cluster.worker.kv_events.mirror import KvMirror
 
 MAX_PLACES = 16
 CUTS = 28
@@ -104,6 +108,8 @@ class Subject:
     token_lo: int
     token_hi: int
     deadline_s: float = 60.0
+    kv_events: KvEventSource | None = None
+    """The source of the engine's KV events, if it is not the engine."""
 
     @property
     def resumes_seeds(self) -> bool:
@@ -218,8 +224,45 @@ def request(prompt: Sequence[int], max_tokens: int = 6, **changes: object) -> En
     )
 
 
+def prefixes(subject: Subject, token_ids: Sequence[int], salt: str) -> list[int]:
+    """Return the prefix hashes of the whole blocks of tokens."""
+    return list(map(int, prefix_hashes(token_ids, subject.info.block_size, seed_of(salt))))
+
+
 class EngineContract:
     """The rules that every engine must keep. Each test checks one rule."""
+
+    async def test_kv_events_predict_the_cached_tokens(self, engine: Subject) -> None:
+        """A mirror of the engine's KV events knows for each prompt how many tokens are cached under its salt."""
+        assert KV_EVENTS in engine.info.capabilities
+        size, source = engine.info.block_size, engine.kv_events or cast(KvEventSource, engine.engine)
+        mirror, driver = KvMirror(size), Driver(engine)
+
+        async def follow() -> None:
+            while True:
+                mirror.apply(await source.kv_events())
+
+        def held() -> set[int]:
+            return set(map(int, mirror.snapshot().stored))
+
+        following = asyncio.create_task(follow())
+        await asyncio.sleep(0)  # the task subscribes before the first request
+        try:
+            one, two = engine.prompt(71, 3 * size + 5), engine.prompt(72, 2 * size)
+            prompts = [one, two, one, (*one[: 2 * size], *two), one[: 2 * size], (*one[: 2 * size], *two, *one), two]
+            for number, prompt in enumerate([*prompts, *prompts]):
+                salt = f"kv-{number // len(prompts)}"
+                hashes = prefixes(engine, prompt[:-1], salt)
+                predicted = next((at for at, value in enumerate(hashes) if value not in held()), len(hashes)) * size
+                (answer,) = await driver.run(request(prompt, max_tokens=size, cache_salt=salt))
+                assert (number, answer.outputs[0].cached_tokens) == (number, predicted)
+                computed = prefixes(engine, (*prompt, *answer.token_ids[:-1]), salt)
+                async with asyncio.timeout(engine.deadline_s):
+                    while not held().issuperset(computed):  # noqa: ASYNC110 - the events come by themselves
+                        await asyncio.sleep(0.01)
+            assert mirror.ignored == 0
+        finally:
+            following.cancel()
 
     async def test_one_finish_after_max_tokens(self, engine: Subject) -> None:
         """A request without EOS or stop ids gets exactly max_tokens tokens and one finish, LENGTH."""

@@ -40,7 +40,7 @@ async def subject() -> tuple[SimEngine, Driver]:
     """Return a healthy simulated engine, and the driver of the checked engine that wraps it."""
     engine = SimEngine(SMALL, VirtualClock())
     examined = CheckedEngine(engine, node="n1")
-    return engine, Driver(Subject(examined, await examined.start(), 100, 900, deadline_s=5.0))
+    return engine, Driver(Subject(examined, await examined.start(), 100, 900, deadline_s=5.0, kv_events=engine))
 
 
 class TestContract(EngineContract):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from cluster.config.engine import parsers
 from cluster.wire.bundle import Bundle
 from cluster.worker.parsing.families import REASONING, TOOLS, chosen_parsers, family_parsers
 from cluster.worker.parsing.port import ParserNames
+from tests.worker.parsing.formats import FORMATS
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "data" / "chat_templates"
+API = Path(__file__).resolve().parents[3] / "docs" / "api.md"
 
 
 @pytest.mark.parametrize(
@@ -74,3 +77,12 @@ def test_the_capabilities_name_the_parsers() -> None:
     assert ParserNames("hermes", "qwen3").capabilities == ("tools:hermes", "reasoning:qwen3")
     assert ParserNames("", "qwen3").capabilities == ("reasoning:qwen3",)
     assert ParserNames().capabilities == ()
+
+
+@pytest.mark.parametrize(("row", "kind", "least"), [("tool calls", "tools", 15), ("reasoning", "reasoning", 5)])
+def test_the_docs_list_the_tested_parsers(row: str, kind: str, least: int) -> None:
+    """docs/api.md lists exactly the parsers that the laws of test_sessions.py cover and that find their own calls."""
+    (line,) = re.findall(rf"^\| {row} \| (`.*) \|$", API.read_text(), re.MULTILINE)
+    tested = {getattr(form, kind) for form in FORMATS if form.is_right} - {""}
+    assert re.findall(r"`(\w+)`", line) == sorted(tested)
+    assert len(tested) >= least

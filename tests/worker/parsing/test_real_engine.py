@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
-import shutil
-from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cluster.api.output_parts import PartKind
-from cluster.api.types import EngineRequest, FinishReason, Sampling
-from cluster.worker.engine.vllm.engine import VllmEngine
-from cluster.worker.parsing.output_parser import OutputParser
-from tests.worker.engine.conftest import TOKEN_HI, TOKEN_LO, tiny_spec
-from tests.worker.engine.contract import Answer, Driver, Subject
-from tests.worker.parsing.formats import FORMATS, encode, tokenizer_of
+from cluster.api.types import FinishReason, Sampling
+from tests.worker.parsing.formats import FORMATS, encode
 from tests.worker.parsing.hosts import parser_of, request_of
-from tests.worker.parsing.test_output_parser import collect, parts_of, running
+from tests.worker.parsing.real_engines import parsed, started
+from tests.worker.parsing.test_output_parser import running
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -46,58 +39,13 @@ STRICT = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama checkpoint for the tokenizer with the marks of all formats."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    made = Path(shutil.copytree(folder, tmp_path_factory.mktemp("real") / "model"))
-    tokenizer = tokenizer_of(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.15,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(made)
-    return made
-
-
-@contextlib.asynccontextmanager
-async def started(checkpoint: Path) -> AsyncIterator[Driver]:
-    """Start an engine that knows the parser of reasoning."""
-    engine = VllmEngine(tiny_spec(), checkpoint, reasoning_parser=HERMES.reasoning)
-    try:
-        yield Driver(Subject(engine, await engine.start(), TOKEN_LO, TOKEN_HI, 120.0))
-    finally:
-        await engine.close()
-
-
-async def parsed(parser: OutputParser, request: EngineRequest, answer: Answer, emitted: Sequence[int]) -> list[Any]:
-    """Return the parts of an engine's answer to a request."""
-    name = f"{request.request_id}-parts-{len(emitted)}"
-    await parser.open(dataclasses.replace(request, request_id=name, emitted_token_ids=emitted))
-    parser.divert([dataclasses.replace(output, request_id=name) for output in answer.outputs])
-    return parts_of((await collect(parser, {name}))[name])
-
-
 async def test_forced_calls_are_valid_after_the_reasoning_and_resume_exactly(folder: Path, checkpoint: Path) -> None:
     """With tool_choice required and a strict tool, the engine ends its reasoning within the budget, then makes a call
     whose arguments are valid by the schema. A request that is cut continues with the same tokens and parts.
     """
     parser, _ = parser_of(folder, HERMES)
     prompt = encode(folder, "<|im_start|>user\nBook it.<|im_end|>\n<|im_start|>assistant\n<think>\n")
-    async with started(checkpoint) as driver, running(parser):
+    async with started(checkpoint, HERMES.reasoning) as driver, running(parser):
         for seed in range(3):
             sampling = Sampling(max_tokens=400, temperature=1.0, seed=seed, max_reasoning_tokens=BUDGET)
             asked = request_of(

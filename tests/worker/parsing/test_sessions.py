@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -318,6 +319,23 @@ def test_a_forced_call_has_a_grammar_that_begins_after_the_reasoning(folder: Pat
     hidden = opening(prompt_ids(folder, form), tool_choice="required", include_reasoning=False)
     assert kit.open(hidden)[1].reasoning_ended is True
     assert kit.open(opening(thought))[1] == wire.Opened(1)
+
+
+def test_mistrals_parser_makes_no_lark_grammar(folder: Path) -> None:
+    """With the parser of Mistral's models and a tokenizer of theirs in transformers' form, a call may be chosen freely,
+    without a grammar in Lark, and a forced call, which would be shown as content, is refused."""
+    form = next(form for form in FORMATS if form.name == "mistral")
+    kit = kit_for(folder, form)
+    session, opened = kit.open(opening_for(form, [1]))
+    assert session is not None
+    assert opened.grammar is None
+    schema = wire.GrammarText("json_schema", '{"type": "object"}')
+    message = msgspec.structs.replace(opening_for(form, [1], tool_choice="none", tools=[]), grammar=schema)
+    assert kit.open(message)[1].grammar is None, "the caller's grammar stays"
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        session, opened = kit.open(opening_for(form, [1], tool_choice=choice))
+        assert session is None
+        assert (opened.field, "use tool_choice auto" in opened.error) == ("tool_choice", True)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.models import KnownModel
 
-ToolId = Callable[[int], str]
-"""Function that returns the shown id of a tool call. The argument is the index of the call in the answer."""
+ToolId = Callable[[OutputPart], str]
+"""Function that returns the shown id of a tool call. The argument is the part with the name of the function."""
 
+LIFECYCLE: Final = "active"
+"""The stage that every model of a model list is in."""
 _STOP_REASONS: Final[Mapping[str, str]] = {
     "stop": "end_turn",
     "length": "max_tokens",
@@ -32,7 +34,7 @@ def message_id(call: Call) -> str:
 
 def tool_ids(call: Call) -> ToolId:
     """Return the function for the tool call ids of a call's only choice."""
-    return lambda index: TOOL_ID_PREFIX + call.tool_call_id(0, index)
+    return lambda part: TOOL_ID_PREFIX + call.tool_call_id(0, part.call, part.text)
 
 
 def parts_of(piece: Piece) -> Sequence[OutputPart]:
@@ -93,7 +95,7 @@ class ContentBlocks:
                 self._add_text("thinking", part.text)
             case PartKind.TOOL_NAME:
                 self._of_call[part.call] = len(self._blocks)
-                self._blocks.append({"type": "tool_use", "id": self._tool_id(part.call), "name": part.text})
+                self._blocks.append({"type": "tool_use", "id": self._tool_id(part), "name": part.text})
                 self._texts.append([])
             case PartKind.TOOL_ARGUMENTS:
                 self._texts[self._of_call[part.call]].append(part.text)
@@ -170,7 +172,7 @@ def model_info(model: KnownModel, created: float) -> dict[str, Any]:
         "id": model.name,
         "display_name": model.name,
         "created_at": datetime.fromtimestamp(int(created), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "lifecycle": "active",
+        "lifecycle": LIFECYCLE,
         "max_input_tokens": model.max_model_len or None,
         "max_tokens": model.max_model_len or None,
     }

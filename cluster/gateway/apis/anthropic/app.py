@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 from urllib.parse import parse_qs
 
-from cluster.api.outcomes import CallError, invalid
+from cluster.api.outcomes import CallError, invalid, quoted
 from cluster.gateway.apis.anthropic import answers
 from cluster.gateway.apis.anthropic.errors import FORM, with_messages_names
 from cluster.gateway.apis.anthropic.stream import MessageEncoder
@@ -32,6 +32,7 @@ VERSION_HEADER: Final = b"anthropic-version"
 MESSAGES: Final = "/v1/messages"
 COUNT_TOKENS: Final = "/v1/messages/count_tokens"
 DEFAULT_PAGE, LARGEST_PAGE = 20, 1000
+LIFECYCLES: Final = ("active", "deprecated", "retired")
 _MAX_QUERY_BYTES: Final = 8192
 _LIMIT_DIGITS: Final = 4
 
@@ -101,8 +102,9 @@ class AnthropicApi:
     # ---- models
 
     async def _models(self, exchange: Exchange) -> None:
-        limit, after, before = _page(exchange.scope.get("query_string", b""))
-        open_models = self._service.directory.open_to(exchange.principal)
+        query = _query(exchange.scope.get("query_string", b""))
+        limit, after, before = _page(query)
+        open_models = self._service.directory.open_to(exchange.principal) if _lists_active(query) else ()
         infos = [answers.model_info(model, self._created) for model in open_models]
         await exchange.respond(200, body(answers.page_of(infos, limit, after, before)))
 
@@ -112,12 +114,25 @@ class AnthropicApi:
         await exchange.respond(200, body(answers.model_info(model, self._created)))
 
 
-def _page(query: bytes) -> tuple[int, str, str]:
-    """Return the size of a page and the ids of the objects next to it, from the query of a list. Raises CallError."""
+def _query(query: bytes) -> Mapping[str, Sequence[str]]:
+    """Return the values in the query of a list, by name. Raises CallError."""
     if len(query) > _MAX_QUERY_BYTES:
         raise invalid("query", f"must not be longer than {_MAX_QUERY_BYTES} bytes")
-    values = parse_qs(query.decode("latin-1"))
-    limit, after, before = (values.get(name, [""])[-1] for name in ("limit", "after_id", "before_id"))
+    return parse_qs(query.decode("latin-1"))
+
+
+def _lists_active(query: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether a list has models whose lifecycle is active, as that of all models here is. Raises CallError."""
+    wanted = [*query.get("lifecycle", ()), *query.get("lifecycle[]", ())]
+    for stage in wanted:
+        if stage not in LIFECYCLES:
+            raise invalid("lifecycle", f"must be one of {', '.join(LIFECYCLES)}; got {quoted(stage)}")
+    return not wanted or answers.LIFECYCLE in wanted
+
+
+def _page(query: Mapping[str, Sequence[str]]) -> tuple[int, str, str]:
+    """Return the size of a page and the ids of the objects next to it, from the query of a list. Raises CallError."""
+    limit, after, before = (query.get(name, [""])[-1] for name in ("limit", "after_id", "before_id"))
     if not limit:
         return DEFAULT_PAGE, after, before
     digits = limit.isascii() and limit.isdigit() and len(limit) <= _LIMIT_DIGITS

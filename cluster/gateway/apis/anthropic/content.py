@@ -141,7 +141,7 @@ class _Conversation:
             text = "\n".join([_text(part) for part in _blocks(block, "content", ("text",))])
         else:
             raise block.wrong("content", "a string or an array of blocks")
-        self.messages.append({"role": "tool", "tool_call_id": tool_id, "content": text})
+        self.messages.append({"role": "tool", "content": text, "tool_call_id": tool_id})
 
     def _add_assistant(self, message: Fields) -> None:
         texts, thinking, calls = [], [], []

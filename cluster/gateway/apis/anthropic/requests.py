@@ -126,6 +126,7 @@ def _chat(body: Fields, *, is_whole: bool) -> tuple[ChatPrompt, OutputOptions]:
         continue_final_message=resumes,
         add_generation_prompt=not resumes,
         tools=tools,
+        merges_system=True,
     )
     output = chat_tools.output_options(
         prompt, choice, parallel_tool_calls=parallel, reasoning_effort=effort, is_whole=is_whole

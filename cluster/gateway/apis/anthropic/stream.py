@@ -92,7 +92,7 @@ class BlockEvents:
         if kind is PartKind.TOOL_NAME:
             self._of_call[part.call] = self._next
             self._last_call, self.last_arguments = part.call, []
-            block = {"type": "tool_use", "id": self._tool_id(part.call), "name": part.text, "input": {}}
+            block = {"type": "tool_use", "id": self._tool_id(part), "name": part.text, "input": {}}
             return self._begin(PartKind.TOOL_ARGUMENTS, block)
         if not part.text:
             return ""

@@ -52,7 +52,8 @@ def message_pb(call: Call, piece: Piece, role: str) -> pb.Message:
         if part.kind is PartKind.REASONING:
             message.reasoning_content += part.text
         elif part.kind is PartKind.TOOL_NAME:
-            message.tool_calls.add(index=part.call, id=call.tool_call_id(piece.index, part.call), name=part.text)
+            tool_id = call.tool_call_id(piece.index, part.call, part.text)
+            message.tool_calls.add(index=part.call, id=tool_id, name=part.text)
         elif part.kind is PartKind.TOOL_ARGUMENTS:
             last = message.tool_calls[-1] if message.tool_calls else None
             if last is None or last.index != part.call:

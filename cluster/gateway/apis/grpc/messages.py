@@ -106,6 +106,8 @@ def _tool_calls(at: str, calls: Sequence[pb.ToolCall]) -> list[dict[str, Any]]:
 
 def tools_of(tools: Sequence[pb.Tool]) -> list[dict[str, Any]]:
     """Return the tools of a request in the form of ChatPrompt.tools. Raises CallError."""
+    if not tools:
+        return []
     check_count("tools", tools, MAX_TOOLS, "tools")
     if (size := sum(len(tool.parameters_json) for tool in tools)) > MAX_TOOLS_BYTES:
         raise invalid("tools", f"have {size} characters of schemas; at most {MAX_TOOLS_BYTES} are allowed: send less")

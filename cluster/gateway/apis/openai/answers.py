@@ -94,7 +94,7 @@ def _tool_calls(call: Call, piece: Piece, *, stream: bool) -> list[dict[str, Any
             continue
         shown = calls.setdefault(part.call, {"index": part.call} if stream else {})
         if part.kind is PartKind.TOOL_NAME:
-            shown |= {"id": call.tool_call_id(piece.index, part.call), "type": "function"}
+            shown |= {"id": call.tool_call_id(piece.index, part.call, part.text), "type": "function"}
             shown["function"] = {"name": part.text, "arguments": ""}
         else:
             function = shown.setdefault("function", {"arguments": ""})

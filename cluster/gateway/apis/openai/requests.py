@@ -76,6 +76,7 @@ _UNSERVED_CHAT: dict[str, tuple[Any, ...]] = _UNSERVED | {
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
+    "moderation": (),
     "return_prompt_text": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),

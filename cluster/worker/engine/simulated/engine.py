@@ -10,7 +10,8 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 
-from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, TokenOutput
+from cluster.api.kv_events import KvEvent
+from cluster.api.types import KV_EVENTS, RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, TokenOutput
 from cluster.worker.engine.simulated.clock import Clock, VirtualClock, WallClock
 from cluster.worker.engine.simulated.config import SCHEME, SimConfig
 from cluster.worker.engine.simulated.faults import EngineFaults, SimFault
@@ -29,6 +30,7 @@ class SimEngine:
         self._config = config
         self._clock: Clock = clock or WallClock()
         self._wake = asyncio.Event()
+        self._has_kv_events = asyncio.Event()
         self._faults = EngineFaults(config.faults, self._wake)
         self._model: SimModel | None = None
         self._plan: StepPlan | None = None
@@ -58,7 +60,7 @@ class SimEngine:
             max_model_len=config.max_model_len,
             vocab_size=config.vocab,
             default_sampling=config.default_sampling,
-            capabilities=(RESUME_EXACT,),
+            capabilities=(RESUME_EXACT, KV_EVENTS),
         )
 
     async def submit(self, request: EngineRequest) -> None:
@@ -96,8 +98,21 @@ class SimEngine:
             outputs = model.complete(plan, self._faults.nan, self._faults.corrupt)
             self._idle = not model.has_work()
             self._pace.step(self._clock.now(), goes_on=not self._idle)
+            if model.kv.events:
+                self._has_kv_events.set()
             if outputs:
                 return outputs
+
+    async def kv_events(self) -> Sequence[KvEvent]:
+        """Wait for events of the KV cache after the first call, and return them."""
+        kv = self._require_model().kv
+        if kv.events is None:
+            kv.events = []
+        while not kv.events:
+            self._has_kv_events.clear()
+            await self._has_kv_events.wait()
+        events, kv.events = kv.events, []
+        return events
 
     def load(self) -> EngineLoad:
         """Return the load; any thread may call this.

@@ -10,7 +10,9 @@ as one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+from cluster.api.kv_events import BlocksRemoved, BlocksStored, KvEvent
 
 
 def chain(parent: int, token_ids: Sequence[int]) -> int:
@@ -30,6 +32,8 @@ class KvCache:
         self._shared: dict[int, int] = {}
         self._idle: dict[int, None] = {}
         self._private = 0
+        self.events: list[KvEvent] | None = None
+        """Events since the caller last emptied the list; None while they are not recorded."""
 
     @property
     def used(self) -> int:
@@ -72,18 +76,24 @@ class KvCache:
         if count > self.free:
             return False
         self._private += count
+        evicted = []
         while self.used + len(self._idle) > self.blocks:
-            del self._idle[next(iter(self._idle))]
+            evicted.append(next(iter(self._idle)))
+            del self._idle[evicted[-1]]
+        if evicted and self.events is not None:
+            self.events.append(BlocksRemoved(evicted))
         return True
 
-    def commit(self, block: int) -> None:
-        """Turn a private block that is now full into a shared block with this hash."""
+    def commit(self, block: int) -> bool:
+        """Turn a private block that is now full into a shared block with this hash. Returns whether the block was not
+        cached before."""
         self._private -= 1
         if block in self._shared:
             self._shared[block] += 1
-        else:
-            self._idle.pop(block, None)
-            self._shared[block] = 1
+            return False
+        is_new = self._idle.pop(block, self) is self
+        self._shared[block] = 1
+        return is_new
 
     def release(self, hashes: Sequence[int], private: int) -> None:
         """Release held blocks: shared blocks, named by their hashes, and a number of private blocks."""
@@ -103,10 +113,11 @@ class KvCache:
 class SequenceBlocks:
     """The blocks that one sequence holds: leading full blocks, which are shared, and private blocks after them."""
 
-    __slots__ = ("_cache", "_hashes", "_held", "_private", "_root", "_size")
+    __slots__ = ("_cache", "_hashes", "_held", "_private", "_root", "_salt", "_size")
 
-    def __init__(self, cache: KvCache, size: int, root: int) -> None:
-        """Create without blocks. `size`: tokens in a block. `root`: the root hash of the salt."""
+    def __init__(self, cache: KvCache, size: int, root: int, salt: tuple[str, str] = ("", "")) -> None:
+        """Create without blocks. `size`: tokens in a block. `salt`: cache salt and adapter. `root`: their hash."""
+        self._salt = salt
         self._cache = cache
         self._size = size
         self._root = root
@@ -144,11 +155,25 @@ class SequenceBlocks:
         full = end // self._size
         if full > self._held:
             self._hash(tokens, end)
-            for block in self._hashes[self._held : full]:
-                self._cache.commit(block)
+            committed = range(self._held, full)
+            new = [number for number in committed if self._cache.commit(self._hashes[number])]
+            if self._cache.events is not None:
+                self._cache.events += self._stored(tokens, new)
             self._private -= full - self._held
             self._held = full
         return True
+
+    def _stored(self, tokens: Sequence[int], new: Sequence[int]) -> Iterator[BlocksStored]:
+        """Yield the event of each run of blocks that follow each other. `new`: numbers of blocks, in order."""
+        while new:
+            first, count = new[0], 1
+            while count < len(new) and new[count] == first + count:
+                count += 1
+            new = new[count:]
+            end = first + count
+            parent = self._hashes[first - 1] if first else None
+            token_ids = tokens[first * self._size : end * self._size]
+            yield BlocksStored(self._hashes[first:end], parent, token_ids, self._size, *self._salt)
 
     def release(self) -> None:
         """Release all blocks. Idempotent."""

@@ -56,7 +56,8 @@ class SimSequence:
         self.key = (request.priority, arrival)
         self.tokens = [*request.prompt_token_ids, *request.emitted_token_ids]
         self.output_from = len(request.prompt_token_ids)
-        self.blocks = SequenceBlocks(cache, config.block_size, digest64(request.cache_salt, request.adapter))
+        salt = (request.cache_salt, request.adapter)
+        self.blocks = SequenceBlocks(cache, config.block_size, digest64(*salt), salt)
         self.computed = 0
         self.cached_tokens = -1  # -1 until the sequence is first scheduled
         self.first = True  # whether it has had no output

@@ -30,8 +30,11 @@ def on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def engine_arguments(spec: ModelSpec, folder: Path, executor: str, reasoning_parser: str = "") -> Any:
-    """Return vLLM's AsyncEngineArgs for the entry. `executor`, `reasoning_parser`: see VllmEngine.
+def engine_arguments(
+    spec: ModelSpec, folder: Path, executor: str, reasoning_parser: str = "", kv_events: Any = None
+) -> Any:
+    """Return vLLM's AsyncEngineArgs for the entry. `executor`, `reasoning_parser`: see VllmEngine. `kv_events`: vLLM's
+    KVEventsConfig, None for no events.
 
     Raises ValueError for invalid arguments; for an unknown argument the error names `engine.<name>`.
     """
@@ -56,6 +59,7 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str, reasoning_par
         "load_format": spec.load_format,
         "scheduling_policy": "priority",
         "disable_log_stats": False,
+        **({} if kv_events is None else {"kv_events_config": kv_events}),
         **_platform_defaults(spec),
         **{name: value for name, value in spec.engine.items() if name != "structured_outputs_config"},
     }

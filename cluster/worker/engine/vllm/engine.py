@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.api.kv_events import KvEvent
 from cluster.api.ports import EngineDead
 from cluster.api.types import (
+    KV_EVENTS,
     RESUME_EXACT,
     RESUME_PLAIN,
     RESUME_STATE,
@@ -23,7 +26,7 @@ from cluster.api.types import (
 )
 from cluster.worker.engine.processes import end_causes, exit_status, fork_server, sockets, watchdog
 from cluster.worker.engine.processes.starvation import BUSY, Starvation, read_tasks
-from cluster.worker.engine.vllm import arguments, fast_path, repairs, resume
+from cluster.worker.engine.vllm import arguments, fast_path, kv_events, repairs, resume
 from cluster.worker.engine.vllm.cpu import lone_rank
 from cluster.worker.engine.vllm.fast_path import FastPath
 from cluster.worker.engine.vllm.paths import EnginePath, LiveRequest, StepStats
@@ -88,6 +91,7 @@ class VllmEngine:
         self._starvation: Starvation | None = None
         self._notes_name = ""
         self._death_reason = ""
+        self._kv_events: kv_events.KvEventSocket | None = None
 
     def __repr__(self) -> str:
         name = type(self._path).__name__ if self._path else "not started"
@@ -129,7 +133,15 @@ class VllmEngine:
     def _build(self, fast: bool) -> tuple[Any, EnginePath]:
         arguments.prepare_environment(self._spec, self._executor)
         self._has_sockets = sockets.OURS.acquire()
-        args = arguments.engine_arguments(self._spec, self._folder, self._executor, self._reasoning_parser)
+        if self._has_sockets and kv_events.has_events(self._spec):
+            self._kv_events = kv_events.KvEventSocket(Path(os.environ[sockets.ENV]))
+        args = arguments.engine_arguments(
+            self._spec,
+            self._folder,
+            self._executor,
+            self._reasoning_parser,
+            None if self._kv_events is None else self._kv_events.config(),
+        )
         try:
             config = args.create_engine_config()
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
@@ -188,6 +200,7 @@ class VllmEngine:
             capabilities=(
                 *("chat", "complete", "logprobs", "response_format"),
                 _resume_capability(installs, arguments.is_batch_invariant(dtype)),
+                *((KV_EVENTS,) if self._kv_events is not None and cache.enable_prefix_caching else ()),
             ),
         )
 
@@ -275,6 +288,13 @@ class VllmEngine:
                 path.stats.pace.prefilled(computed)
             if outputs:
                 return outputs
+
+    async def kv_events(self) -> Sequence[KvEvent]:
+        """Wait for events of the engine's prefix cache and return them. Without events, wait until cancelled."""
+        if self._kv_events is None:
+            await asyncio.Event().wait()
+            return ()
+        return await self._kv_events.kv_events()
 
     def _finish_prefill(self, record: LiveRequest) -> None:
         if not record.waits:
@@ -369,6 +389,8 @@ class VllmEngine:
         self._release_sockets()
 
     def _release_sockets(self) -> None:
+        if self._kv_events is not None:
+            self._kv_events.close()
         has_sockets, self._has_sockets = self._has_sockets, False
         if has_sockets:
             sockets.OURS.release()

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.worker.engine.vllm.pattern_counts import MAX_READ_COUNT, count_of
+
 MAX_REGEX_POSITIONS = 10_000
 MAX_BOUNDED_STRINGS = 64
 
@@ -20,7 +22,8 @@ _NO_ATOM = frozenset("*+?|")
 
 
 def regex_positions(pattern: str) -> int:
-    """Return the number of positions in a regular expression after its counted repetitions are unrolled.
+    """Return the number of positions in a regular expression after its counted repetitions are unrolled, at most
+    MAX_READ_COUNT for each.
 
     Never raises: the grammar compiler reports bad syntax.
     """
@@ -36,9 +39,10 @@ def regex_positions(pattern: str) -> int:
             last = sums.pop()
             sums[-1] += last
         elif character == "{" and (counted := _COUNTED.match(pattern, at)):
-            times = max(int(counted[1] or 0), int(counted[3] or 0), 1)
-            sums[-1] += last * (times - 1)
-            last *= times
+            times = max(count_of(counted[1]), count_of(counted[3] or "0"), 1)
+            repeated = min(last * times, MAX_READ_COUNT)
+            sums[-1] += max(repeated - last, 0)
+            last = repeated
             at = counted.end() - 1
         elif character not in _NO_ATOM:
             at = _end_of_atom(pattern, at)

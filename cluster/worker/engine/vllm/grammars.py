@@ -10,6 +10,7 @@ from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
 from cluster.api.types import Grammar
 from cluster.worker.engine.vllm.grammar_size import MAX_REGEX_POSITIONS, regex_positions
+from cluster.worker.engine.vllm.pattern_counts import count_problem
 from cluster.worker.engine.vllm.schema_keywords import check_schema
 
 MAX_GRAMMAR_BYTES = 64 * 1024
@@ -84,6 +85,8 @@ def _check_regex(pattern: str) -> None:
     positions = regex_positions(pattern)
     if positions > MAX_REGEX_POSITIONS:
         raise _refused("regex", f"unrolls to {positions} positions, at most {MAX_REGEX_POSITIONS}: repeat fewer times")
+    if problem := count_problem(pattern):
+        raise _refused("regex", f"the expression {problem}")
 
 
 def _check_unicode(kind: str, value: str) -> None:

@@ -10,24 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-MAX_WIDE_COUNT = 128
+from cluster.worker.engine.vllm.pattern_counts import MAX_COUNT_IN_STATES, TOKEN, Counts, TooCostly, count_of
+
+MAX_WIDE_COUNT = MAX_COUNT_IN_STATES
 """Greatest count in an expression that has a class with quotes, backslashes or control characters: xgrammar compiles
 expressions with greater counts to a grammar that produces these characters unescaped."""
-MAX_COUNTED_POSITIONS = 256
-"""Greatest number of positions of a counted group after its repetitions are unrolled."""
-MAX_VARIABLE_POSITIONS = 256
-"""Greatest number of positions under `?` and {m,n} in all. 256 of them compile in 4 s with a vocabulary of 49,000."""
-MAX_COUNTED_VARIABLE_POSITIONS = 32
-"""Greatest number of positions of a counted group with `?` or {m,n} in it: (.?){32} compiles in 2 s, (.?){64} in
-minutes."""
 
-_TOKEN = re.compile(
-    r"(?P<set>\[\^?(?:\\.|[^\]\\])*\])|(?P<count>\{\d+(?:,\d*)?\}|[*+?])|(?P<group>\((?:\?(?:[:=!>(#]|<[=!]|P?<\w+>|.))?)"
-    r"|(?P<escape>\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.))|(?P<other>.)",
-    re.DOTALL,
-)
 _COUNTS = re.compile(r"[{,](\d+)(?=[,}])")
 _MEMBER = re.compile(r"\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\.|.", re.DOTALL)
 _SETS = frozenset("dDwWsS")
@@ -56,7 +45,7 @@ def pattern_problem(pattern: str) -> str:
     """
     try:
         wide = _Reader(pattern).is_wide()
-    except _Refused as refusal:
+    except (_Refused, TooCostly) as refusal:
         return str(refusal)
     if not wide:
         return ""
@@ -65,7 +54,7 @@ def pattern_problem(pattern: str) -> str:
             "has characters outside ASCII beside `.` or a class that includes quotes, backslashes or control "
             "characters, which would be produced unescaped; write these characters as \\uXXXX"
         )
-    if any(int(count) > MAX_WIDE_COUNT for count in _COUNTS.findall(pattern)):
+    if any(count_of(count) > MAX_WIDE_COUNT for count in _COUNTS.findall(pattern)):
         return (
             f"has a count above {MAX_WIDE_COUNT} beside `.` or a class that includes quotes, backslashes or control "
             "characters, which would be produced unescaped; name the characters that are allowed, as in [A-Za-z0-9 ,.]"
@@ -73,27 +62,13 @@ def pattern_problem(pattern: str) -> str:
     return ""
 
 
-@dataclass(slots=True)
-class _Part:
-    """A group or an atom: its positions, and whether `?` or {m,n} is in it."""
-
-    positions: int = 0
-    varies: bool = False
-
-    def add(self, part: _Part) -> None:
-        self.positions += part.positions
-        self.varies |= part.varies
-
-
 class _Reader:
     """One pass over the tokens of an expression."""
 
     def __init__(self, pattern: str) -> None:
-        self._tokens = list(_TOKEN.finditer(pattern))
+        self._tokens = list(TOKEN.finditer(pattern))
         self._wide = False
-        self._open = [_Part()]
-        self._last: _Part | None = None  # what a quantifier would repeat
-        self._variable = 0
+        self._counts = Counts()
 
     def is_wide(self) -> bool:
         """Return whether the expression matches quotes, backslashes or control characters besides others.
@@ -108,56 +83,25 @@ class _Reader:
                 continue
             if kind == "group":
                 self._group(text)
-                self._open.append(_Part())
-                self._last = None
+                self._counts.open()
             elif kind == "other":
                 self._other(text, number)
             else:
                 self._set(text) if kind == "set" else self._escape(text)
-                self._atom()
+                self._counts.atom()
             previous = ""
-        if len(self._open) > 1:
+        if self._counts.depth:
             raise _Refused("has a group that is not closed; close it with `)`")
         return self._wide
 
-    def _atom(self) -> None:
-        self._last = _Part(1)
-        self._open[-1].add(self._last)
-
     def _count(self, text: str, previous: str) -> str:
         """Check a quantifier; return it if `?` may follow to make it lazy."""
-        part, self._last = self._last, None
-        if part is None:
+        if not self._counts.repeats:
             if text == "?" and previous:
                 return ""
             raise _Refused(f"has `{text}` where nothing can be repeated; escape it, or group what it repeats")
-        if text in "*+":
-            return text
-        low, most = _bounds(text)
-        positions = part.positions * most
-        if most > 1 and (part.varies or part.positions > 1):
-            self._counted_group(part, positions)
-        if low != most and most <= MAX_WIDE_COUNT:  # greater counts are compiled to a counter
-            self._variable += positions
-            self._open[-1].varies = True
-        self._open[-1].positions += positions - part.positions
-        if self._variable > MAX_VARIABLE_POSITIONS:
-            raise _Refused(
-                f"has more than {MAX_VARIABLE_POSITIONS} positions under `?` and {{m,n}}, which compiles for minutes; "
-                "use `*` or `+`, or smaller counts"
-            )
+        self._counts.repeat(text)
         return text
-
-    def _counted_group(self, part: _Part, positions: int) -> None:
-        if part.varies and positions > MAX_COUNTED_VARIABLE_POSITIONS:
-            raise _Refused(
-                f"counts a group that has `?` or {{m,n}} in it to more than {MAX_COUNTED_VARIABLE_POSITIONS} "
-                "positions, which compiles for minutes; use `*` or `+` for one of the two"
-            )
-        if positions > MAX_COUNTED_POSITIONS:
-            raise _Refused(
-                f"unrolls a counted group to more than {MAX_COUNTED_POSITIONS} positions; repeat it fewer times"
-            )
 
     def _group(self, text: str) -> None:
         if text in _LOOKS:
@@ -193,34 +137,24 @@ class _Reader:
         if text in _MISPLACED:
             raise _Refused(_MISPLACED[text])
         if text in "^$|":
-            self._last = None
+            self._counts.end_atom()
             if text != "|":
                 self._anchor(text, number)
         elif text == ")":
-            if len(self._open) == 1:
+            if not self._counts.depth:
                 raise _Refused("has a `)` without `(`; escape it as \\)")
-            self._last = self._open.pop()
-            self._open[-1].add(self._last)
+            self._counts.close()
         else:
             self._wide |= text == "."
             if _is_special(ord(text), ord(text)):
                 raise _Refused(_SPECIAL)
-            self._atom()
+            self._counts.atom()
 
     def _anchor(self, text: str, number: int) -> None:
         beside = number - 1 if text == "^" else number + 1
         at_edge = not 0 <= beside < len(self._tokens) or self._tokens[beside].group() == "|"
-        if len(self._open) > 1 or not at_edge:
+        if self._counts.depth or not at_edge:
             raise _Refused(f"has `{text}` inside, where the compiler ignores it; anchor only its beginning and its end")
-
-
-def _bounds(text: str) -> tuple[int, int]:
-    """Return the least and the greatest count of `?` or a counted quantifier; of {m,} the copies that it needs."""
-    if text == "?":
-        return 0, 1
-    low, comma, high = text[1:-1].partition(",")
-    least = int(low)
-    return (least, int(high)) if high else (max(1, least), max(1, least)) if comma else (least, least)
 
 
 _MISPLACED = {

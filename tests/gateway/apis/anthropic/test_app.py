@@ -219,3 +219,14 @@ async def test_models(cluster: TestCluster, checkpoint: Path, bundle: Bundle) ->
     wrong = await fetch(cluster, "/v1/models?limit=0", anthropic_version="2023-06-01")
     assert (wrong.status, wrong.json["error"]["type"]) == (400, "invalid_request_error")
     assert json.loads(wrong.body)["error"]["message"].startswith("limit: ")
+
+
+async def test_models_by_lifecycle(cluster: TestCluster) -> None:
+    """All models are active: a list of other stages is empty. A stage that does not exist is refused by name."""
+    cluster.gateway.worker_events.apply_catalog([CatalogEntry("m0", state=ModelState.LOADING)])
+    async with client(cluster) as ai:
+        assert [model.id async for model in ai.models.list(lifecycle=["retired", "active"])] == ["m0"]
+        assert [model.id async for model in ai.models.list(lifecycle=["deprecated"])] == []
+    wrong = await fetch(cluster, "/v1/models?lifecycle=old", anthropic_version="2023-06-01")
+    assert wrong.status == 400
+    assert wrong.json["error"]["message"].startswith("lifecycle: must be one of active, deprecated, retired; got ")

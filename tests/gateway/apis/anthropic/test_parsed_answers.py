@@ -10,6 +10,8 @@ import anthropic
 import pytest
 
 from cluster.api.output_parts import OutputPart, PartKind
+from cluster.gateway.apis.anthropic.content import chat_messages
+from cluster.gateway.apis.openai.fields import Fields
 from cluster.wire.bundle import Bundle
 from tests.gateway.apis.anthropic.test_app import MESSAGES, client
 from tests.gateway.apis.anthropic.test_stream import events_of, joined
@@ -71,7 +73,26 @@ async def test_thinking_and_tool_calls(tmp_path: Path, bundle: Bundle) -> None:
         assert isinstance(worker.engine, PartsEngine)
         parsing = [request.parsing for request in worker.engine.requests if request.parsing is not None]
         assert [asked.is_whole for asked in parsing] == [True, False, True, False, True]
-        assert [json.loads(asked.request).get("tool_calls_before", 0) for asked in parsing] == [0, 0, 0, 0, 2]
+
+
+async def test_kimis_tool_calls_are_numbered(tmp_path: Path, bundle: Bundle) -> None:
+    """With a parser of Kimi's models, ids of tool calls are numbered over the conversation, after a prefix. The
+    answer can be sent back, and the prompt then has the ids without the prefix."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.add_worker(PartsEngine(SCRIPT, tool_parser="kimi_k2"), bundle, parser=ParsedByEngine())
+        body = message_body(max_tokens=50, tools=TOOLS)
+        for first in (0, 2):
+            expected = [f"toolu_functions.weather:{first}", f"toolu_functions.time:{first + 1}"]
+            whole = (await fetch(cluster, MESSAGES, body)).json
+            streamed = joined(events_of((await fetch(cluster, MESSAGES, {**body, "stream": True})).body))
+            for answer in (whole, streamed):
+                assert [block["id"] for block in answer["content"] if block["type"] == "tool_use"] == expected
+            results = [{"type": "tool_result", "tool_use_id": tool_id, "content": "ok"} for tool_id in expected]
+            turns = [{"role": "assistant", "content": whole["content"]}, {"role": "user", "content": results}]
+            body["messages"] = [*body["messages"], *turns]
+        messages = chat_messages(Fields(body))
+        called = [call["id"] for message in messages for call in message.get("tool_calls", ())]
+        assert called == [f"functions.{name}:{i}" for i, name in enumerate(["weather", "time"] * 2)]
 
 
 def _without_ids(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,9 +24,9 @@ TOOL_NAME, TOOL_ARGUMENTS = PartKind.TOOL_NAME, PartKind.TOOL_ARGUMENTS
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 
-def tool_id(index: int) -> str:
+def tool_id(part: OutputPart) -> str:
     """Return the id of a tool call."""
-    return f"toolu_{index}"
+    return f"toolu_{part.call}"
 
 
 def events_of(stream: bytes) -> list[dict[str, Any]]:

@@ -149,6 +149,7 @@ UNSERVED_CHATS: list[tuple[str, dict[str, Any], str]] = [
     ("a template of one's own", {"chat_template": "{{ x }}"}, "chat_template"),
     ("special tokens", {"skip_special_tokens": False}, "skip_special_tokens"),
     ("old guided decoding", {"guided_json": {}}, "guided_json"),
+    ("moderation", {"moderation": {"model": "m"}}, "moderation"),
     ("structural tag", {"response_format": {"type": "structural_tag"}}, "response_format.type"),
 ]  # fmt: skip
 

@@ -13,7 +13,9 @@ from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.worker.engine.vllm.grammar_size import bounded_strings, regex_positions
 from cluster.worker.engine.vllm.grammars import check_grammar
+from cluster.worker.engine.vllm.pattern_counts import count_problem
 from cluster.worker.engine.vllm.requests import RequestBounds, check, is_heavy, prompt_of, refusal
+from cluster.worker.engine.vllm.schema_patterns import pattern_problem
 
 LIMITS = RequestBounds(max_model_len=64, vocab_size=100, max_logprobs=20)
 PLAIN = EngineRequest("r", (1, 2, 3), Sampling(max_tokens=4))
@@ -236,7 +238,63 @@ def test_expressions_that_are_not_supported_are_called_so(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"[\b]", r"\\b", r"\d+\.\d{2}", "^a|b$", r"[(?=]x", "(?:ab)+", r"[^\]\\]", "[]]", ""]
+    ("pattern", "says"),
+    [
+        ("(.?){64}", "counts a group"),
+        ("(a{0,9}b){40}", "counts a group"),
+        (r"(\w+\s?){64}", "counts a group"),
+        ("(ab){129}", "unrolls a counted group"),
+        ("[a-z]?" * 257, "under `[?]`"),
+        ("((?:a|b)?){0,128}", "counts a group"),
+        (r"(\w+\s*)" * 65, "more than 128 `[*]`"),
+        ("a{" + "9" * 4000 + "}", "positions, at most"),
+        ("(" * 300 + "a" + "{999999999})" * 300, "positions, at most"),
+    ],
+)
+def test_an_expression_that_compiles_for_minutes_is_refused(pattern: str, says: str) -> None:
+    """Counts that the compiler would unroll into too many states are refused with a remedy, alone as in a schema."""
+    schema = json.dumps({"type": "string", "pattern": pattern})
+    for grammar in (Grammar("regex", pattern), Grammar("json_schema", schema)):
+        with pytest.raises(EngineRefused, match=says) as error:
+            check_grammar(grammar)
+        assert len(error.value.message) < 500
+
+
+def test_long_numbers_in_patterns_are_refused() -> None:
+    """A count of so many digits that Python does not read it is refused as any other great count."""
+    for pattern in ("a{" + "9" * 5000 + "}", ".{" + "9" * 5000 + "}", "(" * 5000 + "a" + "{999999999})" * 5000):
+        with pytest.raises(EngineRefused, match="positions"):
+            check_grammar(Grammar("json_schema", json.dumps({"type": "string", "pattern": pattern})))
+
+
+@given(st.text(alphabet="ab()[]{}|*+?\\,019^", max_size=40))
+def test_counts_of_any_text(pattern: str) -> None:
+    """Any text is counted, also if it is no valid expression; in a schema it is refused if it is refused alone."""
+    if problem := count_problem(pattern):
+        assert pattern_problem(pattern)
+        assert "the expression" not in problem
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"[\b]",
+        r"\\b",
+        r"\d+\.\d{2}",
+        "^a|b$",
+        r"[(?=]x",
+        "(?:ab)+",
+        r"[^\]\\]",
+        "[]]",
+        "",
+        r"(?:\d{1,3}\.){3}\d{1,3}",
+        r".{0,500}",
+        "(a{1,8}?){4}",
+        "a++",
+        "[a-z]+" * 128,
+        "a{0000000000012}",
+        r"[\[(]{9,}\)?",
+    ],
 )
 def test_expressions_that_are_supported_pass(pattern: str) -> None:
     """Supported syntax passes, also class members and escaped backslashes that look like unsupported syntax."""

@@ -1,0 +1,38 @@
+"""Events of an engine's prefix cache: which KV blocks it has stored and removed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+BlockId = Hashable
+"""Hash of a block in the engine's own form: bytes or an integer."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksStored:
+    """Blocks that follow each other have been stored. `parent`: the block before the first one; None if the first block
+    begins a prompt. `token_ids`: tokens of all of these blocks. `cache_salt` counts only without a parent; `adapter` is
+    the digest of the adapter, "" for none."""
+
+    blocks: Sequence[BlockId]
+    parent: BlockId | None
+    token_ids: Sequence[int]
+    block_size: int
+    cache_salt: str = ""
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksRemoved:
+    """A copy of each of these blocks has been removed."""
+
+    blocks: Sequence[BlockId]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksCleared:
+    """All blocks have been removed."""
+
+
+KvEvent = BlocksStored | BlocksRemoved | BlocksCleared

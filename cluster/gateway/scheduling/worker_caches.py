@@ -1,0 +1,117 @@
+"""The KV blocks that workers hold, as far as this gateway knows: a cache index for each model.
+
+Workers of one model may have blocks of different sizes. Each size has an index of its own, since prefix hashes depend
+on it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from cluster.api.types import KV_EVENTS, EngineRequest
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.link.v1 import link_pb2 as pb
+
+if TYPE_CHECKING:
+    from cluster.policy.kv_cache.index import CacheIndex
+    from cluster.policy.kv_cache.prefix_hashes import Hashes
+
+EXPECTED_S: Final = 10.0
+"""Seconds for which a worker is expected to hold the blocks of a prompt that was sent to it, unless it reports them."""
+MAX_BLOCKS: Final = 1 << 24
+"""Maximum number of different blocks in an index."""
+MAX_EARLY: Final = 1024
+"""Maximum number of reports that wait for the modules they need, for each worker."""
+SEGMENTS: Final = 16
+"""Number of segments of an index from which departed workers are removed at once."""
+MAX_PROMPTS: Final = 512
+"""Number of prompts whose hashes are remembered while they wait."""
+
+_IndexKey = tuple[str, int]
+
+
+class WorkerCaches:
+    """The cache indexes of one gateway."""
+
+    def __init__(self) -> None:
+        self._indexes: dict[_IndexKey, CacheIndex] = {}
+        self._early: dict[str, list[pb.KvBlocks]] = {}
+        self._hashes: OrderedDict[tuple[str, int], Hashes] = OrderedDict()
+
+    def report(self, link: WorkerLink, message: pb.KvBlocks) -> None:
+        """Apply a worker's report. Raises ValueError for a malformed report."""
+        if KV_EVENTS not in link.info.capabilities:
+            return
+        early = self._early.setdefault(link.name, [])
+        early.append(message)
+        if "numpy" in sys.modules:  # otherwise deferred_imports.py imports it soon, without blocking the event loop
+            del self._early[link.name]
+            for waiting in early:
+                self._apply(link, waiting)
+        elif len(early) > MAX_EARLY:
+            early.clear()
+
+    def _apply(self, link: WorkerLink, message: pb.KvBlocks) -> None:
+        from cluster.policy.kv_cache.index import CacheIndex  # not at the start: deferred_imports.py
+        from cluster.wire.kv_codec import kv_blocks_from_pb
+
+        change, worker = kv_blocks_from_pb(message), link.identity.worker_id
+        key = (link.identity.model, link.info.block_size)
+        index = self._indexes.get(key)
+        if index is None:
+            index = self._indexes[key] = CacheIndex(MAX_BLOCKS, secrets.randbits(64))
+        if change.is_reset:
+            index.add_worker(worker)
+        index.remove(worker, change.removed)
+        index.store(worker, change.stored)
+
+    def forget(self, link: WorkerLink) -> None:
+        """Forget the blocks of a worker whose link has ended."""
+        self._early.pop(link.name, None)
+        key = (link.identity.model, link.info.block_size)
+        if (index := self._indexes.get(key)) is not None:
+            index.remove_worker(link.identity.worker_id)
+            if not index.workers:
+                del self._indexes[key]
+
+    def cached_tokens(self, model: str, key: str, request: EngineRequest) -> Mapping[str, int]:
+        """Return how many leading tokens of a prompt each worker of a model holds; workers that hold none are left out.
+        `key`: key of the sequence. At least the last token of a prompt is always computed."""
+        out: dict[str, int] = {}
+        for (name, block_size), index in self._indexes.items():
+            if name == model and len(request.prompt_token_ids) > block_size:
+                matched = index.match(self._prompt_hashes(key, block_size, request))
+                for worker, blocks in matched.items():
+                    out[worker] = blocks * block_size
+        return out
+
+    def expect(self, link: WorkerLink, key: str, request: EngineRequest, now: float) -> None:
+        """Record that a prompt was sent to a worker, which will soon hold its blocks."""
+        block_size = link.info.block_size
+        index = self._indexes.get((link.identity.model, block_size))
+        if index is not None and len(request.prompt_token_ids) > block_size:
+            hashes = self._prompt_hashes(key, block_size, request)
+            index.expect(link.identity.worker_id, hashes, now + EXPECTED_S)
+            self._hashes.pop((key, block_size), None)
+
+    def maintain(self, now: float) -> None:
+        """Do a part of the indexes' maintenance, about a millisecond for each index with much to do."""
+        for index in self._indexes.values():
+            index.maintain(now, SEGMENTS)
+
+    def _prompt_hashes(self, key: str, block_size: int, request: EngineRequest) -> Hashes:
+        from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of  # not at the start
+
+        known = self._hashes.get((key, block_size))
+        if known is None:
+            ids = request.prompt_token_ids
+            whole = (len(ids) - 1) // block_size * block_size
+            known = prefix_hashes(ids[:whole], block_size, seed_of(request.cache_salt, request.adapter))
+            self._hashes[key, block_size] = known
+            while len(self._hashes) > MAX_PROMPTS:
+                self._hashes.popitem(last=False)
+        return known

@@ -1,0 +1,142 @@
+"""Sets of workers as 64-bit words, so that an array of words tells for each KV block which workers hold it.
+
+A set of up to four workers is its own word: four fields of 16 bits, with the worker's number in 15 of them and one bit
+that says whether the worker is only expected to hold the block soon. Most blocks are held by few workers. A larger set
+has a number in a table, since all blocks of a shared prompt are held by the same workers. Numbers are counted by the
+blocks that use them, and reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint64]
+
+MAX_WORKER: Final = (1 << 14) - 1
+"""Largest worker number. The smallest is 1."""
+_IN_TABLE: Final = 1 << 63
+_FIELDS: Final = 4
+_FIELD: Final = 0xFFFF
+
+Members = tuple[int, int]
+"""Bit masks of the workers that hold a block, and of the workers that are expected to hold it. No worker is in both."""
+
+
+def members_of_word(word: int) -> Members:
+    """Return the workers of a word that is no number of the table."""
+    held = expected = 0
+    while word:
+        field = word & _FIELD
+        if field & 1:
+            expected |= 1 << (field >> 1)
+        else:
+            held |= 1 << (field >> 1)
+        word >>= 16
+    return held, expected
+
+
+class HolderSets:
+    """The sets that are in use, and the changes of many blocks' sets at once."""
+
+    def __init__(self) -> None:
+        self._sets: list[Members] = []
+        self._uses: list[int] = []
+        self._numbers: dict[Members, int] = {}
+        self._unused: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def members(self, word: int) -> Members:
+        """Return the workers of a set."""
+        return self._sets[word - _IN_TABLE] if word >= _IN_TABLE else members_of_word(word)
+
+    def holders(self, word: int) -> int:
+        """Return the bit mask of all workers of a set, the expected ones included."""
+        held, expected = self.members(word)
+        return held | expected
+
+    def add(self, words: Words, worker: int, expected: bool = False) -> Words:
+        """Return the sets with a worker added. An expected worker changes nothing in sets that already have the worker.
+        A worker that holds the blocks is no longer expected to."""
+        bit = 1 << worker
+
+        def added(members: Members) -> Members:
+            held, awaited = members
+            if expected:
+                return (held, awaited) if held & bit else (held, awaited | bit)
+            return held | bit, awaited & ~bit
+
+        return self._changed(words, added)
+
+    def remove(self, words: Words, worker: int, only_expected: bool = False) -> Words:
+        """Return the sets without a worker. `only_expected`: a worker that holds the block stays."""
+        bit = 1 << worker
+
+        def removed(members: Members) -> Members:
+            held, awaited = members
+            return (held if only_expected else held & ~bit), awaited & ~bit
+
+        return self._changed(words, removed)
+
+    def keep(self, words: Words, workers: int) -> Words:
+        """Return the sets without the workers that are not in the bit mask `workers`."""
+        return self._changed(words, lambda members: (members[0] & workers, members[1] & workers))
+
+    def _changed(self, words: Words, change: Callable[[Members], Members]) -> Words:
+        """Apply a change to each set. A batch of blocks mostly has few different sets, and each is changed once."""
+        if len(words) and (words == words[0]).all():
+            return np.full(len(words), self._change(int(words[0]), len(words), change), np.uint64)
+        old, positions, counts = np.unique(words, return_inverse=True, return_counts=True)
+        new = [self._change(word, count, change) for word, count in zip(old.tolist(), counts.tolist(), strict=True)]
+        return np.array(new, np.uint64)[positions]
+
+    def _change(self, word: int, count: int, change: Callable[[Members], Members]) -> int:
+        """Change the set of `count` blocks; return its new word."""
+        before = self.members(word)
+        after = change(before)
+        if after == before:
+            return word
+        new = self._word(after, count)
+        self._release(word, count)
+        return new
+
+    def _word(self, members: Members, count: int) -> int:
+        held, expected = members
+        if (held | expected).bit_count() <= _FIELDS:
+            return _packed(held, expected)
+        number = self._numbers.get(members)
+        if number is None:
+            number = self._unused.pop() if self._unused else len(self._sets)
+            if number == len(self._sets):
+                self._sets.append(members)
+                self._uses.append(0)
+            self._sets[number] = members
+            self._numbers[members] = number
+        self._uses[number] += count
+        return _IN_TABLE + number
+
+    def _release(self, word: int, count: int) -> None:
+        if word < _IN_TABLE:
+            return
+        number = word - _IN_TABLE
+        self._uses[number] -= count
+        if not self._uses[number]:
+            del self._numbers[self._sets[number]]
+            self._sets[number] = (0, 0)
+            self._unused.append(number)
+
+
+def _packed(held: int, expected: int) -> int:
+    word, at, both = 0, 0, held | expected
+    while both:
+        bit = both & -both
+        field = (bit.bit_length() - 1) << 1 | (1 if expected & bit else 0)
+        word |= field << at
+        at += 16
+        both ^= bit
+    return word

@@ -1,0 +1,236 @@
+"""The cache index: which worker holds which KV block, and how much of a prompt each worker holds.
+
+Problem. A worker that holds the beginning of a prompt need not compute it. A gateway learns from the workers' KV events
+which blocks they hold, for up to a thousand workers and ten million pairs of block and worker.
+
+Invariants. An entry that is wrong or missing costs a cache miss and nothing else. Memory is bounded by `max_hashes`. A
+worker that has left matches nothing from that moment; its entries are removed later, one segment at a time. Blocks that
+are being computed are expected: they match until their time has passed or the worker's own event confirms them.
+
+All times are monotonic seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.policy.kv_cache.block_table import BlockTable
+from cluster.policy.kv_cache.holder_sets import MAX_WORKER, HolderSets, Words
+from cluster.policy.kv_cache.prefix_hashes import Hashes
+
+_SHORT: Final = 512
+"""Number of blocks of a prompt up to which each block is looked up."""
+_STRIDE: Final = 16
+_EXPIRED_AT_ONCE: Final = 16
+_BATCH: Final = 1024
+"""Number of hashes that are changed at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Expectation:
+    until: float
+    worker: int
+    hashes: Hashes
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Worker and first block."""
+        return self.worker, int(self.hashes[0])
+
+
+class CacheIndex:
+    """The KV blocks that workers hold, for the workers of one model."""
+
+    def __init__(self, max_hashes: int, multiplier: int) -> None:
+        """`max_hashes`: bound on the number of different blocks. `multiplier`: random number in [0, 2**64)."""
+        self._table = BlockTable(max_hashes, multiplier)
+        self._sets = HolderSets()
+        self._numbers: dict[str, int] = {}
+        self._names: dict[int, str] = {}
+        self._live = 0
+        self._departed = 0
+        self._next_segment: int | None = None
+        self._leaving = 0
+        self._expectations: deque[_Expectation] = deque()
+        self._alike: dict[tuple[int, int], deque[_Expectation]] = {}
+        """The same expectations by worker and first block."""
+
+    def __len__(self) -> int:
+        """Number of different blocks."""
+        return len(self._table)
+
+    @property
+    def workers(self) -> int:
+        """Number of workers."""
+        return len(self._numbers)
+
+    @property
+    def bytes_used(self) -> int:
+        """Approximate size of the index in bytes."""
+        return self._table.bytes_used + 400 * len(self._sets)
+
+    @property
+    def dropped(self) -> int:
+        """Number of blocks for which there was no room."""
+        return self._table.dropped
+
+    def add_worker(self, worker_id: str) -> None:
+        """Add a worker that holds nothing yet. Raises OverflowError if there are more workers than numbers."""
+        self.remove_worker(worker_id)
+        taken = self._live | self._departed | self._leaving | 1
+        for number, _ in self._alike:  # an expectation of a worker that has left must not end one of this worker
+            taken |= 1 << number
+        number = (~taken & (taken + 1)).bit_length() - 1
+        if number > MAX_WORKER:
+            raise OverflowError(f"the cache index has room for {MAX_WORKER} workers")
+        self._numbers[worker_id] = number
+        self._names[number] = worker_id
+        self._live |= 1 << number
+
+    def remove_worker(self, worker_id: str) -> None:
+        """Forget a worker and all of its blocks. Unknown workers are ignored."""
+        number = self._numbers.pop(worker_id, None)
+        if number is None:
+            return
+        del self._names[number]
+        self._live &= ~(1 << number)
+        self._departed |= 1 << number
+
+    def clear(self, worker_id: str) -> None:
+        """Forget all blocks of a worker, which stays."""
+        if worker_id in self._numbers:
+            self.add_worker(worker_id)
+
+    def store(self, worker_id: str, hashes: Hashes) -> None:
+        """Record that a worker holds blocks. Unknown workers are ignored."""
+        number = self._numbers.get(worker_id)
+        if number is not None:
+            self._add(number, hashes, expected=False)
+
+    def remove(self, worker_id: str, hashes: Hashes) -> None:
+        """Record that a worker holds blocks no longer. Unknown workers and blocks are ignored."""
+        number = self._numbers.get(worker_id)
+        if number is not None:
+            self._remove(number, hashes, only_expected=False)
+
+    def expect(self, worker_id: str, hashes: Hashes, until: float) -> None:
+        """Record that a worker will soon hold the first blocks of a prompt: until `until`, unless it reports them.
+        `until` does not decrease from call to call."""
+        number = self._numbers.get(worker_id)
+        if number is not None and len(hashes):
+            self._add(number, hashes, expected=True)
+            expectation = _Expectation(until, number, hashes)
+            self._expectations.append(expectation)
+            self._alike.setdefault(expectation.key, deque()).append(expectation)
+
+    def match(self, hashes: Hashes) -> Mapping[str, int]:
+        """Return the number of leading blocks of a prompt that each worker holds or is expected to hold; workers that
+        hold no first block are left out. `hashes`: the prefix hashes of the prompt."""
+        out: dict[str, int] = {}
+        alive = self._live
+        for start, word in self._runs(hashes):
+            still = alive & self._sets.holders(word) if word else 0
+            if start and still != alive:
+                self._record(out, alive & ~still, start)
+            alive = still
+            if not alive:
+                return out
+        self._record(out, alive if len(hashes) else 0, len(hashes))
+        return out
+
+    def maintain(self, now: float, segments: int = 1) -> bool:
+        """Drop expectations whose time has passed, and the blocks of departed workers in some segments of the table.
+        Returns whether there is more to do now."""
+        due = self._expectations
+        for _ in range(_EXPIRED_AT_ONCE):
+            if not due or due[0].until > now:
+                break
+            self._expire(due.popleft())
+        for _ in range(segments):
+            self._sweep()
+        return bool(due and due[0].until <= now) or self._next_segment is not None or bool(self._departed)
+
+    def _runs(self, hashes: Hashes) -> Iterator[tuple[int, int]]:
+        """Yield each run of blocks with equal words, as its first block and its word, up to the first block that no
+        worker holds."""
+        if not len(hashes):
+            return
+        positions, words = self._sampled(hashes)
+        starts = (words[1:] != words[:-1]).nonzero()[0] + 1
+        yield 0, int(words[0])
+        yield from zip(positions[starts].tolist(), words[starts].tolist(), strict=True)
+
+    def _sampled(self, hashes: Hashes) -> tuple[npt.NDArray[np.int64], Words]:
+        """Return positions of blocks and the words of these blocks, such that the words change nowhere else.
+
+        Of a long prompt, each 16th block is looked up first, up to the first one that no worker holds, and then the
+        blocks between two of them with different words. Blocks between equal words have this word, since an engine
+        evicts the last blocks of a prefix first.
+        """
+        count = len(hashes)
+        if count <= _SHORT:
+            return np.arange(count), self._table.words(hashes)
+        coarse = np.append(np.arange(0, count - 1, _STRIDE), count - 1)
+        words = self._table.words(hashes[coarse])
+        ends = (words == 0).nonzero()[0]
+        if ends.size:
+            coarse, words = coarse[: ends[0] + 1], words[: ends[0] + 1]
+        gaps = (words[1:] != words[:-1]).nonzero()[0]
+        between = (coarse[gaps][:, None] + np.arange(1, _STRIDE)).reshape(-1)
+        between = between[between < np.repeat(coarse[gaps + 1], _STRIDE - 1)]
+        positions = np.concatenate((coarse, between))
+        order = positions.argsort()
+        return positions[order], np.concatenate((words, self._table.words(hashes[between])))[order]
+
+    def _record(self, out: dict[str, int], workers: int, blocks: int) -> None:
+        while workers:
+            bit = workers & -workers
+            out[self._names[bit.bit_length() - 1]] = blocks
+            workers ^= bit
+
+    def _add(self, number: int, hashes: Hashes, expected: bool) -> None:
+        for at in range(0, len(hashes), _BATCH):
+            batch = hashes[at : at + _BATCH]
+            places = self._table.insert(batch)
+            if (places < 0).any():
+                places = places[places >= 0]
+            self._table.set(places, self._sets.add(self._table.get(places), number, expected))
+
+    def _remove(self, number: int, hashes: Hashes, only_expected: bool) -> None:
+        for at in range(0, len(hashes), _BATCH):
+            places = self._table.find(hashes[at : at + _BATCH])
+            places = places[places >= 0]
+            self._table.set(places, self._sets.remove(self._table.get(places), number, only_expected))
+
+    def _expire(self, expectation: _Expectation) -> None:
+        """Remove the expected blocks that no later expectation has. Prompts that share a block share all before it."""
+        others = self._alike[expectation.key]
+        others.popleft()
+        if not others:
+            del self._alike[expectation.key]
+        hashes, shared = expectation.hashes, 0
+        for other in others:
+            if shared == len(hashes):
+                return
+            alike = hashes[: len(other.hashes)] == other.hashes[: len(hashes)]
+            shared = max(shared, len(alike) if alike.all() else int(alike.argmin()))
+        self._remove(expectation.worker, hashes[shared:], only_expected=True)
+
+    def _sweep(self) -> None:
+        """Remove the departed workers from one segment. Their numbers are free after a whole pass."""
+        if self._next_segment is None:
+            if not self._departed:
+                return
+            self._leaving, self._departed, self._next_segment = self._departed, 0, 0
+        places, more = self._table.sweep(self._next_segment)
+        self._table.set(places, self._sets.keep(self._table.get(places), ~self._leaving))
+        if more:
+            self._next_segment += 1
+        else:
+            self._next_segment, self._leaving = None, 0

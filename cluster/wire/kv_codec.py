@@ -1,0 +1,41 @@
+"""Conversion of changes of KV blocks to messages of link.v1 and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from cluster.link.v1 import link_pb2 as pb
+from cluster.policy.kv_cache.changes import KvChange
+from cluster.policy.kv_cache.prefix_hashes import Hashes
+
+MAX_BLOCKS = 8192
+"""Maximum number of blocks in one message, 64 KiB. A large change must not delay tokens."""
+
+
+def kv_blocks_to_pb(change: KvChange) -> Iterator[pb.KvBlocks]:
+    """Yield the messages that have the effect of a change if they are applied in order; at least one."""
+    removed, stored, is_reset = change.removed, change.stored, change.is_reset
+    while True:
+        part = removed[:MAX_BLOCKS]
+        room = MAX_BLOCKS - len(part)
+        yield pb.KvBlocks(is_reset=is_reset, removed=_packed(part), stored=_packed(stored[:room]))
+        removed, stored, is_reset = removed[len(part) :], stored[room:], False
+        if not (len(removed) or len(stored)):
+            return
+
+
+def kv_blocks_from_pb(message: pb.KvBlocks) -> KvChange:
+    """Return the change of one message. Raises ValueError for bytes that are no list of hashes."""
+    return KvChange(message.is_reset, _unpacked(message.stored), _unpacked(message.removed))
+
+
+def _packed(hashes: Hashes) -> bytes:
+    return hashes.astype("<u8", copy=False).tobytes()
+
+
+def _unpacked(data: bytes) -> Hashes:
+    if len(data) > 8 * MAX_BLOCKS:
+        raise ValueError(f"kv_blocks: at most {MAX_BLOCKS} hashes in a message")
+    return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)

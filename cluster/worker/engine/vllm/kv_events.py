@@ -1,0 +1,169 @@
+"""KV events of a vLLM engine, read from the ZeroMQ socket on which its engine core publishes them.
+
+Facts of vLLM 0.32 (`distributed/kv_events.py`, `v1/core/block_pool.py`): batches are numbered from 0; a subscriber that
+is late or slow misses batches and may request the last 10,000 again. `extra_keys` has the cache salt only in the first
+block of a prompt. A hybrid model reports each group of layers; the blocks of full attention alone align with the
+tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from cluster.api.kv_events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
+from cluster.api.types import ModelSpec
+
+log = structlog.get_logger("engine")
+
+REPLAY_S = 5.0
+"""Longest wait, in seconds, for batches that were requested again."""
+MAX_BATCHES = 64
+"""Number of waiting batches that are read at once."""
+_FULL_ATTENTION = (None, "full_attention")
+
+
+def has_events(spec: ModelSpec) -> bool:
+    """Return whether an engine's KV events can be read: it caches prefixes, has one engine core, and the entry does not
+    publish the events elsewhere."""
+    engine: Mapping[str, Any] = spec.engine
+    several = int(engine.get("data_parallel_size") or 1) > 1
+    return engine.get("enable_prefix_caching") is not False and "kv_events_config" not in engine and not several
+
+
+class KvEventSocket:
+    """The subscription to one engine core's KV events. Create before the engine starts."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: private folder for the sockets' files."""
+        name = uuid.uuid4().hex[:12]
+        self._endpoint, self._replay_endpoint = (f"ipc://{folder}/kv-{name}{kind}" for kind in ("", "-replay"))
+        self._next = 0
+        self._groups: set[int | None] = set()
+        self._context: Any = None
+        self._subscriber: Any = None
+        self._decoder: Any = None
+        self._received: list[Sequence[bytes]] = []
+        self._missed: Sequence[bytes] | None = None
+
+    def config(self) -> Any:
+        """Return vLLM's KVEventsConfig, with which the engine core publishes the events here."""
+        from vllm.config import KVEventsConfig
+
+        return KVEventsConfig(
+            enable_kv_cache_events=True,
+            publisher="zmq",
+            endpoint=self._endpoint,
+            replay_endpoint=self._replay_endpoint,
+        )
+
+    async def kv_events(self) -> Sequence[KvEvent]:
+        """Wait for events and return them in order. The first call subscribes."""
+        if self._subscriber is None:
+            self._subscribe()
+        while True:
+            if not self._received:
+                self._received.append(await self._subscriber.recv_multipart())
+            while len(self._received) < MAX_BATCHES and await self._subscriber.poll(0):
+                self._received.append(await self._subscriber.recv_multipart())
+            if (number := _number(self._received[0])) > self._next and self._missed is None:
+                self._missed = await self._replayed(number)
+            missed, received, self._missed, self._received = self._missed, self._received, None, []
+            if events := list(self._in_order(missed or (), received)):
+                return events
+
+    def _subscribe(self) -> None:
+        import msgspec
+        import zmq
+        import zmq.asyncio
+        from vllm.distributed.kv_events import KVEventBatch
+
+        self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
+        self._context = zmq.asyncio.Context()
+        self._subscriber = self._context.socket(zmq.SUB)
+        self._subscriber.set_hwm(0)
+        self._subscriber.subscribe(b"")
+        self._subscriber.connect(self._endpoint)
+
+    def _in_order(self, missed: Sequence[bytes], received: Sequence[Sequence[bytes]]) -> Iterator[KvEvent]:
+        """Yield the events of batches that were requested again, and of the batches received after them."""
+        for payload in missed:
+            yield from self._decoded(payload)
+        for frames in received:
+            if (number := _number(frames)) >= self._next:  # otherwise it was requested again
+                self._next = number + 1
+                yield from self._decoded(frames[2])
+
+    async def _replayed(self, end: int) -> Sequence[bytes]:
+        """Request the batches from the next one up to `end` again. Those that vLLM no longer has are missing."""
+        import zmq
+
+        found: list[bytes] = []
+        socket = self._context.socket(zmq.DEALER)
+        try:
+            socket.connect(self._replay_endpoint)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPLAY_S):
+                    await socket.send_multipart([b"", self._next.to_bytes(8, "big")])
+                    while True:
+                        *_, number, payload = await socket.recv_multipart()
+                        if not self._next <= int.from_bytes(number, "big", signed=True) < end:
+                            break
+                        found.append(payload)
+        finally:
+            socket.close(linger=0)
+        lost = end - self._next - len(found)
+        if lost:
+            log.warning("kv_events_lost", batches=lost)
+        return found
+
+    def _decoded(self, payload: bytes) -> Iterator[KvEvent]:
+        from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+
+        for event in self._decoder.decode(payload).events:
+            if isinstance(event, AllBlocksCleared):
+                yield BlocksCleared()
+            elif isinstance(event, BlockRemoved):
+                if event.group_idx in self._groups:
+                    yield BlocksRemoved(event.block_hashes)
+            elif isinstance(event, BlockStored) and event.kv_cache_spec_kind in _FULL_ATTENTION:
+                self._groups.add(event.group_idx)
+                keys = None if event.extra_keys is None else _prefix_keys(event)
+                if keys is not None or event.extra_keys is None:
+                    salt, adapter = keys or ("", event.lora_name or "")
+                    yield BlocksStored(
+                        event.block_hashes, event.parent_block_hash, event.token_ids, event.block_size, salt, adapter
+                    )
+
+    def close(self) -> None:
+        """End the subscription."""
+        if self._subscriber is not None:
+            self._subscriber.close(linger=0)
+            self._context.term()
+            self._subscriber = None
+
+
+def _number(frames: Sequence[bytes]) -> int:
+    """Return the number of a batch."""
+    return int.from_bytes(frames[1], "big")
+
+
+def _prefix_keys(event: Any) -> tuple[str, str] | None:
+    """Return cache salt and adapter of the first of some stored blocks; None if other things than tokens are in any of
+    the blocks, for example images, so that tokens do not determine them."""
+    adapter = event.lora_name or ""
+    salts = []
+    for keys in event.extra_keys:
+        rest = list(keys or ())
+        if adapter and rest and rest[0] == adapter:
+            del rest[0]
+        if len(rest) > 1 or not all(isinstance(key, str) for key in rest):
+            return None
+        salts.append(rest[0] if rest else "")
+    return (salts[0] if salts else ""), adapter

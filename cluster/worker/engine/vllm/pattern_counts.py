@@ -1,0 +1,167 @@
+"""Bounds on counted repetitions in regular expressions, in JSON schemas and alone.
+
+The grammar compiler unrolls `?` and {m,n} into states, each of which may follow all others before it, and nested counts
+multiply. Such an expression compiles for minutes, or delays the first steps that it constrains, and with them all
+requests of the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MAX_COUNT_IN_STATES = 128
+"""Greatest count that is compiled to states; greater ones are compiled to a counter."""
+MAX_COUNTED_POSITIONS = 256
+"""Greatest number of positions of a counted group after its repetitions are unrolled."""
+MAX_VARIABLE_POSITIONS = 256
+"""Greatest number of positions under `?` and {m,n} in all. 256 of them compile in 4 s with a vocabulary of 49,000."""
+MAX_COUNTED_VARIABLE_POSITIONS = 32
+"""Greatest number of positions of a counted group with `?` or {m,n} in it: (.?){32} compiles in 2 s, (.?){64} in
+minutes."""
+MAX_LOOPS = 128
+"""Greatest number of `*` and `+`. (\\w+\\s*) 64 times in a row compiles in 7 s, 128 times in minutes."""
+
+MAX_READ_COUNT = 10**9
+"""Every greater count in an expression is read as this one."""
+
+TOKEN = re.compile(
+    r"(?P<set>\[\^?(?:\\.|[^\]\\])*\])|(?P<count>\{\d+(?:,\d*)?\}|[*+?])|(?P<group>\((?:\?(?:[:=!>(#]|<[=!]|P?<\w+>|.))?)"
+    r"|(?P<escape>\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.))|(?P<other>.)",
+    re.DOTALL,
+)
+"""The tokens of an expression: classes, quantifiers, beginnings of groups, escapes and other characters."""
+
+
+def count_of(digits: str) -> int:
+    """Return a count, at most MAX_READ_COUNT. Python reads no number of thousands of digits."""
+    digits = digits.lstrip("0") or "0"
+    return int(digits) if len(digits) < 10 else MAX_READ_COUNT
+
+
+class TooCostly(Exception):
+    """The reason for which an expression is refused, with the remedy."""
+
+
+def count_problem(pattern: str) -> str:
+    """Return why an expression costs too much to compile, with the remedy; empty if it does not.
+
+    The reason can be read after "the expression". Syntax is not checked. Time is linear in the expression's length.
+    """
+    counts = Counts()
+    try:
+        for token in TOKEN.finditer(pattern):
+            text, kind = token.group(), token.lastgroup
+            if kind == "count":
+                if counts.repeats:  # else it makes the quantifier before it lazy
+                    counts.repeat(text)
+            elif kind == "group":
+                counts.open()
+            elif text in ("^", "$", "|"):
+                counts.end_atom()
+            elif text == ")":
+                if counts.depth:
+                    counts.close()
+            else:
+                counts.atom()
+    except TooCostly as reason:
+        return str(reason)
+    return ""
+
+
+@dataclass(slots=True)
+class _Part:
+    """A group or an atom: its positions, and whether `?` or {m,n} is in it."""
+
+    positions: int = 0
+    varies: bool = False
+
+    def add(self, part: _Part) -> None:
+        self.positions += part.positions
+        self.varies |= part.varies
+
+
+class Counts:
+    """Counts the positions of an expression while it is read. Methods raise TooCostly."""
+
+    def __init__(self) -> None:
+        self._open = [_Part()]
+        self._last: _Part | None = None  # what a quantifier would repeat
+        self._variable = 0
+        self._loops = 0
+
+    @property
+    def depth(self) -> int:
+        """Number of groups that are open."""
+        return len(self._open) - 1
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the part before can be repeated."""
+        return self._last is not None
+
+    def atom(self) -> None:
+        """Add a character, an escape or a class."""
+        self._last = _Part(1)
+        self._open[-1].add(self._last)
+
+    def end_atom(self) -> None:
+        """Add something that cannot be repeated."""
+        self._last = None
+
+    def open(self) -> None:
+        """Begin a group."""
+        self._open.append(_Part())
+        self._last = None
+
+    def close(self) -> None:
+        """End the innermost group."""
+        self._last = self._open.pop()
+        self._open[-1].add(self._last)
+
+    def repeat(self, text: str) -> None:
+        """Add a quantifier of the part before."""
+        part, self._last = self._last, None
+        if part is None:
+            return
+        if text in "*+":
+            self._loops += 1
+            if self._loops > MAX_LOOPS:
+                raise TooCostly(
+                    f"has more than {MAX_LOOPS} `*` and `+`, which compiles for minutes; "
+                    "group what is alike, as in (?:[a-z]+ )*"
+                )
+            return
+        low, most = _bounds(text)
+        positions = part.positions * most
+        if most > 1 and (part.varies or part.positions > 1):
+            self._counted_group(part, positions)
+        if low != most and most <= MAX_COUNT_IN_STATES:
+            self._variable += positions
+            self._open[-1].varies = True
+        self._open[-1].positions += positions - part.positions
+        if self._variable > MAX_VARIABLE_POSITIONS:
+            raise TooCostly(
+                f"has more than {MAX_VARIABLE_POSITIONS} positions under `?` and {{m,n}}, which compiles for minutes; "
+                "use `*` or `+`, or smaller counts"
+            )
+
+    def _counted_group(self, part: _Part, positions: int) -> None:
+        if part.varies and positions > MAX_COUNTED_VARIABLE_POSITIONS:
+            raise TooCostly(
+                f"counts a group that has `?` or {{m,n}} in it to more than {MAX_COUNTED_VARIABLE_POSITIONS} "
+                "positions, which compiles for minutes; use `*` or `+` for one of the two"
+            )
+        if positions > MAX_COUNTED_POSITIONS:
+            raise TooCostly(
+                f"unrolls a counted group to more than {MAX_COUNTED_POSITIONS} positions; repeat it fewer times"
+            )
+
+
+def _bounds(text: str) -> tuple[int, int]:
+    """Return the least and the greatest count of `?` or a counted quantifier; of {m,} the copies that it needs."""
+    if text == "?":
+        return 0, 1
+    low, comma, high = text[1:-1].partition(",")
+    least = count_of(low)
+    return (least, count_of(high)) if high else (max(1, least), max(1, least)) if comma else (least, least)

@@ -1,0 +1,120 @@
+"""The KV mirror: a list of the KV blocks that an engine holds, kept from the engine's events.
+
+Problem. Gateways route by prefix hashes, and an engine reports its own block hashes, once when a block is stored and
+once when it is removed. No call of the engine lists its blocks, but a new gateway needs all of them.
+
+An engine may hold one block several times, and reports each copy. A block counts as held until the last copy is gone.
+Events that do not fit are counted and otherwise ignored: a wrong mirror costs cache misses, never a wrong answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.api.kv_events import BlockId, BlocksRemoved, BlocksStored, KvEvent
+from cluster.policy.kv_cache.changes import KvChange
+from cluster.policy.kv_cache.prefix_hashes import EMPTY, Prefix, next_prefix, prefix_hashes, seed_of
+
+_SMALL_EVENT = 4
+"""Number of blocks up to which hashing them one by one is faster."""
+
+
+@dataclass(slots=True)
+class _Block:
+    prefix: Prefix
+    seed: int
+    copies: int = 1
+
+
+class KvMirror:
+    """The KV blocks that one engine holds."""
+
+    def __init__(self, block_size: int) -> None:
+        """`block_size`: tokens in a block. Blocks of another size are ignored."""
+        self._block_size = block_size
+        self._blocks: dict[BlockId, _Block] = {}
+        self._changed: dict[int, bool] = {}
+        self._was_cleared = False
+        self.ignored = 0
+        """Number of blocks in events that do not fit: an unknown parent, another size, a removal of an unknown
+        block."""
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def apply(self, events: Iterable[KvEvent]) -> None:
+        """Apply events in the engine's order."""
+        for event in events:
+            if isinstance(event, BlocksStored):
+                self._store(event)
+            elif isinstance(event, BlocksRemoved):
+                self._remove(event)
+            else:
+                self._blocks.clear()
+                self._changed.clear()
+                self._was_cleared = True
+
+    def pop_change(self) -> KvChange:
+        """Return the net change since the last call. A block that came and went in between is in neither list."""
+        changed, was_cleared = self._changed, self._was_cleared
+        self._changed, self._was_cleared = {}, False
+        if was_cleared:
+            return self.snapshot()
+        stored = [value for value, is_held in changed.items() if is_held]
+        removed = [value for value, is_held in changed.items() if not is_held]
+        return KvChange(False, np.array(stored, np.uint64), np.array(removed, np.uint64))
+
+    def snapshot(self) -> KvChange:
+        """Return all blocks that are held, as the change for a gateway that knows none of them."""
+        hashes = np.fromiter((block.prefix.hash for block in self._blocks.values()), np.uint64, len(self._blocks))
+        return KvChange(True, hashes)
+
+    def _store(self, event: BlocksStored) -> None:
+        parent = None if event.parent is None else self._blocks.get(event.parent)
+        count, size = len(event.blocks), self._block_size
+        if (
+            event.block_size != size
+            or len(event.token_ids) != count * size
+            or (event.parent is not None) != bool(parent)
+        ):
+            self.ignored += count
+            return
+        seed = seed_of(event.cache_salt, event.adapter) if parent is None else parent.seed
+        prefix = EMPTY if parent is None else parent.prefix
+        if count <= _SMALL_EVENT:
+            for number, block_id in enumerate(event.blocks):
+                prefix = next_prefix(event.token_ids[number * size : (number + 1) * size], seed, prefix)
+                self._add(block_id, prefix, seed)
+        else:
+            hashes = prefix_hashes(event.token_ids, size, seed, prefix).tolist()
+            for number, block_id in enumerate(event.blocks):
+                self._add(block_id, Prefix(hashes[number], prefix.blocks + number + 1), seed)
+
+    def _add(self, block_id: BlockId, prefix: Prefix, seed: int) -> None:
+        block = self._blocks.get(block_id)
+        if block is not None:
+            block.copies += 1
+            return
+        self._blocks[block_id] = _Block(prefix, seed)
+        self._note(prefix.hash, True)
+
+    def _remove(self, event: BlocksRemoved) -> None:
+        for block_id in event.blocks:
+            block = self._blocks.get(block_id)
+            if block is None:
+                self.ignored += 1
+                continue
+            block.copies -= 1
+            if not block.copies:
+                del self._blocks[block_id]
+                self._note(block.prefix.hash, False)
+
+    def _note(self, value: int, is_held: bool) -> None:
+        """Record that a block came or went; the opposite of an earlier record cancels it."""
+        if self._changed.get(value, is_held) != is_held:
+            del self._changed[value]
+        else:
+            self._changed[value] = is_held

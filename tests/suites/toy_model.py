@@ -1,0 +1,95 @@
+"""An engine that answers the prompts of the client libraries' tests as a model would that follows its instructions.
+
+It reads the prompt as text, as a model does: the tools in the system turn, and the last turn. Its tokens pass through
+vLLM's own parsers in a real worker. See loadtests/agents/scripted.py for the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from loadtests.agents.cases import Call
+from loadtests.agents.formats import BY_NAME
+from loadtests.agents.prepare import BEGIN_TURN, END, script_ids
+from loadtests.agents.scripted import Scripts
+
+FAMILY = BY_NAME["hermes"]
+GREETING = "Hello! I am well, and you? How can I help you today?"
+JOKE = {"setup": "Why do cats sit on keyboards?", "punchline": "To keep an eye on the mouse."}
+THOUGHT = "The user wants me to think first."
+_QUOTED = re.compile(r"'([^']+)'")
+_NUMBER = re.compile(r"-?\d+")
+_TOOL = re.compile(r'\{"type": "function", "function"')
+_DECODER = json.JSONDecoder()
+
+
+def tools_in(prompt: str) -> list[Mapping[str, Any]]:
+    """Return the functions that a prompt offers."""
+    return [_DECODER.raw_decode(prompt, found.start())[0]["function"] for found in _TOOL.finditer(prompt)]
+
+
+def argument(name: str, schema: Mapping[str, Any], text: str) -> Any:
+    """Return the argument of a tool for a user's text: a number or a quotation of the text, else a word."""
+    if schema.get("type") == "integer":
+        numbers = _NUMBER.findall(text)
+        return int(numbers[0]) if numbers else 3
+    quoted = _QUOTED.findall(text)
+    return quoted[0] if quoted else JOKE.get(name, name)
+
+
+def call_for(tools: Sequence[Mapping[str, Any]], text: str) -> Call:
+    """Return the call of the tool whose name is in a user's text, else of the first tool. The longest name counts."""
+    named = sorted((tool for tool in tools if tool["name"] in text), key=lambda tool: len(tool["name"]))
+    tool = named[-1] if named else tools[0]
+    schema = tool.get("parameters") or {}
+    properties = schema.get("properties") or {}
+    required = schema.get("required") or ()
+    return Call(tool["name"], {name: argument(name, properties[name], text) for name in required})
+
+
+def answer_to(prompt: str) -> str:
+    """Return the text that the model generates for a prompt."""
+    if BEGIN_TURN not in prompt:  # of the completions API
+        return GREETING
+    tools = tools_in(prompt)
+    role, _, last = prompt.split(BEGIN_TURN)[-2].removesuffix("\n").partition("\n")
+    text = last.removesuffix(END)
+    thought = THOUGHT if "Think before" in text else ""
+    if tools and role == "user":
+        return FAMILY.answer([call_for(tools, text)], reasoning=thought)
+    if "joke" in text:
+        return FAMILY.answer([], json.dumps(JOKE), reasoning=thought)
+    return FAMILY.answer([], GREETING, reasoning=thought)
+
+
+@dataclass
+class _Answers:
+    """Answers by prompt, made when they are looked up."""
+
+    tokenizer: Tokenizer
+    known: dict[str, Sequence[int]] = field(default_factory=dict)
+
+    def __getitem__(self, prompt: str) -> Sequence[int]:
+        if prompt not in self.known:
+            self.known |= script_ids(self.tokenizer, {prompt: answer_to(prompt)})
+        return self.known[prompt]
+
+
+@dataclass(frozen=True)
+class ToyScripts(Scripts):
+    """Scripts for all prompts. The key of a script is the text of its prompt."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> ToyScripts:
+        """Return the scripts for a tokenizer."""
+        return cls(tokenizer, _Answers(tokenizer))  # type: ignore[arg-type] # of a mapping, only look-ups are used
+
+    def key(self, prompt_token_ids: Sequence[int]) -> str:
+        """Return the text of a prompt."""
+        return str(self.tokenizer.decode(list(prompt_token_ids), skip_special_tokens=False))

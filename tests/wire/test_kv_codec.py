@@ -1,0 +1,44 @@
+"""Tests of the messages for KV blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.link.v1 import link_pb2 as pb
+from cluster.policy.kv_cache.changes import KvChange
+from cluster.wire.kv_codec import MAX_BLOCKS, kv_blocks_from_pb, kv_blocks_to_pb
+
+COUNTS = st.sampled_from((0, 1, 5, MAX_BLOCKS - 1, MAX_BLOCKS, MAX_BLOCKS + 1, 2 * MAX_BLOCKS + 3))
+
+
+def change(is_reset: bool, stored: int, removed: int) -> KvChange:
+    """Return a change with this many blocks."""
+    hashes = np.arange(1 << 60, (1 << 60) + stored + removed, dtype=np.uint64)
+    return KvChange(is_reset, hashes[:stored], hashes[stored:])
+
+
+def applied(held: set[int], parts: list[KvChange]) -> set[int]:
+    """Return the blocks that a gateway knows after it has applied changes in order."""
+    for part in parts:
+        held = (set() if part.is_reset else held) - set(part.removed.tolist()) | set(part.stored.tolist())
+    return held
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.booleans(), COUNTS, COUNTS)
+def test_messages_in_order_have_the_effect_of_the_change(is_reset: bool, stored: int, removed: int) -> None:
+    whole = change(is_reset, stored, removed)
+    messages = list(kv_blocks_to_pb(whole))
+    assert all(len(m.stored) + len(m.removed) <= 8 * MAX_BLOCKS for m in messages)
+    parts = [kv_blocks_from_pb(pb.KvBlocks.FromString(m.SerializeToString())) for m in messages]
+    held = {7, *whole.removed.tolist()}
+    assert applied(held, parts) == applied(held, [whole])
+
+
+@pytest.mark.parametrize("data", [b"1234567", bytes(8 * MAX_BLOCKS + 8)])
+def test_bytes_that_are_no_hashes_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"hashes|multiple"):
+        kv_blocks_from_pb(pb.KvBlocks(stored=data))

@@ -1,0 +1,65 @@
+"""Tests of a worker's reports of its KV blocks to several gateways."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from cluster.api.kv_events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
+from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
+from cluster.wire.kv_codec import kv_blocks_from_pb
+from cluster.wire.outbox import Outbox
+from cluster.worker.kv_events.reports import KvReports
+
+SIZE = 4
+
+
+class Events:
+    """A source of events that a test adds. Implements KvEventSource."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Sequence[KvEvent]] = asyncio.Queue()
+
+    async def kv_events(self) -> Sequence[KvEvent]:
+        """See KvEventSource."""
+        return await self.queue.get()
+
+
+async def known(outbox: Outbox, held: set[int], wanted: set[int]) -> set[int]:
+    """Read an outbox until the gateway that reads it knows the wanted blocks. `held`: what it knows now."""
+    async with asyncio.timeout(10):
+        while held != wanted:
+            message = await outbox.next_message()
+            if message.HasField("kv_blocks"):
+                change = kv_blocks_from_pb(message.kv_blocks)
+                held = (set() if change.is_reset else held) - set(change.removed.tolist()) | set(change.stored.tolist())
+    return held
+
+
+async def test_every_gateway_knows_all_blocks_whenever_it_has_connected() -> None:
+    hashes = list(map(int, prefix_hashes(range(3 * SIZE), SIZE, seed_of(""))))
+    source, early, late = Events(), Outbox(), Outbox()
+    reports = KvReports(source, SIZE)
+    running = asyncio.create_task(reports.run())
+    try:
+        reports.attach(1, early)
+        source.queue.put_nowait([BlocksStored([1, 2], None, range(2 * SIZE), SIZE)])
+        held = await known(early, set(), set(hashes[:2]))
+        reports.attach(2, late)
+        other = await known(late, set(), set(hashes[:2]))
+        source.queue.put_nowait([BlocksStored([3], 2, range(2 * SIZE, 3 * SIZE), SIZE), BlocksRemoved([1])])
+        held, other = await known(early, held, set(hashes[1:])), await known(late, other, set(hashes[1:]))
+        reports.detach(1)
+        source.queue.put_nowait([BlocksCleared()])
+        assert not await known(late, other, set())
+        late.flush()
+        assert not (await late.next_message()).HasField("kv_blocks")
+    finally:
+        running.cancel()
+
+
+async def test_an_engine_without_events_is_not_reported() -> None:
+    outbox = Outbox()
+    KvReports(None, SIZE).attach(1, outbox)
+    outbox.flush()
+    assert not (await outbox.next_message()).HasField("kv_blocks")

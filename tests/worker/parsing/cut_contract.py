@@ -1,0 +1,87 @@
+"""Parsed answers of a real engine, cut after every token. Run these tests only in the environment of
+loadtests.interpreted, on either runner: `make contract-v2` does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from cluster.api.output_parts import PartKind
+from cluster.api.types import Sampling
+from tests.worker.engine.conftest import schedules_asynchronously
+from tests.worker.engine.contract import Driver
+from tests.worker.parsing.formats import FORMATS, Format, encode
+from tests.worker.parsing.hosts import parser_of, request_of
+from tests.worker.parsing.real_engines import parsed, started
+from tests.worker.parsing.test_output_parser import running
+
+BUDGET = 5
+NAMES = ("hermes", "qwen3_coder", "hermes+qwen3", "qwen3_xml+qwen3", "+qwen3", "kimi_k2+kimi_k2")
+"""Parsers of tool calls, of both, and of reasoning alone."""
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "book",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"late": {"type": "boolean"}, "stars": {"enum": [3, 4]}},
+            "required": ["late", "stars"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def format_of(name: str) -> Format:
+    """Return the format of a pair of parsers."""
+    if name.startswith("+"):
+        whole = next(form for form in FORMATS if form.name == f"hermes{name}")
+        return dataclasses.replace(whole, tools="")
+    return next(form for form in FORMATS if form.name == name)
+
+
+async def cut_everywhere(driver: Driver, folder: Path, form: Format, seed: int) -> set[PartKind]:
+    """Resume a parsed answer after each of its tokens, and compare tokens and parts with those of the answer that was
+    not cut. Returns the kinds of its parts."""
+    parser, _ = parser_of(folder, form)
+    prompt = encode(folder, "<|im_start|>user\nBook it.<|im_end|>\n<|im_start|>assistant\n")
+    prompt += encode(folder, "<think>\n") if form.reasoning else []
+    calls = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+    budget = BUDGET if form.reasoning else None
+    sampling = Sampling(max_tokens=80 if form.tools else 24, temperature=1.0, seed=seed, max_reasoning_tokens=budget)
+    changes = calls if form.tools else {"tools": [], "tool_choice": "none"}
+    async with running(parser):
+        asked = request_of(form, f"{form.name}-{seed}", prompt, sampling=sampling, **changes)
+        request = await parser.open(asked)
+        parser.close(request.request_id)
+        (whole,) = await driver.run(request)
+        parts = await parsed(parser, asked, whole, ())
+        cuts = range(1, len(whole.token_ids))
+        rests = [
+            dataclasses.replace(
+                request, request_id=f"{request.request_id}-{cut}", emitted_token_ids=whole.token_ids[:cut]
+            )
+            for cut in cuts
+        ]
+        for cut, rest in zip(cuts, await driver.run(*rests), strict=True):
+            emitted = whole.token_ids[:cut]
+            assert (*emitted, *rest.token_ids) == whole.token_ids, (form.name, cut)
+            assert await parsed(parser, asked, rest, emitted) == parts, (form.name, cut)
+    return {PartKind(part[0]) for part in parts}
+
+
+@pytest.mark.parametrize("reasoning", sorted({name.partition("+")[2] for name in NAMES}))
+async def test_a_parsed_answer_that_is_cut_anywhere_ends_alike(reasoning: str, folder: Path, checkpoint: Path) -> None:
+    """A stream that is cut after any of its tokens and resumed has the tokens and the parts of a stream that is not:
+    with a forced call, with reasoning before it, and with reasoning alone."""
+    async with started(checkpoint, reasoning, deadline_s=600.0) as driver:
+        assert schedules_asynchronously(driver.subject)
+        for form in map(format_of, NAMES):
+            if form.reasoning == reasoning:
+                kinds = await cut_everywhere(driver, folder, form, seed=len(form.name))
+                assert (PartKind.TOOL_ARGUMENTS in kinds) == bool(form.tools), form.name
+                assert (PartKind.REASONING in kinds) == bool(reasoning), form.name
+        await driver.empty()
