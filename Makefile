@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents gpu-report triton suites client-suites contract-v2 killers gpu-contract window clean clean-all
+.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton suites client-suites contract-v2 killers gpu-contract window clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -108,6 +108,15 @@ bench-peers: setup ## the environment .venv-peers, for the scenarios that run be
 bench-agents: setup ## BFCL's cases (PyPI's bfcl-eval, Apache 2.0), in .bfcl beside the environment, for the scenario agents
 	@[ -d .bfcl/bfcl_eval ] || $(VENV)/uv pip install --quiet --no-deps --require-hashes --target .bfcl -r requirements/bfcl.txt
 
+bench-clients: setup ## the environment .venv-clients (1.4 GB): clients from PyPI and npm for the scenario agents, with a Node.js of their own
+	$(VENV)/uv venv --quiet --allow-existing --python $(VENV)/python .venv-clients
+	$(VENV)/uv pip sync --quiet --python .venv-clients/bin/python requirements/clients.txt
+	cp loadtests/agents/client_programs/package.json loadtests/agents/client_programs/package-lock.json .venv-clients
+	@# not `npm ci`: it wants the optional packages of all platforms in the lock file, and the lock file has those of Linux on x86
+	PATH="$$PWD/.venv-clients/bin:$$PATH" npm install --prefix .venv-clients --ignore-scripts --no-audit --no-fund --loglevel error
+	cd .venv-clients/node_modules/opencode-ai && ../../bin/node postinstall.mjs # puts its binary, another npm package, where it looks for it
+	@echo "clients are in .venv-clients; try: make bench SCENARIO=agents ARGS='--only clients'"
+
 gpu-report: ## peers with a real model on this machine's GPUs, as Markdown (MODEL=folder-or-id REPORT=docs/x.md)
 	@[ -x $(VENV)/python ] || { echo "no $(VENV): make one with the gpu extra, pip install -e '.[gpu,bench]'"; exit 2; }
 	HF_HUB_OFFLINE=$(HUB_OFFLINE) $(VENV)/python -m loadtests.gpu_report $(MODEL) $(if $(REPORT),--out $(REPORT)) $(ARGS)
@@ -117,4 +126,4 @@ clean: ## remove caches and what was built
 	find cluster tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## remove the environment too
-	rm -rf .venv .triton .window .bfcl .suites *.egg-info
+	rm -rf .venv .venv-clients .triton .window .bfcl .suites *.egg-info

@@ -32,7 +32,7 @@ SCENARIOS = {
     "faults": "thousands of faults, recovery, overload and a soak: the effect on callers",
     "hosts": "the rendered chart on network namespaces as hosts: kills, cuts and rolls under load (root)",
     "hostile": "attacks by anonymous clients, tenants and routine procedures: the effect on everyone else",
-    "agents": "tool calls and reasoning in ten formats beside vLLM's own server, on BFCL's cases",
+    "agents": "tool calls and reasoning in ten formats beside vLLM's own server; real clients while workers die",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 OK, PARTIAL, USAGE = 0, 1, 2
@@ -76,6 +76,10 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "agents":
             subparser.add_argument("--cases", type=positive, help="number of BFCL's cases (default all 1040)")
+            subparser.add_argument(
+                "--client", action="append", default=[], metavar="NAME",
+                help="run only this client in the part clients; may be repeated",
+            )  # fmt: skip
         if name == "hosts":
             subparser.add_argument(
                 "--speed", type=positive, help="factor by which streams are shorter (default 1: 5 to 120 s)"
@@ -111,6 +115,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
         speed=getattr(arguments, "speed", None),
         against=getattr(arguments, "against", None),
         cases=getattr(arguments, "cases", None),
+        clients=tuple(getattr(arguments, "client", ())),
     )
     report.peers = options.peers
     scenario = importlib.import_module(f"loadtests.scenarios.{arguments.scenario}")

@@ -7,7 +7,7 @@
 # ray.txt: additional dependencies of the controller.
 # tools.txt: the installers that `make setup` uses. build.txt: the build requirements of our own package.
 # triton.txt: Triton for tests of the V2 model runner. window-*.txt: other releases of vLLM, for `make window`.
-# bfcl.txt: BFCL's cases for the scenario agents of the load tests.
+# bfcl.txt: BFCL's cases for the scenario agents of the load tests. clients.txt: the clients that it runs.
 # suites.txt: the client libraries with their own test suites, for `make client-suites`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +18,7 @@ compile=(.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no
 "${compile[@]}" --constraints requirements/cpu.txt pyproject.toml --output-file requirements/base.txt
 "${compile[@]}" --constraints requirements/cpu.txt requirements/ray.in --output-file requirements/ray.txt
 "${compile[@]}" "$@" requirements/peers.in --output-file requirements/peers.txt
+"${compile[@]}" "$@" requirements/clients.in --output-file requirements/clients.txt
 "${compile[@]}" "$@" requirements/suites.in --output-file requirements/suites.txt
 "${compile[@]}" --no-deps requirements/tools.in --output-file requirements/tools.txt
 for name in triton bfcl window-0.31 window-0.33; do

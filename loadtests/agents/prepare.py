@@ -27,7 +27,7 @@ def base_tokenizer() -> Tokenizer:
     return tokenizer_kinds.llama3(checkpoints.VOCAB_SIZES["llama"])[0]
 
 
-def write_model(family: Family, folder: Path) -> Tokenizer:
+def write_model(family: Family, folder: Path, max_model_tokens: int = MAX_MODEL_TOKENS) -> Tokenizer:
     """Write tokenizer, chat template and config.json of a family; return the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = base_tokenizer()
@@ -42,7 +42,7 @@ def write_model(family: Family, folder: Path) -> Tokenizer:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
         "pad_token": END,
-        "model_max_length": MAX_MODEL_TOKENS,
+        "model_max_length": max_model_tokens,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
@@ -53,7 +53,7 @@ def write_model(family: Family, folder: Path) -> Tokenizer:
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": tokenizer.get_vocab_size(),
         "eos_token_id": end,
-        "max_position_embeddings": MAX_MODEL_TOKENS,
+        "max_position_embeddings": max_model_tokens,
         "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 1,

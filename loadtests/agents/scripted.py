@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Self, TextIO
 
 from tokenizers import Tokenizer
 
@@ -58,7 +58,7 @@ class Scripts:
     answers: Mapping[str, Sequence[int]]
 
     @classmethod
-    def read(cls, model: Path, path: Path) -> Scripts:
+    def read(cls, model: Path, path: Path) -> Self:
         """Read the answers (JSON) for a model's folder."""
         return cls(Tokenizer.from_file(str(model / "tokenizer.json")), json.loads(path.read_text()))
 
@@ -119,9 +119,17 @@ class _Running:
 class ScriptedEngine:
     """An Engine (cluster.api.ports) that emits the script of each prompt. Every step has outputs of all requests."""
 
-    def __init__(self, scripts: Scripts, *, seed: int = 0, prompts: PromptLog | None = None) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        *,
+        seed: int = 0,
+        prompts: PromptLog | None = None,
+        max_model_len: int = MAX_MODEL_TOKENS,
+    ) -> None:
         """Create the engine. `prompts`: log of the prompts that the engine gets."""
         self._scripts = scripts
+        self._max_model_len = max_model_len
         self._seed = seed
         self._prompts = prompts
         self._running: dict[str, _Running] = {}
@@ -138,8 +146,8 @@ class ScriptedEngine:
             block_size=BLOCK_TOKENS,
             kv_blocks=BLOCKS,
             max_num_seqs=SEQUENCES,
-            max_num_batched_tokens=MAX_MODEL_TOKENS,
-            max_model_len=MAX_MODEL_TOKENS,
+            max_num_batched_tokens=self._max_model_len,
+            max_model_len=self._max_model_len,
             vocab_size=self._scripts.tokenizer.get_vocab_size(),
             capabilities=(RESUME_EXACT,),
         )

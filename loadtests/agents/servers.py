@@ -37,9 +37,12 @@ async def prepare(children: Children, folder: Path, texts: Mapping[str, Mapping[
     """Write model, bundle and scripts of each family; return the families' entries for both sides."""
     file, made = folder / "texts.json", folder / "families"
     file.write_text(json.dumps(texts))
-    child = children.start(
-        "prepare", "preparation", [sys.executable, "-m", "loadtests.agents.prepare", str(file), str(made)]
-    )
+    return await prepare_models(children, "loadtests.agents.prepare", file, made)
+
+
+async def prepare_models(children: Children, module: str, file: Path, made: Path) -> list[dict[str, Any]]:
+    """Run a program that writes models into the folder `made`; return the entries in its `models.json`."""
+    child = children.start("prepare", "preparation", [sys.executable, "-m", module, str(file), str(made)])
     listed = made / "models.json"
     await child.until(lambda: _exists(listed), "models and scripts are written", READY_S)
     await child.stop()
@@ -51,7 +54,7 @@ async def start_vllm(children: Children, folder: Path, models: Sequence[Mapping[
     """Start vLLM's own server for each model, over the model's scripts. Raises DidNotStart."""
     entries = [{**model, "port": free_port()} for model in models]
     prompts = folder / "vllm.prompts"
-    await _start(
+    await start_program(
         children, folder, "vllm-servers", "loadtests.agents.vllm_server", {"models": entries, "prompts": prompts}
     )
     return Side({entry["name"]: Server(entry["port"]) for entry in entries}, prompts)
@@ -61,19 +64,11 @@ async def start_headrace(
     children: Children, folder: Path, models: Sequence[Mapping[str, Any]], seed: int, name: str = "headrace"
 ) -> Side:
     """Start a gateway, and a worker for each model in one process. Raises DidNotStart."""
-    home = folder / f"{name}-tenants"
-    key = await tenants.make_key(home)
-    config = yaml.safe_load(ours.configuration(ours.MODEL, home))
-    config["models"] = [{"name": model["name"], "source": "sim:///worker-of-the-load-test"} for model in models]
-    gateway = ours.exec_gateway(children, folder, f"{name}-gateway", yaml.safe_dump(config))
-    ready = folder / f"{name}-gateway" / ours.READY_FILE
-    await gateway.until(lambda: _exists(ready), "it serves", ours.READY_S)
-    endpoints = json.loads(ready.read_text())["endpoints"]
+    gateway = await start_gateway(children, folder, [model["name"] for model in models], name)
     prompts = folder / f"{name}.prompts"
-    given = {"models": models, "link": endpoints["link"], "seed": seed, "prompts": prompts}
-    worker = await _start(children, folder, f"{name}-worker", "loadtests.agents.worker", given)
-    port = int(endpoints["http"].rpartition(":")[2])
-    servers = {model["name"]: Server(port, key) for model in models}
+    given = {"models": models, "link": gateway.endpoints["link"], "seed": seed, "prompts": prompts}
+    worker = await start_program(children, folder, f"{name}-worker", "loadtests.agents.worker", given)
+    servers = {model["name"]: Server(gateway.port, gateway.key) for model in models}
 
     async def all_ready() -> bool:
         return await servers[models[0]["name"]].ready_models() >= servers.keys()
@@ -82,7 +77,32 @@ async def start_headrace(
     return Side(servers, prompts)
 
 
-async def _start(children: Children, folder: Path, name: str, module: str, given: Mapping[str, Any]) -> Child:
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway without workers. `endpoints`: address of each listener. `key`: API key of a tenant."""
+
+    endpoints: Mapping[str, str]
+    key: str
+
+    @property
+    def port(self) -> int:
+        """Port of the HTTP APIs on loopback."""
+        return int(self.endpoints["http"].rpartition(":")[2])
+
+
+async def start_gateway(children: Children, folder: Path, models: Sequence[str], name: str) -> Gateway:
+    """Start a gateway that knows the names of models. Raises DidNotStart."""
+    home = folder / f"{name}-tenants"
+    key = await tenants.make_key(home)
+    config = yaml.safe_load(ours.configuration(ours.MODEL, home))
+    config["models"] = [{"name": model, "source": "sim:///worker-of-the-load-test"} for model in models]
+    gateway = ours.exec_gateway(children, folder, f"{name}-gateway", yaml.safe_dump(config))
+    ready = folder / f"{name}-gateway" / ours.READY_FILE
+    await gateway.until(lambda: _exists(ready), "it serves", ours.READY_S)
+    return Gateway(json.loads(ready.read_text())["endpoints"], key)
+
+
+async def start_program(children: Children, folder: Path, name: str, module: str, given: Mapping[str, Any]) -> Child:
     """Start a program that takes its settings from a JSON file; return when it has written its ready file."""
     ready, file = folder / f"{name}.ready", folder / f"{name}.json"
     ready.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """Program that runs Headrace's workers of the scenario in one process: python -m loadtests.agents.worker FILE
 
 FILE is JSON: `models` (objects with `name`, `folder`, `bundle`, `tools`, `reasoning`, and `scripts` for scripted tokens
-or `engine` with vLLM's engine arguments), `link` (address of the gateway), `seed`, `prompts` (a PromptLog) and `ready`
-(a file that is written when all engines run). Each model has the session, the link and the parser process of a replica.
+or `engine` with vLLM's engine arguments; `worker`, the worker's name, may be left out), `link` (address of the
+gateway), `seed`, `prompts` (a PromptLog) and `ready` (a file that is written when all engines run). Each model has the
+session, the link and the parser process of a replica.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ async def session_of(
     bundle = Bundle.load(Path(model["bundle"]))
     name = model["name"]
     return WorkerSession(
-        identity=WorkerIdentity(f"{name}-w1", f"{os.getpid()}-{name}", name, bundle_digest=bundle.digest),
+        identity=WorkerIdentity(
+            f"{name}-{model.get('worker', 'w1')}", f"{os.getpid()}-{name}", name, bundle_digest=bundle.digest
+        ),
         engine=engine,
         info=info,
         bundle=bundle,
@@ -65,8 +68,10 @@ async def session_of(
     )
 
 
-async def serve(given: Mapping[str, Any]) -> None:
-    """Serve all models until SIGTERM, or until one of the engines ends."""
+async def serve(
+    given: Mapping[str, Any], engine_of: Callable[[Mapping[str, Any], int, PromptLog], Engine] = engine_of
+) -> None:
+    """Serve all models until SIGTERM, or until one of the engines ends. `engine_of` creates a model's engine."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

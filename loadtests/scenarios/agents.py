@@ -1,12 +1,12 @@
-"""Agents: tool calls, reasoning and long conversations, beside vLLM's own server. `--only PART` runs some of the
-parts."""
+"""Agents: tool calls, reasoning and long conversations, beside vLLM's own server; and real clients. `--only PART` runs
+some of the parts."""
 
 from __future__ import annotations
 
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import play_parts
 
-PARTS = ("bfcl", "forced", "turns", "tool_tokens", "served_turns")
+PARTS = ("bfcl", "forced", "turns", "tool_tokens", "served_turns", "clients")
 """Names of the modules of loadtests/agents that are parts."""
 
 

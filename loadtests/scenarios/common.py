@@ -64,6 +64,8 @@ class Options:
     """For `hostile`: the checkout with which the cost per token is compared."""
     cases: int | None = None
     """For `agents`: number of cases of BFCL."""
+    clients: tuple[str, ...] = ()
+    """For `agents`: names of the clients to run; empty for all."""
     ends_at: float | None = None
     """Value of time.monotonic after which no round begins."""
 
