@@ -144,6 +144,8 @@ async def test_messages_equal_those_of_vllms_server(folder: Path, form: Format) 
     for text in texts_of(form):
         ids = [*encode(folder, text), kit.tokenizer.eos_token_id]
         for at, choice in enumerate(CHOICES):
+            if form.name == "mistral" and choice not in ("auto", "none", None):
+                continue  # refused: vLLM's parser does not read its own forced calls (test_sessions.py)
             tools = {} if choice is None else {"tools": TOOLS, "tool_choice": choice}
             fields = {"chat_template_kwargs": dict(form.template_kwargs), "parallel_tool_calls": at % 2 == 0, **tools}
             for stop in ((), ("hotel",)):
