@@ -6,7 +6,7 @@ from __future__ import annotations
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import play_parts
 
-PARTS = ("bfcl", "forced", "turns", "tool_tokens", "served_turns", "clients")
+PARTS = ("bfcl", "forced", "strict", "turns", "tool_tokens", "served_turns", "clients")
 """Names of the modules of loadtests/agents that are parts."""
 
 
