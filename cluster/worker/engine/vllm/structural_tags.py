@@ -14,6 +14,8 @@ from cluster.worker.engine.vllm.grammars import check_grammar
 
 STRUCTURAL_TAG = "structural_tag"
 MAX_TAG_BYTES = 256 * 1024
+MAX_WHITE_SPACE = 24
+"""Greatest number of white-space characters in a row in a call: a line break and ten levels of indentation by two."""
 MAX_SCHEMAS = 256
 """Greatest number of strict tools in one grammar."""
 
@@ -60,7 +62,26 @@ def _schemas(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def structural_tag(grammar: Grammar) -> Any:
-    """Return a checked structural tag in vLLM's form."""
+    """Return a checked structural tag in vLLM's form, with a bound on white space between the values of a call.
+
+    Without the bound, a small model may write white space up to `max_tokens`, and the call does not end.
+    """
     from vllm.sampling_params import StructuredOutputsParams
 
-    return StructuredOutputsParams(structural_tag=grammar.value)
+    assert isinstance(grammar.value, str)
+    value = json.loads(grammar.value)
+    _bound_white_space(value)
+    return StructuredOutputsParams(structural_tag=json.dumps(value, ensure_ascii=False))
+
+
+def _bound_white_space(value: Any) -> None:
+    """Set the bound in each JSON schema of a structural tag, in place."""
+    if isinstance(value, list):
+        for item in value:
+            _bound_white_space(item)
+    elif isinstance(value, dict):
+        if value.get("type") == "json_schema" and value.get("max_whitespace_cnt") is None:
+            value["max_whitespace_cnt"] = MAX_WHITE_SPACE
+        for name, item in value.items():
+            if name != "json_schema":
+                _bound_white_space(item)

@@ -7,11 +7,12 @@ import json
 from typing import Any
 
 import pytest
+import xgrammar
 
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.worker.engine.vllm.requests import RequestBounds, check, reasoning_arguments
-from cluster.worker.engine.vllm.structural_tags import MAX_SCHEMAS, MAX_TAG_BYTES
+from cluster.worker.engine.vllm.structural_tags import MAX_SCHEMAS, MAX_TAG_BYTES, MAX_WHITE_SPACE, structural_tag
 
 LIMITS = RequestBounds(max_model_len=64, vocab_size=100, max_logprobs=20, budgets=True, resumes_budgets=True)
 
@@ -82,3 +83,16 @@ def test_the_engine_learns_where_a_grammar_begins() -> None:
     }
     assert reasoning_arguments(with_sampling(grammar=tag({}))) == {}
     assert reasoning_arguments(with_sampling()) == {}
+
+
+@pytest.mark.parametrize(("spaces", "accepted"), [(0, True), (MAX_WHITE_SPACE, True), (MAX_WHITE_SPACE + 1, False)])
+def test_white_space_in_a_call_is_bounded(spaces: int, accepted: bool) -> None:
+    """A model may indent the arguments of a call, and cannot fill them with white space."""
+    from xgrammar.testing import _is_grammar_accept_string
+
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    made = {"format": {"type": "tag", "begin": "<f>", "content": {"type": "json_schema", "json_schema": schema}}}
+    made["format"]["end"] = "</f>"
+    params = structural_tag(Grammar("structural_tag", json.dumps(made)))
+    grammar = xgrammar.Grammar.from_structural_tag(params.structural_tag)
+    assert _is_grammar_accept_string(grammar, f'<f>{{"a":{" " * spaces}1}}</f>') is accepted
