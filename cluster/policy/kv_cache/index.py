@@ -27,7 +27,8 @@ from cluster.policy.kv_cache.prefix_hashes import Hashes
 _SHORT: Final = 512
 """Number of blocks of a prompt up to which each block is looked up."""
 _STRIDE: Final = 16
-_EXPIRED_AT_ONCE: Final = 16
+_EXPIRED_AT_ONCE: Final = 512
+"""Number of expectations that are ended at once, about two milliseconds."""
 _BATCH: Final = 1024
 """Number of hashes that are changed at once."""
 
@@ -148,10 +149,14 @@ class CacheIndex:
         """Drop expectations whose time has passed, and the blocks of departed workers in some segments of the table.
         Returns whether there is more to do now."""
         due = self._expectations
+        ended: dict[int, list[Hashes]] = {}
         for _ in range(_EXPIRED_AT_ONCE):
             if not due or due[0].until > now:
                 break
-            self._expire(due.popleft())
+            expectation = due.popleft()
+            ended.setdefault(expectation.worker, []).append(self._expired(expectation))
+        for worker, hashes in ended.items():
+            self._remove(worker, np.concatenate(hashes), only_expected=True)
         for _ in range(segments):
             self._sweep()
         return bool(due and due[0].until <= now) or self._next_segment is not None or bool(self._departed)
@@ -208,8 +213,9 @@ class CacheIndex:
             places = places[places >= 0]
             self._table.set(places, self._sets.remove(self._table.get(places), number, only_expected))
 
-    def _expire(self, expectation: _Expectation) -> None:
-        """Remove the expected blocks that no later expectation has. Prompts that share a block share all before it."""
+    def _expired(self, expectation: _Expectation) -> Hashes:
+        """Forget an expectation; return its blocks that no later one has. Prompts that share a block share all before
+        it."""
         others = self._alike[expectation.key]
         others.popleft()
         if not others:
@@ -217,10 +223,10 @@ class CacheIndex:
         hashes, shared = expectation.hashes, 0
         for other in others:
             if shared == len(hashes):
-                return
+                break
             alike = hashes[: len(other.hashes)] == other.hashes[: len(hashes)]
             shared = max(shared, len(alike) if alike.all() else int(alike.argmin()))
-        self._remove(expectation.worker, hashes[shared:], only_expected=True)
+        return hashes[shared:]
 
     def _sweep(self) -> None:
         """Remove the departed workers from one segment. Their numbers are free after a whole pass."""
