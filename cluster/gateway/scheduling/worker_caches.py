@@ -28,6 +28,9 @@ MAX_EARLY: Final = 1024
 """Maximum number of reports that wait for the modules they need, for each worker."""
 SEGMENTS: Final = 16
 """Number of segments of an index from which departed workers are removed at once."""
+MIN_TOKENS: Final = 512
+"""Number of prompt tokens from which a call is routed by its prefix. To compute less takes about as long as a look at
+the index, and spreads better by load alone."""
 MAX_PROMPTS: Final = 512
 """Number of prompts whose hashes are remembered while they wait."""
 
@@ -82,8 +85,10 @@ class WorkerCaches:
         """Return how many leading tokens of a prompt each worker of a model holds; workers that hold none are left out.
         `key`: key of the sequence. At least the last token of a prompt is always computed."""
         out: dict[str, int] = {}
+        if len(request.prompt_token_ids) < MIN_TOKENS:
+            return out
         for (name, block_size), index in self._indexes.items():
-            if name == model and len(request.prompt_token_ids) > block_size:
+            if name == model:
                 matched = index.match(self._prompt_hashes(key, block_size, request))
                 for worker, blocks in matched.items():
                     out[worker] = blocks * block_size
@@ -93,7 +98,7 @@ class WorkerCaches:
         """Record that a prompt was sent to a worker, which will soon hold its blocks."""
         block_size = link.info.block_size
         index = self._indexes.get((link.identity.model, block_size))
-        if index is not None and len(request.prompt_token_ids) > block_size:
+        if index is not None and len(request.prompt_token_ids) >= MIN_TOKENS:
             hashes = self._prompt_hashes(key, block_size, request)
             index.expect(link.identity.worker_id, hashes, now + EXPECTED_S)
             self._hashes.pop((key, block_size), None)

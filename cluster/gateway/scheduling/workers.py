@@ -52,6 +52,9 @@ class LinkedWorkers:
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """Return how many leading tokens of a waiting sequence's prompt the workers of a model hold, by worker id."""
+        known = self._owner.directory.find(model)
+        if known is None or len(known.links) < 2:  # nothing to choose
+            return {}
         return self._caches.cached_tokens(model, key, self._request_of(key))
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:

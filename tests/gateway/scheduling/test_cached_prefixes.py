@@ -13,7 +13,7 @@ from tests.support.cluster import TestCluster, running_cluster, sim_engine, unti
 BLOCK, TOKENS, TURNS = 16, 24, 4
 
 
-def prompt(number: int, tokens: int = 20 * BLOCK) -> list[int]:
+def prompt(number: int, tokens: int = 40 * BLOCK) -> list[int]:
     """Return a prompt that shares no block with the prompts of other numbers."""
     return [100 + (number * 7919 + at * (number + 3)) % 600 for at in range(tokens)]
 
@@ -39,7 +39,7 @@ async def test_turns_of_a_conversation_go_to_the_worker_that_holds_it(
         engines = [sim_engine(checkpoint, decode_ms=1, block_size=BLOCK) for _ in range(3)]
         for engine in engines:
             await cluster.add_worker(engine, bundle)
-        conversations, before = [prompt(number, 300) for number in range(6)], [0] * 6
+        conversations, before = [prompt(number, 600) for number in range(6)], [0] * 6
         for _ in range(TURNS):
             for at, ids in enumerate(conversations):
                 conversations[at], cached = await turn(cluster, ids)
@@ -51,12 +51,12 @@ async def test_turns_of_a_conversation_go_to_the_worker_that_holds_it(
 async def test_the_gateway_knows_what_the_engines_hold(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """Reports arrive, name the blocks under the call's salt alone, follow evictions, and end with the link."""
     async with running_cluster(tmp_path) as cluster:
-        engine = sim_engine(checkpoint, decode_ms=1, block_size=BLOCK, kv_blocks=64, max_model_len=1024)
+        engine = sim_engine(checkpoint, decode_ms=1, block_size=BLOCK, kv_blocks=128, max_model_len=2048)
         worker = await cluster.add_worker(engine, bundle)
         name, ids = worker.identity.worker_id, prompt(0)
         await turn(cluster, ids)
-        assert matched(cluster, ids) == {name: 19 * BLOCK}  # the last token is always computed
-        assert matched(cluster, [*ids, 1]) == {name: 20 * BLOCK}
+        assert matched(cluster, ids) == {name: 39 * BLOCK}  # the last token is always computed
+        assert matched(cluster, [*ids, 1]) == {name: 40 * BLOCK}
         assert matched(cluster, ids, "another tenant's") == {}
         for number in range(4):
             await turn(cluster, prompt(1 + number))
@@ -74,4 +74,4 @@ async def test_a_new_link_gets_all_blocks(tmp_path: Path, checkpoint: Path, bund
         (link,) = cluster.gateway.hub.links
         link.close("the test wants another")
         await until(lambda: cluster.gateway.hub.links not in ([], [link]), "the worker has connected again")
-        await until(lambda: matched(cluster, [*ids, 1]) == {worker.identity.worker_id: 20 * BLOCK}, "it is known")
+        await until(lambda: matched(cluster, [*ids, 1]) == {worker.identity.worker_id: 40 * BLOCK}, "it is known")
