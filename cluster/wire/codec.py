@@ -35,6 +35,8 @@ _KIND_OF = {int(kind): kind for kind in PartKind}
 _KIND_BITS = 3
 _KIND_MASK = (1 << _KIND_BITS) - 1
 """Low bits of a part's tag, which are its kind."""
+MAX_KV_BLOCKS = 8192
+"""Maximum number of blocks in one report of KV blocks, 64 KiB. A large change must not delay tokens."""
 MAX_VARINT_BYTES = 10
 """Maximum size of a varint in a message, in bytes."""
 

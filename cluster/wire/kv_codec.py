@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.prefix_hashes import Hashes
-
-MAX_BLOCKS = 8192
-"""Maximum number of blocks in one message, 64 KiB. A large change must not delay tokens."""
+from cluster.wire.codec import MAX_KV_BLOCKS
 
 
 def kv_blocks_to_pb(change: KvChange) -> Iterator[pb.KvBlocks]:
     """Yield the messages that have the effect of a change if they are applied in order; at least one."""
     removed, stored, is_reset = change.removed, change.stored, change.is_reset
     while True:
-        part = removed[:MAX_BLOCKS]
-        room = MAX_BLOCKS - len(part)
+        part = removed[:MAX_KV_BLOCKS]
+        room = MAX_KV_BLOCKS - len(part)
         yield pb.KvBlocks(is_reset=is_reset, removed=_packed(part), stored=_packed(stored[:room]))
         removed, stored, is_reset = removed[len(part) :], stored[room:], False
         if not (len(removed) or len(stored)):
@@ -31,11 +29,26 @@ def kv_blocks_from_pb(message: pb.KvBlocks) -> KvChange:
     return KvChange(message.is_reset, _unpacked(message.stored), _unpacked(message.removed))
 
 
+def joined_changes(changes: Iterable[KvChange]) -> KvChange:
+    """Return one change with the effect of all changes in order."""
+    held: dict[int, bool] = {}
+    is_reset = False
+    for change in changes:
+        if change.is_reset:
+            held.clear()
+            is_reset = True
+        held.update(dict.fromkeys(change.removed.tolist(), False))
+        held.update(dict.fromkeys(change.stored.tolist(), True))
+    stored = [value for value, is_held in held.items() if is_held]
+    removed = [] if is_reset else [value for value, is_held in held.items() if not is_held]
+    return KvChange(is_reset, np.array(stored, np.uint64), np.array(removed, np.uint64))
+
+
 def _packed(hashes: Hashes) -> bytes:
     return hashes.astype("<u8", copy=False).tobytes()
 
 
 def _unpacked(data: bytes) -> Hashes:
-    if len(data) > 8 * MAX_BLOCKS:
-        raise ValueError(f"kv_blocks: at most {MAX_BLOCKS} hashes in a message")
+    if len(data) > 8 * MAX_KV_BLOCKS:
+        raise ValueError(f"kv_blocks: at most {MAX_KV_BLOCKS} hashes in a message")
     return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)

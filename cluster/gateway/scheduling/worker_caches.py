@@ -10,11 +10,13 @@ import secrets
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from cluster.api.types import KV_EVENTS, EngineRequest
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
+from cluster.wire.codec import MAX_KV_BLOCKS
 
 if TYPE_CHECKING:
     from cluster.policy.kv_cache.index import CacheIndex
@@ -24,8 +26,11 @@ EXPECTED_S: Final = 10.0
 """Seconds for which a worker is expected to hold the blocks of a prompt that was sent to it, unless it reports them."""
 MAX_BLOCKS: Final = 1 << 24
 """Maximum number of different blocks in an index."""
-MAX_EARLY: Final = 1024
-"""Maximum number of reports that wait for the modules they need, for each worker."""
+BATCH_BYTES: Final = 8 * 1024
+"""Size of the reports of a worker from which they are applied. Small reports are applied together, since each change of
+an index has a price of its own; a call that looks into the index applies them first."""
+MAX_EARLY_BYTES: Final = 8 << 20
+"""Greatest size of the reports of a worker that wait for the modules they need. A worker with more is forgotten."""
 SEGMENTS: Final = 16
 """Number of segments of an index from which departed workers are removed at once."""
 MIN_TOKENS: Final = 512
@@ -37,32 +42,49 @@ MAX_PROMPTS: Final = 512
 _IndexKey = tuple[str, int]
 
 
+@dataclass(slots=True)
+class _Unapplied:
+    """Reports of a worker that are not in the index yet. `size`: bytes of their hashes."""
+
+    link: WorkerLink
+    messages: list[pb.KvBlocks] = field(default_factory=list)
+    size: int = 0
+
+
 class WorkerCaches:
     """The cache indexes of one gateway."""
 
     def __init__(self) -> None:
         self._indexes: dict[_IndexKey, CacheIndex] = {}
-        self._early: dict[str, list[pb.KvBlocks]] = {}
+        self._unapplied: dict[str, _Unapplied] = {}
         self._hashes: OrderedDict[tuple[str, int], Hashes] = OrderedDict()
 
     def report(self, link: WorkerLink, message: pb.KvBlocks) -> None:
-        """Apply a worker's report. Raises ValueError for a malformed report."""
+        """Take a worker's report. Raises ValueError for a malformed report."""
         if KV_EVENTS not in link.info.capabilities:
             return
-        early = self._early.setdefault(link.name, [])
-        early.append(message)
+        size = len(message.stored) + len(message.removed)
+        if len(message.stored) % 8 or len(message.removed) % 8 or size > 8 * MAX_KV_BLOCKS:
+            raise ValueError(f"kv_blocks: must be lists of 64-bit hashes, at most {MAX_KV_BLOCKS} in a message")
+        unapplied = self._unapplied.get(link.name)
+        if unapplied is None:
+            unapplied = self._unapplied[link.name] = _Unapplied(link)
+        unapplied.messages.append(message)
+        unapplied.size += size
         if "numpy" in sys.modules:  # otherwise deferred_imports.py imports it soon, without blocking the event loop
-            del self._early[link.name]
-            for waiting in early:
-                self._apply(link, waiting)
-        elif len(early) > MAX_EARLY:
-            early.clear()
+            if unapplied.size >= BATCH_BYTES or message.is_reset:
+                self._apply(unapplied)
+        elif unapplied.size > MAX_EARLY_BYTES:
+            unapplied.messages.clear()
 
-    def _apply(self, link: WorkerLink, message: pb.KvBlocks) -> None:
+    def _apply(self, unapplied: _Unapplied) -> None:
+        """Apply the reports of a worker, those that undo each other not at all."""
         from cluster.policy.kv_cache.index import CacheIndex  # not at the start: deferred_imports.py
-        from cluster.wire.kv_codec import kv_blocks_from_pb
+        from cluster.wire.kv_codec import joined_changes, kv_blocks_from_pb
 
-        change, worker = kv_blocks_from_pb(message), link.identity.worker_id
+        link = unapplied.link
+        del self._unapplied[link.name]
+        change, worker = joined_changes(map(kv_blocks_from_pb, unapplied.messages)), link.identity.worker_id
         key = (link.identity.model, link.info.block_size)
         index = self._indexes.get(key)
         if index is None:
@@ -72,9 +94,14 @@ class WorkerCaches:
         index.remove(worker, change.removed)
         index.store(worker, change.stored)
 
+    def _apply_all(self, model: str) -> None:
+        if "numpy" in sys.modules:
+            for unapplied in [each for each in self._unapplied.values() if each.link.identity.model == model]:
+                self._apply(unapplied)
+
     def forget(self, link: WorkerLink) -> None:
         """Forget the blocks of a worker whose link has ended."""
-        self._early.pop(link.name, None)
+        self._unapplied.pop(link.name, None)
         key = (link.identity.model, link.info.block_size)
         if (index := self._indexes.get(key)) is not None:
             index.remove_worker(link.identity.worker_id)
@@ -87,6 +114,7 @@ class WorkerCaches:
         out: dict[str, int] = {}
         if len(request.prompt_token_ids) < MIN_TOKENS:
             return out
+        self._apply_all(model)
         for (name, block_size), index in self._indexes.items():
             if name == model:
                 matched = index.match(self._prompt_hashes(key, block_size, request))
