@@ -74,7 +74,9 @@ class KvEventSocket:
                 self._received.append(await self._subscriber.recv_multipart())
             if (number := _number(self._received[0])) > self._next and self._missed is None:
                 self._missed = await self._replayed(number)
-            missed, received, self._missed, self._received = self._missed, self._received, None, []
+            end = _run_length(self._received)  # the next pass requests what is missing after it
+            received, self._received = self._received[:end], self._received[end:]
+            missed, self._missed = self._missed, None
             if events := list(self._in_order(missed or (), received)):
                 return events
 
@@ -152,6 +154,12 @@ class KvEventSocket:
 def _number(frames: Sequence[bytes]) -> int:
     """Return the number of a batch."""
     return int.from_bytes(frames[1], "big")
+
+
+def _run_length(batches: Sequence[Sequence[bytes]]) -> int:
+    """Return the number of leading batches that follow each other without a gap."""
+    numbers = list(map(_number, batches))
+    return next((at for at in range(1, len(numbers)) if numbers[at] > numbers[at - 1] + 1), len(numbers))
 
 
 def _prefix_keys(event: Any) -> tuple[str, str] | None:
