@@ -1,0 +1,41 @@
+"""Tests of vLLM's KV events over its own publisher: missed batches are requested again, and their order holds."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from cluster.api.kv_events import BlocksStored
+from cluster.worker.engine.vllm.kv_events import KvEventSocket
+
+pytestmark = pytest.mark.engine
+
+
+async def test_batches_published_before_the_subscription_are_requested_again(tmp_path: Path) -> None:
+    from vllm.distributed.kv_events import BlockStored, KVEventBatch, ZmqEventPublisher
+
+    events = KvEventSocket(tmp_path)
+    config = events.config()
+    publisher = ZmqEventPublisher(0, config.endpoint, config.replay_endpoint)
+
+    def publish(number: int) -> None:
+        block = BlockStored([number], None, [1, 2], 2, None, "GPU", None, extra_keys=[("salt",)], group_idx=0)
+        publisher.publish(KVEventBatch(0.0, [block]))
+
+    try:
+        for number in range(20):
+            publish(number)
+        seen: list[object] = []
+        async with asyncio.timeout(30):
+            reading = asyncio.create_task(events.kv_events())
+            while not reading.done():  # a subscriber hears nothing until it is connected
+                publish(20)
+                await asyncio.wait([reading], timeout=0.1)
+            seen += [event.blocks[0] for event in await reading if isinstance(event, BlocksStored)]
+        assert seen[:20] == list(range(20))
+        assert set(seen[20:]) == {20}
+    finally:
+        events.close()
+        publisher.shutdown()
