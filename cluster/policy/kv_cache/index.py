@@ -82,7 +82,7 @@ class CacheIndex:
         return self._table.dropped
 
     def add_worker(self, worker_id: str) -> None:
-        """Add a worker that holds nothing yet. Raises OverflowError if there are more workers than numbers."""
+        """Add a worker that holds nothing yet; of a known worker, forget all blocks. Raises OverflowError if there are more workers than numbers."""
         self.remove_worker(worker_id)
         taken = self._live | self._departed | self._leaving | 1
         for number, _ in self._alike:  # an expectation of a worker that has left must not end one of this worker
@@ -102,11 +102,6 @@ class CacheIndex:
         del self._names[number]
         self._live &= ~(1 << number)
         self._departed |= 1 << number
-
-    def clear(self, worker_id: str) -> None:
-        """Forget all blocks of a worker, which stays."""
-        if worker_id in self._numbers:
-            self.add_worker(worker_id)
 
     def store(self, worker_id: str, hashes: Hashes) -> None:
         """Record that a worker holds blocks. Unknown workers are ignored."""

@@ -49,12 +49,6 @@ class IndexMachine(RuleBasedStateMachine):
         self.held.pop(worker, None)
         self.expected.pop(worker, None)
 
-    @rule(worker=WORKER)
-    def clear(self, worker: str) -> None:
-        self.index.clear(worker)
-        if worker in self.held:
-            self.held[worker], self.expected[worker] = set(), {}
-
     @rule(worker=WORKER, prompt=PROMPT, ranges=RANGES)
     def store(self, worker: str, prompt: int, ranges: list[tuple[int, int]]) -> None:
         found = blocks(ranges, prompt)
