@@ -82,7 +82,8 @@ class CacheIndex:
         return self._table.dropped
 
     def add_worker(self, worker_id: str) -> None:
-        """Add a worker that holds nothing yet; of a known worker, forget all blocks. Raises OverflowError if there are more workers than numbers."""
+        """Add a worker that holds nothing yet. All blocks of a known worker are forgotten. Raises OverflowError if
+        there are more workers than numbers."""
         self.remove_worker(worker_id)
         taken = self._live | self._departed | self._leaving | 1
         for number, _ in self._alike:  # an expectation of a worker that has left must not end one of this worker
