@@ -136,9 +136,8 @@ async def measure(stage: Stage) -> list[Figure]:
     try:
         await workers[0].until(lambda: _lists_model(server), "the gateway lists the model", servers.READY_S)
         answers = await _ask(server, requests[: count // 2])
-        killer = asyncio.create_task(_kill_in(workers[0], seconds=5.0))
-        answers += await _ask(server, requests[count // 2 :])
-        killed = await killer
+        killed = workers[0].process.poll() is None
+        answers += await _ask(server, requests[count // 2 :], kill=workers[0], after=count // 10)
     finally:
         server.close()
     cut = [answer.finish == "length" and not answer.error for answer in answers]
@@ -157,19 +156,20 @@ async def _lists_model(server: Server) -> bool:
     return MODEL in await server.ready_models()
 
 
-async def _kill_in(worker: Child, seconds: float) -> bool:
-    """Kill a worker after some seconds of the calls."""
-    await asyncio.sleep(seconds)
-    worker.process.kill()
-    return True
-
-
-async def _ask(server: Server, requests: Sequence[Mapping[str, Any]]) -> list[Answer]:
-    """Make calls, some at a time; return the answers in the order of the calls."""
-    free = asyncio.Semaphore(CONCURRENCY)
+async def _ask(
+    server: Server, requests: Sequence[Mapping[str, Any]], kill: Child | None = None, after: int = 0
+) -> list[Answer]:
+    """Make calls, some at a time; return the answers in the order of the calls. `kill`: worker to kill when `after`
+    calls have been answered, in the middle of others."""
+    free, answered = asyncio.Semaphore(CONCURRENCY), 0
 
     async def ask(request: Mapping[str, Any]) -> Answer:
+        nonlocal answered
         async with free:
-            return await server.ask(request)
+            answer = await server.ask(request)
+        answered += 1
+        if kill is not None and answered == max(after, 1):
+            kill.process.kill()
+        return answer
 
     return list(await asyncio.gather(*map(ask, requests)))
