@@ -38,6 +38,7 @@ COUNT_FIELDS: Final = frozenset(
 # Known fields that would change the answer and are not supported, each with the values at which it has no effect.
 _UNSERVED: Final[Mapping[str, tuple[Any, ...]]] = {
     "ec_transfer_params": (),
+    "inference_geo": ("global",),  # where data may be processed: not a hint that may be ignored
     "kv_transfer_params": (),
     "mcp_servers": ([],),
     "output_format": (),

@@ -166,7 +166,7 @@ def test_hints_are_ignored() -> None:
     hints: dict[str, Any] = {"metadata": {"user_id": "u"}, "service_tier": "auto", "cache_control": {"type": "x"}}
     hints |= {"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}, "unknown": [1], "container": "c"}
     hints |= {"mcp_servers": [], "tools": None, "system": None, "stop_sequences": None, "tool_choice": {"type": "auto"}}
-    hints |= {"thinking": None, "output_config": {"effort": None, "format": None}, "inference_geo": "us"}
+    hints |= {"thinking": None, "output_config": {"effort": None, "format": None}, "inference_geo": "global"}
     assert parsed(**hints) == parsed()
     tool = {**TOOL, "cache_control": {"type": "ephemeral"}, "type": "custom", "eager_input_streaming": True}
     assert parsed(tools=[tool]) == parsed(tools=[TOOL])
@@ -191,6 +191,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "https://x"}}
 THINKING = {"type": "enabled", "budget_tokens": 1024}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("no model", {"model": None}, "model"),
+    ("place of the processing", {"inference_geo": "us"}, "inference_geo"),
     ("no max_tokens", {"max_tokens": None}, "max_tokens"),
     ("max_tokens of a wrong type", {"max_tokens": "5"}, "max_tokens"),
     ("no messages", {"messages": []}, "messages"),
