@@ -328,6 +328,14 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
         start = end
 
 
+def check_kv_blocks(message: pb.KvBlocks) -> int:
+    """Return the size in bytes of a report's hashes. Raises ValueError for a report that no worker would send."""
+    stored, removed = len(message.stored), len(message.removed)
+    if stored % 8 or removed % 8 or stored + removed > 8 * MAX_KV_BLOCKS:
+        raise ValueError(f"kv_blocks: must be lists of 64-bit hashes, at most {MAX_KV_BLOCKS} in a message")
+    return stored + removed
+
+
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
     """Return the slots that have a First, a Finish, log probabilities or SlotParts besides their token, and all slots
     with parts if a slot has several entries, whose parts must not be separated from their tokens. None if the message

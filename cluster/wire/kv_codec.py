@@ -25,7 +25,7 @@ def kv_blocks_to_pb(change: KvChange) -> Iterator[pb.KvBlocks]:
 
 
 def kv_blocks_from_pb(message: pb.KvBlocks) -> KvChange:
-    """Return the change of one message. Raises ValueError for bytes that are no list of hashes."""
+    """Return the change of one message, which `check_kv_blocks` has checked."""
     return KvChange(message.is_reset, _unpacked(message.stored), _unpacked(message.removed))
 
 
@@ -49,6 +49,4 @@ def _packed(hashes: Hashes) -> bytes:
 
 
 def _unpacked(data: bytes) -> Hashes:
-    if len(data) > 8 * MAX_KV_BLOCKS:
-        raise ValueError(f"kv_blocks: at most {MAX_KV_BLOCKS} hashes in a message")
     return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)

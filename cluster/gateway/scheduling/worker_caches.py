@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from cluster.api.types import KV_EVENTS, EngineRequest
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
-from cluster.wire.codec import MAX_KV_BLOCKS
+from cluster.wire.codec import check_kv_blocks
 
 if TYPE_CHECKING:
     from cluster.policy.kv_cache.index import CacheIndex
@@ -63,9 +63,7 @@ class WorkerCaches:
         """Take a worker's report. Raises ValueError for a malformed report."""
         if KV_EVENTS not in link.info.capabilities:
             return
-        size = len(message.stored) + len(message.removed)
-        if len(message.stored) % 8 or len(message.removed) % 8 or size > 8 * MAX_KV_BLOCKS:
-            raise ValueError(f"kv_blocks: must be lists of 64-bit hashes, at most {MAX_KV_BLOCKS} in a message")
+        size = check_kv_blocks(message)  # before it waits: an error must end this link, not a call
         unapplied = self._unapplied.get(link.name)
         if unapplied is None:
             unapplied = self._unapplied[link.name] = _Unapplied(link)
