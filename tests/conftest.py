@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from cluster.cli.commands import doctor
 
 if TYPE_CHECKING:
     from tests.support.parallel import Scheduler
+
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
+"""Read by gRPC when it is first used. Tests fork parsers from this process; gRPC's threads must not start again there."""
 
 settings.register_profile("patient", deadline=None)  # other work on the machine changes the duration of an example
 settings.load_profile("patient")
