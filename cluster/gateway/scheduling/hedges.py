@@ -28,6 +28,9 @@ from cluster.policy.scheduling.hedging import HedgingPolicy
 if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting
 
+LOOK_S = 0.01
+"""Shortest interval in seconds of the looks for late sequences, which bounds what they cost."""
+
 
 class Hedges:
     """The hedges of one gateway, for all models."""
@@ -108,7 +111,7 @@ class Hedges:
         while True:
             self._earlier.clear()
             self._wakes_at = self.policy.next_due
-            wait_s = None if math.isinf(self._wakes_at) else max(self._wakes_at - self._clock(), 0.0)
+            wait_s = None if math.isinf(self._wakes_at) else max(self._wakes_at - self._clock(), LOOK_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._earlier.wait()

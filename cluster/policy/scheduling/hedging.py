@@ -5,7 +5,9 @@ Problem: a worker may be slow without failing any check. A caller should not wai
 free, and the second Submits must not become a load of their own.
 
 Method: a sequence is late once it has waited longer than QUANTILE of the model's first tokens took for prompts of its
-size (first_token_times.py). A late sequence that may not be hedged yet is looked at again when its wait has doubled.
+size (first_token_times.py). A late sequence that is not hedged is looked at again each time its wait has grown by the
+factor GROWTH. The first look at a sequence leaves half of BURST to those that have waited longer: a sequence that is a
+little late is likely to be answered soon, and one that is on a slow worker is not.
 
 Invariants: the hedges of a model never exceed `share` of the model's sequences that were sent so far, and at most BURST
 hedges are saved up. A sequence is hedged at most once before its first output. No sequence is hedged while sequences of
@@ -26,6 +28,7 @@ from cluster.policy.scheduling.first_token_times import FirstTokenTimes
 
 BURST = 10.0
 """Number of hedges that a model may save up."""
+GROWTH = 1.5
 MIN_FREE = 0.2
 """Free part of the sequences that the other workers can run, below which the model counts as overloaded."""
 SHORTEST_S = 0.05
@@ -51,6 +54,8 @@ class _Sent:
     wait_s: float
     number: int
     was_hedged: bool
+    looks: int = 0
+    """Number of times that the sequence was found late."""
     hedge: _Hedge | None = None
 
 
@@ -98,14 +103,20 @@ class HedgingPolicy:
 
     def late(self, now: float) -> Iterator[str]:
         """Yield the keys of the sequences that are late now. The caller asks `may_hedge` for each of them."""
-        while self._due and self._due[0][0] <= now:
-            _, number, key = heapq.heappop(self._due)
+        while self._due:
+            due, number, key = self._due[0]
             sent = self._sent.get(key)
-            if sent is None or sent.number != number or sent.was_hedged:
+            if sent is None or sent.number != number or sent.was_hedged:  # answered in time, so no call is needed
+                heapq.heappop(self._due)
                 continue
-            sent.wait_s *= 2
+            if due > now:
+                break
+            heapq.heappop(self._due)
+            sent.looks += 1
+            sent.wait_s *= GROWTH
             while sent.sent_at + sent.wait_s <= now:
-                sent.wait_s *= 2
+                sent.looks += 1
+                sent.wait_s *= GROWTH
             heapq.heappush(self._due, (sent.sent_at + sent.wait_s, number, key))
             yield key
 
@@ -113,7 +124,9 @@ class HedgingPolicy:
         """Return whether a sequence may be hedged now, if there is a second worker for it. `waiting`: number of
         sequences of its model that wait for a worker."""
         sent = self._sent.get(key)
-        return sent is not None and not sent.was_hedged and not waiting and self._saved.get(sent.model, 0.0) >= 1.0
+        if sent is None or sent.was_hedged or waiting:
+            return False
+        return self._saved.get(sent.model, 0.0) >= (1.0 if sent.looks > 1 else BURST / 2)
 
     def second_worker(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
         """Return the routing decision for the second worker of a sequence that may be hedged. `call` excludes the first

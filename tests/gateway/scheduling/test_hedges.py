@@ -176,6 +176,9 @@ class Gateway(RuleBasedStateMachine):
             assert sequence.hedge is None, "the first output decides"
             assert sequence.emitted == [7]
             assert sequence.last_worker == link.identity.incarnation
+        elif was_hedged and what in ("error", "full"):
+            assert sequence.state is State.SENT, "the other worker has the sequence"
+            assert sequence.last_worker != link.identity.incarnation
 
     @precondition(lambda self: self.links)
     @rule(number=st.integers(0, 2), drains=st.booleans())
