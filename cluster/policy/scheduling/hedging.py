@@ -29,6 +29,7 @@ from cluster.policy.scheduling.first_token_times import FirstTokenTimes
 BURST = 10.0
 """Number of hedges that a model may save up."""
 GROWTH = 1.5
+"""Factor by which the wait of a late sequence grows until the next look at the sequence."""
 MIN_FREE = 0.2
 """Free part of the sequences that the other workers can run, below which the model counts as overloaded."""
 SHORTEST_S = 0.05
