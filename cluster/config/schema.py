@@ -24,6 +24,7 @@ from cluster.config.gateway import GatewaySettings, Section, Tls, check_address,
 from cluster.config.problems import Path as KeyPath
 from cluster.config.problems import Problem, problems_of, raise_all, shown
 from cluster.config.remainder import without
+from cluster.config.routing import Routing
 from cluster.config.tenants import (
     CLASSES,
     Auth,
@@ -481,6 +482,7 @@ class Config(Section):
     """Name of the cluster, on each metric and log line: 1 to 63 lower-case letters, digits, `.`, `_` or `-`."""
     gateway: GatewaySettings = GatewaySettings()
     link: LinkSettings = LinkSettings()
+    routing: Routing = Routing()
     ray: tuple[RayCluster, ...] = ()
     weights: Weights = Weights()
     observe: Observe = Observe()

@@ -96,6 +96,7 @@ class Gateway:
             resume_wait_s=settings.resume.max_wait_s,
             max_silent_losses=settings.resume.max_silent_losses,
             render_room_of=partial(self._waiting_room, charges),
+            hedging_share=config.routing.hedging.share,
         )
         self.worker_events = WorkerEvents(self.scheduler, self.metrics)
         self.hub = Hub(
@@ -251,6 +252,7 @@ class Gateway:
             self.service.send_keepalives(settings.keepalive_s),
             self.reservations.watch(),
             self.scheduler.backlogs.watch(),
+            self.scheduler.hedges.watch(),
             _measure_lag(self.metrics.histogram("event_loop_lag_seconds")),
             _end_slow_bodies(self._request_bytes),
             import_later(lambda: not self.service.busy),
