@@ -253,7 +253,7 @@ class Gateway:
             self.scheduler.backlogs.watch(),
             _measure_lag(self.metrics.histogram("event_loop_lag_seconds")),
             _end_slow_bodies(self._request_bytes),
-            import_later(lambda: not self.service.busy),
+            import_later(lambda: not self.service.busy, self.scheduler.worker_caches.needs_modules),
             memory.keep_returning_free_pages(lambda: not self.service.busy),
         ]
         if lists:

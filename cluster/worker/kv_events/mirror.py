@@ -9,14 +9,14 @@ Events that do not fit are counted and otherwise ignored: a wrong mirror costs c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.api.kv_events import BlockId, BlocksRemoved, BlocksStored, KvEvent
 from cluster.policy.kv_cache.changes import KvChange
-from cluster.policy.kv_cache.prefix_hashes import EMPTY, Prefix, next_prefix, prefix_hashes, seed_of
+from cluster.policy.kv_cache.prefix_hashes import EMPTY, Hashes, Prefix, next_prefix, prefix_hashes, seed_of
 
 _SMALL_EVENT = 4
 """Number of blocks up to which hashing them one by one is faster."""
@@ -69,8 +69,16 @@ class KvMirror:
 
     def snapshot(self) -> KvChange:
         """Return all blocks that are held, as the change for a gateway that knows none of them."""
-        hashes = np.fromiter((block.prefix.hash for block in self._blocks.values()), np.uint64, len(self._blocks))
-        return KvChange(True, hashes)
+        return KvChange(True, self.hashes_of(self._blocks))
+
+    def block_ids(self) -> Sequence[BlockId]:
+        """Return the engine's ids of all blocks that are held."""
+        return list(self._blocks)
+
+    def hashes_of(self, block_ids: Iterable[BlockId]) -> Hashes:
+        """Return the prefix hashes of those blocks that are held now."""
+        held = self._blocks
+        return np.array([held[block_id].prefix.hash for block_id in block_ids if block_id in held], np.uint64)
 
     def _store(self, event: BlocksStored) -> None:
         parent = None if event.parent is None else self._blocks.get(event.parent)
