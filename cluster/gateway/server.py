@@ -138,6 +138,7 @@ class Gateway:
         bodies = RequestBodies(settings.max_message_bytes, self._request_bytes)
         self.http = HttpServer(http_application(self.service, bodies), admission(http2.Port.CLIENT))
         self.link_server = hub_server(self.hub, admission(http2.Port.LINK))
+        self.scheduler.backlogs.gateways = lambda: self.hub.controller.gateways
         self._siblings = optional_parts.sibling_aborts(config, process, self.tenants, self.service.abort)
         if self._siblings is not None:
             self.link_server.add_generic_rpc_handlers((self._siblings.handler(),))
