@@ -13,8 +13,8 @@ from cluster.cli.local.ports import choose_ports
 from cluster.config.schema import Config, parse
 from cluster.controller.links import ControllerLinks
 from cluster.gateway.server import Gateway
-from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.policy.routing.gateway_subset import GatewaySubset
+from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import LinkEnded, Timing
