@@ -61,7 +61,7 @@ def test_one_process_under_two_names_is_dialled_once() -> None:
 
 
 def test_only_chosen_gateways_are_dialled() -> None:
-    """Of many gateways a worker dials some, siblings included, and a DNS answer that has one more changes at most one."""
+    """Of many gateways, siblings included, a worker dials some."""
     rule = GatewaySubset("w1", most=3, replicas=1000)
     gateways = GatewayAddresses([f"g{number}:1" for number in range(5)], choose=rule.of)
     assert len(gateways.addresses) == 3

@@ -22,6 +22,7 @@ from cluster.wire.codec import check_kv_blocks
 if TYPE_CHECKING:
     from cluster.policy.kv_cache.index import CacheIndex
     from cluster.policy.kv_cache.prefix_hashes import Hashes
+    from cluster.policy.kv_cache.prompt_hashes import PromptHashes
 
 EXPECTED_S: Final = 10.0
 """Seconds for which a worker is expected to hold the blocks of a prompt that was sent to it, unless it reports them."""
@@ -80,6 +81,7 @@ class WorkerCaches:
         self.needs_modules = asyncio.Event()
         """Set when a worker has reported blocks, which need numpy."""
         self._hashes: OrderedDict[tuple[str, int], Hashes] = OrderedDict()
+        self._earlier: PromptHashes | None = None
 
     def report(self, link: WorkerLink, message: pb.KvBlocks) -> None:
         """Take a worker's report. Raises ValueError for a malformed report."""
@@ -191,13 +193,16 @@ class WorkerCaches:
             index.maintain(now, SEGMENTS)
 
     def _prompt_hashes(self, key: str, block_size: int, request: EngineRequest) -> Hashes:
-        from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of  # not at the start
+        from cluster.policy.kv_cache.prefix_hashes import seed_of  # not at the start: deferred_imports.py
+        from cluster.policy.kv_cache.prompt_hashes import PromptHashes
 
         known = self._hashes.get((key, block_size))
         if known is None:
             ids = request.prompt_token_ids
             whole = (len(ids) - 1) // block_size * block_size
-            known = prefix_hashes(ids[:whole], block_size, seed_of(request.cache_salt, request.adapter))
+            if self._earlier is None:
+                self._earlier = PromptHashes()
+            known = self._earlier.hashes(ids[:whole], block_size, seed_of(request.cache_salt, request.adapter))
             self._hashes[key, block_size] = known
             while len(self._hashes) > MAX_PROMPTS:
                 self._hashes.popitem(last=False)
