@@ -34,7 +34,7 @@ def kv_blocks_from_pb(message: pb.KvBlocks) -> KvChange:
 
 
 def joined_changes(changes: Sequence[KvChange]) -> KvChange:
-    """Return one change with the effect of all changes in order. No block of one change is in both lists."""
+    """Return one change with the effect of all changes in order."""
     if len(changes) == 1:
         return changes[0]
     held: dict[int, bool] = {}
