@@ -159,6 +159,15 @@ class SimGateway:
         """Nothing: the simulated gateway knows no KV blocks."""
         return {}
 
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """Nothing: the simulated gateway knows no KV blocks."""
+        return {}
+
+    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
+        """Return whether the credit of a worker is enough for a sequence."""
+        free = self._balances[int(worker_id)].free
+        return free.sequences > 0 and free.tokens >= tokens
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""
         return False

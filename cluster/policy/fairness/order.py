@@ -12,6 +12,7 @@ served.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,8 +52,9 @@ class Order(Protocol):
         The sequence is placed before all sequences that were never taken.
         """
 
-    def head(self) -> WaitingSequence | None:
-        """The next sequence, or None if nothing waits."""
+    def head(self, saved_tokens: Callable[[WaitingSequence], int] | None = None) -> WaitingSequence | None:
+        """The next sequence, or None if nothing waits. `saved_tokens(sequence)`: number of prompt tokens that need not
+        be computed if the sequence is sent now; an order may prefer such sequences."""
 
     def remove(self, call_id: str) -> None:
         """Remove a waiting sequence that will not be sent, such as a cancelled one. Raises KeyError for an unknown

@@ -1,0 +1,71 @@
+"""The prompt tokens that a waiting sequence saves if it is sent now, as policy/fairness/warm_order.py needs them.
+
+A sequence saves the tokens that a worker with room for it holds in its KV cache. While all workers are full, the queues
+are read again and again, and only the workers' room changes fast. So the holders of a prompt are looked up once in
+FRESH_S, and the room each time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from heapq import nlargest
+from typing import Final, Protocol
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.warm_order import SavedTokens
+
+FRESH_S: Final = 0.25
+MAX_HOLDERS: Final = 4
+"""Number of workers that are tried for a prompt, those that hold most of it. All workers may hold a common system
+prompt, which is not worth a look at each."""
+MAX_PROMPTS: Final = 1024
+"""Number of waiting sequences whose holders are remembered."""
+
+
+class HolderView(Protocol):
+    """The workers as this module needs them; see scheduling_policy.Workers."""
+
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """Return how many leading tokens of a waiting sequence's prompt the workers hold, by worker id."""
+
+    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
+        """Return whether a worker can take a new sequence of `tokens` prompt tokens now."""
+
+
+class WarmSequences:
+    """The remembered holders of the prompts of waiting sequences, for one gateway. Times are monotonic seconds."""
+
+    def __init__(self, workers: HolderView) -> None:
+        self._workers = workers
+        self._holders: OrderedDict[str, tuple[float, list[tuple[int, str]]]] = OrderedDict()
+        """By call id: the time of the lookup, and (tokens, worker), the most tokens first."""
+
+    def saved_tokens(self, now: float) -> SavedTokens:
+        """Return the function that counts the tokens that a sequence saves if it is sent at `now`."""
+
+        def saved(entry: WaitingSequence) -> int:
+            try:
+                for tokens, worker_id in self._holders_of(entry, now):
+                    if self._workers.has_room(entry.model, worker_id, entry.tokens):
+                        return tokens
+            except Exception:  # must not hold up the queue; routing meets the same fault and ends this call alone
+                return 0
+            return 0
+
+        return saved
+
+    def _holders_of(self, entry: WaitingSequence, now: float) -> list[tuple[int, str]]:
+        known = self._holders.get(entry.call_id)
+        if known is not None and now - known[0] < FRESH_S:
+            return known[1]
+        held = self._workers.held_tokens(entry.model, entry.call_id)
+        holders = nlargest(MAX_HOLDERS, ((tokens, worker_id) for worker_id, tokens in held.items()))
+        self._holders[entry.call_id] = (now, holders)
+        self._holders.move_to_end(entry.call_id)
+        while len(self._holders) > MAX_PROMPTS:
+            self._holders.popitem(last=False)
+        return holders
+
+    def __repr__(self) -> str:
+        return f"WarmSequences({len(self._holders)} prompts)"

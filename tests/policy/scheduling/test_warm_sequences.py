@@ -1,0 +1,76 @@
+"""Saved tokens of waiting sequences: they follow the workers' room at once, and cost few lookups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.scheduling.warm_sequences import FRESH_S, MAX_HOLDERS, MAX_PROMPTS, WarmSequences
+
+ENTRY = WaitingSequence("x", "m", "a", 100, None, "standard", 0.0)
+
+
+class Holders:
+    """Workers that hold tokens and have room for a number of tokens, by worker id. Implements HolderView."""
+
+    def __init__(self, held: Mapping[str, int], room: Mapping[str, int]) -> None:
+        self.held = held
+        self.room = room
+        self.lookups = 0
+        self.asked = 0
+
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """See HolderView."""
+        self.lookups += 1
+        return self.held
+
+    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
+        """See HolderView."""
+        self.asked += 1
+        return self.room[worker_id] >= tokens
+
+
+@given(workers=st.lists(st.tuples(st.integers(1, 1000), st.sampled_from([0, 99, 100, 500])), max_size=8))
+def test_a_sequence_saves_what_a_worker_with_room_holds(workers: list[tuple[int, int]]) -> None:
+    """The saved tokens are the most that a worker with room holds, among the MAX_HOLDERS that hold most."""
+    names = [str(number) for number in range(len(workers))]
+    held = dict(zip(names, (tokens for tokens, _ in workers), strict=True))
+    view = Holders(held, dict(zip(names, (room for _, room in workers), strict=True)))
+    saved = WarmSequences(view).saved_tokens(0.0)(ENTRY)
+    tried = sorted(names, key=lambda name: (held[name], name), reverse=True)[:MAX_HOLDERS]
+    assert saved == max((held[name] for name in tried if view.room[name] >= 100), default=0)
+    assert view.asked <= MAX_HOLDERS
+
+
+def test_room_is_read_each_time_and_holders_seldom() -> None:
+    """A worker that fills up saves nothing at once. What workers hold is looked up again after FRESH_S."""
+    view = Holders({"w": 80}, {"w": 100})
+    warm = WarmSequences(view)
+    assert warm.saved_tokens(0.0)(ENTRY) == 80
+    view.room = {"w": 0}
+    assert warm.saved_tokens(0.1)(ENTRY) == 0
+    view.room, view.held = {"w": 100}, {"w": 96}
+    assert warm.saved_tokens(0.2)(ENTRY) == 80
+    assert view.lookups == 1
+    assert warm.saved_tokens(FRESH_S)(ENTRY) == 96
+
+
+def test_a_fault_saves_nothing() -> None:
+    """A sequence whose lookup fails keeps its place: the fault must not hold up the sequences of others."""
+    assert WarmSequences(Holders({"w": 80}, {})).saved_tokens(0.0)(ENTRY) == 0
+
+
+def test_memory_is_bounded() -> None:
+    """The holders of the last MAX_PROMPTS sequences are remembered."""
+    view = Holders({"w": 80}, {"w": 100})
+    saved = WarmSequences(view).saved_tokens(0.0)
+    entries = [WaitingSequence(str(n), "m", "a", 100, None, "standard", 0.0) for n in range(MAX_PROMPTS + 1)]
+    for entry in entries:
+        saved(entry)
+    saved(entries[-1])
+    assert view.lookups == MAX_PROMPTS + 1
+    saved(entries[0])
+    assert view.lookups == MAX_PROMPTS + 2
