@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from random import Random
 
 import numpy as np
@@ -82,6 +83,8 @@ class SessionsConfig:
 @dataclass(eq=False, slots=True)
 class _Session:
     tenant: SessionTenant
+    rng: Random
+    """Of its own, so that the lengths and pauses of a session do not depend on the order of the calls."""
     tokens: int
     blocks: list[int]
     """Hashes of its blocks, with room for tokens that are not there yet."""
@@ -113,6 +116,8 @@ class SessionWorker:
         self.prefill_tokens = 0
         self.prefills_end = 0.0
         self.last_sent = 0.0
+        self.tokens = self.most_tokens = 0
+        """Tokens of the running calls with their whole outputs: now, and the most so far."""
         self.reported = 0.0
         """Time at which the gateway has the last report."""
         self._held: dict[int, int] = {}
@@ -182,10 +187,11 @@ class SessionWorld:
             self._index.add_worker(str(at))
         for tenant in config.tenants:
             shared = [self._rng.getrandbits(64) for _ in range(config.shared_tokens // BLOCK_TOKENS)]
-            for _ in range(tenant.sessions):
+            for number in range(tenant.sessions):
                 self._open += 1
-                session = _Session(tenant, config.shared_tokens + config.first_tokens, list(shared))
-                self.event_queue.at(self._rng.uniform(0, config.start_s), lambda s=session: self._arrive(s))  # type: ignore[misc]
+                rng = Random(f"{config.seed} {tenant.name} {number}")
+                session = _Session(tenant, rng, config.shared_tokens + config.first_tokens, list(shared))
+                self.event_queue.at(rng.uniform(0, config.start_s), lambda s=session: self._arrive(s))  # type: ignore[misc]
         self.event_queue.every(SAMPLE_S, self._sample)
         self.event_queue.every(1.0, self._sweep)
 
@@ -195,13 +201,43 @@ class SessionWorld:
             self.event_queue.run_until(self.event_queue.now + 10.0)
         return self
 
+    # ---- figures
+
+    def hit_rate(self) -> float:
+        """Share of the prompt tokens that was found in a cache."""
+        return sum(turn.cached for turn in self.turns) / sum(turn.waiting.tokens for turn in self.turns)
+
+    def ttft_s(self, quantile: float) -> float:
+        """Quantile of the time to first token over all calls, in seconds."""
+        times = sorted(turn.first - turn.waiting.arrived for turn in self.turns)
+        return times[min(int(quantile * len(times)), len(times) - 1)]
+
+    def gap(self) -> float:
+        """The most that a tenant gained on another while both had calls waiting, in weighted tokens divided by weight,
+        over U (see Observer.unit)."""
+        service = self.config.service
+        longest = max(turn.waiting.tokens for turn in self.turns)
+        running = max(worker.most_tokens for worker in self.workers)
+        pairs = combinations(self.config.tenants, 2)
+        return max(self._gap(a, b) for a, b in pairs) / max(service.input * longest, service.output * running)
+
+    def _gap(self, one: SessionTenant, other: SessionTenant) -> float:
+        largest = 0.0
+        leads: list[float] = []
+        waits = zip(self.backlogged[one.name], self.backlogged[other.name], strict=True)
+        for at, both in enumerate(waits):
+            lead = self.service[one.name][at] / one.weight - self.service[other.name][at] / other.weight
+            leads = [min([*leads, lead]), max([*leads, lead])] if all(both) else []
+            largest = max(largest, leads[1] - leads[0]) if leads else largest
+        return largest
+
     # ---- a turn
 
     def _arrive(self, session: _Session) -> None:
         now, tenant, tokens = self.event_queue.now, session.tenant.name, session.tokens
-        output = max(round(self.config.output_tokens * self._rng.lognormvariate(0, 0.6)), 2)
+        output = max(round(self.config.output_tokens * session.rng.lognormvariate(0, 0.6)), 2)
         while len(session.blocks) * BLOCK_TOKENS < tokens + output:
-            session.blocks.append(self._rng.getrandbits(64))
+            session.blocks.append(session.rng.getrandbits(64))
         self._serial += 1
         waiting = WaitingSequence(
             call_id=str(self._serial),
@@ -232,6 +268,8 @@ class SessionWorld:
         worker.running, worker.pending = worker.running + 1, worker.pending + 1
         worker.prefill_tokens, worker.last_sent = worker.prefill_tokens + new, now
         worker.prefills_end = max(worker.prefills_end, now) + new / self.config.prefill_tokens_per_s
+        worker.tokens += tokens + turn.output
+        worker.most_tokens = max(worker.most_tokens, worker.tokens)
         self._report(at, (), evicted)
         self.event_queue.at(worker.prefills_end, lambda: self._first_token(turn))
 
@@ -253,6 +291,7 @@ class SessionWorld:
         turn.ended = now
         worker = self.workers[turn.worker]
         worker.running -= 1
+        worker.tokens -= turn.waiting.tokens + turn.output
         worker.end(turn.blocks)
         self._report(turn.worker, turn.blocks[: (turn.waiting.tokens + turn.output) // BLOCK_TOKENS], ())
         del self._running[call_id], self._calls[call_id]
@@ -262,11 +301,11 @@ class SessionWorld:
         self.order.ended(call_id)
         self.turns.append(turn)
         session.turns += 1
-        session.tokens += turn.output + max(round(self.config.new_tokens * self._rng.lognormvariate(0, 0.6)), 1)
+        session.tokens += turn.output + max(round(self.config.new_tokens * session.rng.lognormvariate(0, 0.6)), 1)
         if session.turns == self.config.turns:
             self._open -= 1
         else:
-            pause_s = session.tenant.pause_s * self._rng.lognormvariate(0, 1.0)
+            pause_s = session.tenant.pause_s * session.rng.lognormvariate(0, 1.0)
             self.event_queue.after(pause_s, lambda: self._arrive(session))
         self._pump()
 

@@ -8,10 +8,13 @@ tokens in the cache of a worker that can take it now. Such a worker evicts these
 instead.
 
 Invariants: the choice is made after the tenant is chosen and among sequences of its queue, so no other tenant waits
-longer: the counters of two backlogged tenants differ by at most one charge, whichever sequence of a tenant is sent. The
-first sequence of a queue is overtaken at most MAX_OVERTAKEN times. So a sequence with p sequences ahead is sent in one
-of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant. Only the chosen sequence may be sent: if it fits on no
-worker, all others wait.
+longer than with any other order within queues. While two tenants wait, their counters differ by at most the largest
+charge divided by its tenant's weight, and the corrections of charges whose predictions were wrong. Between two turns of
+a waiting tenant, each other tenant is served at most the charge of the first of these turns and one charge of its own.
+
+The first sequence of a queue is overtaken at most MAX_OVERTAKEN times. So a sequence with p sequences ahead is sent in
+one of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant. Only the chosen sequence may be sent: if it fits on
+no worker, all others wait.
 
 Source: the bound on the counters is that of VTC (Sheng et al., OSDI 2024), whose proof takes any order within a tenant.
 The choice by place is that of delay scheduling (Zaharia et al., EuroSys 2010), without its delay: no capacity is left
@@ -26,7 +29,7 @@ from typing import Final
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.service_counters import Flow
 
-MAX_CHOICES: Final = 8
+MAX_CHOICES: Final = 16
 """Number of sequences of a queue among which one is chosen."""
 MAX_OVERTAKEN: Final = 8
 """Number of turns in a row in which the first sequence of a queue may be overtaken."""

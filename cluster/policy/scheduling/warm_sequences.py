@@ -2,7 +2,7 @@
 
 A sequence saves the tokens that a worker with room for it holds in its KV cache. While all workers are full, the queues
 are read again and again, and only the workers' room changes fast. So the holders of a prompt are looked up once in
-FRESH_S, and the room each time.
+FRESH_S, and the room each time. One decision looks up at most MAX_LOOKUPS prompts; of the others it uses what it knows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.warm_order import SavedTokens
 
 FRESH_S: Final = 0.25
+MAX_LOOKUPS: Final = 8
 MAX_HOLDERS: Final = 4
 """Number of workers that are tried for a prompt, those that hold most of it. All workers may hold a common system
 prompt, which is not worth a look at each."""
@@ -42,11 +43,17 @@ class WarmSequences:
         """By call id: the time of the lookup, and (tokens, worker), the most tokens first."""
 
     def saved_tokens(self, now: float) -> SavedTokens:
-        """Return the function that counts the tokens that a sequence saves if it is sent at `now`."""
+        """Return the function that counts the tokens that a sequence saves if it is sent at `now`, for one decision."""
+        lookups = 0
 
         def saved(entry: WaitingSequence) -> int:
+            nonlocal lookups
             try:
-                for tokens, worker_id in self._holders_of(entry, now):
+                known = self._holders.get(entry.call_id)
+                if lookups < MAX_LOOKUPS and (known is None or now - known[0] >= FRESH_S):
+                    lookups += 1
+                    known = self._look_up(entry, now)
+                for tokens, worker_id in known[1] if known is not None else ():
                     if self._workers.has_room(entry.model, worker_id, entry.tokens):
                         return tokens
             except Exception:  # must not hold up the queue; routing meets the same fault and ends this call alone
@@ -55,17 +62,14 @@ class WarmSequences:
 
         return saved
 
-    def _holders_of(self, entry: WaitingSequence, now: float) -> list[tuple[int, str]]:
-        known = self._holders.get(entry.call_id)
-        if known is not None and now - known[0] < FRESH_S:
-            return known[1]
+    def _look_up(self, entry: WaitingSequence, now: float) -> tuple[float, list[tuple[int, str]]]:
         held = self._workers.held_tokens(entry.model, entry.call_id)
         holders = nlargest(MAX_HOLDERS, ((tokens, worker_id) for worker_id, tokens in held.items()))
-        self._holders[entry.call_id] = (now, holders)
+        known = self._holders[entry.call_id] = (now, holders)
         self._holders.move_to_end(entry.call_id)
         while len(self._holders) > MAX_PROMPTS:
             self._holders.popitem(last=False)
-        return holders
+        return known
 
     def __repr__(self) -> str:
         return f"WarmSequences({len(self._holders)} prompts)"

@@ -126,7 +126,7 @@ def test_the_warmest_of_the_first_goes_first() -> None:
     assert sent == ["5", str(MAX_CHOICES), "3", "0"]
 
 
-@given(waiting=st.integers(1, 20), gone=st.sets(st.integers(0, 19)))
+@given(waiting=st.integers(1, 40), gone=st.sets(st.integers(0, 39)))
 def test_few_lookups(waiting: int, gone: set[int]) -> None:
     """A decision looks at MAX_CHOICES waiting sequences at most, and at none if only one waits."""
     order = order_of([call(str(number)) for number in range(waiting)])

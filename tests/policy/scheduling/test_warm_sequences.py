@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.policy.fairness.order import WaitingSequence
-from cluster.policy.scheduling.warm_sequences import FRESH_S, MAX_HOLDERS, MAX_PROMPTS, WarmSequences
+from cluster.policy.scheduling.warm_sequences import FRESH_S, MAX_HOLDERS, MAX_LOOKUPS, MAX_PROMPTS, WarmSequences
 
 ENTRY = WaitingSequence("x", "m", "a", 100, None, "standard", 0.0)
 
@@ -63,14 +64,28 @@ def test_a_fault_saves_nothing() -> None:
     assert WarmSequences(Holders({"w": 80}, {})).saved_tokens(0.0)(ENTRY) == 0
 
 
+def entries(count: int) -> list[WaitingSequence]:
+    """Return waiting sequences."""
+    return [replace(ENTRY, call_id=str(number)) for number in range(count)]
+
+
+def test_a_decision_looks_up_few_prompts() -> None:
+    """A decision looks up at most MAX_LOOKUPS prompts, and the next decision looks up the others."""
+    view = Holders({"w": 80}, {"w": 100})
+    warm = WarmSequences(view)
+    first, second = (list(map(warm.saved_tokens(0.0), entries(MAX_LOOKUPS + 3))) for _ in range(2))
+    assert first == [80] * MAX_LOOKUPS + [0] * 3
+    assert second == [80] * (MAX_LOOKUPS + 3)
+    assert view.lookups == MAX_LOOKUPS + 3
+
+
 def test_memory_is_bounded() -> None:
     """The holders of the last MAX_PROMPTS sequences are remembered."""
     view = Holders({"w": 80}, {"w": 100})
-    saved = WarmSequences(view).saved_tokens(0.0)
-    entries = [WaitingSequence(str(n), "m", "a", 100, None, "standard", 0.0) for n in range(MAX_PROMPTS + 1)]
-    for entry in entries:
-        saved(entry)
-    saved(entries[-1])
+    warm, sequences = WarmSequences(view), entries(MAX_PROMPTS + 1)
+    for entry in sequences:
+        warm.saved_tokens(0.0)(entry)
+    warm.saved_tokens(0.0)(sequences[-1])
     assert view.lookups == MAX_PROMPTS + 1
-    saved(entries[0])
+    warm.saved_tokens(0.0)(sequences[0])
     assert view.lookups == MAX_PROMPTS + 2
