@@ -163,10 +163,10 @@ class SimGateway:
         """Nothing: the simulated gateway knows no KV blocks."""
         return {}
 
-    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
-        """Return whether the credit of a worker is enough for a sequence."""
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """Return the tokens in the credit of a worker; 0 without credit for a sequence."""
         free = self._balances[int(worker_id)].free
-        return free.sequences > 0 and free.tokens >= tokens
+        return free.tokens if free.sequences > 0 else 0
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""

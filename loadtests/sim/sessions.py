@@ -356,10 +356,10 @@ class SessionWorld:
         """Return the same as `cached_tokens`; nothing without warm order."""
         return self.cached_tokens(model, key) if self.config.warm else {}
 
-    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
-        """Return whether a worker can take a call with so many prompt tokens."""
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """Return how many prompt tokens a worker can take in a new call; 0 if it can take no call."""
         worker = self.workers[int(worker_id)]
-        return worker.free_sequences > 0 and worker.free_blocks * BLOCK_TOKENS >= tokens
+        return worker.free_blocks * BLOCK_TOKENS if worker.free_sequences else 0
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""

@@ -103,10 +103,10 @@ class _RecordedWorkers:
         self._journal.reads.append(((model, key, "held"), answer))
         return answer
 
-    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
+    def free_tokens(self, model: str, worker_id: str) -> int:
         """See Workers."""
-        answer = self._workers.has_room(model, worker_id, tokens)
-        self._journal.reads.append(((model, worker_id, tokens, "room"), answer))
+        answer = self._workers.free_tokens(model, worker_id)
+        self._journal.reads.append(((model, worker_id, "free"), answer))
         return answer
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
@@ -143,9 +143,9 @@ class _ReplayedWorkers:
         """See Workers."""
         return self._answer((model, key, "held"))  # type: ignore[no-any-return]
 
-    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
+    def free_tokens(self, model: str, worker_id: str) -> int:
         """See Workers."""
-        return self._answer((model, worker_id, tokens, "room"))  # type: ignore[no-any-return]
+        return self._answer((model, worker_id, "free"))  # type: ignore[no-any-return]
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""

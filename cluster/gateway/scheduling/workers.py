@@ -61,13 +61,13 @@ class LinkedWorkers:
         """Return the same as `cached_tokens`, even if there is only one worker to choose."""
         return self._caches.cached_tokens(model, key, self._request_of(key))
 
-    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
-        """Return whether a worker can take a new sequence of `tokens` prompt tokens now."""
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence."""
         link = self.link(model, worker_id)
         if link is None or not link.takes_new_requests:
-            return False
+            return 0
         free = link.free
-        return free.sequences > 0 and free.tokens >= tokens
+        return free.tokens if free.sequences > 0 else 0
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether a sequence with this key can no longer resume. See KnownModel.is_replaced."""

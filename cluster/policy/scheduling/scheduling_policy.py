@@ -51,8 +51,8 @@ class Workers(Protocol):
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """Return the same as `cached_tokens`, even if there is only one worker to choose."""
 
-    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
-        """Return whether a worker can take a new sequence of `tokens` prompt tokens now."""
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence."""
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""
@@ -142,7 +142,7 @@ class SchedulingPolicy:
                 return True
             return decision.worker_id is not None
 
-        while (entry := self.room.pop_next(model, fits, now, self._warm.saved_tokens(now))) is not None:
+        while (entry := self.room.pop_next(model, fits, now, self._warm.saved_tokens(model, now))) is not None:
             self._versions.pop(entry.call_id, None)
             if isinstance(decision, Exception):
                 yield Fail(entry.call_id, decision)

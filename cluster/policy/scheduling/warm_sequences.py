@@ -30,8 +30,8 @@ class HolderView(Protocol):
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """Return how many leading tokens of a waiting sequence's prompt the workers hold, by worker id."""
 
-    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
-        """Return whether a worker can take a new sequence of `tokens` prompt tokens now."""
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence."""
 
 
 class WarmSequences:
@@ -39,22 +39,26 @@ class WarmSequences:
 
     def __init__(self, workers: HolderView) -> None:
         self._workers = workers
-        self._holders: OrderedDict[str, tuple[float, list[tuple[int, str]]]] = OrderedDict()
+        self._known: OrderedDict[str, tuple[float, list[tuple[int, str]]]] = OrderedDict()
         """By call id: the time of the lookup, and (tokens, worker), the most tokens first."""
 
-    def saved_tokens(self, now: float) -> SavedTokens:
-        """Return the function that counts the tokens that a sequence saves if it is sent at `now`, for one decision."""
+    def saved_tokens(self, model: str, now: float) -> SavedTokens:
+        """Return the function that counts the tokens that a sequence of a model saves if it is sent at `now`. The
+        function is for one decision."""
+        free: dict[str, int] = {}
         lookups = 0
 
         def saved(entry: WaitingSequence) -> int:
             nonlocal lookups
+            known = self._known.get(entry.call_id)
             try:
-                known = self._holders.get(entry.call_id)
                 if lookups < MAX_LOOKUPS and (known is None or now - known[0] >= FRESH_S):
                     lookups += 1
                     known = self._look_up(entry, now)
                 for tokens, worker_id in known[1] if known is not None else ():
-                    if self._workers.has_room(entry.model, worker_id, entry.tokens):
+                    if worker_id not in free:
+                        free[worker_id] = self._workers.free_tokens(model, worker_id)
+                    if free[worker_id] >= entry.tokens:
                         return tokens
             except Exception:  # must not hold up the queue; routing meets the same fault and ends this call alone
                 return 0
@@ -65,11 +69,11 @@ class WarmSequences:
     def _look_up(self, entry: WaitingSequence, now: float) -> tuple[float, list[tuple[int, str]]]:
         held = self._workers.held_tokens(entry.model, entry.call_id)
         holders = nlargest(MAX_HOLDERS, ((tokens, worker_id) for worker_id, tokens in held.items()))
-        known = self._holders[entry.call_id] = (now, holders)
-        self._holders.move_to_end(entry.call_id)
-        while len(self._holders) > MAX_PROMPTS:
-            self._holders.popitem(last=False)
+        known = self._known[entry.call_id] = (now, holders)
+        self._known.move_to_end(entry.call_id)
+        while len(self._known) > MAX_PROMPTS:
+            self._known.popitem(last=False)
         return known
 
     def __repr__(self) -> str:
-        return f"WarmSequences({len(self._holders)} prompts)"
+        return f"WarmSequences({len(self._known)} prompts)"

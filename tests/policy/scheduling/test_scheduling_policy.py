@@ -66,10 +66,10 @@ class Fleet:
         """See Workers."""
         return self.cached.get(key, {})
 
-    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
+    def free_tokens(self, model: str, worker_id: str) -> int:
         """See Workers."""
         worker = self.workers[worker_id]
-        return worker.free_sequences > 0 and worker.free_tokens >= tokens
+        return worker.free_tokens if worker.free_sequences > 0 else 0
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""

@@ -28,10 +28,10 @@ class Holders:
         self.lookups += 1
         return self.held
 
-    def has_room(self, model: str, worker_id: str, tokens: int) -> bool:
+    def free_tokens(self, model: str, worker_id: str) -> int:
         """See HolderView."""
         self.asked += 1
-        return self.room[worker_id] >= tokens
+        return self.room[worker_id]
 
 
 @given(workers=st.lists(st.tuples(st.integers(1, 1000), st.sampled_from([0, 99, 100, 500])), max_size=8))
@@ -40,7 +40,7 @@ def test_a_sequence_saves_what_a_worker_with_room_holds(workers: list[tuple[int,
     names = [str(number) for number in range(len(workers))]
     held = dict(zip(names, (tokens for tokens, _ in workers), strict=True))
     view = Holders(held, dict(zip(names, (room for _, room in workers), strict=True)))
-    saved = WarmSequences(view).saved_tokens(0.0)(ENTRY)
+    saved = WarmSequences(view).saved_tokens("m", 0.0)(ENTRY)
     tried = sorted(names, key=lambda name: (held[name], name), reverse=True)[:MAX_HOLDERS]
     assert saved == max((held[name] for name in tried if view.room[name] >= 100), default=0)
     assert view.asked <= MAX_HOLDERS
@@ -50,18 +50,18 @@ def test_room_is_read_each_time_and_holders_seldom() -> None:
     """A worker that fills up saves nothing at once. What workers hold is looked up again after FRESH_S."""
     view = Holders({"w": 80}, {"w": 100})
     warm = WarmSequences(view)
-    assert warm.saved_tokens(0.0)(ENTRY) == 80
+    assert warm.saved_tokens("m", 0.0)(ENTRY) == 80
     view.room = {"w": 0}
-    assert warm.saved_tokens(0.1)(ENTRY) == 0
+    assert warm.saved_tokens("m", 0.1)(ENTRY) == 0
     view.room, view.held = {"w": 100}, {"w": 96}
-    assert warm.saved_tokens(0.2)(ENTRY) == 80
+    assert warm.saved_tokens("m", 0.2)(ENTRY) == 80
     assert view.lookups == 1
-    assert warm.saved_tokens(FRESH_S)(ENTRY) == 96
+    assert warm.saved_tokens("m", FRESH_S)(ENTRY) == 96
 
 
 def test_a_fault_saves_nothing() -> None:
     """A sequence whose lookup fails keeps its place: the fault must not hold up the sequences of others."""
-    assert WarmSequences(Holders({"w": 80}, {})).saved_tokens(0.0)(ENTRY) == 0
+    assert WarmSequences(Holders({"w": 80}, {})).saved_tokens("m", 0.0)(ENTRY) == 0
 
 
 def entries(count: int) -> list[WaitingSequence]:
@@ -73,7 +73,7 @@ def test_a_decision_looks_up_few_prompts() -> None:
     """A decision looks up at most MAX_LOOKUPS prompts, and the next decision looks up the others."""
     view = Holders({"w": 80}, {"w": 100})
     warm = WarmSequences(view)
-    first, second = (list(map(warm.saved_tokens(0.0), entries(MAX_LOOKUPS + 3))) for _ in range(2))
+    first, second = (list(map(warm.saved_tokens("m", 0.0), entries(MAX_LOOKUPS + 3))) for _ in range(2))
     assert first == [80] * MAX_LOOKUPS + [0] * 3
     assert second == [80] * (MAX_LOOKUPS + 3)
     assert view.lookups == MAX_LOOKUPS + 3
@@ -84,8 +84,8 @@ def test_memory_is_bounded() -> None:
     view = Holders({"w": 80}, {"w": 100})
     warm, sequences = WarmSequences(view), entries(MAX_PROMPTS + 1)
     for entry in sequences:
-        warm.saved_tokens(0.0)(entry)
-    warm.saved_tokens(0.0)(sequences[-1])
+        warm.saved_tokens("m", 0.0)(entry)
+    warm.saved_tokens("m", 0.0)(sequences[-1])
     assert view.lookups == MAX_PROMPTS + 1
-    warm.saved_tokens(0.0)(sequences[0])
+    warm.saved_tokens("m", 0.0)(sequences[0])
     assert view.lookups == MAX_PROMPTS + 2
