@@ -29,7 +29,7 @@ class FifoOrder:
         self._returns += 1
         insort(self._returned, (waiting.arrived, self._returns, waiting))
 
-    def head(self, saved_tokens: Callable[[WaitingSequence], int] | None = None) -> WaitingSequence | None:
+    def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
         """The first sequence that was put back, else the first sequence in the queue; None if nothing waits."""
         return self._returned[0][2] if self._returned else next(iter(self._line.values()), None)
 

@@ -27,7 +27,7 @@ from cluster.policy.fairness.put_back import PutBackSequences
 from cluster.policy.fairness.reserved_slots import ReservedSlots
 from cluster.policy.fairness.service_counters import ClassTurns, Flow, FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
-from cluster.policy.fairness.warm_order import SavedTokens
+from cluster.policy.fairness.warm_order import LossOf
 
 IDLE_S = 2.0
 DEFICIT_TOKENS = 16_384.0
@@ -109,13 +109,13 @@ class FairOrder:
         self._where[waiting.call_id] = (flow, charge, -1)
         self._flows.change_here(flow, 1, 0.0)
 
-    def head(self, saved_tokens: SavedTokens | None = None) -> WaitingSequence | None:
+    def head(self, loss_of: LossOf | None = None) -> WaitingSequence | None:
         """The next sequence, or None if nothing waits.
 
         Sequences that were put back come first. After them comes a sequence of the tenant with the least counter in the
-        highest waiting class: the first one, or with `saved_tokens` the one that warm_order.py chooses.
+        highest waiting class: the first one, or with `loss_of` the one that warm_order.py chooses.
         """
-        return self._put_back.head() or self._flows.head(saved_tokens)
+        return self._put_back.head() or self._flows.head(loss_of)
 
     def remove(self, call_id: str) -> None:
         """Remove a waiting sequence. If it was charged before it was put back, the unused charge is refunded."""

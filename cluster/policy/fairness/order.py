@@ -52,9 +52,9 @@ class Order(Protocol):
         The sequence is placed before all sequences that were never taken.
         """
 
-    def head(self, saved_tokens: Callable[[WaitingSequence], int] | None = None) -> WaitingSequence | None:
-        """The next sequence, or None if nothing waits. `saved_tokens(sequence)`: number of prompt tokens that need not
-        be computed if the sequence is sent now; an order may prefer such sequences."""
+    def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
+        """The next sequence, or None if nothing waits. `loss_of(sequence)`: expected loss if the sequence is not sent
+        now (warm_order.py); an order may prefer sequences by their loss."""
 
     def remove(self, call_id: str) -> None:
         """Remove a waiting sequence that will not be sent, such as a cancelled one. Raises KeyError for an unknown

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from cluster.api.outcomes import Outcome
 from cluster.policy.fairness.order import Order, WaitingSequence
 from cluster.policy.fairness.tenant_queues import TenantQueues
-from cluster.policy.fairness.warm_order import SavedTokens
+from cluster.policy.fairness.warm_order import LossOf
 
 __all__ = ["Order", "RoomAdmission", "RoomStatistics", "WaitingRoom", "WaitingSequence"]
 
@@ -152,15 +152,15 @@ class WaitingRoom:
         model: str,
         fits: Callable[[WaitingSequence], bool],
         now: float | None = None,
-        saved_tokens: SavedTokens | None = None,
+        loss_of: LossOf | None = None,
     ) -> WaitingSequence | None:
         """Remove and return the next sequence if it fits. Returns None if nothing waits or the head does not fit.
 
         `fits(sequence)`: whether a worker can take the sequence. `now` None: the latest time that was passed to the
-        room. `saved_tokens`: see Order.head.
+        room. `loss_of`: see Order.head.
         """
         queue = self._queues.get(model)
-        head = queue.order.head(saved_tokens) if queue is not None else None
+        head = queue.order.head(loss_of) if queue is not None else None
         if head is None or not fits(head):
             return None
         self._now = self._now if now is None else max(self._now, now)

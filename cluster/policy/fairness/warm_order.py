@@ -3,9 +3,9 @@
 Problem: while calls wait, the workers evict the KV blocks of prompts that will soon be sent. First come, first served
 sends each prompt to whichever worker is free, mostly not the one that holds its blocks, and computes it again.
 
-Method: among the tenant's first MAX_CHOICES sequences, the one with the most to lose goes first: the one with the most
-tokens in the cache of a worker that can take it now. Such a worker evicts these blocks for the prompt that it gets
-instead.
+Method: among the tenant's first MAX_CHOICES sequences, the one with the greatest expected loss goes first: the tokens
+that must be computed again if the worker that holds them evicts them, times the chance that it does. The caller gives
+the loss (policy/scheduling/warm_sequences.py).
 
 Invariants: the choice is made after the tenant is chosen and among sequences of its queue, so no other tenant waits
 longer than with any other order within queues. While two tenants wait, their counters differ by at most the largest
@@ -34,13 +34,13 @@ MAX_CHOICES: Final = 16
 MAX_OVERTAKEN: Final = 8
 """Number of turns in a row in which the first sequence of a queue may be overtaken."""
 
-SavedTokens = Callable[[WaitingSequence], int]
-"""Returns the number of prompt tokens of a sequence that need not be computed if the sequence is sent now."""
+LossOf = Callable[[WaitingSequence], float]
+"""Returns the expected loss if a sequence is not sent now, at least 0. Only the order of the losses counts."""
 
 
-def next_of(flow: Flow, saved_tokens: SavedTokens) -> WaitingSequence | None:
-    """Return the sequence of a flow to send in the flow's turn, or None without sequences. With equal `saved_tokens`,
-    the first one. `saved_tokens` is called for at most MAX_CHOICES sequences, and for none if only one waits."""
+def next_of(flow: Flow, loss_of: LossOf) -> WaitingSequence | None:
+    """Return the sequence of a flow to send in the flow's turn, or None without sequences. With equal losses, the
+    first one. `loss_of` is called for at most MAX_CHOICES sequences, and for none if only one waits."""
     if len(flow) < 2 or flow.overtaken >= MAX_OVERTAKEN:
         return flow.head()
-    return max(flow.first(MAX_CHOICES), key=saved_tokens)
+    return max(flow.first(MAX_CHOICES), key=loss_of)

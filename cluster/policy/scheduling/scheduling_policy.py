@@ -142,7 +142,7 @@ class SchedulingPolicy:
                 return True
             return decision.worker_id is not None
 
-        while (entry := self.room.pop_next(model, fits, now, self._warm.saved_tokens(model, now))) is not None:
+        while (entry := self.room.pop_next(model, fits, now, self._warm.loss_of(model, now))) is not None:
             self._versions.pop(entry.call_id, None)
             if isinstance(decision, Exception):
                 yield Fail(entry.call_id, decision)

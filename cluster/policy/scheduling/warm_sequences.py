@@ -1,8 +1,13 @@
-"""The prompt tokens that a waiting sequence saves if it is sent now, as policy/fairness/warm_order.py needs them.
+"""The expected loss if a waiting sequence is not sent now, as policy/fairness/warm_order.py needs it.
 
-A sequence saves the tokens that a worker with room for it holds in its KV cache. While all workers are full, the queues
-are read again and again, and only the workers' room changes fast. So the holders of a prompt are looked up once in
-FRESH_S, and the room each time. One decision looks up at most MAX_LOOKUPS prompts; of the others it uses what it knows.
+A sequence loses the tokens that a worker with room for it holds in its KV cache, if the worker evicts them for the
+prompt that it gets instead. An engine evicts the blocks first that were used longest ago, so the chance grows with the
+wait. It is taken as proportional to 1 + wait / WAIT_S. (In the simulation of loadtests/sim/sessions.py this does about
+as well as the true order of eviction, which a gateway does not know.)
+
+While all workers are full, the queues are read again and again, and only the workers' room changes fast. So the holders
+of a prompt are looked up once in FRESH_S, and the room each time. One decision looks up at most MAX_LOOKUPS prompts; of
+the others it uses what it knows.
 """
 
 from __future__ import annotations
@@ -13,8 +18,10 @@ from heapq import nlargest
 from typing import Final, Protocol
 
 from cluster.policy.fairness.order import WaitingSequence
-from cluster.policy.fairness.warm_order import SavedTokens
+from cluster.policy.fairness.warm_order import LossOf
 
+WAIT_S: Final = 10.0
+"""Wait in seconds that doubles the expected loss."""
 FRESH_S: Final = 0.25
 MAX_LOOKUPS: Final = 8
 MAX_HOLDERS: Final = 4
@@ -42,13 +49,13 @@ class WarmSequences:
         self._known: OrderedDict[str, tuple[float, list[tuple[int, str]]]] = OrderedDict()
         """By call id: the time of the lookup, and (tokens, worker), the most tokens first."""
 
-    def saved_tokens(self, model: str, now: float) -> SavedTokens:
-        """Return the function that counts the tokens that a sequence of a model saves if it is sent at `now`. The
+    def loss_of(self, model: str, now: float) -> LossOf:
+        """Return the function that gives the expected loss of a sequence of a model that is not sent at `now`. The
         function is for one decision."""
         free: dict[str, int] = {}
         lookups = 0
 
-        def saved(entry: WaitingSequence) -> int:
+        def loss(entry: WaitingSequence) -> float:
             nonlocal lookups
             known = self._known.get(entry.call_id)
             try:
@@ -59,12 +66,12 @@ class WarmSequences:
                     if worker_id not in free:
                         free[worker_id] = self._workers.free_tokens(model, worker_id)
                     if free[worker_id] >= entry.tokens:
-                        return tokens
+                        return tokens * (1.0 + max(now - entry.arrived, 0.0) / WAIT_S)
             except Exception:  # must not hold up the queue; routing meets the same fault and ends this call alone
-                return 0
-            return 0
+                return 0.0
+            return 0.0
 
-        return saved
+        return loss
 
     def _look_up(self, entry: WaitingSequence, now: float) -> tuple[float, list[tuple[int, str]]]:
         held = self._workers.held_tokens(entry.model, entry.call_id)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cluster.policy.fairness.fair_queue import FairOrder
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.service_counters import QUANTUM
-from cluster.policy.fairness.warm_order import MAX_CHOICES, MAX_OVERTAKEN, SavedTokens
+from cluster.policy.fairness.warm_order import MAX_CHOICES, MAX_OVERTAKEN, LossOf
 
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 5.0}
 
@@ -28,53 +28,53 @@ def order_of(calls: list[WaitingSequence]) -> FairOrder:
     return order
 
 
-def turn(order: FairOrder, saved_tokens: SavedTokens | None) -> WaitingSequence:
+def turn(order: FairOrder, loss_of: LossOf | None) -> WaitingSequence:
     """Give the next turn."""
-    head = order.head(saved_tokens)
+    head = order.head(loss_of)
     assert head is not None
     order.mark_taken(head.call_id)
     return head
 
 
-def by_table(saved: list[int]) -> SavedTokens:
-    """Return saved tokens by the number of the call, any numbers whatever."""
-    return lambda waiting: saved[int(waiting.call_id) % len(saved)]
+def by_number(losses: list[int]) -> LossOf:
+    """Return losses by the number of the call, any numbers whatever."""
+    return lambda waiting: losses[int(waiting.call_id) % len(losses)]
 
 
-SAVED = st.lists(st.integers(0, 5), min_size=1, max_size=30)
+LOSSES = st.lists(st.integers(0, 5), min_size=1, max_size=30)
 COSTS = st.tuples(st.integers(0, 3000), st.integers(0, 500))
 
 
-@given(costs=st.dictionaries(st.sampled_from("abc"), COSTS, min_size=1), saved=SAVED)
+@given(costs=st.dictionaries(st.sampled_from("abc"), COSTS, min_size=1), losses=LOSSES)
 def test_calls_of_equal_cost_leave_the_turns_of_tenants_as_they_are(
-    costs: dict[str, tuple[int, int]], saved: list[int]
+    costs: dict[str, tuple[int, int]], losses: list[int]
 ) -> None:
     """If the sequences of each tenant cost the same, the tenants have the same turns as first come, first served."""
     calls = [call(str(n * 3 + at), tenant, *costs[tenant]) for n in range(20) for at, tenant in enumerate(costs)]
     first_come, warm = order_of(calls), order_of(calls)
     for _ in calls:
-        assert turn(first_come, None).tenant == turn(warm, by_table(saved)).tenant
+        assert turn(first_come, None).tenant == turn(warm, by_number(losses)).tenant
 
 
-@given(costs=st.lists(st.tuples(st.sampled_from("abc"), COSTS), min_size=3, max_size=40), saved=SAVED)
+@given(costs=st.lists(st.tuples(st.sampled_from("abc"), COSTS), min_size=3, max_size=40), losses=LOSSES)
 def test_the_gap_between_backlogged_tenants_stays_within_one_charge(
-    costs: list[tuple[str, tuple[int, int]]], saved: list[int]
+    costs: list[tuple[str, tuple[int, int]]], losses: list[int]
 ) -> None:
     """While two tenants wait, their counters differ by at most the largest charge divided by its tenant's weight, and
     a quantum of the lookup. The same holds first come, first served."""
     calls = [call(str(n), tenant, *cost) for n, (tenant, cost) in enumerate(costs)]
     largest = max((each.tokens + 2 * each.output_tokens) / WEIGHTS[each.tenant] for each in calls)
-    for saved_tokens in (by_table(saved), None):
+    for loss_of in (by_number(losses), None):
         order, waiting = order_of(calls), list(calls)
         while waiting:
-            waiting.remove(turn(order, saved_tokens))
+            waiting.remove(turn(order, loss_of))
             counters = [order.counter(tenant) for tenant in {each.tenant for each in waiting}]
             assert max(counters, default=0.0) - min(counters, default=0.0) <= largest + QUANTUM
 
 
-@given(costs=st.lists(st.tuples(st.sampled_from("abc"), COSTS), min_size=3, max_size=40), saved=SAVED)
+@given(costs=st.lists(st.tuples(st.sampled_from("abc"), COSTS), min_size=3, max_size=40), losses=LOSSES)
 def test_another_tenants_sequence_waits_for_no_more_service(
-    costs: list[tuple[str, tuple[int, int]]], saved: list[int]
+    costs: list[tuple[str, tuple[int, int]]], losses: list[int]
 ) -> None:
     """Between two turns of a waiting tenant, each other tenant is served at most what the first turn cost and one
     charge of its own, by weight, and two quanta: the bound that holds first come, first served."""
@@ -86,7 +86,7 @@ def test_another_tenants_sequence_waits_for_no_more_service(
     order, left = order_of(calls), list(calls)
     turns: list[WaitingSequence] = []
     while left:
-        turns.append(turn(order, by_table(saved)))
+        turns.append(turn(order, by_number(losses)))
         left.remove(turns[-1])
     largest = {tenant: max((charge(each) for each in calls if each.tenant == tenant), default=0.0) for tenant in "abc"}
     for tenant in "abc":
@@ -97,8 +97,8 @@ def test_another_tenants_sequence_waits_for_no_more_service(
                 assert served <= charge(turns[start]) + largest[other] + 2 * QUANTUM
 
 
-@given(saved=SAVED, arrivals=st.lists(st.integers(0, 2), min_size=1, max_size=60), waiting=st.integers(1, 30))
-def test_no_sequence_is_overtaken_for_ever(saved: list[int], arrivals: list[int], waiting: int) -> None:
+@given(losses=LOSSES, arrivals=st.lists(st.integers(0, 2), min_size=1, max_size=60), waiting=st.integers(1, 30))
+def test_no_sequence_is_overtaken_for_ever(losses: list[int], arrivals: list[int], waiting: int) -> None:
     """A sequence with p sequences ahead is sent in one of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant,
     whatever arrives behind it."""
     order = order_of([call(str(number)) for number in range(waiting)])
@@ -112,17 +112,17 @@ def test_no_sequence_is_overtaken_for_ever(saved: list[int], arrivals: list[int]
             number += 1
         if not turns_left:
             continue
-        del turns_left[turn(order, by_table(saved)).call_id]
+        del turns_left[turn(order, by_number(losses)).call_id]
         for call_id in turns_left:
             turns_left[call_id] -= 1
             assert turns_left[call_id] > 0
 
 
 def test_the_warmest_of_the_first_goes_first() -> None:
-    """The sequence that saves most goes first among the first MAX_CHOICES, and one beyond these does not."""
+    """The sequence with the greatest loss goes first among the first MAX_CHOICES, and one beyond these does not."""
     order = order_of([call(str(number)) for number in range(MAX_CHOICES + 1)])
-    saved = {"3": 700, "5": 900, str(MAX_CHOICES): 5000}
-    sent = [turn(order, lambda waiting: saved.get(waiting.call_id, 0)).call_id for _ in range(4)]
+    losses = {"3": 700, "5": 900, str(MAX_CHOICES): 5000}
+    sent = [turn(order, lambda waiting: losses.get(waiting.call_id, 0)).call_id for _ in range(4)]
     assert sent == ["5", str(MAX_CHOICES), "3", "0"]
 
 
@@ -136,10 +136,10 @@ def test_few_lookups(waiting: int, gone: set[int]) -> None:
             order.remove(str(number))
     asked: list[str] = []
 
-    def saved_tokens(each: WaitingSequence) -> int:
+    def loss_of(each: WaitingSequence) -> int:
         asked.append(each.call_id)
         return 0
 
-    head = order.head(saved_tokens)
+    head = order.head(loss_of)
     assert (head.call_id if head is not None else None) == (left[0] if left else None)
     assert asked == (left[:MAX_CHOICES] if len(left) > 1 else [])
