@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
+from collections.abc import Callable
 
 from cluster.policy.fairness.order import WaitingSequence
 
@@ -28,7 +29,7 @@ class FifoOrder:
         self._returns += 1
         insort(self._returned, (waiting.arrived, self._returns, waiting))
 
-    def head(self) -> WaitingSequence | None:
+    def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
         """The first sequence that was put back, else the first sequence in the queue; None if nothing waits."""
         return self._returned[0][2] if self._returned else next(iter(self._line.values()), None)
 

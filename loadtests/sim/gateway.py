@@ -159,6 +159,15 @@ class SimGateway:
         """Nothing: the simulated gateway knows no KV blocks."""
         return {}
 
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """Nothing: the simulated gateway knows no KV blocks."""
+        return {}
+
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """Return the tokens in the credit of a worker; 0 without credit for a sequence."""
+        free = self._balances[int(worker_id)].free
+        return free.tokens if free.sequences > 0 else 0
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""
         return False

@@ -97,6 +97,18 @@ class _RecordedWorkers:
         self._journal.reads.append(((model, key), answer))
         return answer
 
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """See Workers."""
+        answer = self._workers.held_tokens(model, key)
+        self._journal.reads.append(((model, key, "held"), answer))
+        return answer
+
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """See Workers."""
+        answer = self._workers.free_tokens(model, worker_id)
+        self._journal.reads.append(((model, worker_id, "free"), answer))
+        return answer
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""
         answer = self._workers.is_replaced(model, compatibility)
@@ -126,6 +138,14 @@ class _ReplayedWorkers:
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """See Workers."""
         return self._answer((model, key))  # type: ignore[no-any-return]
+
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """See Workers."""
+        return self._answer((model, key, "held"))  # type: ignore[no-any-return]
+
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """See Workers."""
+        return self._answer((model, worker_id, "free"))  # type: ignore[no-any-return]
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""

@@ -55,7 +55,19 @@ class LinkedWorkers:
         known = self._owner.directory.find(model)
         if known is None or len(known.links) < 2:  # nothing to choose
             return {}
+        return self.held_tokens(model, key)
+
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """Return the same as `cached_tokens`, even if there is only one worker to choose."""
         return self._caches.cached_tokens(model, key, self._request_of(key))
+
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence."""
+        link = self.link(model, worker_id)
+        if link is None or not link.takes_new_requests:
+            return 0
+        free = link.free
+        return free.tokens if free.sequences > 0 else 0
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether a sequence with this key can no longer resume. See KnownModel.is_replaced."""

@@ -11,7 +11,8 @@ credit. A call is charged once, however many workers are lost while the call run
 Source: VTC (Sheng et al., OSDI 2024) for the counters and their lift. docs/tenancy.md says how the counters become
 cluster-wide.
 
-Sequences of one tenant are served first come, first served. Callers pass a monotonic `now`, in seconds.
+Sequences of one tenant are served first come, first served, or by warm_order.py. Callers pass a monotonic `now`, in
+seconds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from cluster.policy.fairness.put_back import PutBackSequences
 from cluster.policy.fairness.reserved_slots import ReservedSlots
 from cluster.policy.fairness.service_counters import ClassTurns, Flow, FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
+from cluster.policy.fairness.warm_order import LossOf
 
 IDLE_S = 2.0
 DEFICIT_TOKENS = 16_384.0
@@ -107,13 +109,13 @@ class FairOrder:
         self._where[waiting.call_id] = (flow, charge, -1)
         self._flows.change_here(flow, 1, 0.0)
 
-    def head(self) -> WaitingSequence | None:
+    def head(self, loss_of: LossOf | None = None) -> WaitingSequence | None:
         """The next sequence, or None if nothing waits.
 
-        Sequences that were put back come first. After them comes the first sequence of the tenant with the least
-        counter in the highest waiting class.
+        Sequences that were put back come first. After them comes a sequence of the tenant with the least counter in the
+        highest waiting class: the first one, or with `loss_of` the one that warm_order.py chooses.
         """
-        return self._put_back.head() or self._flows.head()
+        return self._put_back.head() or self._flows.head(loss_of)
 
     def remove(self, call_id: str) -> None:
         """Remove a waiting sequence. If it was charged before it was put back, the unused charge is refunded."""
@@ -123,13 +125,17 @@ class FairOrder:
     def mark_taken(self, call_id: str, now: float = 0.0) -> None:
         """Remove a sequence that is sent to a worker, and charge its predicted cost if it was never charged before."""
         self._flows.advance(now)
+        flow, _, serial = self._where[call_id]
+        if serial >= 0:
+            flow.record_turn(serial)
         flow, charge = self._remove_waiting(call_id)
         if charge is not None:
             self._open[call_id] = (flow, charge)
             self._flows.add_service(flow, charge.amount)
 
     def position(self, call_id: str) -> int:
-        """Number of sequences of the same tenant and class ahead. Other tenants' sequences are not revealed."""
+        """Number of sequences of the same tenant and class that came before. Other tenants' sequences are not
+        revealed."""
         flow, _, serial = self._where[call_id]
         if serial < 0:
             return self._put_back.position(call_id)

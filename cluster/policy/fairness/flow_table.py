@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import Backlog
 from cluster.policy.fairness.service_counters import ClassTurns, Flow, FlowKey
+from cluster.policy.fairness.warm_order import LossOf, next_of
 
 
 class FlowTable:
@@ -66,12 +67,13 @@ class FlowTable:
         """Expected cost of the sequences that wait here in classes higher than `rank`, in weighted tokens."""
         return sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
 
-    def head(self) -> WaitingSequence | None:
-        """The first sequence of the flow with the least counter in the highest waiting class, or None."""
+    def head(self, loss_of: LossOf | None = None) -> WaitingSequence | None:
+        """The next sequence of the flow with the least counter in the highest waiting class, or None. Without
+        `loss_of`, the first sequence of the flow; see warm_order.py."""
         for rank in self._ranks:
             flow = self._classes[rank].here.least()
             if flow is not None:
-                return flow.head()
+                return flow.head() if loss_of is None else next_of(flow, loss_of)
         return None
 
     def add_service(self, flow: Flow, service: float) -> None:

@@ -12,6 +12,7 @@ served.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,8 +52,9 @@ class Order(Protocol):
         The sequence is placed before all sequences that were never taken.
         """
 
-    def head(self) -> WaitingSequence | None:
-        """The next sequence, or None if nothing waits."""
+    def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
+        """The next sequence, or None if nothing waits. `loss_of(sequence)`: expected loss if the sequence is not sent
+        now (warm_order.py); an order may prefer sequences by their loss."""
 
     def remove(self, call_id: str) -> None:
         """Remove a waiting sequence that will not be sent, such as a cancelled one. Raises KeyError for an unknown

@@ -57,6 +57,19 @@ class FifoQueue:
         """The first entry, or None if the queue is empty."""
         return self._line[0] if self._line else None
 
+    def first(self, count: int) -> list[WaitingSequence]:
+        """Return the first `count` waiting entries, or fewer if fewer wait."""
+        out: list[WaitingSequence] = []
+        gone, at = self._gone or (), self._skipped
+        for serial, waiting in enumerate(self._line, self._first):
+            if at < len(gone) and gone[at] == serial:
+                at += 1
+                continue
+            out.append(waiting)
+            if len(out) == count:
+                break
+        return out
+
     def remove(self, serial: int) -> None:
         """Remove an entry at any position. The caller must remove each serial number only once."""
         if serial != self._first:
@@ -98,7 +111,8 @@ class Flow(FifoQueue):
     """
 
     __slots__ = (
-        "counter", "elsewhere", "elsewhere_service", "here", "here_service", "key", "last_waiting", "since", "weight",
+        "counter", "elsewhere", "elsewhere_service", "here", "here_service", "key", "last_waiting", "overtaken",
+        "since", "weight",
     )  # fmt: skip
 
     def __init__(self, key: FlowKey) -> None:
@@ -116,6 +130,12 @@ class Flow(FifoQueue):
         """Last time when the flow was known to wait on any gateway."""
         self.since = float("-inf")
         """Start of the current uninterrupted wait, if the flow waits."""
+        self.overtaken = 0
+        """Number of turns in a row in which another sequence than the first one was sent."""
+
+    def record_turn(self, serial: int) -> None:
+        """Record that the sequence with this serial number is sent. Call before `remove`."""
+        self.overtaken = 0 if serial == self._first else self.overtaken + 1
 
     @property
     def waits(self) -> bool:

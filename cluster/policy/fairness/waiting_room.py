@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from cluster.api.outcomes import Outcome
 from cluster.policy.fairness.order import Order, WaitingSequence
 from cluster.policy.fairness.tenant_queues import TenantQueues
+from cluster.policy.fairness.warm_order import LossOf
 
 __all__ = ["Order", "RoomAdmission", "RoomStatistics", "WaitingRoom", "WaitingSequence"]
 
@@ -147,15 +148,19 @@ class WaitingRoom:
         return queue.order.head() if queue is not None else None
 
     def pop_next(
-        self, model: str, fits: Callable[[WaitingSequence], bool], now: float | None = None
+        self,
+        model: str,
+        fits: Callable[[WaitingSequence], bool],
+        now: float | None = None,
+        loss_of: LossOf | None = None,
     ) -> WaitingSequence | None:
         """Remove and return the next sequence if it fits. Returns None if nothing waits or the head does not fit.
 
         `fits(sequence)`: whether a worker can take the sequence. `now` None: the latest time that was passed to the
-        room.
+        room. `loss_of`: see Order.head.
         """
         queue = self._queues.get(model)
-        head = queue.order.head() if queue is not None else None
+        head = queue.order.head(loss_of) if queue is not None else None
         if head is None or not fits(head):
             return None
         self._now = self._now if now is None else max(self._now, now)

@@ -31,6 +31,7 @@ from cluster.policy.routing.version_split import ANY_VERSION, Versions
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
 from cluster.policy.scheduling.resume_queue import ResumeQueue
 from cluster.policy.scheduling.resume_route import resumed_request
+from cluster.policy.scheduling.warm_sequences import WarmSequences
 from cluster.policy.scheduling.worker_losses import LossVerdict, WorkerLosses
 
 
@@ -47,6 +48,12 @@ class Workers(Protocol):
         """Return how many leading tokens of a new sequence's prompt the workers of a model hold in their KV caches, by
         worker id. Workers that hold none are left out."""
 
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """Return the same as `cached_tokens`, even if there is only one worker to choose."""
+
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence."""
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""
 
@@ -60,6 +67,7 @@ class SchedulingPolicy:
         self.resuming = ResumeQueue(resume_wait_s)
         self.losses = losses
         self._workers = workers
+        self._warm = WarmSequences(workers)
         self._versions: dict[str, Versions] = {}
         """Versions on which the sequences in the waiting room may begin; without an entry, any version."""
 
@@ -134,7 +142,7 @@ class SchedulingPolicy:
                 return True
             return decision.worker_id is not None
 
-        while (entry := self.room.pop_next(model, fits, now)) is not None:
+        while (entry := self.room.pop_next(model, fits, now, self._warm.loss_of(model, now))) is not None:
             self._versions.pop(entry.call_id, None)
             if isinstance(decision, Exception):
                 yield Fail(entry.call_id, decision)

@@ -131,3 +131,28 @@ async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
         passes += 1
         assert passes <= 2 * workers * pieces
     assert passes >= workers * pieces
+async def test_a_warm_call_goes_before_an_older_cold_one(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """When a slot becomes free, a tenant's call whose prompt the worker holds is sent before its older calls."""
+    async with running_cluster(tmp_path) as cluster:
+        engine = sim_engine(checkpoint, decode_ms=5, block_size=BLOCK, max_num_seqs=1)
+        await cluster.add_worker(engine, bundle)
+        warm, cold = prompt(0), prompt(1)
+        await turn(cluster, warm)
+        await until(lambda: bool(matched(cluster, warm)), "the blocks are known")
+        ended: list[str] = []
+
+        async def send(name: str, ids: list[int], tokens: int) -> None:
+            request = complete("", prompt_token_ids=ids, max_tokens=tokens, ignore_eos=True)
+            await cluster.stub.Complete(request)
+            ended.append(name)
+
+        def waiting(count: int) -> bool:
+            return cluster.gateway.scheduler.queues.waiting("sim")[0] == count
+
+        calls = [asyncio.create_task(send("runs", prompt(2), 100))]
+        await until(lambda: engine.statistics().running == 1, "a call holds the slot")
+        for name, ids in (("cold", cold), ("warm", warm)):
+            calls.append(asyncio.create_task(send(name, ids, 1)))
+            await until(lambda: waiting(len(calls) - 1), "the call waits")
+        await asyncio.gather(*calls)
+        assert ended == ["runs", "warm", "cold"]

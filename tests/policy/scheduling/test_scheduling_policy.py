@@ -62,6 +62,15 @@ class Fleet:
         """See Workers."""
         return self.cached.get(key, {})
 
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """See Workers."""
+        return self.cached.get(key, {})
+
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """See Workers."""
+        worker = self.workers[worker_id]
+        return worker.free_tokens if worker.free_sequences > 0 else 0
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""
         return compatibility in self.replaced
@@ -178,6 +187,38 @@ def test_the_versions_of_a_queued_sequence_can_change() -> None:
     policy.set_versions("b", Versions("1", frozenset(("1",))))
     policy.set_versions("c", Versions("2", frozenset(("2",))))
     assert sent(carry_out(policy, fleet, 0.0)) == [("a", "new"), ("b", "old")]
+
+
+def test_a_free_worker_gets_the_sequence_whose_prompt_it_holds() -> None:
+    """Of a tenant's waiting sequences, the one whose prompt is held by the worker with room goes first. A full worker's
+    blocks count for nothing, and other tenants keep their turns."""
+    fleet = Fleet()
+    fleet.add("v", free=0)
+    fleet.add("w", free=0)
+    fleet.cached = {"b": {"w": 8}, "c": {"v": 9}, "z": {"w": 9}}
+    policy = policy_of(fleet)
+    for key in ("a", "b", "c"):
+        policy.admit(replace(entry(key), tokens=40), 0.0)
+    for key in ("y", "z"):
+        policy.admit(replace(entry(key, "other"), tokens=40), 0.0)
+    assert carry_out(policy, fleet, 0.0) == []
+    fleet.grant("w", 2)
+    assert sent(carry_out(policy, fleet, 0.0)) == [("b", "w"), ("z", "w")]
+    fleet.grant("v", 2)
+    assert sorted(sent(carry_out(policy, fleet, 1.0))) == [("c", "v"), ("y", "v")]
+
+
+def test_the_chosen_head_holds_back_the_others() -> None:
+    """A warm sequence that may not be sent where there is room holds back all others, as the first one would."""
+    fleet = Fleet()
+    fleet.add("old", free=1, version="1")
+    fleet.cached = {"b": {"old": 8}}
+    policy = policy_of(fleet)
+    policy.admit(entry("a"), 0.0)
+    policy.admit(entry("b"), 0.0, versions=Versions("2", frozenset(("2",))))
+    assert carry_out(policy, fleet, 0.0) == []
+    fleet.add("new", free=1, version="2")
+    assert sent(carry_out(policy, fleet, 0.0)) == [("b", "new"), ("a", "old")]
 
 
 def test_a_sequence_that_cannot_be_routed_fails_alone() -> None:

@@ -1,0 +1,86 @@
+"""The expected loss if a waiting sequence is not sent now, as policy/fairness/warm_order.py needs it.
+
+A sequence loses the tokens that a worker with room for it holds in its KV cache, if the worker evicts them for the
+prompt that it gets instead. An engine evicts the blocks first that were used longest ago, so the chance grows with the
+wait. It is taken as proportional to 1 + wait / WAIT_S. (In the simulation of loadtests/sim/sessions.py this does about
+as well as the true order of eviction, which a gateway does not know.)
+
+While all workers are full, the queues are read again and again, and only the workers' room changes fast. So the holders
+of a prompt are looked up once in FRESH_S, and the room each time. One decision looks up at most MAX_LOOKUPS prompts; of
+the others it uses what it knows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from heapq import nlargest
+from typing import Final, Protocol
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.warm_order import LossOf
+
+WAIT_S: Final = 10.0
+"""Wait in seconds that doubles the expected loss."""
+FRESH_S: Final = 0.25
+MAX_LOOKUPS: Final = 8
+MAX_HOLDERS: Final = 4
+"""Number of workers that are tried for a prompt, those that hold most of it. All workers may hold a common system
+prompt, which is not worth a look at each."""
+MAX_PROMPTS: Final = 1024
+"""Number of waiting sequences whose holders are remembered."""
+
+
+class HolderView(Protocol):
+    """The workers as this module needs them; see scheduling_policy.Workers."""
+
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """Return how many leading tokens of a waiting sequence's prompt the workers hold, by worker id."""
+
+    def free_tokens(self, model: str, worker_id: str) -> int:
+        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence."""
+
+
+class WarmSequences:
+    """The remembered holders of the prompts of waiting sequences, for one gateway. Times are monotonic seconds."""
+
+    def __init__(self, workers: HolderView) -> None:
+        self._workers = workers
+        self._known: OrderedDict[str, tuple[float, list[tuple[int, str]]]] = OrderedDict()
+        """By call id: the time of the lookup, and (tokens, worker), the most tokens first."""
+
+    def loss_of(self, model: str, now: float) -> LossOf:
+        """Return the function that gives the expected loss of a sequence of a model that is not sent at `now`. The
+        function is for one decision."""
+        free: dict[str, int] = {}
+        lookups = 0
+
+        def loss(entry: WaitingSequence) -> float:
+            nonlocal lookups
+            known = self._known.get(entry.call_id)
+            try:
+                if lookups < MAX_LOOKUPS and (known is None or now - known[0] >= FRESH_S):
+                    lookups += 1
+                    known = self._look_up(entry, now)
+                for tokens, worker_id in known[1] if known is not None else ():
+                    if worker_id not in free:
+                        free[worker_id] = self._workers.free_tokens(model, worker_id)
+                    if free[worker_id] >= entry.tokens:
+                        return tokens * (1.0 + max(now - entry.arrived, 0.0) / WAIT_S)
+            except Exception:  # must not hold up the queue; routing meets the same fault and ends this call alone
+                return 0.0
+            return 0.0
+
+        return loss
+
+    def _look_up(self, entry: WaitingSequence, now: float) -> tuple[float, list[tuple[int, str]]]:
+        held = self._workers.held_tokens(entry.model, entry.call_id)
+        holders = nlargest(MAX_HOLDERS, ((tokens, worker_id) for worker_id, tokens in held.items()))
+        known = self._known[entry.call_id] = (now, holders)
+        self._known.move_to_end(entry.call_id)
+        while len(self._known) > MAX_PROMPTS:
+            self._known.popitem(last=False)
+        return known
+
+    def __repr__(self) -> str:
+        return f"WarmSequences({len(self._known)} prompts)"
