@@ -131,6 +131,8 @@ async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
         passes += 1
         assert passes <= 2 * workers * pieces
     assert passes >= workers * pieces
+
+
 async def test_a_warm_call_goes_before_an_older_cold_one(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """When a slot becomes free, a tenant's call whose prompt the worker holds is sent before its older calls."""
     async with running_cluster(tmp_path) as cluster:
