@@ -50,11 +50,12 @@ class LinkedWorkers:
         link = next((link for link in known.links.values() if link.identity.incarnation == incarnation), None)
         return None if link is None else self._candidate(known, link, now, resumed=True)
 
-    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return how many leading tokens of a waiting sequence's prompt the workers of a model hold, by worker id."""
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
+        """Return how many leading tokens of a waiting sequence's prompt the workers of a model hold, by worker id. None
+        if that is not known, or the model has only one worker."""
         known = self._owner.directory.find(model)
         if known is None or len(known.links) < 2:  # nothing to choose
-            return {}
+            return None
         return self._caches.cached_tokens(model, key, self._request_of(key))
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
@@ -66,6 +67,11 @@ class LinkedWorkers:
         """Return the link of a worker; None if the worker is not linked."""
         known = self._owner.directory.find(model)
         return None if known is None else known.links.get(worker_id)
+
+    def count(self, model: str) -> int:
+        """Return the number of a model's linked workers."""
+        known = self._owner.directory.find(model)
+        return 0 if known is None else len(known.links)
 
     def links(self, model: str) -> Sequence[WorkerLink]:
         """Return the links to a model's workers, ordered by worker id."""

@@ -29,7 +29,7 @@ async def turn(cluster: TestCluster, ids: list[int]) -> tuple[list[int], int]:
 def matched(cluster: TestCluster, ids: list[int], salt: str = "") -> dict[str, int]:
     """Return the tokens of a prompt that the gateway believes cached, by worker."""
     request = EngineRequest("", ids, Sampling(max_tokens=1), cache_salt=salt)
-    return dict(cluster.gateway.scheduler.worker_caches.cached_tokens("sim", f"{ids}{salt}", request))
+    return dict(cluster.gateway.scheduler.worker_caches.cached_tokens("sim", f"{ids}{salt}", request) or {})
 
 
 async def test_turns_of_a_conversation_go_to_the_worker_that_holds_it(
