@@ -191,7 +191,9 @@ class ExplainedRoute(_message.Message):
     """Number of all workers that were compared."""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteCandidate]:
-        """The workers that were compared, the best first, at most 16."""
+        """The workers that were compared, the best first, at most 16. Of a model with more than 16 workers, they are kept for
+        20 decisions a second.
+        """
 
     @_builtins.property
     def dropped(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
@@ -247,6 +249,7 @@ class RouteCandidate(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     total: _builtins.float
+    """The value by which the policy ranks the workers."""
     dropped: _builtins.str
     """The filter that dropped the worker; empty if it passed all."""
     cached_tokens: _builtins.int

@@ -44,13 +44,12 @@ class Routes:
 
     def sent(self, call: Call, route: Route) -> None:
         """Remember a route, whose sequence was sent."""
-        route.fit(self._workers(call.model))
         known = self.history.call(call.id)
         if known is None:
             known = RoutedCall(call.id, call.shown_id, call.request_id, call.tenant, call.model, call.arrived)
         elif not route.again and any(earlier.sequence == route.sequence for earlier in known.routes):
             route.again = "retry"
-        self.history.add(known, route)
+        self.history.add(known, route, self._workers(call.model))
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
         """Count the prediction of a sequence whose first output has arrived. `cached_tokens`: number of tokens that the

@@ -4,13 +4,15 @@ Problem: an operator asks why a call went to a worker after the call was sent, o
 score for each worker, so keeping all of them would fill the memory, and formatting them would cost each call more than
 the routing itself.
 
-Invariants: the estimated size of the memory never exceeds `max_bytes`, and the oldest calls are forgotten first. The
-scores of a decision are read only when a call is explained, except in a fleet of more than MAX_CANDIDATES workers,
-where the best are kept and the others are counted.
+Invariants: the estimated size of the memory never exceeds `max_bytes`, and the oldest calls are forgotten first. In a
+fleet of up to MAX_CANDIDATES workers, the scores of a decision are read only when its call is explained. In a larger
+fleet the best scores are kept and the others are counted, for at most one decision in INTERVAL_S, since reading a
+thousand scores takes about a millisecond. Of the other decisions, only the choice and its reason are kept.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ MAX_BYTES: Final = 16 << 20
 """Greatest size of the memory of one gateway process, by the estimates below."""
 MAX_CANDIDATES: Final = 16
 """Number of workers of a decision that are kept."""
+INTERVAL_S: Final = 0.05
+"""Shortest time, in seconds, between two decisions of a large fleet whose scores are kept."""
 MAX_ROUTES: Final = 64
 """Number of routes of one call that are kept, the newest."""
 CALL_BYTES: Final = 1024
@@ -86,15 +90,12 @@ class Route:
             return decision
         return Candidates.of(() if decision is None else decision.scores)
 
-    def fit(self, workers: int) -> None:
-        """Drop what is not needed for an explanation, and estimate the size of the rest. `workers`: number of workers
-        of the model."""
-        if workers > MAX_CANDIDATES:
-            self.decision = candidates = self.candidates
-            if self.cached is not None:
-                kept = {self.worker_id, *(score.worker_id for score in candidates.best)}
-                self.cached = {worker: tokens for worker in kept if (tokens := self.cached.get(worker))}
-        self.size = ROUTE_BYTES + CANDIDATE_BYTES * min(workers, MAX_CANDIDATES)
+    def keep(self, candidates: Candidates) -> None:
+        """Replace the decision by these candidates, and keep only their cached tokens."""
+        self.decision = candidates
+        if self.cached is not None:
+            kept = {self.worker_id, *(score.worker_id for score in candidates.best)}
+            self.cached = {worker: tokens for worker in kept if (tokens := self.cached.get(worker))}
 
     def begin(self, cached_tokens: int, now: float) -> None:
         """Record the worker's first output. `cached_tokens`: number of tokens that the engine found in its cache."""
@@ -135,6 +136,8 @@ class RouteHistory:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._calls: dict[str, RoutedCall] = {}
+        self._kept_at = -math.inf
+        """Time of the last decision of a large fleet whose scores are kept."""
         self.size = 0
         """Estimated size in bytes of all calls."""
 
@@ -146,8 +149,12 @@ class RouteHistory:
         """Return a call by its id in the gateway; None for a call that has no route or is forgotten."""
         return self._calls.get(call_id)
 
-    def add(self, call: RoutedCall, route: Route) -> None:
-        """Add a route to a call. `call`: the call as it is remembered, or a new one. Older calls are forgotten."""
+    def add(self, call: RoutedCall, route: Route, workers: int) -> None:
+        """Add a route to a call. Older calls are forgotten. `call`: the call as it is remembered, or a new one.
+        `workers`: number of workers of the model."""
+        if workers > MAX_CANDIDATES:
+            self._shorten(route, workers)
+        route.size = ROUTE_BYTES + CANDIDATE_BYTES * min(workers, MAX_CANDIDATES)
         before = call.size if call.call_id in self._calls else 0
         call.add(route)
         self._calls[call.call_id] = call
@@ -155,6 +162,14 @@ class RouteHistory:
         while self.size > self._max_bytes:
             oldest = self._calls.pop(next(iter(self._calls)))
             self.size -= oldest.size
+
+    def _shorten(self, route: Route, workers: int) -> None:
+        """Keep the best scores of a large fleet, or none if the scores of another decision were kept just before."""
+        if route.sent_at - self._kept_at >= INTERVAL_S:
+            self._kept_at = route.sent_at
+            route.keep(route.candidates)
+        else:
+            route.keep(Candidates((), {}, workers))
 
     def end(self, call_id: str, outcome: str, now: float) -> None:
         """Record the end of a call. Calls that are not remembered are ignored."""

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.policy.routing.route_history import MAX_CANDIDATES, MAX_ROUTES, Route, RoutedCall, RouteHistory
+from cluster.policy.routing.route_history import (
+    INTERVAL_S,
+    MAX_CANDIDATES,
+    MAX_ROUTES,
+    Route,
+    RoutedCall,
+    RouteHistory,
+)
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, Score, pick
 
 PARTS = ("free_places", "free_memory", "short_queue", "short_prefill", "cached_prefix")
@@ -26,7 +33,6 @@ def route(workers: int = 2, sequence: int = 0, dropped: int = 0, at: float = 0.0
     """Return a route to the worker w0, which was chosen among workers that hold one block each."""
     made = Route(sequence, at, "w0", "least_loaded", 900, decision(workers, dropped))
     made.cached = {f"w{at}": 16 for at in range(workers)}
-    made.fit(workers)
     return made
 
 
@@ -45,7 +51,7 @@ def test_the_memory_is_bounded_and_the_oldest_go_first(added: Sequence[tuple[int
         known = history.call(f"c{number}")
         if known is None:
             order.append(f"c{number}")
-        history.add(known or call(number), route(workers))
+        history.add(known or call(number), route(workers), workers)
         kept = [name for name in dict.fromkeys(order) if history.call(name) is not None]
         order = [name for name in order if name in kept]
         sizes = [each.size for name in kept if (each := history.call(name)) is not None]
@@ -59,7 +65,7 @@ def test_a_call_keeps_its_newest_routes(count: int) -> None:
     """A call that is sent again and again keeps the newest routes, and counts the others."""
     history, one = RouteHistory(), call(0)
     for at in range(count):
-        history.add(one, route(at=float(at)))
+        history.add(one, route(at=float(at)), 2)
     kept = min(count, MAX_ROUTES)
     assert [each.sent_at for each in one.routes] == [float(at) for at in range(count - kept, count)]
     assert (one.omitted_routes, history.size) == (count - kept, one.size)
@@ -68,9 +74,12 @@ def test_a_call_keeps_its_newest_routes(count: int) -> None:
 
 @given(st.integers(1, 60), st.data())
 def test_a_large_fleet_keeps_the_best_and_counts_the_others(workers: int, data: st.DataObject) -> None:
-    """At most MAX_CANDIDATES workers are kept, with their cached tokens, and all are counted."""
+    """At most MAX_CANDIDATES workers are kept, with their cached tokens, and all are counted. Of a decision just after,
+    a large fleet keeps only the choice."""
     dropped = data.draw(st.integers(0, workers - 1))
-    made = route(workers, dropped=dropped)
+    history, made, next_one = RouteHistory(), route(workers, dropped=dropped), route(workers, at=INTERVAL_S / 2)
+    history.add(call(0), made, workers)
+    history.add(call(1), next_one, workers)
     seen = made.candidates
     assert [score.worker_id for score in seen.best] == [f"w{at}" for at in range(min(workers, MAX_CANDIDATES))]
     assert (seen.total, seen.dropped) == (workers, {"draining": dropped} if dropped else {})
@@ -78,6 +87,12 @@ def test_a_large_fleet_keeps_the_best_and_counts_the_others(workers: int, data: 
     assert made.cached is not None
     assert set(made.cached) >= {score.worker_id for score in seen.best}
     assert len(made.cached) <= MAX_CANDIDATES
+    is_large = workers > MAX_CANDIDATES
+    assert (len(next_one.candidates.best), next_one.candidates.total) == (0 if is_large else workers, workers)
+    assert (next_one.worker_id, next_one.predicted_cached_tokens) == ("w0", 16)
+    later = route(workers, at=INTERVAL_S)
+    history.add(call(2), later, workers)
+    assert len(later.candidates.best) == min(workers, MAX_CANDIDATES)
 
 
 def test_a_small_fleet_reads_scores_when_asked() -> None:
@@ -94,8 +109,7 @@ def test_a_small_fleet_reads_scores_when_asked() -> None:
     known = pick(RouteCall("m", 10), [Candidate("w", "m", "", 1, 99, 0, 0, 0.0, healthy=True, draining=False)])
     made = Route(0, 0.0, "w", known.reason, 10, Lazy(known.worker_id, known.reason, known.scores))
     history = RouteHistory()
-    made.fit(1)
-    history.add(call(0), made)
+    history.add(call(0), made, 1)
     assert Lazy.reads == 0
     assert [score.worker_id for score in made.candidates.best] == ["w"]
     assert Lazy.reads == 1
@@ -105,7 +119,7 @@ def test_calls_are_found_by_both_ids() -> None:
     """A call is found by its request id and by the id of its answer, among one tenant's calls or all."""
     history = RouteHistory()
     for number in range(10):
-        history.add(call(number, f"t{number % 2}"), route())
+        history.add(call(number, f"t{number % 2}"), route(), 2)
     assert [each.call_id for each in history.find("r3")] == ["c3", "c8"]
     assert [each.call_id for each in history.find("r3", "t0")] == ["c8"]
     assert [each.call_id for each in history.find("a4")] == ["c4"]
@@ -122,7 +136,7 @@ def test_the_estimated_size_is_not_below_the_real_size() -> None:
         history = RouteHistory()
         tracemalloc.start()
         for number in range(100):
-            history.add(call(number), route(workers))
+            history.add(call(number), route(workers, at=float(number)), workers)
         used, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert used <= history.size, workers

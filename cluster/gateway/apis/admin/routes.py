@@ -141,15 +141,15 @@ def _hide_places(call: pb.ExplainedCall) -> None:
 def why(route: pb.ExplainedRoute) -> str:
     """Return the reason of a decision in words, from what the message shows."""
     worker = route.worker or "The worker"
-    passed = route.compared - sum(route.dropped.values())
+    among = f"of the workers that could take the call ({route.compared} compared)"
     others = [each for each in route.candidates if each.worker != route.worker]
     match route.reason:
         case "only_choice":
             reason = f"{worker} was the only worker that could take the call."
         case "cached_prefix":
-            reason = f"{worker} {_holds(route)}, and had the best score of {passed} workers that could take the call."
+            reason = f"{worker} {_holds(route)}, and was the best {among}."
         case "least_loaded":
-            reason = f"{worker} had the best score of {passed} workers that could take the call, by their load."
+            reason = f"{worker} had the least load {among}."
         case _:
             reason = f"{worker} was chosen by the rule {route.reason.replace('_', ' ')}."
     sentences = [_AGAIN.get(route.again, ""), reason, *_more_cached(route, others), _dropped(route)]

@@ -189,8 +189,12 @@ async def test_a_tenant_sees_its_own_calls_without_workers(tmp_path: Path, check
 @pytest.mark.parametrize(
     ("reason", "again", "words"),
     [
-        ("cached_prefix", "", "w1 held 640 of the 700 prompt tokens in its KV cache"),
-        ("least_loaded", "moved", "The worker before was draining. w1 had the best score of 2 workers"),
+        ("cached_prefix", "", "w1 held 640 of the 700 prompt tokens in its KV cache, and was the best"),
+        (
+            "least_loaded",
+            "moved",
+            "The worker before was draining. w1 had the least load of the workers",
+        ),
         ("only_choice", "", "w1 was the only worker that could take the call."),
         ("round_robin", "", "w1 was chosen by the rule round robin."),
     ],
