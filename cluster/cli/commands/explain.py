@@ -51,6 +51,7 @@ def explain_request(
                 missing = refusal.message
     if not calls:
         fail(missing)
+    calls.sort(key=lambda call: call.arrived_at_s)
     if as_json:
         print_json([plain(call) for call in calls])
         return

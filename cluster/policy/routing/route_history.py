@@ -134,7 +134,7 @@ class RouteHistory:
     """The newest routed calls of one gateway process."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._calls: dict[str, RoutedCall] = {}
         self._kept_at = -math.inf
         """Time of the last decision of a large fleet whose scores are kept."""
@@ -159,7 +159,7 @@ class RouteHistory:
         call.add(route)
         self._calls[call.call_id] = call
         self.size += call.size - before
-        while self.size > self._max_bytes:
+        while self.size > self.max_bytes:
             oldest = self._calls.pop(next(iter(self._calls)))
             self.size -= oldest.size
 
