@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from google.protobuf.message import Message
 
 from cluster.admin.v1 import admin_pb2
 from cluster.config.schema import Config, cache_dir
@@ -130,6 +132,6 @@ def siblings(
         ended = abort(request.request_id, request.parent)
         return admin_pb2.AbortRequestResponse(aborted=len(ended), tenants=ended)
 
-    answers = {"AbortRequest": aborted, "ExplainRequest": explainer.find}
+    answers: dict[str, Callable[[Any], Message]] = {"AbortRequest": aborted, "ExplainRequest": explainer.find}
     explainer.siblings = Siblings(config.gateway, process, () if tenants is None else tenants.secrets, answers)
     return explainer.siblings

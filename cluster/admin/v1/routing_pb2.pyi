@@ -173,7 +173,7 @@ class ExplainedRoute(_message.Message):
     """The decision in one sentence."""
     again: _builtins.str
     """Why the sequence left its worker before: lost, error, moved, gateway (the call came from another gateway), retry (the
-    worker began nothing). Empty for the first route of a sequence.
+    worker had sent no output). Empty for the first route of a sequence.
     """
     tokens: _builtins.int
     """Number of prompt tokens, and of tokens that were emitted before."""

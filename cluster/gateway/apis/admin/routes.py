@@ -24,7 +24,7 @@ _AGAIN = {
     "error": "The engine before could not continue.",
     "moved": "The worker before was draining.",
     "gateway": "Another gateway had begun the call.",
-    "retry": "The worker before had no room.",
+    "retry": "The worker before had sent no output.",
 }
 
 
