@@ -192,7 +192,7 @@ class ExplainedRoute(_message.Message):
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteCandidate]:
         """The workers that were compared, the best first, at most 16. Of a model with more than 16 workers, they are kept for
-        20 decisions a second.
+        some decisions only.
         """
 
     @_builtins.property

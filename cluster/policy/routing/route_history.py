@@ -6,8 +6,8 @@ the routing itself.
 
 Invariants: the estimated size of the memory never exceeds `max_bytes`, and the oldest calls are forgotten first. In a
 fleet of up to MAX_CANDIDATES workers, the scores of a decision are read only when its call is explained. In a larger
-fleet the best scores are kept and the others are counted, for at most one decision in INTERVAL_S, since reading a
-thousand scores takes about a millisecond. Of the other decisions, only the choice and its reason are kept.
+fleet the best scores are kept and the others are counted, for as many decisions as SCORES_PER_S allows, since reading a
+thousand scores takes milliseconds. Of the other decisions, only the choice and its reason are kept.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MAX_BYTES: Final = 16 << 20
 """Greatest size of the memory of one gateway process, by the estimates below."""
 MAX_CANDIDATES: Final = 16
 """Number of workers of a decision that are kept."""
-INTERVAL_S: Final = 0.05
-"""Shortest time, in seconds, between two decisions of a large fleet whose scores are kept."""
+SCORES_PER_S: Final = 1000
+"""Greatest number of scores of large fleets that are read in a second, to be kept."""
 MAX_ROUTES: Final = 64
 """Number of routes of one call that are kept, the newest."""
 CALL_BYTES: Final = 1024
@@ -165,7 +165,7 @@ class RouteHistory:
 
     def _shorten(self, route: Route, workers: int) -> None:
         """Keep the best scores of a large fleet, or none if the scores of another decision were kept just before."""
-        if route.sent_at - self._kept_at >= INTERVAL_S:
+        if (route.sent_at - self._kept_at) * SCORES_PER_S >= workers:
             self._kept_at = route.sent_at
             route.keep(route.candidates)
         else:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.policy.routing.route_history import (
-    INTERVAL_S,
     MAX_CANDIDATES,
     MAX_ROUTES,
+    SCORES_PER_S,
     Route,
     RoutedCall,
     RouteHistory,
@@ -77,7 +77,11 @@ def test_a_large_fleet_keeps_the_best_and_counts_the_others(workers: int, data: 
     """At most MAX_CANDIDATES workers are kept, with their cached tokens, and all are counted. Of a decision just after,
     a large fleet keeps only the choice."""
     dropped = data.draw(st.integers(0, workers - 1))
-    history, made, next_one = RouteHistory(), route(workers, dropped=dropped), route(workers, at=INTERVAL_S / 2)
+    history, made, next_one = (
+        RouteHistory(),
+        route(workers, dropped=dropped),
+        route(workers, at=workers / SCORES_PER_S / 2),
+    )
     history.add(call(0), made, workers)
     history.add(call(1), next_one, workers)
     seen = made.candidates
@@ -90,7 +94,7 @@ def test_a_large_fleet_keeps_the_best_and_counts_the_others(workers: int, data: 
     is_large = workers > MAX_CANDIDATES
     assert (len(next_one.candidates.best), next_one.candidates.total) == (0 if is_large else workers, workers)
     assert (next_one.worker_id, next_one.predicted_cached_tokens) == ("w0", 16)
-    later = route(workers, at=INTERVAL_S)
+    later = route(workers, at=1.01 * workers / SCORES_PER_S)
     history.add(call(2), later, workers)
     assert len(later.candidates.best) == min(workers, MAX_CANDIDATES)
 
