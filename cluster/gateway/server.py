@@ -97,6 +97,7 @@ class Gateway:
             resume_wait_s=settings.resume.max_wait_s,
             max_silent_losses=settings.resume.max_silent_losses,
             render_room_of=partial(self._waiting_room, charges),
+            hedging_share=config.routing.hedging.share,
         )
         self.worker_events = WorkerEvents(self.scheduler, self.metrics)
         self.hub = Hub(
@@ -141,6 +142,7 @@ class Gateway:
         self.link_server = hub_server(self.hub, admission(http2.Port.LINK))
         self._explainer = RouteExplainer(self.scheduler.routes.history, self.hub.gateway_id)
         self._siblings = optional_parts.siblings(config, process, self.tenants, self.service.abort, self._explainer)
+        self.scheduler.backlogs.gateways = lambda: self.hub.controller.gateways
         if self._siblings is not None:
             self.link_server.add_generic_rpc_handlers((self._siblings.handler(),))
         self._admin_authorizer = AdminAuthorizer(self.tenants)
@@ -253,9 +255,10 @@ class Gateway:
             self.service.send_keepalives(settings.keepalive_s),
             self.reservations.watch(),
             self.scheduler.backlogs.watch(),
+            self.scheduler.hedges.watch(),
             _measure_lag(self.metrics.histogram("event_loop_lag_seconds")),
             _end_slow_bodies(self._request_bytes),
-            import_later(lambda: not self.service.busy),
+            import_later(lambda: not self.service.busy, self.scheduler.worker_caches.needs_modules),
             memory.keep_returning_free_pages(lambda: not self.service.busy),
         ]
         if lists:

@@ -141,7 +141,8 @@ class SchedulingPolicy:
             if isinstance(decision, Exception):
                 yield Fail(entry.call_id, decision)
             elif decision is not None and decision.worker_id is not None:
-                yield Send(entry, decision.worker_id, decision.reason, decision=decision, cached=cached)
+                there, where = decision.cached_tokens, decision.worker_id
+                yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
 
     def _route(self, entry: WaitingSequence, cached: Mapping[str, int], now: float) -> RoutingDecision:
         """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
@@ -191,7 +192,7 @@ class SchedulingPolicy:
                 self.resuming.remove(sequence.key)
                 worker = next(one for one in candidates if one.worker_id == decision.worker_id)
                 uncached = uncached_tokens_at(request, worker)
-                yield Send(sequence.entry, worker.worker_id, decision.reason, uncached, decision)
+                yield Send(sequence.entry, worker.worker_id, decision.reason, uncached, decision=decision)
                 view.refresh(worker)
                 return
         if self._workers.is_replaced(sequence.model, sequence.compatibility):
