@@ -145,6 +145,10 @@ PARSER_KINDS = (TOOL_PARSER, REASONING_PARSER)
 KV_EVENTS = "kv_events:v1"
 """Capability: the worker reports the KV blocks that it holds, by the prefix hashes of policy/kv_cache."""
 
+PREFIX_EXACT = "prefix:exact"
+"""Capability: the engine finds exactly the reported KV blocks in its cache, since each block holds all layers of full
+attention. Other engines need more than these blocks, so what they find can only be estimated."""
+
 RESUME_CAPABILITIES = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
 """Resume capabilities from the weakest to the strongest. Each engine has one of these capabilities."""
 

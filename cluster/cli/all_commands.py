@@ -13,6 +13,7 @@ from cluster.cli.commands import (
     db,
     doctor,
     drain,
+    explain,
     models,
     scale,
     status,
@@ -50,6 +51,7 @@ for model_verb in (models.get, models.pin, models.promote, models.rollback, mode
     models_app.command()(model_verb)
 models_app.command("weigh")(models.weigh)
 app.add_typer(models_app, name="models")
+scale.explain_app.command("request")(explain.explain_request)
 app.add_typer(scale.explain_app, name="explain")
 app.add_typer(config.app, name="config")
 app.add_typer(certs.app, name="certs")

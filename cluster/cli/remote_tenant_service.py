@@ -187,7 +187,8 @@ def _sum(message: usage_pb2.UsageSum, wanted: UsageQuery, cost: bool) -> dict[st
 
 def _record(message: usage_pb2.UsageRecord) -> UsageRecord:
     row = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
-    row |= {"labels": dict(message.labels), "ttft_s": message.ttft_s if message.HasField("ttft_s") else None}
+    unset = [name for name in ("ttft_s", "predicted_cached_tokens") if not message.HasField(name)]
+    row |= {"labels": dict(message.labels), **dict.fromkeys(unset)}
     return UsageRecord.from_json(row)
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from google.protobuf.message import Message
+
+from cluster.admin.v1 import admin_pb2
 from cluster.config.schema import Config, cache_dir
 from cluster.observe.metrics import Metrics
 
 if TYPE_CHECKING:
-    from cluster.gateway.apis.admin.sibling_aborts import Abort, SiblingAborts
+    from cluster.gateway.apis.admin.routes import RouteExplainer
+    from cluster.gateway.apis.admin.siblings import Siblings
     from cluster.gateway.auth.tenants import TenantAuthenticator
     from cluster.gateway.calls.call import Call
     from cluster.gateway.guards.guards import Guards
@@ -111,13 +115,23 @@ def _cached_secrets() -> Sequence[bytes]:
     return read_secrets(path, "auth.cluster_secret_file")
 
 
-def sibling_aborts(
-    config: Config, process: int, tenants: TenantAuthenticator | None, abort: Abort
-) -> SiblingAborts | None:
-    """Return the object that aborts calls in the other gateway processes of this host, since only process 0 has an
-    admin port. None with a single process."""
+def siblings(
+    config: Config,
+    process: int,
+    tenants: TenantAuthenticator | None,
+    abort: Callable[[str, str], list[str]],
+    explainer: RouteExplainer,
+) -> Siblings | None:
+    """Return the object that aborts and explains calls of the other gateway processes of this host, since only process
+    0 has an admin port. None with a single process. `abort`: ends calls of this process (CallService.abort)."""
     if config.gateway.processes == 1:
         return None
-    from cluster.gateway.apis.admin.sibling_aborts import SiblingAborts
+    from cluster.gateway.apis.admin.siblings import Siblings
 
-    return SiblingAborts(config.gateway, process, () if tenants is None else tenants.secrets, abort)
+    def aborted(request: admin_pb2.AbortRequestRequest) -> admin_pb2.AbortRequestResponse:
+        ended = abort(request.request_id, request.parent)
+        return admin_pb2.AbortRequestResponse(aborted=len(ended), tenants=ended)
+
+    answers: dict[str, Callable[[Any], Message]] = {"AbortRequest": aborted, "ExplainRequest": explainer.find}
+    explainer.siblings = Siblings(config.gateway, process, () if tenants is None else tenants.secrets, answers)
+    return explainer.siblings

@@ -18,6 +18,7 @@ from cluster.gateway import optional_parts
 from cluster.gateway.apis.admin.authorization import AdminAuthorizer
 from cluster.gateway.apis.admin.fleet import CatalogAdmin, FleetAdmin
 from cluster.gateway.apis.admin.forwarding import ForwardedVerbs
+from cluster.gateway.apis.admin.routes import RouteExplainer
 from cluster.gateway.apis.grpc.inference import SERVICE
 from cluster.gateway.apis.http.body import RequestBodies
 from cluster.gateway.apis.http.server import HttpServer
@@ -139,8 +140,9 @@ class Gateway:
         bodies = RequestBodies(settings.max_message_bytes, self._request_bytes)
         self.http = HttpServer(http_application(self.service, bodies), admission(http2.Port.CLIENT))
         self.link_server = hub_server(self.hub, admission(http2.Port.LINK))
+        self._explainer = RouteExplainer(self.scheduler.routes.history, self.hub.gateway_id)
+        self._siblings = optional_parts.siblings(config, process, self.tenants, self.service.abort, self._explainer)
         self.scheduler.backlogs.gateways = lambda: self.hub.controller.gateways
-        self._siblings = optional_parts.sibling_aborts(config, process, self.tenants, self.service.abort)
         if self._siblings is not None:
             self.link_server.add_generic_rpc_handlers((self._siblings.handler(),))
         self._admin_authorizer = AdminAuthorizer(self.tenants)
@@ -224,7 +226,7 @@ class Gateway:
     def _admin_server(self) -> http2.Server:
         authorizer = self._admin_authorizer
         services: dict[str, object] = {
-            "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._siblings),
+            "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._explainer, self._siblings),
             "Catalog": CatalogAdmin(self.hub, self.directory, self.scheduler),
             **ledger_services(self.config, self.tenants, authorizer),
         }

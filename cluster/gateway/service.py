@@ -218,6 +218,7 @@ class CallService:
         """Queue the call's sequences, and settle their accounts when the call ends."""
         if (accounting := self._scheduler.host.accounting) is not None:
             cleanup.add(lambda outcome: accounting.ended(call, outcome))
+        cleanup.add(lambda outcome: self._scheduler.routes.ended(call, outcome))
         cleanup.add(lambda outcome: self._scheduler.canaries.ended(call, outcome))
         cleanup.add(lambda outcome: self._scheduler.leave(call))
         self._scheduler.enter(call, opening.model)

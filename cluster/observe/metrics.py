@@ -61,6 +61,16 @@ DEFINITIONS: Mapping[str, _Definition] = {
     ),
     "gpu_seconds_total": _Definition("counter", "GPU-seconds held by a model's replicas.", ("model",)),
     "route_decisions_total": _Definition("counter", "Calls bound to a worker, by reason.", ("model", "reason")),
+    "prefix_predicted_tokens_total": _Definition(
+        "counter",
+        "Prompt tokens that were expected in the worker's prefix cache, by kind of prediction: exact, approximate.",
+        ("model", "state"),
+    ),
+    "prefix_mispredicted_tokens_total": _Definition(
+        "counter",
+        "Differences between expected and found cached tokens, over calls with a prediction, by its kind.",
+        ("model", "state"),
+    ),
     "resumes_total": _Definition("counter", "Sequences resumed on another worker, by reason.", ("model", "reason")),
     "resume_gap_seconds": _Definition(
         "histogram",

@@ -217,6 +217,7 @@ async def test_from_nothing_to_a_call(keyed: Keyed, at: tuple[str, ...]) -> None
     assert (await good("usage", "--tenant", "shop", "--cost", *at))[0]["currency"] == "EUR"
     rows = await good("usage", "--tenant", "shop", "--records", *at)
     assert [(row["record_id"], row["reasoning_tokens"]) for row in rows] == [("shop-1", 2)]
+    assert rows[0]["predicted_cached_tokens"] is None
     assert (await good("usage", "--tenant", "shop", *at))[0]["reasoning_tokens"] == 2
     csv = await cli("usage", "--tenant", "shop", "--csv", *at)
     assert csv.stdout.splitlines()[0].startswith("tenant,model,requests")

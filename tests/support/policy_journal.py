@@ -91,7 +91,7 @@ class _RecordedWorkers:
         self._journal.reads.append(((model, incarnation, now), answer))
         return answer
 
-    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
         """See Workers."""
         answer = self._workers.cached_tokens(model, key)
         self._journal.reads.append(((model, key), answer))
@@ -135,7 +135,7 @@ class _ReplayedWorkers:
         """See Workers."""
         return self._answer((model, incarnation, now))  # type: ignore[no-any-return]
 
-    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
         """See Workers."""
         return self._answer((model, key))  # type: ignore[no-any-return]
 

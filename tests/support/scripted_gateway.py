@@ -13,7 +13,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from cluster.admin.v1 import admin_pb2, admin_pb2_grpc, catalog_pb2, scaling_pb2
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc, catalog_pb2, routing_pb2, scaling_pb2
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc
 
@@ -69,6 +69,7 @@ class Script:
     workers: list[admin_pb2.Worker] = field(default_factory=list)
     entries: list[admin_pb2.CatalogEntry] = field(default_factory=list)
     changes: list[catalog_pb2.Change] = field(default_factory=list)
+    explained: list[routing_pb2.ExplainedCall] = field(default_factory=list)
     story: scaling_pb2.ExplainScalingResponse = field(default_factory=scaling_pb2.ExplainScalingResponse)
 
 
@@ -181,6 +182,15 @@ class ScriptedFleet(admin_pb2_grpc.FleetServicer):
 
     def Uncordon(self, request: admin_pb2.UncordonRequest, context: Any) -> admin_pb2.UncordonResponse:
         raise AssertionError("a script moves no worker")
+
+    def ExplainRequest(
+        self, request: routing_pb2.ExplainRequestRequest, context: Any
+    ) -> routing_pb2.ExplainRequestResponse:
+        self.script.requests.append(request)
+        if not self.script.explained:
+            unknown = refusal(code_pb2.NOT_FOUND, "NOT_FOUND", "this gateway remembers no such call")
+            context.abort_with_status(rpc_status.to_status(unknown))
+        return routing_pb2.ExplainRequestResponse(calls=self.script.explained)
 
     def ExplainScaling(
         self, request: scaling_pb2.ExplainScalingRequest, context: Any

@@ -5,6 +5,7 @@ import warnings
 
 from cluster.admin.v1 import admin_pb2 as cluster_dot_admin_dot_v1_dot_admin__pb2
 from cluster.admin.v1 import catalog_pb2 as cluster_dot_admin_dot_v1_dot_catalog__pb2
+from cluster.admin.v1 import routing_pb2 as cluster_dot_admin_dot_v1_dot_routing__pb2
 from cluster.admin.v1 import scaling_pb2 as cluster_dot_admin_dot_v1_dot_scaling__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -62,6 +63,11 @@ class FleetStub:
                 request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonRequest.SerializeToString,
                 response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonResponse.FromString,
                 _registered_method=True)
+        self.ExplainRequest = channel.unary_unary(
+                '/cluster.admin.v1.Fleet/ExplainRequest',
+                request_serializer=cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestResponse.FromString,
+                _registered_method=True)
         self.ExplainScaling = channel.unary_unary(
                 '/cluster.admin.v1.Fleet/ExplainScaling',
                 request_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ExplainScalingRequest.SerializeToString,
@@ -109,6 +115,14 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRequest(self, request, context):
+        """ExplainRequest shows which workers got the sequences of a call, why, and what was predicted and what came. A gateway
+        remembers its newest calls, those of all its processes; NOT_FOUND for other calls.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExplainScaling(self, request, context):
         """ExplainScaling tells why a model has as many replicas as it has. The controller answers.
         """
@@ -143,6 +157,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Uncordon,
                     request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonRequest.FromString,
                     response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonResponse.SerializeToString,
+            ),
+            'ExplainRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRequest,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestResponse.SerializeToString,
             ),
             'ExplainScaling': grpc.unary_unary_rpc_method_handler(
                     servicer.ExplainScaling,
@@ -286,6 +305,33 @@ class Fleet:
             '/cluster.admin.v1.Fleet/Uncordon',
             cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonRequest.SerializeToString,
             cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Fleet/ExplainRequest',
+            cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

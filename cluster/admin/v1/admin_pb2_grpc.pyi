@@ -5,6 +5,7 @@ The operators' API, on a listener of its own: the fleet and the catalog. See als
 
 from cluster.admin.v1 import admin_pb2 as _admin_pb2
 from cluster.admin.v1 import catalog_pb2 as _catalog_pb2
+from cluster.admin.v1 import routing_pb2 as _routing_pb2
 from cluster.admin.v1 import scaling_pb2 as _scaling_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
@@ -47,6 +48,10 @@ class FleetStub:
     """Cordon lets workers take no new work; what runs stays."""
     Uncordon: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UncordonRequest, _admin_pb2.UncordonResponse]
     """Uncordon lets workers take work again, after Cordon or Drain."""
+    ExplainRequest: _grpc.UnaryUnaryMultiCallable[_routing_pb2.ExplainRequestRequest, _routing_pb2.ExplainRequestResponse]
+    """ExplainRequest shows which workers got the sequences of a call, why, and what was predicted and what came. A gateway
+    remembers its newest calls, those of all its processes; NOT_FOUND for other calls.
+    """
     ExplainScaling: _grpc.UnaryUnaryMultiCallable[_scaling_pb2.ExplainScalingRequest, _scaling_pb2.ExplainScalingResponse]
     """ExplainScaling tells why a model has as many replicas as it has. The controller answers."""
 
@@ -67,6 +72,10 @@ class FleetAsyncStub(FleetStub):
     """Cordon lets workers take no new work; what runs stays."""
     Uncordon: _aio.UnaryUnaryMultiCallable[_admin_pb2.UncordonRequest, _admin_pb2.UncordonResponse]  # type: ignore[assignment]
     """Uncordon lets workers take work again, after Cordon or Drain."""
+    ExplainRequest: _aio.UnaryUnaryMultiCallable[_routing_pb2.ExplainRequestRequest, _routing_pb2.ExplainRequestResponse]  # type: ignore[assignment]
+    """ExplainRequest shows which workers got the sequences of a call, why, and what was predicted and what came. A gateway
+    remembers its newest calls, those of all its processes; NOT_FOUND for other calls.
+    """
     ExplainScaling: _aio.UnaryUnaryMultiCallable[_scaling_pb2.ExplainScalingRequest, _scaling_pb2.ExplainScalingResponse]  # type: ignore[assignment]
     """ExplainScaling tells why a model has as many replicas as it has. The controller answers."""
 
@@ -114,6 +123,16 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.UncordonResponse, _abc.Awaitable[_admin_pb2.UncordonResponse]]:
         """Uncordon lets workers take work again, after Cordon or Drain."""
+
+    @_abc_1.abstractmethod
+    def ExplainRequest(
+        self,
+        request: _routing_pb2.ExplainRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_routing_pb2.ExplainRequestResponse, _abc.Awaitable[_routing_pb2.ExplainRequestResponse]]:
+        """ExplainRequest shows which workers got the sequences of a call, why, and what was predicted and what came. A gateway
+        remembers its newest calls, those of all its processes; NOT_FOUND for other calls.
+        """
 
     @_abc_1.abstractmethod
     def ExplainScaling(

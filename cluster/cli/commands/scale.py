@@ -17,7 +17,10 @@ from cluster.admin.v1 import scaling_pb2 as pb
 from cluster.cli.admin_client import Admin, plain, with_admin
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 
-explain_app = typer.Typer(help="Explain decisions of the controller.", no_args_is_help=True)
+explain_app = typer.Typer(
+    help="Explain decisions: where a gateway sent a call, and why a model has its number of replicas.",
+    no_args_is_help=True,
+)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or alias.", show_default=False)]
 AnyModelArgument = Annotated[

@@ -199,6 +199,8 @@ class Call:
     def began(self, sequence: CallSequence, output: TokenOutput) -> None:
         """Handle the first output that a worker sends for a sequence."""
         cached = output.cached_tokens or 0
+        if sequence.route is not None:
+            sequence.route.begin(cached, self.clock())
         if not sequence.emitted:
             if sequence.index == 0:
                 self.usage.prompt_tokens, self.usage.cached_tokens = output.prompt_tokens or 0, cached

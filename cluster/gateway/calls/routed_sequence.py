@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar
 from cluster.api.types import CompatibilityKey, EngineRequest
 from cluster.gateway.calls.life import Event, Life, State
 from cluster.gateway.links.worker_link import WorkerLink
+from cluster.policy.routing.route_history import Route
 
 
 class Identified(Protocol):
@@ -45,6 +46,8 @@ class RoutedSequence(Generic[Owner]):
     cached_tokens: int = field(init=False, default=0)
     """Number of prompt tokens that were cached on the sequence's first worker, or on the worker that resumed the
     sequence for this gateway."""
+    route: Route | None = field(init=False, default=None)
+    """The decision by which the sequence was sent to its worker."""
 
     def __post_init__(self) -> None:
         self.key = f"{self.call.id}#{self.index}"

@@ -14,6 +14,7 @@ from cluster.gateway.models import ModelDirectory
 from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.hedges import Hedges
 from cluster.gateway.scheduling.queues import Queues
+from cluster.gateway.scheduling.routes import Routes
 from cluster.gateway.scheduling.submission import submit
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.gateway.scheduling.workers import LinkedWorkers
@@ -38,6 +39,7 @@ class Executor:
         breakers: Breakers,
         hedges: Hedges,
         metrics: Metrics,
+        routes: Routes,
         directory: Callable[[], ModelDirectory],
         accounting: Callable[[], Accounting | None],
         clock: Callable[[], float],
@@ -49,6 +51,7 @@ class Executor:
         self._breakers = breakers
         self._hedges = hedges
         self._metrics = metrics
+        self._routes = routes
         self._directory = directory
         self._accounting = accounting
         self._clock = clock
@@ -78,11 +81,13 @@ class Executor:
             sequence.call.fail_unexpectedly(LookupError(f"worker {instruction.worker_id} is not linked"))
             return
         now = self._clock()
+        route = sequence.route = self._routes.create(instruction, sequence, link, now)
         if submit(sequence, link, entry, self._accounting(), now, instruction.uncached_tokens):
             self._breakers.record_sent(link.identity.incarnation, now)
             self._caches.expect(link, sequence.key, sequence.request, now)
             self._hedges.sent(sequence, link, instruction.cached_tokens, now)
             self._metrics.count("route_decisions_total", entry.model, instruction.reason)
+            self._routes.sent(sequence.call, route)
             if sequence.call.versions.all and len(sequence.call.sequences) > 1:
                 self._queues.versions_changed(sequence.call)
 

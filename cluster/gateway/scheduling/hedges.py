@@ -141,7 +141,7 @@ class Hedges:
             excluded=sequence.excluded | {sequence.last_worker},
             versions=sequence.call.versions.all,
             needs_tools=needs_parser(place.needs_tools, candidates),
-            cached=self._caches.cached_tokens(model, sequence.key, sequence.request),
+            cached=self._caches.cached_tokens(model, sequence.key, sequence.request) or {},
         )
         decision = self.policy.second_worker(call, candidates)
         link = None if decision.worker_id is None else self._workers.link(model, decision.worker_id)

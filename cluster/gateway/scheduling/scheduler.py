@@ -25,6 +25,7 @@ from cluster.gateway.scheduling.executor import Executor
 from cluster.gateway.scheduling.hedges import Hedges
 from cluster.gateway.scheduling.peer_backlog import BacklogReports
 from cluster.gateway.scheduling.queues import Queues
+from cluster.gateway.scheduling.routes import Routes
 from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.gateway.scheduling.workers import LinkedWorkers
@@ -92,6 +93,7 @@ class Scheduler:
         self.breakers = Breakers()
         self.worker_caches = WorkerCaches()
         workers = LinkedWorkers(host, self.breakers, self.worker_caches, lambda key: self.queues.sequence(key).request)
+        self.routes = Routes(metrics, workers.count, clock)
         self.policy = policy_of(room, workers, resume_wait_s, WorkerLosses(max_silent_losses))
         self.queues = Queues(self.policy, charges, clock)
         self.renders = ChatRenders(
@@ -120,6 +122,7 @@ class Scheduler:
             self.breakers,
             self.hedges,
             metrics,
+            self.routes,
             lambda: host.directory,
             lambda: host.accounting,
             clock,
@@ -228,8 +231,9 @@ class Scheduler:
             self._note_unserved(model)
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Correct the charge of a sequence when its first output has arrived."""
+        """Correct the charge of a sequence when its first output has arrived, and count its prediction."""
         self.charges.began(sequence, cached_tokens)
+        self.routes.began(sequence, cached_tokens)
         self.hedges.answered(sequence, cached_tokens)
 
     def answered(self, link: WorkerLink) -> None:

@@ -160,15 +160,17 @@ class WorkerCaches:
             if not index.workers:
                 del self._indexes[key]
 
-    def cached_tokens(self, model: str, key: str, request: EngineRequest) -> Mapping[str, int]:
+    def cached_tokens(self, model: str, key: str, request: EngineRequest) -> Mapping[str, int] | None:
         """Return how many leading tokens of a prompt each worker of a model holds; workers that hold none are left out.
-        `key`: key of the sequence. At least the last token of a prompt is always computed."""
-        out: dict[str, int] = {}
+        `key`: key of the sequence. At least the last token of a prompt is always computed. None for a short prompt, and
+        if no worker of the model reports its blocks."""
+        out: dict[str, int] | None = None
         if len(request.prompt_token_ids) < MIN_TOKENS:
             return out
         self._apply_small(model)
         for (name, block_size), index in self._indexes.items():
             if name == model:
+                out = {} if out is None else out
                 matched = index.match(self._prompt_hashes(key, block_size, request))
                 for worker, blocks in matched.items():
                     out[worker] = blocks * block_size

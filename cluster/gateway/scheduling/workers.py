@@ -50,16 +50,17 @@ class LinkedWorkers:
         link = next((link for link in known.links.values() if link.identity.incarnation == incarnation), None)
         return None if link is None else self._candidate(known, link, now, resumed=True)
 
-    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return how many leading tokens of a waiting sequence's prompt the workers of a model hold, by worker id."""
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
+        """Return how many leading tokens of a waiting sequence's prompt the workers of a model hold, by worker id. None
+        if that is not known, or the model has only one worker."""
         known = self._owner.directory.find(model)
         if known is None or len(known.links) < 2:  # nothing to choose
-            return {}
-        return self.held_tokens(model, key)
+            return None
+        return self._caches.cached_tokens(model, key, self._request_of(key))
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same as `cached_tokens`, even if there is only one worker to choose."""
-        return self._caches.cached_tokens(model, key, self._request_of(key))
+        """Return the same as `cached_tokens`, even if there is only one worker to choose; nothing if it is unknown."""
+        return self._caches.cached_tokens(model, key, self._request_of(key)) or {}
 
     def free_tokens(self, model: str, worker_id: str) -> int:
         """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence."""
@@ -78,6 +79,11 @@ class LinkedWorkers:
         """Return the link of a worker; None if the worker is not linked."""
         known = self._owner.directory.find(model)
         return None if known is None else known.links.get(worker_id)
+
+    def count(self, model: str) -> int:
+        """Return the number of a model's linked workers."""
+        known = self._owner.directory.find(model)
+        return 0 if known is None else len(known.links)
 
     def has_choice(self, model: str) -> bool:
         """Return whether more than one worker of a model is linked."""

@@ -66,6 +66,8 @@ class CallAccount:
     """Whether the last worker continued the sequence. If so, the cached tokens in that worker's report are not those of
     the caller's prompt."""
     cached_tokens: int = 0
+    predicted_cached_tokens: int | None = None
+    """Number of cached tokens that were predicted for the worker of `cached_tokens`; None without a prediction."""
     generated_tokens: int = 0
     gpu: str = ""
     gpu_seconds: float = 0.0
@@ -126,11 +128,17 @@ class CallAccount:
         counts["generated_tokens"] = max(self.generated_tokens, counts["generated_tokens"])
         return self.record.to_usage_record(
             **counts,
-            cached_tokens=0 if self.record.segment % SEGMENTS_PER_RESUME else self.cached_tokens,
+            **self._cached_counts(),
             gpu=self.gpu,
             gpu_seconds=self.gpu_seconds,
             **_place(self.worker),
         )
+
+    def _cached_counts(self) -> dict[str, Any]:
+        """Return the counts of cached tokens. As the prompt, they are counted in a call's first sequence alone."""
+        if self.record.segment % SEGMENTS_PER_RESUME:
+            return {}
+        return {"cached_tokens": self.cached_tokens, "predicted_cached_tokens": self.predicted_cached_tokens}
 
 
 class Accounting:
@@ -222,6 +230,8 @@ class Accounting:
         account.awaited += 1
         account.worker = link.identity
         account.continued = bool(sequence.emitted)
+        if not account.continued and sequence.route is not None:
+            account.predicted_cached_tokens = sequence.route.predicted_cached_tokens
         return account.sealed
 
     def hedged(self, sequence: CallSequence) -> bytes:

@@ -93,6 +93,8 @@ class OpenRecord:
 class UsageRecord:
     """The counts of an admitted call that has ended. Times are in seconds; `opened_at_s` counts from the epoch.
 
+    `cached_tokens` are the prompt tokens that the engine found in its prefix cache; `predicted_cached_tokens` are those
+    that the call's gateway expected there, None without a prediction and in records of older releases.
     `completion_tokens` were delivered and are billed; `generated_tokens` came from the engine. `reasoning_tokens` are
     those of the completion tokens that are reasoning, as far as known: 0 in records of older releases, of outputs that
     did not end, and with `delivered_unknown`. `gpu` is the accelerator's type and determines the price of
@@ -113,6 +115,7 @@ class UsageRecord:
     segment: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    predicted_cached_tokens: int | None = None
     completion_tokens: int = 0
     reasoning_tokens: int = 0
     generated_tokens: int = 0
@@ -163,9 +166,9 @@ class _Fields:
         types = {attribute.name: str(attribute.type) for attribute in dataclasses.fields(kind)}
         self.names = tuple(types)
         self.texts = tuple(name for name in types if types[name] == "str")
-        self.counts = tuple(name for name in types if types[name] == "int")
+        self.counts = tuple(name for name in types if types[name].startswith("int"))
         self.seconds = tuple(name for name in types if types[name].startswith("float"))
-        self.optional = frozenset(name for name in self.seconds if "None" in types[name])
+        self.optional = frozenset(name for name in types if types[name].endswith("| None"))
         self.values_of = attrgetter(*self.names)
         self.texts_of, self.counts_of = attrgetter(*self.texts), attrgetter(*self.counts)
         self.seconds_of = attrgetter(*self.seconds)
@@ -209,6 +212,8 @@ def _check(record: OpenRecord | UsageRecord) -> None:
         for name, value in zip(fields.texts, texts, strict=True):
             _check_text(name, value, MAX_ID if name.endswith("_id") else MAX_NAME)
     for at, count in enumerate(counts):
+        if count is None and fields.counts[at] in fields.optional:
+            continue
         if type(count) is not int or not 0 <= count < MAX_COUNT:
             raise RecordError(f"{fields.counts[at]}: {count!r} must be an integer from 0 to 2**53 - 1")
     for at, value in enumerate(seconds):

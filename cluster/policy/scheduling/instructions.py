@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from cluster.api.types import CompatibilityKey
 from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.routing.router import RoutingDecision
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,16 @@ class Ending(enum.Enum):
 class Send:
     """Send a sequence, which has left its queue, to a worker. `reason` and `cached_tokens`: see RoutingDecision; the
     latter is set for new sequences only. `uncached_tokens`: number of tokens of a resumed sequence that the worker is
-    likely to compute, 0 for all."""
+    likely to compute, 0 for all. `decision`: the decision, for explanations. `cached`: number of leading tokens of a
+    new sequence that workers hold in their KV caches, by worker id; None if that was not looked up."""
 
     entry: WaitingSequence
     worker_id: str
     reason: str
     uncached_tokens: int = 0
     cached_tokens: int = 0
+    decision: RoutingDecision | None = field(default=None, compare=False)
+    cached: Mapping[str, int] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,9 +44,9 @@ class Workers(Protocol):
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker of a model for a sequence that resumes, or None if the worker is not linked."""
 
-    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
         """Return how many leading tokens of a new sequence's prompt the workers of a model hold in their KV caches, by
-        worker id. Workers that hold none are left out."""
+        worker id. Workers that hold none are left out. None if that is not known or makes no difference."""
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """Return the same as `cached_tokens`, even if there is only one worker to choose."""
@@ -132,11 +132,13 @@ class SchedulingPolicy:
         """Yield the instructions for new sequences, in the order of the waiting room. A head that fits on no worker
         holds back the sequences behind it."""
         decision: RoutingDecision | Exception | None = None
+        cached: Mapping[str, int] | None = None
 
         def fits(entry: WaitingSequence) -> bool:
-            nonlocal decision
+            nonlocal decision, cached
             try:
-                decision = self._route(entry, now)
+                cached = self._workers.cached_tokens(entry.model, entry.call_id)
+                decision = self._route(entry, cached or {}, now)
             except Exception as error:
                 decision = error
                 return True
@@ -147,15 +149,15 @@ class SchedulingPolicy:
             if isinstance(decision, Exception):
                 yield Fail(entry.call_id, decision)
             elif decision is not None and decision.worker_id is not None:
-                yield Send(entry, decision.worker_id, decision.reason, cached_tokens=decision.cached_tokens)
+                there, where = decision.cached_tokens, decision.worker_id
+                yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
 
-    def _route(self, entry: WaitingSequence, now: float) -> RoutingDecision:
+    def _route(self, entry: WaitingSequence, cached: Mapping[str, int], now: float) -> RoutingDecision:
         """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
-        all versions on which the sequence may begin."""
+        all versions on which the sequence may begin. `cached`: see RouteCall."""
         keep_free, versions = self.room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
         candidates = self._workers.candidates(entry.model, now, resumed=False)
         first = frozenset((versions.first,)) if versions.first else versions.all
-        cached = self._workers.cached_tokens(entry.model, entry.call_id)
         call = RouteCall(entry.model, entry.tokens, keep_free, versions=first, cached=cached)
         if needs_parser(entry.needs_tools, candidates):
             call = replace(call, needs_tools=True)
@@ -197,7 +199,8 @@ class SchedulingPolicy:
             if decision.worker_id is not None:
                 self.resuming.remove(sequence.key)
                 worker = next(one for one in candidates if one.worker_id == decision.worker_id)
-                yield Send(sequence.entry, worker.worker_id, decision.reason, uncached_tokens_at(request, worker))
+                uncached = uncached_tokens_at(request, worker)
+                yield Send(sequence.entry, worker.worker_id, decision.reason, uncached, decision=decision)
                 view.refresh(worker)
                 return
         if self._workers.is_replaced(sequence.model, sequence.compatibility):

@@ -35,7 +35,7 @@ async def turn(cluster: TestCluster, ids: list[int]) -> tuple[list[int], int]:
 def matched(cluster: TestCluster, ids: list[int], salt: str = "") -> dict[str, int]:
     """Return the tokens of a prompt that the gateway believes cached, by worker."""
     request = EngineRequest("", ids, Sampling(max_tokens=1), cache_salt=salt)
-    return dict(cluster.gateway.scheduler.worker_caches.cached_tokens("sim", f"{ids}{salt}", request))
+    return dict(cluster.gateway.scheduler.worker_caches.cached_tokens("sim", f"{ids}{salt}", request) or {})
 
 
 async def test_turns_of_a_conversation_go_to_the_worker_that_holds_it(
@@ -124,7 +124,7 @@ async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
     request, passes = EngineRequest("", [*ids, 1], Sampling(max_tokens=1)), 0
     found: list[int] = []
     while len(found) < workers or min(found) < len(ids):
-        known = list(caches.cached_tokens("sim", str(passes), request).values())
+        known = list((caches.cached_tokens("sim", str(passes), request) or {}).values())
         assert len(known) - len(found) in (0, 1)
         found = known
         await asyncio.sleep(0)

@@ -38,7 +38,7 @@ def test_a_record_rests_whole(ledger: Ledger) -> None:
     """Usage records are read without changes, including extreme values and unusual labels."""
     records = [
         record(),
-        record("r2", ttft_s=None, labels={}, opened_at_s=0.0, gpu="", completion_tokens=2**53 - 1),
+        record("r2", ttft_s=None, labels={}, opened_at_s=0.0, predicted_cached_tokens=0, completion_tokens=2**53 - 1),
         record("r3", labels={"a b": "'\"%\\", "ü": "漢字🎈"}, delivered_unknown=True, opened_at_s=1.0),
     ]
     ledger.usage.insert(records)
@@ -243,6 +243,9 @@ def test_bad_queries_are_refused(bad: dict[str, Any]) -> None:
         ("completion_tokens", 1.5),
         ("reasoning_tokens", -1),
         ("reasoning_tokens", 6),
+        ("cached_tokens", None),
+        ("predicted_cached_tokens", -1),
+        ("predicted_cached_tokens", 1.5),
         ("gpu_seconds", float("nan")),
         ("duration_s", float("inf")),
         ("queue_s", -0.1),

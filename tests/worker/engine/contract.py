@@ -22,6 +22,7 @@ from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused, KvEventSource
 from cluster.api.types import (
     KV_EVENTS,
+    PREFIX_EXACT,
     RESUME_PLAIN,
     EngineInfo,
     EngineRequest,
@@ -234,7 +235,7 @@ class EngineContract:
 
     async def test_kv_events_predict_the_cached_tokens(self, engine: Subject) -> None:
         """A mirror of the engine's KV events knows for each prompt how many tokens are cached under its salt."""
-        assert KV_EVENTS in engine.info.capabilities
+        assert {KV_EVENTS, PREFIX_EXACT} <= set(engine.info.capabilities)
         size, source = engine.info.block_size, engine.kv_events or cast(KvEventSource, engine.engine)
         mirror, driver = KvMirror(size), Driver(engine)
 

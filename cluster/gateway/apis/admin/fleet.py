@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import Message
 
 from cluster.admin.v1 import admin_pb2 as pb
-from cluster.admin.v1 import catalog_pb2
+from cluster.admin.v1 import catalog_pb2, routing_pb2
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.types import DrainState, VersionShare
 from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminCaller
@@ -26,7 +26,8 @@ from cluster.link.v1 import link_pb2 as link_pb
 from cluster.wire.version_status import version_status
 
 if TYPE_CHECKING:
-    from cluster.gateway.apis.admin.sibling_aborts import SiblingAborts
+    from cluster.gateway.apis.admin.routes import RouteExplainer
+    from cluster.gateway.apis.admin.siblings import Siblings
 
 DRAIN_S = 300.0
 MAX_DRAIN_S = 7 * 86_400.0
@@ -36,9 +37,16 @@ class FleetAdmin:
     """The Fleet service: the workers that are linked to this gateway, and the calls that this gateway runs."""
 
     def __init__(
-        self, hub: Hub, service: CallService, authorizer: AdminAuthorizer, siblings: SiblingAborts | None = None
+        self,
+        hub: Hub,
+        service: CallService,
+        authorizer: AdminAuthorizer,
+        explainer: RouteExplainer,
+        siblings: Siblings | None = None,
     ) -> None:
+        """`siblings`: the other processes of this gateway, if any."""
         self._hub = hub
+        self._explainer = explainer
         self._siblings = siblings
         self._service = service
         self._authorizer = authorizer
@@ -109,8 +117,9 @@ class FleetAdmin:
             tenant = tenant_name(request.parent, "parent")
         ended, unanswered = self._service.abort(wanted, tenant), 0
         if self._siblings is not None:
-            more, unanswered = await self._siblings.abort(wanted, tenant)
-            ended += more
+            wanted_there = pb.AbortRequestRequest(request_id=wanted, parent=tenant)
+            answers, unanswered = await self._siblings.ask("AbortRequest", wanted_there)
+            ended += [tenant for answer in answers for tenant in answer.tenants]
         outcome = "ok" if ended else Outcome.NOT_FOUND.value
         details = {"aborted": len(ended), "tenants": sorted(set(ended))}
         audited_tenant = ended[0] if len(set(ended)) == 1 else tenant
@@ -131,6 +140,12 @@ class FleetAdmin:
             silent_note = f" ({unanswered} of its processes did not answer)" if unanswered else ""
             raise CallError(Outcome.NOT_FOUND, message + silent_note)
         return pb.AbortRequestResponse(aborted=len(ended), tenants=ended)
+
+    async def ExplainRequest(
+        self, request: routing_pb2.ExplainRequestRequest, caller: AdminCaller
+    ) -> routing_pb2.ExplainRequestResponse:
+        """Explain where the sequences of a call went. All gateway processes of this host are asked."""
+        return await self._explainer.explain(request, caller)
 
 
 class CatalogAdmin:

@@ -11,7 +11,15 @@ import dataclasses
 from collections.abc import Sequence
 
 from cluster.api.kv_events import KvEvent
-from cluster.api.types import KV_EVENTS, RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, TokenOutput
+from cluster.api.types import (
+    KV_EVENTS,
+    PREFIX_EXACT,
+    RESUME_EXACT,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    TokenOutput,
+)
 from cluster.worker.engine.simulated.clock import Clock, VirtualClock, WallClock
 from cluster.worker.engine.simulated.config import SCHEME, SimConfig
 from cluster.worker.engine.simulated.faults import EngineFaults, SimFault
@@ -60,7 +68,7 @@ class SimEngine:
             max_model_len=config.max_model_len,
             vocab_size=config.vocab,
             default_sampling=config.default_sampling,
-            capabilities=(RESUME_EXACT, KV_EVENTS),
+            capabilities=(RESUME_EXACT, KV_EVENTS, PREFIX_EXACT),
         )
 
     async def submit(self, request: EngineRequest) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from cluster.api.kv_events import KvEvent
 from cluster.api.ports import EngineDead
 from cluster.api.types import (
-    KV_EVENTS,
     RESUME_EXACT,
     RESUME_PLAIN,
     RESUME_STATE,
@@ -189,6 +188,8 @@ class VllmEngine:
             budgets=bool(getattr(getattr(config, "reasoning_config", None), "enabled", False)),
             resumes_budgets=installs and resume.resumes_budgets(config),
         )
+        has_events = self._kv_events is not None and cache.enable_prefix_caching
+        kv_capabilities = kv_events.capabilities(config) if has_events else ()
         return EngineInfo(
             engine_class=arguments.engine_class(dtype, model.quantization, self._spec, resume.noise(config)),
             engine_path="public" if reason else "fastpath",
@@ -204,7 +205,7 @@ class VllmEngine:
             capabilities=(
                 *("chat", "complete", "logprobs", "response_format"),
                 _resume_capability(installs, arguments.is_batch_invariant(dtype)),
-                *((KV_EVENTS,) if self._kv_events is not None and cache.enable_prefix_caching else ()),
+                *kv_capabilities,
             ),
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from cluster.api.kv_events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
-from cluster.api.types import ModelSpec
+from cluster.api.types import KV_EVENTS, PREFIX_EXACT, ModelSpec
 
 log = structlog.get_logger("engine")
 
@@ -35,6 +35,20 @@ def has_events(spec: ModelSpec) -> bool:
     engine: Mapping[str, Any] = spec.engine
     several = int(engine.get("data_parallel_size") or 1) > 1
     return engine.get("enable_prefix_caching") is not False and "kv_events_config" not in engine and not several
+
+
+def capabilities(config: Any) -> tuple[str, ...]:
+    """Return the capabilities of an engine with events. `config`: vLLM's VllmConfig.
+
+    Predictions are exact if all layers have full attention and thus share one group of blocks. With a sliding window,
+    chunked attention or state layers, an engine finds only as many blocks as all groups still have. Speculative
+    decoding may drop the last block."""
+    model = config.model_config
+    layers = getattr(model.hf_text_config, "layer_types", None)
+    is_full = set(layers) <= {"full_attention", "attention"} if layers else model.get_sliding_window() is None
+    others = model.is_hybrid or model.is_attention_free or model.is_encoder_decoder or model.use_mla
+    is_exact = is_full and not others and model.attention_chunk_size is None and config.speculative_config is None
+    return (KV_EVENTS, PREFIX_EXACT) if is_exact else (KV_EVENTS,)
 
 
 class KvEventSocket:

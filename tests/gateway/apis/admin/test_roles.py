@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from cluster.admin.v1 import admin_pb2, catalog_pb2, scaling_pb2, tenants_pb2, usage_pb2
+from cluster.admin.v1 import admin_pb2, catalog_pb2, routing_pb2, scaling_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.apis.admin.authorization import VERBS
 from cluster.policy.tenants.identity import admin_token
@@ -72,6 +72,7 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
         "Fleet.Uncordon": admin_pb2.UncordonRequest(target="nobody"),
         "Catalog.List": admin_pb2.ListRequest(),
         "Catalog.Get": admin_pb2.GetRequest(name="sim"),
+        "Fleet.ExplainRequest": routing_pb2.ExplainRequestRequest(request_id="none", parent=name),
         "Fleet.ExplainScaling": scaling_pb2.ExplainScalingRequest(name="sim"),
         "Catalog.Scale": scaling_pb2.ScaleRequest(name="sim", replicas=1),
         "Catalog.Freeze": scaling_pb2.FreezeRequest(name="sim"),
@@ -117,6 +118,7 @@ TABLE = {
     **dict.fromkeys(("Fleet.Drain", "Fleet.Cordon", "Fleet.Uncordon"), ((NO, NO, BAD), (NO, NO, BAD))),
     "Catalog.List": CLUSTER,
     "Catalog.Get": CLUSTER,
+    "Fleet.ExplainRequest": ((MISSING, MISSING, MISSING), (MISSING, MISSING, MISSING)),
     **dict.fromkeys(("Fleet.ExplainScaling", "Catalog.Diff"), ((AWAY, NO, AWAY), (AWAY, NO, AWAY))),
     **dict.fromkeys(BY_CONTROLLER, ((NO, NO, AWAY), (NO, NO, AWAY))),
     "Tenants.Create": RULE,

@@ -17,6 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
+from cluster.admin.v1.routing_pb2 import ExplainRequestRequest
 from cluster.policy.tenants.identity import authenticate
 from tests.ledger.samples import record
 from tests.support.admin import AdminClient, role_key, until_known
@@ -322,8 +323,8 @@ async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
 
 
 async def test_the_documented_calls(world: World) -> None:
-    """The gateway accepts each example of docs/admin.md. The example that aborts a call gets NOT_FOUND, since no such
-    call runs."""
+    """The gateway accepts each example of docs/admin.md. The examples that abort and explain a call get NOT_FOUND,
+    since there is no such call."""
     shown = [shlex.split(line) for line in DOCS.read_text().splitlines() if line.startswith("    ask ")]
     assert len(shown) >= 8
     for _, method, body in shown:
@@ -331,7 +332,7 @@ async def test_the_documented_calls(world: World) -> None:
         file = {"Usage": usage_pb2, "Audit": usage_pb2, "Fleet": admin_pb2}.get(service, tenants_pb2)
         kind = GetMessageClass(file.DESCRIPTOR.services_by_name[service].methods_by_name[name].input_type)
         code = await world.operator.code(f"{service}.{name}", ParseDict(json.loads(body), kind()))
-        assert code == ("NOT_FOUND" if name == "AbortRequest" else "OK"), body
+        assert code == ("NOT_FOUND" if name in ("AbortRequest", "ExplainRequest") else "OK"), body
 
 
 # ---- bad input
@@ -421,6 +422,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("Usage.Export", U.ExportUsageRequest(until_day="24.12."), "until_day"),
     ("Audit.List", U.ListAuditRequest(filter="source = x"), "filter"),
     ("Audit.List", U.ListAuditRequest(since_time=Timestamp(nanos=-1)), "since_time"),
+    ("Fleet.ExplainRequest", ExplainRequestRequest(), "request_id"),
+    ("Fleet.ExplainRequest", ExplainRequestRequest(request_id="x", parent="x"), "parent"),
     ("Fleet.AbortRequest", A.AbortRequestRequest(reason="x"), "request_id"),
     ("Fleet.AbortRequest", A.AbortRequestRequest(request_id="x"), "reason"),
     ("Fleet.AbortRequest", A.AbortRequestRequest(request_id="x", reason="x", parent="x"), "parent"),

@@ -1,5 +1,5 @@
-"""Aborts of calls in the other gateway processes of the host. Only a process of the same gateway may request an
-abort."""
+"""Aborts and explanations of calls in the other gateway processes of the host. Only a process of the same gateway may
+request them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import grpc
 import pytest
 
 from cluster.admin.v1 import admin_pb2 as pb
-from cluster.admin.v1 import admin_pb2_grpc
+from cluster.admin.v1 import admin_pb2_grpc, routing_pb2
 from cluster.cli.local.ports import choose_ports
 from cluster.config.schema import parse
-from cluster.gateway.apis.admin.sibling_aborts import SERVICE, TAG, SiblingAborts
+from cluster.gateway.apis.admin.siblings import SERVICE, TAG, Siblings
 from cluster.gateway.server import Gateway
 from cluster.policy.tenants.identity import admin_token
 from cluster.wire.bundle import Bundle
@@ -29,6 +29,7 @@ from tests.support.certificates import Authority
 from tests.support.cluster import LOOPBACK, TestCluster, sim_engine
 from tests.support.keyed import SECRET, keyed_text
 
+ABORT = "AbortRequest"
 LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True}
 
 
@@ -57,8 +58,8 @@ def tls_text(folder: Path) -> tuple[str, TlsFiles]:
 
 @pytest.mark.parametrize("tls", [False, True])
 async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle: Bundle, tls: bool) -> None:
-    """An abort request at the first process ends a call in either process, over plain links and over mutual TLS. If the
-    other process is gone, the error says that a process did not answer."""
+    """A request at the first process explains and ends a call in either process, over plain links and over mutual TLS.
+    If the other process is gone, the errors say that a process did not answer."""
     text, files = LOOPBACK, None
     if tls:
         head, files = tls_text(tmp_path / "tls")
@@ -77,6 +78,12 @@ async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle
                     stream = stub.StreamChat(chat_request(**LONG), metadata=(("x-request-id", f"r{number}"),))
                     assert await read(stream) is not None
                     (at,) = [i for i, cluster in enumerate(clusters) if cluster.gateway.service.statistics()]
+                    wanted = routing_pb2.ExplainRequestRequest(request_id=f"r{number}")
+                    (explained,) = (await admin.ask("Fleet.ExplainRequest", wanted)).calls
+                    assert explained.gateway == clusters[at].gateway.hub.gateway_id
+                    assert explained.routes[0].worker in {
+                        link.identity.worker_id for link in clusters[at].gateway.hub.links
+                    }
                     answer = await admin.ask(
                         "Fleet.AbortRequest", pb.AbortRequestRequest(request_id=f"r{number}", reason="x")
                     )
@@ -93,6 +100,8 @@ async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle
             assert "did not answer" not in (await admin.refused("Fleet.AbortRequest", none)).message
             await clusters[1].gateway.stop(0)
             assert "1 of its processes did not answer" in (await admin.refused("Fleet.AbortRequest", none)).message
+            unknown = routing_pb2.ExplainRequestRequest(request_id="none")
+            assert "1 of its processes did not answer" in (await admin.refused("Fleet.ExplainRequest", unknown)).message
 
 
 async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
@@ -102,18 +111,18 @@ async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bun
         gateway = clusters[1].gateway
         request = pb.AbortRequestRequest(request_id="r")
 
-        def caller(secret: str = SECRET, late_s: float = 0.0) -> SiblingAborts:
-            config = gateway.config.gateway
-            return SiblingAborts(config, 0, [secret.encode()], lambda *_: [], lambda: time.time() - late_s)
+        def caller(secret: str = SECRET, late_s: float = 0.0) -> Siblings:
+            return Siblings(gateway.config.gateway, 0, [secret.encode()], {}, lambda: time.time() - late_s)
 
         other = pb.AbortRequestRequest(request_id="q")
         tags: dict[str, Any] = {
             "none": (),
             "empty": ((TAG, b""),),
-            "a stranger's": ((TAG, caller("t" * 32)._tag(request)),),
-            "of another request": ((TAG, caller()._tag(other)),),
-            "of an hour ago": ((TAG, caller(late_s=3600)._tag(request)),),
-            "twice": ((TAG, caller()._tag(request)), (TAG, caller()._tag(request))),
+            "a stranger's": ((TAG, caller("t" * 32)._tag(ABORT, request)),),
+            "of another request": ((TAG, caller()._tag(ABORT, other)),),
+            "of another method": ((TAG, caller()._tag("ExplainRequest", request)),),
+            "of an hour ago": ((TAG, caller(late_s=3600)._tag(ABORT, request)),),
+            "twice": ((TAG, caller()._tag(ABORT, request)), (TAG, caller()._tag(ABORT, request))),
             "an operator's": (("authorization", f"Bearer {admin_token(SECRET.encode())}"),),
         }
         async with grpc.aio.insecure_channel(gateway.endpoints["link"]) as channel:
@@ -121,7 +130,10 @@ async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bun
             for what, metadata in tags.items():
                 answer = await refused(stub.AbortRequest(request, metadata=metadata))
                 assert answer.code.name == "PERMISSION_DENIED", what
-            assert (await stub.AbortRequest(request, metadata=((TAG, caller()._tag(request)),))).aborted == 0
+            assert (await stub.AbortRequest(request, metadata=((TAG, caller()._tag(ABORT, request)),))).aborted == 0
+            explain = await refused(stub.ExplainRequest(routing_pb2.ExplainRequestRequest(request_id="r")))
+            assert explain.code.name == "PERMISSION_DENIED"
             listing = await refused(stub.ListWorkers(pb.ListWorkersRequest()))
-            assert listing.code.name == "UNIMPLEMENTED", f"a link port has one method of {SERVICE} only"
-        assert await caller().abort("r", "") == ([], 0)
+            assert listing.code.name == "UNIMPLEMENTED", f"a link port has two methods of {SERVICE} only"
+        (answer,), unanswered = await caller().ask(ABORT, request)
+        assert (list(answer.tenants), unanswered) == ([], 0)

@@ -1,0 +1,127 @@
+"""Admin requests to the other gateway processes of this host: aborts and explanations of calls. The requests go to the
+link ports of these processes, since the processes have no admin port.
+
+Each request carries a tag that is derived from the cluster's secret. A tag is valid for one request, for at most two
+minutes. So a program that has taken the port of a dead process cannot make other requests with the tags it receives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from cluster.admin.v1 import admin_pb2, routing_pb2
+from cluster.api.outcomes import CallError, Outcome
+from cluster.config.gateway import GatewaySettings, Tls
+from cluster.gateway.apis.grpc.status import grpc_code, trailers
+from cluster.gateway.auth.tls import first_dns_name
+from cluster.policy.tenants.identity import derive, verify_any
+from cluster.wire.tls import TlsFiles
+
+TIMEOUT_S = 2.0
+WINDOW_S = 60.0
+SERVICE = "cluster.admin.v1.Fleet"
+TAG = "x-headrace-tag-bin"
+METHODS: Mapping[str, tuple[Any, Any]] = {
+    "AbortRequest": (admin_pb2.AbortRequestRequest, admin_pb2.AbortRequestResponse),
+    "ExplainRequest": (routing_pb2.ExplainRequestRequest, routing_pb2.ExplainRequestResponse),
+}
+"""The messages of each method. In these requests `parent` is the name of a tenant, "" for all tenants."""
+
+
+class Siblings:
+    """Sends and answers admin requests between the gateway processes of a host.
+
+    `answers`: function of this process for each of METHODS. `secrets`: empty without `auth`; requests then carry no
+    tag, since links are trusted.
+    """
+
+    def __init__(
+        self,
+        gateway: GatewaySettings,
+        process: int,
+        secrets: Sequence[bytes],
+        answers: Mapping[str, Callable[[Any], Message]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        host = gateway.listen.link.rsplit(":", 1)[0]
+        dial_host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 - compared, not bound
+        self._addresses = [f"{dial_host}{port}" for port in gateway.siblings(process)]
+        self._tls = gateway.link_tls
+        self._secrets = tuple(secrets)
+        self._answers = answers
+        self._clock = clock
+
+    # ---- requests
+
+    async def ask(self, method: str, request: Message) -> tuple[Sequence[Any], int]:
+        """Send a request to all other processes. Returns the answers, and the number of processes that did not
+        answer."""
+        answers = await asyncio.gather(*(self._ask(address, method, request) for address in self._addresses))
+        return [answer for answer in answers if answer is not None], answers.count(None)
+
+    async def _ask(self, address: str, method: str, request: Message) -> Message | None:
+        async with _channel(address, self._tls) as channel:
+            call: Any = channel.unary_unary(
+                f"/{SERVICE}/{method}",
+                request_serializer=lambda message: message.SerializeToString(),
+                response_deserializer=METHODS[method][1].FromString,
+            )
+            metadata = ((TAG, self._tag(method, request)),) if self._secrets else ()
+            try:
+                answer: Message = await call(request, timeout=TIMEOUT_S, metadata=metadata)
+            except grpc.aio.AioRpcError:
+                return None
+            return answer
+
+    def _tag(self, method: str, request: Message) -> bytes:
+        return derive(self._secrets[0], "sibling-request", *self._parts(method, request, 0))
+
+    def _parts(self, method: str, request: Any, windows_back: int) -> tuple[str, ...]:
+        window = int(self._clock() // WINDOW_S) - windows_back
+        return method, request.request_id, request.parent, str(window)
+
+    # ---- answers
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return the RPC handler of these requests, for this process's link port."""
+        return grpc.method_handlers_generic_handler(SERVICE, {method: self._handler_of(method) for method in METHODS})
+
+    def _handler_of(self, method: str) -> Any:
+        async def answer(request: Message, context: Any) -> Message:
+            tags = [value for key, value in context.invocation_metadata() or () if key == TAG]
+            if self._secrets and not (len(tags) == 1 and self._is_valid(tags[0], method, request)):
+                error = CallError(
+                    Outcome.PERMISSION_DENIED, "only another process of this gateway may call this method"
+                )
+                await context.abort(grpc_code(error), error.message, trailers(error))
+            return self._answers[method](request)
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer,
+            request_deserializer=METHODS[method][0].FromString,
+            response_serializer=lambda message: message.SerializeToString(),
+        )
+
+    def _is_valid(self, tag: bytes | str, method: str, request: Message) -> bool:
+        raw = tag if isinstance(tag, bytes) else tag.encode()
+        return any(
+            verify_any(self._secrets, "sibling-request", raw, *self._parts(method, request, offset))
+            for offset in (-1, 0, 1)
+        )
+
+
+def _channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address)
+    files = TlsFiles(tls.cert_file, tls.key_file, tls.ca_file)
+    # The other process presents the certificate from these same files. The host name in that certificate is expected,
+    # since it may differ from the address that is dialed.
+    options = (("grpc.ssl_target_name_override", first_dns_name(tls.cert_file.read_bytes())),)
+    return grpc.aio.secure_channel(address, files.channel_credentials(), options=options)

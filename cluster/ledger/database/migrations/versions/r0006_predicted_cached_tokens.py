@@ -1,0 +1,20 @@
+"""Column for the number of cached tokens that a call's gateway predicted.
+
+The previous release inserts rows without this column.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "r0006"
+down_revision = "r0005"
+branch_labels = None
+depends_on = None
+KIND = "expand"
+
+
+def upgrade() -> None:
+    """Add the column. It is NULL, which means no prediction, in existing rows."""
+    op.add_column("usage", sa.Column("predicted_cached_tokens", sa.BigInteger))

@@ -1,0 +1,192 @@
+"""Bounded memory of a gateway's routing decisions, for explanations of single calls.
+
+Problem: an operator asks why a call went to a worker after the call was sent, often after its end. Each decision has a
+score for each worker, so keeping all of them would fill the memory, and formatting them would cost each call more than
+the routing itself.
+
+Invariants: the estimated size of the memory never exceeds `max_bytes`, and the oldest calls are forgotten first. In a
+fleet of up to MAX_CANDIDATES workers, the scores of a decision are read only when its call is explained. In a larger
+fleet the best scores are kept and the others are counted, for as many decisions as SCORES_PER_S allows, since reading a
+thousand scores takes milliseconds. Of the other decisions, only the choice and its reason are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from cluster.policy.routing.router import RoutingDecision, Score
+
+MAX_BYTES: Final = 16 << 20
+"""Greatest size of the memory of one gateway process, by the estimates below."""
+MAX_CANDIDATES: Final = 16
+"""Number of workers of a decision that are kept."""
+SCORES_PER_S: Final = 1000
+"""Greatest number of scores of large fleets that are read in a second, to be kept."""
+MAX_ROUTES: Final = 64
+"""Number of routes of one call that are kept, the newest."""
+CALL_BYTES: Final = 1024
+ROUTE_BYTES: Final = 1024
+CANDIDATE_BYTES: Final = 1024
+"""Estimated sizes in bytes of a call, a route and a candidate. A test compares them with the measured sizes."""
+
+Counts = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The workers that a decision compared. `best`: scores of at most MAX_CANDIDATES workers, the best first.
+    `dropped`: number of all workers that each filter dropped. `total`: number of all workers."""
+
+    best: Sequence[Score]
+    dropped: Counts
+    total: int
+
+    @classmethod
+    def of(cls, scores: Sequence[Score]) -> Candidates:
+        """Return the best of a decision's scores, and count the others."""
+        dropped = Counter(score.dropped for score in scores if score.dropped)
+        return cls(scores[:MAX_CANDIDATES], dict(dropped), len(scores))
+
+
+@dataclass(eq=False, slots=True)
+class Route:
+    """One decision to send a sequence to a worker, and what came of it. Times are monotonic seconds.
+
+    `sequence`: number of the sequence in its call. `tokens`: number of prompt tokens and of tokens emitted before.
+    `cached`: number of leading tokens that workers were expected to hold in their KV caches, by worker id; None if
+    there is no prediction. `is_exact`: whether the prediction is exact, if all events of the worker have arrived.
+    `again`: why the sequence had left its worker before; "" for its first route.
+    """
+
+    sequence: int
+    sent_at: float
+    worker_id: str
+    reason: str
+    tokens: int
+    decision: RoutingDecision | Candidates | None = None
+    cached: Mapping[str, int] | None = None
+    is_exact: bool = False
+    again: str = ""
+    cached_tokens: int | None = None
+    """Number of tokens that the engine found in its KV cache; None before the worker's first output."""
+    first_output_at: float | None = None
+    size: int = ROUTE_BYTES
+    """Estimated size in bytes."""
+
+    @property
+    def predicted_cached_tokens(self) -> int | None:
+        """Number of leading tokens that the worker was expected to have in its KV cache; None without a prediction."""
+        return None if self.cached is None else self.cached.get(self.worker_id, 0)
+
+    @property
+    def candidates(self) -> Candidates:
+        """The workers that were compared."""
+        decision = self.decision
+        if isinstance(decision, Candidates):
+            return decision
+        return Candidates.of(() if decision is None else decision.scores)
+
+    def keep(self, candidates: Candidates) -> None:
+        """Replace the decision by these candidates, and keep only their cached tokens."""
+        self.decision = candidates
+        if self.cached is not None:
+            kept = {self.worker_id, *(score.worker_id for score in candidates.best)}
+            self.cached = {worker: tokens for worker in kept if (tokens := self.cached.get(worker))}
+
+    def begin(self, cached_tokens: int, now: float) -> None:
+        """Record the worker's first output. `cached_tokens`: number of tokens that the engine found in its cache."""
+        if self.first_output_at is None:
+            self.cached_tokens, self.first_output_at = cached_tokens, now
+
+
+@dataclass(eq=False, slots=True)
+class RoutedCall:
+    """A call and its routes, in order of time. `shown_id`: id of the answer. Times are monotonic seconds."""
+
+    call_id: str
+    shown_id: str
+    request_id: str
+    tenant: str
+    model: str
+    arrived_at: float
+    routes: list[Route] = field(default_factory=list)
+    omitted_routes: int = 0
+    """Number of routes that are no longer remembered."""
+    outcome: str = ""
+    ended_at: float | None = None
+    size: int = CALL_BYTES
+    """Estimated size in bytes, with the routes."""
+
+    def add(self, route: Route) -> None:
+        """Add a route. The oldest route is forgotten if there are too many."""
+        self.routes.append(route)
+        self.size += route.size
+        if len(self.routes) > MAX_ROUTES:
+            self.size -= self.routes.pop(0).size
+            self.omitted_routes += 1
+
+
+class RouteHistory:
+    """The newest routed calls of one gateway process."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._calls: dict[str, RoutedCall] = {}
+        self._kept_at = -math.inf
+        """Time of the last decision of a large fleet whose scores are kept."""
+        self.size = 0
+        """Estimated size in bytes of all calls."""
+
+    def __len__(self) -> int:
+        """Return the number of calls."""
+        return len(self._calls)
+
+    def call(self, call_id: str) -> RoutedCall | None:
+        """Return a call by its id in the gateway; None for a call that has no route or is forgotten."""
+        return self._calls.get(call_id)
+
+    def add(self, call: RoutedCall, route: Route, workers: int) -> None:
+        """Add a route to a call. Older calls are forgotten. `call`: the call as it is remembered, or a new one.
+        `workers`: number of workers of the model."""
+        if workers > MAX_CANDIDATES:
+            self._shorten(route, workers)
+        route.size = ROUTE_BYTES + CANDIDATE_BYTES * min(workers, MAX_CANDIDATES)
+        before = call.size if call.call_id in self._calls else 0
+        call.add(route)
+        self._calls[call.call_id] = call
+        self.size += call.size - before
+        while self.size > self.max_bytes:
+            oldest = self._calls.pop(next(iter(self._calls)))
+            self.size -= oldest.size
+
+    def _shorten(self, route: Route, workers: int) -> None:
+        """Keep the best scores of a large fleet, or none if the scores of another decision were kept just before."""
+        if (route.sent_at - self._kept_at) * SCORES_PER_S >= workers:
+            self._kept_at = route.sent_at
+            route.keep(route.candidates)
+        else:
+            route.keep(Candidates((), {}, workers))
+
+    def end(self, call_id: str, outcome: str, now: float) -> None:
+        """Record the end of a call. Calls that are not remembered are ignored."""
+        call = self._calls.get(call_id)
+        if call is not None:
+            call.outcome, call.ended_at = outcome, now
+
+    def find(self, request_id: str, tenant: str = "") -> list[RoutedCall]:
+        """Return the calls with this request id or answer id, the oldest first. `tenant`: if not empty, only calls of
+        that tenant."""
+        return [
+            call
+            for call in self._calls.values()
+            if request_id in (call.request_id, call.shown_id) and tenant in ("", call.tenant)
+        ]
+
+    def span_s(self, now: float) -> float:
+        """Return the seconds since the arrival of the oldest remembered call; 0 if there is none."""
+        oldest = next(iter(self._calls.values()), None)
+        return 0.0 if oldest is None else max(now - oldest.arrived_at, 0.0)

@@ -1,0 +1,83 @@
+"""The command explain request prints what the admin API says about a call, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from typer.testing import Result
+
+from cluster.admin.v1 import routing_pb2 as pb
+from tests.support.scripted_gateway import ScriptedGateway
+
+Run = Callable[..., Result]
+
+
+def explained_call() -> pb.ExplainedCall:
+    """Return a call that was sent to one worker, lost it, and was resumed on another one."""
+    first = pb.ExplainedRoute(
+        after_s=0.0021, worker="sim-w2", reason="cached_prefix", why="sim-w2 held most.", tokens=700,
+        prediction="exact", predicted_cached_tokens=640, cached_tokens=624, first_output_s=0.05, compared=18,
+        dropped={"draining": 1},
+    )  # fmt: skip
+    first.candidates.add(
+        worker="sim-w2", total=0.8125, parts=[pb.RouteScore(name="free_places", value=0.5)], cached_tokens=640
+    )
+    first.candidates.add(
+        worker="sim-w1", total=0.25, parts=[pb.RouteScore(name="free_places", value=0.25)], cached_tokens=0
+    )
+    first.candidates.add(worker="sim-w3", dropped="draining", cached_tokens=0)
+    second = pb.ExplainedRoute(after_s=1.5, worker="sim-w1", reason="only_choice", why="It was lost.", tokens=720)
+    return pb.ExplainedCall(
+        id="chatcmpl-1", request_id="r-1", tenant="acme", model="sim", gateway="gw-1", arrived_at_s=1e9, outcome="ok",
+        duration_s=2.0, routes=[first, second],
+    )  # fmt: skip
+
+
+def test_explain_request(run: Run, gateway: ScriptedGateway) -> None:
+    """The text has a table of candidates, the best first and the chosen one marked, the reason, and the prediction
+    beside what came."""
+    gateway.script.explained = [explained_call()]
+    done = run("explain", "request", "r-1", "--tenant", "acme", "--admin", gateway.endpoint)
+    assert done.exit_code == 0
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    assert lines[0] == "call chatcmpl-1 (x-request-id r-1)   tenant acme   model sim   gateway gw-1"
+    assert lines[1].startswith("arrived 2001-09-0")
+    assert lines[1].endswith(", ended with ok after 2.00 s")
+    assert lines[2:] == [
+        "",
+        "output 0, 2.1 ms after the arrival: sim-w2 held most.",
+        "predicted 640 cached tokens (exact); the engine found 624 of 700; first output after 50.0 ms",
+        "worker    cached  total  free_places  dropped",
+        "sim-w2 *  640     0.812  0.500",
+        "sim-w1    0       0.250  0.250",
+        "sim-w3    0                           draining",
+        "and 15 more workers",
+        "",
+        "output 0, 1.50 s after the arrival: It was lost.",
+        "no prediction of cached tokens; no output yet from this worker",
+    ]
+    (request,) = gateway.script.requests
+    assert (request.request_id, request.parent) == ("r-1", "tenants/acme")
+
+
+def test_explain_request_as_json(run: Run, gateway: ScriptedGateway) -> None:
+    """The JSON has all fields of the admin API, and leaves out numbers that are not known."""
+    gateway.script.explained = [explained_call()]
+    done = run("explain", "request", "r-1", "--json", "--admin", gateway.endpoint)
+    assert done.exit_code == 0, done.output
+    (call,) = json.loads(done.stdout)
+    first, second = call["routes"]
+    assert (call["gateway"], first["cached_tokens"], first["dropped"]) == ("gw-1", 624, {"draining": 1})
+    assert first["candidates"][0]["parts"] == [{"name": "free_places", "value": 0.5}]
+    assert "cached_tokens" not in second
+
+
+def test_an_unknown_call(run: Run, gateway: ScriptedGateway) -> None:
+    """All named gateways are asked. If none knows the call, the gateway's error is printed and the exit code is 1. An
+    unreachable gateway is exit code 3."""
+    at = ("--admin", gateway.endpoint)
+    done = run("explain", "request", "r-1", *at, *at)
+    assert (done.exit_code, "remembers no such call" in done.stderr) == (1, True)
+    assert len(gateway.script.requests) == 2
+    assert run("explain", "request", "r-1", "--admin", "127.0.0.1:1").exit_code == 3
