@@ -25,7 +25,7 @@ from cluster.gateway.text.prompt_memory import PackedIds
 from cluster.gateway.text.token_cuts import longest_of
 
 MAX_FRAGMENTS: Final = 32_768
-"""Largest number of fragments that are remembered. They take about 200 bytes each."""
+"""Largest number of fragments that are remembered in each of two generations. They take about 200 bytes each."""
 MAX_FRAGMENT_CHARS: Final = 32
 """Length in characters of the longest fragment that is remembered."""
 FRAGMENT: Final = re.compile(r"[^A-Za-z]*+[A-Za-z]++(?:(?=[^\x00-\x7f])[^A-Za-z]++[A-Za-z]*+)*+|[^A-Za-z]+")
@@ -41,6 +41,8 @@ class FragmentEncoder:
         self._tokenizer = tokenizer
         self._added = re.compile(f"({longest_of(added)})") if added else None
         self._known: dict[str, PackedIds] = {}
+        self._older: dict[str, PackedIds] = {}
+        """The fragments that were known when `_known` was full. Those that are used again become known again."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, **options: int) -> FragmentEncoder | None:
@@ -55,14 +57,16 @@ class FragmentEncoder:
     @property
     def remembered(self) -> int:
         """Number of fragments whose ids are remembered."""
-        return len(self._known)
+        return len(self._known) + len(self._older)
 
     def encode(self, texts: Sequence[str]) -> list[PackedIds]:
         """Return the ids of each text, without special tokens around it. Raises TypeError for a lone surrogate."""
         fragments = [self._fragments(text) for text in texts]
-        known = self._known  # another thread may replace the memory meanwhile
-        missing = [fragment for fragment in set().union(*fragments) if fragment not in known]
-        fresh = dict(zip(missing, encode_each(self._tokenizer, missing), strict=True))
+        known, older = self._known, self._older  # another thread may replace them meanwhile
+        others = [fragment for fragment in set().union(*fragments) if fragment not in known]
+        missing = [fragment for fragment in others if fragment not in older]
+        fresh = {fragment: older[fragment] for fragment in others if fragment in older}
+        fresh.update(zip(missing, encode_each(self._tokenizer, missing), strict=True))
         out = [b"".join([fresh[f] if f in fresh else known[f] for f in text]) for text in fragments]
         self._remember(fresh)
         return out
@@ -80,7 +84,7 @@ class FragmentEncoder:
         if len(self._known) + len(kept) <= self._max_fragments:
             self._known.update(kept)
         elif len(kept) <= self._max_fragments:
-            self._known = kept
+            self._known, self._older = kept, self._known
 
 
 def encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> list[PackedIds]:
