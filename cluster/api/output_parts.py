@@ -42,9 +42,10 @@ class OutputPart(NamedTuple):
     call: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ParsedOutput:
-    """Parts and end of one TokenOutput's text, as the worker's parser found them.
+    """Parts and end of one TokenOutput's text, as the worker's parser found them. Not frozen, since an instance is
+    created for each token.
 
     The parts of all outputs of a request, joined, depend only on the request's tokens, not on how the tokens were
     distributed over steps. The first parsed output of a resumed request also repeats the parts of the emitted tokens.

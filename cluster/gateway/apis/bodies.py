@@ -7,6 +7,7 @@ Whether a body is small is decided by its size and by counts of a few characters
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pickle import PickleBuffer
@@ -125,7 +126,11 @@ def _is_small_json(body: bytes | bytearray) -> bool:
 
 def _has_few_values(text: bytes | bytearray) -> bool:
     """Return whether JSON in a text has few values, judged by the characters that begin or separate values."""
-    return text.count(b"[") + text.count(b"{") <= FEW_CONTAINERS and text.count(b",") <= FEW_VALUES
+    if "numpy" not in sys.modules:  # deferred_imports.py imports it soon, without blocking the event loop
+        return text.count(b"[") + text.count(b"{") <= FEW_CONTAINERS and text.count(b",") <= FEW_VALUES
+    from cluster.gateway.apis.large_json import count_of
+
+    return count_of(b"[{", text) <= FEW_CONTAINERS and count_of(b",", text) <= FEW_VALUES
 
 
 def _is_small_message(kind: Any, data: bytes | bytearray) -> bool:

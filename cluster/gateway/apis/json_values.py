@@ -72,6 +72,13 @@ def parse(path: str, text: bytes | str, bounds: JsonBounds | None = ARGUMENTS, l
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(_UTF8_MARK)
     if bounds is not None:  # None: the caller has counted the values already
         check_counts(path, data, bounds)
+    if len(data) > COUNTED_BYTES:
+        from cluster.gateway.apis.large_json import decode  # not at the start: deferred_imports.py
+
+        if (decoded := decode(data)) is not None:
+            if is_deeper(decoded[0], levels):
+                raise _too_deep(path)
+            return decoded[0]
     try:
         characters, has_surrogates = data.decode(), False
     except UnicodeDecodeError as error:
@@ -161,8 +168,10 @@ def _too_full(path: str, count: int, what: str, most: int) -> CallError:
 
 def is_deeper(value: object, levels: int) -> bool:
     """Return whether objects and arrays are nested more than `levels` deep."""
-    level: list[Any] = [value]
+    level: list[Any] = [value] if type(value) is dict or type(value) is list else []
     for _ in range(levels):
+        if not level:
+            return False
         inner: list[Any] = []
         for outer in level:
             values = outer.values() if type(outer) is dict else outer

@@ -109,11 +109,9 @@ class _Helper:
 
     def cpu_s(self) -> float:
         """Return the CPU seconds that the process has used so far; 0 if the time cannot be read."""
-        import psutil  # imported late, to keep the gateway's start fast
-
-        with suppress(psutil.Error):
-            times = psutil.Process(self.pid).cpu_times()
-            return float(times.user + times.system)
+        # Linux's id of a process's CPU clock (clock_getcpuclockid(3)). /proc takes a hundred times as long to read.
+        with suppress(OSError):
+            return time.clock_gettime(~self.pid << 3 | 2)
         return 0.0
 
     @property

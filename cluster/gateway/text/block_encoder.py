@@ -18,9 +18,10 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
+from cluster.gateway.text.fragment_encoder import encode_each
 from cluster.gateway.text.prompt_memory import MAX_IDS, PackedIds, Planes, PromptMemory, pack, unpack
 from cluster.gateway.text.token_cuts import TokenCuts
-from cluster.gateway.text.word_encoder import WORD_CUT, WordEncoder, encode_each
+from cluster.gateway.text.word_encoder import WORD_CUT, WordEncoder
 
 TOKEN_CUT_CHARS: Final = 1024
 """Least length in characters of a block that ends at an added token."""

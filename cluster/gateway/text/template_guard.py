@@ -90,7 +90,8 @@ def _small(values: Iterable[object]) -> None:
 
 
 def _replaced(text: Any, old: Any = "", new: Any = "", *_: object, **__: object) -> None:
-    _charge(len(text) + text.count(old) * len(new))
+    grows = len(new) > len(old)  # only then is the count, which takes as long as the replacement, needed
+    _charge(len(text) + (text.count(old) * len(new) if grows else 0))
 
 
 def _translated(text: Any, table: Any = None, *_: object, **__: object) -> None:

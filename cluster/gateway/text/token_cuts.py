@@ -46,7 +46,7 @@ class TokenCuts:
             by_first.setdefault(token.content[0], []).append(token.content)
         groups = list(by_first.values()) if len(by_first) <= MAX_PATTERNS else [[token.content for token in tokens]]
         # One pattern for each first character: a search for one character is ten times as fast as for one of several.
-        self._patterns = [re.compile(_longest_of(group)) for group in groups]
+        self._patterns = [re.compile(longest_of(group)) for group in groups]
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, layout: Mapping[str, Any]) -> TokenCuts | None:
@@ -93,7 +93,7 @@ def _is_piecewise(step: Mapping[str, Any] | None) -> bool:
     return step.get("type") in PIECEWISE and all(map(_is_piecewise, inner))
 
 
-def _longest_of(texts: Iterable[str]) -> str:
+def longest_of(texts: Iterable[str]) -> str:
     """Return an expression that matches the longest of the texts at a position. Common beginnings are shared, since a
     tokenizer may have thousands of tokens that begin alike."""
     by_first: dict[str, list[str]] = {}
@@ -103,7 +103,7 @@ def _longest_of(texts: Iterable[str]) -> str:
             by_first.setdefault(text[0], []).append(text[1:])
         else:
             ends = True
-    branches = [re.escape(first) + _longest_of(rest) for first, rest in by_first.items()]
+    branches = [re.escape(first) + longest_of(rest) for first, rest in by_first.items()]
     if not branches:
         return ""
     if len(branches) == 1 and not ends:

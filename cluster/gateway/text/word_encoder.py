@@ -5,8 +5,8 @@ No expression in `WORD_PATTERNS` can match a non-space character together with t
 look-ahead in these expressions starts at white space. So the tokenizer always splits a text between a non-space
 character and the space after it. The texts before and after such a split can be encoded separately.
 
-Method. Each distinct word of a text is encoded once, since long texts repeat most words. If too few words repeat, the
-text is encoded in blocks, whose pieces stay in the CPU caches.
+Method. Each distinct word of a long text is encoded once, since long texts repeat most words. If too few words repeat,
+or the text is not long, it is encoded by smaller fragments, whose ids are remembered (fragment_encoder.py).
 
 `of` returns None for other tokenizers, and for tokenizers with an added token that may contain or absorb a space.
 """
@@ -14,17 +14,19 @@ text is encoded in blocks, whose pieces stay in the CPU caches.
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from tokenizers import Encoding, Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers
 
+from cluster.gateway.text.fragment_encoder import FragmentEncoder, encode_each
 from cluster.gateway.text.prompt_memory import PackedIds
 
 DISTINCT_SHARE: Final = 0.3
 """Share of distinct words among all words in a text. Above this share, encoding words costs more than encoding
-blocks."""
+fragments."""
+LONG_CHARS: Final = 32_768
+"""Length in characters from which words repeat often enough to count the distinct ones."""
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -41,34 +43,33 @@ _ENDS_SURELY = re.compile(r"(?s:.*)[!-~\w]").fullmatch
 class WordEncoder:
     """Encodes long texts by words with one tokenizer. Create with `of`. Thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, long_chars: int = LONG_CHARS) -> None:
         self._tokenizer = tokenizer
+        self._long_chars = long_chars
+        self._fragments = FragmentEncoder.of(tokenizer)
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None) -> WordEncoder | None:
+    def of(cls, tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None, **options: Any) -> WordEncoder | None:
         """Return an encoder for a tokenizer; None if cutting a text may change the ids. `pre_tokenizer`: the part of
-        tokenizer.json with this name."""
-        return cls(tokenizer) if _cuts_are_safe(tokenizer, pre_tokenizer) else None
+        tokenizer.json with this name. `options`: keyword arguments of the constructor."""
+        return cls(tokenizer, **options) if _cuts_are_safe(tokenizer, pre_tokenizer) else None
 
     def encode(self, blocks: Sequence[str]) -> list[PackedIds]:
         """Return the ids of each block. Raises TypeError for a lone surrogate, as the tokenizer does."""
+        if sum(map(len, blocks)) < self._long_chars:
+            return self._by_fragments(blocks)
         words, distinct = _words(blocks)
         if len(distinct) > DISTINCT_SHARE * sum(map(len, words)):
-            return encode_each(self._tokenizer, blocks)
+            return self._by_fragments(blocks)
         heads = encode_each(self._tokenizer, [block[0] for block in words])
         ids = encode_each(self._tokenizer, [" " + word for word in distinct])
         packed = dict(zip(distinct, ids, strict=True))
         return [head + b"".join(map(packed.__getitem__, block[1:])) for head, block in zip(heads, words, strict=True)]
 
-
-def encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> list[PackedIds]:
-    """Return the ids of each text, without special tokens around the text."""
-    # The batch method computes no offsets, so it is twice as fast. It also releases the GIL.
-    return list(map(_packed, tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)))
-
-
-def _packed(encoding: Encoding) -> PackedIds:
-    return array("I", encoding.ids).tobytes()
+    def _by_fragments(self, blocks: Sequence[str]) -> list[PackedIds]:
+        if self._fragments is None:
+            return encode_each(self._tokenizer, blocks)
+        return self._fragments.encode(blocks)
 
 
 def _words(blocks: Sequence[str]) -> tuple[list[list[str]], list[str]]:

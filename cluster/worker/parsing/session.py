@@ -9,9 +9,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-from cluster.api.output_parts import PartKind, merge_parts
+from cluster.api.output_parts import OutputPart, PartKind, merge_parts
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.chat_requests import is_forced, may_call_tools
 from cluster.worker.parsing.coalescing import Coalescing
@@ -23,6 +23,10 @@ the tokens before it; vLLM's detokenizer decodes the whole prompt for it, which 
 REPLAYED_TOKENS = 256
 """Number of emitted tokens that are replayed in one parse, where that gives the same parts. One by one, the replay of a
 long output would take seconds, in which no other output is parsed."""
+_CONTENT, _REASONING, _TOOL_NAME, _TOOL_ARGUMENTS = map(
+    int, (PartKind.CONTENT, PartKind.REASONING, PartKind.TOOL_NAME, PartKind.TOOL_ARGUMENTS)
+)
+"""Plain numbers: a member of an enum takes several times as long to compare and to encode."""
 
 
 class ParserSession:
@@ -82,15 +86,19 @@ class ParserSession:
         kept = len(ids)
         if state == wire.FAILED:
             return wire.Parsed(number, [], kept)
-        if self._ended_by_stop():
+        if self._stop:
             kept = 0
+        elif kept == 1:
+            self._take(ids[0], state)
         elif ids:
             kept = self._take_all(ids, state)
         elif state != wire.RUNS:
             self._finish()
-        ended = self._ended_by_stop() or state != wire.RUNS
-        parts, self._parts = merge_parts(self._parts), []
-        return wire.Parsed(number, parts, kept, self._stop, self._reasoning_tokens() if ended else 0)
+        new, self._parts = self._parts, []
+        parts = merge_parts(new) if len(new) > 1 else cast("list[OutputPart]", new)
+        if state == wire.RUNS and not self._stop:
+            return wire.Parsed(number, parts, kept)
+        return wire.Parsed(number, parts, kept, self._stop, self._reasoning_tokens())
 
     def _ended_by_stop(self) -> bool:
         return bool(self._stop)
@@ -118,12 +126,15 @@ class ParserSession:
         self._ids.append(token_id)
         if not len(self._ids) % REPLAYED_TOKENS:
             self._working()
-        self._stop = self._detokenizer.update([token_id], state == wire.STOPPED) or ""
-        ended = bool(self._stop) or state != wire.RUNS
+        detokenizer = self._detokenizer
+        stop = detokenizer.update([token_id], state == wire.STOPPED)
+        if stop:
+            self._stop = stop
+        ended = bool(stop) or state != wire.RUNS
         if not self._is_whole:
             if ended and self._unparsed:  # parsers may finish in another way if the last token is not alone
                 self._parse(False)
-            self._text += self._detokenizer.get_next_output_text(ended, True)
+            self._text += detokenizer.get_next_output_text(ended, True)
             self._unparsed.append(token_id)
         return ended
 
@@ -148,11 +159,11 @@ class ParserSession:
         self._prompt = None  # parsers read the prompt at their first token only
         if delta is None:
             return
-        parts = list(_delta_parts(delta, self._single))
+        parts = _delta_parts(delta, self._single)
         if parts:
             self._parts += parts
-            self._reasons = self._reasons and all(kind == PartKind.REASONING for kind, _, _ in parts)
-            self._coalescing.record(len(self._ids), in_call=parts[-1][0] >= PartKind.TOOL_NAME)
+            self._reasons = self._reasons and all(kind == _REASONING for kind, _, _ in parts)
+            self._coalescing.record(len(self._ids), in_call=parts[-1][0] >= _TOOL_NAME)
 
     def _parse_whole(self) -> None:
         parser, request = self._parser, self._request
@@ -184,17 +195,17 @@ def _delta_parts(delta: Any, single: bool) -> Sequence[Part]:
     """Return the parts of vLLM's DeltaMessage. `single`: whether only the first tool call counts."""
     parts: list[Part] = []
     if delta.reasoning:
-        parts.append((PartKind.REASONING, delta.reasoning, 0))
+        parts.append((_REASONING, delta.reasoning, 0))
     if delta.content:
-        parts.append((PartKind.CONTENT, delta.content, 0))
+        parts.append((_CONTENT, delta.content, 0))
     for call in delta.tool_calls or ():
         function = call.function
         if function is None or (single and call.index):
             continue
         if function.name:
-            parts.append((PartKind.TOOL_NAME, function.name, call.index))
+            parts.append((_TOOL_NAME, function.name, call.index))
         if function.arguments:
-            parts.append((PartKind.TOOL_ARGUMENTS, function.arguments, call.index))
+            parts.append((_TOOL_ARGUMENTS, function.arguments, call.index))
     return parts
 
 

@@ -8,11 +8,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.api.output_parts import OutputParsing, OutputPart, ParsedOutput, PartKind
+from cluster.api.output_parts import OutputParsing, OutputPart, ParsedOutput
 from cluster.api.types import EngineRequest, FinishReason, Grammar, TokenOutput
 from cluster.worker.parsing import wire
 
-_KINDS = {int(kind): kind for kind in PartKind}
 _NOTHING = ParsedOutput()
 
 
@@ -97,30 +96,29 @@ class SessionRecord:
         if not parsed.parts and output.finish is None and not parsed.stop:
             output.parsed = _NOTHING
             return output
-        parts = self._new_parts(parsed.parts)
-        output.parsed = ParsedOutput(parts, parsed.stop, parsed.reasoning_tokens)
+        output.parsed = ParsedOutput(self._new_parts(parsed.parts), parsed.stop, parsed.reasoning_tokens)
         if parsed.stop:
             output.token_ids = output.token_ids[: parsed.kept]
             output.logprobs = None if output.logprobs is None else output.logprobs[: parsed.kept]
             output.finish, output.stop_token_id = FinishReason.STOP, None
         return output
 
-    def _new_parts(self, given: Sequence[wire.Part]) -> list[OutputPart]:
+    def _new_parts(self, given: Sequence[OutputPart]) -> Sequence[OutputPart]:
         """Return the parts without those that were delivered before the session began anew.
 
         Equal tokens give equal characters, but perhaps in other pieces.
         """
         if not self.repeated_chars:
-            new_parts = [OutputPart(_KINDS[kind], text, call) for kind, text, call in given if text]
-            self.delivered_chars += sum([len(part.text) for part in new_parts])
-            return new_parts
+            for _, text, _ in given:
+                self.delivered_chars += len(text)
+            return given
         parts = []
         repeated, self.repeated_chars = self.repeated_chars, 0
         for kind, text, call in given:
             new = text[repeated:]
             repeated -= min(repeated, len(text))
             if new:
-                parts.append(OutputPart(_KINDS[kind], new, call))
+                parts.append(OutputPart(kind, new, call))
                 self.delivered_chars += len(new)
         return parts
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from cluster.api.output_parts import OutputPart
+
 LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 256 << 20
 
@@ -21,7 +23,7 @@ RUNS, STOPPED, ENDED, FAILED = range(4)
 ended in another way; it has failed, and its output is not parsed."""
 
 Part = tuple[int, str, int]
-"""Kind, text and call of an OutputPart."""
+"""Kind, text and call of an OutputPart. It is encoded like one, and made in less time."""
 
 
 class GrammarText(msgspec.Struct, array_like=True, frozen=True):
@@ -93,7 +95,7 @@ class Parsed(msgspec.Struct, array_like=True, frozen=True):
     """Result of a session for one feed item. `kept`: number of the item's ids that count; all unless `stop` is set."""
 
     number: int
-    parts: Sequence[Part]
+    parts: Sequence[OutputPart]
     kept: int
     stop: str = ""
     reasoning_tokens: int = 0

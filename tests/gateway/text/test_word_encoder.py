@@ -43,9 +43,9 @@ def qwen2(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, config
 
 
-def encoder_of(tokenizer: Tokenizer) -> WordEncoder | None:
-    """Return the word encoder of a tokenizer, or None."""
-    return WordEncoder.of(tokenizer, json.loads(tokenizer.to_str())["pre_tokenizer"])
+def encoder_of(tokenizer: Tokenizer, long_chars: int = 64) -> WordEncoder | None:
+    """Return the word encoder of a tokenizer, or None. `long_chars`: see LONG_CHARS."""
+    return WordEncoder.of(tokenizer, json.loads(tokenizer.to_str())["pre_tokenizer"], long_chars=long_chars)
 
 
 def blocks_of(text: str, chars: int) -> list[str]:
