@@ -75,7 +75,8 @@ class Executor:
             sequence.call.fail_unexpectedly(LookupError(f"worker {instruction.worker_id} is not linked"))
             return
         now = self._clock()
-        if submit(sequence, link, entry, self._accounting(), now, instruction.uncached_tokens):
+        fresh, cached = instruction.uncached_tokens, instruction.cached_tokens
+        if submit(sequence, link, entry, self._accounting(), now, fresh, cached):
             self._breakers.record_sent(link.identity.incarnation, now)
             self._caches.expect(link, sequence.key, sequence.request, now)
             self._metrics.count("route_decisions_total", entry.model, instruction.reason)

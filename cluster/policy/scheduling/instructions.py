@@ -61,12 +61,14 @@ class Ending(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Send:
     """Send a sequence, which has left its queue, to a worker. `reason`: see RoutingDecision. `uncached_tokens`: number
-    of tokens of a resumed sequence that the worker is likely to compute, 0 for all."""
+    of tokens of a resumed sequence that the worker is likely to compute, 0 for all. `cached_tokens`: number of tokens
+    of a new sequence that are expected in the worker's cache."""
 
     entry: WaitingSequence
     worker_id: str
     reason: str
     uncached_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

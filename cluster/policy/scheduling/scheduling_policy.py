@@ -23,7 +23,6 @@ from cluster.policy.routing.router import (
     RouteCall,
     RoutingDecision,
     may_take_resumed,
-    needs_parser,
     pick,
     uncached_tokens_at,
 )
@@ -36,6 +35,9 @@ from cluster.policy.scheduling.worker_losses import LossVerdict, WorkerLosses
 
 class Workers(Protocol):
     """The workers that are linked to the gateway, as the policy sees them."""
+
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """Pick a worker for a new sequence, see policy/routing/fleet.py."""
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
         """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes."""
@@ -123,38 +125,47 @@ class SchedulingPolicy:
     def assign_new(self, model: str, now: float) -> Iterator[Instruction]:
         """Yield the instructions for new sequences, in the order of the waiting room. A head that fits on no worker
         holds back the sequences behind it."""
-        decision: RoutingDecision | Exception | None = None
+        routed: tuple[RouteCall, RoutingDecision] | Exception | None = None
 
         def fits(entry: WaitingSequence) -> bool:
-            nonlocal decision
+            nonlocal routed
             try:
-                decision = self._route(entry, now)
+                routed = self._route(entry, now)
             except Exception as error:
-                decision = error
+                routed = error
                 return True
-            return decision.worker_id is not None
+            return routed[1].worker_id is not None
 
         while (entry := self.room.pop_next(model, fits, now)) is not None:
             self._versions.pop(entry.call_id, None)
-            if isinstance(decision, Exception):
-                yield Fail(entry.call_id, decision)
-            elif decision is not None and decision.worker_id is not None:
-                yield Send(entry, decision.worker_id, decision.reason)
+            if isinstance(routed, Exception):
+                yield Fail(entry.call_id, routed)
+            elif routed is not None and (worker_id := routed[1].worker_id) is not None:
+                call, decision = routed
+                yield Send(entry, worker_id, decision.reason, cached_tokens=call.cached.get(worker_id, 0))
 
-    def _route(self, entry: WaitingSequence, now: float) -> RoutingDecision:
-        """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
-        all versions on which the sequence may begin."""
+    def _route(self, entry: WaitingSequence, now: float) -> tuple[RouteCall, RoutingDecision]:
+        """Pick a worker for a new sequence. Return the routing request and the decision.
+
+        Workers of the sequence's first version are tried first, then workers of all versions on which the sequence may
+        begin."""
         keep_free, versions = self.room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
-        candidates = self._workers.candidates(entry.model, now, resumed=False)
         first = frozenset((versions.first,)) if versions.first else versions.all
-        cached = self._workers.cached_tokens(entry.model, entry.call_id)
-        call = RouteCall(entry.model, entry.tokens, keep_free, versions=first, cached=cached)
-        if needs_parser(entry.needs_tools, candidates):
-            call = replace(call, needs_tools=True)
-        decision = pick(call, candidates)
+        call = RouteCall(
+            entry.model,
+            entry.tokens,
+            keep_free,
+            versions=first,
+            needs_tools=entry.needs_tools,
+            cached=self._workers.cached_tokens(entry.model, entry.call_id),
+            affinity=entry.affinity,
+            call_id=entry.call_id,
+        )
+        decision = self._workers.route(call, now)
         if decision.worker_id is None and len(versions.all) > 1:
-            decision = pick(replace(call, versions=versions.all), candidates)
-        return decision
+            call = replace(call, versions=versions.all)
+            decision = self._workers.route(call, now)
+        return call, decision
 
     # ---- resumed sequences
 

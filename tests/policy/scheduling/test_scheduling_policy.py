@@ -14,7 +14,8 @@ from cluster.api.types import CompatibilityKey
 from cluster.policy.fairness.fair_queue import FairOrder
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.waiting_room import WaitingRoom
-from cluster.policy.routing.router import Candidate
+from cluster.policy.routing.fleet import choose
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
@@ -47,6 +48,10 @@ class Fleet:
     def spend(self, name: str) -> None:
         """Use one free sequence of a worker."""
         self.grant(name, self.workers[name].free_sequences - 1)
+
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """See Workers."""
+        return choose(call, self.candidates(call.model, now, False))
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
         """See Workers."""
