@@ -24,6 +24,7 @@ from cluster.config.gateway import GatewaySettings, Section, Tls, check_address,
 from cluster.config.problems import Path as KeyPath
 from cluster.config.problems import Problem, problems_of, raise_all, shown
 from cluster.config.remainder import without
+from cluster.config.routing import Routing
 from cluster.config.tenants import (
     CLASSES,
     Auth,
@@ -489,6 +490,7 @@ class Config(Section):
     store: Store = Store()
     cost: Cost | None = None
     scaling: Scaling = Scaling()
+    routing: Routing = Routing()
     classes: tuple[PriorityClass, ...] = CLASSES
     tenant_defaults: TenantDefaults = TenantDefaults()
     tenants: tuple[Tenant, ...] = ()

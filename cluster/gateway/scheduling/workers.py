@@ -134,11 +134,10 @@ class LinkedWorkers:
         return [] if known is None else [known.links[worker] for worker in sorted(known.links)]
 
     def _candidate(self, known: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:
-        """Return a worker as it is now, with its circuit breaker."""
-        state = self._models.get(known)
-        slowdown = 1.0 if state is None else state.times.slowdown(link.identity.worker_id, now)
+        """Return a worker as it is now, with its circuit breaker. The speed of workers counts for new calls only."""
+        row = None if resumed else self._fleet(known, now).find(link.identity.worker_id)
         healthy = self._breakers.allows(link.identity.incarnation, now)
-        return self._row(known, link, slowdown, healthy, resumed)
+        return self._row(known, link, 1.0 if row is None else row.slowdown, healthy, resumed)
 
     def _row(
         self, known: KnownModel, link: WorkerLink, slowdown: float, healthy: bool = True, resumed: bool = False

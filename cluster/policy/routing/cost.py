@@ -100,7 +100,10 @@ def standing_parts(settings: RoutingSettings, c: Candidate) -> tuple[tuple[str, 
 
 def standing_cost(settings: RoutingSettings, c: Candidate) -> float:
     """Return the sum of `standing_parts`."""
-    return sum((value for _, value in standing_parts(settings, c)), 0.0)
+    total = 0.0
+    for _, value in standing_parts(settings, c):
+        total += value
+    return total
 
 
 def cost_per_token(settings: RoutingSettings, c: Candidate) -> float:

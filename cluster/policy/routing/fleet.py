@@ -76,8 +76,6 @@ class Fleet:
         """Add a worker, or replace what is known of it."""
         at = self._position(candidate.worker_id)
         old = None if at is None else self._rows[at]
-        if old is not None and old.candidate == candidate:
-            return
         row = row_of(candidate, self.settings, None if old is None else old.hashed)
         self._own_rows()
         if at is None or old is None:

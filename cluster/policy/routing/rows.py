@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf
+from typing import NamedTuple
 
 from cluster.policy.routing.cost import RoutingSettings, cost_per_token, standing_cost
 from cluster.policy.routing.rendezvous import hash64, mix64, preference
 from cluster.policy.routing.router import Candidate, RouteCall
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """What a decision needs of a worker.
 
     `is_open`: whether the worker passes the filters that are equal for all calls. `max_tokens`: the largest prompt that
@@ -36,7 +34,9 @@ def row_of(candidate: Candidate, settings: RoutingSettings, hashed: int | None =
         c,
         c.worker_id,
         c.healthy and stays and c.free_sequences > 0,
-        min(c.free_tokens, c.prefill_budget - c.resumed_prefill - c.new_prefill if c.resumed_prefill else inf),
+        min(c.free_tokens, c.prefill_budget - c.resumed_prefill - c.new_prefill)
+        if c.resumed_prefill
+        else c.free_tokens,
         standing_cost(settings, c),
         cost_per_token(settings, c),
         hash64(c.worker_id) if hashed is None else hashed,
