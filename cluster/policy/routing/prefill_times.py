@@ -7,10 +7,10 @@ Method. A sample is the number of prompt tokens that a worker has computed and t
 workers, a line of seconds by tokens is fitted with least squares: it gives the seconds that a usual worker needs, so
 that workers with short prompts, of which each has the fixed cost of an engine step, do not look slow. Samples of slow
 workers have a small weight in the fit. A worker's slowdown is the sum of its seconds divided by the sum of the seconds
-that the line predicts. PRIOR usual samples are added to both sums, so that a single sample decides little. The sums
-decay with each sample, so that a few prompts show a change, and with time: a worker that gets no calls, since it was
-slow, is taken for a usual worker again, and the next calls show whether it is. Ratios within NOISE of 1 count as 1,
-because the times of equal workers vary as well.
+that the line predicts. PRIOR usual samples are added to both sums, and a sample counts at most CLIP times what the
+slowdown so far predicts, so that a single pause decides little. The sums decay with each sample, so that a few prompts
+show a change, and with time: a worker that gets no calls, since it was slow, is taken for a usual worker again, and the
+next calls show whether it is. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become slower alike,
 no slowdown changes for long.
@@ -35,6 +35,8 @@ PRIOR: Final = 1.0
 """Number of usual samples that are added to those of a worker."""
 NOISE: Final = 1.3
 """Ratio of times, or its inverse, up to which a worker counts as a usual one."""
+CLIP: Final = 4.0
+"""Largest ratio of a sample to what the slowdown so far predicts."""
 FASTEST, SLOWEST = 0.25, 100.0
 
 
@@ -67,7 +69,10 @@ class PrefillTimes:
     def record(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
         """Record that a worker has computed `tokens` prompt tokens in `seconds`."""
         factor = exp(min(self._at - now, 0.0) / MODEL_MEMORY_S)
-        weight = 1 / max(self.slowdown(worker_id, now), 1.0) ** 2
+        slowdown = max(self.slowdown(worker_id, now), 1.0)
+        weight = 1 / slowdown**2
+        if usual_s := self.usual_s(tokens):
+            seconds = min(seconds, CLIP * slowdown * usual_s)
         self._at = now
         self._count = self._count * factor + weight
         self._tokens = self._tokens * factor + weight * tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import openai
@@ -10,10 +11,17 @@ import pytest
 
 from cluster.wire.bundle import Bundle
 from tests.support.calls import complete
-from tests.support.cluster import TestCluster, sim_engine
+from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine
 from tests.support.http import client, completion_body
 
 HEADER = "x-headrace-affinity"
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[TestCluster]:
+    """Provide a running gateway without workers, on which a key outweighs any load."""
+    async with running_cluster(tmp_path, LOOPBACK + "routing: {weights: {affinity_tokens: 1.0e+9}}\n") as cluster:
+        yield cluster
 
 
 async def test_calls_with_one_key_go_to_one_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:

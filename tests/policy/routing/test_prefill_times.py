@@ -41,7 +41,7 @@ def test_a_slowdown_is_bounded(samples: list[tuple[str, int, float, float]]) -> 
 
 @given(st.integers(0, 2**32), st.sampled_from([3.0, 10.0]))
 def test_a_slow_worker_is_known_after_a_few_prompts(seed: int, slow: float) -> None:
-    """A worker that becomes slow has a slowdown of more than two fifths of its own after four prompts.
+    """A worker that becomes slow has a slowdown of more than a quarter of its own after four prompts.
 
     The others stay near 1, whatever the sizes of the prompts.
     """
@@ -52,7 +52,7 @@ def test_a_slow_worker_is_known_after_a_few_prompts(seed: int, slow: float) -> N
     for tokens in (1000, 2000, 3000, 2000):
         now += slow * 0.2
         times.record("a", tokens, slow * (0.01 + 1e-4 * tokens), now)
-    assert times.slowdown("a", now) > 0.4 * slow
+    assert times.slowdown("a", now) > slow / 4
     assert all(times.slowdown(name, now) == pytest.approx(1.0, abs=0.3) for name in "bcdefgh")
 
 
@@ -77,6 +77,15 @@ def test_short_prompts_do_not_look_slow(short: int, long: int, fixed_s: float, t
             times.record(name, tokens, fixed_s + token_s * tokens, now)
     for name in "ab":
         assert times.slowdown(name, now) == pytest.approx(1.0, abs=0.1)
+
+
+@given(st.integers(0, 2**32), st.floats(0.5, 1e4))
+def test_a_single_pause_decides_little(seed: int, pause_s: float) -> None:
+    """One prompt that takes much longer, for whatever reason, raises a worker's slowdown to at most 2.5."""
+    times = PrefillTimes()
+    now = served(dict.fromkeys("abcdefgh", 1.0), seed, 20, times)
+    times.record("a", 1000, pause_s, now)
+    assert times.slowdown("a", now) <= 2.5
 
 
 def test_a_forgotten_worker_is_unknown() -> None:
