@@ -82,13 +82,13 @@ class _RecordedWorkers:
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
         """See Workers. Recorded are the workers, so that a replay decides from all of them anew."""
-        answer = self._workers.candidates(call.model, now, False)
+        answer = list(self._workers.candidates(call.model, now, False))
         self._journal.reads.append(((call, now), answer))
         return self._workers.route(call, now)
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
         """See Workers."""
-        answer = self._workers.candidates(model, now, resumed)
+        answer = list(self._workers.candidates(model, now, resumed))
         self._journal.reads.append(((model, now, resumed), answer))
         return answer
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Final, Protocol, overload
 from weakref import WeakKeyDictionary
 
 from cluster.api.types import TOOL_PARSER, CompatibilityKey, EngineRequest
@@ -98,17 +98,20 @@ class LinkedWorkers:
                 if worker is not None and abs(worker.slowdown / state.times.slowdown(worker_id, now) - 1) > AGED:
                     known.changed_workers.add(worker_id)
 
-    def candidates(self, model: str, now: float, resumed: bool) -> list[Candidate]:
-        """Return all workers of a model as candidates for a sequence. `resumed`: whether the sequence is resumed."""
+    def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
+        """Return all workers of a model as candidates for a sequence. `resumed`: whether the sequence is resumed. Each
+        worker is read when it is first looked at."""
         known = self._owner.directory.find(model)
-        return [] if known is None else [self._candidate(known, link, now, resumed) for link in known.links.values()]
+        if known is None:
+            return ()
+        return _Candidates(known.links.values(), lambda link: self._candidate(known, link, now, resumed))
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker of a model for a sequence that is to be resumed; None if the worker is not linked."""
         known = self._owner.directory.find(model)
         if known is None:
             return None
-        link = next((link for link in known.links.values() if link.identity.incarnation == incarnation), None)
+        link = known.by_incarnation.get(incarnation)
         return None if link is None else self._candidate(known, link, now, resumed=True)
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
@@ -168,6 +171,30 @@ class LinkedWorkers:
             unanswered=link.unanswered,
             slowdown=slowdown,
         )
+
+
+class _Candidates(Sequence[Candidate]):
+    """Candidates that are read when they are first looked at, since of a thousand workers few are."""
+
+    def __init__(self, links: Iterable[WorkerLink], read: Callable[[WorkerLink], Candidate]) -> None:
+        self._links = list(links)
+        self._read = read
+        self._known: dict[int, Candidate] = {}
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    @overload
+    def __getitem__(self, at: int) -> Candidate: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Candidate]: ...
+    def __getitem__(self, at: int | slice) -> Candidate | Sequence[Candidate]:
+        if isinstance(at, slice):
+            return [self[each] for each in range(len(self))[at]]
+        candidate = self._known.get(at)
+        if candidate is None:
+            candidate = self._known[at] = self._read(self._links[at])
+        return candidate
 
 
 def _prefix_hash(request: EngineRequest) -> int:
