@@ -81,7 +81,8 @@ class _RecordedWorkers:
         self._workers = workers
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """See Workers. Recorded are the workers, so that a replay decides from all of them anew."""
+        """See Workers. Recorded are the workers, so that a replay decides from all of them anew. The prompts of these
+        tests are too short to be looked up in the workers' caches."""
         answer = list(self._workers.candidates(call.model, now, False))
         self._journal.reads.append(((call, now), answer))
         return self._workers.route(call, now)

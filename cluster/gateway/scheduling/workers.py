@@ -66,6 +66,8 @@ class LinkedWorkers:
         if known is None:
             return RoutingDecision(None, "no_worker", ())
         fleet = self._fleet(known, now)
+        if call.cached and (sharing := self._caches.sharing(call.call_id, now)):
+            call = replace(call, sharing=sharing)
         if self._settings.policy == "consistent_hash" and not call.affinity:
             call = replace(call, prefix=_prefix_hash(self._request_of(call.call_id)))
         return fleet.pick(call, self._breakers.rejecting(now))

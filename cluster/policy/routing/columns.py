@@ -95,6 +95,9 @@ class Columns:
             uncached = np.full(len(self._positions), float(call.tokens))
             places, cached = self._cached(call.cached)
             uncached[places] -= np.minimum(cached, call.tokens)
+            if call.sharing:
+                own = call.tokens - min(max(call.cached.values()), call.tokens)
+                uncached = own + (uncached - own) / (1.0 + call.sharing)
             costs = self._fields[_PER_TOKEN] * uncached
         costs += self._fields[_STANDING]
         return costs

@@ -14,6 +14,8 @@ a usual worker needs for a prompt token:
 - `uncached`: prompt tokens of the call that the worker must compute. The call waits for each of them once. All running
   sequences wait too, since they share the engine's steps, and so do the prompts that come next. `computed` is one plus
   their number, so it is the price of a computed token in tokens of waiting.
+  What another worker holds of the prompt is shared with the recent calls that have the same prefix, see
+  hot_prefixes.py: computed once, it serves them all, so only a part of it counts.
 - `running / slots`: decoding. The step time grows with the number of running sequences, and one more sequence delays
   all of them, so the delay in total grows with the square. `full` is the cost of a worker without a free slot. The
   share of the slots is the same for each gateway if several gateways divide a worker's credit.

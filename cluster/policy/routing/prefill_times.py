@@ -71,7 +71,8 @@ class PrefillTimes:
         factor = exp(min(self._at - now, 0.0) / MODEL_MEMORY_S)
         slowdown = max(self.slowdown(worker_id, now), 1.0)
         weight = 1 / slowdown**2
-        if usual_s := self.usual_s(tokens):
+        if self._seconds:  # a prompt longer than all before it may take its share of their time, token by token
+            usual_s = max(self.usual_s(tokens), self._seconds / self._tokens * tokens)
             seconds = min(seconds, CLIP * slowdown * usual_s)
         self._at = now
         self._count = self._count * factor + weight

@@ -76,8 +76,9 @@ class RouteCall:
     begin; empty means any version. `cached_on`: incarnation that probably still holds the KV blocks of a resumed call,
     or "". `uncached_there`: number of tokens to compute on `cached_on`. `needs_tools`: whether the worker must have a
     parser for tool calls. `cached`: number of leading tokens of a new call that workers hold in their KV caches, by
-    worker id. `affinity`: hash of the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of
-    the prompt, in [0, 2**64). `call_id`: name of a new call, from which a policy that needs chance draws its numbers.
+    worker id. `sharing`: number of recent calls whose longest cached prefix was that of this call. `affinity`: hash of
+    the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of the prompt, in [0, 2**64).
+    `call_id`: name of a new call, from which a policy that needs chance draws its numbers.
     """
 
     model: str
@@ -91,6 +92,7 @@ class RouteCall:
     uncached_there: int = 0
     needs_tools: bool = False
     cached: Mapping[str, int] = field(default_factory=dict)
+    sharing: float = 0.0
     affinity: int = 0
     prefix: int = 0
     call_id: str = ""

@@ -48,8 +48,18 @@ def cost_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
     """Return the cost of a worker for a call, without the advantage of affinity."""
     if settings.policy == "consistent_hash":
         return -preference(call.affinity or call.prefix, row.hashed)
-    uncached = call.tokens - min(call.cached.get(row.worker_id, 0), call.tokens)
-    return row.standing + row.per_token * uncached
+    return row.standing + row.per_token * uncached_of(call, call.cached.get(row.worker_id, 0))
+
+
+def uncached_of(call: RouteCall, cached: float) -> float:
+    """Return how many tokens of a call count as uncached at a worker that holds `cached` tokens.
+
+    What another worker holds of the prompt is also needed by the recent calls that share it, so each bears a part."""
+    uncached = call.tokens - min(cached, call.tokens)
+    if not call.sharing or not call.cached:
+        return uncached
+    own = call.tokens - min(max(call.cached.values()), call.tokens)
+    return own + (uncached - own) / (1.0 + call.sharing)
 
 
 def two_of(call_id: str, count: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cluster.policy.routing.cost import CostWeights, PolicyName, RoutingSettings
 from cluster.policy.routing.fleet import Fleet, choose
+from cluster.policy.routing.hot_prefixes import MAX_PREFIXES, HotPrefixes
 from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.router import FILTERS, Candidate, RouteCall, needs_parser
 
@@ -67,6 +68,7 @@ calls = st.builds(
     versions=st.sampled_from([frozenset(), frozenset({"v1"}), frozenset({"v1", "v2"})]),
     needs_tools=st.booleans(),
     cached=st.dictionaries(st.sampled_from([*NAMES, "gone"]), st.sampled_from([16, 800, 30_000]), max_size=6),
+    sharing=st.sampled_from([0.0, 0.0, 0.3, 60.0]),
     affinity=st.sampled_from([0, 0, 1, 2**64 - 1]),
     prefix=st.integers(0, 2**64 - 1),
     call_id=st.text(max_size=5),
@@ -153,6 +155,54 @@ def test_a_burst_of_equal_calls_spreads_over_equal_workers(policy: PolicyName, v
     sent = _send_all(fleet, call, 64, to_compute=400)
     counts = [sent[f"w{number}"] for number in range(8)]
     assert pstdev(counts) / fmean(counts) <= 0.1
+
+
+@pytest.mark.parametrize("vector_from", [0, 99])
+@pytest.mark.parametrize("holders", [0, 1, 3])
+@pytest.mark.parametrize("tokens", [2_000, 10_000])
+def test_a_burst_makes_no_hot_spot(holders: int, tokens: int, vector_from: int) -> None:
+    """64 calls that arrive together, with a prefix that none, one or three of eight workers hold, leave no worker with
+    more than 1.75 times the mean. The others must compute the prefix first, so the holders get a little more."""
+    fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(), vector_from)
+    prefix = tokens - 400
+    cached, hot, sent = {f"w{number}": prefix for number in range(holders)}, HotPrefixes(), Counter[str]()
+    for number in range(64):
+        now = number / 64_000
+        call = RouteCall("m", tokens, cached=dict(cached), sharing=hot.recent(1, now) if cached else 0.0)
+        chosen = fleet.pick(call).worker_id
+        assert chosen is not None
+        sent[chosen] += 1
+        if cached:
+            hot.record(1, now)
+        c = fleet.find(chosen)
+        assert c is not None
+        fleet.put(
+            dataclasses.replace(
+                c,
+                free_sequences=c.free_sequences - 1,
+                running=c.running + 1,
+                unanswered=c.unanswered + 1,
+                prefill_tokens=c.prefill_tokens + tokens - cached.get(chosen, 0),
+                last_sent=1.0 + now,
+            )
+        )
+        cached[chosen] = prefix
+    assert max(sent.values()) <= 1.75 * 64 / 8
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.floats(0, 3)), max_size=30), st.integers(0, 2**64 - 1))
+def test_recent_calls_fade(sent: list[tuple[int, float]], prefix: int) -> None:
+    """The count of a prefix is at most the number of its calls, falls with time alone, and memory is bounded."""
+    hot, now, calls = HotPrefixes(), 0.0, Counter[int]()
+    for other, later_s in [*sent, (prefix, 0.0)]:
+        now += later_s
+        hot.record(other, now)
+        calls[other] += 1
+        assert 1.0 <= hot.recent(other, now) <= calls[other]
+        assert hot.recent(other, now + 1) < hot.recent(other, now)
+    for number in range(2 * MAX_PREFIXES):
+        hot.record(number, now)
+    assert len(hot) == MAX_PREFIXES
 
 
 @pytest.mark.parametrize("vector_from", [0, 99])
