@@ -133,7 +133,7 @@ class Fleet:
         if at < 0:
             return RoutingDecision(None, None, scores)
         worker = rows[at].worker_id
-        return RoutingDecision(worker, self._reason(call, at, passed), scores)
+        return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0))
 
     def _written_columns(self) -> Columns | None:
         """Return the rows as columns; None if a loop is faster, or if numpy is not imported yet."""

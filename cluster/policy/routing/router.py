@@ -146,13 +146,19 @@ class RoutingDecision:
     keeps the workers as they were when it was made.
     """
 
-    __slots__ = ("_reason", "_scores", "worker_id")
+    __slots__ = ("_reason", "_scores", "cached_tokens", "worker_id")
 
     def __init__(
-        self, worker_id: str | None, reason: str | None, scores: tuple[Score, ...] | Callable[[], tuple[Score, ...]]
+        self,
+        worker_id: str | None,
+        reason: str | None,
+        scores: tuple[Score, ...] | Callable[[], tuple[Score, ...]],
+        cached_tokens: int = 0,
     ) -> None:
-        """`reason` None: the reason follows from the scores. `scores`: the scores, or a function that computes them."""
+        """`reason` None: the reason follows from the scores. `scores`: the scores, or a function that computes them.
+        `cached_tokens`: number of leading tokens of the call that the chosen worker holds in its KV cache."""
         self.worker_id = worker_id
+        self.cached_tokens = cached_tokens
         self._reason = reason
         self._scores = scores
 

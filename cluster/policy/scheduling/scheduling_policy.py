@@ -132,30 +132,27 @@ class SchedulingPolicy:
     def assign_new(self, model: str, now: float) -> Iterator[Instruction]:
         """Yield the instructions for new sequences, in the order of the waiting room. A head that fits on no worker
         holds back the sequences behind it."""
-        routed: tuple[RouteCall, RoutingDecision] | Exception | None = None
+        decision: RoutingDecision | Exception | None = None
 
         def fits(entry: WaitingSequence) -> bool:
-            nonlocal routed
+            nonlocal decision
             try:
-                routed = self._route(entry, now)
+                decision = self._route(entry, now)
             except Exception as error:
-                routed = error
+                decision = error
                 return True
-            return routed[1].worker_id is not None
+            return decision.worker_id is not None
 
         while (entry := self.room.pop_next(model, fits, now)) is not None:
             self._versions.pop(entry.call_id, None)
-            if isinstance(routed, Exception):
-                yield Fail(entry.call_id, routed)
-            elif routed is not None and (worker_id := routed[1].worker_id) is not None:
-                call, decision = routed
-                yield Send(entry, worker_id, decision.reason, cached_tokens=call.cached.get(worker_id, 0))
+            if isinstance(decision, Exception):
+                yield Fail(entry.call_id, decision)
+            elif decision is not None and decision.worker_id is not None:
+                yield Send(entry, decision.worker_id, decision.reason, cached_tokens=decision.cached_tokens)
 
-    def _route(self, entry: WaitingSequence, now: float) -> tuple[RouteCall, RoutingDecision]:
-        """Pick a worker for a new sequence. Return the routing request and the decision.
-
-        Workers of the sequence's first version are tried first, then workers of all versions on which the sequence may
-        begin."""
+    def _route(self, entry: WaitingSequence, now: float) -> RoutingDecision:
+        """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
+        all versions on which the sequence may begin."""
         keep_free, versions = self.room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
         first = frozenset((versions.first,)) if versions.first else versions.all
         call = RouteCall(
@@ -170,9 +167,8 @@ class SchedulingPolicy:
         )
         decision = self._workers.route(call, now)
         if decision.worker_id is None and len(versions.all) > 1:
-            call = replace(call, versions=versions.all)
-            decision = self._workers.route(call, now)
-        return call, decision
+            decision = self._workers.route(replace(call, versions=versions.all), now)
+        return decision
 
     # ---- resumed sequences
 
