@@ -40,6 +40,7 @@ class SamplingParams(TypedDict, total=False):
     user: str
     response_format: Mapping[str, Any] | pb.ResponseFormat
     priority: str
+    affinity_key: str
     metadata: Mapping[str, str]
     resumable: bool
 

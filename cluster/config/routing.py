@@ -1,4 +1,4 @@
-"""The `routing` section of cluster.yaml: to which workers a gateway sends calls."""
+"""The `routing` section of cluster.yaml: which worker gets a new call."""
 
 from __future__ import annotations
 
@@ -7,6 +7,26 @@ from typing import Annotated
 from pydantic import Field
 
 from cluster.config.gateway import Section
+from cluster.policy.routing.cost import CostWeights, PolicyName, RoutingSettings
+
+Tokens = Annotated[float, Field(ge=0, le=1e9)]
+DEFAULT = CostWeights()
+
+
+class RoutingWeights(Section):
+    """Weights of the policy `cost`: what a call costs at a worker, in prompt tokens that a usual worker computes."""
+
+    computed_tokens: Annotated[float, Field(ge=1, le=1e6)] = DEFAULT.computed
+    """Cost of each prompt token that the worker must compute: 1 for the wait of the call itself, and more for the
+    waits of others. Higher: calls follow cached prefixes, lower: calls follow load."""
+    full_worker_tokens: Tokens = DEFAULT.full
+    """Cost of a worker whose slots are all in use, in proportion to the used share."""
+    queued_request_tokens: Tokens = DEFAULT.queued
+    """Cost of each request of another gateway that waits in the worker's engine."""
+    full_memory_tokens: Tokens = DEFAULT.memory
+    """Cost of a worker whose KV memory is full. It grows with the square of the used share."""
+    affinity_tokens: Tokens = DEFAULT.affinity
+    """Advantage of the worker that a call's `affinity_key` prefers. 0: keys have no effect."""
 
 
 class Hedging(Section):
@@ -17,6 +37,25 @@ class Hedging(Section):
 
 
 class Routing(Section):
-    """Routing of calls to workers."""
+    """Which worker gets a new call."""
 
+    policy: PolicyName = "cost"
+    """`cost`: the worker where the call and all others wait least, by cached prefixes, load and learned speed. The
+    other policies are simple: `least_load`, `round_robin`, `power_of_two` (the less loaded of two random workers), and
+    `consistent_hash` (by `affinity_key`, or else by the first 256 tokens of the prompt)."""
+    weights: RoutingWeights = RoutingWeights()
     hedging: Hedging = Hedging()
+
+    def settings(self) -> RoutingSettings:
+        """Return the section as the routing policy's settings."""
+        weights = self.weights
+        return RoutingSettings(
+            self.policy,
+            CostWeights(
+                computed=weights.computed_tokens,
+                full=weights.full_worker_tokens,
+                queued=weights.queued_request_tokens,
+                memory=weights.full_memory_tokens,
+                affinity=weights.affinity_tokens,
+            ),
+        )

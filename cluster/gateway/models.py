@@ -52,6 +52,10 @@ class KnownModel:
         self.entry = entry
         self.in_catalog = in_catalog
         self.links: dict[str, WorkerLink] = {}
+        self.by_incarnation: dict[str, WorkerLink] = {}
+        """The same links by the worker's incarnation."""
+        self.changed_workers: set[str] = set()
+        """Ids of the workers that have joined, left or changed since the router has read them."""
         self.parsers: frozenset[str] = frozenset()
         """The kinds of parsers that any linked worker has: TOOL_PARSER, REASONING_PARSER. Kept here because each call
         asks, and a model may have a thousand workers."""
@@ -122,6 +126,7 @@ class KnownModel:
     def update(self, entry: CatalogEntry) -> None:
         """Apply a new catalog entry."""
         self.entry, self.in_catalog = entry, True
+        self.changed_workers.update(self.links)  # a version may be quarantined, a generation retired
         _remember(self._replaced, *entry.retired)
         for link in self.links.values():
             if (
@@ -131,13 +136,18 @@ class KnownModel:
 
     def add_link(self, link: WorkerLink) -> None:
         """Add the link of a worker that has connected."""
-        self.links[link.identity.worker_id] = link
+        if (older := self.links.get(link.identity.worker_id)) is not None:
+            self.by_incarnation.pop(older.identity.incarnation, None)
+        self.links[link.identity.worker_id] = self.by_incarnation[link.identity.incarnation] = link
+        link.changes = self.changed_workers
+        link.mark_changed()
         self.parsers |= link.parsers
         self._departed.pop(link.compatibility_key, None)
 
     def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
         """Remove a link that has ended. `gone`: new state if this was the last link and the model is in no catalog."""
-        del self.links[link.identity.worker_id]
+        del self.links[link.identity.worker_id], self.by_incarnation[link.identity.incarnation]
+        link.mark_changed()
         self.parsers = frozenset().union(*(other.parsers for other in self.links.values()))
         if link.identity.generation in self._replaced:
             _remember(self._departed, link.compatibility_key)

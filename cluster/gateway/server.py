@@ -97,6 +97,7 @@ class Gateway:
             resume_wait_s=settings.resume.max_wait_s,
             max_silent_losses=settings.resume.max_silent_losses,
             render_room_of=partial(self._waiting_room, charges),
+            routing=config.routing.settings(),
             hedging_share=config.routing.hedging.share,
         )
         self.worker_events = WorkerEvents(self.scheduler, self.metrics)

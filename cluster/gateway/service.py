@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -104,7 +105,7 @@ class CallService:
         """Count a tenant's request before the body is read, whatever the outcome will be. Returns metadata that marks
         the request as counted. Raises CallError RATE_LIMITED."""
         await self._reservations.count_request(meta.principal.tenant)
-        return CallMeta(meta.request_id, meta.api, meta.deadline, meta.traceparent, meta.principal, counted=True)
+        return replace(meta, counted=True)
 
     @asynccontextmanager
     async def open(self, request: requests.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:

@@ -126,7 +126,7 @@ class ChatRequest(_message.Message):
     priority: _builtins.str
     """A priority class: that of the tenant, or one that is served later. Empty: that of the tenant."""
     affinity_key: _builtins.str
-    """Refused so far."""
+    """Calls of a tenant with the same key prefer the same worker, at most 256 characters. Load may outweigh the key."""
     resumable: _builtins.bool
     """Chunks carry resume tokens (the SDK sets it). Only streams have them."""
     @_builtins.property

@@ -12,7 +12,8 @@ from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom
-from cluster.policy.routing.router import Candidate
+from cluster.policy.routing.fleet import choose
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.scheduling.instructions import Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
@@ -146,6 +147,10 @@ class SimGateway:
         self._callbacks.bound(self.number, call)
 
     # ---- policy.scheduling.scheduling_policy.Workers
+
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """Pick a worker."""
+        return choose(call, self.candidates(call.model, now, False))
 
     def candidates(self, model: str, now: float, resumed: bool) -> list[Candidate]:
         """Return all workers."""

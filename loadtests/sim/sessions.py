@@ -29,7 +29,8 @@ from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.kv_cache.index import CacheIndex
 from cluster.policy.kv_cache.prefix_hashes import Hashes
-from cluster.policy.routing.router import Candidate
+from cluster.policy.routing.fleet import choose
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.scheduling.instructions import Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
@@ -346,6 +347,10 @@ class SessionWorld:
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker."""
         return self._candidate(int(incarnation))
+
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """See Workers."""
+        return choose(call, self.candidates(call.model, now, False))
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """Return how many leading tokens of a prompt the workers hold, by worker id."""

@@ -12,7 +12,8 @@ from cluster.api.types import CompatibilityKey
 from cluster.policy.fairness.fair_queue import FairOrder
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.waiting_room import RoomAdmission, WaitingRoom
-from cluster.policy.routing.router import Candidate
+from cluster.policy.routing.fleet import choose
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.routing.version_split import ANY_VERSION, Versions
 from cluster.policy.scheduling.instructions import End, Instruction, ResumingSequence
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy, Workers
@@ -79,9 +80,16 @@ class _RecordedWorkers:
         self._journal = journal
         self._workers = workers
 
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """See Workers. Recorded are the workers, so that a replay decides from all of them anew. The prompts of these
+        tests are too short to be looked up in the workers' caches."""
+        answer = list(self._workers.candidates(call.model, now, False))
+        self._journal.reads.append(((call, now), answer))
+        return self._workers.route(call, now)
+
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
         """See Workers."""
-        answer = self._workers.candidates(model, now, resumed)
+        answer = list(self._workers.candidates(model, now, resumed))
         self._journal.reads.append(((model, now, resumed), answer))
         return answer
 
@@ -126,6 +134,10 @@ class _ReplayedWorkers:
         recorded, answer = self.reads.popleft()
         assert question == recorded
         return answer
+
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """See Workers. The decision is computed from the recorded workers."""
+        return choose(call, self._answer((call, now)))
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
         """See Workers."""

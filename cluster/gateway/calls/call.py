@@ -72,6 +72,8 @@ class Call:
     """Whether the call is already counted as a request of the call's tenant."""
     tool_calls_before: int = 0
     """Number of tool calls in the chat's history."""
+    affinity: int = 0
+    """Hash of the tenant and the call's affinity key, in [1, 2**64); 0 without a key."""
     began_at: WorkerIdentity | None = None
     """The worker that got the call's first Submit."""
     sequences: list[CallSequence] = field(default_factory=list)

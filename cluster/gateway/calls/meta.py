@@ -18,6 +18,8 @@ class CallMeta:
     deadline: float | None = None
     traceparent: str = ""
     principal: Principal = DEFAULT_PRINCIPAL
+    affinity_key: str = ""
+    """Value of the header x-headrace-affinity, for APIs whose bodies have no such field."""
     counted: bool = False
     """Whether the call is already counted as a request of the call's tenant (`CallService.count`)."""
 

@@ -26,6 +26,7 @@ from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.parsed_text import ParsedText
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
+from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.policy import TenantPolicy
 
@@ -155,6 +156,7 @@ class Opening:
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
             tool_calls_before=request.output.tool_calls_before,
         )
+        call.affinity = self._affinity(call.flow)
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)
         first = EngineRequest(
             "",
@@ -170,6 +172,17 @@ class Opening:
             call.sequences.append(self._sequence(call, index, first, life()))
         self.call = call
         return call
+
+    def _affinity(self, flow: str) -> int:
+        """Return the hash of the tenant and the affinity key; 0 without a key. `flow`: the tenant's handle."""
+        field, key = "affinity_key", self.request.affinity_key
+        if not key:
+            field, key = "x-headrace-affinity", self.meta.affinity_key
+        if not key:
+            return 0
+        if len(key) > requests.MAX_AFFINITY_CHARS:
+            raise invalid(field, f"must have at most {requests.MAX_AFFINITY_CHARS} characters; has {len(key)}")
+        return max(hash64(f"{flow}\0{key}"), 1)
 
     def _policy(self, scheduler: Scheduler) -> TenantPolicy:
         """Return the policy of the tenant, with the priority class of the request if it has one. A tenant may use its

@@ -28,6 +28,7 @@ MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
 per request."""
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+MAX_AFFINITY_CHARS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_GRAMMAR_CHARS = 262_144
 MAX_CHOICES = 1024
@@ -188,6 +189,8 @@ class GenerationRequest:
     output: OutputOptions = field(default_factory=OutputOptions)
     priority_class: str = ""
     """Name of the priority class of the call; "" for the class of the tenant."""
+    affinity_key: str = ""
+    """Key of the caller's choice: calls of a tenant with the same key prefer the same worker."""
 
 
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_BYTES = 16, 64, 256

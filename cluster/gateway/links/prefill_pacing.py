@@ -30,7 +30,16 @@ SMOOTH = 1 / 8
 class PrefillPacing:
     """The prefill pacing of one gateway's requests at one worker."""
 
-    __slots__ = ("_accepted", "_max_tokens", "_per_token_s", "_steps_s", "_waiting", "new_tokens", "resumed_tokens")
+    __slots__ = (
+        "_accepted",
+        "_budget",
+        "_max_tokens",
+        "_per_token_s",
+        "_steps_s",
+        "_waiting",
+        "new_tokens",
+        "resumed_tokens",
+    )
 
     def __init__(self, max_tokens: int) -> None:
         """`max_tokens`: maximum number of tokens that a step computes."""
@@ -39,6 +48,8 @@ class PrefillPacing:
         self._accepted: list[int] = []
         self._steps_s: deque[float] = deque(maxlen=STEPS)
         self._per_token_s: float | None = None
+        self._budget: int | None = None
+        """The budget, until the next step."""
         self.resumed_tokens = 0
         """Number of tokens that wait for a step and belong to resumed requests."""
         self.new_tokens = 0
@@ -90,6 +101,7 @@ class PrefillPacing:
         """Record the duration of a step, and the number of tokens in the prompts that the step completed, 0 for
         none."""
         self._steps_s.append(step_s)
+        self._budget = None
         if SAMPLE_TOKENS <= prompt_tokens <= self._max_tokens and len(self._steps_s) >= LEAST_STEPS:
             cost_s = max(step_s - statistics.median(self._steps_s), 0.0) / prompt_tokens
             old_s = self._per_token_s
@@ -97,6 +109,11 @@ class PrefillPacing:
 
     def budget(self) -> int:
         """Return the number of tokens that may wait for a step."""
+        if self._budget is None:
+            self._budget = self._new_budget()
+        return self._budget
+
+    def _new_budget(self) -> int:
         per_token_s = self._per_token_s
         if per_token_s is None:
             return int(UNKNOWN * self._max_tokens)

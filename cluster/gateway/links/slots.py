@@ -6,8 +6,10 @@ applied afterwards. Slots are not reused within a link.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Protocol
+import math
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import structlog
 
@@ -55,6 +57,26 @@ class Sink(Protocol):
         method is called."""
 
 
+MAX_SAMPLES = 64
+"""Number of prefill samples that are kept until they are read."""
+
+
+class PrefillSample(NamedTuple):
+    """A number of prompt tokens that the engine has computed, and the seconds that this took."""
+
+    tokens: int
+    seconds: float
+
+
+class _Prompt(NamedTuple):
+    """A prompt without output. `to_compute`: number of its tokens that the engine is likely to compute. `sent_at`:
+    monotonic time."""
+
+    tokens: int
+    to_compute: int
+    sent_at: float
+
+
 class SlotTable:
     """The requests that run on one link. A request is in the table from its Submit to its end, and its prompt counts as
     waiting for prefill until its first output."""
@@ -73,10 +95,12 @@ class SlotTable:
         self._send_aborts = send_aborts
         self._count_gaps = count_gaps
         self._sinks: dict[int, Sink] = {}
-        self._prefilling: dict[int, int] = {}
+        self._prefilling: dict[int, _Prompt] = {}
         self.prefill_tokens = 0
-        """Number of tokens of the requests that have no output yet."""
+        """Number of tokens that the engine is likely to compute for the requests that have no output yet."""
         self._step_at = 0.0
+        self._first_at = 0.0
+        self._samples: deque[PrefillSample] = deque(maxlen=MAX_SAMPLES)
 
     def __len__(self) -> int:
         return len(self._sinks)
@@ -86,12 +110,27 @@ class SlotTable:
         """Sinks of all requests."""
         return list(self._sinks.values())
 
-    def add(self, slot: int, sink: Sink, tokens: int, to_compute: int, resumed: bool) -> None:
-        """Add a request that is being sent. `tokens`: number of its tokens. `to_compute`: number of tokens that the
-        engine is likely to compute."""
-        self._sinks[slot], self._prefilling[slot] = sink, tokens
-        self.prefill_tokens += tokens
-        self._pacing.add(slot, to_compute, resumed)
+    @property
+    def unanswered(self) -> int:
+        """Number of requests that have no output yet."""
+        return len(self._prefilling)
+
+    def add(
+        self, slot: int, sink: Sink, tokens: int, paced: int, resumed: bool, to_compute: int = 0, now: float = 0.0
+    ) -> None:
+        """Add a request that is being sent. `tokens`: number of its tokens. `paced`: number of tokens that count for
+        prefill pacing. `to_compute`: number of tokens that the engine is likely to compute, 0 for `paced`. `now`:
+        monotonic time."""
+        prompt = _Prompt(tokens, to_compute or paced, now)
+        self._sinks[slot], self._prefilling[slot] = sink, prompt
+        self.prefill_tokens += prompt.to_compute
+        self._pacing.add(slot, paced, resumed)
+
+    def pop_prefill_samples(self) -> Sequence[PrefillSample]:
+        """Return the samples since the last time, and forget them."""
+        samples = list(self._samples)
+        self._samples.clear()
+        return samples
 
     def replace_sink(self, slot: int, sink: Sink) -> None:
         """Deliver the further events of a slot to another sink. Does nothing if the request has ended."""
@@ -134,7 +173,8 @@ class SlotTable:
 
     def _prefilled(self, slot: int) -> None:
         """Stop counting the prompt in a slot as waiting for prefill."""
-        self.prefill_tokens -= self._prefilling.pop(slot, 0)
+        if (prompt := self._prefilling.pop(slot, None)) is not None:
+            self.prefill_tokens -= prompt.to_compute
         self._pacing.remove(slot)
 
     def _sink_failed(self, slot: int, sink: Sink, error: BaseException) -> None:
@@ -150,6 +190,8 @@ class SlotTable:
     def apply_step(self, step: pb.StepOutputs, now: float) -> None:
         """Deliver the outputs of one engine step, which arrived at the monotonic time `now`."""
         sinks = self._sinks
+        if step.firsts:
+            self._record_prefill(step.firsts, now)
         more = codec.slots_with_details(step)
         parts = codec.parts_by_slot(step) if step.part_slots else {}
         if more is not None:
@@ -157,7 +199,11 @@ class SlotTable:
             if step_s:
                 prompts = self._prefilling
                 self._pacing.record_step(
-                    step_s, sum(prompts.get(first.slot, 0) - first.cached_tokens for first in step.firsts)
+                    step_s,
+                    sum(
+                        (prompt.tokens if (prompt := prompts.get(first.slot)) is not None else 0) - first.cached_tokens
+                        for first in step.firsts
+                    ),
                 )
             if not more:
                 return
@@ -173,6 +219,20 @@ class SlotTable:
                 sink.output(output)
             except BaseException as error:
                 self._sink_failed(slot, sink, error)
+
+    def _record_prefill(self, firsts: Iterable[pb.First], now: float) -> None:
+        """Record how long the engine has taken for the prompts whose first output has arrived.
+
+        Prompts are computed in the order of their arrival, so the engine has begun with these when they were sent, or
+        when the prompts before them had their first output."""
+        computed, since = 0, math.inf
+        for first in firsts:
+            if (prompt := self._prefilling.get(first.slot)) is not None:
+                computed += max(prompt.tokens - first.cached_tokens, 1)
+                since = min(since, prompt.sent_at)
+        if computed:
+            self._samples.append(PrefillSample(computed, max(now - max(since, self._first_at), 0.0)))
+            self._first_at = now
 
     def _apply_tokens(
         self, step: pb.StepOutputs, without: Container[int], parts: Mapping[int, Sequence[OutputPart]], now: float

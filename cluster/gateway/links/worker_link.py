@@ -22,7 +22,7 @@ from cluster.api.types import (
 from cluster.gateway.links.link_renders import LinkRenders
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import PrefillPacing
-from cluster.gateway.links.slots import Sink, SlotTable
+from cluster.gateway.links.slots import PrefillSample, Sink, SlotTable
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import ServedTotal
@@ -118,6 +118,9 @@ class WorkerLink:
         """Reason why the worker's engine has ended; "" until the worker reports an end."""
         self.ended = False
         """Whether the link has ended, so that nothing more can be sent to the worker."""
+        self.changes: set[str] = set()
+        """Set to which the worker's id is added when something changes that routing reads. The model's links share
+        it, so that a decision reads only the workers that have changed."""
 
     def __repr__(self) -> str:
         return (
@@ -147,8 +150,21 @@ class WorkerLink:
 
     @property
     def prefill_tokens(self) -> int:
-        """Number of tokens of this gateway's requests that run on the worker and have no output yet."""
+        """Number of tokens that the worker is likely to compute for this gateway's requests without output."""
         return self._slots.prefill_tokens
+
+    @property
+    def unanswered(self) -> int:
+        """Number of this gateway's requests on the worker that have no output yet."""
+        return self._slots.unanswered
+
+    def pop_prefill_samples(self) -> Sequence[PrefillSample]:
+        """Return how long the worker has taken for prompts since the last time."""
+        return self._slots.pop_prefill_samples()
+
+    def mark_changed(self) -> None:
+        """Record that something has changed that routing reads."""
+        self.changes.add(self.identity.worker_id)
 
     @property
     def sinks(self) -> Sequence[Sink]:
@@ -165,6 +181,7 @@ class WorkerLink:
         earlier_tokens: int = 0,
         fresh_tokens: int = 0,
         stream: LinkStream | None = None,
+        cached_tokens: int = 0,
     ) -> int:
         """Send a request to the worker and return the request's slot. The caller must have checked `free`.
 
@@ -172,7 +189,7 @@ class WorkerLink:
         tokens that other workers have generated under that record; the worker returns this number too. `turn`: the
         sequence's waiting-room entry and its tenant's weight. `fresh_tokens`: number of tokens of a resumed request
         that are likely to be computed again, 0 for all. `stream`: the name by which another gateway may resume the
-        request."""
+        request. `cached_tokens`: number of tokens of a new request that routing expects in the worker's cache."""
         slot = next(self._numbers)
         message = codec.submit_to_pb(slot, attempt, request)  # first, so that a failed encoding uses no credit
         if sealed_record:
@@ -188,8 +205,17 @@ class WorkerLink:
         expected = tokens - turn.value.cached_tokens if turn is not None else tokens
         blobs = () if self._blobs is None else _move_prompt(message)
         # Nothing below can fail, so a request is either sent and fully counted, or neither.
-        self._slots.add(slot, sink, tokens, fresh_tokens or max(expected, 1), bool(request.emitted_token_ids))
+        self._slots.add(
+            slot,
+            sink,
+            tokens,
+            fresh_tokens or max(expected, 1),
+            bool(request.emitted_token_ids),
+            fresh_tokens or max(tokens - cached_tokens, 1),
+            self.last_sent,
+        )
         self._credit.spend(tokens)
+        self.mark_changed()
         if self._blobs is not None:
             for blob in blobs:
                 self._blobs.put_nowait(blob)
@@ -224,6 +250,7 @@ class WorkerLink:
         """Abort the request in a slot. No further method of the request's sink is called. Does nothing if the request
         has ended."""
         self._slots.abort(slot)
+        self.mark_changed()
 
     def replace_sink(self, slot: int, sink: Sink) -> None:
         """Deliver the further events of a slot to another sink. Does nothing if the request has ended."""
@@ -240,6 +267,7 @@ class WorkerLink:
         """Apply a message from the worker. Returns whether the worker's credit or drain state has changed, or whether
         it takes another chat to render."""
         now = time.monotonic()
+        running, prefill_tokens = len(self._slots), self._slots.prefill_tokens
         for accepted in message.accepted:
             self._slots.accept(accepted.slot)
         for refused in message.refused:
@@ -264,7 +292,7 @@ class WorkerLink:
         for piece in message.rendered:
             changed |= self.renders.apply(piece)
         if message.HasField("load"):
-            self.load = codec.load_from_pb(message.load)
+            self._set_load(codec.load_from_pb(message.load))
         if message.HasField("work"):
             self.work = work_from_pb(message.work)
         if message.HasField("credit"):
@@ -277,11 +305,18 @@ class WorkerLink:
             self.move_requests_at = now + stays_s if self.drain_state is DrainState.DRAINING else float("inf")
             self._listener.drain_state_changed(self)
             changed = True
+        if changed or len(self._slots) != running or self._slots.prefill_tokens != prefill_tokens:
+            self.mark_changed()
         return changed
+
+    def _set_load(self, load: EngineLoad) -> None:
+        if (load.waiting, load.kv_usage) != (self.load.waiting, self.load.kv_usage):
+            self.mark_changed()
+        self.load = load
 
     def apply_beat(self, beat: pb.WorkerBeat, now: float) -> None:
         """Apply a heartbeat. `now`: waking time."""
-        self.load = codec.load_from_pb(beat.load)
+        self._set_load(codec.load_from_pb(beat.load))
         self.liveness.record_beat(self.load, beat.acked_seq, beat.sent_seq, now)
 
     def send_blobs_to(self, blobs: asyncio.Queue[pb.Blob]) -> None:
@@ -291,6 +326,7 @@ class WorkerLink:
     def end(self, why: str) -> None:
         """End the link: call `lost` once on the sink of every slot."""
         self.ended = True  # first, because a sink looks for another worker at once
+        self.mark_changed()
         self._slots.lose(why)
         self.renders.lose()
 

@@ -82,7 +82,8 @@ class Executor:
             return
         now = self._clock()
         route = sequence.route = self._routes.create(instruction, sequence, link, now)
-        if submit(sequence, link, entry, self._accounting(), now, instruction.uncached_tokens):
+        fresh, cached = instruction.uncached_tokens, instruction.cached_tokens
+        if submit(sequence, link, entry, self._accounting(), now, fresh, cached):
             self._breakers.record_sent(link.identity.incarnation, now)
             self._caches.expect(link, sequence.key, sequence.request, now)
             self._hedges.sent(sequence, link, instruction.cached_tokens, now)

@@ -32,6 +32,7 @@ from cluster.gateway.scheduling.workers import LinkedWorkers
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import Order, WaitingRoom
 from cluster.policy.routing.breaker import Breakers
+from cluster.policy.routing.cost import RoutingSettings
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.scheduling.hedging import HedgingPolicy
 from cluster.policy.scheduling.instructions import ResumingSequence
@@ -82,17 +83,20 @@ class Scheduler:
         max_silent_losses: int = MOST_SILENT,
         policy_of: Callable[[WaitingRoom, Workers, float, WorkerLosses], SchedulingPolicy] = SchedulingPolicy,
         render_room_of: Callable[[Callable[[str], Order]], WaitingRoom] = small_room,
+        routing: RoutingSettings | None = None,
         hedging_share: float = 0.0,
     ) -> None:
         """`resume_wait_s`: longest wait, in seconds, of a sequence for a compatible worker. `max_silent_losses`: see
         policy/scheduling/worker_losses.py. `policy_of` creates the policy; a test may record what the policy does.
-        `render_room_of`: see ChatRenders. `hedging_share`: see HedgingPolicy."""
+        `render_room_of`: see ChatRenders. `routing`: the policy for new calls. `hedging_share`: see HedgingPolicy."""
         self.host = host
         self.charges = charges
         self.canaries = CanaryStatistics()
         self.breakers = Breakers()
         self.worker_caches = WorkerCaches()
-        workers = LinkedWorkers(host, self.breakers, self.worker_caches, lambda key: self.queues.sequence(key).request)
+        workers = LinkedWorkers(
+            host, self.breakers, self.worker_caches, lambda key: self.queues.sequence(key).request, routing
+        )
         self.routes = Routes(metrics, workers.count, clock)
         self.policy = policy_of(room, workers, resume_wait_s, WorkerLosses(max_silent_losses))
         self.queues = Queues(self.policy, charges, clock)
@@ -127,7 +131,7 @@ class Scheduler:
             lambda: host.accounting,
             clock,
         )
-        self.links = workers.links
+        self.links, self._age_workers = workers.links, workers.age
         self.backlogs = BacklogReports(charges, self.queues.waiting, self.policy.resuming, workers.links, clock)
         self._metrics = metrics
         self._clock = clock
@@ -326,6 +330,7 @@ class Scheduler:
         self._unserved &= {model.name for model in models if not model.served}
         self.renders.sweep((model.name for model in models), now)
         self.hedges.policy.retain_models(model.name for model in models)
+        self._age_workers(now)
         self.charges.sweep({model.name: bool(model.links) for model in models}, now)
         self.breakers.retain(link.identity.incarnation for model in models for link in model.links.values())
         for model in models:

@@ -101,6 +101,7 @@ class ServiceCharges:
             cached_tokens=self._learnt_cached.mean(flow, call.model, tokens),
             output_tokens=self.learnt.expected(flow, call.model, sequence.request.sampling.max_tokens),
             needs_tools=parsing is not None and parsing.needs_tools,
+            affinity=call.affinity,
         )
         self._charges[sequence.key] = _Charge(place)
         return place

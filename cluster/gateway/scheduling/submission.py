@@ -57,17 +57,19 @@ def submit(
     accounting: Accounting | None,
     now: float,
     fresh_tokens: int = 0,
+    cached_tokens: int = 0,
 ) -> bool:
     """Send a sequence to this worker. The sequence must have been removed from its queue. Returns False if the sequence
     could not be sent; then its call has ended. `fresh_tokens`: number of tokens of a resumed sequence that the worker
-    is likely to compute, 0 for all."""
+    is likely to compute, 0 for all. `cached_tokens`: number of tokens of a new sequence that are expected in the
+    worker's cache."""
     call = sequence.call
     if call.error is not None:  # another sequence has ended the call, and the API is about to close it
         return False
     sealed: bytes | None = None
     try:
         sealed = b"" if accounting is None else accounting.open(sequence, link)
-        slot = _send(sequence, link, waiting, sealed, fresh_tokens)
+        slot = _send(sequence, link, waiting, sealed, fresh_tokens, cached_tokens)
     except BaseException as error:
         if accounting is not None and sealed is not None:
             accounting.refused(sequence)
@@ -102,7 +104,14 @@ def submit_hedge(
     return True
 
 
-def _send(sequence: CallSequence, link: WorkerLink, waiting: WaitingSequence, sealed: bytes, fresh_tokens: int) -> int:
+def _send(
+    sequence: CallSequence,
+    link: WorkerLink,
+    waiting: WaitingSequence,
+    sealed: bytes,
+    fresh_tokens: int,
+    cached_tokens: int,
+) -> int:
     """Send the request of a sequence and return the request's slot."""
     call = sequence.call
     if sequence.moved:  # the last worker has given back the charge for tokens that were not generated
@@ -111,5 +120,13 @@ def _send(sequence: CallSequence, link: WorkerLink, waiting: WaitingSequence, se
     earlier = len(sequence.emitted) - sequence.restored
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
     return link.submit(
-        sequence.submission(), sequence, sequence.attempt, sealed, weighted, earlier, fresh_tokens, stream
+        sequence.submission(),
+        sequence,
+        sequence.attempt,
+        sealed,
+        weighted,
+        earlier,
+        fresh_tokens,
+        stream,
+        cached_tokens,
     )

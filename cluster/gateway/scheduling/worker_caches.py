@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from cluster.api.types import KV_EVENTS, EngineRequest
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
+from cluster.policy.routing.hot_prefixes import HotPrefixes
 from cluster.wire.codec import check_kv_blocks
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ class WorkerCaches:
         """Set when a worker has reported blocks, which need numpy."""
         self._hashes: OrderedDict[tuple[str, int], Hashes] = OrderedDict()
         self._earlier: PromptHashes | None = None
+        self._prefixes: OrderedDict[str, int] = OrderedDict()
+        """Hash of the longest cached prefix of waiting sequences, by the sequence's key."""
+        self._hot = HotPrefixes()
 
     def report(self, link: WorkerLink, message: pb.KvBlocks) -> None:
         """Take a worker's report. Raises ValueError for a malformed report."""
@@ -171,13 +175,25 @@ class WorkerCaches:
         for (name, block_size), index in self._indexes.items():
             if name == model:
                 out = {} if out is None else out
-                matched = index.match(self._prompt_hashes(key, block_size, request))
+                hashes = self._prompt_hashes(key, block_size, request)
+                matched = index.match(hashes)
                 for worker, blocks in matched.items():
                     out[worker] = blocks * block_size
+                if matched:
+                    self._prefixes[key] = int(hashes[max(matched.values()) - 1])
+                    if len(self._prefixes) > MAX_PROMPTS:
+                        self._prefixes.popitem(last=False)
         return out
+
+    def sharing(self, key: str, now: float) -> float:
+        """Return how many sequences were sent lately with the longest cached prefix of a waiting sequence."""
+        prefix = self._prefixes.get(key)
+        return 0.0 if prefix is None else self._hot.recent(prefix, now)
 
     def expect(self, link: WorkerLink, key: str, request: EngineRequest, now: float) -> None:
         """Record that a prompt was sent to a worker, which will soon hold its blocks."""
+        if (prefix := self._prefixes.pop(key, None)) is not None:
+            self._hot.record(prefix, now)
         block_size = link.info.block_size
         index = self._indexes.get((link.identity.model, block_size))
         if index is not None and len(request.prompt_token_ids) >= MIN_TOKENS:

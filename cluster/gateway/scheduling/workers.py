@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Protocol, overload
+from weakref import WeakKeyDictionary
 
 from cluster.api.types import TOOL_PARSER, CompatibilityKey, EngineRequest
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.policy.routing.breaker import Breakers
-from cluster.policy.routing.router import Candidate
+from cluster.policy.routing.cost import RoutingSettings
+from cluster.policy.routing.fleet import Fleet
+from cluster.policy.routing.prefill_times import PrefillTimes
+from cluster.policy.routing.rendezvous import hash64
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
+
+PREFIX_TOKENS: Final = 256
+"""Number of prompt tokens by which the policy consistent_hash chooses a worker."""
+AGED: Final = 0.1
+"""Relative change of a worker's slowdown from which the worker is read anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelState:
+    """The workers of one model as routing sees them, and their learned times."""
+
+    fleet: Fleet
+    times: PrefillTimes = field(default_factory=PrefillTimes)
 
 
 class DirectoryOwner(Protocol):
@@ -30,24 +49,71 @@ class LinkedWorkers:
         breakers: Breakers,
         caches: WorkerCaches,
         request_of: Callable[[str], EngineRequest],
+        settings: RoutingSettings | None = None,
     ) -> None:
-        """`request_of` returns the request of a waiting sequence by the sequence's key."""
+        """`request_of` returns the request of a waiting sequence by the sequence's key. `settings`: the policy for new
+        calls."""
         self._owner = owner
         self._breakers = breakers
         self._caches = caches
         self._request_of = request_of
+        self._settings = settings or RoutingSettings()
+        self._models: WeakKeyDictionary[KnownModel, _ModelState] = WeakKeyDictionary()
 
-    def candidates(self, model: str, now: float, resumed: bool) -> list[Candidate]:
-        """Return all workers of a model as candidates for a sequence. `resumed`: whether the sequence is resumed."""
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """Pick a worker for a new sequence."""
+        known = self._owner.directory.find(call.model)
+        if known is None:
+            return RoutingDecision(None, "no_worker", ())
+        fleet = self._fleet(known, now)
+        if call.cached and (sharing := self._caches.sharing(call.call_id, now)):
+            call = replace(call, sharing=sharing)
+        if self._settings.policy == "consistent_hash" and not call.affinity:
+            call = replace(call, prefix=_prefix_hash(self._request_of(call.call_id)))
+        return fleet.pick(call, self._breakers.rejecting(now))
+
+    def _fleet(self, known: KnownModel, now: float) -> Fleet:
+        """Return the workers of a model, those that have changed read anew."""
+        state = self._models.get(known)
+        if state is None:
+            state = self._models[known] = _ModelState(Fleet(self._settings))
+            known.changed_workers.update(known.links)
+        fleet = state.fleet
+        if known.changed_workers or fleet.busy:
+            for worker_id in known.changed_workers | fleet.busy:
+                link = known.links.get(worker_id)
+                if link is None:
+                    fleet.remove(worker_id)
+                    state.times.forget(worker_id)
+                    continue
+                for tokens, seconds in link.pop_prefill_samples():
+                    state.times.record(worker_id, tokens, seconds, now)
+                fleet.put(self._row(known, link, state.times.slowdown(worker_id, now)))
+            known.changed_workers.clear()
+        return fleet
+
+    def age(self, now: float) -> None:
+        """Read the workers anew whose learned times have changed with time alone. Called once a second."""
+        for known, state in self._models.items():
+            for worker_id in state.times.known():
+                worker = state.fleet.find(worker_id)
+                if worker is not None and abs(worker.slowdown / state.times.slowdown(worker_id, now) - 1) > AGED:
+                    known.changed_workers.add(worker_id)
+
+    def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
+        """Return all workers of a model as candidates for a sequence. `resumed`: whether the sequence is resumed. Each
+        worker is read when it is first looked at."""
         known = self._owner.directory.find(model)
-        return [] if known is None else [self._candidate(known, link, now, resumed) for link in known.links.values()]
+        if known is None:
+            return ()
+        return _Candidates(known.links.values(), lambda link: self._candidate(known, link, now, resumed))
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker of a model for a sequence that is to be resumed; None if the worker is not linked."""
         known = self._owner.directory.find(model)
         if known is None:
             return None
-        link = next((link for link in known.links.values() if link.identity.incarnation == incarnation), None)
+        link = known.by_incarnation.get(incarnation)
         return None if link is None else self._candidate(known, link, now, resumed=True)
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
@@ -96,6 +162,14 @@ class LinkedWorkers:
         return [] if known is None else [known.links[worker] for worker in sorted(known.links)]
 
     def _candidate(self, known: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:
+        """Return a worker as it is now, with its circuit breaker. The speed of workers counts for new calls only."""
+        row = None if resumed else self._fleet(known, now).find(link.identity.worker_id)
+        healthy = self._breakers.allows(link.identity.incarnation, now)
+        return self._row(known, link, 1.0 if row is None else row.slowdown, healthy, resumed)
+
+    def _row(
+        self, known: KnownModel, link: WorkerLink, slowdown: float, healthy: bool = True, resumed: bool = False
+    ) -> Candidate:
         free, identity = link.free, link.identity
         return Candidate(
             worker_id=identity.worker_id,
@@ -106,7 +180,7 @@ class LinkedWorkers:
             running=link.running,
             waiting=link.load.waiting,
             kv_usage=link.load.kv_usage,
-            healthy=self._breakers.allows(identity.incarnation, now),
+            healthy=healthy,
             draining=not link.takes_new_requests,
             incarnation=identity.incarnation,
             compatibility_key=link.compatibility_key,
@@ -119,4 +193,36 @@ class LinkedWorkers:
             block_size=link.info.block_size,
             parses_tools=TOOL_PARSER in link.parsers,
             last_sent=link.last_sent,
+            unanswered=link.unanswered,
+            slots=link.info.max_num_seqs,
+            slowdown=slowdown,
         )
+
+
+class _Candidates(Sequence[Candidate]):
+    """Candidates that are read when they are first looked at, since of a thousand workers few are."""
+
+    def __init__(self, links: Iterable[WorkerLink], read: Callable[[WorkerLink], Candidate]) -> None:
+        self._links = list(links)
+        self._read = read
+        self._known: dict[int, Candidate] = {}
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    @overload
+    def __getitem__(self, at: int) -> Candidate: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Candidate]: ...
+    def __getitem__(self, at: int | slice) -> Candidate | Sequence[Candidate]:
+        if isinstance(at, slice):
+            return [self[each] for each in range(len(self))[at]]
+        candidate = self._known.get(at)
+        if candidate is None:
+            candidate = self._known[at] = self._read(self._links[at])
+        return candidate
+
+
+def _prefix_hash(request: EngineRequest) -> int:
+    """Return a hash of the beginning of a prompt, in [0, 2**64), equal on all gateways."""
+    return hash64(f"{request.cache_salt}\0{request.adapter}\0{list(request.prompt_token_ids[:PREFIX_TOKENS])}")

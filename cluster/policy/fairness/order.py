@@ -24,7 +24,8 @@ class WaitingSequence:
     `tokens` is the number of prompt tokens. `cached_tokens` is the number of prompt tokens that are expected in the
     cache of a worker. `output_tokens` is the expected number of output tokens. `deadline` and `arrived` are times;
     `deadline` is None without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed
-    last. `needs_tools`: whether the worker must have a parser for tool calls.
+    last. `needs_tools`: whether the worker must have a parser for tool calls. `affinity`: hash of the tenant and the
+    affinity key, in [1, 2**64), or 0 for none.
     """
 
     call_id: str
@@ -38,6 +39,7 @@ class WaitingSequence:
     cached_tokens: int = 0
     output_tokens: int = 0
     needs_tools: bool = False
+    affinity: int = 0
 
 
 class Order(Protocol):

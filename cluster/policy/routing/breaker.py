@@ -16,7 +16,7 @@ Source: the circuit breaker of Nygard, "Release It!" (2nd ed., 2018), chapter 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 FAILURES = 3
@@ -61,6 +61,12 @@ class Breakers:
         if now - breaker.opened_at < breaker.pause_s:
             return False
         return breaker.trial_at is None or now - breaker.trial_at >= TRIAL_S
+
+    def rejecting(self, now: float) -> Collection[str]:
+        """Return the incarnations to which no call may be sent. Usually there are none."""
+        if not self._breakers:
+            return ()
+        return [incarnation for incarnation in self._breakers if not self.allows(incarnation, now)]
 
     def record_sent(self, incarnation: str, now: float) -> None:
         """Record a call that was sent to the worker. If the breaker is not closed, the call is the probe."""

@@ -1,7 +1,8 @@
-"""Choice of a worker for one call: filters, then scorers, then the best score. The decision contains the reasons.
+"""Choice of a worker for one call: the filters, and the scores of resumed calls. The decision contains the reasons.
 
 Problem: the call at the head of its queue may go to any worker of its model that has granted enough capacity. The load
-should even out, and a human must be able to ask why a call went to a worker.
+should even out, and a human must be able to ask why a call went to a worker. New calls pass the same filters and are
+then routed by their cost, see fleet.py.
 
 Invariants: the chosen worker passed every filter, and no other worker that passed has a higher score. Equal inputs give
 equal decisions, whatever the order of the candidates. The decision lists every candidate, with its scores or with the
@@ -58,6 +59,12 @@ class Candidate:
     """Whether the worker has a parser for tool calls."""
     last_sent: float = 0.0
     """Time of the last sequence that this gateway has sent to the worker, in monotonic seconds."""
+    unanswered: int = 0
+    """Number of this gateway's sequences on the worker that have no output yet."""
+    slots: int = 0
+    """Number of sequences that the worker's engine runs at once; 0 if unknown."""
+    slowdown: float = 1.0
+    """Time that the worker needs for a prompt, relative to a usual worker of the model. Above 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,9 @@ class RouteCall:
     begin; empty means any version. `cached_on`: incarnation that probably still holds the KV blocks of a resumed call,
     or "". `uncached_there`: number of tokens to compute on `cached_on`. `needs_tools`: whether the worker must have a
     parser for tool calls. `cached`: number of leading tokens of a new call that workers hold in their KV caches, by
-    worker id.
+    worker id. `sharing`: number of recent calls whose longest cached prefix was that of this call. `affinity`: hash of
+    the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of the prompt, in [0, 2**64).
+    `call_id`: name of a new call, from which a policy that needs chance draws its numbers.
     """
 
     model: str
@@ -85,6 +94,10 @@ class RouteCall:
     uncached_there: int = 0
     needs_tools: bool = False
     cached: Mapping[str, int] = field(default_factory=dict)
+    sharing: float = 0.0
+    affinity: int = 0
+    prefix: int = 0
+    call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +121,9 @@ class Scorer:
 class Score:
     """Result for one candidate.
 
-    `dropped`: reason of the filter that dropped the candidate; "" if it passed all. `parts`: pairs of scorer name and
-    score. `total`: weighted mean of the scores, in [0, 1]; 0 for a dropped candidate.
+    `dropped`: reason of the filter that dropped the candidate; "" if it passed all. `total` and `parts`, pairs of name
+    and value: for a new call the cost and its parts, the lowest cost first; for a resumed call the weighted mean of the
+    scores, in [0, 1], and the scores, the highest first. `total` is 0 for a dropped candidate.
     """
 
     worker_id: str
@@ -123,21 +137,56 @@ class Score:
         return f"{self.worker_id} {self.total:.3f} ({', '.join(f'{name} {value:.3f}' for name, value in self.parts)})"
 
 
-@dataclass(frozen=True, slots=True)
 class RoutingDecision:
     """Result of routing: the chosen worker, or None, and the reason.
 
-    `reason` is one of a few words, used as a metric label. With a worker the reason is least_loaded, cached_prefix or
-    only_choice.
-    Without a worker the reason is no_worker, kept_free, or the reason of the last filter in FILTERS that dropped a
-    candidate.
+    `reason` is one of a few words, used as a metric label. With a worker the reason is only_choice, cached_prefix,
+    affinity, least_loaded, or the name of a plain policy. Without a worker the reason is no_worker, kept_free, or the
+    reason of the last filter in FILTERS that dropped a candidate.
+
+    The scores of a thousand workers take milliseconds, so they are computed when they are first read. The decision
+    keeps the workers as they were when it was made.
     """
 
-    worker_id: str | None
-    reason: str
-    scores: tuple[Score, ...]
-    cached_tokens: int = 0
-    """Number of leading tokens of the call that the chosen worker holds in its KV cache."""
+    __slots__ = ("_reason", "_scores", "cached_tokens", "worker_id")
+
+    def __init__(
+        self,
+        worker_id: str | None,
+        reason: str | None,
+        scores: tuple[Score, ...] | Callable[[], tuple[Score, ...]],
+        cached_tokens: int = 0,
+    ) -> None:
+        """`reason` None: the reason follows from the scores. `scores`: the scores, or a function that computes them.
+        `cached_tokens`: number of leading tokens of the call that the chosen worker holds in its KV cache."""
+        self.worker_id = worker_id
+        self.cached_tokens = cached_tokens
+        self._reason = reason
+        self._scores = scores
+
+    @property
+    def reason(self) -> str:
+        """Reason of the decision, in one word."""
+        if self._reason is None:
+            self._reason = why_nobody(self.scores)
+        return self._reason
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """Every candidate: those that passed all filters, the best first, then the dropped ones by worker id."""
+        if callable(self._scores):
+            self._scores = self._scores()
+        return self._scores
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RoutingDecision):
+            return NotImplemented
+        return (self.worker_id, self.reason, self.scores) == (other.worker_id, other.reason, other.scores)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"RoutingDecision({self.worker_id!r}, {self.reason!r})"
 
     def explain(self) -> str:
         """Decision as one line for humans: the choice, then every candidate, the best candidate first."""
@@ -189,11 +238,6 @@ def _prefill(_: RouteCall, c: Candidate) -> float:
     return 1.0 / (1.0 + c.prefill_tokens / PREFILL_TOKENS)
 
 
-def _cached(call: RouteCall, c: Candidate) -> float:
-    saved = call.cached.get(c.worker_id, 0)
-    return saved / (saved + PREFILL_TOKENS)
-
-
 def _replays(_: RouteCall, c: Candidate) -> float:
     return 1.0 - min(c.resumed_prefill / c.prefill_budget, 1.0) if c.prefill_budget else 0.0
 
@@ -218,8 +262,7 @@ def needs_parser(needs_tools: bool, candidates: Iterable[Candidate]) -> bool:
 
 
 PREFILL_TOKENS = 2048
-"""Number of prompt tokens without output that score as badly as one call in the queue of the engine, and number of
-cached tokens that score half."""
+"""Number of prompt tokens without output that score as badly as one call in the queue of the engine."""
 
 
 FILTERS = (
@@ -237,6 +280,19 @@ FILTERS = (
 )
 """Filters in the order of application. A candidate is dropped by the first filter that the candidate does not pass."""
 
+
+def dropped_by(call: RouteCall, candidate: Candidate, filters: Iterable[Filter] = FILTERS) -> str:
+    """Return the reason of the first filter that drops a candidate; "" if the candidate passes all filters."""
+    return next((f.reason for f in filters if not f.passes(call, candidate)), "")
+
+
+def why_nobody(scores: Iterable[Score]) -> str:
+    """Return the reason why no candidate was picked: that of the last filter in FILTERS that dropped one."""
+    dropped = {score.dropped for score in scores}
+    furthest = next((f.reason for f in reversed(FILTERS) if f.reason in dropped), "no_worker")
+    return "no_worker" if furthest == "other_model" else furthest
+
+
 SCORERS = (
     Scorer("free_places", _places),
     Scorer("free_memory", _memory),
@@ -245,11 +301,6 @@ SCORERS = (
 )
 """Scorers for the least load: the free share of sequences, the free share of KV memory, the queue of the engine, and
 the prompts that are not computed yet."""
-
-NEW_SCORERS = (*SCORERS, Scorer("cached_prefix", _cached, 3.0))
-"""Scorers for new calls. `cached_prefix` prefers the worker that holds most of the prompt, the more tokens the worker
-saves. Its weight is that of most of the load together: a worker that is full, or whose queue is long, loses the call in
-spite of its blocks."""
 
 ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0), Scorer("kept_blocks", _kept, 16.0))
 """Scorers for resumed calls. `kept_blocks` prefers the worker that holds the KV blocks of the call.
@@ -269,7 +320,6 @@ class Router:
         self._filters = tuple(filters)
         self._scorers = tuple(scorers)
         self._weights = sum(scorer.weight for scorer in scorers)
-        self._depth = {f.reason: depth for depth, f in enumerate(self._filters)}
 
     def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
         """Pick the candidate with the best score among the candidates that pass all filters.
@@ -295,30 +345,23 @@ class Router:
         dropped.sort(key=lambda score: score.worker_id)
         scores = (*(entry[4] for entry in passed), *dropped)
         if passed:
-            cached = call.cached.get(scores[0].worker_id, 0)
-            reason = "only_choice" if len(passed) == 1 else "cached_prefix" if cached else "least_loaded"
-            return RoutingDecision(scores[0].worker_id, reason, scores, cached)
-        return RoutingDecision(None, self._why_nobody(dropped), scores)
+            return RoutingDecision(scores[0].worker_id, "least_loaded" if len(passed) > 1 else "only_choice", scores)
+        return RoutingDecision(None, None, scores)
 
     def _score(self, call: RouteCall, candidate: Candidate) -> Score:
-        for f in self._filters:
-            if not f.passes(call, candidate):
-                return Score(candidate.worker_id, dropped=f.reason)
+        if reason := dropped_by(call, candidate, self._filters):
+            return Score(candidate.worker_id, dropped=reason)
         parts = tuple((scorer.name, scorer.score(call, candidate)) for scorer in self._scorers)
         total = sum(s.weight * value for s, (_, value) in zip(self._scorers, parts, strict=True)) / self._weights
         return Score(candidate.worker_id, total, parts)
 
-    def _why_nobody(self, dropped: Sequence[Score]) -> str:
-        furthest = max((score.dropped for score in dropped), key=self._depth.__getitem__, default="no_worker")
-        return "no_worker" if furthest == "other_model" else furthest
 
-
-_NEW, _ONWARD = Router(scorers=NEW_SCORERS), Router(scorers=ONWARD_SCORERS)
+_NEW, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
 
 
 def pick(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
-    """Pick a worker with the default pipeline for new calls or for resumed calls.
+    """Pick a worker by scores: for a resumed call by load, waiting prompts and kept KV blocks, else by load alone.
 
-    Both pipelines score the load and cached blocks. The pipeline for resumed calls also scores waiting prompts.
+    New calls of the waiting room are routed by cost, see fleet.py.
     """
     return (_NEW if call.compatibility_key is None else _ONWARD).pick(call, candidates)

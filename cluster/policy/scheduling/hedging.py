@@ -23,7 +23,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, pick
+from cluster.policy.routing.fleet import choose
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.scheduling.first_token_times import FirstTokenTimes
 
 BURST = 10.0
@@ -134,10 +135,10 @@ class HedgingPolicy:
         worker. `candidates`: all workers of the model that are compatible with the first."""
         others = [c for c in candidates if c.healthy and not c.draining and not c.retired]
         others = [c for c in others if c.incarnation not in call.excluded]
-        free = sum(c.free_sequences for c in others)
-        if free < MIN_FREE * (free + sum(c.running for c in others)):
+        slots = [c.slots or c.free_sequences + c.running for c in others]
+        if sum(slots) - sum(c.running for c in others) < MIN_FREE * sum(slots):
             return RoutingDecision(None, "overloaded", ())
-        return pick(call, [c for c in others if not c.waiting])
+        return choose(call, [c for c in others if not c.waiting])
 
     def hedged(self, key: str, worker_id: str, uncached_tokens: int, now: float) -> None:
         """Record that a sequence that may be hedged was sent to a second worker. `uncached_tokens`: number of prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from cluster.policy.routing.router import Candidate, RouteCall, is_compatible, needs_parser
+from cluster.policy.routing.router import Candidate, RouteCall, is_compatible, may_take_resumed, needs_parser
 from cluster.policy.scheduling.instructions import ResumingSequence
 from cluster.policy.scheduling.worker_losses import SETTLE_S
 
@@ -34,6 +34,21 @@ def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate
         if any(incarnation not in excluded for incarnation in compatible):
             return replace(call, excluded=excluded)
     return replace(call, excluded=frozenset())
+
+
+def suits(sequence: ResumingSequence, worker: Candidate, now: float) -> bool:
+    """Return whether a worker has capacity for a sequence that resumes, and nothing speaks against the worker."""
+    return (
+        may_take_resumed(worker)
+        and worker.healthy
+        and not worker.draining
+        and worker.incarnation not in sequence.excluded
+        and (worker.parses_tools or not sequence.entry.needs_tools)
+        and not (worker.node == sequence.lost_node != "" and now - sequence.lost_at < SETTLE_S)
+        and sequence.compatibility is not None
+        and worker.compatibility_key is not None
+        and worker.compatibility_key.can_resume(sequence.compatibility)
+    )
 
 
 def tokens_to_recompute(tokens: int, block_size: int) -> int:

@@ -18,28 +18,37 @@ from typing import Protocol
 from cluster.api.types import CompatibilityKey
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.waiting_room import RoomAdmission, WaitingRoom
+from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.router import (
     Candidate,
     RouteCall,
     RoutingDecision,
     may_take_resumed,
-    needs_parser,
     pick,
     uncached_tokens_at,
 )
 from cluster.policy.routing.version_split import ANY_VERSION, Versions
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
 from cluster.policy.scheduling.resume_queue import ResumeQueue
-from cluster.policy.scheduling.resume_route import resumed_request
+from cluster.policy.scheduling.resume_route import resumed_request, suits
 from cluster.policy.scheduling.warm_sequences import WarmSequences
 from cluster.policy.scheduling.worker_losses import LossVerdict, WorkerLosses
+
+FEW = 32
+"""Number of workers up to which a sequence that resumes may go to any of them."""
+LOOKED_AT, CHOICES = 64, 8
+"""Of more workers, the number of workers that are looked at, and of those among which the router chooses."""
 
 
 class Workers(Protocol):
     """The workers that are linked to the gateway, as the policy sees them."""
 
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """Pick a worker for a new sequence, see policy/routing/fleet.py."""
+
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes."""
+        """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes. A worker may
+        be read when it is first looked at."""
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker of a model for a sequence that resumes, or None if the worker is not linked."""
@@ -156,14 +165,20 @@ class SchedulingPolicy:
         """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
         all versions on which the sequence may begin. `cached`: see RouteCall."""
         keep_free, versions = self.room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
-        candidates = self._workers.candidates(entry.model, now, resumed=False)
         first = frozenset((versions.first,)) if versions.first else versions.all
-        call = RouteCall(entry.model, entry.tokens, keep_free, versions=first, cached=cached)
-        if needs_parser(entry.needs_tools, candidates):
-            call = replace(call, needs_tools=True)
-        decision = pick(call, candidates)
+        call = RouteCall(
+            entry.model,
+            entry.tokens,
+            keep_free,
+            versions=first,
+            needs_tools=entry.needs_tools,
+            cached=cached,
+            affinity=entry.affinity,
+            call_id=entry.call_id,
+        )
+        decision = self._workers.route(call, now)
         if decision.worker_id is None and len(versions.all) > 1:
-            decision = pick(replace(call, versions=versions.all), candidates)
+            decision = self._workers.route(replace(call, versions=versions.all), now)
         return decision
 
     # ---- resumed sequences
@@ -182,9 +197,11 @@ class SchedulingPolicy:
 
     def _resume(self, sequence: ResumingSequence, view: _WorkersView, now: float) -> Iterator[Instruction]:
         """Yield the instructions for one sequence; none if the sequence must wait."""
-        candidates = self._offered(sequence, view, now)
-        if any(map(may_take_resumed, candidates)):
-            if sequence.suspect:
+        is_suspect = sequence.suspect
+        for candidates in self._offered(sequence, view, now):
+            if not any(map(may_take_resumed, candidates)):
+                continue
+            if is_suspect:
                 verdict = self.losses.verdict(sequence.lost_links, sequence.lost_at, now)
                 if verdict is LossVerdict.WAIT:
                     return
@@ -194,6 +211,7 @@ class SchedulingPolicy:
                     return
                 self.resuming.acquit(sequence.key)
                 yield Acquit(sequence.key)
+                is_suspect = False
             request = resumed_request(sequence, candidates, now)
             decision = pick(request, candidates)
             if decision.worker_id is not None:
@@ -207,28 +225,35 @@ class SchedulingPolicy:
             self.resuming.remove(sequence.key)
             yield End(sequence.key, Ending.REPLACED)
 
-    def _offered(self, sequence: ResumingSequence, view: _WorkersView, now: float) -> Sequence[Candidate]:
-        """Return the workers to choose from: for a short time only the worker that holds the KV blocks, then all."""
+    def _offered(self, sequence: ResumingSequence, view: _WorkersView, now: float) -> Iterator[Sequence[Candidate]]:
+        """Yield the workers to choose from: for a short time only the worker that holds the KV blocks; then a few
+        workers if there are many, and if none of these takes the sequence, all."""
+        holder = view.one(sequence.cached_on) if sequence.cached_on else None
         cached_on = self.resuming.waits_for(sequence.key, now)
-        if cached_on and cached_on not in sequence.excluded:
-            holder = view.one(cached_on)
-            if holder is not None and holder.healthy and not holder.draining:
-                return (holder,)
-        return view.all()
+        waits = cached_on and cached_on not in sequence.excluded
+        if waits and holder is not None and holder.healthy and not holder.draining:
+            yield (holder,)
+            return
+        if len(view) > FEW and (sample := view.sample(sequence, now)):
+            others = [worker for worker in sample if worker.incarnation != sequence.cached_on]
+            yield others if holder is None else [holder, *others]
+        yield view.all()
 
     def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
         """Yield the keys of the sequences for which another worker has capacity. `sequences` run on the draining worker
         `worker_id`. The caller must move each sequence before it takes the next key."""
         for sequence in sequences:
-            candidates = self._workers.candidates(sequence.model, now, resumed=True)
+            view = _WorkersView(self._workers, sequence.model, now)
             request = RouteCall(
                 sequence.model,
                 sequence.tokens,
                 compatibility_key=sequence.compatibility,
                 needs_tools=sequence.entry.needs_tools,
             )
-            if pick(request, [one for one in candidates if one.worker_id != worker_id]).worker_id is not None:
-                yield sequence.key
+            for candidates in (view.sample(sequence, now) if len(view) > FEW else (), view.all()):
+                if pick(request, [one for one in candidates if one.worker_id != worker_id]).worker_id is not None:
+                    yield sequence.key
+                    break
 
     def __repr__(self) -> str:
         return f"SchedulingPolicy({self.room}, {self.resuming})"
@@ -242,14 +267,40 @@ class _WorkersView:
         self._workers = workers
         self._model = model
         self._now = now
-        self._all: list[Candidate] | None = None
+        self._read: Sequence[Candidate] | None = None
+        self._changed: dict[str, Candidate | None] = {}
+        """Workers that were read again, by incarnation; None if the worker has left."""
         self._single: dict[str, Candidate | None] = {}
+
+    def _candidates(self) -> Sequence[Candidate]:
+        if self._read is None:
+            self._read = self._workers.candidates(self._model, self._now, resumed=True)
+        return self._read
+
+    def __len__(self) -> int:
+        return len(self._candidates())
 
     def all(self) -> Sequence[Candidate]:
         """All workers of the model."""
-        if self._all is None:
-            self._all = list(self._workers.candidates(self._model, self._now, resumed=True))
-        return self._all
+        if not self._changed:
+            return self._candidates()
+        newest = (self._changed.get(worker.incarnation, worker) for worker in self._candidates())
+        return [worker for worker in newest if worker is not None]
+
+    def sample(self, sequence: ResumingSequence, now: float) -> Sequence[Candidate]:
+        """Return up to CHOICES workers that suit a sequence, of the LOOKED_AT workers that follow a position drawn by
+        the sequence's key. A thousand workers would take milliseconds for each sequence, and the best of a few is
+        nearly as good as the best of all (Mitzenmacher 2001)."""
+        workers, found = self._candidates(), list[Candidate]()
+        start = hash64(sequence.key)
+        for step in range(min(LOOKED_AT, len(workers))):
+            read = workers[(start + step) % len(workers)]
+            worker = self._changed.get(read.incarnation, read)
+            if worker is not None and suits(sequence, worker, now):
+                found.append(worker)
+                if len(found) == CHOICES:
+                    break
+        return found
 
     def one(self, incarnation: str) -> Candidate | None:
         """One worker of the model; None if the worker is not linked."""
@@ -260,8 +311,5 @@ class _WorkersView:
     def refresh(self, worker: Candidate) -> None:
         """Read a worker again after a sequence was sent to the worker."""
         self._single.pop(worker.incarnation, None)
-        if self._all is not None:
-            again = self._workers.candidate(self._model, worker.incarnation, self._now)
-            self._all = [other for other in self._all if other.incarnation != worker.incarnation]
-            if again is not None:
-                self._all.append(again)
+        if self._read is not None:
+            self._changed[worker.incarnation] = self.one(worker.incarnation)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -14,7 +15,8 @@ from cluster.api.types import CompatibilityKey
 from cluster.policy.fairness.fair_queue import FairOrder
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.waiting_room import WaitingRoom
-from cluster.policy.routing.router import Candidate
+from cluster.policy.routing.fleet import choose
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
@@ -47,6 +49,10 @@ class Fleet:
     def spend(self, name: str) -> None:
         """Use one free sequence of a worker."""
         self.grant(name, self.workers[name].free_sequences - 1)
+
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """See Workers."""
+        return choose(call, self.candidates(call.model, now, False))
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
         """See Workers."""
@@ -346,3 +352,38 @@ class PolicyMachine(RuleBasedStateMachine):
 
 PolicyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPolicy = PolicyMachine.TestCase
+
+
+@given(
+    st.dictionaries(st.integers(0, 199), st.integers(1, 2), max_size=6),
+    st.integers(1, 12),
+    st.sampled_from([20, 60, 200]),
+    st.booleans(),
+)
+def test_a_sequence_finds_the_last_free_worker_of_many(
+    free: dict[int, int], sequences: int, workers: int, one_is_bad: bool
+) -> None:
+    """Of many workers, as many sequences resume as the compatible workers have free slots, and no worker gets more.
+
+    A worker that has failed a sequence gets it only if no other one is free. A sequence whose blocks a worker holds
+    goes there.
+    """
+    fleet = Fleet()
+    for number in range(workers):
+        fleet.add(str(number), free.get(number, 0), KEYS[0] if number % 3 else KEYS[1])
+    slots = {str(number): count for number, count in free.items() if number < workers and number % 3}
+    policy = policy_of(fleet)
+    bad = frozenset(list(slots)[:1]) if one_is_bad and len(slots) > 1 else frozenset[str]()
+    holder = next((name for name in slots if name not in bad), "")
+    for number in range(sequences):
+        cached_on = holder if not number else ""
+        policy.resume(ResumingSequence(entry(f"s{number}"), 12, KEYS[0], bad, cached_on), 0.0)
+    pairs = sent(carry_out(policy, fleet, 0.0))
+    assert Counter(name for _, name in pairs) <= Counter(slots)
+    usable = sum(count for name, count in slots.items() if name not in bad)
+    assert len(pairs) >= min(sequences, usable)
+    assert not {name for _, name in pairs[:usable]} & bad
+    if holder:
+        assert pairs[0] == ("s0", holder)
+    running = [ResumingSequence(entry("r"), 12, KEYS[0])]
+    assert bool([*policy.movable(running, "elsewhere", 0.0)]) is any(fleet.workers[n].free_sequences for n in slots)

@@ -18,7 +18,6 @@ from cluster.gateway.apis.grpc.messages import (
     json_object,
     messages_of,
     tools_of,
-    unsupported,
 )
 from cluster.gateway.apis.request_ids import request_id, traceparent
 from cluster.gateway.calls.request import (
@@ -85,6 +84,7 @@ def parse_chat(request: pb.ChatRequest, is_whole: bool = False) -> GenerationReq
         resumable=_request_digest(request),
         output=output,
         priority_class=request.priority,
+        affinity_key=request.affinity_key,
     )
 
 
@@ -114,6 +114,7 @@ def parse_complete(request: pb.CompleteRequest) -> GenerationRequest:
         metadata=dict(request.metadata),
         resumable=_request_digest(request),
         priority_class=request.priority,
+        affinity_key=request.affinity_key,
     )
 
 
@@ -287,8 +288,6 @@ def _given(request: pb.ChatRequest | pb.CompleteRequest) -> Mapping[str, Any]:
 
 
 def _options(given: Mapping[str, Any]) -> RequestOptions:
-    if given.get("affinity_key"):
-        raise unsupported("affinity_key", "affinity is")
     _check_counts(given)
     get = given.get
     logprobs, top = None, get("top_logprobs")

@@ -19,6 +19,8 @@ from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.stream_writer import ChunkDelivery, ChunkEncoder, StreamWriter
 from cluster.gateway.service import CallService
 
+AFFINITY_HEADER = b"x-headrace-affinity"
+
 
 class HttpCalls:
     """Reads requests for a CallService and streams answers, for all APIs of one HTTP port."""
@@ -35,7 +37,10 @@ class HttpCalls:
         if media_type != b"application/json":  # also prevents cross-site form posts
             raise Refused(415, "unsupported_media_type", "content-type must be application/json")
         trace = traceparent(exchange.header(b"traceparent"))
-        meta = CallMeta(exchange.request_id, "http", traceparent=trace, principal=exchange.principal)
+        affinity = exchange.header(AFFINITY_HEADER)
+        meta = CallMeta(
+            exchange.request_id, "http", traceparent=trace, principal=exchange.principal, affinity_key=affinity
+        )
         meta = await self.service.count(meta)
         length = exchange.headers.get(b"content-length", b"")
         connection = exchange.scope[CONNECTION]

@@ -71,7 +71,7 @@ BAD_CHATS: list[tuple[str, pb.ChatRequest, str, str]] = [
     ("negative budget", chat(max_reasoning_tokens=-1), "INVALID_FIELD", "max_reasoning_tokens"),
     ("unknown priority", chat(priority="high"), "INVALID_FIELD", "priority"),
     ("priority of others", chat(priority="interactive"), "INVALID_FIELD", "priority"),
-    ("affinity", chat(affinity_key="x"), "UNSUPPORTED_FEATURE", "affinity_key"),
+    ("long affinity key", chat(affinity_key="x" * 257), "INVALID_FIELD", "affinity_key"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,129 @@
+"""The rows of a fleet as columns of numpy, so that a decision over a thousand workers takes a few vector operations.
+
+The decisions are those of Fleet.pick without numpy, bit by bit: each cost is computed by the same operations in the
+same order. Rows are ordered by worker id, so that of equal workers the first one is the first by id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.policy.routing.cost import RoutingSettings
+from cluster.policy.routing.rendezvous import FRACTION_BITS, MULTIPLIERS, SHIFTS
+from cluster.policy.routing.router import RouteCall
+from cluster.policy.routing.rows import Row, two_of
+
+Floats = npt.NDArray[np.float64]
+_STANDING, _PER_TOKEN, _MAX_TOKENS, _FREE, _LAST_SENT, _VERSION, _PARSES, _FIELDS = range(8)
+_SHIFTS: Final = [np.uint64(shift) for shift in SHIFTS]
+_MULTIPLIERS: Final = [np.uint64(multiplier) for multiplier in MULTIPLIERS]
+_TO_FRACTION: Final = np.uint64(64 - FRACTION_BITS)
+_UNIT: Final = float(1 << FRACTION_BITS)
+
+
+class Columns:
+    """The rows of one fleet. Positions are those of the rows from which the columns were made."""
+
+    def __init__(self, rows: Sequence[Row], settings: RoutingSettings) -> None:
+        self._settings = settings
+        self._positions = {row.worker_id: at for at, row in enumerate(rows)}
+        self._incarnations = [row.candidate.incarnation for row in rows]
+        self._by_incarnation = {incarnation: at for at, incarnation in enumerate(self._incarnations)}
+        self._versions: dict[str, int] = {}
+        self._hashes = np.array([row.hashed for row in rows], np.uint64)
+        self._fields = np.array([self._values(row) for row in rows], np.float64).reshape(-1, _FIELDS).T.copy()
+
+    def write(self, at: int, row: Row) -> None:
+        """Replace the row at a position with a changed row of the same worker."""
+        self._fields[:, at] = self._values(row)
+        if (incarnation := row.candidate.incarnation) != self._incarnations[at]:
+            self._by_incarnation.pop(self._incarnations[at], None)
+            self._incarnations[at], self._by_incarnation[incarnation] = incarnation, at
+
+    def _values(self, row: Row) -> tuple[float, ...]:
+        c = row.candidate
+        version = self._versions.setdefault(c.version, len(self._versions))
+        max_tokens = row.max_tokens if row.is_open else -1
+        return row.standing, row.per_token, max_tokens, c.free_sequences, c.last_sent, version, c.parses_tools
+
+    def pick(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
+        """Return the position of the best worker, -1 if none passes the filters, and how many pass."""
+        passes = self._passing(call, rejecting)
+        places = passes.nonzero()[0]
+        passed = len(places)
+        if not passed:
+            return -1, 0
+        settings = self._settings
+        costs = self._costs(call)
+        if call.affinity and settings.policy == "cost":
+            costs[places[self._preferences(call.affinity)[places].argmax()]] -= settings.weights.affinity
+        if settings.policy == "power_of_two" and passed > 2:
+            places = places[sorted(two_of(call.call_id, passed))]
+        if passed < len(costs):
+            costs = costs[places]
+            best = places[costs == costs.min()]
+        else:
+            best = (costs == costs.min()).nonzero()[0]
+        return self._first(best), passed
+
+    def _passing(self, call: RouteCall, rejecting: Collection[str]) -> npt.NDArray[np.bool_]:
+        fields = self._fields
+        passes: npt.NDArray[np.bool_] = fields[_MAX_TOKENS] >= call.tokens
+        if call.versions and not call.versions.issuperset(self._versions):
+            allowed = np.array([version in call.versions for version in self._versions])
+            passes &= allowed[fields[_VERSION].astype(np.intp)]
+        if call.needs_tools:
+            passes &= fields[_PARSES] > 0
+        for incarnation in (*call.excluded, *rejecting):
+            if (at := self._by_incarnation.get(incarnation)) is not None:
+                passes[at] = False
+        return passes
+
+    def _costs(self, call: RouteCall) -> Floats:
+        """Return the costs of all workers for a call, without the advantage of affinity."""
+        costs: Floats
+        if self._settings.policy == "consistent_hash":
+            costs = -self._preferences(call.affinity or call.prefix)
+            return costs
+        if not call.cached or self._settings.policy != "cost":
+            costs = self._fields[_PER_TOKEN] * float(call.tokens)
+        else:
+            uncached = np.full(len(self._positions), float(call.tokens))
+            places, cached = self._cached(call.cached)
+            uncached[places] -= np.minimum(cached, call.tokens)
+            if call.sharing:
+                own = call.tokens - min(max(call.cached.values()), call.tokens)
+                uncached = own + (uncached - own) / (1.0 + call.sharing)
+            costs = self._fields[_PER_TOKEN] * uncached
+        costs += self._fields[_STANDING]
+        return costs
+
+    def _cached(self, cached: Mapping[str, int]) -> tuple[npt.NDArray[np.intp], Floats]:
+        """Return the positions of the workers that hold a part of a prompt, and how many tokens each of them holds."""
+        try:
+            places = np.fromiter(map(self._positions.__getitem__, cached), np.intp, len(cached))
+        except KeyError:  # a worker that has just left
+            return self._cached({worker: tokens for worker, tokens in cached.items() if worker in self._positions})
+        return places, np.fromiter(cached.values(), np.float64, len(cached))
+
+    def _preferences(self, key: int) -> Floats:
+        """Return how much a key prefers each worker, see rendezvous.py."""
+        mixed = self._hashes ^ np.uint64(key)
+        mixed = (mixed ^ (mixed >> _SHIFTS[0])) * _MULTIPLIERS[0]
+        mixed = (mixed ^ (mixed >> _SHIFTS[1])) * _MULTIPLIERS[1]
+        mixed = mixed ^ (mixed >> _SHIFTS[2])
+        preferences: Floats = (mixed >> _TO_FRACTION).astype(np.float64) / _UNIT
+        return preferences
+
+    def _first(self, best: npt.NDArray[np.intp]) -> int:
+        """Return which of the workers with equal costs is chosen."""
+        if len(best) > 1:
+            free = self._fields[_FREE][best]
+            best = best[free == free.max()]
+        if len(best) > 1:
+            return int(best[self._fields[_LAST_SENT][best].argmin()])
+        return int(best[0])

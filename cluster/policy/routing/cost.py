@@ -1,0 +1,113 @@
+"""The predicted cost of a new call at each worker, in prompt tokens of prefill at a usual worker. The lowest cost wins.
+
+Problem: a call may go to the worker that holds most of its prompt, or to the worker with the least load. Both save
+time, so both must be expressed in one unit. A sum of scores in [0, 1] has no such unit: its trade-off between tokens
+and load changes with every scale.
+
+Derivation. Each term counts the time that somebody waits because the call goes to this worker, divided by the time that
+a usual worker needs for a prompt token:
+
+    cost = slowdown * (waiting + computed * uncached + full * (running + 1) / slots + queued * queue
+                       + memory * kv_usage^2)  -  affinity
+
+- `waiting`: prompt tokens that this gateway has sent there and that have no output yet. The call waits for them.
+- `uncached`: prompt tokens of the call that the worker must compute. The call waits for each of them once. All running
+  sequences wait too, since they share the engine's steps, and so do the prompts that come next. `computed` is one plus
+  their number, so it is the price of a computed token in tokens of waiting.
+  What another worker holds of the prompt is shared with the recent calls that have the same prefix, see
+  hot_prefixes.py: computed once, it serves them all, so only a part of it counts.
+- `running / slots`: decoding. The step time grows with each sequence, and one more sequence delays all that run: its
+  price is proportional to their number. `full` is the cost of a worker without a free slot. The slots are those of the
+  engine, not the credit, which the engine's admission of prompts keeps small.
+- `queue`: sequences of other gateways in the engine's queue. Their prompts are not known here, so each counts `queued`
+  tokens. A sequence of this gateway without output is already part of `waiting`.
+- `kv_usage`: the fuller the KV memory, the sooner sequences are preempted and cached blocks are evicted, and their
+  tokens computed again. `memory` is the cost of a full memory.
+- `slowdown`: the time for a prompt relative to a usual worker of the model, see prefill_times.py.
+- `affinity`: tokens that the preferred worker of the call's affinity key is ahead of the others.
+
+With equal workers and `queue`, `kv_usage` and `affinity` left out, this is the model of join-the-shortest-queue with
+setup costs: the work that is ahead, plus the work that the call adds to others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.policy.routing.router import Candidate
+
+PolicyName = Literal["cost", "least_load", "round_robin", "power_of_two", "consistent_hash"]
+
+
+@dataclass(frozen=True, slots=True)
+class CostWeights:
+    """Weights of the cost, all in prompt tokens and at least 0. See the derivation above."""
+
+    computed: float = 8.0
+    """Cost of a prompt token that must be computed."""
+    full: float = 256_000.0
+    """Cost of a worker whose slots are all in use."""
+    queued: float = 2_048.0
+    """Cost of a sequence of another gateway in the engine's queue."""
+    memory: float = 8_000.0
+    """Cost of a worker whose KV memory is full."""
+    affinity: float = 16_000.0
+    """Advantage of the preferred worker of a call's affinity key."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSettings:
+    """The policy for new calls.
+
+    `cost`: the lowest cost. The others are plain policies, for comparison and as fallbacks. `least_load`: the smallest
+    share of used slots. `round_robin`: the worker that this gateway has sent nothing for the longest time.
+    `power_of_two`: the less loaded of two workers that are drawn by the call's id (Mitzenmacher 2001).
+    `consistent_hash`: the worker with the highest rendezvous hash of the affinity key, or else of the beginning of the
+    prompt (Thaler and Ravishankar 1998)."""
+
+    policy: PolicyName = "cost"
+    weights: CostWeights = CostWeights()
+
+
+def _load_share(c: Candidate) -> float:
+    """Share of the slots that are in use once the call runs."""
+    return (c.running + 1) / max(c.slots or c.free_sequences + c.running, 1)
+
+
+def _foreign_queue(c: Candidate) -> int:
+    """Number of sequences of other gateways in the engine's queue."""
+    return max(c.waiting - c.unanswered, 0)
+
+
+def standing_parts(settings: RoutingSettings, c: Candidate) -> tuple[tuple[str, float], ...]:
+    """Return the parts of a worker's cost that are equal for all calls."""
+    weights, share = settings.weights, _load_share(c)
+    match settings.policy:
+        case "cost":
+            kv_usage = min(max(c.kv_usage, 0.0), 1.0)
+            return (
+                ("waiting_prefill", c.slowdown * c.prefill_tokens),
+                ("load", c.slowdown * weights.full * share),
+                ("queue", c.slowdown * weights.queued * _foreign_queue(c)),
+                ("memory", c.slowdown * weights.memory * kv_usage * kv_usage),
+            )
+        case "least_load" | "power_of_two":
+            return (("load", share), ("queue", float(_foreign_queue(c))))
+        case "round_robin":
+            return (("last_sent", c.last_sent),)
+        case "consistent_hash":
+            return ()
+
+
+def standing_cost(settings: RoutingSettings, c: Candidate) -> float:
+    """Return the sum of `standing_parts`."""
+    total = 0.0
+    for _, value in standing_parts(settings, c):
+        total += value
+    return total
+
+
+def cost_per_token(settings: RoutingSettings, c: Candidate) -> float:
+    """Return the cost of each prompt token that the worker must compute."""
+    return c.slowdown * settings.weights.computed if settings.policy == "cost" else 0.0

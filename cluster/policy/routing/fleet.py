@@ -1,0 +1,243 @@
+"""The workers of one model, kept between decisions, and the choice of one of them for a new call.
+
+Problem: a gateway decides for each call, and a model may have a thousand workers. To read them all for each decision
+takes milliseconds. Between two decisions few workers change.
+
+Method: a row for each worker holds what a decision needs: the part of the worker's cost that is equal for all calls,
+its cost of a prompt token, and the largest prompt that fits there. A row is computed when its worker has changed. A
+decision adds the part that depends on the call. From VECTOR_FROM workers on, the rows are also columns of numpy, see
+columns.py.
+
+Invariants: the chosen worker passes all FILTERS, and no worker that passes has a lower cost (for power_of_two, of the
+two that were drawn). Of workers with equal costs, the one with more free sequences wins, then the one that got nothing
+from this gateway for the longest time, so that idle workers fill their caches evenly, then the first by worker id.
+Equal inputs give equal decisions, whatever the order of the changes, with and without numpy.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left, insort
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final
+
+from cluster.policy.routing.cost import RoutingSettings, standing_parts
+from cluster.policy.routing.rendezvous import preference
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, Score, dropped_by
+from cluster.policy.routing.rows import Row, cost_of, row_of, two_of
+
+if TYPE_CHECKING:
+    from cluster.policy.routing.columns import Columns
+
+VECTOR_FROM: Final = 16
+"""Number of workers from which numpy is faster than a loop."""
+
+
+_BY_ID = attrgetter("worker_id")
+
+
+class Fleet:
+    """The workers of one model."""
+
+    def __init__(self, settings: RoutingSettings | None = None, vector_from: int = VECTOR_FROM) -> None:
+        """`vector_from`: number of workers from which numpy is used, if it is imported."""
+        self.settings = settings or RoutingSettings()
+        self._vector_from = vector_from
+        self._rows: list[Row] = []
+        self._is_shared = False
+        """Whether a decision has a reference to the list of rows, so that a change needs a new list."""
+        self._columns: Columns | None = None
+        self._changed: set[str] = set()
+        """Workers whose rows have changed since the columns were written."""
+        self._shared_slots = 0
+        self._parsers = 0
+        self.busy: set[str] = set()
+        """Workers with resumed prompts that wait for a step. Their pacing changes with each step."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"Fleet({len(self)} workers, {self.settings.policy})"
+
+    @property
+    def candidates(self) -> Sequence[Candidate]:
+        """The workers, ordered by worker id."""
+        return [row.candidate for row in self._rows]
+
+    def find(self, worker_id: str) -> Candidate | None:
+        """Return a worker; None if the worker is unknown."""
+        at = self._position(worker_id)
+        return None if at is None else self._rows[at].candidate
+
+    def put(self, candidate: Candidate) -> None:
+        """Add a worker, or replace what is known of it."""
+        at = self._position(candidate.worker_id)
+        old = None if at is None else self._rows[at]
+        row = row_of(candidate, self.settings, None if old is None else old.hashed)
+        self._own_rows()
+        if at is None or old is None:
+            insort(self._rows, row, key=_BY_ID)
+            self._columns = None
+        else:
+            self._rows[at] = row
+            self._count(old, -1)
+            if self._columns is not None:
+                self._changed.add(row.worker_id)
+        self._count(row, 1)
+        if candidate.resumed_prefill:
+            self.busy.add(row.worker_id)
+        else:
+            self.busy.discard(row.worker_id)
+
+    def remove(self, worker_id: str) -> None:
+        """Remove a worker. Unknown workers are ignored."""
+        at = self._position(worker_id)
+        if at is None:
+            return
+        self._own_rows()
+        self._count(self._rows.pop(at), -1)
+        self._columns = None
+        self.busy.discard(worker_id)
+
+    def _own_rows(self) -> None:
+        if self._is_shared:
+            self._rows, self._is_shared = self._rows.copy(), False
+
+    def _count(self, row: Row, sign: int) -> None:
+        self._shared_slots += sign * row.shared_slots
+        self._parsers += sign * row.candidate.parses_tools
+
+    def _position(self, worker_id: str) -> int | None:
+        at = bisect_left(self._rows, worker_id, key=_BY_ID)
+        return at if at < len(self._rows) and self._rows[at].worker_id == worker_id else None
+
+    def pick(self, call: RouteCall, rejecting: Collection[str] = ()) -> RoutingDecision:
+        """Pick a worker for a new call. `rejecting`: incarnations whose circuit breakers let no call through.
+
+        A call that needs a parser for tool calls goes to any worker if no worker has one: that worker refuses the call,
+        and its error says why. Otherwise the call would hold back all calls behind it."""
+        if call.needs_tools and not self._parsers:
+            call = replace(call, needs_tools=False)
+        if call.reserved_slots and self._shared_slots <= call.reserved_slots:
+            return RoutingDecision(None, "kept_free", ())
+        columns = self._written_columns()
+        at, passed = self._scan(call, rejecting) if columns is None else columns.pick(call, rejecting)
+        rows, settings, self._is_shared = self._rows, self.settings, True
+
+        def scores() -> tuple[Score, ...]:
+            return _scores(call, rows, settings, rejecting)
+
+        if at < 0:
+            return RoutingDecision(None, None, scores)
+        worker = rows[at].worker_id
+        return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0))
+
+    def _written_columns(self) -> Columns | None:
+        """Return the rows as columns; None if a loop is faster, or if numpy is not imported yet."""
+        if len(self._rows) < self._vector_from or "numpy" not in sys.modules:
+            return None
+        if self._columns is None:
+            from cluster.policy.routing.columns import Columns  # numpy is not imported at a gateway's start
+
+            self._columns = Columns(self._rows, self.settings)
+        else:
+            for worker_id in self._changed:
+                at = self._position(worker_id)
+                if at is not None:
+                    self._columns.write(at, self._rows[at])
+        self._changed.clear()
+        return self._columns
+
+    def _scan(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
+        """Return the position of the best worker, -1 if none passes the filters, and how many pass."""
+        entries = [
+            (at, cost_of(call, row, self.settings))
+            for at, row in enumerate(self._rows)
+            if row.is_open and row.max_tokens >= call.tokens and _fits(call, row, rejecting)
+        ]
+        passed = len(entries)
+        if call.affinity and self.settings.policy == "cost" and entries:
+            best, bonus = self._preferred(call, [at for at, _ in entries]), self.settings.weights.affinity
+            entries = [(at, cost - bonus if at == best else cost) for at, cost in entries]
+        if self.settings.policy == "power_of_two" and passed > 2:
+            entries = [entries[i] for i in two_of(call.call_id, passed)]
+        rows = self._rows
+
+        def order(entry: tuple[int, float]) -> tuple[float, int, float, int]:
+            candidate = rows[entry[0]].candidate
+            return entry[1], -candidate.free_sequences, candidate.last_sent, entry[0]
+
+        return (min(entries, key=order)[0] if entries else -1), passed
+
+    def _preferred(self, call: RouteCall, places: Iterable[int]) -> int:
+        """Return which of these workers the call's affinity key prefers."""
+        return max(places, key=lambda at: (preference(call.affinity, self._rows[at].hashed), -at))
+
+    def _reason(self, call: RouteCall, at: int, passed: int) -> str:
+        if passed == 1:
+            return "only_choice"
+        if self.settings.policy not in ("cost", "least_load"):
+            return self.settings.policy
+        if self.settings.policy == "cost" and call.cached.get(self._rows[at].worker_id):
+            return "cached_prefix"
+        return "least_loaded"
+
+
+def _fits(call: RouteCall, row: Row, rejecting: Collection[str]) -> bool:
+    """Whether a worker passes the filters that depend on the call, apart from the size of the prompt."""
+    c = row.candidate
+    return (
+        (not call.versions or c.version in call.versions)
+        and (not call.needs_tools or c.parses_tools)
+        and (not call.excluded or c.incarnation not in call.excluded)
+        and c.incarnation not in rejecting
+    )
+
+
+def _scores(
+    call: RouteCall, rows: Sequence[Row], settings: RoutingSettings, rejecting: Collection[str]
+) -> tuple[Score, ...]:
+    """Return the scores of all workers: those that pass by cost, then the dropped ones, each by worker id."""
+    passed: list[tuple[float, int, float, str, Score]] = []
+    dropped: list[Score] = []
+    for row in rows:
+        c = replace(row.candidate, healthy=False) if row.candidate.incarnation in rejecting else row.candidate
+        if reason := dropped_by(call, c):
+            dropped.append(Score(c.worker_id, dropped=reason))
+            continue
+        cost = cost_of(call, row, settings)
+        parts = (*standing_parts(settings, c), *_call_parts(call, row, settings, cost))
+        passed.append((cost, -c.free_sequences, c.last_sent, c.worker_id, Score(c.worker_id, cost, parts)))
+    if call.affinity and settings.policy == "cost" and passed:
+        hashes = {row.worker_id: row.hashed for row in rows}
+        best = min(passed, key=lambda entry: (-preference(call.affinity, hashes[entry[3]]), entry[3]))
+        bonus, score = settings.weights.affinity, best[4]
+        liked = Score(score.worker_id, best[0] - bonus, (*score.parts, ("affinity", -bonus)))
+        passed[passed.index(best)] = (best[0] - bonus, *best[1:4], liked)
+    passed.sort(key=lambda entry: entry[:4])
+    return (*(entry[4] for entry in passed), *dropped)
+
+
+def _call_parts(call: RouteCall, row: Row, settings: RoutingSettings, cost: float) -> tuple[tuple[str, float], ...]:
+    match settings.policy:
+        case "cost":
+            return (("uncached_tokens", cost - row.standing),)
+        case "consistent_hash":
+            return (("hash", cost),)
+        case _:
+            return ()
+
+
+def choose(
+    call: RouteCall, candidates: Iterable[Candidate], settings: RoutingSettings | None = None
+) -> RoutingDecision:
+    """Pick one of the candidates for a new call, as a fleet of these workers does. Candidates of other models are
+    ignored."""
+    fleet = Fleet(settings)
+    for candidate in candidates:
+        if candidate.model == call.model:
+            fleet.put(candidate)
+    return fleet.pick(call)

@@ -1,0 +1,42 @@
+"""How many calls with the same cached prefix have come lately.
+
+Problem: if many calls with one prefix come together and one worker holds it, all of them are cheapest there, and that
+worker becomes a hot spot. To compute the prefix on other workers costs once and serves many calls.
+
+Method: a count for each prefix that falls by time to 1/e in MEMORY_S. The cost of computing the prefix elsewhere is
+divided by one plus the count, see cost.py. Memory is bounded: the prefixes that were not sent for the longest time are
+forgotten.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from math import exp
+from typing import Final
+
+MEMORY_S: Final = 2.0
+"""Time in which a count falls to 1/e."""
+MAX_PREFIXES: Final = 4096
+
+
+class HotPrefixes:
+    """Counts of recent calls by prefix. Times are monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[int, tuple[float, float]] = OrderedDict()
+        """Count and its time, by the hash of the prefix."""
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def recent(self, prefix: int, now: float) -> float:
+        """Return the number of calls that were sent with a prefix, older ones with less weight."""
+        count, at = self._counts.get(prefix, (0.0, now))
+        return count * exp(min(at - now, 0.0) / MEMORY_S)
+
+    def record(self, prefix: int, now: float) -> None:
+        """Record that a call with this prefix was sent."""
+        self._counts[prefix] = (self.recent(prefix, now) + 1, now)
+        self._counts.move_to_end(prefix)
+        if len(self._counts) > MAX_PREFIXES:
+            self._counts.popitem(last=False)

@@ -1,0 +1,116 @@
+"""How fast each worker of a model computes prompts, relative to the model's usual worker.
+
+Problem: a worker may be slow without failing any check, for example because its GPU is throttled or shared. Such a
+worker must get fewer calls within seconds, and again its share once it has recovered.
+
+Method. A sample is the number of prompt tokens that a worker has computed and the seconds that this took. Over all
+workers, a line of seconds by tokens is fitted with least squares: it gives the seconds that a usual worker needs, so
+that workers with short prompts, of which each has the fixed cost of an engine step, do not look slow. Samples of slow
+workers have a small weight in the fit. A worker's slowdown is the sum of its seconds divided by the sum of the seconds
+that the line predicts. PRIOR usual samples are added to both sums, and a sample counts at most CLIP times what the
+slowdown so far predicts, so that a single pause decides little. The sums decay with each sample, so that a few prompts
+show a change, and with time: a worker that gets no calls, since it was slow, is taken for a usual worker again, and the
+next calls show whether it is. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
+
+Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become slower alike,
+no slowdown changes for long.
+
+All times are monotonic seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import exp
+from typing import Final
+
+MEMORY_S: Final = 30.0
+"""Time in which the weight of a worker's samples falls to 1/e."""
+MODEL_MEMORY_S: Final = 300.0
+"""Time in which the weight of a model's samples falls to 1/e."""
+KEPT: Final = 0.8
+"""Factor by which the weight of a worker's samples falls with each new one."""
+PRIOR: Final = 1.0
+"""Number of usual samples that are added to those of a worker."""
+NOISE: Final = 1.3
+"""Ratio of times, or its inverse, up to which a worker counts as a usual one."""
+CLIP: Final = 4.0
+"""Largest ratio of a sample to what the slowdown so far predicts."""
+FASTEST, SLOWEST = 0.25, 100.0
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums of one worker's seconds and predicted seconds, as of the time `at`."""
+
+    at: float
+    taken_s: float = 0.0
+    usual_s: float = 0.0
+
+    def decay(self, now: float) -> None:
+        factor = exp(min(self.at - now, 0.0) / MEMORY_S)
+        self.at, self.taken_s, self.usual_s = now, self.taken_s * factor, self.usual_s * factor
+
+
+class PrefillTimes:
+    """Learned times of prompts for the workers of one model."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, _Sums] = {}
+        self._at = 0.0
+        self._count = self._tokens = self._tokens2 = self._seconds = self._products = 0.0
+        """Decayed and weighted sums over all samples, as of the time `_at`: their number, tokens, squared tokens,
+        seconds, and tokens times seconds."""
+
+    def __repr__(self) -> str:
+        return f"PrefillTimes({len(self._workers)} workers, {self.usual_s(1000):.4f} s for 1,000 tokens)"
+
+    def record(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
+        """Record that a worker has computed `tokens` prompt tokens in `seconds`."""
+        factor = exp(min(self._at - now, 0.0) / MODEL_MEMORY_S)
+        slowdown = max(self.slowdown(worker_id, now), 1.0)
+        weight = 1 / slowdown**2
+        if self._seconds:  # a prompt longer than all before it may take its share of their time, token by token
+            usual_s = max(self.usual_s(tokens), self._seconds / self._tokens * tokens)
+            seconds = min(seconds, CLIP * slowdown * usual_s)
+        self._at = now
+        self._count = self._count * factor + weight
+        self._tokens = self._tokens * factor + weight * tokens
+        self._tokens2 = self._tokens2 * factor + weight * tokens * tokens
+        self._seconds = self._seconds * factor + weight * seconds
+        self._products = self._products * factor + weight * tokens * seconds
+        sums = self._workers.setdefault(worker_id, _Sums(now))
+        sums.decay(now)
+        sums.taken_s = KEPT * sums.taken_s + seconds
+        sums.usual_s = KEPT * sums.usual_s + self.usual_s(tokens)
+
+    def usual_s(self, tokens: float) -> float:
+        """Return the seconds that a usual worker needs for a prompt with this many tokens to compute; 0 while
+        unknown."""
+        if not self._count:
+            return 0.0
+        mean_tokens, mean_s = self._tokens / self._count, self._seconds / self._count
+        variance = self._tokens2 / self._count - mean_tokens * mean_tokens
+        covariance = self._products / self._count - mean_tokens * mean_s
+        steepest = mean_s / mean_tokens if mean_tokens else 0.0  # the line through 0: a prompt takes no negative time
+        slope = min(max(covariance / variance, 0.0), steepest) if variance > 1e-6 * mean_tokens * mean_tokens else 0.0
+        return max(mean_s + slope * (tokens - mean_tokens), 0.0)
+
+    def slowdown(self, worker_id: str, now: float) -> float:
+        """Return the time that a worker needs for a prompt, relative to a usual worker."""
+        sums = self._workers.get(worker_id)
+        if sums is None or not self._seconds:
+            return 1.0
+        sums.decay(now)
+        prior_s = PRIOR * self._seconds / self._count
+        ratio = (sums.taken_s + prior_s) / (sums.usual_s + prior_s)
+        return 1.0 if 1 / NOISE <= ratio <= NOISE else min(max(ratio, FASTEST), SLOWEST)
+
+    def known(self) -> Iterable[str]:
+        """Return the ids of the workers with samples."""
+        return self._workers.keys()
+
+    def forget(self, worker_id: str) -> None:
+        """Forget a worker. Unknown workers are ignored."""
+        self._workers.pop(worker_id, None)

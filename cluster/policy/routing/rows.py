@@ -1,0 +1,69 @@
+"""The row of a worker: what a decision about a new call needs of the worker, computed when the worker has changed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cluster.policy.routing.cost import RoutingSettings, cost_per_token, standing_cost
+from cluster.policy.routing.rendezvous import hash64, mix64, preference
+from cluster.policy.routing.router import Candidate, RouteCall
+
+
+class Row(NamedTuple):
+    """What a decision needs of a worker.
+
+    `is_open`: whether the worker passes the filters that are equal for all calls. `max_tokens`: the largest prompt that
+    fits. `standing` and `per_token`: see cost.py. `hashed`: hash of the worker id. `shared_slots`: free sequences that
+    count for the slots that are reserved for other tenants."""
+
+    candidate: Candidate
+    worker_id: str
+    is_open: bool
+    max_tokens: float
+    standing: float
+    per_token: float
+    hashed: int
+    shared_slots: int
+
+
+def row_of(candidate: Candidate, settings: RoutingSettings, hashed: int | None = None) -> Row:
+    """Return the row of a worker. `hashed`: hash of its id, if known."""
+    c = candidate
+    stays = not c.draining and not c.retired
+    return Row(
+        c,
+        c.worker_id,
+        c.healthy and stays and c.free_sequences > 0,
+        min(c.free_tokens, c.prefill_budget - c.resumed_prefill - c.new_prefill)
+        if c.resumed_prefill
+        else c.free_tokens,
+        standing_cost(settings, c),
+        cost_per_token(settings, c),
+        hash64(c.worker_id) if hashed is None else hashed,
+        c.free_sequences if stays else 0,
+    )
+
+
+def cost_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
+    """Return the cost of a worker for a call, without the advantage of affinity."""
+    if settings.policy == "consistent_hash":
+        return -preference(call.affinity or call.prefix, row.hashed)
+    return row.standing + row.per_token * uncached_of(call, call.cached.get(row.worker_id, 0))
+
+
+def uncached_of(call: RouteCall, cached: float) -> float:
+    """Return how many tokens of a call count as uncached at a worker that holds `cached` tokens.
+
+    What another worker holds of the prompt is also needed by the recent calls that share it, so each bears a part."""
+    uncached = call.tokens - min(cached, call.tokens)
+    if not call.sharing or not call.cached:
+        return uncached
+    own = call.tokens - min(max(call.cached.values()), call.tokens)
+    return own + (uncached - own) / (1.0 + call.sharing)
+
+
+def two_of(call_id: str, count: int) -> tuple[int, int]:
+    """Return two different numbers in [0, count), drawn by the call's id. `count` is at least 2."""
+    chance = hash64(call_id)
+    first = chance % count
+    return first, (first + 1 + mix64(chance) % (count - 1)) % count

@@ -1,0 +1,344 @@
+"""Laws of the choice of a worker for a new call: by a loop, by numpy, and by the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from random import Random
+from statistics import fmean, pstdev
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.policy.routing.cost import CostWeights, PolicyName, RoutingSettings
+from cluster.policy.routing.fleet import Fleet, choose
+from cluster.policy.routing.hot_prefixes import MAX_PREFIXES, HotPrefixes
+from cluster.policy.routing.rendezvous import hash64
+from cluster.policy.routing.router import FILTERS, Candidate, RouteCall, needs_parser
+
+assert np.__name__ == "numpy", "a fleet uses numpy only if it is imported"
+
+POLICIES = get_args(PolicyName)
+NAMES = [f"w{number}" for number in range(12)]
+
+
+def worker(worker_id: str, **fields: object) -> Candidate:
+    """Return a worker of model m with 64 free slots."""
+    known: dict[str, object] = {
+        "worker_id": worker_id, "model": "m", "version": "v1", "free_sequences": 64, "free_tokens": 1_000_000,
+        "running": 0, "waiting": 0, "kv_usage": 0.0, "healthy": True, "draining": False,
+        "incarnation": f"{worker_id}-0",
+    }  # fmt: skip
+    return Candidate(**{**known, **fields})  # type: ignore[arg-type]
+
+
+# Few different values, so that equal costs are frequent.
+workers = st.builds(
+    lambda name, restarted, **fields: worker(name, incarnation=f"{name}-{restarted:d}", **fields),
+    st.sampled_from(NAMES),
+    st.booleans(),
+    version=st.sampled_from(["v1", "v2"]),
+    free_sequences=st.integers(0, 3),
+    free_tokens=st.sampled_from([0, 1000, 50_000]),
+    running=st.integers(0, 2),
+    waiting=st.integers(0, 2),
+    unanswered=st.integers(0, 1),
+    kv_usage=st.sampled_from([0.0, 0.5, 1.0]),
+    healthy=st.integers(0, 5).map(bool),
+    draining=st.integers(0, 5).map(lambda n: n == 0),
+    retired=st.integers(0, 5).map(lambda n: n == 0),
+    parses_tools=st.booleans(),
+    prefill_tokens=st.sampled_from([0, 0, 3000]),
+    resumed_prefill=st.sampled_from([0, 0, 100]),
+    new_prefill=st.sampled_from([0, 100]),
+    prefill_budget=st.sampled_from([150, 2000]),
+    last_sent=st.sampled_from([0.0, 1.0, 2.0]),
+    slowdown=st.sampled_from([1.0, 1.0, 0.7, 10.0]),
+)
+fleets = st.lists(workers, max_size=12, unique_by=lambda c: c.worker_id)
+calls = st.builds(
+    RouteCall,
+    st.just("m"),
+    st.sampled_from([1, 100, 1000, 20_000]),
+    reserved_slots=st.sampled_from([0, 0, 3]),
+    excluded=st.sampled_from([frozenset(), frozenset({"w1-0", "w2-1"})]),
+    versions=st.sampled_from([frozenset(), frozenset({"v1"}), frozenset({"v1", "v2"})]),
+    needs_tools=st.booleans(),
+    cached=st.dictionaries(st.sampled_from([*NAMES, "gone"]), st.sampled_from([16, 800, 30_000]), max_size=6),
+    sharing=st.sampled_from([0.0, 0.0, 0.3, 60.0]),
+    affinity=st.sampled_from([0, 0, 1, 2**64 - 1]),
+    prefix=st.integers(0, 2**64 - 1),
+    call_id=st.text(max_size=5),
+)
+policies = st.builds(RoutingSettings, st.sampled_from(POLICIES))
+
+
+def fleet_of(candidates: list[Candidate], settings: RoutingSettings, vector_from: int) -> Fleet:
+    """Return a fleet that uses numpy from `vector_from` workers on."""
+    fleet = Fleet(settings, vector_from)
+    for candidate in candidates:
+        fleet.put(candidate)
+    return fleet
+
+
+@given(
+    fleets,
+    calls,
+    policies,
+    st.sets(st.sampled_from([f"{name}-0" for name in NAMES]), max_size=3),
+    st.randoms(use_true_random=False),
+)
+def test_the_worker_passes_and_is_the_cheapest(
+    candidates: list[Candidate], call: RouteCall, settings: RoutingSettings, rejecting: set[str], chance: Random
+) -> None:
+    """The picked worker passes every filter, and no worker that passes has a lower cost.
+
+    Numpy, the loop and any order of the rows give the same decision with the same scores.
+    """
+    decision = fleet_of(candidates, settings, 99).pick(call, rejecting)
+    chance.shuffle(candidates)
+    for vector_from in (0, 99):
+        assert fleet_of(candidates, settings, vector_from).pick(call, rejecting) == decision
+    if not rejecting:
+        assert choose(call, candidates, settings) == decision
+    if decision.reason == "kept_free":
+        assert decision.worker_id is None
+        return
+    healthy = [dataclasses.replace(c, healthy=c.healthy and c.incarnation not in rejecting) for c in candidates]
+    needed = dataclasses.replace(call, needs_tools=needs_parser(call.needs_tools, healthy))
+    may = {c.worker_id for c in healthy if all(f.passes(needed, c) for f in FILTERS)}
+    scores = {score.worker_id: score for score in decision.scores}
+    assert scores.keys() == {c.worker_id for c in candidates}
+    assert {name for name, score in scores.items() if not score.dropped} == may
+    assert (decision.worker_id in may) if may else decision.worker_id is None
+    if decision.worker_id is not None:
+        if settings.policy != "power_of_two":
+            assert decision.worker_id == decision.scores[0].worker_id
+            assert all(scores[decision.worker_id].total <= scores[name].total for name in may)
+        for name in may:
+            assert sum(value for _, value in scores[name].parts) == pytest.approx(scores[name].total, abs=1e-6)
+
+
+@given(st.lists(st.one_of(workers, st.sampled_from(NAMES)), max_size=40), calls, policies, st.sampled_from([0, 4, 99]))
+def test_rows_that_change_are_rows_made_anew(
+    changes: list[Candidate | str], call: RouteCall, settings: RoutingSettings, vector_from: int
+) -> None:
+    """A fleet whose workers join, change and leave decides like a fleet that is made anew.
+
+    An earlier decision keeps its scores.
+    """
+    fleet, left = Fleet(settings, vector_from), dict[str, Candidate]()
+    for change in changes:
+        earlier, then = fleet.pick(call), list(left.values())
+        if isinstance(change, str):
+            fleet.remove(change)
+            left.pop(change, None)
+        else:
+            fleet.put(change)
+            left[change.worker_id] = change
+        assert earlier == choose(call, then, settings)
+        assert fleet.pick(call) == choose(call, left.values(), settings)
+        assert [*fleet.candidates] == sorted(left.values(), key=lambda c: c.worker_id)
+        assert fleet.busy == {name for name, c in left.items() if c.resumed_prefill}
+
+
+@pytest.mark.parametrize("vector_from", [0, 99])
+@pytest.mark.parametrize("policy", ["cost", "least_load", "round_robin"])
+def test_a_burst_of_equal_calls_spreads_over_equal_workers(policy: PolicyName, vector_from: int) -> None:
+    """64 calls that arrive together, with a prefix that all eight workers hold, are spread with a coefficient of
+    variation of at most 0.1."""
+    fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(policy), vector_from)
+    call = RouteCall("m", 10_000, cached={f"w{number}": 9_600 for number in range(8)})
+    sent = _send_all(fleet, call, 64, to_compute=400)
+    counts = [sent[f"w{number}"] for number in range(8)]
+    assert pstdev(counts) / fmean(counts) <= 0.1
+
+
+@pytest.mark.parametrize("vector_from", [0, 99])
+@pytest.mark.parametrize("holders", [0, 1, 3])
+@pytest.mark.parametrize("tokens", [2_000, 10_000])
+def test_a_burst_makes_no_hot_spot(holders: int, tokens: int, vector_from: int) -> None:
+    """64 calls that arrive together, with a prefix that none, one or three of eight workers hold, leave no worker with
+    more than 1.75 times the mean. The others must compute the prefix first, so the holders get a little more."""
+    fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(), vector_from)
+    prefix = tokens - 400
+    cached, hot, sent = {f"w{number}": prefix for number in range(holders)}, HotPrefixes(), Counter[str]()
+    for number in range(64):
+        now = number / 64_000
+        call = RouteCall("m", tokens, cached=dict(cached), sharing=hot.recent(1, now) if cached else 0.0)
+        chosen = fleet.pick(call).worker_id
+        assert chosen is not None
+        sent[chosen] += 1
+        if cached:
+            hot.record(1, now)
+        c = fleet.find(chosen)
+        assert c is not None
+        fleet.put(
+            dataclasses.replace(
+                c,
+                free_sequences=c.free_sequences - 1,
+                running=c.running + 1,
+                unanswered=c.unanswered + 1,
+                prefill_tokens=c.prefill_tokens + tokens - cached.get(chosen, 0),
+                last_sent=1.0 + now,
+            )
+        )
+        cached[chosen] = prefix
+    assert max(sent.values()) <= 1.75 * 64 / 8
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.floats(0, 3)), max_size=30), st.integers(0, 2**64 - 1))
+def test_recent_calls_fade(sent: list[tuple[int, float]], prefix: int) -> None:
+    """The count of a prefix is at most the number of its calls, falls with time alone, and memory is bounded."""
+    hot, now, calls = HotPrefixes(), 0.0, Counter[int]()
+    for other, later_s in [*sent, (prefix, 0.0)]:
+        now += later_s
+        hot.record(other, now)
+        calls[other] += 1
+        assert 1.0 <= hot.recent(other, now) <= calls[other]
+        assert hot.recent(other, now + 1) < hot.recent(other, now)
+    for number in range(2 * MAX_PREFIXES):
+        hot.record(number, now)
+    assert len(hot) == MAX_PREFIXES
+
+
+@pytest.mark.parametrize("vector_from", [0, 99])
+def test_calls_spread_by_size(vector_from: int) -> None:
+    """Calls to workers of 10, 20 and 70 slots are spread in proportion to the sizes."""
+    fleet = fleet_of(
+        [worker(name, free_sequences=n) for name, n in (("s", 10), ("m", 20), ("l", 70))],
+        RoutingSettings(),
+        vector_from,
+    )
+    assert _send_all(fleet, RouteCall("m", 1), 50, to_compute=0) == {"s": 5, "m": 10, "l": 35}
+
+
+def _send_all(fleet: Fleet, call: RouteCall, count: int, to_compute: int) -> Counter[str]:
+    """Send equal calls one after the other, each before the answer to any other. Return the calls of each worker."""
+    sent: Counter[str] = Counter()
+    for number in range(count):
+        chosen = fleet.pick(call).worker_id
+        assert chosen is not None
+        sent[chosen] += 1
+        c = fleet.find(chosen)
+        assert c is not None
+        fleet.put(
+            dataclasses.replace(
+                c,
+                free_sequences=c.free_sequences - 1,
+                running=c.running + 1,
+                prefill_tokens=c.prefill_tokens + to_compute,
+                last_sent=1.0 + number,
+            )
+        )
+    return sent
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.9])
+def test_a_slow_worker_gets_few_calls(load: float) -> None:
+    """Of eight workers, one that needs ten times as long gets at most a tenth of a usual worker's calls, at any load.
+
+    `load`: share of the capacity of all workers that is used. The workers compute one prompt after the other.
+    """
+    slowdowns = [10.0, *[1.0] * 7]
+    names = [f"w{number}" for number in range(8)]
+    fleet = fleet_of(
+        [worker(name, slowdown=slow) for name, slow in zip(names, slowdowns, strict=True)], RoutingSettings(), 99
+    )
+    every_s, ends = 1 / (load * sum(1 / slow for slow in slowdowns)), {name: list[float]() for name in names}
+    sent: Counter[str] = Counter()
+    for number in range(2000):
+        now = number * every_s
+        for name, slow in zip(names, slowdowns, strict=True):
+            left = ends[name] = [end for end in ends[name] if end > now]
+            waits = 1000 * len(left)
+            fleet.put(
+                worker(name, slowdown=slow, running=len(left), free_sequences=500 - len(left), prefill_tokens=waits)
+            )
+        chosen = fleet.pick(RouteCall("m", 1000)).worker_id
+        assert chosen is not None
+        sent[chosen] += 1
+        ends[chosen].append(max([now, *ends[chosen]]) + slowdowns[names.index(chosen)])
+    assert sent["w0"] * 10 <= sent["w1"]
+
+
+def test_a_key_prefers_one_worker_until_load_says_otherwise() -> None:
+    """Calls with one affinity key go to one worker while the workers are equal, and different keys to all workers.
+
+    A worker that is much more loaded than the others loses its keys.
+    """
+    fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(), 99)
+    keys = [RouteCall("m", 1000, affinity=hash64(f"tenant\0key {number}")) for number in range(400)]
+    homes = Counter(fleet.pick(call).worker_id for call in keys)
+    assert len(homes) == 8
+    assert max(homes.values()) <= 2 * min(homes.values())
+    call = keys[0]
+    home = fleet.pick(call).worker_id
+    assert home is not None
+    assert dict(fleet.pick(call).scores[0].parts)["affinity"] == -CostWeights().affinity
+    fleet.put(worker(home, running=4, free_sequences=60))
+    assert fleet.pick(call).worker_id == home
+    fleet.put(worker(home, running=40, free_sequences=24))
+    assert fleet.pick(call).worker_id != home
+
+
+@given(st.sets(st.sampled_from(NAMES), min_size=2), st.integers(0, 2**64 - 1))
+def test_a_worker_that_leaves_moves_only_its_own_prefixes(names: set[str], prefix: int) -> None:
+    """With consistent hashing, a prefix changes its worker only if that worker leaves."""
+    settings = RoutingSettings("consistent_hash")
+    everyone = [worker(name) for name in sorted(names)]
+    call = RouteCall("m", 100, prefix=prefix)
+    home = choose(call, everyone, settings).worker_id
+    for gone in everyone:
+        again = choose(call, [c for c in everyone if c is not gone], settings).worker_id
+        assert (again == home) is (gone.worker_id != home)
+
+
+def test_explain_names_every_candidate() -> None:
+    """The explanation is one line with the choice, the reason, the parts of each cost, and the filter that dropped a
+    candidate."""
+    fleet = [worker("busy", running=16, free_sequences=48), worker("idle"), worker("leaving", draining=True)]
+    text = choose(RouteCall("m", 100, cached={"busy": 100}), fleet).explain()
+    assert text == (
+        "to idle, least_loaded: idle 862.500 (waiting_prefill 0.000, load 62.500, queue 0.000, memory 0.000, "
+        "uncached_tokens 800.000); busy 18062.500 (waiting_prefill 0.000, load 18062.500, queue 0.000, memory 0.000, "
+        "uncached_tokens 0.000); leaving draining"
+    )
+    assert choose(RouteCall("m", 100), []).explain() == "nowhere, no_worker: no candidates"
+
+
+@pytest.mark.parametrize(
+    ("load", "part"),
+    [
+        ({"running": 4}, "load"),
+        ({"kv_usage": 0.4}, "memory"),
+        ({"waiting": 1}, "queue"),
+        ({"prefill_tokens": 2048}, "waiting_prefill"),
+    ],
+)
+def test_each_kind_of_load_counts(load: dict[str, object], part: str) -> None:
+    """Of two workers that differ in one kind of load, the one with less load is chosen because of that part."""
+    decision = choose(RouteCall("m", 100), [worker("a", **load), worker("b")])
+    assert (decision.worker_id, decision.reason) == ("b", "least_loaded")
+    best, other = (dict(score.parts) for score in decision.scores)
+    assert {name for name in best if best[name] != other[name]} == {part}
+    assert best[part] < other[part]
+
+
+@pytest.mark.parametrize("cached", [64, 4096, 100_000])
+def test_the_worker_that_holds_most_of_a_prompt_gets_it(cached: int) -> None:
+    """Of equal workers, the one that holds most of the prompt is chosen."""
+    call = RouteCall("m", 100_000, cached={"b": cached, "c": cached // 2})
+    decision = choose(call, [worker("a"), worker("b"), worker("c")])
+    assert (decision.worker_id, decision.reason) == ("b", "cached_prefix")
+
+
+def test_load_outvotes_blocks() -> None:
+    """A worker that is full, or whose queue is longer than the prompt, loses calls in spite of its blocks."""
+    call = RouteCall("m", 5000, cached={"b": 5000})
+    assert choose(call, [worker("a"), worker("b")]).worker_id == "b"
+    for load in ({"running": 63, "free_sequences": 1}, {"prefill_tokens": 100_000}, {"waiting": 40}):
+        assert choose(call, [worker("a"), worker("b", **load)]).worker_id == "a"

@@ -1,0 +1,97 @@
+"""Laws of the learned prefill times."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from cluster.policy.routing.prefill_times import FASTEST, MEMORY_S, SLOWEST, PrefillTimes
+
+samples = st.lists(
+    st.tuples(st.sampled_from("abc"), st.integers(1, 200_000), st.floats(1e-4, 1e3), st.floats(0, 100)), max_size=60
+)
+
+
+def served(slowdowns: dict[str, float], seed: int, count: int, times: PrefillTimes, now: float = 0.0) -> float:
+    """Record the prompts of workers that need 10 ms and 0.1 ms a token, times their slowdown. Return the last time."""
+    chance = Random(seed)
+    for _ in range(count):
+        for name, slowdown in slowdowns.items():
+            tokens = int(chance.expovariate(1 / 2000)) + 1
+            seconds = slowdown * (0.01 + 1e-4 * tokens) * chance.uniform(0.8, 1.25)
+            now += seconds / len(slowdowns)
+            times.record(name, tokens, seconds, now)
+    return now
+
+
+@given(samples)
+def test_a_slowdown_is_bounded(samples: list[tuple[str, int, float, float]]) -> None:
+    """Whatever was measured, a slowdown is within its bounds, and the predicted time is finite and not negative."""
+    times, now = PrefillTimes(), 0.0
+    for name, tokens, seconds, later_s in samples:
+        now += later_s
+        times.record(name, tokens, seconds, now)
+        assert all(FASTEST <= times.slowdown(name, now) <= SLOWEST for name in "abcd")
+        assert times.slowdown("d", now) == 1.0
+        assert all(0.0 <= times.usual_s(tokens) < 1e9 for tokens in (0, 1, 1000, 10**6))
+
+
+@given(st.integers(0, 2**32), st.sampled_from([3.0, 10.0]))
+def test_a_slow_worker_is_known_after_a_few_prompts(seed: int, slow: float) -> None:
+    """A worker that becomes slow has a slowdown of more than a quarter of its own after four prompts.
+
+    The others stay near 1, whatever the sizes of the prompts.
+    """
+    times = PrefillTimes()
+    usual = dict.fromkeys("abcdefgh", 1.0)
+    now = served(usual, seed, 40, times)
+    assert all(times.slowdown(name, now) == pytest.approx(1.0, abs=0.3) for name in usual)
+    for tokens in (1000, 2000, 3000, 2000):
+        now += slow * 0.2
+        times.record("a", tokens, slow * (0.01 + 1e-4 * tokens), now)
+    assert times.slowdown("a", now) > slow / 4
+    assert all(times.slowdown(name, now) == pytest.approx(1.0, abs=0.3) for name in "bcdefgh")
+
+
+@given(st.integers(0, 2**32))
+def test_a_worker_without_calls_becomes_a_usual_one(seed: int) -> None:
+    """The slowdown of a worker that gets no more calls tends to 1."""
+    times = PrefillTimes()
+    now = served({"a": 10.0} | dict.fromkeys("bcdefgh", 1.0), seed, 30, times)
+    before = times.slowdown("a", now)
+    assert before > 3
+    assert times.slowdown("a", now + 2 * MEMORY_S) < before
+    assert times.slowdown("a", now + 10 * MEMORY_S) == 1.0
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000), st.floats(1e-3, 1.0), st.floats(1e-6, 1e-2))
+def test_short_prompts_do_not_look_slow(short: int, long: int, fixed_s: float, token_s: float) -> None:
+    """Workers of one speed are alike, though one computes short prompts only and the other long ones."""
+    assume(long >= 2 * short)
+    times, now = PrefillTimes(), 0.0
+    for _ in range(50):
+        for name, tokens in (("a", short), ("b", long)):
+            times.record(name, tokens, fixed_s + token_s * tokens, now)
+    for name in "ab":
+        assert times.slowdown(name, now) == pytest.approx(1.0, abs=0.1)
+
+
+@given(st.integers(0, 2**32), st.floats(0.5, 1e4))
+def test_a_single_pause_decides_little(seed: int, pause_s: float) -> None:
+    """One prompt that takes much longer, for whatever reason, raises a worker's slowdown to at most 2.5."""
+    times = PrefillTimes()
+    now = served(dict.fromkeys("abcdefgh", 1.0), seed, 20, times)
+    times.record("a", 1000, pause_s, now)
+    assert times.slowdown("a", now) <= 2.5
+
+
+def test_a_forgotten_worker_is_unknown() -> None:
+    times = PrefillTimes()
+    served({"a": 10.0, "b": 1.0}, 1, 10, times)
+    assert {*times.known()} == {"a", "b"}
+    times.forget("a")
+    times.forget("a")
+    assert (times.slowdown("a", 0.0), {*times.known()}) == (1.0, {"b"})
