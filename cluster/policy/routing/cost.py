@@ -52,7 +52,7 @@ class CostWeights:
     """Cost of a sequence of another gateway in the engine's queue."""
     memory: float = 8_000.0
     """Cost of a worker whose KV memory is full."""
-    affinity: float = 16_000.0
+    affinity: float = 32_000.0
     """Advantage of the preferred worker of a call's affinity key."""
 
 

@@ -7,8 +7,8 @@ Method. A sample is the number of prompt tokens that a worker has computed and t
 workers, a line of seconds by tokens is fitted with least squares: it gives the seconds that a usual worker needs, so
 that workers with short prompts, of which each has the fixed cost of an engine step, do not look slow. Samples of slow
 workers have a small weight in the fit. A worker's slowdown is the sum of its seconds divided by the sum of the seconds
-that the line predicts. PRIOR usual samples are added to both sums, and a sample counts at most CLIP times what the
-slowdown so far predicts, so that a single pause decides little. The sums decay with each sample, so that a few prompts
+that the line predicts. PRIOR usual samples, and at least PRIOR_S, are added to both sums, and a sample counts at most
+CLIP times what the slowdown so far predicts, so that a single pause decides little. The sums decay with each sample, so that a few prompts
 show a change, and with time: a worker that gets no calls, since it was slow, is taken for a usual worker again, and the
 next calls show whether it is. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
 
@@ -33,6 +33,8 @@ KEPT: Final = 0.8
 """Factor by which the weight of a worker's samples falls with each new one."""
 PRIOR: Final = 1.0
 """Number of usual samples that are added to those of a worker."""
+PRIOR_S: Final = 0.1
+"""Seconds that are added at least. Times of short prompts are those of engine steps, and differ between equal workers."""
 NOISE: Final = 1.3
 """Ratio of times, or its inverse, up to which a worker counts as a usual one."""
 CLIP: Final = 4.0
@@ -103,7 +105,7 @@ class PrefillTimes:
         if sums is None or not self._seconds:
             return 1.0
         sums.decay(now)
-        prior_s = PRIOR * self._seconds / self._count
+        prior_s = max(PRIOR * self._seconds / self._count, PRIOR_S)
         ratio = (sums.taken_s + prior_s) / (sums.usual_s + prior_s)
         return 1.0 if 1 / NOISE <= ratio <= NOISE else min(max(ratio, FASTEST), SLOWEST)
 

@@ -293,7 +293,7 @@ async def test_a_late_first_token_comes_from_a_second_worker(
         whole = (await cluster.stub.Complete(request)).choices[0].text
         await asyncio.gather(*(cluster.stub.Complete(request) for _ in range(learnt)))
         policy = gateway.scheduler.hedges.policy
-        await until(lambda: policy.knows("sim", 1, gateway.service.clock()), "it is known when a first token is late")
+        await until(lambda: policy.knows("sim", 5, gateway.service.clock()), "it is known when a first token is late")
 
         engine = sim_engine(checkpoint, decode_ms=60_000)
         slow = await start_worker(engine, bundle, links)
