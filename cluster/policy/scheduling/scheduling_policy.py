@@ -54,12 +54,21 @@ class Workers(Protocol):
 class SchedulingPolicy:
     """The scheduling policy of one gateway, for all models."""
 
-    def __init__(self, room: WaitingRoom, workers: Workers, resume_wait_s: float, losses: WorkerLosses) -> None:
-        """`room`: queue of new sequences. `resume_wait_s`: longest wait of a sequence for a compatible worker."""
+    def __init__(
+        self,
+        room: WaitingRoom,
+        workers: Workers,
+        resume_wait_s: float,
+        losses: WorkerLosses,
+        pick_new: Callable[[RouteCall, Sequence[Candidate]], RoutingDecision] = pick,
+    ) -> None:
+        """`room`: queue of new sequences. `resume_wait_s`: longest wait of a sequence for a compatible worker.
+        `pick_new`: picks the worker of a new sequence."""
         self.room = room
         self.resuming = ResumeQueue(resume_wait_s)
         self.losses = losses
         self._workers = workers
+        self._pick_new = pick_new
         self._versions: dict[str, Versions] = {}
         """Versions on which the sequences in the waiting room may begin; without an entry, any version."""
 
@@ -151,9 +160,9 @@ class SchedulingPolicy:
         call = RouteCall(entry.model, entry.tokens, keep_free, versions=first, cached=cached)
         if needs_parser(entry.needs_tools, candidates):
             call = replace(call, needs_tools=True)
-        decision = pick(call, candidates)
+        decision = self._pick_new(call, candidates)
         if decision.worker_id is None and len(versions.all) > 1:
-            decision = pick(replace(call, versions=versions.all), candidates)
+            decision = self._pick_new(replace(call, versions=versions.all), candidates)
         return decision
 
     # ---- resumed sequences
