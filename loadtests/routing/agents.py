@@ -26,7 +26,7 @@ TENANTS = (
     AgentTenant("middle", 2.0, 60, 4.0),
     AgentTenant("large", 3.0, 90, 4.0),
 )
-WORKERS, BLOCKS = 4, 3000
+WORKERS, BLOCKS = 8, 2400
 PRECISE = ("longest prefix", "prefix or load")
 SERVICE = ServiceWeights()
 SAMPLE_S = 0.1

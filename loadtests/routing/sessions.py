@@ -35,10 +35,10 @@ class SessionsConfig:
     turns: int = 43
     shared_tokens: int = 10_000
     first_tokens: int = 1_000
-    new_tokens: int = 900
-    output_tokens: int = 250
-    start_s: float = 60.0
-    spawns: float = 0.05
+    new_tokens: int = 700
+    output_tokens: int = 220
+    start_s: float = 300.0
+    spawns: float = 0.03
     sub_agents: int = 3
     sub_turns: int = 3
 
