@@ -16,7 +16,7 @@ from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 
 CALLS, AFTER_S, WARM_S = 64, 5.0, 60.0
-SHARED_BLOCKS = 16
+SHARED_BLOCKS = 8
 OWN_TOKENS, OUTPUT_TOKENS = 200, 256
 ALL = "64 equal calls in 1 ms, all of 8 workers hold the prefix: coefficient of variation of calls"
 ONE = "64 equal calls in 1 ms, one worker holds the prefix: most calls at a worker after 5 s, against the mean"

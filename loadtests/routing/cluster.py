@@ -79,20 +79,21 @@ class Cluster:
             for at in range(config.workers)
         ]
         self.gateways: dict[int, RoutingGateway] = {}
+        self._started = 0
         self._feeds: dict[tuple[int, int], KvFeed] = {}
         for _ in range(config.gateways):
             self.add_gateway()
         for worker in self.workers:
             self.events.every(LOAD_S, lambda w=worker: self._report_load(w))  # type: ignore[misc]
-        self.events.every(REPORT_S, lambda: [gateway.claim_now() for gateway in self.gateways.values()] and None)
+        self.events.every(REPORT_S, self._report_claims)
         self.events.every(SWEEP_S, self._sweep)
 
     # ---- processes
 
     def add_gateway(self) -> int:
         """Start a gateway, to which all workers link; return its number."""
-        number = len(self._numbers())
-        config = self.config
+        number, config = self._started, self.config
+        self._started += 1
         build = config.picker_of or POLICIES[config.policy]
         rng = Random(f"{config.seed} {number}")
         gateway = self.gateways[number] = RoutingGateway(
@@ -115,6 +116,7 @@ class Cluster:
                 config.lateness,
                 lambda change, at=at: gateway.apply(at, change),  # type: ignore[misc]
             )
+            self.report_blocks(worker)  # the snapshot has these changes; later ones follow it
             self._feeds[number, at] = feed
             feed.send(worker.attach(number))
         return number
@@ -126,10 +128,6 @@ class Cluster:
             worker.detach(number)
             self._feeds.pop((number, worker.number)).is_open = False
         return [call for call in gateway.calls.values() if call.bound < 0]
-
-    def _numbers(self) -> set[int]:
-        self._known = getattr(self, "_known", set()) | set(self.gateways)
-        return self._known
 
     # ---- calls
 
@@ -252,6 +250,10 @@ class Cluster:
         waiting, usage = worker.waiting, worker.cache.usage
         for gateway in self.gateways.values():
             gateway.reported(worker.number, waiting, usage)
+
+    def _report_claims(self) -> None:
+        for gateway in self.gateways.values():
+            gateway.claim_now()
 
     def _sweep(self) -> None:
         for gateway in self.gateways.values():

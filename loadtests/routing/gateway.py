@@ -71,6 +71,7 @@ class RoutingGateway:
         self._carry_out = carry_out
         self._claim = claim
         self._claimed = 0
+        self._now = 0.0
         self._hedger = hedger
         self._cached, self._outputs = LearntOutputs(default_tokens=0), LearntOutputs()
         self._cancel = cancel
@@ -78,7 +79,7 @@ class RoutingGateway:
         self._head: RoutedCall | None = None
         self._head_cached: Mapping[str, int] = {}
         room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=order_of)
-        picker = picker_of(PickerView(self.rates.relative, self._first_block))
+        picker = picker_of(PickerView(self._slowness, self._first_block))
         self.policy = SchedulingPolicy(room, self, 1e9, WorkerLosses(), picker)
 
     # ---- calls
@@ -103,6 +104,7 @@ class RoutingGateway:
 
     def pump(self, now: float) -> None:
         """Send waiting calls while a worker has capacity."""
+        self._now = now
         for instruction in self.policy.assign(MODEL, now):
             if not isinstance(instruction, Send):
                 raise RuntimeError(f"a call was not sent: {instruction}")
@@ -183,7 +185,7 @@ class RoutingGateway:
 
     # ---- links
 
-    def join(self, worker: int, grant_free: bool = True) -> None:
+    def join(self, worker: int) -> None:
         """Add a worker, of whose blocks nothing is known before its snapshot."""
         self.index.add_worker(str(worker))
 
@@ -255,6 +257,9 @@ class RoutingGateway:
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""
         return False
+
+    def _slowness(self, worker_id: str) -> float:
+        return self.rates.slowness(int(worker_id), self._now)
 
     def _first_block(self) -> int:
         """Name of the routed prompt: the hash of its first blocks, 0 for a prompt without whole blocks."""

@@ -39,7 +39,7 @@ def run(is_killed: bool, seed: int) -> list[tuple[float, int, int]]:
 
 
 def replace_gateway(cluster: Cluster, number: int) -> list[RoutedCall]:
-    """Kill a gateway and start another, to which the callers of waiting calls turn; return these calls."""
+    """Kill a gateway and start another, to which the callers of waiting calls turn. Returns these calls."""
     waiting = cluster.kill_gateway(number)
     new = cluster.add_gateway()
     for call in waiting:

@@ -35,18 +35,18 @@ class CostWeights:
 
     `computed`: price of a token that the worker must compute. It is above 1, since others wait for it too, and since
     another copy of a prefix evicts blocks that would have been found later. `slots`: slots of a worker; 0: as many as
-    run and may be sent now. `is_rated`: whether the slowness is used, else 1. `patience`: a call waits for a worker
-    without free credit that holds a part of its prompt if its first token comes sooner there than `patience` times the
-    time at the best other worker. 0: it never waits.
+    run and may be sent now. `is_rated`: whether the slowness is used, else 1. `patience`: a call waits for the worker
+    of the least cost, if that one has no free credit, when its first token comes sooner there than at the best other
+    worker, or within this number of prompt tokens. 0: it never waits.
     """
 
     computed: float = 8.0
     full: float = 256_000.0
-    power: float = 2.0
+    power: float = 1.0
     memory: float = 8_000.0
     slots: int = 64
     is_rated: bool = True
-    patience: float = 0.0
+    patience: float = 6_000.0
 
     def own_wait(self, call: RouteCall, candidate: Candidate) -> float:
         """Return the number of prompt tokens that are computed at a candidate before the call's first token."""
@@ -88,15 +88,18 @@ def cost(weights: CostWeights) -> Callable[[PickerView, Random], Picker]:
         def slowness(at: Candidate) -> float:
             return view.slowness(at.worker_id) if weights.is_rated else 1.0
 
+        def order(call: RouteCall, at: Candidate) -> tuple[float, float, str]:
+            return weights.cost(call, at, slowness(at)), at.last_sent, at.worker_id
+
         def picker(call: RouteCall, candidates: Sequence[Candidate]) -> RoutingDecision:
             fitting = [candidate for candidate in candidates if _fits(call, candidate)]
             if not fitting:
                 return _NONE
-            best = min(fitting, key=lambda at: (weights.cost(call, at, slowness(at)), at.last_sent, at.worker_id))
-            if weights.patience and call.cached and len(fitting) < len(candidates):
-                here = weights.patience * slowness(best) * weights.own_wait(call, best)
-                others = (at for at in candidates if at.worker_id in call.cached and not _fits(call, at))
-                if any(slowness(at) * weights.own_wait(call, at) < here for at in others):
+            best = min(fitting, key=lambda at: order(call, at))
+            if weights.patience and len(fitting) < len(candidates):
+                least = min(candidates, key=lambda at: order(call, at))
+                here, there = (slowness(at) * weights.own_wait(call, at) for at in (best, least))
+                if least is not best and there < max(here, weights.patience):
                     return RoutingDecision(None, WAITS, ())
             return _decided(best, call)
 

@@ -1,7 +1,9 @@
-"""Part slow: one of eight workers is ten times slower and passes its checks. Measured rates, hedging, and neither.
+"""Part slow: at any time one of eight workers is ten times slower and passes its checks. Rates, hedging, and neither.
 
-The calls are those of Azure's conversation trace, whose prompts are short enough that the slow worker, not the longest
-prompt, decides the p99 of the time to first token.
+Every EPISODE_S another worker is slow. While one stays slow, the measured rates alone keep nearly all calls away from
+it; hedging helps the calls that a worker already has when it becomes slow. The calls are those of Azure's conversation
+trace, whose prompts are so short that the slow worker, not the longest prompt, decides the p99 of the time to first
+token.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from loadtests.routing.traffic import azure
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 
-SLOWNESS, SPEED, CALLS, SHARE = 10.0, 4.0, 12_000, 0.01
+SLOWNESS, EPISODE_S = 10.0, 20.0
+SPEED, CALLS, SHARE = 4.0, 12_000, 0.01
 NEITHER, RATES, BOTH = "neither", "rates", "rates and hedging"
 AGAINST_NEITHER = "one of 8 workers 10x slower: p99 TTFT with rates and hedging, against neither"
 AGAINST_RATES = "one of 8 workers 10x slower: p99 TTFT with rates and hedging, against rates alone"
@@ -36,10 +39,19 @@ def run(label: str, seed: int, most: int = CALLS) -> tuple[Outcome, int]:
     config = ClusterConfig(
         OURS if label != NEITHER else "cost without rates",
         seed=seed,
-        slow=((0, SLOWNESS),),
         hedger_of=production_hedger(SHARE) if label == BOTH else None,
     )
-    cluster = replay(Cluster(config), azure(SPEED, most))
+    cluster = Cluster(config)
+    episodes = 0
+
+    def next_episode() -> None:
+        nonlocal episodes
+        cluster.workers[episodes % config.workers].set_slowness(1.0)
+        episodes += 1
+        cluster.workers[episodes % config.workers].set_slowness(SLOWNESS)
+
+    cluster.events.every(EPISODE_S, next_episode)
+    replay(cluster, azure(SPEED, most))
     return measured(label, cluster), sum(call.ends > 1 for call in cluster.calls)
 
 

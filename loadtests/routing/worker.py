@@ -156,6 +156,12 @@ class PrefixWorker:
         self._queue.append(job)
         self._go_on()
 
+    def set_slowness(self, slowness: float) -> None:
+        """Change the speed of the engine from now on."""
+        self._advance()
+        self.slowness = slowness
+        self._go_on()
+
     def cancel(self, call_id: str) -> None:
         """Abort a call; nothing more is sent for it. Unknown calls are ignored. A prompt that is being computed ends
         with its current chunk."""

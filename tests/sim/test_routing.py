@@ -43,9 +43,7 @@ def traffic(seed: int, calls: int = 60, per_s: float = 4.0) -> Timed:
 
 def small(policy: str = "cost", *, lateness: Lateness = LATE, seed: int = 1, gateways: int = 2) -> Cluster:
     """Return a cluster of three workers whose caches hold less than the traffic."""
-    return Cluster(
-        ClusterConfig(policy, workers=3, blocks=60, gateways=gateways, seed=seed, lateness=lateness)
-    )
+    return Cluster(ClusterConfig(policy, workers=3, blocks=60, gateways=gateways, seed=seed, lateness=lateness))
 
 
 def history(cluster: Cluster) -> list[tuple[float, ...]]:
@@ -244,7 +242,9 @@ def test_a_feed_applies_each_batch_once_in_order(seed: int, lost: float, gaps: l
 
 def test_sessions_share_and_extend() -> None:
     """Sessions run all of their turns, and each turn finds the turn before and the shared tokens in a cache."""
-    config = SessionsConfig((AgentTenant("a", 1.0, 4, 1.0), AgentTenant("b", 2.0, 2, 1.0)), turns=5, start_s=20.0, spawns=0.3)
+    config = SessionsConfig(
+        (AgentTenant("a", 1.0, 4, 1.0), AgentTenant("b", 2.0, 2, 1.0)), turns=5, start_s=20.0, spawns=0.3
+    )
     cluster = Cluster(ClusterConfig(workers=2, blocks=2000))
     sessions = Sessions(config, cluster, 1)
     sessions.run()

@@ -1,0 +1,74 @@
+"""Tests of the scenario routing: its parts run on small cells, and its figures mean what their names say."""
+
+from __future__ import annotations
+
+import importlib
+from itertools import pairwise
+
+import pytest
+
+from loadtests import traces
+from loadtests.__main__ import SCENARIOS
+from loadtests.routing import agents, azure, burst, gateways, mooncake, new_gateway, slow
+from loadtests.routing.outcome import variation
+from loadtests.routing.policies import OURS
+from loadtests.routing.sessions import AgentTenant, SessionsConfig
+from loadtests.scenarios import routing
+
+has_traces = pytest.mark.skipif(not traces.DEFAULT_FOLDER.is_dir(), reason="the traces are absent")
+
+
+def test_every_part_has_rows() -> None:
+    """The scenario is registered, and each of its parts has rows with bounds."""
+    assert "routing" in SCENARIOS
+    for name in routing.PARTS:
+        assert importlib.import_module(f"loadtests.routing.{name}").ROWS
+
+
+@pytest.mark.parametrize("holders", [1, 8])
+def test_a_burst_is_sent_whole(holders: int) -> None:
+    """All calls of a burst have been sent after five seconds, evenly if all workers hold the prefix."""
+    loads = burst.loads(OURS, holders, 1)
+    assert sum(loads) == burst.CALLS
+    assert variation(loads) <= 0.1 or holders == 1
+
+
+def test_small_agent_cell() -> None:
+    """Agents of three tenants find most of their prompts in caches, and no tenant gains much on another."""
+    tenants = tuple(AgentTenant(name, weight, 3, 1.0) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 3.0)))
+    outcome, gap = agents.run(OURS, 1, SessionsConfig(tenants, turns=4, start_s=10.0), blocks=400)
+    assert outcome.calls >= 36
+    assert outcome.hits > 0.8
+    assert 0 <= gap <= 1
+
+
+def test_time_until_hits_are_back() -> None:
+    """The time counts to the first moment after which the window has enough hits at the new gateway."""
+    times = [new_gateway.KILL_S + number for number in range(100)]
+    usual = [(at, number % 2, 100) for number, at in enumerate(times)]
+    lost = [(at, 2, 0 if at < new_gateway.KILL_S + 3 else 100) for at in times]
+    none = [(at, 2, 0) for at in times]
+    assert 0 < new_gateway.back_after_s(lost, usual) <= 3
+    assert new_gateway.back_after_s([(at, 2, 100) for at in times], usual) == 0
+    assert new_gateway.back_after_s(none, usual) == pytest.approx(97, abs=3)
+
+
+@has_traces
+@pytest.mark.slow
+def test_small_cells_of_the_traces() -> None:
+    """The beginning of each trace runs: prefixes are found by our policy, and nothing in a trace without reuse."""
+    ours, theirs = (mooncake.run(policy, 600, 1, most=300) for policy in (OURS, "round robin"))
+    assert ours.cached > 2 * theirs.cached
+    assert ours.mean_s < theirs.mean_s
+    assert not azure.run(OURS, 1, most=200).cached
+    outcome, twice = slow.run(slow.NEITHER, 1, most=200)
+    assert outcome.calls == 200
+    assert not twice
+
+
+@has_traces
+@pytest.mark.slow
+def test_more_gateways_find_as_much() -> None:
+    """Several gateways together find about as many cached tokens as one."""
+    rates = [gateways.run(count, 1, most=300).hit_rate for count in (1, 4)]
+    assert all(abs(one - other) < 0.03 for one, other in pairwise(rates))
