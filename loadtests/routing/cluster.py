@@ -163,8 +163,12 @@ class Cluster:
 
     def _submit(self, number: int, call: RoutedCall, worker: int) -> None:
         self.on_event("bound", call)
-        self.events.after(self.config.link_s, lambda: self.workers[worker].submit(number, call.call_id, call.prompt))
 
+        def arrive() -> None:
+            if number in self.gateways:  # else the link has ended, and its messages are lost
+                self.workers[worker].submit(number, call.call_id, call.prompt)
+
+        self.events.after(self.config.link_s, arrive)
         gateway = self.gateways[number]
         if gateway.next_due < float("inf"):
             self._plan_hedging(gateway)

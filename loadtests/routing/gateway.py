@@ -79,7 +79,7 @@ class RoutingGateway:
         self._head: RoutedCall | None = None
         self._head_cached: Mapping[str, int] = {}
         room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=order_of)
-        picker = picker_of(PickerView(self._slowness, self._first_block))
+        picker = picker_of(PickerView(self._slowness, self._first_block, self._foreign))
         self.policy = SchedulingPolicy(room, self, 1e9, WorkerLosses(), picker)
 
     # ---- calls
@@ -260,6 +260,10 @@ class RoutingGateway:
 
     def _slowness(self, worker_id: str) -> float:
         return self.rates.slowness(int(worker_id), self._now)
+
+    def _foreign(self, worker_id: str) -> int:
+        link = self._links[int(worker_id)]
+        return max(link.waiting - len(link.prefill), 0)
 
     def _first_block(self) -> int:
         """Name of the routed prompt: the hash of its first blocks, 0 for a prompt without whole blocks."""

@@ -20,26 +20,31 @@ LEAST_LOADED, CACHED, WAITS = "least_loaded", "cached_prefix", "waits_for_cache"
 @dataclass(frozen=True, slots=True)
 class PickerView:
     """What a policy may read of its gateway. `slowness(worker id)`: how many times slower than the median the worker
-    computes prompts. `prefix()`: hash of the first blocks of the prompt, 0 for a short prompt."""
+    computes prompts. `prefix()`: hash of the first blocks of the prompt, 0 for a short prompt. `foreign(worker id)`:
+    number of calls of other gateways in the worker's queue, as of its last report."""
 
     slowness: Callable[[str], float]
     prefix: Callable[[], int]
+    foreign: Callable[[str], int]
 
 
 @dataclass(frozen=True, slots=True)
 class CostWeights:
     """Weights of the cost of a worker for a call, in prompt tokens to compute:
 
-        cost = slowness * (waiting_prefill + computed * uncached + load + memory * kv_usage ** 2)
+        cost = slowness * (waiting + computed * uncached + load + memory * kv_usage ** 2)
+        waiting = waiting_prefill + queued * foreign
         load = full * ((running + 1) / slots) ** power
 
-    `computed`: price of a token that the worker must compute. It is above 1, since others wait for it too, and since
-    another copy of a prefix evicts blocks that would have been found later. `slots`: slots of a worker; 0: as many as
-    run and may be sent now. `is_rated`: whether the slowness is used, else 1. `patience`: a call waits for the worker
-    of the least cost, if that one has no free credit, when its first token comes sooner there than at the best other
-    worker, or within this number of prompt tokens. 0: it never waits.
+    `queued`: tokens for a call of another gateway in the worker's queue. `computed`: price of a token that the worker
+    must compute. It is above 1, since others wait for it too, and since another copy of a prefix evicts blocks that
+    would have been found later. `slots`: slots of a worker; 0: as many as run and may be sent now. `is_rated`: whether
+    the slowness is used, else 1. `patience`: a call waits for the worker of the least cost, if that one has no free
+    credit, when its first token comes sooner there than at the best other worker, or within this number of prompt
+    tokens. 0: it never waits.
     """
 
+    queued: float = 2_048.0
     computed: float = 8.0
     full: float = 256_000.0
     power: float = 1.0
@@ -48,16 +53,18 @@ class CostWeights:
     is_rated: bool = True
     patience: float = 6_000.0
 
-    def own_wait(self, call: RouteCall, candidate: Candidate) -> float:
+    def own_wait(self, call: RouteCall, candidate: Candidate, foreign: int) -> float:
         """Return the number of prompt tokens that are computed at a candidate before the call's first token."""
-        return candidate.prefill_tokens + call.tokens - call.cached.get(candidate.worker_id, 0)
+        waiting = candidate.prefill_tokens + self.queued * foreign
+        return waiting + call.tokens - call.cached.get(candidate.worker_id, 0)
 
-    def cost(self, call: RouteCall, candidate: Candidate, slowness: float) -> float:
+    def cost(self, call: RouteCall, candidate: Candidate, slowness: float, foreign: int) -> float:
         """Return the cost of a candidate."""
         uncached = call.tokens - call.cached.get(candidate.worker_id, 0)
         slots = self.slots or candidate.running + candidate.free_sequences
         load = self.full * ((candidate.running + 1) / slots) ** self.power + self.memory * candidate.kv_usage**2
-        return (slowness if self.is_rated else 1.0) * (candidate.prefill_tokens + self.computed * uncached + load)
+        waiting = candidate.prefill_tokens + self.queued * foreign
+        return (slowness if self.is_rated else 1.0) * (waiting + self.computed * uncached + load)
 
 
 def _fits(call: RouteCall, candidate: Candidate) -> bool:
@@ -88,8 +95,12 @@ def cost(weights: CostWeights) -> Callable[[PickerView, Random], Picker]:
         def slowness(at: Candidate) -> float:
             return view.slowness(at.worker_id) if weights.is_rated else 1.0
 
+        def own_wait(call: RouteCall, at: Candidate) -> float:
+            return slowness(at) * weights.own_wait(call, at, view.foreign(at.worker_id))
+
         def order(call: RouteCall, at: Candidate) -> tuple[float, float, str]:
-            return weights.cost(call, at, slowness(at)), at.last_sent, at.worker_id
+            value = weights.cost(call, at, slowness(at), view.foreign(at.worker_id))
+            return value, at.last_sent, at.worker_id
 
         def picker(call: RouteCall, candidates: Sequence[Candidate]) -> RoutingDecision:
             fitting = [candidate for candidate in candidates if _fits(call, candidate)]
@@ -98,7 +109,7 @@ def cost(weights: CostWeights) -> Callable[[PickerView, Random], Picker]:
             best = min(fitting, key=lambda at: order(call, at))
             if weights.patience and len(fitting) < len(candidates):
                 least = min(candidates, key=lambda at: order(call, at))
-                here, there = (slowness(at) * weights.own_wait(call, at) for at in (best, least))
+                here, there = (own_wait(call, at) for at in (best, least))
                 if least is not best and there < max(here, weights.patience):
                     return RoutingDecision(None, WAITS, ())
             return _decided(best, call)

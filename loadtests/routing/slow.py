@@ -19,7 +19,7 @@ from loadtests.routing.traffic import azure
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 
-SLOWNESS, EPISODE_S = 10.0, 20.0
+SLOWNESS, EPISODE_S = 10.0, 10.0
 SPEED, CALLS, SHARE = 4.0, 12_000, 0.01
 NEITHER, RATES, BOTH = "neither", "rates", "rates and hedging"
 AGAINST_NEITHER = "one of 8 workers 10x slower: p99 TTFT with rates and hedging, against neither"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.policy.kv_cache.changes import KvChange
 from cluster.wire.credit import Capacity, CreditGranter, Grant
@@ -28,6 +28,7 @@ MODEL = ReplicaModel(
     prefill_tokens_per_s=12_000.0, step_s=0.012, per_sequence_s=0.0005, chunk_tokens=2048, max_running=64
 )
 """An engine of 12,000 prompt tokens a second and 64 slots."""
+_LINKS = 1000
 _LATE_STEPS = 48
 """Most steps between two events of which the admission window is told."""
 
@@ -103,29 +104,34 @@ class PrefixWorker:
 
     def attach(self, link: int) -> KvChange:
         """Add a link; return the snapshot of the blocks for its gateway."""
-        self._granter.attach(link)
+        self._granter.attach(self._rank(link))
         self.regrant()
         return self.cache.snapshot()
 
     def detach(self, link: int) -> None:
         """Remove a link that has ended. Its calls run on."""
-        self._granter.detach(link)
+        self._granter.detach(self._rank(link))
         self.regrant()
 
     def set_claim(self, link: int, claim: int) -> None:
         """Set the claim of a gateway."""
-        self._granter.set_backlog(link, claim)
+        self._granter.set_backlog(self._rank(link), claim)
         self.regrant()
 
     def acknowledge(self, link: int, grant_id: int) -> None:
         """Record that a gateway has applied a grant."""
-        self._granter.acknowledge(link, grant_id)
+        self._granter.acknowledge(self._rank(link), grant_id)
 
     def regrant(self) -> None:
         """Distribute the free capacity."""
         room = Capacity(self._window.admissible_sequences, self.cache.capacity * BLOCK_TOKENS - self._tokens)
         for grant in self._granter.new_grants(room):
-            self._outputs.granted(grant)
+            self._outputs.granted(replace(grant, link=grant.link % _LINKS))
+
+    def _rank(self, link: int) -> int:
+        """Return the link's number among the links of this worker. Of equal claims, the lowest number gets what cannot
+        be divided; if that were the same gateway at every worker, another one would have no credit anywhere."""
+        return (link * 40_503 + self.number * 30_011) % 97 * _LINKS + link
 
     def pop_change(self) -> KvChange:
         """Return how the blocks have changed since the last call."""
@@ -148,7 +154,7 @@ class PrefixWorker:
         """Accept a call."""
         self._advance()
         self.submitted += 1
-        self._granter.record_submit(link, prompt.prompt_tokens)
+        self._granter.record_submit(self._rank(link), prompt.prompt_tokens)
         self._window.record_submit(call_id, prompt.prompt_tokens)
         self._tokens += prompt.prompt_tokens
         self.most_tokens = max(self.most_tokens, self._tokens)

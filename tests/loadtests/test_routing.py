@@ -43,14 +43,11 @@ def test_small_agent_cell() -> None:
 
 
 def test_time_until_hits_are_back() -> None:
-    """The time counts to the first moment after which the window has enough hits at the new gateway."""
-    times = [new_gateway.KILL_S + number for number in range(100)]
-    usual = [(at, number % 2, 100) for number, at in enumerate(times)]
-    lost = [(at, 2, 0 if at < new_gateway.KILL_S + 3 else 100) for at in times]
-    none = [(at, 2, 0) for at in times]
-    assert 0 < new_gateway.back_after_s(lost, usual) <= 3
-    assert new_gateway.back_after_s([(at, 2, 100) for at in times], usual) == 0
-    assert new_gateway.back_after_s(none, usual) == pytest.approx(97, abs=3)
+    """The time counts to the first moment from which on the gateway knows enough of what is cached."""
+    calls = [new_gateway.Known(number / 10, 100, 100 if number >= 30 else 0) for number in range(1200)]
+    assert 0 < new_gateway.back_after_s(calls) <= 3
+    assert new_gateway.back_after_s(calls[30:]) == 0
+    assert new_gateway.back_after_s(calls[:20]) == pytest.approx(2, abs=0.1)
 
 
 @has_traces
