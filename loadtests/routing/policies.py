@@ -40,8 +40,8 @@ class CostWeights:
     must compute. It is above 1, since others wait for it too, and since another copy of a prefix evicts blocks that
     would have been found later. `slots`: slots of a worker; 0: as many as run and may be sent now. `is_rated`: whether
     the slowness is used, else 1. `patience`: a call waits for the worker of the least cost, if that one has no free
-    credit, when its first token comes sooner there than at the best other worker, or within this number of prompt
-    tokens. 0: it never waits.
+    credit, when its first token comes sooner there than at the best other worker, or, where a part of its prompt is
+    cached, within this number of prompt tokens. 0: it never waits.
     """
 
     queued: float = 2_048.0
@@ -62,7 +62,7 @@ class CostWeights:
         """Return the cost of a candidate."""
         uncached = call.tokens - call.cached.get(candidate.worker_id, 0)
         slots = self.slots or candidate.running + candidate.free_sequences
-        load = self.full * ((candidate.running + 1) / slots) ** self.power + self.memory * candidate.kv_usage**2
+        load = self.full * float(((candidate.running + 1) / slots) ** self.power) + self.memory * candidate.kv_usage**2
         waiting = candidate.prefill_tokens + self.queued * foreign
         return (slowness if self.is_rated else 1.0) * (waiting + self.computed * uncached + load)
 
@@ -110,7 +110,8 @@ def cost(weights: CostWeights) -> Callable[[PickerView, Random], Picker]:
             if weights.patience and len(fitting) < len(candidates):
                 least = min(candidates, key=lambda at: order(call, at))
                 here, there = (own_wait(call, at) for at in (best, least))
-                if least is not best and there < max(here, weights.patience):
+                limit = weights.patience if least.worker_id in call.cached else 0.0
+                if least is not best and there < max(here, limit):
                     return RoutingDecision(None, WAITS, ())
             return _decided(best, call)
 
