@@ -55,7 +55,7 @@ def test_time_until_hits_are_back() -> None:
 def test_small_cells_of_the_traces() -> None:
     """The beginning of each trace runs: prefixes are found by our policy, and nothing in a trace without reuse."""
     ours, theirs = (mooncake.run(policy, 600, 1, most=300) for policy in (OURS, "round robin"))
-    assert ours.cached > 2 * theirs.cached
+    assert ours.cached > 1.5 * theirs.cached
     assert ours.mean_s < theirs.mean_s
     assert not azure.run(OURS, 1, most=200).cached
     outcome, twice = slow.run(slow.NEITHER, 1, most=200)
