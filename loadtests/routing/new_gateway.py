@@ -7,6 +7,7 @@ on the new gateway knows, over the calls of the next WINDOW_S, at least ENOUGH o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import NamedTuple
 
 from loadtests.figures import Bound, Figure
@@ -19,8 +20,10 @@ from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 
 BLOCKS, SPEED = 3000, 1.0
-KILL_S, WINDOW_S, GRID_S = 600.0, 60.0, 0.05
+KILL_S, FOR_S, WINDOW_S, GRID_S = 600.0, 60.0, 5.0, 0.05
 ENOUGH = 0.98
+STAMP_S = 3.0
+"""Resolution of the trace's times. Its calls are spread over so long, to see what happens in between."""
 BACK = "a gateway killed, another started under load: hit rate back after"
 ROWS: Mapping[str, Bound] = {BACK: Bound("<=", 2.0)}
 
@@ -34,12 +37,14 @@ class Known(NamedTuple):
     known: int
 
 
-def run(seed: int, kill_s: float = KILL_S, for_s: float = 2 * WINDOW_S) -> list[Known]:
+def run(seed: int, kill_s: float = KILL_S, for_s: float = FOR_S) -> list[Known]:
     """Replay Mooncake's trace, and kill a gateway at `kill_s`; return the calls at the new one for `for_s`."""
     cluster = Cluster(ClusterConfig(OURS, blocks=BLOCKS, gateways=2, seed=seed))
+    rng = Random(seed)
     for at_s, prompt in mooncake(SPEED):
         if at_s < kill_s + for_s:
-            cluster.events.at(at_s, lambda prompt=prompt: cluster.send(prompt))  # type: ignore[misc]
+            spread_s = rng.uniform(0, STAMP_S)
+            cluster.events.at(at_s + spread_s, lambda prompt=prompt: cluster.send(prompt))  # type: ignore[misc]
     cluster.run(kill_s)
     replace_gateway(cluster, 0)
     calls = list[Known]()
@@ -68,12 +73,12 @@ def replace_gateway(cluster: Cluster, number: int) -> list[RoutedCall]:
 
 
 def back_after_s(calls: Sequence[Known]) -> float:
-    """Return after how many seconds the hit rate is back; WINDOW_S if it is not within that time."""
-    for step in range(round(WINDOW_S / GRID_S)):
+    """Return after how many seconds the hit rate is back; FOR_S if it is not within that time."""
+    for step in range(round(FOR_S / GRID_S)):
         window = [call for call in calls if step * GRID_S <= call.after_s < step * GRID_S + WINDOW_S]
         if sum(call.known for call in window) >= ENOUGH * sum(call.held for call in window):
             return step * GRID_S
-    return WINDOW_S
+    return FOR_S
 
 
 async def measure(stage: Stage) -> list[Figure]:
