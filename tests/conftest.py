@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.support.parallel import Scheduler
 
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
-"""Read by gRPC when it is first used. Tests fork parsers from this process; gRPC's threads must not start again there."""
+"""gRPC reads it when it is first used. Tests fork parsers from this process, where its threads must not start again."""
 
 settings.register_profile("patient", deadline=None)  # other work on the machine changes the duration of an example
 settings.load_profile("patient")

@@ -24,6 +24,7 @@ from cluster.config.gateway import GatewaySettings, Section, Tls, check_address,
 from cluster.config.problems import Path as KeyPath
 from cluster.config.problems import Problem, problems_of, raise_all, shown
 from cluster.config.remainder import without
+from cluster.config.routing import Routing
 from cluster.config.tenants import (
     CLASSES,
     Auth,
@@ -37,6 +38,7 @@ from cluster.config.tenants import (
     url_parts,
 )
 from cluster.config.yaml_reader import Document, Duplicate, NotYaml, read
+from cluster.policy.routing.gateway_subset import ALL_UP_TO
 from cluster.policy.tenants.policy import TenantPolicy
 
 API_VERSION = "headrace/v1"
@@ -79,6 +81,9 @@ class LinkSettings(Section):
 
     gateways: tuple[LinkAddress, ...] = ()
     """Link addresses, each `host:port` or `srv://_link._tcp.NAME`; empty: the local gateway."""
+    max_gateways: Annotated[int, Field(ge=2, le=1024)] = ALL_UP_TO
+    """Number of gateways to which each worker connects, if there are more. Workers of a model with few `replicas.min`
+    connect to more, so that each gateway has about 16 of them, or all."""
     tls: Tls | None = None
     """The worker or the controller presents it to gateways."""
 
@@ -481,6 +486,7 @@ class Config(Section):
     """Name of the cluster, on each metric and log line: 1 to 63 lower-case letters, digits, `.`, `_` or `-`."""
     gateway: GatewaySettings = GatewaySettings()
     link: LinkSettings = LinkSettings()
+    routing: Routing = Routing()
     ray: tuple[RayCluster, ...] = ()
     weights: Weights = Weights()
     observe: Observe = Observe()

@@ -21,6 +21,7 @@ def settings_of(config: Config, *, gateways: Sequence[str], local: bool) -> list
             spec=spec,
             cluster=config.name,
             gateways=tuple(gateways),
+            max_gateways=config.link.max_gateways,
             ray_cluster="local" if local else spec.ray or config.ray[0].name,
             tls=link_tls(config, local=local),
             cache_dir=str(weights.cache_dir) if weights.cache_dir else "",

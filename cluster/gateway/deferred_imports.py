@@ -1,12 +1,14 @@
 """Modules that only large requests need and that a gateway therefore imports after its start.
 
 Importing numpy takes about 60 ms and importing psutil 8 ms, together a twentieth of a start. These modules are usually
-imported before the first large request. A large request that arrives earlier imports the modules where it uses them.
+imported before the first large request. A large request that arrives earlier imports the modules where it uses them. A
+new gateway whose workers already hold KV blocks needs them at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import time
 from collections.abc import Callable
@@ -16,13 +18,23 @@ MODULES: Final = ("numpy", "psutil")
 AFTER_S, AT_LATEST_S, LOOK_S = 1.0, 10.0, 0.1
 
 
-async def import_later(idle: Callable[[], bool], after_s: float = AFTER_S, at_latest_s: float = AT_LATEST_S) -> None:
-    """Import MODULES in a thread, when `after_s` seconds have passed and `idle()` is true, or after `at_latest_s`.
+async def import_later(
+    idle: Callable[[], bool],
+    needed: asyncio.Event,
+    after_s: float = AFTER_S,
+    at_latest_s: float = AT_LATEST_S,
+) -> None:
+    """Import MODULES in a thread, when `needed` is set, or `after_s` seconds have passed and `idle()` is true, or after
+    `at_latest_s`.
 
     An import during a call would delay the call, because loading native code holds the GIL for about 15 ms."""
-    latest = time.monotonic() + at_latest_s
-    await asyncio.sleep(after_s)
-    while not idle() and time.monotonic() < latest:  # noqa: ASYNC110 - there is no event for idleness
-        await asyncio.sleep(LOOK_S)
+    latest, wait_s = time.monotonic() + at_latest_s, after_s
+    while not needed.is_set():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await needed.wait()
+        wait_s = LOOK_S
+        if idle() or time.monotonic() >= latest:
+            break
     for name in MODULES:
         await asyncio.to_thread(importlib.import_module, name)

@@ -96,6 +96,7 @@ class Gateway:
             resume_wait_s=settings.resume.max_wait_s,
             max_silent_losses=settings.resume.max_silent_losses,
             render_room_of=partial(self._waiting_room, charges),
+            hedging_share=config.routing.hedging.share,
         )
         self.worker_events = WorkerEvents(self.scheduler, self.metrics)
         self.hub = Hub(
@@ -138,6 +139,7 @@ class Gateway:
         bodies = RequestBodies(settings.max_message_bytes, self._request_bytes)
         self.http = HttpServer(http_application(self.service, bodies), admission(http2.Port.CLIENT))
         self.link_server = hub_server(self.hub, admission(http2.Port.LINK))
+        self.scheduler.backlogs.gateways = lambda: self.hub.controller.gateways
         self._siblings = optional_parts.sibling_aborts(config, process, self.tenants, self.service.abort)
         if self._siblings is not None:
             self.link_server.add_generic_rpc_handlers((self._siblings.handler(),))
@@ -251,9 +253,10 @@ class Gateway:
             self.service.send_keepalives(settings.keepalive_s),
             self.reservations.watch(),
             self.scheduler.backlogs.watch(),
+            self.scheduler.hedges.watch(),
             _measure_lag(self.metrics.histogram("event_loop_lag_seconds")),
             _end_slow_bodies(self._request_bytes),
-            import_later(lambda: not self.service.busy),
+            import_later(lambda: not self.service.busy, self.scheduler.worker_caches.needs_modules),
             memory.keep_returning_free_pages(lambda: not self.service.busy),
         ]
         if lists:

@@ -68,6 +68,16 @@ DEFINITIONS: Mapping[str, _Definition] = {
         ("model",),
         TTFT_BUCKETS,
     ),
+    "hedges_total": _Definition(
+        "counter",
+        "Calls sent to a second worker, by outcome: won (the second worker kept the call) or lost.",
+        ("model", "outcome"),
+    ),
+    "wasted_tokens_total": _Definition(
+        "counter",
+        "Prompt tokens that a worker was expected to compute in vain, by reason: hedge. An upper bound.",
+        ("model", "reason"),
+    ),
     "worker_detected_total": _Definition("counter", "Worker links that ended, by cause.", ("model", "reason")),
     "request_duration_seconds": _Definition("histogram", "Duration of a call.", ("model",), REQUEST_BUCKETS),
     "time_to_first_token_seconds": _Definition(

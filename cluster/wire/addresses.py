@@ -33,9 +33,15 @@ class GatewayAddresses:
     """The known gateways. `dial` runs a session with each gateway; each session passes the gateway's Welcome to
     `record_welcome`."""
 
-    def __init__(self, configured: Sequence[str], resolve: dns.Resolve = dns.resolve) -> None:
-        """`configured`: addresses `host:port`, always dialled, and DNS names `srv://NAME`. `resolve` looks up a NAME;
-        the addresses in its last answer are dialled."""
+    def __init__(
+        self,
+        configured: Sequence[str],
+        resolve: dns.Resolve = dns.resolve,
+        choose: Callable[[Sequence[str]], tuple[str, ...]] = tuple,
+    ) -> None:
+        """`configured`: addresses `host:port` and DNS names `srv://NAME`. `resolve` looks up a NAME; the addresses in
+        its last answer are known. `choose` returns those of the known addresses that are dialled; by default all."""
+        self._choose = choose
         self._configured = tuple(dict.fromkeys(entry for entry in configured if not dns.is_dns_name(entry)))
         self._names = tuple(dict.fromkeys(entry for entry in configured if dns.is_dns_name(entry)))
         self._looked_up: dict[str, tuple[str, ...]] = {}
@@ -43,7 +49,7 @@ class GatewayAddresses:
         self._welcomes: dict[str, _Welcome] = {}
         self._dialling: set[str] = set()
         self._changed = asyncio.Event()
-        self.addresses = self._configured
+        self.addresses = choose(self._configured)
         """The addresses to dial, with the configured addresses first."""
 
     def record_welcome(self, address: str, incarnation: str, siblings: Sequence[str]) -> None:
@@ -61,10 +67,11 @@ class GatewayAddresses:
 
     def _update(self) -> None:
         reached = self._reached()
-        if reached == self.addresses:
+        dialled = self._choose(reached)
+        if dialled == self.addresses:
             return
-        log.info("gateways", dialled=list(reached))
-        self.addresses = reached
+        log.info("gateways", known=len(reached), dialled=list(dialled))
+        self.addresses = dialled
         self._changed.set()
 
     def _reached(self) -> tuple[str, ...]:

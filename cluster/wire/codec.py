@@ -36,7 +36,7 @@ _KIND_BITS = 3
 _KIND_MASK = (1 << _KIND_BITS) - 1
 """Low bits of a part's tag, which are its kind."""
 MAX_KV_BLOCKS = 8192
-"""Maximum number of blocks in one report of KV blocks, 64 KiB. A large change must not delay tokens."""
+"""Maximum number of blocks in one report of KV blocks, 64 KiB. Workers send a quarter of it at most: kv_codec.py."""
 MAX_VARINT_BYTES = 10
 """Maximum size of a varint in a message, in bytes."""
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.prefix_hashes import Hashes
-from cluster.wire.codec import MAX_KV_BLOCKS
+
+BLOCKS_PER_MESSAGE: Final = 1024
+"""Maximum number of blocks in a message that is sent. To apply them takes a gateway about half a millisecond, for which
+its event loop stands still."""
 
 
 def kv_blocks_to_pb(change: KvChange) -> Iterator[pb.KvBlocks]:
     """Yield the messages that have the effect of a change if they are applied in order; at least one."""
     removed, stored, is_reset = change.removed, change.stored, change.is_reset
     while True:
-        part = removed[:MAX_KV_BLOCKS]
-        room = MAX_KV_BLOCKS - len(part)
+        part = removed[:BLOCKS_PER_MESSAGE]
+        room = BLOCKS_PER_MESSAGE - len(part)
         yield pb.KvBlocks(is_reset=is_reset, removed=_packed(part), stored=_packed(stored[:room]))
         removed, stored, is_reset = removed[len(part) :], stored[room:], False
         if not (len(removed) or len(stored)):
@@ -29,8 +33,10 @@ def kv_blocks_from_pb(message: pb.KvBlocks) -> KvChange:
     return KvChange(message.is_reset, _unpacked(message.stored), _unpacked(message.removed))
 
 
-def joined_changes(changes: Iterable[KvChange]) -> KvChange:
+def joined_changes(changes: Sequence[KvChange]) -> KvChange:
     """Return one change with the effect of all changes in order."""
+    if len(changes) == 1:
+        return changes[0]
     held: dict[int, bool] = {}
     is_reset = False
     for change in changes:

@@ -27,6 +27,7 @@ import structlog
 from cluster.api.ports import Engine, EngineCorrupt, EngineDead, KvEventSource
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.policy.catalog.placement import why_split
+from cluster.policy.routing.gateway_subset import GatewaySubset
 from cluster.process import memory
 from cluster.process.core_dumps import disable_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
@@ -191,6 +192,7 @@ class Replica:
             parser=opened.parser,
             kv_events=opened.kv_events,
             renderer=opened.renderer,
+            subset=GatewaySubset(self.worker_id, self.settings.max_gateways, self.settings.spec.min_replicas),
         )
         self._serving = asyncio.create_task(self._serve_until_dead(self.end, engine))
         memory.freeze_objects()

@@ -20,6 +20,7 @@ from cluster.api.ports import Engine, EngineDead, KvEventSource
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.http2.client import ClientCall
 from cluster.link.v1 import link_pb2 as pb
+from cluster.policy.routing.gateway_subset import GatewaySubset
 from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bulk import send_bundle
 from cluster.wire.bundle import Bundle
@@ -68,7 +69,8 @@ class WorkerStatistics:
 
 
 class WorkerSession:
-    """A session that serves one started engine to every gateway in `gateways` and the gateways' siblings.
+    """A session that serves one started engine to the gateways in `gateways` and the gateways' siblings: to all, or if
+    they are many, to those that `subset` chooses.
 
     `gateways` are `host:port` addresses or `srv://` names. The session lasts until it is closed.
     """
@@ -91,6 +93,7 @@ class WorkerSession:
         parser: OutputParsers | None = None,
         kv_events: KvEventSource | None = None,
         renderer: PromptRenderer | None = None,
+        subset: GatewaySubset | None = None,
     ) -> None:
         """Create a session; `run` serves the engine.
 
@@ -100,11 +103,12 @@ class WorkerSession:
         `parser`: parser of outputs; None for a worker without parsers.
         `kv_events`: events of the engine's prefix cache; None for an engine without events.
         `renderer`: renderer of chats; None for a worker whose gateways render them.
+        `subset`: rule for the choice of gateways; None for all gateways.
         """
         self._identity = identity
         self._engine = engine
         self._bundle = bundle
-        self._gateways = GatewayAddresses(gateways)
+        self._gateways = GatewayAddresses(gateways, choose=tuple if subset is None else subset.of)
         self._timing = timing or Timing()
         self._opener = LinkOpener(identity, engine, info, tls, self._timing, outbox_tokens, self._gateways)
         self._links: dict[int, Link] = {}

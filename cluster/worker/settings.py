@@ -11,6 +11,7 @@ from pathlib import Path
 from cluster.api.types import ModelSpec
 from cluster.policy.catalog import specs
 from cluster.policy.catalog.reconcile import app_name
+from cluster.policy.routing.gateway_subset import ALL_UP_TO
 from cluster.wire.tls import TlsFiles
 
 _REFUSED = "headrace-refused"
@@ -56,6 +57,8 @@ class ReplicaSettings:
     allowed_licenses: tuple[str, ...] = ()
     allow_remote_code: bool = False
     drain_timeout_s: float = 2.0
+    max_gateways: int = ALL_UP_TO
+    """Number of gateways that a replica connects to if there are more."""
     replicas: int | None = None
     """Number of replicas to start with; None for the number in the spec."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -86,6 +89,8 @@ class ReplicaSettings:
             "allowed_formats": list(self.allowed_formats),
             "allowed_licenses": list(self.allowed_licenses),
             "replicas": self.replicas,
+            # Replicas of an older release do not know the key.
+            **({"max_gateways": self.max_gateways} if self.max_gateways != ALL_UP_TO else {}),
         }
 
     @property

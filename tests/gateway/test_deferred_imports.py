@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,20 @@ async def test_it_is_imported_when_nothing_runs_or_at_the_latest(
         asked.append(name in sys.modules)
         return not busy or len(asked) > 50
 
-    await deferred_imports.import_later(idle, after_s=0.0, at_latest_s=0.25)
+    await deferred_imports.import_later(idle, asyncio.Event(), after_s=0.0, at_latest_s=0.25)
     assert name in sys.modules
     assert asked[0] is False, "not before it was asked for"
     assert (len(asked) > 1) is busy
+
+
+async def test_it_is_imported_at_once_when_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy gateway imports the modules as soon as a worker has reported KV blocks."""
+    (tmp_path / "imported_when_needed.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(deferred_imports, "MODULES", ("imported_when_needed",))
+    needed = asyncio.Event()
+    importing = asyncio.create_task(deferred_imports.import_later(lambda: False, needed, 3600.0, 3600.0))
+    needed.set()
+    async with asyncio.timeout(10):
+        await importing
+    assert "imported_when_needed" in sys.modules

@@ -138,7 +138,7 @@ POISONS = {
 }
 
 
-EVENTS = ("requeue", "began", "answered", "worker_failed", "resumed", "submission_refused")
+EVENTS = ("requeue", "began", "answered", "worker_failed", "resumed", "submission_refused", "hedge_ended")
 
 
 @dataclass

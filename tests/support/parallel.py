@@ -1,5 +1,5 @@
-"""Order of tests in parallel processes: tests with engines, Ray or namespaces run in one process, all other tests file
-by file.
+"""Order of tests in parallel processes: tests with engines run in one process, those with only Ray or namespaces in one
+process, and all other tests file by file.
 
 A small machine holds at most two engines at a time, and the tests of a file share fixtures.
 """
@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parents[2]
-_HEAVY = re.compile(r"pytest\.mark\.(engine|ray|root)\b")
+_ENGINE = re.compile(r"pytest\.mark\.engine\b")
+_CLUSTER = re.compile(r"pytest\.mark\.(ray|root)\b")
 
 
 @functools.cache
@@ -21,11 +23,19 @@ def scope(file: str) -> str:
     """Return the group of tests to which a file belongs. The tests of a group run one after the
     other in one process.
     """
-    return "engines" if _HEAVY.search((ROOT / file).read_text()) else file
+    text = (ROOT / file).read_text()
+    return "engines" if _ENGINE.search(text) else "clusters" if _CLUSTER.search(text) else file
 
 
 class Scheduler(LoadScopeScheduling):  # type: ignore[misc] # xdist's classes are untyped
-    """Scheduler of pytest-xdist that distributes groups of tests, the largest group first."""
+    """Scheduler of pytest-xdist that distributes groups of tests: those with engines and clusters, which take longest,
+    then the largest first."""
 
     def _split_scope(self, nodeid: str) -> str:
         return scope(nodeid.partition("::")[0])
+
+    def _assign_work_unit(self, node: Any) -> None:
+        for group in ("clusters", "engines"):
+            if group in self.workqueue:
+                self.workqueue.move_to_end(group, last=False)
+        super()._assign_work_unit(node)

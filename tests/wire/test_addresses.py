@@ -13,6 +13,7 @@ from cluster.cli.local.ports import choose_ports
 from cluster.config.schema import Config, parse
 from cluster.controller.links import ControllerLinks
 from cluster.gateway.server import Gateway
+from cluster.policy.routing.gateway_subset import GatewaySubset
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bundle import Bundle
@@ -57,6 +58,19 @@ def test_one_process_under_two_names_is_dialled_once() -> None:
     gateways.record_welcome("10.0.0.1:2", "i2", [])
     gateways.record_welcome("host:2", "i2", [":1"])
     assert gateways.addresses == ("host:1", "10.0.0.1:2")
+
+
+def test_only_chosen_gateways_are_dialled() -> None:
+    """Of many gateways, siblings included, a worker dials some."""
+    rule = GatewaySubset("w1", most=3, replicas=1000)
+    gateways = GatewayAddresses([f"g{number}:1" for number in range(5)], choose=rule.of)
+    assert len(gateways.addresses) == 3
+    first = gateways.addresses[0]
+    gateways.record_welcome(first, "i1", [":2", ":3", ":4"])
+    assert len(gateways.addresses) == 3
+    host = first.split(":")[0]
+    every = [*(f"g{number}:1" for number in range(5)), *(f"{host}:{port}" for port in (2, 3, 4))]
+    assert set(gateways.addresses) == set(rule.of(every))
 
 
 class Answering:

@@ -29,8 +29,8 @@ SETTINGS = ReplicaSettings(
 def test_settings_survive_json() -> None:
     """Settings converted to JSON and back are equal to the original settings."""
     assert from_json(json.loads(json.dumps(SETTINGS.to_json()))) == SETTINGS
-    plain = dataclasses.replace(SETTINGS, tls=None)
-    assert from_json(plain.to_json()) == plain
+    for changed in (dataclasses.replace(SETTINGS, tls=None), dataclasses.replace(SETTINGS, max_gateways=3)):
+        assert from_json(changed.to_json()) == changed
 
 
 def test_unknown_keys_are_refused() -> None:

@@ -24,6 +24,8 @@ class State(enum.Enum):
     """The sequence is in the waiting room, and no worker has begun the sequence."""
     SENT = "sent"
     """The sequence has been sent to its first worker, which has not answered."""
+    HEDGED = "hedged"
+    """The sequence has been sent to its first worker and to a second worker, and neither has answered."""
     RUNNING = "running"
     """The sequence runs on a worker that has sent output for the sequence."""
     RESUMING = "resuming"
@@ -42,6 +44,10 @@ class Event(enum.Enum):
 
     SUBMITTED = "submitted"
     """The sequence is sent to a worker."""
+    HEDGE = "hedge"
+    """The sequence is sent to a second worker, because the first is late."""
+    HEDGE_ENDED = "hedge_ended"
+    """One of the two workers of the sequence is out, and the other keeps the sequence."""
     ANSWERED = "answered"
     """The first output of the worker arrives."""
     RETRY = "retry"
@@ -56,6 +62,8 @@ S, E = State, Event
 MOVES: dict[tuple[State, Event], State] = {
     (S.QUEUED, E.SUBMITTED): S.SENT,
     (S.QUEUED, E.RESUME): S.RESUMING,
+    (S.SENT, E.HEDGE): S.HEDGED,
+    (S.HEDGED, E.HEDGE_ENDED): S.SENT,
     (S.SENT, E.ANSWERED): S.RUNNING,
     (S.SENT, E.RETRY): S.QUEUED,
     (S.SENT, E.RESUME): S.RESUMING,
@@ -66,8 +74,8 @@ MOVES: dict[tuple[State, Event], State] = {
     (S.RESENT, E.ANSWERED): S.RUNNING,
     (S.RESENT, E.RETRY): S.QUEUED,
     (S.RESENT, E.RESUME): S.RESUMING,
-    **{(state, E.FINISHED): S.DONE for state in (S.QUEUED, S.SENT, S.RUNNING, S.RESUMING, S.RESENT)},
-    **{(state, E.FAILED): S.FAILED for state in (S.QUEUED, S.SENT, S.RUNNING, S.RESUMING, S.RESENT)},
+    **{(state, E.FINISHED): S.DONE for state in (S.QUEUED, S.SENT, S.HEDGED, S.RUNNING, S.RESUMING, S.RESENT)},
+    **{(state, E.FAILED): S.FAILED for state in (S.QUEUED, S.SENT, S.HEDGED, S.RUNNING, S.RESUMING, S.RESENT)},
     **{(state, event): state for state in (S.DONE, S.FAILED) for event in E},
 }
 WAITING = (State.QUEUED, State.RESUMING)
@@ -115,7 +123,8 @@ class Life:
     """Compatibility key of the worker that computed the sequence's first token. The sequence resumes only on workers
     with a compatible key."""
     last_worker: str = ""
-    """Incarnation of the worker that got the last Submit of the sequence."""
+    """Incarnation of the worker that got the last Submit of the sequence. While the sequence is hedged, that is the
+    first worker."""
     reason: str = ""
     """Reason of the current resume: lost, error, moved or gateway. "" once the next worker has sent output."""
     computed: bool = False
@@ -151,6 +160,18 @@ class Life:
         self.last_worker, self.computed = incarnation, True
         if key is not None:
             self.compatibility = key
+
+    def hedged(self) -> None:
+        """Record a Submit to a second worker."""
+        self.apply(Event.HEDGE)
+        self.attempt += 1
+
+    def hedge_ended(self, last_worker: str, has_failed: bool) -> None:
+        """Record that one of two workers is out. `last_worker`: incarnation of the worker that keeps the sequence.
+        `has_failed`: whether the worker that is out has failed the sequence."""
+        self.apply(Event.HEDGE_ENDED)
+        self.last_worker, self.computed = last_worker, True
+        self.failures += has_failed
 
     def answered(self) -> str:
         """Record the first output of the current worker. Returns the reason of the resume; "" if the sequence was not

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind
 from cluster.api.types import PARSER_KINDS, TOOL_PARSER, CompatibilityKey, FinishReason, TokenOutput
+from cluster.gateway.calls.hedge import FAILED, Hedge
 from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
@@ -81,6 +82,10 @@ class CallEvents(Protocol):
     def submission_refused(self, sequence: OutputSequence[Any]) -> None:
         """Handle a worker's refusal of a sequence."""
 
+    def hedge_ended(self, sequence: OutputSequence[Any], won: bool, computed_by: str) -> None:
+        """Handle that one of the two workers of a hedged sequence is out: the first if the hedge has `won`, else the
+        second. `computed_by`: incarnation of the worker that is out; "" if it has refused the sequence."""
+
 
 class SequenceOwner(Protocol):
     """Interface of a call that a sequence needs. The methods run in a link's reader, so every method must be short and
@@ -138,6 +143,8 @@ class OutputSequence(RoutedSequence[Owner]):
     """Function that gets the text of each further token that brings nothing but text; None to keep the text."""
     direct_content: Callable[[str], None] | None = field(init=False, default=None)
     """The same for a parsed output: function that gets the content of each further token that brings only content."""
+    hedge: Hedge | None = field(init=False, default=None)
+    """The slot on a second worker, while the sequence is hedged."""
     _piece_popped: bool = field(init=False, default=False)
     _end_popped: bool = field(init=False, default=False)
     _stop_string: str = field(init=False, default="")
@@ -195,7 +202,9 @@ class OutputSequence(RoutedSequence[Owner]):
         self.link = None
         self.life.submission_refused(len(self.emitted))
         self.call.events.submission_refused(self)
-        if reason == "NO_ROOM":
+        if reason == "NO_ROOM" and self.hedge is not None:
+            self._keep_hedge(self.hedge, "", has_failed=False)
+        elif reason == "NO_ROOM":
             self.life.wait(len(self.emitted))
             self.call.events.requeue(self)
         elif field == "tools" and self.parsed_text is not None and self.parsed_text.is_parsed:
@@ -207,7 +216,9 @@ class OutputSequence(RoutedSequence[Owner]):
     def output(self, output: TokenOutput) -> None:
         """Handle the output of one engine step."""
         call = self.call
-        if output.prompt_tokens is not None:
+        if self.hedge is not None and output.finish not in FAILED:
+            self._leave_hedge(self.hedge)
+        if output.prompt_tokens is not None and self.hedge is None:
             if self.parsed_text is not None and not self._parses_as_before(output):
                 self._leave_wrong_parser(output)
                 return
@@ -216,7 +227,7 @@ class OutputSequence(RoutedSequence[Owner]):
         if output.finish is not None:
             link = self.link
             self.link = None
-            if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
+            if output.finish in FAILED:
                 self._engine_ended(output.finish, link)
                 return
             self.finish(_FINISH_WORDS[output.finish])
@@ -389,17 +400,91 @@ class OutputSequence(RoutedSequence[Owner]):
             self._retry_or_fail(Outcome.WORKER_LOST, "lost", message)
 
     def _retry_or_fail(self, outcome: Outcome, reason: str, message: str) -> None:
-        if self.life.fail_worker(reason, len(self.emitted)):
+        if self.hedge is not None:
+            self._keep_hedge(self.hedge, self.last_worker, has_failed=True)
+        elif self.life.fail_worker(reason, len(self.emitted)):
             self.call.events.requeue(self)
         else:
             self.call.fail(CallError(outcome, message))
 
     def move(self) -> None:
         """Leave the draining worker. Another worker continues after the tokens emitted so far."""
-        if self.link is not None and not self.finish_reason:
+        if self.hedge is not None:
+            RoutedSequence.leave_engine(self)
+            self._keep_hedge(self.hedge, self.last_worker, has_failed=False)
+        elif self.link is not None and not self.finish_reason:
             self.leave_engine()
             self.life.leave("moved", len(self.emitted))
             self.call.events.requeue(self)
+
+    # ---- the second worker of a hedged sequence: calls.hedge.HedgedSequence
+
+    def bind_hedge(self, hedge: Hedge) -> None:
+        """Record the second worker and the slot to which the request was sent."""
+        self.life.hedged()
+        self.hedge = hedge
+
+    def leave_engine(self) -> None:
+        """Abort the sequence in the engines where it runs."""
+        if self.hedge is not None:
+            self._leave_hedge(self.hedge)
+        RoutedSequence.leave_engine(self)
+
+    def hedge_won(self, output: TokenOutput) -> None:
+        """Continue on the second worker, which has answered first, and abort the sequence in the first engine."""
+        if self.hedge is not None:
+            RoutedSequence.leave_engine(self)
+            self._keep_hedge(self.hedge, self.last_worker, has_failed=False)
+            self.output(output)
+
+    def hedge_refused(self) -> None:
+        """Stay on the first worker, because the second has refused the sequence."""
+        if self.hedge is not None:
+            self.call.events.submission_refused(self)
+            self._end_hedge("", has_failed=False)
+
+    def hedge_lost(self) -> None:
+        """Stay on the first worker, because the second was lost."""
+        if self.hedge is not None:
+            link = self.hedge.link
+            if not link.draining:
+                self.life.lost(link.name, link.identity.node, len(self.emitted), self.call.clock())
+            self._end_hedge(link.identity.incarnation, has_failed=True)
+
+    def hedge_broken(self) -> None:
+        """Stay on the first worker, because the second engine could not begin the sequence."""
+        if self.hedge is not None:
+            link = self.hedge.link
+            if self.request.sampling.grammar is None:  # else the grammar may have allowed no token
+                self.life.excluded |= {link.identity.incarnation}
+                self.call.events.worker_failed(link)
+            self._end_hedge(link.identity.incarnation, has_failed=True)
+
+    def hedge_failed(self, hedge: Hedge, error: BaseException) -> None:
+        """End the call, because the handling of a message for the hedge raised `error`."""
+        if self.hedge is hedge:
+            self.call.fail_unexpectedly(error)
+        else:  # the sequence has taken over the slot
+            self.failed(error)
+
+    def _keep_hedge(self, hedge: Hedge, computed_by: str, has_failed: bool) -> None:
+        """Continue on the second worker alone. `computed_by`: see CallEvents.hedge_ended."""
+        self.hedge = None
+        self.link, self.slot = hedge.link, hedge.slot
+        hedge.link.replace_sink(hedge.slot, self)
+        self.life.hedge_ended(hedge.link.identity.incarnation, has_failed)
+        self.call.events.hedge_ended(self, True, computed_by)
+
+    def _leave_hedge(self, hedge: Hedge) -> None:
+        """Abort the sequence in the second engine, and stay on the first worker."""
+        hedge.link.abort(hedge.slot)
+        self._end_hedge(hedge.link.identity.incarnation, has_failed=False)
+
+    def _end_hedge(self, computed_by: str, has_failed: bool) -> None:
+        """Continue on the first worker alone."""
+        self.hedge = None
+        self.life.hedge_ended(self.last_worker, has_failed)
+        self.call.events.hedge_ended(self, False, computed_by)
 
     # ---- the API
 

@@ -93,6 +93,11 @@ class SlotTable:
         self.prefill_tokens += tokens
         self._pacing.add(slot, to_compute, resumed)
 
+    def replace_sink(self, slot: int, sink: Sink) -> None:
+        """Deliver the further events of a slot to another sink. Does nothing if the request has ended."""
+        if slot in self._sinks:
+            self._sinks[slot] = sink
+
     def abort(self, slot: int) -> None:
         """Abort the request in a slot. No further method of the request's sink is called. Does nothing if the request
         has ended."""

@@ -225,6 +225,10 @@ class WorkerLink:
         has ended."""
         self._slots.abort(slot)
 
+    def replace_sink(self, slot: int, sink: Sink) -> None:
+        """Deliver the further events of a slot to another sink. Does nothing if the request has ended."""
+        self._slots.replace_sink(slot, sink)
+
     def close(self, why: str, reason: str = "closed") -> None:
         """End this link from the gateway's side. `reason`: one word, used as a metric label."""
         self.why, self.reason = why, reason

@@ -12,6 +12,7 @@ from cluster.api.outcomes import CallError
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.models import ModelDirectory
 from cluster.gateway.scheduling import queue_errors
+from cluster.gateway.scheduling.hedges import Hedges
 from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.submission import submit
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
@@ -35,6 +36,7 @@ class Executor:
         workers: LinkedWorkers,
         caches: WorkerCaches,
         breakers: Breakers,
+        hedges: Hedges,
         metrics: Metrics,
         directory: Callable[[], ModelDirectory],
         accounting: Callable[[], Accounting | None],
@@ -45,6 +47,7 @@ class Executor:
         self._workers = workers
         self._caches = caches
         self._breakers = breakers
+        self._hedges = hedges
         self._metrics = metrics
         self._directory = directory
         self._accounting = accounting
@@ -78,6 +81,7 @@ class Executor:
         if submit(sequence, link, entry, self._accounting(), now, instruction.uncached_tokens):
             self._breakers.record_sent(link.identity.incarnation, now)
             self._caches.expect(link, sequence.key, sequence.request, now)
+            self._hedges.sent(sequence, link, instruction.cached_tokens, now)
             self._metrics.count("route_decisions_total", entry.model, instruction.reason)
             if sequence.call.versions.all and len(sequence.call.sequences) > 1:
                 self._queues.versions_changed(sequence.call)

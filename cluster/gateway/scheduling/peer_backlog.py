@@ -2,8 +2,9 @@
 
 A claim is the gateway's share of the next turns (FairOrder.claimed_turns); workers divide their capacity by the claims.
 So a queue that becomes empty or non-empty is reported at once, and other changes a few times a second. Workers forward
-the backlogs to the other gateways. Two forwarding workers suffice, since the next report replaces a lost report.
-Backlogs are repeated every half second, since gateways forget a peer that does not report.
+the backlogs to the other gateways. Two forwarding workers suffice, since the next report replaces a lost report. With
+more gateways than workers connect to, more workers forward them, others with each report. Backlogs are repeated every
+half second, since gateways forget a peer that does not report.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.policy.fairness.peer_backlog import Backlog
 from cluster.policy.fairness.service_counters import FlowKey
+from cluster.policy.routing.gateway_subset import ALL_UP_TO
 from cluster.policy.scheduling.resume_queue import ResumeQueue
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, backlog_to_pb
 
 REPORT_S = 0.1
 REPEAT_S = 0.5
 FORWARDING_WORKERS = 2
+FORWARDED_TIMES = 4
+"""Average number of forwarding workers that are linked to a given gateway, if workers connect to some gateways only."""
 FLOWS_A_REPORT = 1000
 """Number of flows per report interval. With more flows, backlogs are reported less often in proportion."""
 
@@ -59,6 +63,10 @@ class BacklogReports:
         self._links = links
         self._clock = clock
         self._reported: dict[str, _Reported] = {}
+        self._forwarded = 0
+        """Number of the next forwarding worker, if workers connect to some gateways only."""
+        self.gateways: Callable[[], int] = lambda: 0
+        """Function that returns the number of gateways; 0 if it is unknown."""
 
     def changed(self, model: str) -> None:
         """Handle a change of a model's queues. A report is sent at once if the queues became empty or non-empty, or if
@@ -101,9 +109,14 @@ class BacklogReports:
                 del self._reported[model]
             return
         reported.claim, reported.cached = claim, cached
-        for number, link in enumerate(self._links(model)):
+        links = self._links(model)
+        first, forwarding = 0, FORWARDING_WORKERS
+        if flows is not None and (gateways := self.gateways()) > ALL_UP_TO:
+            forwarding = FORWARDED_TIMES * gateways // ALL_UP_TO
+            first, self._forwarded = self._forwarded % max(len(links), 1), self._forwarded + forwarding
+        for number, link in enumerate(links):
             cached_here = cached.get(link.identity.incarnation, 0)
-            forwarded = flows if number < FORWARDING_WORKERS else None
+            forwarded = flows if (number - first) % len(links) < forwarding else None
             link.box.backlog(backlog_to_pb(count, tokens, claim, cached_here, forwarded))
 
     def __repr__(self) -> str:

@@ -22,6 +22,7 @@ from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.canary_statistics import CanaryStatistics
 from cluster.gateway.scheduling.chat_renders import ChatRenders, small_room
 from cluster.gateway.scheduling.executor import Executor
+from cluster.gateway.scheduling.hedges import Hedges
 from cluster.gateway.scheduling.peer_backlog import BacklogReports
 from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.service_charges import ServiceCharges
@@ -31,6 +32,7 @@ from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import Order, WaitingRoom
 from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.version_split import Versions
+from cluster.policy.scheduling.hedging import HedgingPolicy
 from cluster.policy.scheduling.instructions import ResumingSequence
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy, Workers
 from cluster.policy.scheduling.worker_losses import MOST_SILENT, WorkerLosses
@@ -79,10 +81,11 @@ class Scheduler:
         max_silent_losses: int = MOST_SILENT,
         policy_of: Callable[[WaitingRoom, Workers, float, WorkerLosses], SchedulingPolicy] = SchedulingPolicy,
         render_room_of: Callable[[Callable[[str], Order]], WaitingRoom] = small_room,
+        hedging_share: float = 0.0,
     ) -> None:
         """`resume_wait_s`: longest wait, in seconds, of a sequence for a compatible worker. `max_silent_losses`: see
         policy/scheduling/worker_losses.py. `policy_of` creates the policy; a test may record what the policy does.
-        `render_room_of`: see ChatRenders."""
+        `render_room_of`: see ChatRenders. `hedging_share`: see HedgingPolicy."""
         self.host = host
         self.charges = charges
         self.canaries = CanaryStatistics()
@@ -99,11 +102,23 @@ class Scheduler:
             clock,
             self._note_unserved,
         )
+        self.hedges = Hedges(
+            HedgingPolicy(hedging_share),
+            self.queues,
+            workers,
+            self.worker_caches,
+            self.breakers,
+            metrics,
+            charges.place,
+            lambda: host.accounting,
+            clock,
+        )
         self._executor = Executor(
             self.queues,
             workers,
             self.worker_caches,
             self.breakers,
+            self.hedges,
             metrics,
             lambda: host.directory,
             lambda: host.accounting,
@@ -160,6 +175,7 @@ class Scheduler:
                 self._settle(sequence)
             except Exception:  # settle the other sequences' accounts all the same
                 log.exception("sequence_not_settled", request_id=call.request_id)
+            self.hedges.forget(sequence)
             self.charges.forget(sequence)
         if any(waited):
             self.backlogs.changed(call.model)
@@ -214,6 +230,7 @@ class Scheduler:
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
         """Correct the charge of a sequence when its first output has arrived."""
         self.charges.began(sequence, cached_tokens)
+        self.hedges.answered(sequence, cached_tokens)
 
     def answered(self, link: WorkerLink) -> None:
         """Record a success of a worker, which has sent the first output of a sequence."""
@@ -233,6 +250,10 @@ class Scheduler:
         """Stop waiting for the usage of a Submit that a worker refused. A refused Submit costs nothing."""
         if self.host.accounting is not None:
             self.host.accounting.refused(sequence)
+
+    def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
+        """Record that one of the two workers of a hedged sequence is out."""
+        self.hedges.ended(sequence, won, computed_by)
 
     def _choose_versions(self, call: Call) -> None:
         """Allow a call that has delivered nothing to begin on any version with the same tokenizer, because the call's
@@ -300,6 +321,7 @@ class Scheduler:
         self.queues.tally.retain_models(model.name for model in models)
         self._unserved &= {model.name for model in models if not model.served}
         self.renders.sweep((model.name for model in models), now)
+        self.hedges.policy.retain_models(model.name for model in models)
         self.charges.sweep({model.name: bool(model.links) for model in models}, now)
         self.breakers.retain(link.identity.incarnation for model in models for link in model.links.values())
         for model in models:

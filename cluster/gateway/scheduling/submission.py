@@ -11,18 +11,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import structlog
+
 from cluster.api.outcomes import invalid
 from cluster.api.types import EngineRequest
 from cluster.gateway.calls.call import CallSequence
+from cluster.gateway.calls.hedge import Hedge
 from cluster.gateway.calls.sequence import CALLER_FIELDS
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.policy.fairness.order import WaitingSequence
+from cluster.process.call_errors import is_call_failure
 from cluster.wire.codec import max_submit_bytes, submit_bytes
 from cluster.wire.fairness_codec import WeightedValue
 
 if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting
 
+log = structlog.get_logger("dispatch")
 
 MAX_SUBMIT_BYTES = 100_000
 """Size in bytes of the largest request on a link, without the token ids. A worker decodes such a request in about a
@@ -70,6 +75,30 @@ def submit(
         return False
     call.submitted(sequence, link.identity, now)
     sequence.bind(link, slot)
+    return True
+
+
+def submit_hedge(
+    sequence: CallSequence, link: WorkerLink, waiting: WaitingSequence, accounting: Accounting | None
+) -> bool:
+    """Send a sequence that has no output to this second worker. Returns False if the sequence could not be sent; then
+    it stays on its first worker. Fair service is charged once: the first Submit has the charge for the prompt, and this
+    Submit has no charge for output that may never come."""
+    call, hedge = sequence.call, Hedge(sequence, link)
+    weighted = WeightedValue(replace(waiting, output_tokens=0), call.policy.weight)
+    stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
+    sealed = b"" if accounting is None else accounting.hedged(sequence)
+    try:
+        # A number above 1 makes the worker count only the changes of the charge.
+        hedge.slot = link.submit(sequence.submission(), hedge, sequence.attempt + 1, sealed, weighted, stream=stream)
+    except BaseException as error:
+        if accounting is not None:
+            accounting.refused(sequence)
+        if not is_call_failure(error):
+            raise
+        log.warning("hedge_not_sent", request_id=call.request_id, exc_info=error)
+        return False
+    sequence.bind_hedge(hedge)
     return True
 
 

@@ -6,10 +6,11 @@ on it.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import sys
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +22,7 @@ from cluster.wire.codec import check_kv_blocks
 if TYPE_CHECKING:
     from cluster.policy.kv_cache.index import CacheIndex
     from cluster.policy.kv_cache.prefix_hashes import Hashes
+    from cluster.policy.kv_cache.prompt_hashes import PromptHashes
 
 EXPECTED_S: Final = 10.0
 """Seconds for which a worker is expected to hold the blocks of a prompt that was sent to it, unless it reports them."""
@@ -28,9 +30,13 @@ MAX_BLOCKS: Final = 1 << 24
 """Maximum number of different blocks in an index."""
 BATCH_BYTES: Final = 8 * 1024
 """Size of the reports of a worker from which they are applied. Small reports are applied together, since each change of
-an index has a price of its own; a call that looks into the index applies them first."""
-MAX_EARLY_BYTES: Final = 8 << 20
-"""Greatest size of the reports of a worker that wait for the modules they need. A worker with more is forgotten."""
+an index has a price of its own; a call that looks into the index applies some of them first."""
+APPLIED_AT_ONCE: Final = 16
+"""Number of workers whose small reports a call applies before it looks into the index, about a millisecond. The reports
+of further workers are applied later, so that the price of a call does not grow with the number of workers."""
+MAX_WAITING_BYTES: Final = 8 << 20
+"""Greatest size of the reports of a worker that wait. A worker with more that wait for numpy is forgotten; otherwise
+reading from it waits until they are applied."""
 SEGMENTS: Final = 16
 """Number of segments of an index from which departed workers are removed at once."""
 MIN_TOKENS: Final = 512
@@ -47,17 +53,35 @@ class _Unapplied:
     """Reports of a worker that are not in the index yet. `size`: bytes of their hashes."""
 
     link: WorkerLink
-    messages: list[pb.KvBlocks] = field(default_factory=list)
+    messages: deque[pb.KvBlocks] = field(default_factory=deque)
     size: int = 0
+
+    def pop_batch(self) -> Sequence[pb.KvBlocks]:
+        """Remove the first reports, until they have the size of a batch, and return them."""
+        batch, size = list[pb.KvBlocks](), 0
+        while self.messages and size < BATCH_BYTES:
+            batch.append(message := self.messages.popleft())
+            size += len(message.stored) + len(message.removed)
+        self.size -= size
+        return batch
 
 
 class WorkerCaches:
-    """The cache indexes of one gateway."""
+    """The cache indexes of one gateway.
+
+    Large reports, as of all blocks of a worker, are applied in batches, one in each pass of the event loop. So the loop
+    never stands still for longer than one batch takes, whatever number of workers connect at once.
+    """
 
     def __init__(self) -> None:
         self._indexes: dict[_IndexKey, CacheIndex] = {}
         self._unapplied: dict[str, _Unapplied] = {}
+        self._due: dict[str, None] = {}
+        """Names of the links whose reports are applied next, in this order."""
+        self.needs_modules = asyncio.Event()
+        """Set when a worker has reported blocks, which need numpy."""
         self._hashes: OrderedDict[tuple[str, int], Hashes] = OrderedDict()
+        self._earlier: PromptHashes | None = None
 
     def report(self, link: WorkerLink, message: pb.KvBlocks) -> None:
         """Take a worker's report. Raises ValueError for a malformed report."""
@@ -70,19 +94,43 @@ class WorkerCaches:
         unapplied.messages.append(message)
         unapplied.size += size
         if "numpy" in sys.modules:  # otherwise deferred_imports.py imports it soon, without blocking the event loop
-            if unapplied.size >= BATCH_BYTES or message.is_reset:
+            if unapplied.size > MAX_WAITING_BYTES:
                 self._apply(unapplied)
-        elif unapplied.size > MAX_EARLY_BYTES:
-            unapplied.messages.clear()
+            if unapplied.size >= BATCH_BYTES or message.is_reset:
+                self._apply_soon(link.name)
+        elif size:
+            self.needs_modules.set()
+            if unapplied.size > MAX_WAITING_BYTES:
+                unapplied.messages.clear()
+                unapplied.size = 0
+
+    def _apply_soon(self, name: str) -> None:
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._apply_due)
+        self._due[name] = None
+
+    def _apply_due(self) -> None:
+        """Apply one batch of reports, of another worker each time."""
+        name = next(iter(self._due))
+        try:
+            if (unapplied := self._unapplied.get(name)) is not None:
+                self._apply(unapplied)
+        finally:
+            del self._due[name]
+            if name in self._unapplied:
+                self._due[name] = None
+            if self._due:
+                asyncio.get_running_loop().call_soon(self._apply_due)
 
     def _apply(self, unapplied: _Unapplied) -> None:
-        """Apply the reports of a worker, those that undo each other not at all."""
+        """Apply one batch of a worker's reports, those that undo each other not at all."""
         from cluster.policy.kv_cache.index import CacheIndex  # not at the start: deferred_imports.py
         from cluster.wire.kv_codec import joined_changes, kv_blocks_from_pb
 
         link = unapplied.link
-        del self._unapplied[link.name]
-        change, worker = joined_changes(map(kv_blocks_from_pb, unapplied.messages)), link.identity.worker_id
+        change, worker = joined_changes(list(map(kv_blocks_from_pb, unapplied.pop_batch()))), link.identity.worker_id
+        if not unapplied.messages:
+            del self._unapplied[link.name]
         key = (link.identity.model, link.info.block_size)
         index = self._indexes.get(key)
         if index is None:
@@ -92,10 +140,16 @@ class WorkerCaches:
         index.remove(worker, change.removed)
         index.store(worker, change.stored)
 
-    def _apply_all(self, model: str) -> None:
-        if "numpy" in sys.modules:
-            for unapplied in [each for each in self._unapplied.values() if each.link.identity.model == model]:
+    def _apply_small(self, model: str) -> None:
+        """Apply the small reports of some workers of a model, and the others soon."""
+        if "numpy" not in sys.modules:
+            return
+        waiting = [each for each in self._unapplied.values() if each.link.identity.model == model]
+        for number, unapplied in enumerate(waiting):
+            if number < APPLIED_AT_ONCE and unapplied.size < BATCH_BYTES:
                 self._apply(unapplied)
+            else:
+                self._apply_soon(unapplied.link.name)
 
     def forget(self, link: WorkerLink) -> None:
         """Forget the blocks of a worker whose link has ended."""
@@ -112,7 +166,7 @@ class WorkerCaches:
         out: dict[str, int] = {}
         if len(request.prompt_token_ids) < MIN_TOKENS:
             return out
-        self._apply_all(model)
+        self._apply_small(model)
         for (name, block_size), index in self._indexes.items():
             if name == model:
                 matched = index.match(self._prompt_hashes(key, block_size, request))
@@ -131,17 +185,24 @@ class WorkerCaches:
 
     def maintain(self, now: float) -> None:
         """Do a part of the indexes' maintenance, about a millisecond for each index with much to do."""
+        if "numpy" in sys.modules:
+            for name, unapplied in self._unapplied.items():
+                if unapplied.size >= BATCH_BYTES and name not in self._due:  # they came before numpy
+                    self._apply_soon(name)
         for index in self._indexes.values():
             index.maintain(now, SEGMENTS)
 
     def _prompt_hashes(self, key: str, block_size: int, request: EngineRequest) -> Hashes:
-        from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of  # not at the start
+        from cluster.policy.kv_cache.prefix_hashes import seed_of  # not at the start: deferred_imports.py
+        from cluster.policy.kv_cache.prompt_hashes import PromptHashes
 
         known = self._hashes.get((key, block_size))
         if known is None:
             ids = request.prompt_token_ids
             whole = (len(ids) - 1) // block_size * block_size
-            known = prefix_hashes(ids[:whole], block_size, seed_of(request.cache_salt, request.adapter))
+            if self._earlier is None:
+                self._earlier = PromptHashes()
+            known = self._earlier.hashes(ids[:whole], block_size, seed_of(request.cache_salt, request.adapter))
             self._hashes[key, block_size] = known
             while len(self._hashes) > MAX_PROMPTS:
                 self._hashes.popitem(last=False)

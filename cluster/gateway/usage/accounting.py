@@ -70,7 +70,10 @@ class CallAccount:
     gpu: str = ""
     gpu_seconds: float = 0.0
     worker: WorkerIdentity | None = None
-    """Worker that got the last Submit."""
+    """Worker that got the last Submit, or that has kept a hedged sequence."""
+    in_vain: list[str] = field(default_factory=list)
+    """Incarnations of the workers that a hedged sequence has left. The next report of each is not counted, since a
+    caller pays for one worker only."""
     counts: dict[str, Any] | None = None
     """Fields of the record that the gateway knows when the sequence has ended."""
     admitted: bool = False
@@ -89,6 +92,9 @@ class CallAccount:
         self.reported.add(name)
         self.admitted = True
         self.awaited -= 1
+        if incarnation in self.in_vain:
+            self.in_vain.remove(incarnation)
+            return True
         if not self.continued:
             self.cached_tokens = report.cached_tokens
         self.generated_tokens += report.generated_tokens
@@ -217,6 +223,22 @@ class Accounting:
         account.worker = link.identity
         account.continued = bool(sequence.emitted)
         return account.sealed
+
+    def hedged(self, sequence: CallSequence) -> bytes:
+        """Wait for the counts of one more Submit, to the second worker of a sequence that is hedged. Returns the sealed
+        record for the Submit. Raises KeyError for a sequence without an open account."""
+        account = self._by_sequence[sequence.key]
+        account.awaited += 1
+        return account.sealed
+
+    def hedge_ended(self, sequence: CallSequence, computed_by: str) -> None:
+        """Record that one of the two workers of a hedged sequence is out. `computed_by`: incarnation of that worker, ""
+        if it has refused the sequence."""
+        account = self._by_sequence.get(sequence.key)
+        if account is not None and sequence.link is not None:
+            account.worker = sequence.link.identity
+        if account is not None and computed_by:
+            account.in_vain.append(computed_by)
 
     def _record(self, sequence: CallSequence, link: WorkerLink) -> OpenRecord:
         try:

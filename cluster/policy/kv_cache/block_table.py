@@ -3,15 +3,18 @@
 Problem. A Python dict takes over a hundred bytes for each hash and one step of the interpreter for each access, and it
 stops the process while it grows.
 
-Method. The table has segments of 1024 rows with eight places each. The top bits of a hash choose the segment by a
-directory, other bits choose one of two rows (partial-key cuckoo hashing, Fan et al., "Cuckoo Filter", 2014, without
-moves). A place holds 32 bits of the hash. A full segment is divided in two by the next bit of the hash (extendible
-hashing, Fagin et al., 1979): all entries keep their rows, so this takes some ten microseconds, and the table never
-grows as a whole. Hashes are multiplied by a random odd number first, so that nobody can choose hashes that meet in one
-row.
+Method. The table has segments of 256 rows with eight places each. The top bits of a hash choose the segment by a
+directory, two other bytes choose two rows, and a new hash goes to the emptier one (Azar et al., "Balanced Allocations",
+1994). A place holds the top 32 bits of the hash. A full segment is divided in two by the next bit of the hash
+(extendible hashing, Fagin et al., 1979): all entries keep their rows, so this takes some ten microseconds, and the
+table never grows as a whole. Hashes are multiplied by a random odd number first, so that nobody can choose hashes that
+meet in one row.
 
 Two hashes are taken for one if they agree in 32 bits and one of their rows: for a random hash that is not in the table
-with a probability below 1 in 100,000. Users must bear that, as cache routing does.
+with a probability of about 1 in 25,000 at ten million entries, and of a tenth of that at one million. Users must bear
+that, as cache routing does.
+
+A lookup of some hundred hashes is bound by the number of calls of numpy, so the code prefers one sum over two choices.
 """
 
 from __future__ import annotations
@@ -31,15 +34,25 @@ Places = npt.NDArray[np.int64]
 ROWS, WIDTH = 256, 8
 SEGMENT: Final = ROWS * WIDTH
 BYTES_PER_PLACE: Final = 12
+_LINE_BYTES: Final = 64
 _MAX_DEPTH: Final = 20
 _OWNERS: Final = 1 << 15
 _FULL: Final = int(SEGMENT * 0.85)
 """Number of entries from which a segment is divided."""
-_ROW_SHIFT: Final = np.uint64(14)
-_HIGH_HALF: Final = 1 if sys.byteorder == "little" else 0
+_IS_LITTLE: Final = sys.byteorder == "little"
+_HIGH_HALF: Final = 1 if _IS_LITTLE else 0
+_ROW_BYTES: Final = slice(2, 4) if _IS_LITTLE else slice(4, 6)
+"""The bytes of a hash that choose its rows."""
 _ONE_MARK: Final = np.uint32(1)
-_MIX, _MIX_SHIFT = np.uint32(0x9E3779B1), np.uint32(24)
-_EXPONENT_0: Final = 1023 << 52
+
+Marks = npt.NDArray[np.uint32]
+_Flags = npt.NDArray[np.uint64]
+"""For each row of eight places one number, whose bytes are 1 for some of the places and 0 for the others."""
+_BYTE_OF_COLUMN: Final = range(8) if _IS_LITTLE else range(7, -1, -1)
+_COLUMNS: Final = np.uint64(sum(column << (61 - 8 * byte) for column, byte in enumerate(_BYTE_OF_COLUMN)))
+"""Factor of `_Flags`. The product with a number that has one byte 1 is not 0; its top three bits are that column."""
+_COLUMN_SHIFT: Final = np.uint64(61)
+_BYTE_SUM, _BYTE_SUM_SHIFT = np.uint64(0x0101010101010101), np.uint64(56)
 
 
 class BlockTable:
@@ -50,7 +63,7 @@ class BlockTable:
         self._multiplier = np.uint64(multiplier | 1)
         most = max(-(-max_hashes * 2 // SEGMENT), 2)
         # Zero pages that are never written take no memory, so only used segments do.
-        self._marks = np.zeros((most * ROWS, WIDTH), np.uint32)
+        self._marks = _zeros_on_lines(most * ROWS)
         self._words = np.zeros((most, SEGMENT), np.uint64)
         self._flat_marks, self._flat_words = self._marks.reshape(-1), self._words.reshape(-1)
         self._most = most
@@ -78,10 +91,17 @@ class BlockTable:
 
     def words(self, hashes: Hashes) -> Words:
         """Return the word of each hash; 0 for a hash that is not in the table."""
-        places = self.find(hashes)
-        words = self._flat_words.take(places, mode="clip")
-        words *= places >= 0
+        places, products = self._locate(*self._keys(hashes))
+        words = self._flat_words.take(places)
+        words *= products != 0
         return words
+
+    def leading_words(self, hashes: Hashes) -> Words:
+        """Return the words of the hashes before the first one that is not in the table."""
+        places, products = self._locate(*self._keys(hashes))
+        if not products.all():
+            places = places[: (products == 0).argmax()]
+        return self._flat_words.take(places)
 
     def get(self, places: Places) -> Words:
         """Return the words at places that `find` or `insert` has returned for hashes in the table."""
@@ -118,44 +138,56 @@ class BlockTable:
         used = np.flatnonzero(self._marks[at : at + ROWS].reshape(-1)) + segment * SEGMENT
         return used, segment + 1 < len(self._depths)
 
-    def _keys(self, hashes: Hashes) -> tuple[npt.NDArray[np.uint32], Places]:
+    def _keys(self, hashes: Hashes) -> tuple[Marks, Places]:
         """Return each hash's mark, and the two rows of each hash as an array of shape (2, hashes)."""
         keys = hashes * self._multiplier
-        marks = keys.view(np.uint32)[_HIGH_HALF::2] | _ONE_MARK
-        rows = np.empty((2, len(hashes)), np.int64)
-        rows[0] = keys >> _ROW_SHIFT
-        rows[0] &= ROWS - 1
-        rows[0] += self._directory.take(marks >> np.uint32(32 - self._depth))
-        np.bitwise_xor(rows[0], (marks * _MIX) >> _MIX_SHIFT | _ONE_MARK, out=rows[1])
-        return marks, rows
+        first_rows = self._directory.take((keys >> np.uint64(64 - self._depth)).view(np.int64))
+        rows = first_rows + keys.view(np.uint8).reshape(-1, 8)[:, _ROW_BYTES].T
+        return keys.view(np.uint32)[_HIGH_HALF::2] | _ONE_MARK, rows
 
-    def _find(self, marks: npt.NDArray[np.uint32], rows: Places) -> Places:
-        columns = _first_true(self._marks.take(rows, axis=0) == marks[:, None])
-        places: Places = np.where(columns < 0, -1, rows * WIDTH + columns)
-        best: Places = np.maximum(places[0], places[1])
-        return best
+    def _locate(self, marks: Marks, rows: Places) -> tuple[Places, _Flags]:
+        """Return the place of each mark in one of its two rows, and a number for each mark that is 0 if the mark is in
+        neither row; then the place is any place."""
+        products = (self._marks.take(rows, axis=0) == marks[:, None]).view(np.uint64)[..., 0]
+        products *= _COLUMNS
+        places = np.where(products[0], rows[0], rows[1])
+        places *= WIDTH
+        either: _Flags = products[0] | products[1]  # one of them is 0, unless both rows are one
+        places += (either >> _COLUMN_SHIFT).view(np.int64)
+        return places, either
 
-    def _claim(self, rows: Places, marks: npt.NDArray[np.uint32]) -> Places:
+    def _find(self, marks: Marks, rows: Places) -> Places:
+        places, products = self._locate(marks, rows)
+        if not products.all():
+            places[products == 0] = -1
+        return places
+
+    def _claim(self, rows: Places, marks: Marks) -> Places:
         """Write each mark into a free place of the emptier of its two rows. Returns the places; -1 for a mark whose
         rows are full."""
         places = np.full(len(marks), -1, np.int64)
         left = np.arange(len(marks))
         while left.size:
-            free = self._marks.take(rows[:, left], axis=0) == 0
-            room = free.sum(axis=2)
-            better = (room[1] > room[0]).astype(np.int64)
-            at = np.arange(len(left))
-            wanted = rows[better, left] * WIDTH + _first_true(free[better, at])
-            has_room = room[better, at] > 0
-            left, wanted = left[has_room], wanted[has_room]
+            free = (self._marks.take(rows, axis=0) == 0).view(np.uint64)[..., 0]
+            room = (free * _BYTE_SUM) >> _BYTE_SUM_SHIFT
+            is_second = room[1] > room[0]
+            flags = np.where(is_second, free[1], free[0])
+            wanted = np.where(is_second, rows[1], rows[0]) * WIDTH
+            wanted += (((flags & -flags) * _COLUMNS) >> _COLUMN_SHIFT).view(np.int64)
+            if not flags.all():
+                has_room = flags.nonzero()[0]
+                left, wanted, rows = left[has_room], wanted[has_room], rows[:, has_room]
             # Of several marks for one place, the last one that is written gets it. The others try the next place.
-            self._owners[wanted % _OWNERS] = left
-            won = self._owners[wanted % _OWNERS] == left
-            taken = wanted[won]
-            self._flat_marks[taken] = marks[left[won]]
-            places[left[won]] = taken
+            owners = wanted % _OWNERS
+            self._owners[owners] = left
+            won = self._owners[owners] == left
+            taken, winners = wanted[won], left[won]
+            self._flat_marks[taken] = marks[winners]
+            places[winners] = taken
             self._count(taken, 1)
-            left = left[~won]
+            if len(winners) == len(left):
+                break
+            left, rows = left[~won], rows[:, ~won]
         return places
 
     def _count(self, places: Places, by: int) -> None:
@@ -185,9 +217,9 @@ class BlockTable:
         return True
 
 
-def _first_true(values: npt.NDArray[np.bool_]) -> Places:
-    """Return the column of the first true value in each row of eight values, which is the last axis; negative for a row
-    without one."""
-    # Eight truth values are one number. As a float, its lowest bit has eight times the column as exponent.
-    bits = values.view(np.int64)[..., 0]
-    return ((bits & -bits).astype(np.float64).view(np.int64) - _EXPONENT_0) >> 55
+def _zeros_on_lines(rows: int) -> Marks:
+    """Return rows of zeros, none of which is in two lines of the processor's cache."""
+    per_line = _LINE_BYTES // 4
+    buffer = np.zeros(rows * WIDTH + per_line, np.uint32)
+    start = -(buffer.ctypes.data // 4) % per_line
+    return buffer[start : start + rows * WIDTH].reshape(rows, WIDTH)

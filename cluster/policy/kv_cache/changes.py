@@ -11,7 +11,8 @@ from cluster.policy.kv_cache.prefix_hashes import Hashes
 
 @dataclass(frozen=True, slots=True)
 class KvChange:
-    """Blocks that a worker has stored and removed. `is_reset`: the worker holds the stored blocks and no others."""
+    """Blocks that a worker has removed and then stored; a block in both lists is held. `is_reset`: the worker holds the
+    stored blocks and no others."""
 
     is_reset: bool = False
     stored: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))

@@ -13,7 +13,7 @@ All times are monotonic seconds.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -131,14 +131,16 @@ class CacheIndex:
         hold no first block are left out. `hashes`: the prefix hashes of the prompt."""
         out: dict[str, int] = {}
         alive = self._live
-        for start, word in self._runs(hashes):
-            still = alive & self._sets.holders(word) if word else 0
+        starts, words, end = self._runs(hashes)
+        for start, word in zip(starts, words, strict=True):
+            still = alive & self._sets.holders(word)
             if start and still != alive:
                 self._record(out, alive & ~still, start)
             alive = still
             if not alive:
                 return out
-        self._record(out, alive if len(hashes) else 0, len(hashes))
+        if end:
+            self._record(out, alive, end)
         return out
 
     def maintain(self, now: float, segments: int = 1) -> bool:
@@ -157,31 +159,36 @@ class CacheIndex:
             self._sweep()
         return bool(due and due[0].until <= now) or self._next_segment is not None or bool(self._departed)
 
-    def _runs(self, hashes: Hashes) -> Iterator[tuple[int, int]]:
-        """Yield each run of blocks with equal words, as its first block and its word, up to the first block that no
-        worker holds."""
-        if not len(hashes):
-            return
+    def _runs(self, hashes: Hashes) -> tuple[list[int], list[int], int]:
+        """Return the runs of blocks with equal words among the leading blocks that some worker holds: the first block
+        of each run, its word, and the number of these leading blocks."""
+        if len(hashes) <= _SHORT:
+            words = self._table.leading_words(hashes)
+            if not len(words):
+                return [], [], 0
+            starts = (words[1:] != words[:-1]).nonzero()[0] + 1
+            return [0, *starts.tolist()], [int(words[0]), *words[starts].tolist()], len(words)
         positions, words = self._sampled(hashes)
-        starts = (words[1:] != words[:-1]).nonzero()[0] + 1
-        yield 0, int(words[0])
-        yield from zip(positions[starts].tolist(), words[starts].tolist(), strict=True)
+        changes = (words[1:] != words[:-1]).nonzero()[0] + 1
+        starts, kinds = [0, *positions[changes].tolist()], [int(words[0]), *words[changes].tolist()]
+        if 0 not in kinds:
+            return starts, kinds, len(hashes)
+        first = kinds.index(0)
+        return starts[:first], kinds[:first], starts[first]
 
     def _sampled(self, hashes: Hashes) -> tuple[npt.NDArray[np.int64], Words]:
-        """Return positions of blocks and the words of these blocks, such that the words change nowhere else.
+        """Return positions of a long prompt's blocks and the words of these blocks, such that the words change nowhere
+        else; 0 for a block that no worker holds.
 
-        Of a long prompt, each 16th block is looked up first, up to the first one that no worker holds, and then the
-        blocks between two of them with different words. Blocks between equal words have this word, since an engine
-        evicts the last blocks of a prefix first.
+        Each 16th block is looked up first, up to the first one that no worker holds, and then the blocks between two of
+        them with different words. Blocks between equal words have this word, since an engine evicts the last blocks of
+        a prefix first.
         """
         count = len(hashes)
-        if count <= _SHORT:
-            return np.arange(count), self._table.words(hashes)
         coarse = np.append(np.arange(0, count - 1, _STRIDE), count - 1)
-        words = self._table.words(hashes[coarse])
-        ends = (words == 0).nonzero()[0]
-        if ends.size:
-            coarse, words = coarse[: ends[0] + 1], words[: ends[0] + 1]
+        words = self._table.leading_words(hashes[coarse])
+        if len(words) < len(coarse):
+            coarse, words = coarse[: len(words) + 1], np.append(words, np.uint64(0))
         gaps = (words[1:] != words[:-1]).nonzero()[0]
         between = (coarse[gaps][:, None] + np.arange(1, _STRIDE)).reshape(-1)
         between = between[between < np.repeat(coarse[gaps + 1], _STRIDE - 1)]

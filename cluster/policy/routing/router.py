@@ -136,6 +136,8 @@ class RoutingDecision:
     worker_id: str | None
     reason: str
     scores: tuple[Score, ...]
+    cached_tokens: int = 0
+    """Number of leading tokens of the call that the chosen worker holds in its KV cache."""
 
     def explain(self) -> str:
         """Decision as one line for humans: the choice, then every candidate, the best candidate first."""
@@ -293,8 +295,9 @@ class Router:
         dropped.sort(key=lambda score: score.worker_id)
         scores = (*(entry[4] for entry in passed), *dropped)
         if passed:
-            reason = "cached_prefix" if call.cached.get(scores[0].worker_id) else "least_loaded"
-            return RoutingDecision(scores[0].worker_id, reason if len(passed) > 1 else "only_choice", scores)
+            cached = call.cached.get(scores[0].worker_id, 0)
+            reason = "only_choice" if len(passed) == 1 else "cached_prefix" if cached else "least_loaded"
+            return RoutingDecision(scores[0].worker_id, reason, scores, cached)
         return RoutingDecision(None, self._why_nobody(dropped), scores)
 
     def _score(self, call: RouteCall, candidate: Candidate) -> Score:

@@ -60,13 +60,15 @@ class Ending(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a sequence, which has left its queue, to a worker. `reason`: see RoutingDecision. `uncached_tokens`: number
-    of tokens of a resumed sequence that the worker is likely to compute, 0 for all."""
+    """Send a sequence, which has left its queue, to a worker. `reason` and `cached_tokens`: see RoutingDecision; the
+    latter is set for new sequences only. `uncached_tokens`: number of tokens of a resumed sequence that the worker is
+    likely to compute, 0 for all."""
 
     entry: WaitingSequence
     worker_id: str
     reason: str
     uncached_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,7 @@ class SchedulingPolicy:
             if isinstance(decision, Exception):
                 yield Fail(entry.call_id, decision)
             elif decision is not None and decision.worker_id is not None:
-                yield Send(entry, decision.worker_id, decision.reason)
+                yield Send(entry, decision.worker_id, decision.reason, cached_tokens=decision.cached_tokens)
 
     def _route(self, entry: WaitingSequence, now: float) -> RoutingDecision:
         """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of

@@ -9,14 +9,14 @@ Events that do not fit are counted and otherwise ignored: a wrong mirror costs c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.api.kv_events import BlockId, BlocksRemoved, BlocksStored, KvEvent
 from cluster.policy.kv_cache.changes import KvChange
-from cluster.policy.kv_cache.prefix_hashes import EMPTY, Prefix, next_prefix, prefix_hashes, seed_of
+from cluster.policy.kv_cache.prefix_hashes import EMPTY, Hashes, Prefix, next_prefix, prefix_hashes, seed_of
 
 _SMALL_EVENT = 4
 """Number of blocks up to which hashing them one by one is faster."""
@@ -36,7 +36,8 @@ class KvMirror:
         """`block_size`: tokens in a block. Blocks of another size are ignored."""
         self._block_size = block_size
         self._blocks: dict[BlockId, _Block] = {}
-        self._changed: dict[int, bool] = {}
+        self._stored: dict[int, None] = {}
+        self._removed: dict[int, None] = {}
         self._was_cleared = False
         self.ignored = 0
         """Number of blocks in events that do not fit: an unknown parent, another size, a removal of an unknown
@@ -54,23 +55,31 @@ class KvMirror:
                 self._remove(event)
             else:
                 self._blocks.clear()
-                self._changed.clear()
+                self._stored, self._removed = {}, {}
                 self._was_cleared = True
 
     def pop_change(self) -> KvChange:
-        """Return the net change since the last call. A block that came and went in between is in neither list."""
-        changed, was_cleared = self._changed, self._was_cleared
-        self._changed, self._was_cleared = {}, False
+        """Return the change since the last call: the blocks that were removed, and then those that were stored since
+        and are held. A block that came and went in between is in `removed`, since a gateway may expect it. One that
+        went and came is in both lists: a gateway can tell why a call did not find it."""
+        stored, removed, was_cleared = self._stored, self._removed, self._was_cleared
+        self._stored, self._removed, self._was_cleared = {}, {}, False
         if was_cleared:
             return self.snapshot()
-        stored = [value for value, is_held in changed.items() if is_held]
-        removed = [value for value, is_held in changed.items() if not is_held]
-        return KvChange(False, np.array(stored, np.uint64), np.array(removed, np.uint64))
+        return KvChange(False, np.array(list(stored), np.uint64), np.array(list(removed), np.uint64))
 
     def snapshot(self) -> KvChange:
         """Return all blocks that are held, as the change for a gateway that knows none of them."""
-        hashes = np.fromiter((block.prefix.hash for block in self._blocks.values()), np.uint64, len(self._blocks))
-        return KvChange(True, hashes)
+        return KvChange(True, self.hashes_of(self._blocks))
+
+    def block_ids(self) -> Sequence[BlockId]:
+        """Return the engine's ids of all blocks that are held."""
+        return list(self._blocks)
+
+    def hashes_of(self, block_ids: Iterable[BlockId]) -> Hashes:
+        """Return the prefix hashes of those blocks that are held now."""
+        held = self._blocks
+        return np.array([held[block_id].prefix.hash for block_id in block_ids if block_id in held], np.uint64)
 
     def _store(self, event: BlocksStored) -> None:
         parent = None if event.parent is None else self._blocks.get(event.parent)
@@ -99,7 +108,7 @@ class KvMirror:
             block.copies += 1
             return
         self._blocks[block_id] = _Block(prefix, seed)
-        self._note(prefix.hash, True)
+        self._stored[prefix.hash] = None
 
     def _remove(self, event: BlocksRemoved) -> None:
         for block_id in event.blocks:
@@ -110,11 +119,5 @@ class KvMirror:
             block.copies -= 1
             if not block.copies:
                 del self._blocks[block_id]
-                self._note(block.prefix.hash, False)
-
-    def _note(self, value: int, is_held: bool) -> None:
-        """Record that a block came or went; the opposite of an earlier record cancels it."""
-        if self._changed.get(value, is_held) != is_held:
-            del self._changed[value]
-        else:
-            self._changed[value] = is_held
+                self._stored.pop(block.prefix.hash, None)
+                self._removed[block.prefix.hash] = None

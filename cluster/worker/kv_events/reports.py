@@ -3,6 +3,9 @@
 Changes are collected for INTERVAL_S and sent to all links. A decoding engine fills some blocks in every step, and a
 message a step would cost each gateway more than the blocks are worth. The gateway that sent a prompt expects its blocks
 anyway, so it does not need an early report.
+
+All blocks of a large engine are sent in pieces, between which other work runs. A piece holds the blocks that the engine
+holds when the piece is made, so it is right after all changes that were sent before it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import asyncio
 
 from cluster.api.ports import KvEventSource
 from cluster.policy.kv_cache.changes import KvChange
-from cluster.wire.kv_codec import kv_blocks_to_pb
+from cluster.wire.kv_codec import BLOCKS_PER_MESSAGE, kv_blocks_to_pb
 from cluster.wire.outbox import Outbox
 from cluster.worker.kv_events.mirror import KvMirror
 
@@ -26,17 +29,20 @@ class KvReports:
         self._source = source
         self._mirror = KvMirror(block_size)
         self._outboxes: dict[int, Outbox] = {}
+        self._snapshots: dict[int, asyncio.Task[None]] = {}
 
     def attach(self, number: int, outbox: Outbox) -> None:
         """Report all blocks on a new link, then the changes."""
         if self._source is not None:
-            self._send(self._outboxes, self._mirror.pop_change())  # the new link gets them with the snapshot
+            self._send({number: outbox}, KvChange(is_reset=True))
             self._outboxes[number] = outbox
-            self._send({number: outbox}, self._mirror.snapshot())
+            self._snapshots[number] = asyncio.create_task(self._send_snapshot(number, outbox))
 
     def detach(self, number: int) -> None:
         """Stop reporting on a link."""
         self._outboxes.pop(number, None)
+        if (task := self._snapshots.pop(number, None)) is not None:
+            task.cancel()
 
     async def run(self) -> None:
         """Report until cancelled."""
@@ -47,6 +53,15 @@ class KvReports:
             self._mirror.apply(await self._source.kv_events())
             self._send(self._outboxes, self._mirror.pop_change())
             await asyncio.sleep(INTERVAL_S)
+
+    async def _send_snapshot(self, number: int, outbox: Outbox) -> None:
+        """Send all blocks on a new link, after the reset."""
+        block_ids = self._mirror.block_ids()
+        for at in range(0, len(block_ids), BLOCKS_PER_MESSAGE):
+            hashes = self._mirror.hashes_of(block_ids[at : at + BLOCKS_PER_MESSAGE])
+            self._send({number: outbox}, KvChange(stored=hashes))
+            await asyncio.sleep(0)
+        self._snapshots.pop(number, None)
 
     @staticmethod
     def _send(outboxes: dict[int, Outbox], change: KvChange) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
-from cluster.api.types import EngineRequest, Sampling
+from cluster.api.types import KV_EVENTS, EngineInfo, EngineRequest, Sampling, WorkerIdentity
+from cluster.gateway.scheduling.worker_caches import WorkerCaches
+from cluster.policy.kv_cache.changes import KvChange
+from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
+from cluster.wire.kv_codec import BLOCKS_PER_MESSAGE, kv_blocks_to_pb
 from tests.support.calls import complete
-from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
+from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
+from tests.support.postgres import free_port
 
 BLOCK, TOKENS, TURNS = 16, 24, 4
 
@@ -75,3 +81,53 @@ async def test_a_new_link_gets_all_blocks(tmp_path: Path, checkpoint: Path, bund
         link.close("the test wants another")
         await until(lambda: cluster.gateway.hub.links not in ([], [link]), "the worker has connected again")
         await until(lambda: matched(cluster, [*ids, 1]) == {worker.identity.worker_id: 40 * BLOCK}, "it is known")
+
+
+async def test_a_new_gateway_knows_all_blocks_of_its_workers(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """Conversations that another gateway has served go to the workers that hold them, two seconds after a gateway has
+    started in its place."""
+    port = free_port()
+    text = LOOPBACK.replace('link: "127.0.0.1:0"', f'link: "127.0.0.1:{port}"')
+    async with running_cluster(tmp_path) as first:
+        both = [first.gateway.endpoints["link"], f"127.0.0.1:{port}"]
+        for _ in range(3):
+            await first.add_worker(sim_engine(checkpoint, decode_ms=1, block_size=BLOCK), bundle, gateways=both)
+        prompts = [prompt(number) for number in range(9)]
+        for ids in prompts:
+            await turn(first, ids)
+        holders = [matched(first, [*ids, 1]) for ids in prompts]
+        async with running_cluster(tmp_path / "second", text) as second:
+            await until(lambda: len(second.gateway.hub.links) == 3, "all workers are linked")
+            await until(lambda: [matched(second, [*ids, 1]) for ids in prompts] == holders, "all is known", 2.0)
+            assert [(await turn(second, [*ids, 1]))[1] for ids in prompts] == [len(ids) for ids in prompts]
+
+
+class _Link:
+    """What a gateway's index reads of a link."""
+
+    def __init__(self, number: int) -> None:
+        self.name = f"w{number}#1"
+        self.identity = WorkerIdentity(f"w{number}", "i", "sim")
+        self.info = EngineInfo("", "sim", "", BLOCK, 1 << 20, 1, 1, 1 << 20, 1000, capabilities=(KV_EVENTS,))
+
+
+async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
+    """Of the reports of many workers that connect at once, each pass of the event loop applies one batch, and calls see
+    what has been applied."""
+    caches, workers, pieces = WorkerCaches(), 20, 4
+    ids = prompt(0, pieces * BLOCKS_PER_MESSAGE * BLOCK)
+    change = KvChange(True, prefix_hashes(ids, BLOCK, seed_of("")))
+    links = [_Link(number) for number in range(workers)]
+    for link in links:
+        for message in kv_blocks_to_pb(change):
+            caches.report(link, message)  # type: ignore[arg-type]
+    request, passes = EngineRequest("", [*ids, 1], Sampling(max_tokens=1)), 0
+    found: list[int] = []
+    while len(found) < workers or min(found) < len(ids):
+        known = list(caches.cached_tokens("sim", str(passes), request).values())
+        assert len(known) - len(found) in (0, 1)
+        found = known
+        await asyncio.sleep(0)
+        passes += 1
+        assert passes <= 2 * workers * pieces
+    assert passes >= workers * pieces

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cluster.api.kv_events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
 from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
-from cluster.wire.kv_codec import kv_blocks_from_pb
+from cluster.wire.kv_codec import BLOCKS_PER_MESSAGE, kv_blocks_from_pb
 from cluster.wire.outbox import Outbox
 from cluster.worker.kv_events.reports import KvReports
 
@@ -52,6 +52,53 @@ async def test_every_gateway_knows_all_blocks_whenever_it_has_connected() -> Non
         reports.detach(1)
         source.queue.put_nowait([BlocksCleared()])
         assert not await known(late, other, set())
+        late.flush()
+        assert not (await late.next_message()).HasField("kv_blocks")
+    finally:
+        running.cancel()
+
+
+async def test_a_large_report_is_sent_in_pieces_between_which_other_work_runs() -> None:
+    """A gateway that connects to a worker with many blocks knows all of them, and those that change meanwhile."""
+    count = 5 * BLOCKS_PER_MESSAGE + 7
+    hashes = list(map(int, prefix_hashes(range(count * SIZE), SIZE, seed_of(""))))
+    source, early, late = Events(), Outbox(), Outbox()
+    reports = KvReports(source, SIZE)
+    running = asyncio.create_task(reports.run())
+    try:
+        reports.attach(1, early)
+        source.queue.put_nowait([BlocksStored(range(count), None, range(count * SIZE), SIZE)])
+        held = await known(early, set(), set(hashes))
+        reports.attach(2, late)
+        await asyncio.sleep(0)
+        source.queue.put_nowait([BlocksRemoved([0, count - 1]), BlocksStored([0], None, range(SIZE), SIZE)])
+        sizes = []
+        other: set[int] = set()
+        async with asyncio.timeout(10):
+            while other != set(hashes[:-1]):
+                message = await late.next_message()
+                change = kv_blocks_from_pb(message.kv_blocks)
+                sizes.append(len(change.stored))
+                other = other - set(change.removed.tolist()) | set(change.stored.tolist())
+        assert max(sizes) <= BLOCKS_PER_MESSAGE
+        await known(early, held, set(hashes[:-1]))
+    finally:
+        running.cancel()
+
+
+async def test_a_link_that_ends_gets_no_more_pieces() -> None:
+    count = 3 * BLOCKS_PER_MESSAGE
+    source, early, late = Events(), Outbox(), Outbox()
+    reports = KvReports(source, SIZE)
+    running = asyncio.create_task(reports.run())
+    try:
+        reports.attach(1, early)
+        source.queue.put_nowait([BlocksStored(range(count), None, range(count * SIZE), SIZE)])
+        await known(early, set(), set(map(int, prefix_hashes(range(count * SIZE), SIZE, seed_of("")))))
+        reports.attach(2, late)
+        reports.detach(2)
+        await asyncio.sleep(0)
+        assert (await late.next_message()).kv_blocks.is_reset
         late.flush()
         assert not (await late.next_message()).HasField("kv_blocks")
     finally:

@@ -1,0 +1,162 @@
+"""The hedges of one gateway: sequences without output are watched, and late ones are sent to a second worker.
+
+policy/scheduling/hedging.py decides. This module carries the decisions out, and reports to the policy what becomes of
+each sequence. A sequence of a model with one worker is not watched, since there is no second worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cluster.gateway.calls.call import CallSequence
+from cluster.gateway.calls.life import State
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.scheduling.queues import Queues
+from cluster.gateway.scheduling.submission import submit_hedge
+from cluster.gateway.scheduling.worker_caches import WorkerCaches
+from cluster.gateway.scheduling.workers import LinkedWorkers
+from cluster.observe.metrics import Metrics
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.routing.breaker import Breakers
+from cluster.policy.routing.router import Candidate, RouteCall, needs_parser
+from cluster.policy.scheduling.hedging import HedgingPolicy
+
+if TYPE_CHECKING:
+    from cluster.gateway.usage.accounting import Accounting
+
+LOOK_S = 0.01
+"""Shortest interval in seconds of the looks for late sequences, which bounds what they cost."""
+
+
+class Hedges:
+    """The hedges of one gateway, for all models."""
+
+    def __init__(
+        self,
+        policy: HedgingPolicy,
+        queues: Queues,
+        workers: LinkedWorkers,
+        caches: WorkerCaches,
+        breakers: Breakers,
+        metrics: Metrics,
+        place: Callable[[CallSequence], WaitingSequence | None],
+        accounting: Callable[[], Accounting | None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`place` returns the waiting room's entry of a sequence. `accounting` returns the gateway's accounts, or None
+        if the gateway keeps no accounts."""
+        self.policy = policy
+        self._queues = queues
+        self._workers = workers
+        self._caches = caches
+        self._breakers = breakers
+        self._metrics = metrics
+        self._place = place
+        self._accounting = accounting
+        self._clock = clock
+        self._sequences: dict[str, CallSequence] = {}
+        self._wakes_at = -math.inf
+        """Time at which `watch` looks for late sequences next; -infinity before `watch` runs."""
+        self._earlier = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"Hedges({self.policy})"
+
+    # ---- reports of the scheduler
+
+    def sent(self, sequence: CallSequence, link: WorkerLink, cached_tokens: int, now: float) -> None:
+        """Watch a sequence that was sent to a worker, if it can be hedged. `cached_tokens`: number of prompt tokens
+        that the worker is expected to hold."""
+        call = sequence.call
+        if sequence.state is not State.SENT or len(call.sequences) > 1 or call.is_resumed:
+            return
+        if self.policy.share <= 0 or not self._workers.has_choice(call.model):
+            return
+        self._sequences[sequence.key] = sequence
+        uncached = len(sequence.request.prompt_token_ids) - cached_tokens
+        self.policy.sent(sequence.key, call.model, link.identity.worker_id, uncached, now)
+        if self.policy.next_due < self._wakes_at:
+            self._earlier.set()
+
+    def answered(self, sequence: CallSequence, cached_tokens: int) -> None:
+        """Stop watching a sequence whose first output has arrived. `cached_tokens`: number of prompt tokens that were
+        in the worker's cache."""
+        if self._sequences.pop(sequence.key, None) is not None:
+            uncached = len(sequence.request.prompt_token_ids) - cached_tokens
+            self.policy.answered(sequence.key, uncached, self._clock())
+
+    def forget(self, sequence: CallSequence) -> None:
+        """Stop watching a sequence whose call has ended."""
+        if self._sequences.pop(sequence.key, None) is not None:
+            self.policy.forget(sequence.key)
+
+    def ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
+        """Count a hedge that has ended. See CallEvents.hedge_ended."""
+        model, accounting = sequence.call.model, self._accounting()
+        if accounting is not None:
+            accounting.hedge_ended(sequence, computed_by)
+        in_vain = self.policy.hedge_ended(sequence.key, won, self._clock())
+        self._metrics.count("hedges_total", model, "won" if won else "lost")
+        if computed_by:
+            self._metrics.count("wasted_tokens_total", model, "hedge", by=in_vain)
+
+    # ---- time
+
+    async def watch(self) -> None:
+        """Send late sequences to second workers, until cancelled."""
+        while True:
+            self._earlier.clear()
+            self._wakes_at = self.policy.next_due
+            wait_s = None if math.isinf(self._wakes_at) else max(self._wakes_at - self._clock(), LOOK_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._earlier.wait()
+            self.send_late()
+
+    def send_late(self) -> None:
+        """Send the sequences that are late now to second workers, as far as the policy allows."""
+        now = self._clock()
+        for key in self.policy.late(now):
+            sequence = self._sequences[key]
+            try:
+                if sequence.state is State.SENT:
+                    self._hedge(sequence, now)
+            except Exception as error:
+                sequence.call.fail_unexpectedly(error)
+
+    def _hedge(self, sequence: CallSequence, now: float) -> None:
+        """Send a late sequence to a second worker if the policy allows it."""
+        model, place = sequence.call.model, self._place(sequence)
+        waiting = self._queues.waiting(model)[0]
+        if place is None or not self.policy.may_hedge(sequence.key, waiting):
+            return
+        candidates = self._candidates(sequence, now)
+        call = RouteCall(
+            model,
+            sequence.tokens,
+            excluded=sequence.excluded | {sequence.last_worker},
+            versions=sequence.call.versions.all,
+            needs_tools=needs_parser(place.needs_tools, candidates),
+            cached=self._caches.cached_tokens(model, sequence.key, sequence.request),
+        )
+        decision = self.policy.second_worker(call, candidates)
+        link = None if decision.worker_id is None else self._workers.link(model, decision.worker_id)
+        if link is None or not submit_hedge(sequence, link, place, self._accounting()):
+            return
+        uncached = sequence.tokens - decision.cached_tokens
+        self.policy.hedged(sequence.key, link.identity.worker_id, uncached, now)
+        self._breakers.record_sent(link.identity.incarnation, now)
+        self._caches.expect(link, sequence.key, sequence.request, now)
+
+    def _candidates(self, sequence: CallSequence, now: float) -> list[Candidate]:
+        """Return the workers on which a sequence gives the same answer as on its first worker."""
+        begun, model = sequence.compatibility, sequence.call.model
+        return [
+            candidate
+            for candidate in self._workers.candidates(model, now, resumed=False)
+            if (key := candidate.compatibility_key) is not None and begun is not None and key.can_resume(begun)
+        ]

@@ -1,0 +1,48 @@
+"""The gateways to which a worker connects, if there are many.
+
+Problem. A link costs both sides CPU even while nothing runs, so with many workers and many gateways each worker
+connects to some gateways only. Every gateway still needs workers of each model.
+
+Invariants. Each worker chooses by itself, by the names of the gateways alone. All gateways get about as many workers. A
+gateway that comes or goes changes at most one link of a worker, besides those by which the number of links grows. A
+gateway gets LEAST_WORKERS workers of a model on average or, of a model with fewer, all.
+
+Source: rendezvous hashing, Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+ALL_UP_TO: Final = 8
+"""Default number of gateways up to which each worker connects to all."""
+LEAST_WORKERS: Final = 16
+"""Number of a model's workers that a gateway gets on average. That it gets none then has a probability of e**-16."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySubset:
+    """The rule for one worker. `most`: number of gateways to which it connects. `replicas`: number of workers that its
+    model has at least; few workers connect to more than `most`."""
+
+    worker_id: str
+    most: int = ALL_UP_TO
+    replicas: int = 1
+
+    def links(self, gateways: int) -> int:
+        """Return the number of links if there are this many gateways."""
+        return min(gateways, max(self.most, -(-gateways * LEAST_WORKERS // max(self.replicas, 1))))
+
+    def of(self, gateways: Sequence[str]) -> tuple[str, ...]:
+        """Return the gateways to connect to, in the given order. `gateways`: distinct names of all."""
+        count = self.links(len(gateways))
+        if count == len(gateways):
+            return tuple(gateways)
+        chosen = set(sorted(gateways, key=self._preference, reverse=True)[:count])
+        return tuple(gateway for gateway in gateways if gateway in chosen)
+
+    def _preference(self, gateway: str) -> bytes:
+        return hashlib.blake2b(f"{self.worker_id}\0{gateway}".encode(), digest_size=8).digest()

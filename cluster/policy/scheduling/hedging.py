@@ -1,0 +1,182 @@
+"""Hedging before the first token: a sequence whose worker is late is sent to a second worker, and the first to answer
+keeps the sequence.
+
+Problem: a worker may be slow without failing any check. A caller should not wait for such a worker while another one is
+free, and the second Submits must not become a load of their own.
+
+Method: a sequence is late once it has waited longer than QUANTILE of the model's first tokens took for prompts of its
+size (first_token_times.py). A late sequence that is not hedged is looked at again each time its wait has grown by the
+factor GROWTH. The first look at a sequence leaves half of BURST to those that have waited longer: a sequence that is a
+little late is likely to be answered soon, and one that is on a slow worker is not.
+
+Invariants: the hedges of a model never exceed `share` of the model's sequences that were sent so far, and at most BURST
+hedges are saved up. A sequence is hedged at most once before its first output. No sequence is hedged while sequences of
+its model wait, or while less than MIN_FREE of the capacity of the other workers is free.
+
+Source: hedged requests of Dean and Barroso, "The Tail at Scale" (CACM 56(2), 2013).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, pick
+from cluster.policy.scheduling.first_token_times import FirstTokenTimes
+
+BURST = 10.0
+"""Number of hedges that a model may save up."""
+GROWTH = 1.5
+"""Factor by which the wait of a late sequence grows until the next look at the sequence."""
+MIN_FREE = 0.2
+"""Free part of the sequences that the other workers can run, below which the model counts as overloaded."""
+SHORTEST_S = 0.05
+"""Shortest wait in seconds after which a sequence is late. To hedge earlier would win less than the link costs."""
+
+
+@dataclass(slots=True)
+class _Hedge:
+    worker: str
+    uncached_tokens: int
+    sent_at: float
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A sequence that was sent and has no output. `wait_s`: seconds after `sent_at` at which it is late, or is looked
+    at again. `hedge`: its Submit to a second worker, while there are two."""
+
+    model: str
+    worker: str
+    uncached_tokens: int
+    sent_at: float
+    wait_s: float
+    number: int
+    was_hedged: bool
+    looks: int = 0
+    """Number of times that the sequence was found late."""
+    hedge: _Hedge | None = None
+
+
+class HedgingPolicy:
+    """Decides for one gateway which sequences are hedged. `now` is monotonic, in seconds."""
+
+    def __init__(self, share: float) -> None:
+        """`share`: hedges of a model as a part of its sequences, in [0, 1]. 0: nothing is hedged and nothing learnt."""
+        self.share = share
+        self._times = FirstTokenTimes()
+        self._sent: dict[str, _Sent] = {}
+        self._due: list[tuple[float, int, str]] = []
+        self._saved: dict[str, float] = {}
+        """Number of hedges that a model may make now."""
+        self._numbers = 0
+
+    def __len__(self) -> int:
+        """Return the number of sequences without output."""
+        return len(self._sent)
+
+    @property
+    def next_due(self) -> float:
+        """Time at which `late` is to be called next; infinity if no call is needed."""
+        return self._due[0][0] if self._due else math.inf
+
+    def sent(self, key: str, model: str, worker_id: str, uncached_tokens: int, now: float) -> None:
+        """Record that a sequence was sent to its first worker, or after a loss to another. `uncached_tokens`: number of
+        prompt tokens that the worker is expected to compute."""
+        if self.share <= 0:
+            return
+        before = self._sent.get(key)
+        if before is None:
+            self._saved[model] = min(self._saved.get(model, 0.0) + self.share, BURST)
+        self._numbers += 1
+        high_s = self._times.high(model, uncached_tokens, now)
+        wait_s = math.inf if high_s is None else max(high_s, SHORTEST_S)
+        was_hedged = before is not None and before.was_hedged
+        self._sent[key] = _Sent(model, worker_id, uncached_tokens, now, wait_s, self._numbers, was_hedged)
+        if high_s is not None and not was_hedged:
+            heapq.heappush(self._due, (now + wait_s, self._numbers, key))
+
+    def knows(self, model: str, uncached_tokens: int, now: float) -> bool:
+        """Return whether enough is known to call a first token late."""
+        return self._times.high(model, uncached_tokens, now) is not None
+
+    def late(self, now: float) -> Iterator[str]:
+        """Yield the keys of the sequences that are late now. The caller asks `may_hedge` for each of them."""
+        while self._due:
+            due, number, key = self._due[0]
+            sent = self._sent.get(key)
+            if sent is None or sent.number != number or sent.was_hedged:  # answered in time, so no call is needed
+                heapq.heappop(self._due)
+                continue
+            if due > now:
+                break
+            heapq.heappop(self._due)
+            sent.looks += 1
+            sent.wait_s *= GROWTH
+            while sent.sent_at + sent.wait_s <= now:
+                sent.looks += 1
+                sent.wait_s *= GROWTH
+            heapq.heappush(self._due, (sent.sent_at + sent.wait_s, number, key))
+            yield key
+
+    def may_hedge(self, key: str, waiting: int) -> bool:
+        """Return whether a sequence may be hedged now, if there is a second worker for it. `waiting`: number of
+        sequences of its model that wait for a worker."""
+        sent = self._sent.get(key)
+        if sent is None or sent.was_hedged or waiting:
+            return False
+        return self._saved.get(sent.model, 0.0) >= (1.0 if sent.looks > 1 else BURST / 2)
+
+    def second_worker(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
+        """Return the routing decision for the second worker of a sequence that may be hedged. `call` excludes the first
+        worker. `candidates`: all workers of the model that are compatible with the first."""
+        others = [c for c in candidates if c.healthy and not c.draining and not c.retired]
+        others = [c for c in others if c.incarnation not in call.excluded]
+        free = sum(c.free_sequences for c in others)
+        if free < MIN_FREE * (free + sum(c.running for c in others)):
+            return RoutingDecision(None, "overloaded", ())
+        return pick(call, [c for c in others if not c.waiting])
+
+    def hedged(self, key: str, worker_id: str, uncached_tokens: int, now: float) -> None:
+        """Record that a sequence that may be hedged was sent to a second worker. `uncached_tokens`: number of prompt
+        tokens that this worker is expected to compute. Raises KeyError if the sequence is not known."""
+        sent = self._sent[key]
+        self._saved[sent.model] -= 1.0
+        sent.was_hedged, sent.hedge = True, _Hedge(worker_id, uncached_tokens, now)
+
+    def hedge_ended(self, key: str, won: bool, now: float) -> int:
+        """Record that one of the two workers of a sequence is out: the first if the hedge has `won`, else the second.
+        Returns the number of prompt tokens that the worker which is out was expected to compute."""
+        sent = self._sent.get(key)
+        if sent is None or sent.hedge is None:
+            return 0
+        hedge, sent.hedge = sent.hedge, None
+        if not won:
+            return hedge.uncached_tokens
+        # A lower bound of the time to first token. Without it, hedging would make a slow worker look fast.
+        self._times.observe(sent.model, sent.worker, sent.uncached_tokens, now - sent.sent_at, now)
+        in_vain = sent.uncached_tokens
+        sent.worker, sent.uncached_tokens, sent.sent_at = hedge.worker, hedge.uncached_tokens, hedge.sent_at
+        return in_vain
+
+    def answered(self, key: str, uncached_tokens: int, now: float) -> None:
+        """Record the first output of a sequence, from the worker that keeps the sequence. `uncached_tokens`: number of
+        prompt tokens that the worker has computed."""
+        sent = self._sent.pop(key, None)
+        if sent is not None:
+            self._times.observe(sent.model, sent.worker, uncached_tokens, now - sent.sent_at, now)
+
+    def forget(self, key: str) -> None:
+        """Forget a sequence whose call has ended."""
+        self._sent.pop(key, None)
+
+    def retain_models(self, models: Iterable[str]) -> None:
+        """Forget the budgets of models outside `models`."""
+        known = set(models)
+        for model in [model for model in self._saved if model not in known]:
+            del self._saved[model]
+
+    def __repr__(self) -> str:
+        return f"HedgingPolicy({len(self._sent)} sent, share {self.share:g})"

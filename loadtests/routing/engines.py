@@ -1,0 +1,428 @@
+"""Part engines: multi-turn chats on two vLLM workers, beside one pooled LRU cache and vllm-router on the same engines.
+
+`python -m loadtests.routing.engines` runs it alone. The gateway runs in this process, so that each call's prediction is
+read when the call is sent to its worker. A salt is a cache_salt of the callers: half of the chats have another one, and
+all begin with the same text.
+
+A prediction differs from what the engine found if blocks were evicted or stored between the worker's last report and
+the call's start. Each difference is traced: the worker has reported the block at which they differ, as removed or as
+stored, after the decision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cluster.api.types import EngineRequest
+from cluster.config.schema import parse
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.scheduling.worker_caches import MIN_TOKENS, WorkerCaches
+from cluster.gateway.server import Gateway
+from cluster.link.v1 import link_pb2 as pb
+from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
+from cluster.wire.kv_codec import kv_blocks_from_pb
+from loadtests import peers
+from loadtests.children import Child, Children, DidNotStart
+from loadtests.datasets import words
+from loadtests.figures import Bound, Figure, missing
+from loadtests.scenarios.common import PEERS, Stage
+from loadtests.scenarios.parts import exact
+from loadtests.serving import ours as serving
+
+MODEL = serving.MODEL
+CONFIGURATION = """
+api_version: headrace/v1
+name: engines
+gateway:
+  listen:
+    {grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}
+  drain_timeout_s: 0
+models:
+  - {name: bench, source: "sim:///worker-of-the-load-test"}
+"""
+BLOCK = 16
+ENGINE: Mapping[str, object] = {
+    "dtype": "float32",
+    "max_model_len": 4096,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 4096,
+    "block_size": BLOCK,
+    "kv_cache_memory_bytes": 32 << 20,
+}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+WORKERS, TURNS, CONCURRENCY, TOKENS = 2, 8, 4, 8
+SYSTEM_WORDS, USER_WORDS, ASSISTANT_WORDS = 300, 40, 40
+"""Words of the messages. Every prompt has more than MIN_TOKENS tokens, so each call is predicted."""
+READY_S, CALL_S, LATER_S = 180.0, 120.0, 2.0
+ROOMY, FULL, CROWDED = 0.4, 0.75, 1.5
+"""KV tokens of all chats, as parts of the engines' sum: without evictions, as measured, and with many evictions."""
+
+POOLED = "two vLLM workers: hit tokens against one pooled LRU of the summed size"
+ROUND_ROBIN = "two vLLM workers: hit tokens against round robin"
+CACHE_AWARE = "two vLLM workers: hit tokens against vllm-router cache_aware"
+HIT_RATE = "two vLLM workers: hit tokens of the prompts' tokens"
+EXACT = "predicted cached tokens equal to the engine's, without evictions"
+EXACT_EVICTED = "predicted cached tokens equal to the engine's, or traced to a later event, with evictions"
+UNTRACED = "differences with evictions that no later event explains"
+ROWS: Mapping[str, Bound | None] = {
+    POOLED: Bound(">=", 0.95),
+    ROUND_ROBIN: Bound(">=", 1.5),
+    CACHE_AWARE: Bound(">=", 1.0),
+    HIT_RATE: Bound(">=", 0.3),
+    EXACT: Bound(">=", 0.999),
+    EXACT_EVICTED: Bound(">=", 0.99),
+    UNTRACED: Bound("<=", 0.0),
+}
+
+Post = Callable[[Mapping[str, object]], Awaitable[Mapping[str, Any]]]
+
+
+@dataclass(slots=True)
+class Chat:
+    """A chat with scripted answers, so that its prompts are equal on every engine."""
+
+    number: int
+    seed: int
+    salt: str
+    turn: int = 0
+
+    def body(self) -> Mapping[str, object]:
+        """Return the request of the current turn."""
+        messages = [{"role": "system", "content": words(f"{self.seed}/system", SYSTEM_WORDS)}]
+        for turn in range(self.turn + 1):
+            name = f"{self.seed}/{self.number}/{turn}"
+            messages.append({"role": "user", "content": words(f"{name}/user", USER_WORDS)})
+            if turn < self.turn:
+                messages.append({"role": "assistant", "content": words(f"{name}/assistant", ASSISTANT_WORDS)})
+        sampling = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
+        return {"model": MODEL, "messages": messages, "cache_salt": self.salt, **sampling}
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Prompt tokens and cached tokens of calls."""
+
+    prompt: int = 0
+    cached: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Part of the prompt tokens that was cached."""
+        return self.cached / max(self.prompt, 1)
+
+
+async def play(chats: Sequence[Chat], seed: int, post: Post) -> Tokens:
+    """Play all turns of chats, CONCURRENCY calls at a time; the next chat is drawn among those without a call."""
+    rng, idle, running = random.Random(seed), list(chats), set[asyncio.Task[None]]()
+    prompt = cached = 0
+
+    async def turn(chat: Chat) -> None:
+        nonlocal prompt, cached
+        usage = (await post(chat.body()))["usage"]
+        prompt += usage["prompt_tokens"]
+        cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        chat.turn += 1
+        if chat.turn < TURNS:
+            idle.append(chat)
+
+    while idle or running:
+        while idle and len(running) < CONCURRENCY:
+            running.add(asyncio.create_task(turn(idle.pop(rng.randrange(len(idle))))))
+        done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    return Tokens(prompt, cached)
+
+
+class PooledLru:
+    """One prefix cache with the blocks of all engines, evicting the block that was used longest ago."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._held: OrderedDict[int, None] = OrderedDict()
+
+    def hit(self, hashes: Sequence[int], whole: int) -> int:
+        """Return the number of leading blocks that are held, at most `whole`, and hold all blocks of a prompt."""
+        count = 0
+        while count < whole and hashes[count] in self._held:
+            count += 1
+        for value in reversed(hashes):  # the end of a prompt is evicted first
+            self._held[value] = None
+            self._held.move_to_end(value)
+        while len(self._held) > self._blocks:
+            self._held.popitem(last=False)
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A call that was sent to a worker. `predicted`: tokens that the gateway believed cached there."""
+
+    at: float
+    worker: str
+    predicted: int
+    hashes: Sequence[int]
+    tokens: int
+
+
+@dataclass(slots=True)
+class Journal:
+    """What a gateway decided, and what its workers reported."""
+
+    caches: WorkerCaches
+    decisions: dict[int, Decision] = field(default_factory=dict)
+    """By the call's seed, which is a number of the call; it changes nothing at temperature 0."""
+    reports: list[tuple[float, str, frozenset[int], frozenset[int]]] = field(default_factory=list)
+    """Time, worker, stored and removed blocks."""
+
+    def install(self) -> None:
+        """Observe the calls that the gateway makes of its index."""
+        expect, report = self.caches.expect, self.caches.report
+
+        def observed_expect(link: WorkerLink, key: str, request: EngineRequest, now: float) -> None:
+            self._decided(link, key, request)
+            expect(link, key, request, now)
+
+        def observed_report(link: WorkerLink, message: pb.KvBlocks) -> None:
+            change = kv_blocks_from_pb(message)
+            stored, removed = frozenset(change.stored.tolist()), frozenset(change.removed.tolist())
+            self.reports.append((time.monotonic(), link.identity.worker_id, stored, removed))
+            report(link, message)
+
+        self.caches.expect = observed_expect  # type: ignore[method-assign]
+        self.caches.report = observed_report  # type: ignore[method-assign]
+
+    def _decided(self, link: WorkerLink, key: str, request: EngineRequest) -> None:
+        worker, ids = link.identity.worker_id, request.prompt_token_ids
+        predicted = self.caches.cached_tokens(link.identity.model, key, request) or {}
+        hashes = prefix_hashes(ids, BLOCK, seed_of(request.cache_salt, request.adapter)).tolist()
+        decision = Decision(time.monotonic(), worker, predicted.get(worker, 0), hashes, len(ids))
+        self.decisions[request.sampling.seed or 0] = decision
+
+    def is_traced(self, decision: Decision, cached: int) -> bool:
+        """Return whether the worker has reported the block at which prediction and engine differ after the decision."""
+        at = min(decision.predicted, cached) // BLOCK
+        block, is_lost = decision.hashes[at], decision.predicted > cached
+        return any(
+            block in (removed if is_lost else stored)
+            for when, worker, stored, removed in self.reports
+            if worker == decision.worker and when > decision.at
+        )
+
+
+@dataclass(slots=True)
+class Compared:
+    """Calls whose prediction was compared with the engine's count; short prompts are not predicted."""
+
+    calls: int = 0
+    equal: int = 0
+    traced: int = 0
+    evictions: int = 0
+
+
+class OurFleet:
+    """A gateway in this process and two workers."""
+
+    def __init__(self, gateway: Gateway, journal: Journal, client: httpx.AsyncClient) -> None:
+        self.gateway = gateway
+        self.journal = journal
+        self._client = client
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV tokens of all engines."""
+        return sum(link.info.kv_tokens for link in self.gateway.hub.links)
+
+    async def post(self, body: Mapping[str, object]) -> Mapping[str, Any]:
+        """Send a chat and return the answer."""
+        return await post_chat(self._client, f"http://{self.gateway.endpoints['http']}", body)
+
+
+async def post_chat(client: httpx.AsyncClient, url: str, body: Mapping[str, object]) -> Mapping[str, Any]:
+    """Send a chat to an OpenAI-compatible server and return the answer. Raises RuntimeError."""
+    answer = await client.post(f"{url}/v1/chat/completions", json=body, timeout=CALL_S)
+    if answer.status_code != 200:
+        raise RuntimeError(f"{url}: {answer.status_code} {answer.text[:300]}")
+    out: Mapping[str, Any] = answer.json()
+    return out
+
+
+@asynccontextmanager
+async def our_fleet(
+    children: Children, folder: Path, client: httpx.AsyncClient, source: str, bundle: Path
+) -> AsyncIterator[OurFleet]:
+    """Run a gateway and workers with engines of `source`, as for serving.worker. Raises DidNotStart."""
+    gateway = Gateway(parse(CONFIGURATION), folder / "gateway")
+    journal = Journal(gateway.scheduler.worker_caches)
+    journal.install()
+    await gateway.start()
+    workers = list[Child]()
+    try:
+        for number in range(WORKERS):
+            ready = folder / f"worker-{number}.ready"
+            command = [sys.executable, "-m", "loadtests.serving.worker", "--name", MODEL, "--id", f"w{number}"]
+            command += ["--link", gateway.endpoints["link"], "--bundle", str(bundle), "--source", source]
+            command += ["--ready", str(ready), "--engine", json.dumps(dict(ENGINE))]
+            workers.append(children.start(f"worker-{number}", serving.WORKER, command, ENVIRONMENT))
+
+        async def linked() -> bool:
+            return len(gateway.hub.links) == WORKERS and all(link.free.sequences > 0 for link in gateway.hub.links)
+
+        await workers[-1].until(linked, "both workers are linked", READY_S)
+        yield OurFleet(gateway, journal, client)
+    finally:
+        for worker in workers:
+            await worker.stop()
+        await gateway.stop(0)
+
+
+def chats_of(kv_tokens: int, share: float, tokens_a_chat: int, seed: int, name: str) -> list[Chat]:
+    """Return chats whose last prompts take `share` of `kv_tokens`."""
+    count = max(round(share * kv_tokens / tokens_a_chat), 2)
+    return [Chat(number, seed, f"{name}-{number % 2}") for number in range(count)]
+
+
+async def compare(fleet: OurFleet, chats: Sequence[Chat], seed: int) -> tuple[Tokens, Compared, float]:
+    """Play chats on our fleet. Returns their tokens, the comparison of predictions, and the pooled LRU's hit tokens."""
+    journal, out, found = fleet.journal, Compared(), dict[int, int]()
+    journal.decisions.clear()
+    journal.reports.clear()
+    numbers = itertools.count(1)
+
+    async def post(body: Mapping[str, object]) -> Mapping[str, Any]:
+        number = next(numbers)
+        answer = await fleet.post({**body, "seed": number})
+        found[number] = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return answer
+
+    tokens = await play(chats, seed, post)
+    await asyncio.sleep(LATER_S)  # the last reports
+    out.evictions = sum(len(removed) for _, _, _, removed in journal.reports)
+    for number, cached in found.items():
+        decision = journal.decisions[number]
+        if decision.tokens >= MIN_TOKENS and (decision.predicted or cached):
+            out.calls += 1
+            out.equal += decision.predicted == cached
+            out.traced += decision.predicted != cached and journal.is_traced(decision, cached)
+    pool = PooledLru(fleet.kv_tokens // BLOCK)
+    pooled = sum(pool.hit(d.hashes, (d.tokens - 1) // BLOCK) * BLOCK for d in journal.decisions.values())
+    return tokens, out, float(pooled)
+
+
+async def router(
+    children: Children,
+    client: httpx.AsyncClient,
+    environment: Path,
+    ports: Sequence[int],
+    policy: str,
+    chats: list[Chat],
+) -> Tokens:
+    """Play chats through vllm-router in front of vLLM's own servers. Raises DidNotStart or NoPeers."""
+    peer = await peers.vllm_router(children, environment, *ports, policy=policy)
+    try:
+        return await play(chats, chats[0].seed, lambda body: post_chat(client, peer.url, body))
+    finally:
+        await peer.child.stop()
+
+
+async def run(children: Children, folder: Path, environment: Path, seed: int = 1) -> list[Figure]:
+    """Measure all arms. `environment`: the peers' environment. Raises DidNotStart or RuntimeError."""
+    model, bundle = await serving.prepare(children, "llama", folder)
+    async with httpx.AsyncClient() as client:
+        async with our_fleet(children, folder, client, str(model), bundle) as fleet:
+            kv_tokens = fleet.kv_tokens
+            last = Chat(0, seed, "first", TURNS - 1)
+            size = (await fleet.post(last.body()))["usage"]["prompt_tokens"] + TOKENS
+            _, roomy, _ = await compare(fleet, chats_of(kv_tokens, ROOMY, size, seed + 1, "roomy"), seed)
+            tokens, full, pooled = await compare(fleet, chats_of(kv_tokens, FULL, size, seed, "full"), seed)
+            _, crowded, _ = await compare(fleet, chats_of(kv_tokens, CROWDED, size, seed + 2, "crowded"), seed)
+        rows = _own_rows(tokens, pooled, roomy, full, crowded)
+        options = {**ENGINE, "enable_prompt_tokens_details": True}
+        arms = {ROUND_ROBIN: "round_robin", CACHE_AWARE: "cache_aware"}
+        servers = list[Child]()
+        try:
+            ports = []
+            for _ in range(WORKERS):
+                peer, port = await peers.vllm_server(children, MODEL, model, options, ENVIRONMENT)
+                servers.append(peer.child)
+                ports.append(port)
+            for row, policy in arms.items():
+                theirs = await router(
+                    children, client, environment, ports, policy, chats_of(kv_tokens, FULL, size, seed, policy)
+                )
+                note = f"ours {tokens.rate:.3f} of the prompts' tokens, theirs {theirs.rate:.3f}"
+                rows[row] = exact(row, tokens.cached / max(theirs.cached, 1), ROWS[row], "ratio", note)
+        except (DidNotStart, peers.NoPeers) as error:
+            for row in arms.keys() - rows.keys():
+                rows[row] = missing(row, ROWS[row], str(error))
+        finally:
+            for server in servers:
+                await server.stop()
+    return [rows[row] for row in ROWS]
+
+
+def _own_rows(tokens: Tokens, pooled: float, roomy: Compared, full: Compared, crowded: Compared) -> dict[str, Figure]:
+    evictions = f"{crowded.evictions} blocks evicted, {crowded.equal} of {crowded.calls} equal"
+    equal = (roomy.equal + (full.equal if not full.evictions else 0)) / max(
+        roomy.calls + (full.calls if not full.evictions else 0), 1
+    )
+    untraced = crowded.calls - crowded.equal - crowded.traced
+    figures = (
+        exact(POOLED, tokens.cached / max(pooled, 1), ROWS[POOLED], "ratio", f"{tokens.cached} of {pooled:.0f} tokens"),
+        exact(HIT_RATE, tokens.rate, ROWS[HIT_RATE], "ratio", f"{full.evictions} blocks evicted"),
+        exact(EXACT, equal, ROWS[EXACT], "ratio", f"{roomy.calls} calls, {roomy.evictions} blocks evicted"),
+        exact(
+            EXACT_EVICTED, (crowded.equal + crowded.traced) / max(crowded.calls, 1), ROWS[EXACT_EVICTED], "ratio",
+            evictions,
+        ),
+        exact(UNTRACED, untraced, ROWS[UNTRACED], "calls", evictions),
+    )  # fmt: skip
+    return {figure.name: figure for figure in figures}
+
+
+async def measure(stage: Stage) -> list[Figure]:
+    """Return the rows of the part."""
+    return await run(stage.children, stage.folder, stage.options.peers, stage.options.seed)
+
+
+async def _main(environment: Path, seed: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        async with Children(Path(folder)) as children:
+            for figure in await run(children, Path(folder), environment, seed):
+                met = "" if figure.met is None else " met" if figure.met else " NOT met"
+                value = figure.reason if figure.value is None else f"{figure.value:.4g} {figure.unit}"
+                print(f"{figure.name}: {value} {figure.bound or ''}{met} ({figure.note})")
+
+
+def main() -> None:
+    """Print the rows."""
+    parser = argparse.ArgumentParser(prog="python -m loadtests.routing.engines", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--peers", type=Path, default=PEERS, help="the peers' environment")
+    options = parser.parse_args()
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_main(options.peers, options.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Laws of the choice of gateways by a worker."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.policy.routing.gateway_subset import ALL_UP_TO, LEAST_WORKERS, GatewaySubset
+
+NAMES = st.lists(st.text("abcdefgh0123", min_size=1, max_size=8), min_size=1, max_size=40, unique=True)
+RULES = st.builds(GatewaySubset, st.text(max_size=8), st.integers(1, 20), st.integers(0, 200))
+
+
+@given(st.text(max_size=8), NAMES.filter(lambda names: len(names) <= ALL_UP_TO))
+def test_a_worker_connects_to_all_of_few_gateways(worker: str, gateways: list[str]) -> None:
+    assert GatewaySubset(worker, replicas=1000).of(gateways) == tuple(gateways)
+
+
+@given(RULES, NAMES, st.randoms(use_true_random=False))
+def test_the_choice_does_not_depend_on_the_order(rule: GatewaySubset, gateways: list[str], random: object) -> None:
+    chosen = rule.of(gateways)
+    assert len(chosen) == rule.links(len(gateways)) >= min(rule.most, len(gateways))
+    shuffled = list(gateways)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert set(rule.of(shuffled)) == set(chosen)
+
+
+@given(RULES, NAMES.filter(lambda names: len(names) > 1))
+def test_a_gateway_that_goes_changes_no_link_to_others(rule: GatewaySubset, gateways: list[str]) -> None:
+    """Links to other gateways end only as far as the number of links decreases; at most one begins."""
+    before, after = set(rule.of(gateways)), set(rule.of(gateways[1:]))
+    ended, begun = before - after - {gateways[0]}, after - before
+    assert len(ended) <= rule.links(len(gateways)) - rule.links(len(gateways) - 1)
+    assert len(begun) <= 1
+
+
+@given(st.integers(ALL_UP_TO + 1, 64), st.integers(1, 300), st.integers(1, 10**6))
+def test_every_gateway_gets_workers_of_each_model(gateways: int, workers: int, seed: int) -> None:
+    """No gateway is without workers, and each gets about as many as the others."""
+    names = [f"gateway-{seed}-{number}:50052" for number in range(gateways)]
+    counts = dict.fromkeys(names, 0)
+    for number in range(workers):
+        for name in GatewaySubset(f"worker-{seed}-{number}", replicas=workers).of(names):
+            counts[name] += 1
+    if workers <= LEAST_WORKERS:
+        assert set(counts.values()) == {workers}
+    mean = sum(counts.values()) / gateways
+    assert min(counts.values()) >= 1
+    assert max(counts.values()) <= mean + 6 * math.sqrt(mean)
