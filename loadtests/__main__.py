@@ -28,6 +28,7 @@ SCENARIOS = {
     "processes": "CPU per token of two gateway processes on one port against one, 256 streams",
     "startup": "gateway exec to first routed request with a 128k tokenizer",
     "fairness": "fairness between tenants over eight simulated workers, in virtual time, beside FIFO",
+    "routing": "routing by cached prefix over simulated workers with KV caches, in virtual time, beside plain policies",
     "autoscale": "the autoscaler in virtual time, beside the optimum, Ray Serve's policy and static placement",
     "faults": "thousands of faults, recovery, overload and a soak: the effect on callers",
     "hosts": "the rendered chart on network namespaces as hosts: kills, cuts and rolls under load (root)",

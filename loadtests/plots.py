@@ -53,6 +53,10 @@ def write(report: Report, folder: Path) -> list[Path]:
         path = folder / f"{report.scenario}-gaps.png"
         _draw_gaps(pyplot, path, report.scenario, around)
         written.append(path)
+    for name, curves in report.settings.get("ttft_ms", {}).items():
+        path = folder / f"{report.scenario}-{name.replace(' ', '-')}-ttft.png"
+        if _draw(pyplot, path, f"{report.scenario}, {name}: time to first token", list(curves.items())):
+            written.append(path)
     for name, line in report.settings.get("lines", {}).items():
         path = folder / f"{report.scenario}-{''.join(c if c.isalnum() else '-' for c in name)}.png"
         _draw_scaling(pyplot, path, f"{report.scenario}: {name}", line)

@@ -7,10 +7,11 @@ Method. A sample is the number of prompt tokens that a worker has computed and t
 workers, a line of seconds by tokens is fitted with least squares: it gives the seconds that a usual worker needs, so
 that workers with short prompts, of which each has the fixed cost of an engine step, do not look slow. Samples of slow
 workers have a small weight in the fit. A worker's slowdown is the sum of its seconds divided by the sum of the seconds
-that the line predicts. PRIOR usual samples, and at least PRIOR_S, are added to both sums, and a sample counts at most
-CLIP times what the slowdown so far predicts, so that a single pause decides little. The sums decay with each sample, so that a few prompts
-show a change, and with time: a worker that gets no calls, since it was slow, is taken for a usual worker again, and the
-next calls show whether it is. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
+that the line predicts. PRIOR usual samples, and at least PRIOR_S, are added to both sums. A sample counts at most CLIP
+times what the slowdown so far predicts, so that a single pause decides little. The sums decay with each sample, so that
+a few prompts show a change, and with time: a worker that gets no calls, since it was slow, is taken for a usual worker
+again, and the next calls show whether it is. Ratios within NOISE of 1 count as 1, because the times of equal workers
+vary as well.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become slower alike,
 no slowdown changes for long.
@@ -34,7 +35,7 @@ KEPT: Final = 0.8
 PRIOR: Final = 1.0
 """Number of usual samples that are added to those of a worker."""
 PRIOR_S: Final = 0.1
-"""Seconds that are added at least. Times of short prompts are those of engine steps, and differ between equal workers."""
+"""Seconds that are added at least. Short prompts take a step or two, whose times differ between equal workers."""
 NOISE: Final = 1.3
 """Ratio of times, or its inverse, up to which a worker counts as a usual one."""
 CLIP: Final = 4.0

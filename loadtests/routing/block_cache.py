@@ -1,0 +1,134 @@
+"""KV blocks of one simulated engine: a prefix cache with reference counts and LRU eviction, and the pooled LRU.
+
+Blocks are named by prefix hashes, so equal names mean equal prefixes. The order of eviction is that of vLLM: a block
+without references is evicted, the one released longest ago first, and of one call the last block of the prompt first.
+Blocks without a name (of prompts being computed, and of outputs) take room until they are released.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from cluster.policy.kv_cache.changes import KvChange
+
+
+class BlockCache:
+    """The KV blocks of one engine. The number of used blocks never exceeds `capacity`."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._references: dict[int, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._unnamed = 0
+        self._changed: dict[int, bool] = {}
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that calls use, in [0, 1]. As in vLLM, cached blocks without a call do not count."""
+        return (len(self._references) + self._unnamed) / self.capacity
+
+    @property
+    def pinned(self) -> int:
+        """Number of blocks that calls use."""
+        return len(self._references) + self._unnamed
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether blocks have changed since the last `pop_change`."""
+        return bool(self._changed)
+
+    def __len__(self) -> int:
+        """Number of named blocks."""
+        return len(self._references) + len(self._evictable)
+
+    def match(self, names: Sequence[int]) -> int:
+        """Return how many leading blocks are held."""
+        count = 0
+        for name in names:
+            if name not in self._references and name not in self._evictable:
+                break
+            count += 1
+        return count
+
+    def acquire(self, names: Sequence[int], most: int, blocks: int) -> int | None:
+        """Take the blocks of a call: leading blocks that are held, and room for the others. `names`: whole blocks of
+        the prompt. `most`: how many of these may be reused. `blocks`: number of blocks for prompt and output. Returns
+        the number of reused blocks, or None if there is no room."""
+        matched = self.match(names[:most])
+        used = {name for name in names[:matched] if name not in self._references}
+        if len(self._references) + len(used) + self._unnamed + blocks - matched > self.capacity:
+            return None
+        for name in names[:matched]:
+            self._pin(name)
+        self._unnamed += blocks - matched
+        while len(self._references) + len(self._evictable) + self._unnamed > self.capacity:
+            self._note(self._evictable.popitem(last=False)[0], False)
+        return matched
+
+    def commit(self, names: Iterable[int]) -> None:
+        """Name computed blocks of a call. A block that is held already is shared instead, and its copy is freed."""
+        for name in names:
+            self._unnamed -= 1
+            if name not in self._references and name not in self._evictable:
+                self._note(name, True)
+            self._pin(name)
+
+    def release(self, names: Sequence[int], unnamed: int) -> None:
+        """Release the blocks of a call: its named blocks, and a number of blocks without a name."""
+        self._unnamed -= unnamed
+        for name in reversed(names):
+            self._references[name] -= 1
+            if not self._references[name]:
+                del self._references[name]
+                self._evictable[name] = None
+
+    def pop_change(self) -> KvChange:
+        """Return what has changed since the last call."""
+        changed, self._changed = self._changed, {}
+        return KvChange(
+            stored=np.array([name for name, held in changed.items() if held], np.uint64),
+            removed=np.array([name for name, held in changed.items() if not held], np.uint64),
+        )
+
+    def snapshot(self) -> KvChange:
+        """Return all named blocks."""
+        return KvChange(is_reset=True, stored=np.array([*self._references, *self._evictable], np.uint64))
+
+    def _pin(self, name: int) -> None:
+        self._evictable.pop(name, None)
+        self._references[name] = self._references.get(name, 0) + 1
+
+    def _note(self, name: int, held: bool) -> None:
+        if self._changed.get(name, held) != held:
+            del self._changed[name]
+        else:
+            self._changed[name] = held
+
+    def __repr__(self) -> str:
+        return f"BlockCache({self.pinned} pinned, {len(self._evictable)} evictable of {self.capacity})"
+
+
+class PooledLru:
+    """One LRU cache as large as those of all workers together: the reference for hits. A prompt is stored when it
+    arrives, so that no delay costs a hit, and no call pins blocks."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._names: OrderedDict[int, None] = OrderedDict()
+
+    def use(self, names: Sequence[int], most: int = 0) -> int:
+        """Store a prompt's blocks as the last used ones, and return how many of its first `most` were held."""
+        matched = 0
+        for name in names[:most]:
+            if name not in self._names:
+                break
+            matched += 1
+        for name in reversed(names):
+            self._names[name] = None
+            self._names.move_to_end(name)
+        while len(self._names) > self._capacity:
+            self._names.popitem(last=False)
+        return matched

@@ -1,0 +1,91 @@
+"""Calls of the scenario, and what was measured of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from cluster.policy.kv_cache.prefix_hashes import Hashes, prefix_hashes, seed_of
+
+BLOCK_TOKENS = 512
+"""Tokens in a KV block; that of Mooncake's traces."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One call to make. `blocks`: content of the whole blocks of prompt and named output; equal numbers after equal
+    blocks are equal text. Of these, `prompt_tokens // BLOCK_TOKENS` belong to the prompt. Hashes take each block for
+    one token, which is faster and changes nothing else."""
+
+    tenant: str
+    prompt_tokens: int
+    output_tokens: int
+    blocks: Sequence[int]
+
+    @cached_property
+    def hashes(self) -> Hashes:
+        """Prefix hashes of the blocks that may be found in a cache: at least the last token is always computed."""
+        return self._all[: self.reusable]
+
+    @cached_property
+    def names(self) -> list[int]:
+        """Names of all blocks, for the engines."""
+        return [int(value) for value in self._all]
+
+    @property
+    def reusable(self) -> int:
+        """Number of blocks that may be found in a cache."""
+        return (self.prompt_tokens - 1) // BLOCK_TOKENS
+
+    @property
+    def whole(self) -> int:
+        """Number of whole blocks of the prompt."""
+        return min(self.prompt_tokens // BLOCK_TOKENS, len(self.blocks))
+
+    @property
+    def total(self) -> int:
+        """Number of blocks for prompt and output, the last ones not whole."""
+        return math.ceil((self.prompt_tokens + self.output_tokens) / BLOCK_TOKENS)
+
+    @cached_property
+    def _all(self) -> Hashes:
+        return prefix_hashes(self.blocks, 1, seed_of(self.tenant))
+
+
+@dataclass(eq=False, slots=True)
+class RoutedCall:
+    """State of a call. Times are in virtual seconds, -1 before the event.
+
+    `predicted`: cached tokens that the gateway expected on the worker; `cached`: those that the engine found. `pooled`:
+    those that the pooled LRU found; `in_pool`: those that a pooled cache found with the same calls at the same times.
+    `ends`: how often the call has ended.
+    """
+
+    call_id: str
+    prompt: Prompt
+    gateway: int
+    arrived: float
+    on_end: Callable[[RoutedCall], None] | None = field(default=None, repr=False)
+    bound: float = -1.0
+    first: float = -1.0
+    ended: float = -1.0
+    worker: int = -1
+    second: int = -1
+    """The other worker while a call is hedged."""
+    predicted: int = 0
+    cached: int = 0
+    pooled: int = 0
+    in_pool: int = 0
+    generated: int = 0
+    ends: int = 0
+    was_hedged: bool = False
+    prefix: int | None = None
+    """Hash of the longest prefix that a worker held when the call was last looked up."""
+    reason: str = ""
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token in seconds."""
+        return self.first - self.arrived

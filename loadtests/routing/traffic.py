@@ -1,0 +1,32 @@
+"""Traffic of the scenario: recorded traces, and calls with equal prefixes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loadtests import traces
+from loadtests.routing.calls import BLOCK_TOKENS, Prompt
+
+Timed = list[tuple[float, Prompt]]
+"""Calls with their times in seconds."""
+
+
+def mooncake(speed: float = 1.0, most: int | None = None, folder: Path | None = None) -> Timed:
+    """Return Mooncake's conversation trace. `speed`: factor of the arrival rate. `most`: number of calls. Raises NoData
+    if the trace is absent."""
+    return [
+        (t.at_s / speed, Prompt("", t.prompt_tokens, t.output_tokens, t.blocks[: t.prompt_tokens // BLOCK_TOKENS]))
+        for t in traces.load("mooncake", folder or traces.DEFAULT_FOLDER)[:most]
+    ]
+
+
+def azure(speed: float = 1.0, most: int | None = None, folder: Path | None = None) -> Timed:
+    """Return Azure's conversation trace, in which no prompt shares a block with another. Raises NoData if the trace is
+    absent."""
+    calls, block = Timed(), 1
+    for traced in traces.load("azure-conv", folder or traces.DEFAULT_FOLDER)[:most]:
+        whole = traced.prompt_tokens // BLOCK_TOKENS
+        blocks = tuple(range(block, block + whole))
+        block += whole
+        calls.append((traced.at_s / speed, Prompt("", traced.prompt_tokens, max(traced.output_tokens, 1), blocks)))
+    return calls

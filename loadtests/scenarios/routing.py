@@ -1,0 +1,18 @@
+"""Routing by cached prefix in virtual time: traces and agents' sessions over simulated workers with KV caches.
+
+Scheduling policy, waiting room, router, fair queue, cache index, prefix hashes, credit and admission window are the
+production code. KV events come late, and some batches are lost and sent again. `--only PART` runs some of the parts.
+"""
+
+from __future__ import annotations
+
+from loadtests.scenarios.common import Stage
+from loadtests.scenarios.parts import play_parts
+
+PARTS = ("mooncake", "agents", "azure", "burst", "slow", "gateways", "new_gateway")
+"""Names of the modules of loadtests/routing that are parts."""
+
+
+async def play(stage: Stage) -> None:
+    """Run the selected parts, and report the rows of all parts in the table's order."""
+    await play_parts(stage, "loadtests.routing", PARTS)

@@ -1,0 +1,64 @@
+"""Tests of the scenario routing: its parts run on small cells, and its figures mean what their names say."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from loadtests import traces
+from loadtests.__main__ import SCENARIOS
+from loadtests.routing import agents, azure, burst, mooncake, new_gateway, slow
+from loadtests.routing.outcome import variation
+from loadtests.routing.policies import OURS
+from loadtests.routing.sessions import AgentTenant, SessionsConfig
+from loadtests.scenarios import routing
+
+has_traces = pytest.mark.skipif(not traces.DEFAULT_FOLDER.is_dir(), reason="the traces are absent")
+
+
+def test_every_part_has_rows() -> None:
+    """The scenario is registered, and each of its parts has rows with bounds."""
+    assert "routing" in SCENARIOS
+    for name in routing.PARTS:
+        assert importlib.import_module(f"loadtests.routing.{name}").ROWS
+
+
+@pytest.mark.parametrize("holders", [1, 8])
+def test_a_burst_is_sent_whole(holders: int) -> None:
+    """All calls of a burst have been sent after five seconds, evenly if all workers hold the prefix."""
+    loads = burst.loads(OURS, holders, 1)
+    assert sum(loads) == burst.CALLS
+    assert variation(loads) <= 0.1 or holders == 1
+
+
+def test_small_agent_cell() -> None:
+    """Agents of three tenants find most of their prompts in caches, and no tenant gains much on another."""
+    tenants = tuple(AgentTenant(name, weight, 3, 1.0) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 3.0)))
+    outcome, gap = agents.run(OURS, 1, SessionsConfig(tenants, turns=4, start_s=10.0), blocks=400)
+    assert outcome.calls >= 36
+    assert outcome.hits > 0.8
+    assert 0 <= gap <= 1
+
+
+def test_time_until_hits_are_back() -> None:
+    """The time counts to the first moment from which on the gateway knows enough of what is cached."""
+    calls = [new_gateway.Known(number / 10, 100, 100 if number >= 30 else 0) for number in range(1200)]
+    assert 0 < new_gateway.back_after_s(calls) <= 3
+    assert new_gateway.back_after_s(calls[30:]) == 0
+    assert new_gateway.back_after_s(calls[:20]) == pytest.approx(2, abs=0.1)
+
+
+@has_traces
+@pytest.mark.slow
+def test_small_cells_of_the_traces() -> None:
+    """The beginning of each trace runs: our policy finds nine tenths of what a pooled cache finds, and nothing in a
+    trace without reuse."""
+    ours, theirs = (mooncake.run(policy, 600, 1, most=300) for policy in (OURS, "round robin"))
+    assert ours.cached >= 0.9 * ours.in_pool
+    assert ours.cached > theirs.cached
+    assert ours.mean_s < theirs.mean_s
+    assert not azure.run(OURS, 1, most=200).cached
+    outcome, twice = slow.run(slow.NEITHER, 1, most=200)
+    assert outcome.calls == 200
+    assert not twice
