@@ -1,4 +1,5 @@
-"""Routing by cached prefix in virtual time: traces and agents' sessions over simulated workers with KV caches.
+"""Routing by cached prefix: traces and agents' sessions over simulated workers with KV caches in virtual time, the cache
+index beside its peers, and two vLLM workers.
 
 Scheduling policy, waiting room, router, fair queue, cache index, prefix hashes, credit and admission window are the
 production code. KV events come late, and some batches are lost and sent again. `--only PART` runs some of the parts.
@@ -9,7 +10,7 @@ from __future__ import annotations
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import play_parts
 
-PARTS = ("mooncake", "agents", "azure", "burst", "slow", "gateways", "new_gateway")
+PARTS = ("mooncake", "agents", "azure", "burst", "slow", "gateways", "new_gateway", "index", "engines")
 """Names of the modules of loadtests/routing that are parts."""
 
 
