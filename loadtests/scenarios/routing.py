@@ -1,5 +1,7 @@
-"""Routing by cached prefix: traces and agents' sessions over simulated workers with KV caches in virtual time, the cache
-index beside its peers, and two vLLM workers.
+"""Routing by cached prefix, over simulated workers in virtual time and over two vLLM workers.
+
+The parts replay traces and agents' sessions, and measure the cache index beside its peers.
+
 
 Scheduling policy, waiting room, router, fair queue, cache index, prefix hashes, credit and admission window are the
 production code. KV events come late, and some batches are lost and sent again. `--only PART` runs some of the parts.
