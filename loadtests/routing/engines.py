@@ -54,6 +54,7 @@ gateway:
   drain_timeout_s: 0
 models:
   - {name: bench, source: "sim:///worker-of-the-load-test"}
+routing: {hedging: {share: 0}}  # a hedge would be a second decision for a call
 """
 BLOCK = 16
 ENGINE: Mapping[str, object] = {

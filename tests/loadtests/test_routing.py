@@ -14,7 +14,7 @@ from loadtests.routing.policies import OURS
 from loadtests.routing.sessions import AgentTenant, SessionsConfig
 from loadtests.scenarios import routing
 
-has_traces = pytest.mark.skipif(not traces.DEFAULT_FOLDER.is_dir(), reason="the traces are absent")
+has_traces = pytest.mark.skipif(not traces.DEFAULT_FOLDER.is_dir(), reason="optional data: the traces are absent")
 
 
 def test_every_part_has_rows() -> None:
