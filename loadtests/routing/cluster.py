@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from random import Random
 
 from cluster.policy.fairness.order import Order
+from cluster.policy.scheduling.hedging import HedgingPolicy
 from cluster.wire.credit import Grant
 from loadtests.routing.block_cache import BlockCache, PooledLru
 from loadtests.routing.calls import BLOCK_TOKENS, Prompt, RoutedCall
 from loadtests.routing.gateway import RoutingGateway
-from loadtests.routing.hedger import Hedger
 from loadtests.routing.kv_feed import KvFeed, Lateness
 from loadtests.routing.policies import BLIND, POLICIES, Picker, PickerView
 from loadtests.routing.worker import MODEL as ENGINE
@@ -31,6 +31,11 @@ LOAD_S = 0.5
 SWEEP_S = 1.0
 
 
+def no_hedging() -> HedgingPolicy:
+    """Return a policy that sends no call to a second worker."""
+    return HedgingPolicy(0.0)
+
+
 def fifo(_: str) -> Order:
     """Return an order of first come, first served."""
     return FifoOrder()
@@ -41,7 +46,7 @@ class ClusterConfig:
     """Settings of a simulation.
 
     `blocks`: KV blocks of a worker, of BLOCK_TOKENS tokens. `policy`: name in POLICIES, or `picker_of` builds another.
-    `order_of`: order of the waiting calls. `hedger_of`: creates a gateway's hedging policy; None for no hedging.
+    `order_of`: order of the waiting calls. `hedger_of`: creates a gateway's hedging policy.
     `link_s`: delay of messages. `slow`: pairs of a worker's number and its slowness.
     """
 
@@ -56,7 +61,7 @@ class ClusterConfig:
     slow: tuple[tuple[int, float], ...] = ()
     picker_of: Callable[[PickerView, Random], Picker] | None = None
     order_of: Callable[[str], Order] = fifo
-    hedger_of: Callable[[], Hedger] | None = None
+    hedger_of: Callable[[], HedgingPolicy] = no_hedging
 
 
 class Cluster:
@@ -105,7 +110,7 @@ class Cluster:
             lambda waiting: self._claim(number, waiting),
             config.engine.max_running,
             config.picker_of is not None or config.policy not in BLIND,
-            None if config.hedger_of is None else config.hedger_of(),
+            config.hedger_of(),
             lambda call, worker: self._abort(call, worker),
         )
         for worker in self.workers:

@@ -15,15 +15,15 @@ from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.index import CacheIndex
 from cluster.policy.routing.hot_prefixes import HotPrefixes
+from cluster.policy.routing.prefill_times import PrefillTimes
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
+from cluster.policy.scheduling.hedging import HedgingPolicy
 from cluster.policy.scheduling.instructions import Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
 from cluster.wire.credit import CreditBalance, Grant
 from loadtests.routing.calls import BLOCK_TOKENS, RoutedCall
-from loadtests.routing.hedger import Hedger
 from loadtests.routing.policies import Picker, PickerView
-from loadtests.routing.rates import PrefillRates
 
 MODEL = "m"
 EXPECTED_S = 10.0
@@ -33,12 +33,15 @@ INDEX_BLOCKS = 1 << 18
 
 @dataclass(eq=False, slots=True)
 class _Link:
-    """What a gateway knows of one worker. `prefill`: prompt tokens to compute, by call without output."""
+    """What a gateway knows of one worker. `prefill` and `sent_at`: prompt tokens to compute, and time of the Submit, by
+    call without output. `last_first`: time of the last first token."""
 
     balance: CreditBalance = field(default_factory=CreditBalance)
     running: int = 0
     prefill: dict[str, int] = field(default_factory=dict)
     prefill_tokens: int = 0
+    sent_at: dict[str, float] = field(default_factory=dict)
+    last_first: float = 0.0
     waiting: int = 0
     kv_usage: float = 0.0
     last_sent: float = 0.0
@@ -49,7 +52,7 @@ class RoutingGateway:
 
     `carry_out(call, worker)` submits a call, `cancel(call, worker)` aborts it. `claim(calls)` reports the number of
     waiting calls to the workers. `slots`: number of sequences that a worker runs at once. `knows_blocks`: whether the
-    gateway keeps a cache index. `hedger`: None if nothing is hedged.
+    gateway keeps a cache index. `hedger`: its hedging policy.
     """
 
     def __init__(
@@ -61,15 +64,15 @@ class RoutingGateway:
         carry_out: Callable[[RoutedCall, int], None],
         claim: Callable[[int], None],
         slots: int,
-        knows_blocks: bool = True,
-        hedger: Hedger | None = None,
+        knows_blocks: bool,
+        hedger: HedgingPolicy,
         cancel: Callable[[RoutedCall, int], None] = lambda call, worker: None,
     ) -> None:
         self.number = number
         self._slots = slots
         self.calls: dict[str, RoutedCall] = {}
         self.index = CacheIndex(INDEX_BLOCKS, 0x9E3779B97F4A7C15 + 2 * number)
-        self.rates = PrefillRates(workers)
+        self._times = PrefillTimes()
         self._links = [_Link() for _ in range(workers)]
         self._carry_out = carry_out
         self._claim = claim
@@ -132,8 +135,7 @@ class RoutingGateway:
         call.bound, call.worker, call.reason = now, worker, send.reason
         call.predicted = (send.cached or {}).get(send.worker_id, 0)
         uncached = self._send(call, worker, call.predicted, now)
-        if self._hedger is not None:
-            self._hedger.sent(call.call_id, MODEL, send.worker_id, uncached, now)
+        self._hedger.sent(call.call_id, MODEL, send.worker_id, uncached, now)
 
     def _send(self, call: RoutedCall, worker: int, cached: int, now: float) -> int:
         """Send a call to a worker; return how many tokens the worker will probably compute."""
@@ -145,7 +147,7 @@ class RoutingGateway:
             self._hot.record(call.prefix, now)
         link.prefill[call.call_id] = uncached = max(call.prompt.prompt_tokens - cached, 1)
         link.prefill_tokens += uncached
-        self.rates.record_sent(worker, call.call_id, now)
+        link.sent_at[call.call_id] = now
         if self._knows_blocks:
             self.index.expect(str(worker), call.prompt.hashes, now + EXPECTED_S)
         self._carry_out(call, worker)
@@ -156,12 +158,10 @@ class RoutingGateway:
     @property
     def next_due(self) -> float:
         """Time at which `hedge` is to be called; infinity if no call is needed."""
-        return float("inf") if self._hedger is None else self._hedger.next_due
+        return self._hedger.next_due
 
     def hedge(self, now: float) -> None:
         """Send the calls whose first token is late to a second worker, where the hedging policy allows it."""
-        if self._hedger is None:
-            return
         for key in list(self._hedger.late(now)):
             if not self._hedger.may_hedge(key, self.waiting):
                 continue
@@ -182,11 +182,17 @@ class RoutingGateway:
         link.running -= 1
         uncached = link.prefill.pop(call.call_id)
         link.prefill_tokens -= uncached
-        self.rates.record_first(loser, call.call_id, uncached, now)  # it took at least so long
-        if self._hedger is not None:
-            self._hedger.hedge_ended(call.call_id, winner == call.second, now)
+        self._computed(loser, call.call_id, uncached, now)  # it took at least so long
+        self._hedger.hedge_ended(call.call_id, winner == call.second, now)
         call.worker, call.second = winner, -1
         self._cancel(call, loser)
+
+    def _computed(self, worker: int, call_id: str, uncached: int, now: float) -> None:
+        """Record how long a worker took for a prompt, as gateway.links.slots does."""
+        link = self._links[worker]
+        since = max(link.sent_at.pop(call_id), link.last_first)
+        link.last_first = now
+        self._times.record(str(worker), max(uncached, 1), now - since, now)
 
     # ---- links
 
@@ -214,13 +220,12 @@ class RoutingGateway:
         call = self.calls[call_id]
         if call.second >= 0:
             self._settle(call, worker, now)
-        if self._hedger is not None:
-            self._hedger.answered(call_id, call.prompt.prompt_tokens - cached, now)
+        self._hedger.answered(call_id, call.prompt.prompt_tokens - cached, now)
         link = self._links[call.worker]
         call.first, call.cached = now, cached
         self._cached.observe(call.prompt.tenant, MODEL, cached)
         link.prefill_tokens -= link.prefill.pop(call_id)
-        self.rates.record_first(call.worker, call_id, call.prompt.prompt_tokens - cached, now)
+        self._computed(call.worker, call_id, call.prompt.prompt_tokens - cached, now)
 
     def ended(self, call_id: str, now: float) -> RoutedCall:
         """Record the end of a call; return the call."""
@@ -282,7 +287,7 @@ class RoutingGateway:
         return False
 
     def _slowness(self, worker_id: str) -> float:
-        return self.rates.slowness(int(worker_id), self._now)
+        return self._times.slowdown(worker_id, self._now)
 
     def _foreign(self, worker_id: str) -> int:
         link = self._links[int(worker_id)]

@@ -9,10 +9,11 @@ token.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
-from loadtests.figures import Bound, Figure, missing
+from cluster.policy.scheduling.hedging import HedgingPolicy
+from loadtests.figures import Bound, Figure
 from loadtests.routing.cluster import Cluster, ClusterConfig, replay
-from loadtests.routing.hedger import production_hedger
 from loadtests.routing.outcome import Outcome, curves, measured, run_all
 from loadtests.routing.policies import OURS
 from loadtests.routing.traffic import azure
@@ -39,7 +40,7 @@ def run(label: str, seed: int, most: int = CALLS) -> tuple[Outcome, int]:
     config = ClusterConfig(
         OURS if label != NEITHER else "cost without rates",
         seed=seed,
-        hedger_of=production_hedger(SHARE) if label == BOTH else None,
+        hedger_of=partial(HedgingPolicy, SHARE if label == BOTH else 0.0),
     )
     cluster = Cluster(config)
     episodes = 0
@@ -62,8 +63,6 @@ async def measure(stage: Stage) -> list[Figure]:
     neither, rates, both = outcomes = [outcome for outcome, _ in results]
     stage.report.settings.setdefault("routing", {})["slow"] = [o.as_json() for o in outcomes]
     stage.report.settings.setdefault("ttft_ms", {})["slow"] = curves(outcomes)
-    if production_hedger(SHARE) is None:
-        return [missing(row, bound, "there is no hedging policy") for row, bound in ROWS.items()]
     note = "p99 " + ", ".join(f"{o.label} {o.p99_s:.3f} s" for o in outcomes)
     return [
         exact(AGAINST_NEITHER, both.p99_s / neither.p99_s, ROWS[AGAINST_NEITHER], "ratio", note),

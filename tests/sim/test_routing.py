@@ -3,7 +3,7 @@ lost, changes an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from random import Random
 
 import numpy as np
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
+from cluster.policy.scheduling.hedging import HedgingPolicy
 from loadtests.routing.block_cache import BlockCache, PooledLru
 from loadtests.routing.calls import BLOCK_TOKENS, Prompt
 from loadtests.routing.cluster import Cluster, ClusterConfig, replay
@@ -109,29 +110,30 @@ def test_a_new_gateway_knows_the_blocks() -> None:
     assert any(matches[0])
 
 
-class HedgeAll:
+class HedgeAll(HedgingPolicy):
     """Hedging policy that sends each call to a second worker half a second after the first."""
 
     def __init__(self) -> None:
-        self._due: dict[str, float] = {}
+        super().__init__(1.0)
+        self._planned: dict[str, float] = {}
         self.second: list[str] = []
         self.lost: list[str] = []
 
     @property
     def next_due(self) -> float:
         """Time of the next late call."""
-        return min(self._due.values(), default=float("inf"))
+        return min(self._planned.values(), default=float("inf"))
 
     def sent(self, key: str, model: str, worker_id: str, uncached_tokens: int, now: float) -> None:
         """Plan the hedge of a call."""
-        self._due[key] = now + 0.5
+        self._planned[key] = now + 0.5
 
-    def late(self, now: float) -> Iterable[str]:
+    def late(self, now: float) -> Iterator[str]:
         """Return the calls that are due."""
-        late = [key for key, due in self._due.items() if due <= now]
+        late = [key for key, due in self._planned.items() if due <= now]
         for key in late:
-            del self._due[key]
-        return late
+            del self._planned[key]
+        return iter(late)
 
     def may_hedge(self, key: str, waiting: int) -> bool:
         """Return True."""
@@ -153,7 +155,7 @@ class HedgeAll:
 
     def answered(self, key: str, uncached_tokens: int, now: float) -> None:
         """Forget a call."""
-        self._due.pop(key, None)
+        self._planned.pop(key, None)
 
 
 def test_a_hedged_call_ends_once() -> None:
