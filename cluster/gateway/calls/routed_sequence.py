@@ -130,6 +130,10 @@ class RoutedSequence(Generic[Owner]):
         """Whether the sequence has lost so many workers in a row that it may be the cause; see worker_losses.py."""
         return self.life.suspect(len(self.emitted))
 
+    def set_route(self, route: Route) -> None:
+        """Record the decision by which the sequence is sent next."""
+        self.route = route
+
     def acquit(self) -> None:
         """Forget the losses of the sequence, which is not their cause."""
         self.life.acquit()

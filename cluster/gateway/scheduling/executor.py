@@ -81,7 +81,8 @@ class Executor:
             sequence.call.fail_unexpectedly(LookupError(f"worker {instruction.worker_id} is not linked"))
             return
         now = self._clock()
-        route = sequence.route = self._routes.create(instruction, sequence, link, now)
+        route = self._routes.create(instruction, sequence, link, now)
+        sequence.set_route(route)
         fresh, cached = instruction.uncached_tokens, instruction.cached_tokens
         if submit(sequence, link, entry, self._accounting(), now, fresh, cached):
             self._breakers.record_sent(link.identity.incarnation, now)

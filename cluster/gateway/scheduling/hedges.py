@@ -74,7 +74,7 @@ class Hedges:
         call = sequence.call
         if sequence.state is not State.SENT or len(call.sequences) > 1 or call.is_resumed:
             return
-        if self.policy.share <= 0 or not self._workers.has_choice(call.model):
+        if self.policy.share <= 0 or self._workers.count(call.model) < 2:
             return
         self._sequences[sequence.key] = sequence
         uncached = len(sequence.request.prompt_token_ids) - cached_tokens

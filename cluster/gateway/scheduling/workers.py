@@ -151,11 +151,6 @@ class LinkedWorkers:
         known = self._owner.directory.find(model)
         return 0 if known is None else len(known.links)
 
-    def has_choice(self, model: str) -> bool:
-        """Return whether more than one worker of a model is linked."""
-        known = self._owner.directory.find(model)
-        return known is not None and len(known.links) > 1
-
     def links(self, model: str) -> Sequence[WorkerLink]:
         """Return the links to a model's workers, ordered by worker id."""
         known = self._owner.directory.find(model)

@@ -7,15 +7,16 @@ Invariants. Each worker chooses by itself, by the names of the gateways alone. A
 gateway that comes or goes changes at most one link of a worker, besides those by which the number of links grows. A
 gateway gets LEAST_WORKERS workers of a model on average or, of a model with fewer, all.
 
-Source: rendezvous hashing, Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998.
+Source: rendezvous hashing, see rendezvous.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
+
+from cluster.policy.routing.rendezvous import hash64, preference
 
 ALL_UP_TO: Final = 8
 """Default number of gateways up to which each worker connects to all."""
@@ -44,5 +45,5 @@ class GatewaySubset:
         chosen = set(sorted(gateways, key=self._preference, reverse=True)[:count])
         return tuple(gateway for gateway in gateways if gateway in chosen)
 
-    def _preference(self, gateway: str) -> bytes:
-        return hashlib.blake2b(f"{self.worker_id}\0{gateway}".encode(), digest_size=8).digest()
+    def _preference(self, gateway: str) -> float:
+        return preference(hash64(self.worker_id), hash64(gateway))

@@ -1,4 +1,4 @@
-"""How many calls with the same cached prefix have come lately.
+"""Counts of recent calls by cached prefix.
 
 Problem: if many calls with one prefix come together and one worker holds it, all of them are cheapest there, and that
 worker becomes a hot spot. To compute the prefix on other workers costs once and serves many calls.

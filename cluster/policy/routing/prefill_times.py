@@ -1,4 +1,4 @@
-"""How fast each worker of a model computes prompts, relative to the model's usual worker.
+"""Speed of each worker of a model in computing prompts, relative to the model's usual worker.
 
 Problem: a worker may be slow without failing any check, for example because its GPU is throttled or shared. Such a
 worker must get fewer calls within seconds, and again its share once it has recovered.
