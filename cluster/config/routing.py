@@ -25,6 +25,9 @@ class RoutingWeights(Section):
     """Cost of each request of another gateway that waits in the worker's engine."""
     full_memory_tokens: Tokens = DEFAULT.memory
     """Cost of a worker whose KV memory is full. It grows with the square of the used share."""
+    patience_tokens: Tokens = DEFAULT.patience
+    """A call waits for a worker without room that holds more of its prompt, if no more prompt tokens than this are
+    computed there before its first token, or no more than at the best other worker; at most five seconds."""
     affinity_tokens: Tokens = DEFAULT.affinity
     """Advantage of the worker that a call's `affinity_key` prefers. 0: keys have no effect."""
 
@@ -56,6 +59,7 @@ class Routing(Section):
                 full=weights.full_worker_tokens,
                 queued=weights.queued_request_tokens,
                 memory=weights.full_memory_tokens,
+                patience=weights.patience_tokens,
                 affinity=weights.affinity_tokens,
             ),
         )

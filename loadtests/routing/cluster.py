@@ -28,7 +28,7 @@ REPORT_S = 0.1
 """Interval of claims and KV reports; that of gateway.scheduling.peer_backlog and worker.kv_events."""
 LOAD_S = 0.5
 """Interval of the workers' load reports."""
-SWEEP_S = 1.0
+SWEEP_S = 0.25
 
 
 def no_hedging() -> HedgingPolicy:
@@ -268,6 +268,8 @@ class Cluster:
     def _sweep(self) -> None:
         for gateway in self.gateways.values():
             gateway.index.maintain(self.events.now, 1)
+            if gateway.policy.aside.models:
+                gateway.pump(self.events.now)
 
     def __repr__(self) -> str:
         return f"Cluster({self.events.now:g} s, {len(self.calls)} calls, {len(self.workers)} workers)"

@@ -17,7 +17,7 @@ from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 
 BLOCKS = (600, 3000)
-POLICIES = (OURS, "patient cost", *PLAIN)
+POLICIES = (OURS, "impatient cost", *PLAIN)
 HITS = "Mooncake, {blocks} blocks a worker: hit tokens against one pooled LRU"
 MEAN = "Mooncake, {blocks} blocks: mean TTFT against the best plain policy"
 P99 = "Mooncake, {blocks} blocks: p99 TTFT against the best plain policy"

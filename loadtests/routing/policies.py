@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from random import Random
 
+from cluster.policy.routing.cost import CostWeights as ProductWeights
+from cluster.policy.routing.cost import RoutingSettings
 from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 
@@ -131,6 +133,11 @@ def _product(view: PickerView, rng: Random) -> Picker:
     return choose
 
 
+def _impatient(view: PickerView, rng: Random) -> Picker:
+    settings = RoutingSettings(weights=ProductWeights(patience=0.0))
+    return lambda call, candidates: choose(call, candidates, settings)
+
+
 def _product_without_rates(view: PickerView, rng: Random) -> Picker:
     return lambda call, candidates: choose(call, [replace(candidate, slowdown=1.0) for candidate in candidates])
 
@@ -181,7 +188,8 @@ def _prefix_or_load(view: PickerView, rng: Random) -> Picker:
 POLICIES: Mapping[str, Callable[[PickerView, Random], Picker]] = {
     "cost": _product,
     "cost without rates": _product_without_rates,
-    "patient cost": cost(CostWeights()),
+    "blocking cost": cost(CostWeights()),
+    "impatient cost": _impatient,
     "round robin": _round_robin,
     "least load": _least_load,
     "power of two": _power_of_two,

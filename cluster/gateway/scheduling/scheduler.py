@@ -316,7 +316,7 @@ class Scheduler:
         self._executor.carry_out(self.policy.expire(now, directory.starts_in_s))
         self.renders.expire()
         # A sequence may have waited long enough for the worker that holds its KV blocks.
-        for name in self.policy.resuming.models:
+        for name in {*self.policy.resuming.models, *self.policy.aside.models}:
             self.pump(name)
         if self.breakers.open:  # a worker's pause may be over
             for model in directory.models:

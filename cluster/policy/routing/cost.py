@@ -52,6 +52,9 @@ class CostWeights:
     """Cost of a sequence of another gateway in the engine's queue."""
     memory: float = 8_000.0
     """Cost of a worker whose KV memory is full."""
+    patience: float = 12_000.0
+    """Prompt tokens for which a call waits for a worker without room that holds more of its prompt, even if its first
+    token comes later then. See policy/scheduling/set_aside.py."""
     affinity: float = 32_000.0
     """Advantage of the preferred worker of a call's affinity key."""
 
@@ -98,6 +101,12 @@ def standing_parts(settings: RoutingSettings, c: Candidate) -> tuple[tuple[str, 
             return (("last_sent", c.last_sent),)
         case "consistent_hash":
             return ()
+
+
+def own_wait(settings: RoutingSettings, c: Candidate, uncached: float) -> float:
+    """Return the number of prompt tokens, of a usual worker, that are computed at a worker before the first token of a
+    call with `uncached` tokens."""
+    return c.slowdown * (c.prefill_tokens + settings.weights.queued * _foreign_queue(c) + uncached)
 
 
 def standing_cost(settings: RoutingSettings, c: Candidate) -> float:

@@ -20,12 +20,13 @@ import sys
 from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
-from cluster.policy.routing.cost import RoutingSettings, standing_parts
+from cluster.policy.routing.cost import RoutingSettings, own_wait, standing_parts
 from cluster.policy.routing.rendezvous import preference
-from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, Score, dropped_by
+from cluster.policy.routing.router import Candidate, FullHolder, RouteCall, RoutingDecision, Score, dropped_by
 from cluster.policy.routing.rows import Row, cost_of, row_of, two_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 VECTOR_FROM: Final = 16
 """Number of workers from which numpy is faster than a loop."""
-
+MAX_HOLDERS: Final = 8
+"""Number of workers that hold more of a prompt than the chosen worker and are compared with it."""
 
 _BY_ID = attrgetter("worker_id")
 
@@ -133,7 +135,32 @@ class Fleet:
         if at < 0:
             return RoutingDecision(None, None, scores)
         worker = rows[at].worker_id
-        return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0))
+        holder = self._full_holder(call, rows[at], rejecting) if call.cached and settings.weights.patience else None
+        return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), holder)
+
+    def _full_holder(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> FullHolder | None:
+        """Return the worker without room that costs less than the chosen one and least; None if there is none. Of the
+        workers that hold more of the prompt than the chosen one, some are looked at."""
+        here = call.cached.get(chosen.worker_id, 0)
+        if self.settings.policy != "cost" or max(call.cached.values()) <= here:
+            return None
+        lowest, best = cost_of(call, chosen, self.settings), None
+        for worker_id in islice((each for each, tokens in call.cached.items() if tokens > here), MAX_HOLDERS):
+            at = self._position(worker_id)
+            if at is None:
+                continue
+            row = self._rows[at]
+            has_room = row.is_open and row.max_tokens >= call.tokens
+            cost = cost_of(call, row, self.settings)
+            if row.is_serving and not has_room and cost < lowest and _fits(call, row, rejecting):
+                lowest, best = cost, row
+        if best is None:
+            return None
+        uncached = call.tokens - min(call.cached[best.worker_id], call.tokens)
+        wait = own_wait(self.settings, best.candidate, uncached)
+        wait_here = own_wait(self.settings, chosen.candidate, call.tokens - min(here, call.tokens))
+        limit = max(wait_here, self.settings.weights.patience)
+        return FullHolder(best.worker_id, wait, limit, uncached, best.candidate.slowdown)
 
     def _written_columns(self) -> Columns | None:
         """Return the rows as columns; None if a loop is faster, or if numpy is not imported yet."""

@@ -12,13 +12,15 @@ from cluster.policy.routing.router import Candidate, RouteCall
 class Row(NamedTuple):
     """What a decision needs of a worker.
 
-    `is_open`: whether the worker passes the filters that are equal for all calls. `max_tokens`: the largest prompt that
+    `is_open`: whether the worker passes the filters that are equal for all calls; `is_serving`: the same but for room.
+    `max_tokens`: the largest prompt that
     fits. `standing` and `per_token`: see cost.py. `hashed`: hash of the worker id. `shared_slots`: free sequences that
     count for the slots that are reserved for other tenants."""
 
     candidate: Candidate
     worker_id: str
     is_open: bool
+    is_serving: bool
     max_tokens: float
     standing: float
     per_token: float
@@ -34,6 +36,7 @@ def row_of(candidate: Candidate, settings: RoutingSettings, hashed: int | None =
         c,
         c.worker_id,
         c.healthy and stays and c.free_sequences > 0,
+        c.healthy and stays,
         min(c.free_tokens, c.prefill_budget - c.resumed_prefill - c.new_prefill)
         if c.resumed_prefill
         else c.free_tokens,

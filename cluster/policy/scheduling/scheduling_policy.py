@@ -21,6 +21,7 @@ from cluster.policy.fairness.waiting_room import RoomAdmission, WaitingRoom
 from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.router import (
     Candidate,
+    FullHolder,
     RouteCall,
     RoutingDecision,
     may_take_resumed,
@@ -31,6 +32,7 @@ from cluster.policy.routing.version_split import ANY_VERSION, Versions
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
 from cluster.policy.scheduling.resume_queue import ResumeQueue
 from cluster.policy.scheduling.resume_route import resumed_request, suits
+from cluster.policy.scheduling.set_aside import Aside, SetAside
 from cluster.policy.scheduling.warm_sequences import WarmSequences
 from cluster.policy.scheduling.worker_losses import LossVerdict, WorkerLosses
 
@@ -77,6 +79,7 @@ class SchedulingPolicy:
         self.losses = losses
         self._workers = workers
         self._warm = WarmSequences(workers)
+        self.aside = SetAside()
         self._versions: dict[str, Versions] = {}
         """Versions on which the sequences in the waiting room may begin; without an entry, any version."""
 
@@ -102,6 +105,8 @@ class SchedulingPolicy:
     def set_versions(self, key: str, versions: Versions) -> None:
         """Set the versions on which a queued sequence may begin. Once a sequence of a call has begun, the other
         sequences of the call may begin only on its version."""
+        if (aside := self.aside.pop(key)) is not None:
+            self.room.put_back(aside.entry, aside.until)
         if versions.all:
             self._versions[key] = versions
         else:
@@ -114,12 +119,15 @@ class SchedulingPolicy:
     def remove(self, key: str) -> bool:
         """Remove a sequence from its queue. Returns False if the sequence was not queued."""
         self._versions.pop(key, None)
+        if (aside := self.aside.pop(key)) is not None:  # its charge is given back
+            self.room.put_back(aside.entry, aside.until)
         return self.resuming.remove(key) or self.room.cancel(key)
 
     def waiting(self, model: str) -> tuple[int, int]:
         """Return the number of a model's waiting sequences, and the number of tokens to compute for these sequences."""
-        (new, prompt_tokens), (resumed, tokens) = self.room.waiting(model), self.resuming.waiting(model)
-        return new + resumed, prompt_tokens + tokens
+        queues = (self.room, self.resuming, self.aside)
+        sequences, tokens = zip(*(queue.waiting(model) for queue in queues), strict=True)
+        return sum(sequences), sum(tokens)
 
     def expire(self, now: float, longer_s: Callable[[str], float]) -> list[End]:
         """Remove the sequences that have waited too long, and return the instructions to end their calls.
@@ -138,35 +146,69 @@ class SchedulingPolicy:
         yield from self.assign_new(model, now)
 
     def assign_new(self, model: str, now: float) -> Iterator[Instruction]:
-        """Yield the instructions for new sequences, in the order of the waiting room. A head that fits on no worker
-        holds back the sequences behind it."""
+        """Yield the instructions for new sequences: those that were set aside, then the others in the order of the
+        waiting room. A head that fits on no worker holds back the sequences behind it."""
+        for aside in self.aside.in_order(model):
+            yield from self._assign_aside(aside, now)
         decision: RoutingDecision | Exception | None = None
         cached: Mapping[str, int] | None = None
+        call: RouteCall | None = None
 
         def fits(entry: WaitingSequence) -> bool:
-            nonlocal decision, cached
+            nonlocal decision, cached, call
             try:
                 cached = self._workers.cached_tokens(entry.model, entry.call_id)
-                decision = self._route(entry, cached or {}, now)
+                call = self._call(entry, cached or {})
+                decision = self._route(call, entry, now)
             except Exception as error:
                 decision = error
                 return True
             return decision.worker_id is not None
 
         while (entry := self.room.pop_next(model, fits, now, self._warm.loss_of(model, now))) is not None:
-            self._versions.pop(entry.call_id, None)
+            versions = self._versions.pop(entry.call_id, ANY_VERSION)
             if isinstance(decision, Exception):
                 yield Fail(entry.call_id, decision)
+            elif decision is not None and call is not None and (holder := self._awaited(decision, versions, model)):
+                self.aside.add(entry, call, holder, now)
             elif decision is not None and decision.worker_id is not None:
                 there, where = decision.cached_tokens, decision.worker_id
                 yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
 
-    def _route(self, entry: WaitingSequence, cached: Mapping[str, int], now: float) -> RoutingDecision:
-        """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
-        all versions on which the sequence may begin. `cached`: see RouteCall."""
+    def _awaited(self, decision: RoutingDecision, versions: Versions, model: str) -> FullHolder | None:
+        """Return the worker without room for which a sequence should wait, or None. The sequences of a call with a
+        choice of versions begin on one version, so they do not wait."""
+        holder = decision.full_holder
+        return holder if holder and len(versions.all) < 2 and self.aside.may_wait(model, holder) else None
+
+    def _assign_aside(self, aside: Aside, now: float) -> Iterator[Instruction]:
+        """Yield the instruction for a sequence that is set aside; none if it goes on waiting."""
+        entry, key = aside.entry, aside.entry.call_id
+        is_over = now >= aside.until
+        if key not in self.aside or not (
+            is_over or self._workers.free_tokens(entry.model, aside.worker_id) >= entry.tokens
+        ):
+            return
+        try:
+            cached = self._workers.cached_tokens(entry.model, key)
+            decision = self._workers.route(replace(aside.call, cached=cached or {}), now)
+        except Exception as error:
+            self.aside.pop(key)
+            yield Fail(key, error)
+            return
+        if decision.worker_id is not None:
+            self.aside.pop(key)
+            there, where = decision.cached_tokens, decision.worker_id
+            yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
+        elif is_over:
+            self.aside.pop(key)
+            self.room.put_back(entry, now)
+
+    def _call(self, entry: WaitingSequence, cached: Mapping[str, int]) -> RouteCall:
+        """Return what routing needs of a new sequence. `cached`: see RouteCall."""
         keep_free, versions = self.room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
         first = frozenset((versions.first,)) if versions.first else versions.all
-        call = RouteCall(
+        return RouteCall(
             entry.model,
             entry.tokens,
             keep_free,
@@ -176,6 +218,11 @@ class SchedulingPolicy:
             affinity=entry.affinity,
             call_id=entry.call_id,
         )
+
+    def _route(self, call: RouteCall, entry: WaitingSequence, now: float) -> RoutingDecision:
+        """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
+        all versions on which the sequence may begin."""
+        versions = self._versions.get(entry.call_id, ANY_VERSION)
         decision = self._workers.route(call, now)
         if decision.worker_id is None and len(versions.all) > 1:
             decision = self._workers.route(replace(call, versions=versions.all), now)

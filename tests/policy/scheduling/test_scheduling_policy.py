@@ -82,12 +82,12 @@ class Fleet:
         return compatibility in self.replaced
 
 
-def policy_of(fleet: Fleet, max_silent_losses: int = 2) -> SchedulingPolicy:
+def policy_of(fleet: Fleet, max_silent_losses: int = 2, max_tokens: int = 10_000) -> SchedulingPolicy:
     """Return a policy with a fair order and a large waiting room."""
     orders: dict[str, FairOrder] = {}
     room = WaitingRoom(
         max_requests=100,
-        max_tokens=10_000,
+        max_tokens=max_tokens,
         max_wait_s=MAX_WAIT_S,
         order_of=lambda model: orders.setdefault(model, FairOrder()),
     )

@@ -1,0 +1,101 @@
+"""New sequences whose turn has come, and that wait for the worker that holds their prompt.
+
+Problem: the worker that holds a prompt often has no free credit for a moment, since it admits few prompts at a time. A
+sequence that goes elsewhere is computed again and evicts other blocks there. A sequence that waits at the head of its
+queue holds back all sequences behind it.
+
+Method: in its turn such a sequence is set aside, and counts in the fair order as if it were sent. The queue goes on. As
+soon as the worker has room, the sequences that wait for it are sent, in the order of their turns and before new turns.
+A sequence waits only if the prompts before it at that worker, those that are set aside for it included, take no longer
+than those at the best other worker, or than `patience` prompt tokens (cost.py).
+
+Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once in a turn, for at
+most MAX_WAIT_S; then it goes to any worker, or back to the head of its queue. At most MAX_PER_MODEL sequences of a
+model are set aside.
+
+Source: delay scheduling (Zaharia et al., EuroSys 2010), with a bound in work instead of a number of skipped turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.routing.router import FullHolder, RouteCall
+
+MAX_WAIT_S: Final = 5.0
+MAX_PER_MODEL: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A sequence that is set aside. `call`: what routing needs of it. `worker_id`: the worker for which it waits.
+    `uncached`: number of prompt tokens to compute there. `until`: monotonic time at which the wait ends."""
+
+    entry: WaitingSequence
+    call: RouteCall
+    worker_id: str
+    uncached: float
+    until: float
+
+
+class SetAside:
+    """The sequences of one gateway that are set aside. `now` is monotonic, in seconds."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, Aside] = {}
+        self._by_model: dict[str, dict[str, Aside]] = {}
+        self._uncached: dict[tuple[str, str], float] = {}
+        """Number of prompt tokens that the sequences which wait for a worker have it compute, by model and worker."""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __repr__(self) -> str:
+        return f"SetAside({len(self)} sequences)"
+
+    @property
+    def models(self) -> Collection[str]:
+        """Names of the models with sequences that are set aside."""
+        return tuple(self._by_model)
+
+    def waiting(self, model: str) -> tuple[int, int]:
+        """Return the number of a model's sequences that are set aside, and their prompt tokens."""
+        asides = self._by_model.get(model, {}).values()
+        return len(asides), sum(aside.entry.tokens for aside in asides)
+
+    def may_wait(self, model: str, holder: FullHolder) -> bool:
+        """Return whether a sequence of a model should wait for this worker."""
+        ahead = self._uncached.get((model, holder.worker_id), 0.0) * holder.slowdown
+        return holder.wait + ahead < holder.limit and len(self._by_model.get(model, ())) < MAX_PER_MODEL
+
+    def add(self, entry: WaitingSequence, call: RouteCall, holder: FullHolder, now: float) -> None:
+        """Set a sequence aside."""
+        aside = Aside(entry, call, holder.worker_id, holder.uncached, now + MAX_WAIT_S)
+        self._by_key[entry.call_id] = aside
+        self._by_model.setdefault(entry.model, {})[entry.call_id] = aside
+        place = (entry.model, holder.worker_id)
+        self._uncached[place] = self._uncached.get(place, 0.0) + holder.uncached
+
+    def pop(self, key: str) -> Aside | None:
+        """Remove a sequence and return it; None if it is not set aside."""
+        aside = self._by_key.pop(key, None)
+        if aside is None:
+            return None
+        model, place = aside.entry.model, (aside.entry.model, aside.worker_id)
+        del self._by_model[model][key]
+        self._uncached[place] -= aside.uncached
+        if not any(other.worker_id == aside.worker_id for other in self._by_model[model].values()):
+            del self._uncached[place]
+        if not self._by_model[model]:
+            del self._by_model[model]
+        return aside
+
+    def in_order(self, model: str) -> Iterator[Aside]:
+        """Yield a model's sequences in the order of their turns. The caller may remove each one that it gets."""
+        yield from list(self._by_model.get(model, {}).values())

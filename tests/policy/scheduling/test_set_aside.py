@@ -1,0 +1,156 @@
+"""Sequences that are set aside for the worker that holds their prompt: nobody waits for them, and they do not wait
+long."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.routing.router import FullHolder, RouteCall
+from cluster.policy.scheduling.instructions import Send
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
+from cluster.policy.scheduling.set_aside import MAX_PER_MODEL, MAX_WAIT_S, SetAside
+from tests.policy.scheduling.test_scheduling_policy import Fleet, carry_out, policy_of, sent
+
+TOKENS = 5_000
+
+
+def entry(key: str, tenant: str = "t", model: str = "m") -> WaitingSequence:
+    """Return the entry of a sequence with a long prompt."""
+    return WaitingSequence(key, model, tenant, TOKENS, None, "standard", 0.0)
+
+
+class LargeFleet(Fleet):
+    """Workers with 64 slots, whose free sequences may have long prompts."""
+
+    def grant(self, name: str, free: int) -> None:
+        """Set the number of free sequences of a worker."""
+        self.workers[name] = replace(self.workers[name], free_sequences=free, free_tokens=TOKENS * free, slots=64)
+
+
+def two_workers(*held: str, free_holder: int = 0, free_other: int = 2) -> tuple[Fleet, SchedulingPolicy]:
+    """Return two workers and a policy. The worker `holder` holds the prompts of the sequences `held`."""
+    fleet = LargeFleet()
+    for name, free in (("holder", free_holder), ("other", free_other)):
+        fleet.add(name)
+        fleet.grant(name, free)
+    fleet.cached = {key: {"holder": TOKENS - 100} for key in held}
+    return fleet, policy_of(fleet, max_tokens=100 * TOKENS)
+
+
+def test_it_waits_for_its_holder_and_nobody_waits_for_it() -> None:
+    """A sequence whose holder has no room is set aside, the next one is sent at once, and the holder's next room is the
+    sequence's, before new turns."""
+    fleet, policy = two_workers("warm", "late")
+    policy.admit(entry("warm"), 0.0)
+    policy.admit(entry("cold", "u"), 0.0)
+    assert sent(carry_out(policy, fleet, 0.0)) == [("cold", "other")]
+    assert policy.waiting("m") == (1, TOKENS)
+    policy.admit(entry("late", "u"), 0.1)
+    fleet.grant("holder", 1)
+    assert sent(carry_out(policy, fleet, 0.1)) == [("warm", "holder")]
+    assert "late" in policy.aside
+    fleet.grant("holder", 1)
+    assert sent(carry_out(policy, fleet, 0.2)) == [("late", "holder")]
+    assert policy.waiting("m") == (0, 0)
+
+
+def test_it_goes_elsewhere_in_the_end() -> None:
+    """After MAX_WAIT_S the sequence goes to any worker, or back to the head of its queue while all are full."""
+    fleet, policy = two_workers("warm")
+    policy.admit(entry("warm"), 0.0)
+    assert not carry_out(policy, fleet, 0.0)
+    assert not carry_out(policy, fleet, MAX_WAIT_S - 0.1)
+    fleet.grant("other", 0)
+    assert not carry_out(policy, fleet, MAX_WAIT_S)
+    assert "warm" not in policy.aside
+    policy.admit(entry("new", "u"), MAX_WAIT_S)
+    fleet.grant("other", 1)
+    fleet.cached = {}
+    assert sent(carry_out(policy, fleet, MAX_WAIT_S)) == [("warm", "other")]
+
+
+def test_it_does_not_wait_in_vain() -> None:
+    """A sequence does not wait for a worker with so much work ahead that its first token would come later there, nor
+    behind as much work of others that are set aside, nor if its call may begin on several versions."""
+    fleet, policy = two_workers("warm")
+    fleet.workers["holder"] = replace(fleet.workers["holder"], prefill_tokens=30_000)
+    policy.admit(entry("warm"), 0.0)
+    assert sent(carry_out(policy, fleet, 0.0)) == [("warm", "other")]
+
+    aside, call = SetAside(), RouteCall("m", TOKENS)
+    holder = FullHolder("w", 100.0, 1_000.0, 400.0, 1.0)
+    added = 0
+    while aside.may_wait("m", holder):
+        aside.add(entry(str(added)), call, holder, 0.0)
+        added += 1
+    assert added == 3
+
+
+def test_a_cancelled_sequence_leaves_nothing() -> None:
+    """A sequence that is cancelled while it is set aside leaves the policy, and its tenant is not charged."""
+    fleet, policy = two_workers("warm")
+    policy.admit(entry("warm"), 0.0)
+    assert not carry_out(policy, fleet, 0.0)
+    assert policy.remove("warm")
+    assert not policy.remove("warm")
+    assert policy.waiting("m") == (0, 0)
+    policy.admit(entry("again"), 1.0)
+    policy.admit(entry("first", "u"), 1.0)
+    fleet.grant("other", 1)
+    assert sent(carry_out(policy, fleet, 1.0)) == [("again", "other")]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "pop"]), st.integers(0, 9), st.sampled_from("ab"), st.sampled_from("vw")),
+        max_size=60,
+    )
+)
+def test_sums_follow_the_sequences(steps: list[tuple[str, int, str, str]]) -> None:
+    """The numbers and the work ahead are those of the sequences that are set aside, whatever is added and removed."""
+    aside, known = SetAside(), dict[str, tuple[str, str]]()
+    for step, number, model, worker in steps:
+        key = str(number)
+        if step == "pop":
+            assert (aside.pop(key) is not None) == (key in known)
+            known.pop(key, None)
+        elif key not in known:
+            holder = FullHolder(worker, 0.0, 1e9, 100.0, 1.0)
+            aside.add(entry(key, model=model), RouteCall(model, TOKENS), holder, 0.0)
+            known[key] = (model, worker)
+    for model in "ab":
+        keys = [key for key, place in known.items() if place[0] == model]
+        assert [one.entry.call_id for one in aside.in_order(model)] == keys
+        assert aside.waiting(model) == (len(keys), TOKENS * len(keys))
+        for worker in "vw":
+            ahead = 100.0 * sum(place == (model, worker) for place in known.values())
+            assert aside.may_wait(model, FullHolder(worker, 0.0, ahead + 1, 0.0, 1.0))
+            assert not aside.may_wait(model, FullHolder(worker, 0.0, ahead, 0.0, 1.0))
+    assert set(aside.models) == {model for model, _ in known.values()}
+
+
+def test_their_number_is_bounded() -> None:
+    """At most MAX_PER_MODEL sequences of a model are set aside."""
+    aside, holder = SetAside(), FullHolder("w", 0.0, 1e9, 0.0, 1.0)
+    for number in range(MAX_PER_MODEL):
+        assert aside.may_wait("m", holder)
+        aside.add(entry(str(number)), RouteCall("m", TOKENS), holder, 0.0)
+    assert not aside.may_wait("m", holder)
+    assert aside.may_wait("n", holder)
+    assert aside.pop("0") is not None
+    assert aside.may_wait("m", holder)
+
+
+def test_instructions_name_the_prediction() -> None:
+    """The instruction for a sequence that was set aside has the prediction of the time when it is sent."""
+    fleet, policy = two_workers("warm")
+    policy.admit(entry("warm"), 0.0)
+    assert not carry_out(policy, fleet, 0.0)
+    fleet.grant("holder", 1)
+    (send,) = carry_out(policy, fleet, 0.5)
+    assert isinstance(send, Send)
+    assert (send.cached_tokens, send.reason) == (TOKENS - 100, "cached_prefix")
