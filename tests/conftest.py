@@ -31,6 +31,14 @@ NAMESPACES = ("ip", "namespaces")
 """Requirements of the tests that are marked `root`."""
 
 
+_PLUGINS: list[pytest.PytestPluginManager] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what names a failed test at once."""
+    _PLUGINS.append(config.pluginmanager)
+
+
 @functools.cache
 def _lack(name: str) -> str:
     """Return the reason why a requirement (named as in the doctor) is missing here, with the remedy; empty if it is
@@ -48,7 +56,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Record a skipped test and the reason."""
+    """Record a skipped test and the reason. Name a failed test at once: a run that is ended from outside prints no
+    summary.
+    """
+    if report.failed and (terminal := _PLUGINS[-1].get_plugin("terminalreporter")) is not None:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        why = crash.message if crash is not None else str(report.longrepr)
+        terminal.write_line(f"\nfailed ({report.when}): {report.nodeid}: {' '.join(why.split())[:400]}")
     if report.skipped and isinstance(report.longrepr, tuple):
         _SKIPPED[report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
 

@@ -1,9 +1,10 @@
 """Finds and ends all processes of one local cluster, and no other processes.
 
 This is the last step of a stop, after Ray's own shutdown. A process belongs to the cluster in two cases: its
-environment contains HEADRACE_INSTANCE=<id>, which child processes inherit, or it has a file open below the cluster's
-run folder. The second case finds vLLM's engine core and ranks. They rename themselves, which can overwrite the
-environment that /proc shows, but their output still goes to Ray's log files.
+environment contains HEADRACE_INSTANCE=<id>, which child processes inherit, or its standard output or error is a file
+below the cluster's run folder. The second case finds vLLM's engine core and ranks. They rename themselves, which can
+overwrite the environment that /proc shows, but their output still goes to Ray's log files. A process that reads these
+files, such as `tail`, is not the cluster's.
 
 A killed engine process leaves its shared memory behind, so the shared-memory blocks that it has mapped are removed
 too.
@@ -42,7 +43,7 @@ def _belongs(process: Path, tag: bytes, below: str) -> bool:
             return False
         if tag in (process / "environ").read_bytes().split(b"\0"):
             return True
-        return bool(below) and any(_target(link).startswith(below) for link in os.scandir(process / "fd"))
+        return bool(below) and any(_target(process / "fd" / number).startswith(below) for number in ("1", "2"))
     except OSError:  # the process has ended, or belongs to another user
         return False
 
@@ -51,9 +52,9 @@ def _is_zombie(process: Path) -> bool:
     return (process / "stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
 
 
-def _target(link: os.DirEntry[str]) -> str:
+def _target(link: Path) -> str:
     try:
-        return os.readlink(link.path)
+        return os.readlink(link)
     except OSError:
         return ""
 

@@ -76,17 +76,25 @@ def test_reaper_takes_shared_memory_along() -> None:
     assert not names & set(os.listdir("/dev/shm"))
 
 
-def test_reaper_finds_by_open_files(tmp_path: Path) -> None:
-    """A process without the tag belongs to the cluster if the process has a file open below the cluster's folder."""
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=log)
+def test_reaper_finds_by_output(tmp_path: Path) -> None:
+    """A process without the tag belongs to the cluster if its output goes to a file below the cluster's folder. A
+    process that reads the file does not.
+    """
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    path = tmp_path / "log"
+    with path.open("wb") as log, path.open("rb") as source:
+        process = subprocess.Popen(sleep, stdout=log)
+        reader = subprocess.Popen(sleep, stdin=source, pass_fds=[source.fileno()])
     try:
         assert reaper.find("no-such-instance", tmp_path) == {process.pid}
         assert reaper.find("no-such-instance", tmp_path / "other") == frozenset()
         reaper.end("no-such-instance", tmp_path, grace_s=5.0)
         assert process.wait(5.0) == -15
+        assert reader.poll() is None
     finally:
-        process.kill()
+        for each in (process, reader):
+            each.kill()
+            each.wait()
 
 
 def test_free_ports_differ() -> None:

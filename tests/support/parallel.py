@@ -31,6 +31,16 @@ class Scheduler(LoadScopeScheduling):  # type: ignore[misc] # xdist's classes ar
     """Scheduler of pytest-xdist that distributes groups of tests: those with engines and clusters, which take longest,
     then the largest first."""
 
+    def remove_node(self, node: Any) -> str | None:
+        """Remove a test process; if it has crashed, return the test that ran there. xdist would hand finished groups to
+        other processes, which then would wait for tests forever.
+        """
+        work = self.assigned_work[node]
+        for finished in [group for group, tests in work.items() if all(tests.values())]:
+            del work[finished]
+        crashed: str | None = super().remove_node(node)
+        return crashed
+
     def _split_scope(self, nodeid: str) -> str:
         return scope(nodeid.partition("::")[0])
 
