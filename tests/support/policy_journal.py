@@ -111,7 +111,7 @@ class _RecordedWorkers:
         self._journal.reads.append(((model, key, "held"), answer))
         return answer
 
-    def free_tokens(self, model: str, worker_id: str) -> int:
+    def free_tokens(self, model: str, worker_id: str) -> int | None:
         """See Workers."""
         answer = self._workers.free_tokens(model, worker_id)
         self._journal.reads.append(((model, worker_id, "free"), answer))
@@ -155,7 +155,7 @@ class _ReplayedWorkers:
         """See Workers."""
         return self._answer((model, key, "held"))  # type: ignore[no-any-return]
 
-    def free_tokens(self, model: str, worker_id: str) -> int:
+    def free_tokens(self, model: str, worker_id: str) -> int | None:
         """See Workers."""
         return self._answer((model, worker_id, "free"))  # type: ignore[no-any-return]
 

@@ -112,7 +112,7 @@ class Queues:
     def position(self, call: Call) -> int:
         """Return the position, from 1, of the call's first queued sequence in the queue of the call's tenant; 0 if no
         sequence of the call is queued."""
-        positions = [self._policy.room.position(sequence.key) for sequence in call.sequences]
+        positions = [self._policy.position(sequence.key) for sequence in call.sequences]
         return min((place + 1 for place in positions if place is not None), default=0)
 
     def is_resuming(self, call: Call) -> bool:

@@ -128,11 +128,12 @@ class LinkedWorkers:
         """Return the same as `cached_tokens`, even if there is only one worker to choose; nothing if it is unknown."""
         return self._caches.cached_tokens(model, key, self._request_of(key)) or {}
 
-    def free_tokens(self, model: str, worker_id: str) -> int:
-        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence."""
+    def free_tokens(self, model: str, worker_id: str) -> int | None:
+        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence now, None
+        if the worker is not linked or takes no new sequences."""
         link = self.link(model, worker_id)
         if link is None or not link.takes_new_requests:
-            return 0
+            return None
         free = link.free
         return free.tokens if free.sequences > 0 else 0
 

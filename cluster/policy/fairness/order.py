@@ -25,7 +25,8 @@ class WaitingSequence:
     cache of a worker. `output_tokens` is the expected number of output tokens. `deadline` and `arrived` are times;
     `deadline` is None without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed
     last. `needs_tools`: whether the worker must have a parser for tool calls. `affinity`: hash of the tenant and the
-    affinity key, in [1, 2**64), or 0 for none.
+    affinity key, in [1, 2**64), or 0 for none. `was_set_aside`: whether it has waited in vain for the worker that holds
+    its prompt, see policy/scheduling/set_aside.py.
     """
 
     call_id: str
@@ -40,6 +41,7 @@ class WaitingSequence:
     output_tokens: int = 0
     needs_tools: bool = False
     affinity: int = 0
+    was_set_aside: bool = False
 
 
 class Order(Protocol):

@@ -62,8 +62,9 @@ class Workers(Protocol):
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """Return the same as `cached_tokens`, even if there is only one worker to choose."""
 
-    def free_tokens(self, model: str, worker_id: str) -> int:
-        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence."""
+    def free_tokens(self, model: str, worker_id: str) -> int | None:
+        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence now, None
+        if the worker is not linked or takes no new sequences."""
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""
@@ -123,6 +124,10 @@ class SchedulingPolicy:
             self.room.put_back(aside.entry, aside.until)
         return self.resuming.remove(key) or self.room.cancel(key)
 
+    def position(self, key: str) -> int | None:
+        """Return how many new sequences of its tenant are before a queued new sequence; None if it is not queued."""
+        return 0 if key in self.aside else self.room.position(key)
+
     def waiting(self, model: str) -> tuple[int, int]:
         """Return the number of a model's waiting sequences, and the number of tokens to compute for these sequences."""
         queues = (self.room, self.resuming, self.aside)
@@ -169,25 +174,26 @@ class SchedulingPolicy:
             versions = self._versions.pop(entry.call_id, ANY_VERSION)
             if isinstance(decision, Exception):
                 yield Fail(entry.call_id, decision)
-            elif decision is not None and call is not None and (holder := self._awaited(decision, versions, model)):
+            elif decision is not None and call is not None and (holder := self._awaited(decision, versions, entry)):
                 self.aside.add(entry, call, holder, now)
             elif decision is not None and decision.worker_id is not None:
                 there, where = decision.cached_tokens, decision.worker_id
                 yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
 
-    def _awaited(self, decision: RoutingDecision, versions: Versions, model: str) -> FullHolder | None:
+    def _awaited(self, decision: RoutingDecision, versions: Versions, entry: WaitingSequence) -> FullHolder | None:
         """Return the worker without room for which a sequence should wait, or None. The sequences of a call with a
         choice of versions begin on one version, so they do not wait."""
         holder = decision.full_holder
-        return holder if holder and len(versions.all) < 2 and self.aside.may_wait(model, holder) else None
+        return holder if holder and len(versions.all) < 2 and self.aside.may_wait(entry, holder) else None
 
     def _assign_aside(self, aside: Aside, now: float) -> Iterator[Instruction]:
         """Yield the instruction for a sequence that is set aside; none if it goes on waiting."""
         entry, key = aside.entry, aside.entry.call_id
-        is_over = now >= aside.until
-        if key not in self.aside or not (
-            is_over or self._workers.free_tokens(entry.model, aside.worker_id) >= entry.tokens
-        ):
+        if key not in self.aside:
+            return
+        free = self._workers.free_tokens(entry.model, aside.worker_id)
+        is_over = now >= aside.until or free is None
+        if not is_over and free is not None and free < entry.tokens:
             return
         try:
             cached = self._workers.cached_tokens(entry.model, key)
@@ -202,7 +208,7 @@ class SchedulingPolicy:
             yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
         elif is_over:
             self.aside.pop(key)
-            self.room.put_back(entry, now)
+            self.room.put_back(replace(entry, was_set_aside=True), now)
 
     def _call(self, entry: WaitingSequence, cached: Mapping[str, int]) -> RouteCall:
         """Return what routing needs of a new sequence. `cached`: see RouteCall."""

@@ -9,9 +9,9 @@ soon as the worker has room, the sequences that wait for it are sent, in the ord
 A sequence waits only if the prompts before it at that worker, those that are set aside for it included, take no longer
 than those at the best other worker, or than `patience` prompt tokens (cost.py).
 
-Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once in a turn, for at
-most MAX_WAIT_S; then it goes to any worker, or back to the head of its queue. At most MAX_PER_MODEL sequences of a
-model are set aside.
+Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once, for at most
+MAX_WAIT_S, and no longer than the worker takes new sequences; then it goes to any worker, or back to the head of its
+queue. At most MAX_PER_MODEL sequences of a model are set aside.
 
 Source: delay scheduling (Zaharia et al., EuroSys 2010), with a bound in work instead of a number of skipped turns.
 """
@@ -69,14 +69,17 @@ class SetAside:
         asides = self._by_model.get(model, {}).values()
         return len(asides), sum(aside.entry.tokens for aside in asides)
 
-    def may_wait(self, model: str, holder: FullHolder) -> bool:
-        """Return whether a sequence of a model should wait for this worker."""
-        ahead = self._uncached.get((model, holder.worker_id), 0.0) * holder.slowdown
-        return holder.wait + ahead < holder.limit and len(self._by_model.get(model, ())) < MAX_PER_MODEL
+    def may_wait(self, entry: WaitingSequence, holder: FullHolder) -> bool:
+        """Return whether a sequence should wait for this worker."""
+        if entry.was_set_aside or len(self._by_model.get(entry.model, ())) >= MAX_PER_MODEL:
+            return False
+        ahead = self._uncached.get((entry.model, holder.worker_id), 0.0) * holder.slowdown
+        return holder.wait + ahead < holder.limit
 
     def add(self, entry: WaitingSequence, call: RouteCall, holder: FullHolder, now: float) -> None:
-        """Set a sequence aside."""
-        aside = Aside(entry, call, holder.worker_id, holder.uncached, now + MAX_WAIT_S)
+        """Set a sequence aside, for MAX_WAIT_S or until its deadline."""
+        until = now + MAX_WAIT_S if entry.deadline is None else min(now + MAX_WAIT_S, entry.deadline)
+        aside = Aside(entry, call, holder.worker_id, holder.uncached, until)
         self._by_key[entry.call_id] = aside
         self._by_model.setdefault(entry.model, {})[entry.call_id] = aside
         place = (entry.model, holder.worker_id)

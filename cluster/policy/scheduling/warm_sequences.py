@@ -37,8 +37,9 @@ class HolderView(Protocol):
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """Return how many leading tokens of a waiting sequence's prompt the workers hold, by worker id."""
 
-    def free_tokens(self, model: str, worker_id: str) -> int:
-        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence."""
+    def free_tokens(self, model: str, worker_id: str) -> int | None:
+        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence now, None
+        if the worker is not linked or takes no new sequences."""
 
 
 class WarmSequences:
@@ -64,7 +65,7 @@ class WarmSequences:
                     known = self._look_up(entry, now)
                 for tokens, worker_id in known[1] if known is not None else ():
                     if worker_id not in free:
-                        free[worker_id] = self._workers.free_tokens(model, worker_id)
+                        free[worker_id] = self._workers.free_tokens(model, worker_id) or 0
                     if free[worker_id] >= entry.tokens:
                         return tokens * (1.0 + max(now - entry.arrived, 0.0) / WAIT_S)
             except Exception:  # must not hold up the queue; routing meets the same fault and ends this call alone

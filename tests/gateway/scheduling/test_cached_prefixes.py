@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from cluster.api.types import KV_EVENTS, EngineInfo, EngineRequest, Sampling, WorkerIdentity
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.policy.kv_cache.changes import KvChange
@@ -24,9 +26,9 @@ def prompt(number: int, tokens: int = 40 * BLOCK) -> list[int]:
     return [100 + (number * 7919 + at * (number + 3)) % 600 for at in range(tokens)]
 
 
-async def turn(cluster: TestCluster, ids: list[int]) -> tuple[list[int], int]:
+async def turn(cluster: TestCluster, ids: list[int], tokens: int = TOKENS) -> tuple[list[int], int]:
     """Send a prompt; return a prompt that begins with it, and the number of cached tokens."""
-    request = complete("", prompt_token_ids=ids, max_tokens=TOKENS, ignore_eos=True)
+    request = complete("", prompt_token_ids=ids, max_tokens=tokens, ignore_eos=True)
     answer = await cluster.stub.Complete(request)
     assert isinstance(answer, pb.CompleteResponse)
     return [*ids, *range(100, 140)], answer.usage.cached_tokens
@@ -158,3 +160,31 @@ async def test_a_warm_call_goes_before_an_older_cold_one(tmp_path: Path, checkpo
             await until(lambda: waiting(len(calls) - 1), "the call waits")
         await asyncio.gather(*calls)
         assert ended == ["runs", "warm", "cold"]
+
+
+@pytest.mark.parametrize("patience", [0, 12_000])
+async def test_a_call_waits_for_its_holder(tmp_path: Path, checkpoint: Path, bundle: Bundle, patience: int) -> None:
+    """A call whose prompt is on a worker without a free slot waits for this worker, and later calls without a cached
+    prompt pass it. Without patience the call goes elsewhere at once.
+    """
+    text = LOOPBACK + f"routing: {{weights: {{full_worker_tokens: 0, patience_tokens: {patience}}}}}\n"
+    async with running_cluster(tmp_path, text) as cluster:
+        engines = [sim_engine(checkpoint, decode_ms=5, block_size=BLOCK, max_num_seqs=1) for _ in range(2)]
+        for engine in engines:
+            await cluster.add_worker(engine, bundle)
+        ids = prompt(0, 150 * BLOCK)
+        await turn(cluster, ids)
+        (holder,) = matched(cluster, [*ids, 1])
+        await turn(cluster, prompt(1))
+        assert set(matched(cluster, [*prompt(1), 1])) != {holder}
+        occupying = asyncio.create_task(turn(cluster, [*ids, 1], 200))
+        await until(lambda: any(engine.statistics().running for engine in engines), "the holder is full")
+        warm = asyncio.create_task(turn(cluster, [*ids, 2]))
+        aside = cluster.gateway.scheduler.policy.aside
+        await until(lambda: len(aside) == 1 if patience else warm.done(), "it waits, or has been elsewhere")
+        await turn(cluster, prompt(2))
+        assert not occupying.done()
+        assert warm.done() == (patience == 0)
+        assert (await warm)[1] == (len(ids) if patience else 0)
+        await occupying
+        assert not len(aside)

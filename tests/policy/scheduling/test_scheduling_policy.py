@@ -72,10 +72,10 @@ class Fleet:
         """See Workers."""
         return self.cached.get(key, {})
 
-    def free_tokens(self, model: str, worker_id: str) -> int:
+    def free_tokens(self, model: str, worker_id: str) -> int | None:
         """See Workers."""
-        worker = self.workers[worker_id]
-        return worker.free_tokens if worker.free_sequences > 0 else 0
+        worker = self.workers.get(worker_id)
+        return worker and (worker.free_tokens if worker.free_sequences > 0 else 0)
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""

@@ -73,6 +73,32 @@ def test_it_goes_elsewhere_in_the_end() -> None:
     assert sent(carry_out(policy, fleet, MAX_WAIT_S)) == [("warm", "other")]
 
 
+def test_it_waits_once() -> None:
+    """A sequence that has waited in vain is not set aside again: it takes the first room anywhere."""
+    fleet, policy = two_workers("warm", free_other=1)
+    policy.admit(entry("warm"), 0.0)
+    assert not carry_out(policy, fleet, 0.0)
+    fleet.grant("other", 0)
+    assert not carry_out(policy, fleet, MAX_WAIT_S)
+    assert policy.position("warm") == 0
+    fleet.grant("other", 1)
+    assert sent(carry_out(policy, fleet, MAX_WAIT_S + 1.0)) == [("warm", "other")]
+
+
+def test_it_does_not_wait_for_the_dead() -> None:
+    """A sequence goes elsewhere as soon as its holder is gone, and at its deadline."""
+    fleet, policy = two_workers("warm", "short")
+    policy.admit(entry("warm"), 0.0)
+    policy.admit(replace(entry("short"), deadline=2.0), 0.0)
+    assert not carry_out(policy, fleet, 0.0)
+    assert policy.position("warm") == policy.position("short") == 0
+    assert not carry_out(policy, fleet, 1.9)
+    assert sent(carry_out(policy, fleet, 2.0)) == [("short", "other")]
+    del fleet.workers["holder"]
+    fleet.cached = {}
+    assert sent(carry_out(policy, fleet, 2.1)) == [("warm", "other")]
+
+
 def test_it_does_not_wait_in_vain() -> None:
     """A sequence does not wait for a worker with so much work ahead that its first token would come later there, nor
     behind as much work of others that are set aside, nor if its call may begin on several versions."""
@@ -84,7 +110,7 @@ def test_it_does_not_wait_in_vain() -> None:
     aside, call = SetAside(), RouteCall("m", TOKENS)
     holder = FullHolder("w", 100.0, 1_000.0, 400.0, 1.0)
     added = 0
-    while aside.may_wait("m", holder):
+    while aside.may_wait(entry("x"), holder):
         aside.add(entry(str(added)), call, holder, 0.0)
         added += 1
     assert added == 3
@@ -128,8 +154,8 @@ def test_sums_follow_the_sequences(steps: list[tuple[str, int, str, str]]) -> No
         assert aside.waiting(model) == (len(keys), TOKENS * len(keys))
         for worker in "vw":
             ahead = 100.0 * sum(place == (model, worker) for place in known.values())
-            assert aside.may_wait(model, FullHolder(worker, 0.0, ahead + 1, 0.0, 1.0))
-            assert not aside.may_wait(model, FullHolder(worker, 0.0, ahead, 0.0, 1.0))
+            assert aside.may_wait(entry("x", model=model), FullHolder(worker, 0.0, ahead + 1, 0.0, 1.0))
+            assert not aside.may_wait(entry("x", model=model), FullHolder(worker, 0.0, ahead, 0.0, 1.0))
     assert set(aside.models) == {model for model, _ in known.values()}
 
 
@@ -137,12 +163,12 @@ def test_their_number_is_bounded() -> None:
     """At most MAX_PER_MODEL sequences of a model are set aside."""
     aside, holder = SetAside(), FullHolder("w", 0.0, 1e9, 0.0, 1.0)
     for number in range(MAX_PER_MODEL):
-        assert aside.may_wait("m", holder)
+        assert aside.may_wait(entry("x"), holder)
         aside.add(entry(str(number)), RouteCall("m", TOKENS), holder, 0.0)
-    assert not aside.may_wait("m", holder)
-    assert aside.may_wait("n", holder)
+    assert not aside.may_wait(entry("x"), holder)
+    assert aside.may_wait(entry("x", model="n"), holder)
     assert aside.pop("0") is not None
-    assert aside.may_wait("m", holder)
+    assert aside.may_wait(entry("x"), holder)
 
 
 def test_instructions_name_the_prediction() -> None:

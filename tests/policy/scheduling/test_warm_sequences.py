@@ -36,7 +36,7 @@ class Holders:
         self.lookups += 1
         return self.held
 
-    def free_tokens(self, model: str, worker_id: str) -> int:
+    def free_tokens(self, model: str, worker_id: str) -> int | None:
         """See HolderView."""
         self.asked += 1
         return self.room[worker_id]
