@@ -17,7 +17,7 @@ from loadtests.routing.block_cache import BlockCache, PooledLru
 from loadtests.routing.calls import BLOCK_TOKENS, Prompt, RoutedCall
 from loadtests.routing.gateway import RoutingGateway
 from loadtests.routing.kv_feed import KvFeed, Lateness
-from loadtests.routing.policies import BLIND, POLICIES, Picker, PickerView
+from loadtests.routing.policies import BLIND, POLICIES, Picker, Prefix
 from loadtests.routing.worker import MODEL as ENGINE
 from loadtests.routing.worker import PrefixWorker, WorkerOutputs
 from loadtests.sim.events import EventQueue
@@ -59,7 +59,7 @@ class ClusterConfig:
     link_s: float = 0.001
     lateness: Lateness = field(default_factory=Lateness)
     slow: tuple[tuple[int, float], ...] = ()
-    picker_of: Callable[[PickerView, Random], Picker] | None = None
+    picker_of: Callable[[Prefix, Random], Picker] | None = None
     order_of: Callable[[str], Order] = fifo
     hedger_of: Callable[[], HedgingPolicy] = no_hedging
 

@@ -23,7 +23,7 @@ from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
 from cluster.wire.credit import CreditBalance, Grant
 from loadtests.routing.calls import BLOCK_TOKENS, RoutedCall
-from loadtests.routing.policies import Picker, PickerView
+from loadtests.routing.policies import Picker, Prefix
 
 MODEL = "m"
 EXPECTED_S = 10.0
@@ -59,7 +59,7 @@ class RoutingGateway:
         self,
         number: int,
         workers: int,
-        picker_of: Callable[[PickerView], Picker],
+        picker_of: Callable[[Prefix], Picker],
         order_of: Callable[[str], Order],
         carry_out: Callable[[RoutedCall, int], None],
         claim: Callable[[int], None],
@@ -84,7 +84,7 @@ class RoutingGateway:
         self._knows_blocks = knows_blocks
         self._head: RoutedCall | None = None
         room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=order_of)
-        self._picker = picker_of(PickerView(self._slowness, self._first_block, self._foreign))
+        self._picker = picker_of(self._first_block)
         self._hot = HotPrefixes()
         self.policy = SchedulingPolicy(room, self, 1e9, WorkerLosses())
 
@@ -286,13 +286,6 @@ class RoutingGateway:
         """False, because no worker is ever lost."""
         return False
 
-    def _slowness(self, worker_id: str) -> float:
-        return self._times.slowdown(worker_id, self._now)
-
-    def _foreign(self, worker_id: str) -> int:
-        link = self._links[int(worker_id)]
-        return max(link.waiting - len(link.prefill), 0)
-
     def _first_block(self) -> int:
         """Name of the routed prompt: the hash of its first blocks, 0 for a prompt without whole blocks."""
         hashes = self._head.prompt.hashes if self._head is not None else ()
@@ -317,7 +310,7 @@ class RoutingGateway:
             last_sent=link.last_sent,
             unanswered=len(link.prefill),
             slots=self._slots,
-            slowdown=self._slowness(str(at)),
+            slowdown=self._times.slowdown(str(at), self._now),
         )
 
     def __repr__(self) -> str:

@@ -75,7 +75,7 @@ class Fleet:
     def free_tokens(self, model: str, worker_id: str) -> int | None:
         """See Workers."""
         worker = self.workers.get(worker_id)
-        return worker and (worker.free_tokens if worker.free_sequences > 0 else 0)
+        return None if worker is None else worker.free_tokens if worker.free_sequences > 0 else 0
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""
