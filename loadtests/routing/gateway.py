@@ -163,6 +163,9 @@ class RoutingGateway:
     def hedge(self, now: float) -> None:
         """Send the calls whose first token is late to a second worker, where the hedging policy allows it."""
         for key in list(self._hedger.late(now)):
+            link = self._links[self.calls[key].worker]
+            since = max(next(iter(link.sent_at.values()), now), link.last_first)
+            self._times.record_unfinished(str(self.calls[key].worker), link.prefill_tokens, now - since, now)
             if not self._hedger.may_hedge(key, self.waiting):
                 continue
             call, cached = self.calls[key], self.cached_tokens(MODEL, key)
@@ -182,7 +185,9 @@ class RoutingGateway:
         link.running -= 1
         uncached = link.prefill.pop(call.call_id)
         link.prefill_tokens -= uncached
-        self._computed(loser, call.call_id, uncached, now)  # it took at least so long
+        del link.sent_at[call.call_id]
+        if winner == call.second:
+            self._times.record_unfinished_lost(str(loser), now)
         self._hedger.hedge_ended(call.call_id, winner == call.second, now)
         call.worker, call.second = winner, -1
         self._cancel(call, loser)

@@ -132,6 +132,12 @@ class SlotTable:
         self._samples.clear()
         return samples
 
+    def unfinished(self, now: float) -> PrefillSample:
+        """Return the number of prompt tokens that the engine is likely to compute for the requests without output, and
+        for how many seconds it has computed on them."""
+        since = next((prompt.sent_at for prompt in self._prefilling.values()), now)
+        return PrefillSample(self.prefill_tokens, max(now - max(since, self._first_at), 0.0))
+
     def replace_sink(self, slot: int, sink: Sink) -> None:
         """Deliver the further events of a slot to another sink. Does nothing if the request has ended."""
         if slot in self._sinks:

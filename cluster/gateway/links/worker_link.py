@@ -162,6 +162,10 @@ class WorkerLink:
         """Return how long the worker has taken for prompts since the last time."""
         return self._slots.pop_prefill_samples()
 
+    def unfinished(self, now: float) -> PrefillSample:
+        """Return the prompts that the worker has not finished, and for how long it has computed on them."""
+        return self._slots.unfinished(now)
+
     def mark_changed(self) -> None:
         """Record that something has changed that routing reads."""
         self.changes.add(self.identity.worker_id)

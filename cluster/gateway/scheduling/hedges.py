@@ -99,7 +99,10 @@ class Hedges:
         model, accounting = sequence.call.model, self._accounting()
         if accounting is not None:
             accounting.hedge_ended(sequence, computed_by)
-        in_vain = self.policy.hedge_ended(sequence.key, won, self._clock())
+        now = self._clock()
+        if won and (first := self.policy.worker_of(sequence.key)):
+            self._workers.late_ended(model, first, now)
+        in_vain = self.policy.hedge_ended(sequence.key, won, now)
         self._metrics.count("hedges_total", model, "won" if won else "lost")
         if computed_by:
             self._metrics.count("wasted_tokens_total", model, "hedge", by=in_vain)
@@ -118,12 +121,14 @@ class Hedges:
             self.send_late()
 
     def send_late(self) -> None:
-        """Send the sequences that are late now to second workers, as far as the policy allows."""
+        """Send the sequences that are late now to second workers, as far as the policy allows, and route fewer calls to
+        the workers that are late."""
         now = self._clock()
         for key in self.policy.late(now):
             sequence = self._sequences[key]
             try:
                 if sequence.state is State.SENT:
+                    self._workers.late(sequence.call.model, self.policy.worker_of(key), now)
                     self._hedge(sequence, now)
             except Exception as error:
                 sequence.call.fail_unexpectedly(error)

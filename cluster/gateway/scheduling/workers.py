@@ -92,6 +92,23 @@ class LinkedWorkers:
             known.changed_workers.clear()
         return fleet
 
+    def late(self, model: str, worker_id: str, now: float) -> None:
+        """Take into account that a worker is late with a first token."""
+        known = self._owner.directory.find(model)
+        state = None if known is None else self._models.get(known)
+        link = None if known is None else known.links.get(worker_id)
+        if state is not None and link is not None:
+            state.times.record_unfinished(worker_id, *link.unfinished(now), now)
+            link.mark_changed()
+
+    def late_ended(self, model: str, worker_id: str, now: float) -> None:
+        """Take into account that a worker was late and lost the sequence to another worker."""
+        known = self._owner.directory.find(model)
+        state = None if known is None else self._models.get(known)
+        if known is not None and state is not None:
+            state.times.record_unfinished_lost(worker_id, now)
+            known.changed_workers.add(worker_id)
+
     def age(self, now: float) -> None:
         """Read the workers anew whose learned times have changed with time alone. Called once a second."""
         for known, state in self._models.items():

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 VECTOR_FROM: Final = 16
 """Number of workers from which numpy is faster than a loop."""
 MAX_HOLDERS: Final = 8
-"""Number of workers that hold more of a prompt than the chosen worker and are compared with it."""
+"""Number of workers that hold as much of a prompt as the chosen worker, or more, and are compared with it."""
 
 _BY_ID = attrgetter("worker_id")
 
@@ -140,12 +140,12 @@ class Fleet:
 
     def _full_holder(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> FullHolder | None:
         """Return the worker without room that costs less than the chosen one and least; None if there is none. Of the
-        workers that hold more of the prompt than the chosen one, some are looked at."""
+        workers that hold as much of the prompt as the chosen one, or more, some are looked at."""
         here = call.cached.get(chosen.worker_id, 0)
-        if self.settings.policy != "cost" or max(call.cached.values()) <= here:
+        if self.settings.policy != "cost":
             return None
         lowest, best = cost_of(call, chosen, self.settings), None
-        for worker_id in islice((each for each, tokens in call.cached.items() if tokens > here), MAX_HOLDERS):
+        for worker_id in islice((each for each, tokens in call.cached.items() if tokens >= here), MAX_HOLDERS):
             at = self._position(worker_id)
             if at is None:
                 continue

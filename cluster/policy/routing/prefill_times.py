@@ -8,7 +8,8 @@ workers, a line of seconds by tokens is fitted with least squares: it gives the 
 that workers with short prompts, of which each has the fixed cost of an engine step, do not look slow. Samples of slow
 workers have a small weight in the fit. A worker's slowdown is the sum of its seconds divided by the sum of the seconds
 that the line predicts. PRIOR usual samples, and at least PRIOR_S, are added to both sums. A sample counts at most CLIP
-times what the slowdown so far predicts, so that a single pause decides little. The sums decay with each sample, so that
+times what the slowdown so far predicts, so that a single pause decides little. Prompts that are late and not finished
+show a slow worker before its next sample: until then they count as a sample of the time so far. The sums decay with each sample, so that
 a few prompts show a change, and with time: a worker that gets no calls, since it was slow, is taken for a usual worker
 again, and the next calls show whether it is. Ratios within NOISE of 1 count as 1, because the times of equal workers
 vary as well.
@@ -50,6 +51,10 @@ class _Sums:
     at: float
     taken_s: float = 0.0
     usual_s: float = 0.0
+    late_tokens: int = 0
+    late_s: float = 0.0
+    """Tokens of prompts that are not finished, and the seconds so far. They count until `late_until`."""
+    late_until: float = 0.0
 
     def decay(self, now: float) -> None:
         factor = exp(min(self.at - now, 0.0) / MEMORY_S)
@@ -72,6 +77,8 @@ class PrefillTimes:
     def record(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
         """Record that a worker has computed `tokens` prompt tokens in `seconds`."""
         factor = exp(min(self._at - now, 0.0) / MODEL_MEMORY_S)
+        sums = self._workers.setdefault(worker_id, _Sums(now))
+        sums.late_until = now
         slowdown = max(self.slowdown(worker_id, now), 1.0)
         weight = 1 / slowdown**2
         if self._seconds:  # a prompt longer than all before it may take its share of their time, token by token
@@ -83,10 +90,22 @@ class PrefillTimes:
         self._tokens2 = self._tokens2 * factor + weight * tokens * tokens
         self._seconds = self._seconds * factor + weight * seconds
         self._products = self._products * factor + weight * tokens * seconds
-        sums = self._workers.setdefault(worker_id, _Sums(now))
         sums.decay(now)
         sums.taken_s = KEPT * sums.taken_s + seconds
         sums.usual_s = KEPT * sums.usual_s + self.usual_s(tokens)
+
+    def record_unfinished(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
+        """Record that a worker has computed for `seconds` on prompts that are late, with `tokens` tokens in all. This
+        counts for as long again, until the worker's next sample, or until the next report of unfinished prompts."""
+        sums = self._workers.setdefault(worker_id, _Sums(now))
+        sums.late_tokens, sums.late_s, sums.late_until = tokens, seconds, now + seconds
+
+    def record_unfinished_lost(self, worker_id: str, now: float) -> None:
+        """Record that the unfinished prompts that were reported last were taken from their worker. They count like a
+        finished sample, since the worker would have needed longer."""
+        sums = self._workers.get(worker_id)
+        if sums is not None and now < sums.late_until:
+            self.record(worker_id, sums.late_tokens, sums.late_s, now)
 
     def usual_s(self, tokens: float) -> float:
         """Return the seconds that a usual worker needs for a prompt with this many tokens to compute; 0 while
@@ -108,6 +127,10 @@ class PrefillTimes:
         sums.decay(now)
         prior_s = max(PRIOR * self._seconds / self._count, PRIOR_S)
         ratio = (sums.taken_s + prior_s) / (sums.usual_s + prior_s)
+        if now < sums.late_until:
+            taken_s = KEPT * sums.taken_s + sums.late_s
+            usual_s = KEPT * sums.usual_s + self.usual_s(sums.late_tokens)
+            ratio = max(ratio, (taken_s + prior_s) / (usual_s + prior_s))
         return 1.0 if 1 / NOISE <= ratio <= NOISE else min(max(ratio, FASTEST), SLOWEST)
 
     def known(self) -> Iterable[str]:

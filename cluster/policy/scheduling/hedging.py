@@ -122,6 +122,10 @@ class HedgingPolicy:
             heapq.heappush(self._due, (sent.sent_at + sent.wait_s, number, key))
             yield key
 
+    def worker_of(self, key: str) -> str:
+        """Return the worker to which a sequence without output was sent first; "" for an unknown sequence."""
+        return sent.worker if (sent := self._sent.get(key)) is not None else ""
+
     def may_hedge(self, key: str, waiting: int) -> bool:
         """Return whether a sequence may be hedged now, if there is a second worker for it. `waiting`: number of
         sequences of its model that wait for a worker."""

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from cluster.policy.routing.prefill_times import FASTEST, MEMORY_S, SLOWEST, PrefillTimes
 
 samples = st.lists(
-    st.tuples(st.sampled_from("abc"), st.integers(1, 200_000), st.floats(1e-4, 1e3), st.floats(0, 100)), max_size=60
+    st.tuples(
+        st.sampled_from("abc"), st.integers(1, 200_000), st.floats(1e-4, 1e3), st.floats(0, 100), st.booleans()
+    ),
+    max_size=60,
 )
 
 
@@ -28,12 +31,12 @@ def served(slowdowns: dict[str, float], seed: int, count: int, times: PrefillTim
 
 
 @given(samples)
-def test_a_slowdown_is_bounded(samples: list[tuple[str, int, float, float]]) -> None:
+def test_a_slowdown_is_bounded(samples: list[tuple[str, int, float, float, bool]]) -> None:
     """Whatever was measured, a slowdown is within its bounds, and the predicted time is finite and not negative."""
     times, now = PrefillTimes(), 0.0
-    for name, tokens, seconds, later_s in samples:
+    for name, tokens, seconds, later_s, is_finished in samples:
         now += later_s
-        times.record(name, tokens, seconds, now)
+        (times.record if is_finished else times.record_unfinished)(name, tokens, seconds, now)
         assert all(FASTEST <= times.slowdown(name, now) <= SLOWEST for name in "abcd")
         assert times.slowdown("d", now) == 1.0
         assert all(0.0 <= times.usual_s(tokens) < 1e9 for tokens in (0, 1, 1000, 10**6))
@@ -54,6 +57,24 @@ def test_a_slow_worker_is_known_after_a_few_prompts(seed: int, slow: float) -> N
         times.record("a", tokens, slow * (0.01 + 1e-4 * tokens), now)
     assert times.slowdown("a", now) > slow / 4
     assert all(times.slowdown(name, now) == pytest.approx(1.0, abs=0.3) for name in "bcdefgh")
+
+
+@given(st.integers(0, 2**32), st.integers(1000, 4000), st.floats(8.0, 20.0))
+def test_a_late_prompt_shows_a_slow_worker_before_its_sample(seed: int, tokens: int, late: float) -> None:
+    """A worker on which prompts are several times late is slow at once, and a usual one again when they are finished
+    in time after all, or when nothing more is reported of them."""
+    times = PrefillTimes()
+    now = served(dict.fromkeys("abcd", 1.0), seed, 40, times)
+    usual_s = times.usual_s(tokens)
+    times.record_unfinished("a", tokens, late * usual_s, now)
+    assert times.slowdown("a", now) > 1.3
+    assert times.slowdown("a", now + 1.1 * late * usual_s) == pytest.approx(1.0, abs=0.3)
+    times.record("a", tokens, usual_s, now)
+    assert times.slowdown("a", now) == pytest.approx(1.0, abs=0.3)
+    for _ in range(3):
+        times.record_unfinished("a", tokens, late * usual_s, now)
+        times.record_unfinished_lost("a", now)
+    assert times.slowdown("a", now + 1.1 * late * usual_s) > 1.3
 
 
 @given(st.integers(0, 2**32))
