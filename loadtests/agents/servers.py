@@ -102,12 +102,21 @@ async def start_gateway(children: Children, folder: Path, models: Sequence[str],
     return Gateway(json.loads(ready.read_text())["endpoints"], key)
 
 
-async def start_program(children: Children, folder: Path, name: str, module: str, given: Mapping[str, Any]) -> Child:
+async def start_program(
+    children: Children,
+    folder: Path,
+    name: str,
+    module: str,
+    given: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+) -> Child:
     """Start a program that takes its settings from a JSON file; return when it has written its ready file."""
     ready, file = folder / f"{name}.ready", folder / f"{name}.json"
     ready.unlink(missing_ok=True)
     file.write_text(json.dumps({**given, "ready": ready}, default=str))
-    child = children.start(name, name, [sys.executable, "-m", module, str(file)], ENVIRONMENT)
+    child = children.start(
+        name, name, [sys.executable, "-m", module, str(file)], {**ENVIRONMENT, **(environment or {})}
+    )
     await child.until(lambda: _exists(ready), "it serves", READY_S)
     return child
 

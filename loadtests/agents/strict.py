@@ -38,6 +38,9 @@ ENGINE: Mapping[str, object] = {
     "block_size": 32,
     "kv_cache_memory_bytes": 1 << 30,
 }
+UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Each of two engines would bind all its threads to the first core. An engine that always computes there can leave the
+other without a core for minutes."""
 MADE = "calls of strict tools, SmolLM2, half of them while a worker is killed"
 INVALID = "answers among them that did not end by `length` and are no valid call by the schema"
 LENGTH = "share of them that ended by `length`"
@@ -128,7 +131,7 @@ async def measure(stage: Stage) -> list[Figure]:
     workers = [
         await servers.start_program(
             stage.children, stage.folder, f"strict-{name}", "loadtests.agents.worker",
-            {**given, "models": [{**entry, "worker": name}]},
+            {**given, "models": [{**entry, "worker": name}]}, UNBOUND,
         )
         for name in ("w1", "w2")
     ]  # fmt: skip

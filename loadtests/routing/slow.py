@@ -21,7 +21,7 @@ from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 
 SLOWNESS, EPISODE_S = 10.0, 10.0
-SPEED, CALLS, SHARE = 4.0, 12_000, 0.01
+SPEED, CALLS, SHARE = 3.5, 12_000, 0.01
 NEITHER, RATES, BOTH = "neither", "rates", "rates and hedging"
 AGAINST_NEITHER = "one of 8 workers 10x slower: p99 TTFT with rates and hedging, against neither"
 AGAINST_RATES = "one of 8 workers 10x slower: p99 TTFT with rates and hedging, against rates alone"

@@ -9,10 +9,10 @@ that workers with short prompts, of which each has the fixed cost of an engine s
 workers have a small weight in the fit. A worker's slowdown is the sum of its seconds divided by the sum of the seconds
 that the line predicts. PRIOR usual samples, and at least PRIOR_S, are added to both sums. A sample counts at most CLIP
 times what the slowdown so far predicts, so that a single pause decides little. Prompts that are late and not finished
-show a slow worker before its next sample: until then they count as a sample of the time so far. The sums decay with each sample, so that
-a few prompts show a change, and with time: a worker that gets no calls, since it was slow, is taken for a usual worker
-again, and the next calls show whether it is. Ratios within NOISE of 1 count as 1, because the times of equal workers
-vary as well.
+show a slow worker before its next sample: until then they count as a sample of the time so far. The sums decay with
+each sample, so that a few prompts show a change, and with time: a worker that gets no calls, since it was slow, is
+taken for a usual worker again, and the next calls show whether it is. Ratios within NOISE of 1 count as 1, because the
+times of equal workers vary as well.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become slower alike,
 no slowdown changes for long.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from math import exp
 from typing import Final
 
-MEMORY_S: Final = 30.0
+MEMORY_S: Final = 15.0
 """Time in which the weight of a worker's samples falls to 1/e."""
 MODEL_MEMORY_S: Final = 300.0
 """Time in which the weight of a model's samples falls to 1/e."""

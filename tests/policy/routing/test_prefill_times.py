@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from cluster.policy.routing.prefill_times import FASTEST, MEMORY_S, SLOWEST, PrefillTimes
 
 samples = st.lists(
-    st.tuples(
-        st.sampled_from("abc"), st.integers(1, 200_000), st.floats(1e-4, 1e3), st.floats(0, 100), st.booleans()
-    ),
+    st.tuples(st.sampled_from("abc"), st.integers(1, 200_000), st.floats(1e-4, 1e3), st.floats(0, 100), st.booleans()),
     max_size=60,
 )
 

@@ -9,11 +9,13 @@ checked at start; if a name is missing, the engine uses the public AsyncLLM inst
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
+from cluster.worker.engine.vllm.packed_ids import packed, takes_packed
 from cluster.worker.engine.vllm.paths import LiveRequest, StepStats, core_exit, end
 
 NAN_MESSAGE = "NaN in the logits"
@@ -65,6 +67,8 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "num_skipped_waiting_reqs",
         "kv_cache_usage",
     ),
+    "vllm.v1.serial_utils.MsgpackDecoder": (),
+    "vllm.v1.serial_utils.MsgpackEncoder": (),
     "vllm.v1.outputs.LogprobsLists": ("logprob_token_ids", "logprobs"),
 }
 
@@ -80,16 +84,19 @@ class FastPath:
         """
         from vllm.renderers import renderer_from_config
         from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+        from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.engine.core_client import EngineCoreClient
         from vllm.v1.engine.exceptions import EngineDeadError
         from vllm.v1.engine.input_processor import InputProcessor
         from vllm.v1.executor import Executor
+        from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
         maybe_register_config_serialize_by_value()
         self.stats = StepStats()
         self._dead_error: type[Exception] = EngineDeadError
         self._renderer = renderer_from_config(vllm_config)
         self._processor = InputProcessor(vllm_config, self._renderer)
+        self._takes_packed = takes_packed(EngineCoreRequest, MsgpackEncoder, MsgpackDecoder)
         self._tasks: Any = ()
         self._core: Any = EngineCoreClient.make_async_mp_client(
             vllm_config=vllm_config,
@@ -118,8 +125,10 @@ class FastPath:
         """
         ids = prompt["prompt_token_ids"]
         request = self._processor.process_inputs(
-            request_id, {**prompt, "prompt_token_ids": ids[:1]}, params, supported_tasks=self._tasks, priority=priority
+            request_id, {**prompt, "prompt_token_ids": [ids[0]]}, params, supported_tasks=self._tasks, priority=priority
         )
+        if isinstance(ids, array):
+            ids = packed(ids) if self._takes_packed else ids.tolist()
         request.prompt_token_ids = ids
         request.external_req_id = request_id
         for name, value in reasoning.items():

@@ -72,6 +72,7 @@ class PublicPath:
             self._llm.vllm_config.structured_outputs_config,
             self._llm.renderer.tokenizer,
         )
+        prompt = {**prompt, "prompt_token_ids": list(prompt["prompt_token_ids"])}
         return request_id, prompt, params, priority, reasoning
 
     async def add(self, prepared: Any) -> None:

@@ -17,6 +17,7 @@ from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.worker.engine.vllm.grammars import FIELD, check_grammar, structured_outputs
+from cluster.worker.engine.vllm.packed_ids import MIN_IDS
 from cluster.worker.engine.vllm.resume import extra_args
 from cluster.worker.engine.vllm.structural_tags import STRUCTURAL_TAG, check_structural_tag, structural_tag
 
@@ -218,14 +219,15 @@ def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:
 
 
 def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
-    """Return vLLM's token prompt with the cache salt.
+    """Return vLLM's token prompt with the cache salt. The ids of a long prompt may be an array.
 
     The prompt includes the emitted ids if they cannot be installed as output.
     """
     emitted = () if limits.installs else request.emitted_token_ids
     ids = request.prompt_token_ids
-    listed = ids.tolist() if isinstance(ids, array) else list(ids)
-    prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*listed, *emitted] if emitted else listed}
+    if not isinstance(ids, array) or len(ids) < MIN_IDS or emitted:
+        ids = [*ids, *emitted]
+    prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": ids}
     if request.cache_salt:
         prompt["cache_salt"] = request.cache_salt
     return prompt
