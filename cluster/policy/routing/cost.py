@@ -44,7 +44,7 @@ PolicyName = Literal["cost", "least_load", "round_robin", "power_of_two", "consi
 class CostWeights:
     """Weights of the cost, all in prompt tokens and at least 0. See the derivation above."""
 
-    computed: float = 8.0
+    computed: float = 16.0
     """Cost of a prompt token that must be computed."""
     full: float = 256_000.0
     """Cost of a worker whose slots are all in use."""
@@ -52,7 +52,7 @@ class CostWeights:
     """Cost of a sequence of another gateway in the engine's queue."""
     memory: float = 8_000.0
     """Cost of a worker whose KV memory is full."""
-    patience: float = 12_000.0
+    patience: float = 24_000.0
     """Prompt tokens for which a call waits for a worker without room that holds more of its prompt, even if its first
     token comes later then. See policy/scheduling/set_aside.py."""
     affinity: float = 32_000.0
@@ -75,7 +75,11 @@ class RoutingSettings:
 
 def _load_share(c: Candidate) -> float:
     """Share of the slots that are in use once the call runs."""
-    return (c.running + 1) / max(c.slots or c.free_sequences + c.running, 1)
+    return (c.running + 1) / _slots(c)
+
+
+def _slots(c: Candidate) -> int:
+    return max(c.slots or c.free_sequences + c.running, 1)
 
 
 def _foreign_queue(c: Candidate) -> int:
@@ -107,6 +111,11 @@ def own_wait(settings: RoutingSettings, c: Candidate, uncached: float) -> float:
     """Return the number of prompt tokens, of a usual worker, that are computed at a worker before the first token of a
     call with `uncached` tokens."""
     return c.slowdown * (c.prefill_tokens + settings.weights.queued * _foreign_queue(c) + uncached)
+
+
+def sequence_cost(settings: RoutingSettings, c: Candidate) -> float:
+    """Return how much each further sequence adds to the cost of a worker."""
+    return c.slowdown * settings.weights.full / _slots(c)
 
 
 def standing_cost(settings: RoutingSettings, c: Candidate) -> float:

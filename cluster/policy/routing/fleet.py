@@ -24,7 +24,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
-from cluster.policy.routing.cost import RoutingSettings, own_wait, standing_parts
+from cluster.policy.routing.cost import RoutingSettings, own_wait, sequence_cost, standing_parts
 from cluster.policy.routing.rendezvous import preference
 from cluster.policy.routing.router import Candidate, FullHolder, RouteCall, RoutingDecision, Score, dropped_by
 from cluster.policy.routing.rows import Row, cost_of, row_of, two_of
@@ -135,32 +135,32 @@ class Fleet:
         if at < 0:
             return RoutingDecision(None, None, scores)
         worker = rows[at].worker_id
-        holder = self._full_holder(call, rows[at], rejecting) if call.cached and settings.weights.patience else None
-        return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), holder)
+        full = self._full_holders(call, rows[at], rejecting) if call.cached and settings.weights.patience else ()
+        return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), full)
 
-    def _full_holder(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> FullHolder | None:
-        """Return the worker without room that costs less than the chosen one and least; None if there is none. Of the
-        workers that hold as much of the prompt as the chosen one, or more, some are looked at."""
+    def _full_holders(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> Sequence[FullHolder]:
+        """Return workers without room that cost less than the chosen one. Of the workers that hold as much of the
+        prompt as the chosen one, or more, some are looked at."""
         here = call.cached.get(chosen.worker_id, 0)
         if self.settings.policy != "cost":
-            return None
-        lowest, best = cost_of(call, chosen, self.settings), None
+            return ()
+        settings, cost_here = self.settings, cost_of(call, chosen, self.settings)
+        limit, out = -1.0, list[FullHolder]()
         for worker_id in islice((each for each, tokens in call.cached.items() if tokens >= here), MAX_HOLDERS):
             at = self._position(worker_id)
             if at is None:
                 continue
-            row = self._rows[at]
+            row, there = self._rows[at], self._rows[at].candidate
             has_room = row.is_open and row.max_tokens >= call.tokens
-            cost = cost_of(call, row, self.settings)
-            if row.is_serving and not has_room and cost < lowest and _fits(call, row, rejecting):
-                lowest, best = cost, row
-        if best is None:
-            return None
-        uncached = call.tokens - min(call.cached[best.worker_id], call.tokens)
-        wait = own_wait(self.settings, best.candidate, uncached)
-        wait_here = own_wait(self.settings, chosen.candidate, call.tokens - min(here, call.tokens))
-        limit = max(wait_here, self.settings.weights.patience)
-        return FullHolder(best.worker_id, wait, limit, uncached, best.candidate.slowdown)
+            gain = cost_here - cost_of(call, row, settings)
+            if row.is_serving and not has_room and gain > 0 and _fits(call, row, rejecting):
+                if limit < 0:
+                    wait_here = own_wait(settings, chosen.candidate, call.tokens - min(here, call.tokens))
+                    limit = max(wait_here, settings.weights.patience)
+                uncached = call.tokens - min(call.cached[worker_id], call.tokens)
+                wait, per_sequence = own_wait(settings, there, uncached), sequence_cost(settings, there)
+                out.append(FullHolder(worker_id, gain, per_sequence, wait, limit, uncached, there.slowdown))
+        return out
 
     def _written_columns(self) -> Columns | None:
         """Return the rows as columns; None if a loop is faster, or if numpy is not imported yet."""

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from math import exp
 from typing import Final
 
-MEMORY_S: Final = 2.0
+MEMORY_S: Final = 30.0
 """Time in which a count falls to 1/e."""
 MAX_PREFIXES: Final = 4096
 

@@ -104,11 +104,14 @@ class RouteCall:
 class FullHolder:
     """A worker without room that would cost a call less than the chosen one, since it holds more of the prompt.
 
-    `wait`: prompt tokens, of a usual worker, that are computed there before the call's first token. `limit`: the same
-    at the chosen worker, or the call's patience if that is greater. `uncached`: prompt tokens of the call that this
-    worker must compute. `slowdown`: see Candidate."""
+    `gain`: how much less it costs. `per_sequence`: how much each further sequence there adds to its cost. `wait`:
+    prompt tokens, of a usual worker, that are computed there before the call's first token. `limit`: the same at the
+    chosen worker, or the call's patience if that is greater. `uncached`: prompt tokens of the call that this worker
+    must compute. `slowdown`: see Candidate."""
 
     worker_id: str
+    gain: float
+    per_sequence: float
     wait: float
     limit: float
     uncached: float
@@ -163,7 +166,7 @@ class RoutingDecision:
     keeps the workers as they were when it was made.
     """
 
-    __slots__ = ("_reason", "_scores", "cached_tokens", "full_holder", "worker_id")
+    __slots__ = ("_reason", "_scores", "cached_tokens", "full_holders", "worker_id")
 
     def __init__(
         self,
@@ -171,14 +174,14 @@ class RoutingDecision:
         reason: str | None,
         scores: tuple[Score, ...] | Callable[[], tuple[Score, ...]],
         cached_tokens: int = 0,
-        full_holder: FullHolder | None = None,
+        full_holders: Sequence[FullHolder] = (),
     ) -> None:
         """`reason` None: the reason follows from the scores. `scores`: the scores, or a function that computes them.
         `cached_tokens`: number of leading tokens of the call that the chosen worker holds in its KV cache.
-        `full_holder`: see FullHolder; None if the chosen worker costs least."""
+        `full_holders`: see FullHolder; empty if the chosen worker costs least."""
         self.worker_id = worker_id
         self.cached_tokens = cached_tokens
-        self.full_holder = full_holder
+        self.full_holders = full_holders
         self._reason = reason
         self._scores = scores
 

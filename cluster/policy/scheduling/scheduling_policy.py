@@ -183,8 +183,7 @@ class SchedulingPolicy:
     def _awaited(self, decision: RoutingDecision, versions: Versions, entry: WaitingSequence) -> FullHolder | None:
         """Return the worker without room for which a sequence should wait, or None. The sequences of a call with a
         choice of versions begin on one version, so they do not wait."""
-        holder = decision.full_holder
-        return holder if holder and len(versions.all) < 2 and self.aside.may_wait(entry, holder) else None
+        return self.aside.best(entry, decision.full_holders) if len(versions.all) < 2 else None
 
     def _assign_aside(self, aside: Aside, now: float) -> Iterator[Instruction]:
         """Yield the instruction for a sequence that is set aside; none if it goes on waiting."""

@@ -6,8 +6,9 @@ queue holds back all sequences behind it.
 
 Method: in its turn such a sequence is set aside, and counts in the fair order as if it were sent. The queue goes on. As
 soon as the worker has room, the sequences that wait for it are sent, in the order of their turns and before new turns.
-A sequence waits only if the prompts before it at that worker, those that are set aside for it included, take no longer
-than those at the best other worker, or than `patience` prompt tokens (cost.py).
+A sequence waits for the worker that costs least, and only if that costs less than the best one with room, and if the
+prompts before it there take no longer than those at the best one with room, or than `patience` prompt tokens (cost.py).
+Those that are set aside for a worker count as if they were sent to it.
 
 Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once, for at most
 MAX_WAIT_S, and no longer than the worker takes new sequences; then it goes to any worker, or back to the head of its
@@ -18,7 +19,7 @@ Source: delay scheduling (Zaharia et al., EuroSys 2010), with a bound in work in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,14 +42,22 @@ class Aside:
     until: float
 
 
+@dataclass(slots=True)
+class _Before:
+    """Number of sequences that wait for a worker, and of the prompt tokens that they have it compute."""
+
+    count: int = 0
+    uncached: float = 0.0
+
+
 class SetAside:
     """The sequences of one gateway that are set aside. `now` is monotonic, in seconds."""
 
     def __init__(self) -> None:
         self._by_key: dict[str, Aside] = {}
         self._by_model: dict[str, dict[str, Aside]] = {}
-        self._uncached: dict[tuple[str, str], float] = {}
-        """Number of prompt tokens that the sequences which wait for a worker have it compute, by model and worker."""
+        self._before: dict[tuple[str, str], _Before] = {}
+        """What waits for a worker, by model and worker."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -69,12 +78,20 @@ class SetAside:
         asides = self._by_model.get(model, {}).values()
         return len(asides), sum(aside.entry.tokens for aside in asides)
 
-    def may_wait(self, entry: WaitingSequence, holder: FullHolder) -> bool:
-        """Return whether a sequence should wait for this worker."""
+    def best(self, entry: WaitingSequence, holders: Iterable[FullHolder]) -> FullHolder | None:
+        """Return the worker for which a sequence should wait; None if for none of these."""
         if entry.was_set_aside or len(self._by_model.get(entry.model, ())) >= MAX_PER_MODEL:
-            return False
-        ahead = self._uncached.get((entry.model, holder.worker_id), 0.0) * holder.slowdown
-        return holder.wait + ahead < holder.limit
+            return None
+        most, best = 0.0, None
+        for holder in holders:
+            gain, wait = holder.gain, holder.wait
+            if (before := self._before.get((entry.model, holder.worker_id))) is not None:
+                ahead = before.uncached * holder.slowdown
+                gain -= before.count * holder.per_sequence + ahead
+                wait += ahead
+            if gain > most and wait < holder.limit:
+                most, best = gain, holder
+        return best
 
     def add(self, entry: WaitingSequence, call: RouteCall, holder: FullHolder, now: float) -> None:
         """Set a sequence aside, for MAX_WAIT_S or until its deadline."""
@@ -83,7 +100,9 @@ class SetAside:
         self._by_key[entry.call_id] = aside
         self._by_model.setdefault(entry.model, {})[entry.call_id] = aside
         place = (entry.model, holder.worker_id)
-        self._uncached[place] = self._uncached.get(place, 0.0) + holder.uncached
+        before = self._before.setdefault(place, _Before())
+        before.count += 1
+        before.uncached += holder.uncached
 
     def pop(self, key: str) -> Aside | None:
         """Remove a sequence and return it; None if it is not set aside."""
@@ -92,9 +111,11 @@ class SetAside:
             return None
         model, place = aside.entry.model, (aside.entry.model, aside.worker_id)
         del self._by_model[model][key]
-        self._uncached[place] -= aside.uncached
-        if not any(other.worker_id == aside.worker_id for other in self._by_model[model].values()):
-            del self._uncached[place]
+        before = self._before[place]
+        before.count -= 1
+        before.uncached -= aside.uncached
+        if not before.count:
+            del self._before[place]
         if not self._by_model[model]:
             del self._by_model[model]
         return aside

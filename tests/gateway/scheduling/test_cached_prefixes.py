@@ -162,7 +162,7 @@ async def test_a_warm_call_goes_before_an_older_cold_one(tmp_path: Path, checkpo
         assert ended == ["runs", "warm", "cold"]
 
 
-@pytest.mark.parametrize("patience", [0, 12_000])
+@pytest.mark.parametrize("patience", [0, 24_000])
 async def test_a_call_waits_for_its_holder(tmp_path: Path, checkpoint: Path, bundle: Bundle, patience: int) -> None:
     """A call whose prompt is on a worker without a free slot waits for this worker, and later calls without a cached
     prompt pass it. Without patience the call goes elsewhere at once.

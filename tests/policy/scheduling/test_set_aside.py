@@ -23,6 +23,11 @@ def entry(key: str, tenant: str = "t", model: str = "m") -> WaitingSequence:
     return WaitingSequence(key, model, tenant, TOKENS, None, "standard", 0.0)
 
 
+def holder_at(worker: str, limit: float, gain: float = 1e9, uncached: float = 0.0) -> FullHolder:
+    """Return a holder at which each sequence counts 1,000 tokens."""
+    return FullHolder(worker, gain, 1_000.0, 0.0, limit, uncached, 1.0)
+
+
 class LargeFleet(Fleet):
     """Workers with 64 slots, whose free sequences may have long prompts."""
 
@@ -108,9 +113,9 @@ def test_it_does_not_wait_in_vain() -> None:
     assert sent(carry_out(policy, fleet, 0.0)) == [("warm", "other")]
 
     aside, call = SetAside(), RouteCall("m", TOKENS)
-    holder = FullHolder("w", 100.0, 1_000.0, 400.0, 1.0)
+    holder = FullHolder("w", gain=1e9, per_sequence=0.0, wait=100.0, limit=1_000.0, uncached=400.0, slowdown=1.0)
     added = 0
-    while aside.may_wait(entry("x"), holder):
+    while aside.best(entry("x"), [holder]):
         aside.add(entry(str(added)), call, holder, 0.0)
         added += 1
     assert added == 3
@@ -145,7 +150,7 @@ def test_sums_follow_the_sequences(steps: list[tuple[str, int, str, str]]) -> No
             assert (aside.pop(key) is not None) == (key in known)
             known.pop(key, None)
         elif key not in known:
-            holder = FullHolder(worker, 0.0, 1e9, 100.0, 1.0)
+            holder = holder_at(worker, 1e9, 1e9, 100.0)
             aside.add(entry(key, model=model), RouteCall(model, TOKENS), holder, 0.0)
             known[key] = (model, worker)
     for model in "ab":
@@ -154,21 +159,24 @@ def test_sums_follow_the_sequences(steps: list[tuple[str, int, str, str]]) -> No
         assert aside.waiting(model) == (len(keys), TOKENS * len(keys))
         for worker in "vw":
             ahead = 100.0 * sum(place == (model, worker) for place in known.values())
-            assert aside.may_wait(entry("x", model=model), FullHolder(worker, 0.0, ahead + 1, 0.0, 1.0))
-            assert not aside.may_wait(entry("x", model=model), FullHolder(worker, 0.0, ahead, 0.0, 1.0))
+            assert aside.best(entry("x", model=model), [holder_at(worker, ahead + 1)])
+            assert not aside.best(entry("x", model=model), [holder_at(worker, ahead)])
+            count = sum(place == (model, worker) for place in known.values())
+            assert aside.best(entry("x", model=model), [holder_at(worker, 1e9, 1_100.0 * count + 1)])
+            assert not count or not aside.best(entry("x", model=model), [holder_at(worker, 1e9, 1_100.0 * count)])
     assert set(aside.models) == {model for model, _ in known.values()}
 
 
 def test_their_number_is_bounded() -> None:
     """At most MAX_PER_MODEL sequences of a model are set aside."""
-    aside, holder = SetAside(), FullHolder("w", 0.0, 1e9, 0.0, 1.0)
+    aside, holder = SetAside(), holder_at("w", 1e9)
     for number in range(MAX_PER_MODEL):
-        assert aside.may_wait(entry("x"), holder)
+        assert aside.best(entry("x"), [holder])
         aside.add(entry(str(number)), RouteCall("m", TOKENS), holder, 0.0)
-    assert not aside.may_wait(entry("x"), holder)
-    assert aside.may_wait(entry("x", model="n"), holder)
+    assert not aside.best(entry("x"), [holder])
+    assert aside.best(entry("x", model="n"), [holder])
     assert aside.pop("0") is not None
-    assert aside.may_wait(entry("x"), holder)
+    assert aside.best(entry("x"), [holder])
 
 
 def test_instructions_name_the_prediction() -> None:
