@@ -172,8 +172,9 @@ class ExplainedRoute(_message.Message):
     why: _builtins.str
     """The decision in one sentence."""
     again: _builtins.str
-    """Why the sequence left its worker before: lost, error, moved, gateway (the call came from another gateway), retry (the
-    worker had sent no output). Empty for the first route of a sequence.
+    """Why there is another route of the sequence. It left its worker: lost, error, moved, gateway (the call came from
+    another gateway), retry (the worker had sent no output). Or it was sent to a second worker, and the first to answer
+    kept it: late. Empty for the first route of a sequence.
     """
     tokens: _builtins.int
     """Number of prompt tokens, and of tokens that were emitted before."""

@@ -14,6 +14,7 @@ from typing import Protocol
 from cluster.api.output_parts import OutputPart
 from cluster.api.types import FinishReason, TokenOutput
 from cluster.gateway.links.worker_link import WorkerLink
+from cluster.policy.routing.route_history import Route
 
 FAILED = (FinishReason.ERROR, FinishReason.ABORT)
 """Reasons for which an engine ends a sequence that another engine may continue."""
@@ -47,6 +48,8 @@ class Hedge:
 
     sequence: HedgedSequence
     link: WorkerLink
+    route: Route
+    """The decision for the second worker."""
     slot: int = 0
     last_token_at: float = field(init=False, default=0.0)
 

@@ -470,7 +470,7 @@ class OutputSequence(RoutedSequence[Owner]):
     def _keep_hedge(self, hedge: Hedge, computed_by: str, has_failed: bool) -> None:
         """Continue on the second worker alone. `computed_by`: see CallEvents.hedge_ended."""
         self.hedge = None
-        self.route = None  # its prediction is that of the first worker
+        self.set_route(hedge.route)
         self.link, self.slot = hedge.link, hedge.slot
         hedge.link.replace_sink(hedge.slot, self)
         self.life.hedge_ended(hedge.link.identity.incarnation, has_failed)

@@ -16,6 +16,7 @@ from cluster.gateway.calls.call import CallSequence
 from cluster.gateway.calls.life import State
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.queues import Queues
+from cluster.gateway.scheduling.routes import Routes
 from cluster.gateway.scheduling.submission import submit_hedge
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.gateway.scheduling.workers import LinkedWorkers
@@ -43,6 +44,7 @@ class Hedges:
         caches: WorkerCaches,
         breakers: Breakers,
         metrics: Metrics,
+        routes: Routes,
         place: Callable[[CallSequence], WaitingSequence | None],
         accounting: Callable[[], Accounting | None],
         clock: Callable[[], float],
@@ -55,6 +57,7 @@ class Hedges:
         self._caches = caches
         self._breakers = breakers
         self._metrics = metrics
+        self._routes = routes
         self._place = place
         self._accounting = accounting
         self._clock = clock
@@ -150,8 +153,12 @@ class Hedges:
         )
         decision = self.policy.second_worker(call, candidates)
         link = None if decision.worker_id is None else self._workers.link(model, decision.worker_id)
-        if link is None or not submit_hedge(sequence, link, place, self._accounting()):
+        if link is None:
             return
+        route = self._routes.hedged(sequence, link, decision, call.cached, now)
+        if not submit_hedge(sequence, link, route, place, self._accounting()):
+            return
+        self._routes.sent(sequence.call, route)
         uncached = sequence.tokens - decision.cached_tokens
         self.policy.hedged(sequence.key, link.identity.worker_id, uncached, now)
         self._breakers.record_sent(link.identity.incarnation, now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from cluster.api.outcomes import Outcome
 from cluster.api.types import KV_EVENTS, PREFIX_EXACT
@@ -10,6 +10,7 @@ from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
 from cluster.policy.routing.route_history import Route, RoutedCall, RouteHistory
+from cluster.policy.routing.router import RoutingDecision
 from cluster.policy.scheduling.instructions import Send
 
 EXACT, APPROXIMATE = "exact", "approximate"
@@ -40,6 +41,24 @@ class Routes:
             instruction.cached if KV_EVENTS in capabilities else None,
             PREFIX_EXACT in capabilities,
             life.reason or ("lost" if life.loss.links else "error" if life.failures else ""),
+        )
+
+    @staticmethod
+    def hedged(
+        sequence: CallSequence, link: WorkerLink, decision: RoutingDecision, cached: Mapping[str, int], now: float
+    ) -> Route:
+        """Return the route of a sequence that is sent to a second worker too. `cached`: see RouteCall."""
+        capabilities = link.info.capabilities
+        return Route(
+            sequence.index,
+            now,
+            link.identity.worker_id,
+            decision.reason,
+            sequence.tokens,
+            decision,
+            cached if KV_EVENTS in capabilities else None,
+            PREFIX_EXACT in capabilities,
+            "late",
         )
 
     def sent(self, call: Call, route: Route) -> None:

@@ -115,6 +115,7 @@ class Scheduler:
             self.worker_caches,
             self.breakers,
             metrics,
+            self.routes,
             charges.place,
             lambda: host.accounting,
             clock,

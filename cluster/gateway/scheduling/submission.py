@@ -20,6 +20,7 @@ from cluster.gateway.calls.hedge import Hedge
 from cluster.gateway.calls.sequence import CALLER_FIELDS
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.routing.route_history import Route
 from cluster.process.call_errors import is_call_failure
 from cluster.wire.codec import max_submit_bytes, submit_bytes
 from cluster.wire.fairness_codec import WeightedValue
@@ -81,12 +82,12 @@ def submit(
 
 
 def submit_hedge(
-    sequence: CallSequence, link: WorkerLink, waiting: WaitingSequence, accounting: Accounting | None
+    sequence: CallSequence, link: WorkerLink, route: Route, waiting: WaitingSequence, accounting: Accounting | None
 ) -> bool:
-    """Send a sequence that has no output to this second worker. Returns False if the sequence could not be sent; then
-    it stays on its first worker. Fair service is charged once: the first Submit has the charge for the prompt, and this
-    Submit has no charge for output that may never come."""
-    call, hedge = sequence.call, Hedge(sequence, link)
+    """Send a sequence that has no output to this second worker, by the decision `route`. Returns False if the sequence
+    could not be sent; then it stays on its first worker. Fair service is charged once: the first Submit has the charge
+    for the prompt, and this Submit has no charge for output that may never come."""
+    call, hedge = sequence.call, Hedge(sequence, link, route)
     weighted = WeightedValue(replace(waiting, output_tokens=0), call.policy.weight)
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
     sealed = b"" if accounting is None else accounting.hedged(sequence)

@@ -59,7 +59,8 @@ class Route:
     `sequence`: number of the sequence in its call. `tokens`: number of prompt tokens and of tokens emitted before.
     `cached`: number of leading tokens that workers were expected to hold in their KV caches, by worker id; None if
     there is no prediction. `is_exact`: whether the prediction is exact, if all events of the worker have arrived.
-    `again`: why the sequence had left its worker before; "" for its first route.
+    `again`: why the sequence had left its worker before, or `late` if it was sent to a second worker; "" for its first
+    route.
     """
 
     sequence: int

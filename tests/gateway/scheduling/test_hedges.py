@@ -281,8 +281,10 @@ def test_one_worker_of_a_hedged_sequence_is_counted(
 async def test_a_late_first_token_comes_from_a_second_worker(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """A call on a slow worker is answered by another worker, has one usage record with the tokens of that worker, and
-    leaves nothing on the slow worker."""
+    """A call on a slow worker is answered by another worker and has one usage record with the tokens of that worker.
+
+    It leaves nothing on the slow worker, and its explanation shows both decisions.
+    """
     text = LOOPBACK + "routing: {hedging: {share: 1}}\n"
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert, text) as cluster:
         gateway = cluster.gateway
@@ -305,6 +307,15 @@ async def test_a_late_first_token_comes_from_a_second_worker(
         late = [ended for ended in slow.witness.seen if ended.sealed]
         assert late, "no call was late"
         assert {ended.generated_tokens for ended in late} == {0}
+
+        history = gateway.scheduler.routes.history
+        routed = [call.routes for answer in answers for call in history.find(answer.id)]
+        hedged = [routes for routes in routed if len(routes) > 1]
+        assert len(hedged) == len(late)
+        for first, second in hedged:
+            assert (first.worker_id, first.first_output_at) == (slow.identity.worker_id, None)
+            assert second.again == "late"
+            assert second.first_output_at is not None
 
         accounting = gateway.accounting
         assert accounting is not None

@@ -25,6 +25,7 @@ _AGAIN = {
     "moved": "The worker before was draining.",
     "gateway": "Another gateway had begun the call.",
     "retry": "The worker before had sent no output.",
+    "late": "The first output was late, so the call was sent to a second worker; the first to answer kept it.",
 }
 
 
