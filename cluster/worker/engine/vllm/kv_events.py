@@ -26,7 +26,8 @@ REPLAY_S = 5.0
 """Longest wait, in seconds, for batches that were requested again."""
 MAX_BATCHES = 64
 """Number of waiting batches that are read at once."""
-_FULL_ATTENTION = (None, "full_attention")
+_FULL_ATTENTION = (None, "full_attention", "mla_attention", "sink_full_attention")
+"""Kinds of layers whose blocks are those of all tokens. DeepSeek's latent attention is one of them."""
 
 
 def has_events(spec: ModelSpec) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.kv_events import BlocksStored
+from cluster.api.kv_events import BlocksRemoved, BlocksStored
 from cluster.worker.engine.vllm.kv_events import KvEventSocket
 
 pytestmark = pytest.mark.engine
@@ -37,6 +37,35 @@ async def test_batches_published_before_the_subscription_are_requested_again(tmp
                 seen += [event.blocks[0] for event in await reading if isinstance(event, BlocksStored)]
         assert seen[:20] == list(range(20))
         assert set(seen[20:]) == {20}
+    finally:
+        events.close()
+        publisher.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "mla_attention", None])
+async def test_blocks_of_all_tokens_alone_are_reported(tmp_path: Path, kind: str | None) -> None:
+    """Blocks of layers that attend to all tokens are reported, and those of a sliding window are not."""
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
+
+    events = KvEventSocket(tmp_path)
+    config = events.config()
+    publisher = ZmqEventPublisher(0, config.endpoint, config.replay_endpoint)
+
+    def stored(number: int, group: int, kind: str | None) -> BlockStored:
+        return BlockStored([number], None, [1], 1, None, "GPU", None, group_idx=group, kv_cache_spec_kind=kind)
+
+    window = [stored(1, 1, "sliding_window"), BlockRemoved([1], "GPU", 1)]
+    batch = KVEventBatch(0.0, [*window, stored(2, 0, kind), BlockRemoved([2], "GPU", 0)])
+    try:
+        seen: list[object] = []
+        async with asyncio.timeout(30):
+            reading = asyncio.create_task(events.kv_events())
+            while not reading.done():
+                publisher.publish(batch)
+                await asyncio.wait([reading], timeout=0.1)
+            seen += await reading
+        assert {tuple(event.blocks) for event in seen if isinstance(event, BlocksStored | BlocksRemoved)} == {(2,)}
+        assert {type(event) for event in seen} == {BlocksStored, BlocksRemoved}
     finally:
         events.close()
         publisher.shutdown()
