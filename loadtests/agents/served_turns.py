@@ -7,7 +7,8 @@ the other side router and server. A turn lasts from its first byte until the nex
 server does after its answer. The other side gets the same bodies, but only SAMPLED turns of some conversations, since
 its turns take long and do not become cheaper by earlier ones.
 
-Then some conversations take further turns at once, and the longest stall of the gateway's event loop is read.
+Then some conversations take further turns at once, and the longest stall of the gateway's event loop is read. The
+witness of stalls begins only then, since its own CPU time would count for the turns.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ class Family:
         name, engine = f"turns-{self._out.family}", {**ENGINE, **NO_PARSER}
         return await cores.start_ours(
             self._stage.children, self._stage.folder, self._model, 0, engine, name,
-            witness=("--stalls", str(self._stalls)), tenant_count=TENANTS,
+            witness=("--stalls", str(self._stalls), "--stalls-later"), tenant_count=TENANTS,
         )  # fmt: skip
 
     async def _start_peer(self) -> Side | None:

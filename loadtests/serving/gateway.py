@@ -34,8 +34,12 @@ class Stalls:
     lateness that the CPU time of the process accounts for.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, begins_later: bool = False) -> None:
+        """`begins_later`: sampling begins at the first SIGUSR1, since it costs a hundredth of a core."""
         self._path = path
+        self._begin = asyncio.Event()
+        if not begins_later:
+            self._begin.set()
         self._worst = (0.0, 0.0)
         self._busy_s = 0.0
         self._late = array("Q", bytes(8 * BINS))
@@ -43,6 +47,7 @@ class Stalls:
     async def watch(self) -> None:
         """Sample the event loop until cancelled."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._write_report)
+        await self._begin.wait()
         while True:
             due, cpu, used = time.perf_counter() + TICK_S, time.thread_time(), time.process_time()
             await asyncio.sleep(TICK_S)
@@ -53,6 +58,7 @@ class Stalls:
                 self._worst = (late, time.thread_time() - cpu)
 
     def _write_report(self) -> None:
+        self._begin.set()
         ticks = sum(self._late)
         figures: dict[str, float] = {
             "worst_s": self._worst[0],
@@ -100,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--modules", type=Path)
     parser.add_argument("--stalls", type=Path)
+    parser.add_argument("--stalls-later", action="store_true")
     wanted = parser.parse_args(sys.argv[1:at])
     rest = sys.argv[at + 1 :]
     if wanted.stalls is not None:
@@ -109,7 +116,9 @@ def main() -> None:
         gateway.add_argument("--folder", type=Path)
         gateway.add_argument("--ready-file", type=Path)
         given = gateway.parse_args(rest)
-        asyncio.run(watched_gateway(given.f, given.folder, given.ready_file, Stalls(wanted.stalls)))
+        asyncio.run(
+            watched_gateway(given.f, given.folder, given.ready_file, Stalls(wanted.stalls, wanted.stalls_later))
+        )
         return
     sys.argv = ["headrace", *rest]
     from cluster.cli.main import main as command_line
