@@ -62,10 +62,12 @@ MAX_SAMPLES = 64
 
 
 class PrefillSample(NamedTuple):
-    """A number of prompt tokens that the engine has computed, and the seconds that this took."""
+    """A number of prompt tokens that the engine has computed, the seconds that this took, and the monotonic time of the
+    last of their first outputs."""
 
     tokens: int
     seconds: float
+    at: float
 
 
 class _Prompt(NamedTuple):
@@ -136,7 +138,7 @@ class SlotTable:
         """Return the number of prompt tokens that the engine is likely to compute for the requests without output, and
         for how many seconds it has computed on them."""
         since = next((prompt.sent_at for prompt in self._prefilling.values()), now)
-        return PrefillSample(self.prefill_tokens, max(now - max(since, self._first_at), 0.0))
+        return PrefillSample(self.prefill_tokens, max(now - max(since, self._first_at), 0.0), now)
 
     def replace_sink(self, slot: int, sink: Sink) -> None:
         """Deliver the further events of a slot to another sink. Does nothing if the request has ended."""
@@ -237,7 +239,7 @@ class SlotTable:
                 computed += max(prompt.tokens - first.cached_tokens, 1)
                 since = min(since, prompt.sent_at)
         if computed:
-            self._samples.append(PrefillSample(computed, max(now - max(since, self._first_at), 0.0)))
+            self._samples.append(PrefillSample(computed, max(now - max(since, self._first_at), 0.0), now))
             self._first_at = now
 
     def _apply_tokens(

@@ -183,6 +183,8 @@ class WorkerCaches:
                     self._prefixes[key] = int(hashes[max(matched.values()) - 1])
                     if len(self._prefixes) > MAX_PROMPTS:
                         self._prefixes.popitem(last=False)
+                else:
+                    self._prefixes.pop(key, None)
         return out
 
     def sharing(self, key: str, now: float) -> float:

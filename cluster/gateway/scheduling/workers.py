@@ -86,8 +86,8 @@ class LinkedWorkers:
                     fleet.remove(worker_id)
                     state.times.forget(worker_id)
                     continue
-                for tokens, seconds in link.pop_prefill_samples():
-                    state.times.record(worker_id, tokens, seconds, now)
+                for sample in link.pop_prefill_samples():
+                    state.times.record(worker_id, *sample)
                 fleet.put(self._row(known, link, state.times.slowdown(worker_id, now)))
             known.changed_workers.clear()
         return fleet
@@ -98,7 +98,7 @@ class LinkedWorkers:
         state = None if known is None else self._models.get(known)
         link = None if known is None else known.links.get(worker_id)
         if state is not None and link is not None:
-            state.times.record_unfinished(worker_id, *link.unfinished(now), now)
+            state.times.record_unfinished(worker_id, *link.unfinished(now))
             link.mark_changed()
 
     def late_ended(self, model: str, worker_id: str, now: float) -> None:
