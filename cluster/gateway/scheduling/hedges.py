@@ -104,7 +104,7 @@ class Hedges:
             accounting.hedge_ended(sequence, computed_by)
         now = self._clock()
         if won and (first := self.policy.worker_of(sequence.key)):
-            self._workers.late_ended(model, first, now)
+            self._workers.record_late_lost(model, first, now)
         in_vain = self.policy.hedge_ended(sequence.key, won, now)
         self._metrics.count("hedges_total", model, "won" if won else "lost")
         if computed_by:
@@ -131,7 +131,7 @@ class Hedges:
             sequence = self._sequences[key]
             try:
                 if sequence.state is State.SENT:
-                    self._workers.late(sequence.call.model, self.policy.worker_of(key), now)
+                    self._workers.record_late(sequence.call.model, self.policy.worker_of(key), now)
                     self._hedge(sequence, now)
             except Exception as error:
                 sequence.call.fail_unexpectedly(error)
@@ -155,7 +155,7 @@ class Hedges:
         link = None if decision.worker_id is None else self._workers.link(model, decision.worker_id)
         if link is None:
             return
-        route = self._routes.hedged(sequence, link, decision, call.cached, now)
+        route = self._routes.create_hedge(decision, call.cached, sequence, link, now)
         if not submit_hedge(sequence, link, route, place, self._accounting()):
             return
         self._routes.sent(sequence.call, route)

@@ -29,37 +29,17 @@ class Routes:
 
     @staticmethod
     def create(instruction: Send, sequence: CallSequence, link: WorkerLink, now: float) -> Route:
-        """Return the route of an instruction. A worker that reports no KV blocks gets no prediction."""
-        capabilities, life = link.info.capabilities, sequence.life
-        return Route(
-            sequence.index,
-            now,
-            instruction.worker_id,
-            instruction.reason,
-            sequence.tokens,
-            instruction.decision,
-            instruction.cached if KV_EVENTS in capabilities else None,
-            PREFIX_EXACT in capabilities,
-            life.reason or ("lost" if life.loss.links else "error" if life.failures else ""),
-        )
+        """Return the route of an instruction."""
+        life = sequence.life
+        again = life.reason or ("lost" if life.loss.links else "error" if life.failures else "")
+        return _route(sequence, link, instruction.reason, instruction.decision, instruction.cached, again, now)
 
     @staticmethod
-    def hedged(
-        sequence: CallSequence, link: WorkerLink, decision: RoutingDecision, cached: Mapping[str, int], now: float
+    def create_hedge(
+        decision: RoutingDecision, cached: Mapping[str, int], sequence: CallSequence, link: WorkerLink, now: float
     ) -> Route:
-        """Return the route of a sequence that is sent to a second worker too. `cached`: see RouteCall."""
-        capabilities = link.info.capabilities
-        return Route(
-            sequence.index,
-            now,
-            link.identity.worker_id,
-            decision.reason,
-            sequence.tokens,
-            decision,
-            cached if KV_EVENTS in capabilities else None,
-            PREFIX_EXACT in capabilities,
-            "late",
-        )
+        """Return the route of a late sequence that is sent to a second worker too. `cached`: see RouteCall."""
+        return _route(sequence, link, decision.reason, decision, cached, "late", now)
 
     def sent(self, call: Call, route: Route) -> None:
         """Remember a route, whose sequence was sent."""
@@ -84,3 +64,27 @@ class Routes:
     def ended(self, call: Call, outcome: Outcome) -> None:
         """Remember how a call has ended."""
         self.history.end(call.id, outcome.value, self._clock())
+
+
+def _route(
+    sequence: CallSequence,
+    link: WorkerLink,
+    reason: str,
+    decision: RoutingDecision | None,
+    cached: Mapping[str, int] | None,
+    again: str,
+    now: float,
+) -> Route:
+    """Return a route to a worker. A worker that reports no KV blocks gets no prediction."""
+    capabilities = link.info.capabilities
+    return Route(
+        sequence.index,
+        now,
+        link.identity.worker_id,
+        reason,
+        sequence.tokens,
+        decision,
+        cached if KV_EVENTS in capabilities else None,
+        PREFIX_EXACT in capabilities,
+        again,
+    )

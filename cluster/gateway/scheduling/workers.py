@@ -92,7 +92,7 @@ class LinkedWorkers:
             known.changed_workers.clear()
         return fleet
 
-    def late(self, model: str, worker_id: str, now: float) -> None:
+    def record_late(self, model: str, worker_id: str, now: float) -> None:
         """Take into account that a worker is late with a first token."""
         known = self._owner.directory.find(model)
         state = None if known is None else self._models.get(known)
@@ -101,7 +101,7 @@ class LinkedWorkers:
             state.times.record_unfinished(worker_id, *link.unfinished(now))
             link.mark_changed()
 
-    def late_ended(self, model: str, worker_id: str, now: float) -> None:
+    def record_late_lost(self, model: str, worker_id: str, now: float) -> None:
         """Take into account that a worker was late and lost the sequence to another worker."""
         known = self._owner.directory.find(model)
         state = None if known is None else self._models.get(known)
