@@ -26,8 +26,9 @@ class RoutingWeights(Section):
     full_memory_tokens: Tokens = DEFAULT.memory
     """Cost of a worker whose KV memory is full. It grows with the square of the used share."""
     patience_tokens: Tokens = DEFAULT.patience
-    """A call waits for a worker without room that holds more of its prompt, if no more prompt tokens than this are
-    computed there before its first token, or no more than at the best other worker; at most five seconds."""
+    """A call waits for a worker without room that costs less and holds its prompt, if no more prompt tokens than this
+    are computed there before its first token, or no more than at the best worker with room; at most five seconds. 0: no
+    call waits."""
     affinity_tokens: Tokens = DEFAULT.affinity
     """Advantage of the worker that a call's `affinity_key` prefers. 0: keys have no effect."""
 

@@ -53,8 +53,8 @@ class CostWeights:
     memory: float = 8_000.0
     """Cost of a worker whose KV memory is full."""
     patience: float = 24_000.0
-    """Prompt tokens for which a call waits for a worker without room that holds more of its prompt, even if its first
-    token comes later then. See policy/scheduling/set_aside.py."""
+    """Prompt tokens for which a call waits for a worker without room that holds its prompt, even if its first token
+    comes later then. See policy/scheduling/set_aside.py."""
     affinity: float = 32_000.0
     """Advantage of the preferred worker of a call's affinity key."""
 

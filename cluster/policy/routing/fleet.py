@@ -145,6 +145,8 @@ class Fleet:
         if self.settings.policy != "cost":
             return ()
         settings, cost_here = self.settings, cost_of(call, chosen, self.settings)
+        if call.affinity:  # the chosen worker may be the preferred one, which must not lose the call for less
+            cost_here -= settings.weights.affinity
         limit, out = -1.0, list[FullHolder]()
         for worker_id in islice((each for each, tokens in call.cached.items() if tokens >= here), MAX_HOLDERS):
             at = self._position(worker_id)
@@ -214,7 +216,7 @@ class Fleet:
 
 
 def _fits(call: RouteCall, row: Row, rejecting: Collection[str]) -> bool:
-    """Whether a worker passes the filters that depend on the call, apart from the size of the prompt."""
+    """Return whether a worker passes the filters that depend on the call, apart from the size of the prompt."""
     c = row.candidate
     return (
         (not call.versions or c.version in call.versions)

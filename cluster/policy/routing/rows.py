@@ -10,12 +10,11 @@ from cluster.policy.routing.router import Candidate, RouteCall
 
 
 class Row(NamedTuple):
-    """What a decision needs of a worker.
+    """A worker as decisions need it.
 
-    `is_open`: whether the worker passes the filters that are equal for all calls; `is_serving`: the same but for room.
-    `max_tokens`: the largest prompt that
-    fits. `standing` and `per_token`: see cost.py. `hashed`: hash of the worker id. `shared_slots`: free sequences that
-    count for the slots that are reserved for other tenants."""
+    `is_open`: whether the worker passes the filters that are equal for all calls. `is_serving`: the same, but for room.
+    `max_tokens`: the largest prompt that fits. `standing` and `per_token`: see cost.py. `hashed`: hash of the worker's
+    id. `shared_slots`: free sequences that count for the slots that are reserved for other tenants."""
 
     candidate: Candidate
     worker_id: str

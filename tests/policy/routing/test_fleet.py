@@ -265,6 +265,22 @@ def test_a_slow_worker_gets_few_calls(load: float) -> None:
     assert sent["w0"] * 10 <= sent["w1"]
 
 
+def test_full_holders_are_those_that_cost_less() -> None:
+    """A full worker that holds the prompt is named if it costs less than the chosen one, and not if it drains.
+
+    The worker that a key prefers loses the call only for more than the key's advantage.
+    """
+    key = hash64("tenant\0key")
+    for tokens, affinity, named in ((20_000, 0, True), (1500, 0, True), (20_000, key, True), (1500, key, False)):
+        call = RouteCall("m", tokens, cached={"b": tokens}, affinity=affinity)
+        decision = choose(call, [worker("a"), worker("b", free_sequences=0, slots=64)])
+        assert decision.worker_id == "a"
+        assert [holder.worker_id for holder in decision.full_holders] == ["b"] * named
+    call = RouteCall("m", 20_000, cached={"b": 20_000})
+    for state in ({"draining": True}, {"healthy": False}, {"prefill_tokens": 400_000}):
+        assert not choose(call, [worker("a"), worker("b", free_sequences=0, slots=64, **state)]).full_holders
+
+
 def test_a_key_prefers_one_worker_until_load_says_otherwise() -> None:
     """Calls with one affinity key go to one worker while the workers are equal, and different keys to all workers.
 
