@@ -107,7 +107,7 @@ class SchedulingPolicy:
         """Set the versions on which a queued sequence may begin. Once a sequence of a call has begun, the other
         sequences of the call may begin only on its version."""
         if (aside := self.aside.pop(key)) is not None:
-            self.room.put_back(aside.entry, aside.until)
+            self.room.put_back(aside.entry, aside.since)
         if versions.all:
             self._versions[key] = versions
         else:
@@ -121,7 +121,7 @@ class SchedulingPolicy:
         """Remove a sequence from its queue. Returns False if the sequence was not queued."""
         self._versions.pop(key, None)
         if (aside := self.aside.pop(key)) is not None:  # its charge is given back
-            self.room.put_back(aside.entry, aside.until)
+            self.room.put_back(aside.entry, aside.since)
         return self.resuming.remove(key) or self.room.cancel(key)
 
     def position(self, key: str) -> int | None:
@@ -171,19 +171,23 @@ class SchedulingPolicy:
             return decision.worker_id is not None
 
         while (entry := self.room.pop_next(model, fits, now, self._warm.loss_of(model, now))) is not None:
-            versions = self._versions.pop(entry.call_id, ANY_VERSION)
             if isinstance(decision, Exception):
+                self._versions.pop(entry.call_id, None)
                 yield Fail(entry.call_id, decision)
-            elif decision is not None and call is not None and (holder := self._awaited(decision, versions, entry)):
+                continue
+            if decision is not None and call is not None and (holder := self._awaited(decision, entry)):
                 self.aside.add(entry, call, holder, now)
-            elif decision is not None and decision.worker_id is not None:
+                continue
+            self._versions.pop(entry.call_id, None)
+            if decision is not None and decision.worker_id is not None:
                 there, where = decision.cached_tokens, decision.worker_id
                 yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
 
-    def _awaited(self, decision: RoutingDecision, versions: Versions, entry: WaitingSequence) -> FullHolder | None:
+    def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
         """Return the worker without room for which a sequence should wait, or None. The sequences of a call with a
         choice of versions begin on one version, so they do not wait."""
-        return self.aside.best(entry, decision.full_holders) if len(versions.all) < 2 else None
+        has_choice = len(self._versions.get(entry.call_id, ANY_VERSION).all) > 1
+        return None if has_choice else self.aside.best(entry, decision.full_holders)
 
     def _assign_aside(self, aside: Aside, now: float) -> Iterator[Instruction]:
         """Yield the instruction for a sequence that is set aside; none if it goes on waiting."""
@@ -198,16 +202,20 @@ class SchedulingPolicy:
             cached = self._workers.cached_tokens(entry.model, key)
             decision = self._workers.route(replace(aside.call, cached=cached or {}), now)
         except Exception as error:
-            self.aside.pop(key)
+            self._leave_aside(key)
             yield Fail(key, error)
             return
         if decision.worker_id is not None:
-            self.aside.pop(key)
+            self._leave_aside(key)
             there, where = decision.cached_tokens, decision.worker_id
             yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
         elif is_over:
             self.aside.pop(key)
             self.room.put_back(replace(entry, was_set_aside=True), now)
+
+    def _leave_aside(self, key: str) -> None:
+        self.aside.pop(key)
+        self._versions.pop(key, None)
 
     def _call(self, entry: WaitingSequence, cached: Mapping[str, int]) -> RouteCall:
         """Return what routing needs of a new sequence. `cached`: see RouteCall."""

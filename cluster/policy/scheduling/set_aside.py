@@ -33,12 +33,15 @@ MAX_PER_MODEL: Final = 64
 @dataclass(frozen=True, slots=True)
 class Aside:
     """A sequence that is set aside. `call`: what routing needs of it. `worker_id`: the worker for which it waits.
-    `uncached`: number of prompt tokens to compute there. `until`: monotonic time at which the wait ends."""
+
+    `uncached`: number of prompt tokens to compute there. `since` and `until`: monotonic times of the wait's begin and
+    end."""
 
     entry: WaitingSequence
     call: RouteCall
     worker_id: str
     uncached: float
+    since: float
     until: float
 
 
@@ -96,7 +99,7 @@ class SetAside:
     def add(self, entry: WaitingSequence, call: RouteCall, holder: FullHolder, now: float) -> None:
         """Set a sequence aside, for MAX_WAIT_S or until its deadline."""
         until = now + MAX_WAIT_S if entry.deadline is None else min(now + MAX_WAIT_S, entry.deadline)
-        aside = Aside(entry, call, holder.worker_id, holder.uncached, until)
+        aside = Aside(entry, call, holder.worker_id, holder.uncached, now, until)
         self._by_key[entry.call_id] = aside
         self._by_model.setdefault(entry.model, {})[entry.call_id] = aside
         place = (entry.model, holder.worker_id)

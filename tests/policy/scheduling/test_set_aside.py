@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.routing.router import FullHolder, RouteCall
+from cluster.policy.routing.version_split import Versions
 from cluster.policy.scheduling.instructions import Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.set_aside import MAX_PER_MODEL, MAX_WAIT_S, SetAside
@@ -88,6 +89,25 @@ def test_it_waits_once() -> None:
     assert policy.position("warm") == 0
     fleet.grant("other", 1)
     assert sent(carry_out(policy, fleet, MAX_WAIT_S + 1.0)) == [("warm", "other")]
+
+
+def test_it_keeps_its_version() -> None:
+    """A sequence that may begin on one version alone does so after it has waited in vain, too."""
+    fleet, policy = two_workers("warm")
+    for name, version in (("holder", "v1"), ("other", "v1"), ("new", "v2")):
+        if name == "new":
+            fleet.add(name)
+        fleet.workers[name] = replace(fleet.workers[name], version=version)
+    fleet.grant("new", 0)
+    policy.admit(entry("warm"), 0.0, versions=Versions("v1", frozenset({"v1"})))
+    assert not carry_out(policy, fleet, 0.0)
+    assert "warm" in policy.aside
+    fleet.grant("other", 0)
+    assert not carry_out(policy, fleet, MAX_WAIT_S)
+    fleet.grant("new", 2)
+    assert not carry_out(policy, fleet, MAX_WAIT_S + 1.0)
+    fleet.grant("other", 1)
+    assert sent(carry_out(policy, fleet, MAX_WAIT_S + 2.0)) == [("warm", "other")]
 
 
 def test_it_does_not_wait_for_the_dead() -> None:
