@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from typing import Any, Final
 
-MIN_IDS: Final = 1024
+MIN_IDS: Final = 512
 """Number of ids from which this is faster than a list."""
 _ARRAY, _UINT16, _UINT32 = 0xDD, 0xCD, 0xCE
 """First bytes of MessagePack's `array 32`, `uint 16` and `uint 32`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.api.types import Grammar
+from cluster.worker.engine.vllm.packed_ids import MIN_IDS
 from tests.worker.engine.contract import Answer, Driver, Subject, request
 
 pytestmark = pytest.mark.engine
@@ -42,6 +44,16 @@ async def test_greedy_tokens_equal_transformers(fast_subject: Subject, public_su
         answers = await Driver(subject).run(*(request(p, max_tokens=24, logit_bias=banned) for p in prompts))
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.token_ids == _greedy(reference, prompt, 24)
+
+
+async def test_packed_prompts_are_answered_like_lists(fast_subject: Subject, public_subject: Subject) -> None:
+    """A long prompt in an array, whose ids reach the engine core packed on the fast path, is answered like a list."""
+    assert fast_subject.engine._path._takes_packed  # type: ignore[attr-defined]
+    for subject in (fast_subject, public_subject):
+        ids = list(subject.prompt(66, tokens=MIN_IDS + 90))
+        answers = await Driver(subject).run(*(request(given, max_tokens=12) for given in (ids, array("I", ids))))
+        assert answers[0].token_ids == answers[1].token_ids
+        assert len(answers[0].token_ids) == 12
 
 
 def _positions(answer: Answer) -> list[tuple[list[int], list[float]]]:
