@@ -6,14 +6,12 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 from random import Random
-from types import SimpleNamespace
 
 import pytest
 
 from cluster.api.types import KV_EVENTS, EngineInfo, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequence import OutputSequence
-from cluster.gateway.links import worker_link
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.scheduler import Scheduler
@@ -58,7 +56,7 @@ class Both:
         self.links: list[WorkerLink] = []
         for number in range(WORKERS):
             identity = WorkerIdentity(str(number), f"i{number}", "m", weight_digest="weights", node=str(number))
-            link = WorkerLink(identity, INFO, number + 1, events, LinkLiveness(0.0, 1.0, 1.0))
+            link = WorkerLink(identity, INFO, number + 1, events, LinkLiveness(0.0, 1.0, 1.0), lambda: self.now)
             events.link_up(link)
             self.links.append(link)
         self.simulated = RoutingGateway(
@@ -152,10 +150,9 @@ class Both:
 
 
 @pytest.mark.parametrize("seed", range(12))
-async def test_both_decide_alike(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_both_decide_alike(seed: int) -> None:
     """Whatever happens, a call is sent by both at the same event, and to the same worker."""
     chance, both = Random(seed), Both()
-    monkeypatch.setattr(worker_link, "time", SimpleNamespace(monotonic=lambda: both.now))
     bases = [list(range(100 * base, 100 * base + 12)) for base in range(4)]
     for _ in range(150):
         both.now += FRESH_S + chance.random()

@@ -81,9 +81,16 @@ class WorkerLink:
     """The gateway's state of one epoch of one worker."""
 
     def __init__(
-        self, identity: WorkerIdentity, info: EngineInfo, epoch: int, listener: LinkListener, liveness: LinkLiveness
+        self,
+        identity: WorkerIdentity,
+        info: EngineInfo,
+        epoch: int,
+        listener: LinkListener,
+        liveness: LinkLiveness,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`liveness`: failure detection for this epoch, which the hub updates."""
+        """`liveness`: failure detection for this epoch, which the hub updates. `clock`: monotonic seconds."""
+        self._clock = clock
         self._listener = listener
         self.identity = identity
         self.info = info
@@ -204,7 +211,7 @@ class WorkerLink:
         message.fresh_tokens = fresh_tokens
         if stream is not None:
             message.stream, message.generation, message.begun_at = stream.name, stream.generation, stream.begun_at
-        self.last_sent = time.monotonic()
+        self.last_sent = self._clock()
         tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         expected = tokens - turn.value.cached_tokens if turn is not None else tokens
         blobs = () if self._blobs is None else _move_prompt(message)
@@ -270,7 +277,7 @@ class WorkerLink:
     def apply(self, message: pb.WorkerTurn) -> bool:
         """Apply a message from the worker. Returns whether the worker's credit or drain state has changed, or whether
         it takes another chat to render."""
-        now = time.monotonic()
+        now = self._clock()
         running, prefill_tokens = len(self._slots), self._slots.prefill_tokens
         for accepted in message.accepted:
             self._slots.accept(accepted.slot)
