@@ -77,3 +77,21 @@ class KvEventSource(Protocol):
 
     async def kv_events(self) -> Sequence[KvEvent]:
         """Wait for further events and return them in the engine's order. A cancelled wait loses nothing."""
+
+
+class AdapterEngine(Protocol):
+    """The part of an engine that loads adapters, if EngineInfo.adapter_slots is above 0.
+
+    The files were checked against the base model before (worker/weights/adapter.py), and stay in place while the
+    adapter is loaded.
+    """
+
+    async def load_adapter(self, digest: str, folder: str, *, pinned: bool) -> None:
+        """Load the adapter's files into the engine's memory; returns when requests for `digest` can be submitted.
+
+        Raises EngineRefused ADAPTER_INVALID if the engine rejects the files and goes on, EngineCorrupt if the engine
+        must be replaced, and EngineDead.
+        """
+
+    async def unload_adapter(self, digest: str) -> None:
+        """Forget the adapter. Running requests that use it are not cut; an unknown digest is ignored."""

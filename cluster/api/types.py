@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.api.output_parts import OutputParsing, ParsedOutput
+from cluster.api.pooling import PoolingInfo, PoolingParams
 
 
 class FinishReason(enum.IntEnum):
@@ -86,8 +87,11 @@ class EngineRequest:
     cache_salt: str = ""
     priority: int = 0
     adapter: str = ""
+    """Digest of the adapter; "" for the base model."""
     traceparent: str = ""
     parsing: OutputParsing | None = None
+    pooling: PoolingParams | None = None
+    """Set for a pooling request, which ignores `sampling` and ends with its first output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,8 @@ class TokenOutput:
     """Cause of an error for the logs; set with `finish` ERROR."""
     parsed: ParsedOutput | None = None
     """Parts of the output, if the worker parses it."""
+    vector: bytes | None = None
+    """Result of a pooling request: little-endian float32 values. Comes with `finish` STOP and without tokens."""
 
 
 RESUME_EXACT = "resume:exact"
@@ -180,6 +186,12 @@ class EngineInfo:
     """Sampling fields of the generation config that differ from vLLM's defaults. The keys are vLLM's names."""
     engine_path_reason: str = ""
     capabilities: tuple[str, ...] = ()
+    pooling: PoolingInfo | None = None
+    """Set for a pooling model, which serves no generation."""
+    adapter_slots: int = 0
+    """Number of adapters that can be computed in one step; 0 if the engine takes none. `adapter_capacity`: number of
+    adapters that the engine holds in memory."""
+    adapter_capacity: int = 0
 
     @property
     def kv_tokens(self) -> int:

@@ -65,6 +65,16 @@ class InferenceStub:
                 request_serializer=cluster_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_inference__pb2.ResumeChunk.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/cluster.v1.Inference/Embed',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Rerank = channel.unary_unary(
+                '/cluster.v1.Inference/Rerank',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.RerankRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.RerankResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/cluster.v1.Inference/Tokenize',
                 request_serializer=cluster_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -135,6 +145,20 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Embed returns a vector for each text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rerank(self, request, context):
+        """Rerank scores documents by their relevance to a query and returns them by score, the best first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Tokenize returns the token ids that a text, or messages under the chat template, become.
         """
@@ -195,6 +219,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=cluster_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_inference__pb2.ResumeChunk.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Rerank': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rerank,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.RerankRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.RerankResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -380,6 +414,60 @@ class Inference:
             '/cluster.v1.Inference/Resume',
             cluster_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
             cluster_dot_v1_dot_inference__pb2.ResumeChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.Inference/Embed',
+            cluster_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rerank(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.Inference/Rerank',
+            cluster_dot_v1_dot_inference__pb2.RerankRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.RerankResponse.FromString,
             options,
             channel_credentials,
             insecure,

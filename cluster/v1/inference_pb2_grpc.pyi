@@ -49,6 +49,10 @@ class InferenceStub:
     """Resume goes on with a stream that was begun with `resumable` and has broken, at this or another gateway, behind the
     segment `offset`. Its first chunk comes at once and may have a token alone. See docs/resume.md.
     """
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """Embed returns a vector for each text."""
+    Rerank: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RerankRequest, _inference_pb2.RerankResponse]
+    """Rerank scores documents by their relevance to a query and returns them by score, the best first."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Tokenize returns the token ids that a text, or messages under the chat template, become."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -79,6 +83,10 @@ class InferenceAsyncStub(InferenceStub):
     """Resume goes on with a stream that was begun with `resumable` and has broken, at this or another gateway, behind the
     segment `offset`. Its first chunk comes at once and may have a token alone. See docs/resume.md.
     """
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Embed returns a vector for each text."""
+    Rerank: _aio.UnaryUnaryMultiCallable[_inference_pb2.RerankRequest, _inference_pb2.RerankResponse]  # type: ignore[assignment]
+    """Rerank scores documents by their relevance to a query and returns them by score, the best first."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize returns the token ids that a text, or messages under the chat template, become."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -142,6 +150,22 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         """Resume goes on with a stream that was begun with `resumable` and has broken, at this or another gateway, behind the
         segment `offset`. Its first chunk comes at once and may have a token alone. See docs/resume.md.
         """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """Embed returns a vector for each text."""
+
+    @_abc_1.abstractmethod
+    def Rerank(
+        self,
+        request: _inference_pb2.RerankRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.RerankResponse, _abc.Awaitable[_inference_pb2.RerankResponse]]:
+        """Rerank scores documents by their relevance to a query and returns them by score, the best first."""
 
     @_abc_1.abstractmethod
     def Tokenize(

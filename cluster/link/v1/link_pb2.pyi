@@ -41,6 +41,7 @@ class WorkerTurn(_message.Message):
     WORK_FIELD_NUMBER: _builtins.int
     ENGINE_ENDED_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     acked_seq: _builtins.int
     """Sequence number of the last GatewayTurn applied."""
     seq: _builtins.int
@@ -77,6 +78,10 @@ class WorkerTurn(_message.Message):
     def work(self) -> Global___Work: ...
     @_builtins.property
     def kv_blocks(self) -> Global___KvBlocks: ...
+    @_builtins.property
+    def adapters(self) -> Global___AdapterReport:
+        """Replaces what was told before; sent by a worker with the capability `adapters:v1` at each change."""
+
     def __init__(
         self,
         *,
@@ -96,14 +101,89 @@ class WorkerTurn(_message.Message):
         work: Global___Work | None = ...,
         engine_ended: _builtins.str = ...,
         kv_blocks: Global___KvBlocks | None = ...,
+        adapters: Global___AdapterReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "hello", b"hello", "kv_blocks", b"kv_blocks", "load", b"load", "served", b"served", "standing", b"standing", "step", b"step", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "credit", b"credit", "hello", b"hello", "kv_blocks", b"kv_blocks", "load", b"load", "served", b"served", "standing", b"standing", "step", b"step", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "elsewhere", b"elsewhere", "engine_ended", b"engine_ended", "hello", b"hello", "kv_blocks", b"kv_blocks", "load", b"load", "refused", b"refused", "rendered", b"rendered", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "adapters", b"adapters", "credit", b"credit", "elsewhere", b"elsewhere", "engine_ended", b"engine_ended", "hello", b"hello", "kv_blocks", b"kv_blocks", "load", b"load", "refused", b"refused", "rendered", b"rendered", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerTurn: _TypeAlias = WorkerTurn  # noqa: Y015
+
+@_typing.final
+class AdapterReport(_message.Message):
+    """The adapters that the worker was told to load, with their states."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterStatus]: ...
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___AdapterStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterReport: _TypeAlias = AdapterReport  # noqa: Y015
+
+@_typing.final
+class AdapterStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[AdapterStatus._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: AdapterStatus._State.ValueType  # 0
+        STATE_LOADING: AdapterStatus._State.ValueType  # 1
+        STATE_READY: AdapterStatus._State.ValueType  # 2
+        """Submits with this adapter are accepted."""
+        STATE_FAILED: AdapterStatus._State.ValueType  # 3
+
+    class State(_State, metaclass=_StateEnumTypeWrapper): ...
+    STATE_UNSPECIFIED: AdapterStatus.State.ValueType  # 0
+    STATE_LOADING: AdapterStatus.State.ValueType  # 1
+    STATE_READY: AdapterStatus.State.ValueType  # 2
+    """Submits with this adapter are accepted."""
+    STATE_FAILED: AdapterStatus.State.ValueType  # 3
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    digest: _builtins.str
+    """SHA-256 of the files as hex; empty while the files are not here."""
+    state: Global___AdapterStatus.State.ValueType
+    reason: _builtins.str
+    resident: _builtins.bool
+    """It lies in a slot of the engine."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        state: Global___AdapterStatus.State.ValueType = ...,
+        reason: _builtins.str = ...,
+        resident: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "reason", b"reason", "resident", b"resident", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterStatus: _TypeAlias = AdapterStatus  # noqa: Y015
 
 @_typing.final
 class KvBlocks(_message.Message):
@@ -199,6 +279,9 @@ class Hello(_message.Message):
     POD_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     GPU_FIELD_NUMBER: _builtins.int
+    POOLER_FIELD_NUMBER: _builtins.int
+    ADAPTER_SLOTS_FIELD_NUMBER: _builtins.int
+    ADAPTER_CAPACITY_FIELD_NUMBER: _builtins.int
     protocol_min: _builtins.int
     protocol_max: _builtins.int
     worker_id: _builtins.str
@@ -234,8 +317,15 @@ class Hello(_message.Message):
     """Kubernetes' name of the pod's node, outside Kubernetes the host's name. `node` is Ray's id."""
     gpu: _builtins.str
     """The accelerators' type, as in the model's entry; empty without any."""
+    adapter_slots: _builtins.int
+    """How many adapters one step can compute and the engine holds in memory; 0: none."""
+    adapter_capacity: _builtins.int
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def pooler(self) -> Global___Pooler:
+        """Of a pooling model, which has capabilities `pools:`."""
+
     def __init__(
         self,
         *,
@@ -267,14 +357,48 @@ class Hello(_message.Message):
         pod: _builtins.str = ...,
         host: _builtins.str = ...,
         gpu: _builtins.str = ...,
+        pooler: Global___Pooler | None = ...,
+        adapter_slots: _builtins.int = ...,
+        adapter_capacity: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pooler", b"pooler"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "bundle_digest", b"bundle_digest", "capabilities", b"capabilities", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "engine_path", b"engine_path", "engine_path_reason", b"engine_path_reason", "engine_version", b"engine_version", "epoch", b"epoch", "generation", b"generation", "gpu", b"gpu", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "node", b"node", "pod", b"pod", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "ray_cluster", b"ray_cluster", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "weight_digest", b"weight_digest", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_capacity", b"adapter_capacity", "adapter_slots", b"adapter_slots", "block_size", b"block_size", "bundle_digest", b"bundle_digest", "capabilities", b"capabilities", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "engine_path", b"engine_path", "engine_path_reason", b"engine_path_reason", "engine_version", b"engine_version", "epoch", b"epoch", "generation", b"generation", "gpu", b"gpu", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "node", b"node", "pod", b"pod", "pooler", b"pooler", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "ray_cluster", b"ray_cluster", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "weight_digest", b"weight_digest", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Pooler(_message.Message):
+    """What a pooling model computes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIMENSIONS_FIELD_NUMBER: _builtins.int
+    SHORTER_DIMENSIONS_FIELD_NUMBER: _builtins.int
+    ANY_SHORTER_FIELD_NUMBER: _builtins.int
+    dimensions: _builtins.int
+    any_shorter: _builtins.bool
+    """Every length from 1 to `dimensions` is allowed."""
+    @_builtins.property
+    def shorter_dimensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Lengths of vectors that callers may ask for instead."""
+
+    def __init__(
+        self,
+        *,
+        dimensions: _builtins.int = ...,
+        shorter_dimensions: _abc.Iterable[_builtins.int] | None = ...,
+        any_shorter: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["any_shorter", b"any_shorter", "dimensions", b"dimensions", "shorter_dimensions", b"shorter_dimensions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pooler: _TypeAlias = Pooler  # noqa: Y015
 
 @_typing.final
 class Accepted(_message.Message):
@@ -340,6 +464,7 @@ class StepOutputs(_message.Message):
     PART_SLOTS_FIELD_NUMBER: _builtins.int
     PART_TAGS_FIELD_NUMBER: _builtins.int
     PART_TEXTS_FIELD_NUMBER: _builtins.int
+    VECTORS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -366,6 +491,10 @@ class StepOutputs(_message.Message):
     def part_tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def part_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def vectors(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotVector]:
+        """Results of pooling requests."""
+
     def __init__(
         self,
         *,
@@ -379,14 +508,38 @@ class StepOutputs(_message.Message):
         part_slots: _abc.Iterable[_builtins.int] | None = ...,
         part_tags: _abc.Iterable[_builtins.int] | None = ...,
         part_texts: _abc.Iterable[_builtins.str] | None = ...,
+        vectors: _abc.Iterable[Global___SlotVector] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finishes", b"finishes", "firsts", b"firsts", "logprobs", b"logprobs", "part_slots", b"part_slots", "part_tags", b"part_tags", "part_texts", b"part_texts", "parts", b"parts", "slots", b"slots", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finishes", b"finishes", "firsts", b"firsts", "logprobs", b"logprobs", "part_slots", b"part_slots", "part_tags", b"part_tags", "part_texts", b"part_texts", "parts", b"parts", "slots", b"slots", "token_ids", b"token_ids", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepOutputs: _TypeAlias = StepOutputs  # noqa: Y015
+
+@_typing.final
+class SlotVector(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    values: _builtins.bytes
+    """Little-endian float32."""
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        values: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slot", b"slot", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlotVector: _TypeAlias = SlotVector  # noqa: Y015
 
 @_typing.final
 class SlotParts(_message.Message):
@@ -855,6 +1008,7 @@ class GatewayTurn(_message.Message):
     COMMANDS_FIELD_NUMBER: _builtins.int
     TAKEOVERS_FIELD_NUMBER: _builtins.int
     RENDERS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     grant_ack: _builtins.int
     """The newest Credit that has been applied."""
@@ -882,6 +1036,10 @@ class GatewayTurn(_message.Message):
     def renders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Render]:
         """Only to a worker with a capability `renders:`."""
 
+    @_builtins.property
+    def adapters(self) -> Global___AdapterSet:
+        """Only to a worker with the capability `adapters:v1`: first after the Welcome, then at each change."""
+
     def __init__(
         self,
         *,
@@ -896,14 +1054,84 @@ class GatewayTurn(_message.Message):
         commands: _abc.Iterable[Global___Command] | None = ...,
         takeovers: _abc.Iterable[Global___Takeover] | None = ...,
         renders: _abc.Iterable[Global___Render] | None = ...,
+        adapters: Global___AdapterSet | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "commands", b"commands", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "renders", b"renders", "seq", b"seq", "submits", b"submits", "takeovers", b"takeovers", "usage_acks", b"usage_acks", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "adapters", b"adapters", "backlog", b"backlog", "commands", b"commands", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "renders", b"renders", "seq", b"seq", "submits", b"submits", "takeovers", b"takeovers", "usage_acks", b"usage_acks", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GatewayTurn: _TypeAlias = GatewayTurn  # noqa: Y015
+
+@_typing.final
+class AdapterSet(_message.Message):
+    """The adapters that the worker is to have. Of what its gateways tell, the highest revision counts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """The catalog's."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterSet: _TypeAlias = AdapterSet  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    LICENSE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    source: _builtins.str
+    digest: _builtins.str
+    """SHA-256 of the files as hex; empty: whatever the source holds."""
+    pinned: _builtins.bool
+    """Never dropped for another one."""
+    license: _builtins.str
+    version: _builtins.str
+    """The model's version to which it belongs; empty: all."""
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only those that may use it, by name; empty: all that may use the model. Workers do not read it."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        source: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        pinned: _builtins.bool = ...,
+        tenants: _abc.Iterable[_builtins.str] | None = ...,
+        license: _builtins.str = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "license", b"license", "name", b"name", "pinned", b"pinned", "source", b"source", "tenants", b"tenants", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class Render(_message.Message):
@@ -1132,6 +1360,7 @@ class Submit(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     BEGUN_AT_FIELD_NUMBER: _builtins.int
     PARSING_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     attempt: _builtins.int
     prompt_ids: _builtins.bytes
@@ -1140,6 +1369,7 @@ class Submit(_message.Message):
     cache_salt: _builtins.str
     priority: _builtins.int
     adapter: _builtins.str
+    """The adapter's digest; empty: the base model."""
     tenant_handle: _builtins.str
     traceparent: _builtins.str
     prompt_blob: _builtins.str
@@ -1172,6 +1402,10 @@ class Submit(_message.Message):
     def parsing(self) -> Global___OutputParsing:
         """Parse the output into reasoning, content and tool calls. A worker without a parser ignores it."""
 
+    @_builtins.property
+    def pooling(self) -> Global___Pooling:
+        """Compute a vector instead of tokens; only to a worker with the capability of the task."""
+
     def __init__(
         self,
         *,
@@ -1196,14 +1430,46 @@ class Submit(_message.Message):
         generation: _builtins.int = ...,
         begun_at: _builtins.str = ...,
         parsing: Global___OutputParsing | None = ...,
+        pooling: Global___Pooling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["parsing", b"parsing", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parsing", b"parsing", "pooling", b"pooling", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "begun_at", b"begun_at", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "fresh_tokens", b"fresh_tokens", "generation", b"generation", "parsing", b"parsing", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "stream", b"stream", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "begun_at", b"begun_at", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "fresh_tokens", b"fresh_tokens", "generation", b"generation", "parsing", b"parsing", "pooling", b"pooling", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "stream", b"stream", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class Pooling(_message.Message):
+    """See cluster/api/pooling.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    DIMENSIONS_FIELD_NUMBER: _builtins.int
+    SECOND_TEXT_AT_FIELD_NUMBER: _builtins.int
+    task: _builtins.str
+    """embed or score."""
+    dimensions: _builtins.int
+    second_text_at: _builtins.int
+    """Index of the first token of the second text; 0: there is none."""
+    def __init__(
+        self,
+        *,
+        task: _builtins.str = ...,
+        dimensions: _builtins.int | None = ...,
+        second_text_at: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "dimensions", b"dimensions"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "dimensions", b"dimensions", "second_text_at", b"second_text_at", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dimensions: _TypeAlias = _typing.Literal["dimensions"]  # noqa: Y015
+    _WhichOneofArgType__dimensions: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dimensions) -> _WhichOneofReturnType__dimensions | None: ...
+
+Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
 
 @_typing.final
 class OutputParsing(_message.Message):
@@ -1832,6 +2098,8 @@ class CatalogModel(_message.Message):
     SLO_TTFT_S_FIELD_NUMBER: _builtins.int
     SLO_ITL_S_FIELD_NUMBER: _builtins.int
     STARTING_SINCE_S_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     revision: _builtins.str
@@ -1873,6 +2141,14 @@ class CatalogModel(_message.Message):
     def card(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What its model card says of itself, a few short texts."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """What its workers are to load, in all versions."""
+
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Pooling tasks of its workers (embed, score); none: it generates."""
+
     def __init__(
         self,
         *,
@@ -1900,10 +2176,12 @@ class CatalogModel(_message.Message):
         slo_ttft_s: _builtins.float = ...,
         slo_itl_s: _builtins.float = ...,
         starting_since_s: _builtins.float = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        tasks: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "slo_itl_s", b"slo_itl_s", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "slo_itl_s", b"slo_itl_s", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "tasks", b"tasks", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,56 @@
+"""Types of adapters (LoRA): small sets of weights that change a base model, loaded while its workers serve.
+
+An adapter is named by its digest everywhere below the gateway: on the link, in the engine and in the cache index.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+ADAPTERS = "adapters:v1"
+"""Capability: the worker loads adapters that its gateways name, and reports their states."""
+
+SEPARATOR = ":"
+"""Separates model and adapter in the name of a model that a caller uses: `model:adapter`."""
+
+
+class AdapterState(enum.StrEnum):
+    """State of an adapter on a worker, and, as the worst or best of these, in lists. Names of link.v1
+    AdapterStatus.State."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    """Requests for the adapter are accepted: the engine has its weights in memory."""
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """An adapter of a model, as configured or loaded at run time. Can be stored as JSON.
+
+    `source`: as for weights. `digest`: SHA-256 of the adapter's files as lower-case hex; empty until a worker or the
+    controller has seen the files. `tenants`: the tenants that may use it; empty for every tenant that may use the
+    model. `pinned`: the engine never drops it for another one. `version`: the model's version to which it belongs;
+    empty for all versions.
+    """
+
+    name: str
+    source: str
+    digest: str = ""
+    tenants: tuple[str, ...] = ()
+    pinned: bool = False
+    license: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """An adapter on one worker. `reason`: why it failed. `resident`: whether it lies in one of the engine's slots, so
+    that a request does not wait for it to be copied there."""
+
+    name: str
+    digest: str
+    state: AdapterState
+    reason: str = ""
+    resident: bool = False

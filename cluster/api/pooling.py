@@ -1,0 +1,55 @@
+"""Types of pooling requests: embeddings, and scores of pairs of texts. A pooling model computes one vector for a prompt
+and generates no tokens."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+POOLS = "pools:"
+"""Prefix of the capability that names a pooling task of a worker, e.g. `pools:embed`. A worker with such a capability
+serves no generation."""
+
+
+class PoolingTask(enum.StrEnum):
+    """What a pooling request asks of the engine."""
+
+    EMBED = "embed"
+    """The vector of a text."""
+    SCORE = "score"
+    """The relevance of a pair of texts, from a cross-encoder: a vector of one number."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingParams:
+    """Parameters of a pooling request, in place of sampling parameters.
+
+    `dimensions`: length of the vector, for models that declare such lengths; None for the model's own.
+    """
+
+    task: PoolingTask
+    dimensions: int | None = None
+    second_text_at: int = 0
+    """Index of the first token of the second text, for models with token types; 0 without a second text."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingInfo:
+    """What a pooling model can do. `dimensions`: length of its vectors; 1 for the scores of a cross-encoder.
+
+    `shorter_dimensions`: the lengths that callers may ask for; empty if the model declares none. `any_shorter`: every
+    length from 1 to `dimensions` is allowed.
+    """
+
+    tasks: tuple[PoolingTask, ...]
+    dimensions: int
+    shorter_dimensions: tuple[int, ...] = ()
+    any_shorter: bool = False
+
+
+def pooling_tasks(capabilities: Iterable[str]) -> tuple[PoolingTask, ...]:
+    """Return the pooling tasks that `capabilities` name; unknown tasks are ignored."""
+    known = {task.value for task in PoolingTask}
+    words = (word.removeprefix(POOLS) for word in capabilities if word.startswith(POOLS))
+    return tuple(PoolingTask(word) for word in words if word in known)
