@@ -161,6 +161,8 @@ class ExplainedRoute(_message.Message):
     CANDIDATES_FIELD_NUMBER: _builtins.int
     COMPARED_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
+    AWAITED_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the sequence among the call's outputs, from 0."""
     after_s: _builtins.float
@@ -190,6 +192,10 @@ class ExplainedRoute(_message.Message):
     """From this decision to the worker's first output; unset before that."""
     compared: _builtins.int
     """Number of all workers that were compared."""
+    awaited: _builtins.str
+    """The worker that held the prompt and had no room, for which the call waited before this decision. For operators only."""
+    wait_s: _builtins.float
+    """For how long; unset if the call did not wait for such a worker."""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteCandidate]:
         """The workers that were compared, the best first, at most 16. Of a model with more than 16 workers, they are kept for
@@ -217,10 +223,12 @@ class ExplainedRoute(_message.Message):
         candidates: _abc.Iterable[Global___RouteCandidate] | None = ...,
         compared: _builtins.int = ...,
         dropped: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        awaited: _builtins.str = ...,
+        wait_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_first_output_s", b"_first_output_s", "_predicted_cached_tokens", b"_predicted_cached_tokens", "cached_tokens", b"cached_tokens", "first_output_s", b"first_output_s", "predicted_cached_tokens", b"predicted_cached_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_first_output_s", b"_first_output_s", "_predicted_cached_tokens", b"_predicted_cached_tokens", "_wait_s", b"_wait_s", "cached_tokens", b"cached_tokens", "first_output_s", b"first_output_s", "predicted_cached_tokens", b"predicted_cached_tokens", "wait_s", b"wait_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_first_output_s", b"_first_output_s", "_predicted_cached_tokens", b"_predicted_cached_tokens", "after_s", b"after_s", "again", b"again", "cached_tokens", b"cached_tokens", "candidates", b"candidates", "compared", b"compared", "dropped", b"dropped", "first_output_s", b"first_output_s", "predicted_cached_tokens", b"predicted_cached_tokens", "prediction", b"prediction", "reason", b"reason", "sequence", b"sequence", "tokens", b"tokens", "why", b"why", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_first_output_s", b"_first_output_s", "_predicted_cached_tokens", b"_predicted_cached_tokens", "_wait_s", b"_wait_s", "after_s", b"after_s", "again", b"again", "awaited", b"awaited", "cached_tokens", b"cached_tokens", "candidates", b"candidates", "compared", b"compared", "dropped", b"dropped", "first_output_s", b"first_output_s", "predicted_cached_tokens", b"predicted_cached_tokens", "prediction", b"prediction", "reason", b"reason", "sequence", b"sequence", "tokens", b"tokens", "wait_s", b"wait_s", "why", b"why", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
@@ -228,12 +236,16 @@ class ExplainedRoute(_message.Message):
     _WhichOneofArgType__first_output_s: _TypeAlias = _typing.Literal["_first_output_s", b"_first_output_s"]  # noqa: Y015
     _WhichOneofReturnType__predicted_cached_tokens: _TypeAlias = _typing.Literal["predicted_cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__predicted_cached_tokens: _TypeAlias = _typing.Literal["_predicted_cached_tokens", b"_predicted_cached_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__wait_s: _TypeAlias = _typing.Literal["wait_s"]  # noqa: Y015
+    _WhichOneofArgType__wait_s: _TypeAlias = _typing.Literal["_wait_s", b"_wait_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_output_s) -> _WhichOneofReturnType__first_output_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_cached_tokens) -> _WhichOneofReturnType__predicted_cached_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wait_s) -> _WhichOneofReturnType__wait_s | None: ...
 
 Global___ExplainedRoute: _TypeAlias = ExplainedRoute  # noqa: Y015
 

@@ -32,7 +32,10 @@ class Routes:
         """Return the route of an instruction."""
         life = sequence.life
         again = life.reason or ("lost" if life.loss.links else "error" if life.failures else "")
-        return _route(sequence, link, instruction.reason, instruction.decision, instruction.cached, again, now)
+        route = _route(sequence, link, instruction.reason, instruction.decision, instruction.cached, again, now)
+        if (wait := instruction.holder_wait) is not None:
+            route.awaited, route.wait_s = wait.worker_id, wait.wait_s
+        return route
 
     @staticmethod
     def create_hedge(

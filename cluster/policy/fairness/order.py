@@ -18,6 +18,14 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
+class HolderWait:
+    """Wait for the worker that holds the sequence's prompt, in seconds; see policy/scheduling/set_aside.py."""
+
+    worker_id: str
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WaitingSequence:
     """Sequence that waits for a worker.
 
@@ -25,8 +33,8 @@ class WaitingSequence:
     cache of a worker. `output_tokens` is the expected number of output tokens. `deadline` and `arrived` are times;
     `deadline` is None without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed
     last. `needs_tools`: whether the worker must have a parser for tool calls. `affinity`: hash of the tenant and the
-    affinity key, in [1, 2**64), or 0 for none. `was_set_aside`: whether it has waited in vain for the worker that holds
-    its prompt, see policy/scheduling/set_aside.py.
+    affinity key, in [1, 2**64), or 0 for none. `holder_wait`: its wait in vain for the worker that holds its
+    prompt; None if it has not waited so.
     """
 
     call_id: str
@@ -41,7 +49,7 @@ class WaitingSequence:
     output_tokens: int = 0
     needs_tools: bool = False
     affinity: int = 0
-    was_set_aside: bool = False
+    holder_wait: HolderWait | None = None
 
 
 class Order(Protocol):

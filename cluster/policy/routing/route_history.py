@@ -72,6 +72,10 @@ class Route:
     cached: Mapping[str, int] | None = None
     is_exact: bool = False
     again: str = ""
+    awaited: str = ""
+    """Id of the worker for which the sequence waited, since it held the prompt; "" if the sequence did not wait so."""
+    wait_s: float = 0.0
+    """Seconds of that wait."""
     cached_tokens: int | None = None
     """Number of tokens that the engine found in its KV cache; None before the worker's first output."""
     first_output_at: float | None = None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.api.types import CompatibilityKey
-from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.order import HolderWait, WaitingSequence
 from cluster.policy.routing.router import RoutingDecision
 
 
@@ -65,7 +65,8 @@ class Send:
     """Send a sequence, which has left its queue, to a worker. `reason` and `cached_tokens`: see RoutingDecision; the
     latter is set for new sequences only. `uncached_tokens`: number of tokens of a resumed sequence that the worker is
     likely to compute, 0 for all. `decision`: the decision, for explanations. `cached`: number of leading tokens of a
-    new sequence that workers hold in their KV caches, by worker id; None if that was not looked up."""
+    new sequence that workers hold in their KV caches, by worker id; None if that was not looked up. `holder_wait`: the
+    wait of a new sequence for the worker that held its prompt, which need not be `worker_id`; None without a wait."""
 
     entry: WaitingSequence
     worker_id: str
@@ -74,6 +75,7 @@ class Send:
     cached_tokens: int = 0
     decision: RoutingDecision | None = field(default=None, compare=False)
     cached: Mapping[str, int] | None = field(default=None, compare=False)
+    holder_wait: HolderWait | None = None
 
 
 @dataclass(frozen=True, slots=True)

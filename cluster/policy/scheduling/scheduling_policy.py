@@ -181,7 +181,7 @@ class SchedulingPolicy:
             self._versions.pop(entry.call_id, None)
             if decision is not None and decision.worker_id is not None:
                 there, where = decision.cached_tokens, decision.worker_id
-                yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
+                yield Send(entry, where, decision.reason, 0, there, decision, cached, entry.holder_wait)
 
     def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
         """Return the worker without room for which a sequence should wait, or None. The sequences of a call with a
@@ -207,11 +207,11 @@ class SchedulingPolicy:
             return
         if decision.worker_id is not None:
             self._leave_aside(key)
-            there, where = decision.cached_tokens, decision.worker_id
-            yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
+            there, where, wait = decision.cached_tokens, decision.worker_id, aside.wait(now)
+            yield Send(entry, where, decision.reason, 0, there, decision, cached, wait)
         elif is_over:
             self.aside.pop(key)
-            self.room.put_back(replace(entry, was_set_aside=True), now)
+            self.room.put_back(replace(entry, holder_wait=aside.wait(now)), now)
 
     def _leave_aside(self, key: str) -> None:
         self.aside.pop(key)

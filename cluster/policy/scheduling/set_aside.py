@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.order import HolderWait, WaitingSequence
 from cluster.policy.routing.router import FullHolder, RouteCall
 
 MAX_WAIT_S: Final = 5.0
@@ -43,6 +43,10 @@ class Aside:
     uncached: float
     since: float
     until: float
+
+    def wait(self, now: float) -> HolderWait:
+        """Return the wait until `now`."""
+        return HolderWait(self.worker_id, now - self.since)
 
 
 @dataclass(slots=True)
@@ -83,7 +87,7 @@ class SetAside:
 
     def best(self, entry: WaitingSequence, holders: Iterable[FullHolder]) -> FullHolder | None:
         """Return the worker for which a sequence should wait; None if for none of these."""
-        if entry.was_set_aside or len(self._by_model.get(entry.model, ())) >= MAX_PER_MODEL:
+        if entry.holder_wait is not None or len(self._by_model.get(entry.model, ())) >= MAX_PER_MODEL:
             return None
         most, best = 0.0, None
         for holder in holders:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.order import HolderWait, WaitingSequence
 from cluster.policy.routing.router import FullHolder, RouteCall
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.scheduling.instructions import Send
@@ -57,7 +57,9 @@ def test_it_waits_for_its_holder_and_nobody_waits_for_it() -> None:
     assert policy.waiting("m") == (1, TOKENS)
     policy.admit(entry("late", "u"), 0.1)
     fleet.grant("holder", 1)
-    assert sent(carry_out(policy, fleet, 0.1)) == [("warm", "holder")]
+    done = carry_out(policy, fleet, 0.1)
+    assert sent(done) == [("warm", "holder")]
+    assert [one.holder_wait for one in done if isinstance(one, Send)] == [HolderWait("holder", 0.1)]
     assert "late" in policy.aside
     fleet.grant("holder", 1)
     assert sent(carry_out(policy, fleet, 0.2)) == [("late", "holder")]
@@ -88,7 +90,9 @@ def test_it_waits_once() -> None:
     assert not carry_out(policy, fleet, MAX_WAIT_S)
     assert policy.position("warm") == 0
     fleet.grant("other", 1)
-    assert sent(carry_out(policy, fleet, MAX_WAIT_S + 1.0)) == [("warm", "other")]
+    done = carry_out(policy, fleet, MAX_WAIT_S + 1.0)
+    assert sent(done) == [("warm", "other")]
+    assert [one.holder_wait for one in done if isinstance(one, Send)] == [HolderWait("holder", MAX_WAIT_S)]
 
 
 def test_it_keeps_its_version() -> None:

@@ -119,6 +119,8 @@ def _route(route: Route, arrived_at: float) -> pb.ExplainedRoute:
         first_output_s=None if route.first_output_at is None else route.first_output_at - route.sent_at,
         compared=candidates.total,
         dropped=candidates.dropped,
+        awaited=route.awaited,
+        wait_s=route.wait_s if route.awaited else None,
     )
     for score in candidates.best:
         message.candidates.add(
@@ -135,7 +137,7 @@ def _hide_places(call: pb.ExplainedCall) -> None:
     """Remove what a caller of one tenant may not see: the gateway, the workers and their load."""
     call.gateway = ""
     for route in call.routes:
-        route.worker = ""
+        route.worker = route.awaited = ""
         del route.candidates[:]
 
 
@@ -153,8 +155,18 @@ def why(route: pb.ExplainedRoute) -> str:
             reason = f"{worker} had the least load {among}."
         case _:
             reason = f"{worker} was chosen by the rule {route.reason.replace('_', ' ')}."
-    sentences = [_AGAIN.get(route.again, ""), reason, *_more_cached(route, others), _dropped(route)]
+    sentences = [_AGAIN.get(route.again, ""), _waited(route), reason, *_more_cached(route, others), _dropped(route)]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _waited(route: pb.ExplainedRoute) -> str:
+    """Return a sentence on the wait for the worker that held the prompt; "" if there was none. The chosen worker is
+    named only to operators."""
+    if not route.HasField("wait_s"):
+        return ""
+    where = f"{route.awaited}, which held its prompt but had no room" if route.awaited else "a worker with its prompt"
+    in_vain = ", in vain" if route.awaited != route.worker else ""
+    return f"The call waited {route.wait_s:.2f} s for {where}{in_vain}."
 
 
 def _holds(route: pb.ExplainedRoute) -> str:
