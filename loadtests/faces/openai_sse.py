@@ -131,10 +131,12 @@ class OpenAiSse:
         return json.dumps(body, separators=(",", ":")).encode()
 
     def _bytes(self, request: Request) -> bytes:
-        data = self.body(request)
-        path = f"{self._root}/v1/{'chat/' if request.chat else ''}completions"
+        return self._post(f"/v1/{'chat/' if request.chat else ''}completions", self.body(request))
+
+    def _post(self, path: str, data: bytes) -> bytes:
+        """Return the bytes of a POST. `path`: below the root."""
         head = (
-            f"POST {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
+            f"POST {self._root}{path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
             f"Accept: text/event-stream\r\n{self._key}Content-Length: {len(data)}\r\n\r\n"
         )
         return head.encode() + data

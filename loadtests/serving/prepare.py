@@ -4,8 +4,8 @@ transformers.
 python -m loadtests.serving.prepare KIND FOLDER
 
 writes FOLDER/model and FOLDER/bundle. KIND is `llama` (a tiny checkpoint with random weights), `tokenizer` (the same
-checkpoint without weights), `big` (a tokenizer of 128,000 pieces) or the folder of a checkpoint, which is used in
-place.
+checkpoint without weights), `big` (a tokenizer of 128,000 pieces), `minilm` (the embedding model of the demo) or the
+folder of a checkpoint, which is used in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from cluster.worker.weights.tokenizer_bundle import build_bundle
-from tests.support import checkpoints
+from tests.support import checkpoints, pooling_models
 
 MAX_POSITION_TOKENS = 262_144
 """Context of tokenizers without weights, in tokens. No model limits the context of a simulated engine."""
@@ -37,6 +37,8 @@ def main(kind: str, folder: Path) -> None:
         (model / "config.json").write_text(json.dumps(config) + "\n")
     elif kind == "big":
         checkpoints.big_tokenizer(model)
+    elif kind == "minilm":
+        model.symlink_to(pooling_models.minilm(folder))
     elif Path(kind).is_dir():
         _link_files(Path(kind), model)
     else:
