@@ -10,6 +10,8 @@ from dataclasses import dataclass
 POOLS = "pools:"
 """Prefix of the capability that names a pooling task of a worker, e.g. `pools:embed`. A worker with such a capability
 serves no generation."""
+MAX_DIMENSIONS = 65_536
+"""Maximum number of values of a vector."""
 
 
 class PoolingTask(enum.StrEnum):
@@ -46,6 +48,11 @@ class PoolingInfo:
     dimensions: int
     shorter_dimensions: tuple[int, ...] = ()
     any_shorter: bool = False
+
+
+def pooling_capabilities(tasks: Iterable[PoolingTask]) -> tuple[str, ...]:
+    """Return the capabilities that name the pooling tasks."""
+    return tuple(f"{POOLS}{task.value}" for task in tasks)
 
 
 def pooling_tasks(capabilities: Iterable[str]) -> tuple[PoolingTask, ...]:

@@ -26,6 +26,7 @@ from cluster.api.types import (
 )
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.ended_requests import EndedUsage
+from cluster.wire.pooling_codec import pooler_from_pb, pooler_to_pb, pooling_from_pb, pooling_to_pb, vectors_by_slot
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
@@ -138,6 +139,7 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
         adapter=request.adapter,
         traceparent=request.traceparent,
         parsing=None if request.parsing is None else _parsing_to_pb(request.parsing),
+        pooling=None if request.pooling is None else pooling_to_pb(request.pooling),
     )
 
 
@@ -190,6 +192,7 @@ def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRe
         adapter=m.adapter,
         traceparent=m.traceparent,
         parsing=_parsing_from_pb(m.parsing) if m.HasField("parsing") else None,
+        pooling=pooling_from_pb(m.pooling) if m.HasField("pooling") else None,
     )
 
 
@@ -216,6 +219,8 @@ class StepColumns:
         self._part_slots: list[int] = []
         self._part_tags: list[int] = []
         self._part_texts: list[str] = []
+        self._vectors: list[pb.SlotVector] = []
+        self.vector_bytes = 0
 
     def add(self, slot: int, output: TokenOutput) -> None:
         """Append the output of one request in one step."""
@@ -256,6 +261,9 @@ class StepColumns:
                     self._part_slots.append(slot)
                     self._part_tags.append(call << _KIND_BITS | kind)
                     self._part_texts.append(text)
+        if output.vector is not None:
+            self._vectors.append(pb.SlotVector(slot=slot, values=output.vector))
+            self.vector_bytes += len(output.vector)
 
     def to_pb(self) -> pb.StepOutputs:
         """Build the message."""
@@ -270,6 +278,7 @@ class StepColumns:
             part_slots=self._part_slots,
             part_tags=self._part_tags,
             part_texts=self._part_texts,
+            vectors=self._vectors,
         )
 
 
@@ -338,9 +347,9 @@ def check_kv_blocks(message: pb.KvBlocks) -> int:
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Return the slots that have a First, a Finish, log probabilities or SlotParts besides their token, and all slots
-    with parts if a slot has several entries, whose parts must not be separated from their tokens. None if the message
-    has `counts`: then any slot may have no token or several."""
+    """Return the slots that have a First, a Finish, log probabilities, SlotParts or a vector besides their token, and
+    all slots with parts if a slot has several entries, whose parts must not be separated from their tokens. None if the
+    message has `counts`: then any slot may have no token or several."""
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}
@@ -348,6 +357,8 @@ def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
     more.update(block.slot for block in step.logprobs)
     if step.parts:
         more.update(parsed.slot for parsed in step.parts)
+    if step.vectors:
+        more.update(vector.slot for vector in step.vectors)
     if step.part_slots:
         slots = list(step.slots)
         if len(set(slots)) < len(slots):
@@ -362,8 +373,9 @@ def outputs_from_pb(
 ) -> Iterator[tuple[int, TokenOutput]]:
     """Yield (slot, output) once for each slot, or for each slot in `only`, in the order of the slots' last entries.
 
-    A slot's entries are merged into one output, with the slot's First, Finish, log probabilities and
-    parts. `columns`: parts_by_slot(step), if it is known."""
+    A slot's entries are merged into one output, with the slot's First, Finish, log probabilities, parts and vector.
+    `columns`: parts_by_slot(step), if it is known. Raises ValueError for a malformed vector, before the first output.
+    """
     if columns is None:
         columns = parts_by_slot(step)
     slots = list(step.slots)
@@ -375,6 +387,7 @@ def outputs_from_pb(
     for block in step.logprobs:
         logprobs.setdefault(block.slot, []).extend(_positions(block))
     parsed = _parsed_from_pb(step.parts, columns) if step.parts or columns else {}
+    vectors = vectors_by_slot(step.vectors)
     last = {slot: i for i, slot in enumerate(slots)}
     at = 0
     partial: dict[int, list[int]] = {}
@@ -396,6 +409,7 @@ def outputs_from_pb(
             output.message = finish.message
         output.logprobs = logprobs.get(slot)
         output.parsed = parsed.get(slot)
+        output.vector = vectors.get(slot)
         yield slot, output
 
 
@@ -503,13 +517,16 @@ def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.He
         vocab_size=info.vocab_size,
         default_sampling_json=json.dumps(dict(info.default_sampling)),
         capabilities=info.capabilities,
+        pooler=None if info.pooling is None else pooler_to_pb(info.pooling),
+        adapter_slots=info.adapter_slots,
+        adapter_capacity=info.adapter_capacity,
         epoch=epoch,
     )
 
 
 def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
     """Decode a worker's Hello, the inverse of `hello_to_pb`. Raises ValueError if the sampling defaults are not a JSON
-    object."""
+    object, or for lengths of vectors or numbers of adapters outside their ranges."""
     identity = WorkerIdentity(
         worker_id=m.worker_id,
         incarnation=m.incarnation,
@@ -537,7 +554,12 @@ def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
         vocab_size=m.vocab_size,
         default_sampling=_json_object(m.default_sampling_json),
         capabilities=tuple(m.capabilities),
+        pooling=pooler_from_pb(m.pooler, m.capabilities) if m.HasField("pooler") else None,
+        adapter_slots=m.adapter_slots,
+        adapter_capacity=m.adapter_capacity,
     )
+    if info.adapter_slots < 0 or info.adapter_capacity < 0:
+        raise ValueError("adapter_slots and adapter_capacity must be 0 or more")
     return identity, info
 
 

@@ -23,17 +23,22 @@ from cluster.wire.rendering import RenderedPieces
 
 MESSAGE_BYTES = 4 << 20
 """Maximum size in bytes of the Submits in one message to a worker; a worker accepts far larger messages."""
+STEP_VECTOR_BYTES = 1 << 20
+"""Size in bytes of vectors from which further outputs go into another message."""
+MAX_VECTOR_BYTES = 256 << 20
+"""Size in bytes of unsent vectors above which an outbox is full."""
 MAX_KV_MESSAGES = 4096
 """Maximum number of unsent reports of KV blocks. A report of all blocks of a large engine takes some hundred."""
 
 
 class Outbox:
-    """A worker's outgoing messages for one gateway. The outbox is `full` when more than `max_tokens` token ids wait."""
+    """A worker's outgoing messages for one gateway. The outbox is `full` when more than `max_tokens` token ids, or more
+    than MAX_VECTOR_BYTES of vectors, wait."""
 
     def __init__(self, max_tokens: int = 65_536) -> None:
         self._max_tokens = max_tokens
         self._wake = asyncio.Event()
-        self._columns: StepColumns | None = None
+        self._steps: deque[StepColumns] = deque()
         self._accepted: list[pb.Accepted] = []
         self._refused: list[pb.Refused] = []
         self._grant: Grant | None = None
@@ -56,9 +61,9 @@ class Outbox:
 
     def output(self, slot: int, output: TokenOutput) -> None:
         """Add a request's output. Call `flush` after the step to wake the writer."""
-        if self._columns is None:
-            self._columns = StepColumns(self.part_columns)
-        self._columns.add(slot, output)
+        if not self._steps or self._steps[-1].vector_bytes >= STEP_VECTOR_BYTES:
+            self._steps.append(StepColumns(self.part_columns))
+        self._steps[-1].add(slot, output)
 
     def accepted(self, slot: int) -> None:
         """Add a report that the engine accepted a Submit. Does not wake the writer, so it is sent with the next
@@ -126,7 +131,8 @@ class Outbox:
         """Whether too many tokens or reports wait, because the gateway has stopped reading."""
         if len(self._kv_blocks) > MAX_KV_MESSAGES:
             return True
-        return self._columns is not None and len(self._columns.token_ids) > self._max_tokens
+        tokens = sum(len(columns.token_ids) for columns in self._steps)
+        return tokens > self._max_tokens or sum(columns.vector_bytes for columns in self._steps) > MAX_VECTOR_BYTES
 
     async def next_message(self) -> pb.WorkerTurn:
         """Wait for a wake-up, then return everything collected until then as one message."""
@@ -136,12 +142,13 @@ class Outbox:
         message = pb.WorkerTurn(
             seq=self.sent_seq, acked_seq=self.acked_seq, accepted=self._accepted, refused=self._refused
         )
-        if self._engine_ended:
-            message.engine_ended = wire_text(self._engine_ended)
         self._accepted, self._refused = [], []
-        if self._columns is not None:
-            message.step.CopyFrom(self._columns.to_pb())
-            self._columns = None
+        if self._steps:
+            message.step.CopyFrom(self._steps.popleft().to_pb())
+            if self._steps:
+                self._wake.set()
+        if self._engine_ended and not self._steps:  # the gateway reads nothing after it
+            message.engine_ended = wire_text(self._engine_ended)
         if self._grant is not None:
             message.credit.CopyFrom(
                 pb.Credit(grant_id=self._grant.grant_id, sequences=self._grant.sequences, tokens=self._grant.tokens)
@@ -170,7 +177,7 @@ class Outbox:
             message.rendered.extend(self._rendered.next_message())
             if self._rendered:
                 self._wake.set()
-        if usage := self.usage():
+        if not self._steps and (usage := self.usage()):  # a request's usage must not overtake its output
             message.usage.extend(map(usage_to_pb, usage))
             if len(usage) >= MAX_PER_MESSAGE:
                 self._wake.set()
@@ -179,8 +186,8 @@ class Outbox:
     def unwritten(self) -> dict[int, int]:
         """Return the number of unsent tokens of each slot."""
         counts: dict[int, int] = {}
-        if self._columns is not None:
-            for slot, count in zip(self._columns.slots, self._columns.counts, strict=True):
+        for columns in self._steps:
+            for slot, count in zip(columns.slots, columns.counts, strict=True):
                 counts[slot] = counts.get(slot, 0) + count
         return counts
 

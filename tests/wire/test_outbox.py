@@ -10,13 +10,14 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.types import EngineRequest, Sampling, TokenOutput, WorkerIdentity
+from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.wire import codec
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing, read
-from cluster.wire.outbox import Outbox
+from cluster.wire.ended_requests import EndedUsage
+from cluster.wire.outbox import MAX_VECTOR_BYTES, STEP_VECTOR_BYTES, Outbox
 from cluster.worker.session import WorkerSession
 from tests.support.calls import chat
 from tests.support.cluster import TestCluster, sim_engine, until
@@ -102,3 +103,27 @@ async def test_frames_merge_until_they_are_taken() -> None:
     assert full == [False, True, False]
     assert [(slot, list(o.token_ids)) for slot, o in codec.outputs_from_pb(message.step)] == [(1, [5, 6]), (2, [7, 8])]
     assert [a.slot for a in message.accepted] == [1]
+
+
+async def test_vectors_are_sent_in_bounded_messages_before_their_usage() -> None:
+    """Vectors of one engine step are split into messages of little more than a megabyte, each with its end. Usage, and
+    the end of the engine, are sent with the last of them. Unsent vectors above the limit fill the outbox."""
+    outbox = Outbox()
+    outbox.usage = lambda: [EndedUsage(b"r", 1, 0, 0, 0, 0, 0.0, "", "ok", 0.1)]
+    vector = bytes(250_000)
+    for slot in range(1, 10):
+        outbox.output(slot, TokenOutput("", (), finish=FinishReason.STOP, vector=vector))
+    assert not outbox.full
+    outbox.engine_ended("why")
+    slots: list[int] = []
+    while len(slots) < 9:
+        message = await outbox.next_message()
+        outputs = dict(codec.outputs_from_pb(message.step))
+        assert all(output.vector == vector and output.finish for output in outputs.values())
+        assert message.ByteSize() < STEP_VECTOR_BYTES + 2 * len(vector)
+        slots += outputs
+        assert bool(message.usage) is bool(message.engine_ended) is (len(slots) == 9)
+    assert slots == list(range(1, 10))
+    for slot in range(MAX_VECTOR_BYTES // len(vector) + 1):
+        outbox.output(slot, TokenOutput("", (), finish=FinishReason.STOP, vector=vector))
+    assert outbox.full

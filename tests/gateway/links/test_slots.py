@@ -1,4 +1,5 @@
-"""Parts of parsed outputs arrive with their tokens, however the worker's steps are merged into messages."""
+"""Parts of parsed outputs arrive with their tokens, however the worker's steps are merged into messages. Vectors arrive
+with the end of their requests."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind
-from cluster.api.types import TokenOutput
+from cluster.api.types import FinishReason, TokenOutput
 from cluster.gateway.links.prefill_pacing import PrefillPacing
 from cluster.gateway.links.slots import SlotTable
 from cluster.wire import codec
@@ -25,6 +26,7 @@ class Received:
     """The text of each token's part; "" for none."""
     last_token_at: float = 0.0
     tokens: list[int] = field(default_factory=list)
+    vector: bytes | None = None
     text: str = ""
 
     def accepted(self) -> None: ...
@@ -46,7 +48,8 @@ class Received:
         self._get((token_id,), parts)
 
     def output(self, output: TokenOutput) -> None:
-        """Get several tokens with their parts."""
+        """Get several tokens with their parts, or a vector."""
+        self.vector = output.vector
         self._get(output.token_ids, () if output.parsed is None else output.parsed.parts)
 
     def _get(self, token_ids: Sequence[int], parts: Sequence[OutputPart]) -> None:
@@ -76,3 +79,18 @@ def test_parts_come_with_their_tokens(messages: list[list[tuple[int, str]]], mer
         table.apply_step(columns.to_pb(), float(now))
     for slot, sink in sinks.items():
         assert (len(sink.tokens), sink.text) == (len(texts[slot]), "".join(texts[slot]))
+
+
+def test_a_vector_comes_with_the_end_of_its_request() -> None:
+    """The vectors of a step reach their sinks, whose slots are then free, and the others' tokens are not touched."""
+    table = SlotTable("w", PrefillPacing(1000), lambda slots: None, lambda gap_s, count: None)
+    sinks = {slot: Received([""] * 9) for slot in SLOTS}
+    columns = codec.StepColumns()
+    for slot, sink in sinks.items():
+        table.add(slot, sink, 1, 1, False)
+        vector = bytes(4 * slot) if slot != 1 else None
+        output = TokenOutput("", (), finish=FinishReason.STOP, prompt_tokens=1, cached_tokens=0, vector=vector)
+        columns.add(slot, output if vector else TokenOutput("", [7]))
+    table.apply_step(columns.to_pb(), 1.0)
+    assert {slot: sink.vector for slot, sink in sinks.items()} == {1: None, 2: bytes(8), 3: bytes(12)}
+    assert (sinks[1].tokens, len(table)) == ([7], 1)
