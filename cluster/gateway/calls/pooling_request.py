@@ -140,6 +140,16 @@ class TextInputs:
         return self.field.path(i)
 
     @property
+    def fields(self) -> str:
+        """Name of the field that holds the inputs."""
+        return self.field.name
+
+    @property
+    def chars(self) -> int:
+        """Approximate number of characters to encode."""
+        return _chars(self.texts)
+
+    @property
     def all_texts(self) -> Sequence[str]:
         """All texts that the caller has written."""
         return self.texts
@@ -158,6 +168,11 @@ class IdsInputs:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def fields(self) -> str:
+        """Name of the field that holds the inputs."""
+        return self.field.name
 
     def path(self, i: int) -> str:
         """Return the path of an input in the caller's body."""
@@ -180,6 +195,17 @@ class PairInputs:
     def path(self, i: int) -> str:
         """Return the path of a pair's second text in the caller's body."""
         return self.second_field.path(i)
+
+    @property
+    def fields(self) -> str:
+        """Name of the field that holds the second texts."""
+        return self.second_field.name
+
+    @property
+    def chars(self) -> int:
+        """Approximate number of characters to encode."""
+        first = _chars(self.first)
+        return (first * len(self.second) if len(self.first) == 1 else first) + _chars(self.second)
 
     def first_of(self, i: int) -> int:
         """Return the index in `first` of a pair's first text."""
@@ -207,6 +233,11 @@ class SingleTexts(PairInputs):
     def __len__(self) -> int:
         return len(self.first) + len(self.second)
 
+    @property
+    def chars(self) -> int:
+        """Approximate number of characters to encode."""
+        return _chars(self.first) + _chars(self.second)
+
     def path(self, i: int) -> str:
         """Return the path of an input in the caller's body."""
         at = len(self.first)
@@ -226,6 +257,10 @@ def joined(first: Sequence[str], second: Sequence[str]) -> Sequence[str]:
     if isinstance(first, PackedTexts) or isinstance(second, PackedTexts):
         return _packed(first) + _packed(second)
     return [*first, *second]
+
+
+def _chars(texts: Sequence[str]) -> int:
+    return texts.nbytes if isinstance(texts, PackedTexts) else sum(map(len, texts))
 
 
 def _packed(texts: Sequence[str]) -> PackedTexts:
@@ -285,7 +320,7 @@ def check_pairs(inputs: PairInputs) -> None:
         )
 
 
-def too_long(path: str, tokens: int, most: int, remedy: str) -> CallError:
+def too_long(path: str, tokens: int, most: int) -> CallError:
     """Return the error for an input with more tokens than the model's context holds."""
-    message = f"{path}: has {tokens} tokens, the model's context holds {most}: shorten the text{remedy}"
+    message = f"{path}: has {tokens} tokens, the model's context holds {most}: shorten it, or have it cut"
     return CallError(Outcome.CONTEXT_LENGTH_EXCEEDED, message, violations=[Violation(path, "too long")])

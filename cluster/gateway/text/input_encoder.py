@@ -56,12 +56,9 @@ class InputEncoder:
             "token_type_ids" in names if names is not None else config.get("tokenizer_class") not in _WITHOUT_TYPES
         )
 
-    def encode(
-        self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None, remedy: str = ""
-    ) -> EncodedInputs:
+    def encode(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
         """Return the ids of all inputs. `most`: the number of tokens that the model's context holds, 0 if unknown.
-        `keep`: the number of tokens that are kept of a longer input. `remedy`: added to the error for an input that is
-        too long.
+        `keep`: the number of tokens that are kept of a longer input.
 
         Raises CallError, which names the input. Must not run on an event loop if the texts are long.
         """
@@ -74,7 +71,7 @@ class InputEncoder:
                 kept = None if keep is None or len(encoding) <= keep else self._kept(encoding, keep)
                 tokens = encoding.ids if kept is None else _picked(encoding.ids, kept)
                 if most and len(tokens) > most:
-                    raise too_long(inputs.path(i), len(tokens), most, remedy)
+                    raise too_long(inputs.path(i), len(tokens), most)
                 if not tokens:
                     raise invalid(inputs.path(i), "gives no tokens: send a text that is not empty")
                 ids.extend(array("I", tokens))
@@ -85,6 +82,7 @@ class InputEncoder:
 
     def _batch(self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool) -> list[Encoding]:
         """Return the encodings of some inputs. Raises what the tokenizer raises."""
+        batch: list[Any]
         if is_pair:
             assert isinstance(inputs, PairInputs)
             batch = [(inputs.first[inputs.first_of(i)], inputs.second[i]) for i in numbers]
@@ -100,14 +98,14 @@ class InputEncoder:
     def _kept(self, encoding: Encoding, keep: int) -> list[int]:
         """Return the indices of the tokens that are kept of an input that is too long."""
         places: tuple[list[int], list[int]] = ([], [])
-        special = []
-        for at, part in enumerate(encoding.sequence_ids):
-            (special if part is None else places[part]).append(at)
-        room = max(keep - len(special), 0)
-        rest = longest_first(len(places[0]), len(places[1]), room)
-        for part, count in zip(places, rest, strict=True):
-            special += part[len(part) - count :] if self._cuts_left else part[:count]
-        return sorted(special)[:keep]
+        kept: list[int] = []
+        for at, number in enumerate(encoding.sequence_ids):
+            (kept if number is None else places[number]).append(at)
+        room = max(keep - len(kept), 0)
+        counts = longest_first(len(places[0]), len(places[1]), room)
+        for part, count in zip(places, counts, strict=True):
+            kept += part[len(part) - count :] if self._cuts_left else part[:count]
+        return sorted(kept)[:keep]
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
