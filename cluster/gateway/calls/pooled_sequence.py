@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.output_parts import OutputPart
+from cluster.api.pooling import PoolingTask
 from cluster.api.types import FinishReason, TokenOutput
 from cluster.gateway.calls.hedge import FAILED
 from cluster.gateway.calls.sequence import OutputSequence, SequenceOwner, refusal_of
@@ -135,7 +136,8 @@ class PooledSequence(OutputSequence[Owner]):
         assert pooling is not None
         if not vector or len(vector) % FLOAT_BYTES:
             return False
-        if pooling.dimensions is not None and len(vector) != FLOAT_BYTES * pooling.dimensions:
+        wanted = 1 if pooling.task is PoolingTask.SCORE else pooling.dimensions
+        if wanted is not None and len(vector) != FLOAT_BYTES * wanted:
             return False
         return bool(np.isfinite(np.frombuffer(vector, "<f4")).all())
 

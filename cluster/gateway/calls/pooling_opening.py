@@ -206,7 +206,7 @@ class PoolingOpening:
             cache_salt=authenticator.cache_salt(meta.principal, request.cache_salt),
             priority=call.rank,
             traceparent=meta.traceparent,
-            pooling=PoolingParams(self.task, request.dimensions),
+            pooling=PoolingParams(self.task, self._shorter_dimensions()),
         )
         check_size(first)
         call.begin_inputs(
@@ -217,6 +217,12 @@ class PoolingOpening:
         )
         self.call = call
         return call
+
+    def _shorter_dimensions(self) -> int | None:
+        """Return the length of vectors that the engine is asked for; None for the model's own, which a model without
+        shorter ones accepts under no other name."""
+        info, wanted = self.model.pooling, self.request.dimensions
+        return None if self.task is PoolingTask.SCORE or (info is not None and wanted == info.dimensions) else wanted
 
     def _engine_request(self, first: EngineRequest, i: int) -> EngineRequest:
         """Return the engine request of an input. `first`: that of the first input, without its second text."""

@@ -115,10 +115,12 @@ class PackedIds(Sequence[Sequence[int]]):
 
 @dataclass(frozen=True, slots=True)
 class InputField:
-    """A field of the caller's body that holds inputs. `is_list`: whether the field holds a list of them."""
+    """A field of the caller's body that holds inputs. `is_list`: whether the field holds a list of them. `inner`: path
+    from an input to its token ids."""
 
     name: str
     is_list: bool = True
+    inner: str = ""
 
     def path(self, i: int) -> str:
         """Return the path of an input in the body."""
@@ -298,6 +300,18 @@ class PoolingRequest:
     metadata: Mapping[str, str] = field(default_factory=dict)
     priority_class: str = ""
     affinity_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedPooling:
+    """A parsed body: the request, and the options of the answer. `is_base64`: whether vectors are sent as base64 of
+    their bytes. `top_n`: number of documents that are returned, 0 for all. `returns_documents`: whether the answer
+    holds the documents' texts."""
+
+    request: PoolingRequest
+    is_base64: bool = False
+    top_n: int = 0
+    returns_documents: bool = True
 
 
 def check_count(path: str, count: int) -> None:

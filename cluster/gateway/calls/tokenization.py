@@ -130,7 +130,8 @@ def ids_of_inputs(inputs: IdsInputs, most: int, keep: int | None, vocab_size: in
         kept = ids if keep is None else ids[:keep]
         if len(kept) > most:
             raise input_too_long(inputs.path(i), len(kept), most)
-        out.append(kept if isinstance(kept, array) else _in_vocabulary(kept, vocab_size, inputs.path(i)))
+        path = inputs.path(i) + inputs.field.inner
+        out.append(kept if isinstance(kept, array) else _in_vocabulary(kept, vocab_size, path))
     return out
 
 
@@ -141,7 +142,7 @@ def _check_packed_ids(inputs: IdsInputs, lists: PackedIds, vocab_size: int) -> N
     if values.size and values.max() >= vocab_size:
         at = int(np.argmax(values >= vocab_size))
         i, place = lists.place_of(at)
-        raise invalid(f"{inputs.path(i)}[{place}]", _not_in_vocabulary(vocab_size, int(values[at])))
+        raise invalid(f"{inputs.path(i)}{inputs.field.inner}[{place}]", _not_in_vocabulary(vocab_size, int(values[at])))
 
 
 def _not_in_vocabulary(vocab_size: int, got: int) -> str:
