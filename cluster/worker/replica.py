@@ -19,7 +19,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
@@ -142,7 +142,10 @@ class Replica:
                 )
             opened_at = time.time()
             self.engine = engine = CheckedEngine(opened.engine, node=self.place.node)
-            self.info = with_parsers(await engine.start(), opened.parser, opened.renderer)
+            info = await engine.start()
+            if info.pooling is not None:
+                opened = replace(opened, parser=None, renderer=None)
+            self.info = with_parsers(info, opened.parser, opened.renderer)
         except ValueError as error:
             await self.stop()
             raise ModelRefused(str(error)) from error

@@ -97,7 +97,8 @@ class RunningRequest:
         )
         running.expects_cache = bool(emitted) and running.fresh_tokens <= block_size < prompt
         running.is_parsed = request.parsing is not None
-        if submit.stream and request.sampling.logprobs is None and not running.is_parsed:
+        plain = request.sampling.logprobs is None and request.pooling is None
+        if submit.stream and plain and not running.is_parsed:
             running.stream, running.token_ids = submit.stream, list(request.emitted_token_ids)
             running.parameters = (request.sampling, request.adapter, request.cache_salt, request.priority)
         return running

@@ -8,6 +8,8 @@ call. If an engine with `resume:exact` continues with different tokens, also in 
 `resume:state`. After the start, every request that ends in ERROR (for example by NaN logits) starts another check
 beside the running requests. A wrong answer raises EngineCorrupt from `step`, which ends the worker like a dead engine.
 
+The golden prompt of a pooling model is a pooling request, whose vector is compared (golden_vectors.py).
+
 An error alone does not end a worker, because a caller can provoke an error. A correct answer need not be bit-identical:
 batches differ, and in 16-bit numbers the two most likely tokens may swap. So log probabilities are compared, within the
 precision of such numbers. If the comparison does not prove an answer wrong, the answer counts as correct.
@@ -32,6 +34,7 @@ from cluster.api.types import (
     Sampling,
     TokenOutput,
 )
+from cluster.worker.engine.golden_vectors import golden_pooling, why_vector_wrong
 
 PROMPT_TOKENS = 12
 ANSWER_TOKENS = 8
@@ -56,10 +59,13 @@ class GoldenAnswer:
     positions: list[PositionLogprobs] = field(default_factory=list)
     error: str = ""
     refused: bool = False
+    vector: bytes = b""
+    """Answer of a pooling model."""
 
     def add(self, output: TokenOutput) -> None:
         """Append an output."""
         self.positions += output.logprobs or ()
+        self.vector = output.vector or self.vector
         if output.finish is FinishReason.ERROR:
             self.error = output.message or "it ended in an error"
 
@@ -141,6 +147,7 @@ def golden_request(
         emitted_token_ids=emitted,
         cache_salt=PREFIX,
         priority=FIRST_PRIORITY,
+        pooling=golden_pooling(info),
     )
 
 
@@ -278,7 +285,10 @@ class CheckedEngine:
     def _judge(self, reference: GoldenAnswer, answer: GoldenAnswer, how: str = "") -> None:
         assert self._info is not None
         tolerance = TOLERANCES.get(self._info.engine_class.split("-")[0], TOLERANCE_16_BIT)
-        if reason := why_wrong(reference, answer, tolerance):
+        reason = why_wrong(reference, answer, tolerance)
+        if not reason and self._info.pooling is not None:
+            reason = why_vector_wrong(reference.vector, answer.vector, self._info)
+        if reason:
             raise self._sick_error(f"{how}its answer to the golden prompt is wrong: {reason}")
 
     def _sick_error(self, reason: str) -> EngineCorrupt:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from cluster.api.pooling import MAX_DIMENSIONS
 from cluster.config.engine import PARSER_KEYS
 from cluster.wire.bundle import sampling_defaults
 from cluster.worker.engine.simulated.faults import SimFault
@@ -26,6 +27,9 @@ class SimConfig:
     `eos` is -1, `resolved` takes the value from the folder. Output tokens are drawn from [token_lo, token_hi). If
     `salted` is 1, the cache salt changes the tokens, so that a test detects a lost salt. If `salted` is 0, the cache
     salt does not change the tokens, as in a real engine.
+
+    An engine with `embed_dimensions` above 0 is a pooling model with vectors of this length, and of every shorter
+    length if `any_dimensions` is 1. An engine whose `scores` is 1 computes scores of pairs. Both generate no tokens.
     """
 
     folder: str = ""
@@ -44,13 +48,18 @@ class SimConfig:
     seed: int = 0
     load_s: float = 0.0
     salted: int = 1
+    embed_dimensions: int = 0
+    any_dimensions: int = 0
+    scores: int = 0
     faults: tuple[SimFault, ...] = ()
     default_sampling: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_blocks", "block_size"):
             _check(getattr(self, name) >= 1, name, "must be 1 or more")
-        _check(self.salted in (0, 1), "salted", "must be 0 or 1")
+        for name in ("salted", "any_dimensions", "scores"):
+            _check(getattr(self, name) in (0, 1), name, "must be 0 or 1")
+        _check(0 <= self.embed_dimensions <= MAX_DIMENSIONS, "embed_dimensions", f"must be 0 to {MAX_DIMENSIONS}")
         for name in ("decode_ms", "load_s", "max_model_len", "vocab", "token_lo", "token_hi"):
             _check(getattr(self, name) >= 0, name, "must not be negative")
         _check(self.prefill_tokens_per_s > 0, "prefill_tokens_per_s", "must be above 0")
@@ -83,6 +92,7 @@ class SimConfig:
             self.eos_ratio,
             self.seed,
             self.salted,
+            *((self.embed_dimensions, self.scores) if self.embed_dimensions or self.scores else ()),
         )
         return "sha256:" + hashlib.sha256(repr(shapes).encode()).hexdigest()
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from cluster.api.kv_events import KvEvent
+from cluster.api.pooling import pooling_capabilities
 from cluster.api.types import (
     KV_EVENTS,
     PREFIX_EXACT,
@@ -24,6 +25,7 @@ from cluster.worker.engine.simulated.clock import Clock, VirtualClock, WallClock
 from cluster.worker.engine.simulated.config import SCHEME, SimConfig
 from cluster.worker.engine.simulated.faults import EngineFaults, SimFault
 from cluster.worker.engine.simulated.model import SimModel, SimStatistics, StepPlan
+from cluster.worker.engine.simulated.vectors import pooling_info
 from cluster.worker.engine.step_times import LEAST_S, PATIENCE, StepTimes
 
 __all__ = ["SCHEME", "SimConfig", "SimEngine", "SimFault", "SimStatistics", "VirtualClock"]
@@ -57,6 +59,8 @@ class SimEngine:
             await self._clock.sleep_until(self._clock.now() + config.load_s)
         self._config = config
         self._model = SimModel(config)
+        pooling = pooling_info(config)
+        kind = (RESUME_EXACT,) if pooling is None else pooling_capabilities(pooling.tasks)
         return EngineInfo(
             engine_class="sim",
             engine_path="sim",
@@ -68,7 +72,8 @@ class SimEngine:
             max_model_len=config.max_model_len,
             vocab_size=config.vocab,
             default_sampling=config.default_sampling,
-            capabilities=(RESUME_EXACT, KV_EVENTS, PREFIX_EXACT),
+            capabilities=(*kind, KV_EVENTS, PREFIX_EXACT),
+            pooling=pooling,
         )
 
     async def submit(self, request: EngineRequest) -> None:

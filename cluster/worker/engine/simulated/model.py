@@ -178,10 +178,7 @@ class SimModel:
 
     def reaches_max_tokens(self, plan: StepPlan) -> bool:
         """Return whether the planned step gives some request its last allowed token."""
-        return any(
-            s.alive and s.computed + n == len(s.tokens) and s.outputs + 1 == s.request.sampling.max_tokens
-            for s, n in plan.work
-        )
+        return any(s.alive and s.computed + n == len(s.tokens) and s.is_last(s.outputs + 1) for s, n in plan.work)
 
     def _grow_or_preempt(self, sequence: SimSequence, tokens: int) -> bool:
         while not sequence.blocks.grow(sequence.tokens, sequence.computed + tokens):

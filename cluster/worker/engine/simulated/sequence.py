@@ -7,34 +7,46 @@ from cluster.api.types import EngineRequest, FinishReason, TokenOutput
 from cluster.worker.engine.simulated.config import SimConfig
 from cluster.worker.engine.simulated.kv import KvCache, SequenceBlocks
 from cluster.worker.engine.simulated.tokens import TokenSource, content_key, digest64, extend, fold
+from cluster.worker.engine.simulated.vectors import check_pooling, pooled
 
 MAX_LOGPROBS = 20
 
 
 def check_request(request: EngineRequest, c: SimConfig) -> None:
     """Raise EngineRefused if an engine with the configuration `c` cannot run the request."""
-    s = request.sampling
+    check_pooling(request, c)
+    is_pooling = request.pooling is not None
     length = len(request.prompt_token_ids) + len(request.emitted_token_ids)
-    if length >= c.max_model_len:
+    if length >= c.max_model_len + is_pooling:
+        output = "" if is_pooling else ", at least one for output"
         raise EngineRefused(
             "CONTEXT_LENGTH_EXCEEDED",
-            f"the prompt has {length} tokens, but the context is {c.max_model_len} tokens, at least one for output",
+            f"the prompt has {length} tokens, but the context is {c.max_model_len} tokens{output}",
             "prompt_token_ids",
         )
-    wrong = (
+    wrong: tuple[tuple[bool, str, str], ...] = (
         (not request.prompt_token_ids, "prompt_token_ids", "must not be empty"),
-        (s.max_tokens < 1, "max_tokens", "must be 1 or more"),
-        (s.min_tokens > s.max_tokens, "min_tokens", "must not exceed max_tokens"),
-        (len(request.emitted_token_ids) >= s.max_tokens, "emitted_token_ids", "reach max_tokens already"),
-        (not _stops(request, c).isdisjoint(request.emitted_token_ids), "emitted_token_ids", "have a stop token"),
-        (s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS, "logprobs", f"must be 0 to {MAX_LOGPROBS}"),
     )
+    if not is_pooling:
+        wrong += _wrong_sampling(request, c)
     for is_wrong, name, what in wrong:
         if is_wrong:
             raise EngineRefused("INVALID_FIELD", f"{name} {what}", name)
     for name, ids in (("prompt_token_ids", request.prompt_token_ids), ("emitted_token_ids", request.emitted_token_ids)):
         if ids and (max(ids) >= c.vocab or min(ids) < 0):
             raise EngineRefused("INVALID_FIELD", f"{name} has ids outside the vocabulary (0 to {c.vocab - 1})", name)
+
+
+def _wrong_sampling(request: EngineRequest, c: SimConfig) -> tuple[tuple[bool, str, str], ...]:
+    """Return whether each sampling field is wrong, with its name and its range."""
+    s = request.sampling
+    return (
+        (s.max_tokens < 1, "max_tokens", "must be 1 or more"),
+        (s.min_tokens > s.max_tokens, "min_tokens", "must not exceed max_tokens"),
+        (len(request.emitted_token_ids) >= s.max_tokens, "emitted_token_ids", "reach max_tokens already"),
+        (not _stops(request, c).isdisjoint(request.emitted_token_ids), "emitted_token_ids", "have a stop token"),
+        (s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS, "logprobs", f"must be 0 to {MAX_LOGPROBS}"),
+    )
 
 
 def _stops(request: EngineRequest, config: SimConfig) -> frozenset[int]:
@@ -75,8 +87,26 @@ class SimSequence:
         """Number of tokens in the request: the prompt, and the tokens that earlier attempts emitted."""
         return self.output_from + len(self.request.emitted_token_ids)
 
+    def is_last(self, outputs: int) -> bool:
+        """Return whether the sequence ends with its output number `outputs`."""
+        return self.request.pooling is not None or outputs == self.request.sampling.max_tokens
+
+    def pool(self, corrupt: bool) -> TokenOutput:
+        """Return the output of a pooling request. `corrupt`: whether its vector is wrong."""
+        self.first = False
+        return TokenOutput(
+            self.request.request_id,
+            (),
+            FinishReason.STOP,
+            prompt_tokens=self.output_from,
+            cached_tokens=self.cached_tokens,
+            vector=pooled(self.request, self._config, corrupt),
+        )
+
     def emit(self, source: TokenSource, corrupt: bool) -> TokenOutput:
         """Append the next token and return it as output. `corrupt`: whether to append a wrong token."""
+        if self.request.pooling is not None:
+            return self.pool(corrupt)
         sampling = self.request.sampling
         token = source.draw(
             self._state,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.kv_events import KvEvent
+from cluster.api.pooling import pooling_capabilities
 from cluster.api.ports import EngineDead
 from cluster.api.types import (
     RESUME_EXACT,
@@ -25,7 +26,7 @@ from cluster.api.types import (
 )
 from cluster.worker.engine.processes import end_causes, exit_status, fork_server, sockets, watchdog
 from cluster.worker.engine.processes.starvation import BUSY, Starvation, read_tasks
-from cluster.worker.engine.vllm import arguments, fast_path, kv_events, repairs, resume
+from cluster.worker.engine.vllm import arguments, fast_path, kv_events, pooling, repairs, resume
 from cluster.worker.engine.vllm.cpu import lone_rank
 from cluster.worker.engine.vllm.fast_path import FastPath
 from cluster.worker.engine.vllm.paths import EnginePath, LiveRequest, StepStats
@@ -34,12 +35,12 @@ from cluster.worker.engine.vllm.public_path import PublicPath
 from cluster.worker.engine.vllm.requests import (
     RequestBounds,
     check,
+    engine_params,
     is_heavy,
     prompt_of,
     reasoning_arguments,
     refusal,
     refused,
-    sampling_params,
 )
 
 REMEMBERED_IDS = 65_536
@@ -176,6 +177,9 @@ class VllmEngine:
         path = self._require_path()
         path.stats.pace.set_limit(scheduler.max_num_batched_tokens)
         dtype = str(model.dtype).removeprefix("torch.")
+        bounds = pooling.pooling_bounds(config, path.tasks, self._spec.name)
+        if bounds is not None:
+            return self._pooling_info(config, reason, bounds, dtype)
         installs = self._exact_resume and not repairs.why_resume_is_plain(config)
         self._limits = RequestBounds(
             max_model_len=model.max_model_len,
@@ -209,6 +213,34 @@ class VllmEngine:
             ),
         )
 
+    def _pooling_info(self, config: Any, reason: str, bounds: pooling.PoolingBounds, dtype: str) -> EngineInfo:
+        """Return the properties of a pooling model's engine. Such an engine resumes nothing and has no defaults."""
+        from vllm import __version__ as version
+
+        model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
+        self._limits = RequestBounds(model.max_model_len, model.get_vocab_size(), max_logprobs=0, pooling=bounds)
+        has_events = self._kv_events is not None and cache.enable_prefix_caching
+        blocks = pooling.kv_blocks(
+            cache.num_gpu_blocks or 0, cache.block_size, scheduler.max_num_batched_tokens, model.max_model_len
+        )
+        return EngineInfo(
+            engine_class=arguments.engine_class(dtype, model.quantization, self._spec),
+            engine_path="public" if reason else "fastpath",
+            engine_path_reason=reason,
+            engine_version=f"vllm {version}",
+            block_size=cache.block_size,
+            kv_blocks=blocks,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_model_len=self._limits.max_model_len,
+            vocab_size=self._limits.vocab_size,
+            capabilities=(
+                *pooling_capabilities(bounds.info.tasks),
+                *(kv_events.capabilities(config) if has_events else ()),
+            ),
+            pooling=bounds.info,
+        )
+
     async def submit(self, request: EngineRequest) -> None:
         """Submit a request. Raises EngineRefused or EngineDead."""
         path = self._require_path()
@@ -229,12 +261,13 @@ class VllmEngine:
             raise
 
     def _add_live(self, key: str, request: EngineRequest) -> None:
-        sampling = request.sampling
+        sampling, is_pooling = request.sampling, request.pooling is not None
         record = LiveRequest(
             prompt_tokens=len(request.prompt_token_ids),
             logprobs=sampling.logprobs,
             stop_token_ids=frozenset(sampling.stop_token_ids),
-            grammar=sampling.grammar is not None,
+            grammar=sampling.grammar is not None and not is_pooling,
+            pooling=is_pooling,
             emitted_tokens=len(request.emitted_token_ids),
         )
         stats = self._require_path().stats
@@ -249,7 +282,7 @@ class VllmEngine:
         from vllm.exceptions import VLLMError
 
         def prepare() -> Any:
-            params = sampling_params(request, self._limits)
+            params = engine_params(request, self._limits)
             prompt = prompt_of(request, self._limits)
             return path.prepare(request.request_id, prompt, params, request.priority, reasoning_arguments(request))
 

@@ -17,6 +17,7 @@ from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
 from cluster.worker.engine.vllm.packed_ids import packed, takes_packed
 from cluster.worker.engine.vllm.paths import LiveRequest, StepStats, core_exit, end
+from cluster.worker.engine.vllm.pooling import set_vector
 
 NAN_MESSAGE = "NaN in the logits"
 NOT_ITS_GRAMMAR = "the emitted tokens do not follow response_format, or it could not be compiled"
@@ -56,6 +57,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "stop_reason",
         "prefill_stats",
         "num_nans_in_logits",
+        "pooling_output",
     ),
     "vllm.v1.engine.FinishReason": ("STOP", "LENGTH", "ABORT", "ERROR", "REPETITION"),
     "vllm.v1.engine.exceptions.EngineDeadError": (),
@@ -97,7 +99,7 @@ class FastPath:
         self._renderer = renderer_from_config(vllm_config)
         self._processor = InputProcessor(vllm_config, self._renderer)
         self._takes_packed = takes_packed(EngineCoreRequest, MsgpackEncoder, MsgpackDecoder)
-        self._tasks: Any = ()
+        self.tasks: Sequence[str] = ()
         self._core: Any = EngineCoreClient.make_async_mp_client(
             vllm_config=vllm_config,
             executor_class=Executor.get_class(vllm_config),
@@ -111,7 +113,7 @@ class FastPath:
         The call also starts the asyncio task that reads the core's outputs.
         """
         try:
-            self._tasks = await self._core.get_supported_tasks_async()
+            self.tasks = await self._core.get_supported_tasks_async()
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
 
@@ -125,7 +127,7 @@ class FastPath:
         """
         ids = prompt["prompt_token_ids"]
         request = self._processor.process_inputs(
-            request_id, {**prompt, "prompt_token_ids": [ids[0]]}, params, supported_tasks=self._tasks, priority=priority
+            request_id, {**prompt, "prompt_token_ids": [ids[0]]}, params, supported_tasks=self.tasks, priority=priority
         )
         if isinstance(ids, array):
             ids = packed(ids) if self._takes_packed else ids.tolist()
@@ -207,6 +209,8 @@ def _complete(output: TokenOutput, given: Any, record: LiveRequest) -> None:
         if output.finish is FinishReason.ERROR:
             refused = record.grammar and record.emitted_tokens and first
             output.message = NOT_ITS_GRAMMAR if refused else "the engine failed on this request"
+        elif record.pooling and output.finish is FinishReason.STOP:
+            set_vector(output, given.pooling_output)
     if given.new_logprobs is not None and record.logprobs is not None:
         width = record.logprobs + 1
         rows = zip(given.new_logprobs.logprob_token_ids, given.new_logprobs.logprobs, strict=True)

@@ -10,6 +10,7 @@ from typing import Any
 from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
 from cluster.worker.engine.vllm.paths import LiveRequest, StepStats, core_exit, end
+from cluster.worker.engine.vllm.pooling import set_vector
 
 _FINISH = {
     "stop": FinishReason.STOP,
@@ -48,6 +49,7 @@ class PublicPath:
 
         self.stats = StepStats()
         self._dead_error: type[Exception] = EngineDeadError
+        self.tasks: Sequence[str] = ()
         self._llm: Any = AsyncLLM(
             vllm_config=vllm_config,
             executor_class=Executor.get_class(vllm_config),
@@ -60,18 +62,21 @@ class PublicPath:
 
     async def ready(self) -> None:
         """Fetch the tasks that the core supports."""
-        await self._llm.get_supported_tasks()
+        self.tasks = await self._llm.get_supported_tasks()
 
     def prepare(
         self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
     ) -> Any:
         """Validate a request as AsyncLLM will, so that an invalid request fails here and not in the task of `add`."""
-        params.verify(
-            self._llm.vllm_config.model_config,
-            self._llm.vllm_config.speculative_config,
-            self._llm.vllm_config.structured_outputs_config,
-            self._llm.renderer.tokenizer,
-        )
+        if _is_pooling(params):
+            params.verify(self._llm.vllm_config.model_config)
+        else:
+            params.verify(
+                self._llm.vllm_config.model_config,
+                self._llm.vllm_config.speculative_config,
+                self._llm.vllm_config.structured_outputs_config,
+                self._llm.renderer.tokenizer,
+            )
         prompt = {**prompt, "prompt_token_ids": list(prompt["prompt_token_ids"])}
         return request_id, prompt, params, priority, reasoning
 
@@ -84,8 +89,9 @@ class PublicPath:
     async def _read(
         self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
     ) -> None:
+        run = self._llm.encode if _is_pooling(params) else self._llm.generate
         try:
-            async for output in self._llm.generate(prompt, params, request_id, priority=priority, **reasoning):
+            async for output in run(prompt, params, request_id, priority=priority, **reasoning):
                 self._queue.put_nowait((request_id, output))
         except self._dead_error as error:
             self._queue.put_nowait(EngineDead(str(error)))
@@ -134,9 +140,26 @@ class PublicPath:
         end(self._llm.engine_core, self._llm.shutdown)
 
 
+def _is_pooling(params: Any) -> bool:
+    from vllm import PoolingParams
+
+    return isinstance(params, PoolingParams)
+
+
+def _pooled(request_id: str, given: Any, record: LiveRequest) -> TokenOutput:
+    """Return the output of a pooling request, which is its first and its last."""
+    record.first = False
+    cached = min(given.num_cached_tokens or 0, record.prompt_tokens)
+    output = TokenOutput(request_id, [], FinishReason.STOP, prompt_tokens=record.prompt_tokens, cached_tokens=cached)
+    set_vector(output, given.outputs.data)
+    return output
+
+
 def _output(request_id: str, given: Any, record: LiveRequest) -> TokenOutput:
     if isinstance(given, Exception):
         return TokenOutput(request_id, [], FinishReason.ERROR, message=f"{type(given).__name__}: {given}")
+    if record.pooling:
+        return _pooled(request_id, given, record)
     completion = given.outputs[0]
     output = TokenOutput(request_id, list(completion.token_ids))
     if record.first:

@@ -1,4 +1,4 @@
-"""Conversion of an EngineRequest to vLLM's SamplingParams. Every value that could harm the engine is refused here.
+"""Conversion of an EngineRequest to vLLM's parameters. Every value that could harm the engine is refused here.
 
 vLLM checks many of these values too, but not all, and a bad value that reaches the engine core ends the core and with
 it all streams of the replica. So the bounds that protect the process are checked here, before vLLM's own checks.
@@ -18,6 +18,7 @@ from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.worker.engine.vllm.grammars import FIELD, check_grammar, structured_outputs
 from cluster.worker.engine.vllm.packed_ids import MIN_IDS
+from cluster.worker.engine.vllm.pooling import PoolingBounds, check_pooling, check_task, pooling_params
 from cluster.worker.engine.vllm.resume import extra_args
 from cluster.worker.engine.vllm.structural_tags import STRUCTURAL_TAG, check_structural_tag, structural_tag
 
@@ -51,6 +52,8 @@ class RequestBounds:
     """Whether the engine can end the reasoning after a number of tokens."""
     resumes_budgets: bool = False
     """Whether a resumed request keeps its budget of reasoning tokens."""
+    pooling: PoolingBounds | None = None
+    """The pooling requests of a pooling model, which accepts no others; None for a model that generates."""
 
 
 def refused(field: str, description: str, outcome: Outcome = Outcome.INVALID_FIELD) -> EngineRefused:
@@ -69,7 +72,11 @@ def check(request: EngineRequest, limits: RequestBounds) -> None:
         raise refused("adapter", f"{request.adapter!r} is not loaded", Outcome.ADAPTER_INVALID)
     if not -_INT64 <= request.priority < _INT64:
         raise refused("priority", "must fit into 64 bits")
+    check_task(request.pooling, limits.pooling)
     _check_tokens(request, limits)
+    if request.pooling is not None and limits.pooling is not None:
+        check_pooling(request.pooling, len(request.prompt_token_ids), limits.pooling.info)
+        return
     _check_numbers(request.sampling, limits)
     _check_ids(request.sampling, limits)
     _check_grammar(request.sampling.grammar)
@@ -95,11 +102,15 @@ def _check_tokens(request: EngineRequest, limits: RequestBounds) -> None:
     length = len(request.prompt_token_ids) + len(request.emitted_token_ids)
     if not request.prompt_token_ids:
         raise refused("prompt_token_ids", "the prompt has no tokens; send at least one")
-    if length >= limits.max_model_len:
+    if request.pooling is not None and request.emitted_token_ids:
+        raise refused("emitted_token_ids", "a pooling request has no output tokens; leave them out")
+    answer = 0 if request.pooling is not None else 1
+    if length + answer > limits.max_model_len:
+        left = ", of which at least one must be left for the answer" if answer else ""
         raise refused(
             "prompt_token_ids",
-            f"the prompt has {length} tokens and the model's context is {limits.max_model_len}, "
-            "of which at least one must be left for the answer: shorten the prompt",
+            f"the prompt has {length} tokens and the model's context is {limits.max_model_len}{left}: "
+            "shorten the prompt",
             Outcome.CONTEXT_LENGTH_EXCEEDED,
         )
     for field, ids in (
@@ -213,7 +224,7 @@ def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
 
 def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:
     """Return whether validation takes too long for the event loop (more than about a millisecond)."""
-    return request.sampling.grammar is not None or (
+    return (request.sampling.grammar is not None and request.pooling is None) or (
         len(request.prompt_token_ids) + len(request.emitted_token_ids) > inline_tokens
     )
 
@@ -231,6 +242,13 @@ def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
     if request.cache_salt:
         prompt["cache_salt"] = request.cache_salt
     return prompt
+
+
+def engine_params(request: EngineRequest, limits: RequestBounds) -> Any:
+    """Return vLLM's PoolingParams of a pooling request, and the SamplingParams of any other."""
+    if request.pooling is not None and limits.pooling is not None:
+        return pooling_params(request.pooling, limits.pooling)
+    return sampling_params(request, limits)
 
 
 def sampling_params(request: EngineRequest, limits: RequestBounds) -> Any:
@@ -279,7 +297,7 @@ def _budget(sampling: Sampling) -> dict[str, Any]:
 def reasoning_arguments(request: EngineRequest) -> dict[str, Any]:
     """Return vLLM's arguments that control where a grammar begins; empty if the engine decides."""
     grammar = request.sampling.grammar
-    if grammar is None or grammar.reasoning_ended is None:
+    if request.pooling is not None or grammar is None or grammar.reasoning_ended is None:
         return {}
     kwargs = json.loads(grammar.template_kwargs) if grammar.template_kwargs else {}
     return {

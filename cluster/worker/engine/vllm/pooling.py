@@ -1,0 +1,161 @@
+"""Pooling models on vLLM: what they compute, which pooling requests they accept, and their vectors as bytes.
+
+vLLM decides from the checkpoint's architecture, or from the arguments `runner` and `convert` of the entry, whether a
+model is a pooling model. Such a model computes one vector for each request and generates no tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.api.outcomes import Outcome
+from cluster.api.pooling import MAX_DIMENSIONS, PoolingInfo, PoolingParams, PoolingTask
+from cluster.api.ports import EngineRefused
+from cluster.api.types import FinishReason, TokenOutput
+
+TASKS = {PoolingTask.EMBED: "embed", PoolingTask.SCORE: "classify"}
+"""vLLM's names of the pooling tasks."""
+STEPS_AHEAD = 4
+"""Number of full steps whose tokens an engine without a KV cache accepts at once. More requests wait in the queues of
+the gateways, where fair order applies."""
+NOT_FINITE = "NaN or infinite numbers in the vector"
+NO_VECTOR = "the engine returned no vector"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingBounds:
+    """The pooling requests that a started engine accepts. `token_types`: whether the model distinguishes the second
+    text of a pair by token types."""
+
+    info: PoolingInfo
+    token_types: bool = False
+
+
+def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBounds | None:
+    """Return the bounds of a pooling model; None for a model that generates. `config`: vLLM's VllmConfig. `tasks`: the
+    tasks that the engine core reports. `name`: of the catalog entry.
+
+    Raises ValueError for a pooling model that computes neither vectors of texts nor scores, or too long vectors.
+    """
+    model = config.model_config
+    if model.runner_type != "pooling":
+        return None
+    known = [task for task, word in TASKS.items() if word in tasks]
+    labels = int(getattr(model.hf_config, "num_labels", 0) or 0)
+    if PoolingTask.SCORE in known and labels != 1:
+        known.remove(PoolingTask.SCORE)
+    if not known:
+        classes = f" for {labels} classes" if labels > 1 else ""
+        raise ValueError(
+            f"models[{name}]: this pooling model computes {', '.join(sorted(tasks)) or 'nothing'}{classes}; served are "
+            "vectors of texts (embed) and the scores of cross-encoders with one label (classify). Choose another "
+            "model, or set engine.convert: embed"
+        )
+    dimensions = int(model.embedding_size) if PoolingTask.EMBED in known else 1
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise ValueError(f"models[{name}]: its vectors have {dimensions} numbers; served are 1 to {MAX_DIMENSIONS}")
+    declared = model.matryoshka_dimensions or ()
+    info = PoolingInfo(
+        tasks=tuple(known),
+        dimensions=dimensions,
+        shorter_dimensions=tuple(sorted({int(length) for length in declared if 1 <= int(length) < dimensions})),
+        any_shorter=bool(model.is_matryoshka) and not declared and PoolingTask.EMBED in known,
+    )
+    return PoolingBounds(info, PoolingTask.SCORE in known and _has_token_types(model))
+
+
+def _has_token_types(model: Any) -> bool:
+    """Return whether vLLM's class of the model accepts token types. Others would end the engine core."""
+    if int(getattr(model.hf_config, "type_vocab_size", 0) or 0) < 2:
+        return False
+    from vllm import ModelRegistry
+
+    model_class, _ = ModelRegistry.resolve_model_cls(model.architectures, model)
+    return "token_type_ids" in inspect.signature(model_class.forward).parameters
+
+
+def kv_blocks(blocks: int, block_size: int, max_num_batched_tokens: int, max_model_len: int) -> int:
+    """Return the number of KV blocks by which the gateways' credit is counted.
+
+    A model without a KV cache (such as BERT) has one block, in which no request would fit. Its number follows from the
+    tokens of STEPS_AHEAD steps instead.
+    """
+    if blocks * block_size >= max_model_len:
+        return blocks
+    return -(-STEPS_AHEAD * max(max_num_batched_tokens, max_model_len) // block_size)
+
+
+def check_task(pooling: PoolingParams | None, bounds: PoolingBounds | None) -> None:
+    """Raise EngineRefused for a request of a kind that the model does not serve."""
+    if pooling is None:
+        if bounds is not None:
+            raise _refused("model", f"it computes {_words(bounds)} and generates no text; name a model that generates")
+        return
+    if bounds is None:
+        raise _refused("model", f"it generates text and does not compute {pooling.task.value}; name a pooling model")
+    if pooling.task not in bounds.info.tasks:
+        raise _refused("model", f"it computes {_words(bounds)}, not {pooling.task.value}; name another pooling model")
+
+
+def _words(bounds: PoolingBounds) -> str:
+    return " and ".join(task.value for task in bounds.info.tasks)
+
+
+def _refused(field: str, description: str, outcome: Outcome = Outcome.UNSUPPORTED_FEATURE) -> EngineRefused:
+    return EngineRefused(outcome.name, f"{field}: {description}", field)
+
+
+def check_pooling(pooling: PoolingParams, tokens: int, info: PoolingInfo) -> None:
+    """Raise EngineRefused for parameters outside their ranges. `tokens`: length of the prompt."""
+    if not 0 <= pooling.second_text_at < tokens:
+        what = f"must be in [0, {tokens - 1}], got {pooling.second_text_at}"
+        raise _refused("second_text_at", what, Outcome.INVALID_FIELD)
+    length = pooling.dimensions
+    if length in (None, info.dimensions) or length in info.shorter_dimensions:
+        return
+    if pooling.task is PoolingTask.SCORE:
+        raise _refused("dimensions", "a score is one number; leave the field out", Outcome.INVALID_FIELD)
+    if info.any_shorter:
+        if not 1 <= length <= info.dimensions:
+            raise _refused("dimensions", f"must be in [1, {info.dimensions}], got {length}", Outcome.INVALID_FIELD)
+        return
+    lengths = ", ".join(map(str, (*info.shorter_dimensions, info.dimensions)))
+    raise _refused(
+        "dimensions", f"this model computes vectors of {lengths} numbers, got {length}", Outcome.INVALID_FIELD
+    )
+
+
+def pooling_params(pooling: PoolingParams, bounds: PoolingBounds) -> Any:
+    """Return vLLM's PoolingParams of a checked request."""
+    from vllm import PoolingParams as VllmPoolingParams
+
+    types = {"compressed_token_type_ids": pooling.second_text_at}
+    return VllmPoolingParams(
+        task=TASKS[pooling.task],
+        dimensions=None if pooling.dimensions == bounds.info.dimensions else pooling.dimensions,
+        extra_kwargs=types if bounds.token_types and pooling.second_text_at else None,
+    )
+
+
+def vector_of(tensor: Any) -> tuple[bytes, str]:
+    """Return a vector as little-endian float32 and "", or no bytes and the reason. `tensor`: vLLM's result or None."""
+    import numpy as np
+
+    if tensor is None or not tensor.numel():
+        return b"", NO_VECTOR
+    values = tensor.detach().float().cpu().flatten().numpy()
+    if not np.isfinite(values).all():
+        return b"", NOT_FINITE
+    return values.astype("<f4", copy=False).tobytes(), ""
+
+
+def set_vector(output: TokenOutput, tensor: Any) -> None:
+    """Set the vector of a pooling request that has ended, or the error if there is none with finite numbers."""
+    vector, why = vector_of(tensor)
+    if why:
+        output.finish, output.message = FinishReason.ERROR, why
+    else:
+        output.vector = vector
