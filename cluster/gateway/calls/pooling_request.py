@@ -281,7 +281,17 @@ def packed(inputs: PoolingInputs) -> PoolingInputs:
             try:
                 return IdsInputs(PackedIds.of(lists), where)
             except OverflowError:
-                raise invalid(where.name, "must hold token ids that fit into 32 bits, none of them negative") from None
+                raise _no_id(lists, where) from None
+
+
+def _no_id(lists: Sequence[Sequence[int]], where: InputField) -> CallError:
+    """Return the error for the first number that cannot be a token id."""
+    for i, numbers in enumerate(lists):
+        for at, number in enumerate(numbers):
+            if not 0 <= number < 2**32:
+                path = f"{where.path(i)}{where.inner}[{at}]"
+                return invalid(path, f"must be a token id of the vocabulary, got {number}")
+    return invalid(where.name, "must hold token ids")
 
 
 @dataclass(frozen=True, slots=True)
