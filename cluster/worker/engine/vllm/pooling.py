@@ -48,7 +48,7 @@ def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBound
     if PoolingTask.SCORE in known and labels != 1:
         known.remove(PoolingTask.SCORE)
     if not known:
-        classes = f" for {labels} classes" if labels > 1 else ""
+        classes = f" for {labels} classes" if "classify" in tasks else ""
         raise ValueError(
             f"models[{name}]: this pooling model computes {', '.join(sorted(tasks)) or 'nothing'}{classes}; served are "
             "vectors of texts (embed) and the scores of cross-encoders with one label (classify). Choose another "

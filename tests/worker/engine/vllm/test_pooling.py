@@ -150,8 +150,7 @@ async def decoder(llama_folder: Path) -> AsyncIterator[Subject]:
 
 
 class TestDecoder(PoolingContract):
-    """The contract of pooling models, tested with a generating model that the entry turns into an embedding model, behind
-    AsyncLLM."""
+    """The contract of pooling models, tested with an embedding model made of a generating one, behind AsyncLLM."""
 
     @pytest.fixture
     def engine(self, decoder: Subject) -> Subject:
