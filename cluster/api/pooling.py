@@ -57,6 +57,10 @@ def pooling_capabilities(tasks: Iterable[PoolingTask]) -> tuple[str, ...]:
 
 def pooling_tasks(capabilities: Iterable[str]) -> tuple[PoolingTask, ...]:
     """Return the pooling tasks that `capabilities` name; unknown tasks are ignored."""
+    return known_tasks(word.removeprefix(POOLS) for word in capabilities if word.startswith(POOLS))
+
+
+def known_tasks(words: Iterable[str]) -> tuple[PoolingTask, ...]:
+    """Return the pooling tasks of these names; unknown names are ignored."""
     known = {task.value for task in PoolingTask}
-    words = (word.removeprefix(POOLS) for word in capabilities if word.startswith(POOLS))
     return tuple(PoolingTask(word) for word in words if word in known)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.api.output_parts import OutputParsing, ParsedOutput
-from cluster.api.pooling import PoolingInfo, PoolingParams
+from cluster.api.pooling import PoolingInfo, PoolingParams, PoolingTask
 
 
 class FinishReason(enum.IntEnum):
@@ -438,3 +438,6 @@ class CatalogEntry:
     starting_since_s: float = 0.0
     """Time at which the model's first replica began to start, in seconds since the epoch; 0 while no first replica is
     starting."""
+    tasks: tuple[PoolingTask, ...] = ()
+    """Pooling tasks of the model's workers. Empty: the model generates, or no worker has reported yet, in which case
+    `engine_class` is empty too."""

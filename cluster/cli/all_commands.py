@@ -13,6 +13,7 @@ from cluster.cli.commands import (
     db,
     doctor,
     drain,
+    embed,
     explain,
     models,
     scale,
@@ -38,6 +39,8 @@ app.command()(up.down)
 app.command()(status.status)
 app.command()(chat.chat)
 app.command()(chat.complete)
+app.command()(embed.embed)
+app.command()(embed.rerank)
 app.command()(status.workers)
 app.command()(status.abort)
 for verb in (drain.drain, drain.cordon, drain.uncordon, scale.scale, scale.freeze, scale.unfreeze):

@@ -4,6 +4,7 @@ from cluster.api.outcomes import Violation
 from cluster.client.aio import AsyncClient, AsyncStream
 from cluster.client.answers import Answer, ChatAnswer, CompleteAnswer
 from cluster.client.errors import UNREACHABLE, HeadraceError
+from cluster.client.pooling import EmbedAnswer, PoolingParams, RankedDocument, RerankAnswer
 from cluster.client.requests import ChatParams, Messages, SamplingParams
 from cluster.client.sync import Client, Stream
 from cluster.client.tools import Tool, ToolCall, run_calls
@@ -17,8 +18,12 @@ __all__ = [
     "ChatParams",
     "Client",
     "CompleteAnswer",
+    "EmbedAnswer",
     "HeadraceError",
     "Messages",
+    "PoolingParams",
+    "RankedDocument",
+    "RerankAnswer",
     "SamplingParams",
     "Stream",
     "Tool",

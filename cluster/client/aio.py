@@ -25,6 +25,16 @@ from cluster.client.attempts import Method, StreamAttempts
 from cluster.client.errors import UNREACHABLE, HeadraceError, from_rpc
 from cluster.client.gateways import GatewayList
 from cluster.client.options import DEFAULT_TIMEOUT_S, MAX_MESSAGE_BYTES, ChannelOptions, new_request_id
+from cluster.client.pooling import (
+    EmbedAnswer,
+    PoolingParams,
+    RerankAnswer,
+    Texts,
+    embed_answer,
+    embed_request,
+    rerank_answer,
+    rerank_request,
+)
 from cluster.client.requests import (
     ChatParams,
     Messages,
@@ -295,6 +305,43 @@ class AsyncClient:
         """Return the continuation of a plain prompt (a text or token ids), as a stream."""
         request = complete_request(model, prompt, params)
         return self._stream(lambda stub: stub.StreamComplete, request, timeout_s, request_id, headers)
+
+    async def embed(
+        self,
+        model: str,
+        texts: Texts,
+        *,
+        dimensions: int | None = None,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **params: Unpack[PoolingParams],
+    ) -> EmbedAnswer:
+        """Return the vectors of a text, of several texts, or of lists of token ids. `dimensions`: length of the
+        vectors, for models that allow shorter ones."""
+        request_id = request_id or new_request_id()
+        request = embed_request(model, texts, dimensions, params)
+        raw = await self._unary(lambda stub: stub.Embed, request, timeout_s, request_id, headers)
+        return embed_answer(raw, request_id)
+
+    async def rerank(
+        self,
+        model: str,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        return_documents: bool = False,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **params: Unpack[PoolingParams],
+    ) -> RerankAnswer:
+        """Return documents by their relevance to a query, the best first. `top_n`: return only the best so many."""
+        request_id = request_id or new_request_id()
+        request = rerank_request(model, query, documents, top_n, return_documents, params)
+        raw = await self._unary(lambda stub: stub.Rerank, request, timeout_s, request_id, headers)
+        return rerank_answer(raw, request_id)
 
     async def tokenize(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.api.demand import ComputedWork, ModelDemand
+from cluster.api.pooling import PoolingTask, known_tasks
 from cluster.api.types import CatalogEntry, DrainState, VersionTally
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
@@ -45,6 +46,7 @@ class FleetWorker:
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
     kv_tokens: int = 0
+    tasks: tuple[PoolingTask, ...] = ()
 
 
 class DemandListener(Protocol):
@@ -282,4 +284,5 @@ def _worker(w: pb.FleetWorker) -> FleetWorker:
         default_sampling=json.loads(w.default_sampling_json or "{}"),
         version=w.version,
         generation=w.generation,
+        tasks=known_tasks(w.tasks),
     )

@@ -182,4 +182,5 @@ def _reported(worker: FleetWorker) -> WorkerReport:
         max_model_len=worker.max_model_len,
         engine_class=worker.engine_class,
         default_sampling=worker.default_sampling,
+        tasks=worker.tasks,
     )

@@ -16,6 +16,7 @@ from typing import TypeVar
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, quoted
+from cluster.api.pooling import PoolingInfo, PoolingTask, pooling_tasks
 from cluster.api.types import CatalogEntry, CompatibilityKey, EngineInfo, ModelState, VersionShare, WorkerIdentity
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
 from cluster.gateway.links.worker_link import WorkerLink
@@ -59,6 +60,8 @@ class KnownModel:
         self.parsers: frozenset[str] = frozenset()
         """The kinds of parsers that any linked worker has: TOOL_PARSER, REASONING_PARSER. Kept here because each call
         asks, and a model may have a thousand workers."""
+        self._linked_tasks: frozenset[PoolingTask] = frozenset()
+        """The pooling tasks of any linked worker, kept here for the same reason."""
         self.last_info: EngineInfo | None = None
         """Engine info of the last worker that left. While no worker is linked, this info is used for fields that the
         catalog lacks."""
@@ -76,6 +79,23 @@ class KnownModel:
         """Return whether the caller may use the model: the policy of the caller's tenant must allow one of the model's
         names."""
         return any(map(principal.tenant.allows, (self.name, *self.entry.aliases)))
+
+    @property
+    def tasks(self) -> frozenset[PoolingTask] | None:
+        """Pooling tasks of the model: those of its workers, else of its last worker, else of the catalog. Empty for a
+        model that generates; None while no worker has ever reported."""
+        if self.links:
+            return self._linked_tasks
+        if self.last_info is not None:
+            return frozenset(pooling_tasks(self.last_info.capabilities))
+        return frozenset(self.entry.tasks) if self.entry.tasks or self.entry.engine_class else None
+
+    @property
+    def pooling(self) -> PoolingInfo | None:
+        """What the model's vectors are, as one of its workers reports; None while that is not known."""
+        infos = (link.info for link in self.links.values())
+        last = () if self.last_info is None else (self.last_info,)
+        return next((info.pooling for info in (*infos, *last) if info.pooling is not None), None)
 
     @property
     def served(self) -> bool:
@@ -142,6 +162,7 @@ class KnownModel:
         link.changes = self.changed_workers
         link.mark_changed()
         self.parsers |= link.parsers
+        self._linked_tasks |= link.tasks
         self._departed.pop(link.compatibility_key, None)
 
     def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
@@ -149,6 +170,7 @@ class KnownModel:
         del self.links[link.identity.worker_id], self.by_incarnation[link.identity.incarnation]
         link.mark_changed()
         self.parsers = frozenset().union(*(other.parsers for other in self.links.values()))
+        self._linked_tasks = frozenset().union(*(other.tasks for other in self.links.values()))
         if link.identity.generation in self._replaced:
             _remember(self._departed, link.compatibility_key)
         if not self.links:
@@ -388,12 +410,14 @@ class ModelDirectory:
         model = self._models.get(name)
         return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
-    def fallback_of(self, model: KnownModel, principal: Principal) -> KnownModel | None:
-        """Return the first of the model's fallbacks that is served and that the caller may use; None if there is no
-        such fallback."""
+    def fallback_of(
+        self, model: KnownModel, principal: Principal, suits: Callable[[KnownModel], bool]
+    ) -> KnownModel | None:
+        """Return the first of the model's fallbacks that is served, that the caller may use and that `suits` the call;
+        None if there is no such fallback."""
         for name in model.entry.fallback:
             other = self.find(name)
-            if other is not None and other.served and not other.leaving and other.open_to(principal):
+            if other is not None and other.served and not other.leaving and other.open_to(principal) and suits(other):
                 return other
         return None
 

@@ -25,6 +25,9 @@ from cluster.gateway.calls.life import Life
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.open_calls import OpenCalls
 from cluster.gateway.calls.opening import Opening
+from cluster.gateway.calls.pooling_call import PoolingCall
+from cluster.gateway.calls.pooling_opening import PoolingOpening
+from cluster.gateway.calls.pooling_request import PoolingRequest
 from cluster.gateway.calls.tokenization import RenderChat, Tokenization
 from cluster.gateway.links.link_renders import RenderedPrompt
 from cluster.gateway.models import KnownModel, ModelDirectory
@@ -111,12 +114,25 @@ class CallService:
     async def open(self, request: requests.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:
         """Open a call that lasts as long as the context. Raises CallError if the call cannot run. An error that is
         raised in the context ends the call with the outcome of the error."""
-        cleanup = Cleanup(meta.request_id)
         opening = Opening(request, meta, self.clock())
+        async with self._until_closed(opening) as cleanup:
+            yield await self._begin(opening, cleanup)
+
+    @asynccontextmanager
+    async def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> AsyncIterator[PoolingCall]:
+        """Open a pooling call, as `open` does."""
+        opening = PoolingOpening(request, meta, self.clock())
+        async with self._until_closed(opening) as cleanup:
+            yield await self._begin_pooling(opening, cleanup)
+
+    @asynccontextmanager
+    async def _until_closed(self, opening: Opening | PoolingOpening) -> AsyncIterator[Cleanup]:
+        """Run the cleanup of a call at the end of the context, with the outcome of the context."""
+        meta = opening.meta
+        cleanup = Cleanup(meta.request_id)
         cleanup.add(lambda outcome: self._end_metrics.count(opening, outcome))
         try:
-            call = await self._begin(opening, cleanup)
-            yield call
+            yield cleanup
         except CallError as error:
             cleanup.outcome = error.outcome
             raise
@@ -154,22 +170,43 @@ class CallService:
             raise suspended
         call = opening.create_call(self._scheduler, self.authenticator, self._metrics, self.clock, self._new_life)
         self._hold_open(call, opening, cleanup)
-        if opening.is_fallback:
-            self._record_fallback(call, opening)
         if (resumes := self.resumes) is not None and opening.request.resumable:
             cleanup.add(lambda outcome: resumes.give_up(call, outcome))
             cleanup.add(lambda outcome: resumes.leave(call))
             resumes.begin(call, opening.request, opening.meta, opening.bundle_digest, opening.chain)
+        await self._reserve(call, opening, cleanup)
+        if opening.chain is not None:
+            await self._resume_service().take_over(call, opening.chain)
+        self._settle_at_end(call, cleanup)
+        self._scheduler.enter(call, opening.model)
+        return call
+
+    async def _begin_pooling(self, opening: PoolingOpening, cleanup: Cleanup) -> PoolingCall:
+        """Take the steps from a pooling request to a queued call, as `_begin` does."""
+        self.calls.check_not_closing()
+        if opening.request.metadata:
+            requests.check_metadata(opening.request.metadata)
+        opening.choose_model(self.directory)
+        await opening.encode(self.directory)
+        if opening.meta.principal.tenant.guards:
+            await self._guard_prompt(opening, cleanup)
+        if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived
+            raise suspended
+        call = opening.create_call(self._scheduler, self.authenticator, self.clock, self._new_life)
+        self._hold_open(call, opening, cleanup)
+        await self._reserve(call, opening, cleanup)
+        self._settle_at_end(call, cleanup)
+        await self._scheduler.enter_in_slices(call, opening.model)
+        return call
+
+    async def _reserve(self, call: Call, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
+        """Reserve the quota of a call until the call ends."""
         cleanup.add(lambda outcome: self._reservations.settle(call))
         await self._reservations.admit(call)
         if opening.is_fallback:
             call.add_headers([("x-headrace-model", opening.model.name)])
         if call.error is not None:  # the tenant was suspended while its limits were checked
             raise call.error
-        if opening.chain is not None:
-            await self._resume_service().take_over(call, opening.chain)
-        self._queue(call, opening, cleanup)
-        return call
 
     def _renderer_of(
         self, model: KnownModel, text: TextModel, meta: CallMeta, bundle_digest: str, priority_class: str
@@ -193,7 +230,7 @@ class CallService:
             raise CallError(Outcome.UNSUPPORTED_FEATURE, "this gateway cannot resume streams: send a new call")
         return self.resumes
 
-    async def _guard_prompt(self, opening: Opening, cleanup: Cleanup) -> None:
+    async def _guard_prompt(self, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
         """Apply the tenant's guards to the prompt. Guards search the whole prompt, so they run after the prompt was
         encoded, which bounds the prompt's length."""
         assert self._guards is not None, "a policy names guards, but the service has none"
@@ -201,25 +238,26 @@ class CallService:
         cleanup.add(lambda outcome: guards.close())
         await opening.guard_prompt(guards)
 
-    def _hold_open(self, call: Call, opening: Opening, cleanup: Cleanup) -> None:
+    def _hold_open(self, call: Call, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
         """Keep the call among the open calls until the call ends."""
         cleanup.add(lambda outcome: self.calls.remove(call))
         if (prompts := self._prompts) is not None:
-            cleanup.add(lambda outcome: prompts.ended(call, opening.request.prompt, opening.text, outcome))
+            cleanup.add(lambda outcome: prompts.ended(call, opening.prompt, opening.text, outcome))
         self.calls.add(call)
+        if opening.is_fallback:
+            self._record_fallback(call, opening)
 
-    def _record_fallback(self, call: Call, opening: Opening) -> None:
+    def _record_fallback(self, call: Call, opening: Opening | PoolingOpening) -> None:
         """Count a call that is served by a fallback model as demand for the requested model, and label the call's usage
         record."""
         self._scheduler.count_missed(call, opening.requested)
         call.add_label(FALLBACK_LABEL, opening.requested.name)
         self._metrics.count("route_decisions_total", opening.requested.name, "fallback")
 
-    def _queue(self, call: Call, opening: Opening, cleanup: Cleanup) -> None:
-        """Queue the call's sequences, and settle their accounts when the call ends."""
+    def _settle_at_end(self, call: Call, cleanup: Cleanup) -> None:
+        """Settle the accounts of the call's sequences when the call ends."""
         if (accounting := self._scheduler.host.accounting) is not None:
             cleanup.add(lambda outcome: accounting.ended(call, outcome))
         cleanup.add(lambda outcome: self._scheduler.routes.ended(call, outcome))
         cleanup.add(lambda outcome: self._scheduler.canaries.ended(call, outcome))
         cleanup.add(lambda outcome: self._scheduler.leave(call))
-        self._scheduler.enter(call, opening.model)

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from cluster.api.output_parts import OutputParsing, OutputPart, ParsedOutput, PartKind
+from cluster.api.pooling import known_tasks
 from cluster.api.types import (
     CatalogEntry,
     DrainState,
@@ -596,6 +597,7 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         versions=[_share_to_pb(share) for share in e.versions],
         retired=e.retired,
         card=e.card,
+        tasks=e.tasks,
     )
 
 
@@ -672,4 +674,5 @@ def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
         slo_ttft_s=m.slo_ttft_s,
         slo_itl_s=m.slo_itl_s,
         starting_since_s=m.starting_since_s,
+        tasks=known_tasks(m.tasks),
     )

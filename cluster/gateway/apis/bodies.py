@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pickle import PickleBuffer
 from typing import Any, Final
@@ -20,9 +20,11 @@ from cluster.gateway.apis.anthropic.requests import PARSERS as ANTHROPIC_PARSERS
 from cluster.gateway.apis.grpc import requests
 from cluster.gateway.apis.grpc.message_scan import scan
 from cluster.gateway.apis.json_values import MAX_IDS, NotText
-from cluster.gateway.apis.openai.fields import read_object
+from cluster.gateway.apis.openai.fields import Fields, read_object
+from cluster.gateway.apis.openai.pooling_requests import PARSERS as POOLING_PARSERS
 from cluster.gateway.apis.openai.requests import ParsedRequest, parse_chat, parse_completion
-from cluster.gateway.helpers.pool import HelperPool, JobLost, TooMuchCpu
+from cluster.gateway.calls.pooling_request import ParsedPooling
+from cluster.gateway.helpers.pool import HelperPool, Job, JobLost, TooMuchCpu
 from cluster.v1 import inference_pb2 as pb
 
 log = structlog.get_logger("bodies")
@@ -37,7 +39,12 @@ PATIENCE_S: Final = 5.0
 this process, which delays all calls."""
 FEW_ELEMENTS: Final = 2048
 """Upper bound on the fields and list elements in a protobuf message that is parsed on the event loop."""
-_PARSERS: Final = {"chat": parse_chat, "completion": parse_completion, **ANTHROPIC_PARSERS}
+_PARSERS: Final[Mapping[str, Callable[[Fields], ParsedRequest | ParsedPooling]]] = {
+    "chat": parse_chat,
+    "completion": parse_completion,
+    **ANTHROPIC_PARSERS,
+    **POOLING_PARSERS,
+}
 
 
 class Bodies:
@@ -53,10 +60,11 @@ class Bodies:
 
     async def http(
         self, name: str, body: bytes | bytearray, tenant: str = "", max_ids: Callable[[], int] = lambda: MAX_IDS
-    ) -> ParsedRequest:
-        """Parse a request body of the HTTP API. Raises CallError.
+    ) -> Any:
+        """Parse a request body of the HTTP API. Returns a ParsedRequest, or for a pooling request a ParsedPooling.
+        Raises CallError.
 
-        `name`: `chat`, `completion`, `messages` or `count_tokens`. `max_ids`: returns the largest allowed number of
+        `name`: a name of the parsers above. `max_ids`: returns the largest allowed number of
         token ids in a prompt; a longer prompt is refused before it is parsed. Called for large bodies only.
         """
         if len(body) <= SMALL_JSON_BYTES:
@@ -67,8 +75,7 @@ class Bodies:
                 await asyncio.sleep(0)
                 with suppress(NotText):
                     return _PARSERS[name](read_object(bytes(body), None))  # few values, so few strings
-        parsed: ParsedRequest = await self._read_in_helper("http", body, tenant, name, max_ids())
-        return parsed
+        return await self._read_in_helper("http", body, tenant, name, max_ids())
 
     async def message(
         self, name: str, data: bytes | bytearray, tenant: str = "", max_ids: Callable[[], int] = lambda: MAX_IDS
@@ -93,6 +100,18 @@ class Bodies:
             return request
         items: list[Any] = await self._read_in_helper("session", data, tenant)
         return items
+
+    async def embeddings_json(self, vectors: Sequence[bytes], tenant: str = "") -> bytes | bytearray | None:
+        """Return the JSON of many vectors for an answer, without the brackets around them, from a helper process. None
+        if no helper is free, so that the caller must do the work."""
+        data = b"".join(vectors)
+        try:
+            job: Job = ("embeddings_json", (PickleBuffer(data), len(vectors)), {})
+            result: bytes | bytearray | None = await self.pool.run(job, size=len(data), tenant=tenant)
+        except (TooMuchCpu, JobLost) as error:
+            log.warning("vectors_not_written", reason=str(error))
+            return None
+        return result
 
     async def _read_in_helper(self, method: str, data: bytes | bytearray, tenant: str, *more: Any) -> Any:
         try:

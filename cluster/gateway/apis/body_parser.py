@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pickle import PickleBuffer
 from typing import Any, Final
 
 import msgspec
@@ -36,8 +37,11 @@ from cluster.gateway.apis.json_values import (
     check_utf8,
     parse,
 )
+from cluster.gateway.apis.openai import pooling_requests
 from cluster.gateway.apis.openai import requests as openai_requests
 from cluster.gateway.apis.openai.fields import Fields
+from cluster.gateway.apis.openai.vectors import embedding
+from cluster.gateway.calls.pooling_request import ParsedPooling, packed
 from cluster.gateway.calls.request import (
     MAX_MESSAGES,
     MAX_STOP_TOKEN_IDS,
@@ -76,9 +80,15 @@ MAX_OPTION_BYTES: Final = 1 << 17
 every character is escaped."""
 _MAX_BYTES = {
     **dict.fromkeys(("messages", "prompt", "chat_template_kwargs", "functions", "documents", "system"), 1 << 62),
+    **dict.fromkeys(pooling_requests.INPUT_FIELDS, 1 << 62),
     **dict.fromkeys(("response_format", "structured_outputs", "tools", "output_config"), 2 << 20),
 }
-_BOUNDS = {"messages": MESSAGES, "prompt": PROMPTS, "tools": MESSAGES}
+_BOUNDS = {
+    "messages": MESSAGES,
+    "prompt": PROMPTS,
+    "tools": MESSAGES,
+    **dict.fromkeys(pooling_requests.INPUT_FIELDS - {"documents"}, BODY),
+}
 _PLACE = re.compile(r"\$\[(\d+)\]")
 _BYTE = re.compile(r"\(byte (\d+)\)")
 
@@ -99,15 +109,31 @@ class BodyReader:
             "messages": (_splitter(anthropic_requests.MESSAGES_FIELDS), anthropic_requests.parse_messages),
             "count_tokens": (_splitter(anthropic_requests.COUNT_FIELDS), anthropic_requests.parse_count),
         }
+        self._pooling = {
+            "embeddings": _splitter(pooling_requests.EMBEDDINGS_FIELDS),
+            "rerank": _splitter(pooling_requests.RERANK_FIELDS),
+            "score": _splitter(pooling_requests.SCORE_FIELDS),
+        }
 
-    def http(self, body: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> openai_requests.ParsedRequest:
+    def http(
+        self, body: bytes | bytearray, name: str, max_ids: int = MAX_IDS
+    ) -> openai_requests.ParsedRequest | ParsedPooling:
         """Parse a request body of the HTTP API. Raises CallError, also for a prompt of more than `max_ids` token
         ids."""
+        if (pooling_splitter := self._pooling.get(name)) is not None:
+            values = {name: _field(name, raw, max_ids) for name, raw in _split(pooling_splitter, body).items()}
+            return _packed_pooling(pooling_requests.PARSERS[name](Fields(values)))
         splitter, parse_body = self._http[name]
         parsed = parse_body(Fields({name: _field(name, raw, max_ids) for name, raw in _split(splitter, body).items()}))
         for request in parsed.requests[:1]:  # all requests of a body have the same options
             check_request(request, parsed.names)
         return replace(parsed, requests=[_packed(request) for request in parsed.requests])
+
+    def embeddings_json(self, data: bytes | bytearray, count: int) -> PickleBuffer:
+        """Return the JSON of `count` vectors of equal length, whose bytes are `data`."""
+        size = len(data) // count
+        view = memoryview(data)
+        return PickleBuffer(b",".join(embedding(i, view[i * size : (i + 1) * size]) for i in range(count)))
 
     def message(self, data: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> Any:
         """Parse a request of the gRPC API. Raises CallError, also for a request of more than `max_ids` token ids."""
@@ -267,6 +293,26 @@ def _message(kind: type[Message], data: bytes | bytearray, max_ids: int = MAX_ID
     return grpc_requests.decoded(kind, data)
 
 
+def _packed_pooling(parsed: ParsedPooling) -> ParsedPooling:
+    """Check a parsed pooling request, and pack its inputs. Raises CallError."""
+    check_metadata(parsed.request.metadata)
+    grpc_requests.check_name(parsed.request.model)
+    return replace(parsed, request=replace(parsed.request, inputs=packed(parsed.request.inputs)))
+
+
+def _packed_start(start: grpc_requests.SessionStart) -> grpc_requests.SessionStart:
+    if isinstance(start.request, GenerationRequest):
+        return replace(start, request=_packed(start.request))
+    if isinstance(start.request, ParsedPooling):
+        request: ParsedPooling | CallError
+        try:
+            request = _packed_pooling(start.request)
+        except CallError as error:
+            request = error
+        return replace(start, request=request)
+    return start
+
+
 def _packed(request: GenerationRequest) -> GenerationRequest:
     return replace(request, prompt=_packed_prompt(request.prompt))
 
@@ -284,9 +330,8 @@ _PACK: Mapping[type, Callable[[Any], Any]] = {
     GenerationRequest: _packed,
     grpc_requests.ResumedCall: lambda call: replace(call, request=_packed(call.request)),
     grpc_requests.TokenizeCall: lambda call: replace(call, prompt=_packed_prompt(call.prompt)),
-    grpc_requests.SessionStart: lambda start: (
-        replace(start, request=_packed(start.request)) if isinstance(start.request, GenerationRequest) else start
-    ),
+    grpc_requests.SessionStart: _packed_start,
+    ParsedPooling: _packed_pooling,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import structlog
 
@@ -49,6 +49,8 @@ class Call:
     """A call from arrival to end. `rank` is the rank of the call's priority class. `arrived` and `deadline` are times
     of `clock`."""
 
+    is_pooling: ClassVar[bool] = False
+    """Whether the sequences become vectors and no tokens: pooling_call.py."""
     id: str
     model: str
     policy: TenantPolicy
@@ -131,6 +133,11 @@ class Call:
         return self.first_token_at is not None or (
             self.error is None and any(sequence.computed for sequence in self.sequences)
         )
+
+    @property
+    def charged_prompt_tokens(self) -> int:
+        """Number of prompt tokens that are charged to the tenant's limits."""
+        return self.usage.prompt_tokens if self.prompt_computed and self.pays_prompt else 0
 
     @property
     def pays_prompt(self) -> bool:

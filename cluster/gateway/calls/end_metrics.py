@@ -7,6 +7,7 @@ from collections.abc import Callable
 from cluster.api.outcomes import Outcome
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.opening import Opening
+from cluster.gateway.calls.pooling_opening import PoolingOpening
 from cluster.gateway.calls.reasoning import new_reasoning_tokens
 from cluster.gateway.demand import DemandTally, within_slo
 from cluster.gateway.models import ModelDirectory
@@ -35,7 +36,7 @@ class EndMetrics:
         self._tally = tally
         self._clock = clock
 
-    def count(self, opening: Opening, outcome: Outcome) -> None:
+    def count(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
         """Count a call that has ended or could not begin."""
         call, model, meta = opening.call, opening.model_name, opening.meta
         metrics = self._metrics
@@ -49,8 +50,12 @@ class EndMetrics:
         call.count()
         usage = call.usage
         metrics.histogram("request_duration_seconds", model).observe(self._clock() - opening.arrived)
-        metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
         metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
+        if call.is_pooling:
+            metrics.count("prompt_tokens_total", model, meta.tenant, by=call.charged_prompt_tokens)
+            metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
+            return
+        metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
         if call.pays_prompt:
             metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)

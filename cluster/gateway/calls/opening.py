@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
 from cluster.api.output_parts import OutputParsing
+from cluster.api.pooling import PoolingTask
 from cluster.api.types import REASONING_PARSER, TOOL_PARSER, EngineRequest, Sampling
 from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Authenticator
@@ -73,7 +74,9 @@ class Opening:
         name = self.request.model if chain is None else chain.call_head.model
         requested = model = directory.resolve(name, principal, began=chain is not None)
         if model.entry.fallback and not model.served and chain is None:
-            model = directory.fallback_of(model, principal) or model
+            model = directory.fallback_of(model, principal, lambda other: not other.tasks) or model
+        if model.tasks:
+            raise _only_pools(model)
         if self.request.output.needs_tools and chain is None and model.links and TOOL_PARSER not in model.parsers:
             raise _no_tool_parser(model.name)
         self.requested, self.model, self.model_name = requested, model, model.name
@@ -84,6 +87,11 @@ class Opening:
     def is_fallback(self) -> bool:
         """Whether a fallback model serves the call."""
         return self.model is not self.requested
+
+    @property
+    def prompt(self) -> requests.Prompt:
+        """The prompt, for the prompt log."""
+        return self.request.prompt
 
     @property
     def bundle_digest(self) -> str:
@@ -99,8 +107,7 @@ class Opening:
 
     def _longest_context(self) -> int:
         """Return the context length for the call, in tokens; 0 while the model's is unknown."""
-        longest, of_tenant = self.model.max_model_len, self.meta.principal.tenant.max_context_tokens
-        return min(longest, of_tenant) if of_tenant else longest
+        return longest_context(self.model, self.meta)
 
     def create_guards(self, guards: Guards) -> CallGuards:
         """Create the guards of the call."""
@@ -136,7 +143,8 @@ class Opening:
     ) -> Call:
         """Create the call and its sequences, without queueing them. `life` returns the life of a new sequence."""
         sampling = self._sampling()
-        request, meta, policy = self.request, self.meta, self._policy(scheduler)
+        request, meta = self.request, self.meta
+        policy = policy_of(meta, request.priority_class, scheduler)
         call = Call(
             id=f"{'chatcmpl' if requests.is_chat(request.prompt) else 'cmpl'}-{random_id()}",
             model=self.model.name,
@@ -156,7 +164,7 @@ class Opening:
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
             tool_calls_before=request.output.tool_calls_before,
         )
-        call.affinity = self._affinity(call.flow)
+        call.affinity = affinity(self.request.affinity_key, self.meta, call.flow)
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)
         first = EngineRequest(
             "",
@@ -173,32 +181,10 @@ class Opening:
         self.call = call
         return call
 
-    def _affinity(self, flow: str) -> int:
-        """Return the hash of the tenant and the affinity key; 0 without a key. `flow`: the tenant's handle."""
-        field, key = "affinity_key", self.request.affinity_key
-        if not key:
-            field, key = "x-headrace-affinity", self.meta.affinity_key
-        if not key:
-            return 0
-        if len(key) > requests.MAX_AFFINITY_CHARS:
-            raise invalid(field, f"must have at most {requests.MAX_AFFINITY_CHARS} characters; has {len(key)}")
-        return max(hash64(f"{flow}\0{key}"), 1)
-
-    def _policy(self, scheduler: Scheduler) -> TenantPolicy:
-        """Return the policy of the tenant, with the priority class of the request if it has one. A tenant may use its
-        own class and all classes that are served later."""
-        policy, name = self.meta.principal.tenant, self.request.priority_class
-        if name in ("", policy.priority_class):
-            return policy
-        allowed = scheduler.charges.classes_from(policy.priority_class)
-        if name not in allowed:
-            raise invalid("priority", f"must be one of {', '.join(allowed)}; got {quoted(name)}")
-        return replace(policy, priority_class=name)
-
     def _sampling(self) -> Sampling:
         """Return the sampling parameters of the call."""
         if not self.max_model_len:
-            raise CallError(Outcome.MODEL_LOADING, f"model {self.model.name} is still being prepared; retry later")
+            raise not_prepared(self.model)
         return requests.sampling(
             self.request,
             self.model.default_sampling_of(self.versions.first),
@@ -227,6 +213,42 @@ class Opening:
         return OutputSequence(call, index, engine_request, parsed, logprobs, parsed_text=parsed, life=life)
 
 
+def longest_context(model: KnownModel, meta: CallMeta) -> int:
+    """Return the context length for a caller's call, in tokens; 0 while the model's is unknown."""
+    longest, of_tenant = model.max_model_len, meta.principal.tenant.max_context_tokens
+    return min(longest, of_tenant) if of_tenant else longest
+
+
+def not_prepared(model: KnownModel) -> CallError:
+    """Return the error for a model whose properties are not known yet."""
+    return CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared; retry later")
+
+
+def affinity(key: str, meta: CallMeta, flow: str) -> int:
+    """Return the hash of the tenant and the affinity key; 0 without a key. `key`: the key in the request. `flow`: the
+    tenant's handle. Raises CallError for a key that is too long."""
+    field = "affinity_key"
+    if not key:
+        field, key = "x-headrace-affinity", meta.affinity_key
+    if not key:
+        return 0
+    if len(key) > requests.MAX_AFFINITY_CHARS:
+        raise invalid(field, f"must have at most {requests.MAX_AFFINITY_CHARS} characters; has {len(key)}")
+    return max(hash64(f"{flow}\0{key}"), 1)
+
+
+def policy_of(meta: CallMeta, priority_class: str, scheduler: Scheduler) -> TenantPolicy:
+    """Return the policy of a caller's tenant, with the priority class of the request if it has one. A tenant may use
+    its own class and all classes that are served later. Raises CallError for another class."""
+    policy = meta.principal.tenant
+    if priority_class in ("", policy.priority_class):
+        return policy
+    allowed = scheduler.charges.classes_from(policy.priority_class)
+    if priority_class not in allowed:
+        raise invalid("priority", f"must be one of {', '.join(allowed)}; got {quoted(priority_class)}")
+    return replace(policy, priority_class=priority_class)
+
+
 def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> OutputParsing | None:
     """Return how the worker is to parse the output of a call; None if there is nothing to parse.
 
@@ -247,6 +269,20 @@ def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> Ou
             "allowed: lower n or shorten the tools",
         )
     return OutputParsing(output.parser_request, request.options.stop, output.is_whole, output.needs_tools)
+
+
+def _only_pools(model: KnownModel) -> CallError:
+    tasks = sorted(model.tasks or ())
+    uses = {
+        PoolingTask.EMBED: "send texts to /v1/embeddings (gRPC: Embed)",
+        PoolingTask.SCORE: "send pairs of texts to /v1/score or /v1/rerank (gRPC: Rerank)",
+    }
+    return CallError(
+        Outcome.UNSUPPORTED_FEATURE,
+        f"model: {model.name} generates no text, its tasks are {', '.join(tasks)}: "
+        f"{' or '.join(uses[task] for task in tasks)}, or choose another model",
+        violations=[Violation("model", "generates no text")],
+    )
 
 
 def _no_tool_parser(model: str) -> CallError:

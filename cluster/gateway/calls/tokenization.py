@@ -10,6 +10,8 @@ from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.json_values import MAX_IDS
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.pooling_request import IdsInputs, PackedIds
+from cluster.gateway.calls.pooling_request import too_long as input_too_long
 from cluster.gateway.links.link_renders import RenderedPrompt
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
@@ -115,6 +117,38 @@ async def encode(
     return ids
 
 
+def ids_of_inputs(inputs: IdsInputs, most: int, keep: int | None, vocab_size: int) -> Sequence[array[int]]:
+    """Return the token ids of a pooling request that has ids as its inputs. `most` and `keep`: see InputEncoder.encode.
+    Raises CallError, which names the input."""
+    lists = inputs.token_ids
+    if isinstance(lists, PackedIds):
+        _check_packed_ids(inputs, lists, vocab_size)
+    out = []
+    for i, ids in enumerate(lists):
+        if not len(ids):
+            raise invalid(inputs.path(i), "must not be empty")
+        kept = ids if keep is None else ids[:keep]
+        if len(kept) > most:
+            raise input_too_long(inputs.path(i), len(kept), most)
+        path = inputs.path(i) + inputs.field.inner
+        out.append(kept if isinstance(kept, array) else _in_vocabulary(kept, vocab_size, path))
+    return out
+
+
+def _check_packed_ids(inputs: IdsInputs, lists: PackedIds, vocab_size: int) -> None:
+    import numpy as np  # not imported at start: deferred_imports.py
+
+    values = np.frombuffer(lists.ids, np.uint32)
+    if values.size and values.max() >= vocab_size:
+        at = int(np.argmax(values >= vocab_size))
+        i, place = lists.place_of(at)
+        raise invalid(f"{inputs.path(i)}{inputs.field.inner}[{place}]", _not_in_vocabulary(vocab_size, int(values[at])))
+
+
+def _not_in_vocabulary(vocab_size: int, got: int) -> str:
+    return f"must be in 0 to {vocab_size - 1} (the vocabulary), got {got}"
+
+
 async def _rendered(
     prompt: requests.ChatPrompt | requests.PackedPrompt,
     text: TextModel,
@@ -139,5 +173,5 @@ def _in_vocabulary(ids: Sequence[int], vocab_size: int, field: str = "prompt_tok
     wrong = np.flatnonzero((values < 0) | (values >= vocab_size))
     if wrong.size:
         i = int(wrong[0])
-        raise invalid(f"{field}[{i}]", f"must be in 0 to {vocab_size - 1} (the vocabulary), got {values[i]}")
+        raise invalid(f"{field}[{i}]", _not_in_vocabulary(vocab_size, int(values[i])))
     return array("I", values.astype(np.uint32).tobytes())

@@ -19,6 +19,7 @@ from typing import TypeVar
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.gateway.calls.pooling_request import IdsInputs, PoolingInputs
 from cluster.gateway.calls.request import ChatPrompt, IdsPrompt, PackedPrompt, Prompt
 from cluster.gateway.guards.files import PatternFiles
 from cluster.gateway.guards.parts import GuardedParts
@@ -152,8 +153,23 @@ class CallGuards:
         ids: array[int] = await _run_by_size(len(filtered_text), lambda: text.encode_raw(filtered_text))
         return replace(prompt, token_ids=tuple(ids))
 
-    async def _check_texts(self, texts: Sequence[str], prompt: Prompt) -> Sequence[str]:
-        field = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+    async def inputs(self, inputs: PoolingInputs, text: TextModel) -> PoolingInputs:
+        """Apply the input guards to the inputs of a pooling request. Returns the filtered inputs, or the same object if
+        nothing changes. Raises CallError as `prompt` does."""
+        if not self._inputs:
+            return inputs
+        texts = await _texts_of_inputs(inputs, text)
+        kept = await self._check_texts(texts, None, inputs.fields)
+        if kept == texts:
+            return inputs
+        if not isinstance(inputs, IdsInputs):
+            return inputs.with_texts(kept)
+        ids = await _run_by_size(sum(map(len, kept)), lambda: [text.encode_raw(one) for one in kept])
+        return IdsInputs(ids, inputs.field)
+
+    async def _check_texts(self, texts: Sequence[str], prompt: Prompt | None, field: str = "") -> Sequence[str]:
+        """Apply all guards to texts of a prompt, None for inputs of a pooling request in the field `field`."""
+        field = field or ("messages" if isinstance(prompt, ChatPrompt) else "prompt")
         for rule in self._inputs:
             try:
                 async with asyncio.timeout(rule.timeout_s):
@@ -169,7 +185,7 @@ class CallGuards:
                     raise _refusal(field, f"the guard {_name(rule)} could not decide; try again later") from None
         return texts
 
-    async def _apply(self, rule: GuardRule, texts: Sequence[str], prompt: Prompt, field: str) -> Sequence[str]:
+    async def _apply(self, rule: GuardRule, texts: Sequence[str], prompt: Prompt | None, field: str) -> Sequence[str]:
         """Apply one guard to the texts of a prompt. Returns the filtered texts. Raises CallError if the guard refuses
         the prompt."""
         if rule.address:
@@ -310,6 +326,14 @@ class _Findings:
         self.counts[name] += 1
         if text and len(self.texts) < MAX_AUDIT_TEXTS:
             self.texts.append(text)
+
+
+async def _texts_of_inputs(inputs: PoolingInputs, text: TextModel) -> list[str]:
+    """Return the texts of the inputs of a pooling request; token ids are decoded."""
+    if not isinstance(inputs, IdsInputs):
+        return await _run_by_size(inputs.chars, lambda: list(inputs.all_texts))
+    size = sum(map(len, inputs.token_ids))
+    return await _run_by_size(size, lambda: [text.decode(ids, skip_special_tokens=False) for ids in inputs.token_ids])
 
 
 def _name(rule: GuardRule) -> str:

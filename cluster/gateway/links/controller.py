@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
+from cluster.api.pooling import pooling_tasks
 from cluster.api.types import CatalogEntry, VersionTally
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
@@ -155,4 +156,5 @@ def worker_to_pb(link: WorkerLink) -> pb.FleetWorker:
         max_num_seqs=link.info.max_num_seqs,
         max_num_batched_tokens=link.info.max_num_batched_tokens,
         kv_tokens=link.info.kv_tokens,
+        tasks=pooling_tasks(link.info.capabilities),
     )

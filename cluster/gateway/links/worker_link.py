@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from cluster.api.demand import ComputedWork
+from cluster.api.pooling import pooling_tasks
 from cluster.api.types import (
     PARSER_KINDS,
     RENDERER,
@@ -96,6 +97,8 @@ class WorkerLink:
         self.info = info
         self.parsers = frozenset(kind for kind in PARSER_KINDS if any(c.startswith(kind) for c in info.capabilities))
         """The kinds of parsers that the worker has: TOOL_PARSER, REASONING_PARSER."""
+        self.tasks = frozenset(pooling_tasks(info.capabilities))
+        """The worker's pooling tasks; empty if it generates."""
         self.epoch = epoch
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.liveness = liveness

@@ -32,6 +32,8 @@ MAX_CONCURRENT = 64
 SWEEP_S = 60.0
 UTILIZATION_S = 60.0
 NO_LIMITS = TenantLimits()
+NEVER = 2**62
+"""Number of output tokens that no call reaches."""
 
 
 @dataclass(slots=True)
@@ -79,15 +81,16 @@ class QuotaReservations:
         policy = call.policy
         if policy.limits == NO_LIMITS:
             return
-        per_output = self._learnt.p95(call.flow, call.model, call.sequences[0].request.sampling.max_tokens)
-        ask = ReservationRequest(
-            call.id, call.usage.prompt_tokens, len(call.sequences) * per_output, requests=int(not call.counted)
-        )
+        output_tokens = 0
+        if not call.is_pooling:
+            per_output = self._learnt.p95(call.flow, call.model, call.sequences[0].request.sampling.max_tokens)
+            output_tokens = len(call.sequences) * per_output
+        ask = ReservationRequest(call.id, call.usage.prompt_tokens, output_tokens, requests=int(not call.counted))
         result = await self._reserve(policy, ask)
         self._note(policy.name, result)
         if isinstance(result, LimitRefusal):
             raise refusal(result)
-        self._held[call.id] = _Reservation(call, ask.output_tokens)
+        self._held[call.id] = _Reservation(call, NEVER if call.is_pooling else ask.output_tokens)
         call.add_headers(headers(result))
 
     async def count_request(self, policy: TenantPolicy) -> None:
@@ -112,8 +115,7 @@ class QuotaReservations:
         Idempotent."""
         if self._held.pop(call.id, None) is None:
             return
-        prompt = call.usage.prompt_tokens if call.prompt_computed and call.pays_prompt else 0
-        settling = self._limits.settle(call.id, prompt, call.new_tokens)
+        settling = self._limits.settle(call.id, call.charged_prompt_tokens, call.new_tokens)
         await (settling if self._limits.synchronous else asyncio.shield(self._spawn(settling)))
 
     async def watch(self) -> None:

@@ -82,6 +82,7 @@ class Executor:
             return
         now = self._clock()
         route = self._routes.create(instruction, sequence, link, now)
+        versions = sequence.call.versions
         sequence.set_route(route)
         fresh, cached = instruction.uncached_tokens, instruction.cached_tokens
         if submit(sequence, link, entry, self._accounting(), now, fresh, cached):
@@ -90,7 +91,7 @@ class Executor:
             self._hedges.sent(sequence, link, instruction.cached_tokens, now)
             self._metrics.count("route_decisions_total", entry.model, instruction.reason)
             self._routes.sent(sequence.call, route)
-            if sequence.call.versions.all and len(sequence.call.sequences) > 1:
+            if sequence.call.versions != versions and len(sequence.call.sequences) > 1:
                 self._queues.versions_changed(sequence.call)
 
     def _end(self, sequence: CallSequence, ending: Ending) -> None:

@@ -7,6 +7,7 @@ and the executor carries out the policy's instructions.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("dispatch")
 
 SWEEP_S = 1.0
+SLICE = 64
+"""Number of sequences of one call that are queued at once, which takes about 3 ms."""
 
 
 class SchedulerHost(Protocol):
@@ -142,15 +145,34 @@ class Scheduler:
 
     # ---- calls
 
-    def enter(self, call: Call, model: KnownModel) -> None:
+    async def enter_in_slices(self, call: Call, model: KnownModel) -> None:
+        """Queue the sequences of a call with many, as `enter` does, in slices between which other tasks run."""
+        starts_in_s = 0.0 if call.deadline is None else self.charges.starts_in_s(call)
+        for at in range(0, len(call.sequences), SLICE):
+            if at:
+                await asyncio.sleep(0)
+            if call.error is not None:  # since the last slice
+                raise call.error
+            self.enter(call, model, call.sequences[at : at + SLICE], starts_in_s)
+
+    def enter(
+        self,
+        call: Call,
+        model: KnownModel,
+        some: Sequence[CallSequence] | None = None,
+        starts_in_s: float | None = None,
+    ) -> None:
         """Queue every sequence of a call, and send the sequences for which a worker has capacity. Raises CallError;
-        then no sequence of the call is queued."""
+        then no sequence of the call is queued. `some`: the sequences to queue, if not all. `starts_in_s`: seconds until
+        the earliest possible start, if it is known."""
         not_servable = queue_errors.not_servable(model)
         if not_servable is not None:
             raise not_servable
-        starts_in_s = 0.0 if call.deadline is None else self.charges.starts_in_s(call)
+        if starts_in_s is None:
+            starts_in_s = 0.0 if call.deadline is None else self.charges.starts_in_s(call)
+        sequences = call.sequences if some is None else some
         resumed: list[ResumingSequence] = []
-        for sequence in call.sequences:
+        for sequence in sequences:
             if sequence.finish_reason:
                 continue
             if sequence.emitted:  # at another gateway, where the sequence passed the waiting room
@@ -163,7 +185,7 @@ class Scheduler:
             if admitted.refusal is not None:
                 self.leave(call)
                 raise queue_errors.refused(admitted.refusal)
-        if len(resumed) < len(call.sequences):
+        if len(resumed) < len(sequences):
             self.pump(model.name)
         else:
             self._send_resumed(model, resumed)
@@ -268,7 +290,7 @@ class Scheduler:
         """Allow a call that has delivered nothing to begin on any version with the same tokenizer, because the call's
         own version may have lost its last worker."""
         model = self.host.directory.find(call.model)
-        begun = any(sequence.emitted or sequence.link for sequence in call.sequences)
+        begun = any(sequence.emitted or sequence.link or sequence.finish_reason for sequence in call.sequences)
         if model is None or not call.versions.all or begun:
             return
         links = [link for link in model.links.values() if model.takes_calls(link)]

@@ -99,12 +99,15 @@ class ServiceCharges:
             arrived=call.arrived,
             rank=call.rank,
             cached_tokens=self._learnt_cached.mean(flow, call.model, tokens),
-            output_tokens=self.learnt.expected(flow, call.model, sequence.request.sampling.max_tokens),
+            output_tokens=0 if call.is_pooling else self._expected_output(flow, sequence),
             needs_tools=parsing is not None and parsing.needs_tools,
             affinity=call.affinity,
         )
         self._charges[sequence.key] = _Charge(place)
         return place
+
+    def _expected_output(self, flow: str, sequence: CallSequence) -> int:
+        return self.learnt.expected(flow, sequence.call.model, sequence.request.sampling.max_tokens)
 
     def place(self, sequence: CallSequence) -> WaitingSequence | None:
         """Return the waiting room's entry for a sequence; None if the sequence was never queued."""

@@ -20,6 +20,7 @@ import structlog
 from tokenizers import Tokenizer
 
 from cluster.api.outcomes import CallError, invalid
+from cluster.gateway.calls.pooling_request import PairInputs, TextInputs
 from cluster.gateway.calls.request import ChatPrompt, PackedPrompt, TextPrompt, too_long
 from cluster.gateway.helpers.pool import Job
 from cluster.gateway.text.block_encoder import BlockEncoder
@@ -27,6 +28,7 @@ from cluster.gateway.text.chat_json import chat_json
 from cluster.gateway.text.control_tokens import ControlTokens
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.expressions import expressions_of, may_explode
+from cluster.gateway.text.input_encoder import EncodedInputs, InputEncoder
 from cluster.gateway.text.output_texts import OutputTexts
 from cluster.gateway.text.prompt_memory import PromptMemory
 from cluster.gateway.text.template import ChatTemplate
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("text")
 
 ANY_LENGTH: Final = 2**62
+CHARS_PER_INPUT: Final = 64
+"""Characters that take as long to tokenize as each input of a pooling request takes besides its text."""
 SURELY_FEW: Final = 8
 """Characters for each allowed token. A text with more characters is checked before it is tokenized: it is refused if a
 lower bound on its tokens is too high."""
@@ -80,6 +84,7 @@ class TextModel:
         gateway's memory of encoded prompts. `salt`: distinguishes this model in the memory."""
         self.pool = pool
         self._tokenizer = tokenizer
+        self._inputs = InputEncoder(tokenizer, config)
         self._template = template
         self._control_tokens = _control_tokens(config)
         self._renderer = str(config.get(RENDERER, ""))
@@ -118,6 +123,8 @@ class TextModel:
         except Exception as e:  # the Rust side raises plain Exception
             raise ValueError(f"bundle's tokenizer.json cannot be read: {e}") from e
         tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
+        tokenizer.no_truncation()  # transformers, too, ignores both settings of the file
+        tokenizer.no_padding()
         special = {name: str(config[name]) for name in SPECIAL_TOKEN_NAMES if config.get(name) is not None}
         return cls(
             tokenizer,
@@ -337,6 +344,22 @@ class TextModel:
         chars = max(memoryview(prompt.packed).nbytes, ENCODE_HELPER_CHARS + 1)
         job: Job = ("packed_text", (prompt, max_tokens), {})
         return await self._ids_async(tenant, cache_salt, chars, job, "messages" if prompt.is_chat else "prompt")
+
+    def encode_inputs(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
+        """Return the ids of the inputs of a pooling request, see InputEncoder.encode."""
+        with _tokenizing(inputs.path(0) if len(inputs) == 1 else inputs.fields):
+            return self._inputs.encode(inputs, most, keep)
+
+    async def encode_inputs_async(
+        self, tenant: str, inputs: TextInputs | PairInputs, most: int, keep: int | None = None
+    ) -> EncodedInputs:
+        """Return the result of encode_inputs. The work on long texts, or on many, is done off the event loop."""
+        chars = inputs.chars + CHARS_PER_INPUT * len(inputs)
+        job: Job = ("encode_inputs", (inputs, most, keep), {})
+        encoded: EncodedInputs = await self._jobs.run(
+            tenant, chars, job, inputs.fields, lambda: self.encode_inputs(inputs, most, keep)
+        )
+        return encoded
 
     async def decode_async(self, tenant: str, token_ids: Sequence[int], field: str) -> str:
         """Return the text of token ids, special tokens included. Many ids are decoded off the event loop."""

@@ -2,8 +2,9 @@
 
 A record is opened with the sequence's Submit and written when the sequence ends. A call of n sequences has n records,
 segments 0 to n-1, since the sequences run and end independently, perhaps on different workers. The prompt is counted in
-segment 0 alone. The parts of a call after a client's resume have segments from SEGMENTS_PER_RESUME on. The id of a
-record is fixed before the first Submit and stays the same over retries.
+segment 0 alone; the inputs of a pooling call are counted each in its own segment. The parts of a call after a client's
+resume have segments from SEGMENTS_PER_RESUME on. The id of a record is fixed before the first Submit and stays the same
+over retries.
 
 Counts: the gateway knows how many tokens were delivered. The engine knows how many tokens were generated and what they
 cost. A record is written once the counts of both are known. If the engine's counts do not arrive in time, because its
@@ -115,7 +116,7 @@ class CallAccount:
             "completion_tokens": max(sequence.delivered - sequence.restored, 0),
             "reasoning_tokens": reasoning_in_part(sequence.reasoning_tokens, sequence.restored, sequence.delivered),
             "generated_tokens": len(sequence.emitted) - sequence.restored,
-            "ttft_s": None if call.first_token_at is None else max(call.first_token_at - call.arrived, 0.0),
+            "ttft_s": _ttft_s(call),
             "duration_s": max(now - call.arrived, 0.0),
         }
 
@@ -135,8 +136,8 @@ class CallAccount:
         )
 
     def _cached_counts(self) -> dict[str, Any]:
-        """Return the counts of cached tokens. As the prompt, they are counted in a call's first sequence alone."""
-        if self.record.segment % SEGMENTS_PER_RESUME:
+        """Return the counts of cached tokens. They are counted in the records that count a prompt."""
+        if not _has_prompt(self.record):
             return {}
         return {"cached_tokens": self.cached_tokens, "predicted_cached_tokens": self.predicted_cached_tokens}
 
@@ -261,6 +262,7 @@ class Accounting:
     def _opened(self, sequence: CallSequence, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
         call, now = sequence.call, self._clock()
         pays = call.terms is ResumeTerms.PAID or not call.is_resumed
+        has_own_prompt = call.is_pooling or not sequence.index
         return OpenRecord(
             record_id=f"{self._incarnation}.{next(self._numbers)}.{sequence.index}",
             tenant=call.tenant,
@@ -272,7 +274,7 @@ class Accounting:
             adapter=sequence.request.adapter,
             segment=sequence.index
             + (0 if call.resume_tokens is None else call.resume_tokens.generation * SEGMENTS_PER_RESUME),
-            prompt_tokens=len(sequence.request.prompt_token_ids) if pays and not sequence.index else 0,
+            prompt_tokens=len(sequence.request.prompt_token_ids) if pays and has_own_prompt else 0,
             queue_s=max(now - call.arrived, 0.0),
             labels=labels,
             gateway=self._gateway,
@@ -375,7 +377,7 @@ def _estimated_record(opened: OpenRecord, worker: WorkerIdentity, report: EndedU
     lost gateway's link count as delivered. How many of these are reasoning is not known."""
     return opened.to_usage_record(
         outcome=report.outcome,
-        cached_tokens=0 if opened.segment % SEGMENTS_PER_RESUME else report.cached_tokens,
+        cached_tokens=report.cached_tokens if _has_prompt(opened) else 0,
         completion_tokens=report.earlier_tokens + report.written_tokens,
         generated_tokens=report.earlier_tokens + report.generated_tokens,
         duration_s=opened.queue_s + report.duration_s,
@@ -384,6 +386,18 @@ def _estimated_record(opened: OpenRecord, worker: WorkerIdentity, report: EndedU
         delivered_unknown=True,
         **_place(worker),
     )
+
+
+def _has_prompt(record: OpenRecord) -> bool:
+    """Return whether a record counts a prompt: the first output of a call does, and each input of a pooling call."""
+    return record.prompt_tokens > 0 or record.segment % SEGMENTS_PER_RESUME == 0
+
+
+def _ttft_s(call: Call) -> float | None:
+    """Return the time to the first token of a call; None without one."""
+    if call.is_pooling or call.first_token_at is None:
+        return None
+    return max(call.first_token_at - call.arrived, 0.0)
 
 
 def _place(worker: WorkerIdentity | None) -> dict[str, Any]:

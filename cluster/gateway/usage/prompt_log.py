@@ -23,6 +23,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.calls import request
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.pooling_request import IdsInputs, PairInputs, PoolingInputs, TextInputs
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.ledger.audit.audit import hide_secrets
 from cluster.observe.metrics import Metrics
@@ -41,7 +42,7 @@ Policies = Callable[[], Mapping[str, TenantPolicy]]
 @dataclass(frozen=True, slots=True)
 class _Ended:
     call: Call
-    prompt: request.Prompt
+    prompt: request.Prompt | PoolingInputs
     text: TextModel
     outcome: Outcome
     at_s: float
@@ -74,8 +75,9 @@ class PromptLog:
             self._waiting.put(None)
             self._thread.join(timeout_s)
 
-    def ended(self, call: Call, prompt: request.Prompt, text: TextModel, outcome: Outcome) -> None:
-        """Log an ended call, if the policy of the call's tenant asks for prompt logging."""
+    def ended(self, call: Call, prompt: request.Prompt | PoolingInputs, text: TextModel, outcome: Outcome) -> None:
+        """Log an ended call, if the policy of the call's tenant asks for prompt logging. Of a pooling call the inputs
+        are logged, not the vectors."""
         if not call.policy.log_prompts or call.policy.retention.prompts_days == 0:
             return
         try:
@@ -150,7 +152,7 @@ def _line(ended: _Ended) -> dict[str, Any]:
             "text": ended.text.decode(list(sequence.emitted)),
             "finish_reason": sequence.finish_reason,
         }
-        for sequence in call.sequences
+        for sequence in (() if call.is_pooling else call.sequences)
     ]
     line = {
         "at_s": round(ended.at_s, 3),
@@ -167,6 +169,10 @@ def _line(ended: _Ended) -> dict[str, Any]:
 
 
 def _prompt(ended: _Ended) -> Any:
+    if isinstance(ended.prompt, IdsInputs):
+        return [ended.text.decode(list(ids), skip_special_tokens=False) for ids in ended.prompt.token_ids]
+    if isinstance(ended.prompt, TextInputs | PairInputs):
+        return list(ended.prompt.all_texts)
     prompt = ended.prompt.unpacked() if isinstance(ended.prompt, request.PackedPrompt) else ended.prompt
     if isinstance(prompt, request.ChatPrompt):
         return [dict(message) for message in prompt.messages]

@@ -2594,6 +2594,7 @@ class FleetWorker(_message.Message):
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     KV_TOKENS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     model: _builtins.str
@@ -2613,6 +2614,10 @@ class FleetWorker(_message.Message):
     def load(self) -> Global___Load: ...
     @_builtins.property
     def work(self) -> Global___Work: ...
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Pooling tasks of the worker (embed, score); none: it generates."""
+
     def __init__(
         self,
         *,
@@ -2633,10 +2638,11 @@ class FleetWorker(_message.Message):
         max_num_seqs: _builtins.int = ...,
         max_num_batched_tokens: _builtins.int = ...,
         kv_tokens: _builtins.int = ...,
+        tasks: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "generation", b"generation", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "load", b"load", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "ray_cluster", b"ray_cluster", "standing", b"standing", "version", b"version", "weight_digest", b"weight_digest", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "generation", b"generation", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "load", b"load", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "ray_cluster", b"ray_cluster", "standing", b"standing", "tasks", b"tasks", "version", b"version", "weight_digest", b"weight_digest", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

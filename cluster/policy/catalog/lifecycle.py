@@ -12,6 +12,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.api.pooling import PoolingTask
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.catalog.versions import ReplicaShare
@@ -115,6 +116,7 @@ class WorkerReport:
     max_model_len: int = 0
     engine_class: str = ""
     default_sampling: Mapping[str, object] = field(default_factory=dict)
+    tasks: tuple[PoolingTask, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +248,7 @@ def entry(
         engine_class=first.engine_class if first else "",
         fallback=spec.fallback,
         card=about.card,
+        tasks=first.tasks if first else (),
     )
 
 
@@ -290,6 +293,7 @@ def fill_from_earlier(entry_before: CatalogEntry | None, now: CatalogEntry) -> C
         family=now.family or entry_before.family,
         license=now.license or entry_before.license,
         card=now.card or entry_before.card,
+        tasks=now.tasks if now.engine_class else entry_before.tasks,
         versions=tuple(_remember_share(entry_before.versions, share) for share in now.versions),
     )
 

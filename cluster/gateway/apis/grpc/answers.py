@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.api.output_parts import PartKind
+from cluster.api.pooling import pooling_capabilities
 from cluster.api.types import RESUME_CAPABILITIES, weakest_resume_capability
+from cluster.gateway.apis.pooling_scores import Ranked
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import Progress
+from cluster.gateway.calls.pooling_call import PoolingCall
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.models import KnownModel
 from cluster.gateway.text.logprobs import TokenLogprob
@@ -209,6 +212,33 @@ def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteRespons
     )
 
 
+def embed_response(call: PoolingCall, vectors: Sequence[bytes]) -> bytes:
+    """Return an EmbedResponse. The vectors are copied as they are, since packed floats have the bytes of a vector."""
+    parts = [pb.EmbedResponse(id=call.id, model=call.model, created=_now()).SerializeToString()]
+    for index, vector in enumerate(vectors):
+        head = (b"\x08" + varint(index) if index else b"") + b"\x12" + varint(len(vector))
+        parts += [b"\x22", varint(len(head) + len(vector)), head, vector]
+    parts.append(pb.EmbedResponse(usage=usage_pb(call.usage)).SerializeToString())
+    return b"".join(parts)
+
+
+def rerank_response(call: PoolingCall, results: Sequence[Ranked]) -> bytes:
+    """Return a RerankResponse."""
+    response = pb.RerankResponse(id=call.id, model=call.model, created=_now(), usage=usage_pb(call.usage))
+    response.results.extend(
+        pb.RankedDocument(index=result.index, score=result.score, document=result.text or "") for result in results
+    )
+    return response.SerializeToString()
+
+
+def event_answer(call_id: int, is_embed: bool, answer: bytes) -> bytes:
+    """Return a SessionEvent that holds a serialized EmbedResponse or RerankResponse, serialized as an element of
+    SessionEvents."""
+    head = b"\x08" + varint(call_id) if call_id else b""
+    head += (b"\x32" if is_embed else b"\x3a") + varint(len(answer))
+    return b"".join((b"\x0a", varint(len(head) + len(answer)), head, answer))
+
+
 def _now() -> Timestamp:
     stamp = Timestamp()
     stamp.GetCurrentTime()
@@ -239,6 +269,9 @@ def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:
     entry = model.entry
     links = list(model.links.values())
     link = next(iter(links), None)
+    capabilities = common_capabilities([worker.info.capabilities for worker in links])
+    if link is None:
+        capabilities = pooling_capabilities(sorted(model.tasks or ()))
     return pb.Model(
         name=entry.name,
         aliases=aliases,
@@ -248,7 +281,7 @@ def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:
         weight_digest=link.identity.weight_digest if link else next(iter(entry.weight_digests), ""),
         license=entry.license,
         max_model_len=model.max_model_len,
-        capabilities=common_capabilities([worker.info.capabilities for worker in links]),
+        capabilities=capabilities,
         state=pb.Model.State.Value(f"STATE_{model.state.value}"),
         state_reason="" if link else entry.state_reason,
     )

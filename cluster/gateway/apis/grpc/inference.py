@@ -14,12 +14,14 @@ from google.protobuf.message import Message
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.grpc import answers as codec
 from cluster.gateway.apis.grpc.chunk_encoders import CHAT, COMPLETE, Kind, encoder_for
+from cluster.gateway.apis.grpc.pooling import pooling_response
 from cluster.gateway.apis.grpc.requests import MAX_PAGE_TOKEN, DetokenizeCall, ResumedCall, TokenizeCall
 from cluster.gateway.apis.grpc.session import SessionStream
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Credentials, alternative_names
 from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.pooling_request import ParsedPooling
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter
 from cluster.gateway.service import CallService
@@ -69,12 +71,14 @@ class InferenceApi:
         """Return the gRPC handler of all methods of the service."""
         codecs: dict[str, Any] = {"request_deserializer": _raw_body, "response_serializer": _encode}
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        methods: dict[str, tuple[Any, Callable[[Any, Any, CallMeta], Awaitable[Message | None]]]] = {
+        methods: dict[str, tuple[Any, Callable[[Any, Any, CallMeta], Awaitable[Message | bytes | None]]]] = {
             "Chat": (unary, partial(self._answer_unary, CHAT)),
             "StreamChat": (stream, partial(self._answer_stream, CHAT)),
             "Complete": (unary, partial(self._answer_unary, COMPLETE)),
             "StreamComplete": (stream, partial(self._answer_stream, COMPLETE)),
             "Resume": (stream, self._resume),
+            "Embed": (unary, self._answer_pooling),
+            "Rerank": (unary, self._answer_pooling),
             "Tokenize": (unary, lambda request, context, meta: self._tokenize(request, meta)),
             "Detokenize": (unary, lambda request, context, meta: self._detokenize(request, meta)),
             "ListModels": (unary, lambda request, context, meta: self._list_models(request, meta)),
@@ -121,13 +125,13 @@ class InferenceApi:
 
     def _guarded(
         self,
-        method: Callable[[Any, Any, CallMeta], Awaitable[Message | None]],
+        method: Callable[[Any, Any, CallMeta], Awaitable[Message | bytes | None]],
         name: str,
     ) -> Callable[[Any, Any], Any]:
         """Wrap a method in a handler, which counts and decodes the request and maps errors to gRPC statuses. `admit`
         has authenticated the call before the handler runs."""
 
-        async def handle(data: bytes, context: Any) -> Message | None:
+        async def handle(data: bytes, context: Any) -> Message | bytes | None:
             meta = self._meta(context, context.caller.principal)
             try:
                 if name not in UNCOUNTED:
@@ -192,6 +196,12 @@ class InferenceApi:
             pieces = await call.all_pieces()
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             return kind.response(call, pieces)
+
+    async def _answer_pooling(self, parsed: ParsedPooling, context: Any, meta: CallMeta) -> bytes:
+        async with self._service.open_pooling(parsed.request, meta) as call:
+            vectors = await call.vectors()
+            await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
+        return await pooling_response(call, vectors, parsed)
 
     # ---- tokens and models
 

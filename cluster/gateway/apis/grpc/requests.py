@@ -20,6 +20,17 @@ from cluster.gateway.apis.grpc.messages import (
     tools_of,
 )
 from cluster.gateway.apis.request_ids import request_id, traceparent
+from cluster.gateway.calls.pooling_request import (
+    WHOLE_CONTEXT,
+    IdsInputs,
+    InputField,
+    PairInputs,
+    ParsedPooling,
+    PoolingInputs,
+    PoolingRequest,
+    TextInputs,
+)
+from cluster.gateway.calls.pooling_request import check_count as check_inputs
 from cluster.gateway.calls.request import (
     DEFAULT_COMPLETE_TOKENS,
     MAX_CHOICES,
@@ -162,11 +173,11 @@ class DetokenizeCall:
 
 @dataclass(frozen=True, slots=True)
 class SessionStart:
-    """The start of a call in a session. `request`: the parsed generation request, or the error that parsing raised."""
+    """The start of a call in a session. `request`: the parsed request, or the error that parsing raised."""
 
     call_id: int
     is_chat: bool
-    request: GenerationRequest | CallError
+    request: GenerationRequest | ParsedPooling | CallError
     deadline_ms: int
     request_id: str
     traceparent: str
@@ -177,6 +188,47 @@ class SessionCancel:
     """The cancellation of a call in a session."""
 
     call_id: int
+
+
+def parse_embed(request: pb.EmbedRequest) -> ParsedPooling:
+    """Parse an EmbedRequest. Raises CallError."""
+    check_name(request.model)
+    inputs: PoolingInputs
+    if request.token_ids:
+        if request.texts:
+            raise invalid("token_ids", "give either texts or token_ids, not both")
+        check_inputs("token_ids", len(request.token_ids))
+        inputs = IdsInputs([one.ids[:] for one in request.token_ids], InputField("token_ids", inner=".ids"))
+    else:
+        check_inputs("texts", len(request.texts))
+        inputs = TextInputs(request.texts[:], InputField("texts"))
+    dimensions = request.dimensions if request.HasField("dimensions") else None
+    return ParsedPooling(_pooling(request, inputs, dimensions))
+
+
+def parse_rerank(request: pb.RerankRequest) -> ParsedPooling:
+    """Parse a RerankRequest. Raises CallError."""
+    check_name(request.model)
+    if request.top_n < 0:
+        raise invalid("top_n", f"must be at least 0 (0: all documents), got {request.top_n}")
+    check_inputs("documents", len(request.documents))
+    pairs = PairInputs([request.query], request.documents[:], InputField("query", False), InputField("documents"))
+    return ParsedPooling(_pooling(request, pairs), top_n=request.top_n, returns_documents=request.return_documents)
+
+
+def _pooling(
+    request: pb.EmbedRequest | pb.RerankRequest, inputs: PoolingInputs, dimensions: int | None = None
+) -> PoolingRequest:
+    check_count("metadata", request.metadata, MAX_METADATA, "entries")
+    return PoolingRequest(
+        request.model,
+        inputs,
+        dimensions,
+        truncate_tokens=WHOLE_CONTEXT if request.truncate else None,
+        metadata=dict(request.metadata),
+        priority_class=request.priority,
+        affinity_key=request.affinity_key,
+    )
 
 
 def resume_call(request: pb.ResumeRequest) -> ResumedCall:
@@ -204,10 +256,12 @@ def detokenize_call(request: pb.DetokenizeRequest) -> DetokenizeCall:
     return DetokenizeCall(request.model, request.token_ids[:])
 
 
-_SESSION_PARSERS: Mapping[str, Callable[[Any], GenerationRequest]] = {
+_SESSION_PARSERS: Mapping[str, Callable[[Any], GenerationRequest | ParsedPooling]] = {
     "chat": parse_chat,
     "complete": parse_complete,
     "resume": parse_resume,
+    "embed": parse_embed,
+    "rerank": parse_rerank,
 }
 
 
@@ -224,9 +278,9 @@ def session_items(request: pb.SessionRequest) -> Iterator[SessionStart | Session
 
 def _session_call(start: pb.SessionStart) -> SessionStart:
     kind = start.WhichOneof("call")
-    request: GenerationRequest | CallError
+    request: GenerationRequest | ParsedPooling | CallError
     if kind is None:
-        request = invalid("start", "must hold chat, complete or resume")
+        request = invalid("start", "must hold chat, complete, resume, embed or rerank")
     else:
         try:
             request = _SESSION_PARSERS[kind](getattr(start, kind))
@@ -270,6 +324,8 @@ READ: Mapping[str, RequestReader] = {
     "Complete": RequestReader(pb.CompleteRequest, parse_complete),
     "StreamComplete": RequestReader(pb.CompleteRequest, parse_complete),
     "Resume": RequestReader(pb.ResumeRequest, resume_call),
+    "Embed": RequestReader(pb.EmbedRequest, parse_embed),
+    "Rerank": RequestReader(pb.RerankRequest, parse_rerank),
     "Tokenize": RequestReader(pb.TokenizeRequest, tokenize_call),
     "Detokenize": RequestReader(pb.DetokenizeRequest, detokenize_call),
     "ListModels": RequestReader(pb.ListModelsRequest, _list_models, "page_token"),

@@ -12,13 +12,16 @@ import grpc
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.gateway.apis.grpc.answers import event_answer
 from cluster.gateway.apis.grpc.chunk_encoders import CHAT, COMPLETE, session_encoder_for
+from cluster.gateway.apis.grpc.pooling import pooling_response
 from cluster.gateway.apis.grpc.requests import SessionStart, session_items
 from cluster.gateway.apis.grpc.session_output import SessionOutput, SessionWriter
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Caller
 from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.pooling_request import PairInputs, ParsedPooling
 from cluster.gateway.service import CallService
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.dial import read
@@ -161,6 +164,11 @@ class SessionStream:
             if isinstance(start.request, CallError):
                 raise start.request
             timeout = asyncio.timeout(start.deadline_ms / 1000 or None)
+            if isinstance(start.request, ParsedPooling):
+                async with timeout:
+                    await self._pool(start.call_id, start.request, meta)
+                self._end(start.call_id, None)
+                return
             async with timeout, self._service.open(start.request, meta) as call:
                 kind, progress = CHAT if start.is_chat else COMPLETE, self._service.keepalives.progress
                 encoder = session_encoder_for(kind, call, progress, start.call_id)
@@ -178,6 +186,15 @@ class SessionStream:
             self._end(start.call_id, CallError(Outcome.INTERNAL, message))
         else:
             self._end(start.call_id, None)
+
+    async def _pool(self, call_id: int, parsed: ParsedPooling, meta: CallMeta) -> None:
+        """Run a pooling call, and send its answer in one event."""
+        async with self._service.open_pooling(parsed.request, meta) as call:
+            vectors = await call.vectors()
+        answer = await pooling_response(call, vectors, parsed)
+        is_embed = not isinstance(parsed.request.inputs, PairInputs)
+        self._output.parts.append(event_answer(call_id, is_embed, answer))
+        self._output.wake()
 
     def _end_unstarted(self, call_id: int, task: asyncio.Task[None]) -> None:
         """End a call whose task was cancelled before the first step of the task. That happens if the client sends the

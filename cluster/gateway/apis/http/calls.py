@@ -8,6 +8,7 @@ HTTP has no deadlines; instead a call is cancelled as soon as the client disconn
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from cluster.gateway.apis.http.body import Refused, RequestBodies
 from cluster.gateway.apis.http.exchange import Exchange
@@ -16,6 +17,7 @@ from cluster.gateway.apis.openai.requests import ParsedRequest
 from cluster.gateway.apis.request_ids import traceparent
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.pooling_request import ParsedPooling
 from cluster.gateway.calls.stream_writer import ChunkDelivery, ChunkEncoder, StreamWriter
 from cluster.gateway.service import CallService
 
@@ -31,6 +33,18 @@ class HttpCalls:
         self._delivery: ChunkDelivery | None = None
 
     async def read(self, name: str, exchange: Exchange) -> tuple[ParsedRequest, CallMeta]:
+        """Read a generation request, see `_read`."""
+        parsed: ParsedRequest
+        parsed, meta = await self._read(name, exchange)
+        return parsed, meta
+
+    async def read_pooling(self, name: str, exchange: Exchange) -> tuple[ParsedPooling, CallMeta]:
+        """Read a pooling request, see `_read`."""
+        parsed: ParsedPooling
+        parsed, meta = await self._read(name, exchange)
+        return parsed, meta
+
+    async def _read(self, name: str, exchange: Exchange) -> tuple[Any, CallMeta]:
         """Count a request, and read and parse the body. `name`: the parser, see Bodies.http. Raises CallError, Refused,
         and ConnectionResetError if the client disconnects before the body ends."""
         media_type = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()

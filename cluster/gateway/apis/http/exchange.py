@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Any, Protocol
@@ -28,6 +28,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+PIECE_BYTES = 1 << 18
+"""Size in bytes of the pieces in which a large response is sent."""
 _EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -138,6 +140,17 @@ class Exchange:
         await self.start(status, [(b"content-type", b"application/json"), length, *headers])
         await self.send({"type": "http.response.body", "body": content, "more_body": False})
 
+    async def respond_in_parts(
+        self, status: int, parts: Sequence[bytes | bytearray], headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        """Send a complete JSON response that is made of parts. A slow client delays the later parts."""
+        length = (b"content-length", b"%d" % sum(map(len, parts)))
+        await self.start(status, [(b"content-type", b"application/json"), length, *headers])
+        for piece in _pieces(parts):
+            await self.send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
     async def refuse(self, refused: Refused) -> None:
         """Send the response to a request that did not become a call."""
         answer = self._form.refused(refused, self.request_id)
@@ -151,6 +164,22 @@ class Exchange:
         answer = self._form.failed(error, self.request_id)
         headers = [*answer.headers, *([(b"www-authenticate", b"Bearer")] if answer.status == 401 else [])]
         await self.respond(answer.status, answer.content, headers)
+
+
+def _pieces(parts: Sequence[bytes | bytearray]) -> Iterator[bytes]:
+    """Yield the bytes of all parts in pieces of about PIECE_BYTES."""
+    some: list[memoryview] = []
+    size = 0
+    for part in parts:
+        view = memoryview(part)
+        for at in range(0, len(view), PIECE_BYTES):
+            some.append(piece := view[at : at + PIECE_BYTES])
+            size += len(piece)
+            if size >= PIECE_BYTES:
+                yield b"".join(some)
+                some, size = [], 0
+    if some:
+        yield b"".join(some)
 
 
 class Endpoint:

@@ -352,4 +352,5 @@ def model_card(model: KnownModel, aliases: Sequence[str], created: int) -> dict[
         "max_model_len": model.max_model_len or None,
         "aliases": list(aliases),
         "state": model.state.value,
+        "tasks": sorted(model.tasks) if model.tasks else [] if model.tasks is None else ["generate"],
     }

@@ -22,6 +22,7 @@ from cluster.gateway.apis.http.exchange import (
 )
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai import answers
+from cluster.gateway.apis.openai.pooling_app import PoolingEndpoints
 from cluster.gateway.apis.openai.requests import ParsedRequest, with_caller_names
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
@@ -76,7 +77,7 @@ class OpenAiApi:
 
     def endpoints(self) -> Mapping[str, Application]:
         """Return the endpoints by path."""
-        authenticator = self._service.authenticator
+        authenticator, pooling = self._service.authenticator, PoolingEndpoints(self._calls)
 
         def endpoint(method: str, answer: Callable[[Exchange], Awaitable[None]]) -> Endpoint:
             return Endpoint(FORM, method, answer, authenticator)
@@ -84,6 +85,9 @@ class OpenAiApi:
         return {
             "/v1/chat/completions": endpoint("POST", lambda exchange: self._call(_CHAT, exchange)),
             "/v1/completions": endpoint("POST", lambda exchange: self._call(_COMPLETION, exchange)),
+            "/v1/embeddings": endpoint("POST", pooling.embeddings),
+            **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), endpoint("POST", pooling.rerank)),
+            **dict.fromkeys(("/score", "/v1/score"), endpoint("POST", pooling.score)),
             "/v1/models": endpoint("GET", self._models),
             "/v1/models/{name:path}": endpoint("GET", self._model),
             "/health": Endpoint(FORM, "GET", self._health),

@@ -150,7 +150,7 @@ def _renamed(field: str, names: Mapping[str, str], prompt: int | None) -> str:
 
 def parse_chat(body: Fields) -> ParsedRequest:
     """Parse a body of /v1/chat/completions. Raises CallError."""
-    _refuse_unserved(body, _UNSERVED_CHAT)
+    refuse_unserved(body, _UNSERVED_CHAT)
     messages = messages_of(body)
     kwargs, effort = body.object("chat_template_kwargs"), body.text("reasoning_effort") or ""
     check_effort(effort)
@@ -178,26 +178,26 @@ def parse_chat(body: Fields) -> ParsedRequest:
         body.text("model") or "",
         prompt,
         options,
-        cache_salt=_salt(body),
-        metadata=_metadata(body),
+        cache_salt=salt_of(body),
+        metadata=metadata_of(body),
         output=output,
-        priority_class=_priority(body),
+        priority_class=priority_of(body),
     )
     return _parsed(body, [request], _CHAT_NAMES | {"max_tokens": length})
 
 
 def parse_completion(body: Fields) -> ParsedRequest:
     """Parse a body of /v1/completions. Raises CallError."""
-    _refuse_unserved(body, _UNSERVED_COMPLETION)
+    refuse_unserved(body, _UNSERVED_COMPLETION)
     best_of = body.integer("best_of")
     if best_of is not None and best_of != (body.integer("n") or 1):
         raise unsupported("best_of", "ask for n choices and pick one")
     logprobs = body.integer("logprobs")
     # OpenAI returns the sampled token in addition to the k most likely tokens: one token more than `logprobs` says.
     options = _options(body, "max_tokens", logprobs, None if logprobs is None else logprobs + 1)
-    model, salt, metadata = body.text("model") or "", _salt(body), _metadata(body)
+    model, salt, metadata = body.text("model") or "", salt_of(body), metadata_of(body)
     first = GenerationRequest(
-        model, TextPrompt(""), options, DEFAULT_COMPLETE_TOKENS, salt, metadata, priority_class=_priority(body)
+        model, TextPrompt(""), options, DEFAULT_COMPLETE_TOKENS, salt, metadata, priority_class=priority_of(body)
     )
     requests = [replace(first, prompt=prompt) for prompt in _prompts(body)]
     return _parsed(body, requests, {"prompt_token_ids": "prompt"})
@@ -213,7 +213,8 @@ def _parsed(body: Fields, requests: Sequence[GenerationRequest], names: Mapping[
     return ParsedRequest(requests, stream, usage, usage and continuous, names)
 
 
-def _metadata(body: Fields) -> dict[str, str]:
+def metadata_of(body: Fields) -> dict[str, str]:
+    """Return the metadata of a request. Raises CallError."""
     entries = body.object("metadata")
     if entries is None:
         return {}
@@ -221,7 +222,7 @@ def _metadata(body: Fields) -> dict[str, str]:
     return {name: entries.text(name) or "" for name in entries.values}
 
 
-def _priority(body: Fields) -> str:
+def priority_of(body: Fields) -> str:
     """Return the priority class of a request; "" for the tenant's class, which vLLM's default of 0 stands for."""
     value = body.values.get("priority")
     if isinstance(value, int) and value != 0:
@@ -229,14 +230,17 @@ def _priority(body: Fields) -> str:
     return "" if value == 0 else body.text("priority") or ""
 
 
-def _salt(body: Fields) -> str:
+def salt_of(body: Fields) -> str:
+    """Return the salt of the prefix cache; "" without one. Raises CallError."""
     salt = body.text("cache_salt")
     if salt == "" or (salt is not None and len(salt) > MAX_SALT_CHARS):
         raise invalid("cache_salt", f"must have 1 to {MAX_SALT_CHARS} characters")
     return salt or ""
 
 
-def _refuse_unserved(body: Fields, unserved: Mapping[str, tuple[Any, ...]]) -> None:
+def refuse_unserved(body: Fields, unserved: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise CallError for a field of `unserved` with a value at which it has an effect. `unserved`: the values without
+    effect, by field."""
     for name in sorted(body.values.keys() & unserved.keys()):
         value = body.values[name]
         if value is not None and not any(value == other and type(value) is type(other) for other in unserved[name]):

@@ -1,0 +1,105 @@
+"""Commands for callers of pooling models: embed, rerank."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.cli.commands.chat import ModelArgument
+from cluster.cli.common import (
+    USAGE,
+    ApiKeyOption,
+    EndpointOption,
+    JsonOption,
+    TimeoutOption,
+    TlsCaOption,
+    fail,
+    grpc_endpoint,
+    make_client,
+    out,
+    print_json,
+    rpc_errors,
+)
+
+SHOWN_VALUES = 6
+SHOWN_CHARS = 60
+TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut longer texts instead of refusing them.")]
+
+
+def embed(
+    model: ModelArgument,
+    texts: Annotated[list[str], typer.Argument(help="The texts; - reads one text a line.", show_default=False)],
+    dimensions: Annotated[
+        int | None, typer.Option("--dimensions", help="Length of the vectors.", show_default="the model's")
+    ] = None,
+    truncate: TruncateOption = False,
+    timeout_s: TimeoutOption = 600.0,
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Print the vectors of texts."""
+    texts = _texts(texts)
+    with make_client(endpoint, api_key_file, tls_ca, timeout_s) as client, rpc_errors(grpc_endpoint(endpoint)):
+        answer = client.embed(model, texts, dimensions=dimensions, truncate=truncate)
+    if as_json:
+        vectors = [[float(f"{value:.9g}") for value in vector] for vector in answer]
+        print_json({"model": answer.model, "embeddings": vectors, "prompt_tokens": answer.usage.prompt_tokens})
+        return
+    table = Table("text", "values", "vector", box=None, pad_edge=False)
+    for text, vector in zip(texts, answer, strict=True):
+        shown = " ".join(f"{value:+.4f}" for value in vector[:SHOWN_VALUES])
+        more = " ..." if len(vector) > SHOWN_VALUES else ""
+        table.add_row(escape(_short(text)), str(len(vector)), shown + more)
+    out.print(table)
+
+
+def rerank(
+    model: ModelArgument,
+    query: Annotated[str, typer.Argument(help="The query.", show_default=False)],
+    documents: Annotated[
+        list[str], typer.Argument(help="The documents; - reads one document a line.", show_default=False)
+    ],
+    top_n: Annotated[int, typer.Option("--top-n", help="Print only the best so many; 0: all.", min=0)] = 0,
+    truncate: TruncateOption = False,
+    timeout_s: TimeoutOption = 600.0,
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Print documents by their relevance to a query, the best first."""
+    documents = _texts(documents)
+    with make_client(endpoint, api_key_file, tls_ca, timeout_s) as client, rpc_errors(grpc_endpoint(endpoint)):
+        answer = client.rerank(model, query, documents, top_n=top_n, truncate=truncate)
+    if as_json:
+        results = [
+            {"index": result.index, "score": float(f"{result.score:.9g}"), "document": documents[result.index]}
+            for result in answer
+        ]
+        print_json({"model": answer.model, "results": results, "prompt_tokens": answer.usage.prompt_tokens})
+        return
+    table = Table("score", "index", "document", box=None, pad_edge=False)
+    for result in answer:
+        table.add_row(f"{result.score:+.4f}", str(result.index), escape(_short(documents[result.index])))
+    out.print(table)
+
+
+def _texts(given: list[str]) -> list[str]:
+    """Return the texts of the arguments; a single - stands for the lines of standard input."""
+    if given != ["-"]:
+        return given
+    lines = [line for line in sys.stdin.read().splitlines() if line]
+    if not lines:
+        fail("standard input has no text: give one text a line", USAGE)
+    return lines
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "..."

@@ -1,0 +1,80 @@
+"""Encoding of vectors, scores and rankings as the JSON of OpenAI's and vLLM's answers.
+
+An answer may have 20 MB. It is made in parts, between which other tasks of the event loop run, or in a helper process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from cluster.gateway.apis.bodies import Bodies
+from cluster.gateway.apis.openai.answers import body
+from cluster.gateway.apis.pooling_scores import Ranked
+from cluster.gateway.calls.pooling_call import PoolingCall
+
+SLICE_S: Final = 0.002
+"""Seconds for which parts of an answer are made before other tasks of the event loop run."""
+HELPER_BYTES: Final = 1 << 18
+"""Size of vectors in bytes from which a helper process writes their JSON. Writing fewer takes less than 30 ms."""
+_escape = json.encoder.encode_basestring_ascii
+
+
+async def embeddings_answer(
+    call: PoolingCall, vectors: Sequence[bytes], created: int, is_base64: bool, bodies: Bodies
+) -> list[bytes | bytearray]:
+    """Return the parts of the answer of /v1/embeddings."""
+    from cluster.gateway.apis.openai.vectors import embedding  # not at the start: deferred_imports.py
+
+    items: list[bytes | bytearray] | None = None
+    size = len(vectors[0])
+    if not is_base64 and size * len(vectors) >= HELPER_BYTES and all(len(vector) == size for vector in vectors):
+        written = await bodies.embeddings_json(vectors, call.tenant)
+        items = None if written is None else [written]
+    if items is None:
+        items = await _in_slices(embedding(i, vector, is_base64) for i, vector in enumerate(vectors))
+    return [_head(call, created) + b'"data":[', *items, b'],"usage":' + _usage(call) + b"}"]
+
+
+def score_answer(call: PoolingCall, scores: Sequence[float], created: int) -> list[bytes | bytearray]:
+    """Return the parts of the answer of /score."""
+    data = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)]
+    return [_head(call, created) + b'"data":' + body(data) + b',"usage":' + _usage(call) + b"}"]
+
+
+async def rerank_answer(call: PoolingCall, results: Sequence[Ranked]) -> list[bytes | bytearray]:
+    """Return the parts of the answer of /rerank."""
+    head = body({"id": call.id, "model": call.model})[:-1]
+    items = await _in_slices(map(_result, results))
+    return [head + b',"usage":' + _usage(call) + b',"results":[', *items, b"]}"]
+
+
+def _result(result: Ranked) -> bytes:
+    document = "" if result.text is None else f'"document":{{"text":{_escape(result.text)}}},'
+    return f'{{"index":{result.index},{document}"relevance_score":{result.score!r}}}'.encode("ascii")
+
+
+def _head(call: PoolingCall, created: int) -> bytes:
+    return body({"id": call.id, "object": "list", "created": created, "model": call.model})[:-1] + b","
+
+
+def _usage(call: PoolingCall) -> bytes:
+    tokens = call.usage.prompt_tokens
+    return body({"prompt_tokens": tokens, "total_tokens": tokens})
+
+
+async def _in_slices(items: Iterable[bytes]) -> list[bytes | bytearray]:
+    """Return the items with commas between them, and let other tasks run after each SLICE_S."""
+    loop = asyncio.get_running_loop()
+    out: list[bytes | bytearray] = []
+    until = loop.time() + SLICE_S
+    for item in items:
+        if out:
+            out.append(b",")
+        out.append(item)
+        if loop.time() >= until:
+            await asyncio.sleep(0)
+            until = loop.time() + SLICE_S
+    return out

@@ -1,0 +1,151 @@
+"""A sequence of a pooling call: one input, which becomes one vector and no tokens.
+
+The sequence takes the way of every other sequence through queues, routing, links and accounts. A worker that is lost
+before the vector has arrived leaves nothing behind, so the sequence starts over on another worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from cluster.api.outcomes import CallError, Outcome, Violation
+from cluster.api.output_parts import OutputPart
+from cluster.api.pooling import PoolingTask
+from cluster.api.types import FinishReason, TokenOutput
+from cluster.gateway.calls.hedge import FAILED
+from cluster.gateway.calls.sequence import OutputSequence, SequenceOwner, refusal_of
+
+FLOAT_BYTES = 4
+
+
+class NoText:
+    """The text of a sequence without tokens. Implements TextSource."""
+
+    __slots__ = ("token_ids",)
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+
+    searches_text = refused = False
+    pending_chars = 0
+
+    def pending_tokens(self) -> int:
+        """See TextSource."""
+        return 0
+
+    def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
+        """See TextSource. Tokens are ignored."""
+        return None
+
+    def text_of(self, token_id: int) -> str:
+        """See TextSource."""
+        return ""
+
+    def push_back(self, text: str) -> None:
+        """See TextSource."""
+
+    def pop_text(self, finished: bool) -> str:
+        """See TextSource."""
+        return ""
+
+    def restore(self, token_ids: Sequence[int], chars: int) -> None:
+        """See TextSource."""
+        if token_ids:
+            raise ValueError("a pooling request has no tokens")
+
+
+NO_TEXT = NoText()
+
+
+class PoolingOwner(SequenceOwner, Protocol):
+    """Interface of a call that a pooling sequence needs."""
+
+    def path(self, index: int) -> str:
+        """Return the path of an input in the caller's body."""
+
+    def pooled(self, sequence: PooledSequence[Any], now: float) -> None:
+        """Handle the vector of a sequence, which has finished."""
+
+
+Owner = TypeVar("Owner", bound=PoolingOwner)
+
+
+@dataclass(eq=False, repr=False, slots=True)
+class PooledSequence(OutputSequence[Owner]):
+    """One input of a pooling call. Implements the Sink of worker_link.py."""
+
+    vector: bytes = field(init=False, default=b"")
+    """Little-endian float32 values, once the sequence has finished."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether the vector has arrived."""
+        return bool(self.vector)
+
+    def output(self, output: TokenOutput) -> None:
+        """Handle the vector, or an error of the engine."""
+        call = self.call
+        if self.hedge is not None and output.finish not in FAILED:
+            self._leave_hedge(self.hedge)
+        if output.token_ids or (output.finish not in (None, FinishReason.STOP, *FAILED)):
+            self._generates()
+            return
+        if output.prompt_tokens is not None and self.hedge is None:
+            self._record_first_output(output)
+        if output.finish is None:
+            return
+        link, self.link = self.link, None
+        if output.finish in FAILED or not self._is_sound(output.vector):
+            self._engine_ended(FinishReason.ABORT, link)
+            return
+        self.vector = output.vector or b""
+        self.finish("stop")
+        call.pooled(self, call.clock())
+
+    def token(self, token_id: int, now: float) -> None:
+        """Handle a token, which a worker of an older release generates."""
+        self._generates()
+
+    def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
+        """See `token`."""
+        self._generates()
+
+    def refused(self, reason: str, message: str, field: str) -> None:
+        """See OutputSequence. The error names the input."""
+        if reason == "NO_ROOM" or not field:
+            OutputSequence.refused(self, reason, message, field)
+            return
+        self.link = None
+        self.life.submission_refused(0)
+        self.call.events.submission_refused(self)
+        error = refusal_of(reason, message, field)
+        if field not in ("prompt_token_ids", "prompt"):
+            self.call.fail(error)
+            return
+        path = self.call.path(self.index)
+        why = error.violations[0].description
+        self.call.fail(CallError(error.outcome, f"{path}: {why}", violations=[Violation(path, why)]))
+
+    def _is_sound(self, vector: bytes | None) -> bool:
+        """Return whether a vector has the length that was asked for and only finite values."""
+        import numpy as np  # not at the start: deferred_imports.py
+
+        pooling = self.request.pooling
+        assert pooling is not None
+        if not vector or len(vector) % FLOAT_BYTES:
+            return False
+        wanted = 1 if pooling.task is PoolingTask.SCORE else pooling.dimensions
+        if wanted is not None and len(vector) != FLOAT_BYTES * wanted:
+            return False
+        return bool(np.isfinite(np.frombuffer(vector, "<f4")).all())
+
+    def _generates(self) -> None:
+        """End the call, because the worker generates tokens."""
+        self.call.fail(
+            CallError(
+                Outcome.UNSUPPORTED_FEATURE,
+                "a worker of this model generates text instead of vectors: choose a model with a pooling task",
+            )
+        )

@@ -1,0 +1,239 @@
+"""The steps from a pooling request to a pooling call with its sequences. service.py takes the steps."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.api.pooling import POOLS, PoolingInfo, PoolingParams, PoolingTask
+from cluster.api.types import EngineRequest, Sampling
+from cluster.gateway.apis.request_ids import random_id
+from cluster.gateway.auth.authenticator import Authenticator
+from cluster.gateway.calls.life import Life
+from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.opening import affinity, longest_context, not_prepared, policy_of
+from cluster.gateway.calls.pooled_sequence import NO_TEXT, PooledSequence
+from cluster.gateway.calls.pooling_call import PoolingCall
+from cluster.gateway.calls.pooling_request import (
+    WHOLE_CONTEXT,
+    IdsInputs,
+    PackedIds,
+    PairInputs,
+    PoolingInputs,
+    PoolingRequest,
+)
+from cluster.gateway.calls.tokenization import ids_of_inputs
+from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.scheduling.scheduler import Scheduler
+from cluster.gateway.scheduling.submission import check_size
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.policy.routing.version_split import Versions
+
+if TYPE_CHECKING:
+    from cluster.gateway.guards.guards import CallGuards, Guards
+
+SAMPLING: Final = Sampling(max_tokens=1, temperature=0.0)
+"""Sampling parameters of pooling requests, which no pooling worker reads. A worker of an older release, which does not
+know pooling, generates one token at most."""
+SHOWN_LENGTHS: Final = 32
+"""Number of allowed lengths of vectors that an error names."""
+
+
+@dataclass(slots=True)
+class PoolingOpening:
+    """A pooling call that is being opened: what is known of the call after the steps taken so far. The methods are the
+    steps, in order, and raise CallError."""
+
+    request: PoolingRequest
+    meta: CallMeta
+    arrived: float
+    model_name: str = ""
+    requested: KnownModel = field(init=False)
+    model: KnownModel = field(init=False)
+    """The model that serves the call: the requested model or a fallback model."""
+    task: PoolingTask = field(init=False)
+    versions: Versions = field(init=False)
+    text: TextModel = field(init=False)
+    max_model_len: int = 0
+    inputs: PoolingInputs = field(init=False)
+    ids: PackedIds | Sequence[array[int]] = ()
+    second_text: Callable[[int], int] = field(init=False)
+    call: PoolingCall | None = None
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether a fallback model serves the call."""
+        return self.model is not self.requested
+
+    @property
+    def prompt(self) -> PoolingInputs:
+        """The inputs, for the prompt log."""
+        return self.inputs
+
+    @property
+    def bundle_digest(self) -> str:
+        """Digest of the tokenizer bundle of the call."""
+        return self.model.bundle_digest_of(self.versions.first)
+
+    def choose_model(self, directory: ModelDirectory) -> None:
+        """Choose the requested model or one of its fallbacks, the task, and the versions on which the call may
+        begin."""
+        requested = model = directory.resolve(self.request.model, self.meta.principal)
+        self.model_name = model.name
+        if model.entry.fallback and not model.served:
+            model = directory.fallback_of(model, self.meta.principal, self._suits) or model
+        task = self._task_of(model)
+        if task is None:
+            raise self._no_task(model)
+        self.requested, self.model, self.model_name, self.task = requested, model, model.name, task
+        self.versions = model.choose_version(self.meta.request_id)
+        inputs = self.request.inputs
+        self.inputs = inputs.apart() if isinstance(inputs, PairInputs) and task is PoolingTask.EMBED else inputs
+        self._check_dimensions(model.pooling)
+
+    def _suits(self, model: KnownModel) -> bool:
+        return self._task_of(model) is not None
+
+    def _task_of(self, model: KnownModel) -> PoolingTask | None:
+        """Return the task by which a model answers the request; None if it cannot. While a model's tasks are unknown,
+        an embedding is tried, and a score is not, since its inputs depend on the task."""
+        tasks, is_pairs = model.tasks, isinstance(self.request.inputs, PairInputs)
+        if tasks is None:
+            if is_pairs:
+                raise not_prepared(model)
+            return PoolingTask.EMBED
+        if is_pairs and PoolingTask.SCORE in tasks:
+            return PoolingTask.SCORE
+        return PoolingTask.EMBED if PoolingTask.EMBED in tasks else None
+
+    def _no_task(self, model: KnownModel) -> CallError:
+        wanted = PoolingTask.SCORE if isinstance(self.request.inputs, PairInputs) else PoolingTask.EMBED
+        has = f"its tasks are {', '.join(sorted(model.tasks))}" if model.tasks else "it generates text"
+        return CallError(
+            Outcome.UNSUPPORTED_FEATURE,
+            f"model: {model.name} has no task {wanted.value}, {has}: "
+            f"choose a model with the capability {POOLS}{wanted.value} (ListModels, GET /v1/models)",
+            violations=[Violation("model", f"has no task {wanted.value}")],
+        )
+
+    def _check_dimensions(self, info: PoolingInfo | None) -> None:
+        wanted, name = self.request.dimensions, self.request.dimensions_field
+        if wanted is None:
+            return
+        if wanted < 1:
+            raise invalid(name, f"must be at least 1, got {wanted}")
+        if info is None or wanted == info.dimensions or wanted in info.shorter_dimensions:
+            return
+        if info.any_shorter:
+            if wanted > info.dimensions:
+                raise invalid(name, f"must be 1 to {info.dimensions}, got {wanted}")
+            return
+        allowed = sorted({*info.shorter_dimensions, info.dimensions})
+        if len(allowed) == 1:
+            raise invalid(
+                name, f"must be {info.dimensions} or left out, got {wanted}: the model has no shorter vectors"
+            )
+        shown = ", ".join(map(str, allowed[-SHOWN_LENGTHS:]))
+        raise invalid(name, f"must be one of {shown}; got {wanted}")
+
+    async def encode(self, directory: ModelDirectory) -> None:
+        """Encode the inputs."""
+        self.text = await directory.text_model(self.model, self.versions.first)
+        await self._encode()
+
+    async def _encode(self) -> None:
+        most = self.max_model_len = longest_context(self.model, self.meta)
+        if not most:
+            raise not_prepared(self.model)
+        keep = self.request.truncate_tokens
+        if keep is not None:
+            if keep > most:
+                raise invalid("truncate_prompt_tokens", f"must be at most {most} (the model's context), got {keep}")
+            keep = most if keep == WHOLE_CONTEXT else keep
+        inputs = self.inputs
+        if isinstance(inputs, IdsInputs):
+            self.ids = ids_of_inputs(inputs, most, keep, self.text.vocab_size)
+            self.second_text = lambda i: 0
+            return
+        encoded = await self.text.encode_inputs_async(self.meta.tenant, inputs, most, keep)
+        self.ids, self.second_text = encoded.ids, encoded.second_text
+
+    def create_guards(self, guards: Guards) -> CallGuards:
+        """Create the guards of the call."""
+        principal = self.meta.principal
+        return guards.for_call(principal.tenant, self.model.name, self.meta.request_id, principal.subject)
+
+    async def guard_prompt(self, guards: CallGuards) -> None:
+        """Apply the guards to the inputs. If the guards change an input, encode the changed inputs."""
+        guarded = await guards.inputs(self.inputs, self.text)
+        if guarded is not self.inputs:
+            self.inputs = guarded
+            await self._encode()
+
+    def create_call(
+        self, scheduler: Scheduler, authenticator: Authenticator, clock: Callable[[], float], life: Callable[[], Life]
+    ) -> PoolingCall:
+        """Create the call and its sequences, without queueing them. `life` returns the life of a new sequence."""
+        request, meta = self.request, self.meta
+        policy = policy_of(meta, request.priority_class, scheduler)
+        kind = "embd" if not isinstance(request.inputs, PairInputs) else "score"
+        call = PoolingCall(
+            id=f"{kind}-{random_id()}",
+            model=self.model.name,
+            policy=policy,
+            rank=scheduler.charges.rank_of(policy.priority_class),
+            arrived=self.arrived,
+            deadline=meta.deadline,
+            clock=clock,
+            events=scheduler,
+            request_id=meta.request_id,
+            counted=meta.counted,
+            versions=self.versions,
+            bundle_digest=self.bundle_digest,
+            labels={**request.metadata, **policy.labels},
+            key_id=meta.principal.subject if meta.principal.by == "key" else "",
+            inputs=self.inputs,
+            task=self.task,
+        )
+        call.affinity = affinity(request.affinity_key, meta, call.flow)
+        first = EngineRequest(
+            "",
+            self.ids[0],
+            SAMPLING,
+            cache_salt=authenticator.cache_salt(meta.principal, request.cache_salt),
+            priority=call.rank,
+            traceparent=meta.traceparent,
+            pooling=PoolingParams(self.task, self._shorter_dimensions()),
+        )
+        check_size(first)
+        call.begin_inputs(
+            [
+                PooledSequence(call, i, self._engine_request(first, i), NO_TEXT, life=life())
+                for i in range(len(self.ids))
+            ]
+        )
+        self.call = call
+        return call
+
+    def _shorter_dimensions(self) -> int | None:
+        """Return the length of vectors that the engine is asked for; None for the model's own, which a model without
+        shorter ones accepts under no other name."""
+        info, wanted = self.model.pooling, self.request.dimensions
+        return None if self.task is PoolingTask.SCORE or (info is not None and wanted == info.dimensions) else wanted
+
+    def _engine_request(self, first: EngineRequest, i: int) -> EngineRequest:
+        """Return the engine request of an input. `first`: that of the first input, without its second text."""
+        pooling, second = first.pooling, self.second_text(i)
+        assert pooling is not None
+        return EngineRequest(
+            "",
+            self.ids[i],
+            SAMPLING,
+            cache_salt=first.cache_salt,
+            priority=first.priority,
+            traceparent=first.traceparent,
+            pooling=replace(pooling, second_text_at=second) if second else pooling,
+        )

@@ -1,0 +1,134 @@
+"""Encoding of the inputs of a pooling request: many texts, or pairs of texts, in one call of the tokenizer.
+
+The ids equal those of transformers with special tokens added, also where an input is cut: special tokens stay, and of a
+pair the longer text is cut first (`longest_first`).
+"""
+
+from __future__ import annotations
+
+import pickle
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from tokenizers import Encoding, Tokenizer
+
+from cluster.api.outcomes import invalid
+from cluster.gateway.calls.pooling_request import PackedIds, PairInputs, SingleTexts, TextInputs, too_long
+
+BATCH: Final = 256
+"""Number of inputs that are encoded together, which bounds the memory of the tokenizer's own results."""
+_WITHOUT_TYPES: Final = frozenset({"DistilBertTokenizer", "DistilBertTokenizerFast"})
+"""Tokenizers that mark the second text of a pair, for models that do not read the marks."""
+
+
+class EncodedInputs:
+    """The token ids of all inputs of a request."""
+
+    __slots__ = ("ids", "second_text_at")
+
+    def __init__(self, ids: PackedIds, second_text_at: Any) -> None:
+        """`second_text_at`: for each input the index of the first token of its second text, 0 without one, as unsigned
+        32-bit numbers; empty if no input has one."""
+        self.ids = ids
+        self.second_text_at = memoryview(second_text_at).cast("B").cast("I")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def second_text(self, i: int) -> int:
+        """Return the index of the first token of an input's second text; 0 without one."""
+        return self.second_text_at[i] if self.second_text_at.nbytes else 0
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[object, ...]:
+        return EncodedInputs, (self.ids, pickle.PickleBuffer(self.second_text_at))
+
+
+class InputEncoder:
+    """The encoder of one model's pooling inputs. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+        """`config`: the contents of tokenizer_config.json."""
+        self._tokenizer = tokenizer
+        self._cuts_left = config.get("truncation_side") == "left"
+        names = config.get("model_input_names")
+        self._has_types = (
+            "token_type_ids" in names if names is not None else config.get("tokenizer_class") not in _WITHOUT_TYPES
+        )
+
+    def encode(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
+        """Return the ids of all inputs. `most`: the number of tokens that the model's context holds, 0 if unknown.
+        `keep`: the number of tokens that are kept of a longer input.
+
+        Raises CallError, which names the input. Must not run on an event loop if the texts are long.
+        """
+        ids, ends, marks = array("I"), array("L"), array("I")
+        is_pair = isinstance(inputs, PairInputs) and not isinstance(inputs, SingleTexts)
+        count = len(inputs)
+        for at in range(0, count, BATCH):
+            numbers = range(at, min(at + BATCH, count))
+            for i, encoding in zip(numbers, self._batch(inputs, numbers, is_pair), strict=True):
+                kept = None if keep is None or len(encoding) <= keep else self._kept(encoding, keep)
+                tokens = encoding.ids if kept is None else _picked(encoding.ids, kept)
+                if most and len(tokens) > most:
+                    raise too_long(inputs.path(i), len(tokens), most)
+                if not tokens:
+                    raise invalid(inputs.path(i), "gives no tokens: send a text that is not empty")
+                ids.extend(array("I", tokens))
+                ends.append(len(ids))
+                if is_pair:
+                    marks.append(self._mark(encoding.type_ids if kept is None else _picked(encoding.type_ids, kept)))
+        return EncodedInputs(PackedIds(ids, ends), marks)
+
+    def _batch(self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool) -> list[Encoding]:
+        """Return the encodings of some inputs. Raises what the tokenizer raises."""
+        batch: list[Any]
+        if is_pair:
+            assert isinstance(inputs, PairInputs)
+            batch = [(inputs.first[inputs.first_of(i)], inputs.second[i]) for i in numbers]
+        else:
+            batch = [_text(inputs, i) for i in numbers]
+        encoded: list[Encoding] = self._tokenizer.encode_batch_fast(batch, add_special_tokens=True)
+        return encoded
+
+    def _mark(self, types: Sequence[int]) -> int:
+        """Return the index of the first token of the second text, by the token types."""
+        return types.index(1) if self._has_types and 1 in types else 0
+
+    def _kept(self, encoding: Encoding, keep: int) -> list[int]:
+        """Return the indices of the tokens that are kept of an input that is too long."""
+        places: tuple[list[int], list[int]] = ([], [])
+        kept: list[int] = []
+        for at, number in enumerate(encoding.sequence_ids):
+            (kept if number is None else places[number]).append(at)
+        room = max(keep - len(kept), 0)
+        counts = longest_first(len(places[0]), len(places[1]), room)
+        for part, count in zip(places, counts, strict=True):
+            kept += part[len(part) - count :] if self._cuts_left else part[:count]
+        return sorted(kept)[:keep]
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return how many tokens are kept of two texts with `first` and `second` tokens, if `room` tokens fit, as the
+    tokenizers library does: the longer text is cut to the length of the shorter one, then both are cut."""
+    short, long = sorted((first, second))
+    if first + second <= room:
+        return first, second
+    if not second:
+        return min(first, room), 0
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short = room // 2
+        long = short + room % 2
+    return (long, short) if first > second else (short, long)
+
+
+def _picked(values: Sequence[int], places: Sequence[int]) -> list[int]:
+    return [values[at] for at in places]
+
+
+def _text(inputs: TextInputs | PairInputs, i: int) -> str:
+    if isinstance(inputs, TextInputs):
+        return inputs.texts[i]
+    at = len(inputs.first)
+    return inputs.first[i] if i < at else inputs.second[i - at]
