@@ -49,7 +49,11 @@ def ensure_demo_model(cache_dir: Path, progress: Progress | None = None, source:
 
     During the creation, `progress(done_bytes, total_bytes, what)` is called from another thread a few times a second.
     """
-    model = SOURCES[source]
+    return make_demo_model(SOURCES[source], cache_dir, progress)
+
+
+def make_demo_model(model: DemoModel, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """Return the folder of a finished checkpoint, as `ensure_demo_model` does. Raises DemoModelError."""
     folder = cache_dir / "models" / model.folder
     if folder.is_dir():
         return folder

@@ -168,11 +168,13 @@ class PoolingContract:
 
     async def test_allowed_dimensions(self, driver: Driver) -> None:
         """Vectors of all allowed lengths, computed in one batch, are the beginnings of the full vector, scaled to
-        length 1. The model's own length may be named, too."""
+        length 1. The model's own length may be named, too; a score has no other."""
         info = info_of(driver.subject)
-        if PoolingTask.EMBED not in info.tasks:
-            pytest.skip("the model computes no embeddings")
         ids = driver.subject.prompt(6, 9)
+        if PoolingTask.EMBED not in info.tasks:
+            answers = await driver.run(*(pool(ids, PoolingTask.SCORE, length) for length in (None, 1)))
+            assert vector(answers[0]) == pytest.approx(vector(answers[1]), abs=NEAR)
+            return
         lengths = [1, 2, info.dimensions - 1] if info.any_shorter else list(info.shorter_dimensions)
         assert lengths, "the model under test must declare shorter lengths"
         requests = [pool(ids, PoolingTask.EMBED, length) for length in (None, info.dimensions, *lengths)]
