@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.api.adapters import AdapterSpec
 from cluster.api.output_parts import OutputParsing, ParsedOutput
 from cluster.api.pooling import PoolingInfo, PoolingParams
 
@@ -438,3 +439,5 @@ class CatalogEntry:
     starting_since_s: float = 0.0
     """Time at which the model's first replica began to start, in seconds since the epoch; 0 while no first replica is
     starting."""
+    adapters: tuple[AdapterSpec, ...] = ()
+    """Adapters that the model's workers load, in all versions."""

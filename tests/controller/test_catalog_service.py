@@ -112,7 +112,7 @@ async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
         ({"name": "o", "source": "/o", "fallback": ["p"]}, "models[o].fallback[0]", "no model 'p'"),
         ({"name": "o", "source": "/o", "canary": {"version": "v1"}}, "models[o]", "give the canary another"),
         ({"name": "o", "source": "/o", "engine": {"dtype": "float16"}}, "models[o].engine.dtype", "set `dtype` beside"),
-        ({"name": "o", "source": "/o", "adapters": []}, "models[o].adapters", "not in this release"),
+        ({"name": "o", "source": "/o", "adapters": [{"name": "a"}]}, "models[o].adapters[0].source", "required"),
     ],
 )
 async def test_one_wrong_entry_changes_nothing(tmp_path: Path, entry: dict[str, Any], field: str, told: str) -> None:
