@@ -10,13 +10,14 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.api.adapters import AdapterState, AdapterStatus
 from cluster.api.types import EngineRequest, Sampling, TokenOutput, WorkerIdentity
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.wire import codec
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing, read
-from cluster.wire.outbox import Outbox
+from cluster.wire.outbox import CommandBox, Outbox
 from cluster.worker.session import WorkerSession
 from tests.support.calls import chat
 from tests.support.cluster import TestCluster, sim_engine, until
@@ -102,3 +103,18 @@ async def test_frames_merge_until_they_are_taken() -> None:
     assert full == [False, True, False]
     assert [(slot, list(o.token_ids)) for slot, o in codec.outputs_from_pb(message.step)] == [(1, [5, 6]), (2, [7, 8])]
     assert [a.slot for a in message.accepted] == [1]
+
+
+async def test_only_the_newest_states_of_adapters_and_the_newest_set_are_sent() -> None:
+    out = Outbox()
+    out.adapters([AdapterStatus("a", "", AdapterState.LOADING)])
+    out.adapters([AdapterStatus("b", "", AdapterState.FAILED)])
+    assert [status.name for status in (await out.next_message()).adapters.adapters] == ["b"]
+    out.flush()
+    assert not (await out.next_message()).HasField("adapters")
+    box = CommandBox()
+    box.adapters(pb.AdapterSet(revision=1))
+    box.adapters(pb.AdapterSet(revision=2))
+    assert (await box.next_message()).adapters.revision == 2
+    box.grant_ack(1)
+    assert not (await box.next_message()).HasField("adapters")
