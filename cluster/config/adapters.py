@@ -15,6 +15,8 @@ from cluster.config.problems import Path, Problem
 
 MAX_ADAPTERS: Final = 1000
 """Number of adapters that one model may have. Each gateway sends all of them to each worker in one message."""
+MAX_TENANTS: Final = 4096
+"""Number of tenants that all adapters of a model may name together."""
 ENGINE_DEFAULTS: Final[Mapping[str, int]] = {"max_loras": 8, "max_cpu_loras": 64, "max_lora_rank": 64}
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 _NAME_RULE = (
@@ -28,16 +30,16 @@ class Adapter(Section):
 
     name: str
     """Name of the adapter: 1 to 64 letters, digits, `.`, `_` or `-`."""
-    source: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(min_length=1, max_length=2048)]
     """Folder, `hf://organisation/name`, `s3://`, `gs://` or `https://`, as for weights."""
     digest: Annotated[str, Field(pattern=r"^((sha256:)?[0-9a-f]{64})?$")] = ""
     """Digest of the adapter's files, 64 hex digits, as `headrace adapters check` prints it; other files are refused.
     Empty: not compared."""
-    tenants: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    tenants: tuple[Annotated[str, Field(min_length=1, max_length=63)], ...] = ()
     """Tenants that may use the adapter; empty: every tenant that may use the model."""
     pinned: bool = False
     """Whether the engine keeps the adapter in memory whatever others are used."""
-    license: str = ""
+    license: Annotated[str, Field(max_length=128)] = ""
     """License of the adapter, for the record."""
     version: str = ""
     """Version of the model to which the adapter belongs; empty: all versions."""
@@ -92,6 +94,8 @@ def duplicates(adapters: Sequence[Adapter]) -> Iterator[Problem]:
         if adapter.name in seen:
             yield Problem((at, "name"), f"two adapters are called {adapter.name!r}: rename one, or remove it")
         seen.add(adapter.name)
+    if (tenants := sum(len(adapter.tenants) for adapter in adapters)) > MAX_TENANTS:
+        yield Problem((), f"names {tenants} tenants in all; at most {MAX_TENANTS} are allowed")
     if len(adapters) > MAX_ADAPTERS:
         yield Problem((), f"has {len(adapters)} adapters; at most {MAX_ADAPTERS} are allowed")
 

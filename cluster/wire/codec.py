@@ -24,6 +24,7 @@ from cluster.api.types import (
     WorkerIdentity,
 )
 from cluster.link.v1 import link_pb2 as pb
+from cluster.wire.adapter_codec import adapter_to_pb, adapters_from_pb
 from cluster.wire.ended_requests import EndedUsage
 
 PROTOCOL_MIN = 1
@@ -574,6 +575,7 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         versions=[_share_to_pb(share) for share in e.versions],
         retired=e.retired,
         card=e.card,
+        adapters=map(adapter_to_pb, e.adapters),
     )
 
 
@@ -624,7 +626,8 @@ def drain_state_from_pb(standing: pb.Standing) -> DrainState:
 
 
 def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
-    """Decode a catalog entry, the inverse of `entry_to_pb`. Raises ValueError for an unknown state."""
+    """Decode a catalog entry, the inverse of `entry_to_pb`. Raises ValueError for an unknown state and for adapters outside
+    of the bounds."""
     return CatalogEntry(
         name=m.name,
         aliases=tuple(m.aliases),
@@ -647,6 +650,7 @@ def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
         versions=tuple(_share_from_pb(share) for share in m.versions),
         retired=tuple(m.retired),
         card=dict(m.card),
+        adapters=adapters_from_pb(m.adapters),
         slo_ttft_s=m.slo_ttft_s,
         slo_itl_s=m.slo_itl_s,
         starting_since_s=m.starting_since_s,

@@ -26,7 +26,7 @@ class WaitingSequence:
     `deadline` is None without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed
     last. `needs_tools`: whether the worker must have a parser for tool calls. `affinity`: hash of the tenant and the
     affinity key, in [1, 2**64), or 0 for none. `was_set_aside`: whether it has waited in vain for the worker that holds
-    its prompt, see policy/scheduling/set_aside.py.
+    its prompt, see policy/scheduling/set_aside.py. `adapter`: see RouteCall.
     """
 
     call_id: str
@@ -42,6 +42,7 @@ class WaitingSequence:
     needs_tools: bool = False
     affinity: int = 0
     was_set_aside: bool = False
+    adapter: str = ""
 
 
 class Order(Protocol):
