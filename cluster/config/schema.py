@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.adapters import AdapterSpec
+from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.types import ModelSpec
 from cluster.config import checks
 from cluster.config.adapters import Adapter, as_list, duplicates, engine_with_lora, name_conflicts

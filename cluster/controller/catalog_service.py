@@ -290,7 +290,9 @@ class StoredCatalogService:
     def _check_not_configured(self, model: Model, adapter: str) -> None:
         if any(one.name == adapter for one in model.adapter_specs()):
             where = "controller's file" if model.name in self._file_models else "model's entry, which `apply` changes"
-            raise CallError(Outcome.MANAGED_BY_FILE, f"{model.name}:{adapter} is declared in the {where}; change it there")
+            raise CallError(
+                Outcome.MANAGED_BY_FILE, f"{model.name}:{adapter} is declared in the {where}; change it there"
+            )
 
     def _checked(self, model: Model, adapter: AdapterSpec) -> AdapterSpec:
         """Check an adapter by the rules of the configuration, together with the model's other adapters. Raises

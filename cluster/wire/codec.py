@@ -626,8 +626,8 @@ def drain_state_from_pb(standing: pb.Standing) -> DrainState:
 
 
 def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
-    """Decode a catalog entry, the inverse of `entry_to_pb`. Raises ValueError for an unknown state and for adapters outside
-    of the bounds."""
+    """Decode a catalog entry, the inverse of `entry_to_pb`. Raises ValueError for an unknown state, and for adapters
+    outside of the bounds."""
     return CatalogEntry(
         name=m.name,
         aliases=tuple(m.aliases),

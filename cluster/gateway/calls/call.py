@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import structlog
 
+from cluster.api.adapters import full_name
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
 from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
@@ -72,6 +73,8 @@ class Call:
     """Whether the call is already counted as a request of the call's tenant."""
     tool_calls_before: int = 0
     """Number of tool calls in the chat's history."""
+    adapter: str = ""
+    """Name of the model's adapter that serves the call; "" for the model itself."""
     affinity: int = 0
     """Hash of the tenant and the call's affinity key, in [1, 2**64); 0 without a key."""
     began_at: WorkerIdentity | None = None
@@ -100,6 +103,11 @@ class Call:
     _origin_lost: bool | None = None
     _waiter: asyncio.Future[None] | None = None
     _news: bool = False
+
+    @property
+    def shown_model(self) -> str:
+        """Name of the model or adapter that serves the call, as callers know it."""
+        return full_name(self.model, self.adapter)
 
     @property
     def shown_id(self) -> str:
@@ -167,6 +175,12 @@ class Call:
         self.began_at = self.began_at or identity
         if self.versions.all:
             self.versions = Versions(identity.version, frozenset((identity.version,)))
+
+    def set_adapter(self, sequence: CallSequence, digest: str) -> None:
+        """Set the digest of the adapter in the request of a sequence, which was made before the digest was known."""
+        sequence.set_adapter(digest)
+        if (tokens := self.resume_tokens) is not None:
+            tokens.head = replace(tokens.head, adapter_digest=digest)
 
     def blame(self, error: CallError) -> None:
         """End the call with `error`, because the call may have crashed its workers."""

@@ -73,8 +73,11 @@ class Queues:
 
     def resuming(self, sequence: CallSequence) -> ResumingSequence:
         """Return the resume queue's entry for a sequence, without queueing the sequence."""
+        entry = self._charges.waiting(sequence)
+        if entry.adapter != sequence.request.adapter:  # its digest was unknown at first
+            entry = replace(entry, adapter=sequence.request.adapter)
         return ResumingSequence(
-            self._charges.waiting(sequence),
+            entry,
             sequence.tokens,
             sequence.compatibility,
             sequence.excluded,

@@ -145,7 +145,7 @@ class Scheduler:
     def enter(self, call: Call, model: KnownModel) -> None:
         """Queue every sequence of a call, and send the sequences for which a worker has capacity. Raises CallError;
         then no sequence of the call is queued."""
-        not_servable = queue_errors.not_servable(model)
+        not_servable = queue_errors.not_servable(model, call.adapter)
         if not_servable is not None:
             raise not_servable
         starts_in_s = 0.0 if call.deadline is None else self.charges.starts_in_s(call)

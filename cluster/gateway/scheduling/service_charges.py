@@ -102,6 +102,7 @@ class ServiceCharges:
             output_tokens=self.learnt.expected(flow, call.model, sequence.request.sampling.max_tokens),
             needs_tools=parsing is not None and parsing.needs_tools,
             affinity=call.affinity,
+            adapter=sequence.request.adapter,
         )
         self._charges[sequence.key] = _Charge(place)
         return place

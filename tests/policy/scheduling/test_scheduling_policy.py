@@ -77,6 +77,10 @@ class Fleet:
         worker = self.workers.get(worker_id)
         return None if worker is None else worker.free_tokens if worker.free_sequences > 0 else 0
 
+    def has_adapter(self, model: str, adapter: str) -> bool:
+        """See Workers."""
+        return True
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""
         return compatibility in self.replaced
