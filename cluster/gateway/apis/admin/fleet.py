@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 
-from cluster.admin.v1 import admin_pb2 as pb
 from cluster.admin.v1 import adapters_pb2, catalog_pb2, routing_pb2
+from cluster.admin.v1 import admin_pb2 as pb
 from cluster.api.adapters import AdapterSpec, full_name
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.types import DrainState, VersionShare
