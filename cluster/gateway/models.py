@@ -47,6 +47,10 @@ MAX_POLICIES = 1000
 """Maximum number of distinct pattern lists, from tenants' policies, for which the visible models are cached."""
 
 
+_NO_ADAPTER = AdapterSpec("", "", tenants=("",))
+"""Stands for an adapter that does not exist; no tenant may use it."""
+
+
 class KnownModel:
     """This gateway's knowledge of one model."""
 
@@ -84,11 +88,11 @@ class KnownModel:
     def adapter_open_to(self, name: str, principal: Principal) -> bool:
         """Return whether there is an adapter with this name that the caller may use: the adapter must not be private to
         other tenants, and the policy of the caller's tenant must allow the model or the adapter (`model:adapter`)."""
-        spec, tenant = self.adapters.find(name), principal.tenant
-        if spec is None or (spec.tenants and tenant.name not in spec.tenants):
-            return False
+        # The same steps for missing and for private adapters, so that timing does not reveal which exist.
+        spec, tenant = self.adapters.find(name) or _NO_ADAPTER, principal.tenant
+        is_own = not spec.tenants or tenant.name in spec.tenants
         names = (f"{own}{SEPARATOR}{name}" for own in (self.name, *self.entry.aliases))
-        return self.open_to(principal) or any(map(tenant.allows, names))
+        return (self.open_to(principal) or any(map(tenant.allows, names))) and is_own
 
     def adapters_open_to(self, principal: Principal) -> Sequence[AdapterSpec]:
         """Return the adapters that a caller may use, sorted by name."""

@@ -34,12 +34,14 @@ CANARY = {"version": "v2", "revision": "b", "weight": 0.25}
 class CatalogBed:
     """A catalog service with a controller and a fake Ray. `life` and `by_file` are as in run_controller."""
 
-    def __init__(self, folder: Path, *, life: str = "one", by_file: bool = False, ray: FakeRay | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, life: str = "one", by_file: bool = False, ray: FakeRay | None = None, text: str = FILE
+    ) -> None:
         self.ray = ray or FakeRay()
         self.gateways = FakeGateways(linked=0)
         models, catalog = DesiredModels(), PublishedCatalog()
         self.service = StoredCatalogService(
-            parse(FILE),
+            parse(text),
             models,
             catalog,
             StoredCatalogFile(folder / "catalog.json", life),

@@ -8,8 +8,8 @@ is sent as soon as a worker that has loaded the adapter has room, in the order o
 
 Invariants: a sequence waits here only if a worker without the adapter would have had room for it; otherwise all
 sequences wait for room alike. Nothing else waits for a sequence that waits here. At most MAX_PER_MODEL sequences of a
-model wait, and of one tenant at most MAX_PER_TENANT; further ones end. Each waits no longer than it would have waited
-in its queue.
+model wait, and of one tenant at most MAX_PER_TENANT; further ones end. Each waits here once, and no longer than it
+may wait in a queue.
 """
 
 from __future__ import annotations

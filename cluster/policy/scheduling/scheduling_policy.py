@@ -192,7 +192,7 @@ class SchedulingPolicy:
                 yield Fail(entry.call_id, decision)
                 continue
             if lacks_adapter and call is not None:
-                if not self.adapter_waits.add(entry, call, now, self.room.latest(entry, min(entry.arrived, now))):
+                if not self.adapter_waits.add(entry, call, now, self.room.latest(entry, now)):
                     self._versions.pop(entry.call_id, None)
                     self.room.put_back(entry, now)  # its charge is given back
                     self.room.cancel(entry.call_id)
