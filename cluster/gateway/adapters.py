@@ -6,7 +6,7 @@ the catalog has none, it is the first digest that a worker reports as READY, for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -152,10 +152,6 @@ class ModelAdapters:
         if workers and failed == workers:
             state = AdapterState.FAILED
         return AdapterView(state, ready, workers, tuple(failures))
-
-    def failed(self) -> Collection[str]:
-        """Return the names of the adapters that no worker could load."""
-        return {name for name in self._specs if self.view(name).state is AdapterState.FAILED}
 
     def is_ready(self, key: str) -> bool:
         """Return whether any linked worker takes calls for an adapter. `key`: see `key`."""

@@ -12,6 +12,7 @@ import structlog
 from cluster.api.adapters import full_name
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
+from cluster.gateway.adapters import name_of
 from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
 from cluster.gateway.calls.tool_call_ids import NUMBERED, numbered_id, tool_call_id
 from cluster.gateway.resume_tokens.claim import ResumeTerms
@@ -177,10 +178,11 @@ class Call:
             self.versions = Versions(identity.version, frozenset((identity.version,)))
 
     def set_adapter(self, sequence: CallSequence, digest: str) -> None:
-        """Set the digest of the adapter in the request of a sequence, which was made before the digest was known."""
+        """Set the digest of the adapter in the request of a sequence without output, which was made before the digest
+        was known or before it has changed."""
         sequence.set_adapter(digest)
-        if (tokens := self.resume_tokens) is not None:
-            tokens.head = replace(tokens.head, adapter_digest=digest)
+        if (tokens := self.resume_tokens) is not None and not self.is_resumed:
+            tokens.head = replace(tokens.head, adapter_digest="" if name_of(digest) else digest)
 
     def blame(self, error: CallError) -> None:
         """End the call with `error`, because the call may have crashed its workers."""

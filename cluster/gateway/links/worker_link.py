@@ -79,7 +79,7 @@ class LinkListener(Protocol):
         """Handle a change of the worker's drain state."""
 
     def adapters_changed(self, link: WorkerLink) -> None:
-        """Handle a worker's report of its adapters."""
+        """Handle a worker's report of its adapters with other digests or states than before."""
 
 
 class WorkerLink:
@@ -296,6 +296,14 @@ class WorkerLink:
         or whether it takes another chat to render. Raises ValueError for a message that cannot be applied."""
         now = self._clock()
         running, prefill_tokens = len(self._slots), self._slots.prefill_tokens
+        changed = False
+        if message.HasField("adapters") and self.takes_adapters:  # earlier refusals, whose calls are routed again
+            earlier = {name: (status.digest, status.state) for name, status in self.adapters.items()}
+            self.adapters = {status.name: status for status in adapter_report_from_pb(message.adapters)}
+            self.mark_changed()
+            if {name: (status.digest, status.state) for name, status in self.adapters.items()} != earlier:
+                self._listener.adapters_changed(self)
+                changed = True
         for accepted in message.accepted:
             self._slots.accept(accepted.slot)
         for refused in message.refused:
@@ -316,7 +324,6 @@ class WorkerLink:
         if message.engine_ended:
             self.engine_ended = message.engine_ended[:MAX_REASON_CHARS]
             self.close("its engine has ended", "lost")
-        changed = False
         for piece in message.rendered:
             changed |= self.renders.apply(piece)
         if message.HasField("load"):
@@ -332,10 +339,6 @@ class WorkerLink:
             stays_s = message.standing.stay_ms / 1000
             self.move_requests_at = now + stays_s if self.drain_state is DrainState.DRAINING else float("inf")
             self._listener.drain_state_changed(self)
-            changed = True
-        if message.HasField("adapters") and self.takes_adapters:
-            self.adapters = {status.name: status for status in adapter_report_from_pb(message.adapters)}
-            self._listener.adapters_changed(self)
             changed = True
         if changed or len(self._slots) != running or self._slots.prefill_tokens != prefill_tokens:
             self.mark_changed()

@@ -77,9 +77,10 @@ class WorkerEvents:
             self._scheduler.pump(model.name)
         for sequence in self._queues.queued():  # if the model has failed, end the call now, not at its deadline
             known = directory.find(sequence.call.model)
-            not_servable = None if known is None else queue_errors.not_servable(known, sequence.call.adapter)
+            not_servable = None if known is None else queue_errors.not_servable(known)
             if not_servable is not None:
                 sequence.call.fail(not_servable)
+        self._scheduler.adapters_changed()
         self._scheduler.renders.end_unservable()
         self._host.state_changed()
 
@@ -152,12 +153,4 @@ class WorkerEvents:
     def adapters_changed(self, link: WorkerLink) -> None:
         """Handle a worker's report of its adapters: calls for an adapter that no worker could load end now."""
         self._host.directory.adapters_changed(link)
-        known = self._host.directory.find(link.identity.model)
-        if known is None or not (failed := known.adapters.failed()):
-            return
-        for sequence in self._queues.queued():
-            call = sequence.call
-            if call.adapter in failed and call.model == known.name:
-                refused = known.adapters.refusal_of(known.name, call.adapter)
-                if refused is not None:
-                    call.fail(refused)
+        self._scheduler.adapters_changed()
