@@ -26,7 +26,7 @@ class AdapterState(enum.StrEnum):
 
     LOADING = "LOADING"
     READY = "READY"
-    """Requests for the adapter are accepted: the engine has its weights in memory."""
+    """Requests for the adapter are accepted: the worker has its weights, in the engine's memory or on disk."""
     FAILED = "FAILED"
 
 
