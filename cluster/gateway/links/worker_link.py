@@ -297,7 +297,7 @@ class WorkerLink:
         now = self._clock()
         running, prefill_tokens = len(self._slots), self._slots.prefill_tokens
         changed = False
-        if message.HasField("adapters") and self.takes_adapters:  # earlier refusals, whose calls are routed again
+        if message.HasField("adapters") and self.takes_adapters:  # before refusals, whose calls are routed again
             earlier = {name: (status.digest, status.state) for name, status in self.adapters.items()}
             self.adapters = {status.name: status for status in adapter_report_from_pb(message.adapters)}
             self.mark_changed()
