@@ -15,13 +15,18 @@ SEPARATOR = ":"
 """Separates model and adapter in the name of a model that a caller uses: `model:adapter`."""
 
 
+def full_name(model: str, adapter: str) -> str:
+    """Return the name by which callers know a model, or one of its adapters if `adapter` is not ""."""
+    return f"{model}{SEPARATOR}{adapter}" if adapter else model
+
+
 class AdapterState(enum.StrEnum):
     """State of an adapter on a worker, and, as the worst or best of these, in lists. Names of link.v1
     AdapterStatus.State."""
 
     LOADING = "LOADING"
     READY = "READY"
-    """Requests for the adapter are accepted: the engine has its weights in memory."""
+    """Requests for the adapter are accepted: the worker has its weights, in the engine's memory or on disk."""
     FAILED = "FAILED"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cluster.api.adapters import AdapterSpec
 from cluster.api.types import CatalogEntry
 
 
@@ -58,3 +59,13 @@ class CatalogService(Protocol):
 
     def quarantine(self, name: str, version: str, reason: str, *, lift: bool) -> CatalogEntry:
         """Stop sending calls to a version, or with `lift` resume sending calls to the version."""
+
+    def load_adapter(self, name: str, adapter: AdapterSpec) -> tuple[str, AdapterSpec]:
+        """Add an adapter to a model, in place of one of the same name that was added so. Returns the model's name and
+        the adapter.
+
+        The adapter is kept beside the model's entry, so `apply` does not remove it. An adapter of the same name in the
+        entry is refused here, and takes its place if it is added to the entry later."""
+
+    def unload_adapter(self, name: str, adapter: str) -> tuple[str, AdapterSpec]:
+        """Remove an adapter that `load_adapter` has added. Returns the model's name and the adapter."""

@@ -94,4 +94,5 @@ class AdapterEngine(Protocol):
         """
 
     async def unload_adapter(self, digest: str) -> None:
-        """Forget the adapter. Running requests that use it are not cut; an unknown digest is ignored."""
+        """Forget the adapter: refuse new requests at once, and return once its last request has ended and its memory is
+        free. Running requests that use it are not cut; an unknown digest is ignored. Raises EngineDead."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.api.adapters import AdapterSpec
 from cluster.api.output_parts import OutputParsing, ParsedOutput
 from cluster.api.pooling import PoolingInfo, PoolingParams, PoolingTask
 
@@ -441,3 +442,5 @@ class CatalogEntry:
     tasks: tuple[PoolingTask, ...] = ()
     """Pooling tasks of the model's workers. Empty: the model generates, or no worker has reported yet, in which case
     `engine_class` is empty too."""
+    adapters: tuple[AdapterSpec, ...] = ()
+    """Adapters that the model's workers load, in all versions."""

@@ -7,6 +7,7 @@ from importlib import metadata
 import typer
 
 from cluster.cli.commands import (
+    adapters,
     certs,
     chat,
     config,
@@ -56,6 +57,7 @@ models_app.command("weigh")(models.weigh)
 app.add_typer(models_app, name="models")
 scale.explain_app.command("request")(explain.explain_request)
 app.add_typer(scale.explain_app, name="explain")
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(config.app, name="config")
 app.add_typer(certs.app, name="certs")
 app.add_typer(tenants.tenants_app, name="tenants")

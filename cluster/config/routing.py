@@ -29,6 +29,8 @@ class RoutingWeights(Section):
     """A call waits for a worker without room that costs less and holds its prompt, if no more prompt tokens than this
     are computed there before its first token, or no more than at the best worker with room; at most five seconds. 0: no
     call waits."""
+    adapter_tokens: Tokens = DEFAULT.adapter
+    """Cost of a worker where the call's adapter lies in no slot of the engine, so that it is copied into one first."""
     affinity_tokens: Tokens = DEFAULT.affinity
     """Advantage of the worker that a call's `affinity_key` prefers. 0: keys have no effect."""
 
@@ -62,5 +64,6 @@ class Routing(Section):
                 memory=weights.full_memory_tokens,
                 patience=weights.patience_tokens,
                 affinity=weights.affinity_tokens,
+                adapter=weights.adapter_tokens,
             ),
         )

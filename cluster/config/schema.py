@@ -17,9 +17,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from cluster.api.adapters import AdapterSpec
 from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.types import ModelSpec
 from cluster.config import checks
+from cluster.config.adapters import Adapter, as_list, duplicates, engine_with_lora, name_conflicts
 from cluster.config.gateway import GatewaySettings, Section, Tls, check_address, is_loopback
 from cluster.config.problems import Path as KeyPath
 from cluster.config.problems import Problem, problems_of, raise_all, shown
@@ -44,9 +46,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 API_VERSION = "headrace/v1"
 
 NOT_YET: dict[str, str] = {}
-NOT_YET_MODEL = {
-    "adapters": "adapters",
-}
+NOT_YET_MODEL: dict[str, str] = {}
 
 LinkAddress = Annotated[
     str,
@@ -325,6 +325,9 @@ class Model(Section):
     """Whether the engine may run the model's own code. Needs `weights.allow.remote_code`."""
     load_format: str = "safetensors"
     """vLLM's name of the weights' format. Must be listed in `weights.allow.formats`."""
+    adapters: tuple[Adapter, ...] | None = None
+    """LoRA adapters: a list, or a mapping from the name to the other keys. An empty list lets adapters be loaded at run
+    time. None: the engine takes no adapters, unless `engine.enable_lora` is true."""
     control_tokens_in_content: Literal["keep", "escape"] = "keep"
     """What becomes of control tokens, such as `<|im_end|>`, in contents of users, tool results and documents. `keep`:
     they become control tokens, as with vLLM and transformers. `escape`: they stay text, with a space after the first
@@ -358,6 +361,38 @@ class Model(Section):
         if len(set(types)) < len(types):
             raise ValueError(f"names a type twice: {', '.join(types)}")
         return value
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return as_list(value)
+
+    @field_validator("adapters")
+    @classmethod
+    def _distinct(cls, value: tuple[Adapter, ...] | None) -> tuple[Adapter, ...] | None:
+        raise_all(duplicates(value or ()))
+        return value
+
+    @model_validator(mode="after")
+    def _takes_adapters(self) -> Model:
+        if self.adapters is not None and self.engine.get("enable_lora") is False:
+            raise_all([Problem(("engine", "enable_lora"), "is false, but the model has `adapters`: remove one")])
+        known = [self.version, *([self.canary.version] if self.canary is not None else [])]
+        raise_all(
+            Problem(("adapters", at, "version"), f"{adapter.version!r} is no version here; there is {', '.join(known)}")
+            for at, adapter in enumerate(self.adapters or ())
+            if adapter.version and adapter.version not in known
+        )
+        return self
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether the engine of the model can load adapters."""
+        return self.adapters is not None or self.engine.get("enable_lora") is True
+
+    def adapter_specs(self) -> tuple[AdapterSpec, ...]:
+        """Return the adapters of the entry."""
+        return tuple(adapter.spec() for adapter in self.adapters or ())
 
     @model_validator(mode="after")
     def _two_versions(self) -> Model:
@@ -448,7 +483,7 @@ class Model(Section):
             slo_ttft_s=self.slo.ttft_s,
             slo_itl_s=self.slo.itl_s,
             slo_target=self.slo.target,
-            engine=dict(self.engine),
+            engine=engine_with_lora(self.engine) if self.takes_adapters else dict(self.engine),
             allow_cross_node_tensor_parallel=self.allow_cross_node_tensor_parallel,
             trust_remote_code=self.trust_remote_code,
             load_format=self.load_format,
@@ -533,6 +568,7 @@ class Config(Section):
             (
                 *self._authentication_problems(),
                 *checks.names(self.models),
+                *name_conflicts([((model.name, *model.aliases), model.adapters or ()) for model in self.models]),
                 *checks.fallbacks(self.models, absent),
                 *self._disallowed(),
                 *checks.budgets([*self._gpu_needs()], self.scaling.gpu_budget),
@@ -557,15 +593,17 @@ class Config(Section):
             if allow.licenses and model.license and model.license.lower() not in map(str.lower, allow.licenses):
                 text = f"{model.license!r} is not among weights.allow.licenses ({', '.join(allow.licenses)})"
                 yield Problem((*where, "license"), text)
+            for number, adapter in enumerate(model.adapters or ()):
+                if not _is_allowed(adapter.source, allow):
+                    yield Problem((*where, "adapters", number, "source"), _not_allowed(adapter.source, allow))
             if not allow.remote_code:
                 for path, source, engine, _ in model.engines():
                     if not source.startswith("sim://"):
                         yield from checks.code_of((*where, *path), engine)
             for number, version in enumerate(model.versions()):
                 of_version: KeyPath = (*where, "canary") if number else where
-                if not any(fnmatch.fnmatchcase(version.source, pattern) for pattern in allow.sources):
-                    text = f"{version.source!r} is not among weights.allow.sources ({', '.join(allow.sources)})"
-                    yield Problem((*of_version, "source"), text)
+                if not _is_allowed(version.source, allow):
+                    yield Problem((*of_version, "source"), _not_allowed(version.source, allow))
                 if version.source.startswith("hf://") and _NO_REVISION.search(version.revision):
                     text = f"{version.revision!r} is no branch, tag or commit: it has whitespace, '\\' or one of ~^:?*["
                     yield Problem((*of_version, "revision"), text)
@@ -589,6 +627,14 @@ class Config(Section):
         if twice := next((url for at, url in enumerate(urls) if url in urls[:at]), ""):
             raise ValueError(f"two entries have the dashboard_url {twice}: one Ray cluster is one entry")
         return value
+
+
+def _is_allowed(source: str, allow: Allow) -> bool:
+    return any(fnmatch.fnmatchcase(source, pattern) for pattern in allow.sources)
+
+
+def _not_allowed(source: str, allow: Allow) -> str:
+    return f"{source!r} is not among weights.allow.sources ({', '.join(allow.sources)})"
 
 
 def _refuse_not_yet(data: Mapping[str, Any]) -> Iterator[Problem]:

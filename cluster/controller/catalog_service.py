@@ -5,11 +5,16 @@ the changes hold until the next `up`. On other clusters the file comes from a Co
 which are stored on disk. Apply refuses to change the file's models, since the next ConfigMap would undo the change.
 Rolling back a canary and quarantining a version are allowed on every cluster, since an emergency needs them. Both are
 overrides of a version, which end when the version's entry changes.
+
+Adapters that are loaded at run time are allowed on every cluster too. They are kept beside the entries, by model, so
+that neither Apply nor a change of the file removes them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +22,7 @@ from typing import Any
 
 import structlog
 
+from cluster.api.adapters import AdapterSpec
 from cluster.api.catalog import Change
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import CatalogEntry
@@ -32,11 +38,12 @@ log = structlog.get_logger("catalog")
 
 @dataclass(frozen=True, slots=True)
 class StoredCatalog:
-    """Stored changes to the catalog of the configuration file: entries of models, and overrides by model and
-    version."""
+    """Stored changes to the catalog of the configuration file: entries of models, overrides by model and version, and
+    adapters that were loaded at run time, by model."""
 
     models: Sequence[Mapping[str, Any]] = ()
     overrides: Mapping[str, Mapping[str, VersionOverride]] = field(default_factory=dict)
+    adapters: Mapping[str, tuple[AdapterSpec, ...]] = field(default_factory=dict)
 
 
 class StoredCatalogFile:
@@ -59,7 +66,11 @@ class StoredCatalogFile:
                 model: {version: VersionOverride.from_json(override) for version, override in versions.items()}
                 for model, versions in values["marks"].items()
             }
-            return StoredCatalog(values["models"], overrides)
+            adapters = {
+                model: tuple(_adapter_from_json(adapter) for adapter in of_model)
+                for model, of_model in values.get("adapters", {}).items()  # older releases write none
+            }
+            return StoredCatalog(values["models"], overrides, adapters)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -72,12 +83,24 @@ class StoredCatalogFile:
             model: {version: override.as_json() for version, override in versions.items()}
             for model, versions in kept.overrides.items()
         }
-        text = json.dumps(
-            {"life": self._life, "models": [dict(entry) for entry in kept.models], "marks": overrides}, indent=1
-        )
+        values: dict[str, Any] = {
+            "life": self._life,
+            "models": [dict(entry) for entry in kept.models],
+            "marks": overrides,
+        }
+        if kept.adapters:
+            values["adapters"] = {
+                model: [dataclasses.asdict(adapter) for adapter in adapters]
+                for model, adapters in kept.adapters.items()
+            }
+        text = json.dumps(values, indent=1)
         draft = self._path.with_suffix(".new")
         draft.write_text(text)
         draft.replace(self._path)
+
+
+def _adapter_from_json(values: Mapping[str, Any]) -> AdapterSpec:
+    return AdapterSpec(**{**values, "tenants": tuple(values["tenants"])})
 
 
 class StoredCatalogService:
@@ -112,6 +135,8 @@ class StoredCatalogService:
         self._on_want = on_want
         kept = file.read()
         self.config = self._restored(config, kept) if kept is not None else config
+        self._loaded = dict(kept.adapters) if kept is not None else {}
+        """Adapters that were loaded at run time, by the model's name."""
         self._want()
         if kept is not None:
             models.restore(kept.overrides)
@@ -129,13 +154,21 @@ class StoredCatalogService:
 
     def _want(self) -> None:
         settings = self._settings_of(self.config)
-        self._models.want(settings)
+        self._models.want(settings, {model.name: self._adapters(model) for model in self.config.models})
         self._on_want(settings)
 
+    def _adapters(self, model: Model) -> tuple[AdapterSpec, ...]:
+        """Return the adapters of a model: those of its entry, then those that were loaded at run time."""
+        if not model.takes_adapters:
+            return ()
+        configured = model.adapter_specs()
+        names = {adapter.name for adapter in configured}
+        return (*configured, *(one for one in self._loaded.get(model.name, ()) if one.name not in names))
+
     def keep(self) -> None:
-        """Store the changed models and the overrides of versions. Raises OSError."""
+        """Store the changed models, the overrides of versions and the loaded adapters. Raises OSError."""
         models = [entry_of(model) for model in self.config.models if model.name not in self._file_models]
-        self._file.keep(StoredCatalog(models, self._models.overrides))
+        self._file.keep(StoredCatalog(models, self._models.overrides, self._loaded))
 
     # ---- verbs
 
@@ -161,11 +194,14 @@ class StoredCatalogService:
 
         If the catalog cannot be stored, raises CallError and changes nothing.
         """
-        before, self.config = self.config, config
+        before, loaded = self.config, self._loaded
+        self.config = config
+        names = {model.name for model in config.models} | self._held
+        self._loaded = {name: adapters for name, adapters in loaded.items() if name in names}
         try:
             self.keep()
         except OSError as error:
-            self.config = before
+            self.config, self._loaded = before, loaded
             raise CallError(
                 Outcome.INTERNAL, f"the catalog cannot be stored, so nothing has changed: {error}"
             ) from None
@@ -220,6 +256,80 @@ class StoredCatalogService:
         entry = self._override(model.name, version, quarantined=not lift)
         log.warning("version.quarantined", model=model.name, version=version, lifted=lift, why=reason)
         return entry
+
+    def load_adapter(self, name: str, adapter: AdapterSpec) -> tuple[str, AdapterSpec]:
+        """Add an adapter to a model, as described in CatalogService."""
+        model = self._named(name)
+        if not model.takes_adapters:
+            raise invalid(
+                "name",
+                f"{model.name} takes no adapters: add `adapters: []` to its entry, which replaces its replicas once",
+            )
+        self._check_not_configured(model, adapter.name)
+        adapter = self._checked(model, adapter)
+        others = [one for one in self._loaded.get(model.name, ()) if one.name != adapter.name]
+        self._set_loaded(model.name, (*others, adapter))
+        log.info("adapter.loaded", model=model.name, adapter=adapter.name, source=adapter.source)
+        return model.name, adapter
+
+    def unload_adapter(self, name: str, adapter: str) -> tuple[str, AdapterSpec]:
+        """Remove an adapter, as described in CatalogService."""
+        model = self._named(name)
+        self._check_not_configured(model, adapter)
+        loaded = self._loaded.get(model.name, ())
+        found = next((one for one in loaded if one.name == adapter), None)
+        if found is None:
+            names = ", ".join(one.name for one in loaded) or "none"
+            raise CallError(
+                Outcome.NOT_FOUND, f"{model.name} has no adapter {adapter[:64]!r} that was loaded; there are {names}"
+            )
+        self._set_loaded(model.name, tuple(one for one in loaded if one is not found))
+        log.info("adapter.unloaded", model=model.name, adapter=adapter)
+        return model.name, found
+
+    def _check_not_configured(self, model: Model, adapter: str) -> None:
+        if any(one.name == adapter for one in model.adapter_specs()):
+            where = "controller's file" if model.name in self._file_models else "model's entry, which `apply` changes"
+            raise CallError(
+                Outcome.MANAGED_BY_FILE, f"{model.name}:{adapter} is declared in the {where}; change it there"
+            )
+
+    def _checked(self, model: Model, adapter: AdapterSpec) -> AdapterSpec:
+        """Check an adapter by the rules of the configuration, together with the model's other adapters. Raises
+        CallError."""
+        others = [one for one in self._adapters(model) if one.name != adapter.name]
+        entries = [
+            entry_of(other)
+            if other.name != model.name
+            else entry_of(other) | {"adapters": [dataclasses.asdict(one) for one in (*others, adapter)]}
+            for other in self.config.models
+        ]
+        try:
+            config = with_models(self.config, entries, self._held)
+        except CallError as error:
+            place = re.compile(rf"^models\[{re.escape(model.name)}\]\.adapters\[{len(others)}\]\.")
+            violations = [
+                Violation("adapter" if (field := place.sub("", one.field)) == "name" else field, one.description)
+                for one in error.violations
+            ]
+            message = "; ".join(f"{one.field}: {one.description}" for one in violations)
+            raise CallError(error.outcome, message, violations=violations) from None
+        specs = next(other for other in config.models if other.name == model.name).adapter_specs()
+        return specs[-1]
+
+    def _set_loaded(self, model: str, adapters: tuple[AdapterSpec, ...]) -> None:
+        """Store the adapters of a model that were loaded at run time, and publish them. If they cannot be stored,
+        raises CallError and changes nothing."""
+        before = self._loaded
+        self._loaded = {name: loaded for name, loaded in {**before, model: adapters}.items() if loaded}
+        try:
+            self.keep()
+        except OSError as error:
+            self._loaded = before
+            raise CallError(
+                Outcome.INTERNAL, f"the catalog cannot be stored, so nothing has changed: {error}"
+            ) from None
+        self._want()
 
     def _override(self, model: str, version: str, **fields: Any) -> CatalogEntry:
         """Override fields of a version, and store the overrides. Returns the model's entry as it will be published."""

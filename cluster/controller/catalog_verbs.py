@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.admin.v1 import adapters_pb2 as adapters_pb
 from cluster.admin.v1 import catalog_pb2 as pb
+from cluster.api.adapters import AdapterSpec
 from cluster.api.catalog import CatalogService, Change
 from cluster.api.outcomes import invalid
 from cluster.api.types import CatalogEntry
+from cluster.wire.admin_adapters import admin_adapter
 from cluster.wire.admin_forwarding import Verb, verb
 from cluster.wire.version_status import version_status
 
@@ -41,6 +44,27 @@ def catalog_verbs(service: CatalogService) -> Mapping[str, Verb]:
         reason = request.reason or f"by {actor}"
         return _versions(service.quarantine(request.name, request.version, reason, lift=request.lift))
 
+    async def load_adapter(request: adapters_pb.LoadAdapterRequest, actor: str) -> adapters_pb.LoadAdapterResponse:
+        model, spec = service.load_adapter(
+            request.name,
+            AdapterSpec(
+                name=request.adapter,
+                source=request.source,
+                digest=request.digest,
+                tenants=tuple(request.tenants),
+                pinned=request.pinned,
+                license=request.license,
+                version=request.version,
+            ),
+        )
+        return adapters_pb.LoadAdapterResponse(adapter=admin_adapter(model, spec))
+
+    async def unload_adapter(
+        request: adapters_pb.UnloadAdapterRequest, actor: str
+    ) -> adapters_pb.UnloadAdapterResponse:
+        model, spec = service.unload_adapter(request.name, request.adapter)
+        return adapters_pb.UnloadAdapterResponse(adapter=admin_adapter(model, spec))
+
     return {
         "Catalog.Apply": verb(pb.ApplyRequest, apply),
         "Catalog.Diff": verb(pb.DiffRequest, diff),
@@ -48,6 +72,8 @@ def catalog_verbs(service: CatalogService) -> Mapping[str, Verb]:
         "Catalog.Promote": verb(pb.PromoteRequest, promote),
         "Catalog.Rollback": verb(pb.RollbackRequest, roll_back),
         "Catalog.Quarantine": verb(pb.QuarantineRequest, quarantine),
+        "Catalog.LoadAdapter": verb(adapters_pb.LoadAdapterRequest, load_adapter),
+        "Catalog.UnloadAdapter": verb(adapters_pb.UnloadAdapterRequest, unload_adapter),
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cluster.api.adapters import AdapterSpec
 from cluster.api.types import ModelSpec
 from cluster.policy.catalog.versions import ReplicaShare, VersionOverride, shares
 from cluster.worker.settings import ReplicaSettings
@@ -26,12 +27,17 @@ class DesiredModels:
         """Variants of each wanted model: the stable version before the canary, the preferred GPU type first."""
         self.overrides: Mapping[str, Mapping[str, VersionOverride]] = {}
         """Overrides of the configuration, by model and version. Operators and automatic rollbacks set overrides."""
+        self.adapters: Mapping[str, tuple[AdapterSpec, ...]] = {}
+        """Adapters of the wanted models; models without adapters may be absent. No replica restarts for a change."""
         self._leaving: dict[str, ModelSpec] = {}
         self._held: dict[str, ModelSpec] = {}
         self._hold_all = False
 
-    def want(self, settings: Sequence[ReplicaSettings]) -> None:
-        """Set the replicas that should run. `settings` has the order of `variants`."""
+    def want(
+        self, settings: Sequence[ReplicaSettings], adapters: Mapping[str, tuple[AdapterSpec, ...]] | None = None
+    ) -> None:
+        """Set the replicas that should run, and the models' adapters. `settings` has the order of `variants`."""
+        self.adapters = adapters or {}
         wanted: dict[str, tuple[ReplicaSettings, ...]] = {}
         for variant in settings:
             wanted[variant.spec.name] = (*wanted.get(variant.spec.name, ()), variant)

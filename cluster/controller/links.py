@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,9 +84,10 @@ class ControllerLinks:
         listener: DemandListener | None = None,
         verbs: Mapping[str, admin_forwarding.Verb] | None = None,
         timing: Timing | None = None,
+        wall_s: Callable[[], float] = time.time,
     ) -> None:
         """`bundles`: function that returns a tokenizer bundle by digest. `verbs`: handlers of the admin verbs that the
-        controller answers, by names such as `Catalog.Scale`."""
+        controller answers, by names such as `Catalog.Scale`. `wall_s`: seconds since the epoch."""
         self._controller_id = controller_id
         self._incarnation = uuid.uuid4().hex[:12]
         self._gateways = GatewayAddresses(gateways)
@@ -96,6 +98,7 @@ class ControllerLinks:
         self._timing = timing or Timing()
         self._catalog: tuple[CatalogEntry, ...] = ()
         self._revision = 0
+        self._wall_s = wall_s
         self._changed: set[asyncio.Event] = set()
         self._reports: dict[str, _GatewayReports] = {}
         self._answers: set[asyncio.Task[None]] = set()
@@ -105,7 +108,8 @@ class ControllerLinks:
         if tuple(entries) == self._catalog and self._revision:
             return
         self._catalog = tuple(entries)
-        self._revision += 1
+        # Workers follow the highest revision that they have seen, so it must grow over a restart of the controller too.
+        self._revision = max(self._revision + 1, round(self._wall_s() * 1000))
         self._notify_all()
 
     def _notify_all(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from cluster.api.adapters import AdapterSpec
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare
 from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import FleetWorker
@@ -76,7 +77,8 @@ class PublishedCatalog:
         """Set a first catalog with all wanted models in state DECLARED. `reason`: why Ray has not been observed yet."""
         for name, variants in models.variants.items():
             known = SourceFacts(trouble=reason)
-            self._entries[name] = lifecycle.entry(variants[0].spec, ModelState.DECLARED, None, known=known)
+            declared = lifecycle.entry(variants[0].spec, ModelState.DECLARED, None, known=known)
+            self._entries[name] = replace(declared, adapters=models.adapters.get(name, ()))
         return self.entries()
 
     def update(
@@ -103,10 +105,21 @@ class PublishedCatalog:
         self._states = {key: state for key, state in self._states.items() if key in published}
         filled = {name: lifecycle.fill_from_earlier(self._entries.get(name), entry) for name, entry in entries.items()}
         self._entries = {
-            name: replace(add_scaling(entry), replicas_desired=entry.replicas_desired)  # counts all versions' replicas
+            name: replace(
+                add_scaling(entry),
+                replicas_desired=entry.replicas_desired,  # counts all versions' replicas
+                adapters=self._adapters(models, name),
+            )
             for name, entry in filled.items()
         }
         return self.entries()
+
+    def _adapters(self, models: DesiredModels, name: str) -> tuple[AdapterSpec, ...]:
+        """Return the adapters of a model. A model that leaves or is held keeps those that it had."""
+        if name in models.variants:
+            return models.adapters.get(name, ())
+        before = self._entries.get(name)
+        return before.adapters if before is not None else ()
 
     def _version(
         self, seen: ControllerPass, part: ReplicaShare, spec: ModelSpec, variants: Sequence[ReplicaSettings]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from cluster import __version__
+from cluster.api.adapters import AdapterState
 from cluster.api.types import ModelState
 from cluster.gateway.config_state import ConfigState
 from cluster.gateway.links.hub import Hub
@@ -74,6 +76,9 @@ class GatewayGauges:
             yield "model_replicas_desired", labels, model.entry.replicas_desired
             for state in ModelState:
                 yield "model_state", (model.name, state.value.lower()), float(model.state is state)
+            adapters = Counter(model.adapters.view(spec.name).state for spec in model.adapters.specs)
+            for each in AdapterState:
+                yield "adapters", (model.name, each.value.lower()), adapters[each]
 
 
 def _worker(link: WorkerLink) -> Iterator[Sample]:

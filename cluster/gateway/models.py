@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
+from cluster.api.adapters import SEPARATOR, AdapterSpec, full_name
 from cluster.api.outcomes import CallError, Outcome, quoted
 from cluster.api.pooling import PoolingInfo, PoolingTask, pooling_tasks
 from cluster.api.types import CatalogEntry, CompatibilityKey, EngineInfo, ModelState, VersionShare, WorkerIdentity
+from cluster.gateway.adapters import MODEL_STATES, ModelAdapters
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.prompt_memory import PromptMemory
@@ -46,6 +48,10 @@ MAX_POLICIES = 1000
 """Maximum number of distinct pattern lists, from tenants' policies, for which the visible models are cached."""
 
 
+_NO_ADAPTER = AdapterSpec("", "", tenants=("",))
+"""Stands for an adapter that does not exist; no tenant may use it."""
+
+
 class KnownModel:
     """This gateway's knowledge of one model."""
 
@@ -55,6 +61,8 @@ class KnownModel:
         self.links: dict[str, WorkerLink] = {}
         self.by_incarnation: dict[str, WorkerLink] = {}
         """The same links by the worker's incarnation."""
+        self.adapters = ModelAdapters(self.links, self.takes_calls)
+        self.adapters.replace(entry.adapters)
         self.changed_workers: set[str] = set()
         """Ids of the workers that have joined, left or changed since the router has read them."""
         self.parsers: frozenset[str] = frozenset()
@@ -80,6 +88,19 @@ class KnownModel:
         names."""
         return any(map(principal.tenant.allows, (self.name, *self.entry.aliases)))
 
+    def adapter_open_to(self, name: str, principal: Principal) -> bool:
+        """Return whether there is an adapter with this name that the caller may use: the adapter must not be private to
+        other tenants, and the policy of the caller's tenant must allow the model or the adapter (`model:adapter`)."""
+        # The same steps for missing and for private adapters, so that timing does not reveal which exist.
+        spec, tenant = self.adapters.find(name) or _NO_ADAPTER, principal.tenant
+        is_own = not spec.tenants or tenant.name in spec.tenants
+        names = (f"{own}{SEPARATOR}{name}" for own in (self.name, *self.entry.aliases))
+        return (self.open_to(principal) or any(map(tenant.allows, names))) and is_own
+
+    def adapters_open_to(self, principal: Principal) -> Sequence[AdapterSpec]:
+        """Return the adapters that a caller may use, sorted by name."""
+        return [spec for spec in self.adapters.specs if self.adapter_open_to(spec.name, principal)]
+
     @property
     def tasks(self) -> frozenset[PoolingTask] | None:
         """Pooling tasks of the model: those of its workers, else of its last worker, else of the catalog. Empty for a
@@ -101,6 +122,10 @@ class KnownModel:
     def served(self) -> bool:
         """Whether at least one worker takes new calls for the model."""
         return any(map(self.takes_calls, self.links.values()))
+
+    def serves(self, adapter: str) -> bool:
+        """Return whether at least one worker takes new calls for the model, or for one of its adapters by name."""
+        return self.served if not adapter else self.adapters.view(adapter).ready > 0
 
     @property
     def leaving(self) -> bool:
@@ -146,6 +171,7 @@ class KnownModel:
     def update(self, entry: CatalogEntry) -> None:
         """Apply a new catalog entry."""
         self.entry, self.in_catalog = entry, True
+        self.adapters.replace(entry.adapters)
         self.changed_workers.update(self.links)  # a version may be quarantined, a generation retired
         _remember(self._replaced, *entry.retired)
         for link in self.links.values():
@@ -163,12 +189,14 @@ class KnownModel:
         link.mark_changed()
         self.parsers |= link.parsers
         self._linked_tasks |= link.tasks
+        self.adapters.refresh()
         self._departed.pop(link.compatibility_key, None)
 
     def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
         """Remove a link that has ended. `gone`: new state if this was the last link and the model is in no catalog."""
         del self.links[link.identity.worker_id], self.by_incarnation[link.identity.incarnation]
         link.mark_changed()
+        self.adapters.refresh()
         self.parsers = frozenset().union(*(other.parsers for other in self.links.values()))
         self._linked_tasks = frozenset().union(*(other.tasks for other in self.links.values()))
         if link.identity.generation in self._replaced:
@@ -199,11 +227,14 @@ class KnownModel:
         """Return the catalog's entry for a version; None if the catalog does not have the version."""
         return next((share for share in self.entry.versions if share.version == version), None)
 
-    def choose_version(self, call_id: str, bundle_digest: str = "") -> Versions:
+    def choose_version(self, call_id: str, bundle_digest: str = "", only: str = "") -> Versions:
         """Choose a version for a call, and alternatives with the same tokenizer in case the chosen version is full.
 
-        `bundle_digest`: for a resumed call, digest of the tokenizer with which the call began. Raises CallError."""
+        `bundle_digest`: for a resumed call, digest of the tokenizer with which the call began. `only`: the version to
+        which the call's adapter belongs, if it belongs to one. Raises CallError."""
         shares = [share for share in self.entry.versions if not share.quarantined]
+        if only and any(share.version == only for share in shares):
+            return Versions(only, frozenset((only,)))
         if len(shares) == len(self.entry.versions) <= 1:
             return Versions()
         if not shares:
@@ -276,6 +307,34 @@ def _remember(past: dict[_T, None], *items: _T) -> None:
         del past[oldest]
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a caller's model name stands for: a model, or one of its adapters by name."""
+
+    model: KnownModel
+    adapter: str = ""
+
+    @property
+    def name(self) -> str:
+        """Full name of the model or adapter."""
+        return full_name(self.model.name, self.adapter)
+
+    @property
+    def state(self) -> ModelState:
+        """State as callers see it. An adapter is READY while a worker takes its calls."""
+        if not self.adapter or self.model.state in (ModelState.DRAINING, ModelState.FAILED, ModelState.GONE):
+            return self.model.state
+        state = MODEL_STATES[self.model.adapters.view(self.adapter).state]
+        return self.model.state if state is ModelState.LOADING and not self.model.served else state
+
+    @property
+    def state_reason(self) -> str:
+        """Why the model or adapter is in its state; "" for no reason."""
+        if self.adapter and (reason := self.model.adapters.view(self.adapter).reason):
+            return reason
+        return self.model.entry.state_reason
+
+
 class ModelDirectory:
     """Directory of the models by name and alias, and of their tokenizers by digest. A tokenizer comes from memory, else
     from disk, else from `fetch`."""
@@ -290,16 +349,21 @@ class ModelDirectory:
         patterns."""
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._prompts = PromptMemory()
-        for entry in _load_catalog(folder):
+        revision, entries = _load_catalog(folder)
+        for entry in entries:
             self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
+        self._revision = revision
+        """Revision of the catalog; 0 if it is unknown."""
         self._any_known = self._has_catalog = bool(self._models)
         """`_any_known`: whether any model has become known so far. `_has_catalog`: whether a catalog has arrived."""
         self._rebuild_names()
 
     # ---- updates
 
-    def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Replace the previous catalog. Models with a linked worker stay in the directory."""
+    def apply_catalog(self, entries: Sequence[CatalogEntry], revision: int = 0) -> None:
+        """Replace the previous catalog, and send changed adapters to the workers. Models with a linked worker stay in
+        the directory. `revision`: number of the catalog, which grows; without one no adapters are sent."""
+        self._revision = revision
         self._any_known = self._has_catalog = True
         known = {entry.name: entry for entry in entries}
         for name, model in list(self._models.items()):
@@ -311,8 +375,23 @@ class ModelDirectory:
         for entry in entries:
             model = self._models.setdefault(entry.name, KnownModel(entry, True))
             model.update(entry)
+        for model in self._models.values():
+            for link in model.links.values():
+                self._send_adapters(model, link)
         self._rebuild_names()
-        _save_catalog(self._folder, entries)
+        _save_catalog(self._folder, entries, revision)
+
+    def _send_adapters(self, model: KnownModel, link: WorkerLink) -> None:
+        if model.in_catalog and self._revision:
+            link.send_adapters(self._revision, model.adapters.wanted_on(link))
+
+    def adapters_changed(self, link: WorkerLink) -> None:
+        """Take a worker's report of its adapters, or a change of its drain state, into account."""
+        model = self._models.get(link.identity.model)
+        if model is None or model.links.get(link.identity.worker_id) is not link:
+            return
+        if model.adapters.refresh():  # the digest that counts is another, on all workers
+            model.changed_workers.update(model.links)
 
     def add_link(self, link: WorkerLink) -> None:
         """Add a worker's link. If the worker's model is unknown, add the model too."""
@@ -321,6 +400,7 @@ class ModelDirectory:
         entry = CatalogEntry(name=name, state=ModelState.READY, bundle_digest=link.identity.bundle_digest)
         model = self._models.setdefault(name, KnownModel(entry, False))
         model.add_link(link)
+        self._send_adapters(model, link)
         self._rebuild_names()
         self._prefetch(model)
 
@@ -371,17 +451,24 @@ class ModelDirectory:
         return self._models.get(self._names.get(name, ""))
 
     def resolve(self, name: str, principal: Principal = DEFAULT_PRINCIPAL, *, began: bool = False) -> KnownModel:
-        """Return the model with this name or alias. The tenant's aliases take precedence over the aliases in the
-        catalog.
+        """Return the model with this name or alias, of `model:adapter` the base model. See `target`."""
+        return self.target(name, principal, began=began).model
 
-        Raises CallError. A missing model and a model that the caller may not use give equal errors. `began`: whether
-        the call began earlier; only such a call gets a model that is being removed."""
+    def target(self, name: str, principal: Principal = DEFAULT_PRINCIPAL, *, began: bool = False) -> Target:
+        """Return the model with this name or alias, or the adapter `model:adapter` of such a model. The tenant's
+        aliases take precedence over the aliases in the catalog.
+
+        Raises CallError. What is missing and what the caller may not use give equal errors. `began`: whether the call
+        began earlier; only such a call gets a model that is being removed."""
         # The same lookup for forbidden and for missing models, so that timing does not reveal which models exist.
-        model = self._visible_to(principal).get(principal.model_aliases.get(name, name))
+        full = principal.model_aliases.get(name, name)
+        model, adapter = self._visible_to(principal).get(full), ""
+        if model is None and SEPARATOR in full:
+            model, adapter = self._adapter(full, principal)
         if model is not None:
             if model.leaving and not began:
                 raise CallError(Outcome.MODEL_NOT_FOUND, f"model {model.name} is being removed from this cluster")
-            return model
+            return Target(model, adapter)
         if not self._any_known:
             raise CallError(
                 Outcome.MODEL_LOADING,
@@ -391,6 +478,22 @@ class ModelDirectory:
         if not name:
             raise CallError(Outcome.MODEL_NOT_FOUND, "model: is empty; ListModels names the models that you may use")
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {quoted(name)} does not exist; ListModels names those that do")
+
+    def _adapter(self, full: str, principal: Principal) -> tuple[KnownModel | None, str]:
+        """Return the model and the adapter of a name `model:adapter`, without a model if the caller may not use it."""
+        base, _, adapter = full.rpartition(SEPARATOR)
+        model = self.find(principal.model_aliases.get(base, base))
+        allowed = model is not None and model.adapter_open_to(adapter, principal)
+        return (model, adapter) if allowed else (None, "")
+
+    def adapters_open_to(self, principal: Principal) -> Sequence[Target]:
+        """Return the adapters that a caller may use, sorted by model and name."""
+        return [Target(model, spec.name) for model in self.models for spec in model.adapters_open_to(principal)]
+
+    def targets_open_to(self, principal: Principal) -> Sequence[Target]:
+        """Return the models and the adapters that a caller may use, sorted by their full names."""
+        models = [Target(model) for model in self.open_to(principal)]
+        return sorted([*models, *self.adapters_open_to(principal)], key=lambda target: target.name)
 
     def _visible_to(self, principal: Principal) -> Mapping[str, KnownModel]:
         """Return the models that a caller may use, by each model's name and catalog aliases."""
@@ -411,13 +514,16 @@ class ModelDirectory:
         return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
     def fallback_of(
-        self, model: KnownModel, principal: Principal, suits: Callable[[KnownModel], bool]
+        self, model: KnownModel, principal: Principal, adapter: str, suits: Callable[[KnownModel], bool]
     ) -> KnownModel | None:
         """Return the first of the model's fallbacks that is served, that the caller may use and that `suits` the call;
-        None if there is no such fallback."""
+        None if there is no such fallback. A call for an adapter, else "", needs one of the same name there."""
         for name in model.entry.fallback:
             other = self.find(name)
-            if other is not None and other.served and not other.leaving and other.open_to(principal) and suits(other):
+            if other is None or other.leaving or not suits(other):
+                continue
+            may_use = other.adapter_open_to(adapter, principal) if adapter else other.open_to(principal)
+            if may_use and other.serves(adapter):
                 return other
         return None
 
@@ -460,22 +566,25 @@ class ModelDirectory:
         return text
 
 
-def _save_catalog(folder: Path, entries: Sequence[CatalogEntry]) -> None:
+def _save_catalog(folder: Path, entries: Sequence[CatalogEntry], revision: int) -> None:
     path = folder / "catalog.json"
     make_missing_folders(path.parent)
     draft = path.with_suffix(".new")
-    draft.write_text(json.dumps([codec.entry_to_pb(entry).SerializeToString().hex() for entry in entries]))
+    models = [codec.entry_to_pb(entry).SerializeToString().hex() for entry in entries]
+    draft.write_text(json.dumps({"revision": revision, "models": models}))
     draft.chmod(0o600)
     draft.replace(path)
 
 
-def _load_catalog(folder: Path) -> Sequence[CatalogEntry]:
+def _load_catalog(folder: Path) -> tuple[int, Sequence[CatalogEntry]]:
+    """Return the revision and the models of the last catalog; (0, ()) without one."""
     path = folder / "catalog.json"
     try:
-        lines = json.loads(path.read_text())
-        return [codec.entry_from_pb(pb.CatalogModel.FromString(bytes.fromhex(line))) for line in lines]
+        values = json.loads(path.read_text())
+        revision, lines = (values["revision"], values["models"]) if isinstance(values, dict) else (0, values)
+        return int(revision), [codec.entry_from_pb(pb.CatalogModel.FromString(bytes.fromhex(line))) for line in lines]
     except FileNotFoundError:
-        return ()
-    except (ValueError, TypeError, OSError) as error:
+        return 0, ()
+    except (ValueError, KeyError, TypeError, OSError) as error:
         log.warning("kept_catalog_unreadable", path=str(path), reason=str(error))
-        return ()
+        return 0, ()

@@ -204,7 +204,7 @@ class CallService:
         cleanup.add(lambda outcome: self._reservations.settle(call))
         await self._reservations.admit(call)
         if opening.is_fallback:
-            call.add_headers([("x-headrace-model", opening.model.name)])
+            call.add_headers([("x-headrace-model", call.shown_model)])
         if call.error is not None:  # the tenant was suspended while its limits were checked
             raise call.error
 

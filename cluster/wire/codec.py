@@ -25,6 +25,7 @@ from cluster.api.types import (
     WorkerIdentity,
 )
 from cluster.link.v1 import link_pb2 as pb
+from cluster.wire.adapter_codec import adapter_to_pb, adapters_from_pb
 from cluster.wire.ended_requests import EndedUsage
 from cluster.wire.pooling_codec import pooler_from_pb, pooler_to_pb, pooling_from_pb, pooling_to_pb, vectors_by_slot
 
@@ -598,6 +599,7 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         retired=e.retired,
         card=e.card,
         tasks=e.tasks,
+        adapters=map(adapter_to_pb, e.adapters),
     )
 
 
@@ -648,7 +650,8 @@ def drain_state_from_pb(standing: pb.Standing) -> DrainState:
 
 
 def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
-    """Decode a catalog entry, the inverse of `entry_to_pb`. Raises ValueError for an unknown state."""
+    """Decode a catalog entry, the inverse of `entry_to_pb`. Raises ValueError for an unknown state, and for adapters
+    outside of the bounds."""
     return CatalogEntry(
         name=m.name,
         aliases=tuple(m.aliases),
@@ -671,6 +674,7 @@ def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
         versions=tuple(_share_from_pb(share) for share in m.versions),
         retired=tuple(m.retired),
         card=dict(m.card),
+        adapters=adapters_from_pb(m.adapters),
         slo_ttft_s=m.slo_ttft_s,
         slo_itl_s=m.slo_itl_s,
         starting_since_s=m.starting_since_s,

@@ -9,11 +9,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+from cluster.api.adapters import AdapterStatus
 from cluster.api.demand import ComputedWork
 from cluster.api.types import EngineLoad, TokenOutput
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.service_counters import FlowKey
+from cluster.wire.adapter_codec import adapter_report_to_pb
 from cluster.wire.codec import StepColumns, load_to_pb, usage_to_pb, wire_text
 from cluster.wire.credit import Grant
 from cluster.wire.demand_codec import work_to_pb
@@ -50,6 +52,7 @@ class Outbox:
         self._engine_ended = ""
         self._kv_blocks: deque[pb.KvBlocks] = deque()
         self._rendered = RenderedPieces()
+        self._adapters: Sequence[AdapterStatus] | None = None
         self.part_columns = False
         """Whether the gateway reads the columns of parts; see Welcome."""
         self.acked_seq = 0
@@ -117,6 +120,11 @@ class Outbox:
         self._rendered.add(answer)
         self.flush()
 
+    def adapters(self, statuses: Sequence[AdapterStatus]) -> None:
+        """Set the states of all adapters, in place of states that were not sent yet."""
+        self._adapters = statuses
+        self.flush()
+
     def engine_ended(self, why: str) -> None:
         """Set the reason why the worker's engine has ended, which the next and last message reports."""
         self._engine_ended = why
@@ -177,6 +185,9 @@ class Outbox:
             message.rendered.extend(self._rendered.next_message())
             if self._rendered:
                 self._wake.set()
+        if self._adapters is not None:
+            message.adapters.CopyFrom(adapter_report_to_pb(self._adapters))
+            self._adapters = None
         if not self._steps and (usage := self.usage()):  # a request's usage must not overtake its output
             message.usage.extend(map(usage_to_pb, usage))
             if len(usage) >= MAX_PER_MESSAGE:
@@ -206,6 +217,7 @@ class CommandBox:
         self._commands: list[pb.Command] = []
         self._takeovers: list[pb.Takeover] = []
         self._renders: list[pb.Render] = []
+        self._adapters: pb.AdapterSet | None = None
         self._seq = 0
 
     def submit(self, submit: pb.Submit) -> None:
@@ -253,6 +265,12 @@ class CommandBox:
         self._renders.append(render)
         self._wake.set()
 
+    def adapters(self, adapters: pb.AdapterSet) -> None:
+        """Set the adapters that the worker is to have, in place of a set that was not sent yet. Only to a worker with
+        the capability `adapters:v1`."""
+        self._adapters = adapters
+        self._wake.set()
+
     def command(self, command: pb.Command) -> None:
         """Add an operator's command for the worker."""
         self._commands.append(command)
@@ -273,6 +291,7 @@ class CommandBox:
             commands=self._commands,
             takeovers=self._takeovers,
             renders=self._renders,
+            adapters=self._adapters,
         )
         if self._fetch:
             message.fetch_bundle.digest = self._fetch.pop(0)
@@ -281,7 +300,7 @@ class CommandBox:
         if not self._submits:  # an abort must not overtake the Submit of the same request
             self._aborts = []
         self._backlog, self._usage_acks, self._commands, self._takeovers = None, [], [], []
-        self._renders = []
+        self._renders, self._adapters = [], None
         return message
 
     def _next_submits(self) -> Sequence[pb.Submit]:

@@ -6,6 +6,7 @@ Used by replicas and by the controller.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.config.engine import code_arguments
 from cluster.policy.catalog.placement import is_simulated
@@ -21,6 +22,13 @@ from cluster.worker.rendering.families import tokenizer_mode_of
 from cluster.worker.replica import OpenedModel
 from cluster.worker.settings import ReplicaSettings
 from cluster.worker.weights.model_card import Card, read_card
+
+if TYPE_CHECKING:
+    from cluster.worker.adapters import AdapterFiles
+    from cluster.worker.weights.sources import SourceRules
+
+VLLM_MAX_LORA_RANK = 16
+"""vLLM's max_lora_rank if the entry sets none."""
 
 
 def open_model(settings: ReplicaSettings) -> OpenedModel:
@@ -43,7 +51,10 @@ def open_model(settings: ReplicaSettings) -> OpenedModel:
         reasoning_parser=parser.names.reasoning if parser else "",
         tokenizer_mode=tokenizer_mode_of(renderer_in(bundle)),
     )
-    return OpenedModel(engine, bundle, weight_digest(folder, _cache_dir(settings)), parser, renderer, engine)
+    files = _adapter_store(settings, folder)
+    return OpenedModel(
+        engine, bundle, weight_digest(folder, _cache_dir(settings)), parser, renderer, engine, engine, files
+    )
 
 
 def _refuse_code(settings: ReplicaSettings) -> None:
@@ -70,7 +81,19 @@ def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
     engine = SimEngine(config)
     parser = requested_parser(settings.spec, Path(config.folder), bundle)
     renderer = requested_renderer(settings.spec, Path(config.folder), bundle)
-    return OpenedModel(engine, bundle, config.weight_digest, parser, renderer, engine)
+    files = _adapter_store(settings, None)
+    return OpenedModel(engine, bundle, config.weight_digest, parser, renderer, engine, engine, files)
+
+
+def _adapter_store(settings: ReplicaSettings, base: Path | None) -> AdapterFiles | None:
+    """Return the store of adapters if the entry enables them. `base`: the model's folder; None if it is simulated."""
+    engine = settings.spec.engine
+    if not engine.get("enable_lora"):
+        return None
+    from cluster.worker.weights.adapter_store import AdapterStore
+
+    max_rank = engine.get("max_lora_rank")
+    return AdapterStore(_source_rules(settings), base, max_rank if isinstance(max_rank, int) else VLLM_MAX_LORA_RANK)
 
 
 def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
@@ -86,9 +109,15 @@ def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
 
 
 def _resolve(settings: ReplicaSettings) -> Path:
-    from cluster.worker.weights.sources import SourceRules, resolve
+    from cluster.worker.weights.sources import resolve
 
-    rules = SourceRules(
+    return resolve(settings.spec, _source_rules(settings))
+
+
+def _source_rules(settings: ReplicaSettings) -> SourceRules:
+    from cluster.worker.weights.sources import SourceRules
+
+    return SourceRules(
         cache_dir=_cache_dir(settings),
         hub_endpoint=settings.hugging_face_endpoint,
         hub_token_file=Path(settings.hugging_face_token_file) if settings.hugging_face_token_file else None,
@@ -97,7 +126,6 @@ def _resolve(settings: ReplicaSettings) -> Path:
         allow_remote_code=settings.allow_remote_code,
         allowed_licenses=settings.allowed_licenses,
     )
-    return resolve(settings.spec, rules)
 
 
 def _cache_dir(settings: ReplicaSettings) -> Path:

@@ -24,7 +24,7 @@ from typing import Protocol
 
 import structlog
 
-from cluster.api.ports import Engine, EngineCorrupt, EngineDead, KvEventSource
+from cluster.api.ports import AdapterEngine, Engine, EngineCorrupt, EngineDead, KvEventSource
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.policy.catalog.placement import why_split
 from cluster.policy.routing.gateway_subset import GatewaySubset
@@ -33,6 +33,7 @@ from cluster.process.core_dumps import disable_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.interpreter import shorten_switch_interval
 from cluster.wire.bundle import Bundle
+from cluster.worker.adapters import AdapterFiles
 from cluster.worker.engine.golden_check import CheckedEngine
 from cluster.worker.engine.vllm import repairs
 from cluster.worker.parsing.model_parser import with_parsers
@@ -78,6 +79,9 @@ class OpenedModel:
     """Renderer of the model's chats; None if gateways render them."""
     kv_events: KvEventSource | None = None
     """Events of the engine's prefix cache; None if the engine has none."""
+    adapter_engine: AdapterEngine | None = None
+    adapter_files: AdapterFiles | None = None
+    """The engine's loader of adapters and their store on this node; None if the engine takes none."""
 
 
 class ModelOpener(Protocol):
@@ -195,6 +199,8 @@ class Replica:
             parser=opened.parser,
             kv_events=opened.kv_events,
             renderer=opened.renderer,
+            adapter_engine=opened.adapter_engine,
+            adapter_files=opened.adapter_files,
             subset=GatewaySubset(self.worker_id, self.settings.max_gateways, self.settings.spec.min_replicas),
         )
         self._serving = asyncio.create_task(self._serve_until_dead(self.end, engine))

@@ -66,6 +66,8 @@ class RunningRequest:
     """Name of the request's stream. Unlike `stream`, also set if the request cannot be reattached."""
     is_parsed: bool = False
     """Whether the request may have a session of the output parser. It can then not be reattached."""
+    adapter: str = ""
+    """Digest of the request's adapter, which the request holds."""
     token_ids: list[int] | None = None
     """All tokens after the prompt; None if the request cannot be reattached.
 
@@ -94,6 +96,7 @@ class RunningRequest:
             generation=submit.generation,
             resumed_from=submit.begun_at,
             name=submit.stream,
+            adapter=request.adapter,
         )
         running.expects_cache = bool(emitted) and running.fresh_tokens <= block_size < prompt
         running.is_parsed = request.parsing is not None
@@ -165,12 +168,15 @@ class RunningRequests:
         usage: WorkerUsage,
         is_lost: Callable[[str], bool],
         close_session: Callable[[str], None] = lambda _: None,
+        release_adapter: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Create an empty set. `is_lost(incarnation)`: whether this worker has no working link to that gateway.
-        `close_session`: ends a request's session of the output parser."""
+        `close_session`: ends a request's session of the output parser. `release_adapter`: ends a request's use of its
+        adapter."""
         self._info = info
         self._is_lost = is_lost
         self._close_session = close_session
+        self._release_adapter = release_adapter
         self._meter = meter
         self._served = served
         self._usage = usage
@@ -423,6 +429,7 @@ class RunningRequests:
         if running is None:
             return
         self.tokens -= running.tokens
+        self._release_adapter(running.adapter)
         if running.is_parsed:
             self._close_session(request_id)
         self._window.record_end(request_id)

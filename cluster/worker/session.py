@@ -16,11 +16,12 @@ from typing import Any
 
 import structlog
 
-from cluster.api.ports import Engine, EngineDead, KvEventSource
+from cluster.api.ports import AdapterEngine, Engine, EngineDead, KvEventSource
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.http2.client import ClientCall
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.routing.gateway_subset import GatewaySubset
+from cluster.wire.adapter_codec import adapter_set_from_pb
 from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bulk import send_bundle
 from cluster.wire.bundle import Bundle
@@ -28,6 +29,7 @@ from cluster.wire.credit import Capacity
 from cluster.wire.dial import LinkEnded, Timing, read, wait_first
 from cluster.wire.ended_requests import UsageKeeper
 from cluster.wire.tls import TlsFiles
+from cluster.worker.adapters import AdapterFiles, WorkerAdapters
 from cluster.worker.drain_state import Drains, DrainStates
 from cluster.worker.engine_runner import EngineRunner
 from cluster.worker.gpu_meter import GpuMeter
@@ -94,6 +96,8 @@ class WorkerSession:
         kv_events: KvEventSource | None = None,
         renderer: PromptRenderer | None = None,
         subset: GatewaySubset | None = None,
+        adapter_engine: AdapterEngine | None = None,
+        adapter_files: AdapterFiles | None = None,
     ) -> None:
         """Create a session; `run` serves the engine.
 
@@ -104,6 +108,7 @@ class WorkerSession:
         `kv_events`: events of the engine's prefix cache; None for an engine without events.
         `renderer`: renderer of chats; None for a worker whose gateways render them.
         `subset`: rule for the choice of gateways; None for all gateways.
+        `adapter_engine`, `adapter_files`: loader and store of adapters; None for an engine that takes none.
         """
         self._identity = identity
         self._engine = engine
@@ -120,13 +125,22 @@ class WorkerSession:
         self._kv_reports = KvReports(kv_events, info.block_size)
         self._runner = EngineRunner(engine, parser)
         self._renders = Renders(renderer)
+        self._adapters = WorkerAdapters(
+            info, adapter_engine, adapter_files, self._runner.report_dead, version=identity.version
+        )
         self._requests = RunningRequests(
-            info, meter, self._served, self._usage, self._is_gateway_lost, self._runner.parser.close
+            info,
+            meter,
+            self._served,
+            self._usage,
+            self._is_gateway_lost,
+            self._runner.parser.close,
+            self._adapters.release,
         )
         self._drain_state = DrainStates()
         self._drains = Drains(self._drain_state, self._requests.idle, self._usage.flush)
         self._credit = LinkCredit(self._requests.capacity, self._requests.count_cached, self._drain_state)
-        self._submits = Submits(self._runner, self._requests, self._served, self._credit)
+        self._submits = Submits(self._runner, self._requests, self._served, self._credit, self._adapters)
         self._closed = asyncio.Event()
         self._engine_ended = ""
         self._unlinked = asyncio.Event()
@@ -158,6 +172,7 @@ class WorkerSession:
             asyncio.create_task(self._usage.run()),
             asyncio.create_task(self._report_served()),
             asyncio.create_task(self._kv_reports.run()),
+            asyncio.create_task(self._adapters.run()),
         ]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -233,6 +248,7 @@ class WorkerSession:
         self._credit.attach(link.credit_order, link.outbox)
         self._served.attach(link.number, link.incarnation, link.outbox)
         self._kv_reports.attach(link.number, link.outbox)
+        self._adapters.attach(link.number, link.outbox)
         self._credit.regrant()
         self._drain_state.attach(link.outbox, time.monotonic())
 
@@ -245,6 +261,7 @@ class WorkerSession:
         self._credit.detach(link.credit_order)
         self._served.detach(link.number)
         self._kv_reports.detach(link.number)
+        self._adapters.detach(link.number)
         link.heartbeats.stop()
         to_abort = self._requests.detach_link(link, stays=self._drain_state.serves and not self._closed.is_set())
         self._usage.detach(link.number, link.outbox)
@@ -294,6 +311,8 @@ class WorkerSession:
             self._credit.acknowledge(link.credit_order, message.grant_ack)
         if message.usage_acks:
             self._usage.acked(message.usage_acks)
+        if message.HasField("adapters"):  # before the Submits that name them
+            self._adapters.receive(link.number, adapter_set_from_pb(message.adapters))
         for takeover in message.takeovers:  # before the Submits of the gateway that resumed the call
             await self._submits.take_over(takeover.call, takeover.generation)
         for submit in message.submits:

@@ -18,11 +18,12 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.process.call_errors import is_call_failure
 from cluster.wire import codec
 from cluster.wire.dial import LinkEnded
+from cluster.worker.adapters import WorkerAdapters
 from cluster.worker.engine_runner import EngineRunner
 from cluster.worker.link import Link
 from cluster.worker.link_credit import LinkCredit
 from cluster.worker.resume_generations import ResumeGenerations, call_of
-from cluster.worker.running_requests import RunningRequests
+from cluster.worker.running_requests import RunningRequest, RunningRequests
 from cluster.worker.served_reports import ServedReports
 
 log = structlog.get_logger("worker")
@@ -39,16 +40,19 @@ class Submits:
     requests: RunningRequests
     served: ServedReports
     credit: LinkCredit
+    adapters: WorkerAdapters
     _generations: ResumeGenerations = field(default_factory=ResumeGenerations)
 
     async def accept(self, link: Link, submit: pb.Submit) -> None:
-        """Submit a small request at once, and one with a long prompt, a grammar or parsing in a task of its own."""
+        """Submit a small request at once, and in a task of its own one with a long prompt, a grammar, parsing, or an
+        adapter that must be loaded first."""
         if submit.slot in link.requests:
             raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
         # Before a task begins: an abort may follow in the same message.
         request_id = f"{link.incarnation}-{link.number}-{submit.slot}-{submit.attempt}"
         link.begin_submit(submit.slot, request_id)
         takes_time = submit.sampling.HasField("grammar") or submit.HasField("parsing")
+        takes_time = takes_time or not self.adapters.is_held(submit.adapter)
         if takes_time or submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES:
             link.spawn(self._submit(link, submit, request_id))
         else:
@@ -112,10 +116,7 @@ class Submits:
             await self.take_over(call_of(submit.stream), submit.generation)
         if request.parsing is not None:
             request = await self.runner.parser.open(request)
-        if self._generations.is_outdated(submit.stream, submit.generation):
-            self.runner.parser.close(request.request_id)
-            raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
-        running = self.requests.new_request(link, submit, request)
+        running = await self._new_request(link, submit, request)
         reattached, to_abort = self.requests.reattach(running, submit)
         if not reattached:
             to_abort += self.requests.start(running, request.request_id, submit)
@@ -126,6 +127,19 @@ class Submits:
             return
         await self.runner.engine.submit(request)
         running.accept()
+
+    async def _new_request(self, link: Link, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
+        """Return the record of a new request, which holds the request's adapter until it is forgotten."""
+        try:
+            await self.adapters.hold(request.adapter)
+        except BaseException:
+            self.runner.parser.close(request.request_id)
+            raise
+        if self._generations.is_outdated(submit.stream, submit.generation):
+            self.adapters.release(request.adapter)
+            self.runner.parser.close(request.request_id)
+            raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
+        return self.requests.new_request(link, submit, request)
 
     def _withdraw(self, request_id: str, outcome: Outcome) -> None:
         """Forget a request that the engine has not accepted."""

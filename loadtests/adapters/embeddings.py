@@ -1,8 +1,8 @@
 """Part embeddings: what a vector costs, against vLLM's own server on the same model.
 
-64 callers at once ask both servers for the vector of one text each, by OpenAI's API; Headrace also by gRPC. Measured are
-the CPU time of everything but the engine core, the embeddings a second, and the largest difference of a vector from
-that of transformers. The model is all-MiniLM-L6-v2, with float32.
+64 callers at once ask both servers for the vector of one text each, by OpenAI's API; Headrace also by gRPC. Measured
+are the CPU time of everything but the engine core, the embeddings a second, and the largest difference of a vector
+from that of transformers. The model is all-MiniLM-L6-v2, with float32.
 """
 
 from __future__ import annotations

@@ -287,6 +287,10 @@ class RoutingGateway:
             call = replace(call, sharing=self._hot.recent(head.prefix, now))
         return self._picker(call, self.candidates(call.model, now, resumed=False))
 
+    def has_adapter(self, model: str, adapter: str) -> bool:
+        """See Workers."""
+        return True
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""
         return False

@@ -173,6 +173,10 @@ class SimGateway:
         free = self._balances[int(worker_id)].free
         return free.tokens if free.sequences > 0 else 0
 
+    def has_adapter(self, model: str, adapter: str) -> bool:
+        """True for any adapter of a worker: the simulated workers have all adapters that the calls name."""
+        return True
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""
         return False

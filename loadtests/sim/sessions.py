@@ -366,6 +366,10 @@ class SessionWorld:
         worker = self.workers[int(worker_id)]
         return worker.free_blocks * BLOCK_TOKENS if worker.free_sequences else 0
 
+    def has_adapter(self, model: str, adapter: str) -> bool:
+        """See Workers."""
+        return True
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""
         return False

@@ -34,12 +34,14 @@ CANARY = {"version": "v2", "revision": "b", "weight": 0.25}
 class CatalogBed:
     """A catalog service with a controller and a fake Ray. `life` and `by_file` are as in run_controller."""
 
-    def __init__(self, folder: Path, *, life: str = "one", by_file: bool = False, ray: FakeRay | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, life: str = "one", by_file: bool = False, ray: FakeRay | None = None, text: str = FILE
+    ) -> None:
         self.ray = ray or FakeRay()
         self.gateways = FakeGateways(linked=0)
         models, catalog = DesiredModels(), PublishedCatalog()
         self.service = StoredCatalogService(
-            parse(FILE),
+            parse(text),
             models,
             catalog,
             StoredCatalogFile(folder / "catalog.json", life),
@@ -112,7 +114,7 @@ async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
         ({"name": "o", "source": "/o", "fallback": ["p"]}, "models[o].fallback[0]", "no model 'p'"),
         ({"name": "o", "source": "/o", "canary": {"version": "v1"}}, "models[o]", "give the canary another"),
         ({"name": "o", "source": "/o", "engine": {"dtype": "float16"}}, "models[o].engine.dtype", "set `dtype` beside"),
-        ({"name": "o", "source": "/o", "adapters": []}, "models[o].adapters", "not in this release"),
+        ({"name": "o", "source": "/o", "adapters": [{"name": "a"}]}, "models[o].adapters[0].source", "required"),
     ],
 )
 async def test_one_wrong_entry_changes_nothing(tmp_path: Path, entry: dict[str, Any], field: str, told: str) -> None:

@@ -35,3 +35,6 @@ class NoListener:
 
     def drain_state_changed(self, link: WorkerLink) -> None:
         """See LinkListener."""
+
+    def adapters_changed(self, link: WorkerLink) -> None:
+        """See LinkListener."""

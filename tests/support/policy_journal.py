@@ -117,6 +117,12 @@ class _RecordedWorkers:
         self._journal.reads.append(((model, worker_id, "free"), answer))
         return answer
 
+    def has_adapter(self, model: str, adapter: str) -> bool:
+        """See Workers."""
+        answer = self._workers.has_adapter(model, adapter)
+        self._journal.reads.append(((model, adapter, "adapter"), answer))
+        return answer
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""
         answer = self._workers.is_replaced(model, compatibility)
@@ -158,6 +164,10 @@ class _ReplayedWorkers:
     def free_tokens(self, model: str, worker_id: str) -> int | None:
         """See Workers."""
         return self._answer((model, worker_id, "free"))  # type: ignore[no-any-return]
+
+    def has_adapter(self, model: str, adapter: str) -> bool:
+        """See Workers."""
+        return self._answer((model, adapter, "adapter"))  # type: ignore[no-any-return]
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""

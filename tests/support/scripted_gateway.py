@@ -13,7 +13,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from cluster.admin.v1 import admin_pb2, admin_pb2_grpc, catalog_pb2, routing_pb2, scaling_pb2
+from cluster.admin.v1 import adapters_pb2, admin_pb2, admin_pb2_grpc, catalog_pb2, routing_pb2, scaling_pb2
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc
 
@@ -242,6 +242,25 @@ class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
             catalog_pb2.VersionStatus(version="v2", weight=0.25),
         ]
         return catalog_pb2.VersionsResponse(name=request.name, versions=shares)
+
+    def LoadAdapter(self, request: adapters_pb2.LoadAdapterRequest, context: Any) -> adapters_pb2.LoadAdapterResponse:
+        self.script.requests.append(request)
+        return adapters_pb2.LoadAdapterResponse(
+            adapter=adapters_pb2.Adapter(model=request.name, name=request.adapter, source=request.source)
+        )
+
+    def UnloadAdapter(
+        self, request: adapters_pb2.UnloadAdapterRequest, context: Any
+    ) -> adapters_pb2.UnloadAdapterResponse:
+        self.script.requests.append(request)
+        return adapters_pb2.UnloadAdapterResponse(
+            adapter=adapters_pb2.Adapter(model=request.name, name=request.adapter)
+        )
+
+    def ListAdapters(
+        self, request: adapters_pb2.ListAdaptersRequest, context: Any
+    ) -> adapters_pb2.ListAdaptersResponse:
+        return adapters_pb2.ListAdaptersResponse()
 
     def Scale(self, request: scaling_pb2.ScaleRequest, context: Any) -> scaling_pb2.ScaleResponse:
         self.script.requests.append(request)

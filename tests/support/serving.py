@@ -38,7 +38,7 @@ class Door(NoListener):
     def link_changed(self, link: WorkerLink) -> None:
         """Handle a changed link: do nothing, since `hub.links` has the link."""
 
-    def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
+    def apply_catalog(self, entries: Sequence[CatalogEntry], revision: int = 0) -> None:
         """Handle a new catalog: store the entries."""
         self.entries = {entry.name: entry for entry in entries}
 

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.api.adapters import AdapterState, AdapterStatus
 from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
@@ -17,7 +18,7 @@ from cluster.wire import codec
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing, read
 from cluster.wire.ended_requests import EndedUsage
-from cluster.wire.outbox import MAX_VECTOR_BYTES, STEP_VECTOR_BYTES, Outbox
+from cluster.wire.outbox import MAX_VECTOR_BYTES, STEP_VECTOR_BYTES, CommandBox, Outbox
 from cluster.worker.session import WorkerSession
 from tests.support.calls import chat
 from tests.support.cluster import TestCluster, sim_engine, until
@@ -127,3 +128,18 @@ async def test_vectors_are_sent_in_bounded_messages_before_their_usage() -> None
     for slot in range(MAX_VECTOR_BYTES // len(vector) + 1):
         outbox.output(slot, TokenOutput("", (), finish=FinishReason.STOP, vector=vector))
     assert outbox.full
+
+
+async def test_only_the_newest_states_of_adapters_and_the_newest_set_are_sent() -> None:
+    out = Outbox()
+    out.adapters([AdapterStatus("a", "", AdapterState.LOADING)])
+    out.adapters([AdapterStatus("b", "", AdapterState.FAILED)])
+    assert [status.name for status in (await out.next_message()).adapters.adapters] == ["b"]
+    out.flush()
+    assert not (await out.next_message()).HasField("adapters")
+    box = CommandBox()
+    box.adapters(pb.AdapterSet(revision=1))
+    box.adapters(pb.AdapterSet(revision=2))
+    assert (await box.next_message()).adapters.revision == 2
+    box.grant_ack(1)
+    assert not (await box.next_message()).HasField("adapters")

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from cluster.admin.v1 import adapters_pb2 as cluster_dot_admin_dot_v1_dot_adapters__pb2
 from cluster.admin.v1 import admin_pb2 as cluster_dot_admin_dot_v1_dot_admin__pb2
 from cluster.admin.v1 import catalog_pb2 as cluster_dot_admin_dot_v1_dot_catalog__pb2
 from cluster.admin.v1 import routing_pb2 as cluster_dot_admin_dot_v1_dot_routing__pb2
@@ -435,6 +436,21 @@ class CatalogStub:
                 request_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeRequest.SerializeToString,
                 response_deserializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/LoadAdapter',
+                request_serializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/UnloadAdapter',
+                request_serializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/ListAdapters',
+                request_serializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class CatalogServicer:
@@ -520,6 +536,28 @@ class CatalogServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """LoadAdapter adds an adapter to a model whose replicas run; one of the same name is replaced. It is kept until
+        UnloadAdapter. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """UnloadAdapter takes an adapter away that LoadAdapter has added; what runs is not cut. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """ListAdapters lists the adapters with their state on the workers of this gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CatalogServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -577,6 +615,21 @@ def add_CatalogServicer_to_server(servicer, server):
                     servicer.Unfreeze,
                     request_deserializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeRequest.FromString,
                     response_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -877,6 +930,87 @@ class Catalog:
             '/cluster.admin.v1.Catalog/Unfreeze',
             cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeRequest.SerializeToString,
             cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/LoadAdapter',
+            cluster_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/UnloadAdapter',
+            cluster_dot_admin_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/ListAdapters',
+            cluster_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

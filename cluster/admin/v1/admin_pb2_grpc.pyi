@@ -3,6 +3,7 @@
 isort:skip_file
 The operators' API, on a listener of its own: the fleet and the catalog. See also tenants.proto and usage.proto."""
 
+from cluster.admin.v1 import adapters_pb2 as _adapters_pb2
 from cluster.admin.v1 import admin_pb2 as _admin_pb2
 from cluster.admin.v1 import catalog_pb2 as _catalog_pb2
 from cluster.admin.v1 import routing_pb2 as _routing_pb2
@@ -177,6 +178,14 @@ class CatalogStub:
     """Freeze keeps the number of replicas as it is: no scaling and no rollout. The controller answers."""
     Unfreeze: _grpc.UnaryUnaryMultiCallable[_scaling_pb2.UnfreezeRequest, _scaling_pb2.UnfreezeResponse]
     """Unfreeze ends a Freeze. The controller answers."""
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
+    """LoadAdapter adds an adapter to a model whose replicas run; one of the same name is replaced. It is kept until
+    UnloadAdapter. The controller answers.
+    """
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
+    """UnloadAdapter takes an adapter away that LoadAdapter has added; what runs is not cut. The controller answers."""
+    ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
+    """ListAdapters lists the adapters with their state on the workers of this gateway."""
 
 @_typing.type_check_only
 class CatalogAsyncStub(CatalogStub):
@@ -209,6 +218,14 @@ class CatalogAsyncStub(CatalogStub):
     """Freeze keeps the number of replicas as it is: no scaling and no rollout. The controller answers."""
     Unfreeze: _aio.UnaryUnaryMultiCallable[_scaling_pb2.UnfreezeRequest, _scaling_pb2.UnfreezeResponse]  # type: ignore[assignment]
     """Unfreeze ends a Freeze. The controller answers."""
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """LoadAdapter adds an adapter to a model whose replicas run; one of the same name is replaced. It is kept until
+    UnloadAdapter. The controller answers.
+    """
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """UnloadAdapter takes an adapter away that LoadAdapter has added; what runs is not cut. The controller answers."""
+    ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    """ListAdapters lists the adapters with their state on the workers of this gateway."""
 
 class CatalogServicer(metaclass=_abc_1.ABCMeta):
     """Catalog shows the models as the controller last told them."""
@@ -304,5 +321,31 @@ class CatalogServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scaling_pb2.UnfreezeResponse, _abc.Awaitable[_scaling_pb2.UnfreezeResponse]]:
         """Unfreeze ends a Freeze. The controller answers."""
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _adapters_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.LoadAdapterResponse, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]]:
+        """LoadAdapter adds an adapter to a model whose replicas run; one of the same name is replaced. It is kept until
+        UnloadAdapter. The controller answers.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _adapters_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
+        """UnloadAdapter takes an adapter away that LoadAdapter has added; what runs is not cut. The controller answers."""
+
+    @_abc_1.abstractmethod
+    def ListAdapters(
+        self,
+        request: _adapters_pb2.ListAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
+        """ListAdapters lists the adapters with their state on the workers of this gateway."""
 
 def add_CatalogServicer_to_server(servicer: CatalogServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
 
 import structlog
 
+from cluster.api.adapters import full_name
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
+from cluster.gateway.adapters import name_of
 from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
 from cluster.gateway.calls.tool_call_ids import NUMBERED, numbered_id, tool_call_id
 from cluster.gateway.resume_tokens.claim import ResumeTerms
@@ -74,6 +76,8 @@ class Call:
     """Whether the call is already counted as a request of the call's tenant."""
     tool_calls_before: int = 0
     """Number of tool calls in the chat's history."""
+    adapter: str = ""
+    """Name of the model's adapter that serves the call; "" for the model itself."""
     affinity: int = 0
     """Hash of the tenant and the call's affinity key, in [1, 2**64); 0 without a key."""
     began_at: WorkerIdentity | None = None
@@ -102,6 +106,11 @@ class Call:
     _origin_lost: bool | None = None
     _waiter: asyncio.Future[None] | None = None
     _news: bool = False
+
+    @property
+    def shown_model(self) -> str:
+        """Name of the model or adapter that serves the call, as callers know it."""
+        return full_name(self.model, self.adapter)
 
     @property
     def shown_id(self) -> str:
@@ -174,6 +183,13 @@ class Call:
         self.began_at = self.began_at or identity
         if self.versions.all:
             self.versions = Versions(identity.version, frozenset((identity.version,)))
+
+    def set_adapter(self, sequence: CallSequence, digest: str) -> None:
+        """Set the digest of the adapter in the request of a sequence without output, which was made before the digest
+        was known or before it has changed."""
+        sequence.set_adapter(digest)
+        if (tokens := self.resume_tokens) is not None and not self.is_resumed:
+            tokens.head = replace(tokens.head, adapter_digest="" if name_of(digest) else digest)
 
     def blame(self, error: CallError) -> None:
         """End the call with `error`, because the call may have crashed its workers."""

@@ -57,6 +57,8 @@ class Opening:
     versions: Versions = field(init=False)
     text: TextModel = field(init=False)
     renderer_of: RendererOf = field(init=False)
+    adapter: str = ""
+    """Name of the adapter of `model` that serves the call; "" for the model itself."""
     max_model_len: int = 0
     prompt_ids: array[int] = field(default_factory=lambda: array("I"))
     guards: CallGuards | None = None
@@ -72,16 +74,36 @@ class Opening:
         """Choose the requested model or one of its fallbacks, and the versions on which the call may begin."""
         chain, principal = self.chain, self.meta.principal
         name = self.request.model if chain is None else chain.call_head.model
-        requested = model = directory.resolve(name, principal, began=chain is not None)
-        if model.entry.fallback and not model.served and chain is None:
-            model = directory.fallback_of(model, principal, lambda other: not other.tasks) or model
+        target = directory.target(name, principal, began=chain is not None)
+        requested = model = target.model
+        adapter = self.adapter = target.adapter
+        if model.entry.fallback and chain is None and not model.serves(adapter):
+            model = directory.fallback_of(model, principal, adapter, lambda other: not other.tasks) or model
         if model.tasks:
             raise _only_pools(model)
+        if adapter and chain is None and (refused := model.adapters.refusal_of(model.name, adapter)) is not None:
+            raise refused
         if self.request.output.needs_tools and chain is None and model.links and TOOL_PARSER not in model.parsers:
             raise _no_tool_parser(model.name)
         self.requested, self.model, self.model_name = requested, model, model.name
         request_id = self.meta.request_id if chain is None else chain.call_head.request_id
-        self.versions = model.choose_version(request_id, "" if chain is None else chain.bundle_digest)
+        spec = model.adapters.find(adapter) if adapter else None
+        bundle_digest = "" if chain is None else chain.bundle_digest
+        self.versions = model.choose_version(request_id, bundle_digest, "" if spec is None else spec.version)
+
+    @property
+    def adapter_key(self) -> str:
+        """Digest of the call's adapter, or its name for routing while the digest is unknown; "" without an adapter."""
+        if not self.adapter:
+            return ""
+        begun = "" if self.chain is None else self.chain.call_head.adapter_digest
+        key = self.model.adapters.key(self.adapter)
+        if begun and begun != key and not self.model.adapters.is_ready(begun):
+            raise CallError(
+                Outcome.RESUME_UNSUPPORTED,
+                f"the call cannot be resumed: adapter {self.adapter} has been replaced since; send a new call",
+            )
+        return begun or key
 
     @property
     def is_fallback(self) -> bool:
@@ -163,6 +185,7 @@ class Opening:
             labels={**request.metadata, **policy.labels},
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
             tool_calls_before=request.output.tool_calls_before,
+            adapter=self.adapter,
         )
         call.affinity = affinity(self.request.affinity_key, self.meta, call.flow)
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)
@@ -172,6 +195,7 @@ class Opening:
             sampling,
             cache_salt=salt,
             priority=call.rank,
+            adapter=self.adapter_key,
             traceparent=meta.traceparent,
             parsing=output_parsing(request, self.model),
         )

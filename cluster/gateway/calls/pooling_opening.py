@@ -26,7 +26,7 @@ from cluster.gateway.calls.pooling_request import (
     PoolingRequest,
 )
 from cluster.gateway.calls.tokenization import ids_of_inputs
-from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.models import KnownModel, ModelDirectory, Target
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.tokenizer import TextModel
@@ -81,13 +81,16 @@ class PoolingOpening:
     def choose_model(self, directory: ModelDirectory) -> None:
         """Choose the requested model or one of its fallbacks, the task, and the versions on which the call may
         begin."""
-        requested = model = directory.resolve(self.request.model, self.meta.principal)
+        target = directory.target(self.request.model, self.meta.principal)
+        requested = model = target.model
         self.model_name = model.name
         if model.entry.fallback and not model.served:
-            model = directory.fallback_of(model, self.meta.principal, self._suits) or model
+            model = directory.fallback_of(model, self.meta.principal, "", self._suits) or model
         task = self._task_of(model)
         if task is None:
             raise self._no_task(model)
+        if target.adapter:
+            raise _no_adapter(target)
         self.requested, self.model, self.model_name, self.task = requested, model, model.name, task
         self.versions = model.choose_version(self.meta.request_id)
         inputs = self.request.inputs
@@ -237,3 +240,12 @@ class PoolingOpening:
             traceparent=first.traceparent,
             pooling=replace(pooling, second_text_at=second) if second else pooling,
         )
+
+
+def _no_adapter(target: Target) -> CallError:
+    return CallError(
+        Outcome.UNSUPPORTED_FEATURE,
+        f"model: {target.name} is an adapter, and adapters of models that compute vectors are not served: use "
+        f"{target.model.name}",
+        violations=[Violation("model", "is an adapter")],
+    )

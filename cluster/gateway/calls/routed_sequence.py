@@ -150,6 +150,10 @@ class RoutedSequence(Generic[Owner]):
             return self.request
         return replace(self.request, emitted_token_ids=tuple(self.emitted))
 
+    def set_adapter(self, digest: str) -> None:
+        """Set the digest of the adapter, before the request is sent."""
+        self.request = replace(self.request, adapter=digest)
+
     def bind(self, link: WorkerLink, slot: int) -> None:
         """Record the worker and the slot to which the request was sent."""
         self.link, self.slot = link, slot

@@ -41,7 +41,7 @@ class CurrentController:
     """The connected controller (of several streams, the newest), and the last catalog that a controller has sent."""
 
     def __init__(
-        self, apply_catalog: Callable[[Sequence[CatalogEntry]], None], report: Callable[[], pb.GatewayControlFrame]
+        self, apply_catalog: Callable[[Sequence[CatalogEntry], int], None], report: Callable[[], pb.GatewayControlFrame]
     ) -> None:
         """`report` returns the current demand and fleet report."""
         self._apply_catalog = apply_catalog
@@ -67,7 +67,7 @@ class CurrentController:
             while (frame := await read(context)) is not None:
                 if frame.HasField("catalog"):
                     self.catalog_at, self.gateways = time.monotonic(), frame.catalog.gateways
-                    self._apply_catalog(_entries(frame.catalog))
+                    self._apply_catalog(_entries(frame.catalog), frame.catalog.revision)
                 if frame.HasField("admin_reply"):
                     stream.requests.handle_reply(frame.admin_reply)
         finally:

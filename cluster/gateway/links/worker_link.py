@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from cluster.api.adapters import ADAPTERS, AdapterSpec, AdapterStatus
 from cluster.api.demand import ComputedWork
 from cluster.api.pooling import pooling_tasks
 from cluster.api.types import (
@@ -28,6 +29,7 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.wire import codec
+from cluster.wire.adapter_codec import AdapterSet, adapter_report_from_pb, adapter_set_to_pb
 from cluster.wire.credit import Capacity, CreditBalance
 from cluster.wire.demand_codec import work_from_pb
 from cluster.wire.dial import CHUNK_BYTES
@@ -77,6 +79,9 @@ class LinkListener(Protocol):
     def drain_state_changed(self, link: WorkerLink) -> None:
         """Handle a change of the worker's drain state."""
 
+    def adapters_changed(self, link: WorkerLink) -> None:
+        """Handle a worker's report of its adapters with other digests or states than before."""
+
 
 class WorkerLink:
     """The gateway's state of one epoch of one worker."""
@@ -99,6 +104,11 @@ class WorkerLink:
         """The kinds of parsers that the worker has: TOOL_PARSER, REASONING_PARSER."""
         self.tasks = frozenset(pooling_tasks(info.capabilities))
         """The worker's pooling tasks; empty if it generates."""
+        self.takes_adapters = ADAPTERS in info.capabilities
+        """Whether the worker loads the adapters that its gateways name."""
+        self.adapters: Mapping[str, AdapterStatus] = {}
+        """The worker's last report of its adapters, by name."""
+        self._adapters_sent: tuple[AdapterSpec, ...] | None = None
         self.epoch = epoch
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.liveness = liveness
@@ -256,6 +266,13 @@ class WorkerLink:
                 self._blobs.put_nowait(blob)
         self.box.render(render)
 
+    def send_adapters(self, revision: int, adapters: tuple[AdapterSpec, ...]) -> None:
+        """Send the adapters that the worker is to have, if they are others than were sent before. `revision`: that of
+        the catalog. Does nothing for a worker that loads no adapters."""
+        if self.takes_adapters and adapters != self._adapters_sent:
+            self._adapters_sent = adapters
+            self.box.adapters(adapter_set_to_pb(AdapterSet(revision, adapters)))
+
     def command(self, command: pb.Command) -> None:
         """Send an operator's command to the worker."""
         self.box.command(command)
@@ -278,10 +295,18 @@ class WorkerLink:
     # ---- called by the hub
 
     def apply(self, message: pb.WorkerTurn) -> bool:
-        """Apply a message from the worker. Returns whether the worker's credit or drain state has changed, or whether
-        it takes another chat to render."""
+        """Apply a message from the worker. Returns whether the worker's credit, drain state or adapters have changed,
+        or whether it takes another chat to render. Raises ValueError for a message that cannot be applied."""
         now = self._clock()
         running, prefill_tokens = len(self._slots), self._slots.prefill_tokens
+        changed = False
+        if message.HasField("adapters") and self.takes_adapters:  # before refusals, whose calls are routed again
+            earlier = {name: (status.digest, status.state) for name, status in self.adapters.items()}
+            self.adapters = {status.name: status for status in adapter_report_from_pb(message.adapters)}
+            self.mark_changed()
+            if {name: (status.digest, status.state) for name, status in self.adapters.items()} != earlier:
+                self._listener.adapters_changed(self)
+                changed = True
         for accepted in message.accepted:
             self._slots.accept(accepted.slot)
         for refused in message.refused:
@@ -302,7 +327,6 @@ class WorkerLink:
         if message.engine_ended:
             self.engine_ended = message.engine_ended[:MAX_REASON_CHARS]
             self.close("its engine has ended", "lost")
-        changed = False
         for piece in message.rendered:
             changed |= self.renders.apply(piece)
         if message.HasField("load"):

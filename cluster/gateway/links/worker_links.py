@@ -49,7 +49,7 @@ class HubListener(LinkListener, Protocol):
     def link_changed(self, link: WorkerLink) -> None:
         """Handle a change of a worker's credit or drain state."""
 
-    def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
+    def apply_catalog(self, entries: Sequence[CatalogEntry], revision: int = 0) -> None:
         """Handle a new catalog from the controller."""
 
     def demand(self) -> Sequence[ModelDemand]:

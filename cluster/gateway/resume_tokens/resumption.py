@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.gateway.adapters import name_of
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.request import GenerationRequest
@@ -116,7 +117,8 @@ class ResumeService:
                 request_id=meta.request_id,
                 tenant=meta.tenant,
                 subject=_subject(meta.principal),
-                model=call.model,
+                model=call.shown_model,
+                adapter_digest="" if name_of(first.adapter) else first.adapter,
                 request=request.resumable,
                 prompt=prompt,
                 seed=first.sampling.seed,

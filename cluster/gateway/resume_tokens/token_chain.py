@@ -48,7 +48,8 @@ class InvalidToken(ValueError):
 @dataclass(frozen=True, slots=True)
 class CallHead:
     """The identity of a call: caller, model and request. Times are seconds since the epoch. A `deadline_s` of 0 means
-    no deadline. `request` and `prompt` are digests. `seed` is None if the request has no seed."""
+    no deadline. `request` and `prompt` are digests. `seed` is None if the request has no seed. `model`: full name of
+    the model or adapter. `adapter_digest`: digest of the adapter, "" for none."""
 
     call_id: str
     request_id: str
@@ -60,6 +61,7 @@ class CallHead:
     seed: int | None = None
     deadline_s: float = 0.0
     opened_s: float = 0.0
+    adapter_digest: str = ""
 
 
 class Maker(NamedTuple):
@@ -228,7 +230,10 @@ def _maker(more: Mapping[str, Any]) -> Maker:
 
 def head_json(head: CallHead) -> dict[str, Any]:
     """Return the value of a token's JSON field "call"."""
-    return {name: getattr(head, name) for name in _HEAD_FIELDS}
+    values = {name: getattr(head, name) for name in _HEAD_FIELDS}
+    if not head.adapter_digest:  # older releases refuse unknown fields
+        del values["adapter_digest"]
+    return values
 
 
 def compatibility_json(key: CompatibilityKey) -> list[str]:

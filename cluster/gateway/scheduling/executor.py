@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.outcomes import CallError
+from cluster.gateway.adapters import name_of
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.models import ModelDirectory
 from cluster.gateway.scheduling import queue_errors
@@ -81,6 +82,7 @@ class Executor:
             sequence.call.fail_unexpectedly(LookupError(f"worker {instruction.worker_id} is not linked"))
             return
         now = self._clock()
+        self._resolve_adapter(sequence)
         route = self._routes.create(instruction, sequence, link, now)
         versions = sequence.call.versions
         sequence.set_route(route)
@@ -93,6 +95,16 @@ class Executor:
             self._routes.sent(sequence.call, route)
             if sequence.call.versions != versions and len(sequence.call.sequences) > 1:
                 self._queues.versions_changed(sequence.call)
+
+    def _resolve_adapter(self, sequence: CallSequence) -> None:
+        """Set the digest of the adapter in a request that was made before the digest was known."""
+        if not (name := name_of(sequence.request.adapter)):
+            return
+        known = self._directory().find(sequence.call.model)
+        digest = "" if known is None else known.adapters.digest(name)
+        if digest:
+            sequence.call.set_adapter(sequence, digest)
+            self._caches.forget_prompt(sequence.key)
 
     def _end(self, sequence: CallSequence, ending: Ending) -> None:
         call, tokens = sequence.call, len(sequence.emitted)
@@ -108,4 +120,6 @@ class Executor:
         is_late = call.deadline is not None and self._clock() >= call.deadline
         if ending is Ending.NOT_RESUMED:
             return queue_errors.not_resumed(tokens, is_late)
-        return queue_errors.too_late(call.model, self._directory().find(call.model), is_late)
+        if ending is Ending.NO_ADAPTER:
+            return queue_errors.no_adapter(call.shown_model)
+        return queue_errors.too_late(call.model, self._directory().find(call.model), is_late, call.adapter)

@@ -150,6 +150,7 @@ class Hedges:
             versions=sequence.call.versions.all,
             needs_tools=needs_parser(place.needs_tools, candidates),
             cached=self._caches.cached_tokens(model, sequence.key, sequence.request) or {},
+            adapter=sequence.request.adapter,
         )
         decision = self.policy.second_worker(call, candidates)
         link = None if decision.worker_id is None else self._workers.link(model, decision.worker_id)

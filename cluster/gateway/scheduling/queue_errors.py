@@ -24,18 +24,31 @@ def shed() -> CallError:
     return CallError(Outcome.SHED, "the cluster is short of room; retry after the given delay")
 
 
-def not_servable(model: KnownModel) -> CallError | None:
-    """Return the error for calls to a model that will not be served; None if the model may be served."""
+def not_servable(model: KnownModel, adapter: str = "") -> CallError | None:
+    """Return the error for calls to a model, or to one of its adapters by name, that will not be served; None if it may
+    be served."""
     if model.state not in (ModelState.FAILED, ModelState.GONE):
-        return None
+        return model.adapters.refusal_of(model.name, adapter) if adapter else None
     reason = model.entry.state_reason or "no reason known"
     return CallError(Outcome.NO_WORKER, f"model {model.name} is {model.state.lower()}: {reason}")
 
 
-def too_late(name: str, model: KnownModel | None, deadline_passed: bool) -> CallError:
-    """Return the error for a call that has waited the longest allowed time for a worker of the model `name`."""
+def no_adapter(name: str) -> CallError:
+    """Return the error for a call for an adapter for which too many calls wait. `name`: full name of the adapter."""
+    message = f"too many calls wait until workers have loaded adapters such as {name}; retry after the given delay"
+    return CallError(Outcome.MODEL_LOADING, message, retry_after_s=2.0)
+
+
+def too_late(name: str, model: KnownModel | None, deadline_passed: bool, adapter: str = "") -> CallError:
+    """Return the error for a call that has waited the longest allowed time for a worker of the model `name`, or of its
+    adapter."""
     if deadline_passed:
         return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for a worker")
+    if adapter and model is not None and model.links and not model.serves(adapter):
+        reason = f" ({why})" if (why := model.adapters.view(adapter).reason) else ""
+        return CallError(
+            Outcome.MODEL_LOADING, f"adapter {name}:{adapter} is still loading{reason}; no worker had it in time"
+        )
     if model is not None and model.links:
         return CallError(Outcome.SHED, "no worker had capacity in time; retry after the given delay")
     state = "gone" if model is None else model.state.lower()

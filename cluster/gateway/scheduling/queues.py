@@ -11,6 +11,7 @@ from cluster.api.outcomes import Outcome
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.demand import DemandTally
 from cluster.gateway.scheduling.service_charges import ServiceCharges
+from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.scheduling.instructions import ResumingSequence
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 
@@ -58,10 +59,23 @@ class Queues:
 
     def put_back(self, sequence: CallSequence) -> None:
         """Queue a sequence that starts over. The sequence is put at the head of its tenant's queue."""
-        entry = self._charges.waiting(sequence)
+        entry = self._entry(sequence)
         self._sequences[sequence.key] = sequence
         self._policy.put_back(entry, self._clock(), sequence.call.versions)
         self.tally.enqueue(entry)
+
+    def _entry(self, sequence: CallSequence) -> WaitingSequence:
+        """Return the waiting room's entry for a sequence that has had one, with the digest of its adapter as it is
+        now."""
+        entry, adapter = self._charges.waiting(sequence), sequence.request.adapter
+        return entry if entry.adapter == adapter else replace(entry, adapter=adapter)
+
+    def set_adapter(self, sequence: CallSequence, key: str) -> None:
+        """Set the adapter of a sequence in the waiting room, which keeps its place among those of its tenant that have
+        waited longest. `key`: see ModelAdapters."""
+        sequence.call.set_adapter(sequence, key)
+        if self._policy.remove(sequence.key):
+            self._policy.put_back(self._entry(sequence), self._clock(), sequence.call.versions)
 
     def resume(self, sequence: CallSequence) -> ResumingSequence:
         """Queue a sequence to be resumed, and count the sequence as demand from now on. Returns the queue's entry."""
@@ -74,7 +88,7 @@ class Queues:
     def resuming(self, sequence: CallSequence) -> ResumingSequence:
         """Return the resume queue's entry for a sequence, without queueing the sequence."""
         return ResumingSequence(
-            self._charges.waiting(sequence),
+            self._entry(sequence),
             sequence.tokens,
             sequence.compatibility,
             sequence.excluded,

@@ -48,7 +48,7 @@ class Routes:
         """Remember a route, whose sequence was sent."""
         known = self.history.call(call.id)
         if known is None:
-            known = RoutedCall(call.id, call.shown_id, call.request_id, call.tenant, call.model, call.arrived)
+            known = RoutedCall(call.id, call.shown_id, call.request_id, call.tenant, call.shown_model, call.arrived)
         elif not route.again and any(earlier.sequence == route.sequence for earlier in known.routes):
             route.again = "retry"
         self.history.add(known, route, self._workers(call.model))

@@ -165,7 +165,7 @@ class Scheduler:
         """Queue every sequence of a call, and send the sequences for which a worker has capacity. Raises CallError;
         then no sequence of the call is queued. `some`: the sequences to queue, if not all. `starts_in_s`: seconds until
         the earliest possible start, if it is known."""
-        not_servable = queue_errors.not_servable(model)
+        not_servable = queue_errors.not_servable(model, call.adapter)
         if not_servable is not None:
             raise not_servable
         if starts_in_s is None:
@@ -252,6 +252,9 @@ class Scheduler:
                 self._send_resumed(model, (resumed,))
         else:
             self._choose_versions(sequence.call)
+            if model is not None and (key := self._new_adapter(sequence, model)) is not None:
+                sequence.call.set_adapter(sequence, key)
+                self.worker_caches.forget_prompt(sequence.key)
             self.queues.put_back(sequence)
             self.pump(sequence.call.model)
         if model is not None:
@@ -285,6 +288,28 @@ class Scheduler:
     def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
         """Record that one of the two workers of a hedged sequence is out."""
         self.hedges.ended(sequence, won, computed_by)
+
+    def adapters_changed(self) -> None:
+        """End the queued calls for adapters that no worker could load or that are gone, and have the others use the
+        digests that count now."""
+        for sequence in self.queues.queued():
+            call = sequence.call
+            model = self.host.directory.find(call.model) if call.adapter and call.error is None else None
+            if model is None:
+                continue
+            if (refused := queue_errors.not_servable(model, call.adapter)) is not None:
+                call.fail(refused)
+            elif (key := self._new_adapter(sequence, model)) is not None:
+                self.queues.set_adapter(sequence, key)
+                self.worker_caches.forget_prompt(sequence.key)
+
+    @staticmethod
+    def _new_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
+        """Return the adapter that a sequence without output should use in place of the one in its request, which no
+        worker has; None if it should keep that one."""
+        now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
+        is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
+        return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None
 
     def _choose_versions(self, call: Call) -> None:
         """Allow a call that has delivered nothing to begin on any version with the same tokenizer, because the call's

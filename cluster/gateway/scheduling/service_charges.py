@@ -102,6 +102,7 @@ class ServiceCharges:
             output_tokens=0 if call.is_pooling else self._expected_output(flow, sequence),
             needs_tools=parsing is not None and parsing.needs_tools,
             affinity=call.affinity,
+            adapter=sequence.request.adapter,
         )
         self._charges[sequence.key] = _Charge(place)
         return place

@@ -192,6 +192,12 @@ class WorkerCaches:
         prefix = self._prefixes.get(key)
         return 0.0 if prefix is None else self._hot.recent(prefix, now)
 
+    def forget_prompt(self, key: str) -> None:
+        """Forget the hashes of a waiting sequence's prompt, which its adapter has changed."""
+        for known in [known for known in self._hashes if known[0] == key]:
+            del self._hashes[known]
+        self._prefixes.pop(key, None)
+
     def expect(self, link: WorkerLink, key: str, request: EngineRequest, now: float) -> None:
         """Record that a prompt was sent to a worker, which will soon hold its blocks."""
         if (prefix := self._prefixes.pop(key, None)) is not None:

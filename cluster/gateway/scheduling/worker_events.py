@@ -68,10 +68,10 @@ class WorkerEvents:
         self._scheduler.pump(link.identity.model)
         self._scheduler.renders.pump(link.identity.model)
 
-    def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Apply a new catalog from the controller."""
+    def apply_catalog(self, entries: Sequence[CatalogEntry], revision: int = 0) -> None:
+        """Apply a new catalog from the controller. `revision`: see ModelDirectory."""
         directory = self._host.directory
-        directory.apply_catalog(entries)
+        directory.apply_catalog(entries, revision)
         self._scheduler.canaries.catalog(entries)
         for model in directory.models:  # quarantined workers may take calls again
             self._scheduler.pump(model.name)
@@ -80,6 +80,7 @@ class WorkerEvents:
             not_servable = None if known is None else queue_errors.not_servable(known)
             if not_servable is not None:
                 sequence.call.fail(not_servable)
+        self._scheduler.adapters_changed()
         self._scheduler.renders.end_unservable()
         self._host.state_changed()
 
@@ -146,4 +147,10 @@ class WorkerEvents:
 
     def drain_state_changed(self, link: WorkerLink) -> None:
         """Handle a change of a worker's drain state."""
+        self._host.directory.adapters_changed(link)
         self._host.state_changed()
+
+    def adapters_changed(self, link: WorkerLink) -> None:
+        """Handle a worker's report of its adapters: calls for an adapter that no worker could load end now."""
+        self._host.directory.adapters_changed(link)
+        self._scheduler.adapters_changed()

@@ -154,6 +154,11 @@ class LinkedWorkers:
         free = link.free
         return free.tokens if free.sequences > 0 else 0
 
+    def has_adapter(self, model: str, adapter: str) -> bool:
+        """Return whether any worker of a model takes calls for an adapter."""
+        known = self._owner.directory.find(model)
+        return known is not None and known.adapters.is_ready(adapter)
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether a sequence with this key can no longer resume. See KnownModel.is_replaced."""
         known = self._owner.directory.find(model)
@@ -184,6 +189,7 @@ class LinkedWorkers:
         self, known: KnownModel, link: WorkerLink, slowdown: float, healthy: bool = True, resumed: bool = False
     ) -> Candidate:
         free, identity = link.free, link.identity
+        adapters, resident = known.adapters.keys_on(link)
         return Candidate(
             worker_id=identity.worker_id,
             model=identity.model,
@@ -209,6 +215,8 @@ class LinkedWorkers:
             unanswered=link.unanswered,
             slots=link.info.max_num_seqs,
             slowdown=slowdown,
+            adapters=adapters,
+            resident=resident,
         )
 
 

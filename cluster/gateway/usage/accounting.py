@@ -271,7 +271,7 @@ class Accounting:
             version=link.identity.version,
             request_id=_fit(call.request_id),
             opened_at_s=self._wall() - (now - call.arrived),
-            adapter=sequence.request.adapter,
+            adapter=call.adapter,
             segment=sequence.index
             + (0 if call.resume_tokens is None else call.resume_tokens.generation * SEGMENTS_PER_RESUME),
             prompt_tokens=len(sequence.request.prompt_token_ids) if pays and has_own_prompt else 0,

@@ -160,7 +160,7 @@ def _line(ended: _Ended) -> dict[str, Any]:
         "key_id": call.key_id,
         "request_id": call.request_id,
         "call_id": call.id,
-        "model": call.model,
+        "model": call.shown_model,
         "outcome": ended.outcome.value,
         "prompt": _prompt(ended),
         "outputs": outputs,

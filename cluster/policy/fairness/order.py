@@ -34,7 +34,7 @@ class WaitingSequence:
     `deadline` is None without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed
     last. `needs_tools`: whether the worker must have a parser for tool calls. `affinity`: hash of the tenant and the
     affinity key, in [1, 2**64), or 0 for none. `holder_wait`: its wait in vain for the worker that holds its
-    prompt; None if it has not waited so.
+    prompt; None if it has not waited so. `adapter`: see RouteCall.
     """
 
     call_id: str
@@ -50,6 +50,7 @@ class WaitingSequence:
     needs_tools: bool = False
     affinity: int = 0
     holder_wait: HolderWait | None = None
+    adapter: str = ""
 
 
 class Order(Protocol):

@@ -204,6 +204,11 @@ class WaitingRoom:
         queue = self._queues.get(model)
         return (0, 0) if queue is None else (queue.requests, queue.tokens)
 
+    def latest(self, waiting: WaitingSequence, now: float) -> float:
+        """Return until when a sequence may wait that begins to wait now."""
+        most_s = self._max_wait_s + self._longer_s(waiting.model)
+        return min(now + most_s, math.inf if waiting.deadline is None else waiting.deadline)
+
     def statistics(self) -> RoomStatistics:
         """Return the current counts as a frozen value."""
         return RoomStatistics(
@@ -248,9 +253,7 @@ class WaitingRoom:
         self._now = max(self._now, now)
         self._stays += 1
         self._entries[waiting.call_id] = (waiting, self._stays)
-        most_s = self._max_wait_s + self._longer_s(waiting.model)
-        expires = min(now + most_s, math.inf if waiting.deadline is None else waiting.deadline)
-        heapq.heappush(self._expiries, (expires, self._stays, waiting.call_id))
+        heapq.heappush(self._expiries, (self.latest(waiting, now), self._stays, waiting.call_id))
         queue = self._queues.get(waiting.model)
         if queue is None:
             queue = self._queues[waiting.model] = _ModelQueue(self._order_of(waiting.model))

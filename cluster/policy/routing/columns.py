@@ -19,6 +19,8 @@ from cluster.policy.routing.rows import Row, two_of
 
 Floats = npt.NDArray[np.float64]
 _STANDING, _PER_TOKEN, _MAX_TOKENS, _FREE, _LAST_SENT, _VERSION, _PARSES, _FIELDS = range(8)
+MAX_ADAPTERS: Final = 256
+"""Number of adapters for which the workers are remembered."""
 _SHIFTS: Final = [np.uint64(shift) for shift in SHIFTS]
 _MULTIPLIERS: Final = [np.uint64(multiplier) for multiplier in MULTIPLIERS]
 _TO_FRACTION: Final = np.uint64(64 - FRACTION_BITS)
@@ -34,12 +36,22 @@ class Columns:
         self._incarnations = [row.candidate.incarnation for row in rows]
         self._by_incarnation = {incarnation: at for at, incarnation in enumerate(self._incarnations)}
         self._versions: dict[str, int] = {}
+        self._adapters = [row.candidate.adapters for row in rows]
+        self._resident = [row.candidate.resident for row in rows]
+        self._slowdowns = [row.candidate.slowdown for row in rows]
+        self._with_adapter: dict[str, tuple[npt.NDArray[np.bool_], Floats]] = {}
+        """By adapter: which workers have it, and what a call for it costs there more. Kept until a worker changes."""
         self._hashes = np.array([row.hashed for row in rows], np.uint64)
         self._fields = np.array([self._values(row) for row in rows], np.float64).reshape(-1, _FIELDS).T.copy()
 
     def write(self, at: int, row: Row) -> None:
         """Replace the row at a position with a changed row of the same worker."""
         self._fields[:, at] = self._values(row)
+        c = row.candidate
+        adapters = (c.adapters, c.resident, c.slowdown)
+        if adapters != (self._adapters[at], self._resident[at], self._slowdowns[at]):
+            self._adapters[at], self._resident[at], self._slowdowns[at] = adapters
+            self._with_adapter.clear()
         if (incarnation := row.candidate.incarnation) != self._incarnations[at]:
             self._by_incarnation.pop(self._incarnations[at], None)
             self._incarnations[at], self._by_incarnation[incarnation] = incarnation, at
@@ -78,6 +90,8 @@ class Columns:
             passes &= allowed[fields[_VERSION].astype(np.intp)]
         if call.needs_tools:
             passes &= fields[_PARSES] > 0
+        if call.adapter:
+            passes &= self._of_adapter(call.adapter)[0]
         for incarnation in (*call.excluded, *rejecting):
             if (at := self._by_incarnation.get(incarnation)) is not None:
                 passes[at] = False
@@ -100,7 +114,28 @@ class Columns:
                 uncached = own + (uncached - own) / (1.0 + call.sharing)
             costs = self._fields[_PER_TOKEN] * uncached
         costs += self._fields[_STANDING]
+        if call.adapter and self._settings.policy == "cost":
+            costs += self._of_adapter(call.adapter)[1]
         return costs
+
+    def _of_adapter(self, adapter: str) -> tuple[npt.NDArray[np.bool_], Floats]:
+        """Return which workers have an adapter, and the cost of copying it into a slot there."""
+        known = self._with_adapter.get(adapter)
+        if known is None:
+            if len(self._with_adapter) >= MAX_ADAPTERS:
+                self._with_adapter.clear()
+            weight = self._settings.weights.adapter
+            known = self._with_adapter[adapter] = (
+                np.array([adapter in adapters for adapters in self._adapters], np.bool_),
+                np.array(
+                    [
+                        0.0 if adapter in resident else weight * slowdown
+                        for resident, slowdown in zip(self._resident, self._slowdowns, strict=True)
+                    ],
+                    np.float64,
+                ),
+            )
+        return known
 
     def _cached(self, cached: Mapping[str, int]) -> tuple[npt.NDArray[np.intp], Floats]:
         """Return the positions of the workers that hold a part of a prompt, and how many tokens each of them holds."""

@@ -8,7 +8,7 @@ Derivation. Each term counts the time that somebody waits because the call goes 
 a usual worker needs for a prompt token:
 
     cost = slowdown * (waiting + computed * uncached + full * (running + 1) / slots + queued * queue
-                       + memory * kv_usage^2)  -  affinity
+                       + memory * kv_usage^2 + adapter)  -  affinity
 
 - `waiting`: prompt tokens that this gateway has sent there and that have no output yet. The call waits for them.
 - `uncached`: prompt tokens of the call that the worker must compute. The call waits for each of them once. All running
@@ -23,6 +23,8 @@ a usual worker needs for a prompt token:
   tokens. A sequence of this gateway without output is already part of `waiting`.
 - `kv_usage`: the fuller the KV memory, the sooner sequences are preempted and cached blocks are evicted, and their
   tokens computed again. `memory` is the cost of a full memory.
+- `adapter`: the call needs an adapter that lies in no slot of the engine. Before its first step it is copied into one,
+  another adapter is dropped there, and the steps of all sequences wait.
 - `slowdown`: the time for a prompt relative to a usual worker of the model, see prefill_times.py.
 - `affinity`: tokens that the preferred worker of the call's affinity key is ahead of the others.
 
@@ -55,6 +57,8 @@ class CostWeights:
     patience: float = 24_000.0
     """Prompt tokens for which a call waits for a worker without room that holds its prompt, even if its first token
     comes later then. See policy/scheduling/set_aside.py."""
+    adapter: float = 2_000.0
+    """Cost of copying an adapter into a slot of the engine."""
     affinity: float = 32_000.0
     """Advantage of the preferred worker of a call's affinity key."""
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final
 from cluster.policy.routing.cost import RoutingSettings, own_wait, sequence_cost, standing_parts
 from cluster.policy.routing.rendezvous import preference
 from cluster.policy.routing.router import Candidate, FullHolder, RouteCall, RoutingDecision, Score, dropped_by
-from cluster.policy.routing.rows import Row, cost_of, row_of, two_of
+from cluster.policy.routing.rows import Row, cost_of, row_of, switch_of, two_of
 
 if TYPE_CHECKING:
     from cluster.policy.routing.columns import Columns
@@ -221,6 +221,7 @@ def _fits(call: RouteCall, row: Row, rejecting: Collection[str]) -> bool:
     return (
         (not call.versions or c.version in call.versions)
         and (not call.needs_tools or c.parses_tools)
+        and (not call.adapter or call.adapter in c.adapters)
         and (not call.excluded or c.incarnation not in call.excluded)
         and c.incarnation not in rejecting
     )
@@ -253,7 +254,9 @@ def _scores(
 def _call_parts(call: RouteCall, row: Row, settings: RoutingSettings, cost: float) -> tuple[tuple[str, float], ...]:
     match settings.policy:
         case "cost":
-            return (("uncached_tokens", cost - row.standing),)
+            switch = switch_of(call, row, settings)
+            uncached = ("uncached_tokens", cost - row.standing - switch)
+            return (uncached, ("adapter_switch", switch)) if call.adapter else (uncached,)
         case "consistent_hash":
             return (("hash", cost),)
         case _:

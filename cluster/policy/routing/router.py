@@ -65,6 +65,10 @@ class Candidate:
     """Number of sequences that the worker's engine runs at once; 0 if unknown."""
     slowdown: float = 1.0
     """Time that the worker needs for a prompt, relative to a usual worker of the model. Above 0."""
+    adapters: frozenset[str] = frozenset()
+    """Adapters whose calls the worker takes, under the names that RouteCall.adapter may have."""
+    resident: frozenset[str] = frozenset()
+    """Those of `adapters` that lie in a slot of the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,9 @@ class RouteCall:
     parser for tool calls. `cached`: number of leading tokens of a new call that workers hold in their KV caches, by
     worker id. `sharing`: number of recent calls whose longest cached prefix was that of this call. `affinity`: hash of
     the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of the prompt, in [0, 2**64).
-    `call_id`: name of a new call, from which a policy that needs chance draws its numbers.
+    `call_id`: name of a new call, from which a policy that needs chance draws its numbers. `adapter`: digest of the
+    adapter that the worker must have loaded, or another name that the gateway uses while the digest is unknown; "" for
+    the base model.
     """
 
     model: str
@@ -98,6 +104,7 @@ class RouteCall:
     affinity: int = 0
     prefix: int = 0
     call_id: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +301,7 @@ FILTERS = (
     Filter("other_version", lambda call, c: not call.versions or c.version in call.versions),
     Filter("other_weights", is_compatible),
     Filter("no_tool_parser", lambda call, c: c.parses_tools or not call.needs_tools),
+    Filter("no_adapter", lambda call, c: not call.adapter or call.adapter in c.adapters),
     Filter("failed_there", lambda call, c: c.incarnation not in call.excluded),
     Filter("replaying", _replays_fit),
     Filter("no_free_sequence", lambda _, c: c.free_sequences > 0),

@@ -50,7 +50,15 @@ def cost_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
     """Return the cost of a worker for a call, without the advantage of affinity."""
     if settings.policy == "consistent_hash":
         return -preference(call.affinity or call.prefix, row.hashed)
-    return row.standing + row.per_token * uncached_of(call, call.cached.get(row.worker_id, 0))
+    cost = row.per_token * uncached_of(call, call.cached.get(row.worker_id, 0)) + row.standing
+    return cost + switch_of(call, row, settings) if call.adapter else cost
+
+
+def switch_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
+    """Return the cost of copying the call's adapter into a slot of the worker's engine; 0 if it lies in one."""
+    if not call.adapter or settings.policy != "cost" or call.adapter in row.candidate.resident:
+        return 0.0
+    return settings.weights.adapter * row.candidate.slowdown
 
 
 def uncached_of(call: RouteCall, cached: float) -> float:

@@ -52,6 +52,8 @@ class Ending(enum.Enum):
 
     TOO_LATE = "too_late"
     """A new sequence waited too long."""
+    NO_ADAPTER = "no_adapter"
+    """Too many new sequences wait for adapters that no worker with room has loaded."""
     NOT_RESUMED = "not_resumed"
     """A sequence that resumes waited too long."""
     REPLACED = "replaced"

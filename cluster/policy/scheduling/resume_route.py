@@ -28,8 +28,13 @@ def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate
         cached_on=sequence.cached_on,
         uncached_there=0 if holder is None else tokens_to_recompute(sequence.tokens, holder.block_size),
         needs_tools=needs_parser(sequence.entry.needs_tools, candidates),
+        adapter=sequence.entry.adapter,
     )
-    compatible = [worker.incarnation for worker in candidates if not worker.draining and is_compatible(call, worker)]
+    compatible = [
+        worker.incarnation
+        for worker in candidates
+        if not worker.draining and is_compatible(call, worker) and has_adapter(call.adapter, worker)
+    ]
     for excluded in (call.excluded | _on_lost_node(sequence, candidates, now), call.excluded):
         if any(incarnation not in excluded for incarnation in compatible):
             return replace(call, excluded=excluded)
@@ -44,11 +49,17 @@ def suits(sequence: ResumingSequence, worker: Candidate, now: float) -> bool:
         and not worker.draining
         and worker.incarnation not in sequence.excluded
         and (worker.parses_tools or not sequence.entry.needs_tools)
+        and has_adapter(sequence.entry.adapter, worker)
         and not (worker.node == sequence.lost_node != "" and now - sequence.lost_at < SETTLE_S)
         and sequence.compatibility is not None
         and worker.compatibility_key is not None
         and worker.compatibility_key.can_resume(sequence.compatibility)
     )
+
+
+def has_adapter(adapter: str, worker: Candidate) -> bool:
+    """Return whether a worker takes calls for an adapter; "" is the base model."""
+    return not adapter or adapter in worker.adapters
 
 
 def tokens_to_recompute(tokens: int, block_size: int) -> int:

@@ -29,6 +29,7 @@ from cluster.policy.routing.router import (
     uncached_tokens_at,
 )
 from cluster.policy.routing.version_split import ANY_VERSION, Versions
+from cluster.policy.scheduling.adapter_waits import AdapterWaits
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
 from cluster.policy.scheduling.resume_queue import ResumeQueue
 from cluster.policy.scheduling.resume_route import resumed_request, suits
@@ -66,6 +67,9 @@ class Workers(Protocol):
         """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence now, None
         if the worker is not linked or takes no new sequences."""
 
+    def has_adapter(self, model: str, adapter: str) -> bool:
+        """Return whether any worker of a model takes calls for an adapter, see RouteCall. The answer is cheap."""
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""
 
@@ -81,6 +85,7 @@ class SchedulingPolicy:
         self._workers = workers
         self._warm = WarmSequences(workers)
         self.aside = SetAside()
+        self.adapter_waits = AdapterWaits()
         self._versions: dict[str, Versions] = {}
         """Versions on which the sequences in the waiting room may begin; without an entry, any version."""
 
@@ -106,8 +111,7 @@ class SchedulingPolicy:
     def set_versions(self, key: str, versions: Versions) -> None:
         """Set the versions on which a queued sequence may begin. Once a sequence of a call has begun, the other
         sequences of the call may begin only on its version."""
-        if (aside := self.aside.pop(key)) is not None:
-            self.room.put_back(aside.entry, aside.since)
+        self._return_to_room(key)
         if versions.all:
             self._versions[key] = versions
         else:
@@ -120,17 +124,21 @@ class SchedulingPolicy:
     def remove(self, key: str) -> bool:
         """Remove a sequence from its queue. Returns False if the sequence was not queued."""
         self._versions.pop(key, None)
-        if (aside := self.aside.pop(key)) is not None:  # its charge is given back
-            self.room.put_back(aside.entry, aside.since)
+        self._return_to_room(key)  # its charge is given back
         return self.resuming.remove(key) or self.room.cancel(key)
+
+    def _return_to_room(self, key: str) -> None:
+        """Put a sequence back into the waiting room if it has had its turn and was not sent."""
+        if (turn := self.aside.pop(key) or self.adapter_waits.pop(key)) is not None:
+            self.room.put_back(turn.entry, turn.since)
 
     def position(self, key: str) -> int | None:
         """Return how many new sequences of its tenant are before a queued new sequence; None if it is not queued."""
-        return 0 if key in self.aside else self.room.position(key)
+        return 0 if key in self.aside or key in self.adapter_waits else self.room.position(key)
 
     def waiting(self, model: str) -> tuple[int, int]:
         """Return the number of a model's waiting sequences, and the number of tokens to compute for these sequences."""
-        queues = (self.room, self.resuming, self.aside)
+        queues = (self.room, self.resuming, self.aside, self.adapter_waits)
         sequences, tokens = zip(*(queue.waiting(model) for queue in queues), strict=True)
         return sum(sequences), sum(tokens)
 
@@ -138,6 +146,9 @@ class SchedulingPolicy:
         """Remove the sequences that have waited too long, and return the instructions to end their calls.
         `longer_s(model)`: see ResumeQueue.expired."""
         late = [entry.call_id for entry in self.room.pop_expired(now)]
+        for wait in self.adapter_waits.expired(now):
+            self.remove(wait.entry.call_id)
+            late.append(wait.entry.call_id)
         for key in late:
             self._versions.pop(key, None)
         ends = [End(key, Ending.TOO_LATE) for key in late]
@@ -155,25 +166,37 @@ class SchedulingPolicy:
         waiting room. A head that fits on no worker holds back the sequences behind it."""
         for aside in self.aside.in_order(model):
             yield from self._assign_aside(aside, now)
+        yield from self._assign_with_adapters(model, now)
         decision: RoutingDecision | Exception | None = None
         cached: Mapping[str, int] | None = None
         call: RouteCall | None = None
+        lacks_adapter = False
 
         def fits(entry: WaitingSequence) -> bool:
-            nonlocal decision, cached, call
+            nonlocal decision, cached, call, lacks_adapter
+            lacks_adapter = False
             try:
                 cached = self._workers.cached_tokens(entry.model, entry.call_id)
                 call = self._call(entry, cached or {})
                 decision = self._route(call, entry, now)
+                if decision.worker_id is None and call.adapter:
+                    lacks_adapter = self._route(replace(call, adapter=""), entry, now).worker_id is not None
             except Exception as error:
                 decision = error
                 return True
-            return decision.worker_id is not None
+            return decision.worker_id is not None or lacks_adapter
 
         while (entry := self.room.pop_next(model, fits, now, self._warm.loss_of(model, now))) is not None:
             if isinstance(decision, Exception):
                 self._versions.pop(entry.call_id, None)
                 yield Fail(entry.call_id, decision)
+                continue
+            if lacks_adapter and call is not None:
+                if not self.adapter_waits.add(entry, call, now, self.room.latest(entry, now)):
+                    self._versions.pop(entry.call_id, None)
+                    self.room.put_back(entry, now)  # its charge is given back
+                    self.room.cancel(entry.call_id)
+                    yield End(entry.call_id, Ending.NO_ADAPTER)
                 continue
             if decision is not None and call is not None and (holder := self._awaited(decision, entry)):
                 self.aside.add(entry, call, holder, now)
@@ -213,6 +236,31 @@ class SchedulingPolicy:
             self.aside.pop(key)
             self.room.put_back(replace(entry, holder_wait=aside.wait(now)), now)
 
+    def _assign_with_adapters(self, model: str, now: float) -> Iterator[Instruction]:
+        """Yield the instructions for sequences that wait for adapters. A sequence that fits on no worker with its
+        adapter holds back those behind it that wait for the same adapter."""
+        for adapter in self.adapter_waits.adapters(model):
+            if not self._workers.has_adapter(model, adapter):
+                continue
+            for wait in self.adapter_waits.in_order(model, adapter):
+                entry, key = wait.entry, wait.entry.call_id
+                if key not in self.adapter_waits:  # an earlier instruction has ended its call
+                    continue
+                try:
+                    cached = self._workers.cached_tokens(model, key)
+                    decision = self._route(replace(wait.call, cached=cached or {}), entry, now)
+                except Exception as error:
+                    self.adapter_waits.pop(key)
+                    self._versions.pop(key, None)
+                    yield Fail(key, error)
+                    continue
+                if decision.worker_id is None:
+                    break
+                self.adapter_waits.pop(key)
+                self._versions.pop(key, None)
+                there, where = decision.cached_tokens, decision.worker_id
+                yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
+
     def _leave_aside(self, key: str) -> None:
         self.aside.pop(key)
         self._versions.pop(key, None)
@@ -230,6 +278,7 @@ class SchedulingPolicy:
             cached=cached,
             affinity=entry.affinity,
             call_id=entry.call_id,
+            adapter=entry.adapter,
         )
 
     def _route(self, call: RouteCall, entry: WaitingSequence, now: float) -> RoutingDecision:
@@ -309,6 +358,7 @@ class SchedulingPolicy:
                 sequence.tokens,
                 compatibility_key=sequence.compatibility,
                 needs_tools=sequence.entry.needs_tools,
+                adapter=sequence.entry.adapter,
             )
             for candidates in (view.sample(sequence, now) if len(view) > FEW else (), view.all()):
                 if pick(request, [one for one in candidates if one.worker_id != worker_id]).worker_id is not None:

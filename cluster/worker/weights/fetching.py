@@ -65,14 +65,20 @@ def fetch(
     *,
     chunk_bytes: int = CHUNK_BYTES,
     free: Callable[[Path], int] = free_bytes,
+    needed: str = "config.json",
+    web_names: Sequence[str] = (),
 ) -> Path:
-    """Fetch the files of `source` that match a pattern; return their folder below `root`. Blocks. Raises FetchError."""
+    """Fetch the files of `source` that match a pattern; return their folder below `root`. Blocks. Raises FetchError.
+
+    `needed`: the file without which the source holds nothing of use. `web_names`: the files to try on a web server,
+    instead of a model's.
+    """
     target = root / hashlib.sha256(source.encode()).hexdigest()[:32]
     target.mkdir(parents=True, exist_ok=True)
     with locked(target.with_suffix(".lock")):
         if _complete(target):
             return target
-        files = _files_of(source, patterns)
+        files = _files_of(source, patterns, needed, web_names)
         _check_space(target, files, free(target))
         sizes = {name: size for name, (_, _, size) in files.items()}
         total, done = sum(sizes.values()), 0
@@ -104,14 +110,19 @@ def _complete(target: Path) -> bool:
         return False
 
 
-def _files_of(source: str, patterns: Sequence[str]) -> Mapping[str, tuple[Any, str, int]]:
+def _files_of(
+    source: str, patterns: Sequence[str], needed: str, web_names: Sequence[str]
+) -> Mapping[str, tuple[Any, str, int]]:
     """Return the matching files by name; each value is (file system, path, size). Raises FetchError."""
     scheme = source.partition("://")[0]
     try:
         import fsspec
 
         system, path = fsspec.core.url_to_fs(source.rstrip("/"))
-        names = _list_web(system, path) if scheme in ("http", "https") else _list_store(system, path)
+        if scheme in ("http", "https"):
+            names = _list_web(system, path, web_names or _web_names(system, path))
+        else:
+            names = _list_store(system, path)
         files = {
             name: (system, where, size)
             for name, where, size in names
@@ -123,8 +134,10 @@ def _files_of(source: str, patterns: Sequence[str]) -> Mapping[str, tuple[Any, s
         raise FetchError("there is nothing at this address") from None
     except Exception as error:  # each file system has its own errors
         raise FetchError(f"cannot be listed: {_first_line(error)}") from error
-    if "config.json" not in files:
-        raise FetchError("there is no config.json at this address; it is not a model folder, or access is refused")
+    if needed not in files:
+        raise FetchError(
+            f"there is no {needed} at this address; it is no folder of a model or adapter, or access is refused"
+        )
     return files
 
 
@@ -152,7 +165,8 @@ def _module_folders(system: Any, path: str) -> Sequence[str]:
     return sentence_modules.module_folders(content)
 
 
-def _list_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
+def _web_names(system: Any, path: str) -> Sequence[str]:
+    """Return the names of a model's files: those in WEB_NAMES, and its weights."""
     names = list(WEB_NAMES)
     try:
         index = json.loads(system.cat_file(f"{path}/{INDEX}"))
@@ -160,6 +174,10 @@ def _list_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
     except FileNotFoundError:
         names.append("model.safetensors")
     names += [f"{folder}/{name}" for folder in _module_folders(system, path) for name in sentence_modules.FILES]
+    return names
+
+
+def _list_web(system: Any, path: str, names: Sequence[str]) -> Iterator[tuple[str, str, int]]:
     for name in names:
         try:
             size = system.info(f"{path}/{name}").get("size")

@@ -37,7 +37,7 @@ def read_card(folder: Path) -> Card:
     head, end, _ = text[4:].partition("\n---")
     try:
         values = yaml.safe_load(head) if end else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         return Card()
     if not isinstance(values, dict):
         return Card()

@@ -72,7 +72,7 @@ def resolve(spec: ModelSpec, rules: SourceRules, progress: Progress | None = Non
         if not folder.is_dir():
             raise SourceError(f"{where}: there is no folder {folder}; use a folder, hf://org/name or {DEMOS}")
     elif scheme == "hf":
-        folder = _from_hub(where, rest, spec, rules)
+        folder = from_hub(where, rest, spec.revision, [*HUB_FILES, *WEIGHT_PATTERNS.get(spec.load_format, ())], rules)
     elif spec.source in demo_model.SOURCES:
         try:
             folder = demo_model.ensure_demo_model(rules.cache_dir, progress, spec.source)
@@ -93,9 +93,13 @@ def resolve(spec: ModelSpec, rules: SourceRules, progress: Progress | None = Non
     return folder
 
 
-def _from_hub(where: str, name: str, spec: ModelSpec, rules: SourceRules) -> Path:
+def from_hub(where: str, name: str, revision: str, patterns: Sequence[str], rules: SourceRules) -> Path:
+    """Fetch the files of `organisation/name` that match a pattern; return their folder in the hub's cache. Blocks.
+
+    `where`: the key that names the source. `revision`: "" for the newest. Raises SourceError.
+    """
     if name.count("/") != 1 or not all(name.split("/")):
-        raise SourceError(f"{where}: expected hf://organisation/name, got {spec.source!r}")
+        raise SourceError(f"{where}: expected hf://organisation/name, got {f'hf://{name}'!r}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -104,8 +108,8 @@ def _from_hub(where: str, name: str, spec: ModelSpec, rules: SourceRules) -> Pat
     try:
         folder = snapshot_download(
             name,
-            revision=spec.revision or None,
-            allow_patterns=[*HUB_FILES, *WEIGHT_PATTERNS.get(spec.load_format, ())],
+            revision=revision or None,
+            allow_patterns=list(patterns),
             endpoint=rules.hub_endpoint or None,
             token=token,
             cache_dir=rules.cache_dir / "hub",

@@ -57,6 +57,8 @@ workers = st.builds(
     prefill_budget=st.sampled_from([150, 2000]),
     last_sent=st.sampled_from([0.0, 1.0, 2.0]),
     slowdown=st.sampled_from([1.0, 1.0, 0.7, 10.0]),
+    adapters=st.frozensets(st.sampled_from("xy")),
+    resident=st.frozensets(st.sampled_from("xy")),
 )
 fleets = st.lists(workers, max_size=12, unique_by=lambda c: c.worker_id)
 calls = st.builds(
@@ -72,6 +74,7 @@ calls = st.builds(
     affinity=st.sampled_from([0, 0, 1, 2**64 - 1]),
     prefix=st.integers(0, 2**64 - 1),
     call_id=st.text(max_size=5),
+    adapter=st.sampled_from(["", "x", "z"]),
 )
 policies = st.builds(RoutingSettings, st.sampled_from(POLICIES))
 
@@ -342,6 +345,20 @@ def test_each_kind_of_load_counts(load: dict[str, object], part: str) -> None:
     best, other = (dict(score.parts) for score in decision.scores)
     assert {name for name in best if best[name] != other[name]} == {part}
     assert best[part] < other[part]
+
+
+def test_a_worker_with_the_adapter_in_a_slot_is_preferred() -> None:
+    """Of two workers that have an adapter, the one that need not copy it into a slot is chosen. One without the adapter
+    is dropped, and more load outvotes the copy."""
+    call, has = RouteCall("m", 100, adapter="x"), frozenset("x")
+    fleet = [worker("a", adapters=has), worker("b", adapters=has, resident=has), worker("c", resident=has)]
+    decision = choose(call, fleet)
+    assert decision.worker_id == "b"
+    assert dict(decision.scores[1].parts)["adapter_switch"] == CostWeights().adapter
+    assert decision.scores[2].dropped == "no_adapter"
+    fleet[1] = dataclasses.replace(fleet[1], running=16, free_sequences=48)
+    assert choose(call, fleet).worker_id == "a"
+    assert choose(call, fleet[2:]).reason == "no_adapter"
 
 
 @pytest.mark.parametrize("cached", [64, 4096, 100_000])

@@ -18,6 +18,7 @@ from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.routing.version_split import Versions
+from cluster.policy.scheduling.adapter_waits import MAX_PER_TENANT
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import SETTLE_S, WorkerLosses
@@ -35,11 +36,13 @@ class Fleet:
     cached: dict[str, dict[str, int]] = field(default_factory=dict)
     broken: bool = False
 
-    def add(self, name: str, free: int = 1, key: CompatibilityKey = KEYS[0], version: str = "") -> None:
-        """Add a worker with this number of free sequences."""
+    def add(
+        self, name: str, free: int = 1, key: CompatibilityKey = KEYS[0], version: str = "", adapters: str = ""
+    ) -> None:
+        """Add a worker with this number of free sequences. `adapters`: one letter for each adapter that it has."""
         self.workers[name] = Candidate(
             name, "m", version, free, 1000 * free, 0, 0, 0.0, True, False, incarnation=name, compatibility_key=key,
-            prefill_budget=8192, block_size=16,
+            prefill_budget=8192, block_size=16, adapters=frozenset(adapters),
         )  # fmt: skip
 
     def grant(self, name: str, free: int) -> None:
@@ -77,6 +80,10 @@ class Fleet:
         worker = self.workers.get(worker_id)
         return None if worker is None else worker.free_tokens if worker.free_sequences > 0 else 0
 
+    def has_adapter(self, model: str, adapter: str) -> bool:
+        """See Workers."""
+        return any(adapter in worker.adapters for worker in self.workers.values())
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""
         return compatibility in self.replaced
@@ -94,9 +101,11 @@ def policy_of(fleet: Fleet, max_silent_losses: int = 2, max_tokens: int = 10_000
     return SchedulingPolicy(room, fleet, MAX_WAIT_S, WorkerLosses(max_silent_losses))
 
 
-def entry(key: str, tenant: str = "t", deadline: float | None = None, rank: int = 0) -> WaitingSequence:
+def entry(
+    key: str, tenant: str = "t", deadline: float | None = None, rank: int = 0, adapter: str = ""
+) -> WaitingSequence:
     """Return the entry of a sequence of ten tokens."""
-    return WaitingSequence(key, "m", tenant, 10, deadline, "standard", 0.0, rank)
+    return WaitingSequence(key, "m", tenant, 10, deadline, "standard", 0.0, rank, adapter=adapter)
 
 
 def carry_out(policy: SchedulingPolicy, fleet: Fleet, now: float) -> list[Instruction]:
@@ -253,6 +262,41 @@ def test_no_more_is_moved_than_fits(free: int) -> None:
     assert moved == list("abc")[:free]
 
 
+def test_a_sequence_that_waits_for_its_adapter_holds_back_nobody() -> None:
+    """While no worker has loaded an adapter, the sequences behind its calls are sent. Its calls go first, in the order
+    of their turns, once a worker has it, and end after the longest wait."""
+    fleet = Fleet()
+    fleet.add("w", free=3)
+    policy = policy_of(fleet)
+    for key in ("a1", "a2"):
+        policy.admit(entry(key, adapter="x"), 0.0)
+    policy.admit(entry("late", adapter="y"), 0.0)
+    policy.admit(entry("base"), 0.0)
+    assert sent(carry_out(policy, fleet, 0.0)) == [("base", "w")]
+    assert (policy.waiting("m"), policy.position("a2")) == ((3, 30), 0)
+    policy.admit(entry("base2"), 1.0)
+    fleet.workers["w"] = replace(fleet.workers["w"], adapters=frozenset("x"))
+    assert sent(carry_out(policy, fleet, 1.0)) == [("a1", "w"), ("a2", "w")]
+    assert policy.remove("base2")
+    assert policy.expire(MAX_WAIT_S, lambda model: 0.0) == [End("late", Ending.TOO_LATE)]
+    assert policy.waiting("m") == (0, 0)
+
+
+def test_the_sequences_that_wait_for_adapters_are_bounded() -> None:
+    """Of one tenant, only so many sequences wait for adapters. Further ones end at once, and other tenants' wait."""
+    fleet = Fleet()
+    fleet.add("w", free=1)
+    policy = policy_of(fleet, max_tokens=10**6)
+    ended = []
+    for number in range(MAX_PER_TENANT + 1):
+        policy.admit(entry(str(number), adapter=str(number)), 0.0)
+        ended += carry_out(policy, fleet, 0.0)
+    policy.admit(entry("other", "another tenant", adapter="z"), 0.0)
+    ended += carry_out(policy, fleet, 0.0)
+    assert ended == [End(str(MAX_PER_TENANT), Ending.NO_ADAPTER)]
+    assert policy.waiting("m")[0] == MAX_PER_TENANT + 1
+
+
 class PolicyMachine(RuleBasedStateMachine):
     """State machine in which sequences come, wait, resume and leave while workers come, grant and go."""
 
@@ -269,30 +313,47 @@ class PolicyMachine(RuleBasedStateMachine):
         self.serial += 1
         return str(self.serial)
 
-    @rule(tenant=st.sampled_from("ab"), deadline=st.none() | st.floats(0.5, 20), back=st.booleans())
-    def enter(self, tenant: str, deadline: float | None, back: bool) -> None:
+    @rule(
+        tenant=st.sampled_from("ab"),
+        deadline=st.none() | st.floats(0.5, 20),
+        back=st.booleans(),
+        adapter=st.sampled_from(["", "", "x", "y"]),
+    )
+    def enter(self, tenant: str, deadline: float | None, back: bool, adapter: str) -> None:
         """Queue a new sequence, or a sequence that starts over."""
-        waiting = entry(self._key(), tenant, None if deadline is None else self.now + deadline)
+        waiting = entry(self._key(), tenant, None if deadline is None else self.now + deadline, adapter=adapter)
         if back:
             self.policy.put_back(waiting, self.now)
         elif self.policy.admit(waiting, self.now).outcome is not None:
             return
         self.new[waiting.call_id] = waiting
 
-    @rule(key=st.sampled_from(KEYS), home=st.sampled_from(["", "w0", "w1"]), rank=st.integers(0, 1))
-    def resume(self, key: CompatibilityKey, home: str, rank: int) -> None:
+    @rule(
+        key=st.sampled_from(KEYS),
+        home=st.sampled_from(["", "w0", "w1"]),
+        rank=st.integers(0, 1),
+        adapter=st.sampled_from(["", "", "x"]),
+    )
+    def resume(self, key: CompatibilityKey, home: str, rank: int, adapter: str) -> None:
         """Queue a sequence that resumes."""
-        sequence = ResumingSequence(entry(self._key(), rank=rank), 12, key, cached_on=home)
+        sequence = ResumingSequence(entry(self._key(), rank=rank, adapter=adapter), 12, key, cached_on=home)
         self.policy.resume(sequence, self.now)
         self.resuming[sequence.key] = sequence
 
-    @rule(name=st.sampled_from(["w0", "w1", "w2"]), free=st.integers(0, 3), key=st.sampled_from(KEYS))
-    def worker(self, name: str, free: int, key: CompatibilityKey) -> None:
-        """Add a worker, or change its credit."""
+    @rule(
+        name=st.sampled_from(["w0", "w1", "w2"]),
+        free=st.integers(0, 3),
+        key=st.sampled_from(KEYS),
+        adapters=st.sampled_from(["", "x", "xy"]),
+    )
+    def worker(self, name: str, free: int, key: CompatibilityKey, adapters: str) -> None:
+        """Add a worker, or change its credit and its adapters."""
         if name in self.fleet.workers:
             self.fleet.grant(name, free)
+            worker = self.fleet.workers[name]
+            self.fleet.workers[name] = replace(worker, adapters=frozenset(adapters))
         else:
-            self.fleet.add(name, free, key)
+            self.fleet.add(name, free, key, adapters=adapters)
 
     @rule(name=st.sampled_from(["w0", "w1", "w2"]))
     def worker_left(self, name: str) -> None:
@@ -324,12 +385,14 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule()
     def assign(self) -> None:
-        """Carry out all instructions. Afterwards no worker has capacity for the next sequence."""
+        """Carry out all instructions. Afterwards no worker has capacity for a sequence whose adapter it has, and no
+        sequence waits for one that waits for its adapter. No sequence goes to a worker without its adapter."""
         began = False
         for instruction in self.policy.assign("m", self.now):
             assert isinstance(instruction, Send)
             worker, key = self.fleet.workers[instruction.worker_id], instruction.entry.call_id
             assert worker.free_sequences > 0
+            assert self._has(worker, instruction.entry)
             if key in self.resuming:
                 assert not began, "sequences that resume are sent before all new sequences"
                 assert worker.compatibility_key == self.resuming[key].compatibility
@@ -338,16 +401,25 @@ class PolicyMachine(RuleBasedStateMachine):
             self._left(key)
             self.fleet.spend(worker.worker_id)
         free = [worker for worker in self.fleet.workers.values() if worker.free_sequences]
-        assert not (self.new and free), "capacity stays idle"
+        for waiting in self.new.values():
+            assert not any(self._has(worker, waiting) for worker in free), "capacity stays idle"
         for sequence in self.resuming.values():
-            fits = [worker.incarnation for worker in free if worker.compatibility_key == sequence.compatibility]
+            fits = [
+                worker.incarnation
+                for worker in free
+                if worker.compatibility_key == sequence.compatibility and self._has(worker, sequence.entry)
+            ]
             assert not fits or self.policy.resuming.waits_for(sequence.key, self.now) not in ("", *fits)
+
+    @staticmethod
+    def _has(worker: Candidate, waiting: WaitingSequence) -> bool:
+        return not waiting.adapter or waiting.adapter in worker.adapters
 
     @invariant()
     def counts_agree(self) -> None:
         """The policy counts exactly the sequences that wait."""
         assert self.policy.waiting("m")[0] == len(self.new) + len(self.resuming)
-        assert self.policy.room.statistics().requests == len(self.new)
+        assert self.policy.room.statistics().requests + len(self.policy.adapter_waits) == len(self.new)
 
 
 PolicyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 
+from cluster.admin.v1 import adapters_pb2, catalog_pb2, routing_pb2
 from cluster.admin.v1 import admin_pb2 as pb
-from cluster.admin.v1 import catalog_pb2, routing_pb2
+from cluster.api.adapters import AdapterSpec, full_name
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.types import DrainState, VersionShare
 from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminCaller
@@ -23,6 +24,7 @@ from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.service import CallService
 from cluster.link.v1 import link_pb2 as link_pb
+from cluster.wire.admin_adapters import admin_adapter
 from cluster.wire.version_status import version_status
 
 if TYPE_CHECKING:
@@ -168,6 +170,18 @@ class CatalogAdmin:
         """Look up one model by name or alias."""
         return self._entry(self._directory.resolve(request.name, began=True))
 
+    async def ListAdapters(
+        self, request: adapters_pb2.ListAdaptersRequest, caller: AdminCaller
+    ) -> adapters_pb2.ListAdaptersResponse:
+        """List the adapters of all models, or of one, with their state on this gateway's workers."""
+        directory, name = self._directory, request.name
+        models = [directory.resolve(name, began=True)] if name else directory.models
+        known = {full_name(model.name, spec.name): (model, spec) for model in models for spec in model.adapters.specs}
+        page, token = paginate(sorted(known), request.page_size, request.page_token)
+        return adapters_pb2.ListAdaptersResponse(
+            adapters=[_adapter(*known[each]) for each in page], next_page_token=token
+        )
+
     def _entry(self, model: KnownModel) -> pb.CatalogEntry:
         entry = model.entry
         link = next(iter(model.links.values()), None)
@@ -200,6 +214,16 @@ class CatalogAdmin:
         version_links = [link for link in model.links.values() if link.identity.version == share.version]
         status.ready_workers = sum(map(model.takes_calls, version_links))
         return status
+
+
+def _adapter(model: KnownModel, spec: AdapterSpec) -> adapters_pb2.Adapter:
+    message, view = admin_adapter(model.name, spec), model.adapters.view(spec.name)
+    message.digest = model.adapters.digest(spec.name)
+    message.state, message.reason = view.state.value, view.reason
+    message.ready_workers, message.workers = view.ready, view.workers
+    for worker_id, reason in view.failures:
+        message.failures.add(worker_id=worker_id, reason=reason)
+    return message
 
 
 def _matching_links(links: Sequence[WorkerLink], target: str) -> Sequence[WorkerLink]:

@@ -12,7 +12,7 @@ from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic.content import TOOL_ID_PREFIX
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models import Target
 
 ToolId = Callable[[OutputPart], str]
 """Function that returns the shown id of a tool call. The argument is the part with the name of the function."""
@@ -149,7 +149,7 @@ def _finite(digits: str) -> float:
 
 def message_head(call: Call) -> dict[str, Any]:
     """Return the fields of an answer that are known before it ends."""
-    return {"id": message_id(call), "type": "message", "role": "assistant", "model": call.model}
+    return {"id": message_id(call), "type": "message", "role": "assistant", "model": call.shown_model}
 
 
 def whole_message(head: Mapping[str, Any], usage: CallUsage, tool_id: ToolId, piece: Piece) -> dict[str, Any]:
@@ -165,12 +165,13 @@ def whole_message(head: Mapping[str, Any], usage: CallUsage, tool_id: ToolId, pi
 # ---- models
 
 
-def model_info(model: KnownModel, created: float) -> dict[str, Any]:
-    """Return a model in the shape of Anthropic's model list. `created`: Unix time in seconds."""
+def model_info(target: Target, created: float) -> dict[str, Any]:
+    """Return a model or adapter in the shape of Anthropic's model list. `created`: Unix time in seconds."""
+    model = target.model
     return {
         "type": "model",
-        "id": model.name,
-        "display_name": model.name,
+        "id": target.name,
+        "display_name": target.name,
         "created_at": datetime.fromtimestamp(int(created), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "lifecycle": LIFECYCLE,
         "max_input_tokens": model.max_model_len or None,

@@ -104,14 +104,14 @@ class AnthropicApi:
     async def _models(self, exchange: Exchange) -> None:
         query = _query(exchange.scope.get("query_string", b""))
         limit, after, before = _page(query)
-        open_models = self._service.directory.open_to(exchange.principal) if _lists_active(query) else ()
-        infos = [answers.model_info(model, self._created) for model in open_models]
+        open_models = self._service.directory.targets_open_to(exchange.principal) if _lists_active(query) else ()
+        infos = [answers.model_info(target, self._created) for target in open_models]
         await exchange.respond(200, body(answers.page_of(infos, limit, after, before)))
 
     async def _model(self, exchange: Exchange) -> None:
         name = exchange.scope["path_params"]["name"]
-        model = self._service.directory.resolve(name, exchange.principal)
-        await exchange.respond(200, body(answers.model_info(model, self._created)))
+        target = self._service.directory.target(name, exchange.principal)
+        await exchange.respond(200, body(answers.model_info(target, self._created)))
 
 
 def _query(query: bytes) -> Mapping[str, Sequence[str]]:

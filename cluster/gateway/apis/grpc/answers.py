@@ -14,7 +14,7 @@ from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import Progress
 from cluster.gateway.calls.pooling_call import PoolingCall
 from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models import Target
 from cluster.gateway.text.logprobs import TokenLogprob
 from cluster.v1 import inference_pb2 as pb
 
@@ -69,7 +69,7 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
     """Return pieces as a ChatChunk. The last chunk of a call carries the usage of the call."""
     return pb.ChatChunk(
         id=call.shown_id,
-        model=call.model,
+        model=call.shown_model,
         offset=offset,
         choices=[
             pb.ChoiceDelta(
@@ -167,7 +167,7 @@ def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.Compl
     """Return pieces as a CompleteChunk. The last chunk of a call carries the usage of the call."""
     return pb.CompleteChunk(
         id=call.shown_id,
-        model=call.model,
+        model=call.shown_model,
         offset=offset,
         choices=_choices(pieces),
         usage=usage_pb(call.usage) if call.end_delivered else None,
@@ -190,7 +190,7 @@ def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
     """Return a complete answer as a ChatResponse. `pieces`: one piece for each choice."""
     return pb.ChatResponse(
         id=call.shown_id,
-        model=call.model,
+        model=call.shown_model,
         created=_now(),
         choices=[
             pb.Choice(
@@ -208,7 +208,7 @@ def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
 def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteResponse:
     """Return a complete answer as a CompleteResponse. `pieces`: one piece for each choice."""
     return pb.CompleteResponse(
-        id=call.shown_id, model=call.model, created=_now(), choices=_choices(pieces), usage=usage_pb(call.usage)
+        id=call.shown_id, model=call.shown_model, created=_now(), choices=_choices(pieces), usage=usage_pb(call.usage)
     )
 
 
@@ -264,9 +264,12 @@ def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
     return [*words, resume] if resume else words
 
 
-def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:
-    """Return a model as a Model message. `aliases`: the aliases of the model that the caller may use."""
-    entry = model.entry
+def model_pb(target: Target, aliases: Sequence[str], adapters: Sequence[str]) -> pb.Model:
+    """Return a model or adapter as a Model message. `aliases` and `adapters`: the aliases and the adapters of the model
+    that the caller may use."""
+    model, entry = target.model, target.model.entry
+    if target.adapter:
+        return _adapter_pb(target)
     links = list(model.links.values())
     link = next(iter(links), None)
     capabilities = common_capabilities([worker.info.capabilities for worker in links])
@@ -281,7 +284,22 @@ def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:
         weight_digest=link.identity.weight_digest if link else next(iter(entry.weight_digests), ""),
         license=entry.license,
         max_model_len=model.max_model_len,
+        adapters=adapters,
         capabilities=capabilities,
         state=pb.Model.State.Value(f"STATE_{model.state.value}"),
         state_reason="" if link else entry.state_reason,
+    )
+
+
+def _adapter_pb(target: Target) -> pb.Model:
+    model, spec = target.model, target.model.adapters.find(target.adapter)
+    return pb.Model(
+        name=target.name,
+        family=model.entry.family,
+        version=spec.version if spec is not None else "",
+        weight_digest=model.adapters.digest(target.adapter),
+        license=spec.license if spec is not None else "",
+        max_model_len=model.max_model_len,
+        state=pb.Model.State.Value(f"STATE_{target.state.value}"),
+        state_reason=target.state_reason,
     )

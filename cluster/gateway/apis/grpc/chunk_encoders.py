@@ -36,13 +36,13 @@ class Kind:
 CHAT = Kind(
     codec.chat_chunk,
     codec.chat_response,
-    lambda call, progress: pb.ChatChunk(id=call.shown_id, model=call.model, progress=progress),
+    lambda call, progress: pb.ChatChunk(id=call.shown_id, model=call.shown_model, progress=progress),
     codec.chat_text,
 )
 COMPLETE = Kind(
     codec.complete_chunk,
     codec.complete_response,
-    lambda call, progress: pb.CompleteChunk(id=call.shown_id, model=call.model, progress=progress),
+    lambda call, progress: pb.CompleteChunk(id=call.shown_id, model=call.shown_model, progress=progress),
     codec.complete_text,
 )
 
@@ -57,7 +57,8 @@ class GrpcEncoder:
         self._kind = kind
         self._call = call
         self._progress = progress
-        self._head = pb.ChatChunk(id=call.shown_id, model=call.model).SerializeToString()  # same bytes in CompleteChunk
+        head = pb.ChatChunk(id=call.shown_id, model=call.shown_model)
+        self._head = head.SerializeToString()  # same bytes in CompleteChunk
         self._offset = 0
         self.plain = len(call.sequences) == 1
 

@@ -18,7 +18,7 @@ from cluster.api.output_parts import PartKind
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import Progress, ProgressOf
 from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models import Target
 from cluster.gateway.text.logprobs import TokenLogprob
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -342,15 +342,20 @@ def _answer(
     )
 
 
-def model_card(model: KnownModel, aliases: Sequence[str], created: int) -> dict[str, Any]:
-    """Return a model in the shape of /v1/models. The fields that OpenAI's API does not have come last."""
+def model_card(target: Target, aliases: Sequence[str], created: int) -> dict[str, Any]:
+    """Return a model or adapter in the shape of /v1/models. The fields that OpenAI's API does not have come last.
+    `aliases`: those of the model."""
+    tasks = target.model.tasks
+    adapter = {"parent": target.model.name, "root": target.adapter} if target.adapter else {}
     return {
-        "id": model.name,
+        "id": target.name,
         "object": "model",
         "created": created,
         "owned_by": "headrace",
-        "max_model_len": model.max_model_len or None,
-        "aliases": list(aliases),
-        "state": model.state.value,
-        "tasks": sorted(model.tasks) if model.tasks else [] if model.tasks is None else ["generate"],
+        **adapter,
+        "max_model_len": target.model.max_model_len or None,
+        "aliases": [] if target.adapter else list(aliases),
+        "state": target.state.value,
+        **({"state_reason": target.state_reason} if target.adapter and target.state_reason else {}),
+        "tasks": sorted(tasks) if tasks else [] if tasks is None else ["generate"],
     }

@@ -156,17 +156,16 @@ class OpenAiApi:
     async def _models(self, exchange: Exchange) -> None:
         directory, principal = self._service.directory, exchange.principal
         cards = [
-            answers.model_card(model, directory.aliases(model, principal), self._created)
-            for model in directory.open_to(principal)
+            answers.model_card(target, directory.aliases(target.model, principal), self._created)
+            for target in directory.targets_open_to(principal)
         ]
         await exchange.respond(200, answers.body({"object": "list", "data": cards}))
 
     async def _model(self, exchange: Exchange) -> None:
         directory, principal = self._service.directory, exchange.principal
-        model = directory.resolve(exchange.scope["path_params"]["name"], principal)
-        await exchange.respond(
-            200, answers.body(answers.model_card(model, directory.aliases(model, principal), self._created))
-        )
+        target = directory.target(exchange.scope["path_params"]["name"], principal)
+        card = answers.model_card(target, directory.aliases(target.model, principal), self._created)
+        await exchange.respond(200, answers.body(card))
 
     async def _health(self, exchange: Exchange) -> None:
         """Answer 200 while the process runs."""

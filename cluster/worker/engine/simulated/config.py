@@ -26,7 +26,8 @@ class SimConfig:
     `folder` has the tokenizer and the configuration; "" for none. If `vocab`, `token_hi` or `max_model_len` is 0, or
     `eos` is -1, `resolved` takes the value from the folder. Output tokens are drawn from [token_lo, token_hi). If
     `salted` is 1, the cache salt changes the tokens, so that a test detects a lost salt. If `salted` is 0, the cache
-    salt does not change the tokens, as in a real engine.
+    salt does not change the tokens, as in a real engine. `max_loras` and `max_cpu_loras` are the adapters of a step and
+    of the memory, 0 for an engine without; `adapter_load_ms`: time to load one.
 
     An engine with `embed_dimensions` above 0 is a pooling model with vectors of this length, and of every shorter
     length if `any_dimensions` is 1. An engine whose `scores` is 1 computes scores of pairs. Both generate no tokens.
@@ -51,6 +52,9 @@ class SimConfig:
     embed_dimensions: int = 0
     any_dimensions: int = 0
     scores: int = 0
+    max_loras: int = 0
+    max_cpu_loras: int = 0
+    adapter_load_ms: float = 0.0
     faults: tuple[SimFault, ...] = ()
     default_sampling: Mapping[str, object] = field(default_factory=dict)
 
@@ -60,6 +64,8 @@ class SimConfig:
         for name in ("salted", "any_dimensions", "scores"):
             _check(getattr(self, name) in (0, 1), name, "must be 0 or 1")
         _check(0 <= self.embed_dimensions <= MAX_DIMENSIONS, "embed_dimensions", f"must be 0 to {MAX_DIMENSIONS}")
+        for name in ("max_loras", "max_cpu_loras", "adapter_load_ms"):
+            _check(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("decode_ms", "load_s", "max_model_len", "vocab", "token_lo", "token_hi"):
             _check(getattr(self, name) >= 0, name, "must not be negative")
         _check(self.prefill_tokens_per_s > 0, "prefill_tokens_per_s", "must be above 0")
@@ -112,7 +118,7 @@ class SimConfig:
         faults: list[SimFault] = []
         given = [
             *parse_qsl(url.query, keep_blank_values=True),
-            *((k, str(v)) for k, v in (overrides or {}).items() if k not in PARSER_KEYS),
+            *((k, str(v)) for k, v in _adapter_defaults(overrides or {}).items() if k not in PARSER_KEYS),
         ]
         for name, text in given:
             if name == "fault":
@@ -155,6 +161,17 @@ class SimConfig:
             token_hi=min(hi, vocab),
             default_sampling=dict(self.default_sampling) or sampling_defaults(generation),
         )
+
+
+def _adapter_defaults(overrides: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the overrides without vLLM's keys enable_lora and max_lora_rank, and with the number of adapters that they
+    enable."""
+    kept = {name: value for name, value in overrides.items() if name not in ("enable_lora", "max_lora_rank")}
+    if not overrides.get("enable_lora"):
+        return kept
+    slots = kept.setdefault("max_loras", 1)
+    kept.setdefault("max_cpu_loras", slots)
+    return kept
 
 
 def _check(holds: bool, name: str, remedy: str) -> None:

@@ -10,8 +10,10 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 
+from cluster.api.adapters import ADAPTERS
 from cluster.api.kv_events import KvEvent
 from cluster.api.pooling import pooling_capabilities
+from cluster.api.ports import EngineRefused
 from cluster.api.types import (
     KV_EVENTS,
     PREFIX_EXACT,
@@ -49,6 +51,7 @@ class SimEngine:
         self._stated_until = 0.0
         self._pace = StepTimes()
         self._frozen = EngineLoad()  # at the beginning of the last hang
+        self._adapters: set[str] = set()
 
     # -- Engine interface -----------------------------------------------------------------------------------------
 
@@ -72,8 +75,10 @@ class SimEngine:
             max_model_len=config.max_model_len,
             vocab_size=config.vocab,
             default_sampling=config.default_sampling,
-            capabilities=(*kind, KV_EVENTS, PREFIX_EXACT),
+            capabilities=(*kind, KV_EVENTS, PREFIX_EXACT, *((ADAPTERS,) if config.max_loras else ())),
             pooling=pooling,
+            adapter_slots=config.max_loras,
+            adapter_capacity=config.max_cpu_loras,
         )
 
     async def submit(self, request: EngineRequest) -> None:
@@ -81,6 +86,8 @@ class SimEngine:
         model = self._require_model()
         self._faults.visit("submit")
         self._faults.raise_if_dead()
+        if self._config.max_loras and request.adapter and request.adapter not in self._adapters:
+            raise EngineRefused("ADAPTER_INVALID", f"adapter: {request.adapter!r} is not loaded", "adapter")
         idle = not model.has_work()
         model.submit(request)
         if idle:
@@ -115,6 +122,22 @@ class SimEngine:
                 self._has_kv_events.set()
             if outputs:
                 return outputs
+
+    async def load_adapter(self, digest: str, folder: str, *, pinned: bool) -> None:
+        """Wait `adapter_load_ms`, then accept requests for the adapter. The files are not read."""
+        slowed = self._faults.visit("adapter")
+        self._faults.raise_if_dead()
+        if len(self._adapters) >= self._config.max_cpu_loras and digest not in self._adapters:
+            raise EngineRefused("ADAPTER_INVALID", f"the memory holds {len(self._adapters)} adapters", "adapter")
+        load_s = self._config.adapter_load_ms / 1000 + sum(fault.seconds for fault in slowed)
+        if load_s:
+            await self._clock.sleep_until(self._clock.now() + load_s)
+        self._adapters.add(digest)
+
+    async def unload_adapter(self, digest: str) -> None:
+        """Refuse further requests for the adapter."""
+        self._faults.raise_if_dead()
+        self._adapters.discard(digest)
 
     async def kv_events(self) -> Sequence[KvEvent]:
         """Wait for events of the KV cache after the first call, and return them."""

@@ -19,14 +19,16 @@ _IN_A_STEP = ("die", "kill", "hang", "slow", "block", "nan", "wrong")
 
 POINTS: dict[str, tuple[str, ...]] = {
     "submit": ("die", "kill", "refuse"),
+    "adapter": ("die", "kill", "refuse", "slow"),
     "prefill": _IN_A_STEP,
     "step": _IN_A_STEP,
     "last_token": _IN_A_STEP,
 }
 """Actions that are possible at each point.
 
-The points are: `submit`, when a request is accepted; `prefill`, at the start of a step with prompt tokens; `step`, at
-the start of any step; `last_token`, at the start of a step in which a request reaches max_tokens.
+The points are: `submit`, when a request is accepted; `adapter`, when an adapter is loaded; `prefill`, at the start of a
+step with prompt tokens; `step`, at the start of any step; `last_token`, at the start of a step in which a request
+reaches max_tokens.
 The actions are: die: EngineDead. kill: SIGKILL to the own process. hang: steps stop while everything else continues.
 slow: the step takes SECONDS longer (at prefill: as reported work). block: the event loop is blocked for SECONDS. nan:
 one request of the step ends with finish ERROR. wrong: all tokens from then on are wrong. refuse: EngineRefused.
@@ -148,7 +150,9 @@ class EngineFaults:
     def _apply(self, fault: SimFault) -> None:
         match fault.action:
             case "refuse":
-                raise EngineRefused("INVALID_FIELD", f"injected fault {fault}", "prompt_token_ids")
+                at_adapter = fault.point == "adapter"
+                reason, field = ("ADAPTER_INVALID", "adapter") if at_adapter else ("INVALID_FIELD", "prompt_token_ids")
+                raise EngineRefused(reason, f"injected fault {fault}", field)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "die":

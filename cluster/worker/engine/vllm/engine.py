@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.api.adapters import ADAPTERS
 from cluster.api.kv_events import KvEvent
 from cluster.api.pooling import pooling_capabilities
-from cluster.api.ports import EngineDead
+from cluster.api.ports import EngineCorrupt, EngineDead
 from cluster.api.types import (
     RESUME_EXACT,
     RESUME_PLAIN,
@@ -27,6 +28,7 @@ from cluster.api.types import (
 from cluster.worker.engine.processes import end_causes, exit_status, fork_server, sockets, watchdog
 from cluster.worker.engine.processes.starvation import BUSY, Starvation, read_tasks
 from cluster.worker.engine.vllm import arguments, fast_path, kv_events, pooling, repairs, resume
+from cluster.worker.engine.vllm.adapters import EngineAdapters
 from cluster.worker.engine.vllm.cpu import lone_rank
 from cluster.worker.engine.vllm.fast_path import FastPath
 from cluster.worker.engine.vllm.paths import EnginePath, LiveRequest, StepStats
@@ -52,6 +54,9 @@ GRAMMAR_BESIDE_S, GRAMMAR_ALONE_S = 10.0, 90.0
 The first bound applies while other requests run, the second while none runs. A thread of the engine core compiles the
 grammar, which slows the steps of other requests. grammar_size.py bounds the size of grammars.
 """
+
+ADAPTER_S = 10.0
+"""Greatest age of a step, in seconds, that the load of an adapter explains. All of the engine's steps wait for it."""
 
 
 class VllmEngine:
@@ -85,6 +90,7 @@ class VllmEngine:
         self._tokenizer_mode = tokenizer_mode
         self._path: EnginePath | None = None
         self._limits = RequestBounds(0, 0, 0)
+        self._adapters = EngineAdapters()
         self._live: dict[str, LiveRequest] = {}
         self._ended: dict[str, None] = {}
         self._awaiting_grammar = 0
@@ -151,6 +157,8 @@ class VllmEngine:
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
             raise ValueError(f"models[{self._spec.name}]: vLLM refuses this entry: {error}") from error
         repairs.apply()
+        if config.lora_config is not None and (why := repairs.why_no_adapters()):
+            raise ValueError(f"models[{self._spec.name}].engine.enable_lora: {why}")
         in_core = lone_rank.settle(config)
         fork_server.install(rank_in_core=in_core)
         try:
@@ -181,6 +189,8 @@ class VllmEngine:
         if bounds is not None:
             return self._pooling_info(config, reason, bounds, dtype)
         installs = self._exact_resume and not repairs.why_resume_is_plain(config)
+        if (lora := config.lora_config) is not None:
+            self._adapters = EngineAdapters(lora.max_loras, lora.max_cpu_loras, config.parallel_config.world_size)
         self._limits = RequestBounds(
             max_model_len=model.max_model_len,
             vocab_size=model.get_vocab_size(),
@@ -191,6 +201,7 @@ class VllmEngine:
             resumes_seeds=resume.resumes_seeds(config, installs),
             budgets=bool(getattr(getattr(config, "reasoning_config", None), "enabled", False)),
             resumes_budgets=installs and resume.resumes_budgets(config),
+            adapters=self._adapters,
         )
         has_events = self._kv_events is not None and cache.enable_prefix_caching
         kv_capabilities = kv_events.capabilities(config) if has_events else ()
@@ -210,7 +221,10 @@ class VllmEngine:
                 *("chat", "complete", "logprobs", "response_format"),
                 _resume_capability(installs, arguments.is_batch_invariant(dtype)),
                 *kv_capabilities,
+                *((ADAPTERS,) if self._adapters.slots else ()),
             ),
+            adapter_slots=self._adapters.slots,
+            adapter_capacity=self._adapters.capacity,
         )
 
     def _pooling_info(self, config: Any, reason: str, bounds: pooling.PoolingBounds, dtype: str) -> EngineInfo:
@@ -269,7 +283,9 @@ class VllmEngine:
             grammar=sampling.grammar is not None and not is_pooling,
             pooling=is_pooling,
             emitted_tokens=len(request.emitted_token_ids),
+            adapter=request.adapter,
         )
+        self._adapters.began(request.adapter)
         stats = self._require_path().stats
         if not self._live:
             stats.pace.began(time.monotonic())
@@ -281,10 +297,13 @@ class VllmEngine:
     async def _prepare(self, path: EnginePath, request: EngineRequest) -> Any:
         from vllm.exceptions import VLLMError
 
+        adapter = self._adapters.request_of(request.adapter)
+
         def prepare() -> Any:
             params = engine_params(request, self._limits)
             prompt = prompt_of(request, self._limits)
-            return path.prepare(request.request_id, prompt, params, request.priority, reasoning_arguments(request))
+            arguments = reasoning_arguments(request)
+            return path.prepare(request.request_id, prompt, params, request.priority, arguments, adapter)
 
         self._validating += 1
         try:
@@ -327,6 +346,25 @@ class VllmEngine:
             if outputs:
                 return outputs
 
+    async def load_adapter(self, digest: str, folder: str, *, pinned: bool = False) -> None:
+        """Load an adapter's files between two steps. Raises EngineRefused, EngineCorrupt or EngineDead.
+
+        `pinned` changes nothing: this engine drops no adapter by itself.
+        """
+        try:
+            await self._adapters.load(self._require_path(), digest, folder)
+        except EngineCorrupt:
+            raise
+        except EngineDead as dead:
+            raise self._with_reason(dead) from dead
+
+    async def unload_adapter(self, digest: str) -> None:
+        """Refuse new requests for an adapter, and return once its last request has ended and its memory is free."""
+        try:
+            await self._adapters.unload(self._require_path(), digest)
+        except EngineDead as dead:
+            raise self._with_reason(dead) from dead
+
     async def kv_events(self) -> Sequence[KvEvent]:
         """Wait for events of the engine's prefix cache and return them. Without events, wait until cancelled."""
         if self._kv_events is None:
@@ -347,6 +385,7 @@ class VllmEngine:
         if record is None:
             return
         self._finish_prefill(record)
+        self._adapters.ended(record.adapter)
         if self._path is not None:
             self._path.stats.live -= 1
             if not self._live:
@@ -383,6 +422,8 @@ class VllmEngine:
             bound_s = GRAMMAR_BESIDE_S if stats.running else GRAMMAR_ALONE_S
             if stats.pace.age_s(now) <= bound_s:
                 return "grammar"
+        if self._adapters.loading and stats.pace.age_s(now) <= ADAPTER_S:
+            return "adapter"
         if stats.pace.explains(now, stats.prefill_tokens):
             return "prefill"
         age_s, p99_s = stats.pace.age_s(now), stats.pace.times.value_s

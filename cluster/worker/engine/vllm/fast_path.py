@@ -34,6 +34,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "params",
         "supported_tasks",
         "priority",
+        "lora_request",
     ),
     "vllm.v1.engine.core_client.EngineCoreClient.make_async_mp_client": (
         "vllm_config",
@@ -43,11 +44,14 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.engine.core_client.AsyncMPClient.add_request_async": ("request",),
     "vllm.v1.engine.core_client.AsyncMPClient.abort_requests_async": ("request_ids",),
+    "vllm.v1.engine.core_client.AsyncMPClient.add_lora_async": ("lora_request",),
+    "vllm.v1.engine.core_client.AsyncMPClient.remove_lora_async": ("lora_id",),
     "vllm.v1.engine.core_client.AsyncMPClient.get_output_async": (),
     "vllm.v1.engine.core_client.AsyncMPClient.get_supported_tasks_async": (),
     "vllm.v1.engine.core_client.AsyncMPClient.shutdown": ("timeout",),
     "vllm.v1.engine.core_client.BackgroundResources": ("engine_dead",),
     "vllm.v1.engine.EngineCoreRequest": ("external_req_id", "request_id", "prompt_token_ids"),
+    "vllm.lora.request.LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
     "vllm.v1.engine.EngineCoreOutputs": ("outputs", "scheduler_stats"),
     "vllm.v1.engine.EngineCoreOutput": (
         "request_id",
@@ -118,7 +122,13 @@ class FastPath:
             raise EngineDead(str(error)) from error
 
     def prepare(
-        self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
+        self,
+        request_id: str,
+        prompt: dict[str, Any],
+        params: Any,
+        priority: int,
+        reasoning: Mapping[str, Any],
+        adapter: Any = None,
     ) -> Any:
         """Validate a request and build the engine core's form of it. Raises vLLM's validation errors.
 
@@ -127,7 +137,12 @@ class FastPath:
         """
         ids = prompt["prompt_token_ids"]
         request = self._processor.process_inputs(
-            request_id, {**prompt, "prompt_token_ids": [ids[0]]}, params, supported_tasks=self.tasks, priority=priority
+            request_id,
+            {**prompt, "prompt_token_ids": [ids[0]]},
+            params,
+            supported_tasks=self.tasks,
+            priority=priority,
+            lora_request=adapter,
         )
         if isinstance(ids, array):
             ids = packed(ids) if self._takes_packed else ids.tolist()
@@ -142,6 +157,20 @@ class FastPath:
         """Send a prepared request to the engine core. Raises EngineDead."""
         try:
             await self._core.add_request_async(prepared)
+        except self._dead_error as error:
+            raise EngineDead(str(error)) from error
+
+    async def add_adapter(self, request: Any) -> bool:
+        """Load an adapter between two steps. Raises EngineDead, or vLLM's error."""
+        try:
+            return bool(await self._core.add_lora_async(request))
+        except self._dead_error as error:
+            raise EngineDead(str(error)) from error
+
+    async def remove_adapter(self, number: int) -> None:
+        """Remove an adapter between two steps. Raises EngineDead."""
+        try:
+            await self._core.remove_lora_async(number)
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
 

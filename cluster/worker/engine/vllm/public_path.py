@@ -65,7 +65,13 @@ class PublicPath:
         self.tasks = await self._llm.get_supported_tasks()
 
     def prepare(
-        self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
+        self,
+        request_id: str,
+        prompt: dict[str, Any],
+        params: Any,
+        priority: int,
+        reasoning: Mapping[str, Any],
+        adapter: Any = None,
     ) -> Any:
         """Validate a request as AsyncLLM will, so that an invalid request fails here and not in the task of `add`."""
         if _is_pooling(params):
@@ -78,7 +84,7 @@ class PublicPath:
                 self._llm.renderer.tokenizer,
             )
         prompt = {**prompt, "prompt_token_ids": list(prompt["prompt_token_ids"])}
-        return request_id, prompt, params, priority, reasoning
+        return request_id, prompt, params, {**reasoning, "priority": priority, "lora_request": adapter}
 
     async def add(self, prepared: Any) -> None:
         """Start the task that generates the request's outputs."""
@@ -86,12 +92,10 @@ class PublicPath:
             raise EngineDead("the engine core is dead")
         self._readers[prepared[0]] = asyncio.create_task(self._read(*prepared))
 
-    async def _read(
-        self, request_id: str, prompt: dict[str, Any], params: Any, priority: int, reasoning: Mapping[str, Any]
-    ) -> None:
+    async def _read(self, request_id: str, prompt: dict[str, Any], params: Any, arguments: Mapping[str, Any]) -> None:
         run = self._llm.encode if _is_pooling(params) else self._llm.generate
         try:
-            async for output in run(prompt, params, request_id, priority=priority, **reasoning):
+            async for output in run(prompt, params, request_id, **arguments):
                 self._queue.put_nowait((request_id, output))
         except self._dead_error as error:
             self._queue.put_nowait(EngineDead(str(error)))
@@ -99,6 +103,20 @@ class PublicPath:
             self._queue.put_nowait((request_id, error))
         finally:
             self._readers.pop(request_id, None)
+
+    async def add_adapter(self, request: Any) -> bool:
+        """Load an adapter between two steps. Raises EngineDead, or vLLM's error."""
+        try:
+            return bool(await self._llm.add_lora(request))
+        except self._dead_error as error:
+            raise EngineDead(str(error)) from error
+
+    async def remove_adapter(self, number: int) -> None:
+        """Remove an adapter between two steps. Raises EngineDead."""
+        try:
+            await self._llm.remove_lora(number)
+        except self._dead_error as error:
+            raise EngineDead(str(error)) from error
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Cancel the requests' tasks; AsyncLLM then aborts the requests."""

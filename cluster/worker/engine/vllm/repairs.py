@@ -27,6 +27,11 @@ own. The repair passes the address of the replica's node to Ray.
 profiling run creates. Without compilation the CPU runner creates no such tensors, so the first step ends the engine.
 The repair creates the tensors in the first step.
 
+**Base model beside adapters on CPU (vLLM 0.32.0).** The operations of adapters choose each row's adapter by its index,
+and rows without an adapter have the index -1, which in PyTorch is the last one. So when every slot holds an adapter,
+the base model's rows are computed with the adapter of the last slot. The repair gives such rows the first adapter and
+an input of zeros, to which every adapter adds nothing.
+
 **Strings that are no JSON (xgrammar 0.2.8).** A grammar allows control characters in strings with a length bound, and
 unknown escapes in e-mail addresses (json_strings.py).
 """
@@ -36,6 +41,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import inspect
 import ipaddress
 import os
 import uuid
@@ -206,6 +212,42 @@ def _repair_pipeline() -> None:
     GPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather_intermediate_tensors
 
 
+def _without_adapter_adds_nothing(operation: Callable[..., None]) -> Callable[..., None]:
+    """Return an operation of torch_ops in which rows with a negative index have an input of zeros."""
+    import torch
+
+    signature = inspect.signature(operation)
+
+    @functools.wraps(operation)
+    def masked(*args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs)
+        index, inputs = bound.arguments["lora_indices_tensor"], bound.arguments["inputs"]
+        has_adapter = index >= 0
+        bound.arguments["inputs"] = torch.where(has_adapter[:, None], inputs, torch.zeros((), dtype=inputs.dtype))
+        bound.arguments["lora_indices_tensor"] = index.clamp(min=0)
+        operation(*bound.args, **bound.kwargs)
+
+    return masked
+
+
+def _repair_base_rows() -> None:
+    import torch
+    from vllm.lora.ops import torch_ops
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        repaired = _without_adapter_adds_nothing(getattr(lora_ops, name))
+        for module in (lora_ops, torch_ops, punica_cpu):  # each has the function under a name of its own
+            if not hasattr(module, name):
+                raise AttributeError(f"{module.__name__} has no {name}")
+            setattr(module, name, repaired)
+    weights, output = torch.ones(2, 1, 1, 1), torch.zeros(2, 1)
+    lora_ops.bgmv_expand(torch.ones(2, 1), weights, output, torch.tensor([-1, 1]))
+    if output.tolist() != [[0.0], [1.0]]:
+        raise RuntimeError(f"a row without an adapter gets {output.tolist()}")
+
+
 def _has_node() -> bool:
     """Return whether the replica has a Ray node whose address is not loopback.
 
@@ -280,6 +322,7 @@ REPAIRS = (
     Repair("seeds", _repair_seeds, _on_cpu),
     Repair("shared memory", _repair_shared_memory, _on_cpu),
     Repair("pipeline", _repair_pipeline, _on_cpu),
+    Repair("base rows", _repair_base_rows, _on_cpu),
     Repair("resume", _install_resume, lambda: True),
     Repair("queues", _repair_queues, lambda: True),
     Repair("strings", _repair_strings, lambda: True),
@@ -308,6 +351,18 @@ def apply() -> None:
         except Exception as error:  # the names differ in another release, and a missing name can raise anything
             not_applied[repair.name] = f"{type(error).__name__}: {error}"
     _applied.add("all")
+
+
+def why_no_adapters() -> str:
+    """Return why this vLLM cannot serve adapters beside the base model on this platform; empty if it can."""
+    if not _on_cpu():
+        return ""
+    if _version() not in VERSIONS:
+        return f"vLLM {_version()} is not known to serve the base model right beside adapters on CPUs"
+    if not loaded_in_ranks():
+        return f"the plugin {PLUGIN}, which repairs adapters on CPUs, is not loaded in vLLM's processes"
+    reason = not_applied.get("base rows", "")
+    return f"the repair of adapters on CPUs could not be applied: {reason}" if reason else ""
 
 
 def why_resume_is_plain(config: Any) -> str:

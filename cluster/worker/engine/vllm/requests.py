@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,8 @@ class RequestBounds:
     """Whether a resumed request keeps its budget of reasoning tokens."""
     pooling: PoolingBounds | None = None
     """The pooling requests of a pooling model, which accepts no others; None for a model that generates."""
+    adapters: Container[str] = ()
+    """Digests of the adapters that the engine holds."""
 
 
 def refused(field: str, description: str, outcome: Outcome = Outcome.INVALID_FIELD) -> EngineRefused:
@@ -68,8 +70,8 @@ def check(request: EngineRequest, limits: RequestBounds) -> None:
     for field, text in (("request_id", request.request_id), ("cache_salt", request.cache_salt)):
         if len(text) > MAX_TEXT_CHARACTERS or not text.isascii():
             raise refused(field, f"must be ASCII of at most {MAX_TEXT_CHARACTERS} characters")
-    if request.adapter:
-        raise refused("adapter", f"{request.adapter!r} is not loaded", Outcome.ADAPTER_INVALID)
+    if request.adapter and request.adapter not in limits.adapters:
+        raise refused("adapter", f"{request.adapter[:MAX_TEXT_CHARACTERS]!r} is not loaded", Outcome.ADAPTER_INVALID)
     if not -_INT64 <= request.priority < _INT64:
         raise refused("priority", "must fit into 64 bits")
     check_task(request.pooling, limits.pooling)

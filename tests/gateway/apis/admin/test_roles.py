@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from cluster.admin.v1 import admin_pb2, catalog_pb2, routing_pb2, scaling_pb2, tenants_pb2, usage_pb2
+from cluster.admin.v1 import adapters_pb2, admin_pb2, catalog_pb2, routing_pb2, scaling_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.apis.admin.authorization import VERBS
 from cluster.policy.tenants.identity import admin_token
@@ -83,6 +83,9 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
         "Catalog.Promote": catalog_pb2.PromoteRequest(name="sim"),
         "Catalog.Rollback": catalog_pb2.RollbackRequest(name="sim"),
         "Catalog.Quarantine": catalog_pb2.QuarantineRequest(name="sim", version="v1"),
+        "Catalog.LoadAdapter": adapters_pb2.LoadAdapterRequest(name="sim", adapter="a", source="/a"),
+        "Catalog.UnloadAdapter": adapters_pb2.UnloadAdapterRequest(name="sim", adapter="a"),
+        "Catalog.ListAdapters": adapters_pb2.ListAdaptersRequest(name="sim"),
         "Tenants.Create": t.CreateTenantRequest(tenant=t.Tenant(name=f"{name}2"), validate_only=True),
         "Tenants.Get": t.GetTenantRequest(name=name),
         "Tenants.List": t.ListTenantsRequest(),
@@ -105,7 +108,10 @@ NO, OK, MISSING, BAD = "PERMISSION_DENIED", "OK", "NOT_FOUND", "INVALID_ARGUMENT
 AWAY = "UNAVAILABLE"  # granted, but there is no controller to answer
 BY_CONTROLLER = tuple(
     f"Catalog.{verb}"
-    for verb in ("Apply", "SetWeights", "Promote", "Rollback", "Quarantine", "Scale", "Freeze", "Unfreeze")
+    for verb in (
+        *("Apply", "SetWeights", "Promote", "Rollback", "Quarantine", "Scale", "Freeze", "Unfreeze"),
+        *("LoadAdapter", "UnloadAdapter"),
+    )
 )
 # For each verb: the answers to viewer, tenant_admin and operator, first for the tenant acme, then for the other tenant.
 CLUSTER = (OK, NO, OK), (OK, NO, OK)
@@ -118,6 +124,7 @@ TABLE = {
     **dict.fromkeys(("Fleet.Drain", "Fleet.Cordon", "Fleet.Uncordon"), ((NO, NO, BAD), (NO, NO, BAD))),
     "Catalog.List": CLUSTER,
     "Catalog.Get": CLUSTER,
+    "Catalog.ListAdapters": CLUSTER,
     "Fleet.ExplainRequest": ((MISSING, MISSING, MISSING), (MISSING, MISSING, MISSING)),
     **dict.fromkeys(("Fleet.ExplainScaling", "Catalog.Diff"), ((AWAY, NO, AWAY), (AWAY, NO, AWAY))),
     **dict.fromkeys(BY_CONTROLLER, ((NO, NO, AWAY), (NO, NO, AWAY))),

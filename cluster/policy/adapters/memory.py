@@ -1,0 +1,93 @@
+"""Which adapters lie in an engine's memory, and which is dropped for another one.
+
+Problem: an engine holds a bounded number of adapters, and a catalog may have more. Invariants: at most `capacity` are
+held; an adapter in use is never dropped, nor a pinned one; among the others the least recently used is dropped first.
+Source: least recently used, as in vLLM's own cache and in S-LoRA (Sheng et al., MLSys 2024), with pins and uses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Set
+
+
+class AdapterMemory:
+    """The adapters in one engine's memory, by digest. A digest may be in use before it is held: it waits for memory."""
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        """`slots`: number of adapters that one step can compute; `capacity`: number that the memory holds."""
+        self.slots = slots
+        self.capacity = capacity
+        self.pinned: Set[str] = frozenset()
+        """Adapters that are never dropped for others. Pins above `capacity` have no effect before they are held."""
+        self._held: dict[str, None] = {}
+        self._uses: Counter[str] = Counter()
+        self._recent: dict[str, None] = {}
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def held(self) -> Collection[str]:
+        """The held adapters, the least recently used first."""
+        return self._held.keys()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether an adapter must be dropped before another can be loaded."""
+        return len(self._held) >= self.capacity
+
+    @property
+    def residents(self) -> Set[str]:
+        """The held adapters among the last `slots` distinct ones that were used: they lie in the engine's slots."""
+        return set(list(self._recent)[-self.slots :]) if self.slots else frozenset()
+
+    def uses(self, digest: str) -> int:
+        """Return the number of requests that use the adapter or wait for it."""
+        return self._uses[digest]
+
+    def begin_use(self, digest: str) -> bool:
+        """Count a use; return whether `residents` has changed."""
+        self._uses[digest] += 1
+        return self._touch(digest)
+
+    def end_use(self, digest: str) -> bool:
+        """End a use that was counted; return whether it was the last one."""
+        self._uses[digest] -= 1
+        if self._uses[digest] > 0:
+            return False
+        del self._uses[digest]
+        return True
+
+    def add(self, digest: str) -> None:
+        """Record that the engine holds the adapter. Raises ValueError if the memory is full."""
+        if self.is_full and digest not in self._held:
+            raise ValueError(f"the memory holds {self.capacity} adapters")
+        self._held[digest] = None
+        self._touch(digest)
+
+    def remove(self, digest: str) -> None:
+        """Record that the engine no longer holds the adapter."""
+        self._held.pop(digest, None)
+        self._recent.pop(digest, None)
+
+    def victim(self) -> str | None:
+        """Return the adapter to drop next; None if all are in use or pinned."""
+        return next((digest for digest in self._held if not self._uses[digest] and digest not in self.pinned), None)
+
+    def has_place_for(self, digest: str) -> bool:
+        """Return whether the adapter can be held once no other is in use: pinned ones may fill the memory."""
+        kept = sum(held in self.pinned for held in self._held)
+        return digest in self._held or kept < self.capacity
+
+    def _touch(self, digest: str) -> bool:
+        if digest not in self._held:
+            return False
+        before = self.residents
+        for order in (self._held, self._recent):
+            order.pop(digest, None)
+            order[digest] = None
+        return self.residents != before

@@ -1,0 +1,109 @@
+"""New sequences whose turn has come, and that wait for a worker that has loaded their adapter.
+
+Problem: an adapter may be loaded on no worker yet, or on few. A sequence that needs it would wait at the head of its
+queue and hold back all sequences behind it, although workers without the adapter have room for those.
+
+Method: in its turn such a sequence leaves the queue and waits here, and counts in the fair order as if it were sent. It
+is sent as soon as a worker that has loaded the adapter has room, in the order of the turns and before new turns.
+
+Invariants: a sequence waits here only if a worker without the adapter would have had room for it; otherwise all
+sequences wait for room alike. Nothing else waits for a sequence that waits here. At most MAX_PER_MODEL sequences of a
+model wait, and of one tenant at most MAX_PER_TENANT; further ones end. Each waits here once, and no longer than it
+may wait in a queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.routing.router import RouteCall
+
+MAX_PER_MODEL: Final = 1024
+MAX_PER_TENANT: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWait:
+    """A sequence that waits for its adapter. `call`: what routing needs of it. `since` and `until`: monotonic times of
+    the wait's begin and end."""
+
+    entry: WaitingSequence
+    call: RouteCall
+    since: float
+    until: float
+
+
+class AdapterWaits:
+    """The sequences of one gateway that wait for adapters. `now` is monotonic, in seconds."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, AdapterWait] = {}
+        self._by_model: dict[str, dict[str, dict[str, AdapterWait]]] = {}
+        """By model, adapter and key."""
+        self._counts: dict[tuple[str, str], int] = {}
+        """Number of sequences by model and tenant; the tenant "" stands for all."""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __repr__(self) -> str:
+        return f"AdapterWaits({len(self)} sequences)"
+
+    @property
+    def models(self) -> Collection[str]:
+        """Names of the models with sequences that wait."""
+        return tuple(self._by_model)
+
+    def waiting(self, model: str) -> tuple[int, int]:
+        """Return the number of a model's sequences that wait, and their prompt tokens."""
+        waits = [wait for of_adapter in self._by_model.get(model, {}).values() for wait in of_adapter.values()]
+        return len(waits), sum(wait.entry.tokens for wait in waits)
+
+    def add(self, entry: WaitingSequence, call: RouteCall, now: float, until: float) -> bool:
+        """Let a sequence wait until `until`. Returns False if too many wait already."""
+        counts, model = self._counts, entry.model
+        if counts.get((model, ""), 0) >= MAX_PER_MODEL or counts.get((model, entry.tenant), 0) >= MAX_PER_TENANT:
+            return False
+        wait = AdapterWait(entry, call, now, until)
+        self._by_key[entry.call_id] = wait
+        self._by_model.setdefault(model, {}).setdefault(entry.adapter, {})[entry.call_id] = wait
+        for place in ((model, ""), (model, entry.tenant)):
+            counts[place] = counts.get(place, 0) + 1
+        return True
+
+    def pop(self, key: str) -> AdapterWait | None:
+        """Remove a sequence and return it; None if it does not wait here."""
+        wait = self._by_key.pop(key, None)
+        if wait is None:
+            return None
+        model, adapter = wait.entry.model, wait.entry.adapter
+        of_model = self._by_model[model]
+        del of_model[adapter][key]
+        if not of_model[adapter]:
+            del of_model[adapter]
+        if not of_model:
+            del self._by_model[model]
+        for place in ((model, ""), (model, wait.entry.tenant)):
+            self._counts[place] -= 1
+            if not self._counts[place]:
+                del self._counts[place]
+        return wait
+
+    def adapters(self, model: str) -> Collection[str]:
+        """Return the adapters for which sequences of a model wait."""
+        return tuple(self._by_model.get(model, ()))
+
+    def in_order(self, model: str, adapter: str) -> Iterator[AdapterWait]:
+        """Yield the sequences that wait for an adapter in the order of their turns. The caller may remove each one that
+        it gets."""
+        yield from list(self._by_model.get(model, {}).get(adapter, {}).values())
+
+    def expired(self, now: float) -> list[AdapterWait]:
+        """Return the sequences that have waited too long. They are not removed."""
+        return [wait for wait in self._by_key.values() if wait.until <= now]

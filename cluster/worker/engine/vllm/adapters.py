@@ -1,0 +1,127 @@
+"""The adapters (LoRA) in a vLLM engine's memory.
+
+Problem: vLLM loads an adapter that it does not hold within the step of the request that names it, and an error there
+ends the engine; and it drops the least recently used adapter silently when its memory is full. Invariants: a request
+names only an adapter that the engine has acknowledged and still holds; at most `capacity` adapters are held, so that
+vLLM never drops one; an adapter is removed only after its last request has ended; a number in a LoRARequest is never
+used twice. vLLM's pins are not used: they also occupy a slot of the step, and a step that needs more other adapters
+than slots are left replaces an adapter of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.api.outcomes import Outcome
+from cluster.api.ports import EngineCorrupt, EngineDead, EngineRefused
+from cluster.worker.engine.vllm.paths import EnginePath
+
+FIRST_NUMBER = 1 << 20
+"""Smallest number of an adapter. vLLM's own adapters of the start have small numbers."""
+MAX_MESSAGE_CHARACTERS = 300
+
+
+@dataclass(slots=True)
+class HeldAdapter:
+    """An adapter that vLLM holds. `request`: vLLM's LoRARequest."""
+
+    request: Any
+    live: int = 0
+    """Number of requests that vLLM holds for it."""
+    leaving: bool = False
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while no request uses it."""
+
+
+class EngineAdapters(Container[str]):
+    """The adapters of one engine, by digest. A digest is contained while requests for it can be submitted."""
+
+    def __init__(self, slots: int = 0, capacity: int = 0, ranks: int = 1) -> None:
+        """`slots`: number of adapters that one step can compute. `ranks`: number of the engine's ranks."""
+        self.slots = slots
+        self.capacity = capacity
+        self._ranks = ranks
+        self._held: dict[str, HeldAdapter] = {}
+        self._numbers: Iterator[int] = itertools.count(FIRST_NUMBER)
+        self._changing = asyncio.Lock()
+        self.loading = False
+        """Whether the engine loads an adapter, for which its steps wait."""
+
+    def __contains__(self, digest: object) -> bool:
+        held = self._held.get(digest) if isinstance(digest, str) else None
+        return held is not None and not held.leaving
+
+    def request_of(self, digest: str) -> Any:
+        """Return vLLM's LoRARequest for a digest that is contained; None for the base model ("")."""
+        return self._held[digest].request if digest else None
+
+    def began(self, digest: str) -> None:
+        """Count a request that is handed to vLLM."""
+        if digest:
+            held = self._held[digest]
+            held.live += 1
+            held.idle.clear()
+
+    def ended(self, digest: str) -> None:
+        """Count the end of a request that `began` has counted."""
+        if digest:
+            held = self._held[digest]
+            held.live -= 1
+            if not held.live:
+                held.idle.set()
+
+    async def load(self, path: EnginePath, digest: str, folder: str) -> None:
+        """Load an adapter; see AdapterEngine."""
+        from vllm.lora.request import LoRARequest
+
+        async with self._changing:
+            if digest in self._held:
+                self._held[digest].leaving = False
+                return
+            if len(self._held) >= self.capacity:
+                raise _refused(f"the engine's memory holds {self.capacity} adapters (engine.max_cpu_loras) already")
+            request = LoRARequest(lora_name=digest, lora_int_id=next(self._numbers), lora_path=folder)
+            self.loading = True
+            try:
+                await self._add(path, request)
+            finally:
+                self.loading = False
+            held = HeldAdapter(request)
+            held.idle.set()
+            self._held[digest] = held
+
+    async def _add(self, path: EnginePath, request: Any) -> None:
+        try:
+            if await path.add_adapter(request):
+                return
+            why = "vLLM did not take it"
+        except EngineDead:
+            raise
+        except Exception as error:  # whatever vLLM's loader raised in a rank, which arrives as text
+            why = " ".join(str(error).split())[:MAX_MESSAGE_CHARACTERS]
+        if self._ranks > 1:  # vLLM's executor would give the ranks' next replies to the wrong calls
+            raise EngineCorrupt(f"the engine failed to load the adapter {request.lora_name} in one of its ranks: {why}")
+        await path.remove_adapter(request.lora_int_id)  # it may be half there
+        raise _refused(f"the engine cannot load it: {why}")
+
+    async def unload(self, path: EnginePath, digest: str) -> None:
+        """Refuse new requests for an adapter at once, and remove the adapter once the last request has ended."""
+        if digest not in self:
+            return
+        held = self._held[digest]
+        held.leaving = True
+        while held.leaving:
+            await held.idle.wait()
+            async with self._changing:
+                if held.leaving and not held.live:
+                    await path.remove_adapter(held.request.lora_int_id)
+                    del self._held[digest]
+                    return
+
+
+def _refused(message: str) -> EngineRefused:
+    return EngineRefused(Outcome.ADAPTER_INVALID.name, f"adapter: {message}", "adapter")

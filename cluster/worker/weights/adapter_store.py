@@ -1,0 +1,191 @@
+"""The adapters on a node's disk: each is fetched from its source, copied, checked, and kept in a folder of its own.
+
+An adapter's folder is `adapters/<digest>` below the cache folder. The engine's prefix cache knows an adapter by its
+name and its path, so equal paths must mean equal weights. Invariants: an adapter is copied before it is checked, so
+that its source cannot change between the check and the engine's reading; a folder appears under its digest complete or
+not at all; only this user can read and write it. The folders stay, since other replicas of the node may use them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from cluster.api.adapters import AdapterSpec
+from cluster.process.private_files import make_private_folder
+from cluster.worker.weights.adapter import (
+    CONFIG,
+    FILES,
+    MAX_CONFIG_BYTES,
+    PIECE_BYTES,
+    WEIGHTS,
+    AdapterError,
+    Shapes,
+    adapter_digest,
+    base_shapes,
+    check_adapter,
+    most_weight_bytes,
+    open_regular,
+)
+from cluster.worker.weights.fetching import SCHEMES, FetchError, fetch
+from cluster.worker.weights.model_card import MAX_CARD_BYTES, read_card, why_refused
+from cluster.worker.weights.sources import SourceRules, from_hub
+
+ABANDONED_S: Final = 86_400.0
+"""Age in seconds after which the files of an unfinished fetch are removed."""
+CARD: Final = "README.md"
+_PART: Final = ".part-"
+_REFUSED: Final = ".refused"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """An adapter on this node's disk, checked against the base model."""
+
+    digest: str
+    folder: Path
+
+
+@dataclass(eq=False, slots=True)
+class AdapterStore:
+    """The adapters of one model on this node. `base`: folder of the base model; None for a simulated engine, which
+    reads no weights: then only the files' digest is taken. `max_rank`: the engine's max_lora_rank."""
+
+    rules: SourceRules
+    base: Path | None
+    max_rank: int
+    _shapes: Shapes = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path:
+        """The folder with all adapters."""
+        return self.rules.cache_dir / "adapters"
+
+    def fetch(self, spec: AdapterSpec) -> StoredAdapter:
+        """Fetch an adapter unless it is here, and check it. Blocks. Raises AdapterError, SourceError or OSError."""
+        if not any(fnmatch.fnmatchcase(spec.source, pattern) for pattern in self.rules.allowed_sources):
+            raise AdapterError(f"adapters[{spec.name}].source: {spec.source!r} is not among weights.allow.sources")
+        if self.base is not None and not self._shapes:
+            self._shapes = base_shapes(self.base)
+        make_private_folder(self.root)
+        self._remove_abandoned()
+        if spec.digest and self._is_whole(spec.digest):
+            self._check(spec, self.root / spec.digest)
+            return StoredAdapter(spec.digest, self.root / spec.digest)
+        part = Path(tempfile.mkdtemp(prefix=_PART, dir=self.root))
+        try:
+            with self._source_folder(spec, part) as source:
+                self._copy(source, part)
+            digest = self._check(spec, part)
+            if not self._is_whole(digest):
+                os.rename(part, self.root / digest)
+            return StoredAdapter(digest, self.root / digest)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _is_whole(self, digest: str) -> bool:
+        """Return whether the adapter's folder is there. A folder whose files have changed is removed."""
+        folder = self.root / digest
+        if not folder.is_dir():
+            return False
+        with contextlib.suppress(AdapterError):
+            if adapter_digest(folder) == digest:
+                return True
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+
+    def mark_refused(self, digest: str, reason: str) -> None:
+        """Record that an engine failed when it loaded this adapter, so that the next replica does not try again."""
+        (self.root / f"{digest}{_REFUSED}").write_text(reason[:2000], errors="replace")
+
+    def _check(self, spec: AdapterSpec, folder: Path) -> str:
+        """Check the files in a folder of the store and return their digest."""
+        where = f"adapters[{spec.name}]"
+        try:
+            if self.base is None:
+                digest = adapter_digest(folder)
+            else:
+                digest = check_adapter(folder, self._shapes, self.max_rank).digest
+        except AdapterError as error:  # the copy's path means nothing to a reader
+            raise AdapterError(str(error).replace(str(folder), where)) from None
+        if spec.digest not in ("", digest):
+            raise AdapterError(
+                f"{where}.digest: the files have {digest}, and {spec.digest} is required: replace the files in the "
+                "source, or set digest to what they have"
+            )
+        if why := why_refused(spec.license, read_card(folder), tuple(self.rules.allowed_licenses)):
+            raise AdapterError(f"{where}.license: {why}")
+        mark = self.root / f"{digest}{_REFUSED}"
+        if mark.exists():
+            raise AdapterError(
+                f"{where}: an engine failed when it loaded these files ({mark.read_text()[:300]}); to try again, "
+                f"remove {mark}"
+            )
+        return digest
+
+    @contextmanager
+    def _source_folder(self, spec: AdapterSpec, part: Path) -> Iterator[Path]:
+        """Yield a folder with the adapter's files as the source has them."""
+        where = f"adapters[{spec.name}].source"
+        scheme, separator, rest = spec.source.partition("://")
+        if not separator:
+            folder = Path(spec.source).expanduser()
+            if not folder.is_dir():
+                raise AdapterError(f"{where}: there is no folder {folder}; use a folder or hf://org/name")
+            yield folder
+        elif scheme == "hf":
+            name, _, revision = rest.partition("@")
+            yield from_hub(where, name, revision, (*FILES, CARD), self.rules)
+        elif scheme in SCHEMES:
+            names = (*FILES, CARD)
+            fetched = part / "fetched"
+            try:
+                yield fetch(spec.source, fetched, names, needed=CONFIG, web_names=names)
+            except FetchError as error:
+                raise AdapterError(f"{where}: {spec.source}: {error}") from error
+            finally:
+                shutil.rmtree(fetched, ignore_errors=True)
+        else:
+            known = ", ".join(f"{name}://" for name in SCHEMES)
+            raise AdapterError(f"{where}: {spec.source!r} is unknown; use a folder, hf://org/name or {known}")
+
+    def _copy(self, source: Path, target: Path) -> None:
+        """Copy the adapter's two files and its card, and nothing else. Links are followed only in the hub's cache."""
+        weights = most_weight_bytes(self._shapes, self.max_rank) if self._shapes else 1 << 30
+        hub = (self.rules.cache_dir / "hub").resolve()
+        for name, most in ((CONFIG, MAX_CONFIG_BYTES), (WEIGHTS, weights), (CARD, MAX_CARD_BYTES)):
+            file = source / name
+            if name == CARD and not file.is_file():
+                continue
+            if file.is_symlink() and file.resolve().is_relative_to(hub) and source.resolve().is_relative_to(hub):
+                file = file.resolve()
+            with open_regular(file.parent, file.name, most) as stream:
+                self._write(stream, target / name)
+
+    def _write(self, stream: BinaryIO, target: Path) -> None:
+        size = os.fstat(stream.fileno()).st_size
+        if (free := shutil.disk_usage(target.parent).free) < size:
+            raise AdapterError(f"the disk is full: {size} bytes are needed at {target.parent} and {free} are free")
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as out:
+            left = size
+            while left > 0 and (piece := stream.read(min(left, PIECE_BYTES))):
+                out.write(piece)
+                left -= len(piece)
+
+    def _remove_abandoned(self) -> None:
+        for folder in self.root.glob(f"{_PART}*"):
+            try:
+                if time.time() - folder.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+            except FileNotFoundError:  # another replica of this node has removed it, or has finished
+                continue

@@ -1,0 +1,193 @@
+"""Adapters as models of their own: who may use them, what their names are, and what their state is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import structlog
+
+from cluster.api.adapters import ADAPTERS, AdapterSpec, AdapterState, AdapterStatus
+from cluster.api.outcomes import CallError, Outcome
+from cluster.api.types import CatalogEntry, EngineInfo, ModelState, WorkerIdentity
+from cluster.gateway.links.liveness import LinkLiveness
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.models import ModelDirectory
+from cluster.link.v1 import link_pb2 as pb
+from cluster.policy.tenants.identity import Principal
+from cluster.policy.tenants.policy import TenantPolicy
+from cluster.wire.adapter_codec import adapter_report_to_pb
+from tests.gateway.test_models import no_bundle, work_of
+from tests.support.links import NoListener
+
+A, B = "a" * 64, "b" * 64
+
+
+def caller(tenant: str, *models: str, aliases: dict[str, str] | None = None) -> Principal:
+    """Return a principal whose tenant may use these models."""
+    return Principal(TenantPolicy(tenant, models=models), by="key", subject="k", model_aliases=aliases or {})
+
+
+def directory_with(folder: Path, *adapters: AdapterSpec) -> ModelDirectory:
+    """Return a directory with the model `m`, the alias `x`, and these adapters."""
+    directory = ModelDirectory(folder, no_bundle)
+    directory.apply_catalog([CatalogEntry("m", ("x",), state=ModelState.READY, adapters=adapters)], 7)
+    return directory
+
+
+SHARED, PRIVATE = AdapterSpec("shared", "/s"), AdapterSpec("private", "/p", tenants=("acme",))
+
+
+@pytest.mark.parametrize(
+    ("who", "allowed"),
+    [
+        (caller("acme", "m"), {"m:shared", "x:shared", "m:private", "x:private"}),
+        (caller("rival", "*"), {"m:shared", "x:shared"}),
+        (caller("rival", "m:shared"), {"m:shared", "x:shared"}),
+        (caller("rival", "m:private"), set()),
+        (caller("acme", "m:p*"), {"m:private", "x:private"}),
+        (caller("acme", "n"), set()),
+    ],
+)
+def test_who_may_use_an_adapter(tmp_path: Path, who: Principal, allowed: set[str]) -> None:
+    """An adapter is open to tenants that may use its model, or that name it in their policy, unless it is private to
+    others. Lists have what can be called."""
+    directory = directory_with(tmp_path, SHARED, PRIVATE)
+    for name in ("m:shared", "x:shared", "m:private", "x:private"):
+        if name in allowed:
+            target = directory.target(name, who)
+            assert (target.model.name, f"m:{target.adapter}") == ("m", name.replace("x:", "m:"))
+        else:
+            with pytest.raises(CallError, match="does not exist") as refused:
+                directory.target(name, who)
+            assert refused.value.outcome is Outcome.MODEL_NOT_FOUND
+    listed = {target.name for target in directory.targets_open_to(who)}
+    assert {name for name in allowed if name.startswith("m:")} == listed - {"m"}
+
+
+def test_anothers_adapter_is_refused_like_none(tmp_path: Path) -> None:
+    """Another tenant's adapter is refused with the same work as an adapter that does not exist."""
+    directory = directory_with(tmp_path, SHARED, PRIVATE)
+    who = caller("rival", "m")
+    work_of(directory, "m:absent", who)
+    assert work_of(directory, "m:private", who) == work_of(directory, "m:absent", who)
+
+
+def test_aliases_of_a_tenant_name_adapters_too(tmp_path: Path) -> None:
+    """A tenant's alias may stand for an adapter, and for the model before the colon."""
+    directory = directory_with(tmp_path, SHARED)
+    who = caller("t", "m", aliases={"support": "m:shared", "mine": "x"})
+    assert {directory.target(name, who).name for name in ("support", "mine:shared")} == {"m:shared"}
+
+
+def report(link: WorkerLink, *statuses: AdapterStatus) -> None:
+    """Have a worker report its adapters."""
+    link.apply(pb.WorkerTurn(adapters=adapter_report_to_pb(statuses)))
+
+
+class Listener(NoListener):
+    """A listener that passes the reports of adapters to a directory, as a gateway does."""
+
+    def __init__(self, directory: ModelDirectory) -> None:
+        self._directory = directory
+
+    def adapters_changed(self, link: WorkerLink) -> None:
+        """See LinkListener."""
+        self._directory.adapters_changed(link)
+
+
+def linked(
+    directory: ModelDirectory, *names: str, version: str = "", capabilities: tuple[str, ...] = (ADAPTERS,)
+) -> list[WorkerLink]:
+    """Return links of workers of the model `m`, which the directory has."""
+    info = EngineInfo("class", "sim", "0", 16, 100, 4, 2048, 2048, 100, capabilities=capabilities)
+    links = []
+    for name in names:
+        identity = WorkerIdentity(name, f"{name}-1", "m", version)
+        links.append(WorkerLink(identity, info, 1, Listener(directory), LinkLiveness(0.0, 1.0, 1.0)))
+        directory.add_link(links[-1])
+    return links
+
+
+async def sent(link: WorkerLink) -> tuple[int, list[str]]:
+    """Return the revision and the adapters that the gateway has sent to a worker last."""
+    link.box.grant_ack(1)
+    message = await link.box.next_message()
+    return message.adapters.revision, [adapter.name for adapter in message.adapters.adapters]
+
+
+async def test_workers_get_the_adapters_of_their_version(tmp_path: Path) -> None:
+    """A worker gets its version's adapters when its link comes up and when they change, with the catalog's revision. A
+    worker without the capability gets none."""
+    directory = directory_with(tmp_path, SHARED, AdapterSpec("two", "/t", version="v2"))
+    (one,), (two,) = linked(directory, "one", version="v1"), linked(directory, "two", version="v2")
+    (old,) = linked(directory, "old", capabilities=())
+    assert await sent(one) == (7, ["shared"])
+    assert await sent(two) == (7, ["shared", "two"])
+    assert await sent(old) == (0, [])
+    directory.apply_catalog([CatalogEntry("m", replicas=9, adapters=(SHARED,))], 8)
+    assert await sent(one) == (0, []), "nothing has changed for it"
+    assert await sent(two) == (8, ["shared"])
+    directory.apply_catalog([CatalogEntry("m")], 9)
+    assert await sent(one) == (9, [])
+    assert await sent(old) == (0, [])
+
+
+async def test_a_gateway_that_restarts_without_a_controller_knows_the_adapters(tmp_path: Path) -> None:
+    """A gateway that starts before the controller sends the adapters of the last catalog with its revision."""
+    directory_with(tmp_path, SHARED)
+    (link,) = linked(ModelDirectory(tmp_path, no_bundle), "one")
+    assert await sent(link) == (7, ["shared"])
+
+
+async def test_the_state_of_an_adapter(tmp_path: Path) -> None:
+    """An adapter is ready as soon as one worker has it, failed when no worker could load it, and loading before.
+    The reasons of failures are shown, and workers that cannot load adapters do not count."""
+    directory = directory_with(tmp_path, AdapterSpec("a", "/a", A))
+    adapters = directory.models[0].adapters
+    assert (adapters.view("a").state, adapters.view("a").workers) == (AdapterState.LOADING, 0)
+    one, two = linked(directory, "one", "two")
+    linked(directory, "old", capabilities=())
+    assert (adapters.view("a").state, adapters.view("a").workers) == (AdapterState.LOADING, 2)
+    report(one, AdapterStatus("a", "", AdapterState.FAILED, "no space left"))
+    assert (adapters.view("a").state, adapters.view("a").reason) == (AdapterState.LOADING, "no space left")
+    report(two, AdapterStatus("a", A, AdapterState.FAILED, "rank 128 is above 64"))
+    view = adapters.view("a")
+    assert (view.state, view.failures) == (
+        AdapterState.FAILED,
+        (("one", "no space left"), ("two", "rank 128 is above 64")),
+    )
+    refused = adapters.refusal_of("m", "a")
+    assert refused is not None
+    assert refused.outcome is Outcome.ADAPTER_INVALID
+    assert "no space left; rank 128" in refused.message
+    report(two, AdapterStatus("a", A, AdapterState.READY))
+    assert (adapters.view("a").state, adapters.view("a").ready) == (AdapterState.READY, 1)
+    assert directory.target("m:a").state is ModelState.READY
+    report(two, AdapterStatus("a", B, AdapterState.READY))
+    assert adapters.view("a").ready == 0, "other files than the pinned ones do not count"
+    directory.remove_link(two)
+    assert adapters.view("a").state is AdapterState.FAILED
+
+
+async def test_the_digest_is_learned_from_the_first_ready_worker(tmp_path: Path) -> None:
+    """Without a digest in the catalog, the first one that is ready counts for as long as any worker has it. Another
+    worker's other digest is logged and gets no calls."""
+    directory = directory_with(tmp_path, AdapterSpec("a", "/a"))
+    adapters = directory.models[0].adapters
+    one, two = linked(directory, "one", "two")
+    assert adapters.key("a") == ":a"
+    report(one, AdapterStatus("a", B, AdapterState.LOADING))
+    assert adapters.key("a") == ":a", "it may yet fail"
+    report(two, AdapterStatus("a", A, AdapterState.READY, resident=True))
+    with structlog.testing.capture_logs() as logs:
+        report(one, AdapterStatus("a", B, AdapterState.READY))
+        report(one, AdapterStatus("a", B, AdapterState.READY, resident=True))
+    assert [(log["event"], log["used"]) for log in logs] == [("adapter_digests_differ", A)]
+    assert (adapters.key("a"), adapters.view("a").ready) == (A, 1)
+    assert adapters.keys_on(two) == (frozenset({A, ":a"}), frozenset({A, ":a"}))
+    assert adapters.keys_on(one) == (frozenset({B}), frozenset({B})), (
+        "calls that began with these files may resume there"
+    )
+    directory.remove_link(two)
+    assert (adapters.key("a"), adapters.view("a").ready) == (B, 1)
