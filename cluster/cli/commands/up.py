@@ -198,9 +198,15 @@ async def _start(cluster: LocalCluster, *, demo: bool, background: bool) -> None
     gateways = "gateway" if count == 1 else f"{count} gateways"
     step.done(f"{f'ray · controller · {gateways}   ' + states:<34} {duration(step.elapsed_s):>7}")
     if demo and cluster.config.auth is None:
-        await first_answer(cluster, StepLine(numbers[2], "first answer"))
+        try:
+            await first_answer(
+                cluster.endpoints["grpc"], cluster.config.models[0].name, StepLine(numbers[2], "first answer")
+            )
+        except StartFailed as error:
+            raise StartFailed(f"{error}; logs: {cluster.run.path}") from None
     ready = [entry for entry in entries if entry.state == "READY"]
-    tasks = await served_tasks(cluster, ready[0].name) if ready else ()
+    has_keys = cluster.config.auth is not None
+    tasks = await served_tasks(cluster.endpoints["grpc"], ready[0].name) if ready and not has_keys else ()
     _say_ready(cluster, entries, tasks, background=background)
 
 

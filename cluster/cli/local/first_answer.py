@@ -1,4 +1,4 @@
-"""The first answer of a demo: one question to a model that generates, or the vectors of three texts."""
+"""The first answer of a demo: to a question, or the vectors or the ranking of three texts."""
 
 from __future__ import annotations
 
@@ -8,36 +8,35 @@ from collections.abc import Sequence
 
 from cluster.api.pooling import PoolingTask, pooling_tasks
 from cluster.cli.local.children import StartFailed
-from cluster.cli.local.cluster import LocalCluster
 from cluster.cli.local.step_lines import StepLine
 from cluster.client import AsyncClient, HeadraceError
 
 FIRST_QUESTION = "What is the capital of France?"
 FIRST_TEXTS = ("A cat sleeps on the mat.", "The kitten is napping on the rug.", "Interest rates rose in May.")
+FIRST_QUERY = "What do cats do?"
 TIMEOUT_S = 120
 
 
-async def served_tasks(cluster: LocalCluster, model: str) -> Sequence[PoolingTask]:
-    """Return the pooling tasks of a model; empty for a model that generates, and if callers need a key."""
-    if cluster.config.auth is not None:
-        return ()
-    async with AsyncClient(cluster.endpoints["grpc"], timeout_s=TIMEOUT_S) as client:
+async def served_tasks(endpoint: str, model: str) -> Sequence[PoolingTask]:
+    """Return the pooling tasks of a model; empty for a model that generates, and if the gateway does not say.
+    `endpoint`: of a gateway's gRPC port."""
+    async with AsyncClient(endpoint, timeout_s=TIMEOUT_S) as client:
         try:
             return pooling_tasks((await client.model(model)).capabilities)
         except HeadraceError:
             return ()
 
 
-async def first_answer(cluster: LocalCluster, step: StepLine) -> None:
-    """Send a first call to the first model and show the answer, with the speed of the model. Raises StartFailed."""
-    model = cluster.config.models[0].name
-    tasks = await served_tasks(cluster, model)
+async def first_answer(endpoint: str, model: str, step: StepLine) -> None:
+    """Send a first call to a model and show the answer, with the speed of the model. Raises StartFailed."""
+    tasks = await served_tasks(endpoint, model)
     step.show(f"asking {model}")
-    async with AsyncClient(cluster.endpoints["grpc"], timeout_s=TIMEOUT_S) as client:
+    call = _vectors if PoolingTask.EMBED in tasks else _ranking if PoolingTask.SCORE in tasks else _text
+    async with AsyncClient(endpoint, timeout_s=TIMEOUT_S) as client:
         try:
-            answer = await _vectors(client, model) if PoolingTask.EMBED in tasks else await _text(client, model)
+            answer = await call(client, model)
         except HeadraceError as error:
-            raise StartFailed(f"the first call failed: {error}; logs: {cluster.run.path}") from None
+            raise StartFailed(f"the first call failed: {error}") from None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     step.done(f"{answer} · {cores} CPU cores")
 
@@ -65,3 +64,11 @@ async def _vectors(client: AsyncClient, model: str) -> str:
         f'"{FIRST_TEXTS[0]}" is {near:.2f} like "{FIRST_TEXTS[1]}" and {far:.2f} like "{FIRST_TEXTS[2]}"   '
         f"{len(vectors)} vectors of {len(vectors[0])} numbers in {took_s * 1000:.0f} ms"
     )
+
+
+async def _ranking(client: AsyncClient, model: str) -> str:
+    """Rank FIRST_TEXTS; return the best one, in words. Raises HeadraceError."""
+    began = time.monotonic()
+    best = next(iter(await client.rerank(model, FIRST_QUERY, list(FIRST_TEXTS))))
+    took_s = time.monotonic() - began
+    return f'"{FIRST_QUERY}": "{FIRST_TEXTS[best.index]}"   {len(FIRST_TEXTS)} scores in {took_s * 1000:.0f} ms'
