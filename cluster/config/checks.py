@@ -14,6 +14,7 @@ from cluster.config.engine import code_arguments, engine_problems, parser_proble
 from cluster.config.problems import Path, Problem
 
 SCHEMES = ("hf", "s3", "gs", "http", "https", "demo", "sim")
+DEMO_SOURCES = ("demo://smollm2", "demo://minilm")
 """Schemes of a source, before `://`. A source without a scheme is a folder."""
 _SCHEME_CORRECTIONS = {
     "huggingface": "hf",
@@ -53,8 +54,8 @@ def source_problem(source: str) -> str:
         return _hub_problem(source, rest)
     if scheme in ("http", "https") and _HUB_PAGE.match(rest):
         return f"{source!r} is a page of the hub, not a folder of files: write hf://{_HUB_PAGE.sub('', rest)}"
-    if scheme == "demo" and source != "demo://smollm2":
-        return f"{source!r} is unknown: the only one of this scheme is demo://smollm2"
+    if scheme == "demo" and source not in DEMO_SOURCES:
+        return f"{source!r} is unknown: of this scheme there are {' and '.join(DEMO_SOURCES)}"
     if scheme in ("s3", "gs", "http", "https") and not rest.strip("/"):
         return f"{source!r} names no {'bucket' if scheme in ('s3', 'gs') else 'host'}"
     return ""

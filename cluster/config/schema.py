@@ -290,7 +290,7 @@ class Model(Section):
     aliases: tuple[str, ...] = ()
     """Further names: 1 to 128 letters, digits, `.`, `_`, `-`, `/`, `:`, `@` or `+`."""
     source: Annotated[str, Field(min_length=1)]
-    """Folder, `hf://organisation/name`, `s3://`, `gs://`, `https://` or `demo://smollm2`."""
+    """Folder, `hf://organisation/name`, `s3://`, `gs://`, `https://`, `demo://smollm2` or `demo://minilm`."""
     version: str = "v1"
     """Name of this version, of the same form as `name`."""
     revision: str = ""

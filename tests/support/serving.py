@@ -70,9 +70,9 @@ class Door(NoListener):
 
 
 @asynccontextmanager
-async def open_door(host: str = "127.0.0.1") -> AsyncIterator[Door]:
-    """Run a hub on a free port of `host`."""
-    door = Door()
+async def open_door(host: str = "127.0.0.1", door: Door | None = None) -> AsyncIterator[Door]:
+    """Run a hub on a free port of `host`. `door`: its listener, None for a new one."""
+    door = door or Door()
     door.hub = Hub("test", door)
     server = hub_server(door.hub)
     door.address = f"{host}:{await server.start(host, 0)}"

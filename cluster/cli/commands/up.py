@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,23 +23,23 @@ import psutil
 import typer
 
 from cluster.admin.v1 import admin_pb2
+from cluster.api.pooling import PoolingTask
 from cluster.cli import terminal
 from cluster.cli.base import replace_file
 from cluster.cli.commands.doctor import find_tool
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
 from cluster.cli.local.children import StartFailed, headrace_command
 from cluster.cli.local.cluster import LocalCluster
+from cluster.cli.local.first_answer import first_answer, served_tasks
 from cluster.cli.local.ports import PortTaken, choose_ports
 from cluster.cli.local.run_folder import AlreadyUp, RunFolder
 from cluster.cli.local.step_lines import StepLine, duration, say
-from cluster.client import AsyncClient, HeadraceError
 from cluster.config.schema import Config, secret_files
 from cluster.ledger.files import make_secret
 from cluster.process.private_files import make_private_folder
 from cluster.ray import reaper
 
 STOP_TIMEOUT_S = 30.0
-FIRST_QUESTION = "What is the capital of France?"
 
 
 def up(
@@ -198,8 +198,16 @@ async def _start(cluster: LocalCluster, *, demo: bool, background: bool) -> None
     gateways = "gateway" if count == 1 else f"{count} gateways"
     step.done(f"{f'ray · controller · {gateways}   ' + states:<34} {duration(step.elapsed_s):>7}")
     if demo and cluster.config.auth is None:
-        await _first_answer(cluster, StepLine(numbers[2], "first answer"))
-    _say_ready(cluster, entries, background=background)
+        try:
+            await first_answer(
+                cluster.endpoints["grpc"], cluster.config.models[0].name, StepLine(numbers[2], "first answer")
+            )
+        except StartFailed as error:
+            raise StartFailed(f"{error}; logs: {cluster.run.path}") from None
+    ready = [entry for entry in entries if entry.state == "READY"]
+    has_keys = cluster.config.auth is not None
+    tasks = await served_tasks(cluster.endpoints["grpc"], ready[0].name) if ready and not has_keys else ()
+    _say_ready(cluster, entries, tasks, background=background)
 
 
 def _state_text(entry: admin_pb2.CatalogEntry) -> str:
@@ -239,27 +247,14 @@ async def _prepare(cluster: LocalCluster, step: StepLine) -> str:
     return ", ".join(model.name for model in cluster.config.models) or "none"
 
 
-async def _first_answer(cluster: LocalCluster, step: StepLine) -> None:
-    """Send one question to the first model and show the answer, with the speed of the model. Raises StartFailed."""
-    model = cluster.config.models[0].name
-    step.show(f"asking {model}")
-    async with AsyncClient(cluster.endpoints["grpc"], timeout_s=120) as client:
-        stream = client.stream_chat(model, FIRST_QUESTION, temperature=0.0, max_tokens=64)
-        began = time.monotonic()
-        first_s = 0.0
-        try:
-            async for _ in stream:
-                first_s = first_s or time.monotonic() - began
-        except HeadraceError as error:
-            raise StartFailed(f"the first question failed: {error}; logs: {cluster.run.path}") from None
-    tokens = stream.usage.completion_tokens if stream.usage else 0
-    rate = f"{(tokens - 1) / (time.monotonic() - began - first_s):.0f} tokens/s · " if tokens > 1 else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    answer = " ".join(stream.text.split())
-    step.done(f'"{answer}"   first token {first_s * 1000:.0f} ms · {rate}{cores} CPU cores')
-
-
-def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, background: bool) -> None:
+def _say_ready(
+    cluster: LocalCluster,
+    entries: list[admin_pb2.CatalogEntry],
+    tasks: Sequence[PoolingTask],
+    *,
+    background: bool,
+) -> None:
+    """Print the addresses, the models and commands to try. `tasks`: pooling tasks of the first ready model."""
     where = {name: address.replace("127.0.0.1", "localhost") for name, address in cluster.endpoints.items()}
     command = _command_to_type("headrace")
     say("")
@@ -275,18 +270,35 @@ def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, 
     ready = [entry for entry in entries if entry.state == "READY"]
     if ready:
         name = ready[0].aliases[0] if ready[0].aliases else ready[0].name
-        say(f'try     {command} chat {name} "Write a haiku about rivers"')
-        say(f"        {command} status")
-        if (Path.cwd() / "examples" / "hello.py").exists():
-            say(f"        {_command_to_type('python')} examples/hello.py")
-        if find_tool("buf"):
-            body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hi"}]})
-            say(
-                f"        {_command_to_type('buf')} curl --protocol grpc --http2-prior-knowledge -d '{body}' "
-                f"http://{where['grpc']}/cluster.v1.Inference/StreamChat"
-            )
+        for number, line in enumerate(_commands_to_try(command, name, where, tasks)):
+            say(f"{'' if number else 'try':<8}{line}")
     end = f"{command} down {cluster.config.name}" if background else "Ctrl-C"
     say(f"{end} stops everything. Logs: {cluster.run.path}")
+
+
+def _commands_to_try(command: str, name: str, where: Mapping[str, str], tasks: Sequence[PoolingTask]) -> Iterator[str]:
+    """Yield commands that use the model `name`. `command`: how to call `headrace`. `where`: the cluster's addresses."""
+    if PoolingTask.EMBED in tasks:
+        body = json.dumps({"model": name, "input": ["A cat sleeps.", "Rates rose."]})
+        yield f'{command} embed {name} "A cat sleeps." "A kitten is napping." "Rates rose."'
+        yield f"{command} status"
+        if find_tool("curl"):
+            yield f"curl http://{where['http']}/v1/embeddings -H 'content-type: application/json' -d '{body}'"
+        return
+    if PoolingTask.SCORE in tasks:
+        yield f'{command} rerank {name} "What do cats do?" "Rates rose." "Cats sleep most of the day."'
+        yield f"{command} status"
+        return
+    yield f'{command} chat {name} "Write a haiku about rivers"'
+    yield f"{command} status"
+    if (Path.cwd() / "examples" / "hello.py").exists():
+        yield f"{_command_to_type('python')} examples/hello.py"
+    if find_tool("buf"):
+        body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hi"}]})
+        yield (
+            f"{_command_to_type('buf')} curl --protocol grpc --http2-prior-knowledge -d '{body}' "
+            f"http://{where['grpc']}/cluster.v1.Inference/StreamChat"
+        )
 
 
 def _command_to_type(tool: str) -> str:

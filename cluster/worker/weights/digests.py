@@ -14,14 +14,17 @@ from io import FileIO
 from pathlib import Path
 
 from cluster.worker.weights import finite
+from cluster.worker.weights.sentence_modules import module_files
 
 _HASHED = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json", "generation_config.json")
 PIECE_BYTES = 4 << 20
 """Number of bytes read at a time; a multiple of the size of every number type."""
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted({file for pattern in _HASHED for file in folder.glob(pattern)}, key=lambda file: file.name)
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the files that are hashed, by their names in the folder, in order."""
+    files = {file for pattern in _HASHED for file in folder.glob(pattern)} | set(module_files(folder))
+    return dict(sorted((file.relative_to(folder).as_posix(), file) for file in files))
 
 
 def _file_digest(file: Path, problems: list[str], piece_bytes: int) -> str:
@@ -70,15 +73,15 @@ def weight_digest(folder: Path, cache_dir: Path, *, piece_bytes: int = PIECE_BYT
     files = _files(folder)
     if not files:
         raise ValueError(f"{folder} holds no model files")
-    stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    stamps = {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in files.items()}
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     record = cache_dir / "digests" / f"{key}.json"
     known = _read_record(record, stamps)
     if known:
         return known
     total, problems = hashlib.sha256(), list[str]()
-    for file in files:
-        total.update(f"{file.name}\0{_file_digest(file, problems, piece_bytes)}\n".encode())
+    for name, file in files.items():
+        total.update(f"{name}\0{_file_digest(file, problems, piece_bytes)}\n".encode())
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.worker.weights import sentence_modules
+
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 """URL schemes, each with the package that fsspec needs for it."""
 CHUNK_BYTES = 4 << 20
@@ -32,10 +34,12 @@ WEB_NAMES = (
     "special_tokens_map.json",
     "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "README.md",
     INDEX,
+    *sentence_modules.SETTINGS,
 )
 """Files to try on a web server, which cannot be listed. Weights are the files in the index, or a single file."""
 TRIES = 3
@@ -128,6 +132,24 @@ def _list_store(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
     for entry in system.ls(path, detail=True):
         if entry["type"] == "file":
             yield entry["name"].rsplit("/", 1)[-1], entry["name"], int(entry["size"])
+    for folder in _module_folders(system, path):
+        try:
+            entries = system.ls(f"{path}/{folder}", detail=True)
+        except FileNotFoundError:
+            continue  # a module without settings has no folder
+        for entry in entries:
+            name = entry["name"].rsplit("/", 1)[-1]
+            if entry["type"] == "file" and name in sentence_modules.FILES:
+                yield f"{folder}/{name}", entry["name"], int(entry["size"])
+
+
+def _module_folders(system: Any, path: str) -> Sequence[str]:
+    """Return the folders of an embedding model's modules. Raises ValueError for an invalid modules.json."""
+    try:
+        content = system.cat_file(f"{path}/{sentence_modules.MODULES}")
+    except FileNotFoundError:
+        return ()
+    return sentence_modules.module_folders(content)
 
 
 def _list_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
@@ -137,6 +159,7 @@ def _list_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
         names += sorted({str(name).rsplit("/", 1)[-1] for name in index["weight_map"].values()})
     except FileNotFoundError:
         names.append("model.safetensors")
+    names += [f"{folder}/{name}" for folder in _module_folders(system, path) for name in sentence_modules.FILES]
     for name in names:
         try:
             size = system.info(f"{path}/{name}").get("size")
@@ -167,6 +190,7 @@ def _fetch_file(
     if target.exists() and target.stat().st_size == size:
         report(size)
         return
+    target.parent.mkdir(exist_ok=True)
     part = target.with_name(target.name + ".part")
     for number in range(TRIES):
         try:

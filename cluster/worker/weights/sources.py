@@ -1,6 +1,6 @@
 """Sources of weights, and the rules for them.
 
-A source is a folder, the Hugging Face hub, an object store, a web server or the default model. By default only
+A source is a folder, the Hugging Face hub, an object store, a web server or a demo model. By default only
 safetensors files and no code are loaded, since other formats can run code when they are read. To allow more, both the
 model's entry and `weights.allow` must say so.
 """
@@ -18,6 +18,7 @@ from cluster.api.types import ModelSpec
 from cluster.worker.weights import demo_model
 from cluster.worker.weights.fetching import SCHEMES, FetchError, Progress, fetch
 from cluster.worker.weights.model_card import read_card, why_refused
+from cluster.worker.weights.sentence_modules import check_modules
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
 """Files to fetch from the hub: weights, configuration, tokenizer, templates, the model's card; never code."""
@@ -31,6 +32,7 @@ WEIGHT_PATTERNS = {
 }
 """File patterns by load format. A folder needs at least one matching file; formats not listed here are not checked."""
 
+DEMOS = " or ".join(demo_model.SOURCES)
 NO_GGUF = "gguf files are not served yet; use the model's safetensors form"
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -68,12 +70,12 @@ def resolve(spec: ModelSpec, rules: SourceRules, progress: Progress | None = Non
     if not separator:
         folder = Path(spec.source).expanduser()
         if not folder.is_dir():
-            raise SourceError(f"{where}: there is no folder {folder}; use a folder, hf://org/name or demo://smollm2")
+            raise SourceError(f"{where}: there is no folder {folder}; use a folder, hf://org/name or {DEMOS}")
     elif scheme == "hf":
         folder = _from_hub(where, rest, spec, rules)
-    elif spec.source == demo_model.SOURCE:
+    elif spec.source in demo_model.SOURCES:
         try:
-            folder = demo_model.ensure_demo_model(rules.cache_dir, progress)
+            folder = demo_model.ensure_demo_model(rules.cache_dir, progress, spec.source)
         except demo_model.DemoModelError as error:
             raise SourceError(f"{where}: {error}") from error
     elif scheme in SCHEMES:
@@ -84,9 +86,7 @@ def resolve(spec: ModelSpec, rules: SourceRules, progress: Progress | None = Non
             raise SourceError(f"{where}: {spec.source}: {error}") from error
     else:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise SourceError(
-            f"{where}: {spec.source!r} is unknown; use a folder, hf://org/name, {known} or demo://smollm2"
-        )
+        raise SourceError(f"{where}: {spec.source!r} is unknown; use a folder, hf://org/name, {known} or {DEMOS}")
     check_folder(spec, folder, allow_remote_code=rules.allow_remote_code)
     if why := why_refused(spec.license, read_card(folder), tuple(rules.allowed_licenses)):
         raise SourceError(f"models[{spec.name}].license: {why}")
@@ -159,6 +159,10 @@ def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = Fal
             f"{where}: {folder / 'config.json'} loads the model's own code (auto_map), which is refused; "
             f"if you trust it, set models[{spec.name}].trust_remote_code and weights.allow.remote_code"
         )
+    try:
+        check_modules(folder)
+    except ValueError as error:
+        raise SourceError(f"{where}: {error}") from error
 
 
 def _why_no_model(folder: Path) -> str:

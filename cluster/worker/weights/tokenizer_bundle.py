@@ -56,7 +56,7 @@ def build_bundle(
     )
     rendered = {RENDERER: renderer} if renderer else {}
     files = {
-        "tokenizer.json": _backend_json(tokenizer, beyond).encode(),
+        "tokenizer.json": _backend_json(tokenizer, beyond, lowers=_lowers(folder)).encode(),
         "tokenizer_config.json": _dump(_tokenizer_config(tokenizer, beyond) | escapes | rendered),
         "generation_config.json": _dump(read_json(folder / "generation_config.json")),
         "config.json": _dump(config),
@@ -85,11 +85,23 @@ def escaping(added: Iterable[Any]) -> dict[str, Any]:
     return {ESCAPED_TOKENS: texts, ESCAPE_SEPARATOR: free[0]}
 
 
-def _backend_json(tokenizer: Any, beyond: frozenset[int]) -> str:
-    """Return the Rust tokenizer's JSON without truncation, padding, or added tokens with ids in `beyond`."""
+def _lowers(folder: Path) -> bool:
+    """Return whether an embedding model's texts are made lower-case before they are tokenized (sentence-transformers'
+    `do_lower_case`), as vLLM's server does."""
+    return read_json(folder / "sentence_bert_config.json").get("do_lower_case") is True
+
+
+def _backend_json(tokenizer: Any, beyond: frozenset[int], *, lowers: bool = False) -> str:
+    """Return the Rust tokenizer's JSON without truncation, padding, or added tokens with ids in `beyond`. `lowers`:
+    whether it makes texts lower-case first."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
+    if lowers:
+        from tokenizers import normalizers
+
+        own = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
     written = str(backend.to_str())
     if not beyond:
         return written

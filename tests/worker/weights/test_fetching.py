@@ -54,7 +54,7 @@ class Server:
                 self._answer(body=True)
 
             def _answer(self, *, body: bool) -> None:
-                name = self.path.rsplit("/", 1)[-1]
+                name = self.path.partition("/models/m/")[2]
                 content = server.files.get(name)
                 if content is None:
                     self.send_error(404)
@@ -178,3 +178,49 @@ def test_as_a_models_source(server: Server, tmp_path: Path) -> None:
     server.files.clear()
     with pytest.raises(SourceError, match=r"models\[n\].source: .*no config.json"):
         resolve(ModelSpec("n", server.address + "/other"), SourceRules(tmp_path))
+
+
+MODULES: dict[str, bytes] = {
+    "config.json": b"{}",
+    "model.safetensors": SHARD,
+    "modules.json": json.dumps(
+        [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+            {"idx": 3, "name": "3", "path": "3_Normalize", "type": "sentence_transformers.models.Normalize"},
+        ]
+    ).encode(),
+    "1_Pooling/config.json": b'{"pooling_mode_cls_token": true}',
+    "2_Dense/config.json": b'{"out_features": 2}',
+    "2_Dense/model.safetensors": SHARD,
+}
+"""An embedding model in sentence-transformers' layout. The module Normalize has no files."""
+
+
+def test_the_settings_of_an_embedding_model_are_fetched(server: Server, tmp_path: Path) -> None:
+    """The files of the modules' folders are fetched from a web server and from an object store alike."""
+    import fsspec
+
+    server.files = dict(MODULES)
+    store = fsspec.filesystem("memory")
+    for name, content in MODULES.items():
+        store.pipe(f"/bucket/m/{name}", content)
+    store.pipe("/bucket/m/onnx/model.safetensors", b"not a module's")
+    for source in (server.address, "memory://bucket/m"):
+        folder = fetch(source, tmp_path, PATTERNS)
+        got = {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.is_file() and not file.name.startswith(".")
+        }
+        assert got == MODULES
+
+
+@pytest.mark.parametrize("path", ["../up", "/etc", "a/b", ".git", "x" * 65])
+def test_a_module_outside_the_folder_is_refused(server: Server, tmp_path: Path, path: str) -> None:
+    """A modules.json that names another place than a folder of the model is refused, and nothing is written there."""
+    modules = json.dumps([{"type": "sentence_transformers.models.Pooling", "path": path}]).encode()
+    server.files = MODULES | {"modules.json": modules}
+    with pytest.raises(FetchError, match=r"modules\.json names the folder"):
+        fetch(server.address, tmp_path, PATTERNS)

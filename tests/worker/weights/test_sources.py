@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
@@ -12,8 +13,11 @@ import pytest
 
 from cluster.api.types import ModelSpec
 from cluster.worker.weights import demo_model
+from cluster.worker.weights.checkpoint import check_weights
 from cluster.worker.weights.digests import weight_digest
+from cluster.worker.weights.sentence_modules import MAX_MODULES
 from cluster.worker.weights.sources import SourceError, SourceRules, resolve
+from tests.support.pooling_models import minilm
 
 
 def checkpoint(folder: Path, files: Sequence[str] = ("model.safetensors",), **config: object) -> Path:
@@ -161,3 +165,74 @@ def test_the_default_model_is_made_once(tmp_path: Path) -> None:
     assert seen[-1][0] == seen[-1][1]
     assert "quantization_config" not in json.loads((folders[0] / "config.json").read_text())
     assert [path.name for path in folders[0].parent.iterdir() if "making" in path.name] == []
+
+
+def embedding_model(folder: Path, pooling: str = "cls", kind: str = "Pooling") -> Path:
+    """Create a folder that looks like an embedding model's; return the folder."""
+    checkpoint(folder)
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": "1_Module"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Module").mkdir()
+    (folder / "1_Module" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}_token": True}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["Pooling", "Dense"])
+def test_an_embedding_model_without_its_settings_is_refused(tmp_path: Path, kind: str) -> None:
+    """A folder whose modules.json names settings that are not there is refused, since its vectors would be wrong. A
+    module without settings is no fault."""
+    folder = embedding_model(tmp_path / "m", kind=kind)
+    assert resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path)) == folder
+    (folder / "1_Module" / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"models\[m\].*lacks 1_Module/config\.json"):
+        resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path))
+    modules = [{"type": "sentence_transformers.models.Normalize", "path": "1_Module"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    assert resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path)) == folder
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[", "is not a list of modules"),
+        ("3", "is not a list of modules"),
+        ('[{"path": "x"}]', "is not a list of modules"),
+        ('[{"type": "Pooling", "path": "../x"}]', "names the folder"),
+        (json.dumps([{"type": "x", "path": "x"}] * (MAX_MODULES + 1)), "at most"),
+    ],
+)
+def test_a_wrong_list_of_modules_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    """A modules.json that cannot be read, or leads out of the folder, is refused with the reason."""
+    folder = embedding_model(tmp_path / "m")
+    (folder / "modules.json").write_text(content)
+    with pytest.raises(SourceError, match=says):
+        resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path))
+
+
+def test_the_digest_covers_how_a_model_pools(tmp_path: Path) -> None:
+    """Equal weights with other settings of pooling have another digest, since their vectors differ."""
+    one, other, same = (
+        embedding_model(tmp_path / name, pooling) for name, pooling in (("a", "cls"), ("b", "last"), ("c", "cls"))
+    )
+    digests = [weight_digest(folder, tmp_path / "cache") for folder in (one, other, same)]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_the_embedding_model_is_copied_once(tmp_path: Path) -> None:
+    """demo://minilm is a folder with the settings of its pooling, which a second call returns as it is."""
+    minilm(tmp_path)
+    spec, rules = ModelSpec("m", "demo://minilm"), SourceRules(tmp_path)
+    folder = resolve(spec, rules)
+    assert folder == tmp_path / "models" / demo_model.MINILM.folder
+    assert (folder / "1_Pooling" / "config.json").is_file()
+    check_weights(spec, folder)
+    stamp = folder.stat().st_mtime_ns
+    assert (resolve(spec, rules), folder.stat().st_mtime_ns) == (folder, stamp)
+
+
+def test_a_missing_package_is_named_with_the_remedy(tmp_path: Path) -> None:
+    """A demo model whose package is not installed raises an error that names the package and what installs it."""
+    absent = dataclasses.replace(demo_model.MINILM, package="headrace-absent-package")
+    with pytest.raises(demo_model.DemoModelError, match=r"headrace-absent-package.*make minilm"):
+        demo_model.make_demo_model(absent, tmp_path)
+    assert not list((tmp_path / "models").glob(".*making*"))

@@ -48,7 +48,7 @@ def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBound
     if PoolingTask.SCORE in known and labels != 1:
         known.remove(PoolingTask.SCORE)
     if not known:
-        classes = f" for {labels} classes" if labels > 1 else ""
+        classes = f" for {labels} classes" if "classify" in tasks else ""
         raise ValueError(
             f"models[{name}]: this pooling model computes {', '.join(sorted(tasks)) or 'nothing'}{classes}; served are "
             "vectors of texts (embed) and the scores of cross-encoders with one label (classify). Choose another "
@@ -83,7 +83,7 @@ def kv_blocks(blocks: int, block_size: int, max_num_batched_tokens: int, max_mod
     A model without a KV cache (such as BERT) has one block, in which no request would fit. Its number follows from the
     tokens of STEPS_AHEAD steps instead.
     """
-    if blocks * block_size >= max_model_len:
+    if blocks > 1 and blocks * block_size >= max_model_len:
         return blocks
     return -(-STEPS_AHEAD * max(max_num_batched_tokens, max_model_len) // block_size)
 

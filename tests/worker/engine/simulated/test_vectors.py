@@ -1,0 +1,123 @@
+"""The simulated engine as a pooling model: the contract of pooling models, and its vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+
+import pytest
+
+from cluster.api.pooling import MAX_DIMENSIONS, PoolingTask
+from cluster.api.ports import EngineCorrupt, EngineRefused
+from cluster.api.types import EngineRequest, FinishReason, Sampling
+from cluster.worker.engine.golden_check import CheckedEngine
+from cluster.worker.engine.golden_vectors import floats
+from cluster.worker.engine.simulated.config import SimConfig
+from cluster.worker.engine.simulated.engine import SimEngine, VirtualClock
+from tests.worker.engine.contract import Driver, Subject
+from tests.worker.engine.pooling_contract import PoolingContract, pool, vector
+
+SMALL = SimConfig(
+    vocab=1000,
+    token_lo=100,
+    token_hi=900,
+    eos=2,
+    max_model_len=256,
+    max_num_seqs=4,
+    max_num_batched_tokens=512,
+    kv_blocks=64,
+    embed_dimensions=24,
+    any_dimensions=1,
+    scores=1,
+)
+
+
+async def subject(config: SimConfig = SMALL) -> tuple[SimEngine, Driver]:
+    """Return a simulated engine in virtual time, and the driver of the checked engine that wraps it."""
+    engine = SimEngine(config, VirtualClock())
+    checked = CheckedEngine(engine, node="n1")
+    return engine, Driver(Subject(checked, await checked.start(), 100, 900, deadline_s=5.0))
+
+
+class TestContract(PoolingContract):
+    """The contract of pooling models, tested with an engine that computes both vectors and scores."""
+
+    @pytest.fixture
+    async def engine(self) -> AsyncIterator[Subject]:
+        """A small simulated engine in virtual time."""
+        engine, driver = await subject()
+        yield driver.subject
+        assert engine.statistics().kv_used_blocks == 0
+
+
+async def test_vectors_are_the_same_on_every_engine() -> None:
+    """Two engines give equal vectors for equal tokens, whatever the cache salt; another seed gives others."""
+    ids, vectors = (101, 102, 103), []
+    for seed, salt in ((0, ""), (0, "tenant"), (1, "")):
+        _, driver = await subject(SimConfig(vocab=1000, token_hi=900, max_model_len=64, embed_dimensions=8, seed=seed))
+        request = pool(ids, PoolingTask.EMBED)
+        salted = EngineRequest("r", ids, request.sampling, cache_salt=salt, pooling=request.pooling)
+        vectors.append(vector((await driver.run(salted))[0]))
+    assert vectors[0] == vectors[1] != vectors[2]
+
+
+async def test_a_score_depends_on_where_the_second_text_begins() -> None:
+    """The same tokens have another score if their second text begins elsewhere, so that a lost position is found."""
+    _, driver = await subject()
+    ids = driver.subject.prompt(1, 6)
+    answers = await driver.run(*(pool(ids, PoolingTask.SCORE, None, at) for at in (0, 2, 3, 2)))
+    first, second, third, again = (vector(answer)[0] for answer in answers)
+    assert second == again
+    assert len({first, second, third}) == 3
+
+
+async def test_an_error_of_one_text_is_no_vector() -> None:
+    """A request with NaN ends in an error without a vector; the golden request then shows that the engine is well."""
+    engine, driver = await subject()
+    engine.fail("step", "nan", at=1)
+    broken, whole = await driver.run(*(pool(driver.subject.prompt(i), PoolingTask.EMBED) for i in (1, 2)))
+    assert [(output.finish, output.vector) for output in broken.outputs] == [(FinishReason.ERROR, None)]
+    assert vector(whole)
+    await driver.run(pool(driver.subject.prompt(3), PoolingTask.EMBED))
+
+
+async def test_a_wrong_vector_is_sickness() -> None:
+    """After an error, another vector of the golden request raises EngineCorrupt, and the error names the node."""
+    engine, driver = await subject()
+    engine.fail("step", "nan", at=1)
+    engine.fail("step", "wrong", at=0)
+
+    async def run() -> None:
+        for seed in range(3):
+            await driver.run(pool(driver.subject.prompt(seed), PoolingTask.EMBED))
+
+    with pytest.raises(EngineCorrupt, match="on node n1 is sick"):
+        await run()
+
+
+async def test_a_generating_engine_refuses_pooling() -> None:
+    """An engine without vectors refuses a pooling request, names the field, and goes on."""
+    engine = SimEngine(SimConfig(vocab=1000, token_lo=100, token_hi=900, max_model_len=256), VirtualClock())
+    info = await engine.start()
+    assert info.pooling is None
+    with pytest.raises(EngineRefused, match="name a pooling model") as refused:
+        await engine.submit(pool((101,), PoolingTask.EMBED))
+    assert refused.value.field == "model"
+    await engine.submit(EngineRequest("r", (101,), Sampling(max_tokens=1)))
+    assert [output.finish for output in await engine.step()] == [FinishReason.LENGTH]
+
+
+def test_the_source_names_the_vectors() -> None:
+    """The URL of a simulated model sets the length of its vectors, which changes its digest; wrong values are named."""
+    config = SimConfig.from_source("sim:///?embed_dimensions=32&any_dimensions=1")
+    assert (config.embed_dimensions, config.any_dimensions, config.scores) == (32, 1, 0)
+    assert config.weight_digest != SimConfig.from_source("sim:///").weight_digest
+    for query in (f"embed_dimensions={MAX_DIMENSIONS + 1}", "embed_dimensions=-1", "scores=2", "any_dimensions=2"):
+        with pytest.raises(ValueError, match=query.partition("=")[0]):
+            SimConfig.from_source(f"sim:///?{query}")
+
+
+def test_floats_read_what_engines_write() -> None:
+    """A vector's bytes are little-endian float32."""
+    assert list(floats(b"\x00\x00\x80\x3f\x00\x00\x00\xc0")) == [1.0, -2.0]
+    assert math.isnan(floats(b"\x00\x00\xc0\x7f")[0])

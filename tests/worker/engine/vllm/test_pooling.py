@@ -1,0 +1,227 @@
+"""Pooling models on vLLM: the contract, and results equal to those of transformers.
+
+The real embedding model and a tiny cross-encoder run over the fast path, and an embedding model made of a generating
+one over AsyncLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.api.outcomes import Outcome
+from cluster.api.pooling import PoolingInfo, PoolingTask
+from cluster.api.types import KV_EVENTS, ModelSpec
+from cluster.worker.engine.golden_check import CheckedEngine
+from cluster.worker.engine.vllm.engine import VllmEngine
+from cluster.worker.weights.tokenizer_bundle import build_bundle
+from tests.support.pooling_models import build_cross_encoder, minilm
+from tests.worker.engine.conftest import DEADLINE_S
+from tests.worker.engine.contract import Driver, Subject
+from tests.worker.engine.pooling_contract import NEAR, PoolingContract, pool, refuse, scaled, vector
+
+pytestmark = pytest.mark.engine
+
+TEXTS = (
+    "",
+    "A cat sleeps on the mat.",
+    "The kitten is napping on the rug.",
+    "Interest rates rose by half a percent.",
+    "ÄÖÜ, naïve café, 数学",
+    "river " * 120,
+)
+LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 512}
+
+
+async def started(folder: Path, *, fast: bool, **engine: object) -> AsyncIterator[Subject]:
+    """Yield a started engine that the golden check wraps."""
+    spec = ModelSpec("pooling", "unused", dtype="float32", engine={**LIMITS, **engine})
+    checked = CheckedEngine(VllmEngine(spec, folder, prefer_fastpath=fast))
+    try:
+        info = await checked.start()
+        yield Subject(checked, info, 5, min(info.vocab_size, 900), DEADLINE_S)
+    finally:
+        await checked.close()
+
+
+@pytest.fixture(scope="module")
+def minilm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all-MiniLM-L6-v2."""
+    return minilm(tmp_path_factory.mktemp("minilm"))
+
+
+@pytest.fixture(scope="module")
+async def embedder(minilm_folder: Path) -> AsyncIterator[Subject]:
+    """all-MiniLM-L6-v2 on the fast path, declared to have shorter vectors."""
+    async for subject in started(minilm_folder, fast=True, hf_overrides={"matryoshka_dimensions": [64, 128]}):
+        yield subject
+
+
+@pytest.fixture(scope="module")
+def cross_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny cross-encoder."""
+    return build_cross_encoder(tmp_path_factory.mktemp("cross-encoder"))
+
+
+@pytest.fixture(scope="module")
+async def cross_encoder(cross_encoder_folder: Path) -> AsyncIterator[Subject]:
+    """The tiny cross-encoder on the fast path."""
+    async for subject in started(cross_encoder_folder, fast=True):
+        yield subject
+
+
+class TestEmbeddings(PoolingContract):
+    """The contract of pooling models, tested with all-MiniLM-L6-v2 on the fast path."""
+
+    @pytest.fixture
+    def engine(self, embedder: Subject) -> Subject:
+        """The engine that all tests share."""
+        return embedder
+
+    def test_says_what_it_is(self, engine: Subject) -> None:
+        """EngineInfo has the path, the lengths of vectors and the longest text. A model without a KV cache still has a
+        capacity of several steps."""
+        info = engine.info
+        assert info.engine_path == "fastpath"
+        assert info.capabilities == ("pools:embed",)
+        assert info.pooling == PoolingInfo((PoolingTask.EMBED,), 384, (64, 128))
+        assert (info.max_model_len, info.max_num_seqs) == (256, 8)
+        assert info.kv_tokens == 4 * 512
+
+    async def test_vectors_equal_mean_pooling(self, driver: Driver, minilm_folder: Path) -> None:
+        """The vectors of texts, special tokens included, equal transformers' mean over all positions scaled to length
+        1. Similar texts have similar vectors."""
+        tokenizer = bundle_tokenizer(minilm_folder)
+        ids = [tokenizer.encode(text).ids for text in TEXTS]
+        assert ids[0] == [101, 102]
+        expected = mean_pooled(minilm_folder, ids)
+        got = [vector(answer) for answer in await driver.run(*(pool(each, PoolingTask.EMBED) for each in ids))]
+        for one, other in zip(got, expected, strict=True):
+            assert math.dist(one, other) < NEAR
+        cosine = [sum(a * b for a, b in zip(got[1], other, strict=True)) for other in got[2:4]]
+        assert cosine[0] > 0.5 > cosine[1]
+
+    async def test_shorter_vectors_equal_mean_pooling(self, driver: Driver, minilm_folder: Path) -> None:
+        """A shorter vector is the beginning of transformers' vector, scaled to length 1."""
+        ids = bundle_tokenizer(minilm_folder).encode(TEXTS[1]).ids
+        (expected,) = mean_pooled(minilm_folder, [ids])
+        (answer,) = await driver.run(pool(ids, PoolingTask.EMBED, 64))
+        assert math.dist(vector(answer), scaled(expected, 64)) < NEAR
+
+
+class TestScores(PoolingContract):
+    """The contract of pooling models, tested with a cross-encoder on the fast path."""
+
+    @pytest.fixture
+    def engine(self, cross_encoder: Subject) -> Subject:
+        """The engine that all tests share."""
+        return cross_encoder
+
+    def test_says_what_it_is(self, engine: Subject) -> None:
+        """EngineInfo has the path, and a score is a vector of one number."""
+        assert (engine.info.engine_path, engine.info.capabilities) == ("fastpath", ("pools:score",))
+        assert engine.info.pooling == PoolingInfo((PoolingTask.SCORE,), 1)
+
+    async def test_scores_equal_transformers(self, driver: Driver, cross_encoder_folder: Path) -> None:
+        """The scores of pairs equal transformers' with token types, which change them. Pairs and single texts run in
+        one batch."""
+        await scores_equal_transformers(driver, cross_encoder_folder)
+
+    async def test_a_start_of_the_second_text_alone_changes_the_score(self, driver: Driver) -> None:
+        """Equal ids with another start of the second text have another score."""
+        ids = driver.subject.prompt(2, 8)
+        answers = await driver.run(*(pool(ids, PoolingTask.SCORE, None, at) for at in (0, 3, 5)))
+        assert len({round(vector(answer)[0], 5) for answer in answers}) == 3
+
+
+@pytest.fixture(scope="module")
+async def decoder(llama_folder: Path) -> AsyncIterator[Subject]:
+    """A tiny Llama behind AsyncLLM that the entry makes an embedding model; every shorter vector is allowed."""
+    options: dict[str, Any] = {"block_size": 32, "kv_cache_memory_bytes": 64 << 20}
+    async for subject in started(
+        llama_folder, fast=False, runner="pooling", hf_overrides={"is_matryoshka": True}, **options
+    ):
+        yield subject
+
+
+class TestDecoder(PoolingContract):
+    """The contract of pooling models, tested with an embedding model made of a generating one, behind AsyncLLM."""
+
+    @pytest.fixture
+    def engine(self, decoder: Subject) -> Subject:
+        """The engine that all tests share."""
+        return decoder
+
+    def test_says_what_it_is(self, engine: Subject) -> None:
+        """EngineInfo has the path, the KV cache, and that every shorter vector is allowed."""
+        assert engine.info.engine_path == "public"
+        assert engine.info.pooling == PoolingInfo((PoolingTask.EMBED,), 128, any_shorter=True)
+        assert engine.info.kv_tokens > 16 * engine.info.max_num_batched_tokens
+        assert KV_EVENTS in engine.info.capabilities
+
+    async def test_a_prefix_is_computed_once(self, driver: Driver) -> None:
+        """The second request with a prefix finds it in the cache and has the same vector. Another salt finds nothing,
+        since a tenant must not see whether another one has sent a text."""
+        ids = driver.subject.prompt(11, 200)
+        requests = [pool(ids, PoolingTask.EMBED) for _ in range(3)]
+        requests[2] = replace(requests[2], cache_salt="other")
+        answers = [(await driver.run(request))[0] for request in requests]
+        assert [(answer.outputs[0].cached_tokens or 0) > 100 for answer in answers] == [False, True, False]
+        first, *others = map(vector, answers)
+        assert all(math.dist(first, other) < NEAR for other in others)
+
+
+async def test_a_generating_engine_refuses_pooling(fast_subject: Subject) -> None:
+    """An engine that generates refuses a pooling request, and names the field and the remedy."""
+    driver = Driver(fast_subject)
+    wrong = pool(fast_subject.prompt(1), PoolingTask.EMBED)
+    assert "name a pooling model" in await refuse(driver, wrong, "model", Outcome.UNSUPPORTED_FEATURE)
+
+
+def bundle_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer that a gateway has: the one in the model's bundle."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(build_bundle(folder).files["tokenizer.json"].decode())
+
+
+def mean_pooled(folder: Path, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Return transformers' hidden states of each text, averaged over its tokens and scaled to length 1."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        states = [model(input_ids=torch.tensor([each])).last_hidden_state[0].mean(0) for each in ids]
+    return [torch.nn.functional.normalize(state, dim=0).tolist() for state in states]
+
+
+async def scores_equal_transformers(driver: Driver, folder: Path) -> None:
+    """Check the scores of three pairs and of a single text, encoded with the bundle's tokenizer."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    tokenizer = bundle_tokenizer(folder)
+    pairs = [("why the river", "a red cat runs"), ("the old dog sleeps", "blue"), ("green", "new mountain the a cat")]
+    encoded = [tokenizer.encode(*pair) for pair in pairs] + [tokenizer.encode("a cat sleeps")]
+    model = BertForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+    def score(ids: Sequence[int], types: Sequence[int]) -> float:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([list(ids)]), token_type_ids=torch.tensor([list(types)])).logits
+        return float(torch.sigmoid(logits)[0, 0])
+
+    expected = [score(each.ids, each.type_ids) for each in encoded]
+    starts = [each.type_ids.index(1) if 1 in each.type_ids else 0 for each in encoded]
+    assert starts[3] == 0 < min(starts[:3])
+    answers = await driver.run(
+        *(pool(each.ids, PoolingTask.SCORE, None, at) for each, at in zip(encoded, starts, strict=True))
+    )
+    assert [vector(answer)[0] for answer in answers] == pytest.approx(expected, abs=NEAR)
+    untyped = score(encoded[0].ids, [0] * len(encoded[0].ids))
+    assert abs(untyped - expected[0]) > 100 * NEAR, "the token types must matter, or the test shows nothing"

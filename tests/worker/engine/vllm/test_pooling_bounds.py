@@ -1,0 +1,135 @@
+"""Pooling models that are refused at start, their capacity, and results that are no vectors."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.pooling import MAX_DIMENSIONS, PoolingInfo, PoolingParams, PoolingTask
+from cluster.api.ports import EngineRefused
+from cluster.api.types import FinishReason, TokenOutput
+from cluster.worker.engine.golden_vectors import floats
+from cluster.worker.engine.vllm.pooling import (
+    NO_VECTOR,
+    NOT_FINITE,
+    STEPS_AHEAD,
+    check_pooling,
+    kv_blocks,
+    pooling_bounds,
+    set_vector,
+)
+
+pytestmark = pytest.mark.engine
+
+
+def config(**changes: Any) -> Any:
+    """Return what pooling_bounds reads of vLLM's configuration."""
+    hf = SimpleNamespace(num_labels=changes.pop("num_labels", 2), type_vocab_size=0)
+    fields = {
+        "runner_type": "pooling",
+        "hf_config": hf,
+        "embedding_size": 8,
+        "is_matryoshka": False,
+        "matryoshka_dimensions": None,
+    }
+    return SimpleNamespace(model_config=SimpleNamespace(**(fields | changes)))
+
+
+def test_a_generating_model_has_no_bounds() -> None:
+    """A model that generates is no pooling model, whatever its other fields say."""
+    assert pooling_bounds(config(runner_type="generate"), ("embed",), "m") is None
+
+
+@pytest.mark.parametrize(
+    ("tasks", "labels", "says"),
+    [
+        (("token_embed",), 2, "computes token_embed;"),
+        (("classify",), 3, "computes classify for 3 classes"),
+        ((), 2, "computes nothing"),
+    ],
+)
+def test_a_model_without_a_served_task_is_refused(tasks: tuple[str, ...], labels: int, says: str) -> None:
+    """A pooling model that has neither vectors of texts nor scores does not start; the error names entry and remedy."""
+    with pytest.raises(ValueError, match=r"models\[m\]") as error:
+        pooling_bounds(config(num_labels=labels), tasks, "m")
+    assert says in str(error.value)
+    assert "choose another model" in str(error.value).lower()
+
+
+@pytest.mark.parametrize("size", [0, MAX_DIMENSIONS + 1])
+def test_vectors_of_impossible_lengths_are_refused(size: int) -> None:
+    """A model whose vectors a gateway would refuse does not start."""
+    with pytest.raises(ValueError, match=f"have {size} numbers"):
+        pooling_bounds(config(embedding_size=size), ("embed",), "m")
+
+
+def test_declared_lengths() -> None:
+    """Shorter lengths come from the model's configuration, sorted and within the vector. A classifier has one label."""
+
+    def info(tasks: tuple[str, ...], **changes: Any) -> PoolingInfo:
+        bounds = pooling_bounds(config(**changes), tasks, "m")
+        assert bounds is not None
+        return bounds.info
+
+    embed = (PoolingTask.EMBED,)
+    assert info(("embed", "token_embed")) == PoolingInfo(embed, 8)
+    declared = {"is_matryoshka": True, "matryoshka_dimensions": [8, 4, 2, 0, 16, 4]}
+    assert info(("embed",), **declared) == PoolingInfo(embed, 8, (2, 4))
+    assert info(("embed",), is_matryoshka=True) == PoolingInfo(embed, 8, any_shorter=True)
+    assert info(("classify",), num_labels=1) == PoolingInfo((PoolingTask.SCORE,), 1)
+    assert info(("embed", "classify"), num_labels=3) == PoolingInfo(embed, 8)
+
+
+@given(st.integers(0, 9), st.integers(1, 256), st.integers(1, 9999), st.integers(1, 9999))
+def test_credit_suffices_for_a_text_and_a_step(blocks: int, block_size: int, step: int, longest: int) -> None:
+    """Whatever vLLM reports, the longest text fits into the capacity. Without a KV cache, STEPS_AHEAD steps do."""
+    stated = kv_blocks(blocks, block_size, step, longest) * block_size
+    assert stated >= longest
+    if blocks < 2:
+        assert STEPS_AHEAD * max(step, longest) <= stated < STEPS_AHEAD * max(step, longest) + block_size
+    elif blocks * block_size >= longest:
+        assert stated == blocks * block_size
+
+
+@given(st.integers(-3, 12), st.sets(st.integers(1, 7)), st.booleans())
+def test_lengths_are_refused_exactly_outside_the_declared_ones(
+    length: int, shorter: set[int], any_shorter: bool
+) -> None:
+    """A length of a vector is allowed if the model declares it, or every length, or if it is the model's own."""
+    info = PoolingInfo((PoolingTask.EMBED,), 8, tuple(sorted(shorter)), any_shorter)
+    params = PoolingParams(PoolingTask.EMBED, length)
+    if length == 8 or length in shorter or (any_shorter and 1 <= length <= 8):
+        check_pooling(params, 1, info)
+    else:
+        with pytest.raises(EngineRefused, match=r"dimensions: .*\b8\b") as refused:
+            check_pooling(params, 1, info)
+        assert refused.value.field == "dimensions"
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_an_error(wrong: float) -> None:
+    """A vector with NaN or an infinite number is never an answer: the request ends in an error."""
+    import torch
+
+    output = TokenOutput("r", (), FinishReason.STOP)
+    set_vector(output, torch.tensor([0.5, wrong]))
+    assert (output.finish, output.vector, output.message) == (FinishReason.ERROR, None, NOT_FINITE)
+
+
+def test_a_missing_vector_is_an_error() -> None:
+    """A request that ends without numbers ends in an error, and half-precision numbers become float32."""
+    import torch
+
+    for missing in (None, torch.empty(0)):
+        output = TokenOutput("r", (), FinishReason.STOP)
+        set_vector(output, missing)
+        assert (output.finish, output.vector, output.message) == (FinishReason.ERROR, None, NO_VECTOR)
+    output = TokenOutput("r", (), FinishReason.STOP)
+    set_vector(output, torch.tensor([[0.5, -2.0]], dtype=torch.bfloat16))
+    assert output.vector is not None
+    assert list(floats(output.vector)) == [0.5, -2.0]
