@@ -192,8 +192,9 @@ class CallService:
             await self._guard_prompt(opening, cleanup)
         if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived
             raise suspended
-        call = opening.create_call(self._scheduler, self.authenticator, self.clock, self._new_life)
+        call = opening.create_call(self._scheduler, self.clock)
         self._hold_open(call, opening, cleanup)
+        await opening.create_sequences(self.authenticator, self._new_life)
         await self._reserve(call, opening, cleanup)
         self._settle_at_end(call, cleanup)
         await self._scheduler.enter_in_slices(call, opening.model)

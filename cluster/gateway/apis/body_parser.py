@@ -40,7 +40,7 @@ from cluster.gateway.apis.json_values import (
 from cluster.gateway.apis.openai import pooling_requests
 from cluster.gateway.apis.openai import requests as openai_requests
 from cluster.gateway.apis.openai.fields import Fields
-from cluster.gateway.apis.openai.vectors import embedding
+from cluster.gateway.apis.openai.vectors import embeddings
 from cluster.gateway.calls.pooling_request import ParsedPooling, packed
 from cluster.gateway.calls.request import (
     MAX_MESSAGES,
@@ -133,7 +133,7 @@ class BodyReader:
         """Return the JSON of `count` vectors of equal length, whose bytes are `data`."""
         size = len(data) // count
         view = memoryview(data)
-        return PickleBuffer(b",".join(embedding(i, view[i * size : (i + 1) * size]) for i in range(count)))
+        return PickleBuffer(b",".join(embeddings([view[i * size : (i + 1) * size] for i in range(count)])))
 
     def message(self, data: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> Any:
         """Parse a request of the gRPC API. Raises CallError, also for a request of more than `max_ids` token ids."""

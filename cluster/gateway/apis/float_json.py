@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 
 FEWEST_DIGITS, MOST_DIGITS = 6, 9
@@ -25,12 +24,6 @@ _EXACT_POWER: Final = 22
 LEAST_EXPONENT, MOST_EXPONENT = MOST_DIGITS - 1 - _EXACT_POWER, _EXACT_POWER + FEWEST_DIGITS - 1
 """Decimal exponents of the values for which an exact power of ten moves each number of digits before the point."""
 _POWERS: Final = 10.0 ** np.arange(_EXACT_POWER + 1)
-_encode = msgspec.json.Encoder().encode
-
-
-def json_floats(values: bytes | memoryview) -> bytes:
-    """Return little-endian float32 values as a JSON array. All values must be finite."""
-    return bytes(_encode(short_floats(values)))
 
 
 def short_floats(values: bytes | memoryview | np.ndarray[Any, Any]) -> list[float]:

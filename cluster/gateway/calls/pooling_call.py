@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from cluster.api.pooling import PoolingTask
-from cluster.api.types import TokenOutput
+from cluster.api.types import TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.calls.pooled_sequence import PooledSequence
 from cluster.gateway.calls.pooling_request import PoolingInputs
+from cluster.policy.routing.version_split import Versions
 
 
 @dataclass(eq=False, slots=True)
@@ -26,11 +27,19 @@ class PoolingCall(Call):
         """Return the path of an input in the caller's body."""
         return self.inputs.path(index)
 
-    def begin_inputs(self, sequences: Sequence[PooledSequence[PoolingCall]]) -> None:
-        """Set the sequences, one for each input in order."""
-        own: Sequence[Any] = sequences
-        self.sequences.extend(own)
-        self.usage.prompt_tokens = sum(len(sequence.request.prompt_token_ids) for sequence in sequences)
+    def add_inputs(self, sequences: Iterable[PooledSequence[PoolingCall]]) -> None:
+        """Add the sequences of the next inputs."""
+        for sequence in sequences:
+            own: Any = sequence
+            self.sequences.append(own)
+            self.usage.prompt_tokens += len(sequence.request.prompt_token_ids)
+
+    def submitted(self, sequence: CallSequence, identity: WorkerIdentity, now: float) -> None:
+        """See Call. The other sequences use the version of the first one in any case, since the vectors of two versions
+        cannot be compared."""
+        Call.submitted(self, sequence, identity, now)
+        if identity.version:
+            self.versions = Versions(identity.version, frozenset((identity.version,)))
 
     def began(self, sequence: CallSequence, output: TokenOutput) -> None:
         """Handle the first output that a worker sends for a sequence."""

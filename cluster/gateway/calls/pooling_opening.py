@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 SAMPLING: Final = Sampling(max_tokens=1, temperature=0.0)
 """Sampling parameters of pooling requests, which no pooling worker reads. A worker of an older release, which does not
 know pooling, generates one token at most."""
+SLICE: Final = 128
+"""Number of sequences that are created at once, which takes about 2 ms."""
 SHOWN_LENGTHS: Final = 32
 """Number of allowed lengths of vectors that an error names."""
 
@@ -176,10 +179,8 @@ class PoolingOpening:
             self.inputs = guarded
             await self._encode()
 
-    def create_call(
-        self, scheduler: Scheduler, authenticator: Authenticator, clock: Callable[[], float], life: Callable[[], Life]
-    ) -> PoolingCall:
-        """Create the call and its sequences, without queueing them. `life` returns the life of a new sequence."""
+    def create_call(self, scheduler: Scheduler, clock: Callable[[], float]) -> PoolingCall:
+        """Create the call without its sequences."""
         request, meta = self.request, self.meta
         policy = policy_of(meta, request.priority_class, scheduler)
         kind = "embd" if not isinstance(request.inputs, PairInputs) else "score"
@@ -202,24 +203,31 @@ class PoolingOpening:
             task=self.task,
         )
         call.affinity = affinity(request.affinity_key, meta, call.flow)
+        self.call = call
+        return call
+
+    async def create_sequences(self, authenticator: Authenticator, life: Callable[[], Life]) -> None:
+        """Create the sequences of the call, one for each input, in slices between which other tasks run. `life` returns
+        the life of a new sequence."""
+        call, request = self.call, self.request
+        assert call is not None
         first = EngineRequest(
             "",
             self.ids[0],
             SAMPLING,
-            cache_salt=authenticator.cache_salt(meta.principal, request.cache_salt),
+            cache_salt=authenticator.cache_salt(self.meta.principal, request.cache_salt),
             priority=call.rank,
-            traceparent=meta.traceparent,
+            traceparent=self.meta.traceparent,
             pooling=PoolingParams(self.task, self._shorter_dimensions()),
         )
         check_size(first)
-        call.begin_inputs(
-            [
+        for at in range(0, len(self.ids), SLICE):
+            if at:
+                await asyncio.sleep(0)
+            call.add_inputs(
                 PooledSequence(call, i, self._engine_request(first, i), NO_TEXT, life=life())
-                for i in range(len(self.ids))
-            ]
-        )
-        self.call = call
-        return call
+                for i in range(at, min(at + SLICE, len(self.ids)))
+            )
 
     def _shorter_dimensions(self) -> int | None:
         """Return the length of vectors that the engine is asked for; None for the model's own, which a model without

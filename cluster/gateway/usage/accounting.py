@@ -51,6 +51,8 @@ GRACE_S = 10.0
 """Longest wait, in seconds, of an ended call for the engine's counts. In this time a worker can reconnect a broken
 link."""
 SWEEP_S = 0.5
+SLICE = 64
+"""Number of records of one call that are written at once, which takes about 3 ms."""
 LAST_COUNTS_S = 1.0
 
 
@@ -169,6 +171,7 @@ class Accounting:
         self._by_sequence: dict[str, CallAccount] = {}
         self._calls: dict[bytes, CallAccount] = {}
         self._late: deque[tuple[float, CallAccount]] = deque()
+        self._finishing: set[asyncio.Task[None]] = set()
         self._news = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
         self._delivery = RecordDelivery(folder, insert)
@@ -195,6 +198,7 @@ class Accounting:
     async def stop(self) -> None:
         """Stop accounting, after all calls have ended. Waits up to LAST_COUNTS_S for the engines' counts, writes the
         records, and moves as many records as possible into the database."""
+        await asyncio.gather(*self._finishing)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_COUNTS_S):
                 await self._all_reported()
@@ -282,8 +286,9 @@ class Accounting:
 
     def ended(self, call: Call, outcome: Outcome) -> None:
         """Close the account of each submitted sequence of an ended call. The record is written now, or later if the
-        engine's counts are still missing. Idempotent."""
+        engine's counts are still missing. The records of many sequences are written in slices. Idempotent."""
         now, pays = self._clock(), call.pays_prompt
+        ended: list[CallAccount] = []
         for sequence in call.sequences:
             account = self._by_sequence.pop(sequence.key, None)
             if account is None:
@@ -293,6 +298,23 @@ class Accounting:
                 prompt_tokens = len(sequence.request.prompt_token_ids) if pays else 0
                 account.record, pays = replace(account.record, prompt_tokens=prompt_tokens), False
             account.end(sequence, outcome, now)
+            ended.append(account)
+        self._finish(ended[:SLICE], now)
+        if len(ended) > SLICE:
+            task = asyncio.create_task(self._finish_in_slices(ended[SLICE:], now))
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
+
+    async def _finish_in_slices(self, ended: Sequence[CallAccount], now: float) -> None:
+        for at in range(0, len(ended), SLICE):
+            await asyncio.sleep(0)
+            self._finish(ended[at : at + SLICE], now)
+
+    def _finish(self, ended: Sequence[CallAccount], now: float) -> None:
+        """Close accounts of sequences that ended at `now`, or wait for the engine's counts."""
+        for account in ended:
+            if account.written:
+                continue
             if account.complete:
                 self._close(account)
             else:

@@ -10,8 +10,10 @@ from anthropic.types.message_count_tokens_params import MessageCountTokensParams
 from anthropic.types.message_create_params import MessageCreateParamsStreaming
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as CompletionParams
+from openai.types.embedding_create_params import EmbeddingCreateParams as EmbeddingParams
 
 from cluster.gateway.apis.anthropic.requests import COUNT_FIELDS, MESSAGES_FIELDS
+from cluster.gateway.apis.openai.pooling_requests import EMBEDDINGS_FIELDS
 from cluster.gateway.apis.openai.requests import CHAT_FIELDS, COMPLETION_FIELDS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "api.md"
@@ -28,6 +30,7 @@ def ignored(path: str) -> set[str]:
     ("path", "fields", "client"),
     [("/v1/chat/completions", CHAT_FIELDS, ChatParams),
      ("/v1/completions", COMPLETION_FIELDS, CompletionParams),
+     ("/v1/embeddings", EMBEDDINGS_FIELDS, EmbeddingParams),
      ("/v1/messages", MESSAGES_FIELDS, MessageCreateParamsStreaming),
      ("/v1/messages/count_tokens", COUNT_FIELDS, MessageCountTokensParams)],
 )  # fmt: skip

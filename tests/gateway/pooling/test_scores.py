@@ -75,8 +75,6 @@ async def test_pairs_are_one_to_many_or_in_step(pooling: TestCluster) -> None:
     for first, second in (("data_1", "data_2"), ("queries", "documents"), ("queries", "items")):
         reply = await fetch(pooling, "/v1/score", {"model": "score", first: QUERY, second: DOCUMENTS})
         assert [item["score"] for item in reply.json["data"]] == many
-    large = {"model": "score", "text_1": QUERY, "text_2": DOCUMENTS, "unknown": "x" * (2 << 20)}
-    assert [item["score"] for item in (await fetch(pooling, "/score", large)).json["data"]] == many
 
 
 async def test_an_embedding_model_compares_vectors(pooling: TestCluster) -> None:

@@ -17,8 +17,9 @@ from cluster.gateway.calls.pooling_call import PoolingCall
 
 SLICE_S: Final = 0.002
 """Seconds for which parts of an answer are made before other tasks of the event loop run."""
-HELPER_BYTES: Final = 1 << 18
-"""Size of vectors in bytes from which a helper process writes their JSON. Writing fewer takes less than 30 ms."""
+HELPER_BYTES: Final = 4 << 20
+"""Size of vectors in bytes from which a helper process writes their JSON, since the event loop would work on it for
+more than a quarter of a second in all."""
 _escape = json.encoder.encode_basestring_ascii
 
 
@@ -26,7 +27,7 @@ async def embeddings_answer(
     call: PoolingCall, vectors: Sequence[bytes], created: int, is_base64: bool, bodies: Bodies
 ) -> list[bytes | bytearray]:
     """Return the parts of the answer of /v1/embeddings."""
-    from cluster.gateway.apis.openai.vectors import embedding  # not at the start: deferred_imports.py
+    from cluster.gateway.apis.openai.vectors import embeddings  # not at the start: deferred_imports.py
 
     items: list[bytes | bytearray] | None = None
     size = len(vectors[0])
@@ -34,7 +35,7 @@ async def embeddings_answer(
         written = await bodies.embeddings_json(vectors, call.tenant)
         items = None if written is None else [written]
     if items is None:
-        items = await _in_slices(embedding(i, vector, is_base64) for i, vector in enumerate(vectors))
+        items = await _in_slices(embeddings(vectors, is_base64))
     return [_head(call, created) + b'"data":[', *items, b'],"usage":' + _usage(call) + b"}"]
 
 

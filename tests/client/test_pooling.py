@@ -1,0 +1,47 @@
+"""Requests for embeddings and rankings from plain values, and typed answers."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from cluster.client.pooling import embed_answer, embed_request, rerank_answer, rerank_request
+from cluster.v1 import inference_pb2 as pb
+
+
+def test_texts_become_messages() -> None:
+    """One text, several texts and lists of token ids become the fields of a request; unset options stay unset."""
+    assert embed_request("m", "a", None, {}) == pb.EmbedRequest(model="m", texts=["a"])
+    assert embed_request("m", ["a", "b"], 3, {"truncate": True, "user": None}) == pb.EmbedRequest(
+        model="m", texts=["a", "b"], dimensions=3, truncate=True
+    )
+    wanted = pb.EmbedRequest(model="m", token_ids=[pb.TokenIds(ids=[1, 2]), pb.TokenIds(ids=[3])])
+    assert embed_request("m", [[1, 2], [3]], None, {}) == wanted
+    assert rerank_request("m", "q", ["a"], 1, False, {"metadata": {"k": "v"}}) == pb.RerankRequest(
+        model="m", query="q", documents=["a"], top_n=1, return_documents=False, metadata={"k": "v"}
+    )
+
+
+def test_wrong_values_are_named() -> None:
+    """Mixed inputs, one text as documents and unknown parameters are refused before anything is sent."""
+    with pytest.raises(TypeError, match=r"texts\[1\]"):
+        embed_request("m", ["a", [1]], None, {})  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="documents"):
+        rerank_request("m", "q", "a", None, False, {})
+    with pytest.raises(TypeError, match="unknown parameter 'temperature'"):
+        embed_request("m", "a", None, {"temperature": 1})
+
+
+def test_answers_are_sequences() -> None:
+    """An answer is a sequence of arrays, and a ranking yields its documents."""
+    raw = pb.EmbedResponse(id="i", model="m", embeddings=[pb.Embedding(index=0, values=[0.5, 1.5])])
+    answer = embed_answer(raw, "r")
+    assert (len(answer), answer[0], list(answer), answer.request_id) == (
+        1,
+        array("f", [0.5, 1.5]),
+        [array("f", [0.5, 1.5])],
+        "r",
+    )
+    ranking = rerank_answer(pb.RerankResponse(results=[pb.RankedDocument(index=2, score=0.5, document="d")]), "r")
+    assert [(one.index, one.score, one.document) for one in ranking] == [(2, 0.5, "d")]

@@ -1,0 +1,404 @@
+"""Pooling calls through queues, routing, links and accounts: lost workers, cancels, fairness, usage, limits, guards."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from cluster.api.pooling import PoolingTask
+from cluster.api.types import CatalogEntry, ModelState, TokenOutput, VersionShare
+from cluster.ledger.rows import UsageQuery
+from cluster.ledger.store import Ledger
+from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
+from cluster.worker.engine.simulated.engine import SimEngine
+from tests.gateway.apis.grpc.test_session import _reason as reason_of
+from tests.support.accounts import accounting_cluster, records, start_worker
+from tests.support.calls import chat, refused
+from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
+from tests.support.http import Wire, fetch
+from tests.support.keyed import Keyed, bearer, keyed_cluster
+from tests.support.pooling import EMBEDDER, Tampered, embedded, vectors_of
+
+pytestmark = pytest.mark.slow
+
+BATCH = [f"text {i}" for i in range(400)]
+SLOW: dict[str, Any] = {**EMBEDDER, "max_num_seqs": 4, "prefill_tokens_per_s": 2000}
+
+
+def embed(texts: list[str], **fields: Any) -> pb.EmbedRequest:
+    """Return a request for the model `sim`."""
+    return pb.EmbedRequest(model="sim", texts=texts, **fields)
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[TestCluster]:
+    """Provide a gateway without workers."""
+    async with running_cluster(tmp_path) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    """Provide a SQLite ledger with its tables."""
+    made = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    made.upgrade()
+    yield made
+    made.close()
+
+
+def sample(cluster: TestCluster, name: str, **labels: str) -> float:
+    """Return the value of a metric of the model `sim`."""
+    registry = cluster.gateway.metrics.registry
+    return registry.get_sample_value(f"headrace_{name}", {"headrace_cluster": "test", "model": "sim", **labels}) or 0.0
+
+
+# ---- lost workers
+
+
+async def test_a_lost_worker_is_not_seen_by_the_caller(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A batch whose worker is lost half-way has the vectors of an undisturbed one: the rest is computed from scratch on
+    another worker."""
+    doomed = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle)
+    call = asyncio.ensure_future(cluster.stub.Embed(embed(BATCH)))
+    await until(lambda: doomed.engine.load().steps > 5, "the worker has computed some inputs")
+    second = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle)
+    assert isinstance(doomed.engine, SimEngine)
+    doomed.engine.kill()
+    answer = await asyncio.wait_for(call, 60)
+    assert doomed.task.done()
+    await second.stop()
+    calm = await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
+    assert np.array_equal(vectors_of([one.values for one in answer.embeddings]), await embedded(cluster, BATCH, "sim"))
+    assert calm.engine.load().steps > 0
+    await cluster.until_idle()
+
+
+async def test_a_draining_worker_keeps_the_call(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """While a worker drains, the rest of a batch goes to another one."""
+    leaving = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle)
+    call = asyncio.ensure_future(cluster.stub.Embed(embed(BATCH[:200])))
+    await until(lambda: leaving.engine.load().steps > 2, "the worker has computed some inputs")
+    await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
+    await leaving.end.drain(0.1)
+    assert len((await asyncio.wait_for(call, 60)).embeddings) == 200
+    await cluster.until_idle()
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, None, "short", "error"])
+async def test_an_unsound_vector_is_computed_elsewhere(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, broken: Any
+) -> None:
+    """A vector that is missing, has the wrong length or has numbers that are not finite is never returned: another
+    worker computes it, and without one the call fails."""
+
+    def change(output: TokenOutput) -> None:
+        if isinstance(broken, float):
+            values = np.frombuffer(output.vector or b"", "<f4").copy()
+            values[1] = broken
+            output.vector = values.tobytes()
+        elif broken == "short":
+            output.vector = (output.vector or b"")[:-4]
+        elif broken is None:
+            output.vector = None
+
+    engine = sim_engine(checkpoint, **EMBEDDER)
+    await cluster.add_worker(Tampered(engine, change), bundle)
+    if broken == "error":
+        engine.fail("step", "nan", 0)
+    request = embed(["a", "b"], dimensions=4)
+    assert (await refused(cluster.stub.Embed(request, timeout=5))).reason in ("INTERNAL", "DEADLINE_EXCEEDED")
+    await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
+    for _ in range(4):
+        answer = await cluster.stub.Embed(request)
+        assert np.isfinite(vectors_of([one.values for one in answer.embeddings])).all()
+    await cluster.until_idle()
+
+
+async def test_a_worker_that_generates_is_told_apart(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A worker of an older release ignores what it does not know and generates a token: the call fails with a remedy
+    and is never answered with it."""
+    pooling = await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
+
+    def change(output: TokenOutput) -> None:
+        output.vector, output.token_ids = None, (5,)
+
+    await pooling.stop()
+    await cluster.add_worker(Tampered(sim_engine(checkpoint, **EMBEDDER), change), bundle)
+    answer = await refused(cluster.stub.Embed(embed(["a"])))
+    assert (answer.reason, "choose a model" in answer.message) == ("UNSUPPORTED_FEATURE", True)
+    await cluster.until_idle()
+
+
+# ---- ends
+
+
+async def test_a_cancelled_batch_leaves_nothing(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A batch that is cancelled, whose client disconnects or whose deadline passes leaves the queues, the links and the
+    engine."""
+    worker = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle)
+    for kind in ("grpc", "http", "deadline", "session"):
+        before = worker.engine.load().steps
+        wire = await Wire.open(cluster)
+        session = cluster.stub.Session()
+        call: Any = None
+        if kind == "http":
+            wire.ask("/v1/embeddings", {"model": "sim", "input": BATCH})
+        elif kind == "session":
+            await session.write(pb.SessionRequest(start=pb.SessionStart(call_id=1, embed=embed(BATCH))))
+        else:
+            call = cluster.stub.Embed(embed(BATCH), timeout=None if kind == "grpc" else 0.4)
+        await until(lambda before=before: worker.engine.load().steps > before + 2, f"{kind}: some inputs are computed")
+        if kind == "grpc":
+            call.cancel()
+        elif kind == "session":
+            await session.write(pb.SessionRequest(cancel=pb.SessionCancel(call_id=1)))
+        elif kind == "deadline":
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await call
+            assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await wire.close()
+        await cluster.until_idle()
+        assert cluster.gateway.service.statistics() == {}
+        session.cancel()
+
+
+async def test_a_session_answers_with_one_event(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """In a session, a call has one event with its answer and usage, beside other calls, or a status."""
+    await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
+    session = cluster.stub.Session()
+    rerank = pb.RerankRequest(model="sim", query="q", documents=["a", "b"], return_documents=True)
+    starts = [
+        pb.SessionStart(call_id=1, embed=embed(BATCH[:3])),
+        pb.SessionStart(call_id=2, rerank=rerank),
+        pb.SessionStart(call_id=3, embed=embed([])),
+        pb.SessionStart(call_id=4, chat=chat()),
+        pb.SessionStart(call_id=5, embed=embed([]), deadline_ms=1000),
+    ]
+    first, *more = (pb.SessionRequest(start=start) for start in starts)
+    first.more.extend(more)
+    await session.write(first)
+    events: dict[int, pb.SessionEvent] = {}
+    while len(events) < len(starts):
+        for event in (await asyncio.wait_for(read(session), 10)).events:
+            assert event.call_id not in events
+            events[event.call_id] = event
+    assert np.array_equal(
+        vectors_of([one.values for one in events[1].embed.embeddings]), await embedded(cluster, BATCH[:3], "sim")
+    )
+    assert events[1].embed.usage.prompt_tokens > 0
+    assert {result.document for result in events[2].rerank.results} == {"a", "b"}
+    assert reason_of(events[3].status) == reason_of(events[5].status) == "INVALID_FIELD"
+    assert reason_of(events[4].status) == "UNSUPPORTED_FEATURE"
+    await session.done_writing()
+    assert await asyncio.wait_for(read(session), 10) is None
+    await cluster.until_idle()
+
+
+# ---- tenants
+
+
+@pytest.fixture
+async def keyed(tmp_path: Path) -> AsyncIterator[Keyed]:
+    """Provide a gateway with keys and without workers."""
+    async with keyed_cluster(tmp_path) as keyed:
+        yield keyed
+
+
+async def test_a_batch_does_not_starve_another_tenant(keyed: Keyed, checkpoint: Path, bundle: Bundle) -> None:
+    """While a batch of 2,048 inputs waits and runs, the calls of another tenant take their turns: ten of them are
+    answered when little of the batch is."""
+    worker = await keyed.cluster.add_worker(sim_engine(checkpoint, **{**SLOW, "max_num_seqs": 8}), bundle)
+    crowd, small = await keyed.key("crowd"), await keyed.key("small")
+    ids = [[1 + i % 50, 2] for i in range(2048)]
+    batch = asyncio.ensure_future(keyed.fetch("/v1/embeddings", {"model": "sim", "input": ids}, key=crowd))
+    await until(lambda: batch.done() or worker.engine.load().steps > 3, "the batch runs")
+    for _ in range(10):
+        await keyed.cluster.stub.Embed(embed(["a", "b"]), metadata=bearer(small))
+    waiting = keyed.gateway.scheduler.queues.waiting("sim")[0]
+    assert waiting > 1500, "most of the batch still waits"
+    assert not batch.done()
+    batch.cancel()
+    await asyncio.gather(batch, return_exceptions=True)
+    await keyed.cluster.until_idle()
+
+
+async def test_limits_count_the_tokens_of_all_inputs(keyed: Keyed, checkpoint: Path, bundle: Bundle) -> None:
+    """A call takes the tokens of all its inputs from the limit per minute, and a call with more than the limit is
+    refused before it runs."""
+    await keyed.cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
+    key = await keyed.key("some", limits={"tokens_per_minute": 200})
+    body = {"model": "sim", "input": [[1] * 20] * 4}
+    reply = await keyed.fetch("/v1/embeddings", body, key=key)
+    assert (reply.status, reply.headers["x-ratelimit-remaining-tokens"]) == (200, "120")
+    reply = await keyed.fetch("/v1/embeddings", {**body, "input": [[1] * 20] * 7}, key=key)
+    assert (reply.status, reply.error["code"]) == (429, "rate_limited")
+    reply = await keyed.fetch("/v1/embeddings", {**body, "input": [[1] * 20]}, key=key)
+    assert int(reply.headers["x-ratelimit-remaining-tokens"]) in range(95, 110)
+    await keyed.cluster.until_idle()
+
+
+async def test_guards_read_every_input(keyed: Keyed, checkpoint: Path, bundle: Bundle) -> None:
+    """A guard redacts a text before it is embedded, in every form of the input, or refuses the call; the prompt log has
+    the inputs."""
+    cluster = keyed.cluster
+    await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
+    rule = {"builtin": "patterns", "on": "input", "action": "redact", "patterns": {"name": "Adalbert"}}
+    key = await keyed.key("guarded", guards=[rule], log_prompts=True)
+    free = await keyed.key("free")
+    texts = ["who is Adalbert", "nobody"]
+    wanted = ["who is [redacted: name]", "nobody"]
+
+    async def vectors(inputs: Any, key: str) -> Any:
+        reply = await keyed.fetch("/v1/embeddings", {"model": "sim", "input": inputs}, key=key)
+        assert reply.status == 200, reply.body
+        return vectors_of([item["embedding"] for item in reply.json["data"]])
+
+    assert np.array_equal(await vectors(texts, key), await vectors(wanted, free))
+    ids = (await cluster.stub.Tokenize(pb.TokenizeRequest(model="sim", text=texts[0]), metadata=bearer(key))).token_ids
+    assert not np.array_equal(await vectors([list(ids)], key), await vectors([list(ids)], free))
+    many = [f"{i} Adalbert" for i in range(300)]
+    redacted = [text.replace("Adalbert", "[redacted: name]") for text in many]
+    assert np.array_equal(await vectors(many, key), await vectors(redacted, free))
+    pairs = {"model": "sim", "query": "Adalbert", "documents": ["x", "an Adalbert"]}
+    ours = (await keyed.fetch("/rerank", pairs, key=key)).json["results"]
+    theirs = {"model": "sim", "query": "[redacted: name]", "documents": ["x", "an [redacted: name]"]}
+    other = (await keyed.fetch("/rerank", theirs, key=free)).json["results"]
+    assert [(r["index"], r["relevance_score"]) for r in ours] == [(r["index"], r["relevance_score"]) for r in other]
+    await asyncio.to_thread(
+        keyed.ledger.tenants.update, "guarded", {"guards": [{**rule, "action": "refuse"}], "log_prompts": True}
+    )
+    await keyed.until_known("guarded", key)
+    reply = await keyed.fetch("/v1/embeddings", {"model": "sim", "input": texts}, key=key)
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (403, "guard_refused", "input")
+    folder = keyed.file.parent / "gateway" / "prompts" / "guarded"
+    await until(lambda: any("[redacted: name]" in f.read_text() for f in folder.glob("*.jsonl")), "prompts are logged")
+    await cluster.until_idle()
+
+
+# ---- accounts and metrics
+
+
+async def test_usage_has_the_tokens_of_every_input(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
+) -> None:
+    """A call has one record for each input, with the input's tokens and no output, and counts as one request, also with
+    more inputs than a call has outputs otherwise."""
+    async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
+        worker = await start_worker(
+            sim_engine(checkpoint, **EMBEDDER), bundle, [cluster.gateway.endpoints["link"]], gpus=1.0
+        )
+        await until(lambda: any(link.free.sequences for link in cluster.gateway.hub.links), "a worker is linked")
+        count = 1100
+        ids = [pb.TokenIds(ids=[7] * (1 + i % 3)) for i in range(count)]
+        answer = await cluster.stub.Embed(pb.EmbedRequest(model="sim", token_ids=ids, metadata={"team": "x"}))
+        accounting = cluster.gateway.accounting
+        assert accounting is not None
+        await until(lambda: accounting.open_accounts == 0, "every account is closed")
+        await until(lambda: accounting.statistics().pending == 0, "every record is in the database")
+        found = records(ledger)
+        assert sorted((one.segment, one.prompt_tokens) for one in found) == [(i, 1 + i % 3) for i in range(count)]
+        assert sum(one.prompt_tokens for one in found) == answer.usage.prompt_tokens
+        assert {(one.outcome, one.completion_tokens, one.generated_tokens, one.ttft_s) for one in found} == {
+            ("ok", 0, 0, None)
+        }
+        assert sum(one.gpu_seconds for one in found) > 0
+        assert {one.labels["team"] for one in found} == {"x"}
+        (row,) = ledger.usage.query(UsageQuery(tenant="default"))
+        assert row["requests"] == 1
+        await worker.stop()
+
+
+async def test_times_between_tokens_are_not_distorted(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Pooling calls count as requests with prompt tokens and times, and leave the histograms of first tokens and of
+    gaps, and the expected output of the tenant, as they are."""
+    await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
+    answer = await cluster.stub.Embed(embed(BATCH[:50]))
+    await cluster.until_idle()
+    await until(lambda: sample(cluster, "request_duration_seconds_count") == 1, "the call is counted")
+    assert sample(cluster, "queue_time_seconds_count") == 1
+    assert sample(cluster, "time_to_first_token_seconds_count") == 0
+    assert sample(cluster, "inter_token_latency_seconds_count") == 0
+    assert sample(cluster, "prompt_tokens_total", tenant="default") == answer.usage.prompt_tokens
+    assert sample(cluster, "generation_tokens_total", tenant="default") == 0
+    assert sample(cluster, "requests_total", tenant="default", api="grpc", outcome="ok") == 1
+    charges = cluster.gateway.scheduler.charges
+    assert charges.learnt.expected("default", "sim", 1000) == charges.learnt.expected("nobody", "sim", 1000)
+
+
+async def test_routing_is_explained(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A batch is spread over the workers, the calls with one affinity key prefer one worker, and the history of routes
+    has the call."""
+    workers = [await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle) for _ in range(3)]
+    meta = (("x-request-id", "mine"),)
+    await cluster.stub.Embed(embed(BATCH), metadata=meta)
+    assert all(worker.engine.load().steps for worker in workers)
+    (call,) = cluster.gateway.scheduler.routes.history.find("mine")
+    assert (call.outcome, len(call.routes) + call.omitted_routes) == ("ok", len(BATCH))
+    before = [worker.engine.load().steps for worker in workers]
+    for _ in range(5):
+        await cluster.stub.Embed(embed(["a"], affinity_key="k"))
+    moved = [worker.engine.load().steps - was for worker, was in zip(workers, before, strict=True)]
+    assert sorted(map(bool, moved)) == [False, False, True]
+
+
+# ---- models
+
+
+async def test_a_batch_keeps_its_version(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """All vectors of a call come from one version, even if its only worker is lost: then the call waits for another
+    worker of that version, since vectors of two versions cannot be compared."""
+    shares = (VersionShare("v1", 0.5), VersionShare("v2", 0.5))
+    entry = CatalogEntry("sim", state=ModelState.READY, versions=shares)
+    cluster.gateway.worker_events.apply_catalog([entry])
+    engines = {"v1": {**SLOW, "seed": 1}, "v2": {**SLOW, "seed": 2}}
+    for version, engine in engines.items():
+        await cluster.add_worker(sim_engine(checkpoint, **engine), bundle, version=version)
+    call = asyncio.ensure_future(cluster.stub.Embed(embed(BATCH)))
+    await until(lambda: any(w.engine.load().steps > 3 for w in cluster.workers), "the call runs")
+    (used,) = [w for w in cluster.workers if w.engine.load().steps]
+    await used.stop()
+    version = used.identity.version
+    await cluster.add_worker(sim_engine(checkpoint, **engines[version]), bundle, version=version)
+    found = vectors_of([one.values for one in (await asyncio.wait_for(call, 60)).embeddings])
+    assert sum(bool(w.engine.load().steps) for w in cluster.workers if not w.task.done()) == 1
+    for worker in cluster.workers:
+        if worker.identity.version != version:
+            await worker.stop()
+    assert np.array_equal(found, await embedded(cluster, BATCH, "sim"))
+
+
+async def test_a_fallback_has_the_same_task(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """While a model has no worker, the first of its fallbacks with the task takes its calls. Those without are
+    passed over."""
+    lost = CatalogEntry(
+        "lost", state=ModelState.READY, fallback=("sim", "spare"), engine_class="e", tasks=(PoolingTask.EMBED,)
+    )
+    cluster.gateway.worker_events.apply_catalog([lost, CatalogEntry("sim"), CatalogEntry("spare")])
+    await cluster.add_worker(sim_engine(checkpoint), bundle)
+    await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle, model="spare")
+    reply = await fetch(cluster, "/v1/embeddings", {"model": "lost", "input": "a"})
+    assert (reply.status, reply.headers["x-headrace-model"]) == (200, "spare")
+
+
+async def test_the_catalog_knows_the_tasks_before_a_worker(cluster: TestCluster, bundle: Bundle) -> None:
+    """Before its first worker, a model's tasks come from the catalog: the other kind of call is refused at once, and
+    the lists show the tasks. Without a catalog's word, a score waits for a worker to tell the task."""
+    entry = CatalogEntry("sim", state=ModelState.LOADING, engine_class="e", tasks=(PoolingTask.SCORE,))
+    cluster.gateway.worker_events.apply_catalog([entry, CatalogEntry("new", state=ModelState.LOADING)])
+    assert (await refused(cluster.stub.Chat(chat()))).reason == "UNSUPPORTED_FEATURE"
+    assert "no task embed" in (await refused(cluster.stub.Embed(embed(["a"])))).message
+    model = await cluster.stub.GetModel(pb.GetModelRequest(name="sim"))
+    assert list(model.capabilities) == ["pools:score"]
+    assert (await fetch(cluster, "/v1/models/sim")).json["tasks"] == ["score"]
+    assert (await fetch(cluster, "/v1/models/new")).json["tasks"] == []
+    rerank = pb.RerankRequest(model="new", query="q", documents=["a"])
+    assert (await refused(cluster.stub.Rerank(rerank))).reason == "MODEL_LOADING"

@@ -1,0 +1,167 @@
+"""Inputs of pooling requests: the same ids and token types as transformers, also where a text is cut."""
+
+from __future__ import annotations
+
+import pickle
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.calls.pooling_request import (
+    IdsInputs,
+    InputField,
+    PackedIds,
+    PackedTexts,
+    PairInputs,
+    TextInputs,
+    packed,
+)
+from cluster.gateway.text.input_encoder import EncodedInputs, InputEncoder, longest_first
+
+WORDS = ["cat", "dog", "sat", "over", "hill"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+PROCESSORS = {
+    "bert": processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2)),
+    "roberta": processors.RobertaProcessing(("[SEP]", 3), ("[CLS]", 2)),
+    "template": processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    ),
+    "none": None,
+}
+TEXTS = st.lists(st.sampled_from([*WORDS, "x", "unknown-thing", "é"]), min_size=1, max_size=14).map(" ".join)
+
+
+def tokenizer_of(processor: str) -> Tokenizer:
+    """Return a small WordPiece tokenizer with a post-processor."""
+    letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters, *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if PROCESSORS[processor] is not None:
+        tokenizer.post_processor = PROCESSORS[processor]
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def both() -> dict[tuple[str, str], tuple[Any, InputEncoder]]:
+    """Provide the tokenizers of transformers and the encoders, by post-processor and truncation side."""
+    from transformers import PreTrainedTokenizerFast
+
+    out = {}
+    for processor in PROCESSORS:
+        for side in ("right", "left"):
+            theirs = PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer_of(processor),
+                model_input_names=["input_ids", "token_type_ids"],
+                truncation_side=side,
+                pad_token="[PAD]",
+            )
+            out[processor, side] = theirs, InputEncoder(tokenizer_of(processor), {"truncation_side": side})
+    return out
+
+
+def texts(*values: str) -> TextInputs:
+    """Return single texts in the field `input`."""
+    return TextInputs(values, InputField("input"))
+
+
+def pairs(first: Sequence[str], second: Sequence[str]) -> PairInputs:
+    """Return pairs in the fields `query` and `documents`."""
+    return PairInputs(first, second, InputField("query", False), InputField("documents"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", PROCESSORS)
+@settings(max_examples=150)
+@given(first=TEXTS, second=TEXTS, keep=st.none() | st.integers(4, 30), side=st.sampled_from(["right", "left"]))
+def test_ids_are_those_of_transformers(
+    both: dict[tuple[str, str], tuple[Any, InputEncoder]],
+    processor: str,
+    first: str,
+    second: str,
+    keep: int | None,
+    side: str,
+) -> None:
+    """Single texts and pairs have the ids and the beginning of the second text as transformers', whole or cut on
+    either side."""
+    theirs, ours = both[processor, side]
+    cut = {} if keep is None else {"truncation": True, "max_length": keep}
+    assert list(ours.encode(texts(first, second), 0, keep).ids[1]) == theirs(second, **cut)["input_ids"]
+    wanted = theirs(first, second, **cut)
+    found = ours.encode(pairs([first], [second]), 0, keep)
+    assert list(found.ids[0]) == wanted["input_ids"]
+    if processor == "none":  # transformers adds a post-processor with types of its own
+        return
+    types = wanted["token_type_ids"]
+    assert found.second_text(0) == (types.index(1) if 1 in types else 0)
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 60))
+def test_the_longer_text_is_cut_first(first: int, second: int, room: int) -> None:
+    """What is kept fits, fills the room, and takes from the shorter text only what must be taken."""
+    kept = longest_first(first, second, room)
+    assert sum(kept) == min(first + second, room) or (min(first, second) > room and sum(kept) <= room)
+    assert kept[0] <= first
+    assert kept[1] <= second
+    if sum(kept) < first + second:
+        assert abs(kept[0] - kept[1]) <= 1 or min(first, second) in kept
+
+
+def test_an_input_is_named_in_errors() -> None:
+    """Inputs that are too long or give no tokens are named by their place in the caller's body."""
+    encoder = InputEncoder(tokenizer_of("none"), {})
+    with pytest.raises(CallError, match=r"input\[1\]: has 3 tokens, the model's context holds 2") as error:
+        encoder.encode(texts("cat", "cat cat cat"), 2)
+    assert error.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
+    with pytest.raises(CallError, match=r"input\[0\]: gives no tokens"):
+        encoder.encode(texts(""), 2)
+    with pytest.raises(CallError, match=r"documents\[1\]: has 4 tokens"):
+        encoder.encode(pairs(["cat"], ["dog", "dog dog dog"]), 3)
+    assert len(InputEncoder(tokenizer_of("bert"), {}).encode(texts(""), 2)) == 1
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_input_names": ["input_ids"]}, {"tokenizer_class": "DistilBertTokenizer"}], ids=["names", "class"]
+)
+def test_models_without_token_types_get_no_mark(config: dict[str, Any]) -> None:
+    """The beginning of the second text is not given for a model that reads no token types."""
+    assert InputEncoder(tokenizer_of("bert"), config).encode(pairs(["cat"], ["dog"]), 0).second_text(0) == 0
+    assert InputEncoder(tokenizer_of("bert"), {}).encode(pairs(["cat"], ["dog"]), 0).second_text(0) == 3
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8), st.integers(0, 8))
+def test_packed_texts_are_the_texts(values: list[str], at: int) -> None:
+    """Packed texts are the same sequence, also after a pickle with buffers apart, in slices and joined."""
+    whole = PackedTexts.of(values)
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(whole, protocol=5, buffer_callback=buffers.append)
+    again = pickle.loads(data, buffers=[bytearray(buffer.raw()) for buffer in buffers])  # noqa: S301
+    for one in (whole, again, PackedTexts.of(values[:at]) + PackedTexts.of(values[at:])):
+        assert list(one) == values
+        assert one[at:] == values[at:]
+    if values:
+        assert whole[-1] == values[-1]
+
+
+@given(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=5), max_size=6))
+def test_packed_ids_are_the_ids(values: list[list[int]]) -> None:
+    """Packed lists of ids are the same lists, and the place of each id is known."""
+    whole = PackedIds.of(values)
+    encoded = EncodedInputs(whole, b"")
+    again = pickle.loads(pickle.dumps(encoded, protocol=5)).ids  # noqa: S301
+    assert [list(one) for one in whole] == [list(one) for one in again] == values
+    places = [(i, at) for i, one in enumerate(values) for at in range(len(one))]
+    assert [whole.place_of(at) for at in range(len(whole.ids))] == places
+
+
+def test_a_number_that_is_no_id_is_named() -> None:
+    """A number that does not fit is named by its place when ids are packed."""
+    with pytest.raises(CallError, match=r"input\[1\]\[2\]: must be a token id of the vocabulary, got -7"):
+        packed(IdsInputs([[1], [1, 2, -7]], InputField("input")))
