@@ -106,6 +106,7 @@ async def test_adapters_are_models_of_their_own(bed: Bed) -> None:
     assert (await bed.cluster.stub.GetModel(pb.GetModelRequest(name="alias:b"))).name == "sim:b"
     cards = {card["id"]: card for card in (await fetch(bed.cluster, "/v1/models")).json["data"]}
     assert (cards["sim:a"]["parent"], cards["sim:a"]["state"]) == ("sim", "READY")
+    assert (await fetch(bed.cluster, "/v1/models/alias:b")).json["id"] == "sim:b"
     infos = await fetch(bed.cluster, "/v1/models", **{"anthropic-version": "2023-06-01"})
     assert [info["id"] for info in infos.json["data"]] == ["sim", "sim:a", "sim:b"]
     answer = await refused(bed.cluster.stub.Chat(chat(model="sim:none")))

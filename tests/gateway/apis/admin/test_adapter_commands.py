@@ -95,6 +95,7 @@ async def test_an_adapter_is_loaded_listed_and_unloaded(site: Site) -> None:
     assert (loaded["digest"], loaded["tenants"], loaded["pinned"]) == (digest_of("/a"), ["default"], True)
     assert (await site.cluster.stub.Chat(chat(model="sim:a"), timeout=20)).model == "sim:a"
     done = await site.adapters("list", "default")
+    assert done.returncode == 0, done.stderr
     rows = [line.split()[:4] for line in done.stdout.splitlines()]
     assert rows[1:] == [["sim", "a", "READY", "2"], ["sim", "own", "READY", "2"]]
     done = await site.adapters("unload", "sim", "a", "--reason", "no longer used")
