@@ -60,7 +60,8 @@ class Outcome(enum.StrEnum):
     GUARD_REFUSED = "guard_refused"
     """A guard of the tenant refused the text. Change the text; the error names the guard."""
     ADAPTER_INVALID = "adapter_invalid"
-    """The worker's engine has not loaded the adapter. Leave the adapter out."""
+    """No worker of the model could load the adapter. Leave the adapter out, or follow the error message, which has the
+    reasons."""
     UNSUPPORTED_FEATURE = "unsupported_feature"
     """The model or the gateway does not support a part of the request. Follow the error message, which names the
     part."""

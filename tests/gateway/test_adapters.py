@@ -80,6 +80,22 @@ def test_aliases_of_a_tenant_name_adapters_too(tmp_path: Path) -> None:
     assert {directory.target(name, who).name for name in ("support", "mine:shared")} == {"m:shared"}
 
 
+async def test_a_fallback_needs_the_adapter_too(tmp_path: Path) -> None:
+    """A call for an adapter falls back only to a model that has a ready adapter of the same name for the caller."""
+    directory = directory_with(tmp_path, SHARED, PRIVATE)
+    entries = [CatalogEntry("n", fallback=("m",)), CatalogEntry("m", adapters=(SHARED, PRIVATE))]
+    directory.apply_catalog(entries, 8)
+    (link,) = linked(directory, "one")
+    model, who = directory.resolve("n"), caller("rival", "*")
+    report(link, AdapterStatus("private", A, AdapterState.READY))
+    assert directory.fallback_of(model, who) is not None
+    assert directory.fallback_of(model, who, "shared") is None, "it is not ready"
+    assert directory.fallback_of(model, who, "private") is None, "it is another tenant's"
+    assert directory.fallback_of(model, caller("acme", "*"), "private") is not None
+    report(link, AdapterStatus("shared", A, AdapterState.READY))
+    assert directory.fallback_of(model, who, "shared") is not None
+
+
 def report(link: WorkerLink, *statuses: AdapterStatus) -> None:
     """Have a worker report its adapters."""
     link.apply(pb.WorkerTurn(adapters=adapter_report_to_pb(statuses)))

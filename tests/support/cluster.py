@@ -20,6 +20,7 @@ from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.wire.tls import TlsFiles
+from cluster.worker.adapters import AdapterFiles
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.parsing.model_parser import with_parsers
 from cluster.worker.parsing.output_parser import OutputParser
@@ -99,8 +100,10 @@ class TestCluster:
         host: str = "",
         parser: OutputParsers | None = None,
         renderer: PromptRenderer | None = None,
+        adapter_files: AdapterFiles | None = None,
     ) -> Worker:
-        """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs."""
+        """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs.
+        `adapter_files`: the adapters on the worker's node, for a simulated engine that takes adapters."""
         number = next(_numbers)
         if info is None:
             info = await engine.start()
@@ -128,6 +131,8 @@ class TestCluster:
             parser=parser,
             kv_events=engine if isinstance(engine, SimEngine) else None,
             renderer=renderer,
+            adapter_engine=engine if isinstance(engine, SimEngine) and adapter_files is not None else None,
+            adapter_files=adapter_files,
         )
         worker = Worker(identity, engine, info, end, asyncio.create_task(_run(end)))
         self.workers.append(worker)

@@ -199,7 +199,7 @@ class OutputSequence(RoutedSequence[Owner]):
     def refused(self, reason: str, message: str, field: str) -> None:
         """Handle a refusal by the engine. If the engine had no room, or no longer has the adapter, the sequence is
         queued again. Otherwise the request is invalid and the call fails."""
-        self.link = None
+        link, self.link = self.link, None
         self.life.submission_refused(len(self.emitted))
         self.call.events.submission_refused(self)
         if reason == "NO_ROOM" and self.hedge is not None:
@@ -211,6 +211,8 @@ class OutputSequence(RoutedSequence[Owner]):
             self.life.excluded |= {self.life.last_worker}
             self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
         elif reason == Outcome.ADAPTER_INVALID.name and self.request.adapter:  # it has dropped the adapter just now
+            if link is not None:
+                link.lose_adapter(self.request.adapter)
             self._retry_or_fail(Outcome.ADAPTER_INVALID, "error", message)
         else:
             self.call.fail(refusal_of(reason, message, field))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
-from cluster.api.adapters import ADAPTERS, AdapterSpec, AdapterStatus
+from cluster.api.adapters import ADAPTERS, AdapterSpec, AdapterState, AdapterStatus
 from cluster.api.demand import ComputedWork
 from cluster.api.pooling import pooling_tasks
 from cluster.api.types import (
@@ -273,6 +274,23 @@ class WorkerLink:
             self._adapters_sent = adapters
             self.box.adapters(adapter_set_to_pb(AdapterSet(revision, adapters)))
 
+    def lose_adapter(self, digest: str) -> None:
+        """Send no call for an adapter there before the worker's next report, because the worker has refused one."""
+        self._set_adapters(
+            replace(status, state=AdapterState.LOADING) if status.digest == digest else status
+            for status in self.adapters.values()
+        )
+
+    def _set_adapters(self, statuses: Iterable[AdapterStatus]) -> bool:
+        """Set the states of the worker's adapters. Returns whether more has changed than which are in a slot."""
+        before = {name: (status.digest, status.state) for name, status in self.adapters.items()}
+        self.adapters = {status.name: status for status in statuses}
+        self.mark_changed()
+        if {name: (status.digest, status.state) for name, status in self.adapters.items()} == before:
+            return False
+        self._listener.adapters_changed(self)
+        return True
+
     def command(self, command: pb.Command) -> None:
         """Send an operator's command to the worker."""
         self.box.command(command)
@@ -301,12 +319,7 @@ class WorkerLink:
         running, prefill_tokens = len(self._slots), self._slots.prefill_tokens
         changed = False
         if message.HasField("adapters") and self.takes_adapters:  # before refusals, whose calls are routed again
-            earlier = {name: (status.digest, status.state) for name, status in self.adapters.items()}
-            self.adapters = {status.name: status for status in adapter_report_from_pb(message.adapters)}
-            self.mark_changed()
-            if {name: (status.digest, status.state) for name, status in self.adapters.items()} != earlier:
-                self._listener.adapters_changed(self)
-                changed = True
+            changed = self._set_adapters(adapter_report_from_pb(message.adapters))
         for accepted in message.accepted:
             self._slots.accept(accepted.slot)
         for refused in message.refused:

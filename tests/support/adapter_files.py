@@ -1,0 +1,43 @@
+"""Adapters on the disk of a test worker's node, without files."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from pathlib import Path
+
+from cluster.api.adapters import AdapterSpec
+from cluster.worker.weights.adapter_store import StoredAdapter
+
+WAIT_S = 20.0
+
+
+def digest_of(source: str) -> str:
+    """Return the digest of the files under a source."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+class NamedFiles:
+    """Adapters whose files depend on their source alone. Implements AdapterFiles.
+
+    `broken`: reasons by source, for sources that cannot be fetched. `digests`: other digests, by source. A fetch waits
+    until `may_fetch` is set."""
+
+    def __init__(self) -> None:
+        self.broken: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+        self.may_fetch = threading.Event()
+        self.may_fetch.set()
+
+    def fetch(self, spec: AdapterSpec) -> StoredAdapter:
+        """See AdapterFiles."""
+        assert self.may_fetch.wait(WAIT_S)
+        if spec.source in self.broken:
+            raise ValueError(self.broken[spec.source])
+        digest = self.digests.get(spec.source) or digest_of(spec.source)
+        if spec.digest not in ("", digest):
+            raise ValueError(f"digest {digest} is not {spec.digest}")
+        return StoredAdapter(digest, Path("/none"))
+
+    def mark_refused(self, digest: str, reason: str) -> None:
+        """See AdapterFiles."""
