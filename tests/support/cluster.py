@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import grpc
 
-from cluster.api.ports import Engine, EngineDead
+from cluster.api.ports import AdapterEngine, Engine, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.config.schema import Config, parse
 from cluster.gateway.server import Gateway
@@ -20,6 +21,7 @@ from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.wire.tls import TlsFiles
+from cluster.worker.adapters import AdapterFiles
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.parsing.model_parser import with_parsers
 from cluster.worker.parsing.output_parser import OutputParser
@@ -99,8 +101,12 @@ class TestCluster:
         host: str = "",
         parser: OutputParsers | None = None,
         renderer: PromptRenderer | None = None,
+        adapter_files: AdapterFiles | None = None,
     ) -> Worker:
-        """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs."""
+        """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs.
+
+        With `adapter_files` the engine is also an AdapterEngine.
+        """
         number = next(_numbers)
         if info is None:
             info = await engine.start()
@@ -126,6 +132,8 @@ class TestCluster:
             tls=tls,
             timing=timing,
             parser=parser,
+            adapter_engine=cast(AdapterEngine, engine) if adapter_files is not None else None,
+            adapter_files=adapter_files,
             kv_events=engine if isinstance(engine, SimEngine) else None,
             renderer=renderer,
         )
