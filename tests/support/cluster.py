@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import grpc
 
-from cluster.api.ports import Engine, EngineDead
+from cluster.api.ports import AdapterEngine, Engine, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.config.schema import Config, parse
 from cluster.gateway.server import Gateway
@@ -129,10 +130,10 @@ class TestCluster:
             tls=tls,
             timing=timing,
             parser=parser,
+            adapter_engine=cast(AdapterEngine, engine) if adapter_files is not None else None,
+            adapter_files=adapter_files,
             kv_events=engine if isinstance(engine, SimEngine) else None,
             renderer=renderer,
-            adapter_engine=engine if isinstance(engine, SimEngine) and adapter_files is not None else None,
-            adapter_files=adapter_files,
         )
         worker = Worker(identity, engine, info, end, asyncio.create_task(_run(end)))
         self.workers.append(worker)
