@@ -18,7 +18,7 @@ async def scrape(port: int, more: str = "", path: str = "/metrics") -> tuple[str
     """Return the head and the body of the answer to a scrape."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(HEAD.format(path=path, more=more).encode())
-    head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+    head, _, body = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
     writer.close()
     return head.decode(), body
 

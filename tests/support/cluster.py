@@ -42,7 +42,7 @@ models:
 """
 
 
-async def until(holds: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+async def until(holds: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
     """Wait for a condition that other tasks make true. Raises AssertionError with the name of the
     condition on timeout.
     """
@@ -151,7 +151,7 @@ class TestCluster:
             and all(self.gateway.scheduler.renders.waiting(m.name) == (0, 0) for m in self.gateway.directory.models)
         )
 
-    async def until_idle(self, timeout_s: float = 20.0) -> None:
+    async def until_idle(self, timeout_s: float = 60.0) -> None:
         """Wait until `idle` is true."""
         await until(lambda: self.idle, "nothing is left of any call", timeout_s)
 

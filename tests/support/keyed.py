@@ -102,7 +102,7 @@ class Keyed:
         return await fetch_raw(self.cluster, path, body, **named, **options)
 
 
-async def eventually(holds: Callable[[], Awaitable[Any]], what: str, timeout_s: float = 10.0) -> None:
+async def eventually(holds: Callable[[], Awaitable[Any]], what: str, timeout_s: float = 60.0) -> None:
     """Repeat `holds` until it returns a true value. Raises AssertionError with `what` on timeout."""
     deadline = time.monotonic() + timeout_s
     while not await holds():
@@ -145,7 +145,7 @@ async def keyed_cluster(
 async def session_end(stream: Any, call_id: int) -> str:
     """Read a session until one of its calls has ended. Return the reason of the end, "" for a normal end."""
     while True:
-        message = await asyncio.wait_for(read(stream), 20)
+        message = await asyncio.wait_for(read(stream), 60)
         assert message is not None, "the session ended early"
         for event in message.events:
             if event.call_id != call_id:

@@ -123,7 +123,7 @@ def test_a_cancel_reaches_the_real_engine(demo: Demo) -> None:
         next(stream.chunks())
         until(lambda: running() == 1, "the engine runs the call")
         stream.cancel()
-        until(lambda: running() == 0, "the engine has dropped the call", 10)
+        until(lambda: running() == 0, "the engine has dropped the call")
 
 
 def test_interrupt_leaves_nothing(demo: Demo) -> None:

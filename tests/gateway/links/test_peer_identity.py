@@ -188,7 +188,7 @@ async def test_noise_within_tls(secured: Secured) -> None:
     for noise in (b"\x00" * 4096, b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 64):
         reader, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname="localhost")
         writer.write(noise)
-        await asyncio.wait_for(reader.read(1 << 20), 10)
+        await asyncio.wait_for(reader.read(1 << 20), 60)
         writer.close()
     await secured.undisturbed()
 

@@ -73,7 +73,7 @@ async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
     """Read the first chunks of a stream, then cancel the stream. Returns the chunks."""
     method = cluster.stub.StreamChat if isinstance(request, pb.ChatRequest) else cluster.stub.StreamComplete
     call = method(request)
-    chunks = [await asyncio.wait_for(read(call), 10) for _ in range(after)]
+    chunks = [await asyncio.wait_for(read(call), 60) for _ in range(after)]
     call.cancel()
     return chunks
 
@@ -81,7 +81,7 @@ async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
 async def broken(call: Any, chunks: list[Any]) -> Answer:
     """Read a stream to its error and return the error. The chunks before the error are appended to `chunks`."""
     try:
-        while (message := await asyncio.wait_for(read(call), 10)) is not None:
+        while (message := await asyncio.wait_for(read(call), 60)) is not None:
             chunks.append(message.chat if isinstance(message, pb.ResumeChunk) else message)
     except grpc.aio.AioRpcError as error:
         return Answer(error)
@@ -91,7 +91,7 @@ async def broken(call: Any, chunks: list[Any]) -> Answer:
 async def rest(cluster: TestCluster, request: pb.ResumeRequest) -> list[Any]:
     """Return all chunks of a resumed stream, unwrapped."""
     kind = "chat" if request.HasField("chat") else "complete"
-    return [getattr(one, kind) for one in await asyncio.wait_for(rest_of(cluster.stub.Resume(request)), 20)]
+    return [getattr(one, kind) for one in await asyncio.wait_for(rest_of(cluster.stub.Resume(request)), 60)]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
     chunks = await cut(pair.first, request, 70)
     call = pair.second.stub.Resume(resume(request, kept(chunks) if frugal else chunks))
     for _ in range(9):
-        chunks.append((await asyncio.wait_for(read(call), 10)).chat)
+        chunks.append((await asyncio.wait_for(read(call), 60)).chat)
     call.cancel()
     if frugal:
         assert len(kept(chunks)) == 9
@@ -157,7 +157,7 @@ async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkp
         await asyncio.gather(*map(read, busy))  # so routing by free capacity would choose another worker
         submitted, computed = counts("submitted"), counts("prefill_tokens")
         call = there.stub.Resume(resume(request, chunks))
-        chunks += [(await asyncio.wait_for(read(call), 10)).chat for _ in range(30)]
+        chunks += [(await asyncio.wait_for(read(call), 60)).chat for _ in range(30)]
         submitted[home] += 1
         assert counts("submitted") == submitted
         assert counts("prefill_tokens")[home] - computed[home] <= workers[home].info.block_size
@@ -166,7 +166,7 @@ async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkp
         await until(lambda: sum(counts("running")) == 1, "it runs alone")
         if there is pair.second:
             await workers[home].stop()
-            chunks += [(await asyncio.wait_for(read(call), 10)).chat for _ in range(30)]
+            chunks += [(await asyncio.wait_for(read(call), 60)).chat for _ in range(30)]
             (home,) = [at for at, number in enumerate(counts("submitted")) if number > submitted[at]]
         call.cancel()
 
@@ -195,7 +195,7 @@ async def test_all_of_a_lost_gateway_go_back_at_once(
         await ends
         before = counts("submitted")
         goes_on = [second.stub.Resume(resume(*one)) for one in zip(requests, begun, strict=True)]
-        await asyncio.gather(*(asyncio.wait_for(read(call), 10) for call in goes_on))
+        await asyncio.gather(*(asyncio.wait_for(read(call), 60) for call in goes_on))
         await until(lambda: sum(counts("running")) == 24, "all have resumed")
         assert [now - then for now, then in zip(counts("submitted"), before, strict=True)] == at
         again = [now - then for now, then in zip(counts("prefill_tokens"), computed, strict=True)]
@@ -217,7 +217,7 @@ async def test_in_a_session(pair: Pair, kind: str) -> None:
         await session.write(pb.SessionRequest(start=start))
         before = len(chunks)
         while not (chunks and chunks[-1].HasField("usage")) and (last or len(chunks) < before + 10):
-            message = await asyncio.wait_for(read(session), 10)
+            message = await asyncio.wait_for(read(session), 60)
             chunks += [getattr(event, kind) for event in message.events]
         session.cancel()
     whole: Any = await (pair.first.stub.Chat(request) if kind == "chat" else pair.first.stub.Complete(request))

@@ -140,7 +140,7 @@ async def test_a_retried_call_has_one_record(tmp_path: Path, checkpoint: Path, b
         await until(lambda: bool(first.witness.seen), "the first worker has dropped it")
         await first.end.drain(0)
         second = await start_worker(sim_engine(checkpoint, decode_ms=1), bundle, [cluster.gateway.endpoints["link"]])
-        answer = await asyncio.wait_for(call, 20)
+        answer = await asyncio.wait_for(call, 60)
         assert answer.usage.completion_tokens == 6
         await settled(cluster, first, second)
         (one,) = records(ledger)

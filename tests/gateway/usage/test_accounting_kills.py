@@ -115,7 +115,7 @@ class Site:
         """Wait until a gateway has loaded the tenants and keys. From then on the gateway serves without the
         database."""
         home = self.running[number][1]
-        await until((home / "state" / "snapshot.json").exists, f"gateway {number} knows who may call", 30)
+        await until((home / "state" / "snapshot.json").exists, f"gateway {number} knows who may call")
 
     async def kill(self, number: int) -> None:
         """Kill a gateway with SIGKILL, delete the gateway's disk, and start the next incarnation of the gateway."""
@@ -147,11 +147,11 @@ async def _one(stub: Any, request: Any, metadata: Any, chance: random.Random) ->
     if kind == 0:
         request.n = 2
     if kind in (0, 1):
-        await stub.Chat(request, metadata=metadata, timeout=10)
+        await stub.Chat(request, metadata=metadata, timeout=60)
     elif kind == 2:
         await stub.Chat(request, metadata=metadata, timeout=0.05)
     else:
-        stream = stub.StreamChat(request, metadata=metadata, timeout=10)
+        stream = stub.StreamChat(request, metadata=metadata, timeout=60)
         pieces = chance.randrange(1, 12) if kind == 3 else 10**6
         async for _ in stream:
             pieces -= 1

@@ -464,7 +464,7 @@ async def test_what_is_no_message(world: World) -> None:
     raw: Any = channel.unary_unary("/cluster.admin.v1.Tenants/Get")
     metadata = (("authorization", f"Bearer {world.key}"),)
     for data, code in ((b"\xff\xff", "INVALID_ARGUMENT"), (b"\x0a\x80" + b"x" * (2 << 20), "RESOURCE_EXHAUSTED")):
-        call = raw(data, metadata=metadata, timeout=20)
+        call = raw(data, metadata=metadata, timeout=60)
         assert (await call.code()).name == code
     assert await world.operator.code("Tenants.Get", T.GetTenantRequest(name="tenants/ops")) == "OK"
 
