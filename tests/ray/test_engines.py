@@ -25,7 +25,7 @@ from cluster.worker.settings import ReplicaSettings
 from tests.support.checkpoints import build_checkpoint
 from tests.support.serving import Door, eventually, greedy, removed
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(900)]
 
 PROMPTS = ([5, 17, 230, 41, 99, 300], [11, 12, 13, 14], [7] * 40)
 TOKENS = 16

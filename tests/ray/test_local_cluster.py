@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart
 from cluster.worker.engine.processes import sockets
 from cluster.worker.settings import ReplicaSettings
 from tests.ray.conftest import end_local_ray, new_local_ray
+from tests.support.cpu import time_within
 from tests.support.serving import settled
 
 SLEEPER = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"]
@@ -137,10 +137,9 @@ async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
         await settled(backend, lambda s: [seen.running for seen in s.apps.values()] == [1], "the replica runs")
         instance, folder = ours.environment()[reaper.INSTANCE_ENV], ours.folder
         assert len(reaper.find(instance, folder)) >= 6
-        started = time.monotonic()
-        await backend.shutdown()
-        ours.stop()
-        assert time.monotonic() - started < 10.0
+        with time_within(10.0):
+            await backend.shutdown()
+            ours.stop()
         assert reaper.find(instance, folder) == frozenset()
         with pytest.raises(RayAway):
             await backend.observe()

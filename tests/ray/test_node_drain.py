@@ -27,14 +27,15 @@ from cluster.worker.settings import ReplicaSettings
 from tests.support.calls import chat, rest_of, text_of
 from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import TestCluster, bundle_of, running_cluster, sim_engine, until
+from tests.support.cpu import slowness
 from tests.support.ray_head import OWN_PROCESSES
 from tests.support.ray_nodes import RayNodes, ray_nodes
 from tests.support.serving import settled
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 DRAIN_S = 6.0
-SHORT, LONG = 200, 750
+SHORT, LONG = 100, 750
 """Numbers of tokens: SHORT streams end by themselves in the first half of DRAIN_S, and LONG streams do not."""
 ASKS = [chat(f"Story {n}", max_tokens=LONG if n % 2 else SHORT, ignore_eos=True) for n in range(20)]
 
@@ -124,7 +125,7 @@ async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
             assert leaving.running == 20
             other.command(link_pb.Command(uncordon=link_pb.Uncordon()))
             process, asked_at = ray.terminate("first"), time.monotonic()
-            await until(lambda: leaving.drain_state is DrainState.DRAINING, "the replica has begun to drain", 5)
+            await until(lambda: leaving.drain_state is DrainState.DRAINING, "the replica has begun to drain")
             ended = await asyncio.gather(*map(rest_of, streams))
             await asyncio.to_thread(process.wait, 30)
             took_s = time.monotonic() - asked_at
@@ -138,4 +139,4 @@ async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
     resumed = [chunks[-1].usage.resumed for chunks in answers]
     assert not any(resumed[::2])
     assert any(resumed[1::2])
-    assert took_s < DRAIN_S + 15.0
+    assert took_s < (DRAIN_S + 15.0) * slowness(time.monotonic)

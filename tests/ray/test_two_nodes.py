@@ -32,7 +32,7 @@ from tests.support.checkpoints import build_checkpoint
 from tests.support.netns import Host, Network, network
 from tests.support.serving import open_door
 
-pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(900)]
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265  # the namespaces are the test's own
 

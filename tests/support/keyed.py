@@ -19,7 +19,7 @@ from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.dial import Timing, read
-from tests.support.cluster import LOOPBACK, TestCluster, running_cluster
+from tests.support.cluster import LOOPBACK, PATIENT, TestCluster, running_cluster
 from tests.support.http import Reply, Wire
 from tests.support.shell import headrace
 
@@ -128,7 +128,7 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
 
 @asynccontextmanager
 async def keyed_cluster(
-    folder: Path, more: str = "", gateway: str = "", timing: Timing | None = None
+    folder: Path, more: str = "", gateway: str = "", timing: Timing = PATIENT
 ) -> AsyncIterator[Keyed]:
     """Run a gateway without workers that requires keys."""
     text = keyed_text(folder, more, gateway)

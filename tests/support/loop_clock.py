@@ -21,6 +21,8 @@ class LoopClock:
     def __init__(self) -> None:
         """Create a clock at 0."""
         self.turns = 0
+        self.longest_stall_s = 0.0
+        """Longest time in seconds for which the loop has stood still."""
 
     @property
     def now_s(self) -> float:
@@ -35,9 +37,12 @@ class LoopClock:
         self._task.cancel()
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            began_s = loop.time()
             await asyncio.sleep(TURN_S)
             self.turns += 1
+            self.longest_stall_s = max(self.longest_stall_s, loop.time() - began_s - TURN_S)
 
 
 async def within(bound_s: float, work: Awaitable[T]) -> T:

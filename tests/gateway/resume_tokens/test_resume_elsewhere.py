@@ -23,6 +23,7 @@ from cluster.wire.dial import read
 from tests.support.calls import Answer, chat, complete, refused, rest_of, resume, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.keyed import bearer, eventually, keyed_cluster
+from tests.support.loop_clock import LoopClock
 
 pytestmark = pytest.mark.slow
 
@@ -344,12 +345,14 @@ async def _handed_on_one_by_one(pair: Pair, drain_s: float) -> None:
         assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
         return time.monotonic() - begin
 
-    *ends, at_last = await asyncio.gather(*map(time_of_end, [*calls, stays], [*begun, last]))
+    async with LoopClock() as clock:
+        *ends, at_last = await asyncio.gather(*map(time_of_end, [*calls, stays], [*begun, last]))
     in_order = [end for _, end in sorted(zip(lengths, ends, strict=True), reverse=True)]
-    assert in_order == sorted(ends)
+    least_s = drain_s / 2 / 4 / 2 - clock.longest_stall_s  # a stall delays a stream's end, but not the one after it
     assert drain_s / 2 <= in_order[0]
-    assert all(later - sooner > drain_s / 2 / 4 / 2 for sooner, later in itertools.pairwise(in_order))
-    assert in_order[-1] < drain_s - drain_s / 2 / 4 / 2 < drain_s <= at_last
+    assert all(later - sooner > least_s for sooner, later in itertools.pairwise(in_order))
+    assert in_order[-1] < drain_s - least_s
+    assert drain_s <= at_last
     await stopping
 
 
@@ -384,11 +387,11 @@ async def test_tokens_expire_and_deadlines_stay(
     """Expired tokens are refused with RESUME_EXPIRED, and a resumed call ends at the deadline of the call's first
     request."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
-    short = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {token_expires_s: 1}")
+    short = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {token_expires_s: 2}")
     async with running_cluster(tmp_path / "a", short) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         request = chat(max_tokens=2000, ignore_eos=True, resumable=True)
-        call = cluster.stub.StreamChat(request, timeout=0.6)
+        call = cluster.stub.StreamChat(request, timeout=1.2)
         chunks = [await read(call) for _ in range(5)]
         call.cancel()
         answer = await refused(cluster.stub.Resume(resume(request, chunks)))
@@ -398,7 +401,7 @@ async def test_tokens_expire_and_deadlines_stay(
         async def expired() -> bool:
             again = chat(max_tokens=2, ignore_eos=True, resumable=True)
             assert (await cluster.stub.Chat(again)).usage.completion_tokens == 2
-            return time.time() > began + 2.0
+            return time.time() > began + 3.0
 
         began = time.time()
         await eventually(expired, "the tokens are old")

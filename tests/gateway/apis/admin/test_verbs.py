@@ -476,7 +476,7 @@ async def test_tokens_that_are_none(world: World) -> None:
     revoked = await asyncio.to_thread(ledger.keys.create, "ops", "revoked", role="operator")
     await asyncio.to_thread(ledger.keys.revoke, "ops", revoked.stored.id)
     request = T.ListTenantsRequest()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     for key in (world.key[:-1], late.secret, revoked.secret, "x" * 60_000, "", world.key.upper()):
         async with AdminClient(address, metadata=[("authorization", f"Bearer {key}")]) as client:
             while (code := await client.code("Tenants.List", request)) == "OK" and time.monotonic() < deadline:
