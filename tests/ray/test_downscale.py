@@ -39,7 +39,7 @@ async def test_a_downscale_cuts_no_stream(backend: ChildBackend, tmp_path: Path)
         controller = Controller(backend, controller_links)
         controller.models.want([sim(checkpoint, address, 2)])
         await controller.step()
-        await until(lambda: len(links()) == 2, "both replicas have dialled in", 60)
+        await until(lambda: len(links()) == 2, "both replicas have dialled in", 240)
         await until(lambda: all(link.free.sequences for link in cluster.gateway.hub.links), "both have room")
         request = chat(max_tokens=1200, ignore_eos=True)
         streams = [cluster.stub.StreamChat(request) for _ in range(2)]

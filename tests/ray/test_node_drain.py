@@ -110,12 +110,12 @@ async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
         async with running_cluster(tmp_path / "gateway") as cluster, serving(cluster, ray, checkpoint) as replicas:
             gateway = cluster.gateway
             replicas.want(1)
-            await until(lambda: bool(open_links(gateway)), "a replica has dialled in", 60)
+            await until(lambda: bool(open_links(gateway)), "a replica has dialled in", 240)
             (leaving,) = open_links(gateway)
             ray.add("second")
             await settled(replicas.backend, lambda seen: len(seen.nodes) == 3, "the second node has joined")
             replicas.want(2)
-            await until(lambda: len(open_links(gateway)) == 2, "another replica has dialled in", 60)
+            await until(lambda: len(open_links(gateway)) == 2, "another replica has dialled in", 240)
             (other,) = [link for link in open_links(gateway) if link is not leaving]
             assert other.identity.node != leaving.identity.node
             other.command(link_pb.Command(cordon=link_pb.Cordon()))

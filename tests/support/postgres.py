@@ -22,7 +22,7 @@ import pytest
 from cluster.cli.commands import doctor
 
 PASSWORD = "only for this test"
-START_S = 60.0
+START_S = 180.0
 
 
 def binaries() -> Path | None:

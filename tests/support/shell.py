@@ -12,10 +12,10 @@ from typing import Any
 def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one command to the end and return its result."""
     command = [sys.executable, "-m", "cluster.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, stdin=subprocess.DEVNULL)
 
 
-def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> Any:
+def until(condition: Callable[[], Any], what: str, deadline_s: float = 240.0) -> Any:
     """Wait until a condition that other processes make true holds; return the condition's value."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
