@@ -203,7 +203,7 @@ def test_leaving_a_stream_ends_the_call(gateway: ScriptedGateway, how: str) -> N
             pass
     else:
         del stream
-    assert gateway.script.ended.wait(10)
+    assert gateway.script.ended.wait(60)
     client.close()
 
 

@@ -35,7 +35,7 @@ async def test_a_gateway_with_wrong_models_serves_its_last_catalog(tmp_path: Pat
         answer = await process.stub.ListModels(pb.ListModelsRequest(), timeout=60)
         assert [(one.name, list(one.aliases)) for one in answer.models] == [("m", ["default"])]
         url = f"http://{process.endpoints['metrics']}/metrics"
-        page = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=10).read().decode())
+        page = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=60).read().decode())
         (line,) = (one for one in page.splitlines() if one.startswith("headrace_config_valid{"))
         assert line.endswith(" 0.0")
 

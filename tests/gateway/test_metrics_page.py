@@ -53,7 +53,7 @@ async def test_idle_connections_take_no_thread_and_scrapes_at_once_share_a_page(
     def gauges() -> Iterator[Sample]:
         nonlocal made
         made += 1
-        go.wait(10)
+        go.wait(60)
         yield "limits_degraded", (), 0.0
 
     metrics.add_gauges(gauges)

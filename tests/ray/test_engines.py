@@ -91,7 +91,7 @@ async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend,
     """The greedy tokens of a model at TP 2 on a placement group equal the tokens of transformers in float32."""
     folder = build_checkpoint(family, tmp_path / family)
     await backend.deploy(two_ranks(family, folder, door.address))
-    link = await door.worker(family, 180.0)
+    link = await door.worker(family, 400.0)
     assert link.info.engine_class == "float32-tp2-pp1"
     await same_tokens(link, folder)
     await removed(backend, family)
@@ -141,7 +141,7 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
     left, the model serves again, and the gateway reports which process ended, the cause and the log file."""
     folder, others, files = build_checkpoint("llama", tmp_path / "llama"), blocks(), sockets()
     await backend.deploy(two_ranks("llama", folder, door.address))
-    link = await door.worker("llama", 180.0)
+    link = await door.worker("llama", 400.0)
     await same_tokens(link, folder)
     for victim in ("replica", "core", "rank"):
         before = tree(local_ray, folder)
@@ -168,7 +168,7 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
             match = re.fullmatch(rf"{HOW_IT_ENDED[victim]}; log: (?P<log>/\S+)", reason)
             assert match is not None, door.hub.lost_engines()
             assert Path(match["log"]).is_file()  # noqa: ASYNC240
-        link = await door.worker("llama", 180.0, but=link.identity.incarnation)
+        link = await door.worker("llama", 400.0, but=link.identity.incarnation)
         await same_tokens(link, folder)
     await removed(backend, "llama")
     assert os.getpid() not in reaper.find(local_ray.environment()[reaper.INSTANCE_ENV])

@@ -71,7 +71,7 @@ class World:
         """Return a separate HTTP client."""
         context = ssl.create_default_context(cafile=str(files.ca_file))
         context.load_cert_chain(files.cert_file, files.key_file)
-        return httpx.AsyncClient(base_url=f"https://{self.address('http')}", verify=context, timeout=20)
+        return httpx.AsyncClient(base_url=f"https://{self.address('http')}", verify=context, timeout=60)
 
     def admin(self, files: TlsFiles) -> AdminClient:
         """Return a separate client for the admin port."""

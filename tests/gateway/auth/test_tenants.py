@@ -271,7 +271,7 @@ async def test_a_gateway_that_knows_nobody_says_so(tmp_path: Path) -> None:
     (tmp_path / "ledger.db").mkdir()  # no database can be opened there
     store = f"store: {{database_url: 'sqlite:///{tmp_path / 'ledger.db'}'}}\n"
     async with keyed_cluster(tmp_path / "k", store) as keyed:
-        answer = await refused(keyed.cluster.stub.Complete(complete(), metadata=bearer("hr_k_x"), timeout=10))
+        answer = await refused(keyed.cluster.stub.Complete(complete(), metadata=bearer("hr_k_x"), timeout=60))
         assert answer.reason == "STORE_UNAVAILABLE"
         reply = await keyed.fetch("/v1/models", key="hr_k_x")
         assert (reply.status, reply.error["code"], reply.headers["retry-after"]) == (503, "store_unavailable", "5")

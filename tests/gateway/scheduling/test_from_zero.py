@@ -228,7 +228,7 @@ async def test_a_stream_that_comes_back_starts_the_model(tmp_path: Path, checkpo
         tokens = [chunk.resume_token for chunk in chunks if chunk.resume_token]
         offset = max(chunk.offset for chunk in chunks if chunk.resume_token)
         onward = its.cluster.stub.Resume(
-            pb.ResumeRequest(chat=request, resume_tokens=tokens, offset=offset), timeout=20
+            pb.ResumeRequest(chat=request, resume_tokens=tokens, offset=offset), timeout=60
         )
         rest = [chunk.chat async for chunk in onward]
         assert text_of(chunks) + text_of(rest) == whole

@@ -54,7 +54,7 @@ class Database:
             self._server.kill()
             return
         self._lock = sqlite3.connect(
-            self.url.removeprefix("sqlite:///"), isolation_level=None, timeout=10, check_same_thread=False
+            self.url.removeprefix("sqlite:///"), isolation_level=None, timeout=60, check_same_thread=False
         )
         self._lock.execute("BEGIN IMMEDIATE")
 
