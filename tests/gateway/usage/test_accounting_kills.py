@@ -147,11 +147,11 @@ async def _one(stub: Any, request: Any, metadata: Any, chance: random.Random) ->
     if kind == 0:
         request.n = 2
     if kind in (0, 1):
-        await stub.Chat(request, metadata=metadata, timeout=60)
+        await stub.Chat(request, metadata=metadata, timeout=10)
     elif kind == 2:
         await stub.Chat(request, metadata=metadata, timeout=0.05)
     else:
-        stream = stub.StreamChat(request, metadata=metadata, timeout=60)
+        stream = stub.StreamChat(request, metadata=metadata, timeout=10)
         pieces = chance.randrange(1, 12) if kind == 3 else 10**6
         async for _ in stream:
             pieces -= 1
