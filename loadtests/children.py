@@ -31,7 +31,7 @@ exit $code
 """
 TERM_S = 10.0
 ROOT = Path(__file__).resolve().parent.parent
-KILLED_S = 5.0
+KILLED_S = 60.0
 """Time in seconds that a killed process may take to disappear."""
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from loadtests.children import Child, Children, free_port
 
 ROUTER = "vllm-router"
-READY_S = 60.0
-ENGINE_READY_S = 180.0
+READY_S = 120.0
+ENGINE_READY_S = 540.0
 
 
 class NoPeers(Exception):

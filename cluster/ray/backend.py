@@ -20,7 +20,7 @@ from cluster.policy.catalog.reconcile import Observed
 from cluster.ray.serve_status import observed
 from cluster.worker.settings import ReplicaSettings
 
-START_S = 60.0
+START_S = 180.0
 ANSWER_S = 30.0
 _LINE_BYTES = 64 * 1024 * 1024
 

@@ -28,7 +28,7 @@ from cluster.worker.engine.processes import end_causes, sockets
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 LOGICAL_GPUS = 64
 LOGICAL_CPUS = 64
-_START_S = 60.0
+_START_S = 180.0
 _DRAINING = "received SIGTERM. Draining for up to"
 _POLL_S = 0.05
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loadtests.faults.calls import CallResult
 
-CAUGHT_UP_S = 25.0
+CAUGHT_UP_S = 60.0
 """Time in seconds in which all records must arrive. A record waits ten seconds for the counts of a lost worker."""
 LOOK_S = 0.5
 

@@ -28,7 +28,7 @@ from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 
 SHARE = 0.7
-BOOKS_S = 25.0
+BOOKS_S = 60.0
 """Time in seconds in which all records must arrive. A record waits ten seconds for the counts of a lost worker."""
 NOTHING_CAME_S = 1.0
 """Bound on the wait for the first piece, in seconds. Only a call that was lost together with its

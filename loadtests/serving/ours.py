@@ -26,9 +26,9 @@ GATEWAY, WORKER = "gateway", "worker replica"
 MODEL = "bench"
 LISTENERS = ("grpc", "http", "link", "admin", "metrics")
 READY_FILE = "ready.json"
-READY_S = 30.0
-ENGINE_READY_S = 180.0
-PREPARE_S = 120.0
+READY_S = 120.0
+ENGINE_READY_S = 540.0
+PREPARE_S = 540.0
 
 
 async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Path]:

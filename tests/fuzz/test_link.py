@@ -44,7 +44,7 @@ async def check_healthy(cluster: TestCluster) -> None:
     than the call needs.
     """
     await until(lambda: len(cluster.gateway.hub.links) == 1, "the faulty workers have left")
-    assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
+    assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=60)).usage.completion_tokens == 3
     await cluster.until_idle()
 
 
@@ -143,7 +143,7 @@ async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) ->
         await call.write(pb.WorkerTurn(hello=hello))
         await read(call)
         await until(lambda: len(cluster.gateway.hub.links) == 2, "it is linked")
-        assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
+        assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=60)).usage.completion_tokens == 3
         assert len(cluster.gateway.hub.links) == 2, "the worker left before it was tried"
         call.cancel()
 
@@ -206,7 +206,7 @@ async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bund
             if worker.task.done():
                 await worker.task
             await until(lambda: cluster.linked(worker.identity.worker_id), "the good gateway has credit")
-            answer = await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=20)
+            answer = await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=60)
             assert answer.usage.completion_tokens == 3
             await until(lambda: worker.end.statistics().running == 0, "no call of the faulty gateway runs")
             assert worker.end.statistics().tokens == 0
@@ -237,7 +237,7 @@ async def test_what_fuzzing_found(
     await until(lambda: faulty.done == 1, "the Submit was sent, and its link has ended or its time is over")
     faulty.turns.put_nowait([])
     await until(lambda: faulty.done == 2, "the worker has dialed again")
-    assert (await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=20)).choices
+    assert (await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=60)).choices
     assert faulty.refused == (0 if link_ends else 1)
     await until(lambda: worker.end.statistics().tokens == 0, "no call of the faulty gateway is held")
     await worker.stop()

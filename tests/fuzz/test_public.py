@@ -37,10 +37,10 @@ async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIter
 
 async def check_healthy(cluster: TestCluster) -> None:
     """Check that both APIs answer a normal call, and that no other call remains."""
-    assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
+    assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=60)).usage.completion_tokens == 3
     wire = await Wire.open(cluster)
     wire.ask("/v1/chat/completions", chat_body(max_tokens=3))
-    assert (await asyncio.wait_for(wire.reply(), 20)).status == 200
+    assert (await asyncio.wait_for(wire.reply(), 60)).status == 200
     await wire.close()
     await cluster.until_idle()
 

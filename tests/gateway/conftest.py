@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.wire.bundle import Bundle
+from cluster.wire.dial import Timing
 from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import TestCluster, bundle_of, running_cluster
 
@@ -22,6 +23,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(checkpoint: Path) -> Bundle:
     """Provide the tokenizer bundle of the checkpoint."""
     return bundle_of(checkpoint)
+
+
+@pytest.fixture
+async def watchful(tmp_path: Path) -> AsyncIterator[TestCluster]:
+    """Provide a running gateway without workers, which finds a failed worker within the default time."""
+    async with running_cluster(tmp_path, timing=Timing()) as cluster:
+        yield cluster
 
 
 @pytest.fixture

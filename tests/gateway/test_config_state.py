@@ -32,10 +32,10 @@ async def test_a_gateway_with_wrong_models_serves_its_last_catalog(tmp_path: Pat
     folder = tmp_path / "gateway"
     ModelDirectory(folder, no_bundle).apply_catalog([CatalogEntry("m", ("default",), state=ModelState.READY)])  # type: ignore[arg-type]
     async with gateway_process(folder, WRONG) as process:
-        answer = await process.stub.ListModels(pb.ListModelsRequest(), timeout=10)
+        answer = await process.stub.ListModels(pb.ListModelsRequest(), timeout=60)
         assert [(one.name, list(one.aliases)) for one in answer.models] == [("m", ["default"])]
         url = f"http://{process.endpoints['metrics']}/metrics"
-        page = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=10).read().decode())
+        page = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=60).read().decode())
         (line,) = (one for one in page.splitlines() if one.startswith("headrace_config_valid{"))
         assert line.endswith(" 0.0")
 
@@ -57,6 +57,6 @@ async def test_a_file_that_becomes_wrong_is_seen_before_a_restart(tmp_path: Path
         for text, valid in ((WRONG, False), (LOOPBACK, True), ("gateway: [", False)):
             (draft := tmp_path / "new").write_text(text)
             draft.replace(file)
-            await until(partial(seen, state, valid), "the change is seen", 10)
+            await until(partial(seen, state, valid), "the change is seen")
     finally:
         watching.cancel()

@@ -18,7 +18,7 @@ async def scrape(port: int, more: str = "", path: str = "/metrics") -> tuple[str
     """Return the head and the body of the answer to a scrape."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(HEAD.format(path=path, more=more).encode())
-    head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+    head, _, body = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
     writer.close()
     return head.decode(), body
 
@@ -53,7 +53,7 @@ async def test_idle_connections_take_no_thread_and_scrapes_at_once_share_a_page(
     def gauges() -> Iterator[Sample]:
         nonlocal made
         made += 1
-        go.wait(10)
+        go.wait(60)
         yield "limits_degraded", (), 0.0
 
     metrics.add_gauges(gauges)

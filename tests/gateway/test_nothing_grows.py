@@ -184,4 +184,5 @@ async def test_calls_are_freed_without_the_collector(cluster: TestCluster, check
         left = Counter(type(one) for one in gc.get_objects()) - before
     finally:
         gc.enable()
+        gc.freeze()
     assert not {kind: left[kind] for kind in (Call, OutputSequence, EngineRequest) if left[kind] > CALLS / 20}

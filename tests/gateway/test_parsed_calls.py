@@ -122,7 +122,7 @@ async def test_a_lost_worker_changes_nothing(cluster: TestCluster, bundle: Bundl
         call = cluster.stub.StreamChat(request())
         chunks: list[pb.ChatChunk] = []
         while len(chunks) < min(cut, 9):
-            chunks.append(await asyncio.wait_for(read(call), 10))
+            chunks.append(await asyncio.wait_for(read(call), 60))
         await doomed.stop()
         survivor = await add(cluster, bundle)
         chunks += await rest_of(call)
@@ -140,7 +140,7 @@ async def test_a_worker_with_another_parser_does_not_continue(
     parts of the same tokens."""
     doomed = await add(cluster, bundle, step_s=0.005)
     call = cluster.stub.StreamChat(request())
-    chunks = [await asyncio.wait_for(read(call), 10) for _ in range(4)]
+    chunks = [await asyncio.wait_for(read(call), 60) for _ in range(4)]
     other = await add(cluster, bundle, **options)
     await doomed.stop()
     survivor = await add(cluster, bundle)

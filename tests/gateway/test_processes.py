@@ -54,7 +54,7 @@ async def ask(ours: serving.Ours, connections: int) -> list[Any]:
     try:
         stubs = [pb_grpc.InferenceStub(channel) for channel in channels]
         request = chat(model=serving.MODEL, max_tokens=TOKENS, ignore_eos=True)
-        calls = [stub.Chat(request, timeout=20, metadata=ours.metadata) for stub in stubs for _ in range(2)]
+        calls = [stub.Chat(request, timeout=60, metadata=ours.metadata) for stub in stubs for _ in range(2)]
         return await asyncio.gather(*calls)
     finally:
         for channel in channels:

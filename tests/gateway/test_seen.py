@@ -22,7 +22,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 async def scrape(cluster: TestCluster) -> Samples:
     """Return all samples of the metrics page, by name and labels."""
     url = f"http://{cluster.gateway.endpoints['metrics']}/metrics"
-    text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
+    text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=60).read().decode())
     return {
         (s.name, frozenset(s.labels.items())): s.value
         for family in text_string_to_metric_families(text)
@@ -84,7 +84,7 @@ async def test_buf_curl_by_reflection(cluster: TestCluster, checkpoint: Path, bu
     async def curl(**body: object) -> subprocess.CompletedProcess[str]:
         arguments = [*command, "-d", json.dumps(body), base]
         return await asyncio.to_thread(
-            lambda: subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+            lambda: subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
         )
 
     good = await curl(model="sim", messages=[{"role": "user", "content": "Hi"}], max_tokens=4, ignore_eos=True)

@@ -96,9 +96,9 @@ async def test_a_cancelled_call_is_cancelled_there(serve: Serve) -> None:
         call = open_call(client, "Forever")
         call.send(b"")
         call.done_writing()
-        await asyncio.wait_for(echo.seen.started.wait(), 5)
+        await asyncio.wait_for(echo.seen.started.wait(), 60)
         call.cancel()
-        await asyncio.wait_for(echo.seen.cancelled.wait(), 5)
+        await asyncio.wait_for(echo.seen.cancelled.wait(), 60)
         with pytest.raises(CallEnded) as ended:
             await call.read()
         assert ended.value.code is CODE.CANCELLED
@@ -115,7 +115,7 @@ async def test_a_server_that_goes_away_ends_reads_and_writes(serve: Serve) -> No
         reading = asyncio.create_task(call.read())
         await echo.server.stop(0)
         with pytest.raises(CallEnded) as ended:
-            await asyncio.wait_for(reading, 5)
+            await asyncio.wait_for(reading, 60)
         assert ended.value.code is CODE.UNAVAILABLE
         with pytest.raises(CallEnded):
             await call.write(b"too late")
@@ -138,7 +138,7 @@ async def test_a_silent_server_is_given_up() -> None:
         port = server.sockets[0].getsockname()[1]
         async with await connect(f"127.0.0.1:{port}", ping_s=0.05, ping_answer_s=0.05) as client:
             with pytest.raises(CallEnded) as ended:
-                await asyncio.wait_for(open_call(client, "One").read(), 5)
+                await asyncio.wait_for(open_call(client, "One").read(), 60)
             assert ended.value.details == "no answer to a ping"
 
 

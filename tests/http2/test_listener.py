@@ -22,7 +22,7 @@ from tests.http2.conftest import SERVICE, Serve
 from tests.support.certificates import Authority
 from tests.support.cluster import until
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 CAP = 16
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"

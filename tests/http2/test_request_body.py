@@ -105,7 +105,7 @@ async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
         unsent = sum(map(len, uploads.values()))
         assert 40 * (MIB // 2 + 5) - unsent == WINDOW
         gate.open.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while any(uploads.values()):
                 for stream_id, data in uploads.items():
                     await push(raw, stream_id, data)
@@ -187,7 +187,7 @@ def test_law_all_complete_within_any_budget(calls: list[tuple[str, int]], stream
 
     async def play() -> None:
         async with serving(ByteBounds(300_000, 400_000, 500_000)) as (echo, _, budget):
-            async with grpc.aio.insecure_channel(echo.address) as channel, asyncio.timeout(30):
+            async with grpc.aio.insecure_channel(echo.address) as channel, asyncio.timeout(60):
                 method: Any = channel.unary_unary(f"/{SERVICE}/One")
                 back: Any = channel.stream_stream(f"/{SERVICE}/Back")
 

@@ -96,13 +96,13 @@ async def test_deadline_and_cancel_end_the_handler(serve: Serve) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as late:
             await unary_unary(channel, "Forever")(b"", timeout=0.1)
         assert late.value.code() is CODE.DEADLINE_EXCEEDED
-        await asyncio.wait_for(echo.seen.cancelled.wait(), 5)
+        await asyncio.wait_for(echo.seen.cancelled.wait(), 60)
         echo.seen.started.clear()
         echo.seen.cancelled.clear()
         call = unary_unary(channel, "Forever")(b"")
-        await asyncio.wait_for(echo.seen.started.wait(), 5)
+        await asyncio.wait_for(echo.seen.started.wait(), 60)
         call.cancel()
-        await asyncio.wait_for(echo.seen.cancelled.wait(), 5)
+        await asyncio.wait_for(echo.seen.cancelled.wait(), 60)
 
 
 async def test_messages_over_the_limit(serve: Serve) -> None:
@@ -227,7 +227,7 @@ async def test_thousands_of_requests_in_one_read_leave_the_loop_to_others(serve:
         (connection,) = echo.server.connections
         await raw.send(b"".join(data))
         passes = 0
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while connection.core.h2.highest_inbound_stream_id < 8001:
                 await asyncio.sleep(0)
                 passes += connection.core.h2.highest_inbound_stream_id > 1
@@ -244,7 +244,7 @@ async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve)
         method = unary_unary(channel, "One")
         stream = unary_stream(channel, "Many")(b"3000x10")
         seen: set[str] = set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(seen) < 3:
                 assert await method(b"again") == b"again"
                 seen.update(connection.core.peer for connection in echo.server.connections)
@@ -259,16 +259,16 @@ async def test_an_old_connection_cuts_no_stream(serve: Serve) -> None:
         grpc.aio.insecure_channel(echo.address) as channel,
     ):
         forever = unary_unary(channel, "Forever")(b"")
-        await asyncio.wait_for(echo.seen.started.wait(), 5)
+        await asyncio.wait_for(echo.seen.started.wait(), 60)
         session = stream_stream(channel, "Back")()
         await session.write(b"a")
         assert await session.read() == b"a"
-        assert await asyncio.wait_for(session.code(), 10) is CODE.UNAVAILABLE
+        assert await asyncio.wait_for(session.code(), 60) is CODE.UNAVAILABLE
         assert "age limit" in await session.details()
         assert echo.seen.running == 1
         assert not forever.done()
         forever.cancel()
-        await asyncio.wait_for(echo.seen.cancelled.wait(), 5)
+        await asyncio.wait_for(echo.seen.cancelled.wait(), 60)
         await until(lambda: not echo.server.connections, "the connection is closed after its last call")
 
 
@@ -276,7 +276,7 @@ async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
     """A call that does not finish within the grace period ends with UNAVAILABLE."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         call = unary_unary(channel, "Forever")(b"")
-        await asyncio.wait_for(echo.seen.started.wait(), 5)
+        await asyncio.wait_for(echo.seen.started.wait(), 60)
         await echo.server.stop(0.2)
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await call
@@ -294,11 +294,11 @@ async def test_a_client_sees_the_end_of_tls_at_once(serve: Serve, tmp_path: Path
     roots = grpc.ssl_channel_credentials(files.ca_file.read_bytes())
     async with serve(None, tls) as echo, grpc.aio.secure_channel(echo.address, roots) as channel:
         call = unary_unary(channel, "Forever")(b"")
-        await asyncio.wait_for(echo.seen.started.wait(), 5)
+        await asyncio.wait_for(echo.seen.started.wait(), 60)
         for connection in echo.server.connections:
             connection.lifetime.close()
         with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await asyncio.wait_for(call, 5)
+            await asyncio.wait_for(call, 60)
         assert ended.value.code() is CODE.UNAVAILABLE
 
 
@@ -317,7 +317,7 @@ async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
         for name, begin in silent_clients(echo.port):
             reader, writer = await asyncio.open_connection("127.0.0.1", echo.port)
             writer.write(begin)
-            answer = await asyncio.wait_for(reader.read(), 5)
+            answer = await asyncio.wait_for(reader.read(), 60)
             writer.close()
             assert answer.count(b"HTTP/1.1") == (name == "http1")
             assert (b"speaks gRPC" in answer) is (name == "http1")
@@ -329,7 +329,7 @@ async def test_a_request_that_never_comes_whole(serve: Serve) -> None:
     """A call whose request does not arrive in time is ended with DEADLINE_EXCEEDED."""
     async with serve(http2.ServerLimits(request_s=0.2)) as echo, raw_client(echo.port) as raw:
         stream_id = await raw.call("One", b"half", end=False)
-        trailers = await asyncio.wait_for(raw.until_ended(stream_id), 5)
+        trailers = await asyncio.wait_for(raw.until_ended(stream_id), 60)
         assert trailers["grpc-status"] == str(CODE.DEADLINE_EXCEEDED.value[0])
 
 

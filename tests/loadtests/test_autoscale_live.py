@@ -73,7 +73,7 @@ async def test_calls_end_with_what_they_are_made_for() -> None:
     playing = asyncio.create_task(play(callers, planned, beside))
     await until(lambda: len(callers.made) == 2, "two are made")
     done.set()
-    assert [result.planned for result in await asyncio.wait_for(playing, 5)] == planned[:2]
+    assert [result.planned for result in await asyncio.wait_for(playing, 60)] == planned[:2]
 
 
 async def _until(done: asyncio.Event) -> None:

@@ -24,7 +24,7 @@ async def _run(*arguments: str) -> tuple[int, str, str]:
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
-        out, err = await asyncio.wait_for(process.communicate(), 120)
+        out, err = await asyncio.wait_for(process.communicate(), 540)
     except TimeoutError:
         process.kill()
         raise
@@ -138,9 +138,9 @@ async def test_an_interrupt_writes_the_report_and_leaves_no_process(tmp_path: Pa
         start_new_session=True,
     )  # fmt: skip
     log = tmp_path / "logs" / "ours-worker.log"
-    await until(lambda: log.exists() and "link_up" in log.read_text(), "the worker is linked", 60.0)
+    await until(lambda: log.exists() and "link_up" in log.read_text(), "the worker is linked", 120.0)
     process.send_signal(signal.SIGINT)
-    out, _ = await asyncio.wait_for(process.communicate(), 60)
+    out, _ = await asyncio.wait_for(process.communicate(), 540)
     assert process.returncode == 1
     assert b"interrupted" in out
     assert json.loads((tmp_path / "o.json").read_text())["problems"] == ["interrupted"]

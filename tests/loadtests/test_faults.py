@@ -74,7 +74,7 @@ async def test_kill_points_leave_every_answer_as_it_was(tmp_path: Path) -> None:
         "--json", str(file), cwd=ROOT, env={**os.environ, "COLUMNS": "160"},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    out, _ = await asyncio.wait_for(process.communicate(), 120)
+    out, _ = await asyncio.wait_for(process.communicate(), 540)
     assert process.returncode == 0, out.decode()
     report = json.loads(file.read_text())
     mass = report["settings"]["mass"]

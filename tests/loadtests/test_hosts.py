@@ -183,7 +183,7 @@ def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
 @pytest.mark.needs("valkey-server", "postgresql")
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
     """When a gateway of the whole cluster dies, no call fails, texts and ledger are exact, no way leads out, and all is
     removed.
@@ -194,7 +194,7 @@ async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
         "--json", str(file), cwd=ROOT, env={**os.environ, "COLUMNS": "160"},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    out, _ = await asyncio.wait_for(process.communicate(), 280)
+    out, _ = await asyncio.wait_for(process.communicate(), 840)
     assert file.exists(), out.decode()
     report = json.loads(file.read_text())
     assert report["problems"] == [], out.decode()
@@ -222,7 +222,7 @@ def test_pods_share_processors_by_process(last: bool) -> None:
         assert weights in ([1024], [100])
         process = subprocess.Popen(in_cgroup(["sleep", "60"], path, last=last))
         try:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while f"/{path.name}\n" not in Path(f"/proc/{process.pid}/cgroup").read_text():
                 assert time.monotonic() < deadline, "the process has not joined the group"
             while psutil.Process(process.pid).name() != "sleep":

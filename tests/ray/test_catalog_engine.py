@@ -21,7 +21,7 @@ from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import running_cluster, until
 from tests.support.serving import removed
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 def group_by_prefix(texts: Sequence[str]) -> dict[str, int]:

@@ -37,7 +37,7 @@ from tests.support.live_replicas import LiveReplicas
 from tests.support.serving import removed
 
 CALLERS = 6
-START_S = 90.0
+START_S = 240.0
 FILE = "{api_version: headrace/v1, name: test, models: []}"
 
 

@@ -20,16 +20,16 @@ from cluster.gateway.links.worker_link import WorkerLink
 from cluster.ray import reaper
 from cluster.ray.backend import ChildBackend
 from cluster.ray.local_cluster import LocalRay
-from cluster.worker.engine.processes import watchdog
 from cluster.worker.settings import ReplicaSettings
 from tests.support.checkpoints import build_checkpoint
 from tests.support.serving import Door, eventually, greedy, removed
+from tests.support.shared_memory import blocks, left_blocks, named_blocks
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(900)]
 
 PROMPTS = ([5, 17, 230, 41, 99, 300], [11, 12, 13, 14], [7] * 40)
 TOKENS = 16
-ORPHANS_GONE_S = 10.0
+ORPHANS_GONE_S = 60.0
 HOW_IT_ENDED = {
     "core": "the engine core was killed by SIGKILL",
     "rank": r"rank [01] \(process \d+\) was killed by SIGKILL",
@@ -91,7 +91,7 @@ async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend,
     """The greedy tokens of a model at TP 2 on a placement group equal the tokens of transformers in float32."""
     folder = build_checkpoint(family, tmp_path / family)
     await backend.deploy(two_ranks(family, folder, door.address))
-    link = await door.worker(family, 180.0)
+    link = await door.worker(family, 400.0)
     assert link.info.engine_class == "float32-tp2-pp1"
     await same_tokens(link, folder)
     await removed(backend, family)
@@ -125,10 +125,9 @@ def maps(process: psutil.Process) -> str:
     return Path(f"/proc/{process.pid}/maps").read_text()
 
 
-def names() -> set[str]:
-    """Return the names of the shared memory and sockets on this machine that may belong to an engine."""
-    blocks = {name for name in os.listdir("/dev/shm") if watchdog.SHARED_MEMORY.fullmatch(name)}
-    return blocks | {name for name in os.listdir(tempfile.gettempdir()) if UUID.fullmatch(name)}
+def sockets() -> set[str]:
+    """Return the names of the sockets on this machine that may belong to an engine."""
+    return {name for name in os.listdir(tempfile.gettempdir()) if UUID.fullmatch(name)}
 
 
 def _end_reason(door: Door, known: int) -> str | None:
@@ -140,9 +139,9 @@ def _end_reason(door: Door, known: int) -> str | None:
 async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path) -> None:
     """After SIGKILL of the replica, the engine core or a rank (LLaMA at TP 2), neither processes nor shared memory are
     left, the model serves again, and the gateway reports which process ended, the cause and the log file."""
-    folder, others = build_checkpoint("llama", tmp_path / "llama"), names()
+    folder, others, files = build_checkpoint("llama", tmp_path / "llama"), blocks(), sockets()
     await backend.deploy(two_ranks("llama", folder, door.address))
-    link = await door.worker("llama", 180.0)
+    link = await door.worker("llama", 400.0)
     await same_tokens(link, folder)
     for victim in ("replica", "core", "rank"):
         before = tree(local_ray, folder)
@@ -151,7 +150,7 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
         for mapped in map(maps, before["rank"]):
             assert "cpushm" in mapped, "ranks of one host share memory"
             assert "/dev/shm/psm_" in mapped
-        assert not names() - others, "no name is left of it"
+        assert not set().union(*(named_blocks(process.pid) for process in everyone)), "no name is left of it"
         known = len(door.hub.lost_engines())
         next(iter(before[victim])).send_signal(signal.SIGKILL)
         await eventually(
@@ -159,7 +158,8 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
             f"nothing is left after the {victim}'s death",
             ORPHANS_GONE_S,
         )
-        assert not names() - others, f"names after the {victim}'s death"
+        assert not left_blocks(others), f"names after the {victim}'s death"
+        assert not sockets() - files, f"sockets after the {victim}'s death"
         if victim in HOW_IT_ENDED:
             reason = await eventually(
                 lambda k=known: _end_reason(door, k),  # type: ignore[misc]
@@ -168,7 +168,7 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
             match = re.fullmatch(rf"{HOW_IT_ENDED[victim]}; log: (?P<log>/\S+)", reason)
             assert match is not None, door.hub.lost_engines()
             assert Path(match["log"]).is_file()  # noqa: ASYNC240
-        link = await door.worker("llama", 180.0, but=link.identity.incarnation)
+        link = await door.worker("llama", 400.0, but=link.identity.incarnation)
         await same_tokens(link, folder)
     await removed(backend, "llama")
     assert os.getpid() not in reaper.find(local_ray.environment()[reaper.INSTANCE_ENV])

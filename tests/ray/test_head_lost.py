@@ -178,10 +178,10 @@ async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_p
 
         ray_with_head.lose_head()
         lost_at, ended = time.monotonic(), callers.ended
-        await until(lambda: deployment.away, "the controller has noticed", 60)
+        await until(lambda: deployment.away, "the controller has noticed", 240)
         await until(lambda: time.monotonic() > lost_at + AWAY_S, "the head has been away for long", AWAY_S + 1)
         assert deployment.state("tp2") is deployment.state("sim") is ModelState.READY, "the catalog stays"
-        await until(lambda: callers.ended >= ended + 2 * CALLERS, "calls that begin without a head end", 60)
+        await until(lambda: callers.ended >= ended + 2 * CALLERS, "calls that begin without a head end", 240)
         assert not calling.done()
 
         await asyncio.to_thread(ray_with_head.find_head)
@@ -190,7 +190,7 @@ async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_p
         await until(
             lambda: deployment.backend.observations >= observations + STEADY_PASSES,
             "it has observed Ray several times",
-            60,
+            240,
         )
         assert not deployment.away
         assert [deployment.incarnations("tp2"), deployment.incarnations("sim")] == before, (
@@ -198,7 +198,7 @@ async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_p
         )
         assert sorted(deployment.backend.changes) == ["deploy sim", "deploy tp2"], "something was deployed again"
         deployment.controller.models.want([engine, simulated(deployment, checkpoint, 2)])
-        await until(lambda: len(deployment.incarnations("sim")) == 2, "scaling works again", 60)
+        await until(lambda: len(deployment.incarnations("sim")) == 2, "scaling works again", 240)
         assert before[1] < deployment.incarnations("sim")
         stop.set()
         await calling

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart
 from cluster.worker.engine.processes import sockets
 from cluster.worker.settings import ReplicaSettings
 from tests.ray.conftest import end_local_ray, new_local_ray
+from tests.support.cpu import time_within
 from tests.support.serving import settled
 
 SLEEPER = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"]
@@ -40,7 +40,7 @@ def test_reaper_ends_the_tagged_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     try:
         assert reaper.find("abc") == {ours.pid}
         assert reaper.end("abc", grace_s=5.0) == 1
-        assert ours.wait(5.0) == -15
+        assert ours.wait(60.0) == -15
         assert theirs.poll() is None
         assert list(tmp_path.iterdir()) == []
     finally:
@@ -67,7 +67,7 @@ def test_reaper_takes_shared_memory_along() -> None:
         assert len(names) == 4
         assert names <= set(os.listdir("/dev/shm"))
         reaper.end("abc", grace_s=0.0)
-        assert ours.wait(5.0) < 0
+        assert ours.wait(60.0) < 0
         assert names & set(os.listdir("/dev/shm")) == set(lines[1])
     finally:
         reaper.end("abcd", grace_s=0.0)
@@ -89,7 +89,7 @@ def test_reaper_finds_by_output(tmp_path: Path) -> None:
         assert reaper.find("no-such-instance", tmp_path) == {process.pid}
         assert reaper.find("no-such-instance", tmp_path / "other") == frozenset()
         reaper.end("no-such-instance", tmp_path, grace_s=5.0)
-        assert process.wait(5.0) == -15
+        assert process.wait(60.0) == -15
         assert reader.poll() is None
     finally:
         for each in (process, reader):
@@ -137,10 +137,9 @@ async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
         await settled(backend, lambda s: [seen.running for seen in s.apps.values()] == [1], "the replica runs")
         instance, folder = ours.environment()[reaper.INSTANCE_ENV], ours.folder
         assert len(reaper.find(instance, folder)) >= 6
-        started = time.monotonic()
-        await backend.shutdown()
-        ours.stop()
-        assert time.monotonic() - started < 10.0
+        with time_within(10.0):
+            await backend.shutdown()
+            ours.stop()
         assert reaper.find(instance, folder) == frozenset()
         with pytest.raises(RayAway):
             await backend.observe()

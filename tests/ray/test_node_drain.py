@@ -27,14 +27,15 @@ from cluster.worker.settings import ReplicaSettings
 from tests.support.calls import chat, rest_of, text_of
 from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import TestCluster, bundle_of, running_cluster, sim_engine, until
+from tests.support.cpu import slowness
 from tests.support.ray_head import OWN_PROCESSES
 from tests.support.ray_nodes import RayNodes, ray_nodes
 from tests.support.serving import settled
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 DRAIN_S = 6.0
-SHORT, LONG = 200, 750
+SHORT, LONG = 100, 750
 """Numbers of tokens: SHORT streams end by themselves in the first half of DRAIN_S, and LONG streams do not."""
 ASKS = [chat(f"Story {n}", max_tokens=LONG if n % 2 else SHORT, ignore_eos=True) for n in range(20)]
 
@@ -93,11 +94,11 @@ def test_a_pods_hook_ends_its_node() -> None:
         hook = ["nsenter", f"--target={first.pid}", "--pid", "--mount", sys.executable, "-m", "cluster.cli.main"]
         environment = {**os.environ, **ray.head.environment(), TIMEOUT_ENV: "20"}
         done = subprocess.run(
-            [*hook, "pod", "drain"], env=environment, capture_output=True, text=True, check=False, timeout=60
+            [*hook, "pod", "drain"], env=environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
         first.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
@@ -109,12 +110,12 @@ async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
         async with running_cluster(tmp_path / "gateway") as cluster, serving(cluster, ray, checkpoint) as replicas:
             gateway = cluster.gateway
             replicas.want(1)
-            await until(lambda: bool(open_links(gateway)), "a replica has dialled in", 60)
+            await until(lambda: bool(open_links(gateway)), "a replica has dialled in", 240)
             (leaving,) = open_links(gateway)
             ray.add("second")
             await settled(replicas.backend, lambda seen: len(seen.nodes) == 3, "the second node has joined")
             replicas.want(2)
-            await until(lambda: len(open_links(gateway)) == 2, "another replica has dialled in", 60)
+            await until(lambda: len(open_links(gateway)) == 2, "another replica has dialled in", 240)
             (other,) = [link for link in open_links(gateway) if link is not leaving]
             assert other.identity.node != leaving.identity.node
             other.command(link_pb.Command(cordon=link_pb.Cordon()))
@@ -124,9 +125,9 @@ async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
             assert leaving.running == 20
             other.command(link_pb.Command(uncordon=link_pb.Uncordon()))
             process, asked_at = ray.terminate("first"), time.monotonic()
-            await until(lambda: leaving.drain_state is DrainState.DRAINING, "the replica has begun to drain", 5)
+            await until(lambda: leaving.drain_state is DrainState.DRAINING, "the replica has begun to drain")
             ended = await asyncio.gather(*map(rest_of, streams))
-            await asyncio.to_thread(process.wait, 30)
+            await asyncio.to_thread(process.wait, 120)
             took_s = time.monotonic() - asked_at
             assert "ungracefully" not in ray.log_of("first")
             assert ray.nodes["second"].poll() is None
@@ -138,4 +139,4 @@ async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
     resumed = [chunks[-1].usage.resumed for chunks in answers]
     assert not any(resumed[::2])
     assert any(resumed[1::2])
-    assert took_s < DRAIN_S + 15.0
+    assert took_s < (DRAIN_S + 15.0) * slowness(time.monotonic)

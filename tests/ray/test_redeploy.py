@@ -37,7 +37,7 @@ async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: P
             return [link.identity.version for link in cluster.gateway.hub.links]
 
         try:
-            await until(lambda: versions() == [first.spec.version] * 2, "both replicas have dialled in", 60)
+            await until(lambda: versions() == [first.spec.version] * 2, "both replicas have dialled in", 240)
             await until(lambda: all(link.free.sequences for link in cluster.gateway.hub.links), "both have room")
             request = chat(max_tokens=1200, ignore_eos=True)
             streams = [cluster.stub.StreamChat(request) for _ in range(4)]

@@ -121,7 +121,7 @@ async def test_dead_engine_ends_its_replica_and_a_new_one_serves(backend: ChildB
         link = await door.worker("dying")
         with pytest.raises(AssertionError, match="lost"):
             await greedy(link, [1, 2, 3], 50)
-        successor = await door.worker("dying", but=link.identity.incarnation, timeout_s=30.0)
+        successor = await door.worker("dying", but=link.identity.incarnation, timeout_s=240.0)
         assert len(await greedy(successor, [1, 2, 3], 2)) == 2
     await removed(backend, "dying")
 

@@ -23,7 +23,7 @@ from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.wire.ended_requests import EndedUsage, UsageKeeper
 from cluster.worker.session import WorkerSession
-from tests.support.cluster import LOOPBACK, TestCluster
+from tests.support.cluster import LOOPBACK, PATIENT, TestCluster
 
 SECRET = b"s" * 32
 _numbers = itertools.count(1)
@@ -70,7 +70,7 @@ async def start_worker(
     *,
     gpus: float = 0.0,
     model: str = "sim",
-    timing: Timing | None = None,
+    timing: Timing = PATIENT,
 ) -> AccountedWorker:
     """Start an engine and link it to the gateways as a worker."""
     info = await engine.start()

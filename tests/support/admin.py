@@ -45,13 +45,13 @@ class AdminClient:
     async def __aexit__(self, *_: object) -> None:
         await self.channel.close()
 
-    async def ask(self, verb: str, request: Any, timeout_s: float = 20.0) -> Any:
+    async def ask(self, verb: str, request: Any, timeout_s: float = 60.0) -> Any:
         """Return the answer of `Service.Method`; the answers of a stream as a list. Raises AioRpcError."""
         service, method = verb.split(".")
         call = getattr(self._stubs[service], method)(request, metadata=self._metadata, timeout=timeout_s)
         return [message async for message in call] if hasattr(call, "__aiter__") else await call
 
-    async def refused(self, verb: str, request: Any, timeout_s: float = 20.0) -> Answer:
+    async def refused(self, verb: str, request: Any, timeout_s: float = 60.0) -> Answer:
         """Return the error of a call that must fail."""
         try:
             answer = await self.ask(verb, request, timeout_s)

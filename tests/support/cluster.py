@@ -43,8 +43,12 @@ models:
   - {name: sim, source: "sim:///nowhere"}
 """
 
+PATIENT = Timing(silence_s=60.0, hang_s=60.0)
+"""Intervals of the tests' links. A test whose gateway must find a failed worker passes its own, such as Timing(): by
+these default intervals a busy machine loses links now and then, since gateway and workers share one process."""
 
-async def until(holds: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+
+async def until(holds: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
     """Wait for a condition that other tasks make true. Raises AssertionError with the name of the
     condition on timeout.
     """
@@ -89,7 +93,7 @@ class TestCluster:
         *,
         model: str = "sim",
         tls: TlsFiles | None = None,
-        timing: Timing | None = None,
+        timing: Timing = PATIENT,
         wait: bool = True,
         info: EngineInfo | None = None,
         gateways: Sequence[str] = (),
@@ -157,7 +161,7 @@ class TestCluster:
             and all(self.gateway.scheduler.renders.waiting(m.name) == (0, 0) for m in self.gateway.directory.models)
         )
 
-    async def until_idle(self, timeout_s: float = 20.0) -> None:
+    async def until_idle(self, timeout_s: float = 60.0) -> None:
         """Wait until `idle` is true."""
         await until(lambda: self.idle, "nothing is left of any call", timeout_s)
 
@@ -170,9 +174,7 @@ async def _run(end: WorkerSession) -> None:
 
 
 @asynccontextmanager
-async def running_cluster(
-    folder: Path, text: str = LOOPBACK, timing: Timing | None = None
-) -> AsyncIterator[TestCluster]:
+async def running_cluster(folder: Path, text: str = LOOPBACK, timing: Timing = PATIENT) -> AsyncIterator[TestCluster]:
     """Run a gateway without workers. Workers that are added are stopped at the end."""
     config: Config = parse(text)
     gateway = Gateway(config, folder, timing)

@@ -37,7 +37,7 @@ async def gateway_process(folder: Path, text: str = LOOPBACK) -> AsyncIterator[G
     arguments = ["-f", str(config), "--folder", str(folder), "--ready-file", str(ready)]
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster.cli.main", "gateway", *arguments)
     try:
-        await until(ready.exists, "the other gateway serves", 60)
+        await until(ready.exists, "the other gateway serves", 240)
         endpoints = json.loads(ready.read_text())["endpoints"]
         async with grpc.aio.insecure_channel(endpoints["grpc"]) as channel:
             yield GatewayProcess(process.pid, endpoints["link"], pb_grpc.InferenceStub(channel), endpoints)

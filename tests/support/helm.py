@@ -134,7 +134,7 @@ class HelmFailed(Exception):
 def run(*arguments: str | Path) -> str:
     """Run Helm and return the standard output. Raises HelmFailed."""
     command = [str(tool("helm")), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
     if done.returncode:
         raise HelmFailed(done.stderr.strip() or done.stdout.strip())
     return done.stdout

@@ -19,7 +19,7 @@ from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.dial import Timing, read
-from tests.support.cluster import LOOPBACK, TestCluster, running_cluster
+from tests.support.cluster import LOOPBACK, PATIENT, TestCluster, running_cluster
 from tests.support.http import Reply, Wire
 from tests.support.shell import headrace
 
@@ -102,7 +102,7 @@ class Keyed:
         return await fetch_raw(self.cluster, path, body, **named, **options)
 
 
-async def eventually(holds: Callable[[], Awaitable[Any]], what: str, timeout_s: float = 10.0) -> None:
+async def eventually(holds: Callable[[], Awaitable[Any]], what: str, timeout_s: float = 60.0) -> None:
     """Repeat `holds` until it returns a true value. Raises AssertionError with `what` on timeout."""
     deadline = time.monotonic() + timeout_s
     while not await holds():
@@ -128,7 +128,7 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
 
 @asynccontextmanager
 async def keyed_cluster(
-    folder: Path, more: str = "", gateway: str = "", timing: Timing | None = None
+    folder: Path, more: str = "", gateway: str = "", timing: Timing = PATIENT
 ) -> AsyncIterator[Keyed]:
     """Run a gateway without workers that requires keys."""
     text = keyed_text(folder, more, gateway)
@@ -145,7 +145,7 @@ async def keyed_cluster(
 async def session_end(stream: Any, call_id: int) -> str:
     """Read a session until one of its calls has ended. Return the reason of the end, "" for a normal end."""
     while True:
-        message = await asyncio.wait_for(read(stream), 20)
+        message = await asyncio.wait_for(read(stream), 60)
         assert message is not None, "the session ended early"
         for event in message.events:
             if event.call_id != call_id:

@@ -22,7 +22,7 @@ import pytest
 from cluster.cli.commands import doctor
 
 PASSWORD = "only for this test"
-START_S = 60.0
+START_S = 180.0
 
 
 def binaries() -> Path | None:
@@ -117,7 +117,7 @@ class PostgresServer:
         """Kill the server, as a crash would. `start` brings the server back."""
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=240)
             self._process = None
 
     def remove(self) -> None:

@@ -28,7 +28,7 @@ from cluster.ray.local_cluster import free_ports
 from tests.support.netns import Host, Network, network
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265  # default ports, since the namespaces are separate
-UP_S = 60.0
+UP_S = 180.0
 OWN_PROCESSES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 """Command that gives a process PID namespaces as in pods. An engine looks for its Ray node among the visible processes,
 and would find the head. A head that sees the processes of another node assumes that the head already runs.
@@ -138,7 +138,7 @@ class HeadAndNode:
 
 def _end(host: Host) -> None:
     """Kill all processes on a host, and wait until no process is left."""
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     while pids := [pid for pid in _pids() if _on(host, pid)]:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

@@ -298,7 +298,7 @@ class ScriptedGateway:
         """Stop the server and every call."""
         if self.script.hold is not None:
             self.script.hold.set()
-        self.server.stop(None).wait(10)
+        self.server.stop(None).wait(60)
 
 
 def serve(script: Script, address: str = "127.0.0.1:0") -> ScriptedGateway:

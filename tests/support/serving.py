@@ -60,7 +60,7 @@ class Door(NoListener):
         """Return a link to a worker of the model that has granted credit to this hub; None if there is none."""
         return next((x for x in self.hub.links if x.identity.model == model and x.free.sequences), None)
 
-    async def worker(self, model: str, timeout_s: float = 120.0, but: str = "") -> WorkerLink:
+    async def worker(self, model: str, timeout_s: float = 240.0, but: str = "") -> WorkerLink:
         """Wait for a worker of `model` whose incarnation is not `but`, and return the worker's link."""
         return await eventually(
             lambda: (x := self.link_of(model)) and (x if x.identity.incarnation != but else None),
@@ -131,10 +131,10 @@ async def greedy(link: WorkerLink, prompt: Sequence[int], count: int) -> list[in
     answer = _Answer(asyncio.get_running_loop().create_future())
     sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
     link.submit(EngineRequest("", list(prompt), sampling), answer)
-    return await asyncio.wait_for(answer.done, 60.0)
+    return await asyncio.wait_for(answer.done, 240.0)
 
 
-async def eventually(probe: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
+async def eventually(probe: Callable[[], T | None], what: str, timeout_s: float = 240.0) -> T:
     """Return the first truthy result of `probe`. Raises AssertionError with `what` on timeout."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -146,7 +146,7 @@ async def eventually(probe: Callable[[], T | None], what: str, timeout_s: float 
 
 
 async def settled(
-    backend: Backend, holds: Callable[[RaySnapshot], bool], what: str, timeout_s: float = 60.0
+    backend: Backend, holds: Callable[[RaySnapshot], bool], what: str, timeout_s: float = 240.0
 ) -> RaySnapshot:
     """Return the first snapshot of Ray for which `holds` is true. Fails with the last snapshot on timeout."""
     deadline = time.monotonic() + timeout_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -12,10 +13,10 @@ from typing import Any
 def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one command to the end and return its result."""
     command = [sys.executable, "-m", "cluster.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, stdin=subprocess.DEVNULL)
 
 
-def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> Any:
+def until(condition: Callable[[], Any], what: str, deadline_s: float = 240.0) -> Any:
     """Wait until a condition that other processes make true holds; return the condition's value."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
@@ -24,3 +25,14 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> 
             return value
         time.sleep(0.05)
     raise AssertionError(f"not within {deadline_s:g} s: {what}")
+
+
+def status() -> Any:
+    """Return the JSON value of `headrace status`, once a busy gateway answers within the command's time limit."""
+
+    def printed() -> str:
+        done = headrace("status", "--json")
+        assert done.returncode == 0 or "DEADLINE_EXCEEDED" in done.stderr, done.stderr
+        return done.stdout if done.returncode == 0 else ""
+
+    return json.loads(until(printed, "the gateway answers in time"))

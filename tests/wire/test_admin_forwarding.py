@@ -38,7 +38,7 @@ class Stream:
         self.questions.handle_reply(pb.AdminReply.FromString(reply.SerializeToString()))
 
 
-async def asked(stream: Stream, verb: str, body: bytes = b"", timeout_s: float = 5.0) -> asyncio.Task[bytes]:
+async def asked(stream: Stream, verb: str, body: bytes = b"", timeout_s: float = 60.0) -> asyncio.Task[bytes]:
     """Send a request and return the task that waits for the answer."""
     task = asyncio.create_task(stream.questions.ask(verb, body, "key:k1", timeout_s))
     await asyncio.sleep(0)  # the task's first step sends the request

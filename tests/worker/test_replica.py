@@ -83,7 +83,7 @@ async def test_a_stop_takes_no_longer_than_its_node(door: Door) -> None:
     link = await door.worker("m")
     endless = asyncio.create_task(greedy(link, [1, 2], 100_000))
     await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await replica.stop(within_s=0.4)
     with pytest.raises(AssertionError, match="lost"):
         await endless

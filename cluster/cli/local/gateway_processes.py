@@ -14,7 +14,7 @@ from cluster.cli.local.children import Child, StartFailed, headrace_command
 from cluster.cli.local.run_folder import RunFolder
 from cluster.config.schema import Config
 
-START_S = 30.0
+START_S = 120.0
 DRAIN_S = 2.0
 """Time that running streams have to finish when a local cluster stops, in seconds."""
 POLL_S = 0.05

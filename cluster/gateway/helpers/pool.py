@@ -178,7 +178,8 @@ class HelperPool:
     def __init__(self, setup: Setup, size: int | None = None, patience_s: float = PATIENCE_S) -> None:
         """`size`: maximum number of helpers; by default the number of cores, up to MAX_HELPERS."""
         self._setup = setup
-        self._patience_s = patience_s
+        self.patience_s = patience_s
+        """Seconds after which a helper without an answer to a small job is late; see PATIENCE_S."""
         self.cpu_s = CPU_S
         """CPU limit of a small job, in seconds."""
         self._size = size or min(os.cpu_count() or 1, MAX_HELPERS)
@@ -219,7 +220,7 @@ class HelperPool:
             if helper is None:
                 return None
             # The job completes even if its caller is cancelled, because its answer must be read from the socket.
-            patience_s = self._patience_s + size / 1e6
+            patience_s = self.patience_s + size / 1e6
             work = self._spawn(self._work(helper, job, then, patience_s, self.cpu_s + CPU_S_PER_MB * size / 1e6))
             if not local_fallback:
                 await asyncio.wait({work})

@@ -97,7 +97,11 @@ def _allows_late_system(source: str) -> bool:
     """
     try:
         template = Environment([jinja2.ext.loopcontrols], {}).guarded(source)
-        _run(template, {"messages": _LATE_SYSTEM, "add_generation_prompt": False, "range": _bounded_range()})
+        _run(
+            template,
+            {"messages": _LATE_SYSTEM, "add_generation_prompt": False, "range": _bounded_range()},
+            MAX_RENDER_S,
+        )
     except (CallError, TemplateSyntaxError):
         return False
     return True
@@ -128,14 +132,17 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         control_tokens: ControlTokens | None = None,
         now: Callable[[], datetime] = datetime.now,
+        render_s: float = MAX_RENDER_S,
     ) -> None:
-        """`sources`: the Jinja text of each template by name; a single template has the name `default`.
+        """`sources`: the Jinja text of each template by name; a single template has the name `default`. `render_s`:
+        CPU limit of one render, in seconds.
         `special_tokens`: the text of each special token by name, such as bos_token. `control_tokens`: tokens that are
         escaped in texts of users, tools and documents; None if no tokens are.
 
         A template that does not compile raises its error in `render`, so that the model can still serve completions.
         """
         environment = _environment(now)
+        self._render_s = render_s
         self._special_tokens = dict(special_tokens or {})
         self._control_tokens = control_tokens
         self._sources = dict(sources)
@@ -192,7 +199,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         variables.setdefault("documents", None)
-        text = _run(compiled.template, variables)
+        text = _run(compiled.template, variables, self._render_s)
         return _cut_at_mark(text, messages[-1]["content"]) if continue_final_message else text
 
     @cached_property
@@ -247,10 +254,12 @@ def _bounded_range() -> Callable[..., range]:
     return bounded
 
 
-def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """Render a template. Raises CallError on the field `messages` for every failure."""
+def _run(template: jinja2.Template, variables: dict[str, Any], render_s: float) -> str:
+    """Render a template in at most `render_s` seconds of CPU time. Raises CallError on the field `messages` for every
+    failure.
+    """
     try:
-        with bounded(MAX_RENDER_S):
+        with bounded(render_s):
             return "".join(_pieces(template.root_render_func(template.new_context(variables))))
     except _Raised as e:
         raise invalid("messages", _short(str(e))) from e

@@ -236,12 +236,12 @@ async def test_one_controller_acts_by_the_lease_and_gives_it_up(
         running = asyncio.create_task(
             pod.run_pod_controller(config, tmp_path / "c", "headrace-controller", stop, tmp_path)
         )
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not any(call[0] == "POST" for call in api.seen):
                 await asyncio.sleep(0.02)
                 assert not running.done(), running.exception()
         stop.set()
-        await asyncio.wait_for(running, 30)
+        await asyncio.wait_for(running, 60)
         assert api.leases["headrace-controller"]["spec"]["holderIdentity"] == ""
         assert {path.rsplit("/", 1)[0] for _, path in api.seen} <= {
             "/apis/coordination.k8s.io/v1/namespaces/ns/leases",

@@ -57,7 +57,7 @@ async def test_a_lost_gateway_is_started_again_and_nothing_is_left() -> None:
     def replacement() -> int:
         return int(cluster.run.state()["processes"].get("gateway", {"pid": lost})["pid"])
 
-    await eventually(lambda: replacement() != lost, "it is started again", 40)
+    await eventually(lambda: replacement() != lost, "it is started again", 240)
     assert cluster.endpoints == endpoints
     assert any(report.startswith("gateway ended (signal SIGKILL)") for report in reports)
     assert await cluster.wait_for_models(step) == []

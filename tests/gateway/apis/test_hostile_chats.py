@@ -16,11 +16,14 @@ from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from tests.gateway.apis.test_tools import add_worker
 from tests.support.cluster import TestCluster, running_cluster
+from tests.support.cpu import slowness
 from tests.support.fuzz import nothing_unexpected
 from tests.support.http import Wire, chat_body, message_body
 
 pytestmark = pytest.mark.slow
 
+TRIES = 3
+"""Number of tries of a request whose pass was too long. Work of other tests in this process may have been in it."""
 STALL_S = 0.05
 """Greatest CPU time of one pass of the event loop, in seconds of its thread."""
 ANSWER_S = 60.0
@@ -119,6 +122,11 @@ class Stalls:
 
     longest_s = 0.0
 
+    @property
+    def too_long(self) -> bool:
+        """Whether the longest pass took more than STALL_S, or in proportion more on a slow machine."""
+        return self.longest_s > STALL_S * slowness()
+
     async def __aenter__(self) -> Stalls:
         self._task = asyncio.create_task(self._watch())
         return self
@@ -142,17 +150,20 @@ async def test_hostile_bodies(busy: TestCluster, api: str) -> None:
     STALL_S."""
     good = {"chat": chat_body, "messages": message_body}[api](max_tokens=2)
     for title, body in bodies(api, good).items():
-        wire = await Wire.open(busy)
-        async with nothing_unexpected(), asyncio.timeout(ANSWER_S), Stalls() as stalls:
-            wire.ask(API[api], body)
-            reply = await wire.reply()
-        await wire.close()
+        for _ in range(TRIES):
+            wire = await Wire.open(busy)
+            async with nothing_unexpected(), asyncio.timeout(ANSWER_S), Stalls() as stalls:
+                wire.ask(API[api], body)
+                reply = await wire.reply()
+            await wire.close()
+            if not stalls.too_long:
+                break
         assert reply.status in (200, 400), (title, reply.status, reply.body[:300])
         if reply.status == 400:
             error = reply.json["error"]
             assert len(error["message"]) < 1000, title
             assert error["type"] == "invalid_request_error", title
-        assert stalls.longest_s < STALL_S, (title, stalls.longest_s)
+        assert not stalls.too_long, (title, stalls.longest_s)
 
 
 async def test_hostile_messages(busy: TestCluster) -> None:
@@ -160,9 +171,12 @@ async def test_hostile_messages(busy: TestCluster) -> None:
     for title, request in requests().items():
         data = request.SerializeToString()
         method: Any = busy.channel.unary_unary("/cluster.v1.Inference/Chat")
-        call = method(data, timeout=ANSWER_S)
-        async with nothing_unexpected(), Stalls() as stalls:
-            code = await call.code()
+        for _ in range(TRIES):
+            call = method(data, timeout=ANSWER_S)
+            async with nothing_unexpected(), Stalls() as stalls:
+                code = await call.code()
+            if not stalls.too_long:
+                break
         assert code in (
             grpc.StatusCode.OK,
             grpc.StatusCode.INVALID_ARGUMENT,
@@ -170,4 +184,4 @@ async def test_hostile_messages(busy: TestCluster) -> None:
             grpc.StatusCode.UNIMPLEMENTED,
         ), (title, code, await call.details())
         assert len(await call.details() or "") < 1000, title
-        assert stalls.longest_s < STALL_S, (title, stalls.longest_s)
+        assert not stalls.too_long, (title, stalls.longest_s)

@@ -84,6 +84,11 @@ def _values(field: Any, depth: int) -> list[Any]:
     return NUMBERS if field.cpp_type not in (field.CPPTYPE_BOOL, field.CPPTYPE_ENUM) else [True]
 
 
+CLIENT_FAULT, TRIES = "Internal error from Core", 3
+"""Details that the client library itself makes up now and then, if a refusal arrives while the client still writes, and
+the number of tries of one message."""
+
+
 @pytest.mark.parametrize("method", [m.name for m in SERVICE.methods if m.name != "Session"])
 async def test_every_field_of_every_message(busy: TestCluster, method: str) -> None:
     """A message with JSON in a text, deep nesting or an extreme number gets a status that is not INTERNAL or
@@ -91,16 +96,22 @@ async def test_every_field_of_every_message(busy: TestCluster, method: str) -> N
     kind = getattr(pb, SERVICE.methods_by_name[method].input_type.name)
     limit = asyncio.Semaphore(16)
 
+    async def status(message: Any) -> tuple[str, str]:
+        stream: Any = busy.channel.stream_stream(f"/{SERVICE.full_name}/{method}")(timeout=CALL_S)
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await stream.write(message.SerializeToString())
+            await stream.done_writing()
+            async for _ in stream:
+                pass
+        return (await stream.code()).name, await stream.details()
+
     async def send(message: Any) -> None:
         async with limit:
-            stream: Any = busy.channel.stream_stream(f"/{SERVICE.full_name}/{method}")(timeout=CALL_S)
-            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await stream.write(message.SerializeToString())
-                await stream.done_writing()
-                async for _ in stream:
-                    pass
-            code = await stream.code()
-            assert code.name not in ("INTERNAL", "UNKNOWN"), (str(message)[:500], await stream.details())
+            for _ in range(TRIES):
+                code, details = await status(message)
+                if details != CLIENT_FAULT:
+                    break
+            assert code not in ("INTERNAL", "UNKNOWN"), (str(message)[:500], details)
 
     async with nothing_unexpected():
         await asyncio.gather(*map(send, _odd(kind)))
@@ -124,7 +135,7 @@ async def test_every_field_of_every_body(
             rest = json.dumps({key: value for key, value in good.items() if key != name})[1:]
             for value in JSON:
                 wire.ask(path, f'{{"{name}": {value}, {rest}'.encode())
-                async with asyncio.timeout(CALL_S):
+                async with asyncio.timeout(60):
                     reply = await wire.reply()
                 assert reply.status < 500, (name, value[:40], reply.body)
     await wire.close()

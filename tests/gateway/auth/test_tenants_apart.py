@@ -192,7 +192,7 @@ async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -
     for number in (1, 2):
         mine.append(stub.StreamChat(chat(model="line"), metadata=bearer(key)))
         await until(lambda n=number: keyed.gateway.scheduler.queues.waiting("line")[0] == 50 + n, "it waits")  # type: ignore[misc]
-    places = [(await asyncio.wait_for(read(call), 5)).progress.queue_position for call in mine]
+    places = [(await asyncio.wait_for(read(call), 60)).progress.queue_position for call in mine]
     assert places == [1, 2]
     for call in (*others, *mine):
         call.cancel()

@@ -131,7 +131,7 @@ async def test_an_output_is_redacted_over_every_face(keyed: Keyed) -> None:
     received = ReceivedEvents()
     await session.write(start(1, chat(**ASK)))
     while not received.ended(1):
-        message = await asyncio.wait_for(read(session), 20)
+        message = await asyncio.wait_for(read(session), 60)
         assert message is not None
         received.add(message)
     await session.done_writing()
@@ -430,7 +430,7 @@ async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, che
         secret = bare[len(bare) // 4 : -len(bare) // 4]  # long enough not to be complete when the worker dies
         await lab.guard(redacting(secret))
         stream = lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 120}), metadata=lab.who)
-        chunks = [await asyncio.wait_for(read(stream), 20)]
+        chunks = [await asyncio.wait_for(read(stream), 60)]
         (call,) = keyed.gateway.service.calls
         await until(lambda: len(call.sequences[0].emitted) >= 60, "half of the answer is emitted")
         next(engine for engine in engines if engine.load().running).kill()

@@ -63,7 +63,7 @@ async def doomed(
 async def begun(doomed: Doomed, requests: Sequence[Any]) -> list[list[Any]]:
     """Read some chunks of each stream, then kill the separate gateway. Returns all chunks that had arrived."""
     calls = [doomed.stub.StreamChat(request, wait_for_ready=True) for request in requests]
-    chunks = [[await asyncio.wait_for(read(call), 10) for _ in range(4)] for call in calls]
+    chunks = [[await asyncio.wait_for(read(call), 60) for _ in range(4)] for call in calls]
     doomed.kill()
     await asyncio.gather(*map(_to_its_break, calls, chunks))
     return chunks
@@ -71,7 +71,7 @@ async def begun(doomed: Doomed, requests: Sequence[Any]) -> list[list[Any]]:
 
 async def _to_its_break(call: Any, chunks: list[Any]) -> None:
     try:
-        while (chunk := await asyncio.wait_for(read(call), 10)) is not None:
+        while (chunk := await asyncio.wait_for(read(call), 60)) is not None:
             chunks.append(chunk)
     except grpc.aio.AioRpcError:
         return
@@ -82,7 +82,7 @@ async def go_on(doomed: Doomed, requests: Sequence[Any], chunks: Sequence[list[A
     """Resume all streams at the surviving gateway. Returns all chunks of each stream, including the chunks that were
     read before."""
     calls = [doomed.survivor.stub.Resume(resume(*one)) for one in zip(requests, chunks, strict=True)]
-    rests = await asyncio.gather(*(asyncio.wait_for(rest_of(call), 20) for call in calls))
+    rests = await asyncio.gather(*(asyncio.wait_for(rest_of(call), 60) for call in calls))
     return [[*first, *(one.chat for one in rest)] for first, rest in zip(chunks, rests, strict=True)]
 
 
@@ -140,10 +140,10 @@ async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -
     stopped gateway's requests end at once, and no request is kept when the links end."""
     request = chat(max_tokens=2000, ignore_eos=True, resumable=True)
     call = doomed.stub.StreamChat(request, wait_for_ready=True)
-    chunks = [await asyncio.wait_for(read(call), 10) for _ in range(4)]
+    chunks = [await asyncio.wait_for(read(call), 60) for _ in range(4)]
     os.kill(doomed.pid, signal.SIGSTOP)
     onward = doomed.survivor.stub.Resume(resume(request, chunks))
-    await asyncio.wait_for(read(onward), 10)
+    await asyncio.wait_for(read(onward), 60)
     await until(lambda: doomed.count("running") == 1, "the one that was taken over has ended", 0.8 * DETACHED_S)
     doomed.kill()
     await until(lambda: doomed.worker.end.statistics().links == 1, "the worker has seen it")
@@ -178,7 +178,7 @@ async def test_they_keep_their_places(doomed: Doomed) -> None:
     later = [asyncio.create_task(_one(doomed.survivor)) for _ in range(3)]
     await until(lambda: doomed.survivor.gateway.scheduler.queues.waiting("sim")[0] == 3, "the others wait")
     calls = [doomed.survivor.stub.Resume(resume(*one)) for one in zip(requests, chunks, strict=True)]
-    await asyncio.gather(*(asyncio.wait_for(read(call), 10) for call in calls))
+    await asyncio.gather(*(asyncio.wait_for(read(call), 60) for call in calls))
     assert doomed.count("submitted") == submitted
     for call in calls:
         call.cancel()

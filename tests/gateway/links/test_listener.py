@@ -15,7 +15,7 @@ from cluster.gateway.links.hub import LIMITS
 from cluster.gateway.links.listener import bind_link
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-ANSWER_S = 10.0
+ANSWER_S = 60.0
 
 
 def config_of(link: str) -> str:

@@ -125,7 +125,7 @@ async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -
     """However calls end (with several outputs, cancelled, late, or with a lost worker), every reservation is settled
     and the used tokens stay counted."""
     async with keyed_cluster(tmp_path, gateway="  resume: {max_wait_s: 0.3}\n") as keyed:
-        worker = await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+        worker = await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=20), bundle)
         key = await keyed.key("some", limits={"tokens_per_minute": 10_000, "concurrent_requests": 2})
         stub, identity = keyed.cluster.stub, bearer(key)
         whole = await stub.Chat(chat(n=3, max_tokens=4, ignore_eos=True), metadata=identity)

@@ -23,6 +23,7 @@ from cluster.wire.dial import read
 from tests.support.calls import Answer, chat, complete, refused, rest_of, resume, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.keyed import bearer, eventually, keyed_cluster
+from tests.support.loop_clock import LoopClock
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +74,7 @@ async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
     """Read the first chunks of a stream, then cancel the stream. Returns the chunks."""
     method = cluster.stub.StreamChat if isinstance(request, pb.ChatRequest) else cluster.stub.StreamComplete
     call = method(request)
-    chunks = [await asyncio.wait_for(read(call), 10) for _ in range(after)]
+    chunks = [await asyncio.wait_for(read(call), 60) for _ in range(after)]
     call.cancel()
     return chunks
 
@@ -81,7 +82,7 @@ async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
 async def broken(call: Any, chunks: list[Any]) -> Answer:
     """Read a stream to its error and return the error. The chunks before the error are appended to `chunks`."""
     try:
-        while (message := await asyncio.wait_for(read(call), 10)) is not None:
+        while (message := await asyncio.wait_for(read(call), 60)) is not None:
             chunks.append(message.chat if isinstance(message, pb.ResumeChunk) else message)
     except grpc.aio.AioRpcError as error:
         return Answer(error)
@@ -91,7 +92,7 @@ async def broken(call: Any, chunks: list[Any]) -> Answer:
 async def rest(cluster: TestCluster, request: pb.ResumeRequest) -> list[Any]:
     """Return all chunks of a resumed stream, unwrapped."""
     kind = "chat" if request.HasField("chat") else "complete"
-    return [getattr(one, kind) for one in await asyncio.wait_for(rest_of(cluster.stub.Resume(request)), 20)]
+    return [getattr(one, kind) for one in await asyncio.wait_for(rest_of(cluster.stub.Resume(request)), 60)]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
     chunks = await cut(pair.first, request, 70)
     call = pair.second.stub.Resume(resume(request, kept(chunks) if frugal else chunks))
     for _ in range(9):
-        chunks.append((await asyncio.wait_for(read(call), 10)).chat)
+        chunks.append((await asyncio.wait_for(read(call), 60)).chat)
     call.cancel()
     if frugal:
         assert len(kept(chunks)) == 9
@@ -157,7 +158,7 @@ async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkp
         await asyncio.gather(*map(read, busy))  # so routing by free capacity would choose another worker
         submitted, computed = counts("submitted"), counts("prefill_tokens")
         call = there.stub.Resume(resume(request, chunks))
-        chunks += [(await asyncio.wait_for(read(call), 10)).chat for _ in range(30)]
+        chunks += [(await asyncio.wait_for(read(call), 60)).chat for _ in range(30)]
         submitted[home] += 1
         assert counts("submitted") == submitted
         assert counts("prefill_tokens")[home] - computed[home] <= workers[home].info.block_size
@@ -166,7 +167,7 @@ async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkp
         await until(lambda: sum(counts("running")) == 1, "it runs alone")
         if there is pair.second:
             await workers[home].stop()
-            chunks += [(await asyncio.wait_for(read(call), 10)).chat for _ in range(30)]
+            chunks += [(await asyncio.wait_for(read(call), 60)).chat for _ in range(30)]
             (home,) = [at for at, number in enumerate(counts("submitted")) if number > submitted[at]]
         call.cancel()
 
@@ -195,7 +196,7 @@ async def test_all_of_a_lost_gateway_go_back_at_once(
         await ends
         before = counts("submitted")
         goes_on = [second.stub.Resume(resume(*one)) for one in zip(requests, begun, strict=True)]
-        await asyncio.gather(*(asyncio.wait_for(read(call), 10) for call in goes_on))
+        await asyncio.gather(*(asyncio.wait_for(read(call), 60) for call in goes_on))
         await until(lambda: sum(counts("running")) == 24, "all have resumed")
         assert [now - then for now, then in zip(counts("submitted"), before, strict=True)] == at
         again = [now - then for now, then in zip(counts("prefill_tokens"), computed, strict=True)]
@@ -217,7 +218,7 @@ async def test_in_a_session(pair: Pair, kind: str) -> None:
         await session.write(pb.SessionRequest(start=start))
         before = len(chunks)
         while not (chunks and chunks[-1].HasField("usage")) and (last or len(chunks) < before + 10):
-            message = await asyncio.wait_for(read(session), 10)
+            message = await asyncio.wait_for(read(session), 60)
             chunks += [getattr(event, kind) for event in message.events]
         session.cancel()
     whole: Any = await (pair.first.stub.Chat(request) if kind == "chat" else pair.first.stub.Complete(request))
@@ -344,12 +345,14 @@ async def _handed_on_one_by_one(pair: Pair, drain_s: float) -> None:
         assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
         return time.monotonic() - begin
 
-    *ends, at_last = await asyncio.gather(*map(time_of_end, [*calls, stays], [*begun, last]))
+    async with LoopClock() as clock:
+        *ends, at_last = await asyncio.gather(*map(time_of_end, [*calls, stays], [*begun, last]))
     in_order = [end for _, end in sorted(zip(lengths, ends, strict=True), reverse=True)]
-    assert in_order == sorted(ends)
+    least_s = drain_s / 2 / 4 / 2 - clock.longest_stall_s  # a stall delays a stream's end, but not the one after it
     assert drain_s / 2 <= in_order[0]
-    assert all(later - sooner > drain_s / 2 / 4 / 2 for sooner, later in itertools.pairwise(in_order))
-    assert in_order[-1] < drain_s - drain_s / 2 / 4 / 2 < drain_s <= at_last
+    assert all(later - sooner > least_s for sooner, later in itertools.pairwise(in_order))
+    assert in_order[-1] < drain_s - least_s
+    assert drain_s <= at_last
     await stopping
 
 
@@ -384,11 +387,11 @@ async def test_tokens_expire_and_deadlines_stay(
     """Expired tokens are refused with RESUME_EXPIRED, and a resumed call ends at the deadline of the call's first
     request."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
-    short = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {token_expires_s: 1}")
+    short = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {token_expires_s: 2}")
     async with running_cluster(tmp_path / "a", short) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         request = chat(max_tokens=2000, ignore_eos=True, resumable=True)
-        call = cluster.stub.StreamChat(request, timeout=0.6)
+        call = cluster.stub.StreamChat(request, timeout=1.2)
         chunks = [await read(call) for _ in range(5)]
         call.cancel()
         answer = await refused(cluster.stub.Resume(resume(request, chunks)))
@@ -398,7 +401,7 @@ async def test_tokens_expire_and_deadlines_stay(
         async def expired() -> bool:
             again = chat(max_tokens=2, ignore_eos=True, resumable=True)
             assert (await cluster.stub.Chat(again)).usage.completion_tokens == 2
-            return time.time() > began + 2.0
+            return time.time() > began + 3.0
 
         began = time.time()
         await eventually(expired, "the tokens are old")

@@ -100,7 +100,7 @@ async def test_a_new_gateway_knows_all_blocks_of_its_workers(tmp_path: Path, che
         holders = [matched(first, [*ids, 1]) for ids in prompts]
         async with running_cluster(tmp_path / "second", text) as second:
             await until(lambda: len(second.gateway.hub.links) == 3, "all workers are linked")
-            await until(lambda: [matched(second, [*ids, 1]) for ids in prompts] == holders, "all is known", 2.0)
+            await until(lambda: [matched(second, [*ids, 1]) for ids in prompts] == holders, "all is known")
             assert [(await turn(second, [*ids, 1]))[1] for ids in prompts] == [len(ids) for ids in prompts]
 
 

@@ -264,7 +264,7 @@ async def test_a_chat_that_loses_workers_fails_in_the_end() -> None:
         async with settled():
             queue.lose(link)
     with pytest.raises(CallError) as error:
-        await asyncio.wait_for(call, 10)
+        await asyncio.wait_for(call, 60)
     assert error.value.outcome is Outcome.WORKER_LOST
 
 

@@ -277,7 +277,7 @@ async def in_thread(request: urllib.request.Request) -> tuple[Any, str | None]:
     """Return the JSON of an HTTP answer, and the model that is named in the answer's header."""
 
     def send() -> tuple[Any, str | None]:
-        with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310 - of a loopback port
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310 - of a loopback port
             return json.load(answer), answer.headers.get("x-headrace-model")
 
     return await asyncio.to_thread(send)

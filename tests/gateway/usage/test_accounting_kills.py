@@ -54,7 +54,7 @@ class Database:
             self._server.kill()
             return
         self._lock = sqlite3.connect(
-            self.url.removeprefix("sqlite:///"), isolation_level=None, timeout=10, check_same_thread=False
+            self.url.removeprefix("sqlite:///"), isolation_level=None, timeout=60, check_same_thread=False
         )
         self._lock.execute("BEGIN IMMEDIATE")
 
@@ -115,7 +115,7 @@ class Site:
         """Wait until a gateway has loaded the tenants and keys. From then on the gateway serves without the
         database."""
         home = self.running[number][1]
-        await until((home / "state" / "snapshot.json").exists, f"gateway {number} knows who may call", 30)
+        await until((home / "state" / "snapshot.json").exists, f"gateway {number} knows who may call")
 
     async def kill(self, number: int) -> None:
         """Kill a gateway with SIGKILL, delete the gateway's disk, and start the next incarnation of the gateway."""

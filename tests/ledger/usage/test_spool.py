@@ -104,7 +104,7 @@ def test_durable_is_told_in_order(make: Callable[..., Spool]) -> None:
 
     spool = make(on_durable=on_durable)
     assert [spool.append(record(f"r{n}")) for n in range(100)] == list(range(1, 101))
-    assert done.wait(10)
+    assert done.wait(60)
     assert positions == sorted(positions)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cluster.policy.tenants.patterns import MAX_MATCH_CHARS, PatternError, Patterns, longest_match
+from tests.support.cpu import cpu_within
 
 ATOMS = st.sampled_from(["a", "b", "é", "1", " ", "[ab]", "[^a]", r"\d", r"\w", r"\b", r"\B", ".", "^", "$", r"[1é]"])
 COUNTS = st.sampled_from(["", "", "?", "??", "{2}", "{1,3}", "{1,3}?", "{0,2}"])
@@ -124,6 +124,5 @@ def test_a_text_made_to_be_slow_is_not() -> None:
     """A text that takes a backtracking matcher very long is searched in a second. The search needs a hundredth of this
     time."""
     patterns = Patterns({"slow": "(?:a|aa|a?a){1,30}!", "card": r"\b(?:\d[ -]?){13,19}\b"})
-    began = time.perf_counter()
-    assert list(patterns.find("a" * 100_000)) == []
-    assert time.perf_counter() - began < 1.0
+    with cpu_within(1.0):
+        assert list(patterns.find("a" * 100_000)) == []

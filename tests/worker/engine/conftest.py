@@ -78,7 +78,7 @@ async def _started(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[tupl
         assert any(file.name.startswith("meeting-") for file in folder.iterdir()), "and so is the rendezvous file"
     finally:
         await engine.close()
-    _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, family, 60)
     assert not alive, "close left processes of the engine"
     assert left_by_vllm() <= temporary, "close left files of the engine"
 

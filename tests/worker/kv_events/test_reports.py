@@ -27,7 +27,7 @@ class Events:
 
 async def known(outbox: Outbox, held: set[int], wanted: set[int]) -> set[int]:
     """Read an outbox until the gateway that reads it knows the wanted blocks. `held`: what it knows now."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while held != wanted:
             message = await outbox.next_message()
             if message.HasField("kv_blocks"):
@@ -74,7 +74,7 @@ async def test_a_large_report_is_sent_in_pieces_between_which_other_work_runs() 
         source.queue.put_nowait([BlocksRemoved([0, count - 1]), BlocksStored([0], None, range(SIZE), SIZE)])
         sizes = []
         other: set[int] = set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while other != set(hashes[:-1]):
                 message = await late.next_message()
                 change = kv_blocks_from_pb(message.kv_blocks)

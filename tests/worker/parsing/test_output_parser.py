@@ -181,7 +181,7 @@ async def test_a_stop_string_ends_the_request(folder: Path) -> None:
         outputs = outputs_of("r", ids, 8)
         for output in outputs[:-1]:
             parser.divert([output])
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             got = list(await parser.parsed())
             while got[-1].finish is None:
                 got += await parser.parsed()

@@ -200,7 +200,7 @@ def test_an_output_matrix_of_its_own_is_missed(whole: Callable[[str], Path], tmp
     check(folder)
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_a_number_of_layers_that_no_model_has_is_refused_at_once(whole: Callable[[str], Path], tmp_path: Path) -> None:
     """An absurd number of layers is refused before the comparison, which would use all memory of the host."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))

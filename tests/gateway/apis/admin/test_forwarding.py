@@ -52,7 +52,7 @@ class Controlled:
             events_now[:] = self.keyed.ledger.audit.list(equal={"action": "catalog.scale"}, limit=100)
             return len(events_now) >= count
 
-        await until(there, "the audit has it", 10)
+        await until(there, "the audit has it")
         return events_now
 
 

@@ -464,7 +464,7 @@ async def test_what_is_no_message(world: World) -> None:
     raw: Any = channel.unary_unary("/cluster.admin.v1.Tenants/Get")
     metadata = (("authorization", f"Bearer {world.key}"),)
     for data, code in ((b"\xff\xff", "INVALID_ARGUMENT"), (b"\x0a\x80" + b"x" * (2 << 20), "RESOURCE_EXHAUSTED")):
-        call = raw(data, metadata=metadata, timeout=20)
+        call = raw(data, metadata=metadata, timeout=60)
         assert (await call.code()).name == code
     assert await world.operator.code("Tenants.Get", T.GetTenantRequest(name="tenants/ops")) == "OK"
 
@@ -476,7 +476,7 @@ async def test_tokens_that_are_none(world: World) -> None:
     revoked = await asyncio.to_thread(ledger.keys.create, "ops", "revoked", role="operator")
     await asyncio.to_thread(ledger.keys.revoke, "ops", revoked.stored.id)
     request = T.ListTenantsRequest()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     for key in (world.key[:-1], late.secret, revoked.secret, "x" * 60_000, "", world.key.upper()):
         async with AdminClient(address, metadata=[("authorization", f"Bearer {key}")]) as client:
             while (code := await client.code("Tenants.List", request)) == "OK" and time.monotonic() < deadline:

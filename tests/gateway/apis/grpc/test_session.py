@@ -21,6 +21,7 @@ from cluster.wire.dial import read
 from tests.http2.raw import raw_client
 from tests.support.calls import chat, complete, rest_of, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
+from tests.support.cpu import slowness
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +78,7 @@ def start(call_id: int, request: pb.ChatRequest | pb.CompleteRequest, **fields: 
 async def gather(stream: Any, received: ReceivedEvents, *call_ids: int) -> None:
     """Read messages of a session until all calls in `call_ids` have ended."""
     while not all(received.ended(i) for i in call_ids):
-        message = await asyncio.wait_for(read(stream), 20)
+        message = await asyncio.wait_for(read(stream), 60)
         assert message is not None, "the session ended early"
         received.add(message)
 
@@ -107,7 +108,7 @@ async def test_too_many_in_one_message_end_the_session(cluster: TestCluster) -> 
     stream = cluster.stub.Session()
     await stream.write(pb.SessionRequest(more=[pb.SessionRequest()] * 1001))
     with pytest.raises(grpc.aio.AioRpcError, match="at most 1000") as raised:
-        await asyncio.wait_for(read(stream), 10)
+        await asyncio.wait_for(read(stream), 60)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -272,7 +273,7 @@ async def _longest_pass_s(cluster: TestCluster, messages: bytes) -> float:
 
     done = asyncio.Event()
     data = pb.SessionRequest(start=pb.SessionStart(call_id=1)).SerializeToString()
-    async with raw_client(int(cluster.gateway.endpoints["grpc"].rpartition(":")[2])) as raw, asyncio.timeout(20):
+    async with raw_client(int(cluster.gateway.endpoints["grpc"].rpartition(":")[2])) as raw, asyncio.timeout(60):
         while not raw.events:
             await raw.receive()
         stream_id = await raw.call("Session", None, service="cluster.v1.Inference")
@@ -292,7 +293,7 @@ async def test_messages_without_a_request_hold_nobody_up(cluster: TestCluster) -
     """A flow-control window full of empty messages is read in time slices, as requests are, and not in one pass of the
     event loop."""
     await _longest_pass_s(cluster, bytes(5))  # this first run loads modules
-    assert min([await _longest_pass_s(cluster, bytes(5 * 12_800)) for _ in range(3)]) < 0.02
+    assert min([await _longest_pass_s(cluster, bytes(5 * 12_800)) for _ in range(3)]) < 0.02 * slowness()
 
 
 async def test_a_session_ends_with_a_request_that_is_refused_at_once(cluster: TestCluster) -> None:
@@ -306,6 +307,6 @@ async def test_a_session_ends_with_a_request_that_is_refused_at_once(cluster: Te
         await session.done_writing()
         return [event for message in await rest_of(session) for event in message.events]
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         answers = await asyncio.gather(*(asked() for _ in range(20)))
     assert all(event.status for (event,) in answers)

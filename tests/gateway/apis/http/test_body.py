@@ -18,7 +18,7 @@ from tests.support.cluster import until
 
 MIB = 1 << 20
 LIMIT = 4 * MIB
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 @dataclass

@@ -16,6 +16,7 @@ from cluster.gateway.apis.http.protocol import CONNECTION, MAX_HEADERS
 from cluster.gateway.apis.http.server import HttpServer
 from cluster.gateway.apis.http.timeouts import TimeoutLimits
 from tests.gateway.apis.http.raw import read_all
+from tests.support.loop_clock import HANG_S, LoopClock, within
 
 QUICK = TimeoutLimits(
     check_s=0.05,
@@ -27,7 +28,7 @@ QUICK = TimeoutLimits(
     unread_s=0.3,
 )
 END_S = 5.0
-"""Seconds within which the server must close a connection that exceeds a bound."""
+"""Seconds of the event loop within which the server must close a connection that exceeds a bound."""
 Handle = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
 
@@ -74,7 +75,7 @@ async def exchange(app: Echo, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
     try:
         writer.write(data)
-        return await asyncio.wait_for(read_all(reader), END_S)
+        return await within(END_S, read_all(reader))
     finally:
         writer.close()
 
@@ -85,10 +86,11 @@ async def dribble(app: Echo, data: bytes, byte: bytes) -> bytes:
     reading = asyncio.create_task(read_all(reader))
     try:
         writer.write(data)
-        async with asyncio.timeout(END_S):
+        async with asyncio.timeout(HANG_S), LoopClock() as clock:
             while not reading.done():
                 writer.write(byte)
                 await asyncio.wait((reading,), timeout=0.02)
+        assert clock.now_s <= END_S
         return reading.result()
     finally:
         reading.cancel()
@@ -218,7 +220,7 @@ async def test_a_response_that_is_not_read_ends_its_connection() -> None:
         writer.write(b"GET /large HTTP/1.1\r\nhost: a\r\n\r\n")
         await reader.readexactly(4)
         with pytest.raises(ConnectionError):
-            await asyncio.wait_for(write_on(writer), END_S)
+            await within(END_S, write_on(writer))
         writer.close()
 
 

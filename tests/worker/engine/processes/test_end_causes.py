@@ -148,7 +148,7 @@ def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: st
             process.send_signal(number)
         else:
             process.communicate(b"\n")
-        members.wait(5.0)
+        members.wait(60.0)
         assert end_causes.find_cause("e1") == f"rank 1 (process {process.pid}) {how}; log: /var/log/rank-1.out"
 
 
@@ -174,7 +174,7 @@ def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: s
         )
         logs.start()
         process.kill()
-        members.wait(5.0)
+        members.wait(60.0)
         logs.join()
         first = (folder / f"{end_causes.NOTES}-e1").read_text().splitlines()[0]
         assert json.loads(first)["text"] == f"rank 1 (process {process.pid}) was killed by SIGKILL"
@@ -197,8 +197,8 @@ def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> Non
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive()
-        members.wait(5.0)
-        waiting.join(5.0)
+        members.wait(60.0)
+        waiting.join(60.0)
         assert not waiting.is_alive()
         assert "was killed by SIGKILL" in end_causes.find_cause("e1")
 

@@ -65,7 +65,7 @@ def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> N
         [sys.executable, os.path.join(tmp_path, "program.py")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, fork_server.START: "fork-server", "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"},
         check=False,
     )

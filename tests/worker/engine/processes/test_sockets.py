@@ -54,7 +54,7 @@ def test_a_living_process_keeps_its_folder_from_other_namespaces(tmp_path: Path)
         f"sockets.sweep(Path({str(tmp_path)!r}))"
     )
     ours = sockets.OwnFolder(sockets.PREFIX, tmp_path)
-    subprocess.run([*OWN_PROCESSES, sys.executable, "-c", sweep], check=True, timeout=60)
+    subprocess.run([*OWN_PROCESSES, sys.executable, "-c", sweep], check=True, timeout=300)
     assert list(tmp_path.iterdir()) == [ours.path]
     ours.remove()
 

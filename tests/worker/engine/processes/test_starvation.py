@@ -126,9 +126,9 @@ def spinning(core: int, count: int) -> Iterator[list[subprocess.Popen[str]]]:
 def lost_share(pid: int, wanted: Callable[[float], bool]) -> float:
     """Return the fraction of time for which a process has waited.
 
-    The fraction is measured again until `wanted` accepts it, for at most ten seconds.
+    The fraction is measured again until `wanted` accepts it, for at most a minute.
     """
-    deadline, share = time.monotonic() + 10.0, -1.0
+    deadline, share = time.monotonic() + 60.0, -1.0
     while time.monotonic() < deadline and not wanted(share):
         before, began = read_tasks([pid]), time.monotonic()
         os.sched_yield()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ from cluster.api.ports import EngineDead
 from cluster.worker.engine.processes import end_causes, sockets
 from cluster.worker.engine.vllm.cpu import lone_rank
 from cluster.worker.engine.vllm.engine import VllmEngine
+from tests.support.cpu import time_within
 from tests.worker.engine.conftest import TOKEN_HI, TOKEN_LO, engine_children, tiny_spec
 from tests.worker.engine.contract import Driver, Subject, request
 
@@ -28,10 +28,8 @@ async def _step_for_ever(engine: VllmEngine) -> None:
 
 async def _is_told(engine: VllmEngine, subject: Subject, how: str) -> None:
     """Check that step, check and submit of a dead engine raise EngineDead with a reason that matches `how`."""
-    begin = time.monotonic()
-    with pytest.raises(EngineDead, match=how):
-        await asyncio.wait_for(_step_for_ever(engine), 15)
-    assert time.monotonic() - begin < 10
+    with time_within(10.0), pytest.raises(EngineDead, match=how):
+        await asyncio.wait_for(_step_for_ever(engine), 60)
     with pytest.raises(EngineDead, match=how):
         await engine.check()
     with pytest.raises(EngineDead, match=how):
@@ -53,7 +51,7 @@ async def test_death_is_told(llama_folder: Path) -> None:
         assert not engine_children(core), "the rank runs in the core"
         core.kill()
         await _is_told(engine, subject, r"^the engine core was killed by SIGKILL")
-        gone, alive = await asyncio.to_thread(psutil.wait_procs, [core], 10)
+        gone, alive = await asyncio.to_thread(psutil.wait_procs, [core], 60)
         assert not alive, gone
     finally:
         await engine.close()
@@ -109,7 +107,7 @@ async def test_a_rank_that_is_killed_while_it_loads(llama_folder: Path, monkeypa
         with pytest.raises(
             EngineDead, match=r"the engine did not come up: rank 0 \(process \d+\) was killed by SIGKILL"
         ):
-            await asyncio.wait_for(start, 30)
+            await asyncio.wait_for(start, 60)
     finally:
         await engine.close()
 

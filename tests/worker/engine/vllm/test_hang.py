@@ -6,7 +6,6 @@ import asyncio
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from cluster.api.ports import Engine, EngineCorrupt
 from cluster.api.types import EngineInfo, EngineLoad, FinishReason, Grammar
 from cluster.worker.engine.golden_check import CheckedEngine, GoldenAnswer
 from cluster.worker.engine.vllm.engine import VllmEngine
+from tests.support.loop_clock import LoopClock
 from tests.worker.engine.conftest import tiny_spec
 from tests.worker.engine.contract import Driver, Subject, request
 
@@ -64,12 +64,11 @@ async def test_a_stopped_core_shows_and_goes_on(fast_subject: Subject, fast_core
         ids.append(await driver.submit(request(fast_subject.prompt(301 + number, tokens=200), max_tokens=3)))
     assert not looks_hung(fast_subject.engine.load())
     fast_core.send_signal(signal.SIGSTOP)
-    stopped_at = time.monotonic()
     try:
         reader = asyncio.create_task(_drain(driver))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60), LoopClock() as clock:
             load = await _hung(fast_subject.engine)
-        noticed_s = time.monotonic() - stopped_at
+        noticed_s = clock.now_s
         assert load.running == 8
         await fast_subject.engine.check()
     finally:

@@ -28,7 +28,7 @@ async def test_batches_published_before_the_subscription_are_requested_again(tmp
         for number in range(20):
             publish(number)
         seen: list[object] = []
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while len(seen) <= 20:
                 reading = asyncio.create_task(events.kv_events())
                 while not reading.done():  # a subscriber hears nothing until it is connected
@@ -58,7 +58,7 @@ async def test_blocks_of_all_tokens_alone_are_reported(tmp_path: Path, kind: str
     batch = KVEventBatch(0.0, [*window, stored(2, 0, kind), BlockRemoved([2], "GPU", 0)])
     try:
         seen: list[object] = []
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             reading = asyncio.create_task(events.kv_events())
             while not reading.done():
                 publisher.publish(batch)

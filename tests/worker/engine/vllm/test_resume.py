@@ -309,4 +309,4 @@ async def test_an_engine_that_cannot_says_so_and_refuses(llama_folder: Path) -> 
                 await engine.submit(rest)
             assert refusal.value.reason == "RESUME_UNSUPPORTED"
     finally:
-        await asyncio.wait_for(engine.close(), 30)
+        await asyncio.wait_for(engine.close(), 60)

@@ -1,0 +1,60 @@
+"""Bounds on CPU time that hold on a slow or loaded machine too: each is scaled by reference work measured beside it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+REFERENCE_S: Final = 0.0055
+"""CPU time of the reference work on the machine on which the tests' bounds were set, in seconds."""
+_LOOPS: Final = 40_000
+
+
+def reference_s(clock: Callable[[], float] = time.thread_time) -> float:
+    """Return the time of a fixed amount of work in this thread, in seconds of CPU time or of another clock."""
+    began_s = clock()
+    seen: dict[str, int] = {}
+    for number in range(_LOOPS):
+        name = str(number % 997)
+        seen[name] = seen.get(name, 0) + len(name)
+    return clock() - began_s
+
+
+def slowness(clock: Callable[[], float] = time.thread_time) -> float:
+    """Return how much slower this machine is at the moment than the bounds assume; at least 1. With a clock of wall
+    time, the time without a core counts too.
+    """
+    return max(1.0, reference_s(clock) / REFERENCE_S)
+
+
+@contextmanager
+def time_within(bound_s: float) -> Iterator[None]:
+    """Assert that the context takes less than `bound_s` seconds. A machine that is slow or busy before or after the
+    context gets more, in proportion.
+    """
+    before, began_s = slowness(time.monotonic), time.monotonic()
+    yield
+    took_s = time.monotonic() - began_s
+    allowed_s = bound_s * max(before, slowness(time.monotonic))
+    assert took_s < allowed_s, f"{took_s:.3f} s, where {allowed_s:.3f} s are allowed"
+
+
+@contextmanager
+def cpu_within(bound_s: float) -> Iterator[None]:
+    """Assert that the context takes less CPU time of this thread than `bound_s` seconds. A machine that is slow before
+    or after the context gets more, in proportion. The garbage collector rests meanwhile, since it would examine the
+    objects of all tests.
+    """
+    before = slowness()
+    gc.disable()
+    try:
+        began_s = time.thread_time()
+        yield
+        used_s = time.thread_time() - began_s
+    finally:
+        gc.enable()
+    allowed_s = bound_s * max(before, slowness())
+    assert used_s < allowed_s, f"{used_s:.3f} s of CPU time, where {allowed_s:.3f} s are allowed"

@@ -1,0 +1,55 @@
+"""A clock of the event loop, which leaves out the time in which the loop stands still because it gets no core."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Final, Self, TypeVar
+
+TURN_S: Final = 0.01
+HANG_S: Final = 60.0
+T = TypeVar("T")
+
+
+class LoopClock:
+    """Count turns of TURN_S seconds of the event loop while the context is open.
+
+    Work that waits for timers and for other threads takes as many turns on a busy machine as on an idle one, where each
+    turn takes TURN_S.
+    """
+
+    def __init__(self) -> None:
+        """Create a clock at 0."""
+        self.turns = 0
+        self.longest_stall_s = 0.0
+        """Longest time in seconds for which the loop has stood still."""
+
+    @property
+    def now_s(self) -> float:
+        """Seconds that the loop has run for since the context was entered, at most the seconds that have passed."""
+        return self.turns * TURN_S
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began_s = loop.time()
+            await asyncio.sleep(TURN_S)
+            self.turns += 1
+            self.longest_stall_s = max(self.longest_stall_s, loop.time() - began_s - TURN_S)
+
+
+async def within(bound_s: float, work: Awaitable[T]) -> T:
+    """Await `work`, and assert that it takes at most `bound_s` seconds of the event loop's clock. A hang ends after
+    HANG_S seconds.
+    """
+    async with LoopClock() as clock:
+        result = await asyncio.wait_for(work, HANG_S)
+    assert clock.now_s <= bound_s, f"{clock.now_s:.2f} s of the event loop, where {bound_s:g} s are allowed"
+    return result
