@@ -315,3 +315,176 @@ spec:
     - name: tmp
       emptyDir: {sizeLimit: 256Mi}
 {{- end }}
+
+{{- /* The pod of the Job that makes the ledger's tables. It reaches the database as gateways do: with their volumes. */ -}}
+{{- define "headrace.databasePod" -}}
+{{- $name := include "headrace.name" . }}
+metadata:
+  labels: {{- include "headrace.podLabels" (list . "database") | nindent 4 }}
+spec:
+  restartPolicy: OnFailure
+  serviceAccountName: {{ $name }}-gateway
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  {{- include "headrace.pullSecrets" . | nindent 2 }}
+  securityContext: {{- include "headrace.podSecurity" . | nindent 4 }}
+  {{- with .Values.gateway.nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .Values.gateway.tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: database
+      image: {{ include "headrace.ownImage" (list . "gateway") | quote }}
+      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      command: [headrace]
+      args: [db, upgrade, --database-url, {{ .Values.config.store.database_url | quote }}]
+      env:
+        - {name: HOME, value: /tmp}
+        - {name: HEADRACE_CACHE_DIR, value: /tmp/headrace}
+        - name: HEADRACE_DATABASE_PASSWORD
+          valueFrom: {secretKeyRef: {name: {{ include "headrace.secret" . | quote }}, key: database-password}}
+        {{- with .Values.gateway.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      resources:
+        requests: {cpu: 100m, memory: 256Mi, ephemeral-storage: 128Mi}
+        limits: {memory: 512Mi}
+      securityContext: {{- include "headrace.containerSecurity" . | nindent 8 }}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        {{- with .Values.gateway.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  volumes:
+    - name: tmp
+      emptyDir: {sizeLimit: 64Mi}
+    {{- with .Values.gateway.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end }}
+
+{{- /* The pod of the Job that checks the configuration. */ -}}
+{{- define "headrace.checkPod" -}}
+{{- $name := printf "%s-check" (include "headrace.name" .) }}
+metadata:
+  labels: {{- include "headrace.podLabels" (list . "check") | nindent 4 }}
+spec:
+  restartPolicy: Never
+  serviceAccountName: {{ $name }}
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  {{- include "headrace.pullSecrets" . | nindent 2 }}
+  securityContext: {{- include "headrace.podSecurity" . | nindent 4 }}
+  {{- with .Values.gateway.nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .Values.gateway.tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: check
+      image: {{ include "headrace.ownImage" (list . "gateway") | quote }}
+      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      command: [headrace]
+      args: [config, check, --pod, /etc/headrace/cluster.yaml]
+      env:
+        - {name: HOME, value: /tmp}
+        - {name: HEADRACE_CACHE_DIR, value: /tmp/headrace}
+      terminationMessagePolicy: FallbackToLogsOnError    # `kubectl describe pod` shows what is wrong
+      resources:
+        requests: {cpu: 100m, memory: 128Mi, ephemeral-storage: 64Mi}
+        limits: {memory: 512Mi}
+      securityContext: {{- include "headrace.containerSecurity" . | nindent 8 }}
+      volumeMounts:
+        - {name: config, mountPath: /etc/headrace, readOnly: true}
+        - {name: tmp, mountPath: /tmp}
+  volumes:
+    - name: config
+      {{- if include "headrace.configIsSecret" . }}
+      secret: {secretName: {{ $name }}, defaultMode: 288}
+      {{- else }}
+      configMap: {name: {{ $name }}}
+      {{- end }}
+    - name: tmp
+      emptyDir: {sizeLimit: 64Mi}
+{{- end }}
+
+{{- /* (list root text container): the pod of a Job, with what concerns Jobs too of gateway.podTemplate: where it runs, as
+whom, and for the database Job the volumes, mounts and variables. */ -}}
+{{- define "headrace.jobPod" -}}
+{{- $root := index . 0 }}{{ $container := index . 2 }}
+{{- $given := dig "spec" dict $root.Values.gateway.podTemplate }}
+{{- $spec := pick $given "nodeSelector" "tolerations" "runtimeClassName" "schedulerName" "imagePullSecrets" "securityContext" "dnsConfig" "dnsPolicy" "hostAliases" }}
+{{- if eq $container "database" }}
+{{- $spec = merge $spec (pick $given "volumes") }}
+{{- range $given.containers }}
+{{- if eq .name "gateway" }}
+{{- $_ := set $spec "containers" (list (merge (dict "name" $container) (pick . "volumeMounts" "env" "securityContext"))) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- $template := dict }}{{ if $spec }}{{ $template = dict "spec" $spec }}{{ end }}
+{{- include "headrace.pod" (list $root (index . 1) $template "gateway.podTemplate" $container) }}
+{{- end }}
+
+{{- /* The name in the gateways' certificate by which proxies and `helm test` verify it. */ -}}
+{{- define "headrace.serverName" -}}
+{{- .Values.gateway.gatewayApi.backendTLS.hostname | default (printf "%s.%s.svc" (include "headrace.name" .) .Release.Namespace) -}}
+{{- end }}
+
+{{- /* The pod of `helm test`. */ -}}
+{{- define "headrace.testPod" -}}
+{{- $name := include "headrace.name" . }}
+metadata:
+  labels: {{- include "headrace.podLabels" (list . "test") | nindent 4 }}
+spec:
+  restartPolicy: Never
+  serviceAccountName: {{ $name }}-gateway
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  {{- include "headrace.pullSecrets" . | nindent 2 }}
+  securityContext: {{- include "headrace.podSecurity" . | nindent 4 }}
+  {{- with .Values.gateway.nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .Values.gateway.tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: test
+      image: {{ include "headrace.ownImage" (list . "gateway") | quote }}
+      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      command: [python, -c]
+      args:
+        - |
+          import os, socket, ssl, sys
+          host, port, name, ca = sys.argv[1:]
+          context = ssl.create_default_context(cafile=ca if os.path.exists(ca) else None)
+          with context.wrap_socket(socket.create_connection((host, int(port)), 30), server_hostname=name) as tls:
+              tls.sendall(f"GET /ready HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode())
+              line = tls.makefile("rb").readline().decode()
+          print(f"{host}:{port}, certificate of {name}: {line.strip()}")
+          sys.exit(0 if line.split()[1:2] == ["200"] else 1)
+        - {{ $name }}.{{ .Release.Namespace }}.svc
+        - {{ include "headrace.port" (list . "http") | quote }}
+        - {{ include "headrace.serverName" . }}
+        - /tls/ca.crt
+      env:
+        - {name: HOME, value: /tmp}
+      terminationMessagePolicy: FallbackToLogsOnError
+      resources:
+        requests: {cpu: 50m, memory: 64Mi, ephemeral-storage: 64Mi}
+        limits: {memory: 256Mi}
+      securityContext: {{- include "headrace.containerSecurity" . | nindent 8 }}
+      volumeMounts:
+        - {name: tls, mountPath: /tls, readOnly: true}
+        - {name: tmp, mountPath: /tmp}
+  volumes:
+    - name: tls
+      # Without ca.crt, as from a public authority, the image's own authorities are asked.
+      secret: {secretName: {{ .Values.tls.existingSecret | default (printf "%s-tls" $name) | quote }}, defaultMode: 288, optional: true, items: [{key: ca.crt, path: ca.crt}]}
+    - name: tmp
+      emptyDir: {sizeLimit: 16Mi}
+{{- end }}
