@@ -23,6 +23,9 @@ needs_definitions = pytest.mark.skipif(
     not schemas.CRDS.is_dir(), reason=f"optional data: no definitions of custom resources in {schemas.CRDS}"
 )
 
+MAYBE_UNDEFINED = {"BackendTLSPolicy", "Route"}
+"""Kinds whose definitions the folder may lack."""
+
 
 @pytest.mark.parametrize("values", [None, *helm.PRESETS], ids=lambda file: file.stem if file else "defaults")
 def test_helm_finds_no_fault(values: Path | None) -> None:
@@ -58,14 +61,20 @@ def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
 @needs_definitions
 def test_operators_take_every_object(preset: Rendered) -> None:
     """RayCluster, ScaledObject, PodMonitor, PrometheusRule and routes are valid, and no field of these objects is
-    pruned.
+    pruned. A kind whose definition is missing is named in the reason of a skip.
     """
+    unknown = schemas.without_definition(preset.objects)
+    assert set(unknown) <= MAYBE_UNDEFINED
     kinds = set()
     for item in preset.objects:
-        if not schemas.is_built_in(item):
+        if not schemas.is_built_in(item) and item["kind"] not in unknown:
             schemas.check_custom(item)
             kinds.add(item["kind"])
     assert "RayCluster" in kinds
+    if unknown:
+        pytest.skip(
+            f"optional data: no definition of {', '.join(unknown)} in {schemas.CRDS}; {len(kinds)} kinds passed"
+        )
 
 
 @needs_definitions
