@@ -229,6 +229,30 @@ def test_notes_tell_the_next_step() -> None:
     assert "headrace chat default" in notes
 
 
+def test_every_value_has_a_description() -> None:
+    """Each key of the schema has a description, which values.yaml and the chart's README repeat."""
+    schema = yaml.safe_load((helm.CHART / "values.schema.json").read_text())
+    readme = (helm.CHART / "README.md").read_text()
+    definitions = {name: node for name, node in schema["$defs"].items() if not name.startswith("Config.")}
+    bare = []
+
+    def walk(node: Any, where: str) -> None:
+        if isinstance(node, list):
+            for at, item in enumerate(node):
+                walk(item, f"{where}[{at}]")
+        if not isinstance(node, dict):
+            return
+        bare.extend(f"{where}.{key}" for key, item in node.get("properties", {}).items() if not item.get("description"))
+        for key, item in node.items():
+            if key != "config":  # docs/reference/configuration.md describes the program's own keys
+                walk(item, f"{where}.{key}")
+
+    walk({"values": {**schema, "$defs": {}}, "definitions": definitions}, "")
+    assert not bare
+    for key in (*schema["properties"], "ray.clusters[].workerGroups[].podTemplate", "networkPolicy.dns.ports"):
+        assert f"| `{key}` |" in readme
+
+
 def test_values_documented_are_the_schemas() -> None:
     """values.yaml and the schema name the same top-level keys, and the defaults satisfy the schema."""
     values = yaml.safe_load((helm.CHART / "values.yaml").read_text())

@@ -306,6 +306,13 @@ def test_times_of_probes_can_be_changed() -> None:
     assert probe == {"grpc": {"port": 50054}, "periodSeconds": 2, "failureThreshold": 300}
 
 
+def test_null_removes_a_field() -> None:
+    """A null in the template of a group removes what the chart sets."""
+    spec = pod(helm.template(worker(securityContext={"fsGroup": None})), "worker")["spec"]
+    before = pod(plain(), "worker")["spec"]["securityContext"]
+    assert spec["securityContext"] == {key: value for key, value in before.items() if key != "fsGroup"}
+
+
 # ---- the user of the pods
 
 

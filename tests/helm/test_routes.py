@@ -163,15 +163,19 @@ def test_dns_may_live_elsewhere() -> None:
 
 
 def test_ray_on_the_nodes_network_reaches_its_gateways() -> None:
-    """Ray pods on the nodes' network come from the nodes' addresses, which alone are let in."""
-    group = {"name": "g", "minReplicas": 1, "maxReplicas": 1, "podTemplate": {"spec": {"hostNetwork": True}}}
-    given = {"ray": {"clusters": [{"name": "blue", "workerGroups": [group]}]}}
-    release = helm.template(given, {"networkPolicy": {"nodes": ["10.4.0.0/16"]}})
+    """Ray pods on the nodes' network have the nodes' addresses, which alone are let in and are reached as targets."""
+    host = {"podTemplate": {"spec": {"hostNetwork": True}}}
+    group = {"name": "g", "minReplicas": 1, "maxReplicas": 1, **host}
+    given = {"ray": {"clusters": [{"name": "blue", "head": host, "workerGroups": [group]}]}}
+    stores = {"valkey": {"embedded": {"enabled": True}}}
+    release = helm.template(given, stores, {"networkPolicy": {"nodes": ["10.4.0.0/16"]}})
     there, allows = peers(release), network(release).allows
     node = Peer(address="10.4.7.7")
     assert allows(node, there["gateway"], LINK)
     assert allows(node, there["head"], 6379)
     assert allows(there["head"], node, 31234)
+    assert allows(there["controller"], node, 8265)
+    assert allows(node, there["valkey"], 6379)
     assert not allows(INTERNET, there["head"], 6379)
     assert not allows(INTERNET, there["gateway"], LINK)
 
