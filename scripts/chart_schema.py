@@ -1,13 +1,17 @@
-"""Write two files that keep the chart and the program consistent. With `--check`, only compare the files.
+"""Write the generated files of the chart. With `--check`, only compare the files.
 
 helm/values.schema.json gets the schema that `headrace config schema` prints, as `config`. cluster/cli/chart_values.json
-gets a part of helm/values.yaml; `headrace config check` merges an operator's values into this part.
+gets a part of helm/values.yaml; `headrace config check` merges an operator's values into this part. The descriptions in
+helm/values.schema.json become the comments of helm/values.yaml and the table in helm/README.md.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,15 @@ from cluster.config.schema import Config
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "helm" / "values.schema.json"
 VALUES, COPY = ROOT / "helm" / "values.yaml", ROOT / "cluster" / "cli" / "chart_values.json"
+README = ROOT / "helm" / "README.md"
+COMMAND = "PYTHONPATH=. .venv/bin/python scripts/chart_schema.py"
+VALUES_HEADER = f"""\
+# Values of the chart. The comments are the descriptions in values.schema.json, which refuses unknown keys; change them
+# there and run `{COMMAND}`. docs/kubernetes.md has the whole picture.
+"""
+CONFIG = "cluster.yaml, verbatim. docs/reference/configuration.md describes every key, deploy/example.yaml shows them."
+TABLE_HEADING = "## Values"
+WIDTH = 120
 
 
 def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +43,7 @@ def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
             {"config": config, "defs": {f"Config.{name}": value for name, value in definitions.items()}}
         ).replace('"#/$defs/', '"#/$defs/Config.')
     )
-    described = {**renamed["config"], "description": "cluster.yaml, verbatim"}
+    described = {**renamed["config"], "description": CONFIG}
     return {
         **chart,
         "properties": {**chart["properties"], "config": described},
@@ -43,27 +56,132 @@ def checked_part(values: dict[str, Any]) -> dict[str, Any]:
     return {"config": values["config"], "ray": {"clusters": values["ray"]["clusters"]}}
 
 
-def main(arguments: list[str]) -> int:
-    """Write both files. With --check, only compare the files.
+def resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema node with its `$ref` replaced by the definition. The node's own description stays."""
+    if "$ref" not in node:
+        return node
+    return {**resolved(schema["$defs"][node["$ref"].rsplit("/", 1)[1]], schema), **node}
 
-    Returns the exit code: 0 if both files are up to date.
+
+def is_leaf(name: str, node: Mapping[str, Any]) -> bool:
+    """Whether the chart's documents show no keys below a value: `config` and pod templates are described elsewhere."""
+    return name in ("config", "podTemplate") or not (node.get("properties") or node.get("items", {}).get("properties"))
+
+
+def commented_values(schema: Mapping[str, Any], values: Mapping[str, Any], text: str) -> str:
+    """Return helm/values.yaml with the same values as `text`, and with comments from the schema.
+
+    The lines of `config` are kept: docs/reference/configuration.md describes them.
     """
-    before = SCHEMA.read_text()
-    after = json.dumps(with_config(json.loads(before), Config.model_json_schema(by_alias=True)), indent=1) + "\n"
-    values = json.dumps(checked_part(yaml.safe_load(VALUES.read_text())), indent=1) + "\n"
-    if "--check" in arguments:
-        equal = COPY.exists() and COPY.read_text() == values
-        if not equal:
-            print(f"{COPY}: differs from {VALUES}; run scripts/chart_schema.py", file=sys.stderr)
-        if before != after:
-            print(
-                f"{SCHEMA}: config differs from cluster/config/schema.py; run scripts/chart_schema.py",
-                file=sys.stderr,
-            )
-        return int(before != after or not equal)
-    COPY.write_text(values)
-    SCHEMA.write_text(after)
-    return 0
+    config = re.search(r"^config:\n(?:[ ].*\n)*", text, re.MULTILINE)
+    assert config is not None, "values.yaml has no config"
+    lines = []
+    for name, node in schema["properties"].items():
+        lines += ["", *comment(node["description"], 0)]
+        lines += config[0].splitlines() if name == "config" else described(name, node, values[name], schema, 0)
+    return VALUES_HEADER + "\n".join(lines) + "\n"
+
+
+def comment(text: str, indent: int) -> list[str]:
+    """Return the lines of a comment."""
+    return [" " * indent + "# " + line for line in textwrap.wrap(text, WIDTH - indent - 2, break_on_hyphens=False)]
+
+
+def described(name: str, node: Mapping[str, Any], value: Any, schema: Mapping[str, Any], indent: int) -> list[str]:
+    """Return the lines of one value, with a comment above each key below it."""
+    node, space = resolved(node, schema), " " * indent
+    if not value or is_leaf(name, {**node, "items": resolved(node.get("items", {}), schema)}):
+        return [f"{space}{name}: {flow(value)}"]
+    lines = [f"{space}{name}:"]
+    if isinstance(value, dict):
+        return lines + described_keys(node, value, schema, indent + 2)
+    for item in value:
+        inner = described_keys(resolved(node["items"], schema), item, schema, indent + 4)
+        first = next(at for at, line in enumerate(inner) if not line.lstrip().startswith("#"))
+        inner[first] = inner[first][: indent + 2] + "- " + inner[first].lstrip()
+        lines += inner
+    return lines
+
+
+def described_keys(
+    node: Mapping[str, Any], value: Mapping[str, Any], schema: Mapping[str, Any], indent: int
+) -> list[str]:
+    """Return the lines of a section's keys. A key without a default is a comment."""
+    lines: list[str] = []
+    for key, inner in node["properties"].items():
+        lines += comment(inner["description"], indent)
+        lines += described(key, inner, value[key], schema, indent) if key in value else [" " * indent + f"# {key}:"]
+    return lines
+
+
+def flow(value: Any) -> str:
+    """Return a value on one line of YAML."""
+    if value == "":
+        return '""'
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).removesuffix("...\n").strip()
+
+
+def rows(
+    node: Mapping[str, Any], value: Any, schema: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, type, default, description) of every value below a section."""
+    for name, raw in node["properties"].items():
+        inner, path = resolved(raw, schema), prefix + name
+        default = value.get(name) if isinstance(value, dict) else None
+        items = resolved(inner.get("items", {}), schema)
+        below = inner if "properties" in inner else items
+        leaf = is_leaf(name, {**inner, "items": items})
+        shown = f"`{flow(default)}`" if default is not None and (leaf or not default) and name != "config" else ""
+        yield path, kind(inner), shown, inner["description"]
+        if not leaf:
+            first = default[0] if isinstance(default, list) and default else default
+            yield from rows(below, first, schema, path + ("." if below is inner else "[]."))
+
+
+def kind(node: Mapping[str, Any]) -> str:
+    """Return the type of a value in words."""
+    if "enum" in node:
+        return " or ".join(f"`{item}`" for item in node["enum"])
+    words = {"object": "map", "array": "list"}
+    kinds = node.get("type", "object")
+    return " or ".join(words.get(item, item) for item in ([kinds] if isinstance(kinds, str) else kinds))
+
+
+def with_table(readme: str, schema: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """Return the chart's README with the table of values below its heading."""
+    table = [f"| `{key}` | {kind} | {default} | {text} |" for key, kind, default, text in rows(schema, values, schema)]
+    head = readme.split(TABLE_HEADING)[0]
+    note = f"Generated from values.schema.json and values.yaml by `{COMMAND}`."
+    columns = ["| key | type | default | description |", "| --- | --- | --- | --- |"]
+    return "\n".join([f"{head}{TABLE_HEADING}\n", note, "", *columns, *table]) + "\n"
+
+
+def generated() -> dict[Path, str]:
+    """Return the wanted text of every generated file."""
+    schema = with_config(json.loads(SCHEMA.read_text()), Config.model_json_schema(by_alias=True))
+    text = VALUES.read_text()
+    text = commented_values(schema, yaml.safe_load(text), text)
+    values = yaml.safe_load(text)
+    return {
+        SCHEMA: json.dumps(schema, indent=1) + "\n",
+        VALUES: text,
+        README: with_table(README.read_text(), schema, values),
+        COPY: json.dumps(checked_part(values), indent=1) + "\n",
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Write all files. With --check, only compare the files.
+
+    Returns the exit code: 0 if all files are up to date.
+    """
+    stale = [(path, text) for path, text in generated().items() if not path.exists() or path.read_text() != text]
+    for path, text in stale:
+        if "--check" in arguments:
+            print(f"{path} is not up to date: run {COMMAND}", file=sys.stderr)
+        else:
+            path.write_text(text)
+    return int("--check" in arguments and bool(stale))
 
 
 if __name__ == "__main__":

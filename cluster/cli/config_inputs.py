@@ -153,7 +153,9 @@ def worker_group_shortage(spec: ModelSpec, groups: Sequence[Mapping[str, Any]]) 
         types = ", ".join(sorted({str(group.get("gpuType") or "any") for group in groups})) or "none"
         return f"gpu is {spec.gpu}, and no worker group has this type; there are {types}"
     need = world_size(spec)
-    sizes = [(_gpus(group), int(group.get("maxReplicas") or 0)) for group in matching]
+    sizes = [
+        (_gpus(group), int(group.get("maxReplicas") or 0) * int(group.get("numOfHosts") or 1)) for group in matching
+    ]
     if may_spread(spec):
         fits = sum(gpus * nodes for gpus, nodes in sizes) // need
     else:

@@ -145,11 +145,10 @@ PASSED_ON = (
     "HEADRACE_INSTANCE",
     "HEADRACE_CACHE_DIR",
     "HEADRACE_LOG_LEVEL",
-    "GLOO_SOCKET_IFNAME",
-    "NCCL_SOCKET_IFNAME",
     "VLLM_CPU_KVCACHE_SPACE",
     "VLLM_COMPUTE_NANS_IN_LOGITS",
     "RAY_AUTH_MODE",
 )
 """Environment variables that replicas inherit from the deploying process. No secret may be listed, since Ray's
-dashboard shows the variables."""
+dashboard shows the variables. No network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) may be listed: its name
+belongs to the replica's node, from whose environment the replica has it, and worker groups may differ."""

@@ -29,8 +29,9 @@ its types of GPU. Nothing is known of a cluster that this release does not make.
 {{- $there = true }}
 {{- $node := add (int ($group.gpusPerNode | default 0)) (int ($group.logicalGpus | default 0)) }}
 {{- $largest = max $largest $node }}
-{{- $gpus = add $gpus (mul $node (int $group.maxReplicas)) }}
-{{- $whole = add $whole (mul (div $node $need) (int $group.maxReplicas)) }}
+{{- $nodes := mul (int $group.maxReplicas) (int ($group.numOfHosts | default 1)) }}
+{{- $gpus = add $gpus (mul $node $nodes) }}
+{{- $whole = add $whole (mul (div $node $need) $nodes) }}
 {{- end }}
 {{- end }}
 {{- $holds := int (ternary (div $gpus $need) $whole $spread) }}
@@ -98,8 +99,10 @@ its types of GPU. Nothing is known of a cluster that this release does not make.
 {{- define "headrace.checkFiles" -}}
 {{- $config := .Values.config }}
 {{- $gateway := list "/tls/*" "/link/*" "/revoked/*" "/secrets/cluster" "/secrets/key-pepper" }}
-{{- range .Values.gateway.extraVolumeMounts }}{{ $gateway = append $gateway (printf "%s/*" (trimSuffix "/" .mountPath)) }}{{ end }}
-{{- range .Values.gateway.extraVolumeMounts }}{{ if .subPath }}{{ $gateway = append $gateway .mountPath }}{{ end }}{{ end }}
+{{- $mounts := .Values.gateway.extraVolumeMounts }}
+{{- range dig "spec" "containers" list .Values.gateway.podTemplate }}{{ if eq .name "gateway" }}{{ $mounts = concat $mounts (.volumeMounts | default list) }}{{ end }}{{ end }}
+{{- range $mounts }}{{ $gateway = append $gateway (printf "%s/*" (trimSuffix "/" .mountPath)) }}{{ end }}
+{{- range $mounts }}{{ if .subPath }}{{ $gateway = append $gateway .mountPath }}{{ end }}{{ end }}
 {{- $files := list }}
 {{- range $section := list "tls" "link_tls" }}
 {{- range $key, $path := index $config.gateway $section | default dict }}{{ $files = append $files (list (printf "gateway.%s.%s" $section $key) $path $gateway) }}{{ end }}
@@ -125,4 +128,11 @@ its types of GPU. Nothing is known of a cluster that this release does not make.
 {{- fail (printf "config.%s is %s, which no volume of the pods that read it holds: there are %s; for another one of a gateway's set gateway.extraVolumes and extraVolumeMounts" (index $file 0) $path (index $file 2 | join ", ")) }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- /* weight: annotations of the hooks that `helm test` runs. */ -}}
+{{- define "headrace.testHook" -}}
+helm.sh/hook: test
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end }}

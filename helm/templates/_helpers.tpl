@@ -51,13 +51,19 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
-{{- /* The user of the images in deploy/docker. */ -}}
+{{- /* The images in deploy/docker have the user 10001. An identity that is null is left to the cluster (OpenShift). */ -}}
 {{- define "headrace.podSecurity" -}}
+{{- $ids := .Values.podSecurity -}}
 runAsNonRoot: true
-runAsUser: 10001
-runAsGroup: 10001
-fsGroup: 10001
+{{- range list "runAsUser" "runAsGroup" "fsGroup" }}
+{{- if not (kindIs "invalid" (get $ids . | default nil)) }}
+{{ . }}: {{ get $ids . | int }}
+{{- end }}
+{{- end }}
 fsGroupChangePolicy: OnRootMismatch
+{{- with $ids.supplementalGroups }}
+supplementalGroups: {{ toJson . }}
+{{- end }}
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
@@ -99,7 +105,8 @@ seccompProfile: {type: RuntimeDefault}
 
 {{- define "headrace.priority" -}}
 {{- $root := index . 0 -}}
-{{- if index . 2 }}{{ index . 2 }}{{ else if $root.Values.priorityClasses.create }}{{ printf "%s-%s" (include "headrace.name" $root) (index . 1) }}{{ end -}}
+{{- $named := get ($root.Values.priorityClasses.names | default dict) (index . 1) -}}
+{{- if index . 2 }}{{ index . 2 }}{{ else if $named }}{{ $named }}{{ else if $root.Values.priorityClasses.create }}{{ printf "%s-%s" (include "headrace.name" $root) (index . 1) }}{{ end -}}
 {{- end }}
 
 {{- define "headrace.rayName" -}}
@@ -140,9 +147,21 @@ Replicas get those that ray/replica_actor.py passes on, and what their node has.
 - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ index . 2 | quote }}}
 - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
 - {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
+{{- if ne (get (index . 0).Values.podSecurity "runAsUser" | toString) "10001" }}
+- {name: USER, value: headrace}    # PyTorch and vLLM ask for a user name, and only 10001 has one in the images
+{{- end }}
 {{- with index . 1 }}
 {{ toYaml . }}
 {{- end }}
+{{- end }}
+
+{{- /* (list root group): environment variables of a worker group. Those of the group override ray.extraEnv. */ -}}
+{{- define "headrace.groupEnv" -}}
+{{- $group := (index . 1).extraEnv | default list -}}
+{{- $own := dict -}}{{- range $group }}{{ $_ := set $own .name true }}{{ end -}}
+{{- $all := list -}}
+{{- range (index . 0).Values.ray.extraEnv }}{{ if not (hasKey $own .name) }}{{ $all = append $all . }}{{ end }}{{ end -}}
+{{- concat $all $group | toYaml -}}
 {{- end }}
 
 {{- /* A CPU quantity as whole CPUs, at least 1: Ray counts whole ones. */ -}}

@@ -23,6 +23,9 @@ needs_definitions = pytest.mark.skipif(
     not schemas.CRDS.is_dir(), reason=f"optional data: no definitions of custom resources in {schemas.CRDS}"
 )
 
+MAYBE_UNDEFINED = {"BackendTLSPolicy", "Route"}
+"""Kinds whose definitions the folder may lack."""
+
 
 @pytest.mark.parametrize("values", [None, *helm.PRESETS], ids=lambda file: file.stem if file else "defaults")
 def test_helm_finds_no_fault(values: Path | None) -> None:
@@ -58,14 +61,20 @@ def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
 @needs_definitions
 def test_operators_take_every_object(preset: Rendered) -> None:
     """RayCluster, ScaledObject, PodMonitor, PrometheusRule and routes are valid, and no field of these objects is
-    pruned.
+    pruned. A kind whose definition is missing is named in the reason of a skip.
     """
+    unknown = schemas.without_definition(preset.objects)
+    assert set(unknown) <= MAYBE_UNDEFINED
     kinds = set()
     for item in preset.objects:
-        if not schemas.is_built_in(item):
+        if not schemas.is_built_in(item) and item["kind"] not in unknown:
             schemas.check_custom(item)
             kinds.add(item["kind"])
     assert "RayCluster" in kinds
+    if unknown:
+        pytest.skip(
+            f"optional data: no definition of {', '.join(unknown)} in {schemas.CRDS}; {len(kinds)} kinds passed"
+        )
 
 
 @needs_definitions
@@ -218,6 +227,30 @@ def test_notes_tell_the_next_step() -> None:
     assert "headrace pod secrets -n ns --name headrace --authority authority | kubectl create -f -" in notes
     assert "headrace keys create trial" in notes
     assert "headrace chat default" in notes
+
+
+def test_every_value_has_a_description() -> None:
+    """Each key of the schema has a description, which values.yaml and the chart's README repeat."""
+    schema = yaml.safe_load((helm.CHART / "values.schema.json").read_text())
+    readme = (helm.CHART / "README.md").read_text()
+    definitions = {name: node for name, node in schema["$defs"].items() if not name.startswith("Config.")}
+    bare = []
+
+    def walk(node: Any, where: str) -> None:
+        if isinstance(node, list):
+            for at, item in enumerate(node):
+                walk(item, f"{where}[{at}]")
+        if not isinstance(node, dict):
+            return
+        bare.extend(f"{where}.{key}" for key, item in node.get("properties", {}).items() if not item.get("description"))
+        for key, item in node.items():
+            if key != "config":  # docs/reference/configuration.md describes the program's own keys
+                walk(item, f"{where}.{key}")
+
+    walk({"values": {**schema, "$defs": {}}, "definitions": definitions}, "")
+    assert not bare
+    for key in (*schema["properties"], "ray.clusters[].workerGroups[].podTemplate", "networkPolicy.dns.ports"):
+        assert f"| `{key}` |" in readme
 
 
 def test_values_documented_are_the_schemas() -> None:

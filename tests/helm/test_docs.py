@@ -13,7 +13,7 @@ from cluster.cli.all_commands import app
 from tests.support import helm
 from tests.support.helm import ROOT
 
-DOCS = [ROOT / "docs" / name for name in ("kubernetes.md", "migrate.md", "untested.md")]
+DOCS = [ROOT / "docs" / name for name in ("kubernetes.md", "kubernetes-recipes.md", "migrate.md", "untested.md")]
 NOTES = helm.CHART / "templates" / "NOTES.txt"
 UTILIZATION, OVERHEAD_GIB, BYTES_A_VALUE = 0.92, 2, 2
 

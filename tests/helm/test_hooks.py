@@ -4,15 +4,15 @@ exist by then.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from cluster.cli.all_commands import app
 from tests.support import helm
-from tests.support.helm import ROOT, Rendered
+from tests.support.helm import Rendered
 
 pytestmark = pytest.mark.slow
 
@@ -95,14 +95,8 @@ def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_
     (rule,) = job["spec"]["podFailurePolicy"]["rules"]
     for text, code in ((preset.cluster_yaml, 0), (preset.cluster_yaml.replace("source: ", "source: x-"), 2)):
         file.write_text(text)
-        done = subprocess.run(
-            [sys.executable, "-m", "cluster.cli.main", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == code, done.stderr
     assert rule["onExitCodes"]["values"] == [2]
     assert "models[0].source" in done.stderr
 

@@ -53,7 +53,7 @@ def test_pods_are_restricted(preset: Rendered) -> None:
     for name, _, spec in pods(preset):
         security = spec["securityContext"]
         assert security["runAsNonRoot"] is True, name
-        assert security["runAsUser"] > 0, name
+        assert security.get("runAsUser", 1) > 0, "without one, OpenShift chooses: " + name
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}, name
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), name
         allowed = {"configMap", "emptyDir", "ephemeral", "persistentVolumeClaim", "secret", "projected"}
@@ -263,6 +263,14 @@ PROMETHEUS = Peer("monitoring", {"app": "prometheus"})
 OPERATOR = Peer("kuberay", {"app": "operator"})
 
 
+def site(rendered: Rendered) -> tuple[Peer, Peer, Peer, int]:
+    """Return Prometheus, KubeRay's operator, the DNS server and its port where a release is meant to run."""
+    if rendered.all("Route"):
+        prometheus = Peer("openshift-user-workload-monitoring", {"app": "prometheus"})
+        return prometheus, Peer("openshift-operators", {}), Peer("openshift-dns", {"dns": "default"}), 5353
+    return PROMETHEUS, OPERATOR, Peer("kube-system", {"k8s-app": "kube-dns"}), 53
+
+
 def network(rendered: Rendered) -> Network:
     """Return the network policies of one release."""
     return Network(NAMESPACE, rendered.all("NetworkPolicy"))
@@ -280,12 +288,12 @@ def test_each_reaches_what_it_dials(preset: Rendered) -> None:
     assert allows(worker, head, 6379)
     assert allows(head, worker, 31234)
     assert allows(worker, worker, 40001), "ranks of one engine"
-    assert allows(PROMETHEUS, gateway, METRICS)
-    assert allows(PROMETHEUS, worker, 8080)
-    assert allows(OPERATOR, head, 8265)
-    names = Peer("kube-system", {"k8s-app": "kube-dns"})
+    prometheus, operator, names, dns = site(preset)
+    assert allows(prometheus, gateway, METRICS)
+    assert allows(prometheus, worker, 8080)
+    assert allows(operator, head, 8265)
     for part in there.values():
-        assert allows(part, names, 53, "UDP")
+        assert allows(part, names, dns, "UDP")
 
 
 def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> None:

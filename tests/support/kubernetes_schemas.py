@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,19 @@ def _custom(group: str, version: str, kind: str) -> Any:
                 if entry["name"] == version and entry["served"]:
                     return jsonschema.Draft202012Validator(_strict(entry["schema"]["openAPIV3Schema"], root=True))
     raise Invalid(f"{CRDS} has no {group}/{version} {kind}")
+
+
+def without_definition(objects: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the kinds of custom resources, sorted, whose definition is not in the folder. These cannot be checked."""
+    return sorted({item["kind"] for item in objects if not is_built_in(item) and not _is_defined(item)})
+
+
+def _is_defined(manifest: Mapping[str, Any]) -> bool:
+    try:
+        _custom(*manifest["apiVersion"].split("/"), manifest["kind"])
+    except Invalid:
+        return False
+    return True
 
 
 def check_custom(manifest: Mapping[str, Any]) -> None:

@@ -41,6 +41,13 @@ def values(keys: str) -> str:
     return f"config: {{models: [{entry}]}}\nray: {{clusters: [{{name: blue, workerGroups: [{group}]}}]}}"
 
 
+def test_sets_of_hosts_count_as_their_nodes() -> None:
+    """A worker group with numOfHosts has that many nodes for each replica, which a model over several nodes may use."""
+    text = values("tensor_parallel_size: 4, pipeline_parallel_size: 4")
+    assert any("needs 16 GPUs" in str(finding) for finding in check(text, "f.yaml").errors)
+    assert not check(text.replace("maxReplicas: 2", "maxReplicas: 2, numOfHosts: 2"), "f.yaml").errors
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

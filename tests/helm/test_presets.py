@@ -1,0 +1,141 @@
+"""Presets do what their first lines promise."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.config.schema import parse
+from tests.helm.test_policies import INTERNET, network, peers, pods
+from tests.support import helm
+from tests.support.helm import Rendered
+from tests.support.network_policies import Peer
+
+pytestmark = pytest.mark.slow
+
+SPOT_NOTICE_S = 120
+"""Time from a spot notice of Amazon EC2 to the end of the node."""
+
+
+def preset(name: str) -> Path:
+    """Return the file of a preset."""
+    return next(path for path in helm.PRESETS if path.stem == name)
+
+
+def groups(rendered: Rendered) -> dict[str, dict[str, Any]]:
+    """Return the worker groups by name."""
+    return {item["groupName"]: item for item in rendered.only("RayCluster")["spec"]["workerGroupSpecs"]}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tensor_parallel_size": 16, "pipeline_parallel_size": 1, "allow_cross_node_tensor_parallel": True},
+    ],
+)
+def test_one_model_over_two_nodes(sizes: dict[str, Any]) -> None:
+    """The group holds the model in both shapes that the preset names, no eviction may take one of its nodes, and each
+    node has the network settings of the group.
+    """
+    (model,) = yaml.safe_load(preset("two-nodes").read_text())["config"]["models"]
+    rendered = helm.template(preset("two-nodes"), {"config": {"models": [{**model, **sizes}]}})
+    (group,) = groups(rendered).values()
+    (parsed,) = parse(rendered.cluster_yaml).models
+    container = group["template"]["spec"]["containers"][0]
+    assert parsed.tensor_parallel_size * parsed.pipeline_parallel_size == 16
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) * group["minReplicas"] == 16
+    budget = rendered.only("PodDisruptionBudget", "headrace-blue-workers-h100x8")["spec"]
+    assert budget["minAvailable"] == group["minReplicas"] == group["maxReplicas"] == 2
+    names = {item["name"] for item in container["env"]}
+    assert {"NCCL_IB_HCA", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} <= names
+
+
+def test_one_tensor_parallel_group_over_two_nodes_must_be_allowed() -> None:
+    """Without permission for a slow network, a group of 16 does not fit."""
+    (model,) = yaml.safe_load(preset("two-nodes").read_text())["config"]["models"]
+    wrong = {**model, "tensor_parallel_size": 16, "pipeline_parallel_size": 1}
+    with pytest.raises(helm.HelmFailed, match=r"needs 16 GPUs .* on one node"):
+        helm.template(preset("two-nodes"), {"config": {"models": [wrong]}})
+
+
+def test_spot_nodes_come_first_and_end_within_their_notice() -> None:
+    """The autoscaler prefers spot nodes, which tolerate their taint and drain within the notice; the head is on
+    demand, where its end is planned.
+    """
+    rendered = helm.template(preset("spot"))
+    by_name = groups(rendered)
+    spot, steady = by_name["spot"], by_name["on-demand"]
+    assert spot["priority"] > steady.get("priority", 0)
+    assert (spot["minReplicas"], steady["minReplicas"]) == (0, 2)
+    assert spot["template"]["spec"]["terminationGracePeriodSeconds"] <= SPOT_NOTICE_S
+    kinds = {name: group["template"]["spec"]["nodeSelector"] for name, group in by_name.items()}
+    assert kinds == {name: {"karpenter.sh/capacity-type": name} for name in by_name}
+    head = rendered.only("RayCluster")["spec"]["headGroupSpec"]["template"]["spec"]
+    assert head["nodeSelector"] == {"karpenter.sh/capacity-type": "on-demand"}
+
+
+def test_openshift_chooses_the_user() -> None:
+    """No pod names a user or group, which the constraint restricted-v2 would refuse, and the database Job has the
+    authority of the database.
+    """
+    rendered = helm.template(preset("openshift"))
+    for name, _, spec in pods(rendered):
+        for security in (spec["securityContext"], *(item["securityContext"] for item in spec["containers"])):
+            assert not {"runAsUser", "runAsGroup", "fsGroup"} & security.keys(), name
+    job = rendered.only("Job", "headrace-database")["spec"]["template"]["spec"]
+    assert "/database-ca" in {item["mountPath"] for item in job["containers"][0]["volumeMounts"]}
+    assert "sslrootcert=/database-ca/ca.crt" in str(job["containers"][0]["args"])
+    for route in rendered.all("Route"):
+        service = rendered.only("Service", route["spec"]["to"]["name"])
+        assert route["spec"]["port"]["targetPort"] in {item["name"] for item in service["spec"]["ports"]}
+
+
+def test_one_job_fills_the_cache_of_all_groups() -> None:
+    """Workers of every group wait for the file that the Job writes last, on the claim that the Job fills with every
+    model of the configuration.
+    """
+    rendered = helm.template(preset("airgapped-fill"))
+    job = rendered.only("Job", "headrace-models-1")["spec"]["template"]["spec"]
+    script = job["containers"][0]["args"][0]
+    *_, last = script.strip().splitlines()
+    done = shlex.split(last)[1]
+    assert last.startswith("touch ")
+    filled = {f"/models/{folder}" for folder in re.findall(r"^ *fetch \S+ \S+ (\S+)$", script, re.MULTILINE)}
+    assert filled == {model.source for model in parse(rendered.cluster_yaml).models}
+    (claim,) = (item["persistentVolumeClaim"] for item in job["volumes"] if "persistentVolumeClaim" in item)
+    assert len(groups(rendered)) == 2
+    for group in groups(rendered).values():
+        spec = group["template"]["spec"]
+        assert claim in [item.get("persistentVolumeClaim") for item in spec["volumes"]]
+        (wait,) = spec["initContainers"]
+        assert f"[ -e {done} ]" in wait["command"][-1]
+
+
+def test_only_the_job_reaches_the_mirror() -> None:
+    """The Job reaches the mirror inside the site, no other pod does, and none reaches an address outside."""
+    rendered = helm.template(preset("airgapped-fill"))
+    there, allows, mirror = peers(rendered), network(rendered).allows, Peer(address="10.0.2.9")
+    assert [part for part in there if allows(there[part], mirror, 443)] == ["models"]
+    for part, item in there.items():
+        for port in (53, 80, 443, 5432, 6379, 6443):
+            assert not allows(item, INTERNET, port), (part, port)
+
+
+def test_workers_reach_the_object_store_and_the_metadata_server() -> None:
+    """Workers of both groups reach stores outside and the cloud's metadata server; gateways reach neither."""
+    rendered = helm.template(preset("object-store"))
+    there, allows, metadata = peers(rendered), network(rendered).allows, Peer(address="169.254.169.254")
+    assert allows(there["worker"], INTERNET, 443)
+    assert allows(there["worker"], metadata, 80)
+    assert not allows(there["gateway"], metadata, 80)
+    schemes = {model.source.partition("://")[0] for model in parse(rendered.cluster_yaml).models}
+    assert schemes == {"s3", "gs"}
+    for account in rendered.all("ServiceAccount"):
+        if account["metadata"]["name"] == "headrace-ray":
+            assert account["metadata"]["annotations"]
