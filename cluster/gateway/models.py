@@ -514,7 +514,11 @@ class ModelDirectory:
         return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
     def fallback_of(
-        self, model: KnownModel, principal: Principal, adapter: str, suits: Callable[[KnownModel], bool]
+        self,
+        model: KnownModel,
+        principal: Principal,
+        adapter: str = "",
+        suits: Callable[[KnownModel], bool] = lambda other: True,
     ) -> KnownModel | None:
         """Return the first of the model's fallbacks that is served, that the caller may use and that `suits` the call;
         None if there is no such fallback. A call for an adapter, else "", needs one of the same name there."""
