@@ -100,7 +100,7 @@ its types of GPU. Nothing is known of a cluster that this release does not make.
 {{- $config := .Values.config }}
 {{- $gateway := list "/tls/*" "/link/*" "/revoked/*" "/secrets/cluster" "/secrets/key-pepper" }}
 {{- $mounts := .Values.gateway.extraVolumeMounts }}
-{{- range dig "spec" "containers" list .Values.gateway.podTemplate }}{{ if eq .name "gateway" }}{{ $mounts = concat $mounts (.volumeMounts | default list) }}{{ end }}{{ end }}
+{{- range dig "spec" "containers" list (.Values.gateway.podTemplate | default dict) }}{{ if eq .name "gateway" }}{{ $mounts = concat $mounts (.volumeMounts | default list) }}{{ end }}{{ end }}
 {{- range $mounts }}{{ $gateway = append $gateway (printf "%s/*" (trimSuffix "/" .mountPath)) }}{{ end }}
 {{- range $mounts }}{{ if .subPath }}{{ $gateway = append $gateway .mountPath }}{{ end }}{{ end }}
 {{- $files := list }}

@@ -53,7 +53,7 @@ imagePullSecrets:
 
 {{- /* The images in deploy/docker have the user 10001. An identity that is null is left to the cluster (OpenShift). */ -}}
 {{- define "headrace.podSecurity" -}}
-{{- $ids := .Values.podSecurity -}}
+{{- $ids := .Values.podSecurity | default dict -}}
 runAsNonRoot: true
 {{- range list "runAsUser" "runAsGroup" "fsGroup" }}
 {{- if not (kindIs "invalid" (get $ids . | default nil)) }}
@@ -147,7 +147,7 @@ Replicas get those that ray/replica_actor.py passes on, and what their node has.
 - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ index . 2 | quote }}}
 - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
 - {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
-{{- if ne (get (index . 0).Values.podSecurity "runAsUser" | toString) "10001" }}
+{{- if ne (get ((index . 0).Values.podSecurity | default dict) "runAsUser" | toString) "10001" }}
 - {name: USER, value: headrace}    # PyTorch and vLLM ask for a user name, and only 10001 has one in the images
 {{- end }}
 {{- with index . 1 }}

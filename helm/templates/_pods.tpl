@@ -415,7 +415,7 @@ spec:
 whom, and for the database Job the volumes, mounts and variables. */ -}}
 {{- define "headrace.jobPod" -}}
 {{- $root := index . 0 }}{{ $container := index . 2 }}
-{{- $given := dig "spec" dict $root.Values.gateway.podTemplate }}
+{{- $given := dig "spec" dict ($root.Values.gateway.podTemplate | default dict) }}
 {{- $spec := pick $given "nodeSelector" "tolerations" "runtimeClassName" "schedulerName" "imagePullSecrets" "securityContext" "dnsConfig" "dnsPolicy" "hostAliases" }}
 {{- if eq $container "database" }}
 {{- $spec = merge $spec (pick $given "volumes") }}
@@ -431,7 +431,7 @@ whom, and for the database Job the volumes, mounts and variables. */ -}}
 
 {{- /* The name in the gateways' certificate by which proxies and `helm test` verify it. */ -}}
 {{- define "headrace.serverName" -}}
-{{- .Values.gateway.gatewayApi.backendTLS.hostname | default (printf "%s.%s.svc" (include "headrace.name" .) .Release.Namespace) -}}
+{{- dig "gatewayApi" "backendTLS" "hostname" "" .Values.gateway | default (printf "%s.%s.svc" (include "headrace.name" .) .Release.Namespace) -}}
 {{- end }}
 
 {{- /* The pod of `helm test`. */ -}}

@@ -234,7 +234,7 @@ def test_every_value_has_a_description() -> None:
     schema = yaml.safe_load((helm.CHART / "values.schema.json").read_text())
     readme = (helm.CHART / "README.md").read_text()
     definitions = {name: node for name, node in schema["$defs"].items() if not name.startswith("Config.")}
-    bare = []
+    bare: list[str] = []
 
     def walk(node: Any, where: str) -> None:
         if isinstance(node, list):

@@ -110,7 +110,7 @@ def _strict(schema: Any, *, root: bool = False) -> Any:
     strict = {key: value for key, value in schema.items() if key not in ("default", "example", "externalDocs")}
     if schema.get("x-kubernetes-int-or-string"):
         strict.pop("type", None)
-        strict.setdefault("anyOf", [{"type": "integer"}, {"type": "string"}])
+        strict["anyOf"] = strict.get("anyOf") or [{"type": "integer"}, {"type": "string"}]
     if "properties" in schema:
         strict["properties"] = {key: _strict(value) for key, value in schema["properties"].items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in schema:
