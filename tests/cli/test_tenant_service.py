@@ -229,7 +229,7 @@ async def test_exit_codes(keyed: Keyed, at: tuple[str, ...], tmp_path: Path) -> 
     """The exit code of a command is 0 ok, 1 failed, 2 bad usage or 3 unreachable, and an error has no traceback."""
     (tmp_path / "bad").write_text("hr_k1_" + "x" * 43)
     admin = keyed.gateway.endpoints["admin"]
-    cases: tuple[tuple[tuple[str, ...], int, str], ...] = (
+    for arguments, code, words in (
         (("tenants", "get", "none", *at), 1, "tenants/none does not exist"),
         (("tenants", "suspend", "fixed", "--reason", "x", *at), 1, "declared in a file"),
         (("tenants", "create", "b", "--set", "limits.daily_tokens=-1", *at), 2, "limits.daily_tokens"),
@@ -248,9 +248,8 @@ async def test_exit_codes(keyed: Keyed, at: tuple[str, ...], tmp_path: Path) -> 
         (("tenants", "list", "--tls-ca", "/no/such/file", *at), 2, "--tls-ca"),
         (("tenants", "list", "-f", str(keyed.file), *at), 2, "give one of them"),
         (("tenants", "list", "-f", str(keyed.file)), 0, ""),
-    )
-    ended = await asyncio.gather(*(cli(*arguments) for arguments, _, _ in cases))
-    for (arguments, code, words), done in zip(cases, ended, strict=True):
+    ):
+        done = await cli(*arguments)
         assert (done.returncode, words in done.stderr) == (code, True), (arguments, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
 
