@@ -115,11 +115,9 @@ class BodyReader:
             "score": _splitter(pooling_requests.SCORE_FIELDS),
         }
 
-    def http(
-        self, body: bytes | bytearray, name: str, max_ids: int = MAX_IDS
-    ) -> openai_requests.ParsedRequest | ParsedPooling:
-        """Parse a request body of the HTTP API. Raises CallError, also for a prompt of more than `max_ids` token
-        ids."""
+    def http(self, body: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> Any:
+        """Parse a request body of the HTTP API into a ParsedRequest or a ParsedPooling. Raises CallError, also for a
+        prompt of more than `max_ids` token ids."""
         if (pooling_splitter := self._pooling.get(name)) is not None:
             values = {name: _field(name, raw, max_ids) for name, raw in _split(pooling_splitter, body).items()}
             return _packed_pooling(pooling_requests.PARSERS[name](Fields(values)))
