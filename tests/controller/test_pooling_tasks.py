@@ -47,12 +47,13 @@ def test_workers_override_the_catalog() -> None:
     """A model's tasks are those of its workers, then of its last worker, then of the catalog; without any they are
     unknown."""
     model = KnownModel(CatalogEntry("m"), True)
-    assert model.tasks is None
+    unknown = model.tasks
+    assert unknown is None
     model.update(CatalogEntry("m", engine_class="c", tasks=(PoolingTask.SCORE,)))
-    assert model.tasks == {PoolingTask.SCORE}
+    assert model.tasks == frozenset({PoolingTask.SCORE})
     link = link_of("pools:embed")
     model.add_link(link)
-    assert model.tasks == {PoolingTask.EMBED}
+    assert model.tasks == frozenset({PoolingTask.EMBED})
     model.remove_link(link, ModelState.LOADING)
-    assert model.tasks == {PoolingTask.EMBED}
-    assert KnownModel(CatalogEntry("m", engine_class="c"), True).tasks == set(), "its workers generate"
+    assert model.tasks == frozenset({PoolingTask.EMBED})
+    assert KnownModel(CatalogEntry("m", engine_class="c"), True).tasks == frozenset(), "its workers generate"
