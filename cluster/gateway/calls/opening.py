@@ -73,10 +73,10 @@ class Opening:
         chain, principal = self.chain, self.meta.principal
         name = self.request.model if chain is None else chain.call_head.model
         requested = model = directory.resolve(name, principal, began=chain is not None)
-        if model.entry.fallback and not model.served and chain is None:
-            model = directory.fallback_of(model, principal, lambda other: not other.tasks) or model
         if model.tasks:
             raise _only_pools(model)
+        if model.entry.fallback and not model.served and chain is None:
+            model = directory.fallback_of(model, principal, lambda other: not other.tasks) or model
         if self.request.output.needs_tools and chain is None and model.links and TOOL_PARSER not in model.parsers:
             raise _no_tool_parser(model.name)
         self.requested, self.model, self.model_name = requested, model, model.name
