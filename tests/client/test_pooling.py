@@ -5,9 +5,12 @@ from __future__ import annotations
 from array import array
 
 import pytest
+from google.rpc import code_pb2
 
+from cluster.client import Client
 from cluster.client.pooling import embed_answer, embed_request, rerank_answer, rerank_request
 from cluster.v1 import inference_pb2 as pb
+from tests.support.scripted_gateway import ScriptedGateway, refusal
 
 
 def test_texts_become_messages() -> None:
@@ -26,11 +29,24 @@ def test_texts_become_messages() -> None:
 def test_wrong_values_are_named() -> None:
     """Mixed inputs, one text as documents and unknown parameters are refused before anything is sent."""
     with pytest.raises(TypeError, match=r"texts\[1\]"):
-        embed_request("m", ["a", [1]], None, {})  # type: ignore[list-item]
+        embed_request("m", ["a", [1]], None, {})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="documents"):
         rerank_request("m", "q", "a", None, False, {})
     with pytest.raises(TypeError, match="unknown parameter 'temperature'"):
         embed_request("m", "a", None, {"temperature": 1})
+
+
+def test_a_refused_call_is_retried(gateway: ScriptedGateway) -> None:
+    """Calls for embeddings and rankings are retried as other unary calls, with the same request id."""
+    loading = refusal(code_pb2.UNAVAILABLE, "MODEL_LOADING", "loading", retry_after_s=0.01)
+    gateway.script.refusals, gateway.script.pushback_ms = [loading, loading], 10
+    with Client(gateway.endpoint) as client:
+        answer = client.embed("tiny", ["a", "bb"], request_id="mine")
+        assert [list(vector) for vector in answer] == [[1, 0], [2, 1]]
+        assert answer.request_id == "mine"
+        assert [result.index for result in client.rerank("tiny", "q", ["a", "bb"])] == [1, 0]
+    assert len(gateway.script.requests) == 4
+    assert {metadata["x-request-id"] for metadata in gateway.script.metadata[:3]} == {"mine"}
 
 
 def test_answers_are_sequences() -> None:

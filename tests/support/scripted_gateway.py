@@ -136,6 +136,19 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         raise AssertionError("abort raises")
 
+    def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        """Answer with vectors of a text's length and its number."""
+        self._enter(request, context)
+        vectors = [pb.Embedding(index=i, values=[len(text), i]) for i, text in enumerate(request.texts)]
+        return pb.EmbedResponse(id="embd-1", model="tiny", embeddings=vectors, usage=self._usage())
+
+    def Rerank(self, request: pb.RerankRequest, context: Any) -> pb.RerankResponse:
+        """Answer with the documents by length, the longest first."""
+        self._enter(request, context)
+        order = sorted(range(len(request.documents)), key=lambda i: -len(request.documents[i]))
+        results = [pb.RankedDocument(index=i, score=len(request.documents[i]) / 8) for i in order]
+        return pb.RerankResponse(id="score-1", model="tiny", results=results, usage=self._usage())
+
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         self._enter(request, context)
         text = request.text or "".join(m.content for m in request.messages)

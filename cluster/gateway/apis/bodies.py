@@ -34,6 +34,8 @@ SMALL_MESSAGE_BYTES: Final = 8192
 FEW_CONTAINERS, FEW_VALUES = 2048, 16_384
 """Upper bounds on the containers (objects and arrays) and on the values in a JSON body that is parsed on the event
 loop. Parsing such a body takes one or two milliseconds."""
+GROUP_BYTES: Final = 1 << 20
+"""Size in bytes of the groups in which vectors are sent to a helper process."""
 PATIENCE_S: Final = 5.0
 """Seconds that a helper process may wait for a core (helpers/pool.py). After that, the body is parsed in a thread of
 this process, which delays all calls."""
@@ -102,12 +104,17 @@ class Bodies:
         return items
 
     async def embeddings_json(self, vectors: Sequence[bytes], tenant: str = "") -> bytes | bytearray | None:
-        """Return the JSON of many vectors for an answer, without the brackets around them, from a helper process. None
-        if no helper is free, so that the caller must do the work."""
-        data = b"".join(vectors)
+        """Return the JSON of many vectors of equal length for an answer, without the brackets around them, as a helper
+        process writes it. None if no helper is free, so that the caller must do the work."""
+        size = len(vectors[0])
+        groups, step = [], max(GROUP_BYTES // size, 1)
+        for at in range(0, len(vectors), step):
+            groups.append(PickleBuffer(b"".join(vectors[at : at + step])))
+            await asyncio.sleep(0)
         try:
-            job: Job = ("embeddings_json", (PickleBuffer(data), len(vectors)), {})
-            result: bytes | bytearray | None = await self.pool.run(job, size=len(data), tenant=tenant)
+            job: Job = ("embeddings_json", (groups, size), {})
+            whole = size * len(vectors)
+            result: bytes | bytearray | None = await self.pool.run(job, size=whole, tenant=tenant)
         except (TooMuchCpu, JobLost) as error:
             log.warning("vectors_not_written", reason=str(error))
             return None

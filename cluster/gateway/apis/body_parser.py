@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pickle import PickleBuffer
@@ -115,11 +115,9 @@ class BodyReader:
             "score": _splitter(pooling_requests.SCORE_FIELDS),
         }
 
-    def http(
-        self, body: bytes | bytearray, name: str, max_ids: int = MAX_IDS
-    ) -> openai_requests.ParsedRequest | ParsedPooling:
-        """Parse a request body of the HTTP API. Raises CallError, also for a prompt of more than `max_ids` token
-        ids."""
+    def http(self, body: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> Any:
+        """Parse a request body of the HTTP API into a ParsedRequest or a ParsedPooling. Raises CallError, also for a
+        prompt of more than `max_ids` token ids."""
         if (pooling_splitter := self._pooling.get(name)) is not None:
             values = {name: _field(name, raw, max_ids) for name, raw in _split(pooling_splitter, body).items()}
             return _packed_pooling(pooling_requests.PARSERS[name](Fields(values)))
@@ -129,11 +127,10 @@ class BodyReader:
             check_request(request, parsed.names)
         return replace(parsed, requests=[_packed(request) for request in parsed.requests])
 
-    def embeddings_json(self, data: bytes | bytearray, count: int) -> PickleBuffer:
-        """Return the JSON of `count` vectors of equal length, whose bytes are `data`."""
-        size = len(data) // count
-        view = memoryview(data)
-        return PickleBuffer(b",".join(embeddings([view[i * size : (i + 1) * size] for i in range(count)])))
+    def embeddings_json(self, groups: Sequence[bytes | bytearray], size: int) -> PickleBuffer:
+        """Return the JSON of the vectors of `size` bytes each that are joined in groups."""
+        views = [memoryview(group)[at : at + size] for group in groups for at in range(0, len(group), size)]
+        return PickleBuffer(b",".join(embeddings(views)))
 
     def message(self, data: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> Any:
         """Parse a request of the gRPC API. Raises CallError, also for a request of more than `max_ids` token ids."""

@@ -77,10 +77,10 @@ class Opening:
         target = directory.target(name, principal, began=chain is not None)
         requested = model = target.model
         adapter = self.adapter = target.adapter
-        if model.entry.fallback and chain is None and not model.serves(adapter):
-            model = directory.fallback_of(model, principal, adapter, lambda other: not other.tasks) or model
         if model.tasks:
             raise _only_pools(model)
+        if model.entry.fallback and chain is None and not model.serves(adapter):
+            model = directory.fallback_of(model, principal, adapter, lambda other: not other.tasks) or model
         if adapter and chain is None and (refused := model.adapters.refusal_of(model.name, adapter)) is not None:
             raise refused
         if self.request.output.needs_tools and chain is None and model.links and TOOL_PARSER not in model.parsers:

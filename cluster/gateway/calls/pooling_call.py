@@ -58,6 +58,7 @@ class PoolingCall(Call):
             self.first_token_at = now
             self.usage.ttft_s = now - self.arrived
         self._answered += 1
+        self.events.finished(sequence)
         if self._answered == len(self.sequences):
             self.wake()
 

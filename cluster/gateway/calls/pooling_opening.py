@@ -87,13 +87,14 @@ class PoolingOpening:
         target = directory.target(self.request.model, self.meta.principal)
         requested = model = target.model
         self.model_name = model.name
-        if model.entry.fallback and not model.served:
-            model = directory.fallback_of(model, self.meta.principal, "", self._suits) or model
         task = self._task_of(model)
         if task is None:
             raise self._no_task(model)
         if target.adapter:
             raise _no_adapter(target)
+        if model.entry.fallback and not model.served:
+            model = directory.fallback_of(model, self.meta.principal, suits=self._suits) or model
+            task = self._task_of(model) or task
         self.requested, self.model, self.model_name, self.task = requested, model, model.name, task
         self.versions = model.choose_version(self.meta.request_id)
         inputs = self.request.inputs

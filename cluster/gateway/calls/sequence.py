@@ -82,6 +82,9 @@ class CallEvents(Protocol):
     def submission_refused(self, sequence: OutputSequence[Any]) -> None:
         """Handle a worker's refusal of a sequence."""
 
+    def finished(self, sequence: OutputSequence[Any]) -> None:
+        """Handle the end of one of many sequences of a call that goes on."""
+
     def hedge_ended(self, sequence: OutputSequence[Any], won: bool, computed_by: str) -> None:
         """Handle that one of the two workers of a hedged sequence is out: the first if the hedge has `won`, else the
         second. `computed_by`: incarnation of the worker that is out; "" if it has refused the sequence."""

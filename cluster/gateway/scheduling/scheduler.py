@@ -218,7 +218,10 @@ class Scheduler:
         call.wake()
 
     def follow(self, call: Call) -> None:
-        """Update the charges and the demand of a running call. Called a few times a second."""
+        """Update the charges and the demand of a running call. Called a few times a second. A pooling call's sequences
+        do not grow."""
+        if call.is_pooling:
+            return
         for sequence in call.sequences:
             if sequence.finish_reason:
                 self._settle(sequence)
@@ -284,6 +287,10 @@ class Scheduler:
         """Stop waiting for the usage of a Submit that a worker refused. A refused Submit costs nothing."""
         if self.host.accounting is not None:
             self.host.accounting.refused(sequence)
+
+    def finished(self, sequence: CallSequence) -> None:
+        """Settle the service account of one of many sequences of a call, since its call may go on for long."""
+        self._settle(sequence)
 
     def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
         """Record that one of the two workers of a hedged sequence is out."""

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.gateway.apis.bodies import Bodies
+from cluster.gateway.apis.body_parser import BodyReader
 from cluster.gateway.apis.float_json import short_floats
 from cluster.gateway.apis.openai.vectors import VALUES, embeddings
 
@@ -48,3 +50,15 @@ def test_vectors_are_written_in_order(dimensions: int, is_base64: bool) -> None:
         found = item["embedding"]
         back = np.frombuffer(base64.b64decode(found), "<f4") if is_base64 else np.array(found, "<f4")
         assert np.array_equal(back, row)
+
+
+async def test_a_helper_writes_the_same() -> None:
+    """A helper process writes many vectors as the gateway process does."""
+    bodies = Bodies()
+    values = np.random.default_rng(0).normal(size=(700, 512)).astype("<f4")
+    rows = [row.tobytes() for row in values]
+    wanted = b",".join(embeddings(rows))
+    written = await bodies.embeddings_json(rows)
+    assert written is None or bytes(written) == wanted, "None: no helper got a core"
+    assert bytes(BodyReader().embeddings_json([b"".join(rows[:300]), b"".join(rows[300:])], 2048).raw()) == wanted
+    bodies.close()

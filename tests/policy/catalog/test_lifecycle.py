@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 
+from cluster.api.pooling import PoolingTask
 from cluster.api.types import ModelSpec, ModelState
 from cluster.policy.catalog.lifecycle import (
     MOVES,
@@ -110,9 +111,11 @@ def test_reasons(state: ModelState, seen: Observed | None, unplaceable: str, rea
 
 def test_model_at_rest_stays_tokenizable() -> None:
     """The reported values of workers are kept when no worker is left."""
-    up = entry(
-        SPEC, ModelState.READY, SERVING, reported=[WorkerReport("sha256:w", "sha256:t", 512, "c", {"top_p": 0.9})]
-    )
+    report = WorkerReport("sha256:w", "sha256:t", 512, "c", {"top_p": 0.9}, (PoolingTask.EMBED,))
+    up = entry(SPEC, ModelState.READY, SERVING, reported=[report])
     down = fill_from_earlier(up, entry(SPEC, ModelState.LOADING, Observed("m", "d", 1, placed=1)))
     assert dataclasses.replace(down, state=up.state, replicas=1, state_reason=up.state_reason) == up
     assert fill_from_earlier(None, up) is up
+    assert down.tasks == (PoolingTask.EMBED,)
+    generates = entry(SPEC, ModelState.READY, SERVING, reported=[dataclasses.replace(report, tasks=())])
+    assert fill_from_earlier(up, generates).tasks == (), "what a worker reports now counts"
