@@ -1,4 +1,4 @@
-"""Adapters on two ranks and on the public path. Run by `make contract-v2`, since each test starts an engine of its own."""
+"""Adapters on two ranks and on the public path. Run by `make contract-v2`: each test starts an engine of its own."""
 
 from __future__ import annotations
 
