@@ -47,9 +47,11 @@ triton: setup ## Triton for tests of vLLM's V2 model runner, in .triton beside t
 
 contract-v2: triton ## the engine contract on vLLM's V2 model runner, interpreted, and on both with asynchronous scheduling: half an hour
 	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted tests/worker/engine/v2_contract.py tests/worker/engine/async_contract.py \
-		tests/worker/parsing/cut_contract.py tests/worker/engine/vllm/test_resume.py tests/worker/engine/vllm/test_killers.py --timeout 1800 $(ARGS)
+		tests/worker/parsing/cut_contract.py tests/worker/engine/vllm/test_resume.py tests/worker/engine/vllm/test_killers.py \
+		tests/worker/engine/vllm/test_adapters.py --timeout 1800 $(ARGS)
 	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted --v1 tests/worker/engine/async_contract.py \
-		tests/worker/engine/vllm/test_contract.py tests/worker/engine/vllm/test_resume.py tests/worker/parsing/cut_contract.py $(ARGS)
+		tests/worker/engine/vllm/test_contract.py tests/worker/engine/vllm/test_resume.py tests/worker/parsing/cut_contract.py \
+		tests/worker/engine/adapters_contract.py $(ARGS)
 
 killers: triton ## SEEDS=200 from FIRST=0, each at least 16 crowds of random requests against the V2 runner, interpreted
 	PYTHONPATH=. KILLERS_FIRST=$(or $(FIRST),0) KILLERS_SEEDS=$(or $(SEEDS),200) $(VENV)/python -m loadtests.interpreted tests/worker/engine/vllm/test_killers.py $(ARGS)

@@ -57,6 +57,8 @@ OWNED_ENGINE_ARGS = {
     "served_model_name": "the entry's `name` and `aliases` are the served names",
     "kv_events_config": "the worker publishes KV events over the link",
     "disable_log_stats": "the worker reads the scheduler's statistics for routing and metrics",
+    "lora_target_modules": "vLLM would leave out the other layers of an adapter without an error",
+    "default_mm_loras": "a request names its adapter",
     "host": "a worker accepts no connections; it dials the gateways",
     "port": "a worker accepts no connections; it dials the gateways",
     "api_key": "callers are authenticated by the gateway",
@@ -181,6 +183,9 @@ def together_problems(whole: Mapping[Any, Any]) -> Iterator[Problem]:
         yield "speculative_config.num_speculative_tokens", "is needed by the method ngram"
     if isinstance(transfer, Mapping) and not transfer.get("kv_connector"):
         yield "kv_transfer_config.kv_connector", "is not set: name a connector, or remove kv_transfer_config"
+    slots, held = _whole_number(whole, "max_loras") or 1, _whole_number(whole, "max_cpu_loras")
+    if held and held < slots:
+        yield "max_cpu_loras", f"is {held}, below max_loras ({slots}): the memory holds what the slots hold"
     if active and sequences and active > sequences:
         yield "max_num_active_seqs", f"is {active}, above max_num_seqs ({sequences})"
     if long and length and long > length:

@@ -128,6 +128,7 @@ def test_right_arguments_pass(engine: dict[str, Any]) -> None:
         ),
         ({"max_num_active_seqs": 64, "max_num_seqs": 32}, "max_num_active_seqs"),
         ({"long_prefill_token_threshold": 64, "max_model_len": 32}, "long_prefill_token_threshold"),
+        ({"max_loras": 8, "max_cpu_loras": 4}, "max_cpu_loras"),
         ({"decode_context_parallel_size": 4, "tensor_parallel_size": 6}, "decode_context_parallel_size"),
     ],
 )

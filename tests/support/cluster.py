@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import grpc
 
-from cluster.api.ports import Engine, EngineDead
+from cluster.api.ports import AdapterEngine, Engine, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.config.schema import Config, parse
 from cluster.gateway.server import Gateway
@@ -103,7 +104,9 @@ class TestCluster:
         adapter_files: AdapterFiles | None = None,
     ) -> Worker:
         """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs.
-        `adapter_files`: the adapters on the worker's node, for a simulated engine that takes adapters."""
+
+        With `adapter_files` the engine is also an AdapterEngine.
+        """
         number = next(_numbers)
         if info is None:
             info = await engine.start()
@@ -129,10 +132,10 @@ class TestCluster:
             tls=tls,
             timing=timing,
             parser=parser,
+            adapter_engine=cast(AdapterEngine, engine) if adapter_files is not None else None,
+            adapter_files=adapter_files,
             kv_events=engine if isinstance(engine, SimEngine) else None,
             renderer=renderer,
-            adapter_engine=engine if isinstance(engine, SimEngine) and adapter_files is not None else None,
-            adapter_files=adapter_files,
         )
         worker = Worker(identity, engine, info, end, asyncio.create_task(_run(end)))
         self.workers.append(worker)

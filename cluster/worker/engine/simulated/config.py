@@ -157,11 +157,10 @@ def _adapter_defaults(overrides: Mapping[str, object]) -> Mapping[str, object]:
     """Return the overrides without vLLM's keys enable_lora and max_lora_rank, and with the number of adapters that they
     enable."""
     kept = {name: value for name, value in overrides.items() if name not in ("enable_lora", "max_lora_rank")}
-    if not overrides.get("enable_lora"):
-        return kept
-    slots = kept.setdefault("max_loras", 1)
-    kept.setdefault("max_cpu_loras", slots)
-    return kept
+    if not overrides.get("enable_lora", "max_loras" in overrides):
+        return {name: value for name, value in kept.items() if name not in ("max_loras", "max_cpu_loras")}
+    slots = kept.get("max_loras", 1)
+    return {**kept, "max_loras": slots, "max_cpu_loras": kept.get("max_cpu_loras", slots)}
 
 
 def _check(holds: bool, name: str, remedy: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.api.adapters import ADAPTERS
 from cluster.api.ports import EngineDead, EngineRefused
 from cluster.api.types import EngineLoad, FinishReason, Grammar
 from cluster.worker.engine.simulated.clock import Clock
@@ -478,3 +479,59 @@ async def test_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             await SimEngine(config).start()
+
+
+async def test_adapters_are_loaded_in_their_time_and_bounded() -> None:
+    """A load takes its time while requests go on; what is not loaded, or above the memory, is refused."""
+    clock = VirtualClock()
+    small = dataclasses.replace(SMALL, max_loras=1, max_cpu_loras=2, adapter_load_ms=500.0)
+    engine, driver = await subject(small, clock)
+    info = driver.subject.info
+    assert (info.adapter_slots, info.adapter_capacity, ADAPTERS in info.capabilities) == (1, 2, True)
+    prompt = driver.subject.prompt(3)
+    with pytest.raises(EngineRefused) as refusal:
+        await engine.submit(request(prompt, adapter="a"))
+    assert (refusal.value.reason, refusal.value.field) == ("ADAPTER_INVALID", "adapter")
+    before = clock.now()
+    await engine.load_adapter("a", "/adapters/a", pinned=False)
+    assert clock.now() - before >= 0.5
+    await engine.load_adapter("b", "/adapters/b", pinned=False)
+    with pytest.raises(EngineRefused, match="holds 2 adapters"):
+        await engine.load_adapter("c", "/adapters/c", pinned=False)
+    answers = await driver.run(*(request(prompt, adapter=name) for name in ("", "a", "b")))
+    assert len({answer.token_ids for answer in answers}) == 3
+    await engine.unload_adapter("a")
+    await engine.unload_adapter("unknown")
+    with pytest.raises(EngineRefused):
+        await engine.submit(request(prompt, adapter="a"))
+
+
+async def test_loads_of_adapters_can_fail() -> None:
+    """Faults at the point `adapter`: a refusal leaves the engine alive, a death ends it."""
+    engine, driver = await subject(dataclasses.replace(SMALL, max_loras=1, max_cpu_loras=1))
+    engine.fail("adapter", "refuse")
+    with pytest.raises(EngineRefused) as refusal:
+        await engine.load_adapter("a", "/adapters/a", pinned=False)
+    assert refusal.value.reason == "ADAPTER_INVALID"
+    await engine.load_adapter("a", "/adapters/a", pinned=False)
+    await driver.run(request(driver.subject.prompt(1), adapter="a"))
+    engine.fail("adapter", "die")
+    with pytest.raises(EngineDead):
+        await engine.load_adapter("a", "/adapters/a", pinned=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes"),
+    [
+        ({"enable_lora": True, "max_lora_rank": 64}, (1, 1)),
+        ({"enable_lora": True, "max_loras": 8, "max_cpu_loras": 64, "max_lora_rank": 64}, (8, 64)),
+        ({"max_loras": 2}, (2, 2)),
+        ({"enable_lora": False}, (0, 0)),
+        ({"enable_lora": False, "max_loras": 8, "max_cpu_loras": 64}, (0, 0)),
+        ({}, (0, 0)),
+    ],
+)
+def test_vllms_names_of_adapters_work_in_an_entry(overrides: dict[str, object], sizes: tuple[int, int]) -> None:
+    """An entry's `engine:` section has the same keys for a simulated engine as for vLLM."""
+    config = SimConfig.from_source("sim:///nowhere", overrides)
+    assert (config.max_loras, config.max_cpu_loras) == sizes

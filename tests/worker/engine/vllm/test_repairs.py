@@ -154,3 +154,41 @@ def test_a_vllm_outside_the_window_stays_as_it_is_and_is_named(monkeypatch: pyte
     monkeypatch.setattr(repairs, "REPAIRS", (repairs.Repair("never", lambda: pytest.fail("applied"), lambda: True),))
     repairs.apply()
     assert repairs.not_applied["all"].startswith("vLLM 0.99.0 is not known; known are 0.31.0")
+
+
+@pytest.mark.parametrize("name", ["bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"])
+def test_a_row_without_an_adapter_gets_the_last_one(name: str) -> None:
+    """In vLLM's operations the index -1 is the last slot, which is the fault. With the repair such a row adds nothing.
+
+    If this test fails, the repair can be removed.
+    """
+    import inspect
+
+    import torch
+    from vllm.lora.ops.torch_ops import lora_ops
+
+    stock = inspect.unwrap(getattr(lora_ops, name))
+    weights = torch.arange(1.0, 4.0).reshape(3, 1, 1, 1).expand(3, 1, 2, 2)
+    inputs, index = torch.tensor([[1.0, 2.0], [3.0, float("inf")], [5.0, 6.0]]), torch.tensor([0, -1, 2])
+    more = (0, 2) if name == "bgmv_expand_slice" else ()
+    results = []
+    for operation in (stock, repairs._without_adapter_adds_nothing(stock)):
+        output = torch.zeros(3, 2)
+        operation(inputs, weights, output, index, *more)
+        results.append(output)
+    assert results[0][1].tolist() == [float("inf")] * 2
+    assert results[1][1].tolist() == [0.0, 0.0]
+    assert torch.equal(results[0][[0, 2]], results[1][[0, 2]])
+
+
+def test_adapters_are_refused_where_the_repair_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the repair on CPUs an engine does not start with adapters, since the base model would be wrong."""
+    assert repairs.why_no_adapters() == ""
+    with monkeypatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "something_else")
+        assert repairs.PLUGIN in repairs.why_no_adapters()
+    with monkeypatch.context() as patch:
+        patch.setattr(repairs, "_version", lambda: "0.99.0")
+        assert "0.99.0" in repairs.why_no_adapters()
+    monkeypatch.setitem(repairs.not_applied, "base rows", "no such name")
+    assert "no such name" in repairs.why_no_adapters()

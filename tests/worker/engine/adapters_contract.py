@@ -1,0 +1,35 @@
+"""Adapters on an engine of two ranks. Run by `make contract-v2`, since each test starts an engine of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.api.ports import EngineCorrupt
+from cluster.worker.engine.vllm.engine import VllmEngine
+from tests.support.adapters import write_adapter
+from tests.worker.engine.conftest import TOKEN_HI, TOKEN_LO, tiny_spec
+from tests.worker.engine.contract import Driver, Subject
+from tests.worker.engine.vllm.test_adapters import ENGINE, RANK, Adapters, load, tokens, with_adapter
+
+pytestmark = pytest.mark.engine
+
+
+async def test_two_ranks_serve_adapters_until_a_load_fails(llama_folder: Path, tmp_path: Path) -> None:
+    """With all slots full, base model and adapters are right on two ranks. After a failed load the ranks' replies are
+    in disorder, so the engine must be replaced."""
+    adapters = Adapters(llama_folder, tmp_path / "adapters")
+    engine = VllmEngine(tiny_spec(engine=ENGINE, tensor_parallel_size=2), llama_folder, executor="mp")
+    try:
+        info = await engine.start()
+        subject = Subject(engine, info, TOKEN_LO, TOKEN_HI, deadline_s=240.0)
+        folders = await load(engine, adapters, 1, 2, 3)
+        prompt, order = subject.prompt(21, tokens=40), [0, 1, 2, 3, 0]
+        answers = await Driver(subject).run(*(with_adapter(folders[number], prompt) for number in order))
+        assert tokens(answers) == [adapters.merged_tokens(number, prompt) for number in order]
+        broken = write_adapter(tmp_path / "broken", llama_folder, 2 * RANK)
+        with pytest.raises(EngineCorrupt, match="rank"):
+            await engine.load_adapter("e" * 64, str(broken), pinned=False)
+    finally:
+        await engine.close()
