@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cluster.api.adapters import AdapterSpec
 from cluster.api.types import ModelSpec
 from cluster.wire.bundle import ESCAPED_TOKENS
 from cluster.worker.open_model import open_bundle, open_model
 from cluster.worker.replica import Replica, ReplicaPlacement
 from cluster.worker.settings import ModelRefused, ReplicaSettings
+from cluster.worker.weights.adapter import adapter_digest
+from cluster.worker.weights.adapter_store import AdapterStore
+from tests.support.adapters import write_adapter
 from tests.support.checkpoints import build_checkpoint
 
 
@@ -78,3 +82,20 @@ def test_the_entry_decides_whether_control_tokens_are_escaped(llama: Path, tmp_p
         bundle, _ = open_bundle(ReplicaSettings(spec, "c", cache_dir=str(tmp_path / "cache")))
         tokens = json.loads(bundle.files["tokenizer_config.json"]).get(ESCAPED_TOKENS, [])
         assert ("<|eot_id|>" in tokens) == (option == "escape")
+
+
+@pytest.mark.parametrize(("engine", "has_store"), [({"enable_lora": True, "max_loras": 2}, True), ({}, False)])
+def test_an_entry_with_adapters_has_their_store(
+    tmp_path: Path, engine: dict[str, object], has_store: bool, llama: Path
+) -> None:
+    """With `engine.enable_lora` a replica keeps adapters below the cache folder, and checks them against its model."""
+    for source, base in ((f"sim://{llama}", None), (str(llama), llama)):
+        settings = ReplicaSettings(ModelSpec("m", source, engine=engine), "c", cache_dir=str(tmp_path))
+        opened = open_model(settings)
+        assert (opened.adapter_files is not None) == has_store
+        if has_store:
+            folder = write_adapter(tmp_path / "a", llama, rank=8)
+            stored = opened.adapter_files.fetch(AdapterSpec("a", str(folder)))  # type: ignore[union-attr]
+            assert stored.folder == tmp_path / "adapters" / adapter_digest(folder)
+            assert isinstance(opened.adapter_files, AdapterStore)
+            assert opened.adapter_files.base == base

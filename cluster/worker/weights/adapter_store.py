@@ -87,7 +87,11 @@ class AdapterStore:
                 self._copy(source, part)
             digest = self._check(spec, part)
             if not self._is_whole(digest):
-                os.rename(part, self.root / digest)
+                try:
+                    os.rename(part, self.root / digest)
+                except OSError:
+                    if not self._is_whole(digest):  # otherwise another replica of this node was faster
+                        raise
             return StoredAdapter(digest, self.root / digest)
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -110,9 +110,11 @@ async def engine(subject: Subject) -> AsyncIterator[VllmEngine]:
     await Driver(subject).empty()
 
 
-def with_adapter(folder: Path | None, prompt: Sequence[int], **changes: object) -> EngineRequest:
+def with_adapter(
+    folder: Path | None, prompt: Sequence[int], max_tokens: int = ANSWER_TOKENS, **changes: object
+) -> EngineRequest:
     """Return a greedy request for the adapter in `folder`; None for the base model."""
-    asked = request(prompt, **({"max_tokens": ANSWER_TOKENS, "ignore_eos": True} | changes))
+    asked = request(prompt, max_tokens, **changes)
     return replace(asked, adapter=folder.name if folder else "")
 
 
@@ -207,7 +209,8 @@ async def test_a_request_with_an_adapter_is_resumed(subject: Subject, engine: Vl
     """A request cut after some tokens continues with the same tokens, greedy and with a seed."""
     folders = await load(engine, adapters, 2)
     prompt = subject.prompt(14, tokens=40)
-    for sampling in ({}, {"temperature": 1.0, "seed": 7, "presence_penalty": 0.5}):
+    samplings: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0, "seed": 7, "presence_penalty": 0.5})
+    for sampling in samplings:
         (whole,) = await Driver(subject).run(with_adapter(folders[2], prompt, **sampling))
         for cut in (1, 7, ANSWER_TOKENS - 1):
             again = with_adapter(folders[2], prompt, **sampling)
