@@ -1,4 +1,4 @@
-"""Adapters on an engine of two ranks. Run by `make contract-v2`, since each test starts an engine of its own."""
+"""Adapters on two ranks and on the public path. Run by `make contract-v2`: each test starts an engine of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.ports import EngineCorrupt
+from cluster.api.ports import EngineCorrupt, EngineRefused
 from cluster.worker.engine.vllm.engine import VllmEngine
 from tests.support.adapters import write_adapter
 from tests.worker.engine.conftest import TOKEN_HI, TOKEN_LO, tiny_spec
@@ -31,5 +31,26 @@ async def test_two_ranks_serve_adapters_until_a_load_fails(llama_folder: Path, t
         broken = write_adapter(tmp_path / "broken", llama_folder, 2 * RANK)
         with pytest.raises(EngineCorrupt, match="rank"):
             await engine.load_adapter("e" * 64, str(broken), pinned=False)
+    finally:
+        await engine.close()
+
+
+async def test_the_public_path_serves_adapters(llama_folder: Path, tmp_path: Path) -> None:
+    """Through AsyncLLM adapters are served as over the fast path, and a failed load leaves the engine alive."""
+    adapters = Adapters(llama_folder, tmp_path / "adapters")
+    engine = VllmEngine(tiny_spec(engine=ENGINE), llama_folder, prefer_fastpath=False)
+    try:
+        info = await engine.start()
+        subject = Subject(engine, info, TOKEN_LO, TOKEN_HI, deadline_s=240.0)
+        folders = await load(engine, adapters, 1, 2, 3)
+        broken = write_adapter(tmp_path / "broken", llama_folder, 2 * RANK)
+        with pytest.raises(EngineRefused):
+            await engine.load_adapter("e" * 64, str(broken), pinned=False)
+        prompt, order = subject.prompt(21, tokens=40), [0, 1, 2, 3, 0]
+        answers = await Driver(subject).run(*(with_adapter(folders[number], prompt) for number in order))
+        assert tokens(answers) == [adapters.merged_tokens(number, prompt) for number in order]
+        await engine.unload_adapter(folders[1].name)  # type: ignore[union-attr]
+        with pytest.raises(EngineRefused):
+            await engine.submit(with_adapter(folders[1], prompt))
     finally:
         await engine.close()

@@ -20,7 +20,7 @@ from cluster.api.types import EngineRequest, FinishReason
 from cluster.worker.engine.vllm.engine import VllmEngine
 from cluster.worker.weights.adapter import CONFIG, WEIGHTS, adapter_digest, base_shapes, check_adapter
 from tests.support.adapters import adapter_arrays, write_adapter
-from tests.worker.engine.conftest import TOKEN_HI, TOKEN_LO, tiny_spec
+from tests.worker.engine.conftest import DEADLINE_S, TOKEN_HI, TOKEN_LO, tiny_spec
 from tests.worker.engine.contract import Answer, Driver, Subject, request
 
 pytestmark = pytest.mark.engine
@@ -94,7 +94,7 @@ async def subject(llama_folder: Path) -> AsyncIterator[Subject]:
     engine = VllmEngine(tiny_spec(engine=ENGINE), llama_folder)
     try:
         info = await engine.start()
-        yield Subject(engine, info, TOKEN_LO, TOKEN_HI)
+        yield Subject(engine, info, TOKEN_LO, TOKEN_HI, DEADLINE_S)
     finally:
         await engine.close()
 
