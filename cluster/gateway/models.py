@@ -311,9 +311,10 @@ class Target:
     @property
     def state_reason(self) -> str:
         """Why the model or adapter is in its state; "" for no reason."""
-        if self.adapter and (reason := self.model.adapters.view(self.adapter).reason):
-            return reason
-        return self.model.entry.state_reason
+        if not self.adapter:
+            return self.model.entry.state_reason
+        view = self.model.adapters.view(self.adapter)
+        return view.reason if self.model.served or not self.model.entry.state_reason else self.model.entry.state_reason
 
 
 class ModelDirectory:
