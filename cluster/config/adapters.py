@@ -19,6 +19,7 @@ MAX_TENANTS: Final = 4096
 """Number of tenants that all adapters of a model may name together."""
 ENGINE_DEFAULTS: Final[Mapping[str, int]] = {"max_loras": 8, "max_cpu_loras": 64, "max_lora_rank": 64}
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+_HUB_REVISION = re.compile(r"^(hf://[^@]+)@[A-Za-z0-9._/-]+$")
 _NAME_RULE = (
     "must be letters, digits, '.', '_' or '-', 1 to 64 characters, with a letter or digit at both ends; callers use it "
     "after the model's name, as in `model:adapter`"
@@ -31,7 +32,7 @@ class Adapter(Section):
     name: str
     """Name of the adapter: 1 to 64 letters, digits, `.`, `_` or `-`."""
     source: Annotated[str, Field(min_length=1, max_length=2048)]
-    """Folder, `hf://organisation/name`, `s3://`, `gs://` or `https://`, as for weights."""
+    """Folder, `hf://organisation/name` or with `@revision`, `s3://`, `gs://` or `https://`."""
     digest: Annotated[str, Field(pattern=r"^((sha256:)?[0-9a-f]{64})?$")] = ""
     """Digest of the adapter's files, 64 hex digits, as `headrace adapters check` prints it; other files are refused.
     Empty: not compared."""
@@ -52,7 +53,7 @@ class Adapter(Section):
     @field_validator("source")
     @classmethod
     def _from(cls, value: str) -> str:
-        if why := checks.source_problem(value):
+        if why := checks.source_problem(_HUB_REVISION.sub(r"\1", value)):
             raise ValueError(why)
         return value
 
@@ -102,7 +103,10 @@ def duplicates(adapters: Sequence[Adapter]) -> Iterator[Problem]:
 
 def engine_with_lora(engine: Mapping[str, Any]) -> dict[str, Any]:
     """Return engine arguments with LoRA switched on. Arguments that are set are not changed."""
-    return {"enable_lora": True, **ENGINE_DEFAULTS, **engine}
+    defaults, slots = dict(ENGINE_DEFAULTS), engine.get("max_loras", 0)
+    if isinstance(slots, int) and slots > defaults["max_cpu_loras"]:  # the memory holds what the slots hold
+        defaults["max_cpu_loras"] = slots
+    return {"enable_lora": True, **defaults, **engine}
 
 
 def name_conflicts(models: Sequence[tuple[Sequence[str], Sequence[Adapter]]]) -> Iterator[Problem]:

@@ -6,7 +6,8 @@ the catalog has none, it is the first digest that a worker reports as READY, for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +21,9 @@ from cluster.gateway.links.worker_link import WorkerLink
 log = structlog.get_logger("directory")
 
 NO_WORKER: Final = "no worker that loads adapters takes calls of the model"
+MAX_WARNED: Final = 64
+"""Number of differing digests that are remembered, so that each is logged once."""
+MAX_VERSIONS: Final = 16
 MODEL_STATES: Final = {
     AdapterState.LOADING: ModelState.LOADING,
     AdapterState.READY: ModelState.READY,
@@ -64,53 +68,86 @@ class ModelAdapters:
         """`links`: the model's workers, a mapping that the owner changes. `takes_calls`: see KnownModel."""
         self._links = links
         self._takes_calls = takes_calls
+        self._catalog: tuple[AdapterSpec, ...] = ()
         self._specs: dict[str, AdapterSpec] = {}
+        self._of_version: dict[str, tuple[AdapterSpec, ...]] = {}
         self._digests: dict[str, str] = {}
         """Digests that were learned from workers, by name."""
-        self._warned: set[tuple[str, frozenset[str]]] = set()
+        self._reported: dict[str, Mapping[str, str]] = {}
+        """Digests of the adapters that each worker has reported as READY, by worker id and name."""
+        self._ready: dict[str, Counter[str]] = {}
+        """Number of workers that have reported a digest as READY, by name. A model may have a thousand workers and a
+        thousand adapters, so a report must cost no more than its length."""
+        self._ready_digests: Counter[str] = Counter()
+        self._warned: set[tuple[str, str]] = set()
         self._views: dict[str, AdapterView] = {}
 
     def __repr__(self) -> str:
         return f"ModelAdapters({', '.join(self._specs) or 'none'})"
 
     @property
-    def specs(self) -> Sequence[AdapterSpec]:
+    def specs(self) -> Iterable[AdapterSpec]:
         """The adapters of the catalog, sorted by name."""
-        return [self._specs[name] for name in sorted(self._specs)]
+        return self._specs.values()
 
     def find(self, name: str) -> AdapterSpec | None:
         """Return the adapter with this name; None if the catalog has none."""
         return self._specs.get(name)
 
-    def replace(self, specs: Iterable[AdapterSpec]) -> None:
+    def replace(self, specs: tuple[AdapterSpec, ...]) -> None:
         """Apply the adapters of a new catalog."""
-        self._specs = {spec.name: spec for spec in specs}
-        self._digests = {name: digest for name, digest in self._digests.items() if name in self._specs}
-        self.refresh()
-
-    def refresh(self) -> bool:
-        """Take changed reports, links and states of workers into account. Returns whether the digest of an adapter has
-        changed."""
-        self._views, before = {}, dict(self._digests)
-        for name, spec in self._specs.items():
-            if not spec.digest:
-                self._learn(name)
-        return self._digests != before
-
-    def _learn(self, name: str) -> None:
-        ready = [
-            status.digest
-            for link in self._links.values()
-            if (status := link.adapters.get(name)) is not None and status.state is AdapterState.READY
-        ]
-        if not ready:
+        if specs == self._catalog:
             return
-        if self._digests.get(name) not in ready:
-            self._digests[name] = ready[0]
-        distinct = frozenset(ready)
-        if len(distinct) > 1 and (name, distinct) not in self._warned:
-            self._warned = {(name, distinct), *list(self._warned)[:64]}
-            log.warning("adapter_digests_differ", adapter=name, used=self._digests[name], digests=sorted(distinct))
+        self._catalog, self._of_version = specs, {}
+        self._specs = {spec.name: spec for spec in sorted(specs, key=lambda spec: spec.name)}
+        self._digests = {name: digest for name, digest in self._digests.items() if name in self._specs}
+        self._learn(self._ready)
+        self._views = {}
+
+    def refresh(self) -> None:
+        """Take into account that a worker has joined, or takes calls or no longer does."""
+        self._views = {}
+
+    def report(self, link: WorkerLink, *, is_gone: bool = False) -> bool:
+        """Take a worker's report into account, or that the worker is gone. Returns whether the digest of an adapter has
+        changed."""
+        worker_id, statuses = link.identity.worker_id, () if is_gone else link.adapters.values()
+        ready = {status.name: status.digest for status in statuses if status.state is AdapterState.READY}
+        before, changed = self._reported.pop(worker_id, {}), set[str]()
+        if ready:
+            self._reported[worker_id] = ready
+        for old, new, by in ((before, ready, -1), (ready, before, 1)):
+            for name, digest in old.items():
+                if new.get(name) != digest:
+                    self._count(name, digest, by)
+                    changed.add(name)
+        self._views = {}
+        return self._learn(changed)
+
+    def _count(self, name: str, digest: str, by: int) -> None:
+        for counter in (self._ready.setdefault(name, Counter()), self._ready_digests):
+            counter[digest] += by
+            if not counter[digest]:
+                del counter[digest]
+        if not self._ready[name]:
+            del self._ready[name]
+
+    def _learn(self, names: Iterable[str]) -> bool:
+        """Choose the digests of these adapters, as far as the catalog has none. Returns whether one has changed."""
+        has_changed = False
+        for name in names:
+            spec, ready = self._specs.get(name), self._ready.get(name)
+            if spec is None or spec.digest or not ready:
+                continue
+            used = self._digests.get(name)
+            if used not in ready:
+                used = self._digests[name] = next(iter(ready))
+                has_changed = True
+            for other in ready:
+                if other != used and (name, other) not in self._warned:
+                    self._warned = {(name, other), *list(self._warned)[:MAX_WARNED]}
+                    log.warning("adapter_digests_differ", adapter=name, used=used, other=other)
+        return has_changed
 
     def digest(self, name: str) -> str:
         """Return the digest of an adapter; "" while it is unknown."""
@@ -155,13 +192,9 @@ class ModelAdapters:
 
     def is_ready(self, key: str) -> bool:
         """Return whether any linked worker takes calls for an adapter. `key`: see `key`."""
-        if name := name_of(key):
-            return name in self._specs and self.view(name).ready > 0
-        return any(
-            status.digest == key and status.state is AdapterState.READY
-            for link in self._links.values()
-            for status in link.adapters.values()
-        )
+        name = name_of(key)
+        digest = self.digest(name) if name else key
+        return digest in (self._ready.get(name, ()) if name else self._ready_digests)
 
     def keys_on(self, link: WorkerLink) -> tuple[frozenset[str], frozenset[str]]:
         """Return the adapters whose calls a worker takes, by all keys under which routing knows them, and those of them
@@ -182,7 +215,13 @@ class ModelAdapters:
 
     def wanted_on(self, link: WorkerLink) -> tuple[AdapterSpec, ...]:
         """Return the adapters that a worker should load: those of its version."""
-        return tuple(spec for spec in self.specs if _belongs(spec, link))
+        version = link.identity.version
+        wanted = self._of_version.get(version)
+        if wanted is None:
+            if len(self._of_version) >= MAX_VERSIONS:
+                self._of_version.clear()
+            wanted = self._of_version[version] = tuple(spec for spec in self.specs if _belongs(spec, link))
+        return wanted
 
     def refusal_of(self, model: str, name: str) -> CallError | None:
         """Return the error for calls for an adapter that no worker could load, or that has been removed; None if the

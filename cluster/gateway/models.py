@@ -30,6 +30,7 @@ from cluster.policy.tenants.identity import Principal
 from cluster.process import memory
 from cluster.process.private_files import make_missing_folders
 from cluster.wire import codec
+from cluster.wire.adapter_codec import MAX_NAME
 from cluster.wire.bundle import Bundle
 
 log = structlog.get_logger("directory")
@@ -172,6 +173,7 @@ class KnownModel:
         """Apply a new catalog entry."""
         self.entry, self.in_catalog = entry, True
         self.adapters.replace(entry.adapters)
+        self.adapters.refresh()
         self.changed_workers.update(self.links)  # a version may be quarantined, a generation retired
         _remember(self._replaced, *entry.retired)
         for link in self.links.values():
@@ -189,14 +191,15 @@ class KnownModel:
         link.mark_changed()
         self.parsers |= link.parsers
         self._linked_tasks |= link.tasks
-        self.adapters.refresh()
+        self.adapters.report(link)
         self._departed.pop(link.compatibility_key, None)
 
     def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
         """Remove a link that has ended. `gone`: new state if this was the last link and the model is in no catalog."""
         del self.links[link.identity.worker_id], self.by_incarnation[link.identity.incarnation]
         link.mark_changed()
-        self.adapters.refresh()
+        if self.adapters.report(link, is_gone=True):
+            self.changed_workers.update(self.links)
         self.parsers = frozenset().union(*(other.parsers for other in self.links.values()))
         self._linked_tasks = frozenset().union(*(other.tasks for other in self.links.values()))
         if link.identity.generation in self._replaced:
@@ -330,9 +333,10 @@ class Target:
     @property
     def state_reason(self) -> str:
         """Why the model or adapter is in its state; "" for no reason."""
-        if self.adapter and (reason := self.model.adapters.view(self.adapter).reason):
-            return reason
-        return self.model.entry.state_reason
+        if not self.adapter:
+            return self.model.entry.state_reason
+        view = self.model.adapters.view(self.adapter)
+        return view.reason if self.model.served or not self.model.entry.state_reason else self.model.entry.state_reason
 
 
 class ModelDirectory:
@@ -390,7 +394,7 @@ class ModelDirectory:
         model = self._models.get(link.identity.model)
         if model is None or model.links.get(link.identity.worker_id) is not link:
             return
-        if model.adapters.refresh():  # the digest that counts is another, on all workers
+        if model.adapters.report(link):  # the digest that counts is another, on all workers
             model.changed_workers.update(model.links)
 
     def add_link(self, link: WorkerLink) -> None:
@@ -482,6 +486,7 @@ class ModelDirectory:
     def _adapter(self, full: str, principal: Principal) -> tuple[KnownModel | None, str]:
         """Return the model and the adapter of a name `model:adapter`, without a model if the caller may not use it."""
         base, _, adapter = full.rpartition(SEPARATOR)
+        adapter = adapter[: MAX_NAME + 1]  # no adapter has a longer name, and patterns are compared with it
         model = self.find(principal.model_aliases.get(base, base))
         allowed = model is not None and model.adapter_open_to(adapter, principal)
         return (model, adapter) if allowed else (None, "")

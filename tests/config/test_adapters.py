@@ -48,6 +48,10 @@ def test_a_mapping_to_sources_is_enough() -> None:
         ("adapters: []", ENGINE_DEFAULTS),
         ("adapters: {a: /a}, engine: {max_loras: 2}", {**ENGINE_DEFAULTS, "max_loras": 2}),
         ("engine: {enable_lora: true}", ENGINE_DEFAULTS),
+        (
+            "adapters: {a: 'hf://o/n@main'}, engine: {max_loras: 100}",
+            {"max_lora_rank": 64, "max_loras": 100, "max_cpu_loras": 100},
+        ),
     ],
 )
 def test_the_presence_of_adapters_switches_lora_on(keys: str, engine: dict[str, int] | None) -> None:

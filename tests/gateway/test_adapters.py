@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.api.adapters import ADAPTERS, AdapterSpec, AdapterState, AdapterStatus
 from cluster.api.outcomes import CallError, Outcome
@@ -199,7 +201,7 @@ async def test_the_digest_is_learned_from_the_first_ready_worker(tmp_path: Path)
     with structlog.testing.capture_logs() as logs:
         report(one, AdapterStatus("a", B, AdapterState.READY))
         report(one, AdapterStatus("a", B, AdapterState.READY, resident=True))
-    assert [(log["event"], log["used"]) for log in logs] == [("adapter_digests_differ", A)]
+    assert [(log["event"], log["used"], log["other"]) for log in logs] == [("adapter_digests_differ", A, B)]
     assert (adapters.key("a"), adapters.view("a").ready) == (A, 1)
     assert adapters.keys_on(two) == (frozenset({A, ":a"}), frozenset({A, ":a"}))
     assert adapters.keys_on(one) == (frozenset({B}), frozenset({B})), (
@@ -207,3 +209,39 @@ async def test_the_digest_is_learned_from_the_first_ready_worker(tmp_path: Path)
     )
     directory.remove_link(two)
     assert (adapters.key("a"), adapters.view("a").ready) == (B, 1)
+
+
+reports = st.dictionaries(st.sampled_from("ab"), st.tuples(st.sampled_from([A, B]), st.sampled_from(AdapterState)))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["one", "two", "three"]), st.none() | reports), max_size=20))
+def test_counts_are_those_of_the_reports(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[str, dict[str, tuple[str, AdapterState]] | None]]
+) -> None:
+    """After any reports and losses of workers, an adapter is ready exactly where the newest reports say so, and the
+    digest that counts is one of those that are ready."""
+    directory = directory_with(tmp_path_factory.mktemp("law"), AdapterSpec("a", "/a"), AdapterSpec("b", "/b", B))
+    links: dict[str, WorkerLink] = {}
+    adapters = directory.models[0].adapters
+    for name, reported in changes:
+        if reported is None:
+            if (gone := links.pop(name, None)) is not None:
+                directory.remove_link(gone)
+            continue
+        if name not in links:
+            (links[name],) = linked(directory, name)
+        report(links[name], *(AdapterStatus(one, *status) for one, status in reported.items()))
+        ready = [
+            (status.name, status.digest)
+            for link in links.values()
+            for status in link.adapters.values()
+            if status.state is AdapterState.READY
+        ]
+        for digest in (A, B):
+            assert adapters.is_ready(digest) == any(other == digest for _, other in ready)
+        for each in "ab":
+            of_name = [digest for named, digest in ready if named == each]
+            digest = adapters.digest(each)
+            assert adapters.view(each).ready == of_name.count(digest)
+            assert adapters.is_ready(f":{each}") == (digest in of_name)
+            assert each == "b" or not of_name or digest in of_name

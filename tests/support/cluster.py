@@ -108,7 +108,9 @@ class TestCluster:
         adapter_files: AdapterFiles | None = None,
     ) -> Worker:
         """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs.
-        `adapter_files`: the adapters on the worker's node, for a simulated engine that takes adapters."""
+
+        With `adapter_files` the engine is also an AdapterEngine.
+        """
         number = next(_numbers)
         if info is None:
             info = await engine.start()

@@ -270,7 +270,8 @@ class WorkerLink:
     def send_adapters(self, revision: int, adapters: tuple[AdapterSpec, ...]) -> None:
         """Send the adapters that the worker is to have, if they are others than were sent before. `revision`: that of
         the catalog. Does nothing for a worker that loads no adapters."""
-        if self.takes_adapters and adapters != self._adapters_sent:
+        sent = self._adapters_sent
+        if self.takes_adapters and adapters is not sent and adapters != sent:
             self._adapters_sent = adapters
             self.box.adapters(adapter_set_to_pb(AdapterSet(revision, adapters)))
 

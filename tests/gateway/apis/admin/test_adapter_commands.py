@@ -87,7 +87,7 @@ async def site(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterato
 async def test_an_adapter_is_loaded_listed_and_unloaded(site: Site) -> None:
     """`load --wait` returns once all workers have the adapter, which is then called and listed. `unload` removes it.
     The adapter of the entry stays, and no call of the model fails meanwhile."""
-    calls = [asyncio.ensure_future(site.cluster.stub.Chat(chat(max_tokens=300, ignore_eos=True))) for _ in range(4)]
+    calls = [asyncio.ensure_future(site.cluster.stub.Chat(chat(max_tokens=100, ignore_eos=True))) for _ in range(2)]
     done = await site.adapters("load", "default", "a", "/a", "--tenant", "default", "--pinned", "--wait", "--json")
     assert done.returncode == 0, done.stderr
     (loaded,) = json.loads(done.stdout)
