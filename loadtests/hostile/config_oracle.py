@@ -49,7 +49,7 @@ SHAPE = {
 }
 """Checkpoint configuration that is valid for the models of every preset."""
 DEMO = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "num_hidden_layers": 30}
-DEMO_SOURCE = "demo://smollm2"
+DEMO_SOURCES = ("demo://smollm2", "demo://minilm")
 ENGINE_S = 600.0
 
 
@@ -200,7 +200,7 @@ def _may_be_fetched(source: str) -> bool:
     scheme, separator, rest = source.partition("://")
     if not separator:
         return source.startswith(("/", "~"))
-    return scheme in ("s3", "gs", "http", "https") or (scheme, rest.count("/")) == ("hf", 1) or source == DEMO_SOURCE
+    return scheme in ("s3", "gs", "http", "https") or (scheme, rest.count("/")) == ("hf", 1) or source in DEMO_SOURCES
 
 
 def main() -> None:

@@ -114,10 +114,12 @@ def check_pooling(pooling: PoolingParams, tokens: int, info: PoolingInfo) -> Non
         what = f"must be in [0, {tokens - 1}], got {pooling.second_text_at}"
         raise _refused("second_text_at", what, Outcome.INVALID_FIELD)
     length = pooling.dimensions
-    if length in (None, info.dimensions) or length in info.shorter_dimensions:
-        return
     if pooling.task is PoolingTask.SCORE:
-        raise _refused("dimensions", "a score is one number; leave the field out", Outcome.INVALID_FIELD)
+        if length not in (None, 1):
+            raise _refused("dimensions", "a score is one number; leave the field out", Outcome.INVALID_FIELD)
+        return
+    if length is None or length == info.dimensions or length in info.shorter_dimensions:
+        return
     if info.any_shorter:
         if not 1 <= length <= info.dimensions:
             raise _refused("dimensions", f"must be in [1, {info.dimensions}], got {length}", Outcome.INVALID_FIELD)
@@ -133,9 +135,10 @@ def pooling_params(pooling: PoolingParams, bounds: PoolingBounds) -> Any:
     from vllm import PoolingParams as VllmPoolingParams
 
     types = {"compressed_token_type_ids": pooling.second_text_at}
+    is_whole = pooling.task is PoolingTask.SCORE or pooling.dimensions == bounds.info.dimensions
     return VllmPoolingParams(
         task=TASKS[pooling.task],
-        dimensions=None if pooling.dimensions == bounds.info.dimensions else pooling.dimensions,
+        dimensions=None if is_whole else pooling.dimensions,
         extra_kwargs=types if bounds.token_types and pooling.second_text_at else None,
     )
 

@@ -111,6 +111,16 @@ def test_lengths_are_refused_exactly_outside_the_declared_ones(
         assert refused.value.field == "dimensions"
 
 
+def test_a_score_has_one_number() -> None:
+    """A score may be requested with the length 1 or none, also of a model that computes vectors, too."""
+    info = PoolingInfo((PoolingTask.EMBED, PoolingTask.SCORE), 8, (4,))
+    for length in (None, 1):
+        check_pooling(PoolingParams(PoolingTask.SCORE, length), 1, info)
+    for length in (0, 2, 4, 8):
+        with pytest.raises(EngineRefused, match="dimensions: a score is one number"):
+            check_pooling(PoolingParams(PoolingTask.SCORE, length), 1, info)
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_an_error(wrong: float) -> None:
     """A vector with NaN or an infinite number is never an answer: the request ends in an error."""
