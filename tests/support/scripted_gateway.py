@@ -158,14 +158,6 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self._enter(request, context)
         return pb.DetokenizeResponse(text=bytes(request.token_ids).decode())
 
-    def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
-        self._enter(request, context)
-        return pb.EmbedResponse()
-
-    def Rerank(self, request: pb.RerankRequest, context: Any) -> pb.RerankResponse:
-        self._enter(request, context)
-        return pb.RerankResponse()
-
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         self._enter(request, context)
         start = int(request.page_token or 0)
