@@ -82,7 +82,11 @@ class Executor:
             sequence.call.fail_unexpectedly(LookupError(f"worker {instruction.worker_id} is not linked"))
             return
         now = self._clock()
-        self._resolve_adapter(sequence)
+        try:
+            self._resolve_adapter(sequence)
+        except Exception as error:  # must not end the link whose event is handled here
+            sequence.call.fail_unexpectedly(error)
+            return
         route = self._routes.create(instruction, sequence, link, now)
         versions = sequence.call.versions
         sequence.set_route(route)

@@ -255,9 +255,13 @@ class Scheduler:
                 self._send_resumed(model, (resumed,))
         else:
             self._choose_versions(sequence.call)
-            if model is not None and (key := self._new_adapter(sequence, model)) is not None:
-                sequence.call.set_adapter(sequence, key)
-                self.worker_caches.forget_prompt(sequence.key)
+            try:
+                if model is not None and (key := self._new_adapter(sequence, model)) is not None:
+                    sequence.call.set_adapter(sequence, key)
+                    self.worker_caches.forget_prompt(sequence.key)
+            except Exception as error:
+                sequence.call.fail_unexpectedly(error)
+                return
             self.queues.put_back(sequence)
             self.pump(sequence.call.model)
         if model is not None:
@@ -304,11 +308,14 @@ class Scheduler:
             model = self.host.directory.find(call.model) if call.adapter and call.error is None else None
             if model is None:
                 continue
-            if (refused := queue_errors.not_servable(model, call.adapter)) is not None:
-                call.fail(refused)
-            elif (key := self._new_adapter(sequence, model)) is not None:
-                self.queues.set_adapter(sequence, key)
-                self.worker_caches.forget_prompt(sequence.key)
+            try:
+                if (refused := queue_errors.not_servable(model, call.adapter)) is not None:
+                    call.fail(refused)
+                elif (key := self._new_adapter(sequence, model)) is not None:
+                    self.queues.set_adapter(sequence, key)
+                    self.worker_caches.forget_prompt(sequence.key)
+            except Exception as error:
+                call.fail_unexpectedly(error)
 
     @staticmethod
     def _new_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
