@@ -49,8 +49,8 @@ def _lack(name: str) -> str:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt the collected tests and their imports from garbage collection. A full collection of them takes a second of
-    CPU time on a slow core, in which a test's event loop stands still.
+    """Exempt the collected tests and their imports from garbage collection, during which a test's event loop stands
+    still: on a busy core for half a second.
     """
     gc.collect()
     gc.freeze()
