@@ -32,7 +32,8 @@ REPORT_S: Final = 0.1
 RETRY_S: Final = 5.0
 """Seconds before a failed adapter is tried again. Doubled after each failure, up to MAX_RETRY_S."""
 MAX_RETRY_S: Final = 300.0
-PARALLEL_FETCHES: Final = 4
+PARALLEL_FETCHES: Final = 2
+"""Fetches at a time. Each occupies one of the few threads that also validate long prompts."""
 
 
 class AdapterFiles(Protocol):
