@@ -2,8 +2,8 @@
 
 xgrammar matches a pattern against the text between a JSON string's quotes. It ignores anchors inside an expression and
 look-ahead, and reads some escapes as letters. If it cannot compile the expression to an automaton without quotes,
-backslashes and control characters, it compiles it with them, and the output is then no JSON. Expressions of both kinds
-are refused here.
+backslashes and control characters, it compiles it with them, and the output is then no JSON. In some expressions it
+mixes up a `*` with a great count behind it. All such expressions are refused here.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ MAX_WIDE_COUNT = MAX_COUNT_IN_STATES
 """Greatest count in an expression that has a class with quotes, backslashes or control characters: xgrammar compiles
 expressions with greater counts to a grammar that produces these characters unescaped."""
 
+_LONG_HEX = re.compile(r"(?<!\\)(?:\\\\)*(\\x[0-9A-Fa-f]{2})[0-9A-Fa-f]")
+"""An escape of two digits before another digit, which xgrammar's compiler of wide and of other than ASCII expressions
+reads as a longer escape."""
+_STAR = re.compile(r"\*|\{0*,\}")
 _COUNTS = re.compile(r"[{,](\d+)(?=[,}])")
 _MEMBER = re.compile(r"\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\.|.", re.DOTALL)
 _SETS = frozenset("dDwWsS")
-_WITH_QUOTES = frozenset("DWS")
+_WIDE_SETS = frozenset("DWSs")
+"""Sets with quotes or backslashes, or, as white space, with control characters."""
 _CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0", "b": "\b"}
 _NAMED = {
     "b": "word boundaries",
@@ -47,6 +52,11 @@ def pattern_problem(pattern: str) -> str:
         wide = _Reader(pattern).is_wide()
     except (_Refused, TooCostly) as refusal:
         return str(refusal)
+    if (wide or not pattern.isascii()) and (long := _LONG_HEX.search(pattern)):
+        return (
+            f"has {long[1]} before a hexadecimal digit, which would be read as a part of it; write it as "
+            f"\\u00{long[1][2:]}"
+        )
     if not wide:
         return ""
     if not pattern.isascii():
@@ -67,7 +77,7 @@ class _Reader:
 
     def __init__(self, pattern: str) -> None:
         self._tokens = list(TOKEN.finditer(pattern))
-        self._wide = False
+        self._wide = self._has_star = False
         self._counts = Counts()
 
     def is_wide(self) -> bool:
@@ -101,6 +111,12 @@ class _Reader:
                 return ""
             raise _Refused(f"has `{text}` where nothing can be repeated; escape it, or group what it repeats")
         self._counts.repeat(text)
+        if self._has_star and any(count_of(count) > MAX_WIDE_COUNT for count in _COUNTS.findall(text)):
+            raise _Refused(
+                f"has a count above {MAX_WIDE_COUNT} behind `*`, where the compiler mixes both up; use `+` instead of "
+                "`*`, or a smaller count"
+            )
+        self._has_star |= _STAR.fullmatch(text) is not None
         return text
 
     def _group(self, text: str) -> None:
@@ -126,7 +142,7 @@ class _Reader:
         if letter in _NAMED:
             raise _Refused(f"uses {_NAMED[letter]} ({text}), which are not supported; write it without them")
         if letter in _SETS and len(text) == 2:
-            self._wide |= letter in _WITH_QUOTES
+            self._wide |= letter in _WIDE_SETS
             return
         low, high = _character(text), _character(text)
         if _is_special(low, high):
@@ -176,7 +192,7 @@ def _members(text: str) -> Iterator[tuple[int, int]]:
     while at < len(tokens):
         token = tokens[at]
         if token[0] == "\\" and token[1:] in _SETS:
-            yield (ord("a"), ord("a")) if token[1] not in _WITH_QUOTES else (0, 0x10FFFF)
+            yield (ord("a"), ord("a")) if token[1] not in _WIDE_SETS else (0, 0x10FFFF)
         elif at + 2 < len(tokens) and tokens[at + 1] == "-":
             ends = token, tokens[at + 2]
             low, high = (0, -1) if ends[1][1:] in _SETS else (_character(ends[0]), _character(ends[1]))

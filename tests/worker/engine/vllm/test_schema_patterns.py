@@ -22,6 +22,9 @@ REFUSED = (
     *(("a^b", "`^` inside"), ("a$b", "`$` inside"), ("(^a|b$)c", "inside"), (r"\Aa", "anchors"), ("(?i)a", "group")),
     *(('a"b', "needs a quote"), (r"\\", "needs a quote"), (r"\n", "control"), (r"\x01", "control"), ("\t", "control")),
     *((r"[\n\t]", "control"), ("é.", "outside ASCII"), ("é[^a]", "outside ASCII"), (r"é\S", "outside ASCII")),
+    *((r"\s[é-ü]", "outside ASCII"), (r"[\sé]", "outside ASCII"), (r"\s{200}", "above 128")),
+    *((r"\x41aé", "hexadecimal digit"), (r".\x41a", "hexadecimal digit")),
+    *(("a*b{130}", "behind `*`"), ("(?:ab){0,}c{1,130}", "behind `*`")),
     *(
         ("[^b]{0,129}", "above 128"),
         (".{200}", "above 128"),
