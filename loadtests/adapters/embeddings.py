@@ -29,7 +29,12 @@ from loadtests.scenarios.parts import exact
 from loadtests.serving import ours as serving
 
 CALLERS, CALLS, TEXT_CHARS, COMPARED = 64, 512, 90, 64
-ENGINE: Mapping[str, object] = {"runner": "pooling", "dtype": "float32", "max_num_seqs": 128, "kv_cache_memory_bytes": 64 << 20}
+ENGINE: Mapping[str, object] = {
+    "runner": "pooling",
+    "dtype": "float32",
+    "max_num_seqs": 128,
+    "kv_cache_memory_bytes": 64 << 20,
+}
 CPU, RATE = (
     "front-end CPU an embedding, 64 callers, against vLLM's server",
     "embeddings a second, against vLLM's server",
