@@ -85,9 +85,12 @@ class ControllerLinks:
         verbs: Mapping[str, admin_forwarding.Verb] | None = None,
         timing: Timing | None = None,
         wall_s: Callable[[], float] = time.time,
+        idle_s: float = 10.0,
     ) -> None:
         """`bundles`: function that returns a tokenizer bundle by digest. `verbs`: handlers of the admin verbs that the
-        controller answers, by names such as `Catalog.Scale`. `wall_s`: seconds since the epoch."""
+        controller answers, by names such as `Catalog.Scale`. `wall_s`: seconds since the epoch. `idle_s`: time without a
+        change of the catalog after which an empty frame is sent."""
+        self._idle_s = idle_s
         self._controller_id = controller_id
         self._incarnation = uuid.uuid4().hex[:12]
         self._gateways = GatewayAddresses(gateways)
@@ -211,8 +214,15 @@ class ControllerLinks:
         return pb.Blob(worker_id=f"controller:{self._controller_id}", incarnation=self._incarnation)
 
     async def _send_catalog(self, call: Any, changed: asyncio.Event, write_lock: asyncio.Lock) -> None:
+        """Send the catalog at each change, and in between empty frames, which show that the controller runs."""
         while True:
-            await changed.wait()
+            try:
+                async with asyncio.timeout(self._idle_s):
+                    await changed.wait()
+            except TimeoutError:
+                async with write_lock:
+                    await call.write(pb.ControllerFrame())
+                continue
             changed.clear()
             if not self._revision:
                 continue

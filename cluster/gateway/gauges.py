@@ -45,7 +45,7 @@ class GatewayGauges:
         """Yield the current value of each gauge."""
         yield "build_info", (__version__, platform.python_version(), grpc.__version__), 1
         yield "config_valid", (), float(self.config_state.valid)
-        statistics, heard = self.hub.statistics(), self.hub.catalog_at
+        statistics, heard = self.hub.statistics(), self.hub.heard_at
         yield "link_connected", ("worker",), statistics.workers
         yield "link_connected", ("controller",), statistics.controllers
         yield "catalog_age_seconds", (), -1 if heard is None else time.monotonic() - heard

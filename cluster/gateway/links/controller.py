@@ -47,8 +47,8 @@ class CurrentController:
         self._apply_catalog = apply_catalog
         self._report = report
         self._stream: _Stream | None = None
-        self.catalog_at: float | None = None
-        """Monotonic time of the last catalog; None before the first catalog."""
+        self.heard_at: float | None = None
+        """Monotonic time of a controller's last frame; None before the first catalog."""
         self.gateways = 0
         """Number of gateways to which the controller has links, this gateway included; 0 until the controller reports
         the number."""
@@ -65,8 +65,10 @@ class CurrentController:
         writer = asyncio.create_task(self._write(stream, context))
         try:
             while (frame := await read(context)) is not None:
+                if self.heard_at is not None or frame.HasField("catalog"):
+                    self.heard_at = time.monotonic()
                 if frame.HasField("catalog"):
-                    self.catalog_at, self.gateways = time.monotonic(), frame.catalog.gateways
+                    self.gateways = frame.catalog.gateways
                     self._apply_catalog(_entries(frame.catalog), frame.catalog.revision)
                 if frame.HasField("admin_reply"):
                     stream.requests.handle_reply(frame.admin_reply)

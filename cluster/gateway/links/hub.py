@@ -80,9 +80,9 @@ class Hub(pb_grpc.LinkServicer):
         return self.workers.links
 
     @property
-    def catalog_at(self) -> float | None:
-        """Monotonic time of the controller's last catalog; None before the first catalog."""
-        return self.controller.catalog_at
+    def heard_at(self) -> float | None:
+        """Monotonic time of a controller's last message; None before the first catalog."""
+        return self.controller.heard_at
 
     async def ask_controller(self, verb: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
         """Forward an admin verb to the controller and return its answer. Raises CallError."""
