@@ -111,9 +111,10 @@ async def vllm_server(
 
 
 def flags(arguments: Mapping[str, object]) -> Sequence[str]:
-    """Return engine arguments as options of vLLM's command line."""
+    """Return engine arguments as options of vLLM's command line. A list is an option with several values."""
     out: list[str] = []
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
-        out += [flag] if value is True else [flag, str(value)]
+        values = value if isinstance(value, (list, tuple)) else () if value is True else (value,)
+        out += [flag, *map(str, values)]
     return out

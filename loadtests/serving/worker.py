@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from cluster.api.ports import Engine, KvEventSource
+from cluster.api.ports import AdapterEngine, Engine, KvEventSource
 from cluster.api.types import ModelSpec, WorkerIdentity
 from cluster.process import memory
 from cluster.wire.bundle import Bundle
@@ -27,6 +27,8 @@ from cluster.worker.engine.simulated.engine import SCHEME, SimConfig, SimEngine
 from cluster.worker.parsing.model_parser import model_parser, requested_parser, with_parsers
 from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.session import WorkerSession
+from cluster.worker.weights.adapter_store import AdapterStore
+from cluster.worker.weights.sources import SourceRules
 
 
 def spec_of(arguments: argparse.Namespace) -> ModelSpec:
@@ -42,11 +44,11 @@ def spec_of(arguments: argparse.Namespace) -> ModelSpec:
     )
 
 
-class EventfulEngine(Engine, KvEventSource, Protocol):
-    """An engine whose KV events can be read."""
+class WholeEngine(Engine, KvEventSource, AdapterEngine, Protocol):
+    """An engine whose KV events can be read, and that loads adapters."""
 
 
-def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[EventfulEngine, OutputParser | None]:
+def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[WholeEngine, OutputParser | None]:
     """Return the engine that the source names, and the parser of its outputs. vLLM is imported only for a model folder,
     or if the engine's arguments name a parser."""
     spec = spec_of(arguments)
@@ -60,6 +62,16 @@ def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[EventfulEngin
     return VllmEngine(spec, Path(arguments.source), executor="mp", reasoning_parser=reasoning), parser
 
 
+def adapter_files(arguments: argparse.Namespace) -> AdapterStore | None:
+    """Return the store of adapters, beside the file --ready; None if the engine takes none."""
+    engine = json.loads(arguments.engine)
+    if not engine.get("enable_lora"):
+        return None
+    rules = SourceRules(Path(arguments.ready).parent / f"{Path(arguments.ready).name}.cache")
+    base = None if arguments.source.startswith(SCHEME) else Path(arguments.source)
+    return AdapterStore(rules, base, int(engine["max_lora_rank"]))
+
+
 async def serve(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM, or until the engine ends."""
     bundle = Bundle.load(Path(arguments.bundle))
@@ -67,6 +79,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    files = adapter_files(arguments)
     try:
         info = with_parsers(await engine.start(), parser)
         identity = WorkerIdentity(
@@ -84,6 +97,8 @@ async def serve(arguments: argparse.Namespace) -> None:
             timing=Timing(redial_max_s=arguments.redial_max_s),
             parser=parser,
             kv_events=engine,
+            adapter_engine=engine if files is not None else None,
+            adapter_files=files,
         )
         Path(arguments.ready).write_text(json.dumps({"pid": os.getpid(), "engine": info.engine_version}))
         memory.freeze_objects()

@@ -1,0 +1,151 @@
+"""Part loading: adapters that are declared while four simulated replicas serve; one of them restarts, another is added.
+
+Callers ask the base model and a loaded adapter all the time. Measured is the time until every linked replica takes
+calls for all adapters: after the declaration of a second adapter, and after the link of a replica that has just
+started. A simulated engine takes 50 ms to load an adapter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import grpc
+
+from cluster.admin.v1 import adapters_pb2, admin_pb2_grpc
+from cluster.api.adapters import AdapterSpec, full_name
+from cluster.api.types import CatalogEntry
+from cluster.controller.links import ControllerLinks
+from cluster.ledger.files import read_secrets
+from cluster.policy.tenants.identity import admin_token
+from loadtests.adapters import rig
+from loadtests.children import Child
+from loadtests.faces.base import CallFailed, Request
+from loadtests.figures import Bound, Figure
+from loadtests.scenarios.common import Stage
+from loadtests.scenarios.parts import exact
+from loadtests.serving import ours as serving
+
+REPLICAS, LOAD_MS, CALLERS, TOKENS, WAIT_S = 4, 50, 8, 8, 60.0
+DECLARED = "an adapter declared while 4 replicas serve: until all serve it"
+RESTARTED, ADDED = (
+    "a replica restarts: until it serves all adapters",
+    "a replica is added: until it serves all adapters",
+)
+FAILED = "calls that failed meanwhile"
+BOUND, NONE = Bound("<=", 2.0), Bound("<=", 0.0)
+ROWS: Mapping[str, Bound | None] = {DECLARED: BOUND, RESTARTED: BOUND, ADDED: BOUND, FAILED: NONE}
+ENGINE = {"enable_lora": True, "max_lora_rank": 8}
+
+
+class Fleet:
+    """A gateway with simulated replicas and a catalog, which this process publishes."""
+
+    def __init__(self, stage: Stage, folder: Path, ours: serving.Ours, source: str, token: str) -> None:
+        self._stage, self._folder, self._ours, self._source = stage, folder, ours, source
+        self._metadata = serving.authorization(token)
+        self._channel = grpc.aio.insecure_channel(ours.endpoints["admin"])
+        self._stub = admin_pb2_grpc.CatalogStub(self._channel)
+        gateways = [ours.endpoints["link"]]
+        self.links = ControllerLinks(controller_id="loadtest", gateways=gateways, tls=None, bundles=lambda _: None)
+
+    def declare(self, *names: str) -> None:
+        """Publish a catalog with these adapters."""
+        specs = tuple(AdapterSpec(name, str(self._folder / "adapters" / name)) for name in names)
+        self.links.publish([CatalogEntry(serving.MODEL, adapters=specs)])
+
+    def start(self, name: str) -> Child:
+        """Start a replica."""
+        ready = self._stage.folder / f"loading-{name}.ready"
+        command = [sys.executable, "-m", "loadtests.serving.worker", "--name", serving.MODEL, "--id", name]
+        command += ["--link", self._ours.endpoints["link"], "--bundle", str(self._folder / "bundle")]
+        command += ["--source", self._source, "--ready", str(ready), "--engine", json.dumps(ENGINE)]
+        return self._stage.children.start(f"loading-{name}", serving.WORKER, command)
+
+    async def serves(self, workers: int, *names: str) -> None:
+        """Wait until `workers` replicas take calls for all these adapters. Raises TimeoutError."""
+        async with asyncio.timeout(WAIT_S):
+            while not await self._ready(workers, names):  # noqa: ASYNC110 - another process's state is no event
+                await asyncio.sleep(0.02)
+
+    async def linked(self, workers: int) -> float:
+        """Wait until `workers` replicas are linked; return the time. Raises TimeoutError."""
+        async with asyncio.timeout(WAIT_S):
+            while {each.workers for each in await self._adapters()} != {workers}:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.02)
+        return time.monotonic()
+
+    async def _ready(self, workers: int, names: tuple[str, ...]) -> bool:
+        adapters = await self._adapters()
+        return {each.name for each in adapters} == set(names) and all(
+            each.workers == each.ready_workers == workers for each in adapters
+        )
+
+    async def _adapters(self) -> list[adapters_pb2.Adapter]:
+        answer = await self._stub.ListAdapters(adapters_pb2.ListAdaptersRequest(), metadata=self._metadata)
+        return list(answer.adapters)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+
+async def measure(stage: Stage) -> list[Figure]:
+    """Play the story and return the rows. Raises DidNotStart, TimeoutError."""
+    folder = await rig.prepare(stage, 2)
+    source = f"sim://{folder / 'model'}?decode_ms=2&seed=1&max_loras=4&max_cpu_loras=8&adapter_load_ms={LOAD_MS}"
+    ours = await serving.start(
+        stage.children, stage.folder, bundle=folder / "bundle", source=source, engine=ENGINE, name="loading"
+    )  # fmt: skip
+    secret = read_secrets(stage.folder / "loading-tenants" / "cluster-secret", "cluster-secret")[0]
+    fleet = Fleet(stage, folder, ours, source, admin_token(secret))
+    task, stop = asyncio.create_task(fleet.links.run()), asyncio.Event()
+    figures: list[Figure] = []
+    try:
+        fleet.declare("a0")
+        replicas = [fleet.start(f"w{number}") for number in range(2, REPLICAS + 1)]
+        await fleet.serves(REPLICAS, "a0")
+        calls = [asyncio.create_task(_call(ours, number, stop)) for number in range(CALLERS)]
+        begun = time.monotonic()
+        fleet.declare("a0", "a1")
+        await fleet.serves(REPLICAS, "a0", "a1")
+        figures.append(exact(DECLARED, time.monotonic() - begun, BOUND, "s"))
+        for title, name, before in ((RESTARTED, "again", REPLICAS - 1), (ADDED, "added", REPLICAS)):
+            if title == RESTARTED:
+                await replicas[0].stop()
+                await fleet.linked(before)
+            fleet.start(name)
+            begun = await fleet.linked(before + 1)
+            await fleet.serves(before + 1, "a0", "a1")
+            figures.append(exact(title, time.monotonic() - begun, BOUND, "s"))
+        stop.set()
+        counts = await asyncio.gather(*calls)
+        failed, made = sum(failed for failed, _ in counts), sum(made for _, made in counts)
+        figures.append(exact(FAILED, failed, NONE, note=f"of {made}"))
+    finally:
+        stop.set()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await fleet.close()
+    return figures
+
+
+async def _call(ours: serving.Ours, number: int, stop: asyncio.Event) -> tuple[int, int]:
+    """Make calls until `stop` is set; return how many failed, and how many were made."""
+    face = rig.ModelOfCall(ours.http, "", api_key=ours.key)
+    model = full_name(serving.MODEL, "a0") if number % 2 else serving.MODEL
+    failed = made = 0
+    try:
+        while not stop.is_set():
+            made += 1
+            try:
+                await face.run(Request("loading", "hello", TOKENS, group=model), lambda text: None)
+            except CallFailed:
+                failed += 1
+    finally:
+        await face.close()
+    return failed, made

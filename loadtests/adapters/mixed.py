@@ -1,0 +1,100 @@
+"""Part mixed: what a mix of adapters costs against one adapter, as a share of what it costs on vLLM's own server.
+
+32 callers at once, each call 64 tokens. In the mixed rounds the calls name eight adapters in turn, in the others one.
+Both sides have the same engine with eight slots, in which all adapters stay. The ratio of the two throughputs is taken
+on each side, and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.api.adapters import full_name
+from loadtests.adapters import rig
+from loadtests.agents.tool_tokens import bind
+from loadtests.datasets import prose
+from loadtests.driver import Limits
+from loadtests.faces.base import Request
+from loadtests.figures import Bound, Figure, missing, ratio_figure
+from loadtests.report import Round
+from loadtests.scenarios.common import Contestant, Stage, first_call, per_round, rounds_of, run_round
+from loadtests.serving import ours as serving
+
+ADAPTERS, CALLERS, CALLS, TOKENS, PROMPT_CHARS = 8, 32, 96, 64, 120
+TITLE = "throughput of 8 adapters mixed against one, as a share of that of vLLM's server"
+BOUND = Bound(">=", 0.95)
+ROWS: Mapping[str, Bound | None] = {TITLE: BOUND}
+ENGINE: Mapping[str, object] = {"max_loras": ADAPTERS, "max_cpu_loras": ADAPTERS}
+LIMITS = Limits(call_s=120.0, run_s=300.0)
+
+
+def requests(round_: int, adapters: int, prefix: str) -> list[Request]:
+    """Return the calls of a round that name `adapters` adapters in turn. `prefix`: of the names, `model:` or ""."""
+    return [
+        Request(
+            f"{round_}/{adapters}/{number}", prose(f"mixed/{round_}/{number}", PROMPT_CHARS), TOKENS,
+            group=f"{prefix}a{number % adapters}",
+        )
+        for number in range(CALLS)
+    ]  # fmt: skip
+
+
+async def measure(stage: Stage) -> list[Figure]:
+    """Alternate the four arms and return the row. Raises DidNotStart."""
+    folder = await rig.prepare(stage, ADAPTERS)
+    server = await rig.start_server(stage, folder, ADAPTERS, ENGINE)
+    async with rig.running(stage, folder, rig.names(ADAPTERS), ENGINE) as ours:
+        prefix = full_name(serving.MODEL, "")
+        arms: dict[tuple[str, int], Contestant] = {}
+        for adapters in (ADAPTERS, 1):
+            arms["ours", adapters] = Contestant(
+                stage.arm(f"ours, {adapters} adapters", "the gateway with its worker, over HTTP"),
+                rig.ModelOfCall(ours.http, "", api_key=ours.key), ours.roots,
+            )  # fmt: skip
+            arms["vllm", adapters] = Contestant(
+                stage.arm(f"vLLM server, {adapters} adapters", "vLLM's own server"),
+                rig.ModelOfCall(server.url, ""), [(server.child.pid, server.child.kind)],
+            )  # fmt: skip
+        stage.report.settings["mixed"] = {"callers": CALLERS, "cores": bind(stage, list(arms.values()))}
+        try:
+            await _play(stage, arms, prefix)
+        finally:
+            for arm in arms.values():
+                await arm.face.close()
+    return [figure(arms)]
+
+
+async def _play(stage: Stage, arms: Mapping[tuple[str, int], Contestant], prefix: str) -> None:
+    """Warm up each arm, then run all arms in turn, in the opposite order in each second round."""
+
+    def of(round_: int, key: tuple[str, int]) -> list[Request]:
+        return requests(round_, key[1], prefix if key[0] == "ours" else "")
+
+    for key, arm in arms.items():
+        if await first_call(arm, of(0, key)[0]):
+            await run_round(arm, stage.screen, 0, of(0, key), concurrency=CALLERS, limits=LIMITS, keep=False)
+    for number in range(1, rounds_of(stage.options) + 1):
+        for key in list(arms) if number % 2 else reversed(list(arms)):
+            if not arms[key].arm.problem:
+                await run_round(
+                    arms[key], stage.screen, number, of(number, key), concurrency=CALLERS, limits=LIMITS
+                )  # fmt: skip
+
+
+def throughput(round_: Round) -> float | None:
+    """Return the tokens a second of a round."""
+    ended = [record.ended_s for record in round_.run.good]
+    return round_.run.tokens / max(ended) if ended else None
+
+
+def figure(arms: Mapping[tuple[str, int], Contestant]) -> Figure:
+    """Return the row."""
+    if problem := next((arm.arm.problem for arm in arms.values() if arm.arm.problem), ""):
+        return missing(TITLE, BOUND, problem)
+    ours, theirs = (
+        [mixed / one for mixed, one in zip(*per_round(arms[side, ADAPTERS], arms[side, 1], throughput), strict=True)]
+        for side in ("ours", "vllm")
+    )
+    means = [sum(side) / max(len(side), 1) for side in (ours, theirs)]
+    note = f"mixed against one: ours {means[0]:.2f}, vLLM's server {means[1]:.2f}"
+    return ratio_figure(TITLE, ours, theirs, BOUND, note=note)

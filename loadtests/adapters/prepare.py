@@ -1,0 +1,26 @@
+"""Program that writes a tiny base model, its bundle and adapters: python -m loadtests.adapters.prepare FOLDER COUNT
+
+writes FOLDER/model, FOLDER/bundle and FOLDER/adapters/a0, a1, ... of rank 8, then FOLDER/ready.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from loadtests.serving import prepare
+from tests.support.adapters import write_adapter
+
+RANK = 8
+
+
+def main(folder: Path, count: int) -> None:
+    """Write the files. Adapters change the model little, so that texts stay plain."""
+    prepare.main("llama", folder)
+    for number in range(count):
+        write_adapter(folder / "adapters" / f"a{number}", folder / "model", RANK, number, spread=0.01)
+    (folder / "ready").write_text("")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
