@@ -5,18 +5,16 @@ An answer may have 20 MB. It is made in parts, between which other tasks of the 
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from cluster.gateway.apis.bodies import Bodies
 from cluster.gateway.apis.openai.answers import body
 from cluster.gateway.apis.pooling_scores import Ranked
+from cluster.gateway.apis.slices import in_slices, with_commas
 from cluster.gateway.calls.pooling_call import PoolingCall
 
-SLICE_S: Final = 0.002
-"""Seconds for which parts of an answer are made before other tasks of the event loop run."""
 HELPER_BYTES: Final = 4 << 20
 """Size of vectors in bytes from which a helper process writes their JSON, since the event loop would work on it for
 more than a quarter of a second in all."""
@@ -35,7 +33,7 @@ async def embeddings_answer(
         written = await bodies.embeddings_json(vectors, call.tenant)
         items = None if written is None else [written]
     if items is None:
-        items = await _in_slices(embeddings(vectors, is_base64))
+        items = with_commas(await in_slices(embeddings(vectors, is_base64)))
     return [_head(call, created) + b'"data":[', *items, b'],"usage":' + _usage(call) + b"}"]
 
 
@@ -48,7 +46,7 @@ def score_answer(call: PoolingCall, scores: Sequence[float], created: int) -> li
 async def rerank_answer(call: PoolingCall, results: Sequence[Ranked]) -> list[bytes | bytearray]:
     """Return the parts of the answer of /rerank."""
     head = body({"id": call.id, "model": call.model})[:-1]
-    items = await _in_slices(map(_result, results))
+    items = with_commas(await in_slices(map(_result, results)))
     return [head + b',"usage":' + _usage(call) + b',"results":[', *items, b"]}"]
 
 
@@ -64,18 +62,3 @@ def _head(call: PoolingCall, created: int) -> bytes:
 def _usage(call: PoolingCall) -> bytes:
     tokens = call.usage.prompt_tokens
     return body({"prompt_tokens": tokens, "total_tokens": tokens})
-
-
-async def _in_slices(items: Iterable[bytes]) -> list[bytes | bytearray]:
-    """Return the items with commas between them, and let other tasks run after each SLICE_S."""
-    loop = asyncio.get_running_loop()
-    out: list[bytes | bytearray] = []
-    until = loop.time() + SLICE_S
-    for item in items:
-        if out:
-            out.append(b",")
-        out.append(item)
-        if loop.time() >= until:
-            await asyncio.sleep(0)
-            until = loop.time() + SLICE_S
-    return out
