@@ -2,14 +2,16 @@
 
 Each adapter is prepared in a task of its own: fetched and checked in a thread, then loaded into the engine while there
 is room. An adapter that is checked and finds no room is ready, too: its next request loads it first, in place of the
-least recently used one, and only this request waits. A failed adapter is tried again after a while and reported with
-the reason. What is no longer wanted refuses new requests, and leaves the engine when its last request has ended.
+least recently used one, and only this request waits. If it has waited for HOLD_S, it is refused, and the adapter counts
+as loading until it is loaded: its requests wait at the gateways, where they hold up no others. A failed adapter is
+tried again after a while and reported with the reason. What is no longer wanted refuses new requests, and leaves the
+engine when its last request has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -32,6 +34,8 @@ REPORT_S: Final = 0.1
 RETRY_S: Final = 5.0
 """Seconds before a failed adapter is tried again. Doubled after each failure, up to MAX_RETRY_S."""
 MAX_RETRY_S: Final = 300.0
+HOLD_S: Final = 2.0
+"""Longest time in seconds for which a request waits here until its adapter is in the engine's memory."""
 PARALLEL_FETCHES: Final = 2
 """Fetches at a time. Each occupies one of the few threads that also validate long prompts."""
 
@@ -78,6 +82,7 @@ class WorkerAdapters:
         version: str = "",
         retry_s: float = RETRY_S,
         report_s: float = REPORT_S,
+        hold_s: float = HOLD_S,
     ) -> None:
         """`report_dead`: is called if the engine must be replaced. `version`: the model's version that runs here."""
         has_adapters = bool(info.adapter_slots) and engine is not None and files is not None
@@ -88,6 +93,7 @@ class WorkerAdapters:
         self._version = version
         self._retry_s = retry_s
         self._report_s = report_s
+        self._hold_s = hold_s
         self._desired: DesiredSet[tuple[AdapterSpec, ...]] = DesiredSet(())
         self._wanted: dict[str, WantedAdapter] = {}
         self._folders: dict[str, str] = {}
@@ -96,6 +102,8 @@ class WorkerAdapters:
         self._fetches = asyncio.Semaphore(PARALLEL_FETCHES)
         self._changing = asyncio.Lock()  # held while the engine's memory changes
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._overdue: set[str] = set()
+        """Adapters whose load takes longer than a request may wait for it."""
         self._unused = asyncio.Event()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -121,16 +129,13 @@ class WorkerAdapters:
     def statuses(self) -> Sequence[AdapterStatus]:
         """Return the states of all wanted adapters."""
         residents = self._memory.residents
-        return [
-            AdapterStatus(
-                name,
-                adapter.digest or adapter.spec.digest,
-                adapter.state,
-                adapter.reason,
-                adapter.state is AdapterState.READY and adapter.digest in residents,
-            )
-            for name, adapter in self._wanted.items()
-        ]
+        return [self._status(name, adapter, residents) for name, adapter in self._wanted.items()]
+
+    def _status(self, name: str, adapter: WantedAdapter, residents: Collection[str]) -> AdapterStatus:
+        digest, is_ready = adapter.digest or adapter.spec.digest, adapter.state is AdapterState.READY
+        if is_ready and digest in self._overdue:
+            return AdapterStatus(name, digest, AdapterState.LOADING, _overdue(self._memory.capacity))
+        return AdapterStatus(name, digest, adapter.state, adapter.reason, is_ready and digest in residents)
 
     async def run(self) -> None:
         """Report changes to all links until cancelled."""
@@ -157,17 +162,26 @@ class WorkerAdapters:
         """Make sure that the engine holds the adapter until `release`, and load it first if need be.
 
         Does nothing for the base model (""). Raises EngineRefused ADAPTER_INVALID for an adapter that is not ready
-        here, and EngineDead.
+        here or has not been loaded in HOLD_S seconds, and EngineDead.
         """
         if not digest:
             return
         if digest not in self._folders:
             raise _refused(f"{digest[:80]!r} is not ready on this worker")
+        if digest in self._overdue:
+            raise _refused(_overdue(self._memory.capacity))
         if self._memory.begin_use(digest):
             self._changed.set()
         try:
-            while digest not in self._memory:
-                await asyncio.shield(self._loading(digest))
+            async with asyncio.timeout(self._hold_s):
+                while digest not in self._memory:
+                    await asyncio.shield(self._loading(digest))
+        except TimeoutError:
+            self.release(digest)
+            if digest in self._loads:
+                self._overdue.add(digest)
+                self._changed.set()
+            raise _refused(_overdue(self._memory.capacity)) from None
         except BaseException:
             self.release(digest)
             raise
@@ -253,8 +267,14 @@ class WorkerAdapters:
         task = self._loads.get(digest)
         if task is None:
             self._loads[digest] = task = self._spawn(self._load(digest))
-            task.add_done_callback(lambda _: self._loads.pop(digest, None))
+            task.add_done_callback(lambda _: self._load_ended(digest))
         return task
+
+    def _load_ended(self, digest: str) -> None:
+        del self._loads[digest]
+        if digest in self._overdue:
+            self._overdue.remove(digest)
+            self._changed.set()
 
     async def _load(self, digest: str) -> None:
         engine = self._engine
@@ -331,6 +351,10 @@ class WorkerAdapters:
 
 def _refused(message: str) -> EngineRefused:
     return EngineRefused(Outcome.ADAPTER_INVALID.name, f"adapter: {message}", "adapter")
+
+
+def _overdue(capacity: int) -> str:
+    return f"the adapter waits for the engine's memory, whose {capacity} adapters (engine.max_cpu_loras) are in use"
 
 
 def _all_pinned(capacity: int) -> str:
