@@ -30,7 +30,13 @@ from cluster.worker.weights.adapter_store import StoredAdapter
 log = structlog.get_logger("worker")
 
 REPORT_S: Final = 0.1
-"""Least time between two reports to the gateways."""
+"""Least time in seconds between two reports to the gateways."""
+REPORT_S_EACH: Final = 0.0005
+"""Least time in seconds between two reports, for each adapter: a report has all adapters, and costs a gateway a
+hundredth of that time for each."""
+MOVES: Final = 4
+"""Number of these times that a report waits if nothing has changed but which adapters lie in a slot, as each request
+may change that."""
 RETRY_S: Final = 5.0
 """Seconds before a failed adapter is tried again. Doubled after each failure, up to MAX_RETRY_S."""
 MAX_RETRY_S: Final = 300.0
@@ -106,6 +112,7 @@ class WorkerAdapters:
         """Adapters whose load takes longer than a request may wait for it."""
         self._unused = asyncio.Event()
         self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- links
@@ -143,14 +150,31 @@ class WorkerAdapters:
             while True:
                 await self._changed.wait()
                 self._changed.clear()
+                self._cancel_timer()
                 statuses = self.statuses()
                 for outbox in self._links.values():
                     outbox.adapters(statuses)
-                await asyncio.sleep(self._report_s)
+                await asyncio.sleep(self._pause_s)
         finally:
+            self._cancel_timer()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def _pause_s(self) -> float:
+        """Seconds between two reports."""
+        return max(self._report_s, REPORT_S_EACH * len(self._wanted))
+
+    def _moved(self) -> None:
+        """Report after a while that other adapters lie in the engine's slots."""
+        if self._timer is None and not self._changed.is_set():
+            self._timer = asyncio.get_running_loop().call_later(MOVES * self._pause_s, self._changed.set)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     # ---- requests
 
@@ -171,7 +195,7 @@ class WorkerAdapters:
         if digest in self._overdue:
             raise _refused(_overdue(self._memory.capacity))
         if self._memory.begin_use(digest):
-            self._changed.set()
+            self._moved()
         try:
             async with asyncio.timeout(self._hold_s):
                 while digest not in self._memory:
@@ -289,7 +313,7 @@ class WorkerAdapters:
                     raise _refused(f"{digest!r} is no longer wanted on this worker")
                 await engine.load_adapter(digest, folder, pinned=digest in self._memory.pinned)
                 self._memory.add(digest)
-                self._changed.set()
+                self._moved()
         except EngineCorrupt as corrupt:
             assert self._files is not None
             await asyncio.to_thread(self._files.mark_refused, digest, str(corrupt))

@@ -117,6 +117,24 @@ def test_a_list_costs_the_adapters_once(tmp_path: Path) -> None:
         assert all(_model_pb(directory, target, who).name for target in directory.targets_open_to(who))
 
 
+async def test_routing_reads_a_report_once(tmp_path: Path) -> None:
+    """Routing reads a worker's row after each message, and gets the same keys until the worker reports or the digests
+    that count change."""
+    directory = directory_with(tmp_path, SHARED)
+    one, two = linked(directory, "one", "two")
+    adapters = directory.models[0].adapters
+    report(one, AdapterStatus("shared", A, AdapterState.READY))
+    first = adapters.keys_on(one)
+    assert adapters.keys_on(one) is first
+    assert first[0] == {A, ":shared"}
+    report(two, AdapterStatus("shared", B, AdapterState.READY))
+    report(one, AdapterStatus("shared", A, AdapterState.LOADING))
+    assert (adapters.keys_on(one), adapters.digest("shared")) == ((frozenset(), frozenset()), B)
+    assert adapters.keys_on(two)[0] == {B, ":shared"}, "the digest that counts has changed"
+    directory.remove_link(one)
+    assert list(adapters._keys) == ["two"]
+
+
 def test_aliases_of_a_tenant_name_adapters_too(tmp_path: Path) -> None:
     """A tenant's alias may stand for an adapter, and for the model before the colon."""
     directory = directory_with(tmp_path, SHARED)

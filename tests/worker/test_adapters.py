@@ -323,6 +323,33 @@ async def test_waiting_requests_that_are_cut_hold_nothing() -> None:
         assert subject.engine.loaded == {held}, "the cut request holds nothing"
 
 
+async def test_requests_cause_few_reports() -> None:
+    """However often requests change which adapters lie in a slot, there is one report a while later, and the more
+    adapters there are, the later. What changes otherwise is reported at once."""
+    async with Subject(capacity=100) as subject:
+        outbox = Outbox()
+        subject.adapters.attach(1, outbox)
+        names = [f"a{i}" for i in range(100)]
+        subject.want(*names)
+        await subject.all_ready()
+        await until(lambda: set(report_in(outbox)().values()) == {AdapterState.READY}, "all is reported")
+        await until(lambda: subject.adapters._timer is None, "no report is due")
+        outbox._adapters, subject.adapters._report_s = None, 60.0
+        for name in names:
+            await subject.adapters.hold(digest_of(name))
+            subject.adapters.release(digest_of(name))
+            await asyncio.sleep(0)
+            assert not subject.adapters._changed.is_set()
+        timer = subject.adapters._timer
+        assert timer is not None
+        assert timer.when() > asyncio.get_running_loop().time() + 60.0
+        timer.cancel()
+        subject.adapters._timer, subject.adapters._report_s = None, 0.0
+        await subject.adapters.hold(digest_of("a7"))
+        await until(lambda: outbox._adapters is not None, "the slots are reported")
+        assert {status.name for status in outbox._adapters or () if status.resident} == {"a99", "a7"}
+
+
 async def test_a_request_waits_for_memory_for_a_bounded_time() -> None:
     """While all adapters in memory are in use, a request for another one ends, and the worker no longer says that it
     takes such requests, until the adapter is loaded."""
