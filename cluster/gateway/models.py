@@ -442,6 +442,7 @@ class ModelDirectory:
             return
         if model.adapters.report(link):  # the digest that counts is another, on all workers
             model.changed_workers.update(model.links)
+        self._send_adapters(model, link)
 
     def add_link(self, link: WorkerLink) -> None:
         """Add a worker's link. If the worker's model is unknown, add the model too."""

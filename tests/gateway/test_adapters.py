@@ -117,6 +117,32 @@ def test_a_list_costs_the_adapters_once(tmp_path: Path) -> None:
         assert all(_model_pb(directory, target, who).name for target in directory.targets_open_to(who))
 
 
+@pytest.mark.parametrize("is_reported_first", [True, False])
+async def test_a_worker_that_follows_a_lost_gateway_is_told(tmp_path: Path, is_reported_first: bool) -> None:
+    """Another gateway sends a worker an adapter and ends before the adapter is removed again. This gateway, for which
+    nothing has changed between the two catalogs that it gets, then sends its set, once."""
+    directory = directory_with(tmp_path, SHARED)
+    (link,) = linked(directory, "one")
+    mine = AdapterStatus("shared", A, AdapterState.READY)
+    others = (mine, AdapterStatus("loaded", B, AdapterState.READY))
+    sent: list[int] = []
+    link.box.adapters = lambda message: sent.append(message.revision)  # type: ignore[method-assign]
+    report(link, mine)
+    if is_reported_first:
+        report(link, *others)
+    assert sent == []
+    for revision in (9, 10):
+        entry = CatalogEntry("m", ("x",), state=ModelState.READY, adapters=(SHARED,))
+        directory.apply_catalog([entry], revision)
+        if not is_reported_first:
+            assert sent == ([] if revision == 9 else [9])
+            report(link, *others)
+        if revision == 9:
+            assert sent == [9]
+            report(link, mine)
+    assert sent == ([9] if is_reported_first else [9, 10])
+
+
 async def test_routing_reads_a_report_once(tmp_path: Path) -> None:
     """Routing reads a worker's row after each message, and gets the same keys until the worker reports or the digests
     that count change."""
