@@ -202,3 +202,14 @@ def test_a_simulated_engine_reads_no_weights(tmp_path: Path, folder: Path) -> No
     sim = AdapterStore(SourceRules(tmp_path / "sim"), None, 16)
     (folder / WEIGHTS).write_bytes(b"not a tensor")
     assert sim.fetch(AdapterSpec("a", str(folder))).digest == adapter_digest(folder)
+
+
+def test_a_giant_file_is_not_fetched(store: AdapterStore, folder: Path, server: str) -> None:
+    """A file that is larger than any adapter of the model fills no disk: it is refused by its size before any byte of
+    it, or of another file, is fetched."""
+    pytest.importorskip("fsspec")
+    pytest.importorskip("aiohttp")
+    os.truncate(folder / WEIGHTS, 1 << 40)  # a hole
+    with pytest.raises(AdapterError, match=rf"{WEIGHTS} has {1 << 40} bytes, at most [0-9]+ are allowed"):
+        store.fetch(AdapterSpec("a", server))
+    assert left(store) == []
