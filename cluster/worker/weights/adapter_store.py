@@ -9,7 +9,6 @@ not at all; only this user can read and write it. The folders stay, since other 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from cluster.api.adapters import AdapterSpec
+from cluster.policy.catalog.allowed_sources import is_allowed_source
 from cluster.process.private_files import make_private_folder
 from cluster.worker.weights.adapter import (
     CONFIG,
@@ -72,7 +72,7 @@ class AdapterStore:
 
     def fetch(self, spec: AdapterSpec) -> StoredAdapter:
         """Fetch an adapter unless it is here, and check it. Blocks. Raises AdapterError, SourceError or OSError."""
-        if not any(fnmatch.fnmatchcase(spec.source, pattern) for pattern in self.rules.allowed_sources):
+        if not is_allowed_source(spec.source, self.rules.allowed_sources):
             raise AdapterError(f"adapters[{spec.name}].source: {spec.source!r} is not among weights.allow.sources")
         if self.base is not None and not self._shapes:
             self._shapes = base_shapes(self.base)

@@ -32,6 +32,7 @@ def store(tmp_path: Path) -> AdapterStore:
 def folder(tmp_path: Path, store: AdapterStore) -> Path:
     """A good adapter's folder."""
     assert store.base is not None
+    assert store.base is not None
     return write_adapter(tmp_path / "source", store.base)
 
 
@@ -121,6 +122,9 @@ def test_sources_and_licenses_follow_the_rules(store: AdapterStore, folder: Path
     only = AdapterStore(dataclasses.replace(store.rules, allowed_sources=("hf://org/*",)), store.base, 16)
     with pytest.raises(AdapterError, match=r"weights\.allow\.sources"):
         only.fetch(AdapterSpec("a", str(folder)))
+    inside = AdapterStore(dataclasses.replace(store.rules, allowed_sources=(f"{store.base}/*",)), store.base, 16)
+    with pytest.raises(AdapterError, match=r"weights\.allow\.sources"):
+        inside.fetch(AdapterSpec("a", f"{store.base}/../{folder.name}"))
     licensed = AdapterStore(dataclasses.replace(store.rules, allowed_licenses=("mit",)), store.base, 16)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     with pytest.raises(AdapterError, match=r"adapters\[a\]\.license"):
