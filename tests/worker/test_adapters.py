@@ -334,7 +334,7 @@ async def test_requests_cause_few_reports() -> None:
         await subject.all_ready()
         await until(lambda: set(report_in(outbox)().values()) == {AdapterState.READY}, "all is reported")
         await until(lambda: subject.adapters._timer is None, "no report is due")
-        outbox._adapters, subject.adapters._report_s = None, 60.0
+        outbox._adapters, subject.adapters._report_s = [], 60.0
         for name in names:
             await subject.adapters.hold(digest_of(name))
             subject.adapters.release(digest_of(name))
@@ -346,8 +346,8 @@ async def test_requests_cause_few_reports() -> None:
         timer.cancel()
         subject.adapters._timer, subject.adapters._report_s = None, 0.0
         await subject.adapters.hold(digest_of("a7"))
-        await until(lambda: outbox._adapters is not None, "the slots are reported")
-        assert {status.name for status in outbox._adapters or () if status.resident} == {"a99", "a7"}
+        await until(lambda: bool(report_in(outbox)()), "the slots are reported")
+        assert {status.name for status in subject.adapters.statuses() if status.resident} == {"a99", "a7"}
 
 
 async def test_a_request_waits_for_memory_for_a_bounded_time() -> None:
@@ -476,8 +476,8 @@ class Gateway(pb_grpc.LinkServicer):
 async def serving(max_cpu_loras: int, decode_ms: float = 1.0) -> AsyncIterator[tuple[Gateway, WorkerSession]]:
     """Yield a gateway and the session of a worker that is linked to it. The worker's engine holds `max_cpu_loras`
     adapters, and one in a slot."""
-    sizes = {"max_model_len": 512, "max_loras": 1, "max_cpu_loras": max_cpu_loras}
-    engine = SimEngine(SimConfig(vocab=1000, decode_ms=decode_ms, **sizes))
+    memory = max_cpu_loras
+    engine = SimEngine(SimConfig(vocab=1000, max_model_len=512, decode_ms=decode_ms, max_loras=1, max_cpu_loras=memory))
     info = await engine.start()
     assert ADAPTERS in info.capabilities
     gateway, server = Gateway(), grpc.aio.server()
