@@ -126,7 +126,7 @@ async def test_a_worker_that_follows_a_lost_gateway_is_told(tmp_path: Path, is_r
     mine = AdapterStatus("shared", A, AdapterState.READY)
     others = (mine, AdapterStatus("loaded", B, AdapterState.READY))
     sent: list[int] = []
-    link.box.adapters = lambda message: sent.append(message.revision)  # type: ignore[method-assign]
+    link.box.adapters = lambda message: sent.append(message.revision)  # type: ignore[method-assign, assignment]
     report(link, mine)
     if is_reported_first:
         report(link, *others)
