@@ -3,7 +3,9 @@
 Each adapter is prepared in a task of its own: fetched and checked in a thread, then loaded into the engine while there
 is room. An adapter that is checked and finds no room is ready, too: its next request loads it first, in place of the
 least recently used one, and only this request waits. If it has waited for HOLD_S, it is refused, and the adapter counts
-as loading until it is loaded: its requests wait at the gateways, where they hold up no others. A failed adapter is
+as loading until it is loaded: its requests wait at the gateways, where they hold up no others. Meanwhile the adapter
+whose turn it is to be replaced takes no further requests, so that steady requests for some adapters do not keep others
+out. A failed adapter is
 tried again after a while and reported with the reason. What is no longer wanted refuses new requests, and leaves the
 engine when its last request has ended.
 """
@@ -110,6 +112,8 @@ class WorkerAdapters:
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._overdue: set[str] = set()
         """Adapters whose load takes longer than a request may wait for it."""
+        self._closing = ""
+        """The adapter in memory that takes no further requests, so that it can be replaced."""
         self._unused = asyncio.Event()
         self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -140,7 +144,7 @@ class WorkerAdapters:
 
     def _status(self, name: str, adapter: WantedAdapter, residents: Collection[str]) -> AdapterStatus:
         digest, is_ready = adapter.digest or adapter.spec.digest, adapter.state is AdapterState.READY
-        if is_ready and digest in self._overdue:
+        if is_ready and self._waits_for_turn(digest):
             return AdapterStatus(name, digest, AdapterState.LOADING, _overdue(self._memory.capacity))
         return AdapterStatus(name, digest, adapter.state, adapter.reason, is_ready and digest in residents)
 
@@ -192,7 +196,7 @@ class WorkerAdapters:
             return
         if digest not in self._folders:
             raise _refused(f"{digest[:80]!r} is not ready on this worker")
-        if digest in self._overdue:
+        if self._waits_for_turn(digest):
             raise _refused(_overdue(self._memory.capacity))
         if self._memory.begin_use(digest):
             self._moved()
@@ -204,11 +208,15 @@ class WorkerAdapters:
             self.release(digest)
             if digest in self._loads:
                 self._overdue.add(digest)
+                self._unused.set()  # the load closes an adapter
                 self._changed.set()
             raise _refused(_overdue(self._memory.capacity)) from None
         except BaseException:
             self.release(digest)
             raise
+
+    def _waits_for_turn(self, digest: str) -> bool:
+        return digest in self._overdue or (bool(digest) and digest == self._closing)
 
     def release(self, digest: str) -> None:
         """End one use of an adapter, after its request has ended or was refused."""
@@ -330,16 +338,27 @@ class WorkerAdapters:
 
     async def _make_room(self, engine: AdapterEngine, digest: str) -> None:
         """Wait until the memory has a place, and drop an adapter for it if need be."""
-        while self._memory.is_full:
-            if not self._memory.has_place_for(digest):
-                raise _refused(_all_pinned(self._memory.capacity))
-            victim = self._memory.victim()
-            if victim is None:
-                self._unused.clear()
-                await self._unused.wait()
-                continue
-            self._memory.remove(victim)
-            await engine.unload_adapter(victim)
+        try:
+            while self._memory.is_full:
+                if not self._memory.has_place_for(digest):
+                    raise _refused(_all_pinned(self._memory.capacity))
+                victim = self._memory.victim()
+                if victim is None:
+                    if digest in self._overdue and not self._closing:
+                        self._close(self._memory.oldest() or "")
+                    self._unused.clear()
+                    await self._unused.wait()
+                    continue
+                self._memory.remove(victim)
+                await engine.unload_adapter(victim)
+        finally:
+            if self._closing:
+                self._close("")
+
+    def _close(self, digest: str) -> None:
+        """Let an adapter in memory take no further requests; "" for none."""
+        self._closing = digest
+        self._changed.set()
 
     async def _drop_unwanted(self) -> None:
         """Remove what is held, no longer wanted and not in use."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +370,35 @@ async def test_a_request_waits_for_memory_for_a_bounded_time() -> None:
         assert subject.engine.loaded == {other}
         await subject.adapters.hold(other)
         subject.adapters.release(other)
+
+
+async def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None:
+    """Requests for one adapter overlap without an end. A request for another one gets its turn, and then the first one
+    again."""
+    async with Subject(capacity=1, hold_s=0.01) as subject:
+        subject.want("a", "b")
+        await subject.all_ready()
+        served = {"a": 0, "b": 0}
+
+        async def call(name: str) -> None:
+            if subject.status(name).state is not AdapterState.READY:  # the gateway would not send it
+                return
+            with suppress(EngineRefused):
+                await subject.adapters.hold(digest_of(name))
+                served[name] += 1
+                await asyncio.sleep(0.005)
+                subject.adapters.release(digest_of(name))
+
+        async def steady(name: str) -> None:
+            async with asyncio.TaskGroup() as calls:
+                while min(served.values()) < 20:
+                    calls.create_task(call(name))
+                    await asyncio.sleep(0.001)
+
+        async with asyncio.timeout(60):
+            await asyncio.gather(steady("a"), steady("b"))
+        await subject.all_ready()
+        assert not subject.adapters._closing
 
 
 @settings(max_examples=60, deadline=None)
