@@ -7,7 +7,6 @@ than an error. The error names the path of the key. tenants.py has the sections 
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from cluster.config.tenants import (
     url_parts,
 )
 from cluster.config.yaml_reader import Document, Duplicate, NotYaml, read
+from cluster.policy.catalog.allowed_sources import is_allowed_source
 from cluster.policy.routing.gateway_subset import ALL_UP_TO
 from cluster.policy.tenants.policy import TenantPolicy
 
@@ -630,7 +630,7 @@ class Config(Section):
 
 
 def _is_allowed(source: str, allow: Allow) -> bool:
-    return any(fnmatch.fnmatchcase(source, pattern) for pattern in allow.sources)
+    return is_allowed_source(source, allow.sources)
 
 
 def _not_allowed(source: str, allow: Allow) -> str:

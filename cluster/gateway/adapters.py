@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from cluster.api.adapters import SEPARATOR, AdapterSpec, AdapterState
+from cluster.api.adapters import SEPARATOR, AdapterSpec, AdapterState, AdapterStatus
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import ModelState
 from cluster.gateway.links.worker_link import WorkerLink
@@ -61,6 +61,10 @@ def name_of(key: str) -> str:
     return key[1:] if key.startswith(SEPARATOR) else ""
 
 
+Keys = tuple[frozenset[str], frozenset[str]]
+"""Keys of adapters: those whose calls a worker takes, and those of them that lie in a slot of its engine."""
+
+
 class ModelAdapters:
     """The adapters of one model."""
 
@@ -79,6 +83,9 @@ class ModelAdapters:
         """Number of workers that have reported a digest as READY, by name. A model may have a thousand workers and a
         thousand adapters, so a report must cost no more than its length."""
         self._ready_digests: Counter[str] = Counter()
+        self._keys: dict[str, tuple[Mapping[str, AdapterStatus], Keys]] = {}
+        """The keys of `keys_on` by worker id, each with the report from which they were made. Routing asks after each
+        message of a worker, and a report may be long."""
         self._warned: set[tuple[str, str]] = set()
         self._views: dict[str, AdapterView] = {}
 
@@ -102,7 +109,7 @@ class ModelAdapters:
         self._specs = {spec.name: spec for spec in sorted(specs, key=lambda spec: spec.name)}
         self._digests = {name: digest for name, digest in self._digests.items() if name in self._specs}
         self._learn(self._ready)
-        self._views = {}
+        self._views, self._keys = {}, {}
 
     def refresh(self) -> None:
         """Take into account that a worker has joined, or takes calls or no longer does."""
@@ -114,6 +121,7 @@ class ModelAdapters:
         worker_id, statuses = link.identity.worker_id, () if is_gone else link.adapters.values()
         ready = {status.name: status.digest for status in statuses if status.state is AdapterState.READY}
         before, changed = self._reported.pop(worker_id, {}), set[str]()
+        self._keys.pop(worker_id, None)
         if ready:
             self._reported[worker_id] = ready
         for old, new, by in ((before, ready, -1), (ready, before, 1)):
@@ -122,7 +130,10 @@ class ModelAdapters:
                     self._count(name, digest, by)
                     changed.add(name)
         self._views = {}
-        return self._learn(changed)
+        if not self._learn(changed):
+            return False
+        self._keys = {}
+        return True
 
     def _count(self, name: str, digest: str, by: int) -> None:
         for counter in (self._ready.setdefault(name, Counter()), self._ready_digests):
@@ -196,11 +207,21 @@ class ModelAdapters:
         digest = self.digest(name) if name else key
         return digest in (self._ready.get(name, ()) if name else self._ready_digests)
 
-    def keys_on(self, link: WorkerLink) -> tuple[frozenset[str], frozenset[str]]:
+    def keys_on(self, link: WorkerLink) -> Keys:
         """Return the adapters whose calls a worker takes, by all keys under which routing knows them, and those of them
         that lie in a slot of the engine."""
         if not link.adapters:
             return _NONE, _NONE
+        worker_id = link.identity.worker_id
+        known = self._keys.get(worker_id)
+        if known is not None and known[0] is link.adapters:
+            return known[1]
+        keys = self._find_keys(link)
+        if self._links.get(worker_id) is link:
+            self._keys[worker_id] = link.adapters, keys
+        return keys
+
+    def _find_keys(self, link: WorkerLink) -> Keys:
         ready, resident = set[str](), set[str]()
         for status in link.adapters.values():
             if status.state is not AdapterState.READY:

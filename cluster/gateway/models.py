@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +29,7 @@ from cluster.gateway.text.tokenizer import TextModel
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.routing.version_split import Versions, choose_version
 from cluster.policy.tenants.identity import Principal
+from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process import memory
 from cluster.process.private_files import make_missing_folders
 from cluster.wire import codec
@@ -48,7 +51,11 @@ departed workers."""
 MAX_POLICIES = 1000
 """Maximum number of distinct pattern lists, from tenants' policies, for which the visible models are cached."""
 
+MAX_LISTS = 64
+"""Maximum number of lists of the adapters that a tenant may use that are cached for each model."""
 
+
+_LITERAL = re.compile(r"[^*?\[]*")
 _NO_ADAPTER = AdapterSpec("", "", tenants=("",))
 """Stands for an adapter that does not exist; no tenant may use it."""
 
@@ -64,6 +71,8 @@ class KnownModel:
         """The same links by the worker's incarnation."""
         self.adapters = ModelAdapters(self.links, self.takes_calls)
         self.adapters.replace(entry.adapters)
+        self._open_adapters: dict[tuple[str, tuple[str, ...]], Sequence[AdapterSpec]] = {}
+        """The adapters that a tenant may use, by the tenant's name and its policy's model patterns."""
         self.changed_workers: set[str] = set()
         """Ids of the workers that have joined, left or changed since the router has read them."""
         self.parsers: frozenset[str] = frozenset()
@@ -99,8 +108,34 @@ class KnownModel:
         return (self.open_to(principal) or any(map(tenant.allows, names))) and is_own
 
     def adapters_open_to(self, principal: Principal) -> Sequence[AdapterSpec]:
-        """Return the adapters that a caller may use, sorted by name."""
-        return [spec for spec in self.adapters.specs if self.adapter_open_to(spec.name, principal)]
+        """Return the adapters that a caller may use, sorted by name. The result is cached, since a model may have a
+        thousand adapters and a policy many patterns."""
+        key = (principal.tenant.name, tuple(principal.tenant.models))
+        found = self._open_adapters.get(key)
+        if found is None:
+            if len(self._open_adapters) >= MAX_LISTS:
+                self._open_adapters.clear()
+            found = self._open_adapters[key] = self._find_adapters_open_to(principal.tenant)
+        return found
+
+    def _find_adapters_open_to(self, tenant: TenantPolicy) -> Sequence[AdapterSpec]:
+        """Return the adapters as `adapters_open_to`. Only patterns that any adapter of the model could match are
+        compared with the adapters' names."""
+        own = [spec for spec in self.adapters.specs if not spec.tenants or tenant.name in spec.tenants]
+        if any(map(tenant.allows, (self.name, *self.entry.aliases))):
+            return own
+        likely = list(self._likely_patterns(tenant))
+        return [spec for spec in own if any(fnmatchcase(start + spec.name, pattern) for start, pattern in likely)]
+
+    def may_have_open_adapters(self, principal: Principal) -> bool:
+        """Return whether the policy of the caller's tenant allows the model, or any name of an adapter of it."""
+        return self.open_to(principal) or any(True for _ in self._likely_patterns(principal.tenant))
+
+    def _likely_patterns(self, tenant: TenantPolicy) -> Iterator[tuple[str, str]]:
+        """Yield the patterns of a policy that a name of an adapter could match, each with that name's begin."""
+        for name in (self.name, *self.entry.aliases):
+            start = f"{name}{SEPARATOR}"
+            yield from ((start, pattern) for pattern in tenant.models if _may_match(pattern, start))
 
     @property
     def tasks(self) -> frozenset[PoolingTask] | None:
@@ -172,6 +207,7 @@ class KnownModel:
     def update(self, entry: CatalogEntry) -> None:
         """Apply a new catalog entry."""
         self.entry, self.in_catalog = entry, True
+        self._open_adapters.clear()
         self.adapters.replace(entry.adapters)
         self.adapters.refresh()
         self.changed_workers.update(self.links)  # a version may be quarantined, a generation retired
@@ -212,6 +248,7 @@ class KnownModel:
     def leave_catalog(self) -> None:
         """Mark the model as missing from the catalog and drop its aliases. Its workers still serve it by its name."""
         self.entry, self.in_catalog = replace(self.entry, aliases=()), False
+        self._open_adapters.clear()
 
     def is_replaced(self, likeness: CompatibilityKey | None) -> bool:
         """Return whether a sequence with this compatibility key can no longer resume: its compatible workers were
@@ -301,6 +338,13 @@ class KnownModel:
         return self.entry.default_sampling
 
 
+def _may_match(pattern: str, start: str) -> bool:
+    """Return whether a pattern of a policy could match a name that begins with `start`."""
+    literal = _LITERAL.match(pattern)
+    begin = literal[0] if literal is not None else ""
+    return begin.startswith(start) or start.startswith(begin)
+
+
 def _remember(past: dict[_T, None], *items: _T) -> None:
     """Append items to `past`, or move known items to its end. Forget the oldest items beyond MAX_REMEMBERED."""
     for item in items:
@@ -351,6 +395,8 @@ class ModelDirectory:
         self._visible: dict[tuple[str, ...], Mapping[str, KnownModel]] = {}
         """Cache of the models that a tenant policy allows, by name and alias. Its key is the policy's list of model
         patterns."""
+        self._reachable: dict[tuple[str, ...], Mapping[str, KnownModel]] = {}
+        """Cache of the models of which a tenant policy allows any name of an adapter, like `_visible`."""
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._prompts = PromptMemory()
         revision, entries = _load_catalog(folder)
@@ -396,6 +442,7 @@ class ModelDirectory:
             return
         if model.adapters.report(link):  # the digest that counts is another, on all workers
             model.changed_workers.update(model.links)
+        self._send_adapters(model, link)
 
     def add_link(self, link: WorkerLink) -> None:
         """Add a worker's link. If the worker's model is unknown, add the model too."""
@@ -419,7 +466,7 @@ class ModelDirectory:
     def _rebuild_names(self) -> None:
         names = {alias: m.name for m in self._models.values() for alias in m.entry.aliases}
         self._names = names | {name: name for name in self._models}
-        self._visible = {}
+        self._visible, self._reachable = {}, {}
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
         """Return an error text if the catalog pins other weights for the model than the worker has; "" if the worker
@@ -487,7 +534,8 @@ class ModelDirectory:
         """Return the model and the adapter of a name `model:adapter`, without a model if the caller may not use it."""
         base, _, adapter = full.rpartition(SEPARATOR)
         adapter = adapter[: MAX_NAME + 1]  # no adapter has a longer name, and patterns are compared with it
-        model = self.find(principal.model_aliases.get(base, base))
+        # A model whose adapters no pattern of the caller could match is looked up like one that does not exist.
+        model = self._reachable_by(principal).get(principal.model_aliases.get(base, base))
         allowed = model is not None and model.adapter_open_to(adapter, principal)
         return (model, adapter) if allowed else (None, "")
 
@@ -511,6 +559,19 @@ class ModelDirectory:
             visible = {name: model for name, model in models.items() if model.open_to(principal)}
             self._visible[patterns] = visible
         return visible
+
+    def _reachable_by(self, principal: Principal) -> Mapping[str, KnownModel]:
+        """Return the models of which a caller may use an adapter, if there is one of the right name, by each model's
+        name and catalog aliases."""
+        patterns = tuple(principal.tenant.models)
+        reachable = self._reachable.get(patterns)
+        if reachable is None:
+            if len(self._reachable) >= MAX_POLICIES:
+                self._reachable.clear()
+            models = {name: self._models[own] for name, own in self._names.items()}
+            reachable = {name: model for name, model in models.items() if model.may_have_open_adapters(principal)}
+            self._reachable[patterns] = reachable
+        return reachable
 
     def starts_in_s(self, name: str) -> float:
         """Return how many seconds longer a call may wait for a model without a worker: twice the expected duration of

@@ -2,14 +2,18 @@
 
 Each adapter is prepared in a task of its own: fetched and checked in a thread, then loaded into the engine while there
 is room. An adapter that is checked and finds no room is ready, too: its next request loads it first, in place of the
-least recently used one, and only this request waits. A failed adapter is tried again after a while and reported with
-the reason. What is no longer wanted refuses new requests, and leaves the engine when its last request has ended.
+least recently used one, and only this request waits. If it has waited for HOLD_S, it is refused, and the adapter counts
+as loading until it is loaded: its requests wait at the gateways, where they hold up no others. Meanwhile the adapter
+whose turn it is to be replaced takes no further requests, so that steady requests for some adapters do not keep others
+out. A failed adapter is
+tried again after a while and reported with the reason. What is no longer wanted refuses new requests, and leaves the
+engine when its last request has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -28,10 +32,18 @@ from cluster.worker.weights.adapter_store import StoredAdapter
 log = structlog.get_logger("worker")
 
 REPORT_S: Final = 0.1
-"""Least time between two reports to the gateways."""
+"""Least time in seconds between two reports to the gateways."""
+REPORT_S_EACH: Final = 0.0005
+"""Least time in seconds between two reports, for each adapter: a report has all adapters, and costs a gateway a
+hundredth of that time for each."""
+MOVES: Final = 4
+"""Number of these times that a report waits if nothing has changed but which adapters lie in a slot, as each request
+may change that."""
 RETRY_S: Final = 5.0
 """Seconds before a failed adapter is tried again. Doubled after each failure, up to MAX_RETRY_S."""
 MAX_RETRY_S: Final = 300.0
+HOLD_S: Final = 2.0
+"""Longest time in seconds for which a request waits here until its adapter is in the engine's memory."""
 PARALLEL_FETCHES: Final = 2
 """Fetches at a time. Each occupies one of the few threads that also validate long prompts."""
 
@@ -78,6 +90,7 @@ class WorkerAdapters:
         version: str = "",
         retry_s: float = RETRY_S,
         report_s: float = REPORT_S,
+        hold_s: float = HOLD_S,
     ) -> None:
         """`report_dead`: is called if the engine must be replaced. `version`: the model's version that runs here."""
         has_adapters = bool(info.adapter_slots) and engine is not None and files is not None
@@ -88,6 +101,7 @@ class WorkerAdapters:
         self._version = version
         self._retry_s = retry_s
         self._report_s = report_s
+        self._hold_s = hold_s
         self._desired: DesiredSet[tuple[AdapterSpec, ...]] = DesiredSet(())
         self._wanted: dict[str, WantedAdapter] = {}
         self._folders: dict[str, str] = {}
@@ -96,8 +110,13 @@ class WorkerAdapters:
         self._fetches = asyncio.Semaphore(PARALLEL_FETCHES)
         self._changing = asyncio.Lock()  # held while the engine's memory changes
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._overdue: set[str] = set()
+        """Adapters whose load takes longer than a request may wait for it."""
+        self._closing = ""
+        """The adapter in memory that takes no further requests, so that it can be replaced."""
         self._unused = asyncio.Event()
         self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- links
@@ -121,16 +140,13 @@ class WorkerAdapters:
     def statuses(self) -> Sequence[AdapterStatus]:
         """Return the states of all wanted adapters."""
         residents = self._memory.residents
-        return [
-            AdapterStatus(
-                name,
-                adapter.digest or adapter.spec.digest,
-                adapter.state,
-                adapter.reason,
-                adapter.state is AdapterState.READY and adapter.digest in residents,
-            )
-            for name, adapter in self._wanted.items()
-        ]
+        return [self._status(name, adapter, residents) for name, adapter in self._wanted.items()]
+
+    def _status(self, name: str, adapter: WantedAdapter, residents: Collection[str]) -> AdapterStatus:
+        digest, is_ready = adapter.digest or adapter.spec.digest, adapter.state is AdapterState.READY
+        if is_ready and self._waits_for_turn(digest):
+            return AdapterStatus(name, digest, AdapterState.LOADING, _overdue(self._memory.capacity))
+        return AdapterStatus(name, digest, adapter.state, adapter.reason, is_ready and digest in residents)
 
     async def run(self) -> None:
         """Report changes to all links until cancelled."""
@@ -138,14 +154,31 @@ class WorkerAdapters:
             while True:
                 await self._changed.wait()
                 self._changed.clear()
+                self._cancel_timer()
                 statuses = self.statuses()
                 for outbox in self._links.values():
                     outbox.adapters(statuses)
-                await asyncio.sleep(self._report_s)
+                await asyncio.sleep(self._pause_s)
         finally:
+            self._cancel_timer()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def _pause_s(self) -> float:
+        """Seconds between two reports."""
+        return max(self._report_s, REPORT_S_EACH * len(self._wanted))
+
+    def _moved(self) -> None:
+        """Report after a while that other adapters lie in the engine's slots."""
+        if self._timer is None and not self._changed.is_set():
+            self._timer = asyncio.get_running_loop().call_later(MOVES * self._pause_s, self._changed.set)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     # ---- requests
 
@@ -157,20 +190,33 @@ class WorkerAdapters:
         """Make sure that the engine holds the adapter until `release`, and load it first if need be.
 
         Does nothing for the base model (""). Raises EngineRefused ADAPTER_INVALID for an adapter that is not ready
-        here, and EngineDead.
+        here or has not been loaded in HOLD_S seconds, and EngineDead.
         """
         if not digest:
             return
         if digest not in self._folders:
             raise _refused(f"{digest[:80]!r} is not ready on this worker")
+        if self._waits_for_turn(digest):
+            raise _refused(_overdue(self._memory.capacity))
         if self._memory.begin_use(digest):
-            self._changed.set()
+            self._moved()
         try:
-            while digest not in self._memory:
-                await asyncio.shield(self._loading(digest))
+            async with asyncio.timeout(self._hold_s):
+                while digest not in self._memory:
+                    await asyncio.shield(self._loading(digest))
+        except TimeoutError:
+            self.release(digest)
+            if digest in self._loads:
+                self._overdue.add(digest)
+                self._unused.set()  # the load closes an adapter
+                self._changed.set()
+            raise _refused(_overdue(self._memory.capacity)) from None
         except BaseException:
             self.release(digest)
             raise
+
+    def _waits_for_turn(self, digest: str) -> bool:
+        return digest in self._overdue or (bool(digest) and digest == self._closing)
 
     def release(self, digest: str) -> None:
         """End one use of an adapter, after its request has ended or was refused."""
@@ -253,8 +299,14 @@ class WorkerAdapters:
         task = self._loads.get(digest)
         if task is None:
             self._loads[digest] = task = self._spawn(self._load(digest))
-            task.add_done_callback(lambda _: self._loads.pop(digest, None))
+            task.add_done_callback(lambda _: self._load_ended(digest))
         return task
+
+    def _load_ended(self, digest: str) -> None:
+        del self._loads[digest]
+        if digest in self._overdue:
+            self._overdue.remove(digest)
+            self._changed.set()
 
     async def _load(self, digest: str) -> None:
         engine = self._engine
@@ -269,7 +321,7 @@ class WorkerAdapters:
                     raise _refused(f"{digest!r} is no longer wanted on this worker")
                 await engine.load_adapter(digest, folder, pinned=digest in self._memory.pinned)
                 self._memory.add(digest)
-                self._changed.set()
+                self._moved()
         except EngineCorrupt as corrupt:
             assert self._files is not None
             await asyncio.to_thread(self._files.mark_refused, digest, str(corrupt))
@@ -286,16 +338,27 @@ class WorkerAdapters:
 
     async def _make_room(self, engine: AdapterEngine, digest: str) -> None:
         """Wait until the memory has a place, and drop an adapter for it if need be."""
-        while self._memory.is_full:
-            if not self._memory.has_place_for(digest):
-                raise _refused(_all_pinned(self._memory.capacity))
-            victim = self._memory.victim()
-            if victim is None:
-                self._unused.clear()
-                await self._unused.wait()
-                continue
-            self._memory.remove(victim)
-            await engine.unload_adapter(victim)
+        try:
+            while self._memory.is_full:
+                if not self._memory.has_place_for(digest):
+                    raise _refused(_all_pinned(self._memory.capacity))
+                victim = self._memory.victim()
+                if victim is None:
+                    if digest in self._overdue and not self._closing:
+                        self._close(self._memory.oldest() or "")
+                    self._unused.clear()
+                    await self._unused.wait()
+                    continue
+                self._memory.remove(victim)
+                await engine.unload_adapter(victim)
+        finally:
+            if self._closing:
+                self._close("")
+
+    def _close(self, digest: str) -> None:
+        """Let an adapter in memory take no further requests; "" for none."""
+        self._closing = digest
+        self._changed.set()
 
     async def _drop_unwanted(self) -> None:
         """Remove what is held, no longer wanted and not in use."""
@@ -331,6 +394,10 @@ class WorkerAdapters:
 
 def _refused(message: str) -> EngineRefused:
     return EngineRefused(Outcome.ADAPTER_INVALID.name, f"adapter: {message}", "adapter")
+
+
+def _overdue(capacity: int) -> str:
+    return f"the adapter waits for the engine's memory, whose {capacity} adapters (engine.max_cpu_loras) are in use"
 
 
 def _all_pinned(capacity: int) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from cluster.api.ports import Engine
+from cluster.api.outcomes import Outcome
+from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.http2.client import ClientCall
 from cluster.link.v1 import link_pb2 as pb
@@ -30,7 +31,8 @@ TURN_METHOD = "/cluster.link.v1.Link/Turn"
 
 @dataclass(eq=False, slots=True)
 class Link:
-    """A link that is up. An abort that arrives while its Submit is in progress is kept until the Submit finishes."""
+    """A link that is up. An abort that arrives while its Submit is in progress is kept until the Submit finishes, and
+    ends the Submit's wait for memory."""
 
     number: int
     credit_order: int
@@ -49,6 +51,7 @@ class Link:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _submitting: set[int] = field(default_factory=set)
     _aborted: set[int] = field(default_factory=set)
+    _waits: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
     def begin_submit(self, slot: int, request_id: str) -> None:
         """Record a Submit that is in progress until `finish_submit` or `refuse`."""
@@ -67,6 +70,20 @@ class Link:
         """Return whether the slot's Submit is in progress."""
         return slot in self._submitting
 
+    async def wait(self, slot: int, work: Coroutine[None, None, None]) -> None:
+        """Await work on which a Submit in progress depends. An abort of the Submit cancels the work, and raises
+        EngineRefused. Raises what the work raises."""
+        task = self._waits[slot] = asyncio.create_task(work)
+        try:
+            await task
+        except asyncio.CancelledError:
+            own = asyncio.current_task()
+            if slot not in self._aborted or (own is not None and own.cancelling()):
+                raise
+            raise EngineRefused(Outcome.CANCELLED.name, "the call ended while it waited for its adapter") from None
+        finally:
+            del self._waits[slot]
+
     def request_to_abort(self, slot: int) -> str | None:
         """Return the engine request id to abort now, or None.
 
@@ -74,6 +91,8 @@ class Link:
         """
         if slot in self._submitting:
             self._aborted.add(slot)
+            if (wait := self._waits.get(slot)) is not None:
+                wait.cancel()
             return None
         return self.requests.get(slot)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import structlog
@@ -186,6 +187,7 @@ class RunningRequests:
         """Outputs put into outboxes since the last step."""
         self._caches_kv = True
         """Whether resumed calls have lately found their KV blocks here. Not every engine caches them."""
+        self._expected = self._expected_tokens = 0
         self.detached = DetachedRequests()
         self.tokens = 0
         """Tokens of all running requests, prompts included."""
@@ -208,8 +210,18 @@ class RunningRequests:
 
     def capacity(self) -> tuple[Capacity, int]:
         """Return the capacity free for new calls, and the number of slots free for resumed calls."""
-        begins = min(self._window.admissible_sequences, self._window.free_slots - len(self.detached))
-        return Capacity(begins, self._info.kv_tokens - self.tokens), self._window.free_slots
+        begins = min(self._window.admissible_sequences, self._window.free_slots - len(self.detached)) - self._expected
+        tokens = self._info.kv_tokens - self.tokens - self._expected_tokens
+        return Capacity(begins, tokens), self._window.free_slots - self._expected
+
+    @contextmanager
+    def expect(self, tokens: int) -> Iterator[None]:
+        """Count a request with `tokens` tokens as one that will run, while it waits for its adapter."""
+        self._expected, self._expected_tokens = self._expected + 1, self._expected_tokens + tokens
+        try:
+            yield
+        finally:
+            self._expected, self._expected_tokens = self._expected - 1, self._expected_tokens - tokens
 
     def count_cached(self, expected: int) -> int:
         """Return how many of `expected` calls, whose KV blocks a gateway expects here, can resume at almost no cost."""

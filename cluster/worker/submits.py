@@ -52,6 +52,7 @@ class Submits:
         request_id = f"{link.incarnation}-{link.number}-{submit.slot}-{submit.attempt}"
         link.begin_submit(submit.slot, request_id)
         takes_time = submit.sampling.HasField("grammar") or submit.HasField("parsing")
+        takes_time = takes_time or bool(submit.adapter and submit.generation)  # a take-over lets other tasks run
         takes_time = takes_time or not self.adapters.is_held(submit.adapter)
         if takes_time or submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES:
             link.spawn(self._submit(link, submit, request_id))
@@ -131,7 +132,7 @@ class Submits:
     async def _new_request(self, link: Link, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
         """Return the record of a new request, which holds the request's adapter until it is forgotten."""
         try:
-            await self.adapters.hold(request.adapter)
+            await self._hold(link, submit.slot, request)
         except BaseException:
             self.runner.parser.close(request.request_id)
             raise
@@ -140,6 +141,16 @@ class Submits:
             self.runner.parser.close(request.request_id)
             raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
         return self.requests.new_request(link, submit, request)
+
+    async def _hold(self, link: Link, slot: int, request: EngineRequest) -> None:
+        """Let a request hold its adapter. While the adapter is loaded, the request counts as one that will run, and an
+        abort ends it at once."""
+        if self.adapters.is_held(request.adapter):
+            await self.adapters.hold(request.adapter)
+            return
+        tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        with self.requests.expect(tokens):
+            await link.wait(slot, self.adapters.hold(request.adapter))
 
     def _withdraw(self, request_id: str, outcome: Outcome) -> None:
         """Forget a request that the engine has not accepted."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.api.adapters import ADAPTERS, AdapterSpec, AdapterState, AdapterStatus
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, EngineInfo, ModelState, WorkerIdentity
+from cluster.gateway.apis.grpc.inference import _model_pb
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import ModelDirectory
@@ -20,6 +21,7 @@ from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.adapter_codec import adapter_report_to_pb
 from tests.gateway.test_models import no_bundle, work_of
+from tests.support.cpu import cpu_within
 from tests.support.links import NoListener
 
 A, B = "a" * 64, "b" * 64
@@ -73,6 +75,90 @@ def test_anothers_adapter_is_refused_like_none(tmp_path: Path) -> None:
     who = caller("rival", "m")
     work_of(directory, "m:absent", who)
     assert work_of(directory, "m:private", who) == work_of(directory, "m:absent", who)
+
+
+def test_adapters_of_anothers_model_are_refused_like_none(tmp_path: Path) -> None:
+    """A name `model:adapter` is refused with the same work whether the caller's tenant has no access to the model, or
+    there is no such model."""
+    directory = directory_with(tmp_path, SHARED, PRIVATE)
+    who = caller("rival", "other", "mine:*")
+    work_of(directory, "absent:shared", who)
+    for name in ("m:shared", "x:private", "m:absent"):
+        assert work_of(directory, name, who) == work_of(directory, "absent:shared", who)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "acme", "rival"]), st.text("ab", min_size=1, max_size=3)), max_size=8),
+    st.lists(st.text("mxab:*?[]", min_size=1, max_size=5), min_size=1, max_size=4),
+)
+def test_lists_have_what_can_be_called(
+    tmp_path_factory: pytest.TempPathFactory, adapters: list[tuple[str, str]], patterns: list[str]
+) -> None:
+    """Whatever the patterns are, the adapters in a list are those that the caller may use, also after a change of the
+    catalog."""
+    names = {name: AdapterSpec(name, "/s", tenants=(tenant,) if tenant else ()) for tenant, name in adapters}
+    directory, who = directory_with(tmp_path_factory.mktemp("law"), SHARED), caller("acme", *patterns)
+    directory.adapters_open_to(who)
+    directory.apply_catalog([CatalogEntry("m", ("x",), state=ModelState.READY, adapters=tuple(names.values()))], 8)
+    (model,) = directory.models
+    expected = [f"m:{name}" for name in sorted(names) if model.adapter_open_to(name, who)]
+    assert [target.name for target in directory.adapters_open_to(who)] == expected
+    for name in expected:
+        assert directory.target(name, who).name == name
+
+
+def test_a_list_costs_the_adapters_once(tmp_path: Path) -> None:
+    """A tenant with many patterns may ask for the list again and again, and each adapter's entry names no others."""
+    directory = directory_with(tmp_path, *(AdapterSpec(f"a{i}", "/s") for i in range(1000)))
+    who = caller("rival", "m:*", *(f"other-{i}-*" for i in range(64)))
+    with cpu_within(0.02):
+        assert len(directory.targets_open_to(who)) == 1000
+    with cpu_within(0.02):
+        assert all(_model_pb(directory, target, who).name for target in directory.targets_open_to(who))
+
+
+@pytest.mark.parametrize("is_reported_first", [True, False])
+async def test_a_worker_that_follows_a_lost_gateway_is_told(tmp_path: Path, is_reported_first: bool) -> None:
+    """Another gateway sends a worker an adapter and ends before the adapter is removed again. This gateway, for which
+    nothing has changed between the two catalogs that it gets, then sends its set, once."""
+    directory = directory_with(tmp_path, SHARED)
+    (link,) = linked(directory, "one")
+    mine = AdapterStatus("shared", A, AdapterState.READY)
+    others = (mine, AdapterStatus("loaded", B, AdapterState.READY))
+    sent: list[int] = []
+    link.box.adapters = lambda message: sent.append(message.revision)  # type: ignore[method-assign, assignment]
+    report(link, mine)
+    if is_reported_first:
+        report(link, *others)
+    assert sent == []
+    for revision in (9, 10):
+        entry = CatalogEntry("m", ("x",), state=ModelState.READY, adapters=(SHARED,))
+        directory.apply_catalog([entry], revision)
+        if not is_reported_first:
+            assert sent == ([] if revision == 9 else [9])
+            report(link, *others)
+        if revision == 9:
+            assert sent == [9]
+            report(link, mine)
+    assert sent == ([9] if is_reported_first else [9, 10])
+
+
+async def test_routing_reads_a_report_once(tmp_path: Path) -> None:
+    """Routing reads a worker's row after each message, and gets the same keys until the worker reports or the digests
+    that count change."""
+    directory = directory_with(tmp_path, SHARED)
+    one, two = linked(directory, "one", "two")
+    adapters = directory.models[0].adapters
+    report(one, AdapterStatus("shared", A, AdapterState.READY))
+    first = adapters.keys_on(one)
+    assert adapters.keys_on(one) is first
+    assert first[0] == {A, ":shared"}
+    report(two, AdapterStatus("shared", B, AdapterState.READY))
+    report(one, AdapterStatus("shared", A, AdapterState.LOADING))
+    assert (adapters.keys_on(one), adapters.digest("shared")) == ((frozenset(), frozenset()), B)
+    assert adapters.keys_on(two)[0] == {B, ":shared"}, "the digest that counts has changed"
+    directory.remove_link(one)
+    assert list(adapters._keys) == ["two"]
 
 
 def test_aliases_of_a_tenant_name_adapters_too(tmp_path: Path) -> None:

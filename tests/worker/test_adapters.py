@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,19 @@ class Engine:
 class Subject:
     """A worker's adapters over fakes, and the reports of one link."""
 
-    def __init__(self, capacity: int = CAPACITY, version: str = "") -> None:
+    def __init__(self, capacity: int = CAPACITY, version: str = "", hold_s: float = 60.0) -> None:
         self.files, self.engine = Files(), Engine(capacity)
         self.deaths: list[EngineDead] = []
         info = info_of(adapter_slots=SLOTS, adapter_capacity=capacity)
         self.adapters = WorkerAdapters(
-            info, self.engine, self.files, self.deaths.append, version=version, retry_s=0.001, report_s=0.0
+            info,
+            self.engine,
+            self.files,
+            self.deaths.append,
+            version=version,
+            retry_s=0.001,
+            report_s=0.0,
+            hold_s=hold_s,
         )
         self.revision = 0
 
@@ -315,6 +323,84 @@ async def test_waiting_requests_that_are_cut_hold_nothing() -> None:
         assert subject.engine.loaded == {held}, "the cut request holds nothing"
 
 
+async def test_requests_cause_few_reports() -> None:
+    """However often requests change which adapters lie in a slot, there is one report a while later, and the more
+    adapters there are, the later. What changes otherwise is reported at once."""
+    async with Subject(capacity=100) as subject:
+        outbox = Outbox()
+        subject.adapters.attach(1, outbox)
+        names = [f"a{i}" for i in range(100)]
+        subject.want(*names)
+        await subject.all_ready()
+        await until(lambda: set(report_in(outbox)().values()) == {AdapterState.READY}, "all is reported")
+        await until(lambda: subject.adapters._timer is None, "no report is due")
+        outbox._adapters, subject.adapters._report_s = [], 60.0
+        for name in names:
+            await subject.adapters.hold(digest_of(name))
+            subject.adapters.release(digest_of(name))
+            await asyncio.sleep(0)
+            assert not subject.adapters._changed.is_set()
+        timer = subject.adapters._timer
+        assert timer is not None
+        assert timer.when() > asyncio.get_running_loop().time() + 60.0
+        timer.cancel()
+        subject.adapters._timer, subject.adapters._report_s = None, 0.0
+        await subject.adapters.hold(digest_of("a7"))
+        await until(lambda: bool(report_in(outbox)()), "the slots are reported")
+        assert {status.name for status in subject.adapters.statuses() if status.resident} == {"a99", "a7"}
+
+
+async def test_a_request_waits_for_memory_for_a_bounded_time() -> None:
+    """While all adapters in memory are in use, a request for another one ends, and the worker no longer says that it
+    takes such requests, until the adapter is loaded."""
+    async with Subject(capacity=1, hold_s=0.01) as subject:
+        subject.want("a", "b")
+        await subject.all_ready()
+        (held,) = subject.engine.loaded
+        name, other = ("a", digest_of("a")) if held == digest_of("b") else ("b", digest_of("b"))
+        await subject.adapters.hold(held)
+        for _ in range(3):  # the first waits, the others find that the load is overdue
+            with pytest.raises(EngineRefused, match=r"memory, whose 1 adapters \(engine.max_cpu_loras\)") as refusal:
+                await subject.adapters.hold(other)
+            assert refusal.value.reason == "ADAPTER_INVALID"
+        assert subject.status(name).state is AdapterState.LOADING
+        assert "are in use" in subject.status(name).reason
+        subject.adapters.release(held)
+        await subject.all_ready()
+        assert subject.engine.loaded == {other}
+        await subject.adapters.hold(other)
+        subject.adapters.release(other)
+
+
+async def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None:
+    """Requests for one adapter overlap without an end. A request for another one gets its turn, and then the first one
+    again."""
+    async with Subject(capacity=1, hold_s=0.01) as subject:
+        subject.want("a", "b")
+        await subject.all_ready()
+        served = {"a": 0, "b": 0}
+
+        async def call(name: str) -> None:
+            if subject.status(name).state is not AdapterState.READY:  # the gateway would not send it
+                return
+            with suppress(EngineRefused):
+                await subject.adapters.hold(digest_of(name))
+                served[name] += 1
+                await asyncio.sleep(0.005)
+                subject.adapters.release(digest_of(name))
+
+        async def steady(name: str) -> None:
+            async with asyncio.TaskGroup() as calls:
+                while min(served.values()) < 20:
+                    calls.create_task(call(name))
+                    await asyncio.sleep(0.001)
+
+        async with asyncio.timeout(60):
+            await asyncio.gather(steady("a"), steady("b"))
+        await subject.all_ready()
+        assert not subject.adapters._closing
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), capacity=st.integers(1, 3), failing=st.sets(st.sampled_from("abcdef"), max_size=2))
 def test_any_order_of_sets_and_requests_keeps_the_rules(seed: int, capacity: int, failing: set[str]) -> None:
@@ -408,17 +494,19 @@ class Gateway(pb_grpc.LinkServicer):
     async def Bulk(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         await asyncio.Event().wait()
 
-    def submit(self, slot: int, adapter: str) -> None:
+    def submit(self, slot: int, adapter: str, max_tokens: int = 6) -> None:
         """Send a Submit for an adapter's digest."""
-        sampling = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True)
+        sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         request = EngineRequest("", [50, 51], sampling, adapter=adapter)
         self.to_send.put_nowait(pb.GatewayTurn(submits=[codec.submit_to_pb(slot, 1, request)]))
 
 
-async def test_requests_for_adapters_over_a_link() -> None:
-    """Set, report and Submits cross a real link: each adapter has its own tokens, also one that is loaded on demand.
-    An unknown digest is refused."""
-    engine = SimEngine(SimConfig(vocab=1000, max_model_len=512, decode_ms=1.0, max_loras=1, max_cpu_loras=2))
+@asynccontextmanager
+async def serving(max_cpu_loras: int, decode_ms: float = 1.0) -> AsyncIterator[tuple[Gateway, WorkerSession]]:
+    """Yield a gateway and the session of a worker that is linked to it. The worker's engine holds `max_cpu_loras`
+    adapters, and one in a slot."""
+    memory = max_cpu_loras
+    engine = SimEngine(SimConfig(vocab=1000, max_model_len=512, decode_ms=decode_ms, max_loras=1, max_cpu_loras=memory))
     info = await engine.start()
     assert ADAPTERS in info.capabilities
     gateway, server = Gateway(), grpc.aio.server()
@@ -436,6 +524,18 @@ async def test_requests_for_adapters_over_a_link() -> None:
     )
     task = asyncio.create_task(session.run())
     try:
+        yield gateway, session
+    finally:
+        await session.close()
+        await asyncio.gather(task, return_exceptions=True)
+        await server.stop(0)
+        await engine.close()
+
+
+async def test_requests_for_adapters_over_a_link() -> None:
+    """Set, report and Submits cross a real link: each adapter has its own tokens, also one that is loaded on demand.
+    An unknown digest is refused."""
+    async with serving(max_cpu_loras=2) as (gateway, _):
         specs = tuple(AdapterSpec(name, name) for name in "abc")
         gateway.to_send.put_nowait(pb.GatewayTurn(adapters=adapter_set_to_pb(AdapterSet(3, specs))))
         await until(
@@ -453,8 +553,29 @@ async def test_requests_for_adapters_over_a_link() -> None:
         await until(lambda: list(gateway.states) == ["a"], "the others are gone")
         gateway.submit(7, digest_of("b"))
         await until(lambda: 7 in gateway.refused, "b is refused")
-    finally:
-        await session.close()
-        await asyncio.gather(task, return_exceptions=True)
-        await server.stop(0)
-        await engine.close()
+
+
+async def test_an_abort_ends_the_wait_for_memory() -> None:
+    """A request that waits until an adapter is no longer in use counts as one that runs, and an abort ends it at once.
+    What is aborted leaves nothing behind."""
+    async with serving(max_cpu_loras=1, decode_ms=50.0) as (gateway, session):
+        session._adapters._hold_s = 60.0
+        specs = tuple(AdapterSpec(name, name) for name in "ab")
+        gateway.to_send.put_nowait(pb.GatewayTurn(adapters=adapter_set_to_pb(AdapterSet(3, specs))))
+        await until(
+            lambda: [status.state for status in gateway.states.values()] == [AdapterState.READY] * 2, "both are ready"
+        )
+        gateway.submit(1, digest_of("a"), max_tokens=400)
+        await until(lambda: 1 in gateway.tokens, "a is in use")
+        before, adapters = session._requests.capacity(), session._adapters
+        gateway.submit(2, digest_of("b"))
+        await until(lambda: bool(adapters._memory.uses(digest_of("b"))), "the request waits")
+        (capacity, slots), (capacity_before, slots_before) = session._requests.capacity(), before
+        assert slots == slots_before - 1
+        assert capacity.tokens <= capacity_before.tokens - 2
+        gateway.to_send.put_nowait(pb.GatewayTurn(aborts=[2]))
+        await until(lambda: not adapters._memory.uses(digest_of("b")), "the wait has ended")
+        await until(lambda: 2 in gateway.refused, "the gateway knows")
+        assert gateway.refused[2].reason == "CANCELLED"
+        assert session.statistics().running == 1, "a is still in use"
+        assert session._requests._expected == session._requests._expected_tokens == 0

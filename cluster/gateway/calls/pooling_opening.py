@@ -25,6 +25,7 @@ from cluster.gateway.calls.pooling_request import (
     PairInputs,
     PoolingInputs,
     PoolingRequest,
+    check_chars,
 )
 from cluster.gateway.calls.tokenization import ids_of_inputs
 from cluster.gateway.models import KnownModel, ModelDirectory, Target
@@ -165,6 +166,8 @@ class PoolingOpening:
             self.ids = ids_of_inputs(inputs, most, keep, self.text.vocab_size)
             self.second_text = lambda i: 0
             return
+        if isinstance(inputs, PairInputs) and self.task is PoolingTask.SCORE:
+            check_chars(inputs)
         encoded = await self.text.encode_inputs_async(self.meta.tenant, inputs, most, keep)
         self.ids, self.second_text = encoded.ids, encoded.second_text
 

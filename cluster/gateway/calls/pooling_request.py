@@ -10,13 +10,16 @@ import pickle
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, overload
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 
 MAX_INPUTS = 2048
 """Maximum number of inputs, documents or pairs in a request; OpenAI's limit for embeddings."""
+MAX_PAIR_CHARS = 64 << 20
+"""Maximum number of characters of all pairs in a request. A text that is paired with many others counts each time,
+since it is tokenized with each of them."""
 WHOLE_CONTEXT = -1
 """Value of `truncate_tokens` that keeps as many tokens as the model's context holds."""
 
@@ -36,6 +39,11 @@ class PackedTexts(Sequence[str]):
         """Return the packed form of texts, which must be valid Unicode."""
         parts = [text.encode() for text in texts]
         return cls(b"".join(parts), array("L", accumulate(map(len, parts))))
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Number of bytes of each text."""
+        return [end - begin for begin, end in pairwise((0, *self._ends))]
 
     @property
     def nbytes(self) -> int:
@@ -152,9 +160,18 @@ class TextInputs:
         return _chars(self.texts)
 
     @property
+    def lengths(self) -> Sequence[int]:
+        """Approximate number of characters of each input."""
+        return text_lengths(self.texts)
+
+    @property
     def all_texts(self) -> Sequence[str]:
         """All texts that the caller has written."""
         return self.texts
+
+    def path_of_text(self, i: int) -> str:
+        """Return the path of a text of `all_texts` in the caller's body."""
+        return self.path(i)
 
     def with_texts(self, texts: Sequence[str]) -> TextInputs:
         """Return the inputs with other texts, in the order of `all_texts`."""
@@ -209,14 +226,22 @@ class PairInputs:
         first = _chars(self.first)
         return (first * len(self.second) if len(self.first) == 1 else first) + _chars(self.second)
 
-    def first_of(self, i: int) -> int:
-        """Return the index in `first` of a pair's first text."""
-        return i if len(self.first) > 1 else 0
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Approximate number of characters of each input."""
+        first, second = text_lengths(self.first), text_lengths(self.second)
+        whole = first * len(second) if len(first) == 1 else first
+        return [sum(pair) for pair in zip(whole, second, strict=True)]
 
     @property
     def all_texts(self) -> Sequence[str]:
         """All texts that the caller has written: the first ones, then the second ones."""
         return joined(self.first, self.second)
+
+    def path_of_text(self, i: int) -> str:
+        """Return the path of a text of `all_texts` in the caller's body."""
+        at = len(self.first)
+        return self.first_field.path(i) if i < at else self.second_field.path(i - at)
 
     def with_texts(self, texts: Sequence[str]) -> PairInputs:
         """Return the inputs with other texts, in the order of `all_texts`."""
@@ -240,10 +265,14 @@ class SingleTexts(PairInputs):
         """Approximate number of characters to encode."""
         return _chars(self.first) + _chars(self.second)
 
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Approximate number of characters of each input."""
+        return [*text_lengths(self.first), *text_lengths(self.second)]
+
     def path(self, i: int) -> str:
         """Return the path of an input in the caller's body."""
-        at = len(self.first)
-        return self.first_field.path(i) if i < at else self.second_field.path(i - at)
+        return self.path_of_text(i)
 
     def with_texts(self, texts: Sequence[str]) -> SingleTexts:
         """See PairInputs."""
@@ -263,6 +292,11 @@ def joined(first: Sequence[str], second: Sequence[str]) -> Sequence[str]:
 
 def _chars(texts: Sequence[str]) -> int:
     return texts.nbytes if isinstance(texts, PackedTexts) else sum(map(len, texts))
+
+
+def text_lengths(texts: Sequence[str]) -> list[int]:
+    """Return the approximate number of characters of each text."""
+    return list(texts.lengths) if isinstance(texts, PackedTexts) else list(map(len, texts))
 
 
 def _packed(texts: Sequence[str]) -> PackedTexts:
@@ -344,7 +378,19 @@ def check_pairs(inputs: PairInputs) -> None:
         )
 
 
-def too_long(path: str, tokens: int, most: int) -> CallError:
-    """Return the error for an input with more tokens than the model's context holds."""
-    message = f"{path}: has {tokens} tokens, the model's context holds {most}: shorten it, or have it cut"
+def check_chars(inputs: PairInputs) -> None:
+    """Raise CallError for pairs with too many characters in all."""
+    if (chars := inputs.chars) > MAX_PAIR_CHARS:
+        first, second = inputs.first_field.name, inputs.second_field.name
+        raise invalid(
+            first,
+            f"the {len(inputs)} pairs of {first} and {second} have {chars} characters in all, where a text counts in "
+            f"each of its pairs; at most {MAX_PAIR_CHARS} are allowed: shorten the texts, or send several requests",
+        )
+
+
+def too_long(path: str, tokens: int, most: int, surely: str = "") -> CallError:
+    """Return the error for an input with more tokens than the model's context holds. `surely`: `at least ` if `tokens`
+    is a lower bound."""
+    message = f"{path}: has {surely}{tokens} tokens, the model's context holds {most}: shorten it, or have it cut"
     return CallError(Outcome.CONTEXT_LENGTH_EXCEEDED, message, violations=[Violation(path, "too long")])

@@ -110,6 +110,8 @@ class WorkerLink:
         self.adapters: Mapping[str, AdapterStatus] = {}
         """The worker's last report of its adapters, by name."""
         self._adapters_sent: tuple[AdapterSpec, ...] | None = None
+        self._revision_sent = 0
+        self._reports_adapters = False
         self.epoch = epoch
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.liveness = liveness
@@ -268,12 +270,22 @@ class WorkerLink:
         self.box.render(render)
 
     def send_adapters(self, revision: int, adapters: tuple[AdapterSpec, ...]) -> None:
-        """Send the adapters that the worker is to have, if they are others than were sent before. `revision`: that of
-        the catalog. Does nothing for a worker that loads no adapters."""
+        """Send the adapters that the worker is to have, if they are others than were sent before, or if the worker
+        reports others: it may follow a gateway that ended before it had the newest catalog. `revision`: that of the
+        catalog. Does nothing for a worker that loads no adapters."""
+        if not self.takes_adapters:
+            return
         sent = self._adapters_sent
-        if self.takes_adapters and adapters is not sent and adapters != sent:
-            self._adapters_sent = adapters
+        is_known = adapters is sent or adapters == sent
+        if not is_known or (revision != self._revision_sent and self._has_others(adapters)):
+            self._adapters_sent, self._revision_sent = adapters, revision
             self.box.adapters(adapter_set_to_pb(AdapterSet(revision, adapters)))
+
+    def _has_others(self, adapters: tuple[AdapterSpec, ...]) -> bool:
+        """Return whether the worker has last reported other adapters, by name, than these."""
+        if not self._reports_adapters:
+            return False
+        return len(adapters) != len(self.adapters) or any(spec.name not in self.adapters for spec in adapters)
 
     def lose_adapter(self, digest: str) -> None:
         """Send no call for an adapter there before the worker's next report, because the worker has refused one."""
@@ -285,7 +297,7 @@ class WorkerLink:
     def _set_adapters(self, statuses: Iterable[AdapterStatus]) -> bool:
         """Set the states of the worker's adapters. Returns whether more has changed than which are in a slot."""
         before = {name: (status.digest, status.state) for name, status in self.adapters.items()}
-        self.adapters = {status.name: status for status in statuses}
+        self.adapters, self._reports_adapters = {status.name: status for status in statuses}, True
         self.mark_changed()
         if {name: (status.digest, status.state) for name, status in self.adapters.items()} == before:
             return False

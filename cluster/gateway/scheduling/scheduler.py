@@ -20,6 +20,7 @@ from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling import queue_errors
+from cluster.gateway.scheduling.adapter_checks import AdapterChecks
 from cluster.gateway.scheduling.canary_statistics import CanaryStatistics
 from cluster.gateway.scheduling.chat_renders import ChatRenders, small_room
 from cluster.gateway.scheduling.executor import Executor
@@ -103,6 +104,7 @@ class Scheduler:
         self.routes = Routes(metrics, workers.count, clock)
         self.policy = policy_of(room, workers, resume_wait_s, WorkerLosses(max_silent_losses))
         self.queues = Queues(self.policy, charges, clock)
+        self._adapter_checks = AdapterChecks(self.queues.queued, self._check_adapter)
         self.renders = ChatRenders(
             render_room_of,
             charges.weight_of,
@@ -302,20 +304,21 @@ class Scheduler:
 
     def adapters_changed(self) -> None:
         """End the queued calls for adapters that no worker could load or that are gone, and have the others use the
-        digests that count now."""
-        for sequence in self.queues.queued():
-            call = sequence.call
-            model = self.host.directory.find(call.model) if call.adapter and call.error is None else None
-            if model is None:
-                continue
-            try:
-                if (refused := queue_errors.not_servable(model, call.adapter)) is not None:
-                    call.fail(refused)
-                elif (key := self._new_adapter(sequence, model)) is not None:
-                    self.queues.set_adapter(sequence, key)
-                    self.worker_caches.forget_prompt(sequence.key)
-            except Exception as error:
-                call.fail_unexpectedly(error)
+        digests that count now. If many are queued, the last ones follow a little later."""
+        self._adapter_checks.changed()
+
+    def _check_adapter(self, sequence: CallSequence) -> None:
+        call, model = sequence.call, self.host.directory.find(sequence.call.model)
+        if model is None:
+            return
+        try:
+            if (refused := queue_errors.not_servable(model, call.adapter)) is not None:
+                call.fail(refused)
+            elif (key := self._new_adapter(sequence, model)) is not None:
+                self.queues.set_adapter(sequence, key)
+                self.worker_caches.forget_prompt(sequence.key)
+        except Exception as error:
+            call.fail_unexpectedly(error)
 
     @staticmethod
     def _new_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
@@ -375,6 +378,7 @@ class Scheduler:
             self._swept = now
             self._sweep(now)
         self.worker_caches.maintain(now)
+        self._adapter_checks.go_on()
         self._executor.carry_out(self.policy.expire(now, directory.starts_in_s))
         self.renders.expire()
         # A sequence may have waited long enough for the worker that holds its KV blocks.

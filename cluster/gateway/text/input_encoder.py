@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from tokenizers import Encoding, Tokenizer
@@ -17,7 +17,9 @@ from cluster.api.outcomes import invalid
 from cluster.gateway.calls.pooling_request import PackedIds, PairInputs, SingleTexts, TextInputs, too_long
 
 BATCH: Final = 256
-"""Number of inputs that are encoded together, which bounds the memory of the tokenizer's own results."""
+BATCH_CHARS: Final = 1 << 20
+"""Largest numbers of inputs, and of their characters, that are encoded together, which bounds the memory of the
+tokenizer's own results. A longer input is encoded alone."""
 _WITHOUT_TYPES: Final = frozenset({"DistilBertTokenizer", "DistilBertTokenizerFast"})
 """Tokenizers that mark the second text of a pair, for models that do not read the marks."""
 
@@ -64,9 +66,9 @@ class InputEncoder:
         """
         ids, ends, marks = array("I"), array("L"), array("I")
         is_pair = isinstance(inputs, PairInputs) and not isinstance(inputs, SingleTexts)
-        count = len(inputs)
-        for at in range(0, count, BATCH):
-            numbers = range(at, min(at + BATCH, count))
+        if isinstance(inputs, PairInputs) and is_pair and most and keep is None:
+            self._check_shared(inputs, most)
+        for numbers in _batches(inputs.lengths):
             for i, encoding in zip(numbers, self._batch(inputs, numbers, is_pair), strict=True):
                 kept = None if keep is None or len(encoding) <= keep else self._kept(encoding, keep)
                 tokens = encoding.ids if kept is None else _picked(encoding.ids, kept)
@@ -80,12 +82,21 @@ class InputEncoder:
                     marks.append(self._mark(encoding.type_ids if kept is None else _picked(encoding.type_ids, kept)))
         return EncodedInputs(PackedIds(ids, ends), marks)
 
+    def _check_shared(self, inputs: PairInputs, most: int) -> None:
+        """Raise CallError if the text that all pairs share is too long, before it is encoded with each other text."""
+        if len(inputs.first) > 1 or len(inputs.second) == 1:
+            return
+        (encoding,) = self._tokenizer.encode_batch_fast([inputs.first[0]], add_special_tokens=False)
+        if len(encoding) > most:
+            raise too_long(inputs.first_field.path(0), len(encoding), most)
+
     def _batch(self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool) -> list[Encoding]:
         """Return the encodings of some inputs. Raises what the tokenizer raises."""
         batch: list[Any]
         if is_pair:
             assert isinstance(inputs, PairInputs)
-            batch = [(inputs.first[inputs.first_of(i)], inputs.second[i]) for i in numbers]
+            shared = inputs.first[0] if len(inputs.first) == 1 else None
+            batch = [(inputs.first[i] if shared is None else shared, inputs.second[i]) for i in numbers]
         else:
             batch = [_text(inputs, i) for i in numbers]
         encoded: list[Encoding] = self._tokenizer.encode_batch_fast(batch, add_special_tokens=True)
@@ -106,6 +117,17 @@ class InputEncoder:
         for part, count in zip(places, counts, strict=True):
             kept += part[len(part) - count :] if self._cuts_left else part[:count]
         return sorted(kept)[:keep]
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[range]:
+    """Yield the numbers of the inputs that are encoded together. `lengths`: characters of each input."""
+    begin = chars = 0
+    for i, length in enumerate(lengths):
+        if i > begin and (i - begin == BATCH or chars + length > BATCH_CHARS):
+            yield range(begin, i)
+            begin, chars = i, 0
+        chars += length
+    yield range(begin, len(lengths))
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

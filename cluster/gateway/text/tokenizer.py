@@ -20,7 +20,8 @@ import structlog
 from tokenizers import Tokenizer
 
 from cluster.api.outcomes import CallError, invalid
-from cluster.gateway.calls.pooling_request import PairInputs, TextInputs
+from cluster.gateway.calls.pooling_request import PairInputs, TextInputs, text_lengths
+from cluster.gateway.calls.pooling_request import too_long as input_too_long
 from cluster.gateway.calls.request import ChatPrompt, PackedPrompt, TextPrompt, too_long
 from cluster.gateway.helpers.pool import Job
 from cluster.gateway.text.block_encoder import BlockEncoder
@@ -347,6 +348,8 @@ class TextModel:
 
     def encode_inputs(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
         """Return the ids of the inputs of a pooling request, see InputEncoder.encode."""
+        if most and keep is None:
+            self._refuse_long_inputs(inputs, most)
         with _tokenizing(inputs.path(0) if len(inputs) == 1 else inputs.fields):
             return self._inputs.encode(inputs, most, keep)
 
@@ -400,6 +403,14 @@ class TextModel:
             return
         if self._reach is not None and (fewest := self._reach.fewest(text)) > max_tokens:
             raise too_long(fewest, max_tokens + 1, chat, surely="at least ")
+
+    def _refuse_long_inputs(self, inputs: TextInputs | PairInputs, most: int) -> None:
+        texts = inputs.all_texts
+        for i, length in enumerate(text_lengths(texts)):
+            if length <= SURELY_FEW * most or self._reach is None:
+                continue
+            if (fewest := self._reach.fewest(texts[i])) > most:
+                raise input_too_long(inputs.path_of_text(i), fewest, most, surely="at least ")
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         try:

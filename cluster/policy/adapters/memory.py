@@ -78,6 +78,10 @@ class AdapterMemory:
         """Return the adapter to drop next; None if all are in use or pinned."""
         return next((digest for digest in self._held if not self._uses[digest] and digest not in self.pinned), None)
 
+    def oldest(self) -> str | None:
+        """Return the least recently used adapter that is not pinned, in use or not; None if all are pinned."""
+        return next((digest for digest in self._held if digest not in self.pinned), None)
+
     def has_place_for(self, digest: str) -> bool:
         """Return whether the adapter can be held once no other is in use: pinned ones may fill the memory."""
         kept = sum(held in self.pinned for held in self._held)

@@ -9,18 +9,18 @@ not at all; only this user can read and write it. The folders stay, since other 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from cluster.api.adapters import AdapterSpec
+from cluster.policy.catalog.allowed_sources import is_allowed_source
 from cluster.process.private_files import make_private_folder
 from cluster.worker.weights.adapter import (
     CONFIG,
@@ -72,7 +72,7 @@ class AdapterStore:
 
     def fetch(self, spec: AdapterSpec) -> StoredAdapter:
         """Fetch an adapter unless it is here, and check it. Blocks. Raises AdapterError, SourceError or OSError."""
-        if not any(fnmatch.fnmatchcase(spec.source, pattern) for pattern in self.rules.allowed_sources):
+        if not is_allowed_source(spec.source, self.rules.allowed_sources):
             raise AdapterError(f"adapters[{spec.name}].source: {spec.source!r} is not among weights.allow.sources")
         if self.base is not None and not self._shapes:
             self._shapes = base_shapes(self.base)
@@ -153,7 +153,7 @@ class AdapterStore:
             names = (*FILES, CARD)
             fetched = part / "fetched"
             try:
-                yield fetch(spec.source, fetched, names, needed=CONFIG, web_names=names)
+                yield fetch(spec.source, fetched, names, needed=CONFIG, web_names=names, most_bytes=self._most_bytes())
             except FetchError as error:
                 raise AdapterError(f"{where}: {spec.source}: {error}") from error
             finally:
@@ -162,11 +162,15 @@ class AdapterStore:
             known = ", ".join(f"{name}://" for name in SCHEMES)
             raise AdapterError(f"{where}: {spec.source!r} is unknown; use a folder, hf://org/name or {known}")
 
+    def _most_bytes(self) -> Mapping[str, int]:
+        """Return the largest allowed size of each file that is copied, in bytes."""
+        weights = most_weight_bytes(self._shapes, self.max_rank) if self._shapes else 1 << 30
+        return {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: weights, CARD: MAX_CARD_BYTES}
+
     def _copy(self, source: Path, target: Path) -> None:
         """Copy the adapter's two files and its card, and nothing else. Links are followed only in the hub's cache."""
-        weights = most_weight_bytes(self._shapes, self.max_rank) if self._shapes else 1 << 30
         hub = (self.rules.cache_dir / "hub").resolve()
-        for name, most in ((CONFIG, MAX_CONFIG_BYTES), (WEIGHTS, weights), (CARD, MAX_CARD_BYTES)):
+        for name, most in self._most_bytes().items():
             file = source / name
             if name == CARD and not file.is_file():
                 continue

@@ -67,11 +67,12 @@ def fetch(
     free: Callable[[Path], int] = free_bytes,
     needed: str = "config.json",
     web_names: Sequence[str] = (),
+    most_bytes: Mapping[str, int] | None = None,
 ) -> Path:
     """Fetch the files of `source` that match a pattern; return their folder below `root`. Blocks. Raises FetchError.
 
     `needed`: the file without which the source holds nothing of use. `web_names`: the files to try on a web server,
-    instead of a model's.
+    instead of a model's. `most_bytes`: largest allowed size of a file, by name; none is fetched if one is larger.
     """
     target = root / hashlib.sha256(source.encode()).hexdigest()[:32]
     target.mkdir(parents=True, exist_ok=True)
@@ -79,6 +80,9 @@ def fetch(
         if _complete(target):
             return target
         files = _files_of(source, patterns, needed, web_names)
+        for name, most in (most_bytes or {}).items():
+            if name in files and files[name][2] > most:
+                raise FetchError(f"{name} has {files[name][2]} bytes, at most {most} are allowed")
         _check_space(target, files, free(target))
         sizes = {name: size for name, (_, _, size) in files.items()}
         total, done = sum(sizes.values()), 0

@@ -7,7 +7,6 @@ model's entry and `weights.allow` must say so.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.api.types import ModelSpec
+from cluster.policy.catalog.allowed_sources import is_allowed_source
 from cluster.worker.weights import demo_model
 from cluster.worker.weights.fetching import SCHEMES, FetchError, Progress, fetch
 from cluster.worker.weights.model_card import read_card, why_refused
@@ -57,7 +57,7 @@ class SourceRules:
 def resolve(spec: ModelSpec, rules: SourceRules, progress: Progress | None = None) -> Path:
     """Return the local folder of a model, which is fetched or created if needed. Blocks. Raises SourceError."""
     where = f"models[{spec.name}].source"
-    if not any(fnmatch.fnmatchcase(spec.source, pattern) for pattern in rules.allowed_sources):
+    if not is_allowed_source(spec.source, rules.allowed_sources):
         raise SourceError(f"{where}: {spec.source!r} is not among weights.allow.sources")
     if spec.load_format not in rules.allowed_formats:
         raise SourceError(

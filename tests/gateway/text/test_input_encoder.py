@@ -20,9 +20,10 @@ from cluster.gateway.calls.pooling_request import (
     PackedTexts,
     PairInputs,
     TextInputs,
+    check_chars,
     packed,
 )
-from cluster.gateway.text.input_encoder import EncodedInputs, InputEncoder, longest_first
+from cluster.gateway.text.input_encoder import BATCH_CHARS, EncodedInputs, InputEncoder, longest_first
 
 WORDS = ["cat", "dog", "sat", "over", "hill"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -125,6 +126,64 @@ def test_an_input_is_named_in_errors() -> None:
     with pytest.raises(CallError, match=r"documents\[1\]: has 4 tokens"):
         encoder.encode(pairs(["cat"], ["dog", "dog dog dog"]), 3)
     assert len(InputEncoder(tokenizer_of("bert"), {}).encode(texts(""), 2)) == 1
+
+
+class Counting:
+    """A tokenizer that counts the characters that it encodes, and the largest number at once."""
+
+    def __init__(self) -> None:
+        self._tokenizer = tokenizer_of("bert")
+        self.chars = self.most = 0
+
+    def encode_batch_fast(self, batch: list[Any], add_special_tokens: bool) -> Any:
+        sizes = [len("".join(one)) for one in batch]
+        self.chars, self.most = self.chars + sum(sizes), max(self.most, sum(sizes))
+        return self._tokenizer.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
+
+
+def test_a_long_query_is_not_read_with_each_document() -> None:
+    """A query that fits no context is refused after it was read once, whatever the number of documents."""
+    counting = Counting()
+    query = "cat " * 20_000
+    with pytest.raises(CallError, match="query: has 20000 tokens, the model's context holds 512") as refused:
+        InputEncoder(counting, {}).encode(pairs([query], ["dog"] * 2048), 512)  # type: ignore[arg-type]
+    assert refused.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
+    assert counting.chars == len(query)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_long_inputs_are_encoded_few_at_a_time(is_packed: bool) -> None:
+    """The tokenizer gets a bounded number of characters at once, and the ids do not depend on that."""
+    counting = Counting()
+    inputs = pairs(["cat " * 100_000], [f"dog {'sat ' * i}" for i in range(12)])
+    some = packed(inputs) if is_packed else inputs
+    assert isinstance(some, PairInputs)
+    encoded = InputEncoder(counting, {}).encode(some, 512, 512)  # type: ignore[arg-type]
+    assert counting.most <= BATCH_CHARS
+    assert counting.chars == sum(some.lengths)
+    alone = InputEncoder(tokenizer_of("bert"), {})
+    for i in (0, 5, 11):
+        one = alone.encode(pairs(inputs.first, [inputs.second[i]]), 512, 512)
+        assert (encoded.ids[i], encoded.second_text(i)) == (one.ids[0], one.second_text(0))
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.booleans())
+def test_a_shared_text_counts_in_each_pair(first: int, second: int, is_packed: bool) -> None:
+    """The lengths are those of the pairs, or of the single texts, and pairs with too many characters are refused."""
+    inputs = pairs(["ab" * first], ["c" * second] * 3)
+    some = packed(inputs) if is_packed else inputs
+    assert isinstance(some, PairInputs)
+    assert list(some.lengths) == [2 * first + second] * 3
+    assert list(some.apart().lengths) == [2 * first, *[second] * 3]
+    check_chars(some)
+
+
+def test_pairs_with_too_many_characters_are_refused() -> None:
+    """A query of 1 MB is fine with ten documents, and not with a thousand."""
+    query = "q" * (1 << 20)
+    check_chars(pairs([query], ["d"] * 10))
+    with pytest.raises(CallError, match=r"query: the 1000 pairs of query and documents have .* shorten the texts"):
+        check_chars(pairs([query], ["d"] * 1000))
 
 
 @pytest.mark.parametrize(

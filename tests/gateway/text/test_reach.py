@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.calls.pooling_request import InputField, PairInputs, TextInputs
 from cluster.gateway.text.expressions import expressions_of, may_explode
 from cluster.gateway.text.reach import Reach
 from cluster.gateway.text.tokenizer import SURELY_FEW, TextModel
@@ -130,3 +131,23 @@ def test_models_of_all_families_are_quick(kind: Kind) -> None:
     """The tokenizer of each family is quick, so that a short prompt needs no helper."""
     assert isinstance(kind.ours, TextModel)
     assert kind.ours._jobs.is_quick
+
+
+def test_inputs_that_are_surely_too_long_are_not_tokenized(kinds: dict[str, Kind]) -> None:
+    """An input of a pooling request that certainly has too many tokens is refused by name before any is tokenized."""
+    model = next(kind.ours for kind in kinds.values() if kind.ours._reach is not None)
+    long = "e" * (1 << 20) + " e" * (1 << 20)
+    assert model._reach is not None
+    assert model._reach.fewest(long) > 512
+    where = (InputField("query", False), InputField("documents"))
+    with cpu_within(0.05):
+        for inputs, name in (
+            (TextInputs(["a", long], InputField("input")), r"input\[1\]"),
+            (PairInputs([long], ["a"] * 2048, *where), "query"),
+            (PairInputs(["a"], ["b", long], *where), r"documents\[1\]"),
+            (PairInputs(["a"], ["b", long], *where).apart(), r"documents\[1\]"),
+        ):
+            with pytest.raises(CallError, match=f"^{name}: has at least [0-9]+ tokens") as refused:
+                model.encode_inputs(inputs, 512)
+            assert refused.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
+    assert len(model.encode_inputs(TextInputs([long], InputField("input")), 512, 512).ids[0]) == 512

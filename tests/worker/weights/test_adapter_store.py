@@ -32,6 +32,7 @@ def store(tmp_path: Path) -> AdapterStore:
 def folder(tmp_path: Path, store: AdapterStore) -> Path:
     """A good adapter's folder."""
     assert store.base is not None
+    assert store.base is not None
     return write_adapter(tmp_path / "source", store.base)
 
 
@@ -121,6 +122,9 @@ def test_sources_and_licenses_follow_the_rules(store: AdapterStore, folder: Path
     only = AdapterStore(dataclasses.replace(store.rules, allowed_sources=("hf://org/*",)), store.base, 16)
     with pytest.raises(AdapterError, match=r"weights\.allow\.sources"):
         only.fetch(AdapterSpec("a", str(folder)))
+    inside = AdapterStore(dataclasses.replace(store.rules, allowed_sources=(f"{store.base}/*",)), store.base, 16)
+    with pytest.raises(AdapterError, match=r"weights\.allow\.sources"):
+        inside.fetch(AdapterSpec("a", f"{store.base}/../{folder.name}"))
     licensed = AdapterStore(dataclasses.replace(store.rules, allowed_licenses=("mit",)), store.base, 16)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     with pytest.raises(AdapterError, match=r"adapters\[a\]\.license"):
@@ -202,3 +206,14 @@ def test_a_simulated_engine_reads_no_weights(tmp_path: Path, folder: Path) -> No
     sim = AdapterStore(SourceRules(tmp_path / "sim"), None, 16)
     (folder / WEIGHTS).write_bytes(b"not a tensor")
     assert sim.fetch(AdapterSpec("a", str(folder))).digest == adapter_digest(folder)
+
+
+def test_a_giant_file_is_not_fetched(store: AdapterStore, folder: Path, server: str) -> None:
+    """A file that is larger than any adapter of the model fills no disk: it is refused by its size before any byte of
+    it, or of another file, is fetched."""
+    pytest.importorskip("fsspec")
+    pytest.importorskip("aiohttp")
+    os.truncate(folder / WEIGHTS, 1 << 40)  # a hole
+    with pytest.raises(AdapterError, match=rf"{WEIGHTS} has {1 << 40} bytes, at most [0-9]+ are allowed"):
+        store.fetch(AdapterSpec("a", server))
+    assert left(store) == []

@@ -25,6 +25,7 @@ from cluster.gateway.apis.http.exchange import (
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai.answers import body
 from cluster.gateway.apis.openai.requests import ParsedRequest
+from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.calls.meta import CallMeta
 
 VERSION_HEADER: Final = b"anthropic-version"
@@ -105,7 +106,7 @@ class AnthropicApi:
         query = _query(exchange.scope.get("query_string", b""))
         limit, after, before = _page(query)
         open_models = self._service.directory.targets_open_to(exchange.principal) if _lists_active(query) else ()
-        infos = [answers.model_info(target, self._created) for target in open_models]
+        infos = await in_slices(answers.model_info(target, self._created) for target in open_models)
         await exchange.respond(200, body(answers.page_of(infos, limit, after, before)))
 
     async def _model(self, exchange: Exchange) -> None:

@@ -19,6 +19,7 @@ from cluster.gateway.apis.grpc.requests import MAX_PAGE_TOKEN, DetokenizeCall, R
 from cluster.gateway.apis.grpc.session import SessionStream
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
+from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Credentials, alternative_names
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.pooling_request import ParsedPooling
@@ -218,7 +219,7 @@ class InferenceApi:
         directory, principal = self._service.directory, meta.principal
         known = {target.name: target for target in directory.targets_open_to(principal)}
         page, token = paginate(list(known), request.page_size, request.page_token)
-        models = [_model_pb(directory, known[name], principal) for name in page]
+        models = await in_slices(_model_pb(directory, known[name], principal) for name in page)
         return pb.ListModelsResponse(models=models, next_page_token=token)
 
     async def _get_model(self, request: pb.GetModelRequest, meta: CallMeta) -> pb.Model:
@@ -227,7 +228,7 @@ class InferenceApi:
 
 
 def _model_pb(directory: ModelDirectory, target: Target, principal: Principal) -> pb.Model:
-    adapters = [spec.name for spec in target.model.adapters_open_to(principal)]
+    adapters = [] if target.adapter else [spec.name for spec in target.model.adapters_open_to(principal)]
     return codec.model_pb(target, directory.aliases(target.model, principal), adapters)
 
 

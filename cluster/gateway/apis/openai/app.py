@@ -24,6 +24,7 @@ from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai import answers
 from cluster.gateway.apis.openai.pooling_app import PoolingEndpoints
 from cluster.gateway.apis.openai.requests import ParsedRequest, with_caller_names
+from cluster.gateway.apis.slices import in_slices, with_commas
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.sequence import Piece
@@ -155,11 +156,11 @@ class OpenAiApi:
 
     async def _models(self, exchange: Exchange) -> None:
         directory, principal = self._service.directory, exchange.principal
-        cards = [
-            answers.model_card(target, directory.aliases(target.model, principal), self._created)
+        cards = await in_slices(
+            answers.body(answers.model_card(target, directory.aliases(target.model, principal), self._created))
             for target in directory.targets_open_to(principal)
-        ]
-        await exchange.respond(200, answers.body({"object": "list", "data": cards}))
+        )
+        await exchange.respond_in_parts(200, [b'{"object":"list","data":[', *with_commas(cards), b"]}"])
 
     async def _model(self, exchange: Exchange) -> None:
         directory, principal = self._service.directory, exchange.principal

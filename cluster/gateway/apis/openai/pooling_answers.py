@@ -5,21 +5,21 @@ An answer may have 20 MB. It is made in parts, between which other tasks of the 
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from cluster.gateway.apis.bodies import Bodies
 from cluster.gateway.apis.openai.answers import body
 from cluster.gateway.apis.pooling_scores import Ranked
+from cluster.gateway.apis.slices import in_slices, with_commas
 from cluster.gateway.calls.pooling_call import PoolingCall
 
-SLICE_S: Final = 0.002
-"""Seconds for which parts of an answer are made before other tasks of the event loop run."""
 HELPER_BYTES: Final = 4 << 20
 """Size of vectors in bytes from which a helper process writes their JSON, since the event loop would work on it for
 more than a quarter of a second in all."""
+PIECE_CHARS: Final = 1 << 16
+"""Characters of a document that are written at once."""
 _escape = json.encoder.encode_basestring_ascii
 
 
@@ -35,7 +35,7 @@ async def embeddings_answer(
         written = await bodies.embeddings_json(vectors, call.tenant)
         items = None if written is None else [written]
     if items is None:
-        items = await _in_slices(embeddings(vectors, is_base64))
+        items = with_commas(await in_slices(embeddings(vectors, is_base64)))
     return [_head(call, created) + b'"data":[', *items, b'],"usage":' + _usage(call) + b"}"]
 
 
@@ -48,13 +48,21 @@ def score_answer(call: PoolingCall, scores: Sequence[float], created: int) -> li
 async def rerank_answer(call: PoolingCall, results: Sequence[Ranked]) -> list[bytes | bytearray]:
     """Return the parts of the answer of /rerank."""
     head = body({"id": call.id, "model": call.model})[:-1]
-    items = await _in_slices(map(_result, results))
+    items = await in_slices(ranking_json(results))
     return [head + b',"usage":' + _usage(call) + b',"results":[', *items, b"]}"]
 
 
-def _result(result: Ranked) -> bytes:
-    document = "" if result.text is None else f'"document":{{"text":{_escape(result.text)}}},'
-    return f'{{"index":{result.index},{document}"relevance_score":{result.score!r}}}'.encode("ascii")
+def ranking_json(results: Sequence[Ranked]) -> Iterator[bytes]:
+    """Yield the JSON of a ranking with commas between its entries. A document may have 16 MB, so a long one is written
+    in pieces."""
+    for at, result in enumerate(results):
+        yield f'{"," if at else ""}{{"index":{result.index},'.encode("ascii")
+        if (text := result.text) is not None:
+            yield b'"document":{"text":"'
+            for begin in range(0, len(text), PIECE_CHARS):
+                yield _escape(text[begin : begin + PIECE_CHARS])[1:-1].encode("ascii")
+            yield b'"},'
+        yield f'"relevance_score":{result.score!r}}}'.encode("ascii")
 
 
 def _head(call: PoolingCall, created: int) -> bytes:
@@ -64,18 +72,3 @@ def _head(call: PoolingCall, created: int) -> bytes:
 def _usage(call: PoolingCall) -> bytes:
     tokens = call.usage.prompt_tokens
     return body({"prompt_tokens": tokens, "total_tokens": tokens})
-
-
-async def _in_slices(items: Iterable[bytes]) -> list[bytes | bytearray]:
-    """Return the items with commas between them, and let other tasks run after each SLICE_S."""
-    loop = asyncio.get_running_loop()
-    out: list[bytes | bytearray] = []
-    until = loop.time() + SLICE_S
-    for item in items:
-        if out:
-            out.append(b",")
-        out.append(item)
-        if loop.time() >= until:
-            await asyncio.sleep(0)
-            until = loop.time() + SLICE_S
-    return out

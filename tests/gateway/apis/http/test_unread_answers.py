@@ -1,0 +1,43 @@
+"""The bound on the memory of answers that clients do not read."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cluster.gateway.apis.http.unread_answers import UnreadAnswers
+
+
+async def held(answers: UnreadAnswers, tenant: str, size: int, read: asyncio.Event, log: list[str]) -> None:
+    """Hold an answer until it is read."""
+    async with answers.hold(tenant, size):
+        log.append(tenant)
+        await read.wait()
+
+
+async def settle() -> None:
+    """Let all tasks run that can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_tenants_unread_answers_are_bounded() -> None:
+    """A tenant's further answer waits until another one was read or its client has left; other tenants do not wait, and
+    a single answer of any size is made. In the end nothing is held."""
+    answers, log = UnreadAnswers(100), list[str]()
+    reads = [asyncio.Event() for _ in range(5)]
+    sizes = [("slow", 60), ("slow", 40), ("slow", 1), ("other", 500), ("slow", 30)]
+    tasks = [
+        asyncio.create_task(held(answers, tenant, size, read, log))
+        for (tenant, size), read in zip(sizes, reads, strict=True)
+    ]
+    await settle()
+    assert log == ["slow", "slow", "other"]
+    tasks[2].cancel()
+    reads[1].set()
+    await settle()
+    assert log == ["slow", "slow", "other", "slow"], "the answer of 30 is made, and the one that left is not"
+    tasks[0].cancel()
+    for read in reads:
+        read.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert not answers._held
