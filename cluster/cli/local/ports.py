@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,6 +14,9 @@ from cluster.config.gateway import MAX_PORT, Listen
 from cluster.config.schema import Config
 
 TRIES = 50
+PORTS, MIN_PORT = 12_000, 10_000
+"""Number of ports from which one is chosen for port 0, and a port below all of them."""
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 class PortTaken(Exception):
@@ -41,7 +46,7 @@ def _choose_port(held: contextlib.ExitStack, listen: Listen, name: str, last: in
     address = getattr(listen, name)
     for remaining in reversed(range(tries)):
         with contextlib.ExitStack() as bound:
-            port = bound.enter_context(_bind(name, address)).getsockname()[1]
+            port = bound.enter_context(_bind_any(name, address)).getsockname()[1]
             chosen = listen.model_copy(update={name: f"{address.rsplit(':', 1)[0]}:{port}"})
             others = {getattr(chosen.of(process), name) for process in range(1, last + 1)} - {getattr(chosen, name)}
             try:
@@ -60,6 +65,25 @@ def split(address: str) -> tuple[str, int]:
     """Split host:port into the host and the port. The brackets around an IPv6 host are removed."""
     host, port = address.rsplit(":", 1)
     return host.strip("[]"), int(port)
+
+
+def _bind_any(name: str, address: str) -> socket.socket:
+    """Bind an address; for port 0 a port below those that the kernel gives to outgoing connections, since one of these
+    may be given away before the listener's process has bound it."""
+    host, port = address.rsplit(":", 1)
+    high = _first_ephemeral_port()
+    if int(port) == 0 and high - PORTS > MIN_PORT:
+        for _ in range(TRIES):
+            with contextlib.suppress(PortTaken):
+                return _bind(name, f"{host}:{high - PORTS + secrets.randbelow(PORTS)}")
+    return _bind(name, address)
+
+
+def _first_ephemeral_port() -> int:
+    """Return the lowest port of outgoing connections; 0 if it is unknown."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(EPHEMERAL.read_text().split()[0])
+    return 0
 
 
 def _bind(name: str, address: str) -> socket.socket:

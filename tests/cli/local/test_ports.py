@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from cluster.cli.local.ports import PortTaken, choose_ports
+from cluster.cli.local.ports import EPHEMERAL, PortTaken, choose_ports
 from cluster.config.schema import Config, ConfigError, parse
 
 
@@ -30,6 +30,14 @@ def test_open_ports_are_chosen_all_different() -> None:
     for port in ports:
         with socket.socket() as free:
             free.bind(("127.0.0.1", port))
+
+
+def test_chosen_ports_are_not_given_to_outgoing_connections() -> None:
+    """Between the choice and the listener's bind, no outgoing connection gets a chosen port."""
+    low, high = map(int, EPHEMERAL.read_text().split())
+    for processes in (1, 3):
+        addresses = choose_ports(config(processes)).gateway.listen.model_dump().values()
+        assert all(not low <= int(address.rsplit(":", 1)[1]) <= high for address in addresses)
 
 
 def test_a_taken_port_names_key_and_owner() -> None:
