@@ -33,6 +33,8 @@ pytestmark = pytest.mark.slow
 CALLS, AT_ONCE, LINKS = 400, 20, 8
 ROUNDS, KEPT = 2, 0.2
 REST_S = 30.0
+STILL = 20
+"""Number of counts in a row without growth after which a new link counts as complete."""
 """Seconds within which everything that has ended must be freed. One count of all objects takes seconds, and more on a
 busy machine."""
 QUICK = Timing(redial_min_s=0.01, redial_max_s=0.02, silence_s=60.0, hang_s=60.0)
@@ -137,10 +139,10 @@ async def settled() -> Held:
 
     def still() -> bool:
         held.append(Held.now())
-        return not held[-1].grown(held[-2], 1)
+        return len(held) > STILL and not any(held[-1].grown(earlier, 1) for earlier in held[-STILL:])
 
     with contextlib.suppress(AssertionError):  # then use the last count
-        await until(still, "nothing more comes", 3)
+        await until(still, "nothing more comes", 10)
     return held[-1]
 
 

@@ -37,6 +37,8 @@ GCS_AWAY_S = 900
 """Time in seconds for which the node and the node's processes wait for a head that is away (Ray's
 own default is 60 s).
 """
+SUPERVISED = ("bash", "-c", 'for start in 1 2 3; do "$@" && break; done', "supervised")
+"""Runs a command again if it fails."""
 
 
 @dataclass
@@ -96,7 +98,8 @@ class HeadAndNode:
         _end(self.head)
 
     def find_head(self) -> None:
-        """Start the head on its host. After a loss, the head finds its data in Valkey."""
+        """Start the head on its host. After a loss, the head finds its data in Valkey. A head that ends by itself, as
+        on a busy machine whose dashboard misses a deadline, is started again, as a supervisor does."""
         words = ["--head", f"--port={GCS_PORT}", f"--dashboard-host={self.head.address}", "--include-dashboard=true"]
         self._ray(self.head, *words, f"--dashboard-port={DASHBOARD_PORT}", "--num-cpus=8", "--num-gpus=0")
         _until_open(self.head.address, GCS_PORT, "the head")
@@ -112,7 +115,7 @@ class HeadAndNode:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
         command += [f"--node-ip-address={host.address}", "--disable-usage-stats", "--object-store-memory=134217728"]
         if host is self.head:
-            command.append(f"--temp-dir={self.folder}/ray")
+            command = [*SUPERVISED, *command, f"--temp-dir={self.folder}/ray"]
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
             **self.environment,
