@@ -25,7 +25,8 @@ ACCEPTED, WITHOUT_REASON = "hostile adapters that were not refused", "refused wi
 NONE = Bound("<=", 0.0)
 ROWS: Mapping[str, Bound | None] = {TITLE: NONE, ACCEPTED: NONE, WITHOUT_REASON: NONE}
 ENGINE: Mapping[str, object] = {"max_loras": 2, "max_cpu_loras": 4}
-GOOD, TOKENS, REFUSED_S = "a0", 48, 300.0
+GOOD, TOKENS, CALLS, REFUSED_S = "a0", 48, 40, 300.0
+ENDED = ("FAILED", "READY")
 
 
 async def measure(stage: Stage) -> list[Figure]:
@@ -39,7 +40,7 @@ async def measure(stage: Stage) -> list[Figure]:
             before = {model: await _text(face, model) for model in models}
             harmed, calls, states = 0, 0, dict[str, dict[str, Any]]()
             async with asyncio.timeout(REFUSED_S):
-                while sum(card["state"] in ("FAILED", "READY") for card in states.values()) < len(hostile):
+                while calls < CALLS or sum(card["state"] in ENDED for card in states.values()) < len(hostile):
                     for model in models:
                         calls += 1
                         harmed += await _text(face, model) != before[model]
