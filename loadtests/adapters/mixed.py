@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cluster.api.adapters import full_name
+from cluster.api.adapters import SEPARATOR
 from loadtests.adapters import rig
 from loadtests.agents.tool_tokens import bind
 from loadtests.datasets import prose
@@ -44,7 +44,7 @@ async def measure(stage: Stage) -> list[Figure]:
     folder = await rig.prepare(stage, ADAPTERS)
     server = await rig.start_server(stage, folder, ADAPTERS, ENGINE)
     async with rig.running(stage, folder, rig.names(ADAPTERS), ENGINE) as ours:
-        prefix = full_name(serving.MODEL, "")
+        prefix = f"{serving.MODEL}{SEPARATOR}"
         arms: dict[tuple[str, int], Contestant] = {}
         for adapters in (ADAPTERS, 1):
             arms["ours", adapters] = Contestant(
