@@ -15,7 +15,7 @@ MAX_DIMENSIONS = 65_536
 
 
 class PoolingTask(enum.StrEnum):
-    """What a pooling request asks of the engine."""
+    """Task of a pooling request."""
 
     EMBED = "embed"
     """The vector of a text."""
@@ -38,7 +38,7 @@ class PoolingParams:
 
 @dataclass(frozen=True, slots=True)
 class PoolingInfo:
-    """What a pooling model can do. `dimensions`: length of its vectors; 1 for the scores of a cross-encoder.
+    """Tasks and vector lengths of a pooling model. `dimensions`: length of its vectors; 1 for a cross-encoder's scores.
 
     `shorter_dimensions`: the lengths that callers may ask for; empty if the model declares none. `any_shorter`: every
     length from 1 to `dimensions` is allowed.

@@ -45,9 +45,6 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 API_VERSION = "headrace/v1"
 
-NOT_YET: dict[str, str] = {}
-NOT_YET_MODEL: dict[str, str] = {}
-
 LinkAddress = Annotated[
     str,
     Field(pattern=r"^(srv://_[a-z0-9-]+\._tcp(\.[a-zA-Z0-9_-]+)+\.?|(\[[0-9a-fA-F:]+\]|[^:/\s]+):[0-9]{1,5})$"),
@@ -637,17 +634,6 @@ def _not_allowed(source: str, allow: Allow) -> str:
     return f"{source!r} is not among weights.allow.sources ({', '.join(allow.sources)})"
 
 
-def _refuse_not_yet(data: Mapping[str, Any]) -> Iterator[Problem]:
-    for key, what in NOT_YET.items():
-        if key in data:
-            yield Problem((key,), f"{what}: not in this release; remove the section")
-    models = data.get("models")
-    for i, entry in enumerate(models if isinstance(models, list) else []):
-        for key, what in NOT_YET_MODEL.items():
-            if isinstance(entry, dict) and key in entry:
-                yield Problem(("models", i, key), f"{what}: not in this release; remove the key")
-
-
 def parse(text: str, where: str = "configuration") -> Config:
     """Read and check the text of a cluster.yaml. Raises ConfigError with the path of every wrong key."""
     document = read_document(text, where)
@@ -692,9 +678,8 @@ def without_invalid_keys(document: Document, absent: Collection[str] = ()) -> tu
     """
     zero_bytes = [*_zero_bytes((), document.data, set())]
     wrong = [_duplicate_problem(duplicate) for duplicate in document.duplicates]
-    wrong += [*_refuse_not_yet(document.data), *zero_bytes]
-    unusable = [problem.path for problem in wrong if problem in zero_bytes or problem.path[-1] in NOT_YET_MODEL]
-    data: Any = without(document.data, unusable)
+    wrong += zero_bytes
+    data: Any = without(document.data, [problem.path for problem in zero_bytes])
     removed: list[KeyPath] = []
     while data is not None and len(removed) < MAX_PROBLEMS:
         try:

@@ -44,7 +44,7 @@ class AdapterView:
 
     @property
     def reason(self) -> str:
-        """Why the adapter is not ready everywhere; "" if no reason is known."""
+        """Reason why the adapter is not ready everywhere; "" if no reason is known."""
         if not self.workers:
             return NO_WORKER
         reasons = list(dict.fromkeys(reason for _, reason in self.failures))

@@ -74,7 +74,7 @@ Owner = TypeVar("Owner", bound=PoolingOwner)
 
 @dataclass(eq=False, repr=False, slots=True)
 class PooledSequence(OutputSequence[Owner]):
-    """One input of a pooling call. Implements the Sink of worker_link.py."""
+    """Sequence of one input of a pooling call. Implements the Sink of worker_link.py."""
 
     vector: bytes = field(init=False, default=b"")
     """Little-endian float32 values, once the sequence has finished."""
