@@ -110,10 +110,12 @@ class Outbox:
         self._elsewhere[gateway] = waiting
         self.flush()
 
-    def kv_blocks(self, messages: Iterable[pb.KvBlocks]) -> None:
-        """Add reports of KV blocks. Each is sent with another message, so that tokens are not delayed."""
+    def kv_blocks(self, messages: Iterable[pb.KvBlocks], *, wakes: bool = True) -> None:
+        """Add reports of KV blocks. Each is sent with another message, so that tokens are not delayed. `wakes`: whether
+        to wake the writer; otherwise they are sent with the next messages, at the latest after two heartbeats."""
         self._kv_blocks.extend(messages)
-        self.flush()
+        if wakes:
+            self.flush()
 
     def rendered(self, answer: pb.Rendered) -> None:
         """Add the answer to a Render. Its ids are sent in pieces, one a message."""

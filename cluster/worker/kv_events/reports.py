@@ -2,7 +2,7 @@
 
 Changes are collected for INTERVAL_S and sent to all links. A decoding engine fills some blocks in every step, and a
 message a step would cost each gateway more than the blocks are worth. The gateway that sent a prompt expects its blocks
-anyway, so it does not need an early report.
+anyway, so it does not need an early report: changes wait for a message that is sent in any case, a step or a heartbeat.
 
 All blocks of a large engine are sent in pieces, between which other work runs. A piece holds the blocks that the engine
 holds when the piece is made, so it is right after all changes that were sent before it.
@@ -51,7 +51,7 @@ class KvReports:
             return
         while True:
             self._mirror.apply(await self._source.kv_events())
-            self._send(self._outboxes, self._mirror.pop_change())
+            self._send(self._outboxes, self._mirror.pop_change(), wakes=False)
             await asyncio.sleep(INTERVAL_S)
 
     async def _send_snapshot(self, number: int, outbox: Outbox) -> None:
@@ -64,8 +64,8 @@ class KvReports:
         self._snapshots.pop(number, None)
 
     @staticmethod
-    def _send(outboxes: dict[int, Outbox], change: KvChange) -> None:
+    def _send(outboxes: dict[int, Outbox], change: KvChange, *, wakes: bool = True) -> None:
         if change:
             messages = list(kv_blocks_to_pb(change))
             for outbox in outboxes.values():
-                outbox.kv_blocks(messages)
+                outbox.kv_blocks(messages, wakes=wakes)
