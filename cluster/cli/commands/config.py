@@ -13,7 +13,7 @@ from cluster.cli.common import USAGE as USAGE
 from cluster.cli.common import JsonOption, fail, print_json, warn
 from cluster.config.schema import Config
 
-app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print its schema.")
+app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print its JSON schema.")
 
 
 @app.command()
