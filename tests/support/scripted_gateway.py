@@ -293,7 +293,7 @@ class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
         return scaling_pb2.UnfreezeResponse(models=[scaling_pb2.ModelScaling(name=request.name or "all", by="demand")])
 
 
-class CredentialRecorder(grpc.ServerInterceptor):  # type: ignore[misc] # grpcio's stubs leave it untyped
+class CredentialRecorder(grpc.ServerInterceptor):
     """Records the credentials of each call."""
 
     def __init__(self, script: Script) -> None:
