@@ -78,12 +78,12 @@ def target_of(ctx: typer.Context) -> Target:
 
     A contradiction or an invalid file ends the command with exit code 2.
     """
-    typed = typed_names(ctx, ADMIN_OPTIONS)
-    given = {name: ctx.params.get(name) for name in typed}
-    context = given.get("context_name") or ctx.find_root().params.get("context_name") if "context_name" in typed else ""
+    given = {name: ctx.params.get(name) for name in ADMIN_OPTIONS if _is_typed(ctx, name)}
+    if "context_name" not in given and _is_typed(ctx.find_root(), "context_name"):
+        given["context_name"] = ctx.find_root().params["context_name"]
     admin = given.get("admin") or ""
     options = TypedOptions(
-        context=context or "",
+        context=given.get("context_name") or "",
         endpoint=given.get("endpoint") or "",
         admin=admin if isinstance(admin, str) else ",".join(admin),  # `abort` and `explain request` take several
         api_key_file=_path(given.get("api_key_file")),

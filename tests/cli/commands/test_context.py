@@ -58,6 +58,10 @@ def test_commands_use_the_context(
     assert keys_sent("abort", "x", "--reason", "y", "--context", "here") == mine
     monkeypatch.setenv("HEADRACE_CONTEXT", "here")
     assert keys_sent("chat", "m", "hi") == mine
+    monkeypatch.setenv("HEADRACE_CONTEXT", "nowhere")
+    assert keys_sent("--context", "here", "models") == mine
+    assert keys_sent("models", "--context", "here") == mine
+    monkeypatch.setenv("HEADRACE_CONTEXT", "here")
     assert keys_sent("chat", "m", "hi", "--endpoint", gateway.endpoint) == set()
     assert keys_sent("scale", "m", "2", "--admin", gateway.endpoint) == set()
     assert keys_sent("abort", "x", "--reason", "y", "--admin", gateway.endpoint) == set()
