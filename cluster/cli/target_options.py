@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -65,7 +65,12 @@ def typed_names(ctx: typer.Context, names: Iterable[str]) -> frozenset[str]:
     `--context` may also stand before the command's name.
     """
     typed = {name for name in names if _is_typed(ctx, name)}
-    return frozenset(typed | ({"context_name"} if _is_typed(ctx.find_root(), "context_name") else set()))
+    return frozenset(typed | ({"context_name"} if _is_typed(root_of(ctx), "context_name") else set()))
+
+
+def root_of(ctx: typer.Context) -> typer.Context:
+    """Return the context of the options before the command's name."""
+    return cast(typer.Context, ctx.find_root())
 
 
 def _is_typed(ctx: typer.Context, name: str) -> bool:
@@ -79,8 +84,8 @@ def target_of(ctx: typer.Context) -> Target:
     A contradiction or an invalid file ends the command with exit code 2.
     """
     given = {name: ctx.params.get(name) for name in ADMIN_OPTIONS if _is_typed(ctx, name)}
-    if "context_name" not in given and _is_typed(ctx.find_root(), "context_name"):
-        given["context_name"] = ctx.find_root().params["context_name"]
+    if "context_name" not in given and _is_typed(root_of(ctx), "context_name"):
+        given["context_name"] = root_of(ctx).params["context_name"]
     admin = given.get("admin") or ""
     options = TypedOptions(
         context=given.get("context_name") or "",

@@ -40,7 +40,8 @@ def sections_in(hint: Any) -> Iterator[type[BaseModel]]:
 def config_schema() -> dict[str, Any]:
     """Return the JSON schema of cluster.yaml, with a description of every key."""
     schema = Config.model_json_schema(by_alias=True)
-    waiting, described = [Config], set[type[BaseModel]]()
+    waiting: list[type[BaseModel]] = [Config]
+    described = set[type[BaseModel]]()
     while waiting:
         section = waiting.pop()
         if section in described:

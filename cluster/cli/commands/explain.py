@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -41,7 +41,8 @@ def explain_request(
     request = pb.ExplainRequestRequest(request_id=request_id, parent=f"tenants/{tenant}" if tenant else "")
     calls: list[pb.ExplainedCall] = []
     missing = ""
-    for address in admin or [target.admin]:
+    addresses: Sequence[str | None] = admin or [target.admin]
+    for address in addresses:
         access = admin_access(replace(target, admin=address))
         with open_admin(access) as api:
             try:

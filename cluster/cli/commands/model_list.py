@@ -30,7 +30,7 @@ from cluster.cli.common import (
     target_errors,
 )
 from cluster.cli.contexts import Target
-from cluster.cli.target_options import ADMIN_OPTIONS, ContextOption, target_of, typed_names, with_admin_target
+from cluster.cli.target_options import ADMIN_OPTIONS, ContextOption, root_of, target_of, typed_names, with_admin_target
 from cluster.v1 import inference_pb2 as pb
 
 
@@ -46,7 +46,7 @@ def models(
     """List the models that you may use; the commands below work on a single one."""
     if ctx.invoked_subcommand is None:
         show_models(target_of(ctx), as_json)
-    elif typed := sorted(typed_names(ctx, (*ADMIN_OPTIONS, "as_json")) - typed_names(ctx.find_root(), ())):
+    elif typed := sorted(typed_names(ctx, (*ADMIN_OPTIONS, "as_json")) - typed_names(root_of(ctx), ())):
         option = {"as_json": "--json", "context_name": "--context"}.get(typed[0], f"--{typed[0].replace('_', '-')}")
         fail(f"{option} belongs behind `{ctx.invoked_subcommand}`", USAGE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -99,7 +100,8 @@ def abort(
     """Abort a running or waiting call. A gateway knows only the calls on its own host: name each gateway that may have
     it."""
     aborted, missing = 0, ""
-    for address in admin or [target.admin]:
+    addresses: Sequence[str | None] = admin or [target.admin]
+    for address in addresses:
         access = admin_access(replace(target, admin=address))
         with open_admin(access) as api:
             try:
