@@ -25,7 +25,7 @@ ARCHIVING = {
     "wal_level": "replica",
     "max_wal_senders": "4",
     "archive_mode": "on",
-    "archive_command": "test ! -f {folder}/archive/%f && cp %p {folder}/archive/%f",
+    "archive_command": "cp %p {folder}/archive/%f.partial && mv {folder}/archive/%f.partial {folder}/archive/%f",
 }
 
 
