@@ -22,6 +22,7 @@ from cluster.cli.common import (
     EndpointOption,
     JsonOption,
     TlsCaOption,
+    err,
     fail,
     local_run,
     make_client,
@@ -31,6 +32,7 @@ from cluster.cli.common import (
 )
 from cluster.cli.contexts import Target
 from cluster.cli.target_options import ADMIN_OPTIONS, ContextOption, root_of, target_of, typed_names, with_admin_target
+from cluster.client.errors import from_rpc
 from cluster.v1 import inference_pb2 as pb
 
 
@@ -85,15 +87,19 @@ def _nodes(row: Mapping[str, Any]) -> str:
 def _replicas(target: Target) -> dict[str, dict[str, Any]]:
     """Return the replicas and nodes of each model from the admin API.
 
-    The result is empty if no admin address is known, or if the caller may not read it: callers need not be operators.
+    The result is empty if no admin address is known. It is also empty if the admin API refuses or does not answer,
+    which a note says: callers need not be operators.
     """
     if target.admin is None and (target.is_named or local_run() is None):
         return {}
-    with closing(Admin(admin_access(target))) as api:
+    access = admin_access(target)
+    with closing(Admin(access)) as api:
         try:
             entries, _ = api.catalog()
             workers = api.workers()
-        except grpc.RpcError:
+        except grpc.RpcError as error:
+            refusal = from_rpc(error, endpoint=access.address)
+            err.print(f"[yellow]note:[/yellow] replicas are not shown: {escape(refusal.message)}")
             return {}
     nodes = nodes_by_model((worker.model, worker.host or worker.node[:12]) for worker in workers)
     return {
