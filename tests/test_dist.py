@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from loadtests.children import ROOT
-from scripts.dist import chart_version
+from scripts.dist import chart_version, commit_time
 
 pytestmark = pytest.mark.slow
 TAG = "v3.1.4"
@@ -115,8 +115,10 @@ def test_the_sdist_has_the_whole_repository(release: Release) -> None:
 
 def test_an_installed_wheel_works(release: Release, tmp_path: Path) -> None:
     """Installed apart from the source, `headrace` has the version of the tag, in each way of asking."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path]
-    _run(*pip, release.wheel, cwd=tmp_path)
+    with zipfile.ZipFile(release.wheel) as wheel:  # what pip does, without its start
+        wheel.extractall(tmp_path)  # noqa: S202
+        entry_points = wheel.read(f"headrace-{TAG[1:]}.dist-info/entry_points.txt").decode()
+    assert "headrace = cluster.cli.main:main" in entry_points.splitlines()
     ask = [sys.executable, "-m", "cluster.cli.main"]
     installed = {"PYTHONPATH": str(tmp_path)}
     assert _run(*ask, "--version", cwd=tmp_path, **installed) == f"headrace {TAG[1:]}\n"
@@ -125,14 +127,15 @@ def test_an_installed_wheel_works(release: Release, tmp_path: Path) -> None:
     version, file = _run(sys.executable, "-c", program, cwd=tmp_path, **installed).split()
     assert version == TAG[1:]
     assert Path(file).is_relative_to(tmp_path)
-    assert (tmp_path / "bin" / "headrace").exists()
 
 
 def test_the_checksums_are_right_and_the_wheel_is_reproducible(release: Release, tmp_path: Path) -> None:
-    """`sha256sum --check` accepts the files, and a second build of the commit has the same wheel."""
+    """`sha256sum --check` accepts the files. The wheel was built from the sdist; one that is built from the repository
+    itself, at another time, is the same."""
     _run("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=release.out)
-    script = release.tree / "scripts" / "dist.py"
-    _run(sys.executable, script, "--offline", "--out", tmp_path, cwd=release.tree, PATH=_without_helm())
+    build = [sys.executable, "-m", "uv", "build", "--quiet", "--wheel", "--no-build-isolation", "--offline"]
+    where = ["--python", sys.executable, "--out-dir", tmp_path, release.tree]
+    _run(*build, *where, cwd=release.tree, SOURCE_DATE_EPOCH=commit_time(release.tree))
     assert (tmp_path / release.wheel.name).read_bytes() == release.wheel.read_bytes()
 
 

@@ -69,7 +69,7 @@ def test_exit_codes_are_uniform(run: Run) -> None:
     nowhere = "127.0.0.1:1"
     for verb in (("status",), ("scale", "m", "1"), ("tenants", "list"), ("explain", "request", "x"), ("drain", "w")):
         assert run(*verb, "--admin", nowhere).exit_code == UNREACHABLE_CODE, verb
-    for verb in (("models",), ("chat", "m", "hi"), ("embed", "m", "hi")):
+    for verb in (("models",), ("chat", "m", "hi")):
         assert run(*verb, "--endpoint", nowhere).exit_code == UNREACHABLE_CODE, verb
 
 
