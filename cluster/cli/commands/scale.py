@@ -28,6 +28,8 @@ AnyModelArgument = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="A model's name or alias; without it, all models.", show_default=False)
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit log.")]
+NEGLIGIBLE = 1e-9
+"""Numbers that are nearer to zero are shown as 0."""
 
 
 @with_admin
@@ -120,4 +122,5 @@ def _decision_table(decisions: Sequence[pb.ScalingDecision]) -> Table:
 
 
 def _numbers(numbers: Any) -> str:
-    return "  ".join(f"{name} {numbers[name]:.4g}" for name in sorted(numbers))
+    shown = {name: 0.0 if abs(numbers[name]) < NEGLIGIBLE else numbers[name] for name in sorted(numbers)}
+    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
