@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton minilm suites client-suites contract-v2 killers gpu-contract window clean clean-all
+.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton minilm suites client-suites contract-v2 killers gpu-contract window dist clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -127,6 +127,9 @@ bench-clients: setup ## the environment .venv-clients (1.4 GB): clients from PyP
 gpu-report: ## peers with a real model on this machine's GPUs, as Markdown (MODEL=folder-or-id REPORT=docs/x.md)
 	@[ -x $(VENV)/python ] || { echo "no $(VENV): make one with the gpu extra, pip install -e '.[gpu,bench]'"; exit 2; }
 	HF_HUB_OFFLINE=$(HUB_OFFLINE) $(VENV)/python -m loadtests.gpu_report $(MODEL) $(if $(REPORT),--out $(REPORT)) $(ARGS)
+
+dist: setup ## a release's files in dist/: wheel, sdist, the chart (where Helm is) and SHA256SUMS
+	$(VENV)/python scripts/dist.py $(ARGS)
 
 clean: ## remove caches and what was built
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

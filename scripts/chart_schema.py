@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from cluster.config.schema import Config
+from cluster.config.descriptions import config_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "helm" / "values.schema.json"
@@ -158,7 +158,7 @@ def with_table(readme: str, schema: Mapping[str, Any], values: Mapping[str, Any]
 
 def generated() -> dict[Path, str]:
     """Return the wanted text of every generated file."""
-    schema = with_config(json.loads(SCHEMA.read_text()), Config.model_json_schema(by_alias=True))
+    schema = with_config(json.loads(SCHEMA.read_text()), config_schema())
     text = VALUES.read_text()
     text = commented_values(schema, yaml.safe_load(text), text)
     values = yaml.safe_load(text)

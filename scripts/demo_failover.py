@@ -118,7 +118,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        print(headrace("down", NAME).stdout.rstrip())
+        print(headrace("down", NAME, "--yes").stdout.rstrip())
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ With `--check`, the script only compares the pages with the code.
 
 from __future__ import annotations
 
-import ast
 import inspect
-import itertools
 import json
 import sys
 import textwrap
@@ -23,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from cluster.api.outcomes import OUTCOME_STATUS, Outcome
 from cluster.cli.all_commands import app
+from cluster.config.descriptions import attribute_docstrings
 from cluster.config.schema import Config
 from cluster.config.tenants import Tenant, TenantDefaults
 from cluster.observe.metrics import DEFINITIONS
@@ -31,18 +30,6 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 COMMAND = "make reference"
 PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "path", Any: "any value"}
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-
-
-def attribute_docstrings(owner: type) -> dict[str, str]:
-    """Return the string below each attribute in the body of a class and of the base classes, by attribute name."""
-    found: dict[str, str] = {}
-    for base in (base for base in reversed(owner.__mro__) if base.__module__.startswith("cluster.")):
-        body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(base)).body[0]).body
-        for statement, below in itertools.pairwise(body):
-            target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
-            if isinstance(target, ast.Name) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                found[target.id] = " ".join(str(below.value.value).split())
-    return found
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

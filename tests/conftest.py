@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 """gRPC reads it when it is first used. Tests fork parsers from this process, where its threads must not start again."""
+
+_CONFIGURATION = tempfile.TemporaryDirectory(prefix="headrace-tests-")
+os.environ["XDG_CONFIG_HOME"] = _CONFIGURATION.name
+"""Commands that tests run do not read the contexts of the user, which may name a real cluster."""
 
 settings.register_profile("patient", deadline=None)  # other work on the machine changes the duration of an example
 settings.load_profile("patient")

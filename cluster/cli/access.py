@@ -7,12 +7,14 @@ gateway's own certificate file, since the gateway is on this host.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 
 from cluster.cli.common import USAGE, admin_endpoint, api_key, fail, local_run
+from cluster.cli.contexts import Target
 from cluster.client.options import ChannelOptions
 from cluster.config.schema import Config, ConfigError, load, secret_files
 
@@ -22,13 +24,14 @@ class Access:
     """Address, credential and TLS settings of an admin port.
 
     `roots` has the trusted certificates in PEM format; None means a connection without TLS. `name` is the name that
-    the certificate must have.
+    the certificate must have. `context` is the name of the context that has the address, if any.
     """
 
     address: str
     key: str = field(default="", repr=False)
     roots: bytes | None = None
     name: str = ""
+    context: str = ""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -45,23 +48,26 @@ class Access:
         return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(self.roots), options=options)
 
 
-def admin_access(endpoint: str | None, admin: str | None, api_key_file: Path | None, tls_ca: Path | None) -> Access:
-    """Return the access for a command's options. An unreadable file ends the command with exit code 2."""
-    address = admin_endpoint(endpoint, admin)
+def admin_access(target: Target) -> Access:
+    """Return the access to the admin port of a command's target. An unreadable file ends the command with exit code 2.
+
+    If the address is that of the local cluster, its credential and certificate are used where the target has none.
+    """
+    address = admin_endpoint(target.endpoint, target.admin)
     run = local_run()
     local = Access(address)
-    if run is not None and run.endpoints().get("admin") == address:
-        try:
+    is_local = run is not None and run.endpoints().get("admin") == address
+    if run is not None and is_local:
+        with contextlib.suppress(ConfigError):  # the file is from another release, or does not exist any more
             local = local_access(address, load(run.config_file))
-        except ConfigError:  # the file is from another release, or does not exist any more
-            local = Access(address)
-    key = (api_key(api_key_file) if api_key_file else local.key) or api_key(None)
-    if tls_ca is None:
-        return Access(address, key, local.roots, local.name)
+    own_key = api_key(target) if target.api_key_file or target.context else ""
+    key = own_key or local.key or api_key(target)
+    if target.tls_ca is None or (is_local and target.tls_ca_is_general):
+        return Access(address, key, local.roots, local.name, target.context)
     try:
-        return Access(address, key, tls_ca.read_bytes())
+        return Access(address, key, target.tls_ca.read_bytes(), context=target.context)
     except OSError as error:
-        fail(f"--tls-ca {tls_ca}: cannot be read: {error.strerror}", USAGE)
+        fail(f"--tls-ca {target.tls_ca}: cannot be read: {error.strerror}", USAGE)
 
 
 def local_access(address: str, config: Config) -> Access:

@@ -10,23 +10,22 @@ from google.protobuf.json_format import MessageToDict
 
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
 from cluster.cli.access import Access, admin_access
-from cluster.cli.common import AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, rpc_errors
+from cluster.cli.common import rpc_errors
 from cluster.cli.shared_options import Command, with_options
+from cluster.cli.target_options import ADMIN_OPTIONS, target_of
 
-ADMIN_OPTIONS = {
-    "endpoint": EndpointOption,
-    "admin": AdminOption,
-    "api_key_file": ApiKeyOption,
-    "tls_ca": TlsCaOption,
-}
 TIMEOUT_S = 10.0
 PAGE_SIZE = 500
 
 
 class Admin:
-    """Client of a gateway's admin services Fleet and Catalog. The client reads all pages of a list."""
+    """Client of a gateway's admin services Fleet and Catalog. The client reads all pages of a list.
+
+    `where` names the gateway in questions to the user.
+    """
 
     def __init__(self, access: Access) -> None:
+        self.where = f"{access.context} ({access.address})" if access.context else access.address
         self._metadata = access.metadata
         self._channel = access.channel()
         self._fleet = admin_pb2_grpc.FleetStub(self._channel)
@@ -80,13 +79,13 @@ class Admin:
 @contextmanager
 def open_admin(access: Access) -> Iterator[Admin]:
     """Open a client of a gateway's admin API. A failed call ends the command with the exit code for the error."""
-    with closing(Admin(access)) as admin, rpc_errors(access.address):
+    with closing(Admin(access)) as admin, rpc_errors(access.address, access.context):
         yield admin
 
 
 def with_admin(command: Command) -> Command:
     """Decorate a command: add the options that select a gateway, and pass a client as the argument `api`."""
-    return with_options("api", ADMIN_OPTIONS, lambda context, given: open_admin(admin_access(**given)))(command)
+    return with_options("api", ADMIN_OPTIONS, lambda ctx, _: open_admin(admin_access(target_of(ctx))))(command)
 
 
 def plain(message: Any) -> dict[str, Any]:

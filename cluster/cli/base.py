@@ -15,7 +15,8 @@ from cluster.cli.terminal import safe
 from cluster.config.lenient import PartialConfig
 from cluster.config.schema import Config, ConfigError, load
 
-OK, FAILED, USAGE, UNREACHABLE_CODE = 0, 1, 2, 3
+OK, FAILED, USAGE, UNREACHABLE_CODE, DIFFERS = 0, 1, 2, 3, 4
+EXIT_CODES = "Exit codes: 0 ok, 1 failed, 2 bad usage or configuration, 3 unreachable, 4 differs."
 FileOption = Annotated[
     Path, typer.Option("-f", "--file", envvar="HEADRACE_CONFIG", help="The cluster.yaml.", show_default=False)
 ]

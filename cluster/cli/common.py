@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cluster.cli.base import DIFFERS as DIFFERS
 from cluster.cli.base import FAILED as FAILED
 from cluster.cli.base import OK as OK
 from cluster.cli.base import UNREACHABLE_CODE as UNREACHABLE_CODE
@@ -22,6 +23,7 @@ from cluster.cli.base import FileOption as FileOption
 from cluster.cli.base import fail as fail
 from cluster.cli.base import read_config as read_config
 from cluster.cli.base import warn as warn
+from cluster.cli.contexts import CA_VARIABLE, ENDPOINT_VARIABLE, KEY_VARIABLE, Target
 from cluster.cli.local.run_folder import RunFolder
 from cluster.cli.terminal import safe, write_json
 from cluster.client import UNREACHABLE, Client, HeadraceError
@@ -49,25 +51,41 @@ EndpointOption = Annotated[
     str | None,
     typer.Option(
         "--endpoint",
-        envvar="HEADRACE_ENDPOINT",
+        envvar=ENDPOINT_VARIABLE,
         help="The gateway's gRPC address, host:port.",
-        show_default="the local cluster, else localhost:50051",
+        show_default="of the context, the local cluster, or localhost:50051",
     ),
 ]
 AdminOption = Annotated[
     str | None,
     typer.Option(
-        "--admin", help="The gateway's admin address.", show_default="the local cluster's, else port 50053 there"
+        "--admin",
+        help="The gateway's admin address, host:port.",
+        show_default="of the context, the local cluster, or port 50053 of that host",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ApiKeyOption = Annotated[
-    Path | None, typer.Option("--api-key-file", help="A file with the API key.", exists=True, dir_okay=False)
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        help="A file with the API key.",
+        show_default=f"of the context; else {KEY_VARIABLE} has the key",
+        exists=True,
+        dir_okay=False,
+    ),
 ]
 TlsCaOption = Annotated[
-    Path | None, typer.Option("--tls-ca", help="The CA that signs the gateway's certificate.", dir_okay=False)
+    Path | None,
+    typer.Option(
+        "--tls-ca",
+        envvar=CA_VARIABLE,
+        help="A file with the CA of the gateway's certificate (PEM); turns TLS on.",
+        show_default="of the context",
+        dir_okay=False,
+    ),
 ]
-TimeoutOption = Annotated[float, typer.Option("--timeout-s", help="Seconds for the whole call.", min=0.001)]
+TimeoutOption = Annotated[float, typer.Option("--timeout-s", help="Deadline of the whole call, in seconds.", min=0.001)]
 
 
 def print_json(value: Any) -> None:
@@ -115,45 +133,47 @@ def _is_same_address(first: str, second: str) -> bool:
     return ports[0] == ports[1] and (hosts[0] == hosts[1] or all(is_loopback(address) for address in (first, second)))
 
 
-def api_key(file: Path | None) -> str:
-    """Return the API key for a command's calls.
-
-    The key is read from `file`, or from the environment variable HEADRACE_API_KEY if `file` is None. Without both, the
-    result is empty.
-    """
-    if file is None:
-        return os.environ.get("HEADRACE_API_KEY", "")
+def api_key(target: Target) -> str:
+    """Return the API key for a command's calls, from the target's key file or environment variable, or ""."""
+    if target.api_key_file is None:
+        key = os.environ.get(target.api_key_env, "")
+        if not key and target.api_key_env != KEY_VARIABLE:
+            fail(f"context {target.context}: the variable {target.api_key_env} with its API key is not set", USAGE)
+        return key
     try:
-        return file.read_text().strip()
+        return target.api_key_file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"--api-key-file {file}: cannot be read: {error}", USAGE)
+        fail(f"--api-key-file {target.api_key_file}: cannot be read: {error}", USAGE)
 
 
-def make_client(
-    endpoint: str | None, api_key_file: Path | None, tls_ca: Path | None, timeout_s: float | None = None
-) -> Client:
-    """Create an SDK client from a command's options."""
+def make_client(target: Target, timeout_s: float | None = None) -> Client:
+    """Create an SDK client for a command's target."""
+    is_local = not target.is_named and local_run() is not None
+    tls_ca = None if is_local and target.tls_ca_is_general else target.tls_ca
     try:
-        return Client(grpc_endpoint(endpoint), api_key=api_key(api_key_file), tls_ca_file=tls_ca, timeout_s=timeout_s)
+        return Client(grpc_endpoint(target.endpoint), api_key=api_key(target), tls_ca_file=tls_ca, timeout_s=timeout_s)
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
 
 
-def _how_to_reach() -> str:
+def _how_to_reach(context: str) -> str:
     """Return a hint for the error message when no gateway answers."""
+    if context:
+        return f"the address is of the context {context} (`headrace context show {context}`)"
     running = [run.path.name for run in RunFolder.running()]
     if len(running) > 1:
         names = ", ".join(running)
         return f"{len(running)} local clusters are up ({names}): choose one by --endpoint or --admin HOST:PORT"
     local = f"the local cluster {running[0]} is up" if running else "no local cluster is up (`headrace up -f FILE`)"
-    return f"{local}; for a gateway elsewhere give --endpoint or --admin HOST:PORT"
+    return f"{local}; for a gateway elsewhere give --endpoint, --admin or --context"
 
 
 @contextlib.contextmanager
-def rpc_errors(endpoint: str) -> Iterator[None]:
+def rpc_errors(endpoint: str, context: str = "") -> Iterator[None]:
     """Turn a failed RPC into a one-line error.
 
     The exit code is 3 if the gateway is unreachable or cannot reach its store, 2 for an invalid value, and 1 otherwise.
+    `context`: name of the context that has the address, for the error message.
     """
     try:
         try:
@@ -162,6 +182,11 @@ def rpc_errors(endpoint: str) -> Iterator[None]:
             raise from_rpc(error, endpoint=endpoint) from None
     except HeadraceError as error:
         if error.reason == UNREACHABLE:
-            fail(f"{error.message}; {_how_to_reach()}", UNREACHABLE_CODE)
+            fail(f"{error.message}; {_how_to_reach(context)}", UNREACHABLE_CODE)
         pause = f" (try again in {error.retry_after_s:g} s)" if error.retry_after_s else ""
         fail(f"{error.reason}: {error.message}{pause}", _CODES.get(error.reason, FAILED))
+
+
+def target_errors(target: Target) -> contextlib.AbstractContextManager[None]:
+    """Turn a failed RPC to the target's gRPC endpoint into a one-line error. See rpc_errors."""
+    return rpc_errors(grpc_endpoint(target.endpoint), target.context)

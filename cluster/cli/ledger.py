@@ -42,7 +42,13 @@ ConfigOption = Annotated[
     Path | None, typer.Option("-f", "--file", envvar="HEADRACE_CONFIG", help="The cluster.yaml.", dir_okay=False)
 ]
 PepperOption = Annotated[
-    Path | None, typer.Option("--pepper-file", help="The file of auth.api_keys.pepper_file.", dir_okay=False)
+    Path | None,
+    typer.Option(
+        "--pepper-file",
+        help="The file with the pepper of API keys.",
+        show_default="the file's, else the local one",
+        dir_okay=False,
+    ),
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit log.")]
 RequiredReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit log.", show_default=False)]

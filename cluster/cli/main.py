@@ -36,11 +36,11 @@ def main() -> None:
         _without_rich()
         from cluster.cli.process_commands import app_of
 
-        app_of(sys.argv[1])()
+        app_of(sys.argv[1])(prog_name="headrace")
     else:
         from cluster.cli.all_commands import app
 
-        app()
+        app(prog_name="headrace")
 
 
 def _without_rich() -> None:

@@ -31,11 +31,11 @@ def with_options(
             if name != argument
         ]
         positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        more = [inspect.Parameter("context", positional, annotation=typer.Context)]
+        more = [inspect.Parameter("ctx", positional, annotation=typer.Context)]
         more += [inspect.Parameter(name, positional, default=None, annotation=kind) for name, kind in options.items()]
 
-        def run(context: typer.Context, **given: Any) -> None:
-            with opened(context, {name: given.pop(name) for name in options}) as selected:
+        def run(ctx: typer.Context, **given: Any) -> None:
+            with opened(ctx, {name: given.pop(name) for name in options}) as selected:
                 command(**{argument: selected}, **given)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__

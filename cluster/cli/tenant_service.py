@@ -1,8 +1,8 @@
 """Selection of the tenant service for a command: the service on the database, or the service over the admin API.
 
---database-url, -f and --pepper-file select the database. --admin, --endpoint, --api-key-file and --tls-ca select a
-gateway's admin API. Options on the command line take precedence over environment variables. Without options and
-environment variables, the local ledger is selected.
+--database-url, -f and --pepper-file select the database. --admin, --endpoint, --context, --api-key-file and --tls-ca
+select a gateway's admin API. Options on the command line take precedence over environment variables, and these over the
+current context. Without all of these, the local ledger is selected.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any
 import typer
 
 from cluster.cli.access import admin_access
-from cluster.cli.common import USAGE, AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, fail, rpc_errors
+from cluster.cli.common import USAGE, fail, rpc_errors
+from cluster.cli.contexts import Target
 from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, ledger_errors, open_ledger, read_settings
 from cluster.cli.shared_options import Command, with_options
+from cluster.cli.target_options import ADMIN_OPTIONS, target_of, typed_names
 from cluster.ledger.tenants.service import Actor, LedgerTenantService, TenantService
 
 DATABASE_OPTIONS = {"file": "-f", "database_url": "--database-url", "pepper_file": "--pepper-file"}
@@ -30,31 +32,28 @@ GATEWAY_OPTIONS = {
     "endpoint": "--endpoint",
     "api_key_file": "--api-key-file",
     "tls_ca": "--tls-ca",
+    "context_name": "--context",
 }
 _OPTIONS: dict[str, Any] = {
     "file": ConfigOption,
     "database_url": UrlOption,
     "pepper_file": PepperOption,
-    "admin": AdminOption,
-    "endpoint": EndpointOption,
-    "api_key_file": ApiKeyOption,
-    "tls_ca": TlsCaOption,
+    **ADMIN_OPTIONS,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TenantBackend:
-    """The options that select the tenant service. `typed` names the options that the user gave on the command line."""
+    """The options that select the tenant service. `typed` names the options that the user gave on the command line.
 
-    typed: frozenset[str] = frozenset()
+    `target` returns the cluster that the options select.
+    """
 
+    typed: frozenset[str]
+    target: Callable[[], Target]
     file: Path | None = None
     database_url: str | None = None
     pepper_file: Path | None = None
-    admin: str | None = None
-    endpoint: str | None = None
-    api_key_file: Path | None = None
-    tls_ca: Path | None = None
 
 
 def with_tenant_service(*, keys: bool = False) -> Callable[[Command], Command]:
@@ -65,9 +64,10 @@ def with_tenant_service(*, keys: bool = False) -> Callable[[Command], Command]:
     """
     options = {name: kind for name, kind in _OPTIONS.items() if keys or name != "pepper_file"}
 
-    def opened(context: typer.Context, given: Mapping[str, Any]) -> AbstractContextManager[TenantService]:
-        typed = frozenset(name for name in options if _is_typed(context, name))
-        return open_tenant_service(TenantBackend(typed, **given), keys=keys)
+    def opened(ctx: typer.Context, given: Mapping[str, Any]) -> AbstractContextManager[TenantService]:
+        database = {name: given.get(name) for name in DATABASE_OPTIONS}
+        where = TenantBackend(typed_names(ctx, options), lambda: target_of(ctx), **database)
+        return open_tenant_service(where, keys=keys)
 
     return with_options("service", options, opened)
 
@@ -90,18 +90,13 @@ def open_tenant_service(where: TenantBackend, *, keys: bool = False) -> Iterator
         return
     from cluster.cli.remote_tenant_service import RemoteTenantService
 
-    access = admin_access(where.endpoint, where.admin, where.api_key_file, where.tls_ca)
+    access = admin_access(where.target())
     service = RemoteTenantService(access)
     try:
-        with rpc_errors(access.address), ledger_errors():
+        with rpc_errors(access.address, access.context), ledger_errors():
             yield service
     finally:
         service.close()
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _over_api(where: TenantBackend) -> bool:
@@ -115,4 +110,4 @@ def _over_api(where: TenantBackend) -> bool:
         fail(f"{database[0]} selects the database, {gateway[0]} a gateway: give one of them", USAGE)
     if database or gateway:
         return bool(gateway)
-    return where.file is None and where.endpoint is not None
+    return where.file is None and where.target().is_named

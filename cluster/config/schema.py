@@ -86,7 +86,7 @@ class LinkSettings(Section):
 
 
 class RayCluster(Section):
-    """An existing Ray cluster. Without any, `cluster up` starts a local one."""
+    """An existing Ray cluster. Without any, `headrace up` starts a local one."""
 
     name: Annotated[str, Field(pattern=_NAME.pattern)]
     """Name to which `models[].ray` refers."""

@@ -1,4 +1,4 @@
-"""The local Ray of `cluster up`: a child process on free ports with its own folder.
+"""The local Ray of `headrace up`: a child process on free ports with its own folder.
 
 A stop ends all processes of this Ray. Another Ray on the machine is neither used nor disturbed: no default port is
 used, addresses are always passed explicitly, and the stop selects processes only by this cluster's tag, never by name.

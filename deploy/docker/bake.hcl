@@ -1,4 +1,5 @@
 # All images for both architectures, with provenance and SBOM: docker buildx bake -f deploy/docker/bake.hcl --push
+# TAG is also the version of the package in the images: a tag without its v.
 variable "TAG" { default = "0.1.0" }
 variable "REGISTRY" { default = "headrace" }
 
@@ -6,6 +7,7 @@ group "default" { targets = ["gateway", "controller", "worker-cpu", "worker-cuda
 
 target "all" {
   context   = "."
+  args      = { VERSION = TAG }
   platforms = ["linux/amd64", "linux/arm64"]
   attest    = ["type=provenance,mode=max", "type=sbom"]
 }

@@ -4,6 +4,7 @@
 #   docker buildx build -f deploy/docker/gateway.Dockerfile --target controller -t headrace/controller:0.1.0 .
 # For amd64 and arm64, with SBOM and signature: deploy/docker/README.md.
 ARG PYTHON=3.12.12-slim-trixie
+ARG VERSION=0.1.0
 
 FROM python:${PYTHON} AS base
 ENV PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -12,10 +13,13 @@ COPY requirements ./requirements
 # The file pins every version with its hashes, and nothing that it does not name is installed.
 RUN python -m venv /opt/headrace \
     && /opt/headrace/bin/pip install --no-deps --only-binary :all: --require-hashes -r requirements/base.txt
+# The version is a tag of the repository, which is not copied.
+ARG VERSION
 COPY pyproject.toml README.md LICENSE ./
 COPY cluster ./cluster
-RUN /opt/headrace/bin/pip install --no-deps --require-hashes -r requirements/build.txt \
-    && /opt/headrace/bin/pip install --no-deps --no-build-isolation . \
+RUN /opt/headrace/bin/pip install --no-deps --only-binary :all: --require-hashes -r requirements/build.txt \
+    && SETUPTOOLS_SCM_PRETEND_VERSION_FOR_HEADRACE="$VERSION" \
+       /opt/headrace/bin/pip install --no-deps --no-build-isolation . \
     && /opt/headrace/bin/python -m compileall -q /opt/headrace/lib \
     && /opt/headrace/bin/headrace version
 

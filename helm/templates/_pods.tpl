@@ -411,6 +411,86 @@ spec:
       emptyDir: {sizeLimit: 64Mi}
 {{- end }}
 
+{{- /* The pod of a backup: pg_dump writes a file to the volume, and `upload` may copy it elsewhere. */ -}}
+{{- define "headrace.backupPod" -}}
+{{- $backup := .Values.backup }}
+{{- $url := regexReplaceAll "^postgresql(\\+[a-z0-9_]+)?:" .Values.config.store.database_url "postgresql:" }}
+metadata:
+  labels: {{- include "headrace.podLabels" (list . "backup") | nindent 4 }}
+spec:
+  restartPolicy: OnFailure
+  serviceAccountName: {{ include "headrace.name" . }}-gateway
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  {{- include "headrace.pullSecrets" . | nindent 2 }}
+  securityContext: {{- include "headrace.podSecurity" . | nindent 4 }}
+  {{- with .Values.gateway.nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .Values.gateway.tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{ ternary "initContainers" "containers" (not (empty $backup.upload)) }}:
+    - name: backup
+      image: {{ include "headrace.image" (list . $backup.image "" "") | quote }}
+      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      command: [sh, -euc]
+      args:
+        - |
+          file="$FOLDER/headrace-$(date -u +%Y%m%dT%H%M%SZ).dump"
+          trap 'rm -f "$file.partial"' EXIT
+          pg_dump --format=custom --no-owner --no-privileges --file="$file.partial" "$DATABASE_URL"
+          pg_restore --list "$file.partial" > /dev/null
+          mv "$file.partial" "$file"
+          ls "$FOLDER"/headrace-*.dump | sort -r | tail -n +$((KEEP + 1)) | while read -r old; do rm -- "$old"; done
+          ls -l "$FOLDER"
+      env:
+        - {name: HOME, value: /tmp}
+        - {name: FOLDER, value: /backup}
+        - {name: KEEP, value: {{ int $backup.keep | quote }}}
+        - {name: DATABASE_URL, value: {{ $url | quote }}}
+        - name: PGPASSWORD
+          valueFrom: {secretKeyRef: {name: {{ include "headrace.secret" . | quote }}, key: database-password}}
+      resources: {{- include "headrace.withDisk" (list $backup.resources (list "64Mi")) | nindent 8 }}
+      securityContext: {{- include "headrace.containerSecurity" . | nindent 8 }}
+      volumeMounts:
+        - {name: backup, mountPath: /backup}
+        - {name: tmp, mountPath: /tmp}
+        {{- with .Values.gateway.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  {{- with $backup.upload }}
+  containers:
+    - name: upload
+      image: {{ include "headrace.image" (list $ .image "" "") | quote }}
+      imagePullPolicy: {{ $.Values.image.pullPolicy }}
+      {{- with .command }}
+      command: {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with .args }}
+      args: {{- toYaml . | nindent 8 }}
+      {{- end }}
+      env:
+        - {name: HOME, value: /tmp}
+        {{- with .env }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      resources: {{- include "headrace.withDisk" (list $backup.resources (list "64Mi")) | nindent 8 }}
+      securityContext: {{- include "headrace.containerSecurity" $ | nindent 8 }}
+      volumeMounts:
+        - {name: backup, mountPath: /backup, readOnly: true}
+        - {name: tmp, mountPath: /tmp}
+  {{- end }}
+  volumes:
+    - name: backup
+      persistentVolumeClaim: {claimName: {{ $backup.storage.claimName | default (printf "%s-backup" (include "headrace.name" .)) | quote }}}
+    - name: tmp
+      emptyDir: {sizeLimit: 64Mi}
+    {{- with .Values.gateway.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end }}
+
 {{- /* (list root text container): the pod of a Job, with what concerns Jobs too of gateway.podTemplate: where it runs, as
 whom, and for the database Job the volumes, mounts and variables. */ -}}
 {{- define "headrace.jobPod" -}}

@@ -14,9 +14,10 @@ from tests.support.scripted_gateway import Script, ScriptedGateway, serve
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Use a temporary cache folder, so that the tests' run folders are not in the user's cache folder."""
+    """Use temporary folders for the cache and for contexts, and none of the user's variables."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("HEADRACE_ENDPOINT", "HEADRACE_API_KEY", "HEADRACE_CONFIG"):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("HEADRACE_ENDPOINT", "HEADRACE_API_KEY", "HEADRACE_CONFIG", "HEADRACE_TLS_CA", "HEADRACE_CONTEXT"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache"
 

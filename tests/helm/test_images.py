@@ -73,12 +73,17 @@ def test_the_gateways_image_has_no_engine() -> None:
 def test_versions_agree() -> None:
     """Images, chart, package and the pinned Ray and vLLM have the same versions."""
     project = (ROOT / "pyproject.toml").read_text()
-    version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
+    version = re.search(r'^fallback_version = "(.+)\.dev0"$', project, re.MULTILINE)
     assert version is not None
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == chart["version"] == version[1]
     assert {service["image"].split(":")[1] for service in COMPOSE["services"].values()} == {version[1]}
     assert f'variable "TAG" {{ default = "{version[1]}" }}' in (DOCKER / "bake.hcl").read_text()
+    for recipe in RECIPES:
+        assert f"\nARG VERSION={version[1]}\n" in recipe.read_text()
+        assert recipe.read_text().count("SETUPTOOLS_SCM_PRETEND_VERSION_FOR_HEADRACE") >= 1, (
+            "the image's version is unknown"
+        )
     worker = (DOCKER / "worker.Dockerfile").read_text()
     ray = yaml.safe_load((CHART / "values.yaml").read_text())["ray"]["version"]
     assert f'"ray[serve]=={ray}"' in worker

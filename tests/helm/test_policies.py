@@ -27,6 +27,9 @@ def pods(rendered: Rendered) -> Iterator[tuple[str, dict[str, str], dict[str, An
         if item["kind"] in ("StatefulSet", "Deployment", "Job"):
             template = item["spec"]["template"]
             yield name, template["metadata"]["labels"], template["spec"]
+        if item["kind"] == "CronJob":
+            template = item["spec"]["jobTemplate"]["spec"]["template"]
+            yield name, template["metadata"]["labels"], template["spec"]
         if item["kind"] == "RayCluster":
             groups = [("head", item["spec"]["headGroupSpec"])]
             groups += [("worker", group) for group in item["spec"]["workerGroupSpecs"]]
@@ -333,11 +336,14 @@ def test_callers_reach_the_two_client_ports() -> None:
 
 
 def test_stores_inside_are_reached_by_their_users_alone() -> None:
-    """Only gateways and the Job that makes the tables reach PostgreSQL; only gateways and Ray heads reach Valkey."""
-    rendered = helm.template(INSIDE)
+    """Only gateways, backups and the Job that makes the tables reach PostgreSQL; only gateways and Ray heads reach
+    Valkey.
+    """
+    rendered = helm.template(INSIDE, {"backup": {"enabled": True}})
     there, allows = peers(rendered), network(rendered).allows
-    may = {("gateway", "postgresql"), ("database", "postgresql"), ("gateway", "valkey"), ("head", "valkey")}
-    for source in ("gateway", "database", "head", "worker", "controller", "valkey", "postgresql"):
+    may = {(part, "postgresql") for part in ("gateway", "database", "backup")}
+    may |= {("gateway", "valkey"), ("head", "valkey")}
+    for source in ("gateway", "database", "backup", "head", "worker", "controller", "valkey", "postgresql"):
         for target, port in (("postgresql", 5432), ("valkey", 6379)):
             assert allows(there[source], there[target], port) is ((source, target) in may), (source, target)
     for who in (STRANGER, ELSEWHERE, INTERNET):

@@ -154,7 +154,7 @@ async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
 
 @pytest.mark.ray
 def test_remains_of_a_lost_cluster_are_found() -> None:
-    """The processes that a killed `cluster up` leaves can be ended by the instance and run folder of the cluster."""
+    """The processes that a killed `headrace up` leaves can be ended by the instance and run folder of the cluster."""
     ray = new_local_ray("lost")
     ray.start()
     try:

@@ -1,4 +1,4 @@
-"""Test of the complete controller as `cluster up` runs it, with a local Ray: start, serving, and a stop after which
+"""Test of the complete controller as `headrace up` runs it, with a local Ray: start, serving, and a stop after which
 nothing is left."""
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,12 @@ def free_port() -> int:
 
 class PostgresServer:
     """PostgreSQL server that can be started, stopped, killed and frozen. `url` returns the URL of one database of the
-    server.
+    server. `settings`: further parameters of the server; `{folder}` in a value is the server's folder.
     """
 
-    def __init__(self, programs: Path) -> None:
+    def __init__(self, programs: Path, settings: Mapping[str, str] | None = None) -> None:
         self._programs = programs
+        self._settings = dict(settings or {})
         self.folder = Path(tempfile.mkdtemp(prefix="headrace-pg-"))
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -64,10 +65,27 @@ class PostgresServer:
         password_file = self.folder / "password"
         password_file.write_text(PASSWORD)
         password_file.chmod(0o644)
-        command = [str(self._programs / "initdb"), "--no-sync", "--encoding=UTF8", "--locale=C", "--username=headrace"]
+        command = ["initdb", "--no-sync", "--encoding=UTF8", "--locale=C", "--username=headrace"]
         command += [f"--pwfile={password_file}", "--auth=scram-sha-256", f"--pgdata={self.folder / 'data'}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.folder, **self._as)
+        self.run(*command)
+
+    def run(self, program: str, *arguments: str) -> None:
+        """Run a program of PostgreSQL as the server's user, in the server's folder, with the server's password."""
+        done = subprocess.run(
+            [str(self._programs / program), *arguments],
+            capture_output=True, text=True, check=False, cwd=self.folder, env={**os.environ, "PGPASSWORD": PASSWORD},
+            **self._as,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file below the server's folder that the server's user owns."""
+        file = self.folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        for path in (file, file.parent):
+            if self._as:
+                os.chown(path, self._as["user"], self._as["group"])
 
     def url(self, database: str, password: str = PASSWORD) -> str:
         """Return the SQLAlchemy URL of a database."""
@@ -83,6 +101,7 @@ class PostgresServer:
             "fsync": "off",
             "shared_buffers": "32MB",
             "max_connections": "40",
+            **{key: value.replace("{folder}", str(self.folder)) for key, value in self._settings.items()},
         }
         command = [str(self._programs / "postgres"), "-D", str(self.folder / "data")]
         for key, value in settings.items():
@@ -127,12 +146,14 @@ class PostgresServer:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[PostgresServer]:
-    """Run a server for the duration of the context. Skips the test if PostgreSQL is not installed."""
+def running(settings: Mapping[str, str] | None = None) -> Iterator[PostgresServer]:
+    """Run a server with these parameters for the duration of the context. Skips the test if PostgreSQL is not
+    installed.
+    """
     programs = binaries()
     if programs is None:
         pytest.skip(doctor.missing_reason("postgresql"))
-    server = PostgresServer(programs)
+    server = PostgresServer(programs, settings)
     try:
         server.start()
         yield server

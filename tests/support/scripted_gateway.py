@@ -63,6 +63,8 @@ class Script:
     """Event that a stream waits for after its first piece."""
     requests: list[Any] = field(default_factory=list)
     metadata: list[dict[str, str]] = field(default_factory=list)
+    credentials: set[str] = field(default_factory=set)
+    """The `authorization` of all calls, of both APIs."""
     deadlines_s: list[float | None] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
     """Event that is set when the call of a stream has ended at the server, for any reason."""
@@ -291,6 +293,18 @@ class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
         return scaling_pb2.UnfreezeResponse(models=[scaling_pb2.ModelScaling(name=request.name or "all", by="demand")])
 
 
+class CredentialRecorder(grpc.ServerInterceptor):
+    """Records the credentials of each call."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Record the credentials, and let the call go on."""
+        self.script.credentials |= {str(v) for key, v in details.invocation_metadata if key == "authorization"}
+        return continuation(details)
+
+
 @dataclass
 class ScriptedGateway:
     """The running server. `endpoint` is the host:port at which both APIs answer."""
@@ -311,6 +325,7 @@ def serve(script: Script, address: str = "127.0.0.1:0") -> ScriptedGateway:
     limit = 16 * 1024 * 1024
     server = grpc.server(
         ThreadPoolExecutor(8),
+        interceptors=[CredentialRecorder(script)],
         options=[("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", limit)],
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(ScriptedInference(script), server)

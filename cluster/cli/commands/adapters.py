@@ -18,11 +18,12 @@ from cluster.admin.v1 import adapters_pb2 as pb
 from cluster.cli.admin_client import PAGE_SIZE, Admin, plain, with_admin
 from cluster.cli.commands.scale import AnyModelArgument, ModelArgument, ReasonOption
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
+from cluster.cli.confirmation import YesOption, confirm
 
 POLL_S = 0.5
 DIGEST_SHOWN = 12
 
-app = typer.Typer(no_args_is_help=True, help="Adapters (LoRA) of the models.")
+app = typer.Typer(no_args_is_help=True, help="Load, unload and list LoRA adapters of models.")
 FolderArgument = Annotated[
     Path, typer.Argument(help="The adapter's folder, with adapter_config.json.", file_okay=False, show_default=False)
 ]
@@ -36,7 +37,8 @@ RankOption = Annotated[int, typer.Option("--max-lora-rank", help="The engine's m
 def check(
     folder: FolderArgument, model: ModelOption, max_lora_rank: RankOption = 64, as_json: JsonOption = False
 ) -> None:
-    """Check an adapter's files against its base model, as a worker does before it loads them, and print the digest."""
+    """Check an adapter's files against its base model. A worker checks the same before it loads them. Prints the
+    digest, the rank and the size."""
     from cluster.worker.weights.adapter import AdapterError, base_shapes, check_adapter
 
     try:
@@ -88,8 +90,8 @@ def load(
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Load an adapter while the model's workers serve, or replace one that was loaded so. It is kept until `unload`.
-    With --wait, the exit code is 1 if a worker cannot load it."""
+    """Load an adapter while the model's workers serve. Replaces one that was loaded so. It is kept until `unload`. With
+    --wait, the exit code is 1 if a worker cannot load it."""
     folder = Path(source)
     request = pb.LoadAdapterRequest(
         name=model,
@@ -124,9 +126,15 @@ def _wait(api: Admin, wanted: pb.Adapter, timeout_s: float) -> pb.Adapter:
 
 @with_admin
 def unload(
-    api: Admin, model: ModelArgument, name: NameArgument, reason: ReasonOption = "", as_json: JsonOption = False
+    api: Admin,
+    model: ModelArgument,
+    name: NameArgument,
+    reason: ReasonOption = "",
+    yes: YesOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Unload an adapter that `load` has loaded. Running calls finish; new calls for it are refused."""
+    confirm(f"Unload {model}:{name} at {api.where}?", yes)
     request = pb.UnloadAdapterRequest(name=model, adapter=name, reason=reason)
     adapter = api.ask("catalog", "UnloadAdapter", request).adapter
     if as_json:

@@ -20,7 +20,7 @@ from cluster.policy.tenants.revocation_list import Revocation, RevocationList, s
 
 AUTHORITY_DAYS = 3650
 
-app = typer.Typer(no_args_is_help=True, help="Certificates for the links between workers, controller and gateways.")
+app = typer.Typer(no_args_is_help=True, help="Certificates of links (workers and controller to gateways).")
 FolderArgument = Annotated[Path, typer.Argument(help="The folder with the authority's files.", file_okay=False)]
 ListArgument = Annotated[Path, typer.Argument(help="The file with the list.", dir_okay=False)]
 DaysOption = Annotated[int, typer.Option("--days", help="Days of validity.", min=1, max=AUTHORITY_DAYS)]
@@ -64,8 +64,8 @@ def issue_worker(
     name: NameOption = "worker",
     days: DaysOption = 90,
 ) -> None:
-    """Issue a client certificate for workers of the named models, or for the controller. The same name replaces the
-    previous certificate, and the new one is used from the next link on."""
+    """Issue a client certificate for workers or the controller. Workers may serve the named models only. The same name
+    replaces the previous certificate, and the new one is used from the next link on."""
     from cluster.cli import certificates
 
     uris = [model_uri(pattern) for pattern in model or ()] + ([CONTROLLER] if controller else [])
@@ -85,7 +85,7 @@ def revoke(
     ] = "",
     note: Annotated[str, typer.Option("--note", help="The reason.")] = "",
 ) -> None:
-    """Revoke certificates: add them to a list that gateways read (`revoked_serials_file` of gateway.link_tls or
+    """Add certificates to a list of revoked ones. Gateways read it (`revoked_serials_file` of gateway.link_tls or
     gateway.tls). Within a second gateways refuse them and end their links, sessions and calls. The serial numbers
     that an authority issued are in the file `issued` of its folder."""
     try:
@@ -110,7 +110,7 @@ def _replace(file: Path, text: str) -> None:
 
 @app.command("list")
 def list_revoked(file: ListArgument, as_json: JsonOption = False) -> None:
-    """Show a list of certificates: a revocation list, or the file `issued` of an authority."""
+    """Show a list of revoked or of issued certificates. The latter is the file `issued` of an authority."""
     try:
         listed = RevocationList.parse(file.read_text())
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Commands for callers: chat, complete, models."""
+"""Commands for callers: chat, complete."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Annotated, Any
 import typer
 from google.protobuf.json_format import MessageToDict
 from rich.markup import escape
-from rich.table import Table
 
 from cluster.cli import terminal
 from cluster.cli.common import (
-    ApiKeyOption,
-    EndpointOption,
+    USAGE,
     JsonOption,
     TimeoutOption,
-    TlsCaOption,
     err,
-    grpc_endpoint,
+    fail,
     make_client,
     out,
     print_json,
-    rpc_errors,
+    target_errors,
 )
+from cluster.cli.contexts import Target
+from cluster.cli.target_options import with_target
 from cluster.client import ChatParams, Client, SamplingParams, Stream
 from cluster.v1 import inference_pb2 as pb
 
@@ -31,11 +30,18 @@ ModelArgument = Annotated[str, typer.Argument(help="A model's name or alias.", s
 MaxTokensOption = Annotated[
     int | None, typer.Option("--max-tokens", help="Maximum number of tokens.", show_default="the model's")
 ]
-TemperatureOption = Annotated[float | None, typer.Option("--temperature", show_default="the model's")]
-SeedOption = Annotated[int | None, typer.Option("--seed", show_default=False)]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option("--temperature", help="Randomness; 0 takes the likeliest token.", show_default="the model's"),
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="Seed, for answers that can be repeated.", show_default=False)
+]
 
 
+@with_target
 def chat(
+    target: Target,
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Argument(help="The question; without it, an interactive chat.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="The system message.", show_default=False)] = None,
@@ -44,31 +50,29 @@ def chat(
     seed: SeedOption = None,
     timeout_s: TimeoutOption = 600.0,
     as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
-    """Ask a model and print the answer as it is generated."""
+    """Ask a model, and print the answer as it is generated."""
     params: ChatParams = _without_unset(max_tokens=max_tokens, temperature=temperature, seed=seed)
     messages = [pb.Message(role="system", content=system)] if system else []
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
         if not prompt:
-            err.print("[red]error:[/red] no prompt: give one as an argument or on standard input")
-            raise typer.Exit(2)
-    with make_client(endpoint, api_key_file, tls_ca, timeout_s) as client:
+            fail("no prompt: give one as an argument or on standard input", USAGE)
+    with make_client(target, timeout_s) as client:
         if prompt is None:
-            _converse(client, grpc_endpoint(endpoint), model, messages, params)
+            _converse(client, target, model, messages, params)
             return
         messages.append(pb.Message(role="user", content=prompt))
-        with rpc_errors(grpc_endpoint(endpoint)):
+        with target_errors(target):
             if as_json:
                 _print_message(client.chat(model, messages, **params).raw)
             else:
                 _print_stream(client.stream_chat(model, messages, **params))
 
 
+@with_target
 def complete(
+    target: Target,
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
     max_tokens: MaxTokensOption = None,
@@ -76,60 +80,14 @@ def complete(
     seed: SeedOption = None,
     timeout_s: TimeoutOption = 600.0,
     as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
     """Continue a text, without a chat template."""
     params: SamplingParams = _without_unset(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with make_client(endpoint, api_key_file, tls_ca, timeout_s) as client, rpc_errors(grpc_endpoint(endpoint)):
+    with make_client(target, timeout_s) as client, target_errors(target):
         if as_json:
             _print_message(client.complete(model, prompt, **params).raw)
         else:
             _print_stream(client.stream_complete(model, prompt, **params))
-
-
-def models(
-    context: typer.Context,
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
-    """List the available models; the commands below work on a single one."""
-    if context.invoked_subcommand is None:
-        list_models(as_json, endpoint, api_key_file, tls_ca)
-
-
-def list_models(
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
-    """List the available models."""
-    with make_client(endpoint, api_key_file, tls_ca, 30.0) as client, rpc_errors(grpc_endpoint(endpoint)):
-        available = client.models()
-    if as_json:
-        print_json([model_row(model) for model in available])
-        return
-    table = Table("model", "aliases", "state", "context", "license", box=None, pad_edge=False)
-    for model in available:
-        row = model_row(model)
-        state = row["state"] + (f" ({model.state_reason})" if model.state_reason else "")
-        cells = (model.name, ", ".join(model.aliases), state, str(model.max_model_len or ""), model.license)
-        table.add_row(*map(escape, cells))
-    out.print(table)
-
-
-def model_row(model: pb.Model) -> dict[str, Any]:
-    """Return a model in the form that --json prints. The state has no prefix `STATE_`."""
-    row: dict[str, Any] = MessageToDict(model, preserving_proto_field_name=True)
-    return row | {
-        "name": model.name,
-        "aliases": list(model.aliases),
-        "state": pb.Model.State.Name(model.state).removeprefix("STATE_"),
-    }
 
 
 def _without_unset(**values: Any) -> Any:
@@ -160,10 +118,10 @@ def _print_stream(stream: Stream[Any]) -> None:
         err.print("[dim](cut at the token limit; raise it with --max-tokens)[/dim]")
 
 
-def _converse(client: Client, endpoint: str, model: str, messages: list[pb.Message], params: ChatParams) -> None:
+def _converse(client: Client, target: Target, model: str, messages: list[pb.Message], params: ChatParams) -> None:
     """Chat until the user enters an empty line or the input ends. Ctrl-C stops an answer, but not the chat."""
     out.print(f"[dim]chat with {escape(model)}; an empty line or Ctrl-D ends it, Ctrl-C stops an answer[/dim]")
-    with rpc_errors(endpoint):
+    with target_errors(target):
         client.model(model)
     while True:
         try:
@@ -176,7 +134,7 @@ def _converse(client: Client, endpoint: str, model: str, messages: list[pb.Messa
         messages.append(pb.Message(role="user", content=question))
         stream = client.stream_chat(model, messages, **params)
         try:
-            with rpc_errors(endpoint):
+            with target_errors(target):
                 _print_stream(stream)
         except typer.Exit as ended:
             if ended.exit_code != 130:

@@ -11,9 +11,8 @@ import typer
 from cluster.cli import terminal
 from cluster.cli.common import USAGE as USAGE
 from cluster.cli.common import JsonOption, fail, print_json, warn
-from cluster.config.schema import Config
 
-app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print its schema.")
+app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print its JSON schema.")
 
 
 @app.command()
@@ -59,4 +58,7 @@ def check(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of cluster.yaml, for use in editors."""
-    print_json(Config.model_json_schema())
+    from cluster.config.descriptions import config_schema
+
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:headrace:config:v1"}
+    print_json({**head, "title": "cluster.yaml of Headrace", **config_schema()})

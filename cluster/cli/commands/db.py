@@ -9,19 +9,26 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli.common import FAILED, JsonOption, out, print_json
+from cluster.cli.confirmation import YesOption, confirm
 from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, ledger_errors, open_ledger, read_settings
 
-db_app = typer.Typer(no_args_is_help=True, help="The ledger's database.")
+db_app = typer.Typer(no_args_is_help=True, help="Upgrade, check, back up and restore the ledger's database.")
 import_app = typer.Typer(no_args_is_help=True, help="Import tenants from another system.")
 
 
 @db_app.command("upgrade")
 def upgrade_db(
-    contract: Annotated[bool, typer.Option("--contract", help="Also drop what only older releases use.")] = False,
+    contract: Annotated[
+        bool,
+        typer.Option("--contract", help="Also drop what only older releases use: there is no way back to them."),
+    ] = False,
     file: ConfigOption = None,
     database_url: UrlOption = None,
+    yes: YesOption = False,
 ) -> None:
     """Upgrade the database schema to this release."""
+    if contract:
+        confirm("Drop the tables and columns that only older releases use? They cannot run afterwards.", yes)
     with open_ledger(read_settings(file, database_url), check=False) as ledger:
         applied = ledger.upgrade(contract=contract)
         status = ledger.check()
@@ -83,7 +90,11 @@ def import_litellm(
     ] = None,
     ledger_url: Annotated[
         str | None,
-        typer.Option("--ledger-url", help="The ledger's database.", show_default="the file's, else the local one"),
+        typer.Option(
+            "--ledger-url",
+            help="Upgrade, check, back up and restore the ledger's database.",
+            show_default="the file's, else the local one",
+        ),
     ] = None,
     file: ConfigOption = None,
     pepper_file: PepperOption = None,

@@ -33,8 +33,8 @@ DrainTimeoutOption = Annotated[
 def drain(
     api: Admin, target: TargetArgument, timeout_s: DrainTimeoutOption = 300.0, as_json: JsonOption = False
 ) -> None:
-    """Stop new work on workers and wait until running calls have ended or moved. No call is cut off: if some still
-    run after the timeout they continue, and the exit code is 1. Undo with `uncordon`."""
+    """Send workers no new calls, and wait for their running calls. These end there, or move to other workers. No call
+    is cut off: calls that still run after the timeout continue, and the exit code is 1. Undo with `uncordon`."""
     answer = api.fleet("Drain", pb.DrainRequest(target=target, timeout_s=timeout_s))
     targets = {worker.worker_id for worker in answer.workers}
     _print_notes(answer.notes)
@@ -46,13 +46,13 @@ def drain(
 
 @with_admin
 def cordon(api: Admin, target: TargetArgument, as_json: JsonOption = False) -> None:
-    """Stop new work on workers; running calls stay there."""
+    """Send workers no new calls; running calls stay there. Undo with `uncordon`."""
     _request_and_wait(api, "Cordon", pb.CordonRequest(target=target), "CORDONED", as_json)
 
 
 @with_admin
 def uncordon(api: Admin, target: TargetArgument, as_json: JsonOption = False) -> None:
-    """Let workers take new work again, after cordon or drain."""
+    """Send workers new calls again, after `cordon` or `drain`."""
     _request_and_wait(api, "Uncordon", pb.UncordonRequest(target=target), "READY", as_json)
 
 

@@ -12,25 +12,25 @@ from rich.table import Table
 from cluster.cli.commands.chat import ModelArgument
 from cluster.cli.common import (
     USAGE,
-    ApiKeyOption,
-    EndpointOption,
     JsonOption,
     TimeoutOption,
-    TlsCaOption,
     fail,
-    grpc_endpoint,
     make_client,
     out,
     print_json,
-    rpc_errors,
+    target_errors,
 )
+from cluster.cli.contexts import Target
+from cluster.cli.target_options import with_target
 
 SHOWN_VALUES = 6
 SHOWN_CHARS = 60
 TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut longer texts instead of refusing them.")]
 
 
+@with_target
 def embed(
+    target: Target,
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(help="The texts; - reads one text a line.", show_default=False)],
     dimensions: Annotated[
@@ -39,13 +39,10 @@ def embed(
     truncate: TruncateOption = False,
     timeout_s: TimeoutOption = 600.0,
     as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
     """Print the vectors of texts."""
     texts = _texts(texts)
-    with make_client(endpoint, api_key_file, tls_ca, timeout_s) as client, rpc_errors(grpc_endpoint(endpoint)):
+    with make_client(target, timeout_s) as client, target_errors(target):
         answer = client.embed(model, texts, dimensions=dimensions, truncate=truncate)
     if as_json:
         vectors = [[float(f"{value:.9g}") for value in vector] for vector in answer]
@@ -59,7 +56,9 @@ def embed(
     out.print(table)
 
 
+@with_target
 def rerank(
+    target: Target,
     model: ModelArgument,
     query: Annotated[str, typer.Argument(help="The query.", show_default=False)],
     documents: Annotated[
@@ -69,13 +68,10 @@ def rerank(
     truncate: TruncateOption = False,
     timeout_s: TimeoutOption = 600.0,
     as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
     """Print documents by their relevance to a query, the best first."""
     documents = _texts(documents)
-    with make_client(endpoint, api_key_file, tls_ca, timeout_s) as client, rpc_errors(grpc_endpoint(endpoint)):
+    with make_client(target, timeout_s) as client, target_errors(target):
         answer = client.rerank(model, query, documents, top_n=top_n, truncate=truncate)
     if as_json:
         results = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import grpc
@@ -14,11 +15,15 @@ from rich.table import Table
 from cluster.admin.v1 import routing_pb2 as pb
 from cluster.cli.access import admin_access
 from cluster.cli.admin_client import open_admin, plain
-from cluster.cli.common import ApiKeyOption, EndpointOption, JsonOption, TlsCaOption, fail, out, print_json
+from cluster.cli.common import JsonOption, fail, out, print_json
+from cluster.cli.contexts import Target
+from cluster.cli.target_options import with_target
 from cluster.client.errors import from_rpc
 
 
+@with_target
 def explain_request(
+    target: Target,
     request_id: Annotated[
         str, typer.Argument(metavar="ID", help="The call's x-request-id, or its answer's id.", show_default=False)
     ],
@@ -26,21 +31,19 @@ def explain_request(
         str, typer.Option("--tenant", help="Only this tenant's calls; request ids are chosen by callers.")
     ] = "",
     as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
     admin: Annotated[
         list[str] | None, typer.Option("--admin", help="A gateway's admin address; repeatable: all are asked.")
     ] = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
-    """Explain where a call went: the workers that were compared with their scores, the reason of the choice, and the
-    predicted and the real cached tokens. A gateway remembers its newest calls, also ended ones: name each gateway that
-    may have it."""
+    """Explain where a call went, and why. Shows the workers that were compared, with their scores, and the predicted
+    and the real cached tokens. A gateway remembers its newest calls, also ended ones: name each gateway that may have
+    it."""
     request = pb.ExplainRequestRequest(request_id=request_id, parent=f"tenants/{tenant}" if tenant else "")
     calls: list[pb.ExplainedCall] = []
     missing = ""
-    for address in admin or [""]:
-        access = admin_access(endpoint, address or None, api_key_file, tls_ca)
+    addresses: Sequence[str | None] = admin or [target.admin]
+    for address in addresses:
+        access = admin_access(replace(target, admin=address))
         with open_admin(access) as api:
             try:
                 calls += api.fleet("ExplainRequest", request).calls

@@ -17,11 +17,10 @@ from rich.table import Table
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.cli.admin_client import Admin, plain, with_admin
 from cluster.cli.commands.scale import ModelArgument, ReasonOption
-from cluster.cli.common import USAGE, FileOption, JsonOption, err, fail, out, print_json, read_config
+from cluster.cli.common import DIFFERS, USAGE, FileOption, JsonOption, err, fail, out, print_json, read_config
+from cluster.cli.confirmation import YesOption, confirm, is_asked
 from cluster.config.yaml_reader import NotYaml, load_documents
 from cluster.policy.catalog.layers import merge_layers
-
-DIFFERS = 2
 
 FilesOption = Annotated[
     list[Path],
@@ -83,18 +82,30 @@ def apply(
     prune: PruneOption = False,
     validate_only: Annotated[bool, typer.Option("--validate-only", help="Only show what would change.")] = False,
     reason: ReasonOption = "",
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add and change models to match the files. Everything is checked before anything changes; unchanged models are
     not touched. Models that are not in the files stay, unless --prune is given."""
-    request = pb.ApplyRequest(document=_document(files), prune=prune, validate_only=validate_only, reason=reason)
+    document = _document(files)
+    if prune and not validate_only and is_asked(yes):
+        removed = _removed_models(api, document)
+        if removed:
+            confirm(f"Remove {', '.join(removed)} from {api.where}?", yes)
+    request = pb.ApplyRequest(document=document, prune=prune, validate_only=validate_only, reason=reason)
     answer = api.ask("catalog", "Apply", request)
     _show_changes(answer.changes, as_json, "would change" if validate_only else "applied")
 
 
+def _removed_models(api: Admin, document: bytes) -> list[str]:
+    """Return the models that `apply --prune` would remove."""
+    answer = api.ask("catalog", "Diff", pb.DiffRequest(document=document, prune=True))
+    return [change.model for change in answer.changes if change.kind == "remove"]
+
+
 @with_admin
 def diff(api: Admin, files: FilesOption, prune: PruneOption = False, as_json: JsonOption = False) -> None:
-    """Show what `apply` would change. Exit code 0: nothing; 2: something."""
+    """Show what `apply` would change. Exit code 0: nothing; 4: something."""
     request = pb.DiffRequest(document=_document(files), prune=prune)
     answer = api.ask("catalog", "Diff", request)
     _show_changes(answer.changes, as_json, "differs")
@@ -112,7 +123,7 @@ def promote(api: Admin, model: ModelArgument, reason: ReasonOption = "", as_json
 
 @with_admin
 def rollback(api: Admin, model: ModelArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
-    """Roll back the canary: new calls stop at once. It stays rolled back until its entry changes."""
+    """Stop new calls to the canary at once. It stays rolled back until its entry changes."""
     request = pb.RollbackRequest(name=model, reason=reason)
     _show_versions(api.ask("catalog", "Rollback", request), as_json)
 
@@ -122,11 +133,13 @@ def weigh(
     api: Admin,
     model: ModelArgument,
     version: Annotated[str, typer.Argument(metavar="VERSION", help="The canary, or the other version.")],
-    weight: Annotated[float, typer.Argument(metavar="WEIGHT", help="Its share of the calls.", min=0.0, max=1.0)],
+    weight: Annotated[
+        float, typer.Argument(metavar="WEIGHT", help="The version's share of the calls.", min=0.0, max=1.0)
+    ],
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Set a version's share of its model's calls; the other version gets the rest. Undoes a rollback of it."""
+    """Set a version's share of its model's calls. The other version gets the rest. Undoes a rollback of the version."""
     request = pb.SetWeightsRequest(name=model, version=version, weight=weight, reason=reason)
     _show_versions(api.ask("catalog", "SetWeights", request), as_json)
 
@@ -138,12 +151,12 @@ def quarantine(
     version: Annotated[
         str, typer.Argument(metavar="VERSION", help="A version of the model; for a worker see `drain`.")
     ],
-    lift: Annotated[bool, typer.Option("--lift", help="Let it get calls again.")] = False,
+    lift: Annotated[bool, typer.Option("--lift", help="End the quarantine.")] = False,
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Stop new calls to a version but keep its replicas for inspection. Running streams move to a version with the
-    same weights; without one they finish where they are."""
+    """Stop new calls to a version, but keep its replicas. They can be inspected. Running streams move to a version with
+    the same weights; without one they finish where they are."""
     request = pb.QuarantineRequest(name=model, version=version, lift=lift, reason=reason)
     _show_versions(api.ask("catalog", "Quarantine", request), as_json)
 
@@ -154,11 +167,11 @@ def pin(
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models of the file; without any, all.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit code 2 if the file would change.")
+        bool, typer.Option("--check", help=f"Write nothing; exit code {DIFFERS} if the file would change.")
     ] = False,
 ) -> None:
-    """Pin the models' weights in the file: write `digest`, and `revision` for sources that have one. Fetches missing
-    weights. From then on a replica with other weights is refused. The rest of the file stays unchanged."""
+    """Write the digests of the models' weights into the file. For sources that have one, also `revision`. Fetches
+    missing weights. From then on a replica with other weights is refused. The rest of the file stays unchanged."""
     from cluster.cli.commands.processes import source_rules
     from cluster.cli.pinning import set_keys
     from cluster.worker.weights.digests import weight_digest

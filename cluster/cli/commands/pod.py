@@ -31,7 +31,7 @@ from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.private_files import make_private_folder
 from cluster.ray.drain_time import TIMEOUT_ENV
 
-app = typer.Typer(no_args_is_help=True, help="The processes of a Kubernetes pod.")
+app = typer.Typer(no_args_is_help=True, help="Secrets for the chart, and the processes of its pods.")
 app.command("secrets")(pod_secrets.pod_secrets)
 app.command("certificates")(pod_secrets.pod_certificates)
 HealthOption = Annotated[
@@ -95,7 +95,7 @@ def drain(
         float, typer.Option("--timeout-s", envvar=TIMEOUT_ENV, help="Seconds within which the node must end.", min=0.0)
     ] = 30.0,
 ) -> None:
-    """Drain the Ray node of this pod and wait until it has ended: the preStop hook of Ray's worker pods. Its replicas
+    """Drain the Ray node of this pod, and wait until it has ended. The preStop hook of Ray's worker pods. Its replicas
     take no new work; running calls end there or are resumed by other replicas."""
     from cluster.ray.node_drain import drain_here
 

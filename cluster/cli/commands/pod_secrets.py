@@ -62,9 +62,9 @@ def pod_secrets(
         bool, typer.Option("--with-namespace", help="Also print the namespace, with pod security `restricted`.")
     ] = False,
 ) -> None:
-    """Print the Secrets of a first install: `... --authority FOLDER | kubectl create -f -`. They hold the certificates
-    of the link and of the client ports, the cluster secret, the key pepper, the database password and Ray's token.
-    Run it once; `pod certificates` renews the certificates."""
+    """Print the Secrets of a first install. `... --authority FOLDER | kubectl create -f -` creates them. They hold the
+    certificates of the link and of the client ports, the cluster secret, the key pepper, the database password and
+    Ray's token. Run it once; `pod certificates` renews the certificates."""
     _print(lambda: manifests(namespace, name, host or (), authority, days, with_namespace=with_namespace))
 
 
@@ -75,8 +75,9 @@ def pod_certificates(
     host: HostOption = None,
     days: DaysOption = DAYS,
 ) -> None:
-    """Print new certificates of the link and of the client ports, and no other secret: `... | kubectl apply -f -`.
-    The folder's authorities issue them, so clients and workers trust them as they did the old ones."""
+    """Print new certificates and no other secret. They are those of the link and of the client ports; `... | kubectl
+    apply -f -` replaces them. The folder's authorities issue them, so clients and workers trust them as they did the
+    old ones."""
     _print(lambda: renewal(namespace, name, host or (), authority, days))
 
 

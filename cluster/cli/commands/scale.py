@@ -16,9 +16,10 @@ from rich.table import Table
 from cluster.admin.v1 import scaling_pb2 as pb
 from cluster.cli.admin_client import Admin, plain, with_admin
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
+from cluster.cli.confirmation import YesOption, confirm
 
 explain_app = typer.Typer(
-    help="Explain decisions: where a gateway sent a call, and why a model has its number of replicas.",
+    help="Explain where a call went, or a model's number of replicas.",
     no_args_is_help=True,
 )
 
@@ -27,6 +28,8 @@ AnyModelArgument = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="A model's name or alias; without it, all models.", show_default=False)
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit log.")]
+NEGLIGIBLE = 1e-9
+"""Numbers that are nearer to zero are shown as 0."""
 
 
 @with_admin
@@ -35,9 +38,11 @@ def scale(
     model: ModelArgument,
     replicas: Annotated[str, typer.Argument(metavar="N|auto", help="A fixed number, or auto to follow demand.")],
     reason: ReasonOption = "",
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fix a model's number of replicas, whatever the demand, until `scale MODEL auto`. No running call is cut off."""
+    """Fix a model's number of replicas until `scale MODEL auto`. Demand no longer changes it; no running call is cut
+    off. With 0 the model takes no calls, and the command asks first."""
     request = pb.ScaleRequest(name=model, reason=reason)
     if replicas == "auto":
         request.auto = True
@@ -45,20 +50,22 @@ def scale(
         request.replicas = int(replicas)
     else:
         fail(f"N|auto: {replicas!r} is neither a number of replicas (0 to {(1 << 31) - 1}) nor auto", USAGE)
+    if replicas != "auto" and not request.replicas:
+        confirm(f"Stop all replicas of {model} at {api.where}?", yes)
     answer = api.ask("catalog", "Scale", request)
     _show([answer.model], as_json)
 
 
 @with_admin
 def freeze(api: Admin, model: AnyModelArgument = "", reason: ReasonOption = "", as_json: JsonOption = False) -> None:
-    """Freeze the number of replicas of one model or of all, and roll out no versions. Failed replicas are replaced."""
+    """Freeze one model or all: no scaling, no new versions. Failed replicas are replaced. Undo with `unfreeze`."""
     request = pb.FreezeRequest(name=model, reason=reason)
     _show(api.ask("catalog", "Freeze", request).models, as_json)
 
 
 @with_admin
 def unfreeze(api: Admin, model: AnyModelArgument = "", reason: ReasonOption = "", as_json: JsonOption = False) -> None:
-    """End a freeze. Without a model, the freeze of all models; models frozen by name stay frozen."""
+    """End a freeze. Without MODEL it ends the freeze of all models; models frozen by name stay frozen."""
     request = pb.UnfreezeRequest(name=model, reason=reason)
     _show(api.ask("catalog", "Unfreeze", request).models, as_json)
 
@@ -71,7 +78,7 @@ def explain_scaling(
     last: Annotated[int, typer.Option("--last", help="Maximum number of decisions; 0 means all.", min=0)] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """Explain a model's number of replicas: the last decisions, each with the numbers it was based on."""
+    """Explain a model's number of replicas. Shows the last decisions, each with the numbers it was based on."""
     request = pb.ExplainScalingRequest(name=model, limit=last)
     answer = api.ask("fleet", "ExplainScaling", request)
     if as_json:
@@ -115,4 +122,5 @@ def _decision_table(decisions: Sequence[pb.ScalingDecision]) -> Table:
 
 
 def _numbers(numbers: Any) -> str:
-    return "  ".join(f"{name} {numbers[name]:.4g}" for name in sorted(numbers))
+    shown = {name: 0.0 if abs(numbers[name]) < NEGLIGIBLE else numbers[name] for name in sorted(numbers)}
+    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())

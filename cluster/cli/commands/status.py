@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import grpc
@@ -13,26 +14,16 @@ from rich.table import Table
 from cluster.api.types import weakest_resume_capability
 from cluster.cli.access import admin_access
 from cluster.cli.admin_client import open_admin, plain
-from cluster.cli.common import (
-    AdminOption,
-    ApiKeyOption,
-    EndpointOption,
-    JsonOption,
-    TlsCaOption,
-    fail,
-    local_run,
-    out,
-    print_json,
-)
+from cluster.cli.common import JsonOption, fail, local_run, out, print_json
+from cluster.cli.contexts import Target
 from cluster.cli.local import gateway_metrics
+from cluster.cli.target_options import with_admin_target, with_target
 from cluster.client.errors import from_rpc
 
 
-def gather(
-    endpoint: str | None, admin_address: str | None, api_key_file: Path | None = None, tls_ca: Path | None = None
-) -> dict[str, Any]:
+def gather(target: Target) -> dict[str, Any]:
     """Return the data that `status --json` prints. An unreachable gateway ends the command."""
-    access = admin_access(endpoint, admin_address, api_key_file, tls_ca)
+    access = admin_access(target)
     address = access.address
     with open_admin(access) as admin:
         entries, age_s = admin.catalog()
@@ -42,7 +33,7 @@ def gather(
     endpoints = (
         run.endpoints()
         if run is not None and is_local
-        else {"admin": address, **({"grpc": endpoint} if endpoint else {})}
+        else {"admin": address, **({"grpc": target.endpoint} if target.endpoint else {})}
     )
     models = [plain(entry) for entry in entries]
     siblings = run.siblings() if run is not None and is_local else []
@@ -51,6 +42,7 @@ def gather(
         model["waiting"] += sum(gateway["waiting_by_model"].get(model["name"], 0) for gateway in gateways[1:])
     return {
         "name": run.name if run is not None and is_local else "",
+        "context": target.context,
         "endpoints": endpoints,
         "gateways": gateways,
         "catalog_age_s": age_s,
@@ -59,19 +51,15 @@ def gather(
     }
 
 
-def status(
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
+@with_admin_target
+def status(target: Target, as_json: JsonOption = False) -> None:
     """Show the cluster's endpoints, models and workers."""
-    state = gather(endpoint, admin, api_key_file, tls_ca)
+    state = gather(target)
     if as_json:
         print_json(state)
         return
     head = f"cluster {state['name']}   " if state["name"] else ""
+    head = f"context {target.context}   " if target.context else head
     places = "   ".join(f"{name} {address}" for name, address in state["endpoints"].items())
     out.print(head + places, markup=False)
     age_s = state["catalog_age_s"]
@@ -87,38 +75,34 @@ def status(
     out.print(worker_table(state["workers"]))
 
 
-def workers(
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
-    """List the workers linked to the gateway."""
-    rows = gather(endpoint, admin, api_key_file, tls_ca)["workers"]
+@with_admin_target
+def workers(target: Target, as_json: JsonOption = False) -> None:
+    """List the workers linked to a gateway, with their nodes and pods."""
+    rows = gather(target)["workers"]
     if as_json:
         print_json(rows)
     else:
         out.print(worker_table(rows))
 
 
+@with_target
 def abort(
+    target: Target,
     request_id: Annotated[str, typer.Argument(help="The call's x-request-id, or its answer's id.", show_default=False)],
     reason: Annotated[str, typer.Option("--reason", help="Why, for the audit log.", show_default=False)],
     tenant: Annotated[
         str, typer.Option("--tenant", help="Only this tenant's calls; request ids are chosen by callers.")
     ] = "",
-    endpoint: EndpointOption = None,
     admin: Annotated[
-        list[str] | None, typer.Option("--admin", help="A gateway's admin address; repeatable: all are tried.")
+        list[str] | None, typer.Option("--admin", help="A gateway's admin address; repeatable: all are asked.")
     ] = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
-    """Abort a running call. A gateway knows only the calls on its own host: name each gateway that may have it."""
+    """Abort a running or waiting call. A gateway knows only the calls on its own host: name each gateway that may have
+    it."""
     aborted, missing = 0, ""
-    for address in admin or [""]:
-        access = admin_access(endpoint, address or None, api_key_file, tls_ca)
+    addresses: Sequence[str | None] = admin or [target.admin]
+    for address in addresses:
+        access = admin_access(replace(target, admin=address))
         with open_admin(access) as api:
             try:
                 aborted += api.abort(request_id, tenant, reason)
@@ -158,7 +142,8 @@ def worker_table(rows: list[dict[str, Any]]) -> Table | str:
     if not rows:
         return "no workers are linked"
     in_pods = any(row.get("pod", "") for row in rows)
-    places = ("node", "pod") if in_pods else ("node",)
+    with_gpus = any(row.get("gpu", "") for row in rows)
+    places = ("node", *(("pod",) if in_pods else ()), *(("GPU",) if with_gpus else ()))
     load_names = ("running", "waiting", "KV used", "step")
     table = Table("worker", "model", "state", *load_names, *places, "resume", "path", box=None, pad_edge=False)
     for row in rows:
@@ -166,7 +151,11 @@ def worker_table(rows: list[dict[str, Any]]) -> Table | str:
         running = f"{row['running']} of {row['max_num_seqs']}"
         load = (running, str(row["waiting"]), f"{row['kv_usage']:.0%}", f"{row['step_ms']:.1f} ms")
         node = row.get("host") or row.get("node", "")[:12]
-        place = (node, row.get("pod", "")) if in_pods else (node,)
+        place = (
+            node,
+            *((row.get("pod", ""),) if in_pods else ()),
+            *((row.get("gpu", ""),) if with_gpus else ()),
+        )
         resume = weakest_resume_capability(row.get("capabilities", ())).removeprefix("resume:")
         table.add_row(*map(escape, (row["worker_id"], row["model"], row["state"], *load, *place, resume, path)))
     return table

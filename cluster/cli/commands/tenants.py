@@ -11,21 +11,30 @@ import yaml
 
 from cluster.cli import terminal
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
+from cluster.cli.confirmation import YesOption, confirm
 from cluster.cli.ledger import DAY_S, ReasonOption, RequiredReasonOption, show_table, shown_time, split_pair
 from cluster.cli.tenant_service import with_tenant_service
 from cluster.config.tenants import restore_on_key
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, key_state
 from cluster.ledger.tenants.service import DEFAULT_OVERLAP_S, TenantService
 
-tenants_app = typer.Typer(no_args_is_help=True, help="Tenants: which models they may use, and their limits.")
-keys_app = typer.Typer(no_args_is_help=True, help="API keys of a tenant. A key is shown only once, when it is created.")
+tenants_app = typer.Typer(no_args_is_help=True, help="Create and change tenants: their models, limits and classes.")
+keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants. A key is shown only when it is created.")
 
 NameArgument = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
 KeyArgument = Annotated[str, typer.Argument(help="The key's id.", show_default=False)]
-ClassOption = Annotated[str | None, typer.Option("--class", help="Priority class.")]
-WeightOption = Annotated[float | None, typer.Option("--weight", help="Share relative to other tenants of its class.")]
-ModelOption = Annotated[list[str] | None, typer.Option("--model", help="A model, alias or glob; repeatable.")]
-LabelOption = Annotated[list[str] | None, typer.Option("--label", help="name=value; repeatable.")]
+ClassOption = Annotated[
+    str | None, typer.Option("--class", help="Priority class, one of the configuration's `classes`.")
+]
+WeightOption = Annotated[
+    float | None,
+    typer.Option("--weight", help="Share of capacity, relative to other tenants of its class: 2 gets twice that of 1."),
+]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="A model that the tenant may use, by name, alias or glob; repeatable."),
+]
+LabelOption = Annotated[list[str] | None, typer.Option("--label", help="A label, name=value; repeatable.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any field as in the configuration: limits.tokens_per_minute=5000; repeatable."),
@@ -68,7 +77,7 @@ def create_tenant(
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Create a tenant from the configuration's tenant_defaults and the options given here."""
+    """Create a tenant. Options that are not given are those of the configuration's tenant_defaults."""
     tenant = service.create_tenant(name, _changes(class_, weight, model, label, sets), reason=reason)
     _show_tenants([tenant], as_json, single=True)
 
@@ -100,7 +109,7 @@ def update_tenant(
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Change the given fields; the rest stays. null removes a value: --set limits.daily_tokens=null"""
+    """Change the given fields of a tenant. The rest stays. null removes a value: --set limits.daily_tokens=null"""
     changes = _changes(class_, weight, model, label, sets)
     if not changes:
         fail("nothing to change: give --class, --weight, --model, --label or --set", USAGE)
@@ -109,8 +118,11 @@ def update_tenant(
 
 @tenants_app.command("suspend")
 @with_tenant_service()
-def suspend_tenant(service: TenantService, name: NameArgument, reason: RequiredReasonOption) -> None:
-    """Suspend a tenant: its calls are stopped on all gateways within two seconds."""
+def suspend_tenant(
+    service: TenantService, name: NameArgument, reason: RequiredReasonOption, yes: YesOption = False
+) -> None:
+    """Suspend a tenant and stop its calls. All gateways do so within two seconds. Undo with `tenants resume`."""
+    confirm(f"Suspend {name} and stop its running calls?", yes)
     service.suspend_tenant(name, True, reason=reason)
     out.print(f"suspended {name}", markup=False)
 
@@ -132,11 +144,13 @@ def delete_tenant(
     erase: Annotated[
         bool, typer.Option("--erase", help="Also remove its usage and audit rows; cannot be undone.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    yes: YesOption = False,
 ) -> None:
     """Delete a tenant: its keys stop working at once. Its usage stays unless --erase is given."""
-    if erase and not yes:
-        typer.confirm(f"Erase every record of {name}? This cannot be undone", abort=True)
+    if erase:
+        confirm(f"Erase every record of {name}? This cannot be undone.", yes, required=True)
+    else:
+        confirm(f"Delete the tenant {name} and all its keys?", yes)
     rows = service.delete_tenant(name, erase=erase, reason=reason)
     out.print(f"erased {name}: {rows} rows" if erase else f"deleted {name}", markup=False)
 
@@ -152,7 +166,7 @@ def create_key(
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Create a key and show it, only this once."""
+    """Create a key, and show it only now."""
     key = service.create_key(tenant, name, expires_at=_expiry(expires_days), role=role, reason=reason)
     _show_new_key(key, as_json)
 
@@ -185,15 +199,22 @@ def rotate_key(
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Replace a key by a new one and show it, only this once; the old key works for --overlap-s more seconds."""
+    """Replace a key by a new one, and show it only now. The old key works for --overlap-s more seconds."""
     new_key = service.rotate_key(tenant, key, overlap_s=overlap_s, expires_at=_expiry(expires_days), reason=reason)
     _show_new_key(new_key, as_json)
 
 
 @keys_app.command("revoke")
 @with_tenant_service()
-def revoke_key(service: TenantService, tenant: NameArgument, key: KeyArgument, reason: RequiredReasonOption) -> None:
+def revoke_key(
+    service: TenantService,
+    tenant: NameArgument,
+    key: KeyArgument,
+    reason: RequiredReasonOption,
+    yes: YesOption = False,
+) -> None:
     """Revoke a key: all gateways refuse it within two seconds."""
+    confirm(f"Revoke the key {key} of {tenant}? This cannot be undone.", yes)
     service.revoke_key(tenant, key, reason=reason)
     out.print(f"revoked {key}", markup=False)
 

@@ -28,6 +28,8 @@ from cluster.cli import terminal
 from cluster.cli.base import replace_file
 from cluster.cli.commands.doctor import find_tool
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
+from cluster.cli.confirmation import YesOption, confirm
+from cluster.cli.contexts import LOCAL, ContextError, TypedOptions, contexts_file, read_contexts, select_target
 from cluster.cli.local.children import StartFailed, headrace_command
 from cluster.cli.local.cluster import LocalCluster
 from cluster.cli.local.first_answer import first_answer, served_tasks
@@ -48,7 +50,8 @@ def up(
     demo: Annotated[bool, typer.Option("--demo", hidden=True)] = False,
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
-    """Start a local cluster: Ray, one or more gateway processes and a controller. Ctrl-C stops everything."""
+    """Start a local cluster in the foreground. It has a Ray, one or more gateway processes and a controller. Ctrl-C
+    stops everything."""
     config = read_config(file)
     _check_installed(config)
     if detach:
@@ -96,9 +99,11 @@ def _check_installed(config: Config) -> None:
 
 def down(
     name: Annotated[str | None, typer.Argument(help="The cluster's name; optional if only one is up.")] = None,
+    yes: YesOption = False,
 ) -> None:
-    """Stop a local cluster, and end processes left over from one that crashed."""
+    """Stop a local cluster. Also ends processes that a crashed one left."""
     run = _choose_run(name)
+    confirm(f"Stop the local cluster {run.name}?", yes)
     began = time.monotonic()
     supervisor = run.supervisor()
     if supervisor is not None:
@@ -270,10 +275,18 @@ def _say_ready(
     ready = [entry for entry in entries if entry.state == "READY"]
     if ready:
         name = ready[0].aliases[0] if ready[0].aliases else ready[0].name
-        for number, line in enumerate(_commands_to_try(command, name, where, tasks)):
+        for number, line in enumerate(_commands_to_try(command + _local_option(), name, where, tasks)):
             say(f"{'' if number else 'try':<8}{line}")
     end = f"{command} down {cluster.config.name}" if background else "Ctrl-C"
     say(f"{end} stops everything. Logs: {cluster.run.path}")
+
+
+def _local_option() -> str:
+    """Return the option with which commands use the local cluster although a context or a variable names another."""
+    with suppress(ContextError):
+        if not select_target(TypedOptions(), os.environ, read_contexts(contexts_file())).is_named:
+            return ""
+    return f" --context {LOCAL}"
 
 
 def _commands_to_try(command: str, name: str, where: Mapping[str, str], tasks: Sequence[PoolingTask]) -> Iterator[str]:

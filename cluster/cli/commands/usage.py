@@ -23,20 +23,28 @@ from cluster.ledger.usage import export
 def usage(
     service: TenantService,
     group_by: Annotated[
-        str, typer.Option("--group-by", help="tenant, model, day, month, key_id, label:x, …; comma-separated.")
+        str,
+        typer.Option(
+            "--group-by", help="What to sum by, comma-separated: tenant, model, day, month, key_id, label:NAME."
+        ),
     ] = "tenant,model",
     since: Annotated[str, typer.Option("--since", help="First day, UTC, like 2026-11-01.")] = "",
     until: Annotated[str, typer.Option("--until", help="Last day, inclusive.")] = "",
     tenant: Annotated[str, typer.Option("--tenant", help="Only this tenant.")] = "",
     model: Annotated[str, typer.Option("--model", help="Only this model.")] = "",
-    cost: Annotated[bool, typer.Option("--cost", help="Price GPU-seconds by the file's cost section.")] = False,
-    gpu_hour: Annotated[list[str] | None, typer.Option("--gpu-hour", help="A price: H100=2.40; repeatable.")] = None,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Add the cost of the GPU-seconds, by the configuration's `cost` section.")
+    ] = False,
+    gpu_hour: Annotated[
+        list[str] | None,
+        typer.Option("--gpu-hour", help="A price an hour instead of the configuration's: H100=2.40; repeatable."),
+    ] = None,
     currency: Annotated[str, typer.Option("--currency", help="The currency of --gpu-hour.")] = "EUR",
     records: Annotated[bool, typer.Option("--records", help="Single calls instead of sums.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Sum the usage of tenants."""
+    """Show calls, tokens and GPU time of tenants; --cost prices it."""
     rates = _rates(gpu_hour, currency) if gpu_hour else None
     names = tuple(part.strip() for part in group_by.split(",") if part.strip())
     query = UsageQuery(names, since_day=since, until_day=until, tenant=tenant, model=model)

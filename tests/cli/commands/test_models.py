@@ -67,13 +67,13 @@ def test_apply_lays_files_over_each_other(run: Run, gateway: ScriptedGateway, la
 
 
 def test_diff_says_by_its_exit_code(run: Run, gateway: ScriptedGateway, layers: Path) -> None:
-    """`diff` exits with 0 if nothing differs and with 2 if something differs, and --json prints the changes."""
+    """`diff` exits with 0 if nothing differs and with 4 if something differs, and --json prints the changes."""
     at = ("-f", str(layers), "--admin", gateway.endpoint)
     same = run("diff", *at)
     assert (same.exit_code, same.stdout.strip()) == (0, "nothing differs")
     gateway.script.changes = CHANGES
     differs = run("diff", *at, "--json")
-    assert differs.exit_code == 2
+    assert differs.exit_code == 4
     assert [change["model"] for change in json.loads(differs.stdout)] == ["m", "n"]
 
 
@@ -129,7 +129,7 @@ def test_one_model(run: Run, gateway: ScriptedGateway) -> None:
 def test_pin_writes_what_the_weights_are(run: Run, tmp_path: Path) -> None:
     """`models pin` adds the digest of the weights to the file and changes nothing else.
 
-    `models pin --check` exits with 2 if a digest is missing or the weights have changed.
+    `models pin --check` exits with 4 if a digest is missing or the weights have changed.
     """
     weights = tmp_path / "model"
     weights.mkdir()
@@ -140,7 +140,7 @@ def test_pin_writes_what_the_weights_are(run: Run, tmp_path: Path) -> None:
         f"api_version: headrace/v1\nname: prod # ours\nweights: {{cache_dir: {tmp_path / 'cache'}}}\n"
         f"models:\n  - {{name: m, source: {weights}}}  # the one\n  - {{name: s, source: 'sim://'}}\n"
     )
-    assert run("models", "pin", "-f", str(file), "--check").exit_code == 2
+    assert run("models", "pin", "-f", str(file), "--check").exit_code == 4
     done = run("models", "pin", "-f", str(file))
     assert (done.exit_code, "m: digest sha256:" in done.stdout) == (0, True)
     text = file.read_text()
@@ -150,6 +150,6 @@ def test_pin_writes_what_the_weights_are(run: Run, tmp_path: Path) -> None:
     assert load(file).models[0].digest.startswith("sha256:")
     assert run("models", "pin", "-f", str(file), "--check", "m").exit_code == 0
     (weights / "model.safetensors").write_bytes(b"other weights")
-    assert run("models", "pin", "-f", str(file), "--check").exit_code == 2
+    assert run("models", "pin", "-f", str(file), "--check").exit_code == 4
     assert run("models", "pin", "-f", str(file), "nobody").exit_code == 2
     assert file.read_text() == text

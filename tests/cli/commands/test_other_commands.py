@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 from typer.testing import Result
 
 from cluster import __version__
@@ -41,9 +42,15 @@ def test_a_wrong_configuration_names_each_key(run: Run, tmp_path: Path) -> None:
     assert run("up", "-f", str(tmp_path / "none.yaml")).exit_code == 2
 
 
-def test_the_schema_is_json(run: Run) -> None:
-    """`config schema` prints a valid JSON schema with the key `models`."""
-    assert "models" in json.loads(run("config", "schema").stdout)["properties"]
+def test_the_schema_explains_every_key(run: Run) -> None:
+    """`config schema` prints a valid JSON schema that says which draft it follows, and describes every key."""
+    schema = json.loads(run("config", "schema").stdout)
+    Draft202012Validator.check_schema(schema)
+    assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
+    sections = [("", schema), *schema["$defs"].items()]
+    keys = [(f"{name}.{key}", value) for name, part in sections for key, value in part.get("properties", {}).items()]
+    assert ".models" in dict(keys)
+    assert [key for key, value in keys if not value.get("description")] == []
 
 
 def test_version_names_headrace(run: Run) -> None:

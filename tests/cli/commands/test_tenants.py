@@ -113,7 +113,7 @@ def test_a_tenants_life(run: Run) -> None:
     ]
     assert {event["reason"] for event in events} == {"", "unpaid", "left"}
     assert "unpaid" in run("audit", "--tenant", "acme").stdout
-    assert run("tenants", "delete", "acme", "--erase", "--reason", "acme asked", input="n\n").exit_code == 1
+    assert run("tenants", "delete", "acme", "--erase", "--reason", "acme asked").exit_code == 2
     assert "erased acme" in run("tenants", "delete", "acme", "--erase", "--yes", "--reason", "acme asked").stdout
     (event,) = good(run("audit", "--json"))
     assert "acme" not in json.dumps(event)

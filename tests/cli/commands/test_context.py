@@ -1,0 +1,85 @@
+"""The commands context add, use, list, show and remove, and --context with a scripted gateway."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from tests.support.scripted_gateway import ScriptedGateway
+
+Run = Callable[..., Result]
+
+
+def test_the_life_of_a_context(run: Run, tmp_path: Path) -> None:
+    """A context can be added, used, listed, shown and removed. Paths are stored absolute, and no key is stored."""
+    key = tmp_path / "key"
+    key.write_text("hr_secret")
+    assert run("context", "add", "a", "--endpoint", "a.example:1", "--api-key-file", str(key)).exit_code == 0
+    assert run("context", "add", "b", "--endpoint", "b.example:1", "--api-key-env", "B_KEY", "--use").exit_code == 0
+    listed = json.loads(run("context", "list", "--json").stdout)
+    assert (listed["current"], [one["name"] for one in listed["contexts"]]) == ("b", ["a", "b"])
+    assert "b *" in run("context", "list").stdout
+    assert run("context", "use", "a").exit_code == 0
+    assert json.loads(run("context", "show", "--json").stdout)["api_key_file"] == str(key)
+    assert "hr_secret" not in (tmp_path / "config/headrace/contexts.yaml").read_text()
+    assert run("context", "remove", "a").exit_code == 0
+    assert json.loads(run("context", "list", "--json").stdout)["current"] == "local"
+    for wrong in (("use", "a"), ("remove", "a"), ("show", "a"), ("add", "local", "--endpoint", "a:1")):
+        assert run("context", *wrong).exit_code == 2, wrong
+    assert run("context", "show").exit_code == 1
+
+
+def test_commands_use_the_context(
+    run: Run, gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Callers' and operators' commands use the address and the key of a context: of --context before or behind the
+    command's name, of HEADRACE_CONTEXT, or of the current one. An address on the command line gets no key of it."""
+    key = tmp_path / "key"
+    key.write_text("hr_of_the_context\n")
+    at = ("--endpoint", gateway.endpoint, "--admin", gateway.endpoint, "--api-key-file", str(key))
+    run("context", "add", "here", *at)
+    run("context", "add", "nowhere", "--endpoint", "127.0.0.1:1", "--use")
+    assert run("models").exit_code == 3
+    assert "nowhere" in run("status").stderr
+
+    def keys_sent(*arguments: str) -> set[str]:
+        gateway.script.credentials.clear()
+        done = run(*arguments)
+        assert done.exit_code == 0, done.stderr
+        return set(gateway.script.credentials)
+
+    mine = {"Bearer hr_of_the_context"}
+    assert keys_sent("--context", "here", "models") == mine
+    assert keys_sent("scale", "m", "2", "--context", "here") == mine
+    assert keys_sent("abort", "x", "--reason", "y", "--context", "here") == mine
+    monkeypatch.setenv("HEADRACE_CONTEXT", "here")
+    assert keys_sent("chat", "m", "hi") == mine
+    monkeypatch.setenv("HEADRACE_CONTEXT", "nowhere")
+    assert keys_sent("--context", "here", "models") == mine
+    assert keys_sent("models", "--context", "here") == mine
+    monkeypatch.setenv("HEADRACE_CONTEXT", "here")
+    assert keys_sent("chat", "m", "hi", "--endpoint", gateway.endpoint) == set()
+    assert keys_sent("scale", "m", "2", "--admin", gateway.endpoint) == set()
+    assert keys_sent("abort", "x", "--reason", "y", "--admin", gateway.endpoint) == set()
+    monkeypatch.setenv("HEADRACE_CONTEXT", "local")
+    assert keys_sent("models", "--endpoint", gateway.endpoint) == set()
+    assert run("models", "--context", "here", "--endpoint", gateway.endpoint).exit_code == 2
+    monkeypatch.setenv("HEADRACE_ENDPOINT", gateway.endpoint)
+    both = run("models")
+    assert both.exit_code == 2
+    assert "HEADRACE_CONTEXT and HEADRACE_ENDPOINT" in both.stderr
+
+
+def test_a_context_needs_its_variable(run: Run, gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context whose variable is not set is refused before anything is sent; --api-key-file replaces the key."""
+    run("context", "add", "here", "--endpoint", gateway.endpoint, "--api-key-env", "HERE_KEY", "--use")
+    refused = run("chat", "m", "hi")
+    assert refused.exit_code == 2
+    assert "HERE_KEY" in refused.stderr
+    monkeypatch.setenv("HERE_KEY", "hr_here")
+    assert run("chat", "m", "hi").exit_code == 0
+    assert gateway.script.credentials == {"Bearer hr_here"}
