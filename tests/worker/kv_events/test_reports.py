@@ -25,6 +25,14 @@ class Events:
         return await self.queue.get()
 
 
+async def heartbeats(*outboxes: Outbox) -> None:
+    """Wake the writers of these outboxes again and again, as a link's heartbeats do."""
+    while True:
+        for outbox in outboxes:
+            outbox.flush()
+        await asyncio.sleep(0.01)
+
+
 async def known(outbox: Outbox, held: set[int], wanted: set[int]) -> set[int]:
     """Read an outbox until the gateway that reads it knows the wanted blocks. `held`: what it knows now."""
     async with asyncio.timeout(60):
@@ -40,7 +48,7 @@ async def test_every_gateway_knows_all_blocks_whenever_it_has_connected() -> Non
     hashes = list(map(int, prefix_hashes(range(3 * SIZE), SIZE, seed_of(""))))
     source, early, late = Events(), Outbox(), Outbox()
     reports = KvReports(source, SIZE)
-    running = asyncio.create_task(reports.run())
+    running = asyncio.gather(reports.run(), heartbeats(early, late))
     try:
         reports.attach(1, early)
         source.queue.put_nowait([BlocksStored([1, 2], None, range(2 * SIZE), SIZE)])
@@ -64,7 +72,7 @@ async def test_a_large_report_is_sent_in_pieces_between_which_other_work_runs() 
     hashes = list(map(int, prefix_hashes(range(count * SIZE), SIZE, seed_of(""))))
     source, early, late = Events(), Outbox(), Outbox()
     reports = KvReports(source, SIZE)
-    running = asyncio.create_task(reports.run())
+    running = asyncio.gather(reports.run(), heartbeats(early, late))
     try:
         reports.attach(1, early)
         source.queue.put_nowait([BlocksStored(range(count), None, range(count * SIZE), SIZE)])
@@ -90,7 +98,7 @@ async def test_a_link_that_ends_gets_no_more_pieces() -> None:
     count = 3 * BLOCKS_PER_MESSAGE
     source, early, late = Events(), Outbox(), Outbox()
     reports = KvReports(source, SIZE)
-    running = asyncio.create_task(reports.run())
+    running = asyncio.gather(reports.run(), heartbeats(early, late))
     try:
         reports.attach(1, early)
         source.queue.put_nowait([BlocksStored(range(count), None, range(count * SIZE), SIZE)])
