@@ -76,9 +76,21 @@ class GatewayGauges:
             yield "model_replicas_desired", labels, model.entry.replicas_desired
             for state in ModelState:
                 yield "model_state", (model.name, state.value.lower()), float(model.state is state)
+            if model.entry.slo_ttft_s:
+                yield "model_slo_ttft_seconds", labels, model.entry.slo_ttft_s
+            if model.entry.slo_itl_s:
+                yield "model_slo_itl_seconds", labels, model.entry.slo_itl_s
+            yield from _version_workers(model)
             adapters = Counter(model.adapters.view(spec.name).state for spec in model.adapters.specs)
             for each in AdapterState:
                 yield "adapters", (model.name, each.value.lower()), adapters[each]
+
+
+def _version_workers(model: KnownModel) -> Iterator[Sample]:
+    """Yield the number of workers of each version."""
+    workers = Counter(link.identity.version for link in list(model.links.values()))
+    for version in {share.version for share in model.entry.versions} | workers.keys():
+        yield "model_version_workers", (model.name, version), workers[version]
 
 
 def _worker(link: WorkerLink) -> Iterator[Sample]:

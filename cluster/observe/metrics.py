@@ -42,6 +42,11 @@ DEFINITIONS: Mapping[str, _Definition] = {
         "Actions of guards, by guard (input_patterns, ...): redacted, refused, flagged, failed_closed, failed_open.",
         ("tenant", "reason", "outcome"),
     ),
+    "slo_calls_total": _Definition(
+        "counter",
+        "Calls judged by the model's SLO, by outcome: met, late_first_token, slow_tokens, failed.",
+        ("model", "outcome"),
+    ),
     "rejected_total": _Definition("counter", "Calls refused before a worker accepted them.", ("model", "reason")),
     "prompt_tokens_total": _Definition(
         "counter", "Prompt tokens of calls, by the engine's count.", ("model", "tenant")
@@ -88,6 +93,16 @@ DEFINITIONS: Mapping[str, _Definition] = {
         "Prompt tokens that a worker was expected to compute in vain, by reason: hedge. An upper bound.",
         ("model", "reason"),
     ),
+    "canary_calls_total": _Definition(
+        "counter",
+        "Calls to a model with a canary, by version: ok, failed (because of the worker).",
+        ("model", "version", "outcome"),
+    ),
+    "canary_compared_total": _Definition(
+        "counter",
+        "Calls to a canary whose first token was compared with the stable version's, by outcome: slower, as_fast.",
+        ("model", "version", "outcome"),
+    ),
     "worker_detected_total": _Definition("counter", "Worker links that ended, by cause.", ("model", "reason")),
     "request_duration_seconds": _Definition("histogram", "Duration of a call.", ("model",), REQUEST_BUCKETS),
     "time_to_first_token_seconds": _Definition(
@@ -125,6 +140,9 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "model_replicas": _Definition("gauge", "Workers linked to this gateway.", ("model",)),
     "model_replicas_desired": _Definition("gauge", "Replica target of the controller.", ("model",)),
     "model_state": _Definition("gauge", "1 for the model's current state.", ("model", "state")),
+    "model_slo_ttft_seconds": _Definition("gauge", "SLO of a model for the time to first token.", ("model",)),
+    "model_slo_itl_seconds": _Definition("gauge", "SLO of a model for the mean time between tokens.", ("model",)),
+    "model_version_workers": _Definition("gauge", "Workers of a version linked to this gateway.", ("model", "version")),
     "adapters": _Definition("gauge", "Adapters by their state on this gateway's workers.", ("model", "state")),
     "config_valid": _Definition(
         "gauge", "1 while the configuration file is valid; 0 if a restart would refuse a part of it.", ()
@@ -132,6 +150,7 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "catalog_age_seconds": _Definition("gauge", "Time since the controller's last message; -1 if there was none.", ()),
     "ledger_pending_records": _Definition("gauge", "Usage records that are not in the database yet.", ()),
     "ledger_lag_seconds": _Definition("gauge", "Age of the oldest usage record that is not in the database.", ()),
+    "ray_up": _Definition("gauge", "1 while a Ray cluster answers the controller.", ("ray_cluster",)),
     "build_info": _Definition("gauge", "Always 1.", ("version", "python", "grpc")),
     "engine_path_info": _Definition(
         "gauge", "Always 1: the path by which a worker calls its engine, and the reason.", ("worker", "path", "reason")
