@@ -74,7 +74,7 @@ class StoredCatalogFile:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            log.warning("kept_catalog_unreadable", path=str(self._path), reason=str(error))
+            log.warning("catalog.copy_not_read", path=str(self._path), reason=str(error))
             return None
 
     def keep(self, kept: StoredCatalog) -> None:
@@ -149,7 +149,7 @@ class StoredCatalogService:
         try:
             return with_models(config, [*entries, *stored], self._held)
         except CallError as error:  # stored by another release, or the file has changed meanwhile
-            log.warning("kept_catalog_refused", reason=error.message)
+            log.warning("catalog.copy_refused", reason=error.message)
             return config
 
     def _want(self) -> None:

@@ -88,7 +88,7 @@ class Controller:
             try:
                 await self.step()
                 if self._away:
-                    log.info("ray.back")
+                    log.info("ray.recovered")
                 self._away = ""
             except RayAway as error:
                 self._record_ray_away(str(error))
@@ -129,7 +129,7 @@ class Controller:
         `replicas`: number of replicas of each wanted application."""
         away = None
         for action in actions:
-            log.info("step", step=type(action).__name__, app=action.app, why=getattr(action, "why", ""))
+            log.info("controller.step_taken", step=type(action).__name__, app=action.app, why=getattr(action, "why", ""))
             try:
                 match action:
                     case reconcile.Deploy(app):
@@ -216,7 +216,7 @@ class Controller:
 
     def _record_ray_away(self, reason: str) -> None:
         if reason != self._away:
-            log.warning("ray.away", reason=reason)
+            log.warning("ray.lost", reason=reason)
         self._away = reason
         if not self.catalog.entries():
             self.gateways.publish(self.catalog.declare(self.models, reason))

@@ -134,7 +134,7 @@ def log_decisions(decisions: Sequence[tuple[str, ScalingDecision]]) -> None:
     for model, decision in decisions:
         numbers = {name: round(value, 4) for name, value in decision.numbers.items()}
         log.info(
-            "scaled",
+            "scaling.decided",
             model=model,
             action=decision.action,
             before=decision.before,
@@ -157,7 +157,7 @@ class OperatorRequestFile:
         except FileNotFoundError:
             return OperatorRequest()
         except (OSError, ValueError, AttributeError) as error:
-            log.warning("scaling_requests_unreadable", path=str(self._path), reason=str(error))
+            log.warning("scaling.requests_not_read", path=str(self._path), reason=str(error))
             return OperatorRequest()
 
     def keep(self, request: OperatorRequest) -> None:

@@ -218,7 +218,7 @@ class Gateway:
         await listeners.open("http", listen.http, self.http, self._tls("http/1.1"), shared=processes > 1)
         await self.health.servicer.set("", SERVING)
         await self.health.servicer.set(SERVICE, SERVING)
-        log.info("gateway_up", gateway=self.hub.gateway_id, **self.endpoints)
+        log.info("gateway.started", gateway=self.hub.gateway_id, **self.endpoints)
 
     def _tls(self, protocol: str) -> NewestContext | None:
         files = self.config.gateway.tls

@@ -145,7 +145,7 @@ class CallService:
             if not is_call_failure(error):
                 raise
             cleanup.outcome = Outcome.INTERNAL
-            log.exception("call_failed", request_id=meta.request_id)
+            log.exception("call.failed", request_id=meta.request_id)
             if isinstance(error, Exception):  # the API answers
                 raise
             message = f"unexpected failure; quote request id {meta.request_id}"

@@ -69,7 +69,7 @@ class EngineRunner:
         except EngineDead as dead:
             self.report_dead(dead)
         except Exception:  # these requests run on; the link and the engine loop must keep serving others
-            log.exception("abort_failed", requests=len(request_ids))
+            log.exception("engine.abort_failed", requests=len(request_ids))
 
     def abort_in_background(self, request_ids: Sequence[str]) -> None:
         """Abort requests in a task of their own, which the end of a link does not cancel."""

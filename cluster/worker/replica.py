@@ -154,20 +154,20 @@ class Replica:
             await self.stop()
             raise ModelRefused(str(error)) from error
         except EngineCorrupt as error:
-            log.error("worker.engine_sick", worker=self.worker_id, node=self.place.node, reason=str(error))
+            log.error("worker.engine_corrupt", worker=self.worker_id, node=self.place.node, reason=str(error))
             await self.stop()
             raise
         except BaseException:  # a cancelled start must not leave an engine behind either
             await self.stop()
             raise
         log.info(
-            "worker.started",
+            "worker.engine_started",
             began=round(began, 3),
             opened_s=round(opened_at - began, 3),
             engine_s=round(time.time() - opened_at, 3),
         )
         if engine.downgrade_reason:
-            log.warning("worker.resume_word_withdrawn", worker=self.worker_id, reason=engine.downgrade_reason)
+            log.warning("worker.resume_downgraded", worker=self.worker_id, reason=engine.downgrade_reason)
         for name, reason in repairs.not_applied.items():
             log.warning("worker.repair_not_applied", worker=self.worker_id, repair=name, reason=reason)
         self._serve(opened, engine, self.info)
@@ -206,7 +206,7 @@ class Replica:
         self._serving = asyncio.create_task(self._serve_until_dead(self.end, engine))
         memory.freeze_objects()
         log.info(
-            "worker.up",
+            "worker.ready",
             worker=self.worker_id,
             engine=info.engine_class,
             path=info.engine_path,
@@ -219,7 +219,7 @@ class Replica:
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             failure = _first_failure(parts)
             if failure is not None:
-                event = "worker.engine_sick" if isinstance(failure, EngineCorrupt) else "worker.engine_dead"
+                event = "worker.engine_corrupt" if isinstance(failure, EngineCorrupt) else "worker.engine_dead"
                 log.error(event, worker=self.worker_id, node=self.place.node, reason=str(failure))
                 await end.close(str(failure))
                 await asyncio.wait(parts[:1], timeout=_CLOSE_LINKS_S)
@@ -250,9 +250,9 @@ class Replica:
         """
         self._drain_deadline = min(self._drain_deadline, time.monotonic() + timeout_s)
         if self.end is not None:
-            log.info("worker.leaving", worker=self.worker_id, node=self.place.node, within_s=round(timeout_s, 1))
+            log.info("worker.drain_began", worker=self.worker_id, node=self.place.node, within_s=round(timeout_s, 1))
             drained = await self.end.drain(timeout_s)
-            log.info("worker.left", worker=self.worker_id, node=self.place.node, drained=drained)
+            log.info("worker.drain_ended", worker=self.worker_id, node=self.place.node, drained=drained)
         self._drained = True
 
     async def stop(self, within_s: float = math.inf) -> None:

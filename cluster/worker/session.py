@@ -217,7 +217,7 @@ class WorkerSession:
             await asyncio.sleep(REPORT_S)
             self._served.report(self._requests.output_tokens())
             if expired := self._requests.detached.expired(time.monotonic()):
-                log.info("detached_requests_dropped", requests=len(expired))
+                log.info("worker.requests_dropped", requests=len(expired))
                 await self._runner.abort(expired)
                 self._credit.regrant()
 
@@ -329,7 +329,7 @@ class WorkerSession:
             bundle = self._bundle if digest == self._identity.bundle_digest else None
             link.spawn(send_bundle(link.blobs, digest, bundle))
         for command in message.commands:
-            log.info("command", verb=command.WhichOneof("verb"), worker=self._identity.worker_id)
+            log.info("worker.command_received", verb=command.WhichOneof("verb"), worker=self._identity.worker_id)
             if self._drains.apply(command):
                 self._credit.regrant()
         link.outbox.acked_seq = message.seq

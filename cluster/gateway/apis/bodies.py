@@ -116,7 +116,7 @@ class Bodies:
             whole = size * len(vectors)
             result: bytes | bytearray | None = await self.pool.run(job, size=whole, tenant=tenant)
         except (TooMuchCpu, JobLost) as error:
-            log.warning("vectors_not_written", reason=str(error))
+            log.warning("request.vectors_not_written", reason=str(error))
             return None
         return result
 
@@ -126,7 +126,7 @@ class Bodies:
         except TooMuchCpu:
             raise _unreadable() from None
         except JobLost as lost:
-            log.warning("body_not_read", method=method, reason=str(lost))
+            log.warning("request.body_not_read", method=method, reason=str(lost))
             raise _unreadable() from None
         if result is not None:
             return result

@@ -292,7 +292,7 @@ class Call:
             self.release()
             self.wake()
         except Exception:
-            log.exception("call_not_notified", request_id=self.request_id)
+            log.exception("call.not_notified", request_id=self.request_id)
 
     def fail_unexpectedly(self, error: BaseException) -> None:
         """End the call with INTERNAL, because work for this call raised `error`. Raises `error` again if `error` is a
@@ -300,7 +300,7 @@ class Call:
         if not is_call_failure(error):
             raise error
         if self.error is None:
-            log.error("call_failed", request_id=self.request_id, exc_info=error)
+            log.error("call.failed", request_id=self.request_id, exc_info=error)
         message = f"unexpected failure; quote request id {self.request_id}"
         self.fail(CallError(Outcome.INTERNAL, message))
 

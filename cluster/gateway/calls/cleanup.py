@@ -55,5 +55,5 @@ class Cleanup:
     def _caught(self, error: BaseException) -> BaseException | None:
         if not is_call_failure(error):
             return error
-        log.error("call_end_failed", request_id=self._request_id, exc_info=error)
+        log.error("call.cleanup_failed", request_id=self._request_id, exc_info=error)
         return None

@@ -294,7 +294,7 @@ class CallGuards:
         """Record the failure of a guard. Returns whether the guard fails open, so that the call goes on without it."""
         fails_open = rule.fail == "open"
         why = str(error) if isinstance(error, ValueError | OSError) else type(error).__name__
-        log.warning("guard_failed", tenant=self._policy.name, guard=_name(rule), request_id=self._request_id, error=why)
+        log.warning("guard.failed", tenant=self._policy.name, guard=_name(rule), request_id=self._request_id, error=why)
         self._record(rule, "failed_open" if fails_open else "failed_closed", "failure")
         return fails_open
 

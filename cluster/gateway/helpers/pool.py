@@ -310,14 +310,14 @@ class HelperPool:
     def _replace_stopped(self, helper: _Helper, method: str, cpu_s: float) -> None:
         """Replace a helper that ended because its job exceeded the CPU limit. Such an end does not count as a
         failure."""
-        log.warning("helper_stopped", job=method, cpu_s=round(cpu_s, 1))
+        log.warning("helper.stopped", job=method, cpu_s=round(cpu_s, 1))
         self._helpers.discard(helper)
         helper.end()
         self._start()
         self._release_waiting()
 
     def _mark_late(self, helper: _Helper) -> None:
-        log.warning("helper_late", pid=helper.pid)
+        log.warning("helper.delayed", pid=helper.pid)
         self._late.add(helper)
         self._release_waiting()
 
@@ -337,7 +337,7 @@ class HelperPool:
     def _count_failure(self, error: Exception) -> None:
         self.failures += 1
         self._failed_at = time.monotonic()
-        log.warning("helper_lost", error=str(error), started_again=self.failures < MAX_FAILURES)
+        log.warning("helper.lost", error=str(error), started_again=self.failures < MAX_FAILURES)
         self._release_waiting()
 
     def _release_waiting(self) -> None:

@@ -147,12 +147,12 @@ class Hub(pb_grpc.LinkServicer):
                 f"hello: this incarnation has already used epoch {epoch} or a later one",
             )
         if why := self._listener.refusal_of(identity):
-            log.warning("worker_refused", worker=identity.worker_id, model=identity.model, reason=why)
+            log.warning("worker.refused", worker=identity.worker_id, model=identity.model, reason=why)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {why}")
 
     @staticmethod
     async def _refuse_peer(context: Any, name: str) -> None:
-        log.warning("stranger_refused", peer=context.peer(), lacks=name)
+        log.warning("link.peer_refused", peer=context.peer(), lacks=name)
         await context.abort(
             grpc.StatusCode.PERMISSION_DENIED,
             f"the client certificate does not name {name} (see `headrace certs worker --help`)",

@@ -142,7 +142,7 @@ class WorkerLinks:
             older.close("the worker has reconnected")
             self._detach(older)
         self._links[link.identity.worker_id] = link
-        log.info("worker_up", worker=link.identity.worker_id, model=link.identity.model, epoch=link.epoch)
+        log.info("worker.connected", worker=link.identity.worker_id, model=link.identity.model, epoch=link.epoch)
         self._listener.link_up(link)
         self._on_change()
 
@@ -152,7 +152,7 @@ class WorkerLinks:
         del self._links[link.identity.worker_id]
         why = link.why or "the worker closed the link"
         engine = {"engine": link.engine_ended} if link.engine_ended else {}
-        log.info("worker_down", worker=link.identity.worker_id, model=link.identity.model, reason=why, **engine)
+        log.info("worker.disconnected", worker=link.identity.worker_id, model=link.identity.model, reason=why, **engine)
         if link.engine_ended:
             self.lost.add(link.identity, link.engine_ended, time.time())
         link.end(why)

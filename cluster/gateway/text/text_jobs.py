@@ -62,7 +62,7 @@ class TextJobs:
             except TooMuchCpu:
                 raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
             except JobLost as lost:
-                log.warning("text_not_tokenized", job=job[0], reason=str(lost))
+                log.warning("tokenizer.job_lost", job=job[0], reason=str(lost))
                 raise CallError(
                     Outcome.INTERNAL, f"{field}: the model's tokenizer could not process this text"
                 ) from None

@@ -69,7 +69,7 @@ class Sessions:
         try:
             return self._kit.render(request)
         except Exception as error:  # a renderer's fault must end only its own request
-            log.error("render_failed", error=_place(error))
+            log.error("parser.render_failed", error=_place(error))
             why = f"the model's renderer failed on this chat: {type(error).__name__}"
             return wire.Rendered(request.number, error=why, field="messages")
         finally:
@@ -81,7 +81,7 @@ class Sessions:
         try:
             session, opened = self._kit.open(opening, lambda: self._progress.record(opening.number))
         except Exception as error:  # a parser's fault must end only its own request
-            log.error("open_failed", error=_place(error))
+            log.error("parser.open_failed", error=_place(error))
             return wire.Opened(
                 opening.number, error=f"the parser failed on them: {type(error).__name__}", field="tools"
             )
@@ -96,7 +96,7 @@ class Sessions:
         try:
             return self._sessions[number].feed(number, wire.unpack_ids(packed), state)
         except Exception as error:  # a parser's fault must end only its own request
-            log.error("parse_failed", error=_place(error))
+            log.error("parser.parse_failed", error=_place(error))
             del self._sessions[number]
             return wire.Parsed(number, [], 0, error=f"{type(error).__name__}")
 

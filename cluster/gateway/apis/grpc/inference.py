@@ -149,7 +149,7 @@ class InferenceApi:
             except (grpc.aio.AbortError, grpc.aio.UsageError):
                 raise
             except Exception:  # callers get no traceback; the log has it under the request id
-                log.exception("unexpected", request_id=meta.request_id)
+                log.exception("request.failed", request_id=meta.request_id)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote request id {meta.request_id}")
                 await self._abort(context, meta, unexpected)
             return None

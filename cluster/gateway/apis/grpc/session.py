@@ -181,7 +181,7 @@ class SessionStream:
             self._end(start.call_id, CallError(Outcome.CANCELLED, "cancelled by the client"))
             raise
         except Exception:  # ends this call, not the session
-            log.exception("unexpected", request_id=meta.request_id)
+            log.exception("request.failed", request_id=meta.request_id)
             message = f"unexpected failure; quote request id {meta.request_id}"
             self._end(start.call_id, CallError(Outcome.INTERNAL, message))
         else:

@@ -221,7 +221,7 @@ class Endpoint:
             scope[CONNECTION].charge_refusal()
             await exchange.fail(error)
         except Exception:  # callers get no traceback; the log has it under the request id
-            log.exception("unexpected", request_id=exchange.request_id)
+            log.exception("request.failed", request_id=exchange.request_id)
             message = f"unexpected failure; quote request id {exchange.request_id}"
             await exchange.fail(CallError(Outcome.INTERNAL, message))
 
