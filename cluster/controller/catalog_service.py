@@ -254,7 +254,7 @@ class StoredCatalogService:
         if version not in versions:
             raise invalid("version", f"{version[:64]!r} is no version of {model.name}; it has {', '.join(versions)}")
         entry = self._override(model.name, version, quarantined=not lift)
-        log.warning("version.quarantined", model=model.name, version=version, lifted=lift, why=reason)
+        log.warning("version.quarantined", model=model.name, version=version, lifted=lift, reason=reason)
         return entry
 
     def load_adapter(self, name: str, adapter: AdapterSpec) -> tuple[str, AdapterSpec]:

@@ -49,7 +49,9 @@ class ConfigState:
 
     def _update(self, problems: tuple[str, ...]) -> None:
         if problems:
-            log.error("config.refused", problems=problems[:MAX_SHOWN], next="correct the file before the next restart")
+            log.error(
+                "config.refused", problems=problems[:MAX_SHOWN], remedy="correct the file before the next restart"
+            )
         elif self.problems:
             log.info("config.accepted")
         self.problems = problems

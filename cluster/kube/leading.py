@@ -59,7 +59,7 @@ class Leader:
                 await _wait_first(stop.wait(), asyncio.sleep(self._terms.again_s))
 
     async def _lead(self, work: Work, stop: asyncio.Event) -> None:
-        log.info("lease.acquired", me=self._candidate.me)
+        log.info("lease.acquired", holder=self._candidate.me)
         leave = asyncio.Event()
         running = asyncio.ensure_future(work(leave))
         stopping = asyncio.ensure_future(stop.wait())
@@ -79,7 +79,7 @@ class Leader:
             await asyncio.gather(running, stopping, keeping, return_exceptions=True)
         if self.leads:
             await self._give_up()
-        log.info("lease.released", me=self._candidate.me)
+        log.info("lease.released", holder=self._candidate.me)
 
     async def _keep(self) -> None:
         """Renew the Lease periodically. Returns when the Lease is lost."""

@@ -33,6 +33,8 @@ class LineWriter:
         self._descriptor = descriptor
         self._dropped_line = dropped_line
         self._max_bytes = max_bytes
+        self.dropped = 0
+        """Number of lines that were dropped since the start."""
         self._reset()
         os.register_at_fork(after_in_child=self._reset)
 
@@ -53,6 +55,7 @@ class LineWriter:
         with self._lock:
             if self._pending_bytes + len(data) > self._max_bytes:
                 self._dropped += 1
+                self.dropped += 1
                 return
             self._pending_bytes += len(data)
             if self._thread is None:
@@ -79,6 +82,7 @@ class LineWriter:
                     self._pending_bytes -= sum(map(len, batch))
                     if not kept:
                         self._dropped += len(batch)
+                        self.dropped += len(batch)
             self._report_dropped()
             for event in reached:
                 event.set()

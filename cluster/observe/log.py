@@ -6,7 +6,9 @@ Lines are written by a thread (line_writer.py), so a slow reader of the output n
 from __future__ import annotations
 
 import atexit
+import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,14 +24,19 @@ END_S = 2.0
 """Longest wait in seconds for the output at the end of the process."""
 
 _CALL: ContextVar[Mapping[str, str]] = ContextVar("call_fields")
+_CHILDREN = "HEADRACE_LOG_SETTINGS"
+"""Environment variable with the settings of this log for child processes, as JSON."""
 _NO_CALL: Mapping[str, str] = {}
 _at_flush: list[Callable[[float], object]] = []
+_writers: list[LineWriter] = []
 
 
 def configure(level: str = "info", *, descriptor: int = STDERR, **fields: str) -> LineWriter:
-    """Configure structlog for this process; `fields` are added to every line. Returns the writer of the lines.
+    """Configure structlog for this process, and for its child processes that call `configure_as_parent`; `fields` are
+    added to every line. Returns the writer of the lines.
 
     `descriptor`: the file descriptor to which the lines are written."""
+    os.environ[_CHILDREN] = json.dumps({"level": level, "descriptor": descriptor, "fields": fields})
     writer = LineWriter(descriptor, dropped_line=_dropped_line(fields))
     structlog.configure(
         processors=[
@@ -47,7 +54,15 @@ def configure(level: str = "info", *, descriptor: int = STDERR, **fields: str) -
     if not _at_flush:
         atexit.register(flush)
     _at_flush.insert(0, writer.flush)
+    _writers.append(writer)
     return writer
+
+
+def configure_as_parent() -> None:
+    """Configure structlog as the parent process has done. Does nothing if the parent has not called `configure`."""
+    if text := os.environ.get(_CHILDREN, ""):
+        settings = json.loads(text)
+        configure(settings["level"], descriptor=settings["descriptor"], **settings["fields"])
 
 
 def flush(timeout_s: float = END_S) -> None:
@@ -55,6 +70,11 @@ def flush(timeout_s: float = END_S) -> None:
     without the exit handlers."""
     for waits in _at_flush:
         waits(timeout_s)
+
+
+def dropped_lines() -> int:
+    """Return the number of lines that this process has dropped, because their reader was too slow or its disk full."""
+    return sum(writer.dropped for writer in _writers)
 
 
 def add_flush(waits: Callable[[float], object]) -> None:
@@ -78,11 +98,9 @@ def call_fields() -> Mapping[str, str]:
     return _CALL.get(_NO_CALL)
 
 
-def ids_of_call(request_id: str, traceparent: str) -> dict[str, str]:
-    """Return the fields that every line about a call has: the request id and, for a traced call, the trace id.
-
-    `traceparent`: a valid W3C traceparent or ""."""
-    return {"request_id": request_id, "trace_id": traceparent[3:35]} if traceparent else {"request_id": request_id}
+def ids_of_call(request_id: str, trace_id: str) -> dict[str, str]:
+    """Return the fields that every line about a call has: the request id and, unless it is "", the trace id."""
+    return {"request_id": request_id, "trace_id": trace_id} if trace_id else {"request_id": request_id}
 
 
 def _with_fields(fields: Mapping[str, str]) -> structlog.typing.Processor:

@@ -53,7 +53,15 @@ def open_model(settings: ReplicaSettings) -> OpenedModel:
     )
     files = _adapter_store(settings, folder)
     return OpenedModel(
-        engine, bundle, weight_digest(folder, _cache_dir(settings)), parser, renderer, engine, engine, files
+        engine,
+        bundle,
+        weight_digest(folder, _cache_dir(settings)),
+        parser,
+        renderer,
+        engine,
+        engine,
+        files,
+        engine.counts,
     )
 
 
@@ -82,7 +90,7 @@ def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
     parser = requested_parser(settings.spec, Path(config.folder), bundle)
     renderer = requested_renderer(settings.spec, Path(config.folder), bundle)
     files = _adapter_store(settings, None)
-    return OpenedModel(engine, bundle, config.weight_digest, parser, renderer, engine, engine, files)
+    return OpenedModel(engine, bundle, config.weight_digest, parser, renderer, engine, engine, files, engine.counts)
 
 
 def _adapter_store(settings: ReplicaSettings, base: Path | None) -> AdapterFiles | None:

@@ -24,8 +24,10 @@ from typing import Protocol
 
 import structlog
 
+from cluster.api.demand import EngineCounts
 from cluster.api.ports import AdapterEngine, Engine, EngineCorrupt, EngineDead, KvEventSource
 from cluster.api.types import EngineInfo, WorkerIdentity
+from cluster.observe.log import flush
 from cluster.policy.catalog.placement import why_split
 from cluster.policy.routing.gateway_subset import GatewaySubset
 from cluster.process import memory
@@ -82,6 +84,8 @@ class OpenedModel:
     adapter_engine: AdapterEngine | None = None
     adapter_files: AdapterFiles | None = None
     """The engine's loader of adapters and their store on this node; None if the engine takes none."""
+    engine_counts: Callable[[], EngineCounts] = EngineCounts
+    """Function that returns the engine's own counts."""
 
 
 class ModelOpener(Protocol):
@@ -94,7 +98,9 @@ class ModelOpener(Protocol):
 
 
 def end_process(code: int) -> None:
-    """End this process now, without waiting for threads or exit handlers that a dead engine could block."""
+    """End this process once its log is written, without waiting for threads or exit handlers that a dead engine could
+    block."""
+    flush(1.0)
     os._exit(code)
 
 
@@ -154,7 +160,7 @@ class Replica:
             await self.stop()
             raise ModelRefused(str(error)) from error
         except EngineCorrupt as error:
-            log.error("worker.engine_corrupt", worker=self.worker_id, node=self.place.node, reason=str(error))
+            log.error("worker.engine_corrupt", reason=str(error))
             await self.stop()
             raise
         except BaseException:  # a cancelled start must not leave an engine behind either
@@ -167,9 +173,9 @@ class Replica:
             engine_s=round(time.time() - opened_at, 3),
         )
         if engine.downgrade_reason:
-            log.warning("worker.resume_downgraded", worker=self.worker_id, reason=engine.downgrade_reason)
+            log.warning("worker.resume_downgraded", reason=engine.downgrade_reason)
         for name, reason in repairs.not_applied.items():
-            log.warning("worker.repair_not_applied", worker=self.worker_id, repair=name, reason=reason)
+            log.warning("worker.repair_not_applied", repair=name, reason=reason)
         self._serve(opened, engine, self.info)
 
     def _serve(self, opened: OpenedModel, engine: Engine, info: EngineInfo) -> None:
@@ -201,13 +207,13 @@ class Replica:
             renderer=opened.renderer,
             adapter_engine=opened.adapter_engine,
             adapter_files=opened.adapter_files,
+            engine_counts=opened.engine_counts,
             subset=GatewaySubset(self.worker_id, self.settings.max_gateways, self.settings.spec.min_replicas),
         )
         self._serving = asyncio.create_task(self._serve_until_dead(self.end, engine))
         memory.freeze_objects()
         log.info(
             "worker.ready",
-            worker=self.worker_id,
             engine=info.engine_class,
             path=info.engine_path,
             capabilities=" ".join(info.capabilities),
@@ -219,8 +225,10 @@ class Replica:
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             failure = _first_failure(parts)
             if failure is not None:
-                event = "worker.engine_corrupt" if isinstance(failure, EngineCorrupt) else "worker.engine_dead"
-                log.error(event, worker=self.worker_id, node=self.place.node, reason=str(failure))
+                log.error(
+                    "worker.engine_corrupt" if isinstance(failure, EngineCorrupt) else "worker.engine_dead",
+                    reason=str(failure),
+                )
                 await end.close(str(failure))
                 await asyncio.wait(parts[:1], timeout=_CLOSE_LINKS_S)
         finally:
@@ -250,9 +258,9 @@ class Replica:
         """
         self._drain_deadline = min(self._drain_deadline, time.monotonic() + timeout_s)
         if self.end is not None:
-            log.info("worker.drain_began", worker=self.worker_id, node=self.place.node, within_s=round(timeout_s, 1))
+            log.info("worker.drain_began", within_s=round(timeout_s, 1))
             drained = await self.end.drain(timeout_s)
-            log.info("worker.drain_ended", worker=self.worker_id, node=self.place.node, drained=drained)
+            log.info("worker.drain_ended", drained=drained)
         self._drained = True
 
     async def stop(self, within_s: float = math.inf) -> None:

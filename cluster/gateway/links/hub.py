@@ -152,7 +152,7 @@ class Hub(pb_grpc.LinkServicer):
 
     @staticmethod
     async def _refuse_peer(context: Any, name: str) -> None:
-        log.warning("link.peer_refused", peer=context.peer(), lacks=name)
+        log.warning("link.peer_refused", peer=context.peer(), missing_name=name)
         await context.abort(
             grpc.StatusCode.PERMISSION_DENIED,
             f"the client certificate does not name {name} (see `headrace certs worker --help`)",

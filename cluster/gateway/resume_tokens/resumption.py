@@ -236,7 +236,7 @@ class ResumeService:
             async with asyncio.timeout(STORE_TIMEOUT_S):
                 await record(tokens.head.call_id, tokens.generation, self._expires_s + CLOCK_SKEW_S)
         except (CallError, TimeoutError) as error:
-            log.warning("resume.end_not_recorded", request_id=call.request_id, error=str(error))
+            log.warning("resume.end_not_recorded", **call.log_fields, error=str(error))
 
 
 def _restore(call: Call, tokens: ResumeTokens, chain: TokenChain, bundle_digest: str) -> None:

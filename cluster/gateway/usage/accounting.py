@@ -260,7 +260,7 @@ class Accounting:
             return self._opened(sequence, link, sequence.call.labels)
         except RecordError as error:
             record = self._opened(sequence, link, {})
-            log.warning("usage.labels_dropped", record=record.record_id, reason=str(error))
+            log.warning("usage.labels_dropped", **sequence.call.log_fields, record=record.record_id, reason=str(error))
             return record
 
     def _opened(self, sequence: CallSequence, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:

@@ -182,7 +182,7 @@ class Spool:
             os.close(handle)
         with self._changed:
             self._rejected += 1
-        log.error("usage.record_rejected", why=why)
+        log.error("usage.record_rejected", reason=why)
 
     def _segments(self) -> list[Path]:
         return sorted(self._folder.glob("usage-*.jsonl"))

@@ -225,12 +225,20 @@ class Work(_message.Message):
     BUSY_S_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     DECODE_TOKENS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    PREFIX_QUERY_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     busy_s: _builtins.float
     """Time in those steps."""
     prefill_tokens: _builtins.int
     """Prompt tokens that were computed and not cached."""
     decode_tokens: _builtins.int
+    preemptions: _builtins.int
+    """Requests whose KV blocks were taken away for others."""
+    prefix_query_tokens: _builtins.int
+    """Prompt tokens that were looked up in the prefix cache, and those that were found there."""
+    prefix_hit_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -238,10 +246,13 @@ class Work(_message.Message):
         busy_s: _builtins.float = ...,
         prefill_tokens: _builtins.int = ...,
         decode_tokens: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        prefix_query_tokens: _builtins.int = ...,
+        prefix_hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_tokens", b"decode_tokens", "prefill_tokens", b"prefill_tokens", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_tokens", b"decode_tokens", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_query_tokens", b"prefix_query_tokens", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

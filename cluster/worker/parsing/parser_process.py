@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import structlog
 
+from cluster.observe.log import configure_as_parent, flush
 from cluster.worker.engine.processes import fork_server
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.kit import KitSettings, ParserKit, load_kit
@@ -189,11 +190,13 @@ def _main(connection: socket.socket, settings: KitSettings) -> None:
     """Run the process. The first bytes on the connection bring the descriptor of the shared memory."""
     # Some parsers log an error with a traceback for every token of a malformed call, with the output in it.
     logging.getLogger("vllm").setLevel(logging.CRITICAL)
+    configure_as_parent()
     threading.Thread(target=_end_with_worker, args=(connection,), daemon=True).start()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
         if descriptors:
             serve(connection, lambda: _load(settings), Progress(descriptors[0]))
+    flush(1.0)
     os._exit(0)  # there is nothing to clean up, and exit handlers of vLLM could block
 
 
