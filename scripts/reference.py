@@ -199,9 +199,9 @@ def events() -> str:
         rows.append((f"`{name}`", ", ".join(levels[name]), meaning, names))
     introduction = (
         "Every event in the logs, for operators who search them and write rules for them. A line is a JSON object "
-        "with `timestamp`, `level`, `event` and the fields of the event; each also has `cluster` and `part` (`gateway`, "
-        "`controller`, `worker`), a worker's also `worker`, `pod`, `node` and `gpu`. An event has not always all of its "
-        "fields. `exception` is a traceback; `trace_id` is there if the call has a trace."
+        "with `timestamp`, `level`, `event` and the fields of the event; each also has `cluster` and `part` "
+        "(`gateway`, `controller`, `worker`), a worker's also `worker`, `pod`, `node` and `gpu`. An event has not "
+        "always all of its fields. `exception` is a traceback; `trace_id` is there if the call has a trace."
     )
     return page(
         "Log events", introduction, "cluster/observe/events.py", table(("event", "level", "meaning", "fields"), rows)

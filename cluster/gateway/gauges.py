@@ -16,6 +16,7 @@ from cluster.api.adapters import AdapterState
 from cluster.api.types import ModelState
 from cluster.gateway.config_state import ConfigState
 from cluster.gateway.links.hub import Hub
+from cluster.gateway.links.starting_workers import StartingWorker
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.local_limits import LimitsPort
@@ -68,8 +69,13 @@ class GatewayGauges:
         for tenant, limit, ratio in self.reservations.utilization():
             yield "limit_utilization_ratio", (tenant, limit), ratio
         yield from self._models()
-        for link in self.hub.links:
+        links = self.hub.links
+        for link in links:
             yield from _worker(link)
+        linked = {link.identity.worker_id for link in links}
+        for worker in self.hub.starting.current:
+            if worker.worker_id not in linked:
+                yield from _starting(worker)
 
     def _models(self) -> Iterator[Sample]:
         spreads = self.scheduler.charges.spreads
@@ -120,6 +126,14 @@ def _worker(link: WorkerLink) -> Iterator[Sample]:
     yield "vllm:prompt_tokens_total", labels, work.prefill_tokens + work.prefix_hit_tokens
     yield "vllm:generation_tokens_total", labels, work.decode_tokens
     yield "engine_path_info", (identity.worker_id, info.engine_path, info.engine_path_reason), 1
+
+
+def _starting(worker: StartingWorker) -> Iterator[Sample]:
+    labels = (worker.model, worker.worker_id)
+    yield "worker_info", (worker.worker_id, worker.pod, worker.node, worker.gpu), 1
+    yield "weights_fetched_bytes", labels, worker.fetched_bytes
+    yield "weights_total_bytes", labels, worker.total_bytes
+    yield "weights_fetch_bytes_per_second", labels, worker.bytes_per_s
 
 
 def _turn_tokens(model: KnownModel) -> float:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -24,6 +25,7 @@ from cluster.worker.engine.processes import end_causes
 from cluster.worker.open_model import open_model
 from cluster.worker.replica import Replica, ReplicaPlacement
 from cluster.worker.settings import ReplicaSettings
+from cluster.worker.weights.fetch_progress import FetchProgress
 
 DEPLOYMENT = "worker"
 _SERVE_LOGGER = "ray.serve"
@@ -53,7 +55,9 @@ class ServedReplica:
 
             fork_server.start()  # first, so that the fork server and this process import at the same time
             os.environ[repairs.NODE] = str(ray.util.get_node_ip_address())
-        self._replica = Replica(parsed, _place(), open_model)
+        fetching = FetchProgress()
+        opener = partial(open_model, progress=fetching.report)
+        self._replica = Replica(parsed, _place(), opener, fetching=fetching)
         place = self._replica.place
         _configure_log(self._replica)
         self._nodes = node_drain.Nodes({place.node, *place.gpu_nodes}, ray.get_runtime_context().gcs_address)

@@ -43,6 +43,8 @@ from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.rendering.prompt_renderer import PromptRenderer
 from cluster.worker.session import WorkerSession
 from cluster.worker.settings import ModelRefused, ReplicaSettings
+from cluster.worker.starting import StartingReports
+from cluster.worker.weights.fetch_progress import FetchProgress
 
 log = structlog.get_logger("replica")
 
@@ -115,6 +117,8 @@ class Replica:
     place: ReplicaPlacement
     opener: ModelOpener
     on_engine_death: Callable[[int], None] = end_process
+    fetching: FetchProgress = field(default_factory=FetchProgress)
+    """Progress of the weights, which `opener` reports."""
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     engine: Engine | None = None
     info: EngineInfo | None = None
@@ -143,6 +147,11 @@ class Replica:
         raise_descriptor_limit()
         shorten_switch_interval()
         began = time.time()
+        gpu = spec.gpu if self.place.gpus else ""
+        reports = StartingReports(
+            self.worker_id, self.place.pod, self.place.host or self.place.node, gpu, self.settings, self.fetching
+        )
+        reporting = asyncio.create_task(reports.run())
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)
             if spec.digest not in ("", opened.weight_digest):
@@ -166,6 +175,9 @@ class Replica:
         except BaseException:  # a cancelled start must not leave an engine behind either
             await self.stop()
             raise
+        finally:
+            reporting.cancel()
+            await asyncio.gather(reporting, return_exceptions=True)
         log.info(
             "worker.engine_started",
             began=round(began, 3),
