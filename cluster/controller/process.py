@@ -71,8 +71,9 @@ async def run_controller(
     found = with_last_good(found or PartialConfig(config), run_folder)
     backend = _backend(found.config, instance, ray_address, run_folder)
     parts = _parts(found, backend, instance, gateways, run_folder, metrics, local=ray_address is not None)
+    gauges = partial(ray_samples, backend, parts[1])
     if metrics is not None:
-        metrics.add_gauges(partial(ray_samples, backend, parts[1]))
+        metrics.add_gauges(gauges)
     tasks = [asyncio.create_task(part.run()) for part in parts]
     stopped = asyncio.create_task(stop.wait())
     try:
@@ -81,6 +82,8 @@ async def run_controller(
         for task in (stopped, *tasks):
             task.cancel()
         await asyncio.gather(stopped, *tasks, return_exceptions=True)
+        if metrics is not None:
+            metrics.remove_gauges(gauges)
         if end_serve:
             with contextlib.suppress(RayAway, TimeoutError):
                 async with asyncio.timeout(END_SERVE_S):

@@ -310,12 +310,12 @@ class Play:
         timeline, gateways = self._cluster.timeline, {pod.spec.name for pod in self._cluster.gateways}
         deadline = time.monotonic() + DETECTED_S
         while time.monotonic() < deadline:
-            downs = timeline.since(episode.struck, "worker_down")
+            downs = timeline.since(episode.struck, "worker.disconnected")
             if {event.gateway for event in downs} >= gateways:
                 await asyncio.sleep(0.5)  # the loss of the last worker may follow
                 break
             await asyncio.sleep(0.05)
-        downs = timeline.since(episode.struck, "worker_down")
+        downs = timeline.since(episode.struck, "worker.disconnected")
         episode.detected_s = max((event.at for event in downs), default=episode.struck) - episode.struck
         episode.notes["links lost"] = sorted({event.worker for event in downs})
         episode.notes["reasons"] = sorted({event.reason for event in downs})
@@ -324,7 +324,7 @@ class Play:
         if not await self._cluster.until_whole(WHOLE_S):
             episode.whole = False
             return
-        ups = self._cluster.timeline.since(episode.struck, "worker_up")
+        ups = self._cluster.timeline.since(episode.struck, "worker.connected")
         episode.capacity_s = max(event.at for event in ups) - episode.struck
         started = engines(self._cluster.nodes, {event.worker for event in ups})
         if started:

@@ -46,7 +46,7 @@ def board() -> Board:
 def _state(made: Board) -> None:
     made.row("State")
     made.stat(
-        "Gateways", "Gateways that answer Prometheus.", f"count(headrace_build_info{{{CLUSTER}}})", "none",
+        "Gateways", "Gateways that answer Prometheus.", f"count(headrace_config_valid{{{CLUSTER}}})", "none",
         BAD_BELOW_ONE, runbook("HeadraceGatewaysGone"),
     )  # fmt: skip
     made.stat(
@@ -274,8 +274,8 @@ def _control(made: Board) -> None:
         runbook("HeadraceRayAway"),
     )
     made.stat(
-        "Releases of gateways",
-        "Releases that run at once. More than one only during a rollout.",
+        "Releases",
+        "Releases of gateways and controllers that run at once. More than one only during a rollout.",
         f"count(count by (version) (headrace_build_info{{{CLUSTER}}}))",
         "none",
         ((None, GREEN), (2, YELLOW)),

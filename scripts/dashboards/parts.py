@@ -288,7 +288,7 @@ ANNOTATIONS = (
         f"count by (model) (count by (model, version) (headrace_model_version_workers{{{CLUSTER}}} > 0)) > 1",
     ),
     _annotation(
-        "Rollouts: two releases of gateways",
+        "Rollouts: two releases at once",
         "purple",
         f"count by (headrace_cluster) (count by (headrace_cluster, version) (headrace_build_info{{{CLUSTER}}})) > 1",
     ),
@@ -297,6 +297,6 @@ TITLES = {
     "Alerts": "{{alertname}} {{model}}",
     "Faults: workers lost": "{{model}}: worker {{reason}}",
     "Rollouts: two versions of a model": "{{model}}: workers of two versions",
-    "Rollouts: two releases of gateways": "gateways of two releases",
+    "Rollouts: two releases at once": "processes of two releases",
 }
 """Titles of the annotations. Prometheus' labels replace the names in braces."""

@@ -146,7 +146,7 @@ async def controlled(
     )
     known = {of.app: SourceFacts(bundle_digest=fleet.bundle.digest, max_model_len=4096) for of in (stable, canary)}
     controller = Controller(backend, links, models, PublishedCatalog(known), scaler=scaler)
-    controller.scaling_counters = scaling.Counters(metrics)
+    controller.counters = scaling.Counters(metrics)
     metrics.add_gauges(lambda: ray_samples(backend, controller))
     models.want([stable, canary])
     tasks = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]

@@ -142,7 +142,7 @@ class WorkerLinks:
             older.close("the worker has reconnected")
             self._detach(older)
         self._links[link.identity.worker_id] = link
-        log.info("worker_up", worker=link.identity.worker_id, model=link.identity.model, epoch=link.epoch)
+        log.info("worker.connected", **_worker_fields(link.identity), epoch=link.epoch)
         self._listener.link_up(link)
         self._on_change()
 
@@ -152,7 +152,7 @@ class WorkerLinks:
         del self._links[link.identity.worker_id]
         why = link.why or "the worker closed the link"
         engine = {"engine": link.engine_ended} if link.engine_ended else {}
-        log.info("worker_down", worker=link.identity.worker_id, model=link.identity.model, reason=why, **engine)
+        log.info("worker.disconnected", **_worker_fields(link.identity), reason=why, **engine)
         if link.engine_ended:
             self.lost.add(link.identity, link.engine_ended, time.time())
         link.end(why)
@@ -187,3 +187,9 @@ class WorkerLinks:
         if left_s > max(CALM * self._timing.hang_s, 2 * CHECK_S):
             return CHECK_S
         return min(self._timing.hang_s / CHECKS, left_s)
+
+
+def _worker_fields(worker: WorkerIdentity) -> dict[str, str]:
+    """Return the fields of log lines about a worker: its id, its model and its place."""
+    node = worker.host or worker.node
+    return {"worker": worker.worker_id, "model": worker.model, "pod": worker.pod, "node": node, "gpu": worker.gpu}
