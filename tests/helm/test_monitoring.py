@@ -13,11 +13,11 @@ from typing import Any
 import promql_parser as promql
 import pytest
 import yaml
-from cluster.observe.definitions import DEFINITIONS, ENGINE_DEFINITIONS
 
 from cluster.api.outcomes import Outcome
 from cluster.api.types import ModelState
 from cluster.cli.commands import doctor
+from cluster.observe.definitions import DEFINITIONS, ENGINE_DEFINITIONS
 from scripts.chart_schema import PLAIN_RULES
 from tests.support import helm
 from tests.support.helm import ROOT
