@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from cluster.wire.tls import TlsFiles
 from cluster.worker.engine.simulated.engine import SimEngine
 from cluster.worker.session import WorkerSession
 from cluster.worker.settings import ReplicaSettings
+from cluster.worker.starting import StartingReports
+from cluster.worker.weights.fetch_progress import FetchProgress
 from scripts.chart_schema import RULES, VALUES, plain_rules
 from scripts.dashboards.__main__ import FOLDER, generated
 from tests.support.calls import chat
@@ -67,8 +69,6 @@ VARIABLES = {
 }
 BOARDS = {file.stem: file.read_text() for file in sorted(FOLDER.glob("*.json"))}
 """The dashboards by name."""
-FETCH = ("headrace_weights_",)
-"""Metrics of workers that fetch weights. A simulated engine fetches none."""
 
 
 def queries(text: str) -> list[tuple[str, str]]:
@@ -224,6 +224,9 @@ async def scraped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pro
         port = await stack.enter_async_context(metrics_served(exported, "127.0.0.1", 0))
         for name, of in (("a", stable), ("b", stable), ("c", canary)):
             await fleet.add(name, of)
+        fetching = StartingReports("sim-d", "pod-d", "node-d", "H100", replace(stable, tls=peer), half_fetched())
+        starting = asyncio.create_task(fetching.run())
+        stack.callback(starting.cancel)
         targets = {"gateway": [gateway.endpoints["metrics"]], "controller": [f"127.0.0.1:{port}"]}
         made = await stack.enter_async_context(prometheus(folder / "prometheus", targets, rules_text()))
         load = asyncio.create_task(callers(gateway.stub, keys))
@@ -235,6 +238,13 @@ async def scraped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pro
         finally:
             load.cancel()
             await asyncio.gather(load, return_exceptions=True)
+
+
+def half_fetched() -> FetchProgress:
+    """Return the progress of a worker that has fetched half of its weights."""
+    progress = FetchProgress()
+    progress.report(500, 1000)
+    return progress
 
 
 def _pair(folder: Path) -> tuple[TlsFiles, TlsFiles]:
@@ -259,7 +269,7 @@ async def test_every_panel_has_data(board: str, scraped: Prometheus) -> None:
     """Prometheus answers the query of every panel with at least one series, and accepts the queries of annotations."""
     annotations = {item["name"] for item in json.loads(BOARDS[board])["annotations"]["list"]}
     for where, query in queries(BOARDS[board]):
-        if any(name in query for name in FETCH) or where.split(", ")[-1] in annotations:
+        if where.split(", ")[-1] in annotations:
             await scraped.query(query)
             continue
         await eventually(lambda query=query: scraped.has(query), f"{where} has data: {query}", WAIT_S)  # type: ignore[misc]
