@@ -18,6 +18,7 @@ from cluster.api.outcomes import Outcome
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.opening import Opening
 from cluster.gateway.calls.pooling_opening import PoolingOpening
+from cluster.gateway.links.worker_fields import worker_fields
 
 log = structlog.get_logger("calls")
 
@@ -113,6 +114,5 @@ def _call_fields(call: Call) -> dict[str, Any]:
         fields["resumed"] = usage.resumed
     worker = call.sequences[0].worker if call.sequences else None
     if worker is not None:
-        fields |= {"worker": worker.worker_id, "version": worker.version, "node": worker.host or worker.node}
-        fields |= {name: value for name, value in (("pod", worker.pod), ("gpu", worker.gpu)) if value}
+        fields |= {"version": worker.version, **worker_fields(worker)}
     return fields
