@@ -93,7 +93,8 @@ def _fields(call: ast.Call) -> Iterator[str]:
 
 def _is_call_fields(value: ast.expr) -> bool:
     """Return whether an expression is `call.log_fields` or `call_fields()`."""
-    return _called(value) == "call_fields" or (isinstance(value, ast.Attribute) and value.attr.endswith("log_fields"))
+    name = value.attr if isinstance(value, ast.Attribute) else value.id if isinstance(value, ast.Name) else ""
+    return name.endswith("log_fields") or _called(value) == "call_fields"
 
 
 def _called(value: ast.expr) -> str:
