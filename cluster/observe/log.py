@@ -30,12 +30,12 @@ _at_flush: list[Callable[[float], object]] = []
 _writers: list[LineWriter] = []
 
 
-def configure(level: str = "info", *, descriptor: int = STDERR, **fields: str) -> LineWriter:
+def configure(level: str, fields: Mapping[str, str], *, descriptor: int = STDERR) -> LineWriter:
     """Configure structlog for this process, and for its child processes that call `configure_as_parent`; `fields` are
     added to every line. Returns the writer of the lines.
 
     `descriptor`: the file descriptor to which the lines are written."""
-    os.environ[_CHILDREN] = json.dumps({"level": level, "descriptor": descriptor, "fields": fields})
+    os.environ[_CHILDREN] = json.dumps({"level": level, "descriptor": descriptor, "fields": dict(fields)})
     writer = LineWriter(descriptor, dropped_line=_dropped_line(fields))
     structlog.configure(
         processors=[
@@ -61,7 +61,7 @@ def configure_as_parent() -> None:
     """Configure structlog as the parent process has done. Does nothing if the parent has not called `configure`."""
     if text := os.environ.get(_CHILDREN, ""):
         settings = json.loads(text)
-        configure(settings["level"], descriptor=settings["descriptor"], **settings["fields"])
+        configure(settings["level"], settings["fields"], descriptor=settings["descriptor"])
 
 
 def flush(timeout_s: float = END_S) -> None:
