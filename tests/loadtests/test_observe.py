@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -43,8 +44,10 @@ async def test_the_collector_accepts_spans() -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         serving = asyncio.create_task(otlp_sink.serve(port))
         await channel.channel_ready()
-        assert await channel.unary_unary(otlp_sink.EXPORT)(b"spans", timeout=60) == b""
-        call = channel.unary_unary("/other.Service/Method")(b"", timeout=60)
+        export: Any = channel.unary_unary(otlp_sink.EXPORT)
+        assert await export(b"spans", timeout=60) == b""
+        other: Any = channel.unary_unary("/other.Service/Method")
+        call = other(b"", timeout=60)
         assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
         serving.cancel()
 
