@@ -13,8 +13,8 @@ CALL_FIELDS = ("request_id", "trace_id")
 """Fields that `log_fields` of a call and `call_fields()` add to a line."""
 NOTES = ("peer", "reason", "not_logged_before")
 """Fields of the events that LIFETIME limits to one line a second: `_note(event, reason)`."""
-WORKER_FIELDS = ("worker", "model", "pod", "node", "gpu")
-"""Fields that `_worker_fields` of cluster/gateway/links/worker_links.py adds to a line."""
+WORKER_FIELDS = ("worker", "worker_node", "worker_pod", "worker_gpu")
+"""Fields that cluster/gateway/links/worker_fields.py adds to a line."""
 LIFETIME = "cluster/http2/lifetime.py"
 MORE = "..."
 """Stands for fields whose names are known only when the line is logged."""
@@ -85,7 +85,7 @@ def _fields(call: ast.Call) -> Iterator[str]:
             yield "exception" if keyword.arg == "exc_info" else keyword.arg
         elif _is_call_fields(value):
             yield from CALL_FIELDS
-        elif isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "_worker_fields":
+        elif _called(value) == "worker_fields":
             yield from WORKER_FIELDS
         else:
             yield MORE
@@ -93,6 +93,10 @@ def _fields(call: ast.Call) -> Iterator[str]:
 
 def _is_call_fields(value: ast.expr) -> bool:
     """Return whether an expression is `call.log_fields` or `call_fields()`."""
-    if isinstance(value, ast.Call):
-        return isinstance(value.func, ast.Name) and value.func.id == "call_fields"
-    return isinstance(value, ast.Attribute) and value.attr.endswith("log_fields")
+    name = value.attr if isinstance(value, ast.Attribute) else value.id if isinstance(value, ast.Name) else ""
+    return name.endswith("log_fields") or _called(value) == "call_fields"
+
+
+def _called(value: ast.expr) -> str:
+    """Return the name of the function that an expression calls; "" for any other expression."""
+    return value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""

@@ -110,7 +110,12 @@ class CallService:
     async def count(self, meta: CallMeta) -> CallMeta:
         """Count a tenant's request before the body is read, whatever the outcome will be. Returns metadata that marks
         the request as counted. Raises CallError RATE_LIMITED."""
-        await self._reservations.count_request(meta.principal.tenant)
+        try:
+            await self._reservations.count_request(meta.principal.tenant)
+        except CallError as error:
+            if self._access_log is not None:
+                self._access_log.refused(meta, error.outcome)
+            raise
         return replace(meta, counted=True)
 
     @asynccontextmanager

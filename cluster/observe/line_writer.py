@@ -17,6 +17,8 @@ from collections.abc import Callable
 STDOUT, STDERR = 1, 2
 MAX_PENDING_BYTES = 4 << 20
 BATCH_BYTES = 64 << 10
+GATHER_S = 0.05
+"""Seconds for which lines are gathered after a write. A line that comes meanwhile costs no switch of threads."""
 PAUSE_S = 0.5
 """Seconds between two tries to write to an output that fails, such as a file on a full disk."""
 MAX_FAILURES = 3
@@ -45,6 +47,7 @@ class LineWriter:
         self._pending_bytes = 0
         self._dropped = 0
         self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
 
     def __repr__(self) -> str:
         return f"<LineWriter to {self._descriptor} pending {self._pending_bytes} bytes>"
@@ -71,6 +74,7 @@ class LineWriter:
             return True
         reached = threading.Event()
         self._queue.put(reached)
+        self._hurry.set()
         return reached.wait(timeout_s)
 
     def _run(self) -> None:
@@ -86,6 +90,8 @@ class LineWriter:
             self._report_dropped()
             for event in reached:
                 event.set()
+            self._hurry.wait(GATHER_S)
+            self._hurry.clear()
 
     def _next_batch(self) -> tuple[list[bytes], list[threading.Event]]:
         """Wait for a line, then return it with the lines that wait too, and the flushes that end with them."""

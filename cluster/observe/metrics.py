@@ -9,13 +9,16 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
 from cluster.observe.definitions import DEFINITIONS, ENGINE_DEFINITIONS, ENGINE_HISTOGRAMS, Definition
 
 OTHER = "other"
+OPEN_METRICS = "application/openmetrics-text"
 _TENANT_AT = {name: d.labels.index("tenant") for name, d in DEFINITIONS.items() if "tenant" in d.labels}
 
 
@@ -150,5 +153,7 @@ class Metrics(Collector):
 
     def render(self, accept: str = "") -> tuple[str, bytes]:
         """Return the content type and the body of /metrics. `accept`: the scraper's Accept header. Thread-safe."""
-        encode, kind = choose_encoder(accept)
-        return kind, encode(self.registry)
+        if OPEN_METRICS not in accept:
+            return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self.registry)
+        # All names are valid in the old form; other escapings would spoil their colons (prometheus_client 0.26).
+        return openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest(self.registry, escaping=ALLOWUTF8)  # type: ignore[no-untyped-call]

@@ -91,7 +91,8 @@ class LinkLog:
 
         def first_down() -> Event | None:
             return next(
-                (e for e in self.events if e.name == "worker.disconnected" and e.worker == worker and e.at >= since), None
+                (e for e in self.events if e.name == "worker.disconnected" and e.worker == worker and e.at >= since),
+                None,
             )
 
         await self.until(lambda: first_down() is not None, timeout_s)

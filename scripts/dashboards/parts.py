@@ -147,7 +147,7 @@ class Board:
             .color_mode(common.BigValueColorMode.VALUE)
             .graph_mode(common.BigValueGraphMode.AREA)
             .reduce_options(common_builders.ReduceDataOptions().calcs(["lastNotNull"]))
-            .with_target(_target(0, query, ""))
+            .with_target(_target(0, query, "", instant="$__range" in query))
         )
         if links:
             panel.links(list(links))

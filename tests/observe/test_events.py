@@ -39,7 +39,9 @@ def test_the_search_finds_what_a_module_logs(tmp_path: Path) -> None:
     package = tmp_path / "cluster"
     package.mkdir()
     (package / "part.py").write_text(
-        "log.info('a.began', **call.log_fields, size=1)\nlog.exception('b.failed' if x else 'c.failed')\nlog.error(name)"
+        "log.info('a.began', **call.log_fields, size=1)\n"
+        "log.exception('b.failed' if x else 'c.failed')\n"
+        "log.error(name)\n"
     )
     found = [(event.name, event.level, event.fields) for event in logged_events(tmp_path)]
     assert found == [

@@ -24,7 +24,7 @@ from cluster.observe.line_writer import LineWriter
 PROGRAM = """
 import structlog
 from cluster.observe import log
-log.{configure}
+log.CONFIGURE
 structlog.get_logger("x").info("part.began", text="x" * 10_000, size=3)
 try:
     raise ValueError("why")
@@ -36,7 +36,7 @@ except ValueError:
 def lines_of(configure: str, **environment: str) -> list[dict[str, Any]]:
     """Return what a process logs to standard error that configures its log in this way."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(configure=configure)],
+        [sys.executable, "-c", PROGRAM.replace("CONFIGURE", configure)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -49,7 +49,7 @@ def lines_of(configure: str, **environment: str) -> list[dict[str, Any]]:
 def test_a_line_is_json_with_the_fields_of_its_process() -> None:
     """Each line is a JSON object with time in UTC, level, event and the fields of event and process, is bounded, and is
     written although the process ends at once; an exception is one field."""
-    began, failed = lines_of("configure('info', cluster='c', part='gateway')")
+    began, failed = lines_of("configure('info', {'cluster': 'c', 'part': 'gateway'})")
     assert (began["cluster"], began["part"], began["event"], began["level"]) == ("c", "gateway", "part.began", "info")
     assert began["timestamp"].endswith("Z")
     assert began["size"] == 3
@@ -143,7 +143,7 @@ async def test_calls_have_their_own_fields() -> None:
     """Each task has the fields of its own call, also while other calls run; outside of calls there are none."""
 
     async def run(name: str) -> bool:
-        with log.call_context(log.ids_of_call(name, "")):
+        with log.CallContext(log.ids_of_call(name, "")):
             await asyncio.sleep(0)
             return log.call_fields() == {"request_id": name}
 

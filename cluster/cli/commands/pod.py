@@ -35,6 +35,7 @@ from cluster.observe import log
 from cluster.process import memory
 from cluster.process.core_dumps import disable_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
+from cluster.process.place import place_fields
 from cluster.process.private_files import make_private_folder
 from cluster.ray.drain_time import TIMEOUT_ENV
 
@@ -57,7 +58,7 @@ def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", c
     loaded = _load(file, check, load_for_gateway)
     config = loaded.config
     _refuse_lacks(gateway_problems(config), file, check)
-    log.configure(config.observe.log_level, cluster=config.name, part="gateway")
+    log.configure(config.observe.log_level, {"cluster": config.name, "part": "gateway", **place_fields()})
     disable_core_dumps()
     link = bound_link(config)
     from cluster.gateway.config_state import ConfigState
@@ -91,7 +92,7 @@ def controller(
     loaded = _load(file, check, load_for_controller)
     config = loaded.config
     _refuse_lacks(controller_problems(config), file, check)
-    log.configure(config.observe.log_level, cluster=config.name, part="controller")
+    log.configure(config.observe.log_level, {"cluster": config.name, "part": "controller", **place_fields()})
     raise_descriptor_limit()
     make_private_folder(folder)
 

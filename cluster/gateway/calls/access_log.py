@@ -9,15 +9,17 @@ says how many were left out.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
 
 from cluster.api.outcomes import Outcome
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.opening import Opening
 from cluster.gateway.calls.pooling_opening import PoolingOpening
+from cluster.gateway.links.worker_fields import worker_fields
 
 log = structlog.get_logger("calls")
 
@@ -77,23 +79,27 @@ class AccessLog:
             budget = self._sampled
         else:
             return
-        now = self._clock()
-        left_out = budget.take(now)
+        fields: dict[str, Any] = {} if call is None else _call_fields(call)
+        fields |= {"model": opening.model_name, "duration_s": round(self._clock() - opening.arrived, _DIGITS)}
+        self._write(budget, (opening if call is None else call).log_fields, meta, outcome, fields)
+
+    def refused(self, meta: CallMeta, outcome: Outcome) -> None:
+        """Write the line of a request that was refused before its body was read."""
+        self._write(self._remarkable, meta.log_fields, meta, outcome, {})
+
+    def _write(
+        self,
+        budget: LineBudget,
+        log_fields: Mapping[str, str],
+        meta: CallMeta,
+        outcome: Outcome,
+        fields: Mapping[str, Any],
+    ) -> None:
+        left_out = budget.take(self._clock())
         if left_out is None:
             return
-        fields: dict[str, Any] = {} if call is None else _call_fields(call)
-        if left_out:
-            fields["left_out_before"] = left_out
-        log.info(
-            "call.ended",
-            **(opening if call is None else call).log_fields,
-            outcome=outcome.value,
-            tenant=meta.tenant,
-            model=opening.model_name,
-            api=meta.api,
-            duration_s=round(now - opening.arrived, _DIGITS),
-            **fields,
-        )
+        more = {"left_out_before": left_out} if left_out else {}
+        log.info("call.ended", **log_fields, outcome=outcome.value, tenant=meta.tenant, api=meta.api, **fields, **more)
 
 
 def _call_fields(call: Call) -> dict[str, Any]:
@@ -113,6 +119,5 @@ def _call_fields(call: Call) -> dict[str, Any]:
         fields["resumed"] = usage.resumed
     worker = call.sequences[0].worker if call.sequences else None
     if worker is not None:
-        fields |= {"worker": worker.worker_id, "version": worker.version, "node": worker.host or worker.node}
-        fields |= {name: value for name, value in (("pod", worker.pod), ("gpu", worker.gpu)) if value}
+        fields |= {"version": worker.version, **worker_fields(worker)}
     return fields

@@ -24,15 +24,15 @@ def reporting_bar(progress: Progress, name: str) -> type[Any]:
 
     snapshot_download counts bytes in one bar or, with two ways of transfer, in two, and files in a further one.
     """
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     farthest = (0, 0)
 
-    class ReportingBar(tqdm):  # type: ignore[type-arg,misc]
+    class ReportingBar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "file": _NoOutput(), "disable": False})
 
-        def update(self, n: float | None = 1) -> bool | None:
+        def update(self, n: float | None = 1) -> Any:
             nonlocal farthest
             shown = super().update(n)
             if self.unit == "B":
