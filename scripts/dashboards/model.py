@@ -177,7 +177,11 @@ def _load(made: Board) -> None:
         [
             (rate("headrace_prompt_tokens_total", "model"), "{{model}} prompt"),
             (rate("headrace_generation_tokens_total", "model"), "{{model}} delivered"),
-            (rate("headrace_reasoning_tokens_total", "model"), "{{model}} reasoning"),
+            (
+                f"{rate('headrace_reasoning_tokens_total', 'model')}"
+                f" or 0 * {rate('headrace_generation_tokens_total', 'model')}",
+                "{{model}} reasoning",
+            ),
         ],
         "short",
     )

@@ -30,6 +30,7 @@ from cluster.gateway.metrics_page import metrics_served
 from cluster.ledger.store import Ledger
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.lifecycle import SourceFacts
+from cluster.policy.routing.version_split import choose_version
 from cluster.policy.scaling.scaler import Scaler, ScalingSettings
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.ray.several_clusters import MultiClusterBackend
@@ -61,7 +62,9 @@ TENANTS = [
 ]
 LONG = "a story of a worker who counts tokens all day " * 60
 """Prompt of several hundred tokens, which gateways expect in a worker's prefix cache once it has run."""
-WAIT_S = 30.0
+SHARES = (("v1", 0.5), ("v2", 0.5))
+"""Shares of the calls by version."""
+WAIT_S = 60.0
 VARIABLES = {
     "$__rate_interval": "30s",
     "$__range": "60s",
@@ -117,7 +120,7 @@ class Fleet:
         )
         session = WorkerSession(
             identity=identity, engine=engine, info=info, bundle=self.bundle, gateways=[self.link], tls=self.tls,
-            timing=PATIENT, gpus=1.0, gpu="H100", kv_events=engine,
+            timing=PATIENT, gpus=1.0, gpu="H100", kv_events=engine, engine_counts=engine.counts,
         )  # fmt: skip
         self.sessions.append((engine, session, asyncio.create_task(_run(session))))
 
@@ -187,10 +190,14 @@ async def _ask(stub: Any, request: Any, key: str) -> None:
 
 
 async def lose_a_worker(stub: Any, key: str, fleet: Fleet) -> None:
-    """Kill the engine of the worker that runs a call, so that the call is resumed on another worker."""
-    stream = stub.StreamChat(chat(max_tokens=400, ignore_eos=True), metadata=bearer(key), timeout=120)
+    """Kill the engine of the stable version's worker that runs a call, so that the other one continues the call. No
+    other call may run.
+    """
+    request_id = next(name for name in map("r{}".format, range(1000)) if choose_version(name, SHARES) == "v1")
+    metadata = (*bearer(key), ("x-request-id", request_id))
+    stream = stub.StreamChat(chat(max_tokens=400, ignore_eos=True), metadata=metadata, timeout=120)
     await read(stream)
-    engine, _, _ = next(each for each in fleet.sessions if each[0].load().running)
+    (engine,) = [engine for engine, _, _ in fleet.sessions if engine.load().running]
     engine.kill()
     await rest_of(stream)
 
@@ -233,11 +240,11 @@ async def scraped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pro
         stack.callback(starting.cancel)
         targets = {"gateway": [gateway.endpoints["metrics"]], "controller": [f"127.0.0.1:{port}"]}
         made = await stack.enter_async_context(prometheus(folder / "prometheus", targets, rules_text()))
+        ready = 'headrace_model_version_workers{version="v1"} == 2 and on () headrace_model_version_workers == 1'
+        await eventually(lambda: made.has(ready), "all workers are linked", WAIT_S)
+        await lose_a_worker(gateway.stub, keys[0], fleet)
         load = asyncio.create_task(callers(gateway.stub, keys))
         try:
-            served = 'headrace_requests_total{outcome="ok"}'
-            await eventually(lambda: made.has(f"count({served}) >= 2"), "both tenants are served", WAIT_S)
-            await lose_a_worker(gateway.stub, keys[0], fleet)
             yield made
         finally:
             load.cancel()
