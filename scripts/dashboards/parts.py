@@ -31,6 +31,8 @@ BOARDS = {
     "cost": "Cost",
     "canary": "Canary",
 }
+COLUMNS = 24
+"""Width of Grafana's grid."""
 GREEN, YELLOW, RED = "green", "orange", "red"
 Steps = Sequence[tuple[float | None, str]]
 Query = tuple[str, str]
@@ -97,6 +99,9 @@ class Board:
     variables: Sequence[str] = ()
     """Further variables: `model`, `tenant`, `price`."""
     made: builders.Dashboard = field(init=False)
+    _x: int = 0
+    _y: int = 0
+    _height: int = 0
 
     def __post_init__(self) -> None:
         self.made = (
@@ -129,7 +134,17 @@ class Board:
 
     def row(self, title: str) -> None:
         """Begin a row of panels."""
-        self.made.with_row(builders.Row(title))
+        self._y += self._height
+        self.made.with_row(builders.Row(title).grid_pos(dashboard.GridPos(h=1, w=COLUMNS, x=0, y=self._y)))
+        self._x, self._y, self._height = 0, self._y + 1, 0
+
+    def _place(self, width: int, height: int) -> dashboard.GridPos:
+        """Return the place of the next panel: to the right of the last one, or below if there is no room."""
+        if self._x + width > COLUMNS:
+            self._x, self._y, self._height = 0, self._y + self._height, 0
+        place = dashboard.GridPos(h=height, w=width, x=self._x, y=self._y)
+        self._x, self._height = self._x + width, max(self._height, height)
+        return place
 
     def stat(
         self, title: str, description: str, query: str, unit: str, steps: Steps = (), *links: builders.DashboardLink
@@ -141,8 +156,7 @@ class Board:
             .description(description)
             .datasource(SOURCE)
             .unit(unit)
-            .height(4)
-            .span(4)
+            .grid_pos(self._place(4, 4))
             .thresholds(thresholds(steps or ((None, GREEN),)))
             .color_mode(common.BigValueColorMode.VALUE)
             .graph_mode(common.BigValueGraphMode.AREA)
@@ -171,8 +185,7 @@ class Board:
             .datasource(SOURCE)
             .unit(unit)
             .min(0)
-            .height(8)
-            .span(span)
+            .grid_pos(self._place(span, 8))
             .fill_opacity(8)
             .show_points(common.VisibilityMode.NEVER)
             .tooltip(
@@ -216,8 +229,7 @@ class Board:
             .title(title)
             .description(description)
             .datasource(SOURCE)
-            .height(8)
-            .span(span)
+            .grid_pos(self._place(span, 8))
             .with_transformation(dashboard.DataTransformerConfig(id_val="merge", options={}))
             .with_transformation(
                 dashboard.DataTransformerConfig(

@@ -48,7 +48,7 @@ GROUP = {
     "minReplicas": 2,
     "maxReplicas": 4,
     "numOfHosts": 2,
-    "podDisruptionBudget": {"maxUnavailable": 2},
+    "podDisruptionBudget": {"minAvailable": 3},
     "podTemplate": TEMPLATE,
 }
 RELEASE: dict[str, Any] = {
@@ -98,7 +98,7 @@ FIELDS: dict[str, Callable[[], bool]] = {
     "volumeMounts": lambda: any(mount["mountPath"] == "/ca" for mount in container()["volumeMounts"]),
     "terminationGracePeriodSeconds": lambda: spec()["terminationGracePeriodSeconds"] == 900,
     "numOfHosts": lambda: group()["numOfHosts"] == 2,
-    "podDisruptionBudget": lambda: any(budget.get("maxUnavailable") == 2 for budget in budgets()),
+    "podDisruptionBudget": lambda: any(budget.get("minAvailable") == 3 for budget in budgets()),
 }
 
 
