@@ -10,11 +10,10 @@ from scripts.dashboards.parts import (
     RED,
     YELLOW,
     Board,
-    builders,
-    dashboard,
     quantile,
     rate,
     runbook,
+    runbook_of_row,
     to_board,
 )
 
@@ -90,19 +89,13 @@ def _state(made: Board) -> None:
 
 
 def _models(made: Board) -> None:
-    open_page = (
-        builders.DashboardLink("Runbook")
-        .type(dashboard.DashboardLinkType.LINK)
-        .url("docs/runbooks/${__data.fields.alertname}.md")
-        .target_blank(True)
-    )
     made.table(
         "Alerts",
         "Alerts that fire. The name links to the runbook.",
         {"firing": f"max by (alertname, severity, model, tenant, instance) ({FIRING})"},
         {},
         span=12,
-        link=("alertname", open_page),
+        link=("alertname", runbook_of_row()),
     )
     by = f"{CLUSTER}"
     made.table(

@@ -82,6 +82,16 @@ def runbook(alert: str) -> builders.DashboardLink:
     )
 
 
+def runbook_of_row() -> builders.DashboardLink:
+    """Return the link of a table's column `alertname` to the runbook of its alert."""
+    return (
+        builders.DashboardLink("Runbook")
+        .type(dashboard.DashboardLinkType.LINK)
+        .url(f"{RUNBOOKS}/${{__data.fields.alertname}}.md")
+        .target_blank(True)
+    )
+
+
 def to_board(name: str, variable: str = "", label: str = "") -> builders.DashboardLink:
     """Return a link to another dashboard, with this cluster and, if given, one value of a clicked series."""
     address = f"/d/headrace-{name}?var-datasource=${{datasource}}&var-cluster=${{cluster}}"

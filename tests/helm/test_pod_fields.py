@@ -20,7 +20,7 @@ SPREAD = {
     "labelSelector": {"matchLabels": {"app.kubernetes.io/name": "headrace"}},
 }
 INIT = {"name": "wait", "image": "busybox:1.37", "command": ["sh", "-c", "true"]}
-AFFINITY = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}
+AFFINITY: dict[str, Any] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}
 TEMPLATE = {
     "metadata": {"annotations": {"k8s.v1.cni.cncf.io/networks": "rdma"}, "labels": {"kueue.x-k8s.io/queue-name": "a"}},
     "spec": {

@@ -56,7 +56,7 @@ from tests.support.prometheus import Prometheus, prometheus
 pytestmark = [pytest.mark.slow, pytest.mark.needs("promtool")]
 
 GUARD = {"builtin": "patterns", "on": "input", "action": "redact", "patterns": {"key": "sk-[a-z]{8}"}}
-TENANTS = [
+TENANTS: list[dict[str, Any]] = [
     {"name": "acme", "limits": {"tokens_per_minute": 10_000_000}, "guards": [GUARD]},
     {"name": "small", "limits": {"monthly_tokens": 1000}},
 ]
@@ -221,7 +221,7 @@ async def scraped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pro
     ledger.upgrade()
     for tenant in TENANTS:
         ledger.tenants.create(TenantPolicy.from_json(tenant))
-    keys = [ledger.keys.create(str(tenant["name"]), "").secret for tenant in TENANTS]
+    keys = [ledger.keys.create(tenant["name"], "").secret for tenant in TENANTS]
     ledger.close()
     exported, gauges = controller_metrics(parse(text))
     gauges.leads = True
