@@ -158,12 +158,13 @@ def test_limits_come_from_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"startTime": "half an hour"}, {"latencyTarget": 1}, {"lostworkers": 3}, {"minimumCalls": 0}]
+    "wrong",
+    [{"startTime": "half an hour"}, {"latencyTarget": 1}, {"lostworkers": 3}, {"minimumCalls": 0}, {"restarts": None}],
 )
 def test_a_wrong_limit_is_refused(wrong: Mapping[str, Any]) -> None:
-    """A setting with a wrong name, unit or range is refused with its path."""
+    """A setting with a wrong name, unit or range, or with none, is refused with its path."""
     with pytest.raises(HelmFailed, match=r"monitoring[./]alerts"):
-        helm.template({"monitoring": {"alerts": wrong}})
+        helm.template({"monitoring": {"rules": {"enabled": True}, "alerts": wrong}})
 
 
 def test_rules_look_at_their_own_cluster_only() -> None:
