@@ -233,7 +233,6 @@ class Board:
         """Add a table with the current values. `columns`: the queries by column; rows are joined on their labels.
         `units`: units of columns that have one. `link`: a column with a link."""
         names = {f"Value #{chr(ord('A') + at)}": name for at, name in enumerate(columns)}
-        hidden = dict.fromkeys(("Time", "__name__", "headrace_cluster", "instance", "job"), True)
         panel = (
             table.Panel()
             .title(title)
@@ -245,7 +244,7 @@ class Board:
                 dashboard.DataTransformerConfig(
                     id_val="organize",
                     options={"renameByName": names if len(columns) > 1 else {"Value": next(iter(columns))}}
-                    | {"excludeByName": hidden},
+                    | {"excludeByName": {"Time": True}},
                 )
             )
         )

@@ -19,8 +19,8 @@ def of_engine(metric: str) -> str:
 
 
 def with_place(metric: str) -> str:
-    """Return the query for a gauge of workers, with their pod, node and GPU."""
-    place = f"max by (worker, pod, node, gpu) (headrace_worker_info{{{CLUSTER}}})"
+    """Return the query for a gauge of workers, with their pod, node and GPU. Several gateways export the same place."""
+    place = f"topk by (worker) (1, headrace_worker_info{{{CLUSTER}}})"
     return f"{of_worker(metric)} * on (worker) group_left (pod, node, gpu) {place}"
 
 
