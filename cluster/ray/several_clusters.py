@@ -36,6 +36,11 @@ class MultiClusterBackend:
         away = f"; away: {', '.join(self._away)}" if self._away else ""
         return f"MultiClusterBackend({', '.join(self._rays)}{away})"
 
+    def answers(self) -> Mapping[str, bool]:
+        """Return for each Ray cluster whether the cluster answered the last `observe`. Clusters that have not been
+        observed yet are missing."""
+        return {name: name not in self._away for name in self._rays if name in self._away or name in self._last}
+
     async def observe(self) -> RaySnapshot:
         """Observe all Ray clusters concurrently. Raises RayAway if no cluster answers."""
         names = list(self._rays)
@@ -48,14 +53,14 @@ class MultiClusterBackend:
             else:
                 self._last[name] = answer
                 if self._away.pop(name, ""):
-                    log.info("ray.back", ray=name)
+                    log.info("ray.recovered", ray=name)
         if len(self._away) == len(names):
             raise RayAway("; ".join(self._away[name] for name in names))
         return self._merged()
 
     def _record_away(self, name: str, error: RayAway) -> None:
         if name not in self._away:
-            log.warning("ray.away", ray=name, reason=str(error))
+            log.warning("ray.lost", ray=name, reason=str(error))
         self._away[name] = f"{name}: {error}"
 
     def _merged(self) -> RaySnapshot:

@@ -197,6 +197,9 @@ def from_schema(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
     if kind == "integer":
         low = schema.get("minimum", 0)
         return st.integers(low, min(schema.get("maximum", low + 50), low + 50))
+    if kind == "number":
+        low, high = schema.get("exclusiveMinimum", schema.get("minimum", 0)), schema.get("exclusiveMaximum")
+        return st.floats(low, high if high is not None else low + 50, exclude_min=True, exclude_max=high is not None)
     if kind == "string":
         longest = schema.get("maxLength", 30)
         if "pattern" in schema:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from dataclasses import replace
 
+import grpc
 import pytest
 
 from cluster.api.ports import EngineCorrupt, EngineDead
@@ -16,6 +18,8 @@ from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.open_model import open_model
 from cluster.worker.replica import OpenedModel, Replica, ReplicaPlacement
 from cluster.worker.settings import ModelRefused, ReplicaSettings
+from cluster.worker.starting import FIRST_S, StartingReports
+from cluster.worker.weights.fetch_progress import FetchProgress
 from tests.support.serving import Door, eventually, greedy
 
 SOURCE = "sim://?vocab=1000&decode_ms=1"
@@ -43,6 +47,63 @@ async def test_serves_until_stopped(door: Door) -> None:
     with pytest.raises(EngineDead):
         await replica.check()
     await replica.stop()
+
+
+async def test_a_start_shows_how_far_its_weights_are(door: Door) -> None:
+    """While a replica fetches its weights, the gateway has the bytes and the replica's place; the reports end with the
+    start, whether the replica then serves or could not start."""
+    for fails in (False, True):
+        go_on, progress = threading.Event(), FetchProgress()
+
+        def opener(
+            settings: ReplicaSettings,
+            progress: FetchProgress = progress,
+            go_on: threading.Event = go_on,
+            fails: bool = fails,
+        ) -> OpenedModel:
+            progress.report(30, 70)
+            assert go_on.wait(60.0)
+            if fails:
+                raise ValueError("no such model")
+            return open_model(settings)
+
+        place = ReplicaPlacement("r1", "ray-node", gpus=1, pod="gpu-0", host="ip-10-0-3-7")
+        replica = Replica(settings(door, gpu="H100"), place, opener, fetching=progress)
+        starting = asyncio.create_task(replica.start())
+        (seen,) = await eventually(lambda: door.hub.starting.current, "the gateway has the report")
+        assert (seen.worker_id, seen.model, seen.fetched_bytes, seen.total_bytes) == ("m-r1", "m", 30, 70)
+        assert (seen.pod, seen.node, seen.gpu) == ("gpu-0", "ip-10-0-3-7", "H100")
+        go_on.set()
+        if fails:
+            with pytest.raises(ModelRefused):
+                await starting
+        else:
+            await starting
+            await door.worker("m")
+        await eventually(lambda: not door.hub.starting.current, "its reports have ended")
+        await replica.stop()
+
+
+async def test_a_gateway_of_an_older_release_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway that does not know the reports of starts gets one call; the worker then waits until its start ends."""
+    monkeypatch.setattr("cluster.worker.starting.REPORT_S", 0.01)
+    asked: list[str] = []
+
+    class Unknown(grpc.GenericRpcHandler):
+        def service(self, handler_call_details: grpc.HandlerCallDetails) -> None:
+            asked.append(handler_call_details.method)
+
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Unknown(),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    spec = ModelSpec(name="m", source=SOURCE)
+    reports = StartingReports("m-r1", "", "n", "", ReplicaSettings(spec, "test", (address,)), FetchProgress())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(FIRST_S + 1.0):
+            await reports.run()
+    assert asked == ["/cluster.link.v1.Link/Starting"]
+    await server.stop(0)
 
 
 async def test_stop_drains_what_runs(door: Door) -> None:

@@ -17,6 +17,7 @@ from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
 from cluster.gateway.calls.tool_call_ids import NUMBERED, numbered_id, tool_call_id
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
+from cluster.observe.log import ids_of_call
 from cluster.observe.metrics import Histogram
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.policy import TenantPolicy
@@ -78,6 +79,8 @@ class Call:
     """Number of tool calls in the chat's history."""
     adapter: str = ""
     """Name of the model's adapter that serves the call; "" for the model itself."""
+    trace_id: str = ""
+    """Id of the trace that the caller has named or that this gateway has begun for a sampled call; "" without one."""
     affinity: int = 0
     """Hash of the tenant and the call's affinity key, in [1, 2**64); 0 without a key."""
     began_at: WorkerIdentity | None = None
@@ -129,6 +132,11 @@ class Call:
     def tenant(self) -> str:
         """Name of the call's tenant."""
         return self.policy.name
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """Fields of log lines about the call."""
+        return ids_of_call(self.request_id, self.trace_id)
 
     @property
     def flow(self) -> str:
@@ -292,7 +300,7 @@ class Call:
             self.release()
             self.wake()
         except Exception:
-            log.exception("call_not_notified", request_id=self.request_id)
+            log.exception("call.not_notified", **self.log_fields)
 
     def fail_unexpectedly(self, error: BaseException) -> None:
         """End the call with INTERNAL, because work for this call raised `error`. Raises `error` again if `error` is a
@@ -300,7 +308,7 @@ class Call:
         if not is_call_failure(error):
             raise error
         if self.error is None:
-            log.error("call_failed", request_id=self.request_id, exc_info=error)
+            log.error("call.failed", **self.log_fields, exc_info=error)
         message = f"unexpected failure; quote request id {self.request_id}"
         self.fail(CallError(Outcome.INTERNAL, message))
 

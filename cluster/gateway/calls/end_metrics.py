@@ -49,13 +49,14 @@ class EndMetrics:
             return
         call.count()
         usage = call.usage
-        metrics.histogram("request_duration_seconds", model).observe(self._clock() - opening.arrived)
+        traced = "" if meta.is_unsampled else opening.trace_id
+        metrics.histogram("request_duration_seconds", model).observe_traced(self._clock() - opening.arrived, traced)
         metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
         if call.is_pooling:
             metrics.count("prompt_tokens_total", model, meta.tenant, by=call.charged_prompt_tokens)
             metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
             return
-        metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
+        metrics.histogram("time_to_first_token_seconds", model).observe_traced(usage.ttft_s, traced)
         if call.pays_prompt:
             metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
@@ -76,3 +77,10 @@ class EndMetrics:
             return
         met = served and within_slo(ttft_s, call.mean_gap_s, entry.slo_ttft_s, entry.slo_itl_s)
         self._tally.count_slo(call.model, call.policy.priority_class, call.rank, met)
+        if met:
+            result = "met"
+        elif not served:
+            result = "late_first_token" if late and outcome not in SHORT_OF_CAPACITY else "failed"
+        else:
+            result = "slow_tokens" if within_slo(ttft_s, 0.0, entry.slo_ttft_s, 0.0) else "late_first_token"
+        self._metrics.count("slo_calls_total", call.model, result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.parsed_text import ParsedText
 from cluster.gateway.text.tokenizer import TextModel
+from cluster.observe.log import ids_of_call
 from cluster.observe.metrics import Metrics
 from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.version_split import Versions
@@ -63,6 +64,13 @@ class Opening:
     prompt_ids: array[int] = field(default_factory=lambda: array("I"))
     guards: CallGuards | None = None
     call: Call | None = None
+    trace_id: str = ""
+    """See Call."""
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """Fields of log lines about the call."""
+        return ids_of_call(self.meta.request_id, self.trace_id)
 
     async def read_resume_tokens(self, resumes: ResumeService) -> None:
         """Read the resume tokens of the request."""
@@ -134,7 +142,9 @@ class Opening:
     def create_guards(self, guards: Guards) -> CallGuards:
         """Create the guards of the call."""
         principal = self.meta.principal
-        self.guards = guards.for_call(principal.tenant, self.model.name, self.meta.request_id, principal.subject)
+        self.guards = guards.for_call(
+            principal.tenant, self.model.name, self.meta.request_id, principal.subject, self.log_fields
+        )
         return self.guards
 
     async def guard_prompt(self, guards: CallGuards) -> None:
@@ -186,6 +196,7 @@ class Opening:
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
             tool_calls_before=request.output.tool_calls_before,
             adapter=self.adapter,
+            trace_id=self.trace_id,
         )
         call.affinity = affinity(self.request.affinity_key, self.meta, call.flow)
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -32,6 +32,7 @@ from cluster.gateway.models import KnownModel, ModelDirectory, Target
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.tokenizer import TextModel
+from cluster.observe.log import ids_of_call
 from cluster.policy.routing.version_split import Versions
 
 if TYPE_CHECKING:
@@ -66,6 +67,13 @@ class PoolingOpening:
     ids: PackedIds | Sequence[array[int]] = ()
     second_text: Callable[[int], int] = field(init=False)
     call: PoolingCall | None = None
+    trace_id: str = ""
+    """See Call."""
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """Fields of log lines about the call."""
+        return ids_of_call(self.meta.request_id, self.trace_id)
 
     @property
     def is_fallback(self) -> bool:
@@ -174,7 +182,9 @@ class PoolingOpening:
     def create_guards(self, guards: Guards) -> CallGuards:
         """Create the guards of the call."""
         principal = self.meta.principal
-        return guards.for_call(principal.tenant, self.model.name, self.meta.request_id, principal.subject)
+        return guards.for_call(
+            principal.tenant, self.model.name, self.meta.request_id, principal.subject, self.log_fields
+        )
 
     async def guard_prompt(self, guards: CallGuards) -> None:
         """Apply the guards to the inputs. If the guards change an input, encode the changed inputs."""
@@ -205,6 +215,7 @@ class PoolingOpening:
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
             inputs=self.inputs,
             task=self.task,
+            trace_id=self.trace_id,
         )
         call.affinity = affinity(request.affinity_key, meta, call.flow)
         self.call = call

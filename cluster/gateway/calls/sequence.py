@@ -478,7 +478,7 @@ class OutputSequence(RoutedSequence[Owner]):
         """Continue on the second worker alone. `computed_by`: see CallEvents.hedge_ended."""
         self.hedge = None
         self.set_route(hedge.route)
-        self.link, self.slot = hedge.link, hedge.slot
+        self.link, self.slot, self.worker = hedge.link, hedge.slot, hedge.link.identity
         hedge.link.replace_sink(hedge.slot, self)
         self.life.hedge_ended(hedge.link.identity.incarnation, has_failed)
         self.call.events.hedge_ended(self, True, computed_by)

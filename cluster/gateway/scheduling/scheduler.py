@@ -95,7 +95,7 @@ class Scheduler:
         `render_room_of`: see ChatRenders. `routing`: the policy for new calls. `hedging_share`: see HedgingPolicy."""
         self.host = host
         self.charges = charges
-        self.canaries = CanaryStatistics()
+        self.canaries = CanaryStatistics(metrics)
         self.breakers = Breakers()
         self.worker_caches = WorkerCaches()
         workers = LinkedWorkers(
@@ -206,7 +206,7 @@ class Scheduler:
             try:
                 self._settle(sequence)
             except Exception:  # settle the other sequences' accounts all the same
-                log.exception("sequence_not_settled", request_id=call.request_id)
+                log.exception("call.sequence_not_settled", **call.log_fields)
             self.hedges.forget(sequence)
             self.charges.forget(sequence)
         if any(waited):
