@@ -96,7 +96,7 @@ def test_gauge_functions_may_return_counters() -> None:
 
 
 def test_gauges_of_tenants_keep_to_the_same_cap() -> None:
-    """Gauges of tenants name the tenants that counters name; of all others, the largest value is exported as `other`."""
+    """Gauges of tenants name the tenants that counters name; of all others, `other` has the largest value."""
     metrics = Metrics("c", max_tenants=2)
     metrics.count("generation_tokens_total", "m", "a")
     metrics.count("generation_tokens_total", "m", "b")
