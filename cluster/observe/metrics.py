@@ -86,14 +86,30 @@ class Metrics(Collector):
         """Add `by` to a counter. `labels`: the label values, in the order of DEFINITIONS."""
         at = _TENANT_AT.get(name)
         if at is not None and labels[at] not in self._tenants:
-            if len(self._tenants) < self._max_tenants:
-                self._tenants.add(labels[at])
-            else:
-                if len(self._capped) < MAX_CAPPED:
-                    self._capped.add(labels[at])
-                labels = (*labels[:at], OTHER, *labels[at + 1 :])
+            labels = (*labels[:at], self._tenant_label(labels[at]), *labels[at + 1 :])
         series = self._counters.setdefault(name, {})
         series[labels] = series.get(labels, 0) + by
+
+    def _tenant_label(self, tenant: str) -> str:
+        """Return the value of the label `tenant`: the tenant's name, or `other` if enough tenants are named already."""
+        if tenant in self._tenants:
+            return tenant
+        if len(self._tenants) < self._max_tenants:
+            self._tenants.add(tenant)
+            return tenant
+        if len(self._capped) < MAX_CAPPED:
+            self._capped.add(tenant)
+        return OTHER
+
+    def _capped_gauges(
+        self, samples: Iterable[tuple[tuple[str, ...], float]], at: int
+    ) -> list[tuple[tuple[str, ...], float]]:
+        """Return gauges of tenants, in which the largest value of all unnamed tenants stands for them as `other`."""
+        largest: dict[tuple[str, ...], float] = {}
+        for labels, value in samples:
+            labels = (*labels[:at], self._tenant_label(labels[at]), *labels[at + 1 :])
+            largest[labels] = max(value, largest.get(labels, value))
+        return list(largest.items())
 
     def histogram(self, name: str, *labels: str) -> Histogram:
         """Return the histogram series with these label values, which is created if needed. Callers that use the series
@@ -124,6 +140,9 @@ class Metrics(Collector):
         for gauges in self._gauges:
             for name, labels, value in gauges():
                 samples.setdefault(name, []).append((labels, value))
+        for name, at in _TENANT_AT.items():
+            if name in samples:
+                samples[name] = self._capped_gauges(samples[name], at)
         for name, definition in DEFINITIONS.items():
             yield self._family(name, f"headrace_{name}", definition, samples.get(name, ()))
         for name, definition in ENGINE_DEFINITIONS.items():

@@ -93,3 +93,15 @@ def test_gauge_functions_may_return_counters() -> None:
     found = {sample.name: sample.value for sample in page_of(metrics)}
     assert found["headrace_log_lines_dropped_total"] == 3
     assert found["vllm:num_preemptions_total"] == 2
+
+
+def test_gauges_of_tenants_keep_to_the_same_cap() -> None:
+    """Gauges of tenants name the tenants that counters name; of all others, `other` has the largest value."""
+    metrics = Metrics("c", max_tenants=2)
+    metrics.count("generation_tokens_total", "m", "a")
+    metrics.count("generation_tokens_total", "m", "b")
+    uses = {"a": 0.1, "c": 0.9, "b": 0.2, "d": 0.4}
+    metrics.add_gauges(lambda: [("budget_used_ratio", (tenant, "day"), use) for tenant, use in uses.items()])
+    found = {s.labels["tenant"]: s.value for s in page_of(metrics) if s.name == "headrace_budget_used_ratio"}
+    assert found == {"a": 0.1, "b": 0.2, "other": 0.9}
+    assert {s.labels["tenant"] for s in page_of(metrics) if "tenant" in s.labels} == {"a", "b", "other"}
