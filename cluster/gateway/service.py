@@ -29,6 +29,7 @@ from cluster.gateway.calls.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling_opening import PoolingOpening
 from cluster.gateway.calls.pooling_request import PoolingRequest
 from cluster.gateway.calls.tokenization import RenderChat, Tokenization
+from cluster.gateway.calls.traced_call import call_facts
 from cluster.gateway.links.link_renders import RenderedPrompt
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
@@ -36,12 +37,14 @@ from cluster.gateway.scheduling.chat_renders import ChatToRender, needs_worker
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
+from cluster.observe.trace_context import trace_id_of
 from cluster.policy.scheduling.worker_losses import MOST_SILENT
 from cluster.process.call_errors import is_call_failure
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import Guards
     from cluster.gateway.resume_tokens.resumption import ResumeService
+    from cluster.gateway.tracing.tracer import Tracer
     from cluster.gateway.usage.prompt_log import PromptLog
 
 log = structlog.get_logger("calls")
@@ -70,11 +73,12 @@ class CallService:
         max_silent_losses: int = MOST_SILENT,
         resumes: ResumeService | None = None,
         prompts: PromptLog | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`max_attempts`: number of workers that may fail a sequence before its call fails. `max_silent_losses`: number
         of workers that a sequence may lose in a row without a token in between. `guards`: required if policies name
         guards. `resumes`: the resume service, None if streams cannot be resumed. `prompts`: the prompt log for tenants
-        whose policy asks for prompt logging."""
+        whose policy asks for prompt logging. `tracer`: None if calls are not traced."""
         self.authenticator: Authenticator = authenticator if authenticator is not None else NoAuthentication()
         self.directory = directory
         self.bodies = Bodies()
@@ -96,6 +100,7 @@ class CallService:
         self._metrics = metrics
         self._end_metrics = EndMetrics(metrics, directory, scheduler.queues.tally, clock)
         self._prompts = prompts
+        self._tracer = tracer
 
     @property
     def busy(self) -> bool:
@@ -115,6 +120,7 @@ class CallService:
         """Open a call that lasts as long as the context. Raises CallError if the call cannot run. An error that is
         raised in the context ends the call with the outcome of the error."""
         opening = Opening(request, meta, self.clock())
+        self._trace(opening)
         async with self._until_closed(opening) as cleanup:
             yield await self._begin(opening, cleanup)
 
@@ -122,14 +128,27 @@ class CallService:
     async def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> AsyncIterator[PoolingCall]:
         """Open a pooling call, as `open` does."""
         opening = PoolingOpening(request, meta, self.clock())
+        self._trace(opening)
         async with self._until_closed(opening) as cleanup:
             yield await self._begin_pooling(opening, cleanup)
+
+    def _trace(self, opening: Opening | PoolingOpening) -> None:
+        """Set the trace id of a call, and begin the record of its spans if it is sampled."""
+        meta = opening.meta
+        if self._tracer is not None:
+            opening.trace = self._tracer.begin(meta.traceparent, meta.trace_state, opening.arrived)
+        if opening.trace is not None:
+            opening.trace_id = opening.trace.trace_id
+        elif meta.traceparent:
+            opening.trace_id = trace_id_of(meta.traceparent)
 
     @asynccontextmanager
     async def _until_closed(self, opening: Opening | PoolingOpening) -> AsyncIterator[Cleanup]:
         """Run the cleanup of a call at the end of the context, with the outcome of the context."""
         meta = opening.meta
         cleanup = Cleanup(meta.request_id)
+        if (tracer := self._tracer) is not None and (trace := opening.trace) is not None:
+            cleanup.add(lambda outcome: tracer.ended(trace, call_facts(opening, outcome, self.clock())))
         cleanup.add(lambda outcome: self._end_metrics.count(opening, outcome))
         try:
             yield cleanup
@@ -178,6 +197,8 @@ class CallService:
         if opening.chain is not None:
             await self._resume_service().take_over(call, opening.chain)
         self._settle_at_end(call, cleanup)
+        if call.trace is not None:
+            call.trace.queued()
         self._scheduler.enter(call, opening.model)
         return call
 
@@ -197,6 +218,8 @@ class CallService:
         await opening.create_sequences(self.authenticator, self._new_life)
         await self._reserve(call, opening, cleanup)
         self._settle_at_end(call, cleanup)
+        if call.trace is not None:
+            call.trace.queued()
         await self._scheduler.enter_in_slices(call, opening.model)
         return call
 

@@ -126,6 +126,12 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "model_replicas_desired": _Definition("gauge", "Replica target of the controller.", ("model",)),
     "model_state": _Definition("gauge", "1 for the model's current state.", ("model", "state")),
     "adapters": _Definition("gauge", "Adapters by their state on this gateway's workers.", ("model", "state")),
+    "spans_total": _Definition(
+        "counter",
+        "Spans of sampled calls, by outcome: exported; dropped (the queue to the collector was full); failed (the "
+        "collector was away or refused them).",
+        ("outcome",),
+    ),
     "config_valid": _Definition(
         "gauge", "1 while the configuration file is valid; 0 if a restart would refuse a part of it.", ()
     ),

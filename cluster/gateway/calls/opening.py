@@ -26,6 +26,7 @@ from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.parsed_text import ParsedText
 from cluster.gateway.text.tokenizer import TextModel
+from cluster.gateway.tracing.call_trace import CallTrace
 from cluster.observe.metrics import Metrics
 from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.version_split import Versions
@@ -63,6 +64,9 @@ class Opening:
     prompt_ids: array[int] = field(default_factory=lambda: array("I"))
     guards: CallGuards | None = None
     call: Call | None = None
+    trace_id: str = ""
+    """See Call. `trace`: see Call."""
+    trace: CallTrace | None = None
 
     async def read_resume_tokens(self, resumes: ResumeService) -> None:
         """Read the resume tokens of the request."""
@@ -186,6 +190,8 @@ class Opening:
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
             tool_calls_before=request.output.tool_calls_before,
             adapter=self.adapter,
+            trace_id=self.trace_id,
+            trace=self.trace,
         )
         call.affinity = affinity(self.request.affinity_key, self.meta, call.flow)
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)
@@ -196,7 +202,6 @@ class Opening:
             cache_salt=salt,
             priority=call.rank,
             adapter=self.adapter_key,
-            traceparent=meta.traceparent,
             parsing=output_parsing(request, self.model),
         )
         check_size(first)

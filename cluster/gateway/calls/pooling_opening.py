@@ -32,6 +32,7 @@ from cluster.gateway.models import KnownModel, ModelDirectory, Target
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.tokenizer import TextModel
+from cluster.gateway.tracing.call_trace import CallTrace
 from cluster.policy.routing.version_split import Versions
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class PoolingOpening:
     ids: PackedIds | Sequence[array[int]] = ()
     second_text: Callable[[int], int] = field(init=False)
     call: PoolingCall | None = None
+    trace_id: str = ""
+    """See Call. `trace`: see Call."""
+    trace: CallTrace | None = None
 
     @property
     def is_fallback(self) -> bool:
@@ -205,6 +209,8 @@ class PoolingOpening:
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
             inputs=self.inputs,
             task=self.task,
+            trace_id=self.trace_id,
+            trace=self.trace,
         )
         call.affinity = affinity(request.affinity_key, meta, call.flow)
         self.call = call
@@ -221,7 +227,6 @@ class PoolingOpening:
             SAMPLING,
             cache_salt=authenticator.cache_salt(self.meta.principal, request.cache_salt),
             priority=call.rank,
-            traceparent=self.meta.traceparent,
             pooling=PoolingParams(self.task, self._shorter_dimensions()),
         )
         check_size(first)
@@ -249,7 +254,6 @@ class PoolingOpening:
             SAMPLING,
             cache_salt=first.cache_salt,
             priority=first.priority,
-            traceparent=first.traceparent,
             pooling=replace(pooling, second_text_at=second) if second else pooling,
         )
 
