@@ -27,6 +27,7 @@ from cluster.api.pooling import PoolingTask
 from cluster.cli import terminal
 from cluster.cli.base import replace_file
 from cluster.cli.commands.doctor import find_tool
+from cluster.cli.commands.traces import start_receiver, with_tracing
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
 from cluster.cli.local.children import StartFailed, headrace_command
 from cluster.cli.local.cluster import LocalCluster
@@ -45,12 +46,15 @@ STOP_TIMEOUT_S = 30.0
 def up(
     file: FileOption,
     detach: Annotated[bool, typer.Option("--detach", help="Run in the background; return when ready.")] = False,
+    traces: Annotated[bool, typer.Option("--traces", help="Print the spans of each call as a tree.")] = False,
     demo: Annotated[bool, typer.Option("--demo", hidden=True)] = False,
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
     """Start a local cluster: Ray, one or more gateway processes and a controller. Ctrl-C stops everything."""
     config = read_config(file)
     _check_installed(config)
+    if traces and detach:
+        fail("--traces prints to this terminal: leave out --detach, or use `headrace traces`", USAGE)
     if detach:
         raise typer.Exit(_detach(file, config))
     run = RunFolder(config.name)
@@ -65,7 +69,14 @@ def up(
         except PortTaken as error:
             fail(str(error), USAGE)
         make_secrets(config)
-        raise typer.Exit(asyncio.run(_run_cluster(config, run, demo=demo, background=background)))
+        receiver = start_receiver("127.0.0.1:0") if traces else None
+        if receiver is not None:
+            config = with_tracing(config, receiver.address)
+        try:
+            raise typer.Exit(asyncio.run(_run_cluster(config, run, demo=demo, background=background)))
+        finally:
+            if receiver is not None:
+                receiver.stop()
 
 
 def make_secrets(config: Config) -> None:
