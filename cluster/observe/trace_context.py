@@ -52,6 +52,11 @@ def trace_id_of(traceparent: str) -> str:
     return traceparent[3:35]
 
 
+def unsampled(traceparent: str) -> str:
+    """Return a traceparent of version 00, or "", without the flag `sampled`."""
+    return f"{traceparent[:53]}00" if traceparent else ""
+
+
 def checked_tracestate(text: str) -> str:
     """Return a valid tracestate header unchanged, and "" for any other text."""
     if not text or len(text) > MAX_STATE:
