@@ -35,6 +35,7 @@ SCENARIOS = {
     "hostile": "attacks by anonymous clients, tenants and routine procedures: the effect on everyone else",
     "agents": "tool calls and reasoning in ten formats beside vLLM's own server; real clients while workers die",
     "adapters": "embedding models and adapters beside vLLM's own server",
+    "observe": "cost of metrics, traces and logs in the gateway, and its memory with many tenants",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 OK, PARTIAL, USAGE = 0, 1, 2

@@ -1,4 +1,4 @@
-"""Write the pages in docs/reference/ from the code of configuration, metrics, errors and commands.
+"""Write the pages in docs/reference/ from the code of configuration, metrics, log events, errors and commands.
 
 With `--check`, the script only compares the pages with the code.
 """
@@ -13,7 +13,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from cluster.api.outcomes import OUTCOME_STATUS, Outcome
 from cluster.cli.all_commands import app
 from cluster.config.schema import Config
 from cluster.config.tenants import Tenant, TenantDefaults
-from cluster.observe.metrics import DEFINITIONS
+from cluster.observe.definitions import DEFINITIONS, ENGINE_DEFINITIONS, ENGINE_HISTOGRAMS, Definition
+from cluster.observe.events import EVENTS
+from scripts.log_events import MORE, logged_events
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 COMMAND = "make reference"
@@ -142,16 +144,68 @@ def configuration() -> str:
     return page("Configuration keys", introduction, "cluster/config", *parts)
 
 
+def metric_rows(definitions: Mapping[str, Definition], prefix: str = "") -> Iterator[Sequence[str]]:
+    """Yield a row for each metric, by name."""
+    for name, metric in sorted(definitions.items()):
+        yield f"`{prefix}{name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.help
+
+
 def metrics() -> str:
     """Return the page about the metrics."""
-    names = sorted(DEFINITIONS.items())
-    rows = [(f"`headrace_{name}`", m.kind, ", ".join(f"`{label}`" for label in m.labels), m.help) for name, m in names]
     introduction = (
-        "The Prometheus metrics, for operators who write queries and alerts. Each also has the label `cluster`, the "
-        "cluster's `name`. Tenants beyond `observe.max_tenant_series` share the value `other` of the label `tenant`."
+        "The Prometheus metrics, for operators who write queries and alerts. Each also has the label "
+        "`headrace_cluster`, the cluster's `name`. Tenants beyond `observe.max_tenant_series` share the value `other` "
+        "of the label `tenant`. [observability.md](../observability.md) says which process exports what."
     )
     head = ("metric", "type", "labels", "meaning")
-    return page("Metrics", introduction, "cluster/observe/metrics.py", table(head, rows))
+    engine = (
+        "vLLM's series under vLLM's names, from what each worker reports to its gateways. Every gateway exports them "
+        "for its own workers, so a query over several gateways takes `max by (worker)` before it sums."
+    )
+    histograms = (
+        "These histograms of vLLM's front end are measured by the gateway. Each is the same as the metric beside it, "
+        "with the label `model_name` for `model`."
+    )
+    process = (
+        "Gateways and controllers also export Prometheus' usual metrics of a process, without `headrace_cluster`: "
+        "`process_cpu_seconds_total`, `process_resident_memory_bytes`, `process_virtual_memory_bytes`, "
+        "`process_open_fds`, `process_max_fds`, `process_start_time_seconds`, `python_gc_collections_total`, "
+        "`python_gc_objects_collected_total`, `python_gc_objects_uncollectable_total`."
+    )
+    same = [(f"`{name}`", f"`headrace_{ours}`") for name, ours in sorted(ENGINE_HISTOGRAMS.items())]
+    return page(
+        "Metrics",
+        introduction,
+        "cluster/observe/definitions.py",
+        table(head, metric_rows(DEFINITIONS, "headrace_")),
+        f"## vLLM\n\n{wrapped(engine)}\n\n{table(head, metric_rows(ENGINE_DEFINITIONS))}",
+        f"{wrapped(histograms)}\n\n{table(('vLLM', 'Headrace'), same)}",
+        f"## Process\n\n{wrapped(process)}",
+    )
+
+
+def events() -> str:
+    """Return the page about the log events."""
+    levels: dict[str, dict[str, None]] = {}
+    fields: dict[str, dict[str, None]] = {}
+    for event in logged_events():
+        if event.name is not None:
+            levels.setdefault(event.name, {})[event.level] = None
+            fields.setdefault(event.name, {}).update(dict.fromkeys(event.fields))
+    rows = []
+    for name, meaning in sorted(EVENTS.items()):
+        more = fields[name].pop(MORE, 1) is None
+        names = ", ".join([*(f"`{field}`" for field in fields[name]), *([MORE] if more else ())])
+        rows.append((f"`{name}`", ", ".join(levels[name]), meaning, names))
+    introduction = (
+        "Every event in the logs, for operators who search them and write rules for them. A line is a JSON object "
+        "with `timestamp`, `level`, `event` and the fields of the event; each also has `cluster` and `part` "
+        "(`gateway`, `controller`, `worker`), a worker's also `worker`, `pod`, `node` and `gpu`. An event has not "
+        "always all of its fields. `exception` is a traceback; `trace_id` is there if the call has a trace."
+    )
+    return page(
+        "Log events", introduction, "cluster/observe/events.py", table(("event", "level", "meaning", "fields"), rows)
+    )
 
 
 def errors() -> str:
@@ -188,7 +242,7 @@ def cli() -> str:
     return page("Commands", introduction, "cluster/cli", *commands(typer.main.get_command(app), "headrace"))
 
 
-PAGES = {"cli": cli, "configuration": configuration, "errors": errors, "metrics": metrics}
+PAGES = {"cli": cli, "configuration": configuration, "errors": errors, "events": events, "metrics": metrics}
 
 
 def main(arguments: Sequence[str], folder: Path = FOLDER) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,25 @@ class ModelDemand:
 
 @dataclass(frozen=True, slots=True)
 class ComputedWork:
-    """Work of one engine since the engine's start: steps, seconds spent in steps, prompt tokens and generated
-    tokens."""
+    """Work of one engine since the engine's start: steps, seconds spent in steps, prompt tokens that were computed and
+    generated tokens.
+
+    The other counts are the engine's own (EngineCounts), 0 if it does not report them.
+    """
 
     steps: int = 0
     busy_s: float = 0.0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+
+
+class EngineCounts(NamedTuple):
+    """Counts of an engine since its start: requests whose KV blocks were taken away for others, prompt tokens that were
+    looked up in the prefix cache, and prompt tokens that were found there."""
+
+    preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0

@@ -91,7 +91,7 @@ class EngineRequest:
     adapter: str = ""
     """Digest of the adapter; "" for the base model."""
     traceparent: str = ""
-    """Trace context of this attempt if the call is sampled, else ""."""
+    """Trace context: of this attempt if the call is sampled, else that of the caller without the flag `sampled`."""
     parsing: OutputParsing | None = None
     pooling: PoolingParams | None = None
     """Set for a pooling request, which ignores `sampling` and ends with its first output."""

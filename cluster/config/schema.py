@@ -130,6 +130,16 @@ class Weights(Section):
     allow: Allow = Allow()
 
 
+class AccessLog(Section):
+    """The access log: one line a call, the event `call.ended`. Failed and resumed calls are always logged."""
+
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the calls that went well which are logged; 0: none. The trace id decides, else the request id."""
+    max_lines_per_s: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """Most lines a second and process, for calls that went well and for the others each. The next line counts those
+    that were left out."""
+
+
 class Observe(Section):
     """Logs and metrics. Metrics name the first `max_tenant_series` tenants that call; `other` stands for the rest."""
 
@@ -137,6 +147,7 @@ class Observe(Section):
     """Least severe level that is logged."""
     max_tenant_series: Annotated[int, Field(ge=0, le=100_000)] = 500
     """Tenants with metrics of their own; later ones share the label `other`."""
+    access_log: AccessLog = AccessLog()
     budget_webhook: BudgetWebhook | None = None
     tracing: Tracing | None = None
     """None: calls are not traced."""

@@ -97,7 +97,7 @@ class BundleBuilder:
             if bundle is not None:
                 self._bundles[bundle.digest] = bundle
             else:
-                log.warning("bundle.not_built", model=settings.spec.name, why=about.trouble)
+                log.warning("bundle.not_built", model=settings.spec.name, reason=about.trouble)
 
 
 def describe(bundle: Bundle) -> SourceFacts:

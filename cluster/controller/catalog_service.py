@@ -74,7 +74,7 @@ class StoredCatalogFile:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            log.warning("kept_catalog_unreadable", path=str(self._path), reason=str(error))
+            log.warning("catalog.copy_not_read", path=str(self._path), reason=str(error))
             return None
 
     def keep(self, kept: StoredCatalog) -> None:
@@ -149,7 +149,7 @@ class StoredCatalogService:
         try:
             return with_models(config, [*entries, *stored], self._held)
         except CallError as error:  # stored by another release, or the file has changed meanwhile
-            log.warning("kept_catalog_refused", reason=error.message)
+            log.warning("catalog.copy_refused", reason=error.message)
             return config
 
     def _want(self) -> None:
@@ -254,7 +254,7 @@ class StoredCatalogService:
         if version not in versions:
             raise invalid("version", f"{version[:64]!r} is no version of {model.name}; it has {', '.join(versions)}")
         entry = self._override(model.name, version, quarantined=not lift)
-        log.warning("version.quarantined", model=model.name, version=version, lifted=lift, why=reason)
+        log.warning("version.quarantined", model=model.name, version=version, lifted=lift, reason=reason)
         return entry
 
     def load_adapter(self, name: str, adapter: AdapterSpec) -> tuple[str, AdapterSpec]:

@@ -71,7 +71,7 @@ class Controller:
     catalog: PublishedCatalog = field(default_factory=PublishedCatalog)
     retired: RetiredApps = field(default_factory=RetiredApps)
     scaler: Scaler = field(default_factory=Scaler)
-    scaling_counters: scaling.Counters | None = None
+    counters: scaling.Counters | None = None
     keep_overrides: Callable[[], None] = lambda: None
     """Function that stores the overrides of `models`. Called after an automatic rollback has changed the overrides."""
     wall_s: Callable[[], float] = time.time
@@ -88,7 +88,7 @@ class Controller:
             try:
                 await self.step()
                 if self._away:
-                    log.info("ray.back")
+                    log.info("ray.recovered")
                 self._away = ""
             except RayAway as error:
                 self._record_ray_away(str(error))
@@ -129,7 +129,9 @@ class Controller:
         `replicas`: number of replicas of each wanted application."""
         away = None
         for action in actions:
-            log.info("step", step=type(action).__name__, app=action.app, why=getattr(action, "why", ""))
+            log.info(
+                "controller.step_taken", step=type(action).__name__, app=action.app, reason=getattr(action, "why", "")
+            )
             try:
                 match action:
                     case reconcile.Deploy(app):
@@ -156,8 +158,8 @@ class Controller:
             room=scaling.room(self.models, snapshot),
         )
         scaling.log_decisions(decisions)
-        if self.scaling_counters is not None:
-            self.scaling_counters.count(self.scaler)
+        if self.counters is not None:
+            self.counters.count(self.scaler)
 
     def _wanted_apps(
         self, model: str, snapshot: RaySnapshot, fleet: Sequence[FleetWorker]
@@ -205,7 +207,9 @@ class Controller:
                 ttft_ratio=canary[0].spec.ttft_ratio,
             )
             if verdict.roll_back:
-                log.warning("version.rolled_back", model=model, version=parts[1].version, why=verdict.why)
+                log.warning("version.rolled_back", model=model, version=parts[1].version, reason=verdict.why)
+                if self.counters is not None:
+                    self.counters.count_rollback(model)
                 self.models.override(model, parts[1].version, gone=f"rolled back by itself: {verdict.why}")
                 self.keep_overrides()
 
@@ -216,7 +220,7 @@ class Controller:
 
     def _record_ray_away(self, reason: str) -> None:
         if reason != self._away:
-            log.warning("ray.away", reason=reason)
+            log.warning("ray.lost", reason=reason)
         self._away = reason
         if not self.catalog.entries():
             self.gateways.publish(self.catalog.declare(self.models, reason))

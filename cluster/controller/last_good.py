@@ -28,7 +28,7 @@ def with_last_good(found: PartialConfig, folder: Path) -> PartialConfig:
     restored = _restored(found, before)
     if found.problems:
         log.error(
-            "config_partly_refused",
+            "config.partly_refused",
             problems=found.problems[:10],
             restored=sorted(
                 {model.name for model in restored.config.models} - {model.name for model in found.config.models}
@@ -75,7 +75,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        log.warning("last_good_models_unreadable", path=str(path), reason=str(error))
+        log.warning("config.last_good_not_read", path=str(path), reason=str(error))
         return {}
     return (
         {name: entry for name, entry in values.items() if isinstance(entry, dict)} if isinstance(values, dict) else {}
@@ -89,7 +89,7 @@ def _write(path: Path, entries: Mapping[str, Any]) -> None:
         draft.write_text(json.dumps(entries))
         draft.replace(path)
     except OSError as error:
-        log.warning("last_good_models_not_kept", path=str(path), reason=str(error))
+        log.warning("config.last_good_not_written", path=str(path), reason=str(error))
 
 
 def held_names(held: Sequence[HeldModel]) -> frozenset[str]:

@@ -165,7 +165,7 @@ class PublishedCatalog:
         self._states[key] = state
         if state is not before:
             why = part.gone or (seen.trouble if seen else "")
-            log.info("model.state", model=model, version=part.version, state=state.value, why=why)
+            log.info("model.state_changed", model=model, version=part.version, state=state.value, reason=why)
             if state is ModelState.READY and before is ModelState.LOADING and seen is not None:
                 self._cold_starts_s.setdefault(model, round(now_s - seen.deployed_at_s, 1))
         return state

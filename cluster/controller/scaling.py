@@ -134,12 +134,12 @@ def log_decisions(decisions: Sequence[tuple[str, ScalingDecision]]) -> None:
     for model, decision in decisions:
         numbers = {name: round(value, 4) for name, value in decision.numbers.items()}
         log.info(
-            "scaled",
+            "scaling.decided",
             model=model,
             action=decision.action,
             before=decision.before,
             replicas=decision.replicas,
-            why=decision.why,
+            reason=decision.why,
             **numbers,
         )
 
@@ -157,7 +157,7 @@ class OperatorRequestFile:
         except FileNotFoundError:
             return OperatorRequest()
         except (OSError, ValueError, AttributeError) as error:
-            log.warning("scaling_requests_unreadable", path=str(self._path), reason=str(error))
+            log.warning("scaling.requests_not_read", path=str(self._path), reason=str(error))
             return OperatorRequest()
 
     def keep(self, request: OperatorRequest) -> None:
@@ -168,11 +168,15 @@ class OperatorRequestFile:
 
 
 class Counters:
-    """Copies the scaler's counters into the process's metrics after each pass."""
+    """The counters of the controller. Those of the scaler are copied into the process's metrics after each pass."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._before: dict[str, tuple[Mapping[str, int], float]] = {}
+
+    def count_rollback(self, model: str) -> None:
+        """Count a canary that was rolled back automatically."""
+        self._metrics.count("canary_rollbacks_total", model)
 
     def count(self, scaler: Scaler) -> None:
         """Add the growth of the scaler's counters since the last call of this method to the metrics."""

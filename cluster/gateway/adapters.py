@@ -157,7 +157,7 @@ class ModelAdapters:
             for other in ready:
                 if other != used and (name, other) not in self._warned:
                     self._warned = {(name, other), *list(self._warned)[:MAX_WARNED]}
-                    log.warning("adapter_digests_differ", adapter=name, used=used, other=other)
+                    log.warning("adapter.digests_differ", adapter=name, used=used, other=other)
         return has_changed
 
     def digest(self, name: str) -> str:

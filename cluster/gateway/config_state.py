@@ -31,7 +31,7 @@ class ConfigState:
         self._stamp = self._read_stamp()
         self.problems = tuple(problems)
         if problems:
-            log.error("config_partly_refused", problems=self.problems[:MAX_SHOWN], serves="the last good catalog")
+            log.error("config.partly_refused", problems=self.problems[:MAX_SHOWN], serves="the last good catalog")
 
     @property
     def valid(self) -> bool:
@@ -49,9 +49,11 @@ class ConfigState:
 
     def _update(self, problems: tuple[str, ...]) -> None:
         if problems:
-            log.error("config_refused", problems=problems[:MAX_SHOWN], next="correct the file before the next restart")
+            log.error(
+                "config.refused", problems=problems[:MAX_SHOWN], remedy="correct the file before the next restart"
+            )
         elif self.problems:
-            log.info("config_right")
+            log.info("config.accepted")
         self.problems = problems
 
     def _read_stamp(self) -> tuple[int, int, int]:

@@ -16,16 +16,23 @@ from cluster.api.adapters import AdapterState
 from cluster.api.types import ModelState
 from cluster.gateway.config_state import ConfigState
 from cluster.gateway.links.hub import Hub
+from cluster.gateway.links.starting_workers import StartingWorker
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.local_limits import LimitsPort
 from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.service import CallService
+from cluster.observe import log
 from cluster.observe.metrics import Sample
+from cluster.wire.certificate_expiry import CertificateExpiry
 
 if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting
+
+
+QUARANTINED = "quarantined"
+"""State of a version in the metrics, beside those of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +47,16 @@ class GatewayGauges:
     reservations: QuotaReservations
     accounting: Accounting | None
     config_state: ConfigState
+    certificates: CertificateExpiry
 
     def samples(self) -> Iterator[Sample]:
         """Yield the current value of each gauge."""
         yield "build_info", (__version__, platform.python_version(), grpc.__version__), 1
         yield "config_valid", (), float(self.config_state.valid)
         statistics, heard = self.hub.statistics(), self.hub.heard_at
+        yield "log_lines_dropped_total", (), log.dropped_lines()
+        for file, expires_at_s in self.certificates.current():
+            yield "certificate_expiry_timestamp_seconds", (str(file),), expires_at_s
         yield "link_connected", ("worker",), statistics.workers
         yield "link_connected", ("controller",), statistics.controllers
         yield "catalog_age_seconds", (), -1 if heard is None else time.monotonic() - heard
@@ -58,8 +69,13 @@ class GatewayGauges:
         for tenant, limit, ratio in self.reservations.utilization():
             yield "limit_utilization_ratio", (tenant, limit), ratio
         yield from self._models()
-        for link in self.hub.links:
+        links = self.hub.links
+        for link in links:
             yield from _worker(link)
+        linked = {link.identity.worker_id for link in links}
+        for worker in self.hub.starting.current:
+            if worker.worker_id not in linked:
+                yield from _starting(worker)
 
     def _models(self) -> Iterator[Sample]:
         spreads = self.scheduler.charges.spreads
@@ -74,11 +90,21 @@ class GatewayGauges:
             yield "queue_tokens", labels, tokens + guessed
             yield "model_replicas", labels, len(model.links)
             yield "model_replicas_desired", labels, model.entry.replicas_desired
+            yield from _versions(model)
             for state in ModelState:
                 yield "model_state", (model.name, state.value.lower()), float(model.state is state)
             adapters = Counter(model.adapters.view(spec.name).state for spec in model.adapters.specs)
             for each in AdapterState:
                 yield "adapters", (model.name, each.value.lower()), adapters[each]
+
+
+def _versions(model: KnownModel) -> Iterator[Sample]:
+    for share in model.entry.versions:
+        labels = (model.name, share.version)
+        yield "model_version_weight_ratio", labels, 0 if share.quarantined else share.weight
+        state = QUARANTINED if share.quarantined else share.state.value.lower()
+        for each in (*(state.value.lower() for state in ModelState), QUARANTINED):
+            yield "model_version_state", (*labels, each), float(each == state)
 
 
 def _worker(link: WorkerLink) -> Iterator[Sample]:
@@ -90,7 +116,24 @@ def _worker(link: WorkerLink) -> Iterator[Sample]:
     yield "worker_waiting_requests", labels, load.waiting
     yield "worker_kv_usage_ratio", labels, load.kv_usage
     yield "worker_step_seconds", labels, load.step_s
+    yield "vllm:num_requests_running", labels, load.running
+    yield "vllm:num_requests_waiting", labels, load.waiting
+    yield "vllm:kv_cache_usage_perc", labels, load.kv_usage
+    work = link.work
+    yield "vllm:num_preemptions_total", labels, work.preemptions
+    yield "vllm:prefix_cache_queries_total", labels, work.prefix_query_tokens
+    yield "vllm:prefix_cache_hits_total", labels, work.prefix_hit_tokens
+    yield "vllm:prompt_tokens_total", labels, work.prefill_tokens + work.prefix_hit_tokens
+    yield "vllm:generation_tokens_total", labels, work.decode_tokens
     yield "engine_path_info", (identity.worker_id, info.engine_path, info.engine_path_reason), 1
+
+
+def _starting(worker: StartingWorker) -> Iterator[Sample]:
+    labels = (worker.model, worker.worker_id)
+    yield "worker_info", (worker.worker_id, worker.pod, worker.node, worker.gpu), 1
+    yield "weights_fetched_bytes", labels, worker.fetched_bytes
+    yield "weights_total_bytes", labels, worker.total_bytes
+    yield "weights_fetch_bytes_per_second", labels, worker.bytes_per_s
 
 
 def _turn_tokens(model: KnownModel) -> float:

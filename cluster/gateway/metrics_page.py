@@ -11,11 +11,10 @@ from typing import Any
 
 from cluster import http2
 from cluster.gateway.apis.http.server import HttpServer
-from cluster.observe.metrics import Metrics
+from cluster.observe.metrics import OPEN_METRICS, Metrics
 from cluster.process.descriptors import raise_descriptor_limit
 
 Scope = MutableMapping[str, Any]
-OPEN_METRICS = "application/openmetrics-text"
 GZIP_LEVEL = 1
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

@@ -624,7 +624,7 @@ class ModelDirectory:
             bundle = await asyncio.to_thread(Bundle.load, folder)
             if bundle.digest == digest:
                 return await self._text_model(bundle)
-            log.warning("bundle_damaged", folder=str(folder))
+            log.warning("bundle.damaged", folder=str(folder))
         bundle = await self._fetch(digest)
         text = await self._text_model(bundle)
         await asyncio.to_thread(bundle.save, folder)
@@ -656,5 +656,5 @@ def _load_catalog(folder: Path) -> tuple[int, Sequence[CatalogEntry]]:
     except FileNotFoundError:
         return 0, ()
     except (ValueError, KeyError, TypeError, OSError) as error:
-        log.warning("kept_catalog_unreadable", path=str(path), reason=str(error))
+        log.warning("catalog.copy_not_read", path=str(path), reason=str(error))
         return 0, ()

@@ -26,6 +26,7 @@ from cluster.gateway.apis.http_application import http_application
 from cluster.gateway.auth.authenticator import NoAuthentication
 from cluster.gateway.auth.revocation import cut_revoked
 from cluster.gateway.auth.tls import NewestContext, revoked_file
+from cluster.gateway.calls.access_log import AccessLog
 from cluster.gateway.config_state import ConfigState
 from cluster.gateway.deferred_imports import import_later
 from cluster.gateway.gauges import GatewayGauges
@@ -47,6 +48,7 @@ from cluster.policy.limits.request_bytes import ByteBounds, RequestBytes
 from cluster.process import interpreter, memory
 from cluster.process.place import pod_name
 from cluster.process.private_files import make_private_folder
+from cluster.wire.certificate_expiry import CertificateExpiry
 from cluster.wire.dial import Timing
 
 log = structlog.get_logger("gateway")
@@ -85,7 +87,7 @@ class Gateway:
         self._config_state = config_state or ConfigState()
         self._probes = probes
         self._process = process
-        settings = config.gateway
+        settings, observe = config.gateway, config.observe
         self.metrics = Metrics(config.name, config.observe.max_tenant_series)
         self.tenants = optional_parts.tenant_authenticator(config, folder, self.metrics, process)
         charges = ServiceCharges({entry.name: entry.rank for entry in config.classes}, self.metrics)
@@ -131,6 +133,7 @@ class Gateway:
             max_silent_losses=settings.resume.max_silent_losses,
             resumes=self._resumes,
             prompts=None if self.tenants is None else self.tenants.prompts,
+            access_log=AccessLog(observe.access_log.sample_ratio, observe.access_log.max_lines_per_s, time.monotonic),
             tracer=optional_parts.tracer(config, self._span_export, self.hub.gateway_id),
         )
         self.listeners = Listeners()
@@ -222,7 +225,7 @@ class Gateway:
         await listeners.open("http", listen.http, self.http, self._tls("http/1.1"), shared=processes > 1)
         await self.health.servicer.set("", SERVING)
         await self.health.servicer.set(SERVICE, SERVING)
-        log.info("gateway_up", gateway=self.hub.gateway_id, **self.endpoints)
+        log.info("gateway.started", gateway=self.hub.gateway_id, **self.endpoints)
 
     def _tls(self, protocol: str) -> NewestContext | None:
         files = self.config.gateway.tls
@@ -239,6 +242,7 @@ class Gateway:
         return admin_server(authorizer, services, forwarded, admission)
 
     def _start_tasks(self) -> None:
+        settings = self.config.gateway
         gauges = GatewayGauges(
             self.hub,
             self.directory,
@@ -248,9 +252,10 @@ class Gateway:
             self.reservations,
             self.accounting,
             self._config_state,
+            CertificateExpiry.of_gateway(settings.tls, settings.link_tls),
         )
+        self.metrics.add_process_metrics()
         self.metrics.add_gauges(gauges.samples)
-        settings = self.config.gateway
         files = (revoked_file(settings.tls, "gateway.tls"), revoked_file(settings.link_tls, "gateway.link_tls"))
         lists = [file for file in files if file is not None]
         budgets = None if self.tenants is None else self.tenants.budgets(self._limits.spent)

@@ -17,6 +17,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.bodies import Bodies
 from cluster.gateway.auth.authenticator import Authenticator, NoAuthentication
 from cluster.gateway.calls import request as requests
+from cluster.gateway.calls.access_log import AccessLog
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.cleanup import Cleanup
 from cluster.gateway.calls.end_metrics import EndMetrics
@@ -37,7 +38,6 @@ from cluster.gateway.scheduling.chat_renders import ChatToRender, needs_worker
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
-from cluster.observe.trace_context import trace_id_of
 from cluster.policy.scheduling.worker_losses import MOST_SILENT
 from cluster.process.call_errors import is_call_failure
 
@@ -73,12 +73,14 @@ class CallService:
         max_silent_losses: int = MOST_SILENT,
         resumes: ResumeService | None = None,
         prompts: PromptLog | None = None,
+        access_log: AccessLog | None = None,
         tracer: Tracer | None = None,
     ) -> None:
         """`max_attempts`: number of workers that may fail a sequence before its call fails. `max_silent_losses`: number
         of workers that a sequence may lose in a row without a token in between. `guards`: required if policies name
         guards. `resumes`: the resume service, None if streams cannot be resumed. `prompts`: the prompt log for tenants
-        whose policy asks for prompt logging. `tracer`: None if calls are not traced."""
+        whose policy asks for prompt logging. `access_log`: None for no lines about calls that have ended.
+        `tracer`: None if calls are not traced."""
         self.authenticator: Authenticator = authenticator if authenticator is not None else NoAuthentication()
         self.directory = directory
         self.bodies = Bodies()
@@ -100,6 +102,7 @@ class CallService:
         self._metrics = metrics
         self._end_metrics = EndMetrics(metrics, directory, scheduler.queues.tally, clock)
         self._prompts = prompts
+        self._access_log = access_log
         self._tracer = tracer
 
     @property
@@ -112,14 +115,19 @@ class CallService:
     async def count(self, meta: CallMeta) -> CallMeta:
         """Count a tenant's request before the body is read, whatever the outcome will be. Returns metadata that marks
         the request as counted. Raises CallError RATE_LIMITED."""
-        await self._reservations.count_request(meta.principal.tenant)
+        try:
+            await self._reservations.count_request(meta.principal.tenant)
+        except CallError as error:
+            if self._access_log is not None:
+                self._access_log.refused(meta, error.outcome)
+            raise
         return replace(meta, counted=True)
 
     @asynccontextmanager
     async def open(self, request: requests.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:
         """Open a call that lasts as long as the context. Raises CallError if the call cannot run. An error that is
         raised in the context ends the call with the outcome of the error."""
-        opening = Opening(request, meta, self.clock())
+        opening = Opening(request, meta, self.clock(), trace_id=meta.trace_id)
         self._trace(opening)
         async with self._until_closed(opening) as cleanup:
             yield await self._begin(opening, cleanup)
@@ -127,28 +135,28 @@ class CallService:
     @asynccontextmanager
     async def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> AsyncIterator[PoolingCall]:
         """Open a pooling call, as `open` does."""
-        opening = PoolingOpening(request, meta, self.clock())
+        opening = PoolingOpening(request, meta, self.clock(), trace_id=meta.trace_id)
         self._trace(opening)
         async with self._until_closed(opening) as cleanup:
             yield await self._begin_pooling(opening, cleanup)
 
     def _trace(self, opening: Opening | PoolingOpening) -> None:
-        """Set the trace id of a call, and begin the record of its spans if it is sampled."""
-        meta = opening.meta
+        """Begin the record of a call's spans if the call is sampled, and set its trace id."""
         if self._tracer is not None:
+            meta = opening.meta
             opening.trace = self._tracer.begin(meta.traceparent, meta.trace_state, opening.arrived)
-        if opening.trace is not None:
-            opening.trace_id = opening.trace.trace_id
-        elif meta.traceparent:
-            opening.trace_id = trace_id_of(meta.traceparent)
+            if opening.trace is not None:
+                opening.trace_id = opening.trace.trace_id
 
     @asynccontextmanager
     async def _until_closed(self, opening: Opening | PoolingOpening) -> AsyncIterator[Cleanup]:
         """Run the cleanup of a call at the end of the context, with the outcome of the context."""
         meta = opening.meta
-        cleanup = Cleanup(meta.request_id)
+        cleanup = Cleanup(opening.log_fields)
         if (tracer := self._tracer) is not None and (trace := opening.trace) is not None:
             cleanup.add(lambda outcome: tracer.ended(trace, call_facts(opening, outcome, self.clock())))
+        if (access_log := self._access_log) is not None:
+            cleanup.add(lambda outcome: access_log.record(opening, outcome))
         cleanup.add(lambda outcome: self._end_metrics.count(opening, outcome))
         try:
             yield cleanup
@@ -164,7 +172,7 @@ class CallService:
             if not is_call_failure(error):
                 raise
             cleanup.outcome = Outcome.INTERNAL
-            log.exception("call_failed", request_id=meta.request_id)
+            log.exception("call.failed", **opening.log_fields)
             if isinstance(error, Exception):  # the API answers
                 raise
             message = f"unexpected failure; quote request id {meta.request_id}"

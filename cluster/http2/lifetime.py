@@ -119,12 +119,12 @@ class ConnectionLifetime:
 
     def refuse(self, reason: str) -> None:
         """Close the connection, which violated HTTP/2. h2 has already prepared the GOAWAY."""
-        self._note("connection_refused", reason)
+        self._note("connection.protocol_violated", reason)
         self.close()
 
     def cut(self, reason: str) -> None:
         """Close the connection with the error ENHANCE_YOUR_CALM, because the client exceeded a limit."""
-        self._note("connection_cut", reason)
+        self._note("connection.cut", reason)
         with suppress(H2Error):
             self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
         self.close()
@@ -132,7 +132,7 @@ class ConnectionLifetime:
     def abort(self, reason: str) -> None:
         """Abort the connection and drop its unsent bytes."""
         if not self._transport.is_closing() or not self._output.closed:
-            self._note("connection_cut", reason)
+            self._note("connection.cut", reason)
         self._output.abort()
 
     def _expect_closed(self, unsent_bytes: int) -> None:

@@ -89,7 +89,7 @@ class LimitedLog:
         self._timer = None
         self._next_at = asyncio.get_running_loop().time() + LOG_INTERVAL_S
         counts, self._counts = self._counts, Counter()
-        log.warning("connections_refused", **counts)
+        log.warning("connection.refused", **counts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,7 @@ class CallRunner:
             else:
                 call.finish(_CODE.CANCELLED, "cancelled", at_once=True)
         except Exception:  # callers must not see a traceback
-            log.exception("unexpected", path=call.path)
+            log.exception("rpc.failed", path=call.path)
             call.set_trailing_metadata(())
             call.finish(_CODE.UNKNOWN, "unexpected failure", at_once=True)
 

@@ -59,7 +59,7 @@ class Leader:
                 await _wait_first(stop.wait(), asyncio.sleep(self._terms.again_s))
 
     async def _lead(self, work: Work, stop: asyncio.Event) -> None:
-        log.info("leading", me=self._candidate.me)
+        log.info("lease.acquired", holder=self._candidate.me)
         leave = asyncio.Event()
         running = asyncio.ensure_future(work(leave))
         stopping = asyncio.ensure_future(stop.wait())
@@ -79,7 +79,7 @@ class Leader:
             await asyncio.gather(running, stopping, keeping, return_exceptions=True)
         if self.leads:
             await self._give_up()
-        log.info("not_leading", me=self._candidate.me)
+        log.info("lease.released", holder=self._candidate.me)
 
     async def _keep(self) -> None:
         """Renew the Lease periodically. Returns when the Lease is lost."""
@@ -104,10 +104,10 @@ class Leader:
                 self._candidate = self._candidate.written(new_record, began_s)
             self._logged_error = ""
         except Conflict as error:
-            log.info("lease_taken", reason=str(error))
+            log.info("lease.write_lost", reason=str(error))
         except ApiUnavailable as error:
             if str(error) != self._logged_error:
-                log.warning("lease_away", reason=str(error))
+                log.warning("lease.api_unavailable", reason=str(error))
             self._logged_error = str(error)
 
     async def _give_up(self) -> None:

@@ -1,29 +1,137 @@
-"""Logging as JSON lines on standard error. A line contains the time in UTC, the name of the event, and the event's
-fields."""
+"""Logging as JSON lines. A line has the time in UTC, the level, the name of the event (events.py) and its fields.
+
+Lines are written by a thread (line_writer.py), so a slow reader of the output never blocks the event loop.
+"""
 
 from __future__ import annotations
 
+import atexit
+import json
 import logging
-import sys
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from contextvars import ContextVar, Token
+from typing import Any
 
 import structlog
 
+from cluster.observe.line_writer import STDERR, LineWriter
 
-def configure(level: str = "info", **fields: str) -> None:
-    """Configure structlog for this process; `fields` are added to every line."""
+MAX_FIELD_CHARS = 8192
+"""Longest text of one field of a line; the rest is cut off."""
+END_S = 2.0
+"""Longest wait in seconds for the output at the end of the process."""
+
+_CALL: ContextVar[Mapping[str, str]] = ContextVar("call_fields")
+_CHILDREN = "HEADRACE_LOG_SETTINGS"
+"""Environment variable with the settings of this log for child processes, as JSON."""
+_NO_CALL: Mapping[str, str] = {}
+_at_flush: list[Callable[[float], object]] = []
+_writers: list[LineWriter] = []
+
+
+def configure(level: str = "info", *, descriptor: int = STDERR, **fields: str) -> LineWriter:
+    """Configure structlog for this process, and for its child processes that call `configure_as_parent`; `fields` are
+    added to every line. Returns the writer of the lines.
+
+    `descriptor`: the file descriptor to which the lines are written."""
+    os.environ[_CHILDREN] = json.dumps({"level": level, "descriptor": descriptor, "fields": fields})
+    writer = LineWriter(descriptor, dropped_line=_dropped_line(fields))
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
+            _with_fields(fields),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _cut_texts,
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: writer,
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(**fields)
+    if not _at_flush:
+        atexit.register(flush)
+    _at_flush.insert(0, writer.flush)
+    _writers.append(writer)
+    return writer
+
+
+def configure_as_parent() -> None:
+    """Configure structlog as the parent process has done. Does nothing if the parent has not called `configure`."""
+    if text := os.environ.get(_CHILDREN, ""):
+        settings = json.loads(text)
+        configure(settings["level"], descriptor=settings["descriptor"], **settings["fields"])
+
+
+def flush(timeout_s: float = END_S) -> None:
+    """Wait until all lines are written, at most `timeout_s` for each output. Call it before a process ends itself
+    without the exit handlers."""
+    for waits in _at_flush:
+        waits(timeout_s)
+
+
+def dropped_lines() -> int:
+    """Return the number of lines that this process has dropped, because their reader was too slow or its disk full."""
+    return sum(writer.dropped for writer in _writers)
+
+
+def add_flush(waits: Callable[[float], object]) -> None:
+    """Let `flush` call a function with its timeout, after the lines of this process are written."""
+    _at_flush.append(waits)
+
+
+class CallContext:
+    """Context within which `call_fields` returns `fields` to code of the same task.
+
+    A class, since a generator would take three times as long, and each call has one."""
+
+    __slots__ = ("_fields", "_token")
+    _token: Token[Mapping[str, str]]
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        self._fields = fields
+
+    def __enter__(self) -> None:
+        self._token = _CALL.set(self._fields)
+
+    def __exit__(self, *_: object) -> None:
+        _CALL.reset(self._token)
+
+
+def call_fields() -> Mapping[str, str]:
+    """Return the request id and trace id of the call whose task runs; empty outside of calls. Only for code that runs
+    in the call's own task: work that several calls share would name the call that began it."""
+    return _CALL.get(_NO_CALL)
+
+
+def ids_of_call(request_id: str, trace_id: str) -> dict[str, str]:
+    """Return the fields that every line about a call has: the request id and, unless it is "", the trace id."""
+    return {"request_id": request_id, "trace_id": trace_id} if trace_id else {"request_id": request_id}
+
+
+def _with_fields(fields: Mapping[str, str]) -> structlog.typing.Processor:
+    def add(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        return {**fields, **event}
+
+    return add
+
+
+def _cut_texts(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Cut long texts, so that no line is longer than its fields allow."""
+    for name, value in event.items():
+        if type(value) is str and len(value) > MAX_FIELD_CHARS:
+            event[name] = f"{value[:MAX_FIELD_CHARS]}... ({len(value)} characters)"
+    return event
+
+
+def _dropped_line(fields: Mapping[str, str]) -> Callable[[int], str]:
+    def line(dropped: int) -> str:
+        event: MutableMapping[str, Any] = {**fields, "event": "log.lines_dropped", "lines": dropped, "level": "warning"}
+        stamped = structlog.processors.TimeStamper(fmt="iso", utc=True)(None, "warning", event)
+        return str(structlog.processors.JSONRenderer()(None, "warning", stamped))
+
+    return line
 
 
 def keep_handlers_open(logger: logging.Logger) -> None:

@@ -114,7 +114,7 @@ class SpanExport:
         self._exporter.shutdown()
         if lost := len(self._queue):
             self._count("dropped", lost)
-            log.warning("spans_lost_at_end", spans=lost, collector=self._endpoint)
+            log.warning("tracing.spans_lost", spans=lost, collector=self._endpoint)
         for name in _OTEL_LOGGERS:
             logging.getLogger(name).removeFilter(self._reason)
 
@@ -153,9 +153,9 @@ class SpanExport:
     def _note(self, is_sent: bool) -> None:
         """Log that the collector has gone, or that it is back."""
         if is_sent and self._is_away:
-            log.info("spans_exported_again", collector=self._endpoint)
+            log.info("tracing.collector_found", collector=self._endpoint)
         elif not is_sent and not self._is_away:
-            log.warning("spans_not_exported", collector=self._endpoint, reason=self._reason.text)
+            log.warning("tracing.collector_lost", collector=self._endpoint, reason=self._reason.text)
         self._is_away = not is_sent
 
     def _connect(self) -> OTLPSpanExporter:

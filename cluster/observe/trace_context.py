@@ -47,11 +47,6 @@ def parse_traceparent(text: str) -> TraceContext | None:
     return TraceContext(trace_id, span_id, bool(int(flags, 16) & SAMPLED))
 
 
-def trace_id_of(traceparent: str) -> str:
-    """Return the trace id of a valid traceparent of version 00."""
-    return traceparent[3:35]
-
-
 def unsampled(traceparent: str) -> str:
     """Return a traceparent of version 00, or "", without the flag `sampled`."""
     return f"{traceparent[:53]}00" if traceparent else ""

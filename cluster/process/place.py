@@ -14,3 +14,8 @@ def pod_name() -> str:
 def node_name() -> str:
     """The name of the Kubernetes node, or the host name outside Kubernetes."""
     return os.environ.get("NODE_NAME") or socket.gethostname()
+
+
+def place_fields() -> dict[str, str]:
+    """Return the fields of log lines that name the pod and the node of this process; none outside Kubernetes."""
+    return {"pod": pod_name(), "node": node_name()} if pod_name() else {}

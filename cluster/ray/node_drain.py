@@ -53,7 +53,7 @@ async def poll_left_s(nodes: Nodes, within_s: float | None = None) -> float | No
         async with asyncio.timeout(within_s):
             return await asyncio.to_thread(nodes.left_s)
     except Exception as error:  # from Ray's RPC; the next poll may succeed
-        log.debug("nodes.unknown", error=str(error))
+        log.debug("ray.nodes_not_read", error=str(error))
         return None
 
 

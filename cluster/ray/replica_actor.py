@@ -7,20 +7,25 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import ray
 from ray import serve
 
 from cluster.observe import log
+from cluster.observe.line_writer import STDOUT
+from cluster.observe.output_copy import PATH_VARIABLE, copy_output
 from cluster.policy.catalog.placement import is_simulated, placement, world_size
 from cluster.process.place import node_name, pod_name
 from cluster.ray import node_drain
 from cluster.ray.drain_time import usable_s
 from cluster.worker import settings as replica_settings
+from cluster.worker.engine.processes import end_causes
 from cluster.worker.open_model import open_model
 from cluster.worker.replica import Replica, ReplicaPlacement
 from cluster.worker.settings import ReplicaSettings
+from cluster.worker.weights.fetch_progress import FetchProgress
 
 DEPLOYMENT = "worker"
 _SERVE_LOGGER = "ray.serve"
@@ -50,8 +55,11 @@ class ServedReplica:
 
             fork_server.start()  # first, so that the fork server and this process import at the same time
             os.environ[repairs.NODE] = str(ray.util.get_node_ip_address())
-        self._replica = Replica(parsed, _place(), open_model)
+        fetching = FetchProgress()
+        opener = partial(open_model, progress=fetching.report)
+        self._replica = Replica(parsed, _place(), opener, fetching=fetching)
         place = self._replica.place
+        _configure_log(self._replica)
         self._nodes = node_drain.Nodes({place.node, *place.gpu_nodes}, ray.get_runtime_context().gcs_address)
         self._watch: asyncio.Task[None] | None = None
 
@@ -78,6 +86,25 @@ class ServedReplica:
         await self._replica.stop(math.inf if left_s is None else usable_s(left_s))
         if self._watch is not None:
             self._watch.cancel()
+
+
+def _configure_log(replica: Replica) -> None:
+    """Write the log as JSON to the standard output, with the worker's place in every line, and copy the output to that
+    of the container if the node's environment names it."""
+    settings, place = replica.settings, replica.place
+    gpu = {"gpu": settings.spec.gpu or "unknown"} if place.gpus else {}
+    if gpu and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        gpu["gpu_ids"] = visible
+    fields = {
+        "cluster": settings.cluster,
+        "part": "worker",
+        "worker": replica.worker_id,
+        "pod": place.pod,
+        "node": place.host or place.node,
+        **gpu,
+    }
+    log.configure(os.environ.get("HEADRACE_LOG_LEVEL", "info"), descriptor=STDOUT, **fields)
+    copy_output(os.environ.get(PATH_VARIABLE, ""), fields, end_causes.file_of)
 
 
 def _place() -> ReplicaPlacement:

@@ -48,14 +48,14 @@ class MultiClusterBackend:
             else:
                 self._last[name] = answer
                 if self._away.pop(name, ""):
-                    log.info("ray.back", ray=name)
+                    log.info("ray.recovered", ray=name)
         if len(self._away) == len(names):
             raise RayAway("; ".join(self._away[name] for name in names))
         return self._merged()
 
     def _record_away(self, name: str, error: RayAway) -> None:
         if name not in self._away:
-            log.warning("ray.away", ray=name, reason=str(error))
+            log.warning("ray.lost", ray=name, reason=str(error))
         self._away[name] = f"{name}: {error}"
 
     def _merged(self) -> RaySnapshot:

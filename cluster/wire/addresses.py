@@ -70,7 +70,7 @@ class GatewayAddresses:
         dialled = self._choose(reached)
         if dialled == self.addresses:
             return
-        log.info("gateways", known=len(reached), dialled=list(dialled))
+        log.info("link.gateways_chosen", known=len(reached), dialled=list(dialled))
         self.addresses = dialled
         self._changed.set()
 
@@ -116,5 +116,5 @@ class GatewayAddresses:
             await keep_dialing(address, session, timing, lambda: address in self.addresses)
         finally:
             self._dialling.discard(address)
-        log.info("no_sibling_any_more", gateway=address)
+        log.info("link.gateway_removed", gateway=address)
         self._changed.set()  # the address may be in the list again

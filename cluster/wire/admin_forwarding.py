@@ -103,7 +103,7 @@ async def answer(verbs: Mapping[str, Verb], request: pb.AdminRequest) -> pb.Admi
     except CallError as error:
         return _refusal(request.id, error)
     except Exception:  # the traceback goes to this process's log, not to the operator
-        log.exception("unexpected", verb=request.verb)
+        log.exception("admin.request_failed", verb=request.verb)
         message = f"unexpected failure of {request.verb} in the controller; see its log"
         return _refusal(request.id, CallError(Outcome.INTERNAL, message))
 

@@ -82,9 +82,20 @@ def work_to_pb(work: ComputedWork) -> pb.Work:
         busy_s=work.busy_s,
         prefill_tokens=work.prefill_tokens,
         decode_tokens=work.decode_tokens,
+        preemptions=work.preemptions,
+        prefix_query_tokens=work.prefix_query_tokens,
+        prefix_hit_tokens=work.prefix_hit_tokens,
     )
 
 
 def work_from_pb(work: pb.Work) -> ComputedWork:
     """Decode the work that an engine has done, the inverse of `work_to_pb`."""
-    return ComputedWork(work.steps, work.busy_s, work.prefill_tokens, work.decode_tokens)
+    return ComputedWork(
+        work.steps,
+        work.busy_s,
+        work.prefill_tokens,
+        work.decode_tokens,
+        work.preemptions,
+        work.prefix_query_tokens,
+        work.prefix_hit_tokens,
+    )

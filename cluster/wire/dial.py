@@ -136,7 +136,7 @@ async def keep_dialing(
         if time.monotonic() - started > 5 * timing.redial_max_s:
             pause_s = timing.redial_min_s
         if why != logged_reason:
-            log.warning("link_down", gateway=address, reason=why)
+            log.warning("link.disconnected", gateway=address, reason=why)
             logged_reason = why
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads redials, no secret
         pause_s = min(pause_s * 1.5, timing.redial_max_s)

@@ -69,12 +69,12 @@ async def keep_resolving(
             current = await lookup(name)
         except NoAnswer as error:
             if str(error) != logged_error:
-                log.warning("lookup_failed", name=name, reason=str(error))
+                log.warning("dns.lookup_failed", name=name, reason=str(error))
             logged_error = str(error)
         else:
             logged_error = ""
             if current != known:
-                log.info("lookup", name=name, gateways=list(current))
+                log.info("dns.addresses_changed", name=name, gateways=list(current))
                 on_change(current)
             known = current
         await asyncio.sleep(interval_s)

@@ -241,7 +241,7 @@ class WorkerAdapters:
                 self._wanted[name] = adapter = WantedAdapter(spec)
                 adapter.work = self._spawn(self._prepare(adapter))
         self._wanted = {name: self._wanted[name] for name in wanted}
-        log.info("adapters_wanted", adapters=len(wanted), revision=self._desired.revision)
+        log.info("adapter.list_received", adapters=len(wanted), revision=self._desired.revision)
         self._index()
         self._spawn(self._drop_unwanted())
 
@@ -269,7 +269,7 @@ class WorkerAdapters:
                 if adapter.spec.pinned or not self._memory.is_full:
                     await asyncio.shield(self._loading(stored.digest))
                 adapter.state, adapter.reason, adapter.failures = AdapterState.READY, "", 0
-                log.info("adapter_ready", adapter=adapter.spec.name, digest=stored.digest)
+                log.info("adapter.ready", adapter=adapter.spec.name, digest=stored.digest)
                 self._changed.set()
                 return
             except EngineDead:  # reported by the load
@@ -279,7 +279,7 @@ class WorkerAdapters:
             except (ValueError, OSError) as error:
                 reason = str(error)
             except Exception as error:  # whatever a source's library raises: other adapters go on
-                log.exception("adapter_failed", adapter=adapter.spec.name)
+                log.exception("adapter.failed", adapter=adapter.spec.name)
                 reason = f"{type(error).__name__}: {error}"
             delay_s = self._fail(adapter, reason)
 
@@ -288,7 +288,7 @@ class WorkerAdapters:
         delay_s = min(self._retry_s * 2.0 ** min(adapter.failures, 20), MAX_RETRY_S)
         adapter.state, adapter.reason, adapter.folder = AdapterState.FAILED, reason, ""
         adapter.failures += 1
-        log.warning("adapter_failed", adapter=adapter.spec.name, reason=reason[:500], retry_s=delay_s)
+        log.warning("adapter.failed", adapter=adapter.spec.name, reason=reason[:500], retry_s=delay_s)
         self._index()
         return delay_s
 
@@ -374,7 +374,7 @@ class WorkerAdapters:
                 except EngineDead as dead:
                     self._report_dead(dead)
                     return
-                log.info("adapter_dropped", digest=digest)
+                log.info("adapter.dropped", digest=digest)
         self._unused.set()
 
     def _is_wanted(self, digest: str) -> bool:
@@ -389,7 +389,7 @@ class WorkerAdapters:
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) and not isinstance(error, EngineRefused | EngineDead):
-            log.error("adapter_task_failed", error=f"{type(error).__name__}: {error}")
+            log.error("adapter.task_failed", error=f"{type(error).__name__}: {error}")
 
 
 def _refused(message: str) -> EngineRefused:

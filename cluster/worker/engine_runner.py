@@ -6,11 +6,11 @@ Outputs go into the links' outboxes (wire/outbox.py), from which each link's wri
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
-from cluster.api.demand import ComputedWork
+from cluster.api.demand import ComputedWork, EngineCounts
 from cluster.api.ports import Engine, EngineDead
 from cluster.worker.link_credit import LinkCredit
 from cluster.worker.parsing.port import NoParsers, OutputParsers
@@ -22,10 +22,17 @@ log = structlog.get_logger("worker")
 class EngineRunner:
     """Runs the steps and aborts of one engine, counts the computed work, and reports when the engine is dead."""
 
-    def __init__(self, engine: Engine, parser: OutputParsers | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        parser: OutputParsers | None = None,
+        counts: Callable[[], EngineCounts] = EngineCounts,
+    ) -> None:
+        """`counts` returns the engine's own counts."""
         self.engine = engine
         self.parser: OutputParsers = parser or NoParsers()
         self.steps = 0
+        self._counts = counts
         self._busy_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._deaths: asyncio.Queue[EngineDead] = asyncio.Queue()
@@ -58,7 +65,9 @@ class EngineRunner:
 
     def work(self, requests: RunningRequests) -> ComputedWork:
         """Return the work that the engine has computed so far."""
-        return ComputedWork(self.steps, self._busy_s, requests.prefilled_tokens, requests.decoded_tokens)
+        return ComputedWork(
+            self.steps, self._busy_s, requests.prefilled_tokens, requests.decoded_tokens, *self._counts()
+        )
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Abort requests in the engine. Errors are logged; EngineDead goes to `report_dead`."""
@@ -69,7 +78,7 @@ class EngineRunner:
         except EngineDead as dead:
             self.report_dead(dead)
         except Exception:  # these requests run on; the link and the engine loop must keep serving others
-            log.exception("abort_failed", requests=len(request_ids))
+            log.exception("engine.abort_failed", requests=len(request_ids))
 
     def abort_in_background(self, request_ids: Sequence[str]) -> None:
         """Abort requests in a task of their own, which the end of a link does not cancel."""

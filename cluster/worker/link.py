@@ -135,7 +135,7 @@ class LinkOpener:
             call = client.call(TURN_METHOD, pb.WorkerTurn.SerializeToString, pb.GatewayTurn.FromString, metadata)
             await call.write(pb.WorkerTurn(hello=codec.hello_to_pb(identity, self.info, epoch)))
             welcome = await self._read_welcome(call)
-            log.info("link_up", gateway=welcome.gateway_id, address=address, epoch=epoch)
+            log.info("link.connected", gateway=welcome.gateway_id, address=address, epoch=epoch)
             self.gateways.record_welcome(address, welcome.incarnation, welcome.siblings)
             outbox = Outbox(self.outbox_tokens)
             outbox.part_columns = welcome.part_columns

@@ -25,14 +25,17 @@ from cluster.worker.weights.model_card import Card, read_card
 
 if TYPE_CHECKING:
     from cluster.worker.adapters import AdapterFiles
+    from cluster.worker.weights.fetching import Progress
     from cluster.worker.weights.sources import SourceRules
 
 VLLM_MAX_LORA_RANK = 16
 """vLLM's max_lora_rank if the entry sets none."""
 
 
-def open_model(settings: ReplicaSettings) -> OpenedModel:
-    """Find or fetch the model, build its bundle and create its engine (not started). Blocks. Raises ValueError."""
+def open_model(settings: ReplicaSettings, progress: Progress | None = None) -> OpenedModel:
+    """Find or fetch the model, build its bundle and create its engine (not started). Blocks. Raises ValueError.
+
+    `progress`: called with the bytes of the weights while they are fetched."""
     if is_simulated(settings.spec):
         return _open_simulated(settings)
     _refuse_code(settings)
@@ -40,7 +43,7 @@ def open_model(settings: ReplicaSettings) -> OpenedModel:
     from cluster.worker.weights.checkpoint import check_weights
     from cluster.worker.weights.digests import weight_digest
 
-    folder = _resolve(settings)
+    folder = _resolve(settings, progress)
     check_weights(settings.spec, folder)
     bundle = _bundle_of(folder, settings)
     parser = model_parser(settings.spec, folder, bundle)
@@ -53,7 +56,15 @@ def open_model(settings: ReplicaSettings) -> OpenedModel:
     )
     files = _adapter_store(settings, folder)
     return OpenedModel(
-        engine, bundle, weight_digest(folder, _cache_dir(settings)), parser, renderer, engine, engine, files
+        engine,
+        bundle,
+        weight_digest(folder, _cache_dir(settings)),
+        parser,
+        renderer,
+        engine,
+        engine,
+        files,
+        engine.counts,
     )
 
 
@@ -82,7 +93,7 @@ def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
     parser = requested_parser(settings.spec, Path(config.folder), bundle)
     renderer = requested_renderer(settings.spec, Path(config.folder), bundle)
     files = _adapter_store(settings, None)
-    return OpenedModel(engine, bundle, config.weight_digest, parser, renderer, engine, engine, files)
+    return OpenedModel(engine, bundle, config.weight_digest, parser, renderer, engine, engine, files, engine.counts)
 
 
 def _adapter_store(settings: ReplicaSettings, base: Path | None) -> AdapterFiles | None:
@@ -108,10 +119,10 @@ def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
     )
 
 
-def _resolve(settings: ReplicaSettings) -> Path:
+def _resolve(settings: ReplicaSettings, progress: Progress | None = None) -> Path:
     from cluster.worker.weights.sources import resolve
 
-    return resolve(settings.spec, _source_rules(settings))
+    return resolve(settings.spec, _source_rules(settings), progress)
 
 
 def _source_rules(settings: ReplicaSettings) -> SourceRules:

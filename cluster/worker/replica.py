@@ -24,8 +24,10 @@ from typing import Protocol
 
 import structlog
 
+from cluster.api.demand import EngineCounts
 from cluster.api.ports import AdapterEngine, Engine, EngineCorrupt, EngineDead, KvEventSource
 from cluster.api.types import EngineInfo, WorkerIdentity
+from cluster.observe.log import flush
 from cluster.policy.catalog.placement import why_split
 from cluster.policy.routing.gateway_subset import GatewaySubset
 from cluster.process import memory
@@ -41,6 +43,8 @@ from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.rendering.prompt_renderer import PromptRenderer
 from cluster.worker.session import WorkerSession
 from cluster.worker.settings import ModelRefused, ReplicaSettings
+from cluster.worker.starting import StartingReports
+from cluster.worker.weights.fetch_progress import FetchProgress
 
 log = structlog.get_logger("replica")
 
@@ -82,6 +86,8 @@ class OpenedModel:
     adapter_engine: AdapterEngine | None = None
     adapter_files: AdapterFiles | None = None
     """The engine's loader of adapters and their store on this node; None if the engine takes none."""
+    engine_counts: Callable[[], EngineCounts] = EngineCounts
+    """Function that returns the engine's own counts."""
 
 
 class ModelOpener(Protocol):
@@ -94,7 +100,9 @@ class ModelOpener(Protocol):
 
 
 def end_process(code: int) -> None:
-    """End this process now, without waiting for threads or exit handlers that a dead engine could block."""
+    """End this process once its log is written, without waiting for threads or exit handlers that a dead engine could
+    block."""
+    flush(1.0)
     os._exit(code)
 
 
@@ -109,6 +117,8 @@ class Replica:
     place: ReplicaPlacement
     opener: ModelOpener
     on_engine_death: Callable[[int], None] = end_process
+    fetching: FetchProgress = field(default_factory=FetchProgress)
+    """Progress of the weights, which `opener` reports."""
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     engine: Engine | None = None
     info: EngineInfo | None = None
@@ -137,6 +147,11 @@ class Replica:
         raise_descriptor_limit()
         shorten_switch_interval()
         began = time.time()
+        gpu = spec.gpu if self.place.gpus else ""
+        reports = StartingReports(
+            self.worker_id, self.place.pod, self.place.host or self.place.node, gpu, self.settings, self.fetching
+        )
+        reporting = asyncio.create_task(reports.run())
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)
             if spec.digest not in ("", opened.weight_digest):
@@ -154,22 +169,25 @@ class Replica:
             await self.stop()
             raise ModelRefused(str(error)) from error
         except EngineCorrupt as error:
-            log.error("worker.engine_sick", worker=self.worker_id, node=self.place.node, reason=str(error))
+            log.error("worker.engine_corrupt", reason=str(error))
             await self.stop()
             raise
         except BaseException:  # a cancelled start must not leave an engine behind either
             await self.stop()
             raise
+        finally:
+            reporting.cancel()
+            await asyncio.gather(reporting, return_exceptions=True)
         log.info(
-            "worker.started",
+            "worker.engine_started",
             began=round(began, 3),
             opened_s=round(opened_at - began, 3),
             engine_s=round(time.time() - opened_at, 3),
         )
         if engine.downgrade_reason:
-            log.warning("worker.resume_word_withdrawn", worker=self.worker_id, reason=engine.downgrade_reason)
+            log.warning("worker.resume_downgraded", reason=engine.downgrade_reason)
         for name, reason in repairs.not_applied.items():
-            log.warning("worker.repair_not_applied", worker=self.worker_id, repair=name, reason=reason)
+            log.warning("worker.repair_not_applied", repair=name, reason=reason)
         self._serve(opened, engine, self.info)
 
     def _serve(self, opened: OpenedModel, engine: Engine, info: EngineInfo) -> None:
@@ -201,13 +219,13 @@ class Replica:
             renderer=opened.renderer,
             adapter_engine=opened.adapter_engine,
             adapter_files=opened.adapter_files,
+            engine_counts=opened.engine_counts,
             subset=GatewaySubset(self.worker_id, self.settings.max_gateways, self.settings.spec.min_replicas),
         )
         self._serving = asyncio.create_task(self._serve_until_dead(self.end, engine))
         memory.freeze_objects()
         log.info(
-            "worker.up",
-            worker=self.worker_id,
+            "worker.ready",
             engine=info.engine_class,
             path=info.engine_path,
             capabilities=" ".join(info.capabilities),
@@ -219,8 +237,10 @@ class Replica:
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             failure = _first_failure(parts)
             if failure is not None:
-                event = "worker.engine_sick" if isinstance(failure, EngineCorrupt) else "worker.engine_dead"
-                log.error(event, worker=self.worker_id, node=self.place.node, reason=str(failure))
+                log.error(
+                    "worker.engine_corrupt" if isinstance(failure, EngineCorrupt) else "worker.engine_dead",
+                    reason=str(failure),
+                )
                 await end.close(str(failure))
                 await asyncio.wait(parts[:1], timeout=_CLOSE_LINKS_S)
         finally:
@@ -250,9 +270,9 @@ class Replica:
         """
         self._drain_deadline = min(self._drain_deadline, time.monotonic() + timeout_s)
         if self.end is not None:
-            log.info("worker.leaving", worker=self.worker_id, node=self.place.node, within_s=round(timeout_s, 1))
+            log.info("worker.drain_began", within_s=round(timeout_s, 1))
             drained = await self.end.drain(timeout_s)
-            log.info("worker.left", worker=self.worker_id, node=self.place.node, drained=drained)
+            log.info("worker.drain_ended", drained=drained)
         self._drained = True
 
     async def stop(self, within_s: float = math.inf) -> None:

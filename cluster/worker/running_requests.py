@@ -468,7 +468,7 @@ class RunningRequests:
                 to_abort += self.detached.add(running.as_detached(request_id), time.monotonic())
                 count += 1
         if count:
-            log.info("requests_detached", requests=count, gateway=link.gateway)
+            log.info("worker.requests_detached", requests=count, gateway=link.gateway)
         return to_abort
 
     def forget(self, request_id: str, outcome: Outcome) -> None:

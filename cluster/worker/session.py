@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
+from cluster.api.demand import EngineCounts
 from cluster.api.ports import AdapterEngine, Engine, EngineDead, KvEventSource
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.http2.client import ClientCall
@@ -98,6 +99,7 @@ class WorkerSession:
         subset: GatewaySubset | None = None,
         adapter_engine: AdapterEngine | None = None,
         adapter_files: AdapterFiles | None = None,
+        engine_counts: Callable[[], EngineCounts] = EngineCounts,
     ) -> None:
         """Create a session; `run` serves the engine.
 
@@ -109,6 +111,7 @@ class WorkerSession:
         `renderer`: renderer of chats; None for a worker whose gateways render them.
         `subset`: rule for the choice of gateways; None for all gateways.
         `adapter_engine`, `adapter_files`: loader and store of adapters; None for an engine that takes none.
+        `engine_counts` returns the engine's own counts.
         """
         self._identity = identity
         self._engine = engine
@@ -123,7 +126,7 @@ class WorkerSession:
         )
         self._served = ServedReports()
         self._kv_reports = KvReports(kv_events, info.block_size)
-        self._runner = EngineRunner(engine, parser)
+        self._runner = EngineRunner(engine, parser, engine_counts)
         self._renders = Renders(renderer)
         self._adapters = WorkerAdapters(
             info, adapter_engine, adapter_files, self._runner.report_dead, version=identity.version
@@ -217,7 +220,7 @@ class WorkerSession:
             await asyncio.sleep(REPORT_S)
             self._served.report(self._requests.output_tokens())
             if expired := self._requests.detached.expired(time.monotonic()):
-                log.info("detached_requests_dropped", requests=len(expired))
+                log.info("worker.requests_dropped", requests=len(expired))
                 await self._runner.abort(expired)
                 self._credit.regrant()
 
@@ -329,7 +332,7 @@ class WorkerSession:
             bundle = self._bundle if digest == self._identity.bundle_digest else None
             link.spawn(send_bundle(link.blobs, digest, bundle))
         for command in message.commands:
-            log.info("command", verb=command.WhichOneof("verb"), worker=self._identity.worker_id)
+            log.info("worker.command_received", verb=command.WhichOneof("verb"), worker=self._identity.worker_id)
             if self._drains.apply(command):
                 self._credit.regrant()
         link.outbox.acked_seq = message.seq

@@ -104,7 +104,7 @@ class Submits:
         except BaseException as error:
             if not is_call_failure(error):
                 raise
-            log.exception("request_failed", request=request_id)
+            log.exception("worker.request_failed", request=request_id, trace_id=request.traceparent[3:35])
             self._withdraw(request_id, Outcome.INTERNAL)
             self.runner.abort_in_background([request_id])
             why = f"the worker failed on this request: {type(error).__name__}"

@@ -90,7 +90,7 @@ class WorkerUsage:
             self._flush_due()
             kept = self._keeper.statistics()
             if kept.dropped > dropped:
-                log.error("usage_dropped", records=kept.dropped - dropped, kept=kept.kept)
+                log.error("worker.usage_dropped", records=kept.dropped - dropped, kept=kept.kept)
                 dropped = kept.dropped
 
     async def flush(self, timeout_s: float) -> None:

@@ -103,6 +103,8 @@ seccompProfile: {type: RuntimeDefault}
 
 {{- define "headrace.probePort" -}}50054{{- end }}
 
+{{- define "headrace.controllerMetricsPort" -}}9401{{- end }}
+
 {{- define "headrace.priority" -}}
 {{- $root := index . 0 -}}
 {{- $named := get ($root.Values.priorityClasses.names | default dict) (index . 1) -}}
@@ -147,6 +149,8 @@ Replicas get those that ray/replica_actor.py passes on, and what their node has.
 - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ index . 2 | quote }}}
 - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
 - {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
+# Ray redirects the output of replicas into files; they copy it to the container's, so that `kubectl logs` shows it.
+- {name: HEADRACE_LOG_COPY, value: /proc/1/fd/1}
 {{- if ne (get ((index . 0).Values.podSecurity | default dict) "runAsUser" | toString) "10001" }}
 - {name: USER, value: headrace}    # PyTorch and vLLM ask for a user name, and only 10001 has one in the images
 {{- end }}

@@ -167,6 +167,7 @@ spec:
         - {name: HEADRACE_CACHE_DIR, value: /var/lib/headrace/cache}
         - {name: HOME, value: /tmp}
         - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+        - {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
         - name: HEADRACE_DATABASE_PASSWORD
           valueFrom: {secretKeyRef: {name: {{ include "headrace.secret" . | quote }}, key: database-password}}
         {{- with $gateway.extraEnv }}
@@ -271,17 +272,20 @@ spec:
       image: {{ include "headrace.ownImage" (list . "controller") | quote }}
       imagePullPolicy: {{ .Values.image.pullPolicy }}
       command: [headrace]
-      args: [pod, controller, -f, /etc/headrace/cluster.yaml, --folder, /var/lib/headrace/controller, --health, "0.0.0.0:{{ include "headrace.probePort" . }}", --lease, {{ $name }}-controller]
+      args: [pod, controller, -f, /etc/headrace/cluster.yaml, --folder, /var/lib/headrace/controller, --health, "0.0.0.0:{{ include "headrace.probePort" . }}", --metrics, "0.0.0.0:{{ include "headrace.controllerMetricsPort" . }}", --lease, {{ $name }}-controller]
       env:
         - {name: HEADRACE_CONFIG, value: /etc/headrace/cluster.yaml}
         - {name: HEADRACE_CACHE_DIR, value: /var/lib/headrace/cache}
         - {name: HOME, value: /tmp}
         - {name: RAY_AUTH_MODE, value: token}
         - {name: RAY_AUTH_TOKEN_PATH, value: /secrets/ray-token}
+        - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+        - {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
         {{- with $controller.extraEnv }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
       ports:
+        - {name: metrics, containerPort: {{ include "headrace.controllerMetricsPort" . }}}
         - {name: health, containerPort: {{ include "headrace.probePort" . }}}
       startupProbe:
         grpc: {port: {{ include "headrace.probePort" . }}}

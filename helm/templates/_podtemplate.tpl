@@ -122,7 +122,7 @@ that no pod of the chart may have, are refused by values.schema.json. */ -}}
 {{- end }}
 {{- end }}
 {{- range $container.env }}
-{{- if has .name (list "HOME" "HEADRACE_CONFIG" "HEADRACE_CACHE_DIR" "HEADRACE_LOG_LEVEL" "HEADRACE_DATABASE_PASSWORD" "POD_NAME" "NODE_NAME" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" "RAY_AUTH_TOKEN_PATH" "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") }}
+{{- if has .name (list "HOME" "HEADRACE_CONFIG" "HEADRACE_CACHE_DIR" "HEADRACE_LOG_LEVEL" "HEADRACE_LOG_COPY" "HEADRACE_DATABASE_PASSWORD" "POD_NAME" "NODE_NAME" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" "RAY_AUTH_TOKEN_PATH" "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") }}
 {{- fail (printf "%s.env: %s is set by the chart: remove it" $here .name) }}
 {{- end }}
 {{- end }}

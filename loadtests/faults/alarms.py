@@ -93,8 +93,8 @@ async def _until_restarted(fleet: Fleet, worker: SimWorker) -> None:
         gone = False
         for event in link_log.events:
             if event.worker == worker.id and event.at >= since:
-                gone |= event.name == "worker_down"
-                if gone and event.name == "worker_up":
+                gone |= event.name == "worker.disconnected"
+                if gone and event.name == "worker.connected":
                     return True
         return False
 
@@ -131,5 +131,5 @@ async def prefills(fleet: Fleet, run_s: float, seed: int) -> Prefills:
                     failed += 1
 
         await asyncio.gather(*(caller() for _ in range(2 * len(fleet.workers))))
-    downs = [e.reason for e in fleet.link_log.events[seen:] if e.name == "worker_down"]
+    downs = [e.reason for e in fleet.link_log.events[seen:] if e.name == "worker.disconnected"]
     return Prefills((time.monotonic() - began) * len(fleet.workers), done, failed, downs)

@@ -160,7 +160,7 @@ class Recovery:
                 await self._all_serve()
                 seen = len(self._fleet.link_log.events)
                 self.findings.episodes.append(await self._episode(kind))
-                downs = [e for e in self._fleet.link_log.events[seen:] if e.name == "worker_down"]
+                downs = [e for e in self._fleet.link_log.events[seen:] if e.name == "worker.disconnected"]
                 self.findings.alarms += max(len(downs) - 1, 0)
         finally:
             await self._caller.close()

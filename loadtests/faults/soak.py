@@ -136,7 +136,7 @@ async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tupl
     finally:
         await caller.close()
     failed = sum(bool(result.error) for result in calls)
-    downs = [e.reason for e in fleet.link_log.events[seen:] if e.name == "worker_down"]
+    downs = [e.reason for e in fleet.link_log.events[seen:] if e.name == "worker.disconnected"]
     slopes = slope(samples, rate, seed)
     return Soak(took, rate, len(calls) - warm, failed, before, after, samples, slopes, downs), calls
 

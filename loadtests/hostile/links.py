@@ -240,7 +240,7 @@ class Bystanders:
 
 def downs(running: Fleet) -> int:
     """Return the number of links that the gateway has lost so far."""
-    return sum(event.name == "worker_down" for event in running.link_log.events)
+    return sum(event.name == "worker.disconnected" for event in running.link_log.events)
 
 
 @asynccontextmanager

@@ -65,7 +65,9 @@ async def play(cluster: Cluster, children: Children, folder: Path, seed: int) ->
     cluster.fabric.heal(B)
     healed = time.monotonic()
     downs = [
-        event.at for event in cluster.timeline.since(struck, "worker_down") if event.worker.startswith(f"{MODEL}-")
+        event.at
+        for event in cluster.timeline.since(struck, "worker.disconnected")
+        if event.worker.startswith(f"{MODEL}-")
     ]
     results.noticed_s = min(downs) - struck if downs else None
     await _until_linked(cluster)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -310,12 +309,12 @@ class Play:
         timeline, gateways = self._cluster.timeline, {pod.spec.name for pod in self._cluster.gateways}
         deadline = time.monotonic() + DETECTED_S
         while time.monotonic() < deadline:
-            downs = timeline.since(episode.struck, "worker_down")
+            downs = timeline.since(episode.struck, "worker.disconnected")
             if {event.gateway for event in downs} >= gateways:
                 await asyncio.sleep(0.5)  # the loss of the last worker may follow
                 break
             await asyncio.sleep(0.05)
-        downs = timeline.since(episode.struck, "worker_down")
+        downs = timeline.since(episode.struck, "worker.disconnected")
         episode.detected_s = max((event.at for event in downs), default=episode.struck) - episode.struck
         episode.notes["links lost"] = sorted({event.worker for event in downs})
         episode.notes["reasons"] = sorted({event.reason for event in downs})
@@ -324,7 +323,7 @@ class Play:
         if not await self._cluster.until_whole(WHOLE_S):
             episode.whole = False
             return
-        ups = self._cluster.timeline.since(episode.struck, "worker_up")
+        ups = self._cluster.timeline.since(episode.struck, "worker.connected")
         episode.capacity_s = max(event.at for event in ups) - episode.struck
         started = engines(self._cluster.nodes, {event.worker for event in ups})
         if started:
@@ -343,15 +342,9 @@ def connections(gateway: Pod) -> int:
     return sum(words[1].endswith(f":{GRPC_PORT:04X}") and words[3] == _ESTABLISHED for words in rows)
 
 
-_UP = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.\d+)? .*worker\.up.*? worker=([a-z0-9-]+)")
-_COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
-
-
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Start of a worker's engine. `at`: time in the worker's own log, in whole seconds; `pod`: the
-    pod of the worker.
-    """
+    """Start of a worker's engine. `at`: time in the worker's own log; `pod`: the pod of the worker."""
 
     at: float
     pod: Pod
@@ -374,10 +367,8 @@ def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
 
 def worker_starts(output: bytes) -> list[tuple[str, float]]:
     """Return (worker, time) of every worker start in the output of a replica."""
-    return [
-        (worker.decode(), datetime.strptime(when.decode(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp())
-        for when, worker in _UP.findall(_COLOUR.sub(b"", output))
-    ]
+    lines = (json.loads(line) for line in output.splitlines() if line.startswith(b"{") and b'"worker.ready"' in line)
+    return [(line["worker"], datetime.fromisoformat(line["timestamp"]).timestamp()) for line in lines]
 
 
 EVENTS: Mapping[str, Callable[[Play, Episode], Awaitable[None]]] = {

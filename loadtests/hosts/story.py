@@ -72,18 +72,18 @@ class Timeline:
             number += 1
 
     def _handle_line(self, pod: str, line: bytes) -> None:
-        if b'"worker_' not in line:
+        if b'"worker.' not in line:
             return
         try:
             entry: dict[str, Any] = json.loads(line)
         except ValueError:
             return
-        if entry.get("event") not in ("worker_up", "worker_down"):
+        if entry.get("event") not in ("worker.connected", "worker.disconnected"):
             return
         at = datetime.fromisoformat(entry["timestamp"]).timestamp()
         event = Event(at, entry["event"], pod, entry["worker"], entry.get("reason", ""))
         self.events.append(event)
-        if event.name == "worker_up":
+        if event.name == "worker.connected":
             self._up[pod].add(event.worker)
         else:
             self._up[pod].discard(event.worker)

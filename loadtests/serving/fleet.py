@@ -59,15 +59,15 @@ class LinkLog:
                 await asyncio.sleep(LOOK_S)
 
     def _handle_line(self, line: bytes) -> None:
-        if b'"worker_' not in line:
+        if b'"worker.' not in line:
             return
         entry = json.loads(line)
         at = datetime.fromisoformat(entry["timestamp"]).timestamp()
         event = Event(at, entry["event"], entry["worker"], entry.get("reason", ""))
         self.events.append(event)
-        if event.name == "worker_up":
+        if event.name == "worker.connected":
             self.up.add(event.worker)
-        elif event.name == "worker_down":
+        elif event.name == "worker.disconnected":
             self.up.discard(event.worker)
         self._more.set()
 
@@ -91,7 +91,8 @@ class LinkLog:
 
         def first_down() -> Event | None:
             return next(
-                (e for e in self.events if e.name == "worker_down" and e.worker == worker and e.at >= since), None
+                (e for e in self.events if e.name == "worker.disconnected" and e.worker == worker and e.at >= since),
+                None,
             )
 
         await self.until(lambda: first_down() is not None, timeout_s)

@@ -5,7 +5,8 @@ python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ..
 
 `--modules` runs the command line unchanged and writes the names of all imported modules at the end. `--stalls` runs the
 same gateway and samples the event loop every few milliseconds; at every SIGUSR1 the program writes the worst lateness
-and the number of tasks.
+and the number of tasks. `--without-metrics` runs the command line with counters and histograms that count nothing,
+which no configuration can turn off.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--modules", type=Path)
     parser.add_argument("--stalls", type=Path)
     parser.add_argument("--stalls-later", action="store_true")
+    parser.add_argument("--without-metrics", action="store_true")
     wanted = parser.parse_args(sys.argv[1:at])
     rest = sys.argv[at + 1 :]
     if wanted.stalls is not None:
@@ -121,12 +123,26 @@ def main() -> None:
         )
         return
     sys.argv = ["headrace", *rest]
+    if wanted.without_metrics:
+        turn_metrics_off()
     from cluster.cli.main import main as command_line
 
     try:
         command_line()
     finally:
-        wanted.modules.write_text(json.dumps(sorted(sys.modules)))
+        if wanted.modules is not None:
+            wanted.modules.write_text(json.dumps(sorted(sys.modules)))
+
+
+def turn_metrics_off() -> None:
+    """Replace the methods that count by ones that do nothing."""
+    from cluster.observe.metrics import Histogram, Metrics
+
+    def count_nothing(*_: object, **__: object) -> None:
+        return None
+
+    for owner, name in ((Metrics, "count"), (Histogram, "observe"), (Histogram, "observe_traced")):
+        setattr(owner, name, count_nothing)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,12 @@ def configuration(
     *,
     log_level: str = "warning",
     more: Mapping[str, object] | None = None,
+    observe: Mapping[str, object] | None = None,
     **addresses: str,
 ) -> str:
     """Return a cluster.yaml for gateways on free loopback ports, except for the listeners in `addresses`. Keys, limits
-    and ledger are those that tenants.make_key makes in `home`. `more`: keys of the section gateway.
+    and ledger are those that tenants.make_key makes in `home`. `more`: keys of the section gateway. `observe`: keys of
+    the section observe.
     """
     gateway: dict[str, Any] = {
         "listen": dict.fromkeys(LISTENERS, "127.0.0.1:0") | addresses,
@@ -89,7 +91,7 @@ def configuration(
         "api_version": "headrace/v1",
         "name": "loadtest",
         "gateway": gateway,
-        "observe": {"log_level": log_level},
+        "observe": {"log_level": log_level, **(observe or {})},
         "models": [{"name": model, "source": "sim:///worker-of-the-load-test"}],
         **tenants.sections(home),
     }
@@ -172,12 +174,14 @@ async def start_gateways(
     witness: tuple[str, ...] = (),
     checkout: Path = ROOT,
     descriptors: int = 0,
+    observe: Mapping[str, object] | None = None,
 ) -> list[tuple[Child, Mapping[str, str]]]:
     """Start gateway processes on one port; return each process with its endpoints by listener. Raises DidNotStart.
 
-    `home`: the folder that tenants.make_key has filled. `witness`: options of serving.gateway.
+    `home`: the folder that tenants.make_key has filled. `witness`: options of serving.gateway. `observe`: keys of the
+    section observe.
     """
-    text, out = configuration(MODEL, home, processes), []
+    text, out = configuration(MODEL, home, processes, observe=observe), []
     for process in range(processes):
         own = f"{name}-{process}" if process else name
         child = exec_gateway(children, folder, own, text, witness, process, checkout, descriptors)
@@ -206,17 +210,18 @@ async def start(
     checkout: Path = ROOT,
     descriptors: int = 0,
     tenant_count: int = 1,
+    observe: Mapping[str, object] | None = None,
 ) -> Ours:
     """Start a gateway and a worker; return when the model is ready. `source` and `engine`: as for serving.worker.
     `checkout`: the source tree that both processes run. `descriptors`: hard limit of the gateway's file descriptors.
-    Raises DidNotStart.
+    `observe`: keys of the gateway's section observe. Raises DidNotStart.
     """
     home = folder / f"{name}-tenants"
     keys = await tenants.make_tenants(home, tenant_count)
     key = keys[0]
     first, *siblings = await start_gateways(
         children, folder, f"{name}-gateway", home, processes=processes, witness=witness,
-        checkout=checkout, descriptors=descriptors,
+        checkout=checkout, descriptors=descriptors, observe=observe,
     )  # fmt: skip
     gateway, endpoints = first
     ready = folder / f"{name}-worker.ready"

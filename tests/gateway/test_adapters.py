@@ -287,7 +287,7 @@ async def test_the_digest_is_learned_from_the_first_ready_worker(tmp_path: Path)
     with structlog.testing.capture_logs() as logs:
         report(one, AdapterStatus("a", B, AdapterState.READY))
         report(one, AdapterStatus("a", B, AdapterState.READY, resident=True))
-    assert [(log["event"], log["used"], log["other"]) for log in logs] == [("adapter_digests_differ", A, B)]
+    assert [(log["event"], log["used"], log["other"]) for log in logs] == [("adapter.digests_differ", A, B)]
     assert (adapters.key("a"), adapters.view("a").ready) == (A, 1)
     assert adapters.keys_on(two) == (frozenset({A, ":a"}), frozenset({A, ":a"}))
     assert adapters.keys_on(one) == (frozenset({B}), frozenset({B})), (

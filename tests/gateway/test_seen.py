@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.observe.metrics import DEFINITIONS, TTFT_BUCKETS
+from cluster.observe.definitions import DEFINITIONS, ENGINE_DEFINITIONS, TTFT_BUCKETS
 from cluster.wire.bundle import Bundle
 from tests.support.calls import chat, refused
 from tests.support.cluster import TestCluster, sim_engine
@@ -61,7 +61,7 @@ async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path
     assert value("engine_path_info", worker=worker.identity.worker_id, path="sim", reason="") == 1
     bounds = {dict(labels)["le"] for name, labels in samples if name == "headrace_time_to_first_token_seconds_bucket"}
     assert bounds == {*map(str, TTFT_BUCKETS), "+Inf"}
-    assert all(name.startswith("headrace_") for name, _ in samples)
+    assert {name.split("_")[0].split(":")[0] for name, _ in samples} == {"headrace", "vllm", "process", "python"}
 
 
 def test_every_label_is_of_the_vocabulary() -> None:
@@ -73,6 +73,8 @@ def test_every_label_is_of_the_vocabulary() -> None:
     for name, definition in DEFINITIONS.items():
         if name != "build_info":
             assert set(definition.labels) <= allowed, name
+    for name, definition in ENGINE_DEFINITIONS.items():
+        assert definition.labels == ("model_name", "worker"), name
 
 
 async def test_buf_curl_by_reflection(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:

@@ -16,6 +16,7 @@ from tests.support.helm import NAMESPACE, Rendered
 from tests.support.network_policies import Network, Peer, selects
 
 CLIENTS, LINK, ADMIN, HTTP, METRICS, PROBES = 50051, 50052, 50053, 8000, 9400, 50054
+CONTROLLER_METRICS = 9401
 EVERYTHING = next(path for path in helm.PRESETS if path.stem == "multi-tenant")
 INSIDE = next(path for path in helm.PRESETS if path.stem == "local-cpu")
 
@@ -143,6 +144,9 @@ def test_ports_are_the_programs(preset: Rendered) -> None:
     for name, address in listen.model_dump().items():
         assert address.endswith(f":{ports[name]}"), name
     assert f"0.0.0.0:{ports['health']}" in gateway["args"]
+    controller = next(item for name, item in containers(preset) if name == "headrace-controller/controller")
+    for item in controller["ports"]:
+        assert f"0.0.0.0:{item['containerPort']}" in controller["args"], item["name"]
     named = {name: {p["name"] for p in spec["containers"][0].get("ports", ())} for name, _, spec in pods(preset)}
     for service in preset.all("Service"):
         for port in service["spec"]["ports"]:
@@ -290,6 +294,7 @@ def test_each_reaches_what_it_dials(preset: Rendered) -> None:
     assert allows(worker, worker, 40001), "ranks of one engine"
     prometheus, operator, names, dns = site(preset)
     assert allows(prometheus, gateway, METRICS)
+    assert allows(prometheus, controller, CONTROLLER_METRICS)
     assert allows(prometheus, worker, 8080)
     assert allows(operator, head, 8265)
     for part in there.values():
@@ -310,6 +315,7 @@ def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> No
         for port in (LINK, ADMIN, METRICS, PROBES):
             assert not allows(who, gateway, port), (who, port)
         assert not allows(who, controller, PROBES)
+        assert not allows(who, controller, CONTROLLER_METRICS)
     for who in (gateway, head):
         assert not allows(who, gateway, LINK), "only workers and the controller speak on links"
     assert not allows(gateway, head, 8265), "a gateway knows nothing of Ray"
@@ -343,6 +349,22 @@ def test_stores_inside_are_reached_by_their_users_alone() -> None:
     for who in (STRANGER, ELSEWHERE, INTERNET):
         assert not allows(who, there["postgresql"], 5432)
         assert not allows(who, there["valkey"], 6379)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"), [("http://otel.monitoring:4317", 4317), ("https://otel.monitoring", 4317)]
+)
+def test_gateways_alone_reach_the_collector(endpoint: str, port: int) -> None:
+    """With `observe.tracing` gateways reach the collector's namespace at the port of the endpoint, and nothing else
+    does. Without it nobody does."""
+    collector = Peer("monitoring", {"app": "otel"})
+    rendered = helm.template(INSIDE, {"config": {"observe": {"tracing": {"endpoint": endpoint}}}})
+    there, allows = peers(rendered), network(rendered).allows
+    reaching = {name for name, peer in there.items() if allows(peer, collector, port)}
+    assert reaching == {"gateway"}
+    assert not allows(there["gateway"], ELSEWHERE, port)
+    without = helm.template(INSIDE)
+    assert not network(without).allows(peers(without)["gateway"], collector, port)
 
 
 def test_without_a_way_out_there_is_none() -> None:

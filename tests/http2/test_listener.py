@@ -70,7 +70,7 @@ async def test_a_caller_gets_in_beside_idle_strangers_and_stays(serve: Serve, da
                 assert len(pool) <= CAP
                 assert len(echo.server.connections) <= CAP
         await until(lambda: not len(pool), "all places are free")
-    refusals = [line for line in lines if line["event"] == "connections_refused"]
+    refusals = [line for line in lines if line["event"] == "connection.refused"]
     assert 1 <= len(refusals) <= 4
     assert sum(line.get("closed_for_others", 0) for line in refusals) > 0
 

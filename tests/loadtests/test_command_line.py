@@ -138,7 +138,7 @@ async def test_an_interrupt_writes_the_report_and_leaves_no_process(tmp_path: Pa
         start_new_session=True,
     )  # fmt: skip
     log = tmp_path / "logs" / "ours-worker.log"
-    await until(lambda: log.exists() and "link_up" in log.read_text(), "the worker is linked", 120.0)
+    await until(lambda: log.exists() and "link.connected" in log.read_text(), "the worker is linked", 120.0)
     process.send_signal(signal.SIGINT)
     out, _ = await asyncio.wait_for(process.communicate(), 540)
     assert process.returncode == 1

@@ -80,14 +80,14 @@ def moving(calls: list[Call], moved: float | None = 120.0) -> EpisodeResults:
 
 
 def test_workers_are_found_in_what_replicas_print() -> None:
-    """Starts of workers are found in the output with and without colours, whatever letter the worker's name begins
-    with.
-    """
-    plain = b"2026-11-25 22:48:04 [info     ] worker.up    engine=sim path=sim worker=mass-a54\n"
-    bright = (
-        b"\x1b[2m2026-11-25 22:48:05\x1b[0m [info] \x1b[1mworker.up\x1b[0m  \x1b[36mworker\x1b[0m=\x1b[35mm-1\x1b[0m\n"
-    )
-    (first, at), (second, later) = worker_starts(b":job_id:03\n" + plain + b"worker.started\n" + bright)
+    """Starts of workers are found among the other lines of their output."""
+
+    def line(event: str, worker: str, second: int) -> bytes:
+        stamp = f"2026-11-25T22:48:{second:02}.5Z"
+        return json.dumps({"event": event, "worker": worker, "timestamp": stamp}).encode() + b"\n"
+
+    output = b":job_id:03\n" + line("worker.ready", "mass-a54", 4) + line("worker.engine_started", "m-1", 4)
+    (first, at), (second, later) = worker_starts(output + b"INFO worker.ready\n" + line("worker.ready", "m-1", 5))
     assert (first, second, later - at) == ("mass-a54", "m-1", 1.0)
 
 

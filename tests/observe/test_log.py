@@ -1,13 +1,155 @@
-"""The handlers of a kept logger stay open when logging is configured again."""
+"""Log lines are JSON with the process's fields, and never make a caller wait for the output."""
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import json
 import logging
 import logging.config
 import logging.handlers
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from cluster.observe import log
+from cluster.observe.line_writer import LineWriter
+
+PROGRAM = """
+import structlog
+from cluster.observe import log
+log.{configure}
+structlog.get_logger("x").info("part.began", text="x" * 10_000, size=3)
+try:
+    raise ValueError("why")
+except ValueError:
+    structlog.get_logger("x").exception("part.failed")
+"""
+
+
+def lines_of(configure: str, **environment: str) -> list[dict[str, Any]]:
+    """Return what a process logs to standard error that configures its log in this way."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(configure=configure)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        env={**os.environ, **environment},
+    )
+    return [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_a_line_is_json_with_the_fields_of_its_process() -> None:
+    """Each line is a JSON object with time in UTC, level, event and the fields of event and process, is bounded, and is
+    written although the process ends at once; an exception is one field."""
+    began, failed = lines_of("configure('info', cluster='c', part='gateway')")
+    assert (began["cluster"], began["part"], began["event"], began["level"]) == ("c", "gateway", "part.began", "info")
+    assert began["timestamp"].endswith("Z")
+    assert began["size"] == 3
+    assert len(began["text"]) < 8300
+    assert began["text"].endswith("(10000 characters)")
+    assert failed["level"] == "error"
+    assert "ValueError: why" in failed["exception"]
+
+
+def test_a_child_process_logs_as_its_parent_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that calls configure_as_parent has the level and the fields of its parent; without a parent's settings
+    nothing is configured."""
+    settings = json.dumps({"level": "error", "descriptor": 2, "fields": {"part": "worker", "pod": "gpu-0"}})
+    (failed,) = lines_of("configure_as_parent()", HEADRACE_LOG_SETTINGS=settings)
+    assert (failed["event"], failed["part"], failed["pod"]) == ("part.failed", "worker", "gpu-0")
+    monkeypatch.delenv("HEADRACE_LOG_SETTINGS", raising=False)
+    log.configure_as_parent()
+
+
+def dropped_line(dropped: int) -> str:
+    """Return the line that reports dropped lines."""
+    return f"dropped {dropped}"
+
+
+def read_all(descriptor: int, into: list[bytes], until: Callable[[bytes], bool]) -> None:
+    """Read a pipe into `into` until its content satisfies `until`."""
+    while not until(b"".join(into)):
+        into.append(os.read(descriptor, 65_536))
+
+
+def test_a_full_output_never_makes_a_caller_wait() -> None:
+    """While nobody reads the output, lines wait up to the bound and further ones are dropped; once it is read, the
+    lines come whole and in order, and their number and that of the dropped ones add up."""
+    reader, output = os.pipe()
+    fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, 4096)
+    writer = LineWriter(output, dropped_line=dropped_line, max_bytes=20_000)
+    for number in range(1000):
+        writer.write(f"line {number} {'x' * 90}")
+    assert writer.dropped > 700
+    assert not writer.flush(0.01)
+    got: list[bytes] = []
+    reading = threading.Thread(target=read_all, args=(reader, got, lambda data: b"dropped" in data))
+    reading.start()
+    assert writer.flush(60.0)
+    reading.join(60.0)
+    *lines, last = b"".join(got).decode().splitlines()
+    numbers = [int(line.split()[1]) for line in lines]
+    assert numbers == list(range(len(numbers)))
+    assert last == dropped_line(1000 - len(numbers))
+    assert writer.dropped == 1000 - len(numbers)
+    os.close(reader)
+    os.close(output)
+
+
+def test_a_failing_output_loses_lines_and_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines for an output that fails, such as a full disk, are dropped and counted, and later ones are written once it
+    works again."""
+    monkeypatch.setattr("cluster.observe.line_writer.PAUSE_S", 0.001)
+    file = tmp_path / "log"
+    output = os.open("/dev/full", os.O_WRONLY)
+    writer = LineWriter(output, dropped_line=dropped_line)
+    writer.write("lost")
+    assert writer.flush(60.0)
+    assert writer.dropped == 1
+    working = os.open(file, os.O_WRONLY | os.O_CREAT)
+    os.dup2(working, output)
+    writer.write("kept")
+    assert writer.flush(60.0)
+    assert file.read_text() == f"kept\n{dropped_line(1)}\n"
+    os.close(working)
+    os.close(output)
+
+
+def test_a_forked_process_writes_its_own_lines() -> None:
+    """A fork has neither the lines that waited in its parent nor a lock that its parent held, and can write."""
+    reader, output = os.pipe()
+    writer = LineWriter(output, dropped_line=dropped_line)
+    writer.write("parent")
+    assert writer.flush(60.0)
+    child = os.fork()
+    if not child:
+        writer.write("child")
+        os._exit(0 if writer.flush(60.0) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.read(reader, 1000) == b"parent\nchild\n"
+    os.close(reader)
+    os.close(output)
+
+
+async def test_calls_have_their_own_fields() -> None:
+    """Each task has the fields of its own call, also while other calls run; outside of calls there are none."""
+
+    async def run(name: str) -> bool:
+        with log.CallContext(log.ids_of_call(name, "")):
+            await asyncio.sleep(0)
+            return log.call_fields() == {"request_id": name}
+
+    assert all(await asyncio.gather(*map(run, "abc")))
+    assert log.call_fields() == {}
+    assert log.ids_of_call("r", "t") == {"request_id": "r", "trace_id": "t"}
 
 
 def test_a_kept_logger_outlives_dict_config(tmp_path: Path) -> None:

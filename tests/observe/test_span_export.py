@@ -178,7 +178,11 @@ def test_an_unusable_headers_file_is_named(tmp_path: Path, text: str, problem: s
 
 async def test_the_end_does_not_wait_for_a_collector_that_hangs() -> None:
     """A stop returns although a collector accepts connections and never answers, and counts the spans as lost."""
-    server = await asyncio.start_server(lambda reader, writer: reader.read(), "127.0.0.1", 0)
+
+    async def read_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    server = await asyncio.start_server(read_on, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     outcomes = Outcomes()
     export = SpanExport(f"http://127.0.0.1:{port}", outcomes, interval_s=0.01, timeout_s=600.0)

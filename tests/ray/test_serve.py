@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -112,10 +113,18 @@ async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> 
     await removed(backend, "big")
 
 
-async def test_dead_engine_ends_its_replica_and_a_new_one_serves(backend: ChildBackend, door: Door) -> None:
-    """A dead engine ends the replica's process, and a new replica serves within seconds."""
+async def test_dead_engine_ends_its_replica_and_a_new_one_serves(
+    backend: ChildBackend, door: Door, tmp_path: Path
+) -> None:
+    """A dead engine ends the replica's process, and a new replica serves within seconds. All that the replica has
+    logged until its end is also in the output that its environment names, each line with the worker's place."""
+    copied = tmp_path / "container"
+    copied.touch()
     dying = ReplicaSettings(
-        ModelSpec(name="dying", source="sim://?vocab=1000&decode_ms=1&fault=die@step:24"), "test", (door.address,)
+        ModelSpec(name="dying", source="sim://?vocab=1000&decode_ms=1&fault=die@step:24"),
+        "test",
+        (door.address,),
+        environment={"HEADRACE_LOG_COPY": str(copied), "POD_NAME": "gpu-0", "NODE_NAME": "ip-10-0-3-7"},
     )
     async with controlling(backend, door, dying):
         link = await door.worker("dying")
@@ -124,6 +133,10 @@ async def test_dead_engine_ends_its_replica_and_a_new_one_serves(backend: ChildB
         successor = await door.worker("dying", but=link.identity.incarnation, timeout_s=240.0)
         assert len(await greedy(successor, [1, 2, 3], 2)) == 2
     await removed(backend, "dying")
+    lines = [json.loads(line) for line in copied.read_text().splitlines()]
+    assert all((line["pod"], line["node"]) == ("gpu-0", "ip-10-0-3-7") for line in lines)
+    events = {line["event"] for line in lines if line["worker"] == link.identity.worker_id}
+    assert {"worker.engine_started", "worker.ready", "link.connected", "worker.engine_dead"} <= events
 
 
 FOREIGN = """

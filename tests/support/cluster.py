@@ -13,6 +13,7 @@ from typing import cast
 
 import grpc
 
+from cluster.api.demand import EngineCounts
 from cluster.api.ports import AdapterEngine, Engine, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.config.schema import Config, parse
@@ -140,6 +141,7 @@ class TestCluster:
             adapter_files=adapter_files,
             kv_events=engine if isinstance(engine, SimEngine) else None,
             renderer=renderer,
+            engine_counts=engine.counts if isinstance(engine, SimEngine) else EngineCounts,
         )
         worker = Worker(identity, engine, info, end, asyncio.create_task(_run(end)))
         self.workers.append(worker)

@@ -68,7 +68,9 @@ async def nothing_unexpected() -> AsyncIterator[None]:
     finally:
         loop.set_exception_handler(before)
     failures += [
-        repr(entry) for entry in logs if entry["event"] == "unexpected" or entry["log_level"] in ("error", "critical")
+        repr(entry)
+        for entry in logs
+        if entry["event"] == "request.failed" or entry["log_level"] in ("error", "critical")
     ]
     assert not failures, "\n".join(failures)
 

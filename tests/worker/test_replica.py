@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.open_model import open_model
 from cluster.worker.replica import OpenedModel, Replica, ReplicaPlacement
 from cluster.worker.settings import ModelRefused, ReplicaSettings
+from cluster.worker.weights.fetch_progress import FetchProgress
 from tests.support.serving import Door, eventually, greedy
 
 SOURCE = "sim://?vocab=1000&decode_ms=1"
@@ -43,6 +45,41 @@ async def test_serves_until_stopped(door: Door) -> None:
     with pytest.raises(EngineDead):
         await replica.check()
     await replica.stop()
+
+
+async def test_a_start_shows_how_far_its_weights_are(door: Door) -> None:
+    """While a replica fetches its weights, the gateway has the bytes and the replica's place; the reports end with the
+    start, whether the replica then serves or could not start."""
+    for fails in (False, True):
+        go_on, progress = threading.Event(), FetchProgress()
+
+        def opener(
+            settings: ReplicaSettings,
+            progress: FetchProgress = progress,
+            go_on: threading.Event = go_on,
+            fails: bool = fails,
+        ) -> OpenedModel:
+            progress.report(30, 70)
+            assert go_on.wait(60.0)
+            if fails:
+                raise ValueError("no such model")
+            return open_model(settings)
+
+        place = ReplicaPlacement("r1", "ray-node", gpus=1, pod="gpu-0", host="ip-10-0-3-7")
+        replica = Replica(settings(door, gpu="H100"), place, opener, fetching=progress)
+        starting = asyncio.create_task(replica.start())
+        (seen,) = await eventually(lambda: door.hub.starting.current, "the gateway has the report")
+        assert (seen.worker_id, seen.model, seen.fetched_bytes, seen.total_bytes) == ("m-r1", "m", 30, 70)
+        assert (seen.pod, seen.node, seen.gpu) == ("gpu-0", "ip-10-0-3-7", "H100")
+        go_on.set()
+        if fails:
+            with pytest.raises(ModelRefused):
+                await starting
+        else:
+            await starting
+            await door.worker("m")
+        await eventually(lambda: not door.hub.starting.current, "its reports have ended")
+        await replica.stop()
 
 
 async def test_stop_drains_what_runs(door: Door) -> None:

@@ -163,6 +163,8 @@ class ExplainedRoute(_message.Message):
     DROPPED_FIELD_NUMBER: _builtins.int
     AWAITED_FIELD_NUMBER: _builtins.int
     WAIT_S_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the sequence among the call's outputs, from 0."""
     after_s: _builtins.float
@@ -196,6 +198,9 @@ class ExplainedRoute(_message.Message):
     """The worker that held the prompt and had no room, for which the call waited before this decision. For operators only."""
     wait_s: _builtins.float
     """For how long; unset if the call did not wait for such a worker."""
+    pod: _builtins.str
+    """The worker's pod, empty outside Kubernetes, and its node. For operators only."""
+    node: _builtins.str
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteCandidate]:
         """The workers that were compared, the best first, at most 16. Of a model with more than 16 workers, they are kept for
@@ -225,10 +230,12 @@ class ExplainedRoute(_message.Message):
         dropped: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         awaited: _builtins.str = ...,
         wait_s: _builtins.float | None = ...,
+        pod: _builtins.str = ...,
+        node: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_first_output_s", b"_first_output_s", "_predicted_cached_tokens", b"_predicted_cached_tokens", "_wait_s", b"_wait_s", "cached_tokens", b"cached_tokens", "first_output_s", b"first_output_s", "predicted_cached_tokens", b"predicted_cached_tokens", "wait_s", b"wait_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_first_output_s", b"_first_output_s", "_predicted_cached_tokens", b"_predicted_cached_tokens", "_wait_s", b"_wait_s", "after_s", b"after_s", "again", b"again", "awaited", b"awaited", "cached_tokens", b"cached_tokens", "candidates", b"candidates", "compared", b"compared", "dropped", b"dropped", "first_output_s", b"first_output_s", "predicted_cached_tokens", b"predicted_cached_tokens", "prediction", b"prediction", "reason", b"reason", "sequence", b"sequence", "tokens", b"tokens", "wait_s", b"wait_s", "why", b"why", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_first_output_s", b"_first_output_s", "_predicted_cached_tokens", b"_predicted_cached_tokens", "_wait_s", b"_wait_s", "after_s", b"after_s", "again", b"again", "awaited", b"awaited", "cached_tokens", b"cached_tokens", "candidates", b"candidates", "compared", b"compared", "dropped", b"dropped", "first_output_s", b"first_output_s", "node", b"node", "pod", b"pod", "predicted_cached_tokens", b"predicted_cached_tokens", "prediction", b"prediction", "reason", b"reason", "sequence", b"sequence", "tokens", b"tokens", "wait_s", b"wait_s", "why", b"why", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015

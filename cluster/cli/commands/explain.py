@@ -71,6 +71,9 @@ def _show(call: pb.ExplainedCall) -> None:
     for route in call.routes:
         out.print()
         out.print(f"output {route.sequence}, {_duration(route.after_s)} after the arrival: {route.why}", markup=False)
+        if route.node:
+            place = f"in pod {route.pod} on node {route.node}" if route.pod else f"on node {route.node}"
+            out.print(f"{route.worker} runs {place}", markup=False)
         out.print(_result(route), markup=False)
         if route.candidates:
             out.print(_table(route))

@@ -12,14 +12,21 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.cli import terminal
 from cluster.cli.base import USAGE, FileOption, fail, read_config, read_leniently
 from cluster.cli.commands import pod_secrets
-from cluster.cli.commands.processes import FolderOption, bound_link, run, stop_on_signal
+from cluster.cli.commands.processes import (
+    FolderOption,
+    bound_link,
+    check_metrics_address,
+    metrics_page,
+    run,
+    stop_on_signal,
+)
 from cluster.config.gateway import ClientTls, Tls, is_loopback
 from cluster.config.lenient import PartialConfig, load_for_controller, load_for_gateway
 from cluster.config.schema import Config, secret_files
@@ -28,8 +35,13 @@ from cluster.observe import log
 from cluster.process import memory
 from cluster.process.core_dumps import disable_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
+from cluster.process.place import place_fields
 from cluster.process.private_files import make_private_folder
 from cluster.ray.drain_time import TIMEOUT_ENV
+
+if TYPE_CHECKING:
+    from cluster.controller.controller_metrics import ControllerGauges
+    from cluster.observe.metrics import Metrics
 
 app = typer.Typer(no_args_is_help=True, help="The processes of a Kubernetes pod.")
 app.command("secrets")(pod_secrets.pod_secrets)
@@ -46,7 +58,7 @@ def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", c
     loaded = _load(file, check, load_for_gateway)
     config = loaded.config
     _refuse_lacks(gateway_problems(config), file, check)
-    log.configure(config.observe.log_level, cluster=config.name, part="gateway")
+    log.configure(config.observe.log_level, cluster=config.name, part="gateway", **place_fields())
     disable_core_dumps()
     link = bound_link(config)
     from cluster.gateway.config_state import ConfigState
@@ -73,18 +85,26 @@ def controller(
         str, typer.Option("--lease", help="Act only while holding the Lease of this name, in the pod's namespace.")
     ] = "",
     check: CheckOption = False,
+    metrics: Annotated[str, typer.Option("--metrics", help="Serve metrics at HOST:PORT (by custom port 9401).")] = "",
 ) -> None:
     """Run one controller. Replicas keep running when it ends."""
+    check_metrics_address(metrics)
     loaded = _load(file, check, load_for_controller)
     config = loaded.config
     _refuse_lacks(controller_problems(config), file, check)
-    log.configure(config.observe.log_level, cluster=config.name, part="controller")
+    log.configure(config.observe.log_level, cluster=config.name, part="controller", **place_fields())
     raise_descriptor_limit()
     make_private_folder(folder)
 
+    from cluster.controller.controller_metrics import controller_metrics
+
+    exported, gauges = controller_metrics(config)
+
     async def serve() -> None:
-        async with probe_server(health):
-            await run_pod_controller(config, folder, lease, stop_on_signal(), loaded=loaded)
+        async with probe_server(health), metrics_page(exported, metrics):
+            await run_pod_controller(
+                config, folder, lease, stop_on_signal(), loaded=loaded, metrics=exported, gauges=gauges
+            )
 
     run(serve())
 
@@ -115,11 +135,14 @@ async def run_pod_controller(
     account: Path = ACCOUNT,
     *,
     loaded: PartialConfig | None = None,
+    metrics: Metrics | None = None,
+    gauges: ControllerGauges | None = None,
 ) -> None:
     """Run the controller until `stop` is set.
 
     If `lease` names a Lease, the controller runs only while this pod holds the Lease. `account` is the folder of the
     pod's service account. `loaded` is the result of reading the configuration file, which may have invalid models.
+    `metrics`, `gauges`: those of this process.
     Raises ValueError if a Lease is named outside a pod.
     """
     from cluster.controller.process import run_controller
@@ -127,15 +150,22 @@ async def run_pod_controller(
     me = socket.gethostname()  # the pod's name
 
     async def act(until: asyncio.Event) -> None:
-        await run_controller(
-            config,
-            instance=me,
-            ray_address=None,
-            gateways=config.link.gateways,
-            run_folder=folder,
-            stop=until,
-            found=loaded,
-        )
+        if gauges is not None:
+            gauges.leads = True
+        try:
+            await run_controller(
+                config,
+                instance=me,
+                ray_address=None,
+                gateways=config.link.gateways,
+                run_folder=folder,
+                stop=until,
+                metrics=metrics,
+                found=loaded,
+            )
+        finally:
+            if gauges is not None:
+                gauges.leads = False
 
     if not lease:
         await act(stop)
@@ -204,6 +234,10 @@ def gateway_problems(config: Config, *, pod: bool = True, files: bool = True) ->
         if config.observe.budget_webhook is not None:
             path = config.observe.budget_webhook.secret_file
             yield from unreadable_file("observe.budget_webhook.secret_file", path)
+        if (tracing := config.observe.tracing) is not None:
+            for name, file in (("ca_file", tracing.ca_file), ("headers_file", tracing.headers_file)):
+                if file is not None:
+                    yield from unreadable_file(f"observe.tracing.{name}", file)
 
 
 def _missing_pod_settings(config: Config) -> Iterator[str]:

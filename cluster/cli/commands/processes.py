@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,7 @@ from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.private_files import make_private_folder
 
 if TYPE_CHECKING:
+    from cluster.observe.metrics import Metrics
     from cluster.worker.weights.sources import SourceRules
 
 FolderOption = Annotated[Path, typer.Option("--folder", help="Folder for files that must outlive the process.")]
@@ -109,8 +110,8 @@ def controller(
     metrics: Annotated[str, typer.Option("--metrics", help="Serve metrics at HOST:PORT (by custom port 9401).")] = "",
 ) -> None:
     """Run the controller in the foreground. With --ray-address, Ray Serve is shut down when it ends."""
+    from cluster.controller.controller_metrics import controller_metrics
     from cluster.controller.process import run_controller
-    from cluster.observe.metrics import Metrics
 
     loaded = read_leniently(file, load_for_controller)
     config = loaded.config
@@ -119,17 +120,12 @@ def controller(
         fail("link.gateways: empty: set it, or give --gateway HOST:PORT", USAGE)
     log.configure(config.observe.log_level, cluster=config.name, part="controller")
     raise_descriptor_limit()
-    exported = Metrics(config.name)
-    host, _, port = metrics.rpartition(":")
-    if metrics and not (host and port.isdecimal()):
-        fail(f"--metrics {metrics!r}: expected HOST:PORT", USAGE)
+    exported, gauges = controller_metrics(config)
+    gauges.leads = True
+    check_metrics_address(metrics)
 
     async def serve() -> None:
-        async with AsyncExitStack() as stack:
-            if metrics:
-                from cluster.gateway.metrics_page import metrics_served
-
-                await stack.enter_async_context(metrics_served(exported, host.strip("[]"), int(port)))
+        async with metrics_page(exported, metrics):
             await run_controller(
                 config,
                 instance=instance or f"{os.getpid()}",
@@ -144,6 +140,26 @@ def controller(
 
     make_private_folder(folder)
     run(serve())
+
+
+def check_metrics_address(address: str) -> None:
+    """End the command with an error if the address of a metrics page is neither "" nor HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if address and not (host and port.isdecimal()):
+        fail(f"--metrics {address!r}: expected HOST:PORT", USAGE)
+
+
+@asynccontextmanager
+async def metrics_page(metrics: Metrics, address: str) -> AsyncIterator[None]:
+    """Serve the metrics of a process at `address` (HOST:PORT). Does nothing if `address` is empty."""
+    if not address:
+        yield
+        return
+    from cluster.gateway.metrics_page import metrics_served
+
+    host, _, port = address.rpartition(":")
+    async with metrics_served(metrics, host.strip("[]"), int(port)):
+        yield
 
 
 def prepare(file: FileOption) -> None:

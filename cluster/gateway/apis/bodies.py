@@ -25,6 +25,7 @@ from cluster.gateway.apis.openai.pooling_requests import PARSERS as POOLING_PARS
 from cluster.gateway.apis.openai.requests import ParsedRequest, parse_chat, parse_completion
 from cluster.gateway.calls.pooling_request import ParsedPooling
 from cluster.gateway.helpers.pool import HelperPool, Job, JobLost, TooMuchCpu
+from cluster.observe.log import call_fields
 from cluster.v1 import inference_pb2 as pb
 
 log = structlog.get_logger("bodies")
@@ -116,7 +117,7 @@ class Bodies:
             whole = size * len(vectors)
             result: bytes | bytearray | None = await self.pool.run(job, size=whole, tenant=tenant)
         except (TooMuchCpu, JobLost) as error:
-            log.warning("vectors_not_written", reason=str(error))
+            log.warning("request.vectors_not_written", **call_fields(), reason=str(error))
             return None
         return result
 
@@ -126,7 +127,7 @@ class Bodies:
         except TooMuchCpu:
             raise _unreadable() from None
         except JobLost as lost:
-            log.warning("body_not_read", method=method, reason=str(lost))
+            log.warning("request.body_not_read", **call_fields(), method=method, reason=str(lost))
             raise _unreadable() from None
         if result is not None:
             return result

@@ -59,7 +59,7 @@ class LedgerUpkeep:
                 await asyncio.to_thread(self._ledger.tenants.declare, self._declared)
                 return
             except LedgerError as error:
-                log.warning("ledger_not_ready", error=str(error))
+                log.warning("ledger.not_ready", error=str(error))
                 tried.set()
                 await asyncio.sleep(retry_s)
                 # Backs off while serving, where each attempt starts a process.
@@ -77,6 +77,6 @@ class LedgerUpkeep:
                 deleted = await asyncio.to_thread(
                     expire, self._ledger, time.time(), usage_days=self._days.usage, audit_days=self._days.audit
                 )
-                log.info("ledger_expired", usage=deleted.usage, audit=deleted.audit)
+                log.info("ledger.records_deleted", usage=deleted.usage, audit=deleted.audit)
             except LedgerError as error:
-                log.warning("ledger_not_expired", error=str(error))
+                log.warning("ledger.records_not_deleted", error=str(error))

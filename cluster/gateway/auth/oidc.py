@@ -234,7 +234,7 @@ class OidcVerifier:
                 async with asyncio.timeout(2 * FETCH_TIMEOUT_S):
                     fetched = await self._fetch_keys(issuer)
             except (OSError, ValueError, HTTPException, TimeoutError) as error:
-                log.warning("oidc_keys_not_fetched", issuer=issuer.issuer, error=str(error))
+                log.warning("oidc.keys_not_fetched", issuer=issuer.issuer, error=str(error))
                 return
             keys.known = tuple(fetched)
             keys.fetched_at = self._monotonic()

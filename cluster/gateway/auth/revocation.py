@@ -40,9 +40,9 @@ class RevokedFile:
             self._stamp = stamp
             try:
                 self._last = self._read()
-                log.info("revoked_read", file=str(self._path), certificates=len(self._last.entries))
+                log.info("revocation.list_read", file=str(self._path), certificates=len(self._last.entries))
             except ValueError as error:
-                log.warning("revoked_not_read", error=str(error))
+                log.warning("revocation.list_not_read", error=str(error))
         return self._last
 
     def _file_stamp(self) -> tuple[int, int, int]:
@@ -76,7 +76,7 @@ class CheckedObject(ssl.SSLObject):
         ssl.SSLError."""
         super().do_handshake()
         if is_revoked(self):
-            log.warning("revoked_refused", certificate=_described(self))
+            log.warning("revocation.certificate_refused", certificate=_described(self))
             raise ssl.SSLCertVerificationError(1, "the certificate is revoked")
 
 
@@ -122,7 +122,7 @@ async def cut_revoked(files: Sequence[RevokedFile], ports: Callable[[], Sequence
             continue
         before = now
         if cut := sum(port.abort_where(_has_revoked_certificate) for port in ports()):
-            log.warning("revoked_cut", connections=cut)
+            log.warning("revocation.connections_closed", connections=cut)
 
 
 def _has_revoked_certificate(transport: asyncio.BaseTransport) -> bool:

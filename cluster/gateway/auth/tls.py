@@ -76,9 +76,9 @@ class NewestContext(ssl.SSLContext):
         self._stamp = stamp
         try:
             self._now = self._read()
-            log.info("certificate_read", file=str(self._tls.cert_file))
+            log.info("certificate.reloaded", file=str(self._tls.cert_file))
         except ValueError as error:
-            log.warning("certificate_not_read", error=str(error))
+            log.warning("certificate.not_reloaded", error=str(error))
 
     def _file_stamp(self) -> Stamp:
         try:

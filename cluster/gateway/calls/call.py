@@ -18,6 +18,7 @@ from cluster.gateway.calls.tool_call_ids import NUMBERED, numbered_id, tool_call
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.gateway.tracing.call_trace import CallTrace
+from cluster.observe.log import ids_of_call
 from cluster.observe.metrics import Histogram
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.policy import TenantPolicy
@@ -134,6 +135,11 @@ class Call:
     def tenant(self) -> str:
         """Name of the call's tenant."""
         return self.policy.name
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """Fields of log lines about the call."""
+        return ids_of_call(self.request_id, self.trace_id)
 
     @property
     def flow(self) -> str:
@@ -297,7 +303,7 @@ class Call:
             self.release()
             self.wake()
         except Exception:
-            log.exception("call_not_notified", request_id=self.request_id)
+            log.exception("call.not_notified", **self.log_fields)
 
     def fail_unexpectedly(self, error: BaseException) -> None:
         """End the call with INTERNAL, because work for this call raised `error`. Raises `error` again if `error` is a
@@ -305,7 +311,7 @@ class Call:
         if not is_call_failure(error):
             raise error
         if self.error is None:
-            log.error("call_failed", request_id=self.request_id, exc_info=error)
+            log.error("call.failed", **self.log_fields, exc_info=error)
         message = f"unexpected failure; quote request id {self.request_id}"
         self.fail(CallError(Outcome.INTERNAL, message))
 

@@ -4,7 +4,7 @@ run."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 
@@ -19,10 +19,11 @@ Undo = Callable[[Outcome], Awaitable[None] | None]
 class Cleanup:
     """Undo steps of one call, which run at the end of the call."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, log_fields: Mapping[str, str]) -> None:
+        """`log_fields`: fields of log lines about the call."""
         self.outcome = Outcome.OK
         """Outcome of the call. Every step gets the outcome as its argument."""
-        self._request_id = request_id
+        self._log_fields = log_fields
         self._steps: list[Undo] = []
 
     def add(self, undo: Undo) -> None:
@@ -55,5 +56,5 @@ class Cleanup:
     def _caught(self, error: BaseException) -> BaseException | None:
         if not is_call_failure(error):
             return error
-        log.error("call_end_failed", request_id=self._request_id, exc_info=error)
+        log.error("call.cleanup_failed", **self._log_fields, exc_info=error)
         return None

@@ -49,13 +49,14 @@ class EndMetrics:
             return
         call.count()
         usage = call.usage
-        metrics.histogram("request_duration_seconds", model).observe(self._clock() - opening.arrived)
+        traced = "" if opening.trace is None and meta.is_unsampled else opening.trace_id
+        metrics.histogram("request_duration_seconds", model).observe_traced(self._clock() - opening.arrived, traced)
         metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
         if call.is_pooling:
             metrics.count("prompt_tokens_total", model, meta.tenant, by=call.charged_prompt_tokens)
             metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
             return
-        metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
+        metrics.histogram("time_to_first_token_seconds", model).observe_traced(usage.ttft_s, traced)
         if call.pays_prompt:
             metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)

@@ -57,7 +57,7 @@ class KeepAlives:
             try:
                 self._scheduler.expire()
             except Exception:  # the next pass and all other calls must still run
-                log.exception("expiry_failed")
+                log.exception("call.expiry_failed")
             now = self._clock()
             for call in self._calls:
                 try:

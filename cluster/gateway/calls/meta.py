@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
+from cluster.observe.log import ids_of_call
 from cluster.policy.tenants.identity import Principal
 
 
@@ -29,3 +31,18 @@ class CallMeta:
     def tenant(self) -> str:
         """Name of the call's tenant."""
         return self.principal.tenant.name
+
+    @property
+    def trace_id(self) -> str:
+        """Id of the trace that the caller has named, 32 hex digits; "" without one."""
+        return self.traceparent[3:35]
+
+    @property
+    def is_unsampled(self) -> bool:
+        """Whether the caller has named a trace that it does not record."""
+        return self.traceparent != "" and not int(self.traceparent[-2:], 16) & 1
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """Fields of log lines about the call."""
+        return ids_of_call(self.request_id, self.trace_id)

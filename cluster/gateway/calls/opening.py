@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,9 @@ from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.parsed_text import ParsedText
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.gateway.tracing.call_trace import CallTrace
+from cluster.observe.log import ids_of_call
 from cluster.observe.metrics import Metrics
+from cluster.observe.trace_context import unsampled
 from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.policy import TenantPolicy
@@ -67,6 +69,11 @@ class Opening:
     trace_id: str = ""
     """See Call. `trace`: see Call."""
     trace: CallTrace | None = None
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """Fields of log lines about the call."""
+        return ids_of_call(self.meta.request_id, self.trace_id)
 
     async def read_resume_tokens(self, resumes: ResumeService) -> None:
         """Read the resume tokens of the request."""
@@ -138,7 +145,9 @@ class Opening:
     def create_guards(self, guards: Guards) -> CallGuards:
         """Create the guards of the call."""
         principal = self.meta.principal
-        self.guards = guards.for_call(principal.tenant, self.model.name, self.meta.request_id, principal.subject)
+        self.guards = guards.for_call(
+            principal.tenant, self.model.name, self.meta.request_id, principal.subject, self.log_fields
+        )
         return self.guards
 
     async def guard_prompt(self, guards: CallGuards) -> None:
@@ -202,6 +211,7 @@ class Opening:
             cache_salt=salt,
             priority=call.rank,
             adapter=self.adapter_key,
+            traceparent=unsampled(meta.traceparent),
             parsing=output_parsing(request, self.model),
         )
         check_size(first)

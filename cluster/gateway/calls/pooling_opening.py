@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -33,6 +33,8 @@ from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.gateway.tracing.call_trace import CallTrace
+from cluster.observe.log import ids_of_call
+from cluster.observe.trace_context import unsampled
 from cluster.policy.routing.version_split import Versions
 
 if TYPE_CHECKING:
@@ -70,6 +72,11 @@ class PoolingOpening:
     trace_id: str = ""
     """See Call. `trace`: see Call."""
     trace: CallTrace | None = None
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """Fields of log lines about the call."""
+        return ids_of_call(self.meta.request_id, self.trace_id)
 
     @property
     def is_fallback(self) -> bool:
@@ -178,7 +185,9 @@ class PoolingOpening:
     def create_guards(self, guards: Guards) -> CallGuards:
         """Create the guards of the call."""
         principal = self.meta.principal
-        return guards.for_call(principal.tenant, self.model.name, self.meta.request_id, principal.subject)
+        return guards.for_call(
+            principal.tenant, self.model.name, self.meta.request_id, principal.subject, self.log_fields
+        )
 
     async def guard_prompt(self, guards: CallGuards) -> None:
         """Apply the guards to the inputs. If the guards change an input, encode the changed inputs."""
@@ -227,6 +236,7 @@ class PoolingOpening:
             SAMPLING,
             cache_salt=authenticator.cache_salt(self.meta.principal, request.cache_salt),
             priority=call.rank,
+            traceparent=unsampled(self.meta.traceparent),
             pooling=PoolingParams(self.task, self._shorter_dimensions()),
         )
         check_size(first)
@@ -254,6 +264,7 @@ class PoolingOpening:
             SAMPLING,
             cache_salt=first.cache_salt,
             priority=first.priority,
+            traceparent=first.traceparent,
             pooling=replace(pooling, second_text_at=second) if second else pooling,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-from cluster.api.types import CompatibilityKey, EngineRequest
+from cluster.api.types import CompatibilityKey, EngineRequest, WorkerIdentity
 from cluster.gateway.calls.life import Event, Life, State
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.tracing.call_trace import FINISHED, Attempt
@@ -38,6 +38,8 @@ class RoutedSequence(Generic[Owner]):
     """Name of the sequence in this gateway's queues and accounts."""
     link: WorkerLink | None = field(init=False, default=None)
     slot: int = field(init=False, default=0)
+    worker: WorkerIdentity | None = field(init=False, default=None)
+    """The worker that got the last Submit, or of two workers the one that has answered."""
     restored: int = field(init=False, default=0)
     """Number of tokens that had been emitted when this gateway continued the sequence."""
     admitted: bool = field(init=False, default=False)
@@ -161,7 +163,7 @@ class RoutedSequence(Generic[Owner]):
 
     def bind(self, link: WorkerLink, slot: int) -> None:
         """Record the worker and the slot to which the request was sent."""
-        self.link, self.slot = link, slot
+        self.link, self.slot, self.worker = link, slot, link.identity
         key = None
         if not self.emitted:
             key = link.compatibility_key if self.request.sampling.is_seeded else link.compatibility_key.unseeded

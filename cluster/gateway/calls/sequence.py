@@ -485,7 +485,7 @@ class OutputSequence(RoutedSequence[Owner]):
         self.end_attempt(why)
         self.traced = hedge.traced
         self.set_route(hedge.route)
-        self.link, self.slot = hedge.link, hedge.slot
+        self.link, self.slot, self.worker = hedge.link, hedge.slot, hedge.link.identity
         hedge.link.replace_sink(hedge.slot, self)
         self.life.hedge_ended(hedge.link.identity.incarnation, has_failed)
         self.call.events.hedge_ended(self, True, computed_by)

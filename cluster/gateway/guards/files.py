@@ -40,9 +40,9 @@ class PatternFiles:
         try:
             patterns = read_patterns(path)
         except PatternError as error:
-            log.error("patterns_not_read", error=str(error), kept=isinstance(before, Patterns))
+            log.error("guard.patterns_not_read", error=str(error), kept=isinstance(before, Patterns))
             return before if isinstance(before, Patterns) else error
-        log.info("patterns_read", file=path, patterns=len(patterns.names))
+        log.info("guard.patterns_read", file=path, patterns=len(patterns.names))
         return patterns
 
 

@@ -12,7 +12,7 @@ import asyncio
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -88,9 +88,12 @@ class Guards:
                         where = f"tenants[{policy.name}].guards[{number}].patterns_file"
                         raise ValueError(f"{where}: {error.remedy}") from None
 
-    def for_call(self, policy: TenantPolicy, model: str, request_id: str, actor: str) -> CallGuards:
-        """Return the guards of one call. `actor`: the caller's name in audit events."""
-        return CallGuards(self, policy, model, request_id, actor)
+    def for_call(
+        self, policy: TenantPolicy, model: str, request_id: str, actor: str, log_fields: Mapping[str, str]
+    ) -> CallGuards:
+        """Return the guards of one call. `actor`: the caller's name in audit events. `log_fields`: fields of log lines
+        about the call."""
+        return CallGuards(self, policy, model, request_id, actor, log_fields)
 
     def patterns(self, rule: GuardRule) -> Patterns:
         """Return the current patterns of a rule. Raises PatternError."""
@@ -110,11 +113,20 @@ class Guards:
 class CallGuards:
     """The guards of one call, and the decisions that they have made so far."""
 
-    def __init__(self, shared: Guards, policy: TenantPolicy, model: str, request_id: str, actor: str) -> None:
+    def __init__(
+        self,
+        shared: Guards,
+        policy: TenantPolicy,
+        model: str,
+        request_id: str,
+        actor: str,
+        log_fields: Mapping[str, str],
+    ) -> None:
         self._shared = shared
         self._policy = policy
         self._model = model
         self._request_id = request_id
+        self._log_fields = log_fields
         self._actor = actor
         self._inputs = [rule for rule in policy.guards if rule.on == "input"]
         self._outputs = [rule for rule in policy.guards if rule.on == "output"]
@@ -294,7 +306,7 @@ class CallGuards:
         """Record the failure of a guard. Returns whether the guard fails open, so that the call goes on without it."""
         fails_open = rule.fail == "open"
         why = str(error) if isinstance(error, ValueError | OSError) else type(error).__name__
-        log.warning("guard_failed", tenant=self._policy.name, guard=_name(rule), request_id=self._request_id, error=why)
+        log.warning("guard.failed", **self._log_fields, tenant=self._policy.name, guard=_name(rule), error=why)
         self._record(rule, "failed_open" if fails_open else "failed_closed", "failure")
         return fails_open
 

@@ -35,6 +35,7 @@ import structlog
 from cluster.api.outcomes import CallError
 from cluster.gateway.helpers import wire
 from cluster.gateway.helpers.wire import HEAD, OK, OUT_OF_TIME, PIECE_BYTES, REFUSED, SIZE
+from cluster.observe.log import call_fields
 from cluster.process.background import lower_priority, run_when_idle
 
 log = structlog.get_logger("text")
@@ -310,14 +311,14 @@ class HelperPool:
     def _replace_stopped(self, helper: _Helper, method: str, cpu_s: float) -> None:
         """Replace a helper that ended because its job exceeded the CPU limit. Such an end does not count as a
         failure."""
-        log.warning("helper_stopped", job=method, cpu_s=round(cpu_s, 1))
+        log.warning("helper.stopped", **call_fields(), job=method, cpu_s=round(cpu_s, 1))
         self._helpers.discard(helper)
         helper.end()
         self._start()
         self._release_waiting()
 
     def _mark_late(self, helper: _Helper) -> None:
-        log.warning("helper_late", pid=helper.pid)
+        log.warning("helper.delayed", **call_fields(), pid=helper.pid)
         self._late.add(helper)
         self._release_waiting()
 
@@ -337,7 +338,7 @@ class HelperPool:
     def _count_failure(self, error: Exception) -> None:
         self.failures += 1
         self._failed_at = time.monotonic()
-        log.warning("helper_lost", error=str(error), started_again=self.failures < MAX_FAILURES)
+        log.warning("helper.lost", **call_fields(), error=str(error), started_again=self.failures < MAX_FAILURES)
         self._release_waiting()
 
     def _release_waiting(self) -> None:

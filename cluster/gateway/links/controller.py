@@ -61,7 +61,7 @@ class CurrentController:
     async def serve(self, hello: pb.ControllerHello, context: Any) -> None:
         """Serve a controller's stream, after the Welcome, until the stream ends."""
         stream = self._stream = _Stream(hello)
-        log.info("controller_up", controller=stream.controller_id)
+        log.info("controller.connected", controller=stream.controller_id)
         writer = asyncio.create_task(self._write(stream, context))
         try:
             while (frame := await read(context)) is not None:
@@ -77,7 +77,7 @@ class CurrentController:
             stream.requests.fail_all()
             if self._stream is stream:
                 self._stream = None
-                log.info("controller_down", controller=stream.controller_id)
+                log.info("controller.disconnected", controller=stream.controller_id)
 
     async def _write(self, stream: _Stream, context: Any) -> None:
         while True:
@@ -116,7 +116,7 @@ def _entries(catalog: pb.Catalog) -> list[CatalogEntry]:
         try:
             entries.append(codec.entry_from_pb(model))
         except ValueError as error:
-            log.warning("catalog_entry_refused", model=model.name, reason=str(error))
+            log.warning("catalog.entry_refused", model=model.name, reason=str(error))
     return entries
 
 

@@ -18,6 +18,7 @@ from cluster.api.types import WorkerIdentity
 from cluster.gateway.links.bundle_fetches import BundleFetches
 from cluster.gateway.links.controller import CurrentController, tallies_to_pb, worker_to_pb
 from cluster.gateway.links.peer_identity import CONTROLLER, PeerIdentity, model_uri
+from cluster.gateway.links.starting_workers import StartingWorkers
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.links.worker_links import HubListener, WorkerLinks
 from cluster.link.v1 import link_pb2 as pb
@@ -63,6 +64,7 @@ class Hub(pb_grpc.LinkServicer):
         self._timing = timing or Timing()
         self.controller = CurrentController(listener.apply_catalog, self._report)
         self.bundles = BundleFetches(self._bundle_holder, self.controller.request_bundle)
+        self.starting = StartingWorkers()
         self.workers = WorkerLinks(listener, self._timing, self.bundles.request_again)
 
     def statistics(self) -> HubStatistics:
@@ -147,12 +149,12 @@ class Hub(pb_grpc.LinkServicer):
                 f"hello: this incarnation has already used epoch {epoch} or a later one",
             )
         if why := self._listener.refusal_of(identity):
-            log.warning("worker_refused", worker=identity.worker_id, model=identity.model, reason=why)
+            log.warning("worker.refused", worker=identity.worker_id, model=identity.model, reason=why)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {why}")
 
     @staticmethod
     async def _refuse_peer(context: Any, name: str) -> None:
-        log.warning("stranger_refused", peer=context.peer(), lacks=name)
+        log.warning("link.peer_refused", peer=context.peer(), missing_name=name)
         await context.abort(
             grpc.StatusCode.PERMISSION_DENIED,
             f"the client certificate does not name {name} (see `headrace certs worker --help`)",
@@ -200,6 +202,20 @@ class Hub(pb_grpc.LinkServicer):
                 self.bundles.receive(parts, blob)
         finally:
             writer.cancel()
+
+    async def Starting(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        """Receive the reports of a worker that starts, until the stream ends."""
+        stream = self.starting.new_stream()
+        certificate = context.peer_certificate()
+        try:
+            while (message := await read(context)) is not None:
+                if not self._peer_identity.may_serve(certificate, message.model):
+                    await self._refuse_peer(context, model_uri(message.model))
+                self.starting.report(stream, message)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"starting: {error}")
+        finally:
+            self.starting.end(stream)
 
     async def Control(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """Serve the controller's stream, on which the controller sends the catalog and receives demand and fleet

@@ -193,7 +193,7 @@ class SlotTable:
         try:
             sink.failed(error)
         except Exception:
-            log.exception("call_not_ended", worker=self._worker_id, slot=slot)
+            log.exception("link.request_not_ended", worker=self._worker_id, slot=slot)
 
     def apply_step(self, step: pb.StepOutputs, now: float) -> None:
         """Deliver the outputs of one engine step, which arrived at the monotonic time `now`."""

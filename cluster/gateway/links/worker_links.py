@@ -13,6 +13,7 @@ import structlog
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
 from cluster.gateway.links.liveness import LinkLiveness, Waking
+from cluster.gateway.links.worker_fields import worker_fields
 from cluster.gateway.links.worker_link import LinkListener, WorkerLink
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.dial import Timing, read
@@ -142,7 +143,7 @@ class WorkerLinks:
             older.close("the worker has reconnected")
             self._detach(older)
         self._links[link.identity.worker_id] = link
-        log.info("worker_up", worker=link.identity.worker_id, model=link.identity.model, epoch=link.epoch)
+        log.info("worker.connected", **worker_fields(link.identity), model=link.identity.model, epoch=link.epoch)
         self._listener.link_up(link)
         self._on_change()
 
@@ -152,7 +153,7 @@ class WorkerLinks:
         del self._links[link.identity.worker_id]
         why = link.why or "the worker closed the link"
         engine = {"engine": link.engine_ended} if link.engine_ended else {}
-        log.info("worker_down", worker=link.identity.worker_id, model=link.identity.model, reason=why, **engine)
+        log.info("worker.disconnected", **worker_fields(link.identity), model=link.identity.model, reason=why, **engine)
         if link.engine_ended:
             self.lost.add(link.identity, link.engine_ended, time.time())
         link.end(why)

@@ -99,7 +99,7 @@ class BudgetWatch:
                     self._send(self._webhook, taken)
         except (LedgerError, CallError) as error:
             if str(error) != self._error:
-                log.warning("budgets_not_read", error=str(error))
+                log.warning("budget.use_not_read", error=str(error))
             self._error = str(error)
             return None
         self._error = ""
@@ -139,11 +139,11 @@ class BudgetWatch:
             post(webhook.url, self._secret, "budget.threshold", notice.id, body, self._wall())
         except NotDelivered as error:
             self._metrics.count("budget_webhook_total", "failed")
-            log.warning("budget_webhook_failed", id=notice.id, attempt=taken.attempts, error=str(error))
+            log.warning("budget.notice_not_sent", id=notice.id, attempt=taken.attempts, error=str(error))
             return
         self._ledger.notices.mark_delivered(notice.id, self._wall())
         self._metrics.count("budget_webhook_total", "delivered")
-        log.info("budget_webhook_sent", id=notice.id, tenant=use.tenant, budget=use.budget, threshold=notice.threshold)
+        log.info("budget.notice_sent", id=notice.id, tenant=use.tenant, budget=use.budget, threshold=notice.threshold)
 
     def __repr__(self) -> str:
         return f"BudgetWatch({len(self._uses)} budgets)"

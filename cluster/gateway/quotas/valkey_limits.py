@@ -141,7 +141,7 @@ class ValkeyStore:
     def _mark_degraded(self, error: Exception) -> None:
         if not self.degraded:
             self.degraded = True
-            log.warning("limits_store_unreachable", error=str(error), share=self.gateways_alive)
+            log.warning("limits.store_lost", error=str(error), share=self.gateways_alive)
 
     async def _beat_periodically(self) -> None:
         while not self._closing.is_set():
@@ -159,7 +159,7 @@ class ValkeyStore:
             if self.degraded:
                 await self._on_return()
                 self.degraded = False
-                log.info("limits_store_reachable", gateways=self.gateways_alive)
+                log.info("limits.store_recovered", gateways=self.gateways_alive)
         except UNREACHABLE as error:
             self._mark_degraded(error)
 

@@ -62,7 +62,7 @@ class FileFirstClaims:
         try:
             return await asyncio.to_thread(self._write, requested, self._wall())
         except (sqlite3.Error, OSError) as error:
-            log.warning("resumes_not_kept", file=str(self._path), error=str(error))
+            log.warning("resume.claims_not_written", file=str(self._path), error=str(error))
             raise stores_unavailable() from None
 
     def _write(self, requested: Sequence[Requested], now_s: float) -> Sequence[bool]:
@@ -100,7 +100,7 @@ class LedgerFirstClaims:
                 self._claim, [(name, now_s + expires_s) for name, expires_s in requested], now_s
             )
         except StoreUnavailable as error:
-            log.warning("resumes_not_kept", error=str(error))
+            log.warning("resume.claims_not_written", error=str(error))
             raise stores_unavailable() from None
 
 

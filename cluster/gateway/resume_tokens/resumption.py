@@ -96,7 +96,7 @@ class ResumeService:
                 self._envelopes = Envelopes(self._secrets(), PURPOSE, "resume token", MAX_TOKEN_BYTES)
             except (ValueError, OSError) as error:
                 self._cannot_seal = True
-                log.warning("streams_not_resumable", error=str(error))
+                log.warning("resume.secret_not_read", error=str(error))
         return self._envelopes
 
     # ---- opening a call
@@ -236,7 +236,7 @@ class ResumeService:
             async with asyncio.timeout(STORE_TIMEOUT_S):
                 await record(tokens.head.call_id, tokens.generation, self._expires_s + CLOCK_SKEW_S)
         except (CallError, TimeoutError) as error:
-            log.warning("resumption_not_noted", request_id=call.request_id, error=str(error))
+            log.warning("resume.end_not_recorded", **call.log_fields, error=str(error))
 
 
 def _restore(call: Call, tokens: ResumeTokens, chain: TokenChain, bundle_digest: str) -> None:

@@ -113,7 +113,7 @@ class Executor:
     def _end(self, sequence: CallSequence, ending: Ending) -> None:
         call, tokens = sequence.call, len(sequence.emitted)
         if ending is Ending.BLAMED:
-            log.warning("call_blamed", request_id=call.request_id, lost=sequence.lost_links)
+            log.warning("call.blamed", **call.log_fields, lost=sequence.lost_links)
             call.blame(queue_errors.blamed(tokens, len(sequence.lost_links)))
         else:
             call.fail(self._error(call, tokens, ending))

@@ -90,4 +90,6 @@ def _route(
         cached if KV_EVENTS in capabilities else None,
         PREFIX_EXACT in capabilities,
         again,
+        link.identity.pod,
+        link.identity.host or link.identity.node,
     )

@@ -206,7 +206,7 @@ class Scheduler:
             try:
                 self._settle(sequence)
             except Exception:  # settle the other sequences' accounts all the same
-                log.exception("sequence_not_settled", request_id=call.request_id)
+                log.exception("call.sequence_not_settled", **call.log_fields)
             self.hedges.forget(sequence)
             self.charges.forget(sequence)
         if any(waited):

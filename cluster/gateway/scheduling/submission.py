@@ -110,7 +110,7 @@ def submit_hedge(
             hedge.traced.end("error")
         if not is_call_failure(error):
             raise
-        log.warning("hedge_not_sent", request_id=call.request_id, exc_info=error)
+        log.warning("call.hedge_failed", **call.log_fields, exc_info=error)
         return False
     if hedge.traced is not None:
         hedge.traced.submitted()

@@ -13,6 +13,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
 from cluster.gateway.text.encoding_pool import EncodingPool
+from cluster.observe.log import call_fields
 
 log = structlog.get_logger("text")
 
@@ -62,7 +63,7 @@ class TextJobs:
             except TooMuchCpu:
                 raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
             except JobLost as lost:
-                log.warning("text_not_tokenized", job=job[0], reason=str(lost))
+                log.warning("tokenizer.job_lost", **call_fields(), job=job[0], reason=str(lost))
                 raise CallError(
                     Outcome.INTERNAL, f"{field}: the model's tokenizer could not process this text"
                 ) from None

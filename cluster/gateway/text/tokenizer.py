@@ -447,7 +447,7 @@ def _named(error: BaseException, field: str) -> BaseException:
         return _no_unicode(field)
     if type(error).__name__ != "PanicException":
         return error
-    log.warning("tokenizer_panicked", reason=str(error)[:200])
+    log.warning("tokenizer.panicked", reason=str(error)[:200])
     return invalid(field, "the model's tokenizer cannot process this text: send a shorter or simpler one")
 
 

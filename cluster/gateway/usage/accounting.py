@@ -260,7 +260,7 @@ class Accounting:
             return self._opened(sequence, link, sequence.call.labels)
         except RecordError as error:
             record = self._opened(sequence, link, {})
-            log.warning("labels_dropped", record=record.record_id, reason=str(error))
+            log.warning("usage.labels_dropped", **sequence.call.log_fields, record=record.record_id, reason=str(error))
             return record
 
     def _opened(self, sequence: CallSequence, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
@@ -348,12 +348,12 @@ class Accounting:
             try:
                 self._apply_report(link, report)
             except SealError as error:  # another gateway may have the secret for this report
-                log.warning("usage_not_ours", worker=link.identity.worker_id, reason=str(error))
+                log.warning("usage.seal_unknown", worker=link.identity.worker_id, reason=str(error))
             except RecordError as error:
-                log.error("usage_refused", worker=link.identity.worker_id, reason=str(error))
+                log.error("usage.report_refused", worker=link.identity.worker_id, reason=str(error))
                 refused.append(report.key)
             except Exception:  # concerns one record only: the worker offers the record again, and keeps its link
-                log.exception("usage_not_taken", worker=link.identity.worker_id)
+                log.exception("usage.report_failed", worker=link.identity.worker_id)
         if refused:
             link.box.usage_acks(refused)
 

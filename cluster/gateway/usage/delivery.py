@@ -71,7 +71,7 @@ class RecordDelivery:
                 raise ValueError("the spool is not open")
             self._spool.append(record)
         except ValueError:  # the spool is closed; the worker will offer the unacknowledged usage elsewhere
-            log.warning("usage_after_the_end", record=record.record_id)
+            log.warning("usage.record_late", record=record.record_id)
 
     def _move(self, records: Sequence[UsageRecord]) -> None:
         """Insert records into the database. This method runs in the replayer's thread."""

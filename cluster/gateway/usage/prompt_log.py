@@ -108,7 +108,7 @@ class PromptLog:
             self._metrics.count("prompt_log_lost_total")
             error = f"{type(problem).__name__}: {problem.strerror if isinstance(problem, OSError) else ''}"
         if error and error != self._error:
-            log.error("prompts_not_written", error=error)
+            log.error("prompt_log.not_written", error=error)
         self._error = error
 
     def _write(self, ended: _Ended) -> None:

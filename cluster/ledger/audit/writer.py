@@ -138,7 +138,7 @@ class AuditWriter:
         if self._insert is not None:
             error = self._insert_waiting(fresh) or error
         if error and error != self._error:
-            log.error("audit_not_written", error=error)
+            log.error("audit.not_written", error=error)
         self._error = error
 
     def _insert_waiting(self, fresh: Sequence[AuditEvent]) -> str:
@@ -155,7 +155,7 @@ class AuditWriter:
         except LedgerError as error:
             return str(error)
         except Exception as error:  # a batch that the table rejects must not block all later ones
-            log.exception("audit_batch_refused")
+            log.exception("audit.batch_refused")
             with self._lock:
                 self._waiting = self._waiting[len(batch) :]
                 self._lost += len(batch)

@@ -51,7 +51,7 @@ def load(path: Path) -> AccessSnapshot | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("snapshot_unreadable", path=str(path), error=str(error))
+        log.warning("ledger.snapshot_not_loaded", path=str(path), error=str(error))
         return None
 
 
@@ -156,11 +156,11 @@ class Watcher:
             self._record_error(str(error))
             return False
         except Exception as error:  # polling must continue after any error
-            log.exception("snapshot_failed")
+            log.exception("ledger.snapshot_not_read")
             self._record_error(f"{type(error).__name__}: {error}")
             return False
         if self._error:
-            log.info("snapshot_recovered", sequence=newest.sequence)
+            log.info("ledger.snapshot_recovered", sequence=newest.sequence)
         self._error = ""
         self._confirmed = began
         self._update(newest)
@@ -168,7 +168,7 @@ class Watcher:
 
     def _record_error(self, error: str) -> None:
         if error != self._error:
-            log.warning("snapshot_failed", error=error)
+            log.warning("ledger.snapshot_not_read", error=error)
         self._error = error
 
     def _update(self, newest: AccessSnapshot) -> None:
@@ -183,4 +183,4 @@ class Watcher:
                 save(self._file, newest)
                 self._saved_at = self._monotonic()
             except OSError as error:  # the snapshot is still served from memory; saving is retried
-                log.warning("snapshot_not_saved", path=str(self._file), error=str(error))
+                log.warning("ledger.snapshot_not_saved", path=str(self._file), error=str(error))

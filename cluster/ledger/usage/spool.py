@@ -182,7 +182,7 @@ class Spool:
             os.close(handle)
         with self._changed:
             self._rejected += 1
-        log.error("usage_rejected", why=why)
+        log.error("usage.record_rejected", reason=why)
 
     def _segments(self) -> list[Path]:
         return sorted(self._folder.glob("usage-*.jsonl"))
@@ -231,7 +231,7 @@ class Spool:
 
     def _abandon_segment(self, error: str) -> None:
         """Close the segment after a failed write. The last line may be torn, so no line may be appended."""
-        log.error("spool_write_failed", error=error)
+        log.error("usage.spool_not_written", error=error)
         with self._writing, self._changed:
             self._error = error
             segment, self._segment = self._segment, None
@@ -318,7 +318,7 @@ class Replayer:
                 pause_s = self._period_s
             except (StoreUnavailable, OSError) as error:
                 pause_s = min(pause_s * 2, self._max_pause_s)
-                log.warning("usage_insert_delayed", error=str(error), pending=self._spool.statistics().pending)
+                log.warning("usage.insert_delayed", error=str(error), pending=self._spool.statistics().pending)
 
     def replay(self) -> int:
         """Move all records of the spool into the database. Returns the number of moved records.

@@ -22,6 +22,67 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class StartingWorker(_message.Message):
+    """Replaces the message before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    model: _builtins.str
+    pod: _builtins.str
+    """As in Hello."""
+    host: _builtins.str
+    gpu: _builtins.str
+    fetched_bytes: _builtins.int
+    """Weights on the worker's node, and all that the model needs; 0 until known."""
+    total_bytes: _builtins.int
+    bytes_per_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        pod: _builtins.str = ...,
+        host: _builtins.str = ...,
+        gpu: _builtins.str = ...,
+        fetched_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "fetched_bytes", b"fetched_bytes", "gpu", b"gpu", "host", b"host", "model", b"model", "pod", b"pod", "total_bytes", b"total_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartingWorker: _TypeAlias = StartingWorker  # noqa: Y015
+
+@_typing.final
+class StartingEnd(_message.Message):
+    """A gateway sends none yet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartingEnd: _TypeAlias = StartingEnd  # noqa: Y015
+
+@_typing.final
 class WorkerTurn(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -225,12 +286,20 @@ class Work(_message.Message):
     BUSY_S_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     DECODE_TOKENS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    PREFIX_QUERY_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     busy_s: _builtins.float
     """Time in those steps."""
     prefill_tokens: _builtins.int
     """Prompt tokens that were computed and not cached."""
     decode_tokens: _builtins.int
+    preemptions: _builtins.int
+    """Requests whose KV blocks were taken away for others."""
+    prefix_query_tokens: _builtins.int
+    """Prompt tokens that were looked up in the prefix cache, and those that were found there."""
+    prefix_hit_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -238,10 +307,13 @@ class Work(_message.Message):
         busy_s: _builtins.float = ...,
         prefill_tokens: _builtins.int = ...,
         decode_tokens: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        prefix_query_tokens: _builtins.int = ...,
+        prefix_hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_tokens", b"decode_tokens", "prefill_tokens", b"prefill_tokens", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_tokens", b"decode_tokens", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_query_tokens", b"prefix_query_tokens", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1414,7 +1486,7 @@ class Submit(_message.Message):
     """The adapter's digest; empty: the base model."""
     tenant_handle: _builtins.str
     traceparent: _builtins.str
-    """W3C trace context of this attempt, if the call is sampled."""
+    """W3C trace context: of this attempt if the call is sampled, else of the caller without the flag `sampled`."""
     prompt_blob: _builtins.str
     """prompt_ids came ahead on Bulk under this key instead."""
     sealed_record: _builtins.bytes

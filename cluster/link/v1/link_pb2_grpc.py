@@ -55,6 +55,11 @@ class LinkStub:
                 request_serializer=cluster_dot_link_dot_v1_dot_link__pb2.ControllerFrame.SerializeToString,
                 response_deserializer=cluster_dot_link_dot_v1_dot_link__pb2.GatewayControlFrame.FromString,
                 _registered_method=True)
+        self.Starting = channel.stream_stream(
+                '/cluster.link.v1.Link/Starting',
+                request_serializer=cluster_dot_link_dot_v1_dot_link__pb2.StartingWorker.SerializeToString,
+                response_deserializer=cluster_dot_link_dot_v1_dot_link__pb2.StartingEnd.FromString,
+                _registered_method=True)
 
 
 class LinkServicer:
@@ -89,6 +94,13 @@ class LinkServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Starting(self, request_iterator, context):
+        """Starting reports how far a worker is that serves nothing yet. The stream ends when its start ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LinkServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_LinkServicer_to_server(servicer, server):
                     servicer.Control,
                     request_deserializer=cluster_dot_link_dot_v1_dot_link__pb2.ControllerFrame.FromString,
                     response_serializer=cluster_dot_link_dot_v1_dot_link__pb2.GatewayControlFrame.SerializeToString,
+            ),
+            'Starting': grpc.stream_stream_rpc_method_handler(
+                    servicer.Starting,
+                    request_deserializer=cluster_dot_link_dot_v1_dot_link__pb2.StartingWorker.FromString,
+                    response_serializer=cluster_dot_link_dot_v1_dot_link__pb2.StartingEnd.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +239,33 @@ class Link:
             '/cluster.link.v1.Link/Control',
             cluster_dot_link_dot_v1_dot_link__pb2.ControllerFrame.SerializeToString,
             cluster_dot_link_dot_v1_dot_link__pb2.GatewayControlFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Starting(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/cluster.link.v1.Link/Starting',
+            cluster_dot_link_dot_v1_dot_link__pb2.StartingWorker.SerializeToString,
+            cluster_dot_link_dot_v1_dot_link__pb2.StartingEnd.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class LinkStub:
     """Beat carries heartbeats both ways, on a connection of its own, from a thread that no engine step can block."""
     Control: _grpc.StreamStreamMultiCallable[_link_pb2.ControllerFrame, _link_pb2.GatewayControlFrame]
     """Control carries the catalog up and demand down; the controller dials it."""
+    Starting: _grpc.StreamStreamMultiCallable[_link_pb2.StartingWorker, _link_pb2.StartingEnd]
+    """Starting reports how far a worker is that serves nothing yet. The stream ends when its start ends."""
 
 @_typing.type_check_only
 class LinkAsyncStub(LinkStub):
@@ -57,6 +59,8 @@ class LinkAsyncStub(LinkStub):
     """Beat carries heartbeats both ways, on a connection of its own, from a thread that no engine step can block."""
     Control: _aio.StreamStreamMultiCallable[_link_pb2.ControllerFrame, _link_pb2.GatewayControlFrame]  # type: ignore[assignment]
     """Control carries the catalog up and demand down; the controller dials it."""
+    Starting: _aio.StreamStreamMultiCallable[_link_pb2.StartingWorker, _link_pb2.StartingEnd]  # type: ignore[assignment]
+    """Starting reports how far a worker is that serves nothing yet. The stream ends when its start ends."""
 
 class LinkServicer(metaclass=_abc_1.ABCMeta):
     """Link is served by every gateway on its link port."""
@@ -92,5 +96,13 @@ class LinkServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_link_pb2.GatewayControlFrame], _abc.AsyncIterator[_link_pb2.GatewayControlFrame]]:
         """Control carries the catalog up and demand down; the controller dials it."""
+
+    @_abc_1.abstractmethod
+    def Starting(
+        self,
+        request_iterator: _MaybeAsyncIterator[_link_pb2.StartingWorker],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_link_pb2.StartingEnd], _abc.AsyncIterator[_link_pb2.StartingEnd]]:
+        """Starting reports how far a worker is that serves nothing yet. The stream ends when its start ends."""
 
 def add_LinkServicer_to_server(servicer: LinkServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

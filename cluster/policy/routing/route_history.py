@@ -72,6 +72,9 @@ class Route:
     cached: Mapping[str, int] | None = None
     is_exact: bool = False
     again: str = ""
+    pod: str = ""
+    """The worker's pod; "" outside Kubernetes. `node`: the worker's node."""
+    node: str = ""
     awaited: str = ""
     """Id of the worker for which the sequence waited, since it held the prompt; "" if the sequence did not wait so."""
     wait_s: float = 0.0

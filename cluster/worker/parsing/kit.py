@@ -138,7 +138,7 @@ def usable_parsers(settings: KitSettings, given: Container[str]) -> ParserNames:
         except ValueError as error:
             if key in given:
                 raise
-            log.warning("parser_not_used", parser=name, reason=str(error))
+            log.warning("parser.not_used", parser=name, reason=str(error))
             kept = replace(kept, **{field: ""})
     if kept.tools and kept.reasoning:
         kit_of(tokenizer, replace(settings, names=kept))

@@ -51,7 +51,7 @@ def model_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRende
     except ValueError as error:
         if "chat_template.jinja" not in bundle.files:
             raise
-        log.warning("renderer_not_used", renderer=name, reason=str(error))
+        log.warning("renderer.not_used", renderer=name, reason=str(error))
         return None
     return _renderer(spec, folder, name)
 

@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import structlog
 
+from cluster.observe.log import configure_as_parent, flush
 from cluster.worker.engine.processes import fork_server
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.kit import KitSettings, ParserKit, load_kit
@@ -69,7 +70,7 @@ class Sessions:
         try:
             return self._kit.render(request)
         except Exception as error:  # a renderer's fault must end only its own request
-            log.error("render_failed", error=_place(error))
+            log.error("parser.render_failed", error=_place(error))
             why = f"the model's renderer failed on this chat: {type(error).__name__}"
             return wire.Rendered(request.number, error=why, field="messages")
         finally:
@@ -81,7 +82,7 @@ class Sessions:
         try:
             session, opened = self._kit.open(opening, lambda: self._progress.record(opening.number))
         except Exception as error:  # a parser's fault must end only its own request
-            log.error("open_failed", error=_place(error))
+            log.error("parser.open_failed", error=_place(error))
             return wire.Opened(
                 opening.number, error=f"the parser failed on them: {type(error).__name__}", field="tools"
             )
@@ -96,7 +97,7 @@ class Sessions:
         try:
             return self._sessions[number].feed(number, wire.unpack_ids(packed), state)
         except Exception as error:  # a parser's fault must end only its own request
-            log.error("parse_failed", error=_place(error))
+            log.error("parser.parse_failed", error=_place(error))
             del self._sessions[number]
             return wire.Parsed(number, [], 0, error=f"{type(error).__name__}")
 
@@ -189,11 +190,13 @@ def _main(connection: socket.socket, settings: KitSettings) -> None:
     """Run the process. The first bytes on the connection bring the descriptor of the shared memory."""
     # Some parsers log an error with a traceback for every token of a malformed call, with the output in it.
     logging.getLogger("vllm").setLevel(logging.CRITICAL)
+    configure_as_parent()
     threading.Thread(target=_end_with_worker, args=(connection,), daemon=True).start()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
         if descriptors:
             serve(connection, lambda: _load(settings), Progress(descriptors[0]))
+    flush(1.0)
     os._exit(0)  # there is nothing to clean up, and exit handlers of vLLM could block
 
 

@@ -57,7 +57,7 @@ class ReplacedProcess(ABC):
             try:
                 answered = await self._run_process()
             except OSError as error:
-                log.warning("parser_not_started", reason=str(error))
+                log.warning("parser.not_started", reason=str(error))
             self.replaced += 1
             if not answered and time.monotonic() - began < RESTART_S:
                 await asyncio.sleep(RESTART_S)
@@ -78,9 +78,9 @@ class ReplacedProcess(ABC):
             parts = [asyncio.create_task(self._read(connection)), asyncio.create_task(self._check(host))]
             await wait_first(parts)
         except _Hung:
-            log.error("parser_hangs", process=type(self).__name__)
+            log.error("parser.hung", process=type(self).__name__)
         except (OSError, EOFError, ValueError) as error:
-            log.warning("parser_ended", process=type(self).__name__, reason=str(error))
+            log.warning("parser.ended", process=type(self).__name__, reason=str(error))
         finally:
             self._connection = None
             for part in parts:

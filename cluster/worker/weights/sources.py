@@ -17,6 +17,7 @@ from cluster.api.types import ModelSpec
 from cluster.policy.catalog.allowed_sources import is_allowed_source
 from cluster.worker.weights import demo_model
 from cluster.worker.weights.fetching import SCHEMES, FetchError, Progress, fetch
+from cluster.worker.weights.hub_progress import reporting_bar
 from cluster.worker.weights.model_card import read_card, why_refused
 from cluster.worker.weights.sentence_modules import check_modules
 
@@ -72,7 +73,8 @@ def resolve(spec: ModelSpec, rules: SourceRules, progress: Progress | None = Non
         if not folder.is_dir():
             raise SourceError(f"{where}: there is no folder {folder}; use a folder, hf://org/name or {DEMOS}")
     elif scheme == "hf":
-        folder = from_hub(where, rest, spec.revision, [*HUB_FILES, *WEIGHT_PATTERNS.get(spec.load_format, ())], rules)
+        wanted = [*HUB_FILES, *WEIGHT_PATTERNS.get(spec.load_format, ())]
+        folder = from_hub(where, rest, spec.revision, wanted, rules, progress)
     elif spec.source in demo_model.SOURCES:
         try:
             folder = demo_model.ensure_demo_model(rules.cache_dir, progress, spec.source)
@@ -93,7 +95,14 @@ def resolve(spec: ModelSpec, rules: SourceRules, progress: Progress | None = Non
     return folder
 
 
-def from_hub(where: str, name: str, revision: str, patterns: Sequence[str], rules: SourceRules) -> Path:
+def from_hub(
+    where: str,
+    name: str,
+    revision: str,
+    patterns: Sequence[str],
+    rules: SourceRules,
+    progress: Progress | None = None,
+) -> Path:
     """Fetch the files of `organisation/name` that match a pattern; return their folder in the hub's cache. Blocks.
 
     `where`: the key that names the source. `revision`: "" for the newest. Raises SourceError.
@@ -114,6 +123,7 @@ def from_hub(where: str, name: str, revision: str, patterns: Sequence[str], rule
             token=token,
             cache_dir=rules.cache_dir / "hub",
             local_files_only=offline,
+            **({} if progress is None else {"tqdm_class": reporting_bar(progress, name)}),
         )
     except LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"

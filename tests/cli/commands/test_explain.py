@@ -18,7 +18,7 @@ def explained_call() -> pb.ExplainedCall:
     first = pb.ExplainedRoute(
         after_s=0.0021, worker="sim-w2", reason="cached_prefix", why="sim-w2 held most.", tokens=700,
         prediction="exact", predicted_cached_tokens=640, cached_tokens=624, first_output_s=0.05, compared=18,
-        dropped={"draining": 1},
+        dropped={"draining": 1}, pod="gpu-0", node="ip-10-0-3-7",
     )  # fmt: skip
     first.candidates.add(
         worker="sim-w2", total=0.8125, parts=[pb.RouteScore(name="free_places", value=0.5)], cached_tokens=640
@@ -27,7 +27,9 @@ def explained_call() -> pb.ExplainedCall:
         worker="sim-w1", total=0.25, parts=[pb.RouteScore(name="free_places", value=0.25)], cached_tokens=0
     )
     first.candidates.add(worker="sim-w3", dropped="draining", cached_tokens=0)
-    second = pb.ExplainedRoute(after_s=1.5, worker="sim-w1", reason="only_choice", why="It was lost.", tokens=720)
+    second = pb.ExplainedRoute(
+        after_s=1.5, worker="sim-w1", reason="only_choice", why="It was lost.", tokens=720, node="host-1"
+    )
     return pb.ExplainedCall(
         id="chatcmpl-1", request_id="r-1", tenant="acme", model="sim", gateway="gw-1", arrived_at_s=1e9, outcome="ok",
         duration_s=2.0, routes=[first, second],
@@ -47,6 +49,7 @@ def test_explain_request(run: Run, gateway: ScriptedGateway) -> None:
     assert lines[2:] == [
         "",
         "output 0, 2.1 ms after the arrival: sim-w2 held most.",
+        "sim-w2 runs in pod gpu-0 on node ip-10-0-3-7",
         "predicted 640 cached tokens (exact); the engine found 624 of 700; first output after 50.0 ms",
         "worker    cached  total  free_places  dropped",
         "sim-w2 *  640     0.812  0.500",
@@ -55,6 +58,7 @@ def test_explain_request(run: Run, gateway: ScriptedGateway) -> None:
         "and 15 more workers",
         "",
         "output 0, 1.50 s after the arrival: It was lost.",
+        "sim-w1 runs on node host-1",
         "no prediction of cached tokens; no output yet from this worker",
     ]
     (request,) = gateway.script.requests

@@ -12,6 +12,8 @@ import signal
 import ssl
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,13 @@ from typer.testing import Result
 from cluster.cli import certificates
 from cluster.cli.commands import pod
 from cluster.cli.commands.pod_secrets import manifests
+from cluster.cli.commands.processes import metrics_page
 from cluster.client import Client
 from cluster.config.schema import Config, parse
+from cluster.controller.controller_metrics import controller_metrics
 from cluster.gateway.links.peer_identity import ANY_MODEL, CONTROLLER
 from cluster.kube.api import KubeLease
+from cluster.observe.exposition import samples
 from tests.support.kube_api import kube_api
 from tests.support.postgres import free_port
 
@@ -143,6 +148,15 @@ def test_what_a_pod_lacks_is_said_before_it_starts(
         assert words in done.stderr
 
 
+def scrape(address: str) -> dict[str, list[float]]:
+    """Return the values on a metrics page, by the name of the sample."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
+        values: dict[str, list[float]] = {}
+        for name, _, value in samples(answer.read().decode()):
+            values.setdefault(name, []).append(value)
+        return values
+
+
 def health(address: str, service: str = "") -> int:
     """Return the status that grpc.health.v1 reports over a connection without TLS. Raises grpc.RpcError.
 
@@ -177,6 +191,10 @@ def test_a_gateway_of_a_pod_serves_with_its_secrets_and_ends_in_time(run: Run, t
         try:
             assert wait_until_serving(probes, process), process.communicate()[0]
             assert health(probes, "cluster.v1.Inference") == health_pb2.HealthCheckResponse.SERVING
+            expiries = scrape(f"127.0.0.1:{ports['metrics']}")["headrace_certificate_expiry_timestamp_seconds"]
+            days = sorted((expiry - time.time()) / 86_400 for expiry in expiries)
+            assert len(days) == 3, "the chains of the client ports and of the link, and the link's authority"
+            assert [round(each) for each in days[:2]] == [30, 30]
             with Client(
                 f"localhost:{ports['grpc']}", api_key=key, tls_ca_file=files / "tls" / "ca.crt", timeout_s=20
             ) as client:
@@ -233,15 +251,25 @@ async def test_one_controller_acts_by_the_lease_and_gives_it_up(
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", api.url.rsplit(":", 1)[1])
         stop = asyncio.Event()
+        metrics, gauges = controller_metrics(config)
+        assert not gauges.leads
+        address = f"127.0.0.1:{free_port()}"
         running = asyncio.create_task(
-            pod.run_pod_controller(config, tmp_path / "c", "headrace-controller", stop, tmp_path)
+            pod.run_pod_controller(
+                config, tmp_path / "c", "headrace-controller", stop, tmp_path, metrics=metrics, gauges=gauges
+            )
         )
-        async with asyncio.timeout(60):
-            while not any(call[0] == "POST" for call in api.seen):
+        async with asyncio.timeout(60), metrics_page(metrics, address):
+            while not gauges.leads:
                 await asyncio.sleep(0.02)
                 assert not running.done(), running.exception()
+            page = await asyncio.to_thread(scrape, address)
         stop.set()
         await asyncio.wait_for(running, 60)
+        assert not gauges.leads
+        assert page["headrace_controller_leading"] == [1]
+        assert page["process_open_fds"][0] > 3
+        assert len(page["headrace_certificate_expiry_timestamp_seconds"]) == 2
         assert api.leases["headrace-controller"]["spec"]["holderIdentity"] == ""
         assert {path.rsplit("/", 1)[0] for _, path in api.seen} <= {
             "/apis/coordination.k8s.io/v1/namespaces/ns/leases",

@@ -37,7 +37,7 @@ def test_every_step_is_taken_whichever_fails(kinds: list[str]) -> None:
             raise RuntimeError(kind)
         return None
 
-    cleanup = Cleanup("r1")
+    cleanup = Cleanup({"request_id": "r1"})
     cleanup.outcome = Outcome.SHED
     for number, kind in enumerate(kinds):
         cleanup.add(partial(step, number, kind))
@@ -59,7 +59,7 @@ async def test_a_cancellation_ends_it_after_the_last_step() -> None:
     async def quota() -> None:
         taken.append("quota")
 
-    cleanup = Cleanup("r1")
+    cleanup = Cleanup({"request_id": "r1"})
     cleanup.add(lambda outcome: quota())
     cleanup.add(lambda outcome: store())
     ending = asyncio.create_task(cleanup.run())

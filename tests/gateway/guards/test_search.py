@@ -22,7 +22,7 @@ MATCHES = 200_000
 def _guards(timeout_s: float, decided: list[GuardDecision]) -> CallGuards:
     rule = GuardRule(builtin="patterns", action="redact", patterns={"mail": "a@b"}, timeout_s=timeout_s)
     policy = TenantPolicy(name="t", guards=(rule,), log_prompts=True)
-    return Guards(Metrics("test"), decided.append).for_call(policy, "m", "r", "a")
+    return Guards(Metrics("test"), decided.append).for_call(policy, "m", "r", "a", {})
 
 
 async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:

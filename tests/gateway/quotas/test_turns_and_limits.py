@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from structlog.testing import capture_logs
 
 from cluster.api.types import WorkerIdentity
 from cluster.v1 import inference_pb2 as pb
@@ -80,12 +81,16 @@ async def test_a_full_room_sheds_the_lower_class(tmp_path: Path, checkpoint: Pat
 
 async def test_never_more_than_the_limit(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """The gateway admits as many of many concurrent calls over both APIs as the limit allows. The errors of the other
-    calls name the limit and when to retry."""
+    calls name the limit and when to retry, and each call has its line in the log."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         key = await keyed.key("few", limits={"requests_per_minute": 7})
-        reasons = await asyncio.gather(*(end_of(keyed, key, max_tokens=3) for _ in range(20)))
+        with capture_logs() as logs:
+            reasons = await asyncio.gather(*(end_of(keyed, key, max_tokens=3) for _ in range(20)))
+            await keyed.cluster.until_idle()
         assert sorted(reasons) == ["OK"] * 7 + ["RATE_LIMITED"] * 13
+        lines = [line for line in logs if line["event"] == "call.ended" and line["tenant"] == "few"]
+        assert sorted(line["outcome"] for line in lines) == ["ok"] * 7 + ["rate_limited"] * 13
         answer = await refused(keyed.cluster.stub.Complete(complete(), metadata=bearer(key)))
         assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert answer.retry_s is not None

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import TracerProvider
+from structlog.testing import capture_logs
 
 from cluster.client import AsyncClient, Client
 from cluster.ledger.rows import UsageQuery
@@ -27,6 +28,7 @@ from tests.support.keyed import bearer, keyed_cluster
 from tests.support.otlp import Collector, ReceivedSpan
 from tests.support.parsed_outputs import ParsedByEngine
 from tests.support.parts_engine import PartsEngine
+from tests.support.pooling import EMBEDDER
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +64,8 @@ async def test_a_call_is_followed_from_its_caller_to_the_ledger_over_a_resume(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
 ) -> None:
     """One trace id, which the caller has chosen, leads from the caller's span through the gateway's spans to both
-    workers that have served the call, the second after the first was killed in mid-stream, and to the usage record."""
+    workers that have served the call, the second after the first was killed in mid-stream, to the access line and to
+    the usage record."""
     async with keyed_cluster(tmp_path, tracing(collector)) as keyed:
         cluster, places = keyed.cluster, {}
         for pod in ("pod-a", "pod-b"):
@@ -72,12 +75,14 @@ async def test_a_call_is_followed_from_its_caller_to_the_ledger_over_a_resume(
         key = await keyed.key("acme")
         request = chat("Tell me a secret about Zanzibar", max_tokens=60, ignore_eos=True)
         metadata = (*bearer(key), ("traceparent", SAMPLED), ("tracestate", "vendor=x"), ("x-request-id", "r-1"))
-        call = cluster.stub.StreamChat(request, metadata=metadata)
-        chunks = [await read(call) for _ in range(5)]
-        (link,) = [link for link in cluster.gateway.hub.links if link.sinks]
-        first = link.identity.worker_id
-        await kill(places[first][0])
-        chunks += await rest_of(call)
+        with capture_logs() as lines:
+            call = cluster.stub.StreamChat(request, metadata=metadata)
+            chunks = [await read(call) for _ in range(5)]
+            (link,) = [link for link in cluster.gateway.hub.links if link.sinks]
+            first = link.identity.worker_id
+            await kill(places[first][0])
+            chunks += await rest_of(call)
+            await until(lambda: any(line["event"] == "call.ended" for line in lines), "the access line is written")
         assert chunks[-1].usage.completion_tokens == 60
         assert chunks[-1].usage.resumed == 1
 
@@ -112,6 +117,9 @@ async def test_a_call_is_followed_from_its_caller_to_the_ledger_over_a_resume(
             assert below[names.PREFILL].resource[names.SERVICE_INSTANCE] == attempt[names.WORKER]
             assert below[names.PREFILL][names.MEASURED_BY] == "worker"
             assert [event.name for event in attempt.span.events] == [names.FIRST_TOKEN]
+
+        (line,) = [line for line in lines if line["event"] == "call.ended"]
+        assert (line["trace_id"], line["request_id"], line["worker"]) == (TRACE_ID, "r-1", second)
 
         everything = "".join(str(span.span) + str(span.resource) for span in spans)
         assert "Zanzibar" not in everything
@@ -187,8 +195,8 @@ async def test_every_api_passes_the_callers_context_on(
 async def test_the_caller_or_the_ratio_decides(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
 ) -> None:
-    """A caller's flag decides whether a call is sampled, and the ratio decides for the others. Of a call that is not
-    sampled, the worker learns nothing and the call has no record, but keeps its caller's trace id."""
+    """A caller's flag decides whether a call is sampled, and the ratio decides for the others. A call that is not
+    sampled has no record, but its caller's trace id, also at the worker, for the logs."""
     async with traced_cluster(tmp_path, collector) as cluster:
         worker = await cluster.add_worker(sim_engine(checkpoint), bundle)
         submitted: list[str] = []
@@ -208,7 +216,7 @@ async def test_the_caller_or_the_ratio_decides(
         await cluster.stub.Chat(chat(), metadata=(("traceparent", "nonsense"),))
         roots = await collector.until_calls(2)
         assert TRACE_ID not in {root.trace for root in roots}
-        assert submitted[0] == ""
+        assert submitted[0] == NOT_SAMPLED
         attempts = {span.id: span.trace for span in collector.spans if span.name == names.ATTEMPT}
         assert {text.split("-")[2]: text.split("-")[1] for text in submitted[1:]} == attempts
 
@@ -244,13 +252,23 @@ async def test_refused_and_failed_calls_are_traced(
         assert (attempt[names.ATTEMPT_END], attempt.is_error) == ("aborted", False)
 
 
-async def test_parsed_and_pooled_calls_are_traced(tmp_path: Path, bundle: Bundle, collector: Collector) -> None:
-    """A chat whose output is parsed has its times from the worker, as any other."""
+async def test_parsed_and_pooled_calls_are_traced(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
+) -> None:
+    """A chat whose output is parsed has its times from the worker, as any other. A pooling call has an attempt for each
+    input, up to a bound."""
     async with traced_cluster(tmp_path, collector) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle, model="embed")
+        await cluster.stub.Embed(pb.EmbedRequest(model="embed", texts=["one", "two", "three"]))
+        (embedding,) = await collector.until_calls(1)
+        assert (embedding.name, embedding[names.OPERATION]) == ("embeddings embed", "embeddings")
+        attempts = [span for span in collector.of_trace(embedding.trace) if span.name == names.ATTEMPT]
+        assert sorted(span[names.SEQUENCE] for span in attempts) == [0, 1, 2]
+        assert {span[names.ATTEMPT_END] for span in attempts} == {"finished"}
         await cluster.add_worker(PartsEngine([[]] * 8), bundle, parser=ParsedByEngine())
         tools = [pb.Tool(name="weather", parameters_json='{"type": "object"}')]
         await cluster.stub.Chat(chat(max_tokens=8, tools=tools))
-        (root,) = await collector.until_calls(1)
+        _, root = await collector.until_calls(2)
         spans = collector.of_trace(root.trace)
         assert only(spans, names.DECODE)[names.MEASURED_BY] == "worker"
 

@@ -209,7 +209,7 @@ class AdminAuthorizer:
                 raise
             except Exception:  # callers get no traceback; the log has it under the number
                 number = uuid.uuid4().hex
-                log.exception("unexpected", method=method.full_name, number=number)
+                log.exception("admin.request_failed", method=method.full_name, number=number)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote number {number}")
                 await context.abort(grpc_code(unexpected), unexpected.message, trailers(unexpected))
             return None
@@ -271,7 +271,7 @@ class AdminAuthorizer:
     ) -> None:
         """Write an audit event without waiting; without `auth`, to the log. `name`: the object that was acted on."""
         if self._tenants is None:
-            log.info("audit", kind=kind, action=action, object=name, outcome=outcome, reason=reason)
+            log.info("audit.recorded", kind=kind, action=action, object=name, outcome=outcome, reason=reason)
             return
         from cluster.ledger.audit.audit import AuditEvent
 

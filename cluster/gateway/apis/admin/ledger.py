@@ -78,7 +78,7 @@ class TenantServices:
 
 def _as_call_error(error: LedgerError) -> CallError:
     if isinstance(error, StoreUnavailable):  # the text holds the address of the database, which must not reach callers
-        log.warning("store_unavailable", error=str(error))
+        log.warning("ledger.unavailable", error=str(error))
         return CallError(error.outcome, "the ledger's database does not answer; retry shortly")
     field, colon, remedy = str(error).partition(": ")
     if error.outcome is Outcome.INVALID_FIELD and colon and _FIELD.fullmatch(field):

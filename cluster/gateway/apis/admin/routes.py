@@ -110,6 +110,8 @@ def _route(route: Route, arrived_at: float) -> pb.ExplainedRoute:
         sequence=route.sequence,
         after_s=route.sent_at - arrived_at,
         worker=route.worker_id,
+        pod=route.pod,
+        node=route.node,
         reason=route.reason,
         again=route.again,
         tokens=route.tokens,
@@ -137,7 +139,7 @@ def _hide_places(call: pb.ExplainedCall) -> None:
     """Remove what a caller of one tenant may not see: the gateway, the workers and their load."""
     call.gateway = ""
     for route in call.routes:
-        route.worker = route.awaited = ""
+        route.worker = route.pod = route.node = route.awaited = ""
         del route.candidates[:]
 
 

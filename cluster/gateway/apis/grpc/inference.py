@@ -27,6 +27,7 @@ from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter
 from cluster.gateway.models import ModelDirectory, Target
 from cluster.gateway.service import CallService
+from cluster.observe.log import CallContext
 from cluster.policy.tenants.identity import Principal
 from cluster.v1 import inference_pb2 as pb
 
@@ -138,18 +139,19 @@ class InferenceApi:
             try:
                 if name not in UNCOUNTED:
                     meta = await self._service.count(meta)
-                request = await self._bodies.message(
-                    name, data, meta.tenant, partial(self._service.tokenization.longest_context, meta.principal)
-                )
-                context.release_request()
-                context.set_trailing_metadata((("x-request-id", meta.request_id),))
-                return await method(request, context, meta)
+                with CallContext(meta.log_fields):
+                    request = await self._bodies.message(
+                        name, data, meta.tenant, partial(self._service.tokenization.longest_context, meta.principal)
+                    )
+                    context.release_request()
+                    context.set_trailing_metadata((("x-request-id", meta.request_id),))
+                    return await method(request, context, meta)
             except CallError as error:
                 await self._abort(context, meta, error)
             except (grpc.aio.AbortError, grpc.aio.UsageError):
                 raise
             except Exception:  # callers get no traceback; the log has it under the request id
-                log.exception("unexpected", request_id=meta.request_id)
+                log.exception("request.failed", **meta.log_fields)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote request id {meta.request_id}")
                 await self._abort(context, meta, unexpected)
             return None

@@ -22,7 +22,9 @@ from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Caller
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.pooling_request import PairInputs, ParsedPooling
+from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.service import CallService
+from cluster.observe.log import CallContext
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.dial import read
 
@@ -166,16 +168,12 @@ class SessionStream:
             meta = await self._service.count(meta)
             if isinstance(start.request, CallError):
                 raise start.request
-            timeout = asyncio.timeout(start.deadline_ms / 1000 or None)
-            if isinstance(start.request, ParsedPooling):
-                async with timeout:
-                    await self._pool(start.call_id, start.request, meta)
-                self._end(start.call_id, None)
-                return
-            async with timeout, self._service.open(start.request, meta) as call:
-                kind, progress = CHAT if start.is_chat else COMPLETE, self._service.keepalives.progress
-                encoder = session_encoder_for(kind, call, progress, start.call_id)
-                await SessionWriter(self._output, start.call_id, call, encoder).run()
+            with CallContext(meta.log_fields):
+                async with asyncio.timeout(start.deadline_ms / 1000 or None):
+                    if isinstance(start.request, ParsedPooling):
+                        await self._pool(start.call_id, start.request, meta)
+                    else:
+                        await self._generate(start, start.request, meta)
         except CallError as error:
             self._end(start.call_id, error)
         except TimeoutError:
@@ -184,11 +182,18 @@ class SessionStream:
             self._end(start.call_id, CallError(Outcome.CANCELLED, "cancelled by the client"))
             raise
         except Exception:  # ends this call, not the session
-            log.exception("unexpected", request_id=meta.request_id)
+            log.exception("request.failed", **meta.log_fields)
             message = f"unexpected failure; quote request id {meta.request_id}"
             self._end(start.call_id, CallError(Outcome.INTERNAL, message))
         else:
             self._end(start.call_id, None)
+
+    async def _generate(self, start: SessionStart, request: GenerationRequest, meta: CallMeta) -> None:
+        """Run a call that generates, and send its chunks."""
+        async with self._service.open(request, meta) as call:
+            kind, progress = CHAT if start.is_chat else COMPLETE, self._service.keepalives.progress
+            encoder = session_encoder_for(kind, call, progress, start.call_id)
+            await SessionWriter(self._output, start.call_id, call, encoder).run()
 
     async def _pool(self, call_id: int, parsed: ParsedPooling, meta: CallMeta) -> None:
         """Run a pooling call, and send its answer in one event."""

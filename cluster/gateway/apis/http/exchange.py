@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Any, Protocol
@@ -15,9 +15,10 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.http.body import Refused
 from cluster.gateway.apis.http.protocol import CONNECTION
-from cluster.gateway.apis.request_ids import random_id, request_id
+from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Authenticator, Credentials, alternative_names
 from cluster.gateway.calls.stream_writer import Transport
+from cluster.observe.log import CallContext, ids_of_call
 
 log = structlog.get_logger("http")
 
@@ -99,6 +100,11 @@ class Exchange:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = request_id(self.header(b"x-request-id")) or random_id()
         self._form = form
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """Fields of log lines about the request."""
+        return ids_of_call(self.request_id, traceparent(self.header(b"traceparent"))[3:35])
 
     def header(self, name: bytes) -> str:
         """Return the value of a header; "" if the header is absent."""
@@ -211,7 +217,8 @@ class Endpoint:
                     exchange.credentials(self._authenticator.by_certificate)
                 )
                 scope[CONNECTION].mark_authenticated()
-            await self._answer(exchange)
+            with CallContext(exchange.log_fields):
+                await self._answer(exchange)
         except ConnectionResetError:
             return
         except Refused as refused:
@@ -221,7 +228,7 @@ class Endpoint:
             scope[CONNECTION].charge_refusal()
             await exchange.fail(error)
         except Exception:  # callers get no traceback; the log has it under the request id
-            log.exception("unexpected", request_id=exchange.request_id)
+            log.exception("request.failed", **exchange.log_fields)
             message = f"unexpected failure; quote request id {exchange.request_id}"
             await exchange.fail(CallError(Outcome.INTERNAL, message))
 

@@ -196,8 +196,13 @@ def _rank(name: str) -> str:
 
 def log_of(stream: str) -> str:
     """Return the file to which this process's `stream` (stdout or stderr) is written; empty if it is not a file."""
+    return file_of(1 if stream == "stdout" else 2)
+
+
+def file_of(descriptor: int) -> str:
+    """Return the file that a descriptor of this process writes to; empty if it is not a file."""
     try:
-        target = os.readlink(f"/proc/self/fd/{1 if stream == 'stdout' else 2}")
+        target = os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
         return ""
     return target if target.startswith("/") and not target.startswith("/dev/") and os.path.isfile(target) else ""

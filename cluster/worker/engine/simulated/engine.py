@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from cluster.api.adapters import ADAPTERS
+from cluster.api.demand import EngineCounts
 from cluster.api.kv_events import KvEvent
 from cluster.api.pooling import pooling_capabilities
 from cluster.api.ports import EngineRefused
@@ -168,6 +169,13 @@ class SimEngine:
         if self._faults.hung:
             return dataclasses.replace(self._frozen, busy=busy, step_age_s=age_s)
         return self._model.load(busy, age_s, p99_s)
+
+    def counts(self) -> EngineCounts:
+        """Return the counts of preemptions and of the prefix cache; any thread may call this."""
+        if self._model is None:
+            return EngineCounts()
+        counts = self._model.statistics()
+        return EngineCounts(counts.preemptions, counts.looked_up_tokens, counts.cached_tokens)
 
     async def check(self) -> None:
         """Raise EngineDead if the engine is dead. As in a real engine, this check does not detect a hang."""

@@ -37,6 +37,8 @@ class SimStatistics:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     cached_tokens: int = 0
+    looked_up_tokens: int = 0
+    """Number of tokens of requests that were looked up in the prefix cache; `cached_tokens` were found."""
     running: int = 0
     waiting: int = 0
     kv_used_blocks: int = 0
@@ -138,6 +140,7 @@ class SimModel:
             if sequence.cached_tokens < 0:
                 sequence.cached_tokens = min(cached, sequence.output_from)
                 self._counts.cached_tokens += sequence.cached_tokens
+                self._counts.looked_up_tokens += sequence.output_from
             work.append((sequence, tokens))
             budget -= tokens
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.adapters import ADAPTERS
+from cluster.api.demand import EngineCounts
 from cluster.api.kv_events import KvEvent
 from cluster.api.pooling import pooling_capabilities
 from cluster.api.ports import EngineCorrupt, EngineDead
@@ -418,6 +419,10 @@ class VllmEngine:
             step_p99_s=stats.pace.times.value_s,
             prefill_tokens=stats.prefill_tokens,
         )
+
+    def counts(self) -> EngineCounts:
+        """Return vLLM's counts of preemptions and of the prefix cache; any thread may call this."""
+        return EngineCounts() if self._path is None else self._path.stats.counts
 
     def _reported_work(self, stats: StepStats, now: float) -> str:
         if self._awaiting_grammar or self._validating:

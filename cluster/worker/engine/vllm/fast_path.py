@@ -63,7 +63,9 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "prefill_stats",
         "num_nans_in_logits",
         "pooling_output",
+        "events",
     ),
+    "vllm.v1.engine.EngineCoreEventType": ("PREEMPTED",),
     "vllm.v1.engine.FinishReason": ("STOP", "LENGTH", "ABORT", "ERROR", "REPETITION"),
     "vllm.v1.engine.exceptions.EngineDeadError": (),
     "vllm.v1.executor.Executor.get_class": ("vllm_config",),
@@ -91,7 +93,7 @@ class FastPath:
         """
         from vllm.renderers import renderer_from_config
         from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
-        from vllm.v1.engine import EngineCoreRequest
+        from vllm.v1.engine import EngineCoreEventType, EngineCoreRequest
         from vllm.v1.engine.core_client import EngineCoreClient
         from vllm.v1.engine.exceptions import EngineDeadError
         from vllm.v1.engine.input_processor import InputProcessor
@@ -101,6 +103,7 @@ class FastPath:
         maybe_register_config_serialize_by_value()
         self.stats = StepStats()
         self._dead_error: type[Exception] = EngineDeadError
+        self._preempted = EngineCoreEventType.PREEMPTED
         self._renderer = renderer_from_config(vllm_config)
         self._processor = InputProcessor(vllm_config, self._renderer)
         self._takes_packed = takes_packed(EngineCoreRequest, MsgpackEncoder, MsgpackDecoder)
@@ -194,6 +197,8 @@ class FastPath:
             await self.abort(poisoned)
         outputs = []
         for given in step.outputs:
+            if given.events is not None:
+                self.stats.preempted(sum(event.type == self._preempted for event in given.events))
             record = live.get(given.request_id)
             if record is None:  # aborted during the step
                 continue

@@ -137,7 +137,7 @@ class KvEventSocket:
             socket.close(linger=0)
         lost = end - self._next - len(found)
         if lost:
-            log.warning("kv_events_lost", batches=lost)
+            log.warning("engine.kv_events_lost", batches=lost)
         return found
 
     def _decoded(self, payload: bytes) -> Iterator[KvEvent]:

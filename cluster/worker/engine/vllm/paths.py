@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cluster.api.demand import EngineCounts
 from cluster.api.types import TokenOutput
 from cluster.worker.engine.processes import fork_server
 from cluster.worker.engine.step_times import StepTimes
@@ -51,6 +52,7 @@ class StepStats:
     VllmEngine updates this field and `live`.
     """
     pace: StepTimes = field(default_factory=StepTimes)
+    counts: EngineCounts = field(default_factory=EngineCounts)
 
     def stepped(self, now: float, seen: Any) -> None:
         """Record the end of a step. `seen`: vLLM's SchedulerStats or None."""
@@ -63,6 +65,19 @@ class StepStats:
             self.running = seen.num_running_reqs
             self.waiting = seen.num_waiting_reqs + seen.num_skipped_waiting_reqs
             self.kv_usage = seen.kv_cache_usage
+            cache = getattr(seen, "prefix_cache_stats", None)
+            if cache is not None and cache.requests:
+                before = self.counts
+                self.counts = EngineCounts(
+                    before.preemptions,
+                    before.prefix_query_tokens + cache.queries,
+                    before.prefix_hit_tokens + cache.hits,
+                )
+
+    def preempted(self, requests: int) -> None:
+        """Count requests whose KV blocks were taken away for others."""
+        if requests:
+            self.counts = self.counts._replace(preemptions=self.counts.preemptions + requests)
 
 
 def end(client: Any, shutdown: Callable[..., None]) -> None:

@@ -30,8 +30,9 @@ def _stat_logger(stats: StepStats) -> Any:
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             pass
 
-        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+        def record(self, scheduler_stats: Any, iteration_stats: Any = None, *_: Any, **__: Any) -> None:
             stats.stepped(time.monotonic(), scheduler_stats)
+            stats.preempted(getattr(iteration_stats, "num_preempted_reqs", 0))
 
         def log_engine_initialized(self) -> None:
             pass

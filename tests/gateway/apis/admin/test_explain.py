@@ -51,7 +51,8 @@ async def add_workers(cluster: TestCluster, checkpoint: Path, bundle: Bundle, co
         engine = sim_engine(checkpoint, block_size=BLOCK, **{"decode_ms": 1, **more})
         info = await engine.start()
         capabilities = tuple(word for word in info.capabilities if word != without)
-        workers.append(await cluster.add_worker(engine, bundle, info=replace(info, capabilities=capabilities)))
+        info = replace(info, capabilities=capabilities)
+        workers.append(await cluster.add_worker(engine, bundle, info=info, pod="gpu-0", host="ip-10-0-3-7"))
     return workers
 
 
@@ -76,6 +77,7 @@ async def test_a_cached_prefix_is_predicted_and_found(
             first = await explained(admin, "first")
             (route,) = first.routes
             assert (first.id, first.tenant, first.model, first.outcome) == (answer.id, "default", "sim", "ok")
+            assert (route.pod, route.node) == ("gpu-0", "ip-10-0-3-7")
             assert (route.reason, route.predicted_cached_tokens, route.cached_tokens) == ("least_loaded", 0, 0)
             assert 0 <= route.after_s <= route.after_s + route.first_output_s <= first.duration_s
             assert (await explained(admin, answer.id)).request_id == "first"

@@ -1,0 +1,42 @@
+"""The metrics of a controller process, beside the counters that its parts update."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grpc
+
+from cluster import __version__
+from cluster.config.schema import Config
+from cluster.observe import log
+from cluster.observe.metrics import Metrics, Sample
+from cluster.wire.certificate_expiry import CertificateExpiry
+
+
+@dataclass(slots=True)
+class ControllerGauges:
+    """The gauges of a controller process, which a scrape reads."""
+
+    certificates: CertificateExpiry
+    leads: bool = False
+    """Whether this controller acts. Several controllers share a Lease."""
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the current value of each gauge."""
+        yield "build_info", (__version__, platform.python_version(), grpc.__version__), 1
+        yield "controller_leading", (), float(self.leads)
+        yield "log_lines_dropped_total", (), log.dropped_lines()
+        for file, expires_at_s in self.certificates.current():
+            yield "certificate_expiry_timestamp_seconds", (str(file),), expires_at_s
+
+
+def controller_metrics(config: Config) -> tuple[Metrics, ControllerGauges]:
+    """Return the metrics of a controller process. Call it once in a process, also if the controller runs several
+    times."""
+    metrics = Metrics(config.name)
+    gauges = ControllerGauges(CertificateExpiry.of_link(config.link.tls))
+    metrics.add_process_metrics()
+    metrics.add_gauges(gauges.samples)
+    return metrics, gauges

@@ -1,0 +1,64 @@
+"""Workers that start and serve nothing yet, as they report themselves (Link.Starting)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.link.v1 import link_pb2 as pb
+
+MAX_STARTING = 1000
+"""Number of starting workers that a gateway keeps. Reports of further ones are read and dropped."""
+MAX_CHARS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StartingWorker:
+    """A starting worker: its id, model and place, and the bytes of its weights."""
+
+    worker_id: str
+    model: str
+    pod: str
+    node: str
+    gpu: str
+    fetched_bytes: int
+    total_bytes: int
+    bytes_per_s: float
+
+
+class StartingWorkers:
+    """The starting workers of one gateway. Each stream of reports has a number, since a restarted worker may report
+    before the stream of its last start has ended."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._workers: dict[int, StartingWorker] = {}
+
+    def new_stream(self) -> int:
+        """Return the number of a new stream."""
+        return next(self._numbers)
+
+    def report(self, stream: int, message: pb.StartingWorker) -> None:
+        """Record a report. Raises ValueError for one that cannot be exported."""
+        if not message.worker_id or not message.model:
+            raise ValueError("worker_id and model must not be empty")
+        texts = (message.worker_id, message.model, message.pod, message.host, message.gpu)
+        if max(map(len, texts)) > MAX_CHARS:
+            raise ValueError(f"worker_id, model, pod, host and gpu must not exceed {MAX_CHARS} characters")
+        if not (math.isfinite(message.bytes_per_s) and message.bytes_per_s >= 0):
+            raise ValueError("bytes_per_s must be a finite number, at least 0")
+        if len(self._workers) < MAX_STARTING or stream in self._workers:
+            self._workers[stream] = StartingWorker(
+                *texts, message.fetched_bytes, message.total_bytes, message.bytes_per_s
+            )
+
+    def end(self, stream: int) -> None:
+        """Forget the worker of a stream."""
+        self._workers.pop(stream, None)
+
+    @property
+    def current(self) -> Sequence[StartingWorker]:
+        """The newest report of each worker."""
+        return list({worker.worker_id: worker for worker in list(self._workers.values())}.values())

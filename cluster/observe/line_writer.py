@@ -1,0 +1,127 @@
+"""Writer of log lines: callers put lines into a bounded queue, and a thread writes them to a file descriptor.
+
+Problem: a process writes its log to a pipe whose reader may be slow or stopped, or to a disk that may be full. A direct
+write would block the event loop for as long. Invariants: `write` never waits for the output; at most `max_bytes` wait;
+lines beyond that are dropped and their number is written once there is room; lines stay whole and in order.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import threading
+import time
+from collections.abc import Callable
+
+STDOUT, STDERR = 1, 2
+MAX_PENDING_BYTES = 4 << 20
+BATCH_BYTES = 64 << 10
+PAUSE_S = 0.5
+"""Seconds between two tries to write to an output that fails, such as a file on a full disk."""
+MAX_FAILURES = 3
+"""Number of tries after which the lines of a batch are dropped. The writer then goes on with the next batch."""
+
+
+class LineWriter:
+    """Writes lines to one file descriptor. As structlog's logger, it has a method for each level."""
+
+    def __init__(
+        self, descriptor: int, *, dropped_line: Callable[[int], str], max_bytes: int = MAX_PENDING_BYTES
+    ) -> None:
+        """`dropped_line` returns the line that reports a number of dropped lines."""
+        self._descriptor = descriptor
+        self._dropped_line = dropped_line
+        self._max_bytes = max_bytes
+        self.dropped = 0
+        """Number of lines that were dropped since the start."""
+        self._reset()
+        os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
+        """Forget the waiting lines and the thread, which a fork does not have."""
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
+        self._pending_bytes = 0
+        self._dropped = 0
+        self._thread: threading.Thread | None = None
+
+    def __repr__(self) -> str:
+        return f"<LineWriter to {self._descriptor} pending {self._pending_bytes} bytes>"
+
+    def write(self, line: str) -> None:
+        """Queue a line, without its line end. The line is dropped if too many bytes wait."""
+        data = line.encode("utf-8", "replace") + b"\n"
+        with self._lock:
+            if self._pending_bytes + len(data) > self._max_bytes:
+                self._dropped += 1
+                self.dropped += 1
+                return
+            self._pending_bytes += len(data)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+                self._thread.start()
+        self._queue.put(data)
+
+    debug = info = warning = error = critical = msg = write
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the lines queued before are written. Returns False if that takes longer than `timeout_s`."""
+        if self._thread is None:
+            return True
+        reached = threading.Event()
+        self._queue.put(reached)
+        return reached.wait(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            batch, reached = self._next_batch()
+            if batch:
+                kept = self._write_all(b"".join(batch))
+                with self._lock:
+                    self._pending_bytes -= sum(map(len, batch))
+                    if not kept:
+                        self._dropped += len(batch)
+                        self.dropped += len(batch)
+            self._report_dropped()
+            for event in reached:
+                event.set()
+
+    def _next_batch(self) -> tuple[list[bytes], list[threading.Event]]:
+        """Wait for a line, then return it with the lines that wait too, and the flushes that end with them."""
+        batch: list[bytes] = []
+        reached: list[threading.Event] = []
+        size, item = 0, self._queue.get()
+        while True:
+            if isinstance(item, threading.Event):
+                reached.append(item)
+            else:
+                batch.append(item)
+                size += len(item)
+            if size >= BATCH_BYTES:
+                return batch, reached
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return batch, reached
+
+    def _report_dropped(self) -> None:
+        with self._lock:
+            dropped, self._dropped = self._dropped, 0
+        if dropped and not self._write_all(self._dropped_line(dropped).encode() + b"\n"):
+            with self._lock:
+                self._dropped += dropped
+
+    def _write_all(self, data: bytes) -> bool:
+        """Write bytes. Returns False if the output has failed several times in a row."""
+        view, failures = memoryview(data), 0
+        while view and failures < MAX_FAILURES:
+            try:
+                view = view[os.write(self._descriptor, view) :]
+                failures = 0
+            except BlockingIOError:  # another process with the same output has made it non-blocking
+                select.select((), (self._descriptor,), (), PAUSE_S)
+            except OSError:
+                failures += 1
+                time.sleep(PAUSE_S)
+        return not view

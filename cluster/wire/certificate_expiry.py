@@ -1,0 +1,85 @@
+"""When the certificates of this process expire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, Self
+
+
+class ServerFiles(Protocol):
+    """The files of the client ports (config.gateway.ClientTls)."""
+
+    @property
+    def cert_file(self) -> Path:
+        """Certificate chain of this side."""
+
+    @property
+    def client_ca_file(self) -> Path | None:
+        """Authorities of the callers' certificates."""
+
+
+class LinkFiles(Protocol):
+    """The files of one side of a link (config.gateway.Tls)."""
+
+    @property
+    def cert_file(self) -> Path:
+        """Certificate chain of this side."""
+
+    @property
+    def ca_file(self) -> Path:
+        """Authorities of the other side."""
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateExpiry:
+    """Expiry of the certificates in some files, which are read again when they change.
+
+    A chain ends with its first certificate that expires. Of several authorities, of which a rotation keeps the old one
+    for a while, the last one counts."""
+
+    chains: Sequence[Path] = ()
+    authorities: Sequence[Path] = ()
+    _known: dict[Path, tuple[int, float | None]] = field(default_factory=dict)
+
+    @classmethod
+    def of_gateway(cls, clients: ServerFiles | None, link: LinkFiles | None) -> Self:
+        """Return the expiry of a gateway's files. `clients`: of the client ports. `link`: of the link port."""
+        chains = [tls.cert_file for tls in (clients, link) if tls is not None]
+        authorities = [link.ca_file] if link is not None else []
+        if clients is not None and clients.client_ca_file is not None:
+            authorities.append(clients.client_ca_file)
+        return cls(chains, authorities)
+
+    @classmethod
+    def of_link(cls, link: LinkFiles | None) -> Self:
+        """Return the expiry of the files with which a process dials the gateways."""
+        return cls() if link is None else cls([link.cert_file], [link.ca_file])
+
+    def current(self) -> Iterator[tuple[Path, float]]:
+        """Yield each readable file with its expiry in seconds since the epoch."""
+        for files, is_authority in ((self.chains, False), (self.authorities, True)):
+            for file in files:
+                if (expires_at_s := self._expiry(file, is_authority=is_authority)) is not None:
+                    yield file, expires_at_s
+
+    def _expiry(self, file: Path, *, is_authority: bool) -> float | None:
+        try:
+            stamp = file.stat().st_mtime_ns
+            if file not in self._known or self._known[file][0] != stamp:
+                self._known[file] = stamp, _expiry_in(file.read_bytes(), is_authority=is_authority)
+        except OSError:
+            return None
+        return self._known[file][1]
+
+
+def _expiry_in(content: bytes, *, is_authority: bool) -> float | None:
+    """Return the expiry of the certificates in a PEM file; None if it holds none."""
+    from cryptography import x509
+
+    try:
+        ends = [one.not_valid_after_utc.timestamp() for one in x509.load_pem_x509_certificates(content)]
+    except ValueError:
+        return None
+    return max(ends) if is_authority else min(ends)

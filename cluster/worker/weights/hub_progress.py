@@ -1,0 +1,43 @@
+"""Progress of downloads from the Hugging Face hub, which reports it to progress bars only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.worker.weights.fetching import Progress
+
+
+class _NoOutput:
+    """A file that drops what is written to it."""
+
+    def write(self, text: str) -> int:
+        """Drop a text."""
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+
+def reporting_bar(progress: Progress, name: str) -> type[Any]:
+    """Return a class of progress bars, for the argument `tqdm_class` of snapshot_download, that shows nothing and
+    reports the bytes of the bar that is farthest. `name`: that of the repository.
+
+    snapshot_download counts bytes in one bar or, with two ways of transfer, in two, and files in a further one.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    farthest = (0, 0)
+
+    class ReportingBar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "file": _NoOutput(), "disable": False})
+
+        def update(self, n: float | None = 1) -> Any:
+            nonlocal farthest
+            shown = super().update(n)
+            if self.unit == "B":
+                farthest = max(farthest, (int(self.n), int(self.total or 0)))
+                progress(*farthest, name)
+            return shown
+
+    return ReportingBar

@@ -1,0 +1,94 @@
+"""Metrics stay small whatever the number of tenants, and histograms keep the trace of a value by bucket."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from cluster.observe.metrics import Histogram, Metrics
+
+TRACE_A, TRACE_B = "a" * 32, "b" * 32
+
+MANY_TENANTS = """
+import resource, sys
+from cluster.observe.metrics import Metrics
+from cluster.observe.definitions import DEFINITIONS
+metrics = Metrics("c", max_tenants=500)
+with_tenant = {name: d.labels for name, d in DEFINITIONS.items() if d.kind == "counter" and "tenant" in d.labels}
+for number in range(30_000):
+    tenant = f"tenant-{number % int(sys.argv[1])}"
+    name, labels = list(with_tenant.items())[number % len(with_tenant)]
+    metrics.count(name, *(tenant if label == "tenant" else label for label in labels))
+    if number % len(with_tenant) == 0:
+        for name, labels in with_tenant.items():
+            metrics.count(name, *(tenant if label == "tenant" else label for label in labels))
+page = metrics.render()[1].decode()
+tenants = {part for line in page.splitlines() for part in line.split('"') if part.startswith("tenant-")}
+capped = metrics.registry.get_sample_value("headrace_tenants_capped", {"headrace_cluster": "c"})
+print(len(tenants), 'tenant="other"' in page, int(capped))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+"""
+
+
+def run(tenants: int) -> tuple[str, float]:
+    """Return what a process with so many tenants says of its series, and its peak memory in MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_TENANTS, str(tenants)], capture_output=True, text=True, timeout=300, check=True
+    )
+    series, memory_mb = done.stdout.splitlines()
+    return series, float(memory_mb)
+
+
+def test_ten_thousand_tenants_fit_into_the_cap() -> None:
+    """With 10,000 tenants seen, 500 have series of their own, the others share one and are counted, and the process
+    needs at most 100 MB more than with 10."""
+    few, few_mb = run(10)
+    many, many_mb = run(10_000)
+    assert few == "10 False 0"
+    assert many == "500 True 9500"
+    assert many_mb - few_mb <= 100
+
+
+def page_of(metrics: Metrics) -> list[Sample]:
+    """Return the samples of a page in the OpenMetrics format."""
+    text = metrics.render("application/openmetrics-text")[1].decode()
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
+def test_a_bucket_has_the_last_traced_value() -> None:
+    """The exemplar of a bucket is its last value with a trace, beside counts of all values; the plain text format has
+    no exemplars."""
+    metrics = Metrics("c")
+    ttft = metrics.histogram("time_to_first_token_seconds", "m")
+    for value, trace in ((0.03, TRACE_A), (0.031, TRACE_B), (0.032, ""), (1000.0, TRACE_A), (5000.0, "")):
+        ttft.observe_traced(value, trace)
+    found = {
+        sample.labels["le"]: (sample.exemplar.labels["trace_id"], sample.exemplar.value)
+        for sample in page_of(metrics)
+        if sample.name == "headrace_time_to_first_token_seconds_bucket" and sample.exemplar
+    }
+    assert found == {"0.04": (TRACE_B, 0.031), "2560.0": (TRACE_A, 1000.0)}
+    assert b"trace_id" not in metrics.render()[1]
+    assert ttft.buckets()[-1] == ("+Inf", 5.0)
+
+
+def test_traces_change_no_count() -> None:
+    """A histogram counts a value alike with and without a trace."""
+    plain, traced = Histogram((1.0, 2.0)), Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        plain.observe(value)
+        traced.observe_traced(value, TRACE_A)
+    assert (plain.counts, plain.sum) == (traced.counts, traced.sum)
+    assert [bucket[:2] for bucket in traced.buckets()] == plain.buckets()
+
+
+def test_gauge_functions_may_return_counters() -> None:
+    """A value of a counter that a function returns at a scrape is exported as a counter, beside vLLM's names."""
+    metrics = Metrics("c")
+    metrics.add_gauges(lambda: [("log_lines_dropped_total", (), 3), ("vllm:num_preemptions_total", ("m", "w"), 2)])
+    found = {sample.name: sample.value for sample in page_of(metrics)}
+    assert found["headrace_log_lines_dropped_total"] == 3
+    assert found["vllm:num_preemptions_total"] == 2
