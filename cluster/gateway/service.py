@@ -128,7 +128,7 @@ class CallService:
         """Open a call that lasts as long as the context. Raises CallError if the call cannot run. An error that is
         raised in the context ends the call with the outcome of the error."""
         opening = Opening(request, meta, self.clock(), trace_id=meta.trace_id)
-        self._trace(opening)
+        self._trace(opening, meta.traceparent)
         async with self._until_closed(opening) as cleanup:
             yield await self._begin(opening, cleanup)
 
@@ -136,25 +136,30 @@ class CallService:
     async def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> AsyncIterator[PoolingCall]:
         """Open a pooling call, as `open` does."""
         opening = PoolingOpening(request, meta, self.clock(), trace_id=meta.trace_id)
-        self._trace(opening)
+        self._trace(opening, meta.traceparent)
         async with self._until_closed(opening) as cleanup:
             yield await self._begin_pooling(opening, cleanup)
 
-    def _trace(self, opening: Opening | PoolingOpening) -> None:
-        """Begin the record of a call's spans if the call is sampled, and set its trace id."""
+    def _trace(self, opening: Opening | PoolingOpening, traceparent: str) -> None:
+        """Begin the record of a call's spans if the call is sampled, and set its trace id. `traceparent`: the context
+        of the caller, or of the call at its first gateway."""
         if self._tracer is not None:
-            meta = opening.meta
-            opening.trace = self._tracer.begin(meta.traceparent, meta.trace_state, opening.arrived)
+            opening.trace = self._tracer.begin(traceparent, opening.meta.trace_state, opening.arrived)
             if opening.trace is not None:
                 opening.trace_id = opening.trace.trace_id
+
+    def _end_trace(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
+        """Export the spans of a call if the call is sampled."""
+        if self._tracer is not None and opening.trace is not None:
+            self._tracer.ended(opening.trace, call_facts(opening, outcome, self.clock()))
 
     @asynccontextmanager
     async def _until_closed(self, opening: Opening | PoolingOpening) -> AsyncIterator[Cleanup]:
         """Run the cleanup of a call at the end of the context, with the outcome of the context."""
         meta = opening.meta
         cleanup = Cleanup(opening.log_fields)
-        if (tracer := self._tracer) is not None and (trace := opening.trace) is not None:
-            cleanup.add(lambda outcome: tracer.ended(trace, call_facts(opening, outcome, self.clock())))
+        if self._tracer is not None:
+            cleanup.add(lambda outcome: self._end_trace(opening, outcome))
         if (access_log := self._access_log) is not None:
             cleanup.add(lambda outcome: access_log.record(opening, outcome))
         cleanup.add(lambda outcome: self._end_metrics.count(opening, outcome))
@@ -186,6 +191,8 @@ class CallService:
         self.calls.check_not_closing()
         if opening.request.resume is not None:
             await opening.read_resume_tokens(self._resume_service())
+            if opening.chain is not None and opening.chain.traceparent and not opening.meta.traceparent:
+                self._trace(opening, opening.chain.traceparent)
         requests.check_options(opening.request.options)
         if opening.request.metadata:
             requests.check_metadata(opening.request.metadata)

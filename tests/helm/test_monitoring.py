@@ -98,6 +98,7 @@ WITHOUT_PANEL = {
     "log_lines_dropped_total",
     "model_version_state",
     "model_version_weight_ratio",
+    "spans_total",
     "tenants_capped",
     "weights_fetch_bytes_per_second",
     "weights_fetched_bytes",

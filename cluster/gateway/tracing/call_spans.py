@@ -136,17 +136,22 @@ class SpanBuilder:
     def _wait(self, index: int, before: Attempt | None, attempt: Attempt) -> SpanRecord:
         """Return the span of the wait before an attempt: in the queue, or for another worker after a loss. A resume
         ends with the first token, which is when the caller gets text again."""
-        if before is None:
-            return self._span(names.QUEUE, self._queued_at, attempt.sent_at, {names.SEQUENCE: index})
-        attributes: dict[str, Value] = {names.SEQUENCE: index, names.WAIT_REASON: before.end_reason}
-        since = attempt.sent_at if before.ended_at is None else before.ended_at
+        attributes: dict[str, Value] = {names.SEQUENCE: index}
+        if before is not None:
+            since = attempt.sent_at if before.ended_at is None else before.ended_at
+            attributes[names.WAIT_REASON] = before.end_reason
+        else:
+            since = self._queued_at
         if not attempt.tokens_before:
             return self._span(names.QUEUE, since, attempt.sent_at, attributes)
+        if before is None:
+            attributes[names.WAIT_REASON] = "gateway"
         resumed_at = attempt.route.first_output_at
         until = self._end_of(attempt) if resumed_at is None else resumed_at
         attributes |= {names.TOKENS_BEFORE: attempt.tokens_before}
+        followed = (attempt,) if before is None else (before, attempt)
         return self._span(
-            names.RESUME, since, until, attributes, links=(before.context.span_id, attempt.context.span_id)
+            names.RESUME, since, until, attributes, links=tuple(each.context.span_id for each in followed)
         )
 
     def _unserved(self, index: int, before: Attempt, known: SequenceFacts) -> SpanRecord:

@@ -21,7 +21,7 @@ from cluster.observe import semantic_conventions as names
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
-from tests.support.calls import chat, complete, refused, rest_of, text_of
+from tests.support.calls import chat, complete, refused, rest_of, resume, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.http import chat_body, fetch
 from tests.support.keyed import bearer, keyed_cluster
@@ -106,10 +106,10 @@ async def test_a_call_is_followed_from_its_caller_to_the_ledger_over_a_resume(
         assert lost[names.TOKENS] + resumed[names.TOKENS] == 60
         assert resumed[names.TOKENS_BEFORE] == lost[names.TOKENS] > 0
         assert resumed.links == [lost.id]
-        resume = only(spans, names.RESUME)
-        assert (resume[names.WAIT_REASON], resume.links) == ("lost", [lost.id, resumed.id])
-        assert lost.end_s - 0.001 <= resume.start_s
-        assert resume.end_s <= resumed.end_s + 0.001
+        wait = only(spans, names.RESUME)
+        assert (wait[names.WAIT_REASON], wait.links) == ("lost", [lost.id, resumed.id])
+        assert lost.end_s - 0.001 <= wait.start_s
+        assert wait.end_s <= resumed.end_s + 0.001
         for attempt in (lost, resumed):
             below = {span.name: span for span in spans if span.parent == attempt.id}
             assert below.keys() >= {names.ROUTE, names.PREFILL, names.DECODE}
@@ -219,6 +219,26 @@ async def test_the_caller_or_the_ratio_decides(
         assert submitted[0] == NOT_SAMPLED
         attempts = {span.id: span.trace for span in collector.spans if span.name == names.ATTEMPT}
         assert {text.split("-")[2]: text.split("-")[1] for text in submitted[1:]} == attempts
+
+
+async def test_a_call_that_its_client_resumes_stays_in_its_trace(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
+) -> None:
+    """A stream whose client comes back with resume tokens has a second call in the trace of the first, below the first
+    call's span, although the client names no trace; it begins with a resume."""
+    async with traced_cluster(tmp_path, collector) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+        request = chat(max_tokens=40, ignore_eos=True, resumable=True)
+        call = cluster.stub.StreamChat(request)
+        chunks = [await read(call) for _ in range(5)]
+        call.cancel()
+        (first,) = await collector.until_calls(1)
+        await rest_of(cluster.stub.Resume(resume(request, chunks)))
+        _, second = await collector.until_calls(2)
+        assert (second.trace, second.parent, second[names.IS_CONTINUED]) == (first.trace, first.id, True)
+        waited = only(collector.of_trace(first.trace), names.RESUME)
+        assert (waited.parent, waited[names.WAIT_REASON]) == (second.id, "gateway")
+        assert waited[names.TOKENS_BEFORE] > 0
 
 
 async def test_callers_may_be_ignored(tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector) -> None:
