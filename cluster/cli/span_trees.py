@@ -40,7 +40,8 @@ def _lines(
 ) -> Iterable[str]:
     """Yield the line of a span and the lines of the spans below it. `first` and `rest`: what is drawn before them."""
     at, lasts = _duration(span.start_s - root.start_s), _duration(span.end_s - span.start_s)
-    parts = (f"{words}{span.attributes[name]}" for name, words in _SHOWN.items() if name in span.attributes)
+    parts = [f"{words}{span.attributes[name]}" for name, words in _SHOWN.items() if name in span.attributes]
+    parts += [f"{event.name} +{_duration(event.at_s - root.start_s)}" for event in span.events]
     mark = "!" if span.error else ""
     name = f"{first}{span.name}{mark}"
     yield f"  {name:<{NAME_WIDTH}} {'+' + at:>{TIME_WIDTH}} {lasts:>{TIME_WIDTH}}  {', '.join(parts)}".rstrip()

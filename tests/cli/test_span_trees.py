@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cluster.cli.span_trees import trees
 from cluster.observe import semantic_conventions as names
-from cluster.observe.spans import SpanKind, SpanRecord
+from cluster.observe.spans import SpanEvent, SpanKind, SpanRecord
 
 
 def span(name: str, span_id: str, parent: str, start: float, end: float, error: str = "", **more: str) -> SpanRecord:
@@ -20,7 +22,10 @@ def test_a_call_is_one_tree_in_the_order_of_time() -> None:
     shown = list(
         trees(
             [
-                span("attempt", "3", "1", 10.2, 11.5, "lost", WORKER="w1", ATTEMPT_END="lost"),
+                replace(
+                    span("attempt", "3", "1", 10.2, 11.5, "lost", WORKER="w1", ATTEMPT_END="lost"),
+                    events=[SpanEvent(names.FIRST_TOKEN, 10.9)],
+                ),
                 span("chat m", "1", "caller", 10.0, 12.0, OUTCOME="ok", TENANT="acme"),
                 span("prefill", "4", "3", 10.3, 10.9),
                 span("admission", "2", "1", 10.0, 10.1),
@@ -34,7 +39,7 @@ def test_a_call_is_one_tree_in_the_order_of_time() -> None:
                 f"trace {'a' * 32}",
                 "  chat m                        +0.0 ms     2.00 s  ok, tenant acme",
                 "  ├─ admission                  +0.0 ms   100.0 ms",
-                "  └─ attempt!                 +200.0 ms     1.30 s  lost, worker w1",
+                "  └─ attempt!                 +200.0 ms     1.30 s  lost, worker w1, first token +900.0 ms",
                 "     └─ prefill               +300.0 ms   600.0 ms",
             )
         ),

@@ -72,7 +72,7 @@ class SpanBuilder:
         before: Attempt | None = None
         for at, attempt in enumerate(attempts):
             later = next((other.tokens_before for other in attempts[at + 1 :] if not other.is_hedge), known.tokens)
-            tokens = 0 if attempt.end_reason == "hedged" else max(later - attempt.tokens_before, 0)
+            tokens = 0 if attempt.route.first_output_at is None else max(later - attempt.tokens_before, 0)
             if not attempt.is_hedge:
                 yield self._wait(index, before, attempt)
             yield from self._attempt(attempt, before, tokens, known)

@@ -63,7 +63,7 @@ def check_tree(spans: list[SpanRecord]) -> None:
     root, *others = spans
     known = {span.span_id: span for span in spans}
     assert len(known) == len(spans), "each span has an id of its own"
-    assert all(span.trace_id == TRACE_ID for span in spans)
+    assert {span.trace_id for span in spans} == {root.trace_id}
     assert all(span.start_s <= span.end_s for span in spans)
     for span in others:
         parent = known[span.parent_id]

@@ -280,17 +280,14 @@ class EngineContract:
 
     async def test_first_output_of_a_sampled_call_has_its_times(self, engine: Subject) -> None:
         """The first output of a request with a sampled traceparent, and no other output, has the times that the engine
-        has measured: they are part of the time that the request has taken."""
+        has measured."""
         driver, context = Driver(engine), f"00-{'a' * 32}-{'b' * 16}"
-        started = time.monotonic()
         (sampled,) = await driver.run(request(engine.prompt(13), traceparent=f"{context}-01"))
-        taken_s = time.monotonic() - started
         (other,) = await driver.run(request(engine.prompt(13), traceparent=f"{context}-00"))
         times = sampled.outputs[0].times
         assert times is not None
         assert times.queue_s >= 0
-        assert 0 < times.prefill_s < taken_s
-        assert times.first_output_s < taken_s
+        assert 0 < times.prefill_s <= times.first_output_s < engine.deadline_s
         assert [o.times for o in (*sampled.outputs[1:], *other.outputs)] == [None] * (len(sampled.outputs) + 5)
 
     async def test_greedy_alone_equals_greedy_in_a_batch(self, engine: Subject) -> None:
