@@ -68,6 +68,8 @@ async def test_a_call_is_followed_from_its_caller_to_the_ledger_over_a_resume(
     the usage record."""
     async with keyed_cluster(tmp_path, tracing(collector)) as keyed:
         cluster, places = keyed.cluster, {}
+        assert keyed.gateway.accounting is not None
+        keyed.gateway.accounting._grace_s = 0.1  # the killed worker never reports its counts
         for pod in ("pod-a", "pod-b"):
             engine = sim_engine(checkpoint, decode_ms=5)
             worker = await cluster.add_worker(engine, bundle, pod=pod, host=f"node-of-{pod}")
