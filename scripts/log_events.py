@@ -16,6 +16,7 @@ NOTES = ("peer", "reason", "not_logged_before")
 WORKER_FIELDS = ("worker", "worker_node", "worker_pod", "worker_gpu")
 """Fields that cluster/gateway/links/worker_fields.py adds to a line."""
 LIFETIME = "cluster/http2/lifetime.py"
+LOGGERS = ("log", "self._log")
 MORE = "..."
 """Stands for fields whose names are known only when the line is logged."""
 
@@ -55,7 +56,7 @@ def events_in(text: str, file: str) -> Iterator[LoggedEvent]:
         method, place = node.func.attr, f"{file}:{node.lineno}"
         if method == "_note" and file == LIFETIME:
             yield from (LoggedEvent(name, "warning", NOTES, place) for name in _names(node))
-        elif method in LEVELS and isinstance(node.func.value, ast.Name) and node.func.value.id == "log":
+        elif method in LEVELS and ast.unparse(node.func.value) in LOGGERS:
             level = "error" if method == "exception" else method
             fields = (*_fields(node), *(("exception",) if method == "exception" else ()))
             yield from (LoggedEvent(name, level, fields, place) for name in _names(node))

@@ -9,13 +9,16 @@ import atexit
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, MutableMapping
 from contextvars import ContextVar, Token
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import structlog
 
-from cluster.observe.line_writer import STDERR, LineWriter
+from cluster.observe.line_writer import STDERR, Event, LineWriter
 
 MAX_FIELD_CHARS = 8192
 """Longest text of one field of a line; the rest is cut off."""
@@ -30,21 +33,19 @@ _at_flush: list[Callable[[float], object]] = []
 _writers: list[LineWriter] = []
 
 
-def configure(level: str = "info", *, descriptor: int = STDERR, **fields: str) -> LineWriter:
+def configure(level: str, fields: Mapping[str, str], *, descriptor: int = STDERR) -> LineWriter:
     """Configure structlog for this process, and for its child processes that call `configure_as_parent`; `fields` are
     added to every line. Returns the writer of the lines.
 
     `descriptor`: the file descriptor to which the lines are written."""
-    os.environ[_CHILDREN] = json.dumps({"level": level, "descriptor": descriptor, "fields": fields})
-    writer = LineWriter(descriptor, dropped_line=_dropped_line(fields))
+    os.environ[_CHILDREN] = json.dumps({"level": level, "descriptor": descriptor, "fields": dict(fields)})
+    writer = LineWriter(descriptor, render=partial(_render, fields), dropped_event=_dropped_event)
     structlog.configure(
         processors=[
-            _with_fields(fields),
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _stamp,
             structlog.processors.format_exc_info,
-            _cut_texts,
-            structlog.processors.JSONRenderer(),
+            _as_argument,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=lambda *_: writer,
@@ -61,7 +62,7 @@ def configure_as_parent() -> None:
     """Configure structlog as the parent process has done. Does nothing if the parent has not called `configure`."""
     if text := os.environ.get(_CHILDREN, ""):
         settings = json.loads(text)
-        configure(settings["level"], descriptor=settings["descriptor"], **settings["fields"])
+        configure(settings["level"], settings["fields"], descriptor=settings["descriptor"])
 
 
 def flush(timeout_s: float = END_S) -> None:
@@ -110,28 +111,32 @@ def ids_of_call(request_id: str, trace_id: str) -> dict[str, str]:
     return {"request_id": request_id, "trace_id": trace_id} if trace_id else {"request_id": request_id}
 
 
-def _with_fields(fields: Mapping[str, str]) -> structlog.typing.Processor:
-    def add(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        return {**fields, **event}
-
-    return add
-
-
-def _cut_texts(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Cut long texts, so that no line is longer than its fields allow."""
-    for name, value in event.items():
-        if type(value) is str and len(value) > MAX_FIELD_CHARS:
-            event[name] = f"{value[:MAX_FIELD_CHARS]}... ({len(value)} characters)"
+def _stamp(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    event["timestamp"] = time.time()
     return event
 
 
-def _dropped_line(fields: Mapping[str, str]) -> Callable[[int], str]:
-    def line(dropped: int) -> str:
-        event: MutableMapping[str, Any] = {**fields, "event": "log.lines_dropped", "lines": dropped, "level": "warning"}
-        stamped = structlog.processors.TimeStamper(fmt="iso", utc=True)(None, "warning", event)
-        return str(structlog.processors.JSONRenderer()(None, "warning", stamped))
+def _as_argument(_: Any, __: str, event: MutableMapping[str, Any]) -> tuple[tuple[MutableMapping[str, Any]], Event]:
+    """Return the arguments with which structlog calls the method of the writer."""
+    return (event,), {}
 
-    return line
+
+def _dropped_event(dropped: int) -> Event:
+    return {"event": "log.lines_dropped", "lines": dropped, "level": "warning", "timestamp": time.time()}
+
+
+def _render(fields: Mapping[str, str], event: Event) -> str:
+    """Return the line of an event: a JSON object with the fields of the process, in which long texts are cut."""
+    whole = {**fields, **event}
+    for name, value in whole.items():
+        if type(value) is str and len(value) > MAX_FIELD_CHARS:
+            whole[name] = f"{value[:MAX_FIELD_CHARS]}... ({len(value)} characters)"
+    whole["timestamp"] = datetime.fromtimestamp(event["timestamp"], UTC).isoformat().replace("+00:00", "Z")
+    try:
+        return json.dumps(whole, default=repr)
+    except (TypeError, ValueError, RecursionError) as error:  # a value that refers to itself, a key that is no text
+        plain = {"event": str(event.get("event")), "error": f"its fields are no JSON: {error}"}
+        return json.dumps({**fields, **plain, "timestamp": whole["timestamp"]})
 
 
 def keep_handlers_open(logger: logging.Logger) -> None:

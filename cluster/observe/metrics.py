@@ -152,4 +152,4 @@ class Metrics(Collector):
         if OPEN_METRICS not in accept:
             return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self.registry)
         # All names are valid in the old form; other escapings would spoil their colons (prometheus_client 0.26).
-        return openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest(self.registry, escaping=ALLOWUTF8)
+        return openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest(self.registry, escaping=ALLOWUTF8)  # type: ignore[no-untyped-call]

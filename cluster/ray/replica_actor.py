@@ -103,7 +103,7 @@ def _configure_log(replica: Replica) -> None:
         "node": place.host or place.node,
         **gpu,
     }
-    log.configure(os.environ.get("HEADRACE_LOG_LEVEL", "info"), descriptor=STDOUT, **fields)
+    log.configure(os.environ.get("HEADRACE_LOG_LEVEL", "info"), fields, descriptor=STDOUT)
     copy_output(os.environ.get(PATH_VARIABLE, ""), fields, end_causes.file_of)
 
 

@@ -41,7 +41,7 @@ class CertificateExpiry:
 
     chains: Sequence[Path] = ()
     authorities: Sequence[Path] = ()
-    _known: dict[Path, tuple[int, float | None]] = field(default_factory=dict)
+    _known: dict[tuple[Path, bool], tuple[int, float | None]] = field(default_factory=dict)
 
     @classmethod
     def of_gateway(cls, clients: ServerFiles | None, link: LinkFiles | None) -> Self:
@@ -65,13 +65,14 @@ class CertificateExpiry:
                     yield file, expires_at_s
 
     def _expiry(self, file: Path, *, is_authority: bool) -> float | None:
+        key = file, is_authority
         try:
             stamp = file.stat().st_mtime_ns
-            if file not in self._known or self._known[file][0] != stamp:
-                self._known[file] = stamp, _expiry_in(file.read_bytes(), is_authority=is_authority)
+            if key not in self._known or self._known[key][0] != stamp:
+                self._known[key] = stamp, _expiry_in(file.read_bytes(), is_authority=is_authority)
         except OSError:
             return None
-        return self._known[file][1]
+        return self._known[key][1]
 
 
 def _expiry_in(content: bytes, *, is_authority: bool) -> float | None:

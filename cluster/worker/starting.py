@@ -45,8 +45,8 @@ class StartingReports:
                 while True:
                     await call.write(self._message())
                     await asyncio.sleep(REPORT_S)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the second for a write after the call's end
+                if await call.code() is not grpc.StatusCode.UNIMPLEMENTED:
                     raise
                 await asyncio.Event().wait()  # a gateway of an older release: nothing to report there
             finally:

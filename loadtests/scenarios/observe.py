@@ -38,7 +38,8 @@ from loadtests.scenarios.relay import bind, relay_cpu
 from loadtests.serving import ours as serving
 
 ROUNDS = 20
-SCRAPE_S = 5.0
+SCRAPE_S = 15.0
+"""Seconds between two scrapes, as in the chart."""
 TRACE_RATIO = 0.01
 PROMPT_WORDS = 24
 LIMITS = Limits(call_s=60.0, run_s=120.0)

@@ -86,7 +86,7 @@ async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: St
     from cluster.process import memory
 
     config = read_config(file)
-    log.configure(config.observe.log_level, cluster=config.name, part="gateway")
+    log.configure(config.observe.log_level, {"cluster": config.name, "part": "gateway"})
 
     def ready(endpoints: dict[str, str]) -> None:
         memory.freeze_objects()  # as `headrace gateway` does

@@ -40,7 +40,8 @@ async def page(cluster: TestCluster) -> Any:
             return str(answer.read().decode())
 
     text = await asyncio.to_thread(fetch)
-    return {family.name: family for family in text_string_to_metric_families(text)}
+    families = text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
+    return {family.name: family for family in families}
 
 
 def exemplars(family: Any) -> set[str]:
@@ -155,12 +156,13 @@ async def test_a_starting_worker_shows_its_weights(cluster: TestCluster) -> None
         assert (info.labels["pod"], info.labels["node"], info.labels["gpu"]) == ("gpu-0", "n1", "H100")
         await call.done_writing()
         await until(lambda: not cluster.gateway.hub.starting.current, "it is forgotten")
-        for wrong in ({"bytes_per_s": float("nan")}, {"worker_id": "x" * 300}, {"model": ""}):
+        wrongs: tuple[dict[str, Any], ...] = ({"bytes_per_s": float("nan")}, {"worker_id": "x" * 300}, {"model": ""})
+        for wrong in wrongs:
             call = link_grpc.LinkStub(link).Starting()
             message = link_pb.StartingWorker()
             message.CopyFrom(report)
-            for name, value in wrong.items():
-                setattr(message, name, value)
+            for name in wrong:
+                setattr(message, name, wrong[name])
             await call.write(message)
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert not cluster.gateway.hub.starting.current

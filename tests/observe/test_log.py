@@ -12,11 +12,11 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from cluster.observe import log
 from cluster.observe.line_writer import LineWriter
@@ -24,7 +24,7 @@ from cluster.observe.line_writer import LineWriter
 PROGRAM = """
 import structlog
 from cluster.observe import log
-log.{configure}
+log.CONFIGURE
 structlog.get_logger("x").info("part.began", text="x" * 10_000, size=3)
 try:
     raise ValueError("why")
@@ -36,7 +36,7 @@ except ValueError:
 def lines_of(configure: str, **environment: str) -> list[dict[str, Any]]:
     """Return what a process logs to standard error that configures its log in this way."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(configure=configure)],
+        [sys.executable, "-c", PROGRAM.replace("CONFIGURE", configure)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -49,7 +49,7 @@ def lines_of(configure: str, **environment: str) -> list[dict[str, Any]]:
 def test_a_line_is_json_with_the_fields_of_its_process() -> None:
     """Each line is a JSON object with time in UTC, level, event and the fields of event and process, is bounded, and is
     written although the process ends at once; an exception is one field."""
-    began, failed = lines_of("configure('info', cluster='c', part='gateway')")
+    began, failed = lines_of("configure('info', {'cluster': 'c', 'part': 'gateway'})")
     assert (began["cluster"], began["part"], began["event"], began["level"]) == ("c", "gateway", "part.began", "info")
     assert began["timestamp"].endswith("Z")
     assert began["size"] == 3
@@ -57,6 +57,25 @@ def test_a_line_is_json_with_the_fields_of_its_process() -> None:
     assert began["text"].endswith("(10000 characters)")
     assert failed["level"] == "error"
     assert "ValueError: why" in failed["exception"]
+
+
+def test_any_value_of_a_field_is_rendered() -> None:
+    """A value that JSON does not have is written in words, and an event that refers to itself still has a line."""
+    loop: dict[str, Any] = {}
+    loop["loop"] = loop
+    reader, output = os.pipe()
+    writer = log.configure("info", {"part": "gateway"}, descriptor=output)
+    try:
+        logger = structlog.get_logger("test")
+        logger.info("part.began", path=Path("/x"), size=float("inf"))
+        logger.info("part.looped", value=loop)
+        assert writer.flush(60.0)
+        began, looped = map(json.loads, os.read(reader, 65_536).splitlines())
+        assert "/x" in began["path"]
+        assert (looped["event"], looped["part"]) == ("part.looped", "gateway")
+    finally:
+        structlog.reset_defaults()
+        os.close(reader)
 
 
 def test_a_child_process_logs_as_its_parent_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,15 +88,14 @@ def test_a_child_process_logs_as_its_parent_does(monkeypatch: pytest.MonkeyPatch
     log.configure_as_parent()
 
 
-def dropped_line(dropped: int) -> str:
-    """Return the line that reports dropped lines."""
-    return f"dropped {dropped}"
-
-
-def read_all(descriptor: int, into: list[bytes], until: Callable[[bytes], bool]) -> None:
-    """Read a pipe into `into` until its content satisfies `until`."""
-    while not until(b"".join(into)):
-        into.append(os.read(descriptor, 65_536))
+def writer_to(output: int, max_bytes: int = 1 << 20) -> LineWriter:
+    """Return a writer of plain lines, which reports dropped ones as `dropped NUMBER`."""
+    return LineWriter(
+        output,
+        render=lambda event: str(event["line"]),
+        dropped_event=lambda dropped: {"line": f"dropped {dropped}"},
+        max_bytes=max_bytes,
+    )
 
 
 def test_a_full_output_never_makes_a_caller_wait() -> None:
@@ -85,21 +103,30 @@ def test_a_full_output_never_makes_a_caller_wait() -> None:
     lines come whole and in order, and their number and that of the dropped ones add up."""
     reader, output = os.pipe()
     fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, 4096)
-    writer = LineWriter(output, dropped_line=dropped_line, max_bytes=20_000)
+    writer = writer_to(output, max_bytes=100_000)
     for number in range(1000):
-        writer.write(f"line {number} {'x' * 90}")
+        writer.write({"line": f"line {number} {'x' * 90}"})
     assert writer.dropped > 700
     assert not writer.flush(0.01)
     got: list[bytes] = []
-    reading = threading.Thread(target=read_all, args=(reader, got, lambda data: b"dropped" in data))
+
+    def counts() -> tuple[list[int], int]:
+        """Return the numbers of the lines that were read, and the sum of the reported dropped ones."""
+        whole = b"".join(got).decode().split("\n")[:-1]
+        numbers = [int(line.split()[1]) for line in whole if line.startswith("line ")]
+        return numbers, sum(int(line.split()[1]) for line in whole if line.startswith("dropped "))
+
+    def read_all() -> None:
+        while len(counts()[0]) + counts()[1] < 1000:
+            got.append(os.read(reader, 65_536))
+
+    reading = threading.Thread(target=read_all)
     reading.start()
     assert writer.flush(60.0)
     reading.join(60.0)
-    *lines, last = b"".join(got).decode().splitlines()
-    numbers = [int(line.split()[1]) for line in lines]
+    numbers, dropped = counts()
     assert numbers == list(range(len(numbers)))
-    assert last == dropped_line(1000 - len(numbers))
-    assert writer.dropped == 1000 - len(numbers)
+    assert dropped == writer.dropped == 1000 - len(numbers)
     os.close(reader)
     os.close(output)
 
@@ -110,15 +137,15 @@ def test_a_failing_output_loses_lines_and_counts_them(tmp_path: Path, monkeypatc
     monkeypatch.setattr("cluster.observe.line_writer.PAUSE_S", 0.001)
     file = tmp_path / "log"
     output = os.open("/dev/full", os.O_WRONLY)
-    writer = LineWriter(output, dropped_line=dropped_line)
-    writer.write("lost")
+    writer = writer_to(output)
+    writer.write({"line": "lost"})
     assert writer.flush(60.0)
     assert writer.dropped == 1
     working = os.open(file, os.O_WRONLY | os.O_CREAT)
     os.dup2(working, output)
-    writer.write("kept")
+    writer.write({"line": "kept"})
     assert writer.flush(60.0)
-    assert file.read_text() == f"kept\n{dropped_line(1)}\n"
+    assert file.read_text() == "kept\ndropped 1\n"
     os.close(working)
     os.close(output)
 
@@ -126,12 +153,12 @@ def test_a_failing_output_loses_lines_and_counts_them(tmp_path: Path, monkeypatc
 def test_a_forked_process_writes_its_own_lines() -> None:
     """A fork has neither the lines that waited in its parent nor a lock that its parent held, and can write."""
     reader, output = os.pipe()
-    writer = LineWriter(output, dropped_line=dropped_line)
-    writer.write("parent")
+    writer = writer_to(output)
+    writer.write({"line": "parent"})
     assert writer.flush(60.0)
     child = os.fork()
     if not child:
-        writer.write("child")
+        writer.write({"line": "child"})
         os._exit(0 if writer.flush(60.0) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert os.read(reader, 1000) == b"parent\nchild\n"

@@ -55,7 +55,8 @@ def test_ten_thousand_tenants_fit_into_the_cap() -> None:
 def page_of(metrics: Metrics) -> list[Sample]:
     """Return the samples of a page in the OpenMetrics format."""
     text = metrics.render("application/openmetrics-text")[1].decode()
-    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    families = text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
+    return [sample for family in families for sample in family.samples]
 
 
 def test_a_bucket_has_the_last_traced_value() -> None:

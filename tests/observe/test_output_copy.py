@@ -27,7 +27,7 @@ from cluster.observe.line_writer import STDOUT
 from cluster.observe.output_copy import copy_output
 from cluster.worker.engine.processes.end_causes import file_of
 fields = {"worker": "m-1"}
-log.configure("info", descriptor=STDOUT, **fields)
+log.configure("info", fields, descriptor=STDOUT)
 copy_output("/proc/%d/fd/1" % os.getppid(), fields, file_of)
 structlog.get_logger("x").info("worker.ready")
 os.system("echo INFO from a child >&2")

@@ -51,6 +51,9 @@ class DeafGateway(pb_grpc.LinkServicer):
     async def Bulk(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         await asyncio.Event().wait()
 
+    async def Starting(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        raise AssertionError("no worker starts here")
+
 
 @pytest.mark.slow
 async def test_a_deaf_gateway_slows_nobody(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:

@@ -461,6 +461,9 @@ class Gateway(pb_grpc.LinkServicer):
         self.tokens: dict[int, list[int]] = {}
         self.finished: set[int] = set()
 
+    async def Starting(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        raise AssertionError("no worker starts here")
+
     async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         self.hello = (await context.read()).hello
         await context.write(pb.GatewayTurn(welcome=pb.Welcome(protocol=1, gateway_id="g", incarnation="g1")))

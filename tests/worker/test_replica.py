@@ -7,6 +7,7 @@ import re
 import threading
 from dataclasses import replace
 
+import grpc
 import pytest
 
 from cluster.api.ports import EngineCorrupt, EngineDead
@@ -17,6 +18,7 @@ from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.open_model import open_model
 from cluster.worker.replica import OpenedModel, Replica, ReplicaPlacement
 from cluster.worker.settings import ModelRefused, ReplicaSettings
+from cluster.worker.starting import FIRST_S, StartingReports
 from cluster.worker.weights.fetch_progress import FetchProgress
 from tests.support.serving import Door, eventually, greedy
 
@@ -80,6 +82,28 @@ async def test_a_start_shows_how_far_its_weights_are(door: Door) -> None:
             await door.worker("m")
         await eventually(lambda: not door.hub.starting.current, "its reports have ended")
         await replica.stop()
+
+
+async def test_a_gateway_of_an_older_release_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway that does not know the reports of starts gets one call; the worker then waits until its start ends."""
+    monkeypatch.setattr("cluster.worker.starting.REPORT_S", 0.01)
+    asked: list[str] = []
+
+    class Unknown(grpc.GenericRpcHandler):
+        def service(self, handler_call_details: grpc.HandlerCallDetails) -> None:
+            asked.append(handler_call_details.method)
+
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Unknown(),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    spec = ModelSpec(name="m", source=SOURCE)
+    reports = StartingReports("m-r1", "", "n", "", ReplicaSettings(spec, "test", (address,)), FetchProgress())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(FIRST_S + 1.0):
+            await reports.run()
+    assert asked == ["/cluster.link.v1.Link/Starting"]
+    await server.stop(0)
 
 
 async def test_stop_drains_what_runs(door: Door) -> None:

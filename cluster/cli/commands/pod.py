@@ -58,7 +58,7 @@ def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", c
     loaded = _load(file, check, load_for_gateway)
     config = loaded.config
     _refuse_lacks(gateway_problems(config), file, check)
-    log.configure(config.observe.log_level, cluster=config.name, part="gateway", **place_fields())
+    log.configure(config.observe.log_level, {"cluster": config.name, "part": "gateway", **place_fields()})
     disable_core_dumps()
     link = bound_link(config)
     from cluster.gateway.config_state import ConfigState
@@ -92,7 +92,7 @@ def controller(
     loaded = _load(file, check, load_for_controller)
     config = loaded.config
     _refuse_lacks(controller_problems(config), file, check)
-    log.configure(config.observe.log_level, cluster=config.name, part="controller", **place_fields())
+    log.configure(config.observe.log_level, {"cluster": config.name, "part": "controller", **place_fields()})
     raise_descriptor_limit()
     make_private_folder(folder)
 

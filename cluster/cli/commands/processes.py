@@ -54,7 +54,7 @@ def gateway(
         fail(f"--process {process}: gateway.processes is {config.gateway.processes}, and they count from 0", USAGE)
     if drain_s is not None:
         config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"drain_timeout_s": drain_s})})
-    log.configure(config.observe.log_level, cluster=config.name, part=part_name(process))
+    log.configure(config.observe.log_level, {"cluster": config.name, "part": part_name(process)})
     disable_core_dumps()
     link = bound_link(config, process)
     from cluster.gateway.config_state import ConfigState
@@ -118,7 +118,8 @@ def controller(
     dial = tuple(gateways or config.link.gateways)
     if not dial:
         fail("link.gateways: empty: set it, or give --gateway HOST:PORT", USAGE)
-    log.configure(config.observe.log_level, cluster=config.name, part="controller")
+    log.configure(config.observe.log_level, {"cluster": config.name, "part": "controller"})
+    os.environ.setdefault("HEADRACE_LOG_LEVEL", config.observe.log_level)  # of the replicas that its driver deploys
     raise_descriptor_limit()
     exported, gauges = controller_metrics(config)
     gauges.leads = True

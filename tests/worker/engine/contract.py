@@ -14,10 +14,11 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
+from cluster.api.demand import EngineCounts
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused, KvEventSource
 from cluster.api.types import (
@@ -322,15 +323,22 @@ class EngineContract:
         assert not set(answer.token_ids[:5]) & set(stops)
 
     async def test_salts_isolate_the_prefix_cache(self, engine: Subject) -> None:
-        """A prompt is found in the cache in whole blocks with its own salt, and never with another salt."""
+        """A prompt is found in the cache in whole blocks with its own salt, and never with another salt. The engine's
+        counts have the tokens that were looked up and found."""
         driver = Driver(engine)
         size = engine.info.block_size
         prompt = engine.prompt(9, tokens=2 * size + 1)
+        counted: Any = getattr(engine.engine, "_engine", engine.engine)
+        before: EngineCounts = counted.counts()
         cached = [
             (await driver.run(request(prompt, max_tokens=1, cache_salt=salt)))[0].outputs[0].cached_tokens
             for salt in ("cache-a", "cache-a", "cache-b", "")
         ]
         assert cached == [0, 2 * size, 0, 0]
+        after: EngineCounts = counted.counts()
+        assert after.prefix_query_tokens - before.prefix_query_tokens == 4 * len(prompt)
+        assert after.prefix_hit_tokens - before.prefix_hit_tokens == 2 * size
+        assert after.preemptions == before.preemptions
 
     @pytest.mark.parametrize("k", [0, 3])
     async def test_logprobs_have_the_sampled_token_first(self, engine: Subject, k: int) -> None:

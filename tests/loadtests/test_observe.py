@@ -1,0 +1,58 @@
+"""The parts of the scenario observe: a gateway without metrics, and a collector that drops what it gets."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from cluster.config.schema import parse
+from loadtests.children import free_port
+from loadtests.scenarios.observe import OBSERVE_OFF, observe_on
+from loadtests.serving import otlp_sink
+from loadtests.serving.ours import configuration
+
+WITHOUT = """
+from loadtests.serving.gateway import turn_metrics_off
+turn_metrics_off()
+from cluster.observe.metrics import Metrics
+metrics = Metrics("c")
+metrics.count("hedges_total", "m", "won")
+metrics.histogram("queue_time_seconds", "m").observe(1.0)
+metrics.histogram("request_duration_seconds", "m").observe_traced(1.0, "a" * 32)
+labels = {"headrace_cluster": "c", "model": "m", "outcome": "won"}
+print(metrics.registry.get_sample_value("headrace_hedges_total", labels))
+print(*metrics.histogram("request_duration_seconds", "m").counts, *metrics.histogram("queue_time_seconds", "m").counts)
+"""
+
+
+def test_the_arm_without_metrics_counts_nothing() -> None:
+    """With the witness, counters have no series and histograms stay empty."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=300, check=True)
+    counter, histograms = done.stdout.splitlines()
+    assert counter == "None"
+    assert set(histograms.split()) == {"0"}
+
+
+async def test_the_collector_accepts_spans() -> None:
+    """The collector answers an export with an empty message, and no other method."""
+    port = free_port()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        serving = asyncio.create_task(otlp_sink.serve(port))
+        await channel.channel_ready()
+        export: Any = channel.unary_unary(otlp_sink.EXPORT)
+        assert await export(b"spans", timeout=60) == b""
+        other: Any = channel.unary_unary("/other.Service/Method")
+        call = other(b"", timeout=60)
+        assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
+        serving.cancel()
+
+
+def test_both_arms_have_valid_configurations(tmp_path: Path) -> None:
+    """The configuration of each arm is one that a gateway accepts."""
+    for section in (OBSERVE_OFF, observe_on(4317)):
+        assert parse(configuration("m", tmp_path, observe=section)).observe.log_level in ("info", "error")
