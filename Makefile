@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton minilm suites client-suites contract-v2 killers gpu-contract window clean clean-all
+.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference dashboards requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton minilm suites client-suites contract-v2 killers gpu-contract window clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -84,6 +84,7 @@ check: setup ## format, lint, types, protos, generated code, architecture
 	$(VENV)/buf lint
 	scripts/protos.sh --check
 	PYTHONPATH=. $(VENV)/python scripts/chart_schema.py --check
+	PYTHONPATH=. $(VENV)/python -m scripts.dashboards --check
 	$(VENV)/python -m pytest -q tests/test_architecture.py
 
 format: setup ## let ruff put format and imports right
@@ -95,6 +96,9 @@ protos: setup ## regenerate the Python code of protos/
 
 reference: setup ## regenerate docs/reference from the code
 	PYTHONPATH=. $(VENV)/python scripts/reference.py
+
+dashboards: setup ## write Grafana's dashboards, helm/files/dashboards, from scripts/dashboards
+	PYTHONPATH=. $(VENV)/python -m scripts.dashboards
 
 requirements: setup ## recompile the pinned files of requirements/ (ARGS=--upgrade takes newer releases)
 	scripts/requirements.sh $(ARGS)

@@ -2,7 +2,8 @@
 
 helm/values.schema.json gets the schema that `headrace config schema` prints, as `config`. cluster/cli/chart_values.json
 gets a part of helm/values.yaml; `headrace config check` merges an operator's values into this part. The descriptions in
-helm/values.schema.json become the comments of helm/values.yaml and the table in helm/README.md.
+helm/values.schema.json become the comments of helm/values.yaml and the table in helm/README.md. deploy/alerts gets the
+chart's rules for Prometheus with the default values.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "helm" / "values.schema.json"
 VALUES, COPY = ROOT / "helm" / "values.yaml", ROOT / "cluster" / "cli" / "chart_values.json"
 README = ROOT / "helm" / "README.md"
+RULES, PLAIN_RULES = ROOT / "helm" / "files" / "alerts" / "headrace.yaml", ROOT / "deploy" / "alerts" / "headrace.yaml"
 COMMAND = "PYTHONPATH=. .venv/bin/python scripts/chart_schema.py"
 VALUES_HEADER = f"""\
 # Values of the chart. The comments are the descriptions in values.schema.json, which refuses unknown keys; change them
@@ -30,6 +32,10 @@ VALUES_HEADER = f"""\
 """
 CONFIG = "cluster.yaml, verbatim. docs/reference/configuration.md describes every key, deploy/example.yaml shows them."
 TABLE_HEADING = "## Values"
+RULES_HEADER = f"""\
+# Rules for Prometheus without Helm: helm/files/alerts/headrace.yaml with the chart's default values, for a cluster with
+# the name headrace. Replace the name, the namespace and the limits by yours. `{COMMAND}` writes this file.
+"""
 WIDTH = 120
 
 
@@ -156,6 +162,15 @@ def with_table(readme: str, schema: Mapping[str, Any], values: Mapping[str, Any]
     return "\n".join([f"{head}{TABLE_HEADING}\n", note, "", *columns, *table]) + "\n"
 
 
+def plain_rules(rules: str, values: Mapping[str, Any]) -> str:
+    """Return the rules with values in place of `${...}`, as helm/templates/rules.yaml does for a release."""
+    name = values["fullnameOverride"]
+    known = {**values["monitoring"]["alerts"], "cluster": values["config"]["name"], "namespace": name, "name": name}
+    for key, value in known.items():
+        rules = rules.replace(f"${{{key}}}", value if isinstance(value, str) else json.dumps(value))
+    return RULES_HEADER + rules[rules.index("groups:") :]
+
+
 def generated() -> dict[Path, str]:
     """Return the wanted text of every generated file."""
     schema = with_config(json.loads(SCHEMA.read_text()), Config.model_json_schema(by_alias=True))
@@ -167,6 +182,7 @@ def generated() -> dict[Path, str]:
         VALUES: text,
         README: with_table(README.read_text(), schema, values),
         COPY: json.dumps(checked_part(values), indent=1) + "\n",
+        PLAIN_RULES: plain_rules(RULES.read_text(), values),
     }
 
 

@@ -76,6 +76,8 @@ class Controller:
     """Function that stores the overrides of `models`. Called after an automatic rollback has changed the overrides."""
     wall_s: Callable[[], float] = time.time
     now: Callable[[], float] = time.monotonic
+    ray_answers: bool | None = None
+    """Whether any Ray cluster answered in the last pass; None before the first pass."""
     _away: str = ""
 
     def __repr__(self) -> str:
@@ -90,6 +92,7 @@ class Controller:
                 if self._away:
                     log.info("ray.recovered")
                 self._away = ""
+                self.ray_answers = True
             except RayAway as error:
                 self._record_ray_away(str(error))
             with contextlib.suppress(TimeoutError):
@@ -222,6 +225,7 @@ class Controller:
         if reason != self._away:
             log.warning("ray.lost", reason=reason)
         self._away = reason
+        self.ray_answers = False
         if not self.catalog.entries():
             self.gateways.publish(self.catalog.declare(self.models, reason))
 

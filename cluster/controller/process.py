@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster.api.types import ModelSpec
@@ -17,6 +18,7 @@ from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogS
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller
 from cluster.controller.desired_models import DesiredModels
+from cluster.controller.gauges import ray_samples
 from cluster.controller.last_good import held_names, with_last_good
 from cluster.controller.links import ControllerLinks
 from cluster.controller.published_catalog import PublishedCatalog
@@ -69,6 +71,9 @@ async def run_controller(
     found = with_last_good(found or PartialConfig(config), run_folder)
     backend = _backend(found.config, instance, ray_address, run_folder)
     parts = _parts(found, backend, instance, gateways, run_folder, metrics, local=ray_address is not None)
+    gauges = partial(ray_samples, backend, parts[1])
+    if metrics is not None:
+        metrics.add_gauges(gauges)
     tasks = [asyncio.create_task(part.run()) for part in parts]
     stopped = asyncio.create_task(stop.wait())
     try:
@@ -77,6 +82,8 @@ async def run_controller(
         for task in (stopped, *tasks):
             task.cancel()
         await asyncio.gather(stopped, *tasks, return_exceptions=True)
+        if metrics is not None:
+            metrics.remove_gauges(gauges)
         if end_serve:
             with contextlib.suppress(RayAway, TimeoutError):
                 async with asyncio.timeout(END_SERVE_S):

@@ -93,12 +93,19 @@ class GatewayGauges:
             yield from _versions(model)
             for state in ModelState:
                 yield "model_state", (model.name, state.value.lower()), float(model.state is state)
+            if model.entry.slo_ttft_s:
+                yield "model_slo_ttft_seconds", labels, model.entry.slo_ttft_s
+            if model.entry.slo_itl_s:
+                yield "model_slo_itl_seconds", labels, model.entry.slo_itl_s
             adapters = Counter(model.adapters.view(spec.name).state for spec in model.adapters.specs)
             for each in AdapterState:
                 yield "adapters", (model.name, each.value.lower()), adapters[each]
 
 
 def _versions(model: KnownModel) -> Iterator[Sample]:
+    workers = Counter(link.identity.version for link in list(model.links.values()))
+    for version in {share.version for share in model.entry.versions} | workers.keys():
+        yield "model_version_workers", (model.name, version), workers[version]
     for share in model.entry.versions:
         labels = (model.name, share.version)
         yield "model_version_weight_ratio", labels, 0 if share.quarantined else share.weight

@@ -38,6 +38,11 @@ DEFINITIONS: Mapping[str, Definition] = {
         "Actions of guards, by guard (input_patterns, ...): redacted, refused, flagged, failed_closed, failed_open.",
         ("tenant", "reason", "outcome"),
     ),
+    "slo_calls_total": Definition(
+        "counter",
+        "Calls judged by the model's SLO, by outcome: met, late_first_token, slow_tokens, failed.",
+        ("model", "outcome"),
+    ),
     "rejected_total": Definition("counter", "Calls refused before a worker accepted them.", ("model", "reason")),
     "prompt_tokens_total": Definition("counter", "Prompt tokens of calls, by the engine's count.", ("model", "tenant")),
     "cached_tokens_total": Definition("counter", "Prompt tokens from the prefix cache.", ("model", "tenant")),
@@ -82,6 +87,16 @@ DEFINITIONS: Mapping[str, Definition] = {
         "Prompt tokens that a worker was expected to compute in vain, by reason: hedge. An upper bound.",
         ("model", "reason"),
     ),
+    "canary_calls_total": Definition(
+        "counter",
+        "Calls to a model with a canary, by version: ok, failed (because of the worker).",
+        ("model", "version", "outcome"),
+    ),
+    "canary_compared_total": Definition(
+        "counter",
+        "Calls to a canary whose first token was compared with the stable version's, by outcome: slower, as_fast.",
+        ("model", "version", "outcome"),
+    ),
     "worker_detected_total": Definition("counter", "Worker links that ended, by cause.", ("model", "reason")),
     "request_duration_seconds": Definition("histogram", "Duration of a call.", ("model",), REQUEST_BUCKETS),
     "time_to_first_token_seconds": Definition(
@@ -119,6 +134,9 @@ DEFINITIONS: Mapping[str, Definition] = {
     "model_replicas": Definition("gauge", "Workers linked to this gateway.", ("model",)),
     "model_replicas_desired": Definition("gauge", "Replica target of the controller.", ("model",)),
     "model_state": Definition("gauge", "1 for the model's current state.", ("model", "state")),
+    "model_slo_ttft_seconds": Definition("gauge", "SLO of a model for the time to first token.", ("model",)),
+    "model_slo_itl_seconds": Definition("gauge", "SLO of a model for the mean time between tokens.", ("model",)),
+    "model_version_workers": Definition("gauge", "Workers of a version linked to this gateway.", ("model", "version")),
     "adapters": Definition("gauge", "Adapters by their state on this gateway's workers.", ("model", "state")),
     "spans_total": Definition(
         "counter",
@@ -165,6 +183,7 @@ DEFINITIONS: Mapping[str, Definition] = {
     ),
     "ledger_pending_records": Definition("gauge", "Usage records that are not in the database yet.", ()),
     "ledger_lag_seconds": Definition("gauge", "Age of the oldest usage record that is not in the database.", ()),
+    "ray_up": Definition("gauge", "1 while a Ray cluster answers the controller.", ("ray_cluster",)),
     "build_info": Definition("gauge", "Always 1.", ("version", "python", "grpc")),
     "engine_path_info": Definition(
         "gauge", "Always 1: the path by which a worker calls its engine, and the reason.", ("worker", "path", "reason")

@@ -108,6 +108,10 @@ class Metrics(Collector):
         read."""
         self._gauges.append(gauges)
 
+    def remove_gauges(self, gauges: Callable[[], Iterable[Sample]]) -> None:
+        """Undo `add_gauges` for a part that ends before its process."""
+        self._gauges = [other for other in self._gauges if other is not gauges]
+
     def add_process_metrics(self) -> None:
         """Export memory, CPU time, descriptors and start time of this process, and its garbage collections, under
         Prometheus' usual names: process_*, python_gc_*."""

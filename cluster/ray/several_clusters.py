@@ -36,6 +36,11 @@ class MultiClusterBackend:
         away = f"; away: {', '.join(self._away)}" if self._away else ""
         return f"MultiClusterBackend({', '.join(self._rays)}{away})"
 
+    def answers(self) -> Mapping[str, bool]:
+        """Return for each Ray cluster whether the cluster answered the last `observe`. Clusters that have not been
+        observed yet are missing."""
+        return {name: name not in self._away for name in self._rays if name in self._away or name in self._last}
+
     async def observe(self) -> RaySnapshot:
         """Observe all Ray clusters concurrently. Raises RayAway if no cluster answers."""
         names = list(self._rays)

@@ -68,7 +68,7 @@ def test_every_label_is_of_the_vocabulary() -> None:
     """No metric except build_info has a label outside the common vocabulary."""
     allowed = {
         "headrace_cluster", "model", "version", "tenant", "class", "worker", "api", "outcome", "reason", "limit",
-        "state", "gpu", "pod", "node", "file", "path",
+        "state", "gpu", "pod", "node", "file", "path", "ray_cluster",
     }  # fmt: skip
     for name, definition in DEFINITIONS.items():
         if name != "build_info":

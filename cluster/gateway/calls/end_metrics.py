@@ -77,3 +77,10 @@ class EndMetrics:
             return
         met = served and within_slo(ttft_s, call.mean_gap_s, entry.slo_ttft_s, entry.slo_itl_s)
         self._tally.count_slo(call.model, call.policy.priority_class, call.rank, met)
+        if met:
+            result = "met"
+        elif not served:
+            result = "late_first_token" if late and outcome not in SHORT_OF_CAPACITY else "failed"
+        else:
+            result = "slow_tokens" if within_slo(ttft_s, 0.0, entry.slo_ttft_s, 0.0) else "late_first_token"
+        self._metrics.count("slo_calls_total", call.model, result)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from cluster.api.outcomes import Outcome
 from cluster.api.types import CatalogEntry, VersionTally
 from cluster.gateway.calls.call import Call
+from cluster.observe.metrics import Metrics
 
 FAULTS = (Outcome.INTERNAL, Outcome.WORKER_LOST)
 """Outcomes that count as an error of the worker. A call that another worker had to continue also counts as an error."""
@@ -32,7 +33,8 @@ class _Trial:
 class CanaryStatistics:
     """The canary statistics of one gateway."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._trials: dict[str, _Trial] = {}
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
@@ -56,7 +58,9 @@ class CanaryStatistics:
         losses = any(sequence.failures for sequence in call.sequences)
         key = worker.version, worker.generation
         tally = trial.tallies.get(key) or VersionTally(call.model, worker.version, worker.generation)
-        tally = replace(tally, calls=tally.calls + 1, errors=tally.errors + int(losses or outcome in FAULTS))
+        failed = losses or outcome in FAULTS
+        tally = replace(tally, calls=tally.calls + 1, errors=tally.errors + int(failed))
+        self._metrics.count("canary_calls_total", call.model, worker.version, "failed" if failed else "ok")
         if call.first_token_at is not None and not losses:
             first_s = call.usage.ttft_s - call.usage.queue_s
             if worker.version == trial.stable:
@@ -64,6 +68,8 @@ class CanaryStatistics:
             elif worker.version == trial.canary and trial.first_s is not None and trial.ttft_ratio:
                 slower = first_s > trial.ttft_ratio * trial.first_s
                 tally = replace(tally, pairs=tally.pairs + 1, slower=tally.slower + int(slower))
+                result = "slower" if slower else "as_fast"
+                self._metrics.count("canary_compared_total", call.model, worker.version, result)
                 trial.first_s = None
         trial.tallies[key] = tally
 

@@ -95,7 +95,7 @@ class Scheduler:
         `render_room_of`: see ChatRenders. `routing`: the policy for new calls. `hedging_share`: see HedgingPolicy."""
         self.host = host
         self.charges = charges
-        self.canaries = CanaryStatistics()
+        self.canaries = CanaryStatistics(metrics)
         self.breakers = Breakers()
         self.worker_caches = WorkerCaches()
         workers = LinkedWorkers(

@@ -1,0 +1,22 @@
+"""The gauges of a controller, which a scrape reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cluster.controller.controller import Controller
+from cluster.observe.metrics import Sample
+from cluster.ray.backend import Backend
+from cluster.ray.several_clusters import MultiClusterBackend
+
+LOCAL = "local"
+"""Label value of the Ray that `headrace up` starts."""
+
+
+def ray_samples(backend: Backend, controller: Controller) -> Iterator[Sample]:
+    """Yield whether each Ray cluster answers. A cluster that has not been asked yet has no value."""
+    if isinstance(backend, MultiClusterBackend):
+        for name, answers in backend.answers().items():
+            yield "ray_up", (name,), float(answers)
+    elif controller.ray_answers is not None:
+        yield "ray_up", (LOCAL,), float(controller.ray_answers)
