@@ -19,11 +19,11 @@ help: ## this list
 setup: ## make the environment .venv (0 s when it is there)
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py
 
-demo: ## a local cluster with a real 135M model; Ctrl-C stops everything (MODEL=minilm: an embedding model)
+demo: ## a local cluster with a real 135M model; Ctrl-C stops everything (MODEL=minilm: an embedding model; TRACES=1: shows each call's spans)
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/4]"
 	@$(if $(filter-out smollm2 minilm,$(MODEL)),echo "MODEL is $(MODEL); there are smollm2 and minilm" >&2; exit 2)
 	@$(if $(filter minilm,$(MODEL)),$(MAKE) --no-print-directory minilm)
-	@$(if $(filter minilm,$(MODEL)),PYTHONPATH=$(CURDIR)/.minilm) exec $(VENV)/headrace up -f deploy/demo$(if $(filter minilm,$(MODEL)),-minilm).yaml --demo
+	@$(if $(filter minilm,$(MODEL)),PYTHONPATH=$(CURDIR)/.minilm) exec $(VENV)/headrace up -f deploy/demo$(if $(filter minilm,$(MODEL)),-minilm).yaml --demo$(if $(TRACES), --traces)
 
 demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes, then everything is stopped
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/2]"

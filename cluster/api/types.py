@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from cluster.api.adapters import AdapterSpec
 from cluster.api.output_parts import OutputParsing, ParsedOutput
 from cluster.api.pooling import PoolingInfo, PoolingParams, PoolingTask
+from cluster.api.request_times import RequestTimes
 
 
 class FinishReason(enum.IntEnum):
@@ -90,6 +91,7 @@ class EngineRequest:
     adapter: str = ""
     """Digest of the adapter; "" for the base model."""
     traceparent: str = ""
+    """Trace context: of this attempt if the call is sampled, else that of the caller without the flag `sampled`."""
     parsing: OutputParsing | None = None
     pooling: PoolingParams | None = None
     """Set for a pooling request, which ignores `sampling` and ends with its first output."""
@@ -126,6 +128,8 @@ class TokenOutput:
     """Cause of an error for the logs; set with `finish` ERROR."""
     parsed: ParsedOutput | None = None
     """Parts of the output, if the worker parses it."""
+    times: RequestTimes | None = None
+    """Times of the request, if its call is sampled; set on the first and on the last output only."""
     vector: bytes | None = None
     """Result of a pooling request: little-endian float32 values. Comes with `finish` STOP and without tokens."""
 

@@ -23,6 +23,7 @@ from cluster.cli.commands import (
     scale,
     status,
     tenants,
+    traces,
     up,
     usage,
     version,
@@ -84,6 +85,7 @@ app.add_typer(certs.app, name="certs")
 app.add_typer(tenants.tenants_app, name="tenants")
 app.add_typer(tenants.keys_app, name="keys")
 app.command()(usage.usage)
+app.command()(traces.traces)
 app.command()(usage.audit)
 app.add_typer(db.db_app, name="db")
 app.add_typer(db.import_app, name="import")

@@ -45,6 +45,7 @@ from cluster.client.requests import (
 )
 from cluster.client.resume import Request
 from cluster.client.session import SessionCall, Sessions
+from cluster.client.trace_context import TRACE_HEADERS
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import InferenceStub
 
@@ -167,7 +168,7 @@ class _SessionAttempts(StreamAttempts):
         call = SessionCall(
             request,
             self.resumption.remaining_s,
-            self.request_id,
+            dict(self.metadata),
             lambda: super(_SessionAttempts, self)._begin(request, method),
             self.sessions,
         )
@@ -411,7 +412,8 @@ class AsyncClient:
         request_id = request_id or new_request_id()
         resumption, metadata = self._options.resumption(request, timeout_s), self._options.metadata(request_id, headers)
         # headers belong to one call, but all calls of a session share the session's headers
-        sessions = self._sessions if self._streams and not headers else None
+        has_headers = bool(set(headers or ()).difference(TRACE_HEADERS))
+        sessions = self._sessions if self._streams and not has_headers else None
         attempts = _SessionAttempts(self._gateways, method, resumption, request_id, metadata, sessions)
         attempts.start()
         self._streams += 1

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from cluster.client.resume import Request, Resumption
+from cluster.client.trace_context import trace_headers
 
 DEFAULT_ENDPOINT = "localhost:50051"
 DEFAULT_TIMEOUT_S = 600.0
@@ -134,11 +135,18 @@ class ChannelOptions:
         return Resumption(request, timeout_s, len(self.endpoints), enabled=self.resume)
 
     def metadata(self, request_id: str, extra: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-        """Return the gRPC metadata of a call: request id, API key and the pairs in `extra`."""
-        pairs = {"x-request-id": request_id, **(extra or {})}
-        if self.api_key:
-            pairs.setdefault("authorization", f"Bearer {self.api_key}")
+        """Return the gRPC metadata of a call: request id, API key, the trace context of the current OpenTelemetry span,
+        and the pairs in `extra`, which take precedence."""
+        extra = extra or {}
+        trace = {} if "traceparent" in extra else trace_headers()
+        pairs = {"x-request-id": request_id, **trace, **extra}
+        for name, value in self.session_metadata():
+            pairs.setdefault(name, value)
         return tuple(pairs.items())
+
+    def session_metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return the gRPC metadata of a session, whose calls have request ids and trace contexts of their own."""
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
 
 
 def new_request_id() -> str:

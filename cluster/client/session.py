@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -46,13 +46,18 @@ class SessionCall:
         self,
         request: Request,
         timeout_s: float | None,
-        request_id: str,
+        metadata: Mapping[str, str],
         open_stream: Callable[[], Any],
         sessions: Sessions,
     ) -> None:
-        """Prepare a call. For gateways without sessions, `open_stream` starts the same call as a plain stream."""
+        """Prepare a call. `metadata` has its request id and its trace context.
+
+        For gateways without sessions, `open_stream` starts the same call as a plain stream.
+        """
         self.request = request
-        self.request_id = request_id
+        self.request_id = metadata["x-request-id"]
+        self.traceparent = metadata.get("traceparent", "")
+        self.tracestate = metadata.get("tracestate", "")
         self.deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         self.endpoint = ""
         """Endpoint of the gateway to which the call's session is connected."""
@@ -138,7 +143,7 @@ class _Session:
         self._outbox: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
         self._next: pb.SessionRequest | None = None
         begin: Any = stub.Session  # the type stubs declare only the form with a request iterator
-        self._stream = begin(metadata=options.metadata("", None)[1:])
+        self._stream = begin(metadata=options.session_metadata())
         self._on_end = on_end
         self._task = asyncio.create_task(self._run())
 
@@ -152,6 +157,8 @@ class _Session:
             call_id=number,
             deadline_ms=0 if remaining_s is None else max(math.ceil(remaining_s * 1000), 1),
             request_id=call.request_id,
+            traceparent=call.traceparent,
+            tracestate=call.tracestate,
         )
         if isinstance(call.request, pb.ChatRequest):
             start.chat.CopyFrom(call.request)

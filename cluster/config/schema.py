@@ -38,6 +38,7 @@ from cluster.config.tenants import (
     problems_together,
     url_parts,
 )
+from cluster.config.tracing import Tracing
 from cluster.config.yaml_reader import Document, Duplicate, NotYaml, read
 from cluster.policy.catalog.allowed_sources import is_allowed_source
 from cluster.policy.routing.gateway_subset import ALL_UP_TO
@@ -148,6 +149,8 @@ class Observe(Section):
     """Tenants with metrics of their own; later ones share the label `other`."""
     access_log: AccessLog = AccessLog()
     budget_webhook: BudgetWebhook | None = None
+    tracing: Tracing | None = None
+    """None: calls are not traced."""
 
 
 class Replicas(Section):

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from cluster.gateway.quotas.valkey_limits import ValkeyLimits
     from cluster.gateway.resume_tokens.first_claims import FirstClaims
     from cluster.gateway.resume_tokens.resumption import ResumeService
+    from cluster.gateway.tracing.tracer import Tracer
     from cluster.gateway.usage.accounting import Accounting
     from cluster.ledger.usage.records import UsageRecord
+    from cluster.observe.span_export import SpanExport
 
 
 class UsageStore(NamedTuple):
@@ -71,6 +73,44 @@ def guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | None
     guards = Guards(metrics, lambda decision: tenants.audit.write(guard_event(decision)))
     guards.check(config.policies())
     return guards
+
+
+def span_export(config: Config, metrics: Metrics) -> SpanExport | None:
+    """Return the export of spans; None if the configuration has no `observe.tracing`. Raises ValueError for an
+    unusable file."""
+    tracing = config.observe.tracing
+    if tracing is None:
+        return None
+    from cluster.observe.span_export import SpanExport
+
+    return SpanExport(
+        tracing.endpoint,
+        lambda outcome, spans: metrics.count("spans_total", outcome, by=spans),
+        ca_file=tracing.ca_file,
+        headers_file=tracing.headers_file,
+        max_queued=tracing.max_queued_spans,
+    )
+
+
+def tracer(config: Config, export: SpanExport | None, gateway_id: str) -> Tracer | None:
+    """Return the tracer of calls; None without an export of spans."""
+    tracing = config.observe.tracing
+    if tracing is None or export is None:
+        return None
+    from cluster import __version__
+    from cluster.gateway.tracing.tracer import Tracer
+    from cluster.observe import semantic_conventions as names
+    from cluster.process.place import node_name, pod_name
+
+    resource = {
+        names.SERVICE_NAME: names.GATEWAY_SERVICE,
+        names.SERVICE_INSTANCE: gateway_id,
+        names.SERVICE_VERSION: __version__,
+        names.CLUSTER: config.name,
+    }
+    pod = pod_name()
+    resource |= {names.POD: pod, names.NODE: node_name()} if pod else {names.HOST: node_name()}
+    return Tracer(export.add, resource, tracing.sample_ratio, follow_caller=tracing.follow_caller)
 
 
 def shared_limits(config: Config, gateway_id: str) -> ValkeyLimits | None:

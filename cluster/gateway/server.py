@@ -121,6 +121,7 @@ class Gateway:
         self._resumes = optional_parts.resume_service(
             config, self.tenants, self._shared_limits, self.scheduler.take_over, self.hub.incarnation
         )
+        self._span_export = optional_parts.span_export(config, self.metrics)
         self.service = CallService(
             self.directory,
             self.scheduler,
@@ -133,6 +134,7 @@ class Gateway:
             resumes=self._resumes,
             prompts=None if self.tenants is None else self.tenants.prompts,
             access_log=AccessLog(observe.access_log.sample_ratio, observe.access_log.max_lines_per_s, time.monotonic),
+            tracer=optional_parts.tracer(config, self._span_export, self.hub.gateway_id),
         )
         self.listeners = Listeners()
         admission = self.listeners.admission
@@ -206,6 +208,8 @@ class Gateway:
             self.accounting.start()
         if self._shared_limits is not None:
             await self._shared_limits.store.start()
+        if self._span_export is not None:
+            self._span_export.start()
         if self._probes:
             probes = probe_server(self.health.servicer, listeners.admission(http2.Port.HEALTH))
             await listeners.open("health", self._probes, probes)
@@ -300,6 +304,8 @@ class Gateway:
         await self.link_server.stop(0)
         if self.tenants is not None:
             await self.tenants.stop()
+        if self._span_export is not None:
+            await asyncio.to_thread(self._span_export.stop)
         await self.listeners.close("health", "metrics")
 
     async def _hand_over(self, drain_s: float) -> None:

@@ -30,6 +30,7 @@ from cluster.gateway.calls.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling_opening import PoolingOpening
 from cluster.gateway.calls.pooling_request import PoolingRequest
 from cluster.gateway.calls.tokenization import RenderChat, Tokenization
+from cluster.gateway.calls.traced_call import call_facts
 from cluster.gateway.links.link_renders import RenderedPrompt
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
@@ -43,6 +44,7 @@ from cluster.process.call_errors import is_call_failure
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import Guards
     from cluster.gateway.resume_tokens.resumption import ResumeService
+    from cluster.gateway.tracing.tracer import Tracer
     from cluster.gateway.usage.prompt_log import PromptLog
 
 log = structlog.get_logger("calls")
@@ -72,11 +74,13 @@ class CallService:
         resumes: ResumeService | None = None,
         prompts: PromptLog | None = None,
         access_log: AccessLog | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`max_attempts`: number of workers that may fail a sequence before its call fails. `max_silent_losses`: number
         of workers that a sequence may lose in a row without a token in between. `guards`: required if policies name
         guards. `resumes`: the resume service, None if streams cannot be resumed. `prompts`: the prompt log for tenants
-        whose policy asks for prompt logging. `access_log`: None for no lines about calls that have ended."""
+        whose policy asks for prompt logging. `access_log`: None for no lines about calls that have ended.
+        `tracer`: None if calls are not traced."""
         self.authenticator: Authenticator = authenticator if authenticator is not None else NoAuthentication()
         self.directory = directory
         self.bodies = Bodies()
@@ -99,6 +103,7 @@ class CallService:
         self._end_metrics = EndMetrics(metrics, directory, scheduler.queues.tally, clock)
         self._prompts = prompts
         self._access_log = access_log
+        self._tracer = tracer
 
     @property
     def busy(self) -> bool:
@@ -123,6 +128,7 @@ class CallService:
         """Open a call that lasts as long as the context. Raises CallError if the call cannot run. An error that is
         raised in the context ends the call with the outcome of the error."""
         opening = Opening(request, meta, self.clock(), trace_id=meta.trace_id)
+        self._trace(opening, meta.traceparent)
         async with self._until_closed(opening) as cleanup:
             yield await self._begin(opening, cleanup)
 
@@ -130,14 +136,30 @@ class CallService:
     async def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> AsyncIterator[PoolingCall]:
         """Open a pooling call, as `open` does."""
         opening = PoolingOpening(request, meta, self.clock(), trace_id=meta.trace_id)
+        self._trace(opening, meta.traceparent)
         async with self._until_closed(opening) as cleanup:
             yield await self._begin_pooling(opening, cleanup)
+
+    def _trace(self, opening: Opening | PoolingOpening, traceparent: str) -> None:
+        """Begin the record of a call's spans if the call is sampled, and set its trace id. `traceparent`: the context
+        of the caller, or of the call at its first gateway."""
+        if self._tracer is not None:
+            opening.trace = self._tracer.begin(traceparent, opening.meta.trace_state, opening.arrived)
+            if opening.trace is not None:
+                opening.trace_id = opening.trace.trace_id
+
+    def _end_trace(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
+        """Export the spans of a call if the call is sampled."""
+        if self._tracer is not None and opening.trace is not None:
+            self._tracer.ended(opening.trace, call_facts(opening, outcome, self.clock()))
 
     @asynccontextmanager
     async def _until_closed(self, opening: Opening | PoolingOpening) -> AsyncIterator[Cleanup]:
         """Run the cleanup of a call at the end of the context, with the outcome of the context."""
         meta = opening.meta
         cleanup = Cleanup(opening.log_fields)
+        if self._tracer is not None:
+            cleanup.add(lambda outcome: self._end_trace(opening, outcome))
         if (access_log := self._access_log) is not None:
             cleanup.add(lambda outcome: access_log.record(opening, outcome))
         cleanup.add(lambda outcome: self._end_metrics.count(opening, outcome))
@@ -169,6 +191,8 @@ class CallService:
         self.calls.check_not_closing()
         if opening.request.resume is not None:
             await opening.read_resume_tokens(self._resume_service())
+            if opening.chain is not None and opening.chain.traceparent and not opening.meta.traceparent:
+                self._trace(opening, opening.chain.traceparent)
         requests.check_options(opening.request.options)
         if opening.request.metadata:
             requests.check_metadata(opening.request.metadata)
@@ -188,6 +212,8 @@ class CallService:
         if opening.chain is not None:
             await self._resume_service().take_over(call, opening.chain)
         self._settle_at_end(call, cleanup)
+        if call.trace is not None:
+            call.trace.queued()
         self._scheduler.enter(call, opening.model)
         return call
 
@@ -207,6 +233,8 @@ class CallService:
         await opening.create_sequences(self.authenticator, self._new_life)
         await self._reserve(call, opening, cleanup)
         self._settle_at_end(call, cleanup)
+        if call.trace is not None:
+            call.trace.queued()
         await self._scheduler.enter_in_slices(call, opening.model)
         return call
 

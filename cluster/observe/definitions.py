@@ -138,6 +138,12 @@ DEFINITIONS: Mapping[str, Definition] = {
     "model_slo_itl_seconds": Definition("gauge", "SLO of a model for the mean time between tokens.", ("model",)),
     "model_version_workers": Definition("gauge", "Workers of a version linked to this gateway.", ("model", "version")),
     "adapters": Definition("gauge", "Adapters by their state on this gateway's workers.", ("model", "state")),
+    "spans_total": Definition(
+        "counter",
+        "Spans of sampled calls, by outcome: exported; dropped (the queue to the collector was full); failed (the "
+        "collector was away or refused them).",
+        ("outcome",),
+    ),
     "config_valid": Definition(
         "gauge", "1 while the configuration file is valid; 0 if a restart would refuse a part of it.", ()
     ),

@@ -1442,12 +1442,14 @@ class SessionStart(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TRACESTATE_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
     """The client's own number for the call, unique in the session while the call runs."""
     deadline_ms: _builtins.int
     """From the start's arrival; 0 is none."""
     request_id: _builtins.str
     traceparent: _builtins.str
+    tracestate: _builtins.str
     @_builtins.property
     def chat(self) -> Global___ChatRequest: ...
     @_builtins.property
@@ -1472,10 +1474,11 @@ class SessionStart(_message.Message):
         deadline_ms: _builtins.int = ...,
         request_id: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        tracestate: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "chat", b"chat", "complete", b"complete", "embed", b"embed", "rerank", b"rerank", "resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "call_id", b"call_id", "chat", b"chat", "complete", b"complete", "deadline_ms", b"deadline_ms", "embed", b"embed", "request_id", b"request_id", "rerank", b"rerank", "resume", b"resume", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "call_id", b"call_id", "chat", b"chat", "complete", b"complete", "deadline_ms", b"deadline_ms", "embed", b"embed", "request_id", b"request_id", "rerank", b"rerank", "resume", b"resume", "traceparent", b"traceparent", "tracestate", b"tracestate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_call: _TypeAlias = _typing.Literal["chat", "complete", "resume", "embed", "rerank"]  # noqa: Y015
     _WhichOneofArgType_call: _TypeAlias = _typing.Literal["call", b"call"]  # noqa: Y015

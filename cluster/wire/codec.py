@@ -28,6 +28,7 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.adapter_codec import adapter_to_pb, adapters_from_pb
 from cluster.wire.ended_requests import EndedUsage
 from cluster.wire.pooling_codec import pooler_from_pb, pooler_to_pb, pooling_from_pb, pooling_to_pb, vectors_by_slot
+from cluster.wire.times_codec import times_by_slot, times_to_pb
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
@@ -221,6 +222,7 @@ class StepColumns:
         self._part_tags: list[int] = []
         self._part_texts: list[str] = []
         self._vectors: list[pb.SlotVector] = []
+        self._times: list[pb.SlotTimes] = []
         self.vector_bytes = 0
 
     def add(self, slot: int, output: TokenOutput) -> None:
@@ -262,6 +264,8 @@ class StepColumns:
                     self._part_slots.append(slot)
                     self._part_tags.append(call << _KIND_BITS | kind)
                     self._part_texts.append(text)
+        if output.times is not None:
+            self._times.append(times_to_pb(slot, output.times))
         if output.vector is not None:
             self._vectors.append(pb.SlotVector(slot=slot, values=output.vector))
             self.vector_bytes += len(output.vector)
@@ -280,6 +284,7 @@ class StepColumns:
             part_tags=self._part_tags,
             part_texts=self._part_texts,
             vectors=self._vectors,
+            times=self._times,
         )
 
 
@@ -389,6 +394,7 @@ def outputs_from_pb(
         logprobs.setdefault(block.slot, []).extend(_positions(block))
     parsed = _parsed_from_pb(step.parts, columns) if step.parts or columns else {}
     vectors = vectors_by_slot(step.vectors)
+    times = times_by_slot(step.times) if step.times else {}
     last = {slot: i for i, slot in enumerate(slots)}
     at = 0
     partial: dict[int, list[int]] = {}
@@ -411,6 +417,8 @@ def outputs_from_pb(
         output.logprobs = logprobs.get(slot)
         output.parsed = parsed.get(slot)
         output.vector = vectors.get(slot)
+        if times:
+            output.times = times.get(slot)
         yield slot, output
 
 

@@ -16,14 +16,17 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from cluster.api.outcomes import Outcome
+from cluster.api.request_times import RequestTimes
 from cluster.api.types import EngineInfo, EngineRequest, FinishReason, TokenOutput
 from cluster.link.v1 import link_pb2 as pb
+from cluster.observe.trace_context import is_sampled
 from cluster.wire.credit import Capacity
 from cluster.wire.ended_requests import EndedUsage
 from cluster.worker.admission_window import AdmissionWindow
 from cluster.worker.detached_requests import FAILED, DetachedRequest, DetachedRequests
 from cluster.worker.gpu_meter import GpuMeter, GpuShare
 from cluster.worker.link import Link
+from cluster.worker.request_timing import RequestTiming
 from cluster.worker.resume_generations import call_of
 from cluster.worker.served_reports import ServedReports
 from cluster.worker.usage import WorkerUsage
@@ -69,6 +72,8 @@ class RunningRequest:
     """Whether the request may have a session of the output parser. It can then not be reattached."""
     adapter: str = ""
     """Digest of the request's adapter, which the request holds."""
+    timing: RequestTiming | None = None
+    """Times of the request; None if its call is not sampled."""
     token_ids: list[int] | None = None
     """All tokens after the prompt; None if the request cannot be reattached.
 
@@ -78,9 +83,17 @@ class RunningRequest:
 
     @classmethod
     def from_submit(
-        cls, link: Link, submit: pb.Submit, request: EngineRequest, share: GpuShare, block_size: int, now: float
+        cls,
+        link: Link,
+        submit: pb.Submit,
+        request: EngineRequest,
+        share: GpuShare,
+        block_size: int,
+        now: float,
+        received_at: float,
     ) -> RunningRequest:
-        """Return the record of a request that a Submit begins. `block_size`: tokens in one KV block of the engine."""
+        """Return the record of a request that a Submit begins. `block_size`: tokens in one KV block of the engine.
+        `received_at`: monotonic time at which the Submit arrived."""
         prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
         tokens = prompt + emitted
         running = cls(
@@ -101,6 +114,8 @@ class RunningRequest:
         )
         running.expects_cache = bool(emitted) and running.fresh_tokens <= block_size < prompt
         running.is_parsed = request.parsing is not None
+        if request.traceparent and is_sampled(request.traceparent):
+            running.timing = RequestTiming(received_at)
         plain = request.sampling.logprobs is None and request.pooling is None
         if submit.stream and plain and not running.is_parsed:
             running.stream, running.token_ids = submit.stream, list(request.emitted_token_ids)
@@ -143,6 +158,14 @@ class RunningRequest:
             outcome=outcome.value,
             duration_s=now - self.began,
         )
+
+
+def _merged(first: RequestTimes | None, rest: RequestTimes) -> RequestTimes:
+    """Return the times of an output that may be a request's first and last one."""
+    if first is None:
+        return rest
+    first.update(rest)
+    return first
 
 
 @dataclass(slots=True)
@@ -229,11 +252,12 @@ class RunningRequests:
 
     # ---- start of a request
 
-    def new_request(self, link: Link, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
-        """Return the record of a new request. The request is not counted before `reattach` or `start`."""
+    def new_request(self, link: Link, submit: pb.Submit, request: EngineRequest, received_at: float) -> RunningRequest:
+        """Return the record of a new request. The request is not counted before `reattach` or `start`. `received_at`:
+        monotonic time at which the Submit arrived."""
         now = time.monotonic()
         share = self._meter.open_share(now)
-        return RunningRequest.from_submit(link, submit, request, share, self._info.block_size, now)
+        return RunningRequest.from_submit(link, submit, request, share, self._info.block_size, now, received_at)
 
     def reattach(self, running: RunningRequest, submit: pb.Submit) -> tuple[bool, list[str]]:
         """Let a resumed request take over its detached request, if there is one; send the tokens generated meanwhile.
@@ -327,19 +351,23 @@ class RunningRequests:
                 )
             elif output.prompt_tokens is not None and running.resumed_from:
                 output = replace(output, origin_lost=self._is_lost(running.resumed_from))
-            link = running.link
+            link, count = running.link, len(output.token_ids)
+            if output.prompt_tokens is not None:
+                step.firsts.append((running.share, self._record_first_output(running, output), count))
+                if running.timing is not None:
+                    running.timing.record_first(output.times, time.monotonic())
+                    output.times = running.timing.pop_first()
+            if output.finish is not None:
+                running.accepted = True
+                step.finished.append((running, output))
+                if running.timing is not None:
+                    output.times = _merged(output.times, running.timing.pop_all(time.monotonic()))
             link.outbox.output(running.slot, output)
             step.touched[link.number] = link
-            count = len(output.token_ids)
             running.tokens += count
             emitted += count
             if running.token_ids is not None:
                 running.token_ids += output.token_ids
-            if output.prompt_tokens is not None:
-                step.firsts.append((running.share, self._record_first_output(running, output), count))
-            if output.finish is not None:
-                running.accepted = True
-                step.finished.append((running, output))
         self.tokens += emitted
         step.tokens += emitted
 
@@ -349,8 +377,14 @@ class RunningRequests:
             running = self._running.get(output.request_id)
             count = len(output.token_ids)
             step.tokens += count
-            if running is not None and output.prompt_tokens is not None:
+            if running is None:
+                continue
+            if output.prompt_tokens is not None:
                 step.firsts.append((running.share, self._record_first_output(running, output), count))
+                if running.timing is not None:
+                    running.timing.record_first(output.times, time.monotonic())
+            if output.finish is not None and running.timing is not None:
+                running.timing.record_last(time.monotonic())
 
     def apply_parsed(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[Link], list[str]]:
         """Send parsed outputs, whose work `apply_step` has counted. Forget the requests that have ended.
@@ -366,6 +400,11 @@ class RunningRequests:
                 continue
             if output.prompt_tokens is not None and running.resumed_from:
                 output = replace(output, origin_lost=self._is_lost(running.resumed_from))
+            if running.timing is not None:
+                if output.finish is not None:
+                    output.times = running.timing.pop_all(time.monotonic(), is_parsed=True)
+                elif output.prompt_tokens is not None:
+                    output.times = running.timing.pop_first()
             link = running.link
             link.outbox.output(running.slot, output)
             touched[link.number] = link

@@ -6,6 +6,7 @@ inside vLLM's engine core. A failure of one request never ends the link or the l
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -83,7 +84,7 @@ class Submits:
 
     async def _submit(self, link: Link, submit: pb.Submit, request_id: str) -> None:
         """Run a request or refuse it."""
-        slot = submit.slot
+        slot, received_at = submit.slot, time.monotonic()
         ids = submit.prompt_ids
         if submit.prompt_blob:
             ids = await link.prompts.pop_prompt(submit.prompt_blob)
@@ -94,7 +95,7 @@ class Submits:
             link.refuse(slot, Outcome.INTERNAL.name, f"the gateway's Submit cannot be read: {error}")
             return
         try:
-            await self._run(link, submit, request)
+            await self._run(link, submit, request, received_at)
         except EngineRefused as refused:
             self._withdraw(request_id, Outcome.INVALID_FIELD)
             link.refuse(slot, refused.reason, refused.message, refused.field)
@@ -111,13 +112,13 @@ class Submits:
         if link.finish_submit(slot):
             await self.abort(link, [slot])
 
-    async def _run(self, link: Link, submit: pb.Submit, request: EngineRequest) -> None:
+    async def _run(self, link: Link, submit: pb.Submit, request: EngineRequest, received_at: float) -> None:
         """Reattach a resumed request, or submit it to the engine. Raises EngineRefused and EngineDead."""
         if submit.generation:
             await self.take_over(call_of(submit.stream), submit.generation)
         if request.parsing is not None:
             request = await self.runner.parser.open(request)
-        running = await self._new_request(link, submit, request)
+        running = await self._new_request(link, submit, request, received_at)
         reattached, to_abort = self.requests.reattach(running, submit)
         if not reattached:
             to_abort += self.requests.start(running, request.request_id, submit)
@@ -129,7 +130,9 @@ class Submits:
         await self.runner.engine.submit(request)
         running.accept()
 
-    async def _new_request(self, link: Link, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
+    async def _new_request(
+        self, link: Link, submit: pb.Submit, request: EngineRequest, received_at: float
+    ) -> RunningRequest:
         """Return the record of a new request, which holds the request's adapter until it is forgotten."""
         try:
             await self._hold(link, submit.slot, request)
@@ -140,7 +143,7 @@ class Submits:
             self.adapters.release(request.adapter)
             self.runner.parser.close(request.request_id)
             raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
-        return self.requests.new_request(link, submit, request)
+        return self.requests.new_request(link, submit, request, received_at)
 
     async def _hold(self, link: Link, slot: int, request: EngineRequest) -> None:
         """Let a request hold its adapter. While the adapter is loaded, the request counts as one that will run, and an

@@ -110,6 +110,7 @@ its types of GPU. Nothing is known of a cluster that this release does not make.
 {{- with dig "auth" "cluster_secret_file" "" $config }}{{ $files = append $files (list "auth.cluster_secret_file" . $gateway) }}{{ end }}
 {{- with dig "auth" "api_keys" dict $config | default dict }}{{ with .pepper_file }}{{ $files = append $files (list "auth.api_keys.pepper_file" . $gateway) }}{{ end }}{{ end }}
 {{- with dig "observe" "budget_webhook" dict $config | default dict }}{{ with .secret_file }}{{ $files = append $files (list "observe.budget_webhook.secret_file" . $gateway) }}{{ end }}{{ end }}
+{{- range $key := list "ca_file" "headers_file" }}{{ with dig "observe" "tracing" dict $config | default dict }}{{ with index . $key }}{{ $files = append $files (list (printf "observe.tracing.%s" $key) . $gateway) }}{{ end }}{{ end }}{{ end }}
 {{- range $tenant := concat (list ($config.tenant_defaults | default dict)) ($config.tenants | default list) }}
 {{- range $guard := $tenant.guards | default list }}
 {{- with $guard.patterns_file }}{{ $files = append $files (list (printf "tenants[%s].guards.patterns_file" ($tenant.name | default "tenant_defaults")) . $gateway) }}{{ end }}

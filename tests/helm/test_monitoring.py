@@ -116,7 +116,8 @@ VALUES = {
     "outcome": {member.value for member in Outcome}
     | {"delivered", "failed", "failed_open", "failed_closed"}  # notices, guards
     | {"met", "late_first_token", "slow_tokens"}  # SLO
-    | {"won", "lost", "slower", "as_fast"},  # second workers, canaries
+    | {"won", "lost", "slower", "as_fast"}  # second workers, canaries
+    | {"exported", "dropped"},  # spans
     "state": {member.value.lower() for member in ModelState} | {"quarantined"},
     "api": {"worker", "controller", "grpc", "http"},
 }

@@ -357,6 +357,22 @@ def test_stores_inside_are_reached_by_their_users_alone() -> None:
         assert not allows(who, there["valkey"], 6379)
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "port"), [("http://otel.monitoring:4317", 4317), ("https://otel.monitoring", 4317)]
+)
+def test_gateways_alone_reach_the_collector(endpoint: str, port: int) -> None:
+    """With `observe.tracing` gateways reach the collector's namespace at the port of the endpoint, and nothing else
+    does. Without it nobody does."""
+    collector = Peer("monitoring", {"app": "otel"})
+    rendered = helm.template(INSIDE, {"config": {"observe": {"tracing": {"endpoint": endpoint}}}})
+    there, allows = peers(rendered), network(rendered).allows
+    reaching = {name for name, peer in there.items() if allows(peer, collector, port)}
+    assert reaching == {"gateway"}
+    assert not allows(there["gateway"], ELSEWHERE, port)
+    without = helm.template(INSIDE)
+    assert not network(without).allows(peers(without)["gateway"], collector, port)
+
+
 def test_without_a_way_out_there_is_none() -> None:
     """With the airgapped preset no pod reaches an address outside the site, on any port in use."""
     rendered = helm.template(next(item for item in helm.PRESETS if item.stem == "airgapped"))

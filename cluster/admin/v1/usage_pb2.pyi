@@ -267,6 +267,7 @@ class UsageRecord(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     GATEWAY_FIELD_NUMBER: _builtins.int
     PREDICTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
     record_id: _builtins.str
     tenant: _builtins.str
     key_id: _builtins.str
@@ -303,6 +304,8 @@ class UsageRecord(_message.Message):
     """The part of prompt_tokens that the call's gateway expected in the worker's prefix cache. Unset without a prediction:
     headrace explain request says why.
     """
+    trace_id: _builtins.str
+    """The call's trace; empty for a call that was not sampled and whose caller named no trace."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -335,10 +338,11 @@ class UsageRecord(_message.Message):
         node: _builtins.str = ...,
         gateway: _builtins.str = ...,
         predicted_cached_tokens: _builtins.int | None = ...,
+        trace_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_cached_tokens", b"_predicted_cached_tokens", "_ttft_s", b"_ttft_s", "predicted_cached_tokens", b"predicted_cached_tokens", "ttft_s", b"ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_cached_tokens", b"_predicted_cached_tokens", "_ttft_s", b"_ttft_s", "adapter", b"adapter", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "delivered_unknown", b"delivered_unknown", "duration_s", b"duration_s", "gateway", b"gateway", "generated_tokens", b"generated_tokens", "gpu", b"gpu", "gpu_seconds", b"gpu_seconds", "key_id", b"key_id", "labels", b"labels", "model", b"model", "node", b"node", "opened_at_s", b"opened_at_s", "outcome", b"outcome", "pod", b"pod", "predicted_cached_tokens", b"predicted_cached_tokens", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "reasoning_tokens", b"reasoning_tokens", "record_id", b"record_id", "request_id", b"request_id", "segment", b"segment", "tenant", b"tenant", "ttft_s", b"ttft_s", "version", b"version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_cached_tokens", b"_predicted_cached_tokens", "_ttft_s", b"_ttft_s", "adapter", b"adapter", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "delivered_unknown", b"delivered_unknown", "duration_s", b"duration_s", "gateway", b"gateway", "generated_tokens", b"generated_tokens", "gpu", b"gpu", "gpu_seconds", b"gpu_seconds", "key_id", b"key_id", "labels", b"labels", "model", b"model", "node", b"node", "opened_at_s", b"opened_at_s", "outcome", b"outcome", "pod", b"pod", "predicted_cached_tokens", b"predicted_cached_tokens", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "reasoning_tokens", b"reasoning_tokens", "record_id", b"record_id", "request_id", b"request_id", "segment", b"segment", "tenant", b"tenant", "trace_id", b"trace_id", "ttft_s", b"ttft_s", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__predicted_cached_tokens: _TypeAlias = _typing.Literal["predicted_cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__predicted_cached_tokens: _TypeAlias = _typing.Literal["_predicted_cached_tokens", b"_predicted_cached_tokens"]  # noqa: Y015

@@ -234,6 +234,10 @@ def gateway_problems(config: Config, *, pod: bool = True, files: bool = True) ->
         if config.observe.budget_webhook is not None:
             path = config.observe.budget_webhook.secret_file
             yield from unreadable_file("observe.budget_webhook.secret_file", path)
+        if (tracing := config.observe.tracing) is not None:
+            for name, file in (("ca_file", tracing.ca_file), ("headers_file", tracing.headers_file)):
+                if file is not None:
+                    yield from unreadable_file(f"observe.tracing.{name}", file)
 
 
 def _missing_pod_settings(config: Config) -> Iterator[str]:

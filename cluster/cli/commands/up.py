@@ -27,6 +27,7 @@ from cluster.api.pooling import PoolingTask
 from cluster.cli import terminal
 from cluster.cli.base import replace_file
 from cluster.cli.commands.doctor import find_tool
+from cluster.cli.commands.traces import start_receiver, with_tracing
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
 from cluster.cli.confirmation import YesOption, confirm
 from cluster.cli.contexts import LOCAL, ContextError, TypedOptions, contexts_file, read_contexts, select_target
@@ -47,6 +48,7 @@ STOP_TIMEOUT_S = 30.0
 def up(
     file: FileOption,
     detach: Annotated[bool, typer.Option("--detach", help="Run in the background; return when ready.")] = False,
+    traces: Annotated[bool, typer.Option("--traces", help="Print the spans of each call as a tree.")] = False,
     demo: Annotated[bool, typer.Option("--demo", hidden=True)] = False,
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
@@ -54,6 +56,8 @@ def up(
     stops everything."""
     config = read_config(file)
     _check_installed(config)
+    if traces and detach:
+        fail("--traces prints to this terminal: leave out --detach, or use `headrace traces`", USAGE)
     if detach:
         raise typer.Exit(_detach(file, config))
     run = RunFolder(config.name)
@@ -68,7 +72,14 @@ def up(
         except PortTaken as error:
             fail(str(error), USAGE)
         make_secrets(config)
-        raise typer.Exit(asyncio.run(_run_cluster(config, run, demo=demo, background=background)))
+        receiver = start_receiver("127.0.0.1:0") if traces else None
+        if receiver is not None:
+            config = with_tracing(config, receiver.address)
+        try:
+            raise typer.Exit(asyncio.run(_run_cluster(config, run, demo=demo, background=background)))
+        finally:
+            if receiver is not None:
+                receiver.stop()
 
 
 def make_secrets(config: Config) -> None:

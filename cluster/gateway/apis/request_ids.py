@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import re
 
+from cluster.observe.trace_context import checked_tracestate, parse_traceparent
+
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _LONGEST = 128
+_LONGEST_TRACE = 512
 
 
 def random_id() -> str:
@@ -23,8 +25,16 @@ def request_id(value: object) -> str:
 
 
 def traceparent(value: object) -> str:
-    """Return a valid W3C traceparent unchanged, and "" for any other value."""
-    return _matched(_TRACEPARENT, value)
+    """Return a valid W3C traceparent as one of version 00, and "" for any other value."""
+    if not isinstance(value, str) or not value or len(value) > _LONGEST_TRACE:
+        return ""
+    context = parse_traceparent(value)
+    return "" if context is None else context.traceparent
+
+
+def trace_state(value: object) -> str:
+    """Return a valid W3C tracestate unchanged, and "" for any other value. Meaningful beside a valid traceparent."""
+    return checked_tracestate(value) if isinstance(value, str) else ""
 
 
 def _matched(form: re.Pattern[str], value: object) -> str:

@@ -17,6 +17,7 @@ from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
 from cluster.gateway.calls.tool_call_ids import NUMBERED, numbered_id, tool_call_id
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
+from cluster.gateway.tracing.call_trace import CallTrace
 from cluster.observe.log import ids_of_call
 from cluster.observe.metrics import Histogram
 from cluster.policy.routing.version_split import Versions
@@ -81,6 +82,8 @@ class Call:
     """Name of the model's adapter that serves the call; "" for the model itself."""
     trace_id: str = ""
     """Id of the trace that the caller has named or that this gateway has begun for a sampled call; "" without one."""
+    trace: CallTrace | None = None
+    """Record for the spans of the call; None if the call is not sampled."""
     affinity: int = 0
     """Hash of the tenant and the call's affinity key, in [1, 2**64); 0 without a key."""
     began_at: WorkerIdentity | None = None

@@ -49,7 +49,7 @@ class EndMetrics:
             return
         call.count()
         usage = call.usage
-        traced = "" if meta.is_unsampled else opening.trace_id
+        traced = "" if opening.trace is None and meta.is_unsampled else opening.trace_id
         metrics.histogram("request_duration_seconds", model).observe_traced(self._clock() - opening.arrived, traced)
         metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
         if call.is_pooling:

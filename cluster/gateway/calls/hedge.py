@@ -14,6 +14,7 @@ from typing import Protocol
 from cluster.api.output_parts import OutputPart
 from cluster.api.types import FinishReason, TokenOutput
 from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.tracing.call_trace import Attempt
 from cluster.policy.routing.route_history import Route
 
 FAILED = (FinishReason.ERROR, FinishReason.ABORT)
@@ -51,6 +52,8 @@ class Hedge:
     route: Route
     """The decision for the second worker."""
     slot: int = 0
+    traced: Attempt | None = None
+    """Record of the attempt on the second worker, if the call is sampled."""
     last_token_at: float = field(init=False, default=0.0)
 
     def accepted(self) -> None:

@@ -19,6 +19,8 @@ class CallMeta:
     api: str
     deadline: float | None = None
     traceparent: str = ""
+    """The caller's W3C trace context, "" without one or with an invalid one. `trace_state`: its tracestate."""
+    trace_state: str = ""
     principal: Principal = DEFAULT_PRINCIPAL
     affinity_key: str = ""
     """Value of the header x-headrace-affinity, for APIs whose bodies have no such field."""

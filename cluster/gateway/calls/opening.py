@@ -26,8 +26,10 @@ from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.parsed_text import ParsedText
 from cluster.gateway.text.tokenizer import TextModel
+from cluster.gateway.tracing.call_trace import CallTrace
 from cluster.observe.log import ids_of_call
 from cluster.observe.metrics import Metrics
+from cluster.observe.trace_context import unsampled
 from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.policy import TenantPolicy
@@ -65,7 +67,8 @@ class Opening:
     guards: CallGuards | None = None
     call: Call | None = None
     trace_id: str = ""
-    """See Call."""
+    """See Call. `trace`: see Call."""
+    trace: CallTrace | None = None
 
     @property
     def log_fields(self) -> Mapping[str, str]:
@@ -197,6 +200,7 @@ class Opening:
             tool_calls_before=request.output.tool_calls_before,
             adapter=self.adapter,
             trace_id=self.trace_id,
+            trace=self.trace,
         )
         call.affinity = affinity(self.request.affinity_key, self.meta, call.flow)
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)
@@ -207,7 +211,7 @@ class Opening:
             cache_salt=salt,
             priority=call.rank,
             adapter=self.adapter_key,
-            traceparent=meta.traceparent,
+            traceparent=unsampled(meta.traceparent),
             parsing=output_parsing(request, self.model),
         )
         check_size(first)

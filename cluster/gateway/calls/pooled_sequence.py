@@ -92,6 +92,8 @@ class PooledSequence(OutputSequence[Owner]):
         if output.token_ids or (output.finish not in (None, FinishReason.STOP, *FAILED)):
             self._generates()
             return
+        if output.times is not None and self.traced is not None:
+            self.traced.add_times(output.times)
         if output.prompt_tokens is not None and self.hedge is None:
             self._record_first_output(output)
         if output.finish is None:
@@ -118,6 +120,7 @@ class PooledSequence(OutputSequence[Owner]):
             OutputSequence.refused(self, reason, message, field)
             return
         self.link = None
+        self.end_attempt("refused")
         self.life.submission_refused(0)
         self.call.events.submission_refused(self)
         error = refusal_of(reason, message, field)

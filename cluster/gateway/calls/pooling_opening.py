@@ -32,7 +32,9 @@ from cluster.gateway.models import KnownModel, ModelDirectory, Target
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.tokenizer import TextModel
+from cluster.gateway.tracing.call_trace import CallTrace
 from cluster.observe.log import ids_of_call
+from cluster.observe.trace_context import unsampled
 from cluster.policy.routing.version_split import Versions
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ class PoolingOpening:
     second_text: Callable[[int], int] = field(init=False)
     call: PoolingCall | None = None
     trace_id: str = ""
-    """See Call."""
+    """See Call. `trace`: see Call."""
+    trace: CallTrace | None = None
 
     @property
     def log_fields(self) -> Mapping[str, str]:
@@ -216,6 +219,7 @@ class PoolingOpening:
             inputs=self.inputs,
             task=self.task,
             trace_id=self.trace_id,
+            trace=self.trace,
         )
         call.affinity = affinity(request.affinity_key, meta, call.flow)
         self.call = call
@@ -232,7 +236,7 @@ class PoolingOpening:
             SAMPLING,
             cache_salt=authenticator.cache_salt(self.meta.principal, request.cache_salt),
             priority=call.rank,
-            traceparent=self.meta.traceparent,
+            traceparent=unsampled(self.meta.traceparent),
             pooling=PoolingParams(self.task, self._shorter_dimensions()),
         )
         check_size(first)

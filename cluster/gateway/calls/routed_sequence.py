@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar
 from cluster.api.types import CompatibilityKey, EngineRequest, WorkerIdentity
 from cluster.gateway.calls.life import Event, Life, State
 from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.tracing.call_trace import FINISHED, Attempt
 from cluster.policy.routing.route_history import Route
 
 
@@ -50,6 +51,10 @@ class RoutedSequence(Generic[Owner]):
     sequence for this gateway."""
     route: Route | None = field(init=False, default=None)
     """The decision by which the sequence was sent to its worker."""
+    last_token_at: float = field(init=False, default=0.0)
+    """Monotonic time of the sequence's last token."""
+    traced: Attempt | None = field(init=False, default=None)
+    """Record of the current attempt, if the call is sampled and the sequence is with a worker."""
 
     def __post_init__(self) -> None:
         self.key = f"{self.call.id}#{self.index}"
@@ -164,6 +169,12 @@ class RoutedSequence(Generic[Owner]):
             key = link.compatibility_key if self.request.sampling.is_seeded else link.compatibility_key.unseeded
         self.life.submitted(link.identity.incarnation, key)
 
+    def end_attempt(self, reason: str) -> None:
+        """Record that the sequence has left its worker, if the call is sampled. `reason`: see call_trace.FINISHED."""
+        traced, self.traced = self.traced, None
+        if traced is not None:
+            traced.end(reason, 0.0 if reason == FINISHED else self.last_token_at)
+
     def leave_engine(self) -> None:
         """Abort the sequence in the engine, if the sequence runs there."""
         if self.link is not None:
@@ -176,10 +187,12 @@ class RoutedSequence(Generic[Owner]):
         """Finish the sequence, which keeps its tokens. `reason`: the finish reason."""
         self.finish_reason = reason
         self.life.apply(Event.FINISHED)
+        self.end_attempt(FINISHED)
 
     def end(self) -> None:
         """End the sequence with its call, and abort the sequence in the engine."""
         self.life.apply(Event.FAILED)
+        self.end_attempt("aborted")
         self.leave_engine()
 
     def unlink_call(self) -> None:

@@ -140,8 +140,6 @@ class OutputSequence(RoutedSequence[Owner]):
     """The `detokenizer`, if the worker may parse the output."""
     reasoning_tokens: int = field(init=False, default=0)
     """Number of reasoning tokens in the whole output, known when the output ends."""
-    last_token_at: float = field(init=False, default=0.0)
-    """Monotonic time of the sequence's last token."""
     direct: Callable[[str], None] | None = field(init=False, default=None)
     """Function that gets the text of each further token that brings nothing but text; None to keep the text."""
     direct_content: Callable[[str], None] | None = field(init=False, default=None)
@@ -206,8 +204,10 @@ class OutputSequence(RoutedSequence[Owner]):
         self.life.submission_refused(len(self.emitted))
         self.call.events.submission_refused(self)
         if reason == "NO_ROOM" and self.hedge is not None:
-            self._keep_hedge(self.hedge, "", has_failed=False)
-        elif reason == "NO_ROOM":
+            self._keep_hedge(self.hedge, "", has_failed=False, why="refused")
+            return
+        self.end_attempt("refused")
+        if reason == "NO_ROOM":
             self.life.wait(len(self.emitted))
             self.call.events.requeue(self)
         elif field == "tools" and self.parsed_text is not None and self.parsed_text.is_parsed:
@@ -225,6 +225,8 @@ class OutputSequence(RoutedSequence[Owner]):
         call = self.call
         if self.hedge is not None and output.finish not in FAILED:
             self._leave_hedge(self.hedge)
+        if output.times is not None and self.traced is not None:
+            self.traced.add_times(output.times)
         if output.prompt_tokens is not None and self.hedge is None:
             if self.parsed_text is not None and not self._parses_as_before(output):
                 self._leave_wrong_parser(output)
@@ -408,8 +410,10 @@ class OutputSequence(RoutedSequence[Owner]):
 
     def _retry_or_fail(self, outcome: Outcome, reason: str, message: str) -> None:
         if self.hedge is not None:
-            self._keep_hedge(self.hedge, self.last_worker, has_failed=True)
-        elif self.life.fail_worker(reason, len(self.emitted)):
+            self._keep_hedge(self.hedge, self.last_worker, has_failed=True, why=reason)
+            return
+        self.end_attempt(reason)
+        if self.life.fail_worker(reason, len(self.emitted)):
             self.call.events.requeue(self)
         else:
             self.call.fail(CallError(outcome, message))
@@ -418,8 +422,9 @@ class OutputSequence(RoutedSequence[Owner]):
         """Leave the draining worker. Another worker continues after the tokens emitted so far."""
         if self.hedge is not None:
             RoutedSequence.leave_engine(self)
-            self._keep_hedge(self.hedge, self.last_worker, has_failed=False)
+            self._keep_hedge(self.hedge, self.last_worker, has_failed=False, why="moved")
         elif self.link is not None and not self.finish_reason:
+            self.end_attempt("moved")
             self.leave_engine()
             self.life.leave("moved", len(self.emitted))
             self.call.events.requeue(self)
@@ -441,14 +446,14 @@ class OutputSequence(RoutedSequence[Owner]):
         """Continue on the second worker, which has answered first, and abort the sequence in the first engine."""
         if self.hedge is not None:
             RoutedSequence.leave_engine(self)
-            self._keep_hedge(self.hedge, self.last_worker, has_failed=False)
+            self._keep_hedge(self.hedge, self.last_worker, has_failed=False, why="hedged")
             self.output(output)
 
     def hedge_refused(self) -> None:
         """Stay on the first worker, because the second has refused the sequence."""
         if self.hedge is not None:
             self.call.events.submission_refused(self)
-            self._end_hedge("", has_failed=False)
+            self._end_hedge(self.hedge, "", has_failed=False, why="refused")
 
     def hedge_lost(self) -> None:
         """Stay on the first worker, because the second was lost."""
@@ -456,7 +461,7 @@ class OutputSequence(RoutedSequence[Owner]):
             link = self.hedge.link
             if not link.draining:
                 self.life.lost(link.name, link.identity.node, len(self.emitted), self.call.clock())
-            self._end_hedge(link.identity.incarnation, has_failed=True)
+            self._end_hedge(self.hedge, link.identity.incarnation, has_failed=True, why="lost")
 
     def hedge_broken(self) -> None:
         """Stay on the first worker, because the second engine could not begin the sequence."""
@@ -465,7 +470,7 @@ class OutputSequence(RoutedSequence[Owner]):
             if self.request.sampling.grammar is None:  # else the grammar may have allowed no token
                 self.life.excluded |= {link.identity.incarnation}
                 self.call.events.worker_failed(link)
-            self._end_hedge(link.identity.incarnation, has_failed=True)
+            self._end_hedge(self.hedge, link.identity.incarnation, has_failed=True, why="error")
 
     def hedge_failed(self, hedge: Hedge, error: BaseException) -> None:
         """End the call, because the handling of a message for the hedge raised `error`."""
@@ -474,9 +479,11 @@ class OutputSequence(RoutedSequence[Owner]):
         else:  # the sequence has taken over the slot
             self.failed(error)
 
-    def _keep_hedge(self, hedge: Hedge, computed_by: str, has_failed: bool) -> None:
-        """Continue on the second worker alone. `computed_by`: see CallEvents.hedge_ended."""
+    def _keep_hedge(self, hedge: Hedge, computed_by: str, has_failed: bool, why: str) -> None:
+        """Continue on the second worker alone. `computed_by`: see CallEvents.hedge_ended. `why`: see end_attempt."""
         self.hedge = None
+        self.end_attempt(why)
+        self.traced = hedge.traced
         self.set_route(hedge.route)
         self.link, self.slot, self.worker = hedge.link, hedge.slot, hedge.link.identity
         hedge.link.replace_sink(hedge.slot, self)
@@ -486,11 +493,13 @@ class OutputSequence(RoutedSequence[Owner]):
     def _leave_hedge(self, hedge: Hedge) -> None:
         """Abort the sequence in the second engine, and stay on the first worker."""
         hedge.link.abort(hedge.slot)
-        self._end_hedge(hedge.link.identity.incarnation, has_failed=False)
+        self._end_hedge(hedge, hedge.link.identity.incarnation, has_failed=False, why="hedged")
 
-    def _end_hedge(self, computed_by: str, has_failed: bool) -> None:
-        """Continue on the first worker alone."""
+    def _end_hedge(self, hedge: Hedge, computed_by: str, has_failed: bool, why: str) -> None:
+        """Continue on the first worker alone. `why`: see end_attempt."""
         self.hedge = None
+        if hedge.traced is not None:
+            hedge.traced.end(why)
         self.life.hedge_ended(self.last_worker, has_failed)
         self.call.events.hedge_ended(self, False, computed_by)
 

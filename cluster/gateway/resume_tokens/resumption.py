@@ -130,6 +130,8 @@ class ResumeService:
             if (head.prompt, head.seed) != (prompt, first.sampling.seed):
                 raise unsupported("its prompt has other tokens here (does its chat template contain the time?)")
         tokens = ResumeTokens(call.sequences, head, envelopes.seal, self._wall, self._expires_s, self._gateway)
+        if call.trace is not None:
+            tokens.traceparent = call.trace.context.traceparent
         call.make_resumable(tokens)
         if chain is None:
             self._live[call.id] = call

@@ -115,6 +115,8 @@ class TokenChain:
     expires_s: int = 0
     last: bytes = FIRST
     choices: dict[int, ChoiceState] = field(default_factory=dict)
+    traceparent: str = ""
+    """Context of the call's span at the last gateway that has traced it; "" without one."""
 
     @property
     def call_head(self) -> CallHead:
@@ -149,6 +151,7 @@ class TokenChain:
         if self.head is None:
             self.head = _head(more)
         self.number, self.expires_s, self.last = number, expires_s, digest_of(sealed)
+        self.traceparent = str(more.get("trace", self.traceparent))
         for index, words in more.get("likeness", {}).items():
             self._choice(int(index)).compatibility = CompatibilityKey(*words)
         for index, worker in more.get("homes", {}).items():

@@ -48,6 +48,7 @@ class ResumeTokens:
         "number",
         "silent",
         "timer",
+        "traceparent",
         "whole",
     )
 
@@ -75,6 +76,8 @@ class ResumeTokens:
         """Indexes of the choices whose compatibility key has been sent."""
         self.whole = False
         """Whether the newest token is whole, which means that it repeats everything that was delivered before."""
+        self.traceparent = ""
+        """Context of the call's span at this or an earlier gateway; "" if the call is not sampled."""
         self.timer: asyncio.TimerHandle | None = None
         """Timer that ends a resumed call at the deadline of the call's first request."""
         self._seal = seal
@@ -91,6 +94,7 @@ class ResumeTokens:
     def continue_after(self, chain: TokenChain) -> None:
         """Continue the call's tokens after the tokens of this chain."""
         self.number, self._before = chain.number, chain.last
+        self.traceparent = self.traceparent or chain.traceparent
         self._due = chain.number  # the next token is whole: the client need not keep the presented tokens
         for index, choice in chain.choices.items():
             self._delivered[index], self._chars[index] = len(choice.token_ids), choice.chars
@@ -153,6 +157,8 @@ class ResumeTokens:
             choices, keys, workers = self._all()
             more = {"call": head_json(self.head), "whole": True, "maker": self._maker()}
             self._due = self.number + max(WHOLE_TOKENS, int(sum(self._delivered) * WHOLE_SHARE))
+        if self.traceparent and "call" in more:
+            more["trace"] = self.traceparent
         if keys:
             more["likeness"] = keys
         if workers:

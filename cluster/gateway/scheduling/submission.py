@@ -19,6 +19,7 @@ from cluster.gateway.calls.call import CallSequence
 from cluster.gateway.calls.hedge import Hedge
 from cluster.gateway.calls.sequence import CALLER_FIELDS
 from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.tracing.call_trace import Attempt
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.routing.route_history import Route
 from cluster.process.call_errors import is_call_failure
@@ -68,14 +69,20 @@ def submit(
     if call.error is not None:  # another sequence has ended the call, and the API is about to close it
         return False
     sealed: bytes | None = None
+    traced = _traced(sequence, sequence.route, link)
     try:
         sealed = b"" if accounting is None else accounting.open(sequence, link)
-        slot = _send(sequence, link, waiting, sealed, fresh_tokens, cached_tokens)
+        slot = _send(sequence, link, waiting, sealed, fresh_tokens, cached_tokens, traced)
     except BaseException as error:
         if accounting is not None and sealed is not None:
             accounting.refused(sequence)
+        if traced is not None:
+            traced.end("error")
         call.fail_unexpectedly(error)
         return False
+    if traced is not None:
+        traced.submitted()
+        sequence.traced = traced
     call.submitted(sequence, link.identity, now)
     sequence.bind(link, slot)
     return True
@@ -88,21 +95,40 @@ def submit_hedge(
     could not be sent; then it stays on its first worker. Fair service is charged once: the first Submit has the charge
     for the prompt, and this Submit has no charge for output that may never come."""
     call, hedge = sequence.call, Hedge(sequence, link, route)
+    hedge.traced = _traced(sequence, route, link, is_hedge=True)
     weighted = WeightedValue(replace(waiting, output_tokens=0), call.policy.weight)
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
     sealed = b"" if accounting is None else accounting.hedged(sequence)
     try:
         # A number above 1 makes the worker count only the changes of the charge.
-        hedge.slot = link.submit(sequence.submission(), hedge, sequence.attempt + 1, sealed, weighted, stream=stream)
+        request = _with_context(sequence.submission(), hedge.traced)
+        hedge.slot = link.submit(request, hedge, sequence.attempt + 1, sealed, weighted, stream=stream)
     except BaseException as error:
         if accounting is not None:
             accounting.refused(sequence)
+        if hedge.traced is not None:
+            hedge.traced.end("error")
         if not is_call_failure(error):
             raise
         log.warning("call.hedge_failed", **call.log_fields, exc_info=error)
         return False
+    if hedge.traced is not None:
+        hedge.traced.submitted()
     sequence.bind_hedge(hedge)
     return True
+
+
+def _traced(sequence: CallSequence, route: Route | None, link: WorkerLink, *, is_hedge: bool = False) -> Attempt | None:
+    """Return the record of an attempt that begins; None if the call is not sampled."""
+    trace = sequence.call.trace
+    if trace is None or route is None:
+        return None
+    return trace.begin_attempt(sequence.index, route, link.identity, len(sequence.emitted), is_hedge=is_hedge)
+
+
+def _with_context(request: EngineRequest, traced: Attempt | None) -> EngineRequest:
+    """Return the request with the trace context of an attempt, by which the worker knows that the call is sampled."""
+    return request if traced is None else replace(request, traceparent=traced.context.traceparent)
 
 
 def _send(
@@ -112,6 +138,7 @@ def _send(
     sealed: bytes,
     fresh_tokens: int,
     cached_tokens: int,
+    traced: Attempt | None,
 ) -> int:
     """Send the request of a sequence and return the request's slot."""
     call = sequence.call
@@ -121,7 +148,7 @@ def _send(
     earlier = len(sequence.emitted) - sequence.restored
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
     return link.submit(
-        sequence.submission(),
+        _with_context(sequence.submission(), traced),
         sequence,
         sequence.attempt,
         sealed,

@@ -282,6 +282,7 @@ class Accounting:
             queue_s=max(now - call.arrived, 0.0),
             labels=labels,
             gateway=self._gateway,
+            trace_id=call.trace_id,
         )
 
     def ended(self, call: Call, outcome: Outcome) -> None:

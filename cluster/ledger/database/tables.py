@@ -95,6 +95,7 @@ usage = Table(
     Column("gateway", String(255), nullable=False, server_default=text("''")),
     Column("reasoning_tokens", BigInteger, nullable=False, server_default=text("0")),
     Column("predicted_cached_tokens", BigInteger),
+    Column("trace_id", String(32), nullable=False, server_default=text("''")),
     Index("ix_usage_day_tenant_model", "day", "tenant", "model"),
     Index("ix_usage_tenant_opened_at_s", "tenant", "opened_at_s"),
 )

@@ -58,6 +58,7 @@ class OpenRecord:
     queue_s: float = 0.0
     labels: Mapping[str, str] = field(default_factory=dict)
     gateway: str = ""
+    trace_id: str = ""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -99,7 +100,8 @@ class UsageRecord:
     those of the completion tokens that are reasoning, as far as known: 0 in records of older releases, of outputs that
     did not end, and with `delivered_unknown`. `gpu` is the accelerator's type and determines the price of
     `gpu_seconds`. `outcome` is the value of an Outcome. `worker`, `pod` and `node` are the place where the call ended.
-    `gateway` is the gateway that admitted the call. Records of older releases have empty values for `worker`, `pod`,
+    `gateway` is the gateway that admitted the call. `trace_id` is the id of the call's trace, empty for a call that was
+    not sampled and whose caller named no trace. Records of older releases have empty values for `worker`, `pod`,
     `node` and `gateway`.
     """
 
@@ -130,6 +132,7 @@ class UsageRecord:
     pod: str = ""
     node: str = ""
     gateway: str = ""
+    trace_id: str = ""
 
     def __post_init__(self) -> None:
         _check(self)

@@ -537,6 +537,7 @@ class StepOutputs(_message.Message):
     PART_TAGS_FIELD_NUMBER: _builtins.int
     PART_TEXTS_FIELD_NUMBER: _builtins.int
     VECTORS_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -567,6 +568,10 @@ class StepOutputs(_message.Message):
     def vectors(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotVector]:
         """Results of pooling requests."""
 
+    @_builtins.property
+    def times(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotTimes]:
+        """Of requests whose traceparent has the flag `sampled`: with their first output and with their last."""
+
     def __init__(
         self,
         *,
@@ -581,14 +586,51 @@ class StepOutputs(_message.Message):
         part_tags: _abc.Iterable[_builtins.int] | None = ...,
         part_texts: _abc.Iterable[_builtins.str] | None = ...,
         vectors: _abc.Iterable[Global___SlotVector] | None = ...,
+        times: _abc.Iterable[Global___SlotTimes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finishes", b"finishes", "firsts", b"firsts", "logprobs", b"logprobs", "part_slots", b"part_slots", "part_tags", b"part_tags", "part_texts", b"part_texts", "parts", b"parts", "slots", b"slots", "token_ids", b"token_ids", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finishes", b"finishes", "firsts", b"firsts", "logprobs", b"logprobs", "part_slots", b"part_slots", "part_tags", b"part_tags", "part_texts", b"part_texts", "parts", b"parts", "slots", b"slots", "times", b"times", "token_ids", b"token_ids", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepOutputs: _TypeAlias = StepOutputs  # noqa: Y015
+
+@_typing.final
+class SlotTimes(_message.Message):
+    """Durations on the worker, in seconds; 0 if unknown or sent before. See cluster/api/request_times.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    PARSE_S_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    wait_s: _builtins.float
+    queue_s: _builtins.float
+    prefill_s: _builtins.float
+    decode_s: _builtins.float
+    parse_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        wait_s: _builtins.float = ...,
+        queue_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+        decode_s: _builtins.float = ...,
+        parse_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "parse_s", b"parse_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "slot", b"slot", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlotTimes: _TypeAlias = SlotTimes  # noqa: Y015
 
 @_typing.final
 class SlotVector(_message.Message):
@@ -1444,6 +1486,7 @@ class Submit(_message.Message):
     """The adapter's digest; empty: the base model."""
     tenant_handle: _builtins.str
     traceparent: _builtins.str
+    """W3C trace context: of this attempt if the call is sampled, else of the caller without the flag `sampled`."""
     prompt_blob: _builtins.str
     """prompt_ids came ahead on Bulk under this key instead."""
     sealed_record: _builtins.bytes

@@ -25,10 +25,14 @@ from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.worker_events import WorkerEvents
+from cluster.gateway.tracing.call_spans import SpanBuilder
+from cluster.gateway.tracing.call_trace import SequenceFacts
+from cluster.gateway.tracing.tracer import Tracer
 from cluster.gateway.usage.accounting import CallAccount
 from cluster.ledger.store import Ledger
 from cluster.ledger.usage.records import OpenRecord
 from cluster.link.v1 import link_pb2 as pb
+from cluster.observe import semantic_conventions as names
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.scheduling.first_token_times import MIN_COUNT, RELEARNT_S
@@ -37,6 +41,7 @@ from cluster.wire.bundle import Bundle
 from cluster.wire.codec import StepColumns
 from cluster.wire.ended_requests import EndedUsage
 from tests.gateway.scheduling.test_differential import INFO, Host, PlainText
+from tests.gateway.tracing.test_call_spans import check_tree, facts
 from tests.support.accounts import accounting_cluster, records, start_worker
 from tests.support.calls import complete
 from tests.support.cluster import LOOPBACK, sim_engine, until
@@ -72,6 +77,7 @@ class Gateway(RuleBasedStateMachine):
         self.links: dict[str, WorkerLink] = {}
         self.calls: list[Call] = []
         self.hedges = 0
+        self.tracer = Tracer(lambda spans: None, {}, 1.0, clock=self.clock)
 
     def clock(self) -> float:
         """The virtual time, in seconds."""
@@ -110,6 +116,9 @@ class Gateway(RuleBasedStateMachine):
         """Open a call."""
         policy = TenantPolicy("a", handle="a")
         call = Call(f"c{next(self.serial)}", "m", policy, 0, self.now, None, self.clock, self.scheduler)
+        call.trace = self.tracer.begin("", "", self.now)
+        assert call.trace is not None
+        call.trace.queued()
         call.sequences.append(
             OutputSequence(call, 0, EngineRequest("", [1] * PROMPT, Sampling(max_tokens=9)), PlainText())
         )
@@ -205,6 +214,27 @@ class Gateway(RuleBasedStateMachine):
         if how == "cut":
             self.scheduler.cut(call)
         self.scheduler.leave(call)
+        self.trace_is_whole(call)
+
+    def trace_is_whole(self, call: Call) -> None:
+        """The spans of an ended call are one tree, and its attempts have ended and share its tokens out among them."""
+        assert call.trace is not None
+        assert all(attempt.ended_at is not None for attempt in call.trace.attempts)
+        (sequence,) = call.sequences
+        tokens = len(sequence.emitted)
+        known = facts(ended_at=self.now, sequences=(SequenceFacts(tokens, sequence.finish_reason),))
+        spans = list(SpanBuilder(call.trace, known, {}, lambda at: at).spans())
+        check_tree(spans)
+        assert sum(int(str(span.attributes.get(names.TOKENS, 0))) for span in spans) == tokens
+
+    @invariant()
+    def open_attempts_match_slots(self) -> None:
+        """The record of a call has one open attempt for each worker that runs its sequence."""
+        for call in self.calls:
+            assert call.trace is not None
+            open_attempts = [each.worker.incarnation for each in call.trace.attempts if each.ended_at is None]
+            links = [link.identity.incarnation for link, _, other in self.slots() if other is call.sequences[0]]
+            assert sorted(open_attempts) == sorted(links)
 
     @invariant()
     def slots_match_states(self) -> None:
@@ -237,6 +267,7 @@ class Gateway(RuleBasedStateMachine):
         """Once all calls have ended, no link, queue or account holds anything."""
         for call in self.calls:
             self.scheduler.leave(call)
+            self.trace_is_whole(call)
         self.calls.clear()
         self.slots_match_states()
         order = self.charges.fair.order("m").statistics()

@@ -165,9 +165,9 @@ def test_each_migration_does_what_its_kind_says(database_url: str) -> None:
 
 
 def test_the_previous_release_goes_on_inserting_usage(database_url: str) -> None:
-    """After the migrations to reasoning tokens and predictions, rows from before have none of them. The INSERT of the
-    release before is accepted, and no row has more reasoning tokens than completion tokens, whichever release replaces
-    an estimate."""
+    """After the migrations to reasoning tokens, predictions and traces, rows from before have none of them. The INSERT
+    of the release before is accepted, and no row has more reasoning tokens than completion tokens, whichever release
+    replaces an estimate."""
     ledger = Ledger(database_url)
     engine = make_engine(database_url)
     with engine.begin() as connection:
@@ -189,12 +189,14 @@ def test_the_previous_release_goes_on_inserting_usage(database_url: str) -> None
         command.upgrade(migrate.Migrations().config(connection), "head")
     insert(record("after"), record("exact"))
     estimates = [record(name, delivered_unknown=True, reasoning_tokens=0) for name in ("exact", "estimate")]
-    ledger.usage.insert([record("new", predicted_cached_tokens=3), *estimates])
+    ledger.usage.insert([record("new", predicted_cached_tokens=3, trace_id="a" * 32), *estimates])
     insert(record("new", completion_tokens=1, reasoning_tokens=0))
     insert(record("estimate", completion_tokens=1, reasoning_tokens=0))
     found = {row.record_id: (row.completion_tokens, row.reasoning_tokens) for row in ledger.usage.records(UsageQuery())}
     predicted = {row.record_id: row.predicted_cached_tokens for row in ledger.usage.records(UsageQuery())}
     assert predicted == {**dict.fromkeys(found), "new": 3}
+    traces = {row.record_id: row.trace_id for row in ledger.usage.records(UsageQuery())}
+    assert traces == {**dict.fromkeys(found, ""), "new": "a" * 32}
     assert found == {"before": (5, 0), "after": (5, 0), "exact": (5, 0), "estimate": (1, 0), "new": (5, 2)}
     (sums,) = ledger.usage.query(UsageQuery(()))
     assert (sums["completion_tokens"], sums["reasoning_tokens"]) == (21, 2)

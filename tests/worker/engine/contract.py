@@ -279,6 +279,18 @@ class EngineContract:
         assert (answer.outputs[0].prompt_tokens, answer.outputs[0].cached_tokens) == (9, 0)
         assert all(o.prompt_tokens is None and o.cached_tokens is None for o in answer.outputs[1:])
 
+    async def test_first_output_of_a_sampled_call_has_its_times(self, engine: Subject) -> None:
+        """The first output of a request with a sampled traceparent, and no other output, has the times that the engine
+        has measured."""
+        driver, context = Driver(engine), f"00-{'a' * 32}-{'b' * 16}"
+        (sampled,) = await driver.run(request(engine.prompt(13), traceparent=f"{context}-01"))
+        (other,) = await driver.run(request(engine.prompt(13), traceparent=f"{context}-00"))
+        times = sampled.outputs[0].times
+        assert times is not None
+        assert times.queue_s >= 0
+        assert 0 < times.prefill_s <= times.first_output_s < engine.deadline_s
+        assert [o.times for o in (*sampled.outputs[1:], *other.outputs)] == [None] * (len(sampled.outputs) + 5)
+
     async def test_greedy_alone_equals_greedy_in_a_batch(self, engine: Subject) -> None:
         """A greedy request gives the same tokens alone and in a batch with requests of other lengths."""
         driver = Driver(engine)

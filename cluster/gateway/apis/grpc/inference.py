@@ -18,7 +18,7 @@ from cluster.gateway.apis.grpc.pooling import pooling_response
 from cluster.gateway.apis.grpc.requests import MAX_PAGE_TOKEN, DetokenizeCall, ResumedCall, TokenizeCall
 from cluster.gateway.apis.grpc.session import SessionStream
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
-from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
+from cluster.gateway.apis.request_ids import random_id, request_id, trace_state, traceparent
 from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Credentials, alternative_names
 from cluster.gateway.calls.meta import CallMeta
@@ -120,9 +120,9 @@ class InferenceApi:
             await self._abort(context, self._meta(context), error)
             return
         try:
-            await SessionStream(
-                self._service, context, caller, self._meta(context).traceparent, self._session_age_s
-            ).run()
+            meta = self._meta(context)
+            trace = (meta.traceparent, meta.trace_state)
+            await SessionStream(self._service, context, caller, trace, self._session_age_s).run()
         finally:
             authenticator.unregister(caller)
 
@@ -170,15 +170,17 @@ class InferenceApi:
         return Credentials(authorization, names, context.peer())
 
     def _meta(self, context: Any, principal: Principal = DEFAULT_PRINCIPAL) -> CallMeta:
-        own_id = trace = ""
+        own_id = trace = state = ""
         for key, value in context.invocation_metadata() or ():
             if key == "x-request-id":
                 own_id = request_id(value) or own_id
             elif key == "traceparent":
                 trace = traceparent(value) or trace
+            elif key == "tracestate":
+                state = trace_state(value) or state
         remaining_s = context.time_remaining()
         deadline = None if remaining_s is None else self._service.clock() + remaining_s
-        return CallMeta(own_id or random_id(), "grpc", deadline, trace, principal)
+        return CallMeta(own_id or random_id(), "grpc", deadline, trace, state if trace else "", principal)
 
     # ---- calls
 

@@ -19,7 +19,7 @@ from cluster.gateway.apis.grpc.messages import (
     messages_of,
     tools_of,
 )
-from cluster.gateway.apis.request_ids import request_id, traceparent
+from cluster.gateway.apis.request_ids import request_id, trace_state, traceparent
 from cluster.gateway.calls.pooling_request import (
     WHOLE_CONTEXT,
     IdsInputs,
@@ -181,6 +181,7 @@ class SessionStart:
     deadline_ms: int
     request_id: str
     traceparent: str
+    trace_state: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +288,7 @@ def _session_call(start: pb.SessionStart) -> SessionStart:
         except CallError as error:
             request = error
     is_chat = start.resume.HasField("chat") if kind == "resume" else kind == "chat"
-    ids = request_id(start.request_id), traceparent(start.traceparent)
+    ids = request_id(start.request_id), traceparent(start.traceparent), trace_state(start.tracestate)
     return SessionStart(start.call_id, is_chat, request, start.deadline_ms, *ids)
 
 

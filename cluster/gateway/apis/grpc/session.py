@@ -38,9 +38,11 @@ SLICE_S = 0.001
 class SessionStream:
     """A session. `run` returns when the client has closed its side of the stream and every call has ended."""
 
-    def __init__(self, service: CallService, context: Any, caller: Caller, trace: str, age_s: float) -> None:
-        """`caller`: the owner of the session. `trace`: the traceparent for calls that bring no traceparent. `age_s`:
-        seconds after which the session accepts no new calls."""
+    def __init__(
+        self, service: CallService, context: Any, caller: Caller, trace: tuple[str, str], age_s: float
+    ) -> None:
+        """`caller`: the owner of the session. `trace`: traceparent and tracestate for calls that bring no traceparent.
+        `age_s`: seconds after which the session accepts no new calls."""
         self._service = service
         self._age_s = age_s
         self._context = context
@@ -157,7 +159,8 @@ class SessionStream:
         principal = self._caller.require()
         deadline = self._service.clock() + start.deadline_ms / 1000 if start.deadline_ms else None
         own_id = start.request_id or random_id()
-        return CallMeta(own_id, "grpc", deadline, start.traceparent or self._trace, principal)
+        trace = (start.traceparent, start.trace_state) if start.traceparent else self._trace
+        return CallMeta(own_id, "grpc", deadline, *trace, principal)
 
     async def _run(self, start: SessionStart, meta: CallMeta) -> None:
         """Run one call to its end."""

@@ -14,7 +14,7 @@ from cluster.gateway.apis.http.body import Refused, RequestBodies
 from cluster.gateway.apis.http.exchange import Exchange
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai.requests import ParsedRequest
-from cluster.gateway.apis.request_ids import traceparent
+from cluster.gateway.apis.request_ids import trace_state, traceparent
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.pooling_request import ParsedPooling
@@ -51,9 +51,13 @@ class HttpCalls:
         if media_type != b"application/json":  # also prevents cross-site form posts
             raise Refused(415, "unsupported_media_type", "content-type must be application/json")
         trace = traceparent(exchange.header(b"traceparent"))
-        affinity = exchange.header(AFFINITY_HEADER)
         meta = CallMeta(
-            exchange.request_id, "http", traceparent=trace, principal=exchange.principal, affinity_key=affinity
+            exchange.request_id,
+            "http",
+            traceparent=trace,
+            trace_state=trace_state(exchange.header(b"tracestate")) if trace else "",
+            principal=exchange.principal,
+            affinity_key=exchange.header(AFFINITY_HEADER),
         )
         meta = await self.service.count(meta)
         length = exchange.headers.get(b"content-length", b"")

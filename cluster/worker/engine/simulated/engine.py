@@ -28,6 +28,7 @@ from cluster.worker.engine.simulated.clock import Clock, VirtualClock, WallClock
 from cluster.worker.engine.simulated.config import SCHEME, SimConfig
 from cluster.worker.engine.simulated.faults import EngineFaults, SimFault
 from cluster.worker.engine.simulated.model import SimModel, SimStatistics, StepPlan
+from cluster.worker.engine.simulated.timing import SimTiming
 from cluster.worker.engine.simulated.vectors import pooling_info
 from cluster.worker.engine.step_times import LEAST_S, PATIENCE, StepTimes
 
@@ -42,6 +43,7 @@ class SimEngine:
     def __init__(self, config: SimConfig, clock: Clock | None = None) -> None:
         self._config = config
         self._clock: Clock = clock or WallClock()
+        self._timing = SimTiming()
         self._wake = asyncio.Event()
         self._has_kv_events = asyncio.Event()
         self._faults = EngineFaults(config.faults, self._wake)
@@ -91,6 +93,7 @@ class SimEngine:
             raise EngineRefused("ADAPTER_INVALID", f"adapter: {request.adapter!r} is not loaded", "adapter")
         idle = not model.has_work()
         model.submit(request)
+        self._timing.submitted(request, self._clock.now())
         if idle:
             self._pace.began(self._clock.now())
         self._wake.set()
@@ -100,6 +103,7 @@ class SimEngine:
         model = self._require_model()
         for request_id in request_ids:
             model.abort(request_id)
+            self._timing.forget(request_id)
         if not model.has_work():
             self._pace.mark_idle()
 
@@ -117,6 +121,7 @@ class SimEngine:
             self._faults.raise_if_dead()
             self._plan = None
             outputs = model.complete(plan, self._faults.nan, self._faults.corrupt)
+            self._timing.add_times(outputs, self._clock.now())
             self._idle = not model.has_work()
             self._pace.step(self._clock.now(), goes_on=not self._idle)
             if model.kv.events:
@@ -228,6 +233,7 @@ class SimEngine:
         # A step begins where the last step ended. If the caller was more than a step late, the step begins now.
         late = self._idle or now - self._ends_at > plan.step_s
         begins_at = now if late else self._ends_at
+        self._timing.scheduled((sequence.request.request_id for sequence, _ in plan.work), begins_at)
         self._ends_at = begins_at + plan.step_s + sum(fault.seconds for fault in slowed)
         stated_s = plan.step_s + sum(fault.seconds for fault in slowed if fault.point == "prefill")
         self._stated_until = begins_at + max(LEAST_S, PATIENCE * stated_s)

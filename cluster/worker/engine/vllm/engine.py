@@ -26,6 +26,7 @@ from cluster.api.types import (
     ModelSpec,
     TokenOutput,
 )
+from cluster.observe.trace_context import is_sampled
 from cluster.worker.engine.processes import end_causes, exit_status, fork_server, sockets, watchdog
 from cluster.worker.engine.processes.starvation import BUSY, Starvation, read_tasks
 from cluster.worker.engine.vllm import arguments, fast_path, kv_events, pooling, repairs, resume
@@ -285,6 +286,7 @@ class VllmEngine:
             pooling=is_pooling,
             emitted_tokens=len(request.emitted_token_ids),
             adapter=request.adapter,
+            is_traced=bool(request.traceparent) and is_sampled(request.traceparent),
         )
         self._adapters.began(request.adapter)
         stats = self._require_path().stats

@@ -18,6 +18,7 @@ from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
 from cluster.worker.engine.vllm.packed_ids import packed, takes_packed
 from cluster.worker.engine.vllm.paths import LiveRequest, StepStats, core_exit, end
 from cluster.worker.engine.vllm.pooling import set_vector
+from cluster.worker.engine.vllm.request_times import core_times
 
 NAN_MESSAGE = "NaN in the logits"
 NOT_ITS_GRAMMAR = "the emitted tokens do not follow response_format, or it could not be compiled"
@@ -206,6 +207,8 @@ class FastPath:
                 continue
             output = TokenOutput(given.request_id, given.new_token_ids)
             if record.first or given.finish_reason is not None or given.new_logprobs is not None:
+                if record.first and record.is_traced:
+                    output.times = core_times(given, step)
                 _complete(output, given, record)
             outputs.append(output)
         return outputs

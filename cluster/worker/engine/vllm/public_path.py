@@ -11,6 +11,7 @@ from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
 from cluster.worker.engine.vllm.paths import LiveRequest, StepStats, core_exit, end
 from cluster.worker.engine.vllm.pooling import set_vector
+from cluster.worker.engine.vllm.request_times import stats_times
 
 _FINISH = {
     "stop": FinishReason.STOP,
@@ -183,6 +184,8 @@ def _output(request_id: str, given: Any, record: LiveRequest) -> TokenOutput:
     output = TokenOutput(request_id, list(completion.token_ids))
     if record.first:
         record.first = False
+        if record.is_traced:
+            output.times = stats_times(given)
         output.prompt_tokens = record.prompt_tokens
         if given.num_cached_tokens is not None:
             output.cached_tokens = min(given.num_cached_tokens, record.prompt_tokens)

@@ -1,0 +1,34 @@
+"""Times of one request on its worker, which are measured only for requests of sampled calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """Durations in seconds; 0 if unknown. Durations, not points in time, since two machines' clocks differ.
+
+    `wait_s`: from the arrival of the request at the worker to the engine's queue; also what the worker itself adds.
+    `queue_s`: in the engine's queue. `prefill_s`: from the request's first step to the first output. `decode_s`: from
+    the first output to the last. `parse_s`: from the engine's last output to the parsed one.
+    """
+
+    wait_s: float = 0.0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    parse_s: float = 0.0
+
+    @property
+    def first_output_s(self) -> float:
+        """Seconds from the arrival at the worker to the first output."""
+        return self.wait_s + self.queue_s + self.prefill_s
+
+    def update(self, later: RequestTimes) -> None:
+        """Set the durations that `later` has."""
+        self.wait_s = later.wait_s or self.wait_s
+        self.queue_s = later.queue_s or self.queue_s
+        self.prefill_s = later.prefill_s or self.prefill_s
+        self.decode_s = later.decode_s or self.decode_s
+        self.parse_s = later.parse_s or self.parse_s

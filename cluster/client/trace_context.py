@@ -1,0 +1,22 @@
+"""The trace context of calls: that of the program's current OpenTelemetry span, if the program uses OpenTelemetry."""
+
+from __future__ import annotations
+
+import sys
+
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""Headers of W3C trace context."""
+
+
+def trace_headers() -> dict[str, str]:
+    """Return the trace context of the current span as headers; empty without a span.
+
+    OpenTelemetry is not imported here: a program that has not imported it has no span.
+    """
+    if "opentelemetry.trace" not in sys.modules:
+        return {}
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return carrier

@@ -1,0 +1,21 @@
+"""Column for the id of a call's trace.
+
+The previous release inserts rows without this column.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "r0007"
+down_revision = "r0006"
+branch_labels = None
+depends_on = None
+KIND = "expand"
+
+
+def upgrade() -> None:
+    """Add the column. It is empty in existing rows."""
+    column = sa.Column("trace_id", sa.String(32), nullable=False, server_default=sa.text("''"))
+    op.add_column("usage", column)

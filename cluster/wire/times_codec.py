@@ -1,0 +1,37 @@
+"""Codec of the times of requests of sampled calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from cluster.api.request_times import RequestTimes
+from cluster.link.v1 import link_pb2 as pb
+
+MAX_S = 86_400.0
+"""Greatest duration that a gateway believes, in seconds."""
+
+
+def times_to_pb(slot: int, times: RequestTimes) -> pb.SlotTimes:
+    """Encode the times of the request in a slot."""
+    return pb.SlotTimes(
+        slot=slot,
+        wait_s=times.wait_s,
+        queue_s=times.queue_s,
+        prefill_s=times.prefill_s,
+        decode_s=times.decode_s,
+        parse_s=times.parse_s,
+    )
+
+
+def times_by_slot(messages: Iterable[pb.SlotTimes]) -> dict[int, RequestTimes]:
+    """Decode the times of each slot, merged over its messages. Durations that cannot be are 0."""
+    out: dict[int, RequestTimes] = {}
+    for m in messages:
+        durations = (m.wait_s, m.queue_s, m.prefill_s, m.decode_s, m.parse_s)
+        times = RequestTimes(*(s if math.isfinite(s) and 0 <= s <= MAX_S else 0.0 for s in durations))
+        if (before := out.get(m.slot)) is None:
+            out[m.slot] = times
+        else:
+            before.update(times)
+    return out

@@ -1,0 +1,43 @@
+"""Times of requests of sampled calls in the simulated engine, as a real engine measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cluster.api.request_times import RequestTimes
+from cluster.api.types import EngineRequest, TokenOutput
+from cluster.observe.trace_context import is_sampled
+
+
+class SimTiming:
+    """Points in time of the sampled requests that have no output yet."""
+
+    def __init__(self) -> None:
+        self._submitted: dict[str, float] = {}
+        self._scheduled: dict[str, float] = {}
+
+    def submitted(self, request: EngineRequest, now: float) -> None:
+        """Record that a request enters the queue, if its call is sampled."""
+        if request.traceparent and is_sampled(request.traceparent):
+            self._submitted[request.request_id] = now
+
+    def scheduled(self, request_ids: Iterable[str], now: float) -> None:
+        """Record that a step with these requests begins."""
+        if self._submitted:
+            for request_id in request_ids:
+                if request_id in self._submitted:
+                    self._scheduled.setdefault(request_id, now)
+
+    def add_times(self, outputs: Iterable[TokenOutput], now: float) -> None:
+        """Add the durations to first outputs of sampled requests."""
+        if self._submitted:
+            for output in outputs:
+                submitted = self._submitted.pop(output.request_id, None)
+                if submitted is not None:
+                    scheduled = self._scheduled.pop(output.request_id, submitted)
+                    output.times = RequestTimes(queue_s=scheduled - submitted, prefill_s=now - scheduled)
+
+    def forget(self, request_id: str) -> None:
+        """Forget an aborted request."""
+        self._submitted.pop(request_id, None)
+        self._scheduled.pop(request_id, None)
