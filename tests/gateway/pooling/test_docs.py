@@ -56,7 +56,9 @@ async def test_the_commands_run(pooling: TestCluster, tmp_path: Path) -> None:
                 input="a cat\na dog\n" if "<" in line else None,
             )
             assert done.exit_code == 0, done.output
-            assert "a cat" in done.output or len(json.loads(done.output)["embeddings"]) == 2
+            if "a cat" not in done.output:
+                answer = done.output[done.output.index("{\n") :]  # after a log line of the gateway in this process
+                assert len(json.loads(answer)["embeddings"]) == 2
         ran += 1
     assert ran == len(lines)
 
