@@ -7,7 +7,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.bodies import Bodies
+from cluster.gateway.apis.unread_answers import UnreadAnswers
 from cluster.gateway.auth.authenticator import Authenticator, NoAuthentication
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.call import Call
@@ -78,6 +78,7 @@ class CallService:
         self.authenticator: Authenticator = authenticator if authenticator is not None else NoAuthentication()
         self.directory = directory
         self.bodies = Bodies()
+        self.unread_answers = UnreadAnswers()
         self.clock = clock
         self.calls = OpenCalls(self.authenticator.tenant_error, clock)
         self.authenticator.on_change.add(self.calls.end_suspended)
@@ -104,11 +105,11 @@ class CallService:
 
     # ---- one call, from arrival to end
 
-    async def count(self, meta: CallMeta) -> CallMeta:
-        """Count a tenant's request before the body is read, whatever the outcome will be. Returns metadata that marks
-        the request as counted. Raises CallError RATE_LIMITED."""
+    async def count(self, meta: CallMeta) -> None:
+        """Count a tenant's request before the body is read, whatever the outcome will be, and mark it as counted.
+        Raises CallError RATE_LIMITED."""
         await self._reservations.count_request(meta.principal.tenant)
-        return replace(meta, counted=True)
+        meta.counted = True
 
     @asynccontextmanager
     async def open(self, request: requests.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:

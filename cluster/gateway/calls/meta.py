@@ -8,7 +8,7 @@ from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
 from cluster.policy.tenants.identity import Principal
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CallMeta:
     """Metadata of one call. `api` is the name of the API that received the call. `deadline` is a time of the service's
     clock, or None."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.pooling import POOLS, PoolingInfo, PoolingParams, PoolingTask
-from cluster.api.types import EngineRequest, Sampling
+from cluster.api.types import POOLING_SAMPLING, EngineRequest
 from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Authenticator
 from cluster.gateway.calls.life import Life
@@ -37,9 +37,6 @@ from cluster.policy.routing.version_split import Versions
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
 
-SAMPLING: Final = Sampling(max_tokens=1, temperature=0.0)
-"""Sampling parameters of pooling requests, which no pooling worker reads. A worker of an older release, which does not
-know pooling, generates one token at most."""
 SLICE: Final = 128
 """Number of sequences that are created at once, which takes about 2 ms."""
 SHOWN_LENGTHS: Final = 32
@@ -100,7 +97,8 @@ class PoolingOpening:
         self.versions = model.choose_version(self.meta.request_id)
         inputs = self.request.inputs
         self.inputs = inputs.apart() if isinstance(inputs, PairInputs) and task is PoolingTask.EMBED else inputs
-        self._check_dimensions(model.pooling)
+        if self.request.dimensions is not None:
+            self._check_dimensions(self.request.dimensions, model.pooling)
 
     def _suits(self, model: KnownModel) -> bool:
         return self._task_of(model) is not None
@@ -127,10 +125,8 @@ class PoolingOpening:
             violations=[Violation("model", f"has no task {wanted.value}")],
         )
 
-    def _check_dimensions(self, info: PoolingInfo | None) -> None:
-        wanted, name = self.request.dimensions, self.request.dimensions_field
-        if wanted is None:
-            return
+    def _check_dimensions(self, wanted: int, info: PoolingInfo | None) -> None:
+        name = self.request.dimensions_field
         if wanted < 1:
             raise invalid(name, f"must be at least 1, got {wanted}")
         if info is None or wanted == info.dimensions or wanted in info.shorter_dimensions:
@@ -218,7 +214,7 @@ class PoolingOpening:
         first = EngineRequest(
             "",
             self.ids[0],
-            SAMPLING,
+            POOLING_SAMPLING,
             cache_salt=authenticator.cache_salt(self.meta.principal, request.cache_salt),
             priority=call.rank,
             traceparent=self.meta.traceparent,
@@ -236,17 +232,22 @@ class PoolingOpening:
     def _shorter_dimensions(self) -> int | None:
         """Return the length of vectors that the engine is asked for; None for the model's own, which a model without
         shorter ones accepts under no other name."""
-        info, wanted = self.model.pooling, self.request.dimensions
-        return None if self.task is PoolingTask.SCORE or (info is not None and wanted == info.dimensions) else wanted
+        wanted = self.request.dimensions
+        if wanted is None or self.task is PoolingTask.SCORE:
+            return None
+        info = self.model.pooling
+        return None if info is not None and wanted == info.dimensions else wanted
 
     def _engine_request(self, first: EngineRequest, i: int) -> EngineRequest:
         """Return the engine request of an input. `first`: that of the first input, without its second text."""
         pooling, second = first.pooling, self.second_text(i)
         assert pooling is not None
+        if not i and not second:
+            return first
         return EngineRequest(
             "",
             self.ids[i],
-            SAMPLING,
+            POOLING_SAMPLING,
             cache_salt=first.cache_salt,
             priority=first.priority,
             traceparent=first.traceparent,

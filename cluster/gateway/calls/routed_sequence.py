@@ -159,7 +159,7 @@ class RoutedSequence(Generic[Owner]):
         self.link, self.slot = link, slot
         key = None
         if not self.emitted:
-            key = link.compatibility_key if self.request.sampling.is_seeded else link.compatibility_key.unseeded
+            key = link.compatibility_key if self.request.sampling.is_seeded else link.unseeded_key
         self.life.submitted(link.identity.incarnation, key)
 
     def leave_engine(self) -> None:

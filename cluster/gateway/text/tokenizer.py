@@ -85,7 +85,6 @@ class TextModel:
         gateway's memory of encoded prompts. `salt`: distinguishes this model in the memory."""
         self.pool = pool
         self._tokenizer = tokenizer
-        self._inputs = InputEncoder(tokenizer, config)
         self._template = template
         self._control_tokens = _control_tokens(config)
         self._renderer = str(config.get(RENDERER, ""))
@@ -93,6 +92,7 @@ class TextModel:
         self._vocab_size = int(model_config.get("vocab_size") or tokenizer.get_vocab_size())
         self._family = str(model_config.get("model_type", ""))
         layout = self._layout = json.loads(_without_model(tokenizer))
+        self._inputs = InputEncoder(tokenizer, config, layout.get("pre_tokenizer"))
         self._jobs = TextJobs(pool, is_quick=not any(map(may_explode, expressions_of(layout))))
         self._blocks = BlockEncoder.of(tokenizer, layout, salt=salt)
         self._memory = memory or PromptMemory()

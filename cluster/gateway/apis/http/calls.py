@@ -55,7 +55,7 @@ class HttpCalls:
         meta = CallMeta(
             exchange.request_id, "http", traceparent=trace, principal=exchange.principal, affinity_key=affinity
         )
-        meta = await self.service.count(meta)
+        await self.service.count(meta)
         length = exchange.headers.get(b"content-length", b"")
         connection = exchange.scope[CONNECTION]
         async with self._bodies.read(exchange.receive, connection, length, meta.tenant) as content:
