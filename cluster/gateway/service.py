@@ -3,14 +3,10 @@ steps: `open` first, then the steps that `open` takes."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
-
-import structlog
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.bodies import Bodies
@@ -18,6 +14,7 @@ from cluster.gateway.apis.unread_answers import UnreadAnswers
 from cluster.gateway.auth.authenticator import Authenticator, NoAuthentication
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.call_context import CallContext
 from cluster.gateway.calls.cleanup import Cleanup
 from cluster.gateway.calls.end_metrics import EndMetrics
 from cluster.gateway.calls.keepalive import KeepAlives
@@ -37,20 +34,14 @@ from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.scheduling.worker_losses import MOST_SILENT
-from cluster.process.call_errors import is_call_failure
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import Guards
     from cluster.gateway.resume_tokens.resumption import ResumeService
     from cluster.gateway.usage.prompt_log import PromptLog
 
-log = structlog.get_logger("calls")
-
 FALLBACK_LABEL = "fallback_for"
 """Name of the label in a usage record that holds the requested model, if a fallback model served the call."""
-DEADLINE_SLACK_S = 0.1
-"""Tolerance in seconds for callers that cancel at their deadline. The caller's clock for the deadline started before
-the request arrived here, so the deadline passes at the caller first."""
 
 
 class CallService:
@@ -111,48 +102,16 @@ class CallService:
         await self._reservations.count_request(meta.principal.tenant)
         meta.counted = True
 
-    @asynccontextmanager
-    async def open(self, request: requests.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:
-        """Open a call that lasts as long as the context. Raises CallError if the call cannot run. An error that is
-        raised in the context ends the call with the outcome of the error."""
+    def open(self, request: requests.GenerationRequest, meta: CallMeta) -> CallContext[Opening, Call]:
+        """Return the context of a call, in which the call is open. Entering raises CallError if the call cannot run. An
+        error that is raised in the context ends the call with the outcome of the error."""
         opening = Opening(request, meta, self.clock())
-        async with self._until_closed(opening) as cleanup:
-            yield await self._begin(opening, cleanup)
+        return CallContext(opening, self._begin, self._end_metrics.count, self.clock)
 
-    @asynccontextmanager
-    async def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> AsyncIterator[PoolingCall]:
-        """Open a pooling call, as `open` does."""
+    def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> CallContext[PoolingOpening, PoolingCall]:
+        """Return the context of a pooling call, as `open` does."""
         opening = PoolingOpening(request, meta, self.clock())
-        async with self._until_closed(opening) as cleanup:
-            yield await self._begin_pooling(opening, cleanup)
-
-    @asynccontextmanager
-    async def _until_closed(self, opening: Opening | PoolingOpening) -> AsyncIterator[Cleanup]:
-        """Run the cleanup of a call at the end of the context, with the outcome of the context."""
-        meta = opening.meta
-        cleanup = Cleanup(meta.request_id)
-        cleanup.add(lambda outcome: self._end_metrics.count(opening, outcome))
-        try:
-            yield cleanup
-        except CallError as error:
-            cleanup.outcome = error.outcome
-            raise
-        except asyncio.CancelledError:
-            deadline = opening.meta.deadline
-            late = deadline is not None and self.clock() >= deadline - DEADLINE_SLACK_S
-            cleanup.outcome = Outcome.DEADLINE_EXCEEDED if late else Outcome.CANCELLED
-            raise
-        except BaseException as error:
-            if not is_call_failure(error):
-                raise
-            cleanup.outcome = Outcome.INTERNAL
-            log.exception("call_failed", request_id=meta.request_id)
-            if isinstance(error, Exception):  # the API answers
-                raise
-            message = f"unexpected failure; quote request id {meta.request_id}"
-            raise CallError(Outcome.INTERNAL, message) from error
-        finally:
-            await cleanup.run()
+        return CallContext(opening, self._begin_pooling, self._end_metrics.count, self.clock)
 
     async def _begin(self, opening: Opening, cleanup: Cleanup) -> Call:
         """Take the steps from a request to a queued call, in order. Each step registers its undo step with

@@ -35,8 +35,9 @@ ENGINE = {
 @dataclass(slots=True)
 class Counts:
     """Counts of rows. `differ`: those with other tokens than the merged weights give. `together`: the largest number
-    of rows with an output in one step."""
+    of rows with an output in one step. `engine_class`: see EngineInfo."""
 
+    engine_class: str = ""
     rows: int = 0
     differ: int = 0
     resumed: int = 0
@@ -90,7 +91,7 @@ async def count(model: Path, folder: Path, ranks: int) -> Counts:
     )  # fmt: skip
     engine = VllmEngine(spec, model, executor="mp")
     try:
-        await engine.start()
+        counts.engine_class = (await engine.start()).engine_class
         digests = {0: ""}
         for number in range(1, SLOTS + 1):
             made = adapters.folder(number)

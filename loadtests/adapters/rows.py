@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from loadtests import interpreted
 from loadtests.adapters import rig
@@ -45,14 +46,16 @@ async def measure(stage: Stage) -> list[Figure]:
         counts = await _counts(stage, str(folder / "model"), ranks)
         if counts["together"] < ROWS_IN_BATCH:
             raise RuntimeError(f"only {counts['together']} of {ROWS_IN_BATCH} rows were computed in one step")
+        runner = stage.options.runner
+        if counts["engine_class"].endswith("-v2") != (runner == "v2"):
+            raise RuntimeError(f"the engine {counts['engine_class']} does not run the model runner {runner}")
         whole, resumed = titles(ranks)
-        figures.append(exact(whole, counts["differ"], NONE, note=f"of {counts['rows']}"))
-        figures.append(exact(resumed, counts["resumed_differ"], NONE, note=f"of {counts['resumed']}"))
-    stage.report.settings["rows"] = {"runner": stage.options.runner}
+        figures.append(exact(whole, counts["differ"], NONE, note=f"of {counts['rows']}, {runner}"))
+        figures.append(exact(resumed, counts["resumed_differ"], NONE, note=f"of {counts['resumed']}, {runner}"))
     return figures
 
 
-async def _counts(stage: Stage, model: str, ranks: int) -> dict[str, int]:
+async def _counts(stage: Stage, model: str, ranks: int) -> dict[str, Any]:
     """Run the program for an engine of so many ranks and return its counts. Raises DidNotStart."""
     folder = stage.folder / f"rows-{ranks}"
     out = stage.folder / f"rows-{ranks}.json"
@@ -65,5 +68,5 @@ async def _counts(stage: Stage, model: str, ranks: int) -> dict[str, int]:
 
     await child.until(written, "the rows are compared", WAIT_S)
     await child.stop()
-    counts: dict[str, int] = json.loads(out.read_text())
+    counts: dict[str, Any] = json.loads(out.read_text())
     return counts

@@ -348,16 +348,20 @@ class TextModel:
 
     def encode_inputs(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
         """Return the ids of the inputs of a pooling request, see InputEncoder.encode."""
-        if most and keep is None:
+        if most and keep is None and inputs.chars > SURELY_FEW * most:
             self._refuse_long_inputs(inputs, most)
-        with _tokenizing(inputs.path(0) if len(inputs) == 1 else inputs.fields):
+        try:
             return self._inputs.encode(inputs, most, keep)
+        except BaseException as error:
+            raise _named(error, inputs.path(0) if len(inputs) == 1 else inputs.fields) from None
 
     async def encode_inputs_async(
         self, tenant: str, inputs: TextInputs | PairInputs, most: int, keep: int | None = None
     ) -> EncodedInputs:
         """Return the result of encode_inputs. The work on long texts, or on many, is done off the event loop."""
         chars = inputs.chars + CHARS_PER_INPUT * len(inputs)
+        if self._jobs.is_short(chars):
+            return self.encode_inputs(inputs, most, keep)
         job: Job = ("encode_inputs", (inputs, most, keep), {})
         encoded: EncodedInputs = await self._jobs.run(
             tenant, chars, job, inputs.fields, lambda: self.encode_inputs(inputs, most, keep)

@@ -119,7 +119,9 @@ class Exchange:
         differs. Several values are refused later."""
         headers, key_header = self.scope["headers"], self._form.key_header
         values = [value.decode("latin-1") for name, value in headers if name == b"authorization"]
-        keys = [value.decode("latin-1") for name, value in headers if key_header and name == key_header and value]
+        if not key_header:
+            return tuple(values)
+        keys = [value.decode("latin-1") for name, value in headers if name == key_header and value]
         return (*values, *(value for value in map("Bearer {}".format, keys) if value not in values))
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:

@@ -96,10 +96,9 @@ class _Flow(FlowControl):
         super().pause_reading()
 
     def resume_reading(self) -> None:
-        unparsed = self._protocol.received.size
-        if unparsed:
+        if unparsed := self._protocol.received.size:
             self._protocol.parse_soon()
-        if unparsed <= HIGH_WATER_LIMIT:
+        if self.read_paused and unparsed <= HIGH_WATER_LIMIT:
             super().resume_reading()
 
 
