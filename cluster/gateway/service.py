@@ -15,6 +15,7 @@ from cluster.gateway.auth.authenticator import Authenticator, NoAuthentication
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.call_context import CallContext
+from cluster.gateway.calls.call_opening import CallOpening
 from cluster.gateway.calls.cleanup import Cleanup
 from cluster.gateway.calls.end_metrics import EndMetrics
 from cluster.gateway.calls.keepalive import KeepAlives
@@ -105,12 +106,12 @@ class CallService:
     def open(self, request: requests.GenerationRequest, meta: CallMeta) -> CallContext[Opening, Call]:
         """Return the context of a call, in which the call is open. Entering raises CallError if the call cannot run. An
         error that is raised in the context ends the call with the outcome of the error."""
-        opening = Opening(request, meta, self.clock())
+        opening = Opening(meta, self.clock(), request)
         return CallContext(opening, self._begin, self._end_metrics.count, self.clock)
 
     def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> CallContext[PoolingOpening, PoolingCall]:
         """Return the context of a pooling call, as `open` does."""
-        opening = PoolingOpening(request, meta, self.clock())
+        opening = PoolingOpening(meta, self.clock(), request)
         return CallContext(opening, self._begin_pooling, self._end_metrics.count, self.clock)
 
     async def _begin(self, opening: Opening, cleanup: Cleanup) -> Call:
@@ -160,7 +161,7 @@ class CallService:
         await self._scheduler.enter_in_slices(call, opening.model)
         return call
 
-    async def _reserve(self, call: Call, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
+    async def _reserve(self, call: Call, opening: CallOpening, cleanup: Cleanup) -> None:
         """Reserve the quota of a call until the call ends."""
         cleanup.add(lambda outcome: self._reservations.settle(call))
         await self._reservations.admit(call)
@@ -208,7 +209,7 @@ class CallService:
         if opening.is_fallback:
             self._record_fallback(call, opening)
 
-    def _record_fallback(self, call: Call, opening: Opening | PoolingOpening) -> None:
+    def _record_fallback(self, call: Call, opening: CallOpening) -> None:
         """Count a call that is served by a fallback model as demand for the requested model, and label the call's usage
         record."""
         self._scheduler.count_missed(call, opening.requested)

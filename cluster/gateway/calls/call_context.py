@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, TypeVar
 
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.calls.call_opening import CallOpening
 from cluster.gateway.calls.cleanup import Cleanup
-from cluster.gateway.calls.meta import CallMeta
 from cluster.process.call_errors import is_call_failure
 
 log = structlog.get_logger("calls")
@@ -21,12 +21,6 @@ log = structlog.get_logger("calls")
 DEADLINE_SLACK_S: Final = 0.1
 """Tolerance in seconds for callers that cancel at their deadline. The caller's clock for the deadline started before
 the request arrived here, so the deadline passes at the caller first."""
-
-
-class CallOpening(Protocol):
-    """A call that is being opened."""
-
-    meta: CallMeta
 
 
 Opened = TypeVar("Opened")

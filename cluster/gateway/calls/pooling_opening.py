@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Final
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.pooling import POOLS, PoolingInfo, PoolingParams, PoolingTask
 from cluster.api.types import POOLING_SAMPLING, EngineRequest
-from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Authenticator
+from cluster.gateway.calls.call_opening import CallOpening, not_prepared
 from cluster.gateway.calls.life import Life
-from cluster.gateway.calls.meta import CallMeta
-from cluster.gateway.calls.opening import affinity, longest_context, not_prepared, policy_of
 from cluster.gateway.calls.pooled_sequence import NO_TEXT, PooledSequence
 from cluster.gateway.calls.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling_request import (
@@ -31,8 +29,6 @@ from cluster.gateway.calls.tokenization import ids_of_inputs
 from cluster.gateway.models import KnownModel, ModelDirectory, Target
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
-from cluster.gateway.text.tokenizer import TextModel
-from cluster.policy.routing.version_split import Versions
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
@@ -44,40 +40,19 @@ SHOWN_LENGTHS: Final = 32
 
 
 @dataclass(slots=True)
-class PoolingOpening:
-    """A pooling call that is being opened: what is known of the call after the steps taken so far. The methods are the
-    steps, in order, and raise CallError."""
+class PoolingOpening(CallOpening):
+    """A pooling call that is being opened, see CallOpening."""
 
     request: PoolingRequest
-    meta: CallMeta
-    arrived: float
-    model_name: str = ""
-    requested: KnownModel = field(init=False)
-    model: KnownModel = field(init=False)
-    """The model that serves the call: the requested model or a fallback model."""
     task: PoolingTask = field(init=False)
-    versions: Versions = field(init=False)
-    text: TextModel = field(init=False)
-    max_model_len: int = 0
     inputs: PoolingInputs = field(init=False)
-    ids: PackedIds | Sequence[array[int]] = ()
+    ids: PackedIds | Sequence[array[int]] = field(init=False, default=())
     second_text: Callable[[int], int] = field(init=False)
-    call: PoolingCall | None = None
-
-    @property
-    def is_fallback(self) -> bool:
-        """Whether a fallback model serves the call."""
-        return self.model is not self.requested
 
     @property
     def prompt(self) -> PoolingInputs:
         """The inputs, for the prompt log."""
         return self.inputs
-
-    @property
-    def bundle_digest(self) -> str:
-        """Digest of the tokenizer bundle of the call."""
-        return self.model.bundle_digest_of(self.versions.first)
 
     def choose_model(self, directory: ModelDirectory) -> None:
         """Choose the requested model or one of its fallbacks, the task, and the versions on which the call may
@@ -149,7 +124,7 @@ class PoolingOpening:
         await self._encode()
 
     async def _encode(self) -> None:
-        most = self.max_model_len = longest_context(self.model, self.meta)
+        most = self.max_model_len = self.longest_context
         if not most:
             raise not_prepared(self.model)
         keep = self.request.truncate_tokens
@@ -181,28 +156,14 @@ class PoolingOpening:
 
     def create_call(self, scheduler: Scheduler, clock: Callable[[], float]) -> PoolingCall:
         """Create the call without its sequences."""
-        request, meta = self.request, self.meta
-        policy = policy_of(meta, request.priority_class, scheduler)
+        request = self.request
         kind = "embd" if not isinstance(request.inputs, PairInputs) else "score"
         call = PoolingCall(
-            id=f"{kind}-{random_id()}",
-            model=self.model.name,
-            policy=policy,
-            rank=scheduler.charges.rank_of(policy.priority_class),
-            arrived=self.arrived,
-            deadline=meta.deadline,
-            clock=clock,
-            events=scheduler,
-            request_id=meta.request_id,
-            counted=meta.counted,
-            versions=self.versions,
-            bundle_digest=self.bundle_digest,
-            labels={**request.metadata, **policy.labels},
-            key_id=meta.principal.subject if meta.principal.by == "key" else "",
+            **self.call_fields(kind, request.priority_class, request.metadata, scheduler, clock),
             inputs=self.inputs,
             task=self.task,
         )
-        call.affinity = affinity(request.affinity_key, meta, call.flow)
+        call.affinity = self.affinity(request.affinity_key, call.flow)
         self.call = call
         return call
 
@@ -210,7 +171,7 @@ class PoolingOpening:
         """Create the sequences of the call, one for each input, in slices between which other tasks run. `life` returns
         the life of a new sequence."""
         call, request = self.call, self.request
-        assert call is not None
+        assert isinstance(call, PoolingCall)
         first = EngineRequest(
             "",
             self.ids[0],
