@@ -145,6 +145,11 @@ class PrefixWorker:
         return self.cache.pop_change()
 
     @property
+    def copies(self) -> int:
+        """Number of adapters that were copied into a slot."""
+        return 0 if self._slots is None else self._slots.copies
+
+    @property
     def waiting(self) -> int:
         """Number of calls that wait in the engine."""
         return len(self._queue)
