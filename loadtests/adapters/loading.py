@@ -32,7 +32,7 @@ from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 from loadtests.serving import ours as serving
 
-LOAD_MS, CALLERS, TOKENS, WAIT_S = 50, 8, 8, 60.0
+LOAD_MS, TOKENS, WAIT_S = 50, 8, 60.0
 BOUND, NONE = Bound("<=", 2.0), Bound("<=", 0.0)
 
 
@@ -47,6 +47,7 @@ class Replicas:
     engine: Mapping[str, object]
     environment: Mapping[str, str] = field(default_factory=dict)
     starts_s: float = WAIT_S
+    callers: int = 8
 
     @property
     def titles(self) -> tuple[str, str, str, str]:
@@ -146,7 +147,8 @@ async def play(stage: Stage, kind: Replicas) -> list[Figure]:
         fleet.declare("a0")
         replicas = [fleet.start(f"w{number}") for number in range(2, kind.count + 1)]
         await fleet.serves(kind.count, "a0")
-        calls = [asyncio.create_task(_call(ours, number, stop)) for number in range(CALLERS)]
+        stage.screen.say(f"{kind.count} {kind.kind}replicas serve")
+        calls = [asyncio.create_task(_call(ours, number, stop)) for number in range(kind.callers)]
         begun = time.monotonic()
         fleet.declare("a0", "a1")
         await fleet.serves(kind.count, "a0", "a1")
@@ -159,6 +161,7 @@ async def play(stage: Stage, kind: Replicas) -> list[Figure]:
             begun = await fleet.linked(before + 1)
             await fleet.serves(before + 1, "a0", "a1")
             figures.append(exact(title, time.monotonic() - begun, BOUND, "s"))
+            stage.screen.say(f"replica {replica} serves")
         stop.set()
         counts = await asyncio.gather(*calls)
         failed, made = sum(failed for failed, _ in counts), sum(made for _, made in counts)

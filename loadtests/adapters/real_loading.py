@@ -12,7 +12,7 @@ from loadtests.serving.ours import ENGINE_READY_S
 
 REAL = loading.Replicas(
     "real ", 2, str, {**rig.ENGINE, "max_loras": 4, "max_cpu_loras": 8}, {**ENVIRONMENT, **rig.THREADS},
-    starts_s=ENGINE_READY_S,
+    starts_s=ENGINE_READY_S, callers=2,
 )  # fmt: skip
 ROWS: Mapping[str, Bound | None] = REAL.rows
 
