@@ -221,9 +221,12 @@ async def _with_vllm_server(bed: TestBed, model: Path) -> None:
     environment = stage.options.peers
     if not any(bed.selects(arm) for arm in (SERVER, ROUTER, SMG, LITELLM)):
         return
-    modules = {} if bed.adapters is None else {"lora_modules": rig.modules(bed.adapters, ADAPTERS)}
+    engine = dict(bed.engine)
+    if bed.adapters is not None:
+        # with all slots full, vLLM on CPUs computes the base model with an adapter (docs/adapters.md)
+        engine |= {"max_loras": ADAPTERS + 1, "max_cpu_loras": ADAPTERS + 1}
+        engine["lora_modules"] = rig.modules(bed.adapters, ADAPTERS)
     try:
-        engine = {**bed.engine, **modules}
         server, port = await peers.vllm_server(stage.children, name, model, engine, bed.environment)
     except DidNotStart as error:
         for arm in (SERVER, ROUTER, SMG, LITELLM):
