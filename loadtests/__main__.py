@@ -38,6 +38,9 @@ SCENARIOS = {
     "observe": "cost of metrics, traces and logs in the gateway, and its memory with many tenants",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
+RUNNER_PARTS = {"faults": "engines", "adapters": "rows"}
+"""The part of a scenario in which vLLM's model runner can be chosen."""
+ADAPTER_SCENARIOS = ("fairness", "routing", "peers")
 OK, PARTIAL, USAGE = 0, 1, 2
 PLAIN_WIDTH = 160
 
@@ -66,10 +69,16 @@ def parser() -> argparse.ArgumentParser:
             endpoint.add_arguments(subparser)
         if name == "faults":
             subparser.add_argument("--points", type=positive, help="number of faults in the part mass (default 1000)")
-            subparser.add_argument(
-                "--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner in the part engines"
-            )
             subparser.add_argument("--soak-s", type=positive, help="duration of the part soak in seconds (default 300)")
+        if name in RUNNER_PARTS:
+            subparser.add_argument(
+                "--runner", choices=("v1", "v2"), default="v1",
+                help=f"vLLM's model runner in the part {RUNNER_PARTS[name]}",
+            )  # fmt: skip
+        if name in ADAPTER_SCENARIOS:
+            subparser.add_argument(
+                "--adapters", type=share, metavar="SHARE", help="share of the calls that name an adapter (default 0)"
+            )
         if name == "hostile":
             subparser.add_argument(
                 "--against",
@@ -98,6 +107,14 @@ def positive(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """Parse a share above 0 and at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
 async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> Report:
     """Run a scenario and return the report of the run. The report is partial if a step failed."""
     report = Report(arguments.scenario, {"seed": arguments.seed})
@@ -117,6 +134,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
         soak_s=getattr(arguments, "soak_s", None),
         speed=getattr(arguments, "speed", None),
         against=getattr(arguments, "against", None),
+        adapters=getattr(arguments, "adapters", None),
         cases=getattr(arguments, "cases", None),
         clients=tuple(getattr(arguments, "client", ())),
     )

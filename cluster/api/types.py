@@ -6,6 +6,7 @@ import enum
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from cluster.api.adapters import AdapterSpec
 from cluster.api.output_parts import OutputParsing, ParsedOutput
@@ -73,6 +74,11 @@ class Sampling:
     def is_seeded(self) -> bool:
         """Whether tokens are sampled with the caller's seed. Greedy decoding ignores the seed."""
         return self.seed is not None and self.temperature > 0
+
+
+POOLING_SAMPLING: Final = Sampling(max_tokens=1, temperature=0.0)
+"""Sampling parameters of all pooling requests, which no pooling worker reads. A worker of an older release, which does
+not know pooling, generates one token at most."""
 
 
 @dataclass(frozen=True, slots=True)

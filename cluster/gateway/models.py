@@ -201,8 +201,8 @@ class KnownModel:
     def retired(self, link: WorkerLink) -> bool:
         """Return whether a worker must get no new calls, because the catalog has retired its generation or quarantined
         its version. Running calls may continue."""
-        identity = link.identity
-        return (bool(identity.generation) and identity.generation in self.entry.retired) or self.quarantined(link)
+        generation, retired = link.identity.generation, self.entry.retired
+        return (bool(retired) and bool(generation) and generation in retired) or self.quarantined(link)
 
     def update(self, entry: CatalogEntry) -> None:
         """Apply a new catalog entry."""
@@ -260,7 +260,7 @@ class KnownModel:
     def quarantined(self, link: WorkerLink) -> bool:
         """Return whether a worker's version is quarantined. The running calls of such a worker move to other workers if
         possible."""
-        share = self.share(link.identity.version)
+        share = self.share(link.identity.version) if self.entry.versions else None
         return share is not None and share.quarantined
 
     def share(self, version: str) -> VersionShare | None:

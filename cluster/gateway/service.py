@@ -3,22 +3,20 @@ steps: `open` first, then the steps that `open` takes."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import structlog
-
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.bodies import Bodies
+from cluster.gateway.apis.unread_answers import UnreadAnswers
 from cluster.gateway.auth.authenticator import Authenticator, NoAuthentication
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.access_log import AccessLog
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.call_context import CallContext
+from cluster.gateway.calls.call_opening import CallOpening
 from cluster.gateway.calls.cleanup import Cleanup
 from cluster.gateway.calls.end_metrics import EndMetrics
 from cluster.gateway.calls.keepalive import KeepAlives
@@ -39,7 +37,6 @@ from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.scheduling.worker_losses import MOST_SILENT
-from cluster.process.call_errors import is_call_failure
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import Guards
@@ -47,13 +44,8 @@ if TYPE_CHECKING:
     from cluster.gateway.tracing.tracer import Tracer
     from cluster.gateway.usage.prompt_log import PromptLog
 
-log = structlog.get_logger("calls")
-
 FALLBACK_LABEL = "fallback_for"
 """Name of the label in a usage record that holds the requested model, if a fallback model served the call."""
-DEADLINE_SLACK_S = 0.1
-"""Tolerance in seconds for callers that cancel at their deadline. The caller's clock for the deadline started before
-the request arrived here, so the deadline passes at the caller first."""
 
 
 class CallService:
@@ -84,6 +76,7 @@ class CallService:
         self.authenticator: Authenticator = authenticator if authenticator is not None else NoAuthentication()
         self.directory = directory
         self.bodies = Bodies()
+        self.unread_answers = UnreadAnswers()
         self.clock = clock
         self.calls = OpenCalls(self.authenticator.tenant_error, clock)
         self.authenticator.on_change.add(self.calls.end_suspended)
@@ -104,6 +97,12 @@ class CallService:
         self._prompts = prompts
         self._access_log = access_log
         self._tracer = tracer
+        self._at_end: list[Callable[[Opening | PoolingOpening, Outcome], None]] = [self._end_metrics.count]
+        """What is done with each call that has ended, in this order."""
+        if access_log is not None:
+            self._at_end.append(access_log.record)
+        if tracer is not None:
+            self._at_end.append(self._end_trace)
 
     @property
     def busy(self) -> bool:
@@ -112,35 +111,31 @@ class CallService:
 
     # ---- one call, from arrival to end
 
-    async def count(self, meta: CallMeta) -> CallMeta:
-        """Count a tenant's request before the body is read, whatever the outcome will be. Returns metadata that marks
-        the request as counted. Raises CallError RATE_LIMITED."""
+    async def count(self, meta: CallMeta) -> None:
+        """Count a tenant's request before the body is read, whatever the outcome will be, and mark it as counted.
+        Raises CallError RATE_LIMITED."""
         try:
             await self._reservations.count_request(meta.principal.tenant)
         except CallError as error:
             if self._access_log is not None:
                 self._access_log.refused(meta, error.outcome)
             raise
-        return replace(meta, counted=True)
+        meta.counted = True
 
-    @asynccontextmanager
-    async def open(self, request: requests.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:
-        """Open a call that lasts as long as the context. Raises CallError if the call cannot run. An error that is
-        raised in the context ends the call with the outcome of the error."""
-        opening = Opening(request, meta, self.clock(), trace_id=meta.trace_id)
+    def open(self, request: requests.GenerationRequest, meta: CallMeta) -> CallContext[Opening, Call]:
+        """Return the context of a call, in which the call is open. Entering raises CallError if the call cannot run. An
+        error that is raised in the context ends the call with the outcome of the error."""
+        opening = Opening(meta, self.clock(), request)
         self._trace(opening, meta.traceparent)
-        async with self._until_closed(opening) as cleanup:
-            yield await self._begin(opening, cleanup)
+        return CallContext(opening, self._begin, self._at_end, self.clock)
 
-    @asynccontextmanager
-    async def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> AsyncIterator[PoolingCall]:
-        """Open a pooling call, as `open` does."""
-        opening = PoolingOpening(request, meta, self.clock(), trace_id=meta.trace_id)
+    def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> CallContext[PoolingOpening, PoolingCall]:
+        """Return the context of a pooling call, as `open` does."""
+        opening = PoolingOpening(meta, self.clock(), request)
         self._trace(opening, meta.traceparent)
-        async with self._until_closed(opening) as cleanup:
-            yield await self._begin_pooling(opening, cleanup)
+        return CallContext(opening, self._begin_pooling, self._at_end, self.clock)
 
-    def _trace(self, opening: Opening | PoolingOpening, traceparent: str) -> None:
+    def _trace(self, opening: CallOpening, traceparent: str) -> None:
         """Begin the record of a call's spans if the call is sampled, and set its trace id. `traceparent`: the context
         of the caller, or of the call at its first gateway."""
         if self._tracer is not None:
@@ -152,38 +147,6 @@ class CallService:
         """Export the spans of a call if the call is sampled."""
         if self._tracer is not None and opening.trace is not None:
             self._tracer.ended(opening.trace, call_facts(opening, outcome, self.clock()))
-
-    @asynccontextmanager
-    async def _until_closed(self, opening: Opening | PoolingOpening) -> AsyncIterator[Cleanup]:
-        """Run the cleanup of a call at the end of the context, with the outcome of the context."""
-        meta = opening.meta
-        cleanup = Cleanup(opening.log_fields)
-        if self._tracer is not None:
-            cleanup.add(lambda outcome: self._end_trace(opening, outcome))
-        if (access_log := self._access_log) is not None:
-            cleanup.add(lambda outcome: access_log.record(opening, outcome))
-        cleanup.add(lambda outcome: self._end_metrics.count(opening, outcome))
-        try:
-            yield cleanup
-        except CallError as error:
-            cleanup.outcome = error.outcome
-            raise
-        except asyncio.CancelledError:
-            deadline = opening.meta.deadline
-            late = deadline is not None and self.clock() >= deadline - DEADLINE_SLACK_S
-            cleanup.outcome = Outcome.DEADLINE_EXCEEDED if late else Outcome.CANCELLED
-            raise
-        except BaseException as error:
-            if not is_call_failure(error):
-                raise
-            cleanup.outcome = Outcome.INTERNAL
-            log.exception("call.failed", **opening.log_fields)
-            if isinstance(error, Exception):  # the API answers
-                raise
-            message = f"unexpected failure; quote request id {meta.request_id}"
-            raise CallError(Outcome.INTERNAL, message) from error
-        finally:
-            await cleanup.run()
 
     async def _begin(self, opening: Opening, cleanup: Cleanup) -> Call:
         """Take the steps from a request to a queued call, in order. Each step registers its undo step with
@@ -238,7 +201,7 @@ class CallService:
         await self._scheduler.enter_in_slices(call, opening.model)
         return call
 
-    async def _reserve(self, call: Call, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
+    async def _reserve(self, call: Call, opening: CallOpening, cleanup: Cleanup) -> None:
         """Reserve the quota of a call until the call ends."""
         cleanup.add(lambda outcome: self._reservations.settle(call))
         await self._reservations.admit(call)
@@ -286,7 +249,7 @@ class CallService:
         if opening.is_fallback:
             self._record_fallback(call, opening)
 
-    def _record_fallback(self, call: Call, opening: Opening | PoolingOpening) -> None:
+    def _record_fallback(self, call: Call, opening: CallOpening) -> None:
         """Count a call that is served by a fallback model as demand for the requested model, and label the call's usage
         record."""
         self._scheduler.count_missed(call, opening.requested)

@@ -104,7 +104,6 @@ EVENTS: Mapping[str, str] = {
     "renderer.not_used": "The renderer of the model cannot be used.",
     "request.body_not_read": "A helper was lost while it read a request's body.",
     "request.failed": "A request failed with an unexpected error; the caller got INTERNAL.",
-    "request.vectors_not_written": "A helper was lost while it wrote vectors; the gateway writes them itself.",
     "resume.claims_not_written": "Claims of resume tokens could not be stored.",
     "resume.end_not_recorded": "The end of a resumable call could not be recorded in the store of claims.",
     "resume.secret_not_read": "Streams carry no resume tokens, since there is no secret to seal them.",

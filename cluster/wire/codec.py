@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from cluster.api.output_parts import OutputParsing, OutputPart, ParsedOutput, PartKind
 from cluster.api.pooling import known_tasks
 from cluster.api.types import (
+    POOLING_SAMPLING,
     CatalogEntry,
     DrainState,
     EngineInfo,
@@ -128,6 +129,9 @@ def _grammar_from_pb(m: pb.Grammar) -> Grammar | None:
     return Grammar(kind, getattr(m, kind))
 
 
+_POOLING_SAMPLING = sampling_to_pb(POOLING_SAMPLING)
+
+
 def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
     """Encode a request with its prompt ids. `slot`: its number on the link. `attempt`: 1 for its first Submit."""
     return pb.Submit(
@@ -135,7 +139,7 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
         attempt=attempt,
         prompt_ids=pack_ids(request.prompt_token_ids),
         emitted_ids=pack_ids(request.emitted_token_ids),
-        sampling=sampling_to_pb(request.sampling),
+        sampling=sampling_to_pb(request.sampling) if request.pooling is None else _POOLING_SAMPLING,
         cache_salt=request.cache_salt,
         priority=request.priority,
         adapter=request.adapter,
@@ -187,7 +191,7 @@ def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRe
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=unpack_ids(prompt_ids),
-        sampling=sampling_from_pb(m.sampling),
+        sampling=POOLING_SAMPLING if m.HasField("pooling") else sampling_from_pb(m.sampling),
         emitted_token_ids=unpack_ids(m.emitted_ids).tolist(),
         cache_salt=m.cache_salt,
         priority=m.priority,

@@ -19,6 +19,7 @@ from loadtests.arrivals import gamma
 from loadtests.datasets import prose
 from loadtests.driver import Limits, drive
 from loadtests.faces.base import Request
+from loadtests.faces.openai_sse import OpenAiSse
 from loadtests.figures import Bound, Figure
 from loadtests.records import Record
 from loadtests.scenarios.common import Contestant, Stage, first_call, run_round
@@ -55,7 +56,7 @@ def cold(adapters: Iterable[int], memory: int = MEMORY) -> list[bool]:
 
 def request(key: str, adapter: int) -> Request:
     """Return a call for an adapter."""
-    return Request(key, prose(f"cold/{key}", 80), TOKENS, group=full_name(serving.MODEL, f"a{adapter}"))
+    return Request(key, prose(f"cold/{key}", 80), TOKENS, model=full_name(serving.MODEL, f"a{adapter}"))
 
 
 async def measure(stage: Stage) -> list[Figure]:
@@ -64,7 +65,7 @@ async def measure(stage: Stage) -> list[Figure]:
     async with rig.running(stage, folder, rig.names(ADAPTERS), ENGINE) as ours:
         arm = Contestant(
             stage.arm("ours", f"{ADAPTERS} adapters, {SLOTS} slots, memory for {MEMORY}"),
-            rig.ModelOfCall(ours.http, "", api_key=ours.key), ours.roots,
+            OpenAiSse(ours.http, serving.MODEL, api_key=ours.key), ours.roots,
         )  # fmt: skip
         try:
             await first_call(arm, request("first", 0))

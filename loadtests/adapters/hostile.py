@@ -34,7 +34,7 @@ async def measure(stage: Stage) -> list[Figure]:
     folder = await rig.prepare(stage, 1)
     hostile = await asyncio.to_thread(write_hostile_adapters, folder / "adapters", folder / "model")
     async with rig.running(stage, folder, [GOOD], ENGINE, later=hostile) as ours:
-        face = rig.ModelOfCall(ours.http, "", api_key=ours.key)
+        face = rig.ModelsClient(ours.http, serving.MODEL, api_key=ours.key)
         models = (serving.MODEL, full_name(serving.MODEL, GOOD))
         try:
             before = {model: await _text(face, model) for model in models}
@@ -61,11 +61,11 @@ async def measure(stage: Stage) -> list[Figure]:
     ]
 
 
-async def _text(face: rig.ModelOfCall, model: str) -> str:
+async def _text(face: rig.ModelsClient, model: str) -> str:
     """Return the text of a call, or the error."""
     pieces: list[str] = []
     try:
-        await face.run(Request("text", "The river", TOKENS, group=model), pieces.append)
+        await face.run(Request("text", "The river", TOKENS, model=model), pieces.append)
     except CallFailed as error:
         return f"failed: {error}"
     return "".join(pieces)

@@ -2,7 +2,7 @@
 
 Callers ask the base model and a loaded adapter all the time. Measured is the time until every linked replica takes
 calls for all adapters: after the declaration of a second adapter, and after the link of a replica that has just
-started. A simulated engine takes 50 ms to load an adapter.
+started. A simulated engine takes 50 ms to load an adapter. The part real_loading does the same with two vLLM replicas.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -25,28 +26,58 @@ from cluster.policy.tenants.identity import admin_token
 from loadtests.adapters import rig
 from loadtests.children import Child
 from loadtests.faces.base import CallFailed, Request
+from loadtests.faces.openai_sse import OpenAiSse
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 from loadtests.serving import ours as serving
 
-REPLICAS, LOAD_MS, CALLERS, TOKENS, WAIT_S = 4, 50, 8, 8, 60.0
-DECLARED = "an adapter declared while 4 replicas serve: until all serve it"
-RESTARTED, ADDED = (
-    "a replica restarts: until it serves all adapters",
-    "a replica is added: until it serves all adapters",
-)
-FAILED = "calls that failed meanwhile"
+LOAD_MS, TOKENS, WAIT_S = 50, 8, 60.0
 BOUND, NONE = Bound("<=", 2.0), Bound("<=", 0.0)
-ROWS: Mapping[str, Bound | None] = {DECLARED: BOUND, RESTARTED: BOUND, ADDED: BOUND, FAILED: NONE}
-ENGINE = {"enable_lora": True, "max_lora_rank": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The replicas of a part. `kind`: a word for their rows. `source_of`: the source of their engines, by the base
+    model's folder. `starts_s`: longest time of a start, in seconds."""
+
+    kind: str
+    count: int
+    source_of: Callable[[Path], str]
+    engine: Mapping[str, object]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    starts_s: float = WAIT_S
+    callers: int = 8
+
+    @property
+    def titles(self) -> tuple[str, str, str, str]:
+        """Names of the rows: an adapter is declared, a replica restarts, a replica is added, failed calls."""
+        return (
+            f"an adapter declared while {self.count} {self.kind}replicas serve: until all serve it",
+            f"a {self.kind}replica restarts: until it serves all adapters",
+            f"a {self.kind}replica is added: until it serves all adapters",
+            f"calls to {self.kind}replicas that failed meanwhile",
+        )
+
+    @property
+    def rows(self) -> Mapping[str, Bound | None]:
+        """The rows with their bounds."""
+        return dict(zip(self.titles, (BOUND, BOUND, BOUND, NONE), strict=True))
+
+
+SIMULATED = Replicas(
+    "", 4,
+    lambda model: f"sim://{model}?decode_ms=2&seed=1&max_loras=4&max_cpu_loras=8&adapter_load_ms={LOAD_MS}",
+    {"enable_lora": True, "max_lora_rank": 8},
+)  # fmt: skip
+ROWS: Mapping[str, Bound | None] = SIMULATED.rows
 
 
 class Fleet:
-    """A gateway with simulated replicas and a catalog, which this process publishes."""
+    """A gateway with replicas and a catalog, which this process publishes."""
 
-    def __init__(self, stage: Stage, folder: Path, ours: serving.Ours, source: str, token: str) -> None:
-        self._stage, self._folder, self._ours, self._source = stage, folder, ours, source
+    def __init__(self, stage: Stage, folder: Path, ours: serving.Ours, replicas: Replicas, token: str) -> None:
+        self._stage, self._folder, self._ours, self._replicas = stage, folder, ours, replicas
         self._metadata = serving.authorization(token)
         self._channel = grpc.aio.insecure_channel(ours.endpoints["admin"])
         self._stub = admin_pb2_grpc.CatalogStub(self._channel)
@@ -63,18 +94,19 @@ class Fleet:
         ready = self._stage.folder / f"loading-{name}.ready"
         command = [sys.executable, "-m", "loadtests.serving.worker", "--name", serving.MODEL, "--id", name]
         command += ["--link", self._ours.endpoints["link"], "--bundle", str(self._folder / "bundle")]
-        command += ["--source", self._source, "--ready", str(ready), "--engine", json.dumps(ENGINE)]
-        return self._stage.children.start(f"loading-{name}", serving.WORKER, command)
+        replicas, source = self._replicas, self._replicas.source_of(self._folder / "model")
+        command += ["--source", source, "--ready", str(ready), "--engine", json.dumps(dict(replicas.engine))]
+        return self._stage.children.start(f"loading-{name}", serving.WORKER, command, replicas.environment)
 
     async def serves(self, workers: int, *names: str) -> None:
         """Wait until `workers` replicas take calls for all these adapters. Raises TimeoutError."""
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(self._replicas.starts_s):
             while not await self._ready(workers, names):  # noqa: ASYNC110 - another process's state is no event
                 await asyncio.sleep(0.02)
 
     async def linked(self, workers: int) -> float:
         """Wait until `workers` replicas are linked; return the time. Raises TimeoutError."""
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(self._replicas.starts_s):
             while {each.workers for each in await self._adapters()} != {workers}:  # noqa: ASYNC110 - as above
                 await asyncio.sleep(0.02)
         return time.monotonic()
@@ -95,37 +127,45 @@ class Fleet:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Play the story and return the rows. Raises DidNotStart, TimeoutError."""
-    folder = await rig.prepare(stage, 2)
-    source = f"sim://{folder / 'model'}?decode_ms=2&seed=1&max_loras=4&max_cpu_loras=8&adapter_load_ms={LOAD_MS}"
+    """Return the rows of the part. Raises DidNotStart, TimeoutError."""
+    return await play(stage, SIMULATED)
+
+
+async def play(stage: Stage, kind: Replicas) -> list[Figure]:
+    """Play the changes with some kind of replicas, and return the rows. Raises DidNotStart, TimeoutError."""
+    folder, name = await rig.prepare(stage, 2), f"loading-{kind.count}"
     ours = await serving.start(
-        stage.children, stage.folder, bundle=folder / "bundle", source=source, engine=ENGINE, name="loading"
+        stage.children, stage.folder, bundle=folder / "bundle", source=kind.source_of(folder / "model"),
+        engine=kind.engine, name=name, environment=kind.environment,
     )  # fmt: skip
-    secret = read_secrets(stage.folder / "loading-tenants" / "cluster-secret", "cluster-secret")[0]
-    fleet = Fleet(stage, folder, ours, source, admin_token(secret))
+    secret = read_secrets(stage.folder / f"{name}-tenants" / "cluster-secret", "cluster-secret")[0]
+    fleet = Fleet(stage, folder, ours, kind, admin_token(secret))
+    declared, restarted, added, failed_calls = kind.titles
     task, stop = asyncio.create_task(fleet.links.run()), asyncio.Event()
     figures: list[Figure] = []
     try:
         fleet.declare("a0")
-        replicas = [fleet.start(f"w{number}") for number in range(2, REPLICAS + 1)]
-        await fleet.serves(REPLICAS, "a0")
-        calls = [asyncio.create_task(_call(ours, number, stop)) for number in range(CALLERS)]
+        replicas = [fleet.start(f"w{number}") for number in range(2, kind.count + 1)]
+        await fleet.serves(kind.count, "a0")
+        stage.screen.say(f"{kind.count} {kind.kind}replicas serve")
+        calls = [asyncio.create_task(_call(ours, number, stop)) for number in range(kind.callers)]
         begun = time.monotonic()
         fleet.declare("a0", "a1")
-        await fleet.serves(REPLICAS, "a0", "a1")
-        figures.append(exact(DECLARED, time.monotonic() - begun, BOUND, "s"))
-        for title, name, before in ((RESTARTED, "again", REPLICAS - 1), (ADDED, "added", REPLICAS)):
-            if title == RESTARTED:
+        await fleet.serves(kind.count, "a0", "a1")
+        figures.append(exact(declared, time.monotonic() - begun, BOUND, "s"))
+        for title, replica, before in ((restarted, "again", kind.count - 1), (added, "added", kind.count)):
+            if title == restarted:
                 await replicas[0].stop()
                 await fleet.linked(before)
-            fleet.start(name)
+            fleet.start(replica)
             begun = await fleet.linked(before + 1)
             await fleet.serves(before + 1, "a0", "a1")
             figures.append(exact(title, time.monotonic() - begun, BOUND, "s"))
+            stage.screen.say(f"replica {replica} serves")
         stop.set()
         counts = await asyncio.gather(*calls)
         failed, made = sum(failed for failed, _ in counts), sum(made for _, made in counts)
-        figures.append(exact(FAILED, failed, NONE, note=f"of {made}"))
+        figures.append(exact(failed_calls, failed, NONE, note=f"of {made}"))
     finally:
         stop.set()
         task.cancel()
@@ -136,14 +176,14 @@ async def measure(stage: Stage) -> list[Figure]:
 
 async def _call(ours: serving.Ours, number: int, stop: asyncio.Event) -> tuple[int, int]:
     """Make calls until `stop` is set; return how many failed, and how many were made."""
-    face = rig.ModelOfCall(ours.http, "", api_key=ours.key)
+    face = OpenAiSse(ours.http, serving.MODEL, api_key=ours.key)
     model = full_name(serving.MODEL, "a0") if number % 2 else serving.MODEL
     failed = made = 0
     try:
         while not stop.is_set():
             made += 1
             try:
-                await face.run(Request("loading", "hello", TOKENS, group=model), lambda text: None)
+                await face.run(Request("loading", "hello", TOKENS, model=model), lambda text: None)
             except CallFailed:
                 failed += 1
     finally:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cluster.api.adapters import SEPARATOR
+from cluster.api.adapters import full_name
 from loadtests.adapters import rig
 from loadtests.agents.tool_tokens import bind
 from loadtests.datasets import prose
 from loadtests.driver import Limits
 from loadtests.faces.base import Request
+from loadtests.faces.openai_sse import OpenAiSse
 from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.report import Round
 from loadtests.scenarios.common import Contestant, Stage, first_call, per_round, rounds_of, run_round
@@ -28,12 +29,12 @@ ENGINE: Mapping[str, object] = {"max_loras": ADAPTERS, "max_cpu_loras": ADAPTERS
 LIMITS = Limits(call_s=120.0, run_s=300.0)
 
 
-def requests(round_: int, adapters: int, prefix: str) -> list[Request]:
-    """Return the calls of a round that name `adapters` adapters in turn. `prefix`: of the names, `model:` or ""."""
+def requests(round_: int, adapters: int) -> list[Request]:
+    """Return the calls of a round that name `adapters` adapters in turn."""
     return [
         Request(
             f"{round_}/{adapters}/{number}", prose(f"mixed/{round_}/{number}", PROMPT_CHARS), TOKENS,
-            group=f"{prefix}a{number % adapters}",
+            model=full_name(serving.MODEL, f"a{number % adapters}"),
         )
         for number in range(CALLS)
     ]  # fmt: skip
@@ -44,40 +45,35 @@ async def measure(stage: Stage) -> list[Figure]:
     folder = await rig.prepare(stage, ADAPTERS)
     server = await rig.start_server(stage, folder, ADAPTERS, ENGINE)
     async with rig.running(stage, folder, rig.names(ADAPTERS), ENGINE) as ours:
-        prefix = f"{serving.MODEL}{SEPARATOR}"
         arms: dict[tuple[str, int], Contestant] = {}
         for adapters in (ADAPTERS, 1):
             arms["ours", adapters] = Contestant(
                 stage.arm(f"ours, {adapters} adapters", "the gateway with its worker, over HTTP"),
-                rig.ModelOfCall(ours.http, "", api_key=ours.key), ours.roots,
+                OpenAiSse(ours.http, serving.MODEL, api_key=ours.key), ours.roots,
             )  # fmt: skip
             arms["vllm", adapters] = Contestant(
                 stage.arm(f"vLLM server, {adapters} adapters", "vLLM's own server"),
-                rig.ModelOfCall(server.url, ""), [(server.child.pid, server.child.kind)],
+                OpenAiSse(server.url, serving.MODEL), [(server.child.pid, server.child.kind)],
             )  # fmt: skip
         stage.report.settings["mixed"] = {"callers": CALLERS, "cores": bind(stage, list(arms.values()))}
         try:
-            await _play(stage, arms, prefix)
+            await _play(stage, arms)
         finally:
             for arm in arms.values():
                 await arm.face.close()
     return [figure(arms)]
 
 
-async def _play(stage: Stage, arms: Mapping[tuple[str, int], Contestant], prefix: str) -> None:
+async def _play(stage: Stage, arms: Mapping[tuple[str, int], Contestant]) -> None:
     """Warm up each arm, then run all arms in turn, in the opposite order in each second round."""
-
-    def of(round_: int, key: tuple[str, int]) -> list[Request]:
-        return requests(round_, key[1], prefix if key[0] == "ours" else "")
-
     for key, arm in arms.items():
-        if await first_call(arm, of(0, key)[0]):
-            await run_round(arm, stage.screen, 0, of(0, key), concurrency=CALLERS, limits=LIMITS, keep=False)
+        if await first_call(arm, requests(0, key[1])[0]):
+            await run_round(arm, stage.screen, 0, requests(0, key[1]), concurrency=CALLERS, limits=LIMITS, keep=False)
     for number in range(1, rounds_of(stage.options) + 1):
         for key in list(arms) if number % 2 else reversed(list(arms)):
             if not arms[key].arm.problem:
                 await run_round(
-                    arms[key], stage.screen, number, of(number, key), concurrency=CALLERS, limits=LIMITS
+                    arms[key], stage.screen, number, requests(number, key[1]), concurrency=CALLERS, limits=LIMITS
                 )  # fmt: skip
 
 

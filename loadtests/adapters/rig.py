@@ -28,13 +28,8 @@ THREADS = {"OMP_NUM_THREADS": "1"}
 READY_S = 120.0
 
 
-class ModelOfCall(OpenAiSse):
-    """Client of OpenAI's API whose calls name the model in `group`."""
-
-    def body(self, request: Request) -> bytes:
-        """Return the body of a call, as JSON."""
-        self._model = request.group
-        return super().body(request)
+class ModelsClient(OpenAiSse):
+    """Client of OpenAI's API that can list the models."""
 
     async def cards(self) -> dict[str, dict[str, Any]]:
         """Return the server's list of models, by name. Raises CallFailed."""
@@ -66,10 +61,14 @@ def names(count: int) -> list[str]:
     return [f"a{number}" for number in range(count)]
 
 
+def modules(folder: Path, count: int) -> list[str]:
+    """Return the adapters as vLLM's argument lora_modules, by the names that they have on our side."""
+    return [f"{full_name(serving.MODEL, name)}={folder / 'adapters' / name}" for name in names(count)]
+
+
 async def start_server(stage: Stage, folder: Path, count: int, engine: Mapping[str, object]) -> peers.Peer:
-    """Start vLLM's own server with `count` adapters, which it calls by their names. Raises DidNotStart."""
-    modules = [f"{name}={folder / 'adapters' / name}" for name in names(count)]
-    arguments = {**ENGINE, **engine, "enforce_eager": True, "lora_modules": modules}
+    """Start vLLM's own server with `count` adapters, which have the same names as on our side. Raises DidNotStart."""
+    arguments = {**ENGINE, **engine, "enforce_eager": True, "lora_modules": modules(folder, count)}
     server, _ = await peers.vllm_server(
         stage.children, serving.MODEL, folder / "model", arguments, {**ENVIRONMENT, **THREADS}
     )
@@ -86,6 +85,16 @@ async def running(
         stage.children, stage.folder, bundle=folder / "bundle", source=str(folder / "model"),
         engine={**ENGINE, **engine}, environment={**ENVIRONMENT, **THREADS},
     )  # fmt: skip
+    async with declared(ours, folder, adapters, later):
+        yield ours
+
+
+@contextlib.asynccontextmanager
+async def declared(
+    ours: serving.Ours, folder: Path, adapters: Sequence[str], later: Sequence[str] = ()
+) -> AsyncIterator[None]:
+    """Be the controller of a running gateway, and wait until all adapters are ready. `later`: adapters that are
+    declared then. Raises TimeoutError."""
     links = ControllerLinks(
         controller_id="loadtest", gateways=[ours.endpoints["link"]], tls=None, bundles=lambda _: None
     )
@@ -96,24 +105,24 @@ async def running(
 
     declare(adapters)
     task = asyncio.create_task(links.run())
-    face = ModelOfCall(ours.http, "", api_key=ours.key)
+    face = OpenAiSse(ours.http, serving.MODEL, api_key=ours.key)
     try:
         async with asyncio.timeout(READY_S):
             for name in adapters:
                 await _until_served(face, full_name(serving.MODEL, name))
         if later:
             declare([*adapters, *later])
-        yield ours
+        yield
     finally:
         await face.close()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _until_served(face: ModelOfCall, model: str) -> None:
+async def _until_served(face: OpenAiSse, model: str) -> None:
     while True:
         try:
-            await face.run(Request("ready", "hello", 1, group=model), lambda text: None)
+            await face.run(Request("ready", "hello", 1, model=model), lambda text: None)
             return
         except CallFailed:
             await asyncio.sleep(0.1)

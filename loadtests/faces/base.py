@@ -25,6 +25,8 @@ class Request:
     """Whether the prompt is a user's message. Otherwise the prompt is plain text to be continued."""
     group: str = ""
     """Group of the dataset that the request belongs to (a tenant, a shared prefix), for the report."""
+    model: str = ""
+    """Name of the model or adapter; "" for the client's model."""
 
 
 @dataclass(frozen=True, slots=True)

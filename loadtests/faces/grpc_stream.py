@@ -30,7 +30,7 @@ COMPLETE = "/cluster.v1.Inference/StreamComplete"
 def message_of(request: Request, model: str, resumable: bool = False) -> pb.ChatRequest | pb.CompleteRequest:
     """Return the protobuf message of a request: greedy, and exactly `max_tokens` long."""
     options: dict[str, Any] = {
-        "model": model,
+        "model": request.model or model,
         "max_tokens": request.max_tokens,
         "temperature": 0.0,
         "top_p": 1.0,

@@ -116,7 +116,7 @@ class OpenAiSse:
     def body(self, request: Request) -> bytes:
         """Return the body of a call, as JSON."""
         body: dict[str, Any] = {
-            "model": self._model,
+            "model": request.model or self._model,
             "max_tokens": request.max_tokens,
             "temperature": 0.0,
             "top_p": 1.0,

@@ -98,7 +98,11 @@ def run(policy: str, seed: int, config: SessionsConfig | None = None, blocks: in
     config = config or SessionsConfig(TENANTS)
     weights = {tenant.name: tenant.weight for tenant in config.tenants}
     order = FairOrder(weight_of=weights.__getitem__, service=SERVICE)
-    cluster = Cluster(ClusterConfig(policy, workers=WORKERS, blocks=blocks, seed=seed, order_of=lambda model: order))
+    cluster = Cluster(
+        ClusterConfig(
+            policy, workers=WORKERS, blocks=blocks, seed=seed, adapters=config.adapters, order_of=lambda model: order
+        )
+    )
     observer = ServiceObserver(cluster, weights, order)
     cluster.events.every(SWEEP_S, lambda: order.sweep(cluster.events.now))
     Sessions(config, cluster, seed).run()
@@ -107,7 +111,8 @@ def run(policy: str, seed: int, config: SessionsConfig | None = None, blocks: in
 
 async def measure(stage: Stage) -> list[Figure]:
     """Return the rows of the part."""
-    results = await run_all([(run, (policy, stage.options.seed)) for policy in (OURS, *PRECISE)])
+    config = SessionsConfig(TENANTS, adapters=stage.options.adapter_mix)
+    results = await run_all([(run, (policy, stage.options.seed, config)) for policy in (OURS, *PRECISE)])
     outcomes = [outcome for outcome, _ in results]
     (ours, gap), plain = results[0], min(outcomes[1:], key=lambda o: o.p90_s)
     stage.report.settings.setdefault("routing", {})["agents"] = [o.as_json() for o in outcomes]

@@ -23,6 +23,8 @@ class Prompt:
     prompt_tokens: int
     output_tokens: int
     blocks: Sequence[int]
+    adapter: str = ""
+    """The adapter that the call names; "" for the base model. Adapters share no blocks."""
 
     @cached_property
     def hashes(self) -> Hashes:
@@ -51,7 +53,7 @@ class Prompt:
 
     @cached_property
     def _all(self) -> Hashes:
-        return prefix_hashes(self.blocks, 1, seed_of(self.tenant))
+        return prefix_hashes(self.blocks, 1, seed_of(self.tenant, self.adapter))
 
 
 @dataclass(eq=False, slots=True)

@@ -20,6 +20,7 @@ from loadtests.routing.kv_feed import KvFeed, Lateness
 from loadtests.routing.policies import BLIND, POLICIES, Picker, Prefix
 from loadtests.routing.worker import MODEL as ENGINE
 from loadtests.routing.worker import PrefixWorker, WorkerOutputs
+from loadtests.sim.adapters import AdapterMix
 from loadtests.sim.events import EventQueue
 from loadtests.sim.fifo import FifoOrder
 from loadtests.sim.plant import ReplicaModel
@@ -57,6 +58,8 @@ class ClusterConfig:
     seed: int = 1
     engine: ReplicaModel = ENGINE
     link_s: float = 0.001
+    adapters: AdapterMix | None = None
+    """The adapters that calls name; None for none."""
     lateness: Lateness = field(default_factory=Lateness)
     slow: tuple[tuple[int, float], ...] = ()
     picker_of: Callable[[Prefix, Random], Picker] | None = None
@@ -79,7 +82,14 @@ class Cluster:
         slow = dict(config.slow)
         self.workers = [
             PrefixWorker(
-                at, config.blocks, self.events, self._outputs_of(at), config.engine, slow.get(at, 1.0), self._pool
+                at,
+                config.blocks,
+                self.events,
+                self._outputs_of(at),
+                config.engine,
+                slow.get(at, 1.0),
+                self._pool,
+                config.adapters,
             )
             for at in range(config.workers)
         ]
@@ -112,6 +122,7 @@ class Cluster:
             config.picker_of is not None or config.policy not in BLIND,
             config.hedger_of(),
             lambda call, worker: self._abort(call, worker),
+            frozenset() if config.adapters is None else frozenset(config.adapters.names),
         )
         for worker in self.workers:
             at = worker.number
@@ -215,7 +226,11 @@ class Cluster:
         def changed() -> None:
             self.events.after(REPORT_S, lambda: self.report_blocks(self.workers[worker]))
 
-        return WorkerOutputs(first, ended, granted, changed)
+        def adapters(names: frozenset[str]) -> None:
+            for gateway in self.gateways.values():
+                self.events.after(link_s, lambda gateway=gateway: gateway.set_resident(worker, names))  # type: ignore[misc]
+
+        return WorkerOutputs(first, ended, granted, changed, adapters)
 
     def _granted(self, worker: int, grant: Grant) -> None:
         gateway = self.gateways.get(grant.link)

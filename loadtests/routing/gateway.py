@@ -45,6 +45,8 @@ class _Link:
     waiting: int = 0
     kv_usage: float = 0.0
     last_sent: float = 0.0
+    resident: frozenset[str] = frozenset()
+    """Adapters in the slots of the engine."""
 
 
 class RoutingGateway:
@@ -52,7 +54,7 @@ class RoutingGateway:
 
     `carry_out(call, worker)` submits a call, `cancel(call, worker)` aborts it. `claim(calls)` reports the number of
     waiting calls to the workers. `slots`: number of sequences that a worker runs at once. `knows_blocks`: whether the
-    gateway keeps a cache index. `hedger`: its hedging policy.
+    gateway keeps a cache index. `hedger`: its hedging policy. `adapters`: those that all workers have loaded.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class RoutingGateway:
         knows_blocks: bool,
         hedger: HedgingPolicy,
         cancel: Callable[[RoutedCall, int], None] = lambda call, worker: None,
+        adapters: frozenset[str] = frozenset(),
     ) -> None:
+        self._adapters = adapters
         self.number = number
         self._slots = slots
         self.calls: dict[str, RoutedCall] = {}
@@ -104,6 +108,7 @@ class RoutingGateway:
             arrived=now,
             cached_tokens=self._cached.mean(prompt.tenant, MODEL, prompt.prompt_tokens),
             output_tokens=self._outputs.expected(prompt.tenant, MODEL, 1 << 20),
+            adapter=prompt.adapter,
         )
         self.policy.admit(waiting, now)
         self.pump(now)
@@ -170,8 +175,9 @@ class RoutingGateway:
                 continue
             call, cached = self.calls[key], self.cached_tokens(MODEL, key)
             request = RouteCall(
-                MODEL, call.prompt.prompt_tokens, excluded=frozenset((str(call.worker),)), cached=cached
-            )
+                MODEL, call.prompt.prompt_tokens, excluded=frozenset((str(call.worker),)), cached=cached,
+                adapter=call.prompt.adapter,
+            )  # fmt: skip
             decision = self._hedger.second_worker(request, self.candidates(MODEL, now, resumed=False))
             if decision.worker_id is not None:
                 call.was_hedged, call.second = True, int(decision.worker_id)
@@ -214,6 +220,10 @@ class RoutingGateway:
         """Apply the load in a heartbeat of a worker."""
         link = self._links[worker]
         link.waiting, link.kv_usage = waiting, kv_usage
+
+    def set_resident(self, worker: int, adapters: frozenset[str]) -> None:
+        """Set the adapters in the slots of a worker's engine."""
+        self._links[worker].resident = adapters
 
     def owns(self, worker: int, call_id: str) -> bool:
         """Return whether outputs of a worker are those of a call, and not of a hedge that has lost."""
@@ -320,6 +330,8 @@ class RoutingGateway:
             unanswered=len(link.prefill),
             slots=self._slots,
             slowdown=self._times.slowdown(str(at), self._now),
+            adapters=self._adapters,
+            resident=link.resident,
         )
 
     def __repr__(self) -> str:

@@ -12,9 +12,10 @@ from loadtests.figures import Bound, Figure
 from loadtests.routing.cluster import Cluster, ClusterConfig, replay
 from loadtests.routing.outcome import Outcome, curves, measured, run_all
 from loadtests.routing.policies import OURS, PLAIN
-from loadtests.routing.traffic import mooncake
+from loadtests.routing.traffic import mooncake, with_adapters
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
+from loadtests.sim.adapters import AdapterMix
 
 BLOCKS = (600, 3000)
 POLICIES = (OURS, "impatient cost", *PLAIN)
@@ -28,17 +29,26 @@ ROWS: Mapping[str, Bound] = {
 }
 
 
-def run(policy: str, blocks: int, seed: int, speed: float = 1.0, most: int | None = None) -> Outcome:
+def run(
+    policy: str,
+    blocks: int,
+    seed: int,
+    speed: float = 1.0,
+    most: int | None = None,
+    adapters: AdapterMix | None = None,
+) -> Outcome:
     """Replay the trace. `speed`: factor of the arrival rate. `most`: number of calls."""
-    config = ClusterConfig(policy, blocks=blocks, seed=seed)
-    return measured(policy, replay(Cluster(config), mooncake(speed, most)))
+    config = ClusterConfig(policy, blocks=blocks, seed=seed, adapters=adapters)
+    return measured(policy, replay(Cluster(config), with_adapters(mooncake(speed, most), adapters)))
 
 
 async def measure(stage: Stage) -> list[Figure]:
     """Return the rows of the part."""
     mooncake(most=1)  # a missing trace is reported before any process starts
-    seed = stage.options.seed
-    outcomes = await run_all([(run, (policy, blocks, seed)) for blocks in BLOCKS for policy in POLICIES])
+    seed, mix = stage.options.seed, stage.options.adapter_mix
+    outcomes = await run_all(
+        [(run, (policy, blocks, seed, 1.0, None, mix)) for blocks in BLOCKS for policy in POLICIES]
+    )
     figures = list[Figure]()
     for number, blocks in enumerate(BLOCKS):
         cell = {o.label: o for o in outcomes[number * len(POLICIES) : (number + 1) * len(POLICIES)]}

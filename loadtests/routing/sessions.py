@@ -13,6 +13,7 @@ from random import Random
 
 from loadtests.routing.calls import BLOCK_TOKENS, Prompt, RoutedCall
 from loadtests.routing.cluster import Cluster
+from loadtests.sim.adapters import AdapterMix
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class SessionsConfig:
     spawns: float = 0.03
     sub_agents: int = 3
     sub_turns: int = 3
+    adapters: AdapterMix | None = None
+    """The sessions whose calls name an adapter; None for none."""
 
 
 class Sessions:
@@ -54,9 +57,11 @@ class Sessions:
         self._block = count(1)
         for tenant in config.tenants:
             shared = [next(self._block) for _ in range(config.shared_tokens // BLOCK_TOKENS)]
-            for _ in range(tenant.sessions):
+            for number in range(tenant.sessions):
                 self.open += 1
-                agent = _Agent(self, tenant, shared, config.turns, self._ended)
+                mix = config.adapters
+                adapter = "" if mix is None else mix.adapter_of((tenant.name, number))
+                agent = _Agent(self, tenant, shared, config.turns, self._ended, adapter)
                 cluster.events.at(self._rng.uniform(0, config.start_s), agent.turn)
 
     def run(self, most_s: float = 50_000.0) -> None:
@@ -69,17 +74,26 @@ class Sessions:
     def _ended(self) -> None:
         self.open -= 1
 
-    def send(self, tenant: AgentTenant, blocks: list[int], tokens: int, on_end: Callable[[RoutedCall], None]) -> None:
+    def send(
+        self,
+        tenant: AgentTenant,
+        blocks: list[int],
+        tokens: int,
+        on_end: Callable[[RoutedCall], None],
+        adapter: str = "",
+    ) -> None:
         """Make a call. `blocks` is extended to the blocks of the prompt and its output."""
         output = self._length(self.config.output_tokens)
         while len(blocks) < (tokens + output) // BLOCK_TOKENS:
             blocks.append(next(self._block))
         whole = tuple(blocks[: (tokens + output) // BLOCK_TOKENS])
-        self._cluster.send(Prompt(tenant.name, tokens, output, whole), on_end=on_end)
+        self._cluster.send(Prompt(tenant.name, tokens, output, whole, adapter), on_end=on_end)
 
-    def begin(self, tenant: AgentTenant, blocks: Sequence[int], turns: int, on_end: Callable[[], None]) -> None:
+    def begin(
+        self, tenant: AgentTenant, blocks: Sequence[int], turns: int, on_end: Callable[[], None], adapter: str = ""
+    ) -> None:
         """Start a sub-agent at once."""
-        _Agent(self, tenant, blocks, turns, on_end).turn()
+        _Agent(self, tenant, blocks, turns, on_end, adapter).turn()
 
     def new_tokens(self) -> int:
         """Draw how many tokens a turn adds to its prompt."""
@@ -101,8 +115,15 @@ class _Agent:
     """A session or a sub-agent."""
 
     def __init__(
-        self, sessions: Sessions, tenant: AgentTenant, shared: Sequence[int], turns: int, on_end: Callable[[], None]
+        self,
+        sessions: Sessions,
+        tenant: AgentTenant,
+        shared: Sequence[int],
+        turns: int,
+        on_end: Callable[[], None],
+        adapter: str,
     ) -> None:
+        self._adapter = adapter
         self._sessions = sessions
         self._tenant = tenant
         self._shared = shared
@@ -116,7 +137,7 @@ class _Agent:
     def turn(self) -> None:
         """Make the next call."""
         self._left -= 1
-        self._sessions.send(self._tenant, self._blocks, self._tokens, self._answered)
+        self._sessions.send(self._tenant, self._blocks, self._tokens, self._answered, self._adapter)
 
     def _answered(self, call: RoutedCall) -> None:
         sessions, config = self._sessions, self._sessions.config
@@ -126,7 +147,7 @@ class _Agent:
         elif self._is_main and sessions.spawns():
             self._sub_agents = config.sub_agents
             for _ in range(config.sub_agents):
-                sessions.begin(self._tenant, self._shared, config.sub_turns, self._joined)
+                sessions.begin(self._tenant, self._shared, config.sub_turns, self._joined, self._adapter)
         else:
             sessions.pause(self._tenant, self.turn)
 

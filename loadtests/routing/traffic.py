@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from loadtests import traces
 from loadtests.routing.calls import BLOCK_TOKENS, Prompt
+from loadtests.sim.adapters import AdapterMix
 
 Timed = list[tuple[float, Prompt]]
 """Calls with their times in seconds."""
+ADAPTER_BLOCKS = 4
+"""Number of first blocks by which a traced prompt names an adapter. So most prompts that begin alike name the same."""
 
 
 def mooncake(speed: float = 1.0, most: int | None = None, folder: Path | None = None) -> Timed:
@@ -17,6 +21,16 @@ def mooncake(speed: float = 1.0, most: int | None = None, folder: Path | None = 
     return [
         (t.at_s / speed, Prompt("", t.prompt_tokens, t.output_tokens, t.blocks[: t.prompt_tokens // BLOCK_TOKENS]))
         for t in traces.load("mooncake", folder or traces.DEFAULT_FOLDER)[:most]
+    ]
+
+
+def with_adapters(calls: Timed, mix: AdapterMix | None) -> Timed:
+    """Return calls of which some name adapters, the same in each run."""
+    if mix is None:
+        return calls
+    return [
+        (at_s, replace(prompt, adapter=mix.adapter_of(tuple(prompt.blocks[:ADAPTER_BLOCKS]) or number)))
+        for number, (at_s, prompt) in enumerate(calls)
     ]
 
 

@@ -21,6 +21,7 @@ from cluster.wire.credit import Capacity, CreditGranter, Grant
 from cluster.worker.admission_window import AdmissionWindow
 from loadtests.routing.block_cache import BlockCache
 from loadtests.routing.calls import BLOCK_TOKENS, Prompt
+from loadtests.sim.adapters import AdapterMix, AdapterSlots
 from loadtests.sim.events import EventQueue
 from loadtests.sim.plant import ReplicaModel
 
@@ -39,13 +40,14 @@ class WorkerOutputs:
 
     `first(link, call id, cached tokens, cached tokens in the pool)`: a first token. `ended(link, call id)`: the last
     token. `granted(grant)`: a credit grant for the link that it names. `changed()`: the blocks have changed; once
-    until they are reported.
+    until they are reported. `adapters(names)`: other adapters than before lie in the engine's slots.
     """
 
     first: Callable[[int, str, int, int], None]
     ended: Callable[[int, str], None]
     granted: Callable[[Grant], None]
     changed: Callable[[], None]
+    adapters: Callable[[frozenset[str]], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -57,6 +59,8 @@ class _Job:
     in_pool: int = 0
     left: float = 0.0
     chunk: float = 1.0
+    copy_s: float = 0.0
+    """Time of the adapter's copy into a slot, for each step of the prompt."""
     is_cancelled: bool = False
 
 
@@ -72,10 +76,12 @@ class PrefixWorker:
         model: ReplicaModel = MODEL,
         slowness: float = 1.0,
         pool: BlockCache | None = None,
+        adapters: AdapterMix | None = None,
     ) -> None:
-        """`pool`: a cache of the summed size of all workers, in which each worker does what it does in its own: the
-        reference for hits that has the same calls at the same times."""
+        """`adapters`: None if no call names one. `pool`: a cache of the summed size of all workers, in which each
+        worker does what it does in its own: the reference for hits that has the same calls at the same times."""
         self.number = number
+        self._slots = None if adapters is None else AdapterSlots(adapters)
         self.cache = BlockCache(blocks)
         self.computed = 0
         self.submitted = 0
@@ -139,6 +145,11 @@ class PrefixWorker:
         return self.cache.pop_change()
 
     @property
+    def copies(self) -> int:
+        """Number of adapters that were copied into a slot."""
+        return 0 if self._slots is None else self._slots.copies
+
+    @property
     def waiting(self) -> int:
         """Number of calls that wait in the engine."""
         return len(self._queue)
@@ -193,7 +204,7 @@ class PrefixWorker:
 
     def _step_s(self) -> float:
         job, model = self._prefilling, self._model
-        prefill_s = 0.0 if job is None else job.chunk / model.prefill_tokens_per_s
+        prefill_s = 0.0 if job is None else job.chunk / model.prefill_tokens_per_s + job.copy_s
         return (model.step_s + model.per_sequence_s * len(self._running) + prefill_s) * self.slowness
 
     def _advance(self) -> None:
@@ -225,6 +236,9 @@ class PrefixWorker:
                 if self._pool is not None:  # never full, since the shares of all workers are not
                     job.in_pool = self._pool.acquire(prompt.names, prompt.reusable, prompt.total) or 0
                 job.chunk = float(min(tokens, self._model.chunk_tokens))
+                if self._slots is not None and (copy_s := self._slots.use(prompt.adapter)):
+                    job.copy_s = copy_s * job.chunk / job.left
+                    self._outputs.adapters(self._slots.resident)
                 self.computed += tokens
                 self._prefilling = job
         if self.cache.has_changed and not self._has_changed:

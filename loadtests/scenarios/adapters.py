@@ -6,7 +6,7 @@ from __future__ import annotations
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import play_parts
 
-PARTS = ("embeddings", "mixed", "cold", "loading", "hostile")
+PARTS = ("rows", "embeddings", "mixed", "cold", "loading", "real_loading", "hostile")
 """Names of the modules of loadtests/adapters that are parts."""
 
 

@@ -18,6 +18,7 @@ from loadtests.processes import pin_driver, snapshot, usage_between
 from loadtests.records import Run, same_texts
 from loadtests.report import Arm, Report, Round
 from loadtests.show import Screen
+from loadtests.sim.adapters import AdapterMix
 
 PEERS = Path(__file__).resolve().parent.parent.parent / ".venv-peers"
 FIRST_CALL_S = 60.0
@@ -55,19 +56,26 @@ class Options:
     points: int | None = None
     """For `faults`: number of faults."""
     runner: str = "v1"
-    """For `faults`: the model runner of the real engines."""
+    """For `faults` and `adapters`: the model runner of the real engines."""
     soak_s: float | None = None
     """For `faults`: duration of the soak, in seconds."""
     speed: float | None = None
     """For `hosts`: factor by which the streams are shorter."""
     against: Path | None = None
     """For `hostile`: the checkout with which the cost per token is compared."""
+    adapters: float | None = None
+    """For `fairness`, `routing` and `peers`: share of the calls that name an adapter."""
     cases: int | None = None
     """For `agents`: number of cases of BFCL."""
     clients: tuple[str, ...] = ()
     """For `agents`: names of the clients to run; empty for all."""
     ends_at: float | None = None
     """Value of time.monotonic after which no round begins."""
+
+    @property
+    def adapter_mix(self) -> AdapterMix | None:
+        """The simulated calls that name adapters; None for none."""
+        return None if self.adapters is None else AdapterMix(self.adapters)
 
     def selects(self, arm: str) -> bool:
         """Return whether an arm is to run."""

@@ -2,7 +2,8 @@
 
 Eight simulated workers and one, two or eight gateways run in virtual time. Waiting room, fair queue, credits, accounts
 and routing are the production code (loadtests/sim). Reports come 100 ms late. The tenants' lengths are from public
-traces if those are present. Only the cost of queueing is measured in real time.
+traces if those are present. Only the cost of queueing is measured in real time. With `--adapters SHARE` so many of the
+calls name one of 64 adapters, of which eight lie in a worker's engine at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cluster.policy.fairness.waiting_room import WaitingRoom, WaitingSequence
 from loadtests import traces
 from loadtests.figures import Bound, mean, missing, plain_figure, ratio_figure
 from loadtests.scenarios.common import Stage, rounds_of
+from loadtests.sim.adapters import AdapterMix
 from loadtests.sim.traffic import Lengths, SimTenant, clipped, made_up
 from loadtests.sim.world import World, WorldConfig
 
@@ -74,7 +76,7 @@ class Cost:
 
 async def play(stage: Stage) -> None:
     """Run all worlds. The number of seeds is the number of rounds."""
-    rounds, seed = rounds_of(stage.options), stage.options.seed
+    rounds, seed, mix = rounds_of(stage.options), stage.options.seed, stage.options.adapter_mix
     if not from_traces():
         stage.screen.say(f"no recorded traces in {traces.DEFAULT_FOLDER}: using similar synthetic lengths")
     costs = []
@@ -85,9 +87,9 @@ async def play(stage: Stage) -> None:
     loop = asyncio.get_running_loop()
     cores = max(min(len(os.sched_getaffinity(0)), 8), 1)
     with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
-        fair = {g: [loop.run_in_executor(pool, crowd, s, g, True) for s in seeds] for g in GATEWAYS}
-        fifo = [loop.run_in_executor(pool, crowd, s, 2, False) for s in seeds]
-        quiet = [loop.run_in_executor(pool, quiet_ttft, s) for s in seeds]
+        fair = {g: [loop.run_in_executor(pool, crowd, s, g, True, mix) for s in seeds] for g in GATEWAYS}
+        fifo = [loop.run_in_executor(pool, crowd, s, 2, False, mix) for s in seeds]
+        quiet = [loop.run_in_executor(pool, quiet_ttft, s, mix) for s in seeds]
         everything: list[asyncio.Future[Any]] = [*fifo, *quiet, *(run for runs in fair.values() for run in runs)]
         for number, done in enumerate(asyncio.as_completed(everything), 1):
             await done
@@ -100,6 +102,7 @@ async def play(stage: Stage) -> None:
         "workers": 8,
         "seeds": seeds,
         "traces": from_traces(),
+        "adapters": repr(mix),
         "crowds": {str(g): [repr(result) for result in runs] for g, runs in crowds.items()},
         "fifo": [repr(result) for result in others],
         "quiet (alone, fair, fifo)": [repr(result) for result in ttfts],
@@ -185,11 +188,11 @@ def tenants(seed: int) -> list[SimTenant]:
     ]
 
 
-def crowd(seed: int, gateways: int, fair: bool) -> Crowd:
+def crowd(seed: int, gateways: int, fair: bool, adapters: AdapterMix | None = None) -> Crowd:
     """Run a world in which every tenant always has calls waiting; return the results."""
     population = tenants(seed)
     weights = {tenant.name: tenant.weight for tenant in population}
-    world = World(WorldConfig(population, gateways=gateways, fair=fair, seed=seed)).run(WORLD_S)
+    world = World(WorldConfig(population, gateways=gateways, fair=fair, seed=seed, adapters=adapters)).run(WORLD_S)
     observer = world.observer
     return Crowd(
         gap=observer.largest_gap(list(weights), weights, 0.0) / observer.unit(),
@@ -202,7 +205,7 @@ def crowd(seed: int, gateways: int, fair: bool) -> Crowd:
     )
 
 
-def quiet_ttft(seed: int) -> tuple[QuietTenant, QuietTenant, QuietTenant]:
+def quiet_ttft(seed: int, adapters: AdapterMix | None = None) -> tuple[QuietTenant, QuietTenant, QuietTenant]:
     """Return the results of a quiet tenant in three worlds: alone, beside a loud tenant with fairness, and beside the
     loud tenant first come first served.
     """
@@ -210,7 +213,7 @@ def quiet_ttft(seed: int) -> tuple[QuietTenant, QuietTenant, QuietTenant]:
     loud = SimTenant("loud", lengths("vtc", seed), backlog=1000)
     out = []
     for population, fair in (([quiet], True), ([quiet, loud], True), ([quiet, loud], False)):
-        config = WorldConfig(population, fair=fair, seed=seed)
+        config = WorldConfig(population, fair=fair, seed=seed, adapters=adapters)
         config = replace(config, engine=replace(config.engine, max_num_seqs=64))
         observer = World(config).run(QUIET_S).observer
         out.append(QuietTenant(observer.ttft("quiet", 0.99, SETTLE_S), observer.throughput(SETTLE_S)))

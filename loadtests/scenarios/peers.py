@@ -4,7 +4,8 @@ vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and 
 and its direct ingress (e) run in front of a plain vLLM deployment. Our stack (f, g, h) is a gateway process and a
 worker process with the parts of the Ray replica, without Ray's own processes. Engines and their ranks are bound to one
 core, all front ends and the driver to another core. The rows that need no engine are measured by relay, longprompt,
-startup and processes.
+startup and processes. With `--adapters SHARE` so many of the calls name one of eight adapters, on our side and on
+vLLM's server, alone and behind vllm-router; the other peers and the rows without an engine are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import psutil
 
+from cluster.api.adapters import full_name
 from loadtests import peers
+from loadtests.adapters import rig
 from loadtests.children import DidNotStart
 from loadtests.datasets import fixed
 from loadtests.driver import Limits
@@ -32,6 +35,7 @@ from loadtests.scenarios.common import Contestant, Stage, alternate, cores, firs
 from loadtests.scenarios.relay import GRPC, HTTP, SESSION
 from loadtests.serving import ours as serving
 from loadtests.serving import ray_serve
+from loadtests.sim.adapters import AdapterMix
 
 SERVER, ROUTER, SMG, LITELLM = "vLLM server", "vllm-router", "SMG", "LiteLLM"
 RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
@@ -64,6 +68,12 @@ ENGINE_ARGUMENTS: dict[str, object] = {
     "kv_cache_memory_bytes": 256 << 20,
     "enforce_eager": True,
 }
+ADAPTERS = 8
+WITH_ADAPTERS = (SERVER, ROUTER, GRPC, HTTP, SESSION)
+"""Arms that run if calls name adapters."""
+LORA: Mapping[str, object] = {
+    "enable_lora": True, "max_loras": ADAPTERS, "max_cpu_loras": ADAPTERS, "max_lora_rank": 8,
+}  # fmt: skip
 _ONE = Bound("<=", 1.0)
 _B, _A = "against vllm-router", "ours StreamChat"
 ROWS: tuple[tuple[str, str, str, str, Bound | None], ...] = (
@@ -115,6 +125,11 @@ class TestBed:
         """Arms that run with a single stream only."""
         setup = stage.options.setup
         self.engine: Mapping[str, object] = ENGINE_ARGUMENTS if setup is None else setup.engine
+        share = stage.options.adapters
+        self.mix = None if share is None else AdapterMix(share, ADAPTERS)
+        """The calls that name adapters; None for none."""
+        self.adapters: Path | None = None
+        """Folder of the base model and its adapters, as rig.prepare writes it; None if no call names one."""
         self.gpus = 0 if setup is None else setup.gpus
         self.environment = {
             "HF_HUB_OFFLINE": "1",
@@ -126,9 +141,24 @@ class TestBed:
         if (plan := cores(stage.options.pin)) is not None:
             self.environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan[0]))
 
+    def selects(self, name: str) -> bool:
+        """Return whether an arm is to run."""
+        return self.stage.options.selects(name) and (self.mix is None or name in WITH_ADAPTERS)
+
+    def requests(self, count: int, tokens: int, seed: int) -> list[Request]:
+        """Return the calls of a round, of which a share names adapters."""
+        requests, mix = fixed(count, PROMPT_WORDS, tokens, seed), self.mix
+        if mix is None:
+            return requests
+        return [
+            dataclasses.replace(request, model=full_name(serving.MODEL, adapter)) if adapter else request
+            for request in requests
+            for adapter in (mix.adapter_of(request.key),)
+        ]
+
     async def add(self, name: str, description: str, start: Start) -> None:
         """Start an arm and wait for the first answer of the arm. If there is none, record the problem."""
-        if not self.stage.options.selects(name):
+        if not self.selects(name):
             return
         arm: Arm = self.stage.arm(name, description)
         self.stage.screen.say(f"starting {name}")
@@ -161,9 +191,13 @@ async def play(stage: Stage) -> None:
     """Measure the rows that need an engine, then the parts that need none."""
     setup = stage.options.setup
     kind = str(setup.model) if setup is not None and setup.model is not None else "llama"
-    model, bundle = await serving.prepare(stage.children, kind, stage.folder)
     async with AsyncExitStack() as stack:
         bed = TestBed(stage, stack)
+        if bed.mix is None:
+            model, bundle = await serving.prepare(stage.children, kind, stage.folder)
+        else:
+            folder = bed.adapters = await rig.prepare(stage, ADAPTERS)
+            model, bundle, bed.engine = folder / "model", folder / "bundle", {**bed.engine, **LORA}
         await _with_vllm_server(bed, model)
         if not bed.gpus:
             await _lone_server(bed, model)
@@ -172,23 +206,28 @@ async def play(stage: Stage) -> None:
             await _ray(bed, proxy, RAY_PROXY, model, direct_ingress=False)
             await _rounds(bed)
         bed.arms = [arm for arm in bed.arms if arm.arm.name == GRPC]
-        if stage.options.selects(RAY_DIRECT):
+        if bed.selects(RAY_DIRECT):
             unbind()
             await _ray(bed, stack, RAY_DIRECT, model, direct_ingress=True)
             await _rounds(bed, part="beside direct ingress: ")
         for child in stage.children.started:
             await child.stop()
-    if setup is None:
+    if setup is None and stage.options.adapters is None:
         await _parts(stage)
 
 
 async def _with_vllm_server(bed: TestBed, model: Path) -> None:
     stage, name = bed.stage, serving.MODEL
     environment = stage.options.peers
-    if not any(stage.options.selects(arm) for arm in (SERVER, ROUTER, SMG, LITELLM)):
+    if not any(bed.selects(arm) for arm in (SERVER, ROUTER, SMG, LITELLM)):
         return
+    engine = dict(bed.engine)
+    if bed.adapters is not None:
+        # with all slots full, vLLM on CPUs computes the base model with an adapter (docs/adapters.md)
+        engine |= {"max_loras": ADAPTERS + 1, "max_cpu_loras": ADAPTERS + 1}
+        engine["lora_modules"] = rig.modules(bed.adapters, ADAPTERS)
     try:
-        server, port = await peers.vllm_server(stage.children, name, model, bed.engine, bed.environment)
+        server, port = await peers.vllm_server(stage.children, name, model, engine, bed.environment)
     except DidNotStart as error:
         for arm in (SERVER, ROUTER, SMG, LITELLM):
             stage.arm(arm, "vLLM's own server, or a router in front of it").problem = str(error)
@@ -236,6 +275,8 @@ async def _ours(bed: TestBed, model: Path, bundle: Path) -> None:
         for arm in (GRPC, HTTP, SESSION):
             stage.arm(arm, "ours").problem = str(error)
         return
+    if bed.adapters is not None:
+        await bed.stack.enter_async_context(rig.declared(ours, bed.adapters, rig.names(ADAPTERS)))
     for contestant in relay.our_arms(stage, ours):
         bed.stack.push_async_callback(contestant.face.close)
         if await first_call(contestant, fixed(1, PROMPT_WORDS, 4, stage.options.seed)[0]):
@@ -249,7 +290,7 @@ async def _ours(bed: TestBed, model: Path, bundle: Path) -> None:
 
 async def _lone_server(bed: TestBed, model: Path) -> None:
     stage = bed.stage
-    if not stage.options.selects(SERVER_LONE):
+    if not bed.selects(SERVER_LONE):
         return
     stage.screen.say(f"starting {SERVER_LONE}")
     single = stage.report.arm(ONE + SERVER_LONE, "VLLM_ENABLE_V1_MULTIPROCESSING=0, which CpuPlatform reads")
@@ -294,7 +335,7 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
         singles += bed.singles
         await alternate(
             stage.with_share_of_time(SINGLES_SHARE), singles,
-            lambda number: fixed(ONE_CALLS, PROMPT_WORDS, ONE_TOKENS, options.seed * 2000 + number),
+            lambda number: bed.requests(ONE_CALLS, ONE_TOKENS, options.seed * 2000 + number),
             rounds=rounds, concurrency=1, limits=LIMITS, cooldown_s=COOLDOWN_S,
         )  # fmt: skip
     turns = bed.arms
@@ -302,7 +343,7 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
         turns = [dataclasses.replace(arm, arm=_renamed(stage, arm, part), runs=[]) for arm in bed.arms]
 
     def requests_of(number: int) -> list[Request]:
-        return fixed(CALLS, PROMPT_WORDS, options.tokens or TOKENS, options.seed * 1000 + number)
+        return bed.requests(CALLS, options.tokens or TOKENS, options.seed * 1000 + number)
 
     await alternate(stage, turns, requests_of, rounds=rounds, concurrency=streams, limits=LIMITS, cooldown_s=COOLDOWN_S)
     if not part:

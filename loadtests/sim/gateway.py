@@ -182,7 +182,7 @@ class SimGateway:
         return False
 
     def _candidate(self, at: int) -> Candidate:
-        free = self._balances[at].free
+        free, worker = self._balances[at].free, self._workers[at]
         return Candidate(
             worker_id=str(at),
             model=MODEL,
@@ -191,11 +191,13 @@ class SimGateway:
             free_tokens=free.tokens,
             running=self._running[at],
             waiting=0,
-            kv_usage=self._workers[at].kv_usage,
+            kv_usage=worker.kv_usage,
             healthy=True,
             draining=False,
             prefill_tokens=self._prefill_tokens[at],
             incarnation=str(at),
+            adapters=worker.adapters,
+            resident=frozenset() if worker.slots is None else worker.slots.resident,
         )
 
     def __repr__(self) -> str:

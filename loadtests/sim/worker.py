@@ -14,6 +14,7 @@ from cluster.wire.credit import Capacity, CreditGranter, Grant
 from cluster.worker.admission_window import AdmissionWindow
 from cluster.worker.engine.simulated.config import SimConfig
 from cluster.worker.engine.simulated.model import SimModel
+from loadtests.sim.adapters import AdapterMix, AdapterSlots
 from loadtests.sim.events import EventQueue
 
 
@@ -46,9 +47,20 @@ class SimWorker:
     """A simulated worker. The number of a link is the number of its gateway."""
 
     def __init__(
-        self, name: str, config: SimConfig, gateways: int, event_queue: EventQueue, callbacks: WorkerCallbacks
+        self,
+        name: str,
+        config: SimConfig,
+        gateways: int,
+        event_queue: EventQueue,
+        callbacks: WorkerCallbacks,
+        adapters: AdapterMix | None = None,
     ) -> None:
+        """`adapters`: None if no call names one."""
         self.name = name
+        self.adapters = frozenset() if adapters is None else frozenset(adapters.names)
+        self.slots = None if adapters is None else AdapterSlots(adapters)
+        self._copies_s = 0.0
+        """Time for which the engine stands still before its next step, in seconds."""
         self.config = config
         self.meter = ServedMeter()
         self.most_running_tokens = 0
@@ -116,6 +128,8 @@ class SimWorker:
         self.tokens += tokens
         self._window.record_submit(submit.request.request_id, tokens)
         self._model.submit(submit.request)
+        if self.slots is not None:
+            self._copies_s += self.slots.use(submit.request.adapter)
         self.meter.accepted(submit.request.request_id, link, submit.flow, submit.charge, again=submit.again)
         self.regrant()
         self._start_step()
@@ -149,7 +163,8 @@ class SimWorker:
         self._stepping = True
         plan = self._model.schedule()
         self.most_running_tokens = max(self.most_running_tokens, self.tokens)
-        self._event_queue.after(plan.step_s, lambda: self._end_step(self._model.complete(plan)))
+        copies_s, self._copies_s = self._copies_s, 0.0
+        self._event_queue.after(copies_s + plan.step_s, lambda: self._end_step(self._model.complete(plan)))
 
     def _end_step(self, outputs: list[TokenOutput]) -> None:
         self._stepping = False

@@ -20,6 +20,7 @@ from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.wire.credit import Grant
 from cluster.worker.engine.simulated.config import SimConfig
+from loadtests.sim.adapters import AdapterMix
 from loadtests.sim.events import EventQueue
 from loadtests.sim.gateway import MODEL, GatewayCallbacks, SimCall, SimGateway
 from loadtests.sim.observer import Observer
@@ -32,7 +33,7 @@ VOCAB = 32_000
 @dataclass(frozen=True, slots=True)
 class WorldConfig:
     """Configuration of a simulation; times in seconds. `link_s` is the delay of messages, `report_late_s` of reports.
-    `engine` must use VOCAB and set `max_model_len`."""
+    `engine` must use VOCAB and set `max_model_len`. `adapters`: the calls that name adapters; None for none."""
 
     tenants: Sequence[SimTenant]
     workers: int = 8
@@ -43,6 +44,7 @@ class WorldConfig:
     report_late_s: float = 0.1
     link_s: float = 0.001
     service: ServiceWeights = field(default_factory=ServiceWeights)
+    adapters: AdapterMix | None = None
     engine: SimConfig = field(
         default_factory=lambda: SimConfig(
             vocab=VOCAB, token_hi=VOCAB, max_model_len=8192, max_num_seqs=32, kv_blocks=6144, decode_ms=20.0
@@ -62,7 +64,9 @@ class World:
         self._serial = 0
         self._open = True
         self.workers = [
-            SimWorker(str(at), config.engine, config.gateways, self.event_queue, self._callbacks_of(at))
+            SimWorker(
+                str(at), config.engine, config.gateways, self.event_queue, self._callbacks_of(at), config.adapters
+            )
             for at in range(config.workers)
         ]
         self.gateways = [self._gateway(at) for at in range(config.gateways)]
@@ -170,9 +174,10 @@ class World:
         gateway, now, call_id = self.gateways[number], self.event_queue.now, str(self._serial)
         lengths = self._rng.choice(tenant.lengths)
         prompt = self._prompts.make(tenant, lengths.prompt)
-        request = EngineRequest(
-            call_id, prompt, Sampling(max_tokens=lengths.output, temperature=0.0, ignore_eos=True), (), tenant.name
-        )
+        mix = self.config.adapters
+        adapter = "" if mix is None else mix.adapter_of((self.config.seed, call_id))
+        sampling = Sampling(max_tokens=lengths.output, temperature=0.0, ignore_eos=True)
+        request = EngineRequest(call_id, prompt, sampling, (), tenant.name, adapter=adapter)
         waiting = WaitingSequence(
             call_id=call_id,
             model=MODEL,
@@ -184,6 +189,7 @@ class World:
             rank=tenant.rank,
             cached_tokens=gateway.likely_cached(tenant.name, len(prompt)),
             output_tokens=gateway.learnt.expected(tenant.name, MODEL, 1 << 20),
+            adapter=adapter,
         )
         self.observer.arrived(tenant.name)
         gateway.enter(SimCall(waiting, request, tenant.name, now), now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pickle import PickleBuffer
 from typing import Any, Final
@@ -24,7 +24,7 @@ from cluster.gateway.apis.openai.fields import Fields, read_object
 from cluster.gateway.apis.openai.pooling_requests import PARSERS as POOLING_PARSERS
 from cluster.gateway.apis.openai.requests import ParsedRequest, parse_chat, parse_completion
 from cluster.gateway.calls.pooling_request import ParsedPooling
-from cluster.gateway.helpers.pool import HelperPool, Job, JobLost, TooMuchCpu
+from cluster.gateway.helpers.pool import HelperPool, JobLost, TooMuchCpu
 from cluster.observe.log import call_fields
 from cluster.v1 import inference_pb2 as pb
 
@@ -35,8 +35,6 @@ SMALL_MESSAGE_BYTES: Final = 8192
 FEW_CONTAINERS, FEW_VALUES = 2048, 16_384
 """Upper bounds on the containers (objects and arrays) and on the values in a JSON body that is parsed on the event
 loop. Parsing such a body takes one or two milliseconds."""
-GROUP_BYTES: Final = 1 << 20
-"""Size in bytes of the groups in which vectors are sent to a helper process."""
 PATIENCE_S: Final = 5.0
 """Seconds that a helper process may wait for a core (helpers/pool.py). After that, the body is parsed in a thread of
 this process, which delays all calls."""
@@ -103,23 +101,6 @@ class Bodies:
             return request
         items: list[Any] = await self._read_in_helper("session", data, tenant)
         return items
-
-    async def embeddings_json(self, vectors: Sequence[bytes], tenant: str = "") -> bytes | bytearray | None:
-        """Return the JSON of many vectors of equal length for an answer, without the brackets around them, as a helper
-        process writes it. None if no helper is free, so that the caller must do the work."""
-        size = len(vectors[0])
-        groups, step = [], max(GROUP_BYTES // size, 1)
-        for at in range(0, len(vectors), step):
-            groups.append(PickleBuffer(b"".join(vectors[at : at + step])))
-            await asyncio.sleep(0)
-        try:
-            job: Job = ("embeddings_json", (groups, size), {})
-            whole = size * len(vectors)
-            result: bytes | bytearray | None = await self.pool.run(job, size=whole, tenant=tenant)
-        except (TooMuchCpu, JobLost) as error:
-            log.warning("request.vectors_not_written", **call_fields(), reason=str(error))
-            return None
-        return result
 
     async def _read_in_helper(self, method: str, data: bytes | bytearray, tenant: str, *more: Any) -> Any:
         try:

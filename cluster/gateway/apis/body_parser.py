@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from pickle import PickleBuffer
 from typing import Any, Final
 
 import msgspec
@@ -40,7 +39,6 @@ from cluster.gateway.apis.json_values import (
 from cluster.gateway.apis.openai import pooling_requests
 from cluster.gateway.apis.openai import requests as openai_requests
 from cluster.gateway.apis.openai.fields import Fields
-from cluster.gateway.apis.openai.vectors import embeddings
 from cluster.gateway.calls.pooling_request import ParsedPooling, packed
 from cluster.gateway.calls.request import (
     MAX_MESSAGES,
@@ -126,11 +124,6 @@ class BodyReader:
         for request in parsed.requests[:1]:  # all requests of a body have the same options
             check_request(request, parsed.names)
         return replace(parsed, requests=[_packed(request) for request in parsed.requests])
-
-    def embeddings_json(self, groups: Sequence[bytes | bytearray], size: int) -> PickleBuffer:
-        """Return the JSON of the vectors of `size` bytes each that are joined in groups."""
-        views = [memoryview(group)[at : at + size] for group in groups for at in range(0, len(group), size)]
-        return PickleBuffer(b",".join(embeddings(views)))
 
     def message(self, data: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> Any:
         """Parse a request of the gRPC API. Raises CallError, also for a request of more than `max_ids` token ids."""

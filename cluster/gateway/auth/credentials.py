@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.auth.bearer_tokens import TokenRefused, looks_like_jwt
 from cluster.policy.tenants.identity import (
+    MAX_KEY_BYTES,
     AccessSnapshot,
     AuthVerdict,
     CertificateRule,
@@ -21,6 +22,7 @@ from cluster.policy.tenants.identity import (
     authenticate,
     identify,
     owner_of_certificate,
+    sha256_of,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +59,10 @@ class CredentialChecker:
         self._certificates = tuple(certificates)
         self._on_failure = on_failure
         self._clock = clock
+        self._valid: dict[bytes, AuthVerdict] = {}
+        """Verdicts of the valid keys that were presented since the snapshot was taken, by the keys' SHA-256."""
+        self._snapshot: AccessSnapshot | None = None
+        """The snapshot to which `_valid` belongs."""
 
     async def principal(
         self, authorization: Sequence[str], alternative_names: Sequence[str] = (), peer: str = ""
@@ -97,7 +103,21 @@ class CredentialChecker:
         if self._oidc is not None and looks_like_jwt(token):
             claims = await self._oidc.verify(token)
             return identify(snapshot, claims.tenant, "jwt", claims.subject, claims.role)
-        return authenticate(snapshot, token, self._peppers, self._clock())
+        return self._key_verdict(snapshot, token)
+
+    def _key_verdict(self, snapshot: AccessSnapshot, token: str) -> AuthVerdict:
+        """Return the verdict for an API key. A valid key is looked up once in each snapshot, any other key each
+        time."""
+        now_s = self._clock()
+        if snapshot is not self._snapshot:
+            self._snapshot, self._valid = snapshot, {}
+        sha256 = sha256_of(token) if len(token) <= MAX_KEY_BYTES else b""
+        verdict = self._valid.get(sha256)
+        if verdict is None or now_s >= verdict.expires_at_s:
+            verdict = authenticate(snapshot, token, self._peppers, now_s)
+            if verdict.principal is not None:
+                self._valid[sha256] = verdict
+        return verdict
 
 
 def _refused(reason: str) -> AuthVerdict:

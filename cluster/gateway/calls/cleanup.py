@@ -3,7 +3,6 @@ run."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
@@ -43,7 +42,7 @@ class Cleanup:
             except BaseException as error:
                 stopped = self._caught(error) or stopped
                 continue
-            if inspect.isawaitable(rest):
+            if rest is not None:
                 waiting.append(rest)
         for rest in waiting:
             try:

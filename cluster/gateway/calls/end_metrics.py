@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from cluster.api.outcomes import Outcome
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.opening import Opening
-from cluster.gateway.calls.pooling_opening import PoolingOpening
+from cluster.gateway.calls.call_opening import CallOpening
 from cluster.gateway.calls.reasoning import new_reasoning_tokens
 from cluster.gateway.demand import DemandTally, within_slo
 from cluster.gateway.models import ModelDirectory
@@ -36,7 +35,7 @@ class EndMetrics:
         self._tally = tally
         self._clock = clock
 
-    def count(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
+    def count(self, opening: CallOpening, outcome: Outcome) -> None:
         """Count a call that has ended or could not begin."""
         call, model, meta = opening.call, opening.model_name, opening.meta
         metrics = self._metrics

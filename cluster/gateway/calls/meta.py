@@ -10,7 +10,7 @@ from cluster.observe.log import ids_of_call
 from cluster.policy.tenants.identity import Principal
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CallMeta:
     """Metadata of one call. `api` is the name of the API that received the call. `deadline` is a time of the service's
     clock, or None."""

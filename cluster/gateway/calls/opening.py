@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.output_parts import OutputParsing
 from cluster.api.pooling import PoolingTask
 from cluster.api.types import REASONING_PARSER, TOOL_PARSER, EngineRequest, Sampling
-from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Authenticator
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.call_opening import CallOpening, not_prepared
 from cluster.gateway.calls.life import Life
-from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.tokenization import RendererOf, encode
 from cluster.gateway.calls.tools import with_tools
@@ -25,14 +24,8 @@ from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.parsed_text import ParsedText
-from cluster.gateway.text.tokenizer import TextModel
-from cluster.gateway.tracing.call_trace import CallTrace
-from cluster.observe.log import ids_of_call
 from cluster.observe.metrics import Metrics
 from cluster.observe.trace_context import unsampled
-from cluster.policy.routing.rendezvous import hash64
-from cluster.policy.routing.version_split import Versions
-from cluster.policy.tenants.policy import TenantPolicy
 
 MAX_PARSING_CHARS = 4 << 20
 """Upper bound on the parser requests of all outputs of a call together, which may travel on one link at once."""
@@ -44,36 +37,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Opening:
-    """A call that is being opened: what is known of the call after the steps taken so far. The methods are the steps,
-    in order, and raise CallError."""
+class Opening(CallOpening):
+    """A generation call that is being opened, see CallOpening."""
 
     request: requests.GenerationRequest
-    meta: CallMeta
-    arrived: float
-    model_name: str = ""
-    chain: TokenChain | None = None
+    chain: TokenChain | None = field(init=False, default=None)
     """Chain of the presented resume tokens, if the call began at another gateway."""
-    requested: KnownModel = field(init=False)
-    model: KnownModel = field(init=False)
-    """The model that serves the call: the requested model or a fallback model."""
-    versions: Versions = field(init=False)
-    text: TextModel = field(init=False)
     renderer_of: RendererOf = field(init=False)
-    adapter: str = ""
+    adapter: str = field(init=False, default="")
     """Name of the adapter of `model` that serves the call; "" for the model itself."""
-    max_model_len: int = 0
-    prompt_ids: array[int] = field(default_factory=lambda: array("I"))
-    guards: CallGuards | None = None
-    call: Call | None = None
-    trace_id: str = ""
-    """See Call. `trace`: see Call."""
-    trace: CallTrace | None = None
-
-    @property
-    def log_fields(self) -> Mapping[str, str]:
-        """Fields of log lines about the call."""
-        return ids_of_call(self.meta.request_id, self.trace_id)
+    prompt_ids: array[int] = field(init=False, default_factory=lambda: array("I"))
+    guards: CallGuards | None = field(init=False, default=None)
 
     async def read_resume_tokens(self, resumes: ResumeService) -> None:
         """Read the resume tokens of the request."""
@@ -117,30 +91,16 @@ class Opening:
         return begun or key
 
     @property
-    def is_fallback(self) -> bool:
-        """Whether a fallback model serves the call."""
-        return self.model is not self.requested
-
-    @property
     def prompt(self) -> requests.Prompt:
         """The prompt, for the prompt log."""
         return self.request.prompt
-
-    @property
-    def bundle_digest(self) -> str:
-        """Digest of the tokenizer bundle of the call."""
-        return self.model.bundle_digest_of(self.versions.first)
 
     async def encode(self, directory: ModelDirectory, renderer_of: RendererOf) -> None:
         """Encode the prompt. `renderer_of`: see CallService."""
         self.text = await directory.text_model(self.model, self.versions.first)
         self.renderer_of = renderer_of
-        self.max_model_len = self._longest_context()
+        self.max_model_len = self.longest_context
         await self._encode()
-
-    def _longest_context(self) -> int:
-        """Return the context length for the call, in tokens; 0 while the model's is unknown."""
-        return longest_context(self.model, self.meta)
 
     def create_guards(self, guards: Guards) -> CallGuards:
         """Create the guards of the call."""
@@ -166,7 +126,7 @@ class Opening:
         length = self.max_model_len
         self.prompt_ids = await encode(request.prompt, self.text, tenant, length, request.cache_salt, render)
         if not length:  # unknown before the first worker, for which the prompt may have waited
-            self.max_model_len = self._longest_context()
+            self.max_model_len = self.longest_context
 
     def create_call(
         self,
@@ -179,30 +139,15 @@ class Opening:
         """Create the call and its sequences, without queueing them. `life` returns the life of a new sequence."""
         sampling = self._sampling()
         request, meta = self.request, self.meta
-        policy = policy_of(meta, request.priority_class, scheduler)
+        kind = "chatcmpl" if requests.is_chat(request.prompt) else "cmpl"
         call = Call(
-            id=f"{'chatcmpl' if requests.is_chat(request.prompt) else 'cmpl'}-{random_id()}",
-            model=self.model.name,
-            policy=policy,
-            rank=scheduler.charges.rank_of(policy.priority_class),
-            arrived=self.arrived,
-            deadline=meta.deadline,
-            clock=clock,
-            events=scheduler,
+            **self.call_fields(kind, request.priority_class, request.metadata, scheduler, clock),
             itl=metrics.histogram("inter_token_latency_seconds", self.model.name),
-            request_id=meta.request_id,
-            counted=meta.counted,
-            versions=self.versions,
-            bundle_digest=self.bundle_digest,
             usage=CallUsage(prompt_tokens=len(self.prompt_ids)),
-            labels={**request.metadata, **policy.labels},
-            key_id=meta.principal.subject if meta.principal.by == "key" else "",
             tool_calls_before=request.output.tool_calls_before,
             adapter=self.adapter,
-            trace_id=self.trace_id,
-            trace=self.trace,
         )
-        call.affinity = affinity(self.request.affinity_key, self.meta, call.flow)
+        call.affinity = self.affinity(request.affinity_key, call.flow)
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)
         first = EngineRequest(
             "",
@@ -250,42 +195,6 @@ class Opening:
         guarded_parts = None if guards is None else guards.parts()
         parsed = ParsedText(source, guarded_parts, include_reasoning=self.request.output.include_reasoning)
         return OutputSequence(call, index, engine_request, parsed, logprobs, parsed_text=parsed, life=life)
-
-
-def longest_context(model: KnownModel, meta: CallMeta) -> int:
-    """Return the context length for a caller's call, in tokens; 0 while the model's is unknown."""
-    longest, of_tenant = model.max_model_len, meta.principal.tenant.max_context_tokens
-    return min(longest, of_tenant) if of_tenant else longest
-
-
-def not_prepared(model: KnownModel) -> CallError:
-    """Return the error for a model whose properties are not known yet."""
-    return CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared; retry later")
-
-
-def affinity(key: str, meta: CallMeta, flow: str) -> int:
-    """Return the hash of the tenant and the affinity key; 0 without a key. `key`: the key in the request. `flow`: the
-    tenant's handle. Raises CallError for a key that is too long."""
-    field = "affinity_key"
-    if not key:
-        field, key = "x-headrace-affinity", meta.affinity_key
-    if not key:
-        return 0
-    if len(key) > requests.MAX_AFFINITY_CHARS:
-        raise invalid(field, f"must have at most {requests.MAX_AFFINITY_CHARS} characters; has {len(key)}")
-    return max(hash64(f"{flow}\0{key}"), 1)
-
-
-def policy_of(meta: CallMeta, priority_class: str, scheduler: Scheduler) -> TenantPolicy:
-    """Return the policy of a caller's tenant, with the priority class of the request if it has one. A tenant may use
-    its own class and all classes that are served later. Raises CallError for another class."""
-    policy = meta.principal.tenant
-    if priority_class in ("", policy.priority_class):
-        return policy
-    allowed = scheduler.charges.classes_from(policy.priority_class)
-    if priority_class not in allowed:
-        raise invalid("priority", f"must be one of {', '.join(allowed)}; got {quoted(priority_class)}")
-    return replace(policy, priority_class=priority_class)
 
 
 def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> OutputParsing | None:

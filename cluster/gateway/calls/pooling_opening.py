@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.pooling import POOLS, PoolingInfo, PoolingParams, PoolingTask
-from cluster.api.types import EngineRequest, Sampling
-from cluster.gateway.apis.request_ids import random_id
+from cluster.api.types import POOLING_SAMPLING, EngineRequest
 from cluster.gateway.auth.authenticator import Authenticator
+from cluster.gateway.calls.call_opening import CallOpening, not_prepared
 from cluster.gateway.calls.life import Life
-from cluster.gateway.calls.meta import CallMeta
-from cluster.gateway.calls.opening import affinity, longest_context, not_prepared, policy_of
 from cluster.gateway.calls.pooled_sequence import NO_TEXT, PooledSequence
 from cluster.gateway.calls.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling_request import (
@@ -31,18 +29,11 @@ from cluster.gateway.calls.tokenization import ids_of_inputs
 from cluster.gateway.models import KnownModel, ModelDirectory, Target
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
-from cluster.gateway.text.tokenizer import TextModel
-from cluster.gateway.tracing.call_trace import CallTrace
-from cluster.observe.log import ids_of_call
 from cluster.observe.trace_context import unsampled
-from cluster.policy.routing.version_split import Versions
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
 
-SAMPLING: Final = Sampling(max_tokens=1, temperature=0.0)
-"""Sampling parameters of pooling requests, which no pooling worker reads. A worker of an older release, which does not
-know pooling, generates one token at most."""
 SLICE: Final = 128
 """Number of sequences that are created at once, which takes about 2 ms."""
 SHOWN_LENGTHS: Final = 32
@@ -50,48 +41,19 @@ SHOWN_LENGTHS: Final = 32
 
 
 @dataclass(slots=True)
-class PoolingOpening:
-    """A pooling call that is being opened: what is known of the call after the steps taken so far. The methods are the
-    steps, in order, and raise CallError."""
+class PoolingOpening(CallOpening):
+    """A pooling call that is being opened, see CallOpening."""
 
     request: PoolingRequest
-    meta: CallMeta
-    arrived: float
-    model_name: str = ""
-    requested: KnownModel = field(init=False)
-    model: KnownModel = field(init=False)
-    """The model that serves the call: the requested model or a fallback model."""
     task: PoolingTask = field(init=False)
-    versions: Versions = field(init=False)
-    text: TextModel = field(init=False)
-    max_model_len: int = 0
     inputs: PoolingInputs = field(init=False)
-    ids: PackedIds | Sequence[array[int]] = ()
+    ids: PackedIds | Sequence[array[int]] = field(init=False, default=())
     second_text: Callable[[int], int] = field(init=False)
-    call: PoolingCall | None = None
-    trace_id: str = ""
-    """See Call. `trace`: see Call."""
-    trace: CallTrace | None = None
-
-    @property
-    def log_fields(self) -> Mapping[str, str]:
-        """Fields of log lines about the call."""
-        return ids_of_call(self.meta.request_id, self.trace_id)
-
-    @property
-    def is_fallback(self) -> bool:
-        """Whether a fallback model serves the call."""
-        return self.model is not self.requested
 
     @property
     def prompt(self) -> PoolingInputs:
         """The inputs, for the prompt log."""
         return self.inputs
-
-    @property
-    def bundle_digest(self) -> str:
-        """Digest of the tokenizer bundle of the call."""
-        return self.model.bundle_digest_of(self.versions.first)
 
     def choose_model(self, directory: ModelDirectory) -> None:
         """Choose the requested model or one of its fallbacks, the task, and the versions on which the call may
@@ -111,7 +73,8 @@ class PoolingOpening:
         self.versions = model.choose_version(self.meta.request_id)
         inputs = self.request.inputs
         self.inputs = inputs.apart() if isinstance(inputs, PairInputs) and task is PoolingTask.EMBED else inputs
-        self._check_dimensions(model.pooling)
+        if self.request.dimensions is not None:
+            self._check_dimensions(self.request.dimensions, model.pooling)
 
     def _suits(self, model: KnownModel) -> bool:
         return self._task_of(model) is not None
@@ -138,10 +101,8 @@ class PoolingOpening:
             violations=[Violation("model", f"has no task {wanted.value}")],
         )
 
-    def _check_dimensions(self, info: PoolingInfo | None) -> None:
-        wanted, name = self.request.dimensions, self.request.dimensions_field
-        if wanted is None:
-            return
+    def _check_dimensions(self, wanted: int, info: PoolingInfo | None) -> None:
+        name = self.request.dimensions_field
         if wanted < 1:
             raise invalid(name, f"must be at least 1, got {wanted}")
         if info is None or wanted == info.dimensions or wanted in info.shorter_dimensions:
@@ -164,7 +125,7 @@ class PoolingOpening:
         await self._encode()
 
     async def _encode(self) -> None:
-        most = self.max_model_len = longest_context(self.model, self.meta)
+        most = self.max_model_len = self.longest_context
         if not most:
             raise not_prepared(self.model)
         keep = self.request.truncate_tokens
@@ -198,30 +159,14 @@ class PoolingOpening:
 
     def create_call(self, scheduler: Scheduler, clock: Callable[[], float]) -> PoolingCall:
         """Create the call without its sequences."""
-        request, meta = self.request, self.meta
-        policy = policy_of(meta, request.priority_class, scheduler)
+        request = self.request
         kind = "embd" if not isinstance(request.inputs, PairInputs) else "score"
         call = PoolingCall(
-            id=f"{kind}-{random_id()}",
-            model=self.model.name,
-            policy=policy,
-            rank=scheduler.charges.rank_of(policy.priority_class),
-            arrived=self.arrived,
-            deadline=meta.deadline,
-            clock=clock,
-            events=scheduler,
-            request_id=meta.request_id,
-            counted=meta.counted,
-            versions=self.versions,
-            bundle_digest=self.bundle_digest,
-            labels={**request.metadata, **policy.labels},
-            key_id=meta.principal.subject if meta.principal.by == "key" else "",
+            **self.call_fields(kind, request.priority_class, request.metadata, scheduler, clock),
             inputs=self.inputs,
             task=self.task,
-            trace_id=self.trace_id,
-            trace=self.trace,
         )
-        call.affinity = affinity(request.affinity_key, meta, call.flow)
+        call.affinity = self.affinity(request.affinity_key, call.flow)
         self.call = call
         return call
 
@@ -229,11 +174,11 @@ class PoolingOpening:
         """Create the sequences of the call, one for each input, in slices between which other tasks run. `life` returns
         the life of a new sequence."""
         call, request = self.call, self.request
-        assert call is not None
+        assert isinstance(call, PoolingCall)
         first = EngineRequest(
             "",
             self.ids[0],
-            SAMPLING,
+            POOLING_SAMPLING,
             cache_salt=authenticator.cache_salt(self.meta.principal, request.cache_salt),
             priority=call.rank,
             traceparent=unsampled(self.meta.traceparent),
@@ -251,17 +196,22 @@ class PoolingOpening:
     def _shorter_dimensions(self) -> int | None:
         """Return the length of vectors that the engine is asked for; None for the model's own, which a model without
         shorter ones accepts under no other name."""
-        info, wanted = self.model.pooling, self.request.dimensions
-        return None if self.task is PoolingTask.SCORE or (info is not None and wanted == info.dimensions) else wanted
+        wanted = self.request.dimensions
+        if wanted is None or self.task is PoolingTask.SCORE:
+            return None
+        info = self.model.pooling
+        return None if info is not None and wanted == info.dimensions else wanted
 
     def _engine_request(self, first: EngineRequest, i: int) -> EngineRequest:
         """Return the engine request of an input. `first`: that of the first input, without its second text."""
         pooling, second = first.pooling, self.second_text(i)
         assert pooling is not None
+        if not i and not second:
+            return first
         return EngineRequest(
             "",
             self.ids[i],
-            SAMPLING,
+            POOLING_SAMPLING,
             cache_salt=first.cache_salt,
             priority=first.priority,
             traceparent=first.traceparent,

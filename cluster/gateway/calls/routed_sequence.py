@@ -166,7 +166,7 @@ class RoutedSequence(Generic[Owner]):
         self.link, self.slot, self.worker = link, slot, link.identity
         key = None
         if not self.emitted:
-            key = link.compatibility_key if self.request.sampling.is_seeded else link.compatibility_key.unseeded
+            key = link.compatibility_key if self.request.sampling.is_seeded else link.unseeded_key
         self.life.submitted(link.identity.incarnation, key)
 
     def end_attempt(self, reason: str) -> None:

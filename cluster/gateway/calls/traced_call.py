@@ -9,6 +9,7 @@ from cluster.api.pooling import PoolingTask
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.opening import Opening
+from cluster.gateway.calls.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling_opening import PoolingOpening
 from cluster.gateway.tracing.call_trace import MAX_ATTEMPTS, CallFacts, SequenceFacts
 from cluster.observe import semantic_conventions as names
@@ -42,7 +43,8 @@ def _operation(opening: Opening | PoolingOpening) -> str:
     if isinstance(opening, Opening):
         return names.CHAT if requests.is_chat(opening.request.prompt) else names.TEXT_COMPLETION
     call = opening.call
-    return names.SCORE if call is not None and call.task is PoolingTask.SCORE else names.EMBEDDINGS
+    is_score = isinstance(call, PoolingCall) and call.task is PoolingTask.SCORE
+    return names.SCORE if is_score else names.EMBEDDINGS
 
 
 def _with_call(facts: CallFacts, call: Call) -> CallFacts:

@@ -114,6 +114,7 @@ class WorkerLink:
         self._reports_adapters = False
         self.epoch = epoch
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
+        self.unseeded_key = self.compatibility_key.unseeded
         self.liveness = liveness
         self.load = EngineLoad()
         self.work = ComputedWork()

@@ -2,6 +2,10 @@
 
 The ids equal those of transformers with special tokens added, also where an input is cut: special tokens stay, and of a
 pair the longer text is cut first (`longest_first`).
+
+A single text that is cut is not tokenized whole, if its tokenizer certainly splits texts before a space: then the ids
+of a beginning of the text that ends before a space are the first ids of the text, and a beginning with more tokens than
+are kept suffices.
 """
 
 from __future__ import annotations
@@ -11,15 +15,20 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers
 
 from cluster.api.outcomes import invalid
 from cluster.gateway.calls.pooling_request import PackedIds, PairInputs, SingleTexts, TextInputs, too_long
+from cluster.gateway.text.word_encoder import WORD_CUT, cuts_are_safe
 
 BATCH: Final = 256
 BATCH_CHARS: Final = 1 << 20
 """Largest numbers of inputs, and of their characters, that are encoded together, which bounds the memory of the
 tokenizer's own results. A longer input is encoded alone."""
+CHARS_PER_TOKEN: Final = 8
+"""Characters of a text's beginning for each token that is kept. If they have too few tokens, GROWTH times as many are
+tokenized."""
+GROWTH: Final = 4
 _WITHOUT_TYPES: Final = frozenset({"DistilBertTokenizer", "DistilBertTokenizerFast"})
 """Tokenizers that mark the second text of a pair, for models that do not read the marks."""
 
@@ -49,10 +58,16 @@ class EncodedInputs:
 class InputEncoder:
     """The encoder of one model's pooling inputs. Thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
-        """`config`: the contents of tokenizer_config.json."""
+    def __init__(
+        self, tokenizer: Tokenizer, config: Mapping[str, Any], pre_tokenizer: Mapping[str, Any] | None = None
+    ) -> None:
+        """`config`: the contents of tokenizer_config.json. `pre_tokenizer`: the part of tokenizer.json with this
+        name."""
         self._tokenizer = tokenizer
         self._cuts_left = config.get("truncation_side") == "left"
+        splits = _splits_before_spaces(tokenizer) or cuts_are_safe(tokenizer, pre_tokenizer)
+        self._begins = splits and not self._cuts_left
+        """Whether a beginning of a text suffices if the text is cut."""
         names = config.get("model_input_names")
         self._has_types = (
             "token_type_ids" in names if names is not None else config.get("tokenizer_class") not in _WITHOUT_TYPES
@@ -69,7 +84,7 @@ class InputEncoder:
         if isinstance(inputs, PairInputs) and is_pair and most and keep is None:
             self._check_shared(inputs, most)
         for numbers in _batches(inputs.lengths):
-            for i, encoding in zip(numbers, self._batch(inputs, numbers, is_pair), strict=True):
+            for i, encoding in zip(numbers, self._batch(inputs, numbers, is_pair, keep), strict=True):
                 kept = None if keep is None or len(encoding) <= keep else self._kept(encoding, keep)
                 tokens = encoding.ids if kept is None else _picked(encoding.ids, kept)
                 if most and len(tokens) > most:
@@ -90,16 +105,31 @@ class InputEncoder:
         if len(encoding) > most:
             raise too_long(inputs.first_field.path(0), len(encoding), most)
 
-    def _batch(self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool) -> list[Encoding]:
-        """Return the encodings of some inputs. Raises what the tokenizer raises."""
-        batch: list[Any]
+    def _batch(
+        self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool, keep: int | None
+    ) -> Sequence[Encoding]:
+        """Return the encodings of some inputs, or of their beginnings if more than `keep` tokens are not needed. Raises
+        what the tokenizer raises."""
         if is_pair:
             assert isinstance(inputs, PairInputs)
             shared = inputs.first[0] if len(inputs.first) == 1 else None
-            batch = [(inputs.first[i] if shared is None else shared, inputs.second[i]) for i in numbers]
-        else:
-            batch = [_text(inputs, i) for i in numbers]
+            return self._encoded([(inputs.first[i] if shared is None else shared, inputs.second[i]) for i in numbers])
+        texts = [_text(inputs, i) for i in numbers]
+        if keep is None or not self._begins:
+            return self._encoded(texts)
+        return self._beginnings(texts, keep, CHARS_PER_TOKEN * keep)
+
+    def _encoded(self, batch: Sequence[Any]) -> list[Encoding]:
         encoded: list[Encoding] = self._tokenizer.encode_batch_fast(batch, add_special_tokens=True)
+        return encoded
+
+    def _beginnings(self, texts: Sequence[str], keep: int, chars: int) -> list[Encoding]:
+        """Return the encodings of texts or, of each with more than `keep` tokens, of a beginning with more."""
+        begun = [_beginning(text, chars) for text in texts]
+        encoded = self._encoded(begun)
+        for i, text in enumerate(texts):
+            if len(encoded[i]) <= keep and len(begun[i]) < len(text):
+                (encoded[i],) = self._beginnings([text], keep, GROWTH * chars)
         return encoded
 
     def _mark(self, types: Sequence[int]) -> int:
@@ -117,6 +147,23 @@ class InputEncoder:
         for part, count in zip(places, counts, strict=True):
             kept += part[len(part) - count :] if self._cuts_left else part[:count]
         return sorted(kept)[:keep]
+
+
+def _splits_before_spaces(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer of BERT's kind splits every text before each space. It changes single characters, then
+    splits at white space and punctuation, then splits the words."""
+    return (
+        isinstance(tokenizer.model, models.WordPiece)
+        and isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
+        and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+        and not any(" " in token.content for token in tokenizer.get_added_tokens_decoder().values())
+    )
+
+
+def _beginning(text: str, chars: int) -> str:
+    """Return the beginning of a text up to the first space from `chars` characters on; the text if there is none."""
+    cut = WORD_CUT.search(text, chars) if len(text) > chars else None
+    return text if cut is None else text[: cut.start()]
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[range]:

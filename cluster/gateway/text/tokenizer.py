@@ -85,7 +85,6 @@ class TextModel:
         gateway's memory of encoded prompts. `salt`: distinguishes this model in the memory."""
         self.pool = pool
         self._tokenizer = tokenizer
-        self._inputs = InputEncoder(tokenizer, config)
         self._template = template
         self._control_tokens = _control_tokens(config)
         self._renderer = str(config.get(RENDERER, ""))
@@ -93,6 +92,7 @@ class TextModel:
         self._vocab_size = int(model_config.get("vocab_size") or tokenizer.get_vocab_size())
         self._family = str(model_config.get("model_type", ""))
         layout = self._layout = json.loads(_without_model(tokenizer))
+        self._inputs = InputEncoder(tokenizer, config, layout.get("pre_tokenizer"))
         self._jobs = TextJobs(pool, is_quick=not any(map(may_explode, expressions_of(layout))))
         self._blocks = BlockEncoder.of(tokenizer, layout, salt=salt)
         self._memory = memory or PromptMemory()
@@ -348,16 +348,20 @@ class TextModel:
 
     def encode_inputs(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
         """Return the ids of the inputs of a pooling request, see InputEncoder.encode."""
-        if most and keep is None:
+        if most and keep is None and inputs.chars > SURELY_FEW * most:
             self._refuse_long_inputs(inputs, most)
-        with _tokenizing(inputs.path(0) if len(inputs) == 1 else inputs.fields):
+        try:
             return self._inputs.encode(inputs, most, keep)
+        except BaseException as error:
+            raise _named(error, inputs.path(0) if len(inputs) == 1 else inputs.fields) from None
 
     async def encode_inputs_async(
         self, tenant: str, inputs: TextInputs | PairInputs, most: int, keep: int | None = None
     ) -> EncodedInputs:
         """Return the result of encode_inputs. The work on long texts, or on many, is done off the event loop."""
         chars = inputs.chars + CHARS_PER_INPUT * len(inputs)
+        if self._jobs.is_short(chars):
+            return self.encode_inputs(inputs, most, keep)
         job: Job = ("encode_inputs", (inputs, most, keep), {})
         encoded: EncodedInputs = await self._jobs.run(
             tenant, chars, job, inputs.fields, lambda: self.encode_inputs(inputs, most, keep)

@@ -52,7 +52,7 @@ class WordEncoder:
     def of(cls, tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None, **options: Any) -> WordEncoder | None:
         """Return an encoder for a tokenizer; None if cutting a text may change the ids. `pre_tokenizer`: the part of
         tokenizer.json with this name. `options`: keyword arguments of the constructor."""
-        return cls(tokenizer, **options) if _cuts_are_safe(tokenizer, pre_tokenizer) else None
+        return cls(tokenizer, **options) if cuts_are_safe(tokenizer, pre_tokenizer) else None
 
     def encode(self, blocks: Sequence[str]) -> list[PackedIds]:
         """Return the ids of each block. Raises TypeError for a lone surrogate, as the tokenizer does."""
@@ -84,7 +84,9 @@ def _words(blocks: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     return words, list(set().union(*words))
 
 
-def _cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None) -> bool:
+def cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    """Return whether the ids of a text are those of its parts, if it is cut at WORD_CUT. `pre_tokenizer`: the part of
+    tokenizer.json with this name."""
     model = tokenizer.model
     return (
         isinstance(model, models.BPE)

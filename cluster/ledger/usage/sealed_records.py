@@ -9,10 +9,10 @@ before the nonce are authenticated too.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 
+import orjson
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -99,12 +99,12 @@ class Sealer:
 
     def seal(self, record: OpenRecord) -> bytes:
         """Seal a record. A sealed record without labels has about 350 bytes."""
-        return self._envelopes.seal(record.json_text().encode())
+        return self._envelopes.seal(orjson.dumps(record.as_json()))
 
     def open(self, data: bytes) -> OpenRecord:
         """Open a sealed record. Raises SealError."""
         body = self._envelopes.open(data)
         try:
-            return OpenRecord.from_json(json.loads(body))
+            return OpenRecord.from_json(orjson.loads(body))
         except (RecordError, ValueError) as error:
             raise SealError(f"the sealed record does not contain a valid record: {error}") from None

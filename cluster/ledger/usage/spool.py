@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
 import structlog
 
 from cluster.ledger.errors import StoreUnavailable
@@ -41,12 +42,11 @@ LINGER_S = 0.005
 MAX_SEGMENT_BYTES = 16 * 1024 * 1024
 REJECTED = "rejected.jsonl"
 _SEGMENT = "usage-{:012}.jsonl"
-_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def encode(record: UsageRecord) -> bytes:
     """Encode a record as one line: checksum, space, JSON."""
-    body = _encode(record.as_json()).encode()
+    body = orjson.dumps(record.as_json())
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
@@ -55,7 +55,7 @@ def decode(line: bytes) -> UsageRecord:
     checksum, _, body = line.partition(b" ")
     if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(body):
         raise ValueError("the checksum does not match")
-    return UsageRecord.from_json(json.loads(body))
+    return UsageRecord.from_json(orjson.loads(body))
 
 
 @dataclass(frozen=True, slots=True)

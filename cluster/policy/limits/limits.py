@@ -318,8 +318,7 @@ class Limiter:
         """Forget tenants whose sums are all zero. The caller runs this method once a minute."""
         now = self._clock.read(now)
         for name, use in list(self._tenants.items()):
-            use.requests.advance(now)
-            use.tokens.advance(now)
+            use.advance(now)
             if not (use.running or use.requests.total or use.tokens.total or use.day.used or use.month.used):
                 del self._tenants[name]
 
@@ -331,8 +330,7 @@ class Limiter:
         use = self._tenants.get(tenant)
         if use is None:
             use = self._tenants[tenant] = TenantUse()
-        use.requests.advance(now)
-        use.tokens.advance(now)
+        use.advance(now)
         day = day_of(epoch_s)
         if day > use.day.number:  # the month can only change when the day does
             use.day.advance(day)

@@ -142,6 +142,16 @@ class TenantUse:
 
     requests: SlidingSum = field(default_factory=SlidingSum)
     tokens: SlidingSum = field(default_factory=SlidingSum)
+    second: int = -1
+    """The second to which the windows are advanced."""
     running: int = 0
     day: Period = field(default_factory=Period)
     month: Period = field(default_factory=Period)
+
+    def advance(self, now: float) -> None:
+        """Drop what has expired from the windows at `now`, which happens at whole seconds only."""
+        second = math.floor(now)
+        if second != self.second:
+            self.second = second
+            self.requests.advance(now)
+            self.tokens.advance(now)

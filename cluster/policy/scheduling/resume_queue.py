@@ -125,6 +125,9 @@ class ResumeQueue:
         """Names of the models with sequences in the queue."""
         return list(self._places)
 
+    def __len__(self) -> int:
+        return sum(map(len, self._places.values()))
+
     def __contains__(self, key: str) -> bool:
         return key in self._models
 

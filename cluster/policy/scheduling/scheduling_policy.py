@@ -138,9 +138,12 @@ class SchedulingPolicy:
 
     def waiting(self, model: str) -> tuple[int, int]:
         """Return the number of a model's waiting sequences, and the number of tokens to compute for these sequences."""
-        queues = (self.room, self.resuming, self.aside, self.adapter_waits)
-        sequences, tokens = zip(*(queue.waiting(model) for queue in queues), strict=True)
-        return sum(sequences), sum(tokens)
+        sequences, tokens = self.room.waiting(model)
+        for queue in (self.resuming, self.aside, self.adapter_waits):
+            if queue:
+                more_sequences, more_tokens = queue.waiting(model)
+                sequences, tokens = sequences + more_sequences, tokens + more_tokens
+        return sequences, tokens
 
     def expire(self, now: float, longer_s: Callable[[str], float]) -> list[End]:
         """Remove the sequences that have waited too long, and return the instructions to end their calls.

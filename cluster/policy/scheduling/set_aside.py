@@ -19,7 +19,7 @@ Source: delay scheduling (Zaharia et al., EuroSys 2010), with a bound in work in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -127,6 +127,7 @@ class SetAside:
             del self._by_model[model]
         return aside
 
-    def in_order(self, model: str) -> Iterator[Aside]:
-        """Yield a model's sequences in the order of their turns. The caller may remove each one that it gets."""
-        yield from list(self._by_model.get(model, {}).values())
+    def in_order(self, model: str) -> Sequence[Aside]:
+        """Return a model's sequences in the order of their turns."""
+        asides = self._by_model.get(model)
+        return list(asides.values()) if asides else ()

@@ -217,6 +217,8 @@ class AuthVerdict:
     outcome: Outcome | None
     reason: str
     key_id: str = ""
+    expires_at_s: float = math.inf
+    """Time until which a key with this verdict is valid, in seconds since the epoch."""
 
     def require(self) -> Principal:
         """Return the principal. Raises CallError with an error text that reveals only what the caller may know."""
@@ -250,7 +252,8 @@ def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes],
     outcome = Outcome.TENANT_SUSPENDED if reason == "suspended" else Outcome.UNAUTHENTICATED_KEY
     detail = "revoked" if reason == "expired" and entry.revoked else reason
     passed = reason == "ok"
-    return AuthVerdict(principal if passed else None, None if passed else outcome, detail, key_id_of(token) or entry.id)
+    key_id = key_id_of(token) or entry.id
+    return AuthVerdict(principal if passed else None, None if passed else outcome, detail, key_id, entry.expires_at_s)
 
 
 def identify(snapshot: AccessSnapshot, tenant: str, by: str, subject: str, role: str = "caller") -> AuthVerdict:

@@ -148,7 +148,7 @@ class AdapterStore:
             yield folder
         elif scheme == "hf":
             name, _, revision = rest.partition("@")
-            yield from_hub(where, name, revision, (*FILES, CARD), self.rules)
+            yield from_hub(where, name, revision, (*FILES, CARD), self.rules, most_bytes=self._most_bytes())
         elif scheme in SCHEMES:
             names = (*FILES, CARD)
             fetched = part / "fetched"

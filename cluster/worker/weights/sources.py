@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cluster.api.types import ModelSpec
 from cluster.policy.catalog.allowed_sources import is_allowed_source
@@ -102,29 +105,37 @@ def from_hub(
     patterns: Sequence[str],
     rules: SourceRules,
     progress: Progress | None = None,
+    most_bytes: Mapping[str, int] | None = None,
 ) -> Path:
     """Fetch the files of `organisation/name` that match a pattern; return their folder in the hub's cache. Blocks.
 
-    `where`: the key that names the source. `revision`: "" for the newest. Raises SourceError.
+    `where`: the key that names the source. `revision`: "" for the newest. `most_bytes`: largest allowed size of a file,
+    by name; none is fetched if one is larger. Raises SourceError.
     """
     if name.count("/") != 1 or not all(name.split("/")):
         raise SourceError(f"{where}: expected hf://organisation/name, got {f'hf://{name}'!r}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     token = rules.hub_token_file.read_text().strip() if rules.hub_token_file else None
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    download = partial(
+        snapshot_download,
+        name,
+        allow_patterns=list(patterns),
+        endpoint=rules.hub_endpoint or None,
+        token=token,
+        cache_dir=rules.cache_dir / "hub",
+        local_files_only=offline,
+    )
     try:
-        folder = snapshot_download(
-            name,
-            revision=revision or None,
-            allow_patterns=list(patterns),
-            endpoint=rules.hub_endpoint or None,
-            token=token,
-            cache_dir=rules.cache_dir / "hub",
-            local_files_only=offline,
-            **({} if progress is None else {"tqdm_class": reporting_bar(progress, name)}),
-        )
+        if most_bytes and not offline:
+            with suppress(DryRunError):  # the hub cannot be reached: only files in its cache are used
+                files = download(revision=revision or None, dry_run=True)
+                _check_sizes(where, files, most_bytes)
+                revision = files[0].commit_hash if files else revision
+        bars = {} if progress is None else {"tqdm_class": reporting_bar(progress, name)}
+        folder = download(revision=revision or None, **bars)
     except LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         raise SourceError(
@@ -137,6 +148,15 @@ def from_hub(
             f"{where}: {name} cannot be fetched: {first}; a gated model needs weights.hugging_face.token_file"
         ) from error
     return Path(folder)
+
+
+def _check_sizes(where: str, files: Sequence[Any], most_bytes: Mapping[str, int]) -> None:
+    """Raise SourceError if a file of the hub is larger than allowed. `files`: of huggingface_hub's DryRunFileInfo."""
+    for file in files:
+        most = most_bytes.get(file.filename)
+        if most is not None and (file.file_size is None or file.file_size > most):
+            size = "an unknown number of" if file.file_size is None else file.file_size
+            raise SourceError(f"{where}: {file.filename} has {size} bytes, at most {most} are allowed")
 
 
 def revision_of(spec: ModelSpec, folder: Path) -> str:

@@ -36,6 +36,7 @@ class Link:
 
     identity: Identity = field(default_factory=Identity)
     compatibility_key: CompatibilityKey = KEY
+    unseeded_key: CompatibilityKey = KEY.unseeded
     aborted: list[int] = field(default_factory=list)
 
     def abort(self, slot: int) -> None:

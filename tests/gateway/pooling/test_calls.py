@@ -15,6 +15,7 @@ import pytest
 
 from cluster.api.pooling import PoolingTask
 from cluster.api.types import CatalogEntry, ModelState, TokenOutput, VersionShare
+from cluster.gateway.apis.unread_answers import UnreadAnswers
 from cluster.ledger.rows import UsageQuery
 from cluster.ledger.store import Ledger
 from cluster.v1 import inference_pb2 as pb
@@ -22,6 +23,7 @@ from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
 from cluster.worker.engine.simulated.engine import SimEngine
 from tests.gateway.apis.grpc.test_session import _reason as reason_of
+from tests.http2.raw import raw_client
 from tests.support.accounts import accounting_cluster, records, start_worker
 from tests.support.calls import chat, refused
 from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
@@ -205,6 +207,36 @@ async def test_a_session_answers_with_one_event(cluster: TestCluster, checkpoint
     assert reason_of(events[4].status) == "UNSUPPORTED_FEATURE"
     await session.done_writing()
     assert await asyncio.wait_for(read(session), 10) is None
+    await cluster.until_idle()
+
+
+@pytest.mark.parametrize("in_session", [False, True])
+async def test_answers_that_nobody_reads_are_bounded(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, in_session: bool
+) -> None:
+    """While a client does not read its answer, a further call of its tenant waits as an open call; it is answered when
+    the first answer was read."""
+    await cluster.add_worker(sim_engine(checkpoint, embed_dimensions=65_536), bundle)
+    service = cluster.gateway.service
+    unread = service.unread_answers = UnreadAnswers(1)
+    async with raw_client(int(cluster.gateway.endpoints["grpc"].rpartition(":")[2]), window=1000) as raw:
+        name, message = "Embed", embed(["a", "b", "c", "d"]).SerializeToString()
+        if in_session:
+            start = pb.SessionStart(call_id=1, embed=embed(["a", "b", "c", "d"]))
+            name, message = "Session", pb.SessionRequest(start=start).SerializeToString()
+        stream = await raw.call(name, message, service="cluster.v1.Inference")
+        await until(lambda: bool(unread._held) and not service.statistics(), "the first call has released its slots")
+        other = asyncio.create_task(embedded(cluster, ["e"], "sim"))
+        await until(lambda: service.statistics() == {"sim": 1}, "the other call is open")
+        link = cluster.gateway.hub.links[0]
+        await until(lambda: link.running == 0, "its vector has arrived")
+        assert not other.done()
+        assert service.statistics() == {"sim": 1}
+        await raw.until_ended(stream)
+        assert raw.trailers(stream)["grpc-status"] == "0"
+        assert len(raw.data[stream]) > 4 * 65_536 * 4
+        assert (await other).shape == (1, 65_536)
+    assert not unread._held
     await cluster.until_idle()
 
 

@@ -135,6 +135,9 @@ class Counting:
         self._tokenizer = tokenizer_of("bert")
         self.chars = self.most = 0
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
     def encode_batch_fast(self, batch: list[Any], add_special_tokens: bool) -> Any:
         sizes = [len("".join(one)) for one in batch]
         self.chars, self.most = self.chars + sum(sizes), max(self.most, sum(sizes))
@@ -165,6 +168,49 @@ def test_long_inputs_are_encoded_few_at_a_time(is_packed: bool) -> None:
     for i in (0, 5, 11):
         one = alone.encode(pairs(inputs.first, [inputs.second[i]]), 512, 512)
         assert (encoded.ids[i], encoded.second_text(i)) == (one.ids[0], one.second_text(0))
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return a byte-level BPE tokenizer with a few merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "c"), ("Ġc", "a"), ("o", "g"), ("Ġ", "Ġ"), ("Ġca", "t")]
+    words = [*alphabet, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+TOKENIZERS = {"bert": tokenizer_of("none"), "bytes": byte_tokenizer()}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(
+    text=st.text(
+        st.sampled_from("cat dog .,-'\n\t\u0301\u00e9\u4e2d\u2003\u03a3\x00")
+        | st.characters(exclude_categories=["Cs"]),
+        min_size=1,
+    ),
+    times=st.integers(1, 40),
+    keep=st.integers(1, 40),
+)
+def test_a_beginning_has_the_first_ids(kind: str, text: str, times: int, keep: int) -> None:
+    """Whatever a text holds, the ids that are kept of it are the first ones of the whole text."""
+    tokenizer, text = TOKENIZERS[kind], text * times
+    whole = tokenizer.encode(text).ids
+    if whole:
+        encoder = InputEncoder(tokenizer, {}, {"type": "ByteLevel", "add_prefix_space": False})
+        assert encoder._begins
+        assert list(encoder.encode(texts(text), 0, keep).ids[0]) == whole[:keep]
+
+
+def test_a_long_text_that_is_cut_is_not_read_whole() -> None:
+    """Of a text of 4 MB, the tokenizer reads about as much as is kept of it, unless the text has no place to cut."""
+    counting = Counting()
+    encoder = InputEncoder(counting, {})  # type: ignore[arg-type]
+    assert len(encoder.encode(texts("unknown-thing " * 300_000), 512, 64).ids[0]) == 64
+    assert counting.chars < 10_000
+    assert len(encoder.encode(texts("x" * 100_000), 512, 64).ids[0]) == 3
+    assert counting.chars > 100_000
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.booleans())

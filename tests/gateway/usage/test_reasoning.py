@@ -167,7 +167,8 @@ def test_reasoning_tokens_are_counted_in_metrics(tmp_path: Path) -> None:
     for restored, reasoning in ((0, 4), (3, 5), (0, None)):
         call = parsed_call("c", [restored])
         send(call.sequences[0], 9, reasoning)
-        opening = Opening(cast(GenerationRequest, None), CallMeta("r", "grpc"), 1.0, "sim", call=call)
+        opening = Opening(CallMeta("r", "grpc"), 1.0, cast(GenerationRequest, None))
+        opening.model_name, opening.call = "sim", call
         end.count(opening, Outcome.OK)
     labels = {"headrace_cluster": "test", "model": "sim", "tenant": "default"}
     assert metrics.registry.get_sample_value("headrace_reasoning_tokens_total", labels) == 4 + 2

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,18 +68,3 @@ def test_without_a_secret_nothing_is_sealed() -> None:
     """Creating a Sealer without a secret raises an error that names the setting `cluster_secret_file`."""
     with pytest.raises(ValueError, match="cluster_secret_file"):
         Sealer(())
-
-
-@given(
-    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=60),
-    st.integers(0, 2**53 - 1),
-    st.floats(0, 1e9),
-)
-def test_a_records_text_is_its_json(text: str, count: int, seconds: float) -> None:
-    """`json_text`, which does not use the general JSON encoder, gives a text with the same value as `as_json`."""
-    record = OpenRecord(
-        "r", text, text, text, "v", text, seconds, text, count, count, seconds, labels={text: text}, gateway=text
-    )
-    assert json.loads(record.json_text()) == record.as_json()
-    plain = dataclasses.replace(record, labels={})
-    assert json.loads(plain.json_text()) == plain.as_json()

@@ -8,6 +8,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from cluster.api.adapters import AdapterSpec
-from cluster.worker.weights.adapter import WEIGHTS, AdapterError, adapter_digest
+from cluster.worker.weights.adapter import CONFIG, WEIGHTS, AdapterError, adapter_digest
 from cluster.worker.weights.adapter_store import ABANDONED_S, AdapterStore
 from cluster.worker.weights.sources import SourceError, SourceRules
 from tests.support.adapters import write_adapter
+from tests.support.hub import running_hub
 from tests.worker.weights.test_adapter import write_base
 
 
@@ -217,3 +219,22 @@ def test_a_giant_file_is_not_fetched(store: AdapterStore, folder: Path, server: 
     with pytest.raises(AdapterError, match=rf"{WEIGHTS} has {1 << 40} bytes, at most [0-9]+ are allowed"):
         store.fetch(AdapterSpec("a", server))
     assert left(store) == []
+
+
+def test_a_giant_file_of_the_hub_is_not_fetched(
+    store: AdapterStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter comes from the hub, unless the hub has a larger file than any adapter of the model: then no file is
+    fetched."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    spec = AdapterSpec("a", "hf://o/n")
+    with running_hub("o/n", folder, {WEIGHTS: 1 << 40}) as hub:
+        from_hub = replace(store, rules=replace(store.rules, hub_endpoint=hub.url))
+        with pytest.raises(SourceError, match=rf"{WEIGHTS} has {1 << 40} bytes, at most [0-9]+ are allowed"):
+            from_hub.fetch(spec)
+        assert not hub.fetched
+    assert left(store) == []
+    with running_hub("o/n", folder) as hub:
+        from_hub = replace(store, rules=replace(store.rules, hub_endpoint=hub.url))
+        assert from_hub.fetch(spec).digest == adapter_digest(folder)
+        assert set(hub.fetched) >= {CONFIG, WEIGHTS}

@@ -18,6 +18,7 @@ from cluster.gateway.apis.grpc.pooling import pooling_response
 from cluster.gateway.apis.grpc.requests import MAX_PAGE_TOKEN, DetokenizeCall, ResumedCall, TokenizeCall
 from cluster.gateway.apis.grpc.session import SessionStream
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
+from cluster.gateway.apis.pooling_scores import answer_bytes
 from cluster.gateway.apis.request_ids import random_id, request_id, trace_state, traceparent
 from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Credentials, alternative_names
@@ -80,8 +81,8 @@ class InferenceApi:
             "Complete": (unary, partial(self._answer_unary, COMPLETE)),
             "StreamComplete": (stream, partial(self._answer_stream, COMPLETE)),
             "Resume": (stream, self._resume),
-            "Embed": (unary, self._answer_pooling),
-            "Rerank": (unary, self._answer_pooling),
+            "Embed": (stream, self._answer_pooling),  # a stream of one answer, which is written as the client reads
+            "Rerank": (stream, self._answer_pooling),
             "Tokenize": (unary, lambda request, context, meta: self._tokenize(request, meta)),
             "Detokenize": (unary, lambda request, context, meta: self._detokenize(request, meta)),
             "ListModels": (unary, lambda request, context, meta: self._list_models(request, meta)),
@@ -138,7 +139,7 @@ class InferenceApi:
             meta = self._meta(context, context.caller.principal)
             try:
                 if name not in UNCOUNTED:
-                    meta = await self._service.count(meta)
+                    await self._service.count(meta)
                 with CallContext(meta.log_fields):
                     request = await self._bodies.message(
                         name, data, meta.tenant, partial(self._service.tokenization.longest_context, meta.principal)
@@ -203,11 +204,14 @@ class InferenceApi:
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             return kind.response(call, pieces)
 
-    async def _answer_pooling(self, parsed: ParsedPooling, context: Any, meta: CallMeta) -> bytes:
-        async with self._service.open_pooling(parsed.request, meta) as call:
-            vectors = await call.vectors()
-            await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
-        return await pooling_response(call, vectors, parsed)
+    async def _answer_pooling(self, parsed: ParsedPooling, context: Any, meta: CallMeta) -> None:
+        with self._service.unread_answers.answer(meta.tenant) as unread:
+            async with self._service.open_pooling(parsed.request, meta) as call:
+                vectors = await call.vectors()
+                await unread.hold(answer_bytes(vectors, parsed))
+                await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
+            # The call has released its slots by now, so a client that reads slowly holds no slot.
+            await context.write(await pooling_response(call, vectors, parsed))
 
     # ---- tokens and models
 

@@ -18,6 +18,7 @@ from cluster.gateway.apis.grpc.pooling import pooling_response
 from cluster.gateway.apis.grpc.requests import SessionStart, session_items
 from cluster.gateway.apis.grpc.session_output import SessionOutput, SessionWriter
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
+from cluster.gateway.apis.pooling_scores import answer_bytes
 from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Caller
 from cluster.gateway.calls.meta import CallMeta
@@ -165,7 +166,7 @@ class SessionStream:
     async def _run(self, start: SessionStart, meta: CallMeta) -> None:
         """Run one call to its end."""
         try:
-            meta = await self._service.count(meta)
+            await self._service.count(meta)
             if isinstance(start.request, CallError):
                 raise start.request
             with CallContext(meta.log_fields):
@@ -197,12 +198,13 @@ class SessionStream:
 
     async def _pool(self, call_id: int, parsed: ParsedPooling, meta: CallMeta) -> None:
         """Run a pooling call, and send its answer in one event."""
-        async with self._service.open_pooling(parsed.request, meta) as call:
-            vectors = await call.vectors()
-        answer = await pooling_response(call, vectors, parsed)
-        is_embed = not isinstance(parsed.request.inputs, PairInputs)
-        self._output.parts.append(event_answer(call_id, is_embed, answer))
-        self._output.wake()
+        with self._service.unread_answers.answer(meta.tenant) as unread:
+            async with self._service.open_pooling(parsed.request, meta) as call:
+                vectors = await call.vectors()
+                await unread.hold(answer_bytes(vectors, parsed))
+            answer = await pooling_response(call, vectors, parsed)
+            is_embed = not isinstance(parsed.request.inputs, PairInputs)
+            await self._output.send_whole(event_answer(call_id, is_embed, answer))
 
     def _end_unstarted(self, call_id: int, task: asyncio.Task[None]) -> None:
         """End a call whose task was cancelled before the first step of the task. That happens if the client sends the

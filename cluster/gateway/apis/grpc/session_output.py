@@ -61,6 +61,18 @@ class SessionOutput:
         self.parts.append(codec.event(pb.SessionEvent(call_id=call_id, status=details(error).SerializeToString())))
         self.wake()
 
+    async def send_whole(self, event: bytes) -> None:
+        """Send a serialized event. A large event waits until the client reads, and returns when the client has read
+        most of it."""
+        is_large = len(event) > MAX_UNREAD_CHARS // 4
+        while is_large and self.halted:
+            await self.client_reads.wait()
+        self.parts.append(event)
+        self.wake()
+        if is_large:
+            await asyncio.sleep(0)  # for the pass that sends it
+            await self.client_reads.wait()
+
     def finish(self) -> None:
         """Send what is left, then end the session."""
         self._finishing = True

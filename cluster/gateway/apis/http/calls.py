@@ -59,7 +59,7 @@ class HttpCalls:
             principal=exchange.principal,
             affinity_key=exchange.header(AFFINITY_HEADER),
         )
-        meta = await self.service.count(meta)
+        await self.service.count(meta)
         length = exchange.headers.get(b"content-length", b"")
         connection = exchange.scope[CONNECTION]
         async with self._bodies.read(exchange.receive, connection, length, meta.tenant) as content:

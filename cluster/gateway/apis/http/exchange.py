@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import lru_cache
 from typing import Any, Protocol
 
 import structlog
@@ -123,14 +125,16 @@ class Exchange:
         differs. Several values are refused later."""
         headers, key_header = self.scope["headers"], self._form.key_header
         values = [value.decode("latin-1") for name, value in headers if name == b"authorization"]
-        keys = [value.decode("latin-1") for name, value in headers if key_header and name == key_header and value]
+        if not key_header:
+            return tuple(values)
+        keys = [value.decode("latin-1") for name, value in headers if name == key_header and value]
         return (*values, *(value for value in map("Bearer {}".format, keys) if value not in values))
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Send the status and the headers of the response."""
         self.started = True
         shown_id = self.request_id.encode()
-        common = [(b"date", formatdate(usegmt=True).encode())]
+        common = [(b"date", _date(int(time.time())))]
         common += [(name, shown_id) for name in self._form.request_id_headers]
         await self.send({"type": "http.response.start", "status": status, "headers": [*common, *headers]})
 
@@ -149,8 +153,12 @@ class Exchange:
     async def respond_in_parts(
         self, status: int, parts: Sequence[bytes | bytearray], headers: Sequence[tuple[bytes, bytes]] = ()
     ) -> None:
-        """Send a complete JSON response that is made of parts. A slow client delays the later parts."""
-        length = (b"content-length", b"%d" % sum(map(len, parts)))
+        """Send a complete JSON response that is made of parts. A slow client delays the later parts of a long one."""
+        size = sum(map(len, parts))
+        if size <= PIECE_BYTES:
+            await self.respond(status, b"".join(parts), headers)
+            return
+        length = (b"content-length", b"%d" % size)
         await self.start(status, [(b"content-type", b"application/json"), length, *headers])
         for piece in _pieces(parts):
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -170,6 +178,12 @@ class Exchange:
         answer = self._form.failed(error, self.request_id)
         headers = [*answer.headers, *([(b"www-authenticate", b"Bearer")] if answer.status == 401 else [])]
         await self.respond(answer.status, answer.content, headers)
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> bytes:
+    """Return the value of the header `date` for a second since the Unix epoch."""
+    return formatdate(second, usegmt=True).encode()
 
 
 def _pieces(parts: Sequence[bytes | bytearray]) -> Iterator[bytes]:

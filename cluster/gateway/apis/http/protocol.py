@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from cluster.gateway.apis.http.connection import HttpConnection
+from cluster.gateway.apis.http.response_transport import ResponseTransport
 from cluster.gateway.apis.http.timeouts import HttpTimeouts, Late, TimeoutLimits
 from cluster.http2 import ConnectionSlot, ConnectionStage
 
@@ -95,10 +96,9 @@ class _Flow(FlowControl):
         super().pause_reading()
 
     def resume_reading(self) -> None:
-        unparsed = self._protocol.received.size
-        if unparsed:
+        if unparsed := self._protocol.received.size:
             self._protocol.parse_soon()
-        if unparsed <= HIGH_WATER_LIMIT:
+        if self.read_paused and unparsed <= HIGH_WATER_LIMIT:
             super().resume_reading()
 
 
@@ -236,6 +236,9 @@ class HttpProtocol(HttpToolsProtocol):
         _check_head(self.parser.get_http_version(), self.headers)
         self.requests += 1
         super().on_headers_complete()
+        cycle: Any = self.cycle
+        if cycle.scope["method"] != "HEAD":  # the answer to HEAD has no body that its head could wait for
+            cycle.transport = ResponseTransport(self.transport, cycle)
         self._in_body = True
         self.timeouts.ended_head()
 

@@ -1,6 +1,6 @@
 """Encoding of vectors, scores and rankings as the JSON of OpenAI's and vLLM's answers.
 
-An answer may have 20 MB. It is made in parts, between which other tasks of the event loop run, or in a helper process.
+An answer may have 100 MB. It is made in parts, between which other tasks of the event loop run.
 """
 
 from __future__ import annotations
@@ -9,47 +9,37 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from cluster.gateway.apis.bodies import Bodies
 from cluster.gateway.apis.openai.answers import body
 from cluster.gateway.apis.pooling_scores import Ranked
 from cluster.gateway.apis.slices import in_slices, with_commas
 from cluster.gateway.calls.pooling_call import PoolingCall
 
-HELPER_BYTES: Final = 4 << 20
-"""Size of vectors in bytes from which a helper process writes their JSON, since the event loop would work on it for
-more than a quarter of a second in all."""
 PIECE_CHARS: Final = 1 << 16
 """Characters of a document that are written at once."""
 _escape = json.encoder.encode_basestring_ascii
 
 
 async def embeddings_answer(
-    call: PoolingCall, vectors: Sequence[bytes], created: int, is_base64: bool, bodies: Bodies
+    call: PoolingCall, vectors: Sequence[bytes], created: int, is_base64: bool
 ) -> list[bytes | bytearray]:
     """Return the parts of the answer of /v1/embeddings."""
     from cluster.gateway.apis.openai.vectors import embeddings  # not at the start: deferred_imports.py
 
-    items: list[bytes | bytearray] | None = None
-    size = len(vectors[0])
-    if not is_base64 and size * len(vectors) >= HELPER_BYTES and all(len(vector) == size for vector in vectors):
-        written = await bodies.embeddings_json(vectors, call.tenant)
-        items = None if written is None else [written]
-    if items is None:
-        items = with_commas(await in_slices(embeddings(vectors, is_base64)))
-    return [_head(call, created) + b'"data":[', *items, b'],"usage":' + _usage(call) + b"}"]
+    items = with_commas(await in_slices(embeddings(vectors, is_base64)))
+    return [_head(call, created) + b'"data":[', *items, b"]}"]
 
 
 def score_answer(call: PoolingCall, scores: Sequence[float], created: int) -> list[bytes | bytearray]:
     """Return the parts of the answer of /score."""
     data = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)]
-    return [_head(call, created) + b'"data":' + body(data) + b',"usage":' + _usage(call) + b"}"]
+    return [_head(call, created) + b'"data":' + body(data) + b"}"]
 
 
 async def rerank_answer(call: PoolingCall, results: Sequence[Ranked]) -> list[bytes | bytearray]:
     """Return the parts of the answer of /rerank."""
-    head = body({"id": call.id, "model": call.model})[:-1]
+    head = body({"id": call.id, "model": call.model, "usage": _usage(call)})[:-1]
     items = await in_slices(ranking_json(results))
-    return [head + b',"usage":' + _usage(call) + b',"results":[', *items, b"]}"]
+    return [head + b',"results":[', *items, b"]}"]
 
 
 def ranking_json(results: Sequence[Ranked]) -> Iterator[bytes]:
@@ -66,9 +56,10 @@ def ranking_json(results: Sequence[Ranked]) -> Iterator[bytes]:
 
 
 def _head(call: PoolingCall, created: int) -> bytes:
-    return body({"id": call.id, "object": "list", "created": created, "model": call.model})[:-1] + b","
+    head = {"id": call.id, "object": "list", "created": created, "model": call.model, "usage": _usage(call)}
+    return body(head)[:-1] + b","
 
 
-def _usage(call: PoolingCall) -> bytes:
+def _usage(call: PoolingCall) -> dict[str, int]:
     tokens = call.usage.prompt_tokens
-    return body({"prompt_tokens": tokens, "total_tokens": tokens})
+    return {"prompt_tokens": tokens, "total_tokens": tokens}

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
 
 from cluster.gateway.apis.http.calls import HttpCalls
 from cluster.gateway.apis.http.exchange import Exchange, as_headers, while_connected
 from cluster.gateway.apis.http.protocol import CONNECTION
-from cluster.gateway.apis.http.unread_answers import UnreadAnswers
 from cluster.gateway.apis.openai import pooling_answers
-from cluster.gateway.apis.pooling_scores import ranked, scores_of
+from cluster.gateway.apis.pooling_scores import answer_bytes, ranked, scores_of
 from cluster.gateway.calls.pooling_call import PoolingCall
-from cluster.gateway.calls.pooling_request import PairInputs, ParsedPooling, text_lengths
+from cluster.gateway.calls.pooling_request import ParsedPooling
 
 Parts = list[bytes | bytearray]
 Answer = Callable[[PoolingCall, Sequence[bytes], ParsedPooling], Awaitable[Parts]]
@@ -25,7 +23,6 @@ class PoolingEndpoints:
     def __init__(self, calls: HttpCalls) -> None:
         self._service = calls.service
         self._calls = calls
-        self._unread = UnreadAnswers()
 
     async def embeddings(self, exchange: Exchange) -> None:
         """Answer /v1/embeddings."""
@@ -43,29 +40,21 @@ class PoolingEndpoints:
         parsed, meta = await self._calls.read_pooling(name, exchange)
 
         async def respond() -> None:
-            async with AsyncExitStack() as stack:
+            with self._service.unread_answers.answer(meta.tenant) as unread:
                 async with self._service.open_pooling(parsed.request, meta) as call:
                     exchange.limit_headers = as_headers(call.headers)
                     vectors = await call.vectors()
-                    await stack.enter_async_context(self._unread.hold(call.tenant, _bytes_of(vectors, parsed)))
+                    await unread.hold(answer_bytes(vectors, parsed))
                 # The call has released its slots by now, so a client that reads slowly holds no slot.
                 await exchange.respond_in_parts(200, await answer(call, vectors, parsed), exchange.limit_headers)
 
         await while_connected(respond(), exchange.scope[CONNECTION])
 
     async def _embeddings(self, call: PoolingCall, vectors: Sequence[bytes], parsed: ParsedPooling) -> Parts:
-        created, bodies = int(time.time()), self._service.bodies
-        return await pooling_answers.embeddings_answer(call, vectors, created, parsed.is_base64, bodies)
+        return await pooling_answers.embeddings_answer(call, vectors, int(time.time()), parsed.is_base64)
 
     async def _rerank(self, call: PoolingCall, vectors: Sequence[bytes], parsed: ParsedPooling) -> Parts:
         return await pooling_answers.rerank_answer(call, ranked(parsed, await scores_of(call, vectors)))
 
     async def _score(self, call: PoolingCall, vectors: Sequence[bytes], parsed: ParsedPooling) -> Parts:
         return pooling_answers.score_answer(call, await scores_of(call, vectors), int(time.time()))
-
-
-def _bytes_of(vectors: Sequence[bytes], parsed: ParsedPooling) -> int:
-    """Return the approximate size of an answer. A value of 4 bytes has about 12 characters."""
-    inputs = parsed.request.inputs
-    documents = sum(text_lengths(inputs.second)) if isinstance(inputs, PairInputs) and parsed.returns_documents else 0
-    return max(3 * sum(map(len, vectors)) + documents, 1)

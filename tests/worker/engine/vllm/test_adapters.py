@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from cluster.api.adapters import ADAPTERS
@@ -18,14 +17,15 @@ from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, FinishReason
 from cluster.worker.engine.vllm.engine import VllmEngine
-from cluster.worker.weights.adapter import CONFIG, WEIGHTS, adapter_digest, base_shapes, check_adapter
-from tests.support.adapters import adapter_arrays, write_adapter
+from cluster.worker.weights.adapter import CONFIG, WEIGHTS
+from tests.support.adapters import write_adapter
+from tests.support.merged_adapters import MergedAdapters
 from tests.worker.engine.conftest import DEADLINE_S, TOKEN_HI, TOKEN_LO, tiny_spec
 from tests.worker.engine.contract import Answer, Driver, Subject, request
 
 pytestmark = pytest.mark.engine
 
-SLOTS, CAPACITY, RANK, ALPHA = 3, 4, 8, 16.0
+SLOTS, CAPACITY, RANK = 3, 4, 8
 ANSWER_TOKENS = 16
 ENGINE = {
     "kv_cache_memory_bytes": 64 << 20,
@@ -39,53 +39,10 @@ ENGINE = {
 }
 
 
-class Adapters:
-    """Adapters of the tiny model by number, and the tokens of the model into which one is merged."""
-
-    def __init__(self, base: Path, root: Path) -> None:
-        self._base = base
-        self._root = root
-        self._models: dict[int, Any] = {}
-
-    def folder(self, number: int) -> Path:
-        """Return the folder of an adapter, whose name is the digest, as in a worker's store."""
-        made = write_adapter(self._root / f"made-{number}", self._base, RANK, number, alpha=ALPHA)
-        check_adapter(made, base_shapes(self._base), RANK)
-        folder = self._root / adapter_digest(made)
-        if not folder.exists():
-            made.rename(folder)
-        return folder
-
-    def merged_tokens(self, number: int, prompt: Sequence[int], count: int = ANSWER_TOKENS) -> tuple[int, ...]:
-        """Return the greedy tokens of the base model with an adapter's weights added; 0: the base model."""
-        import torch
-
-        model, ids = self._merged(number), list(prompt)
-        with torch.no_grad():
-            for _ in range(count):
-                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        return tuple(ids[len(prompt) :])
-
-    def _merged(self, number: int) -> Any:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        if number not in self._models:
-            model = AutoModelForCausalLM.from_pretrained(str(self._base), dtype=torch.float32)
-            layers = dict(model.named_parameters())
-            arrays = adapter_arrays(self._base, RANK, number) if number else {}
-            for name in filter(lambda name: ".lora_A." in name, arrays):
-                change = arrays[name.replace(".lora_A.", ".lora_B.")].astype(np.float64) @ arrays[name]
-                layer = layers[name.removeprefix("base_model.model.").replace(".lora_A.", ".")]
-                layer.data += torch.tensor(change * ALPHA / RANK, dtype=torch.float32)
-            self._models[number] = model.eval()
-        return self._models[number]
-
-
 @pytest.fixture(scope="module")
-def adapters(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapters:
+def adapters(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MergedAdapters:
     """Adapters of the tiny model."""
-    return Adapters(llama_folder, tmp_path_factory.mktemp("adapters"))
+    return MergedAdapters(llama_folder, tmp_path_factory.mktemp("adapters"), rank=RANK)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +75,7 @@ def with_adapter(
     return replace(asked, adapter=folder.name if folder else "")
 
 
-async def load(engine: VllmEngine, adapters: Adapters, *numbers: int) -> dict[int, Path | None]:
+async def load(engine: VllmEngine, adapters: MergedAdapters, *numbers: int) -> dict[int, Path | None]:
     """Load adapters and return their folders by number, with None for 0, the base model."""
     folders: dict[int, Path | None] = {0: None}
     for number in numbers:
@@ -137,7 +94,7 @@ async def test_it_says_what_it_holds(subject: Subject) -> None:
     assert ADAPTERS in subject.info.capabilities
 
 
-async def test_base_and_adapters_in_one_batch(subject: Subject, engine: VllmEngine, adapters: Adapters) -> None:
+async def test_base_and_adapters_in_one_batch(subject: Subject, engine: VllmEngine, adapters: MergedAdapters) -> None:
     """With all slots full, every request of a batch gets the tokens of its merged model, the base model's too.
 
     Without the repair of vLLM's CPU operations the base model's rows get the last slot's adapter.
@@ -146,21 +103,21 @@ async def test_base_and_adapters_in_one_batch(subject: Subject, engine: VllmEngi
     for order in ([0, 1, 2, 3, 0], [3, 0, 1, 0, 2]):
         prompt = subject.prompt(order[0] + 5, tokens=40)
         answers = await Driver(subject).run(*(with_adapter(folders[number], prompt) for number in order))
-        expected = [adapters.merged_tokens(number, prompt) for number in order]
+        expected = [adapters.merged_tokens(number, prompt, ANSWER_TOKENS) for number in order]
         assert len(set(expected)) == 4, "each adapter changes the tokens"
         assert tokens(answers) == expected
 
 
-async def test_more_adapters_than_slots(subject: Subject, engine: VllmEngine, adapters: Adapters) -> None:
+async def test_more_adapters_than_slots(subject: Subject, engine: VllmEngine, adapters: MergedAdapters) -> None:
     """Four adapters share three slots, and the base model beside them stays right."""
     folders = await load(engine, adapters, 1, 2, 3, 4)
     prompt = subject.prompt(11, tokens=33)
     order = [4, 0, 1, 2, 3, 1, 4]
     answers = await Driver(subject).run(*(with_adapter(folders[number], prompt) for number in order))
-    assert tokens(answers) == [adapters.merged_tokens(number, prompt) for number in order]
+    assert tokens(answers) == [adapters.merged_tokens(number, prompt, ANSWER_TOKENS) for number in order]
 
 
-async def test_what_is_not_loaded_is_refused(subject: Subject, engine: VllmEngine, adapters: Adapters) -> None:
+async def test_what_is_not_loaded_is_refused(subject: Subject, engine: VllmEngine, adapters: MergedAdapters) -> None:
     """An unknown digest, an unloaded one, and one above the capacity are refused before vLLM hears of them."""
     folders = await load(engine, adapters, 1, 2, 3, 4)
     more = adapters.folder(5)
@@ -178,11 +135,11 @@ async def test_what_is_not_loaded_is_refused(subject: Subject, engine: VllmEngin
         assert (refusal.value.reason, refusal.value.field) == (Outcome.ADAPTER_INVALID.name, "adapter")
     await engine.load_adapter(more.name, str(more), pinned=False)
     (answer,) = await Driver(subject).run(with_adapter(more, prompt))
-    assert answer.token_ids == adapters.merged_tokens(5, prompt)
+    assert answer.token_ids == adapters.merged_tokens(5, prompt, ANSWER_TOKENS)
 
 
 async def test_an_unloaded_adapter_serves_its_requests_to_the_end(
-    subject: Subject, engine: VllmEngine, adapters: Adapters
+    subject: Subject, engine: VllmEngine, adapters: MergedAdapters
 ) -> None:
     """Unload refuses new requests at once and waits for the running one; then the adapter can be loaded again."""
     folders = await load(engine, adapters, 1)
@@ -202,10 +159,12 @@ async def test_an_unloaded_adapter_serves_its_requests_to_the_end(
     assert tuple(token for output in outputs for token in output.token_ids) == adapters.merged_tokens(1, prompt, 40)
     await load(engine, adapters, 1)
     (answer,) = await Driver(subject).run(with_adapter(folder, prompt))
-    assert answer.token_ids == adapters.merged_tokens(1, prompt)
+    assert answer.token_ids == adapters.merged_tokens(1, prompt, ANSWER_TOKENS)
 
 
-async def test_a_request_with_an_adapter_is_resumed(subject: Subject, engine: VllmEngine, adapters: Adapters) -> None:
+async def test_a_request_with_an_adapter_is_resumed(
+    subject: Subject, engine: VllmEngine, adapters: MergedAdapters
+) -> None:
     """A request cut after some tokens continues with the same tokens, greedy and with a seed."""
     folders = await load(engine, adapters, 2)
     prompt = subject.prompt(14, tokens=40)
@@ -221,7 +180,7 @@ async def test_a_request_with_an_adapter_is_resumed(subject: Subject, engine: Vl
 
 @pytest.mark.parametrize("name", ["cut off", "no folder", "rank above the bound", "no tensors of its own"])
 async def test_a_failed_load_leaves_the_engine_alive(
-    subject: Subject, engine: VllmEngine, adapters: Adapters, tmp_path: Path, llama_folder: Path, name: str
+    subject: Subject, engine: VllmEngine, adapters: MergedAdapters, tmp_path: Path, llama_folder: Path, name: str
 ) -> None:
     """Files that pass no check are refused by vLLM between two steps, and requests go on."""
     await load(engine, adapters, 1)
@@ -245,7 +204,9 @@ async def test_a_failed_load_leaves_the_engine_alive(
     await load(engine, adapters, 1, 2, 3, 4)  # a failed load occupies no place
 
 
-async def test_blocks_are_reported_with_the_adapter(subject: Subject, engine: VllmEngine, adapters: Adapters) -> None:
+async def test_blocks_are_reported_with_the_adapter(
+    subject: Subject, engine: VllmEngine, adapters: MergedAdapters
+) -> None:
     """An adapter's KV blocks are its own: only its requests find them again, and their events name its digest."""
     folders = await load(engine, adapters, 1, 2)
     names = {folder.name if folder else "" for folder in folders.values()}

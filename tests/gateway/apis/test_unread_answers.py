@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from cluster.gateway.apis.http.unread_answers import UnreadAnswers
+from cluster.gateway.apis.unread_answers import UnreadAnswers
 
 
 async def held(answers: UnreadAnswers, tenant: str, size: int, read: asyncio.Event, log: list[str]) -> None:
     """Hold an answer until it is read."""
-    async with answers.hold(tenant, size):
+    with answers.answer(tenant) as answer:
+        await answer.hold(size)
         log.append(tenant)
         await read.wait()
 

@@ -1,0 +1,51 @@
+"""The transport of one HTTP response, which sends the head of the response together with the first part of its body.
+
+uvicorn writes them one after the other, which costs a second system call, and often a second wake-up of the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Protocol
+
+MAX_JOINED_BYTES: Final = 65_536
+"""Size of the first part of a body from which it is not copied behind the head."""
+
+
+class Response(Protocol):
+    """The state of a response: uvicorn's RequestResponseCycle."""
+
+    response_started: bool
+
+
+class ResponseTransport:
+    """The methods of a transport that uvicorn's RequestResponseCycle uses. The body must follow the head at once."""
+
+    __slots__ = ("_head", "_response", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, response: Response) -> None:
+        self._transport = transport
+        self._response = response
+        self._head: bytes | None = None
+        """The head that was not sent yet; b"" once it was sent, None before."""
+
+    def write(self, data: bytes) -> None:
+        """Write the head, a part of the body, or before both an interim response (100 Continue)."""
+        head = self._head
+        if head is None and self._response.response_started:
+            self._head = data
+            return
+        if head:
+            self._head = b""
+            if len(data) < MAX_JOINED_BYTES:
+                data = head + data
+            else:
+                self._transport.write(head)
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """Send what was written and close the connection."""
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
+        self._transport.close()

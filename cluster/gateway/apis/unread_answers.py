@@ -1,0 +1,64 @@
+"""A bound on the memory of large answers that clients have not read yet.
+
+Problem: an answer with vectors may have 100 MB, costs few tokens, and holds no slot of its tenant any more while the
+client reads it, so slow clients of one tenant could fill the gateway's memory. Invariant: the answers of one tenant
+that are made or sent at a time have at most `most_bytes` in all, or there is one of them. A further call keeps its
+slots and waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+MOST_BYTES: Final = 256 << 20
+
+
+class UnreadAnswers:
+    """The large answers that this gateway makes or sends, on all APIs."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._most_bytes = most_bytes
+        self._held: dict[str, int] = {}
+        self._freed = asyncio.Event()
+
+    def answer(self, tenant: str) -> UnreadAnswer:
+        """Return the context of an answer, which counts from `hold` to the context's end."""
+        return UnreadAnswer(self, tenant)
+
+    async def hold(self, tenant: str, size: int) -> None:
+        """Wait until an answer of about `size` bytes may be made, and count it until `release`."""
+        while (held := self._held.get(tenant, 0)) and held + size > self._most_bytes:
+            await self._freed.wait()
+        self._held[tenant] = held + size
+
+    def release(self, tenant: str, size: int) -> None:
+        """Stop counting an answer of this size."""
+        self._held[tenant] -= size
+        if not self._held[tenant]:
+            del self._held[tenant]
+        self._freed.set()
+        self._freed.clear()
+
+
+class UnreadAnswer:
+    """The context of one answer."""
+
+    __slots__ = ("_answers", "_size", "_tenant")
+
+    def __init__(self, answers: UnreadAnswers, tenant: str) -> None:
+        self._answers = answers
+        self._tenant = tenant
+        self._size = 0
+
+    def __enter__(self) -> UnreadAnswer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._size:
+            self._answers.release(self._tenant, self._size)
+
+    async def hold(self, size: int) -> None:
+        """Wait until an answer of about `size` bytes may be made, and count it until the context ends."""
+        await self._answers.hold(self._tenant, size)
+        self._size = size

@@ -1,0 +1,80 @@
+"""The context in which a call is open. Its end runs the cleanup of the call, with the outcome of the context.
+
+A class and not a generator, since every call passes here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Final, Generic, TypeVar
+
+import structlog
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.calls.call_opening import CallOpening
+from cluster.gateway.calls.cleanup import Cleanup
+from cluster.process.call_errors import is_call_failure
+
+log = structlog.get_logger("calls")
+
+DEADLINE_SLACK_S: Final = 0.1
+"""Tolerance in seconds for callers that cancel at their deadline. The caller's clock for the deadline started before
+the request arrived here, so the deadline passes at the caller first."""
+
+
+Opened = TypeVar("Opened")
+AnyOpening = TypeVar("AnyOpening", bound=CallOpening)
+
+
+class CallContext(Generic[AnyOpening, Opened]):
+    """The context of one call."""
+
+    __slots__ = ("_begin", "_cleanup", "_clock", "_opening")
+
+    def __init__(
+        self,
+        opening: AnyOpening,
+        begin: Callable[[AnyOpening, Cleanup], Awaitable[Opened]],
+        at_end: Sequence[Callable[[AnyOpening, Outcome], None]],
+        clock: Callable[[], float],
+    ) -> None:
+        """`begin`: takes the steps from the request to a queued call; each step registers its undo step. `at_end`: what
+        is done when the call has ended, in this order. `clock`: the clock of deadlines."""
+        self._opening = opening
+        self._begin = begin
+        self._clock = clock
+        self._cleanup = Cleanup(opening.log_fields)
+        for step in reversed(at_end):
+            self._cleanup.add(partial(step, opening))
+
+    async def __aenter__(self) -> Opened:
+        try:
+            return await self._begin(self._opening, self._cleanup)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, None)
+            raise
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            if error is not None:
+                self._cleanup.outcome = self._outcome_of(error)
+        finally:
+            await self._cleanup.run()
+        if error is not None and not isinstance(error, Exception) and self._cleanup.outcome is Outcome.INTERNAL:
+            message = f"unexpected failure; quote request id {self._opening.meta.request_id}"
+            raise CallError(Outcome.INTERNAL, message) from error  # an Exception is answered by the API
+
+    def _outcome_of(self, error: BaseException) -> Outcome:
+        """Return the outcome of a context that has raised `error`; OK for an error that ends the process."""
+        if isinstance(error, CallError):
+            return error.outcome
+        if isinstance(error, asyncio.CancelledError):
+            deadline = self._opening.meta.deadline
+            late = deadline is not None and self._clock() >= deadline - DEADLINE_SLACK_S
+            return Outcome.DEADLINE_EXCEEDED if late else Outcome.CANCELLED
+        if not is_call_failure(error):
+            return Outcome.OK
+        log.error("call.failed", **self._opening.log_fields, exc_info=error)
+        return Outcome.INTERNAL

@@ -1,0 +1,124 @@
+"""The part of an opening that all kinds of calls share: the model that serves the call, and the fields of the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cluster.api.outcomes import CallError, Outcome, invalid, quoted
+from cluster.gateway.apis.request_ids import random_id
+from cluster.gateway.calls import request as requests
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.models import KnownModel
+from cluster.gateway.scheduling.scheduler import Scheduler
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.gateway.tracing.call_trace import CallTrace
+from cluster.observe.log import ids_of_call
+from cluster.policy.routing.rendezvous import hash64
+from cluster.policy.routing.version_split import Versions
+from cluster.policy.tenants.policy import TenantPolicy
+
+
+@dataclass(slots=True)
+class CallOpening:
+    """A call that is being opened: what is known of the call after the steps taken so far. The methods are the steps,
+    in order, and raise CallError."""
+
+    meta: CallMeta
+    arrived: float
+    model_name: str = field(init=False, default="")
+    requested: KnownModel = field(init=False)
+    model: KnownModel = field(init=False)
+    """The model that serves the call: the requested model or a fallback model."""
+    versions: Versions = field(init=False)
+    text: TextModel = field(init=False)
+    max_model_len: int = field(init=False, default=0)
+    call: Call | None = field(init=False, default=None)
+    trace_id: str = field(init=False, default="")
+    """See Call. `trace`: see Call."""
+    trace: CallTrace | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.trace_id = self.meta.trace_id
+
+    @property
+    def log_fields(self) -> Mapping[str, str]:
+        """Fields of log lines about the call."""
+        return ids_of_call(self.meta.request_id, self.trace_id)
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether a fallback model serves the call."""
+        return self.model is not self.requested
+
+    @property
+    def bundle_digest(self) -> str:
+        """Digest of the tokenizer bundle of the call."""
+        return self.model.bundle_digest_of(self.versions.first)
+
+    @property
+    def longest_context(self) -> int:
+        """The context length for the call, in tokens; 0 while the model's is unknown."""
+        longest, of_tenant = self.model.max_model_len, self.meta.principal.tenant.max_context_tokens
+        return min(longest, of_tenant) if of_tenant else longest
+
+    def call_fields(
+        self,
+        kind: str,
+        priority_class: str,
+        metadata: Mapping[str, str],
+        scheduler: Scheduler,
+        clock: Callable[[], float],
+    ) -> dict[str, Any]:
+        """Return the fields of the call. `kind`: the first word of its id. `priority_class` and `metadata`: of the
+        request."""
+        meta, policy = self.meta, _policy_of(self.meta, priority_class, scheduler)
+        return {
+            "id": f"{kind}-{random_id()}",
+            "model": self.model.name,
+            "policy": policy,
+            "rank": scheduler.charges.rank_of(policy.priority_class),
+            "arrived": self.arrived,
+            "deadline": meta.deadline,
+            "clock": clock,
+            "events": scheduler,
+            "request_id": meta.request_id,
+            "counted": meta.counted,
+            "versions": self.versions,
+            "bundle_digest": self.bundle_digest,
+            "labels": {**metadata, **policy.labels},
+            "key_id": meta.principal.subject if meta.principal.by == "key" else "",
+            "trace_id": self.trace_id,
+            "trace": self.trace,
+        }
+
+    def affinity(self, key: str, flow: str) -> int:
+        """Return the hash of the tenant and the affinity key; 0 without a key. `key`: the key in the request. `flow`:
+        the tenant's handle. Raises CallError for a key that is too long."""
+        name = "affinity_key"
+        if not key:
+            name, key = "x-headrace-affinity", self.meta.affinity_key
+        if not key:
+            return 0
+        if len(key) > requests.MAX_AFFINITY_CHARS:
+            raise invalid(name, f"must have at most {requests.MAX_AFFINITY_CHARS} characters; has {len(key)}")
+        return max(hash64(f"{flow}\0{key}"), 1)
+
+
+def not_prepared(model: KnownModel) -> CallError:
+    """Return the error for a model whose properties are not known yet."""
+    return CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared; retry later")
+
+
+def _policy_of(meta: CallMeta, priority_class: str, scheduler: Scheduler) -> TenantPolicy:
+    """Return the policy of a caller's tenant, with the priority class of the request if it has one. A tenant may use
+    its own class and all classes that are served later. Raises CallError for another class."""
+    policy = meta.principal.tenant
+    if priority_class in ("", policy.priority_class):
+        return policy
+    allowed = scheduler.charges.classes_from(policy.priority_class)
+    if priority_class not in allowed:
+        raise invalid("priority", f"must be one of {', '.join(allowed)}; got {quoted(priority_class)}")
+    return replace(policy, priority_class=priority_class)

@@ -1,0 +1,64 @@
+"""Adapters of the simulated clusters: which calls name one, which lie in an engine's slots, and where calls go."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadtests.routing.cluster import Cluster, ClusterConfig, replay
+from loadtests.routing.traffic import with_adapters
+from loadtests.sim.adapters import AdapterMix, AdapterSlots
+from loadtests.sim.traffic import Lengths, SimTenant
+from loadtests.sim.world import World, WorldConfig
+from tests.sim.test_routing import traffic
+
+MIX = AdapterMix(0.5, count=6, slots=2, copy_s=0.2)
+
+
+def test_a_share_of_the_keys_names_adapters() -> None:
+    """The share of the keys names adapters, the first of them most often, and a key always the same."""
+    named = [MIX.adapter_of(key) for key in range(4000)]
+    assert named == [MIX.adapter_of(key) for key in range(4000)]
+    counts = Counter(named)
+    assert 0.47 < 1 - counts[""] / 4000 < 0.53
+    assert 1.7 < counts["a0"] / counts["a1"] < 2.3
+    assert set(named) == {"", *MIX.names}
+
+
+@given(st.lists(st.sampled_from(["", *MIX.names]), max_size=60))
+def test_the_least_recently_used_adapter_leaves_its_slot(calls: list[str]) -> None:
+    """An engine copies an adapter if and only if fewer than all slots hold it: others were used since."""
+    slots, used = AdapterSlots(MIX), list[str]()
+    for adapter in calls:
+        newest = list(dict.fromkeys(reversed(used)))[: MIX.slots]
+        assert slots.use(adapter) == (MIX.copy_s if adapter and adapter not in newest else 0.0)
+        used += [adapter] if adapter else []
+        assert slots.resident == set(list(dict.fromkeys(reversed(used)))[: MIX.slots])
+
+
+def copies(policy: str) -> int:
+    """Return how many copies the engines have made under a policy."""
+    config = ClusterConfig(policy, workers=3, blocks=600, adapters=MIX)
+    calls = [(at_s, replace(prompt, blocks=())) for at_s, prompt in with_adapters(traffic(3, 300), MIX)]
+    cluster = replay(Cluster(config), calls)
+    assert all(call.ends == 1 and call.generated == call.prompt.output_tokens for call in cluster.calls)
+    assert {call.prompt.adapter for call in cluster.calls} > {""}
+    return sum(worker.copies for worker in cluster.workers)
+
+
+def test_calls_go_where_their_adapter_lies() -> None:
+    """The gateways' policy needs fewer copies than one that does not know the slots."""
+    assert copies("cost") < 0.8 * copies("least load")
+
+
+def test_tenants_with_adapters_are_served() -> None:
+    """In the world of the scenario fairness, too, adapters are copied, and all calls that arrived end."""
+    tenants = [SimTenant(name, [Lengths(100, 20)], rate_s=5.0) for name in ("one", "two")]
+    world = World(WorldConfig(tenants, workers=2, adapters=MIX)).run(10.0)
+    world.stop_arrivals()
+    world.run(60.0)
+    assert all(not gateway.calls for gateway in world.gateways)
+    assert all(worker.slots is not None and worker.slots.copies > 0 for worker in world.workers)
