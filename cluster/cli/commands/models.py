@@ -26,7 +26,7 @@ from cluster.policy.catalog.layers import merge_layers
 FilesOption = Annotated[
     list[Path],
     typer.Option(
-        "-f", "--file", help="A cluster.yaml, values of the chart, or a folder of them; repeatable: later override earlier.",
+        "-f", "--file", help="A cluster.yaml, chart values, or a folder of them; repeatable: later override earlier.",
         exists=True, show_default=False,
     ),
 ]  # fmt: skip
