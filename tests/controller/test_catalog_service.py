@@ -167,7 +167,7 @@ async def test_a_diff_shows_models_of_a_file_too(tmp_path: Path) -> None:
         answer = await bed.verbs["Catalog.Diff"](request.SerializeToString(), "key:k1")
         return [(change.model, change.kind) for change in pb.DiffResponse.FromString(answer).changes]
 
-    same = [
+    same: list[dict[str, Any]] = [
         {"name": "m", "source": "/m", "aliases": ["default"], "replicas": {"max": 2}},
         {"name": "n", "source": "/n"},
     ]
