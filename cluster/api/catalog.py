@@ -42,6 +42,9 @@ class CatalogService(Protocol):
     CallError has changed nothing.
     """
 
+    def diff(self, entries: Sequence[Mapping[str, Any]], *, prune: bool) -> Sequence[Change]:
+        """Return what would differ with these entries, also for models that `apply` may not change."""
+
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
         """Add or replace these entries and return the changes.
 

@@ -40,8 +40,9 @@ app = typer.Typer(
     help="Host open models on your own GPUs: a gRPC gateway over vLLM engines that Ray Serve places.",
     epilog=f"""{EXIT_CODES}
 
-Which cluster: options, else HEADRACE_ENDPOINT with HEADRACE_API_KEY and HEADRACE_TLS_CA, else HEADRACE_CONTEXT or the
-context of `headrace context use`, else the local cluster. HEADRACE_CONFIG names the file of -f.""",
+Which cluster: options, else HEADRACE_CONTEXT or HEADRACE_ENDPOINT (with HEADRACE_API_KEY and HEADRACE_TLS_CA; both set
+is an error), else the context of `headrace context use`, else the local cluster. HEADRACE_CONFIG names the file of -f:
+commands about tenants, keys, usage and audit prefer it to the other variables and to the current context.""",
 )
 
 

@@ -78,6 +78,16 @@ def read_input(text: str) -> Input:
     return Input(document)
 
 
+def cluster_yaml_data(data: Any) -> Any:
+    """Return the part of a YAML document that is the cluster.yaml: `config` of the chart's values, else the document.
+
+    The chart's defaults are not merged in.
+    """
+    if isinstance(data, dict) and isinstance(data.get("config"), dict) and not _CLUSTER_KEYS & data.keys():
+        return data["config"]
+    return data
+
+
 def _require_mapping(document: Document) -> Document:
     if not isinstance(document.data, dict):
         raise NoConfiguration(f"expected a mapping that begins with `api_version: {API_VERSION}`")

@@ -277,7 +277,7 @@ class LimitSettings(Section):
     requests_per_minute: int | None = None
     """Requests in any 60 s: 1 to 10^15; none: unlimited."""
     tokens_per_minute: int | None = None
-    """Prompt and output tokens, weighted, in any 60 s: 1 to 10^15; none: unlimited."""
+    """Prompt and output tokens in any 60 s: 1 to 10^15; none: unlimited."""
     concurrent_requests: int | None = None
     """Calls at the same time: 1 to 10^15; none: unlimited."""
     daily_tokens: int | None = None

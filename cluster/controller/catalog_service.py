@@ -172,12 +172,13 @@ class StoredCatalogService:
 
     # ---- verbs
 
+    def diff(self, entries: Sequence[Mapping[str, Any]], *, prune: bool) -> Sequence[Change]:
+        """Return the changes and make none, as described in CatalogService."""
+        return self._with_entries(entries, prune=prune)[1]
+
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
         """Add and change entries and return the changes, as described in CatalogService."""
-        before = {model.name: entry_of(model) for model in self.config.models}
-        config = with_models(self.config, layers.apply_entries(list(before.values()), entries, prune=prune), self._held)
-        after = {model.name: entry_of(model) for model in config.models}
-        changes = layers.diff(before, after, self._restarts(config))
+        config, changes = self._with_entries(entries, prune=prune)
         refused = [change.model for change in changes if change.model in self._file_models]
         if refused:
             raise CallError(
@@ -188,6 +189,13 @@ class StoredCatalogService:
         if changes and not validate_only:
             self._adopt(config)
         return changes
+
+    def _with_entries(self, entries: Sequence[Mapping[str, Any]], *, prune: bool) -> tuple[Config, Sequence[Change]]:
+        """Return the configuration with these entries, and its changes. Raises CallError for an invalid entry."""
+        before = {model.name: entry_of(model) for model in self.config.models}
+        config = with_models(self.config, layers.apply_entries(list(before.values()), entries, prune=prune), self._held)
+        after = {model.name: entry_of(model) for model in config.models}
+        return config, layers.diff(before, after, self._restarts(config))
 
     def _adopt(self, config: Config) -> None:
         """Store a new catalog, and set the replica settings of the new catalog in the desired models.

@@ -26,7 +26,7 @@ def catalog_verbs(service: CatalogService) -> Mapping[str, Verb]:
         return pb.ApplyResponse(changes=map(_change, changes))
 
     async def diff(request: pb.DiffRequest, actor: str) -> pb.DiffResponse:
-        changes = service.apply(_entries(request.document), prune=request.prune, validate_only=True)
+        changes = service.diff(_entries(request.document), prune=request.prune)
         return pb.DiffResponse(changes=map(_change, changes))
 
     async def weigh(request: pb.SetWeightsRequest, actor: str) -> pb.VersionsResponse:

@@ -157,6 +157,25 @@ async def test_models_of_a_file_are_the_files(tmp_path: Path) -> None:
     assert [model.name for model in successor.service.config.models] == ["m", "n", "o"]
 
 
+async def test_a_diff_shows_models_of_a_file_too(tmp_path: Path) -> None:
+    """A diff with the models of the file shows what differs, although `apply` may not change it, and changes
+    nothing."""
+    bed = CatalogBed(tmp_path, life="", by_file=True)
+
+    async def diff(*entries: dict[str, Any]) -> list[tuple[str, str]]:
+        request = pb.DiffRequest(document=json.dumps({"models": entries}).encode(), prune=True)
+        answer = await bed.verbs["Catalog.Diff"](request.SerializeToString(), "key:k1")
+        return [(change.model, change.kind) for change in pb.DiffResponse.FromString(answer).changes]
+
+    same: list[dict[str, Any]] = [
+        {"name": "m", "source": "/m", "aliases": ["default"], "replicas": {"max": 2}},
+        {"name": "n", "source": "/n"},
+    ]
+    assert await diff(*same) == []
+    assert await diff({**same[0], "source": "/else"}) == [("m", "change"), ("n", "remove")]
+    assert [model.source for model in bed.service.config.models] == ["/m", "/n"]
+
+
 async def test_weights_rollback_and_promotion(tmp_path: Path) -> None:
     """Each request returns the new shares, the overrides survive a restart of the controller, and a promotion restarts
     no replica."""

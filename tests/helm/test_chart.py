@@ -199,20 +199,21 @@ def test_revoked_certificates_reach_the_gateways() -> None:
 
 
 def test_two_clusters_side_by_side() -> None:
-    """Each Ray cluster has an image, a network and a storage namespace of its own; the configuration uses one Ray
-    cluster.
+    """Each Ray cluster has an image, a version of Ray, a network and a storage namespace of its own; the configuration
+    uses one Ray cluster.
     """
     url = "http://headrace-green-head-svc:8265"
     used = [{"name": "green", "dashboard_url": url, "token_file": "/secrets/ray-token"}]
     group = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
     clusters = [
         {"name": "blue", "workerGroups": [group]},
-        {"name": "green", "image": "headrace/worker-cuda:next", "workerGroups": [group]},
+        {"name": "green", "image": "headrace/worker-cuda:next", "version": "2.99.0", "workerGroups": [group]},
     ]
     values = {"config": {"ray": used}, "ray": {"clusters": clusters}, "valkey": {"address": "valkey:6379"}}
     rendered = helm.template(values)
     blue, green = (rendered.only("RayCluster", f"headrace-{name}") for name in ("blue", "green"))
     assert green["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"] == "headrace/worker-cuda:next"
+    assert (blue["spec"]["rayVersion"], green["spec"]["rayVersion"]) == ("2.60.0", "2.99.0")
     spaces = [item["spec"]["gcsFaultToleranceOptions"]["externalStorageNamespace"] for item in (blue, green)]
     assert len(set(spaces)) == 2
     assert {item["metadata"]["name"] for item in rendered.all("NetworkPolicy")} >= {"headrace-blue", "headrace-green"}

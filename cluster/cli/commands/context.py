@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
-from cluster.cli.contexts import LOCAL, ClusterContext, ContextError, Contexts, contexts_file, write_contexts
+from cluster.cli.common import USAGE, JsonOption, err, fail, out, print_json
+from cluster.cli.contexts import (
+    ENDPOINT_VARIABLE,
+    LOCAL,
+    ClusterContext,
+    ContextError,
+    Contexts,
+    contexts_file,
+    write_contexts,
+)
 from cluster.cli.ledger import show_table
-from cluster.cli.target_options import complete_context, stored_contexts
+from cluster.cli.target_options import complete_context, stored_contexts, target_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,21 +103,35 @@ def list_contexts(as_json: JsonOption = False) -> None:
 
 @app.command()
 def show(
+    ctx: typer.Context,
     name: Annotated[
         str | None,
-        typer.Argument(help="The context's name; without it, the current one.", autocompletion=complete_context),
+        typer.Argument(
+            help="The context's name; without it, the one that commands use.", autocompletion=complete_context
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a context."""
+    """Show a context. Without a name, show what commands use here: HEADRACE_ENDPOINT and HEADRACE_CONTEXT count."""
     contexts = stored_contexts()
-    name = name or contexts.current or LOCAL
+    target = None if name else target_of(ctx)
+    if target is not None and os.environ.get("HEADRACE_CONFIG"):
+        file = os.environ["HEADRACE_CONFIG"]
+        err.print(f"note: HEADRACE_CONFIG is set: tenants, keys, usage and audit use the database of {file}")
+    if target is not None and target.endpoint and not target.context:
+        values = {"endpoint": target.endpoint, "from": ENDPOINT_VARIABLE}
+        _show(values, as_json)
+        return
+    name = name or (target.context if target is not None else "") or LOCAL
     if name == LOCAL:
         fail(f"{LOCAL} is the local cluster, and no context is stored for it: see `headrace status`")
     try:
-        values = asdict(contexts.get(name))
+        _show(asdict(contexts.get(name)), as_json)
     except ContextError as error:
         fail(str(error), USAGE)
+
+
+def _show(values: Mapping[str, str], as_json: bool) -> None:
     if as_json:
         print_json(values)
         return

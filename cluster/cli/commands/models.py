@@ -18,6 +18,7 @@ from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.cli.admin_client import Admin, plain, with_admin
 from cluster.cli.commands.scale import ModelArgument, ReasonOption
 from cluster.cli.common import DIFFERS, USAGE, FileOption, JsonOption, err, fail, out, print_json, read_config
+from cluster.cli.config_inputs import cluster_yaml_data
 from cluster.cli.confirmation import YesOption, confirm, is_asked
 from cluster.config.yaml_reader import NotYaml, load_documents
 from cluster.policy.catalog.layers import merge_layers
@@ -25,7 +26,7 @@ from cluster.policy.catalog.layers import merge_layers
 FilesOption = Annotated[
     list[Path],
     typer.Option(
-        "-f", "--file", help="A file, or a folder of .yaml files; repeatable: later files override earlier ones.",
+        "-f", "--file", help="A cluster.yaml, chart values, or a folder of them; repeatable: later override earlier.",
         exists=True, show_default=False,
     ),
 ]  # fmt: skip
@@ -33,7 +34,8 @@ PruneOption = Annotated[bool, typer.Option("--prune", help="Remove the models th
 
 
 def read_layers(paths: Sequence[Path]) -> tuple[list[list[Mapping[str, Any]]], list[str]]:
-    """Read the models of each file. The files of a folder are read in order of name.
+    """Read the models of each file, a cluster.yaml or values of the chart. The files of a folder are read in order of
+    name.
 
     Returns one list of models per document, and the other top-level keys of the files. An invalid file ends the
     command with exit code 2.
@@ -45,13 +47,14 @@ def read_layers(paths: Sequence[Path]) -> tuple[list[list[Mapping[str, Any]]], l
             documents = load_documents(path.read_text())
         except (OSError, UnicodeDecodeError, NotYaml) as error:
             fail(f"{path}: cannot be read: {error}", USAGE)
-        for document in documents:
+        for document in map(cluster_yaml_data, documents):
             if document is None:
                 continue
             models = document.get("models", []) if isinstance(document, dict) else None
             if not isinstance(models, list):
                 fail(f"{path}: expected a mapping whose `models` is a list", USAGE)
-            layers.append(models)
+            if "models" in document:
+                layers.append(models)
             others |= set(document) - {"models", "api_version", "name"}
     return layers, sorted(others)
 
@@ -66,6 +69,8 @@ def _yaml_files(path: Path) -> Sequence[Path]:
 def _document(files: Sequence[Path]) -> bytes:
     """Merge the models of the files, and return the JSON document that the admin API accepts."""
     layers, others = read_layers(files)
+    if not layers:
+        fail(f"{', '.join(map(str, files))}: no file has the key `models`", USAGE)
     if others:
         names = escape(", ".join(others))
         err.print(f"[yellow]note:[/yellow] only models are applied; these take effect at a process start: {names}")

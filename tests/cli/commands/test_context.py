@@ -33,6 +33,32 @@ def test_the_life_of_a_context(run: Run, tmp_path: Path) -> None:
     assert run("context", "show").exit_code == 1
 
 
+def test_show_names_what_commands_use(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a name, `context show` shows the cluster that other commands would use: by --context, HEADRACE_CONTEXT or
+    HEADRACE_ENDPOINT, else the current one. It warns of HEADRACE_CONFIG, which commands about tenants use first."""
+    for name in ("a", "b"):
+        run("context", "add", name, "--endpoint", f"{name}.example:1", "--use")
+
+    def endpoint(*before: str) -> str:
+        shown = run(*before, "context", "show", "--json")
+        assert shown.exit_code == 0, shown.stderr
+        return str(json.loads(shown.stdout)["endpoint"])
+
+    assert endpoint() == "b.example:1"
+    monkeypatch.setenv("HEADRACE_CONTEXT", "a")
+    assert endpoint() == "a.example:1"
+    assert endpoint("--context", "b") == "b.example:1"
+    monkeypatch.setenv("HEADRACE_ENDPOINT", "c.example:1")
+    assert run("context", "show").exit_code == 2
+    monkeypatch.delenv("HEADRACE_CONTEXT")
+    assert endpoint() == "c.example:1"
+    assert endpoint("--context", "b") == "b.example:1"
+    assert "HEADRACE_CONFIG" not in run("context", "show").stderr
+    monkeypatch.setenv("HEADRACE_CONFIG", "/etc/headrace/cluster.yaml")
+    assert "/etc/headrace/cluster.yaml" in run("context", "show").stderr
+    assert "HEADRACE_CONFIG" not in run("context", "show", "a").stderr
+
+
 def test_commands_use_the_context(
     run: Run, gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,10 +77,20 @@ def test_diff_says_by_its_exit_code(run: Run, gateway: ScriptedGateway, layers: 
     assert [change["model"] for change in json.loads(differs.stdout)] == ["m", "n"]
 
 
+def test_values_of_the_chart_are_read(run: Run, gateway: ScriptedGateway, tmp_path: Path) -> None:
+    """Of values of the chart, the models below `config` are sent."""
+    file = tmp_path / "values.yaml"
+    file.write_text("gateway: {replicas: 2}\nconfig: {name: prod, models: [{name: m, source: /m}]}\n")
+    assert run("diff", "-f", str(file), "--admin", gateway.endpoint).exit_code == 0
+    (request,) = gateway.script.requests
+    assert json.loads(request.document) == {"models": [{"name": "m", "source": "/m"}]}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("models: {", "cannot be read"),
+        ("gateway: {replicas: 2}", "no file has the key `models`"),
         ("[]", "expected a mapping"),
         ("models: [{source: /m}]", "models[0]: has no name"),
     ],
