@@ -34,8 +34,8 @@ class Adapter(Section):
     source: Annotated[str, Field(min_length=1, max_length=2048)]
     """Folder, `hf://organisation/name` or with `@revision`, `s3://`, `gs://` or `https://`."""
     digest: Annotated[str, Field(pattern=r"^((sha256:)?[0-9a-f]{64})?$")] = ""
-    """Digest of the adapter's files, 64 hex digits, as `headrace adapters check` prints it; other files are refused.
-    Empty: not compared."""
+    """Digest of the adapter's files, 64 hex digits as `headrace adapters check` prints them, also with `sha256:` before
+    them; other files are refused. Empty: not compared."""
     tenants: tuple[Annotated[str, Field(min_length=1, max_length=63)], ...] = ()
     """Tenants that may use the adapter; empty: every tenant that may use the model."""
     pinned: bool = False

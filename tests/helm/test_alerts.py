@@ -16,6 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.cli.all_commands import app
+from cluster.observe.events import EVENTS
 from scripts.chart_schema import PLAIN_RULES
 from tests.helm.test_monitoring import program
 from tests.support import helm
@@ -224,6 +225,43 @@ def test_an_unknown_command_is_found() -> None:
         check_command(["models-weight", "m"])
     with pytest.raises(AssertionError, match="no option"):
         check_command(["status", "--everything"])
+
+
+AREAS = {name.partition(".")[0] for name in EVENTS}
+ENGINE_ARGUMENTS = {"max_num_seqs", "gpu_memory_utilization"}
+"""Arguments of vLLM's engine in the runbooks. No page of docs/reference lists them."""
+
+
+@functools.cache
+def reference_names() -> frozenset[str]:
+    """Return the names of the reference and of the chart's values: paths of keys, each key, metrics and options."""
+    pages = [*(ROOT / "docs" / "reference").glob("*.md"), helm.CHART / "README.md"]
+    text = "".join(page.read_text() for page in pages)
+    paths = re.findall(r"^\| `([\w.\[\]]+)`", text, re.MULTILINE)
+    words = (word for word in re.findall(r"\w+", text) if "_" in word)
+    return frozenset([*paths, *(f"config.{path}" for path in paths), *words])
+
+
+def unknown_names(text: str) -> list[str]:
+    """Return the names in a page that look like log events and are neither events nor names of the reference.
+
+    A name looks like an event if it begins with the area of one, or if it is one word of several parts.
+    """
+    names = re.findall(r"`([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)?)`", text)
+    like = [name for name in names if (name.split(".")[0] in AREAS if "." in name else "_" in name)]
+    return [name for name in like if name not in {*EVENTS, *ENGINE_ARGUMENTS} | reference_names()]
+
+
+@pytest.mark.parametrize("page", sorted(RUNBOOKS.glob("*.md")), ids=lambda page: page.stem)
+def test_log_events_in_runbooks_exist(page: Path) -> None:
+    """Every name in a runbook that looks like a log event is one of the events that are logged."""
+    assert unknown_names(page.read_text()) == []
+
+
+def test_an_unknown_log_event_is_found() -> None:
+    """The check of events finds names of an old form and events that do not exist, and no keys and metrics."""
+    text = "`link_down`, `link.lost`, `link.connected`, `scaling.gpu_budget`, `headrace_worker_info`, `max_num_seqs`"
+    assert unknown_names(text) == ["link_down", "link.lost"]
 
 
 def test_no_runbook_without_an_alert() -> None:

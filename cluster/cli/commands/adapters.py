@@ -28,7 +28,13 @@ FolderArgument = Annotated[
     Path, typer.Argument(help="The adapter's folder, with adapter_config.json.", file_okay=False, show_default=False)
 ]
 ModelOption = Annotated[
-    Path, typer.Option("--model", help="The base model's folder.", file_okay=False, show_default=False)
+    Path,
+    typer.Option(
+        "--model",
+        help="The base model's folder, with its .safetensors files; only their headers are read.",
+        file_okay=False,
+        show_default=False,
+    ),
 ]
 RankOption = Annotated[int, typer.Option("--max-lora-rank", help="The engine's max_lora_rank.", min=1, max=512)]
 
@@ -77,7 +83,9 @@ def load(
         str,
         typer.Argument(metavar="SOURCE", help="A folder, hf://org/name, s3://, gs:// or https://.", show_default=False),
     ],
-    digest: Annotated[str, typer.Option("--digest", help="Refuse files with another digest (see `check`).")] = "",
+    digest: Annotated[
+        str, typer.Option("--digest", help="Refuse files with another digest: 64 hex digits, as `check` prints them.")
+    ] = "",
     tenant: Annotated[
         list[str] | None,
         typer.Option("--tenant", help="Only this tenant may use it; repeatable.", show_default=False),

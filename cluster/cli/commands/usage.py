@@ -14,7 +14,7 @@ from cluster.cli.common import USAGE, JsonOption, fail, print_json
 from cluster.cli.ledger import DAY_S, show_table, shown_time, split_pair
 from cluster.cli.tenant_service import with_tenant_service
 from cluster.config.tenants import Cost
-from cluster.ledger.rows import Prices, UsageQuery
+from cluster.ledger.rows import DIMENSIONS, Prices, UsageQuery
 from cluster.ledger.tenants.service import TenantService
 from cluster.ledger.usage import export
 
@@ -25,7 +25,8 @@ def usage(
     group_by: Annotated[
         str,
         typer.Option(
-            "--group-by", help="What to sum by, comma-separated: tenant, model, day, month, key_id, label:NAME."
+            "--group-by",
+            help=f"What to sum by, comma-separated: {', '.join(DIMENSIONS)}, label:NAME.",
         ),
     ] = "tenant,model",
     since: Annotated[str, typer.Option("--since", help="First day, UTC, like 2026-11-01.")] = "",
@@ -33,11 +34,16 @@ def usage(
     tenant: Annotated[str, typer.Option("--tenant", help="Only this tenant.")] = "",
     model: Annotated[str, typer.Option("--model", help="Only this model.")] = "",
     cost: Annotated[
-        bool, typer.Option("--cost", help="Add the cost of the GPU-seconds, by the configuration's `cost` section.")
+        bool,
+        typer.Option(
+            "--cost", help="Add the cost of the GPU-seconds, by the configuration's `cost` section or --gpu-hour."
+        ),
     ] = False,
     gpu_hour: Annotated[
         list[str] | None,
-        typer.Option("--gpu-hour", help="A price an hour instead of the configuration's: H100=2.40; repeatable."),
+        typer.Option(
+            "--gpu-hour", help="A price an hour instead of the configuration's: H100=2.40; repeatable. Implies --cost."
+        ),
     ] = None,
     currency: Annotated[str, typer.Option("--currency", help="The currency of --gpu-hour.")] = "EUR",
     records: Annotated[bool, typer.Option("--records", help="Single calls instead of sums.")] = False,
