@@ -30,7 +30,13 @@ FilesOption = Annotated[
         exists=True, show_default=False,
     ),
 ]  # fmt: skip
-PruneOption = Annotated[bool, typer.Option("--prune", help="Remove the models that are not in the files.")]
+PruneOption = Annotated[
+    bool,
+    typer.Option(
+        "--prune",
+        help="Include models that run and are not in the files: `apply` removes them, `diff` shows their removal.",
+    ),
+]
 
 
 def read_layers(paths: Sequence[Path]) -> tuple[list[list[Mapping[str, Any]]], list[str]]:
