@@ -227,6 +227,7 @@ def test_a_giant_file_of_the_hub_is_not_fetched(
     """An adapter comes from the hub, unless the hub has a larger file than any adapter of the model: then no file is
     fetched."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the variable as it was at the import
     spec = AdapterSpec("a", "hf://o/n")
     with running_hub("o/n", folder, {WEIGHTS: 1 << 40}) as hub:
         from_hub = replace(store, rules=replace(store.rules, hub_endpoint=hub.url))
