@@ -29,6 +29,8 @@ SCRAPED = {"headrace_cluster", "instance", "job", "pod", "namespace", "le", "ray
 FOREIGN = {
     "ALERTS": {"alertname", "alertstate", "severity", "headrace_cluster", "model"},
     "kube_pod_container_status_restarts_total": {"namespace", "pod", "container"},
+    "kube_cronjob_status_last_successful_time": {"namespace", "cronjob"},
+    "kube_cronjob_created": {"namespace", "cronjob"},
     "kubelet_volume_stats_available_bytes": {"namespace", "persistentvolumeclaim"},
     "kubelet_volume_stats_capacity_bytes": {"namespace", "persistentvolumeclaim"},
     "process_resident_memory_bytes": set(),

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 WINDOW_S = 10.0
 """Time in seconds over which the rate is measured."""
+MIN_S = 1e-3
+"""Least time in seconds that two reports count as apart."""
 
 
 class FetchProgress:
@@ -34,4 +36,4 @@ class FetchProgress:
         if len(seen) < 2 or seen[-1][0] < self._clock() - WINDOW_S:
             return 0.0
         (began, first), (ended, last) = seen[0], seen[-1]
-        return max(last - first, 0) / (ended - began) if ended > began else 0.0
+        return max(last - first, 0) / max(ended - began, MIN_S) if ended > began else 0.0

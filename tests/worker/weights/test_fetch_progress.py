@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.worker.weights.fetch_progress import WINDOW_S, FetchProgress
@@ -25,6 +25,7 @@ def test_the_rate_is_that_of_the_last_seconds() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(0, 10**12)), max_size=50))
+@example([(0.0, 0), (5e-324, 1)])
 def test_any_progress_has_a_rate(reports: list[tuple[float, int]]) -> None:
     """Whatever is reported, the rate is a finite number of at least 0, and the memory stays bounded."""
     now = 0.0
