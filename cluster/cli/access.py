@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 
 from cluster.cli.common import USAGE, admin_endpoint, api_key, fail, local_run
-from cluster.cli.contexts import Target
+from cluster.cli.contexts import ClusterTarget
 from cluster.client.options import ChannelOptions
 from cluster.config.schema import Config, ConfigError, load, secret_files
 
@@ -48,7 +48,7 @@ class Access:
         return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(self.roots), options=options)
 
 
-def admin_access(target: Target) -> Access:
+def admin_access(target: ClusterTarget) -> Access:
     """Return the access to the admin port of a command's target. An unreadable file ends the command with exit code 2.
 
     If the address is that of the local cluster, its credential and certificate are used where the target has none.

@@ -23,7 +23,7 @@ from cluster.cli.base import FileOption as FileOption
 from cluster.cli.base import fail as fail
 from cluster.cli.base import read_config as read_config
 from cluster.cli.base import warn as warn
-from cluster.cli.contexts import CA_VARIABLE, ENDPOINT_VARIABLE, KEY_VARIABLE, Target
+from cluster.cli.contexts import CA_VARIABLE, ENDPOINT_VARIABLE, KEY_VARIABLE, ClusterTarget
 from cluster.cli.local.run_folder import RunFolder
 from cluster.cli.terminal import safe, write_json
 from cluster.client import UNREACHABLE, Client, HeadraceError
@@ -133,7 +133,7 @@ def _is_same_address(first: str, second: str) -> bool:
     return ports[0] == ports[1] and (hosts[0] == hosts[1] or all(is_loopback(address) for address in (first, second)))
 
 
-def api_key(target: Target) -> str:
+def api_key(target: ClusterTarget) -> str:
     """Return the API key for a command's calls, from the target's key file or environment variable, or ""."""
     if target.api_key_file is None:
         key = os.environ.get(target.api_key_env, "")
@@ -146,7 +146,7 @@ def api_key(target: Target) -> str:
         fail(f"--api-key-file {target.api_key_file}: cannot be read: {error}", USAGE)
 
 
-def make_client(target: Target, timeout_s: float | None = None) -> Client:
+def make_client(target: ClusterTarget, timeout_s: float | None = None) -> Client:
     """Create an SDK client for a command's target."""
     is_local = not target.is_named and local_run() is not None
     tls_ca = None if is_local and target.tls_ca_is_general else target.tls_ca
@@ -187,6 +187,6 @@ def rpc_errors(endpoint: str, context: str = "") -> Iterator[None]:
         fail(f"{error.reason}: {error.message}{pause}", _CODES.get(error.reason, FAILED))
 
 
-def target_errors(target: Target) -> contextlib.AbstractContextManager[None]:
+def target_errors(target: ClusterTarget) -> contextlib.AbstractContextManager[None]:
     """Turn a failed RPC to the target's gRPC endpoint into a one-line error. See rpc_errors."""
     return rpc_errors(grpc_endpoint(target.endpoint), target.context)

@@ -148,7 +148,7 @@ class TypedOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ClusterTarget:
     """The cluster that a command uses.
 
     Without `endpoint` and `admin` it is the local cluster, else the default endpoint. `tls_ca_is_general`: the CA is
@@ -169,7 +169,7 @@ class Target:
         return self.endpoint is not None or self.admin is not None
 
 
-def select_target(typed: TypedOptions, environment: Mapping[str, str], contexts: Contexts) -> Target:
+def select_target(typed: TypedOptions, environment: Mapping[str, str], contexts: Contexts) -> ClusterTarget:
     """Decide which cluster and credentials a command uses. Raises ContextError.
 
     The first of these that names an address: the options, `--context`, HEADRACE_ENDPOINT or HEADRACE_CONTEXT, the
@@ -179,7 +179,7 @@ def select_target(typed: TypedOptions, environment: Mapping[str, str], contexts:
     general_ca = Path(environment[CA_VARIABLE]) if environment.get(CA_VARIABLE) else None
     if not name or name == LOCAL:
         endpoint = typed.endpoint or ("" if name == LOCAL else environment.get(ENDPOINT_VARIABLE, ""))
-        return Target(
+        return ClusterTarget(
             endpoint=endpoint or None,
             admin=typed.admin or None,
             api_key_file=typed.api_key_file,
@@ -188,7 +188,7 @@ def select_target(typed: TypedOptions, environment: Mapping[str, str], contexts:
         )
     context = contexts.get(name)
     key_file = typed.api_key_file or (Path(context.api_key_file) if context.api_key_file else None)
-    return Target(
+    return ClusterTarget(
         endpoint=context.endpoint,
         admin=context.admin or None,
         api_key_file=key_file,

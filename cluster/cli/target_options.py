@@ -13,9 +13,9 @@ import typer
 from cluster.cli.common import USAGE, AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, fail
 from cluster.cli.contexts import (
     VARIABLE,
+    ClusterTarget,
     ContextError,
     Contexts,
-    Target,
     TypedOptions,
     contexts_file,
     read_contexts,
@@ -78,7 +78,7 @@ def _is_typed(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def target_of(ctx: typer.Context) -> Target:
+def target_of(ctx: typer.Context) -> ClusterTarget:
     """Return the cluster that a command's options, the environment and the contexts select.
 
     A contradiction or an invalid file ends the command with exit code 2.
@@ -105,7 +105,7 @@ def _path(value: Any) -> Path | None:
 
 
 def with_target(command: Command) -> Command:
-    """Decorate a command of callers: add the options that select a cluster, and pass a Target as `target`."""
+    """Decorate a command of callers: add the options that select a cluster, and pass a ClusterTarget as `target`."""
     return with_options("target", CALLER_OPTIONS, lambda ctx, _: contextlib.nullcontext(target_of(ctx)))(command)
 
 

@@ -20,7 +20,7 @@ import typer
 
 from cluster.cli.access import admin_access
 from cluster.cli.common import USAGE, fail, rpc_errors
-from cluster.cli.contexts import Target
+from cluster.cli.contexts import ClusterTarget
 from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, ledger_errors, open_ledger, read_settings
 from cluster.cli.shared_options import Command, with_options
 from cluster.cli.target_options import ADMIN_OPTIONS, target_of, typed_names
@@ -50,7 +50,7 @@ class TenantBackend:
     """
 
     typed: frozenset[str]
-    target: Callable[[], Target]
+    target: Callable[[], ClusterTarget]
     file: Path | None = None
     database_url: str | None = None
     pepper_file: Path | None = None

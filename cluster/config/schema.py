@@ -130,7 +130,7 @@ class Weights(Section):
     allow: Allow = Allow()
 
 
-class AccessLog(Section):
+class AccessLogSettings(Section):
     """The access log: one line a call, the event `call.ended`. Failed and resumed calls are always logged."""
 
     sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -147,10 +147,10 @@ class Observe(Section):
     """Least severe level that is logged."""
     max_tenant_series: Annotated[int, Field(ge=0, le=100_000)] = 500
     """Tenants with metrics of their own; later ones share the label `other`."""
-    access_log: AccessLog = AccessLog()
+    access_log: AccessLogSettings = AccessLogSettings()
     budget_webhook: BudgetWebhook | None = None
     tracing: Tracing | None = None
-    """None: calls are not traced."""
+    """Export of traces; without it calls are not traced."""
 
 
 class Replicas(Section):

@@ -98,7 +98,7 @@ class CallService:
         self._access_log = access_log
         self._tracer = tracer
         self._at_end: list[Callable[[Opening | PoolingOpening, Outcome], None]] = [self._end_metrics.count]
-        """What is done with each call that has ended, in this order."""
+        """Functions that get each call that has ended, in this order."""
         if access_log is not None:
             self._at_end.append(access_log.record)
         if tracer is not None:

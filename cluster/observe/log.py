@@ -82,7 +82,7 @@ def add_flush(waits: Callable[[float], object]) -> None:
     _at_flush.append(waits)
 
 
-class CallContext:
+class CallFields:
     """Context within which `call_fields` returns `fields` to code of the same task.
 
     A class, since a generator would take three times as long, and each call has one."""

@@ -1,4 +1,4 @@
-"""When the certificates of this process expire."""
+"""Expiry of the certificates that this process uses."""
 
 from __future__ import annotations
 

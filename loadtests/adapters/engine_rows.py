@@ -33,8 +33,8 @@ ENGINE = {
 
 
 @dataclass(slots=True)
-class Counts:
-    """Counts of rows. `differ`: those with other tokens than the merged weights give. `together`: the largest number
+class RowCounts:
+    """RowCounts of rows. `differ`: those with other tokens than the merged weights give. `together`: the largest number
     of rows with an output in one step. `engine_class`: see EngineInfo."""
 
     engine_class: str = ""
@@ -46,7 +46,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BatchRow:
     """A row of a batch. `adapter`: its digest, "" for the base model. `expected`: the tokens of the merged weights."""
 
     adapter: str
@@ -57,12 +57,12 @@ class Row:
 class Rows:
     """The rows that an engine computes."""
 
-    def __init__(self, engine: VllmEngine, counts: Counts) -> None:
+    def __init__(self, engine: VllmEngine, counts: RowCounts) -> None:
         self._engine = engine
         self._counts = counts
         self._numbers = itertools.count()
 
-    async def run(self, rows: Sequence[Row], cut: int = 0) -> list[tuple[int, ...]]:
+    async def run(self, rows: Sequence[BatchRow], cut: int = 0) -> list[tuple[int, ...]]:
         """Compute rows in one batch; return the tokens of each. `cut`: number of tokens that each row has already."""
         tokens: dict[str, list[int]] = {}
         for row in rows:
@@ -83,9 +83,9 @@ class Rows:
         return [tuple(ids) for ids in tokens.values()]
 
 
-async def count(model: Path, folder: Path, ranks: int) -> Counts:
+async def count(model: Path, folder: Path, ranks: int) -> RowCounts:
     """Return the counts of all batches."""
-    adapters, rng, counts = MergedAdapters(model, folder, rank=8), random.Random(ranks), Counts()
+    adapters, rng, counts = MergedAdapters(model, folder, rank=8), random.Random(ranks), RowCounts()
     spec = ModelSpec(
         "rows", "unused", dtype="float32", max_model_len=1024, tensor_parallel_size=ranks, engine=ENGINE
     )  # fmt: skip
@@ -112,12 +112,12 @@ async def count(model: Path, folder: Path, ranks: int) -> Counts:
     return counts
 
 
-def _row(adapters: MergedAdapters, number: int, digest: str, rng: random.Random) -> Row:
+def _row(adapters: MergedAdapters, number: int, digest: str, rng: random.Random) -> BatchRow:
     prompt = tuple(rng.randrange(TOKEN_LO, TOKEN_HI) for _ in range(PROMPT_TOKENS))
-    return Row(digest, prompt, adapters.merged_tokens(number, prompt, ANSWER_TOKENS))
+    return BatchRow(digest, prompt, adapters.merged_tokens(number, prompt, ANSWER_TOKENS))
 
 
-def _differences(batch: Sequence[Row], found: Sequence[tuple[int, ...]]) -> int:
+def _differences(batch: Sequence[BatchRow], found: Sequence[tuple[int, ...]]) -> int:
     return sum(row.expected != tokens for row, tokens in zip(batch, found, strict=True))
 
 

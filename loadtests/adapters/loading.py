@@ -37,7 +37,7 @@ BOUND, NONE = Bound("<=", 2.0), Bound("<=", 0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Replicas:
+class ReplicaKind:
     """The replicas of a part. `kind`: a word for their rows. `source_of`: the source of their engines, by the base
     model's folder. `starts_s`: longest time of a start, in seconds."""
 
@@ -65,7 +65,7 @@ class Replicas:
         return dict(zip(self.titles, (BOUND, BOUND, BOUND, NONE), strict=True))
 
 
-SIMULATED = Replicas(
+SIMULATED = ReplicaKind(
     "", 4,
     lambda model: f"sim://{model}?decode_ms=2&seed=1&max_loras=4&max_cpu_loras=8&adapter_load_ms={LOAD_MS}",
     {"enable_lora": True, "max_lora_rank": 8},
@@ -76,7 +76,7 @@ ROWS: Mapping[str, Bound | None] = SIMULATED.rows
 class Fleet:
     """A gateway with replicas and a catalog, which this process publishes."""
 
-    def __init__(self, stage: Stage, folder: Path, ours: serving.Ours, replicas: Replicas, token: str) -> None:
+    def __init__(self, stage: Stage, folder: Path, ours: serving.Ours, replicas: ReplicaKind, token: str) -> None:
         self._stage, self._folder, self._ours, self._replicas = stage, folder, ours, replicas
         self._metadata = serving.authorization(token)
         self._channel = grpc.aio.insecure_channel(ours.endpoints["admin"])
@@ -131,7 +131,7 @@ async def measure(stage: Stage) -> list[Figure]:
     return await play(stage, SIMULATED)
 
 
-async def play(stage: Stage, kind: Replicas) -> list[Figure]:
+async def play(stage: Stage, kind: ReplicaKind) -> list[Figure]:
     """Play the changes with some kind of replicas, and return the rows. Raises DidNotStart, TimeoutError."""
     folder, name = await rig.prepare(stage, 2), f"loading-{kind.count}"
     ours = await serving.start(

@@ -10,7 +10,7 @@ from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage
 from loadtests.serving.ours import ENGINE_READY_S
 
-REAL = loading.Replicas(
+REAL = loading.ReplicaKind(
     "real ", 2, str, {**rig.ENGINE, "max_loras": 4, "max_cpu_loras": 8}, {**ENVIRONMENT, **rig.THREADS},
     starts_s=ENGINE_READY_S, callers=2,
 )  # fmt: skip

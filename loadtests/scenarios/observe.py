@@ -1,4 +1,4 @@
-"""What metrics, traces and logs cost in the gateway: CPU per token with all of them on against all off, and memory with
+"""Cost of metrics, traces and logs in the gateway: CPU per token with all of them on against all off, and memory with
 many tenants. `--only PART` runs some of the parts.
 
 `streams` and `calls`: two gateways, each with a simulated engine, alternate. One has counters and histograms that count

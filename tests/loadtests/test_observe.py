@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as pb_grpc
 
 from cluster.config.schema import parse
-from loadtests.children import free_port
 from loadtests.scenarios.observe import OBSERVE_OFF, observe_on
 from loadtests.serving import otlp_sink
 from loadtests.serving.ours import configuration
@@ -40,16 +41,18 @@ def test_the_arm_without_metrics_counts_nothing() -> None:
 
 async def test_the_collector_accepts_spans() -> None:
     """The collector answers an export with an empty message, and no other method."""
-    port = free_port()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        serving = asyncio.create_task(otlp_sink.serve(port))
-        await channel.channel_ready()
-        export: Any = channel.unary_unary(otlp_sink.EXPORT)
-        assert await export(b"spans", timeout=60) == b""
-        other: Any = channel.unary_unary("/other.Service/Method")
-        call = other(b"", timeout=60)
-        assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
-        serving.cancel()
+    sink = otlp_sink.create(0)
+    sink.start()
+    try:
+        async with grpc.aio.insecure_channel(sink.address) as channel:
+            message = pb.ExportTraceServiceRequest()
+            message.resource_spans.add().scope_spans.add().spans.add().name = "chat"
+            export: Any = pb_grpc.TraceServiceStub(channel).Export  # type: ignore[no-untyped-call]
+            assert await export(message, timeout=60) == pb.ExportTraceServiceResponse()
+            other: Any = channel.unary_unary("/other.Service/Method")
+            assert await other(b"", timeout=60).code() is grpc.StatusCode.UNIMPLEMENTED
+    finally:
+        await asyncio.to_thread(sink.stop)
 
 
 def test_both_arms_have_valid_configurations(tmp_path: Path) -> None:

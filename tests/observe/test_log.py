@@ -170,7 +170,7 @@ async def test_calls_have_their_own_fields() -> None:
     """Each task has the fields of its own call, also while other calls run; outside of calls there are none."""
 
     async def run(name: str) -> bool:
-        with log.CallContext(log.ids_of_call(name, "")):
+        with log.CallFields(log.ids_of_call(name, "")):
             await asyncio.sleep(0)
             return log.call_fields() == {"request_id": name}
 

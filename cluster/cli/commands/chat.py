@@ -21,7 +21,7 @@ from cluster.cli.common import (
     print_json,
     target_errors,
 )
-from cluster.cli.contexts import Target
+from cluster.cli.contexts import ClusterTarget
 from cluster.cli.target_options import with_target
 from cluster.client import ChatParams, Client, SamplingParams, Stream
 from cluster.v1 import inference_pb2 as pb
@@ -41,7 +41,7 @@ SeedOption = Annotated[
 
 @with_target
 def chat(
-    target: Target,
+    target: ClusterTarget,
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Argument(help="The question; without it, an interactive chat.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="The system message.", show_default=False)] = None,
@@ -72,7 +72,7 @@ def chat(
 
 @with_target
 def complete(
-    target: Target,
+    target: ClusterTarget,
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
     max_tokens: MaxTokensOption = None,
@@ -118,7 +118,9 @@ def _print_stream(stream: Stream[Any]) -> None:
         err.print("[dim](cut at the token limit; raise it with --max-tokens)[/dim]")
 
 
-def _converse(client: Client, target: Target, model: str, messages: list[pb.Message], params: ChatParams) -> None:
+def _converse(
+    client: Client, target: ClusterTarget, model: str, messages: list[pb.Message], params: ChatParams
+) -> None:
     """Chat until the user enters an empty line or the input ends. Ctrl-C stops an answer, but not the chat."""
     out.print(f"[dim]chat with {escape(model)}; an empty line or Ctrl-D ends it, Ctrl-C stops an answer[/dim]")
     with target_errors(target):

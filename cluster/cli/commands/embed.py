@@ -20,7 +20,7 @@ from cluster.cli.common import (
     print_json,
     target_errors,
 )
-from cluster.cli.contexts import Target
+from cluster.cli.contexts import ClusterTarget
 from cluster.cli.target_options import with_target
 
 SHOWN_VALUES = 6
@@ -30,7 +30,7 @@ TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut longer tex
 
 @with_target
 def embed(
-    target: Target,
+    target: ClusterTarget,
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(help="The texts; - reads one text a line.", show_default=False)],
     dimensions: Annotated[
@@ -58,7 +58,7 @@ def embed(
 
 @with_target
 def rerank(
-    target: Target,
+    target: ClusterTarget,
     model: ModelArgument,
     query: Annotated[str, typer.Argument(help="The query.", show_default=False)],
     documents: Annotated[

@@ -16,14 +16,14 @@ from cluster.admin.v1 import routing_pb2 as pb
 from cluster.cli.access import admin_access
 from cluster.cli.admin_client import open_admin, plain
 from cluster.cli.common import JsonOption, fail, out, print_json
-from cluster.cli.contexts import Target
+from cluster.cli.contexts import ClusterTarget
 from cluster.cli.target_options import with_target
 from cluster.client.errors import from_rpc
 
 
 @with_target
 def explain_request(
-    target: Target,
+    target: ClusterTarget,
     request_id: Annotated[
         str, typer.Argument(metavar="ID", help="The call's x-request-id, or its answer's id.", show_default=False)
     ],

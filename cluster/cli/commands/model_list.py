@@ -30,7 +30,7 @@ from cluster.cli.common import (
     print_json,
     target_errors,
 )
-from cluster.cli.contexts import Target
+from cluster.cli.contexts import ClusterTarget
 from cluster.cli.target_options import ADMIN_OPTIONS, ContextOption, root_of, target_of, typed_names, with_admin_target
 from cluster.client.errors import from_rpc
 from cluster.v1 import inference_pb2 as pb
@@ -54,13 +54,13 @@ def models(
 
 
 @with_admin_target
-def list_models(target: Target, as_json: JsonOption = False) -> None:
+def list_models(target: ClusterTarget, as_json: JsonOption = False) -> None:
     """List the models that you may use. Replicas and nodes are shown of the local cluster, with --admin, and with a
     context that has an admin address."""
     show_models(target, as_json)
 
 
-def show_models(target: Target, as_json: bool) -> None:
+def show_models(target: ClusterTarget, as_json: bool) -> None:
     """Print the models that the caller may use, with their replicas and nodes if the admin address is known."""
     with make_client(target, 30.0) as client, target_errors(target):
         available = client.models()
@@ -84,7 +84,7 @@ def _nodes(row: Mapping[str, Any]) -> str:
     return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in row["nodes"].items())
 
 
-def _replicas(target: Target) -> dict[str, dict[str, Any]]:
+def _replicas(target: ClusterTarget) -> dict[str, dict[str, Any]]:
     """Return the replicas and nodes of each model from the admin API.
 
     The result is empty if no admin address is known. It is also empty if the admin API refuses or does not answer,

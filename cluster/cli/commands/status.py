@@ -15,13 +15,13 @@ from cluster.api.types import weakest_resume_capability
 from cluster.cli.access import admin_access
 from cluster.cli.admin_client import open_admin, plain
 from cluster.cli.common import JsonOption, fail, local_run, out, print_json
-from cluster.cli.contexts import Target
+from cluster.cli.contexts import ClusterTarget
 from cluster.cli.local import gateway_metrics
 from cluster.cli.target_options import with_admin_target, with_target
 from cluster.client.errors import from_rpc
 
 
-def gather(target: Target) -> dict[str, Any]:
+def gather(target: ClusterTarget) -> dict[str, Any]:
     """Return the data that `status --json` prints. An unreachable gateway ends the command."""
     access = admin_access(target)
     address = access.address
@@ -52,7 +52,7 @@ def gather(target: Target) -> dict[str, Any]:
 
 
 @with_admin_target
-def status(target: Target, as_json: JsonOption = False) -> None:
+def status(target: ClusterTarget, as_json: JsonOption = False) -> None:
     """Show the cluster's endpoints, models and workers."""
     state = gather(target)
     if as_json:
@@ -76,7 +76,7 @@ def status(target: Target, as_json: JsonOption = False) -> None:
 
 
 @with_admin_target
-def workers(target: Target, as_json: JsonOption = False) -> None:
+def workers(target: ClusterTarget, as_json: JsonOption = False) -> None:
     """List the workers linked to a gateway, with their nodes and pods."""
     rows = gather(target)["workers"]
     if as_json:
@@ -87,7 +87,7 @@ def workers(target: Target, as_json: JsonOption = False) -> None:
 
 @with_target
 def abort(
-    target: Target,
+    target: ClusterTarget,
     request_id: Annotated[str, typer.Argument(help="The call's x-request-id, or its answer's id.", show_default=False)],
     reason: Annotated[str, typer.Option("--reason", help="Why, for the audit log.", show_default=False)],
     tenant: Annotated[

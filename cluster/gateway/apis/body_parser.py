@@ -88,7 +88,6 @@ _BOUNDS = {
     **dict.fromkeys(pooling_requests.INPUT_FIELDS - {"documents"}, BODY),
 }
 _PLACE = re.compile(r"\$\[(\d+)\]")
-_BYTE = re.compile(r"\(byte (\d+)\)")
 
 
 def _splitter(names: frozenset[str]) -> msgspec.json.Decoder[Any]:

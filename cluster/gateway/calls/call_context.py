@@ -40,8 +40,8 @@ class CallContext(Generic[AnyOpening, Opened]):
         at_end: Sequence[Callable[[AnyOpening, Outcome], None]],
         clock: Callable[[], float],
     ) -> None:
-        """`begin`: takes the steps from the request to a queued call; each step registers its undo step. `at_end`: what
-        is done when the call has ended, in this order. `clock`: the clock of deadlines."""
+        """`begin`: takes the steps from the request to a queued call; each step registers its undo step. `at_end`:
+        functions that get the call when it has ended, in this order. `clock`: the clock of deadlines."""
         self._opening = opening
         self._begin = begin
         self._clock = clock

@@ -1,4 +1,4 @@
-"""What the spans of a sampled call say of it. No text of the call is among it."""
+"""Facts of a sampled call for its spans, without any text of the call."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class CallTrace:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFacts:
-    """What is known of one output, or one input of a pooling call, when the call has ended."""
+    """Facts of one output, or of one input of a pooling call, when the call has ended."""
 
     tokens: int = 0
     """Number of tokens, on all workers."""
@@ -130,7 +130,7 @@ class SequenceFacts:
 
 @dataclass(frozen=True, slots=True)
 class CallFacts:
-    """What is known of a call when it has ended, without any text of it."""
+    """Facts of a call that has ended, without any text of it."""
 
     operation: str
     outcome: str

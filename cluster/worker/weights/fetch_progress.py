@@ -1,4 +1,4 @@
-"""How far the fetching of a model's weights is. One thread writes, others read."""
+"""Progress of the fetching of a model's weights. One thread writes, others read."""
 
 from __future__ import annotations
 

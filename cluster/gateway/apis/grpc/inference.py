@@ -28,7 +28,7 @@ from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter
 from cluster.gateway.models import ModelDirectory, Target
 from cluster.gateway.service import CallService
-from cluster.observe.log import CallContext
+from cluster.observe.log import CallFields
 from cluster.policy.tenants.identity import Principal
 from cluster.v1 import inference_pb2 as pb
 
@@ -140,7 +140,7 @@ class InferenceApi:
             try:
                 if name not in UNCOUNTED:
                     await self._service.count(meta)
-                with CallContext(meta.log_fields):
+                with CallFields(meta.log_fields):
                     request = await self._bodies.message(
                         name, data, meta.tenant, partial(self._service.tokenization.longest_context, meta.principal)
                     )

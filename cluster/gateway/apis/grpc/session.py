@@ -25,7 +25,7 @@ from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.pooling_request import PairInputs, ParsedPooling
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.service import CallService
-from cluster.observe.log import CallContext
+from cluster.observe.log import CallFields
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.dial import read
 
@@ -169,7 +169,7 @@ class SessionStream:
             await self._service.count(meta)
             if isinstance(start.request, CallError):
                 raise start.request
-            with CallContext(meta.log_fields):
+            with CallFields(meta.log_fields):
                 async with asyncio.timeout(start.deadline_ms / 1000 or None):
                     if isinstance(start.request, ParsedPooling):
                         await self._pool(start.call_id, start.request, meta)

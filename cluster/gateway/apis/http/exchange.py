@@ -20,7 +20,7 @@ from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Authenticator, Credentials, alternative_names
 from cluster.gateway.calls.stream_writer import Transport
-from cluster.observe.log import CallContext, ids_of_call
+from cluster.observe.log import CallFields, ids_of_call
 
 log = structlog.get_logger("http")
 
@@ -231,7 +231,7 @@ class Endpoint:
                     exchange.credentials(self._authenticator.by_certificate)
                 )
                 scope[CONNECTION].mark_authenticated()
-            with CallContext(exchange.log_fields):
+            with CallFields(exchange.log_fields):
                 await self._answer(exchange)
         except ConnectionResetError:
             return
