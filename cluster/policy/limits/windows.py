@@ -12,7 +12,6 @@ Invariant: for any time t of an admission, the sum over (t - WINDOW_S, t] did no
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -46,26 +45,23 @@ class MonotonicClock:
 class SlidingSum:
     """Sum of the amounts of the last WINDOW_S seconds. Callers must pass times that never decrease."""
 
-    __slots__ = ("_amounts", "_buckets", "total")
+    __slots__ = ("_amounts", "total")
 
     def __init__(self) -> None:
-        self._buckets: deque[int] = deque()
         self._amounts: dict[int, int] = {}
+        """Amounts by bucket, the oldest bucket first."""
         self.total = 0
 
     def advance(self, now: float) -> None:
         """Drop the buckets that have expired at `now`."""
         oldest = math.floor(now) - WINDOW_S
-        while self._buckets and self._buckets[0] < oldest:
-            self.total -= self._amounts.pop(self._buckets.popleft())
+        while self._amounts and (first := next(iter(self._amounts))) < oldest:
+            self.total -= self._amounts.pop(first)
 
     def add(self, amount: int, now: float) -> int:
         """Add an amount. Returns the number of the amount's bucket, for a later `correct`."""
         bucket = math.floor(now)
-        if bucket not in self._amounts:
-            self._buckets.append(bucket)
-            self._amounts[bucket] = 0
-        self._amounts[bucket] += amount
+        self._amounts[bucket] = self._amounts.get(bucket, 0) + amount
         self.total += amount
         return bucket
 
@@ -78,10 +74,10 @@ class SlidingSum:
     def frees_in_s(self, amount: int, now: float) -> float:
         """Seconds until at least `amount` of the sum has expired, at most WINDOW_S."""
         freed = 0
-        for bucket in self._buckets:
+        for bucket, expiring in self._amounts.items():
             if freed >= amount:
                 break
-            freed += self._amounts[bucket]
+            freed += expiring
             last = bucket
         else:
             if freed < amount:
@@ -92,8 +88,8 @@ class SlidingSum:
 
     def empties_in_s(self, now: float) -> float:
         """Seconds until the whole sum has expired."""
-        for bucket in reversed(self._buckets):
-            if self._amounts[bucket]:
+        for bucket, amount in reversed(self._amounts.items()):
+            if amount:
                 return max(bucket + 1 + WINDOW_S - now, 0.0)
         return 0.0
 
