@@ -28,7 +28,7 @@ from cluster.gateway.calls.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling_opening import PoolingOpening
 from cluster.gateway.calls.pooling_request import PoolingRequest
 from cluster.gateway.calls.tokenization import RenderChat, Tokenization
-from cluster.gateway.calls.traced_call import call_facts
+from cluster.gateway.calls.trace_facts import call_facts
 from cluster.gateway.links.link_renders import RenderedPrompt
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
@@ -136,12 +136,9 @@ class CallService:
         return CallContext(opening, self._begin_pooling, self._at_end, self.clock)
 
     def _trace(self, opening: CallOpening, traceparent: str) -> None:
-        """Begin the record of a call's spans if the call is sampled, and set its trace id. `traceparent`: the context
-        of the caller, or of the call at its first gateway."""
+        """Begin the record of a call's spans, if calls are traced. `traceparent`: see CallOpening."""
         if self._tracer is not None:
-            opening.trace = self._tracer.begin(traceparent, opening.meta.trace_state, opening.arrived)
-            if opening.trace is not None:
-                opening.trace_id = opening.trace.trace_id
+            opening.begin_trace(self._tracer, traceparent)
 
     def _end_trace(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
         """Export the spans of a call if the call is sampled."""

@@ -15,6 +15,7 @@ from cluster.gateway.models import KnownModel
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.gateway.tracing.call_trace import CallTrace
+from cluster.gateway.tracing.tracer import Tracer
 from cluster.observe.log import ids_of_call
 from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.version_split import Versions
@@ -63,6 +64,13 @@ class CallOpening:
         """The context length for the call, in tokens; 0 while the model's is unknown."""
         longest, of_tenant = self.model.max_model_len, self.meta.principal.tenant.max_context_tokens
         return min(longest, of_tenant) if of_tenant else longest
+
+    def begin_trace(self, tracer: Tracer, traceparent: str) -> None:
+        """Begin the record of the call's spans if the call is sampled, and set its trace id. `traceparent`: the context
+        of the caller, or of the call at its first gateway."""
+        self.trace = tracer.begin(traceparent, self.meta.trace_state, self.arrived)
+        if self.trace is not None:
+            self.trace_id = self.trace.trace_id
 
     def call_fields(
         self,
