@@ -301,6 +301,10 @@ class RoutingGateway:
         """See Workers."""
         return True
 
+    def runs_suspect(self, model: str, incarnation: str) -> bool:
+        """False, because no worker is ever lost."""
+        return False
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""
         return False

@@ -177,6 +177,10 @@ class SimGateway:
         """True for any adapter of a worker: the simulated workers have all adapters that the calls name."""
         return True
 
+    def runs_suspect(self, model: str, incarnation: str) -> bool:
+        """False, because no worker is ever lost."""
+        return False
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """False, because no worker is ever lost."""
         return False

@@ -123,6 +123,12 @@ class _RecordedWorkers:
         self._journal.reads.append(((model, adapter, "adapter"), answer))
         return answer
 
+    def runs_suspect(self, model: str, incarnation: str) -> bool:
+        """See Workers."""
+        answer = self._workers.runs_suspect(model, incarnation)
+        self._journal.reads.append(((model, incarnation, "suspect"), answer))
+        return answer
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""
         answer = self._workers.is_replaced(model, compatibility)
@@ -168,6 +174,10 @@ class _ReplayedWorkers:
     def has_adapter(self, model: str, adapter: str) -> bool:
         """See Workers."""
         return self._answer((model, adapter, "adapter"))  # type: ignore[no-any-return]
+
+    def runs_suspect(self, model: str, incarnation: str) -> bool:
+        """See Workers."""
+        return self._answer((model, incarnation, "suspect"))  # type: ignore[no-any-return]
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""

@@ -8,6 +8,7 @@ from typing import Final, Protocol, overload
 from weakref import WeakKeyDictionary
 
 from cluster.api.types import TOOL_PARSER, CompatibilityKey, EngineRequest
+from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
@@ -158,6 +159,12 @@ class LinkedWorkers:
         """Return whether any worker of a model takes calls for an adapter."""
         known = self._owner.directory.find(model)
         return known is not None and known.adapters.is_ready(adapter)
+
+    def runs_suspect(self, model: str, incarnation: str) -> bool:
+        """Return whether a worker runs a suspect sequence that has got no token there yet."""
+        known = self._owner.directory.find(model)
+        link = None if known is None else known.by_incarnation.get(incarnation)
+        return link is not None and any(isinstance(sink, OutputSequence) and sink.suspect for sink in link.sinks)
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether a sequence with this key can no longer resume. See KnownModel.is_replaced."""

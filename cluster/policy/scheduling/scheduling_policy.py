@@ -70,6 +70,9 @@ class Workers(Protocol):
     def has_adapter(self, model: str, adapter: str) -> bool:
         """Return whether any worker of a model takes calls for an adapter, see RouteCall. The answer is cheap."""
 
+    def runs_suspect(self, model: str, incarnation: str) -> bool:
+        """Return whether a worker runs a suspect sequence that has got no token there yet, see worker_losses.py."""
+
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""
 
@@ -119,6 +122,8 @@ class SchedulingPolicy:
 
     def resume(self, sequence: ResumingSequence, now: float) -> None:
         """Queue a sequence to be resumed."""
+        if sequence.suspect:
+            self.losses.suspect(sequence.key, sequence.lost_links, now)
         self.resuming.add(sequence, now)
 
     def remove(self, key: str) -> bool:
@@ -321,9 +326,12 @@ class SchedulingPolicy:
                     self.resuming.remove(sequence.key)
                     yield End(sequence.key, Ending.BLAMED)
                     return
-                self.resuming.acquit(sequence.key)
-                yield Acquit(sequence.key)
-                is_suspect = False
+                if verdict is LossVerdict.ALONE:
+                    candidates = [one for one in candidates if not view.runs_suspect(one)]
+                else:
+                    self.resuming.acquit(sequence.key)
+                    yield Acquit(sequence.key)
+                    is_suspect = False
             request = resumed_request(sequence, candidates, now)
             decision = pick(request, candidates)
             if decision.worker_id is not None:
@@ -331,7 +339,7 @@ class SchedulingPolicy:
                 worker = next(one for one in candidates if one.worker_id == decision.worker_id)
                 uncached = uncached_tokens_at(request, worker)
                 yield Send(sequence.entry, worker.worker_id, decision.reason, uncached, decision=decision)
-                view.refresh(worker)
+                view.refresh(worker, is_suspect)
                 return
         if self._workers.is_replaced(sequence.model, sequence.compatibility):
             self.resuming.remove(sequence.key)
@@ -384,6 +392,8 @@ class _WorkersView:
         self._changed: dict[str, Candidate | None] = {}
         """Workers that were read again, by incarnation; None if the worker has left."""
         self._single: dict[str, Candidate | None] = {}
+        self._with_suspect: dict[str, bool] = {}
+        """Whether a worker runs a suspect sequence, by incarnation."""
 
     def _candidates(self) -> Sequence[Candidate]:
         if self._read is None:
@@ -421,8 +431,16 @@ class _WorkersView:
             self._single[incarnation] = self._workers.candidate(self._model, incarnation, self._now)
         return self._single[incarnation]
 
-    def refresh(self, worker: Candidate) -> None:
-        """Read a worker again after a sequence was sent to the worker."""
+    def runs_suspect(self, worker: Candidate) -> bool:
+        """Return whether a worker runs a suspect sequence."""
+        if worker.incarnation not in self._with_suspect:
+            self._with_suspect[worker.incarnation] = self._workers.runs_suspect(self._model, worker.incarnation)
+        return self._with_suspect[worker.incarnation]
+
+    def refresh(self, worker: Candidate, is_suspect: bool) -> None:
+        """Read a worker again after a sequence was sent to the worker. `is_suspect`: whether the sequence is."""
         self._single.pop(worker.incarnation, None)
+        if is_suspect:
+            self._with_suspect[worker.incarnation] = True
         if self._read is not None:
             self._changed[worker.incarnation] = self.one(worker.incarnation)

@@ -1,12 +1,14 @@
 """Verdict on sequences that lost workers. A sequence that lost two workers in a row, without a token in between, is not
-sent to a third worker.
+sent to a third worker, unless other sequences lost the same workers.
 
 Problem: a request that crashes or blocks every engine would be passed from worker to worker and break all other streams
 on these workers. The gateway sees that a worker is lost, but not why.
 Invariant: the call of a sequence ends if the sequence lost `most` workers unexpectedly, with no token in between.
-Exception: the sequence resumes if the gateway lost even more workers that did not run the sequence within WINDOW_S. The
-verdict is given SETTLE_S after the sequence's last loss, since the losses of one host or network are detected one after
-the other.
+Two exceptions. First, the sequence resumes if the gateway lost even more workers that did not run the sequence within
+WINDOW_S. The verdict is given SETTLE_S after the sequence's last loss, since the losses of one host or network are
+detected one after the other. Second, if several sequences lost their last `most` workers together, only one of them may
+be the cause. Each is then sent once more, to a worker that runs no other suspect sequence. So the sequence that
+causes the losses takes down one more worker, and no other sequence fails with it.
 A loss is expected, and does not count, in two cases: the worker was draining, or the worker was only unreachable and
 the same process has reconnected before the verdict.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Sequence
 
 MOST_SILENT = 2
 """Default of the setting gateway.resume.max_silent_losses."""
@@ -27,10 +29,12 @@ WINDOW_S = 30.0
 
 
 class LossVerdict(enum.Enum):
-    """Verdict on a suspect sequence: WAIT for more loss reports, RESUME it, or END its call."""
+    """Verdict on a suspect sequence: WAIT for more loss reports, RESUME it, send it to a worker that runs no other
+    suspect sequence (ALONE), or END its call."""
 
     WAIT = "wait"
     RESUME = "resume"
+    ALONE = "alone"
     END = "end"
 
 
@@ -40,6 +44,8 @@ class WorkerLosses:
     def __init__(self, most: int = MOST_SILENT) -> None:
         self._most = most
         self._lost: deque[tuple[float, str, str]] = deque()
+        self._suspects: dict[str, tuple[float, set[str]]] = {}
+        """The suspect sequences by the link that they lost last: time of the loss, and keys."""
 
     def lost(self, link: str, now: float, unreachable: str = "") -> None:
         """Record an unexpected end of the link with this name. `unreachable`: the worker's incarnation if the worker's
@@ -53,20 +59,31 @@ class WorkerLosses:
         if any(name == incarnation for *_, name in self._lost):
             self._lost = deque(loss for loss in self._lost if loss[2] != incarnation)
 
-    def verdict(self, own: Collection[str], since: float, now: float) -> LossVerdict:
-        """Return the verdict on a sequence. `own`: names of the ended links on which the sequence ran, and CARRIED.
-        `since`: time at which the last of these links ended."""
+    def suspect(self, key: str, own: Sequence[str], now: float) -> None:
+        """Record that the sequence `key` is suspect. `own`: see `verdict`."""
+        if own[-1] != CARRIED:
+            self._suspects.setdefault(own[-1], (now, set()))[1].add(key)
+        self._forget(now)
+
+    def verdict(self, own: Sequence[str], since: float, now: float) -> LossVerdict:
+        """Return the verdict on a sequence. `own`: names of the ended links on which the sequence ran, and CARRIED, the
+        oldest first. `since`: time at which the last of these links ended."""
         if now - since < SETTLE_S:
             return LossVerdict.WAIT
         self._forget(now)
         own_losses = sum(link in own for _, link, _ in self._lost)
         other_losses = len(self._lost) - own_losses
         own_losses += sum(link == CARRIED for link in own)
-        return LossVerdict.END if own_losses >= self._most and other_losses <= own_losses else LossVerdict.RESUME
+        if own_losses < self._most or other_losses > own_losses:
+            return LossVerdict.RESUME
+        has_company = own[-1] in self._suspects and len(self._suspects[own[-1]][1]) > 1
+        return LossVerdict.ALONE if has_company and len(own) == self._most else LossVerdict.END
 
     def _forget(self, now: float) -> None:
         while self._lost and now - self._lost[0][0] > WINDOW_S:
             self._lost.popleft()
+        while self._suspects and now - next(iter(self._suspects.values()))[0] > WINDOW_S:
+            del self._suspects[next(iter(self._suspects))]
 
     def __repr__(self) -> str:
         return f"WorkerLosses({len(self._lost)} within {WINDOW_S:g} s)"

@@ -29,11 +29,17 @@ DEADLY = 13
 
 @dataclass
 class Mortal:
-    """A simulated engine that crashes on a request with the seed DEADLY, after `tokens` tokens of the request."""
+    """A simulated engine that crashes on a request with the seed DEADLY, after `tokens` tokens of the request.
+
+    It crashes once each other request that it runs has got a token there. With `crash`, it gives no outputs at all, and
+    crashes once this is set."""
 
     inner: SimEngine
     tokens: int = 0
+    crash: asyncio.Event | None = None
     doomed: dict[str, int] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
+    """Ids of the other requests that have got no token."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -41,20 +47,22 @@ class Mortal:
     async def submit(self, request: EngineRequest) -> None:
         """See Engine."""
         if request.sampling.seed == DEADLY:
-            if len(request.emitted_token_ids) >= self.tokens:
-                raise EngineDead("a query of death")
             self.doomed[request.request_id] = len(request.emitted_token_ids)
+        else:
+            self.silent.add(request.request_id)
         await self.inner.submit(request)
 
     async def step(self) -> Any:
         """See Engine."""
-        outputs = await self.inner.step()
+        outputs = [one for one in await self.inner.step() if self.doomed.get(one.request_id, -1) < self.tokens]
         for one in outputs:
+            self.silent.discard(one.request_id)
             if one.request_id in self.doomed:
                 self.doomed[one.request_id] += len(one.token_ids)
-        if any(count >= self.tokens for count in self.doomed.values()):
+        is_due = self.crash.is_set() if self.crash else not self.silent
+        if is_due and any(count >= self.tokens for count in self.doomed.values()):
             raise EngineDead("a query of death")
-        return outputs
+        return [] if self.crash else outputs
 
 
 @pytest.mark.slow
@@ -78,6 +86,36 @@ async def test_a_query_of_death_takes_two_workers(
     if tokens:  # no resume sends the call to a third worker, at whatever gateway
         assert (await refused(cluster.stub.Resume(resume(deadly, chunks)))).reason == "RESUME_EXPIRED"
     assert [(await stream).choices[0].text for stream in streams] == [whole] * 6
+    await cluster.until_idle()
+
+
+@pytest.mark.slow
+async def test_no_neighbour_fails_with_a_query_of_death(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Streams that resume beside a request that crashes engines, and lose two workers with it without a token in
+    between, go on. The request takes down a third worker, and ends there."""
+    await cluster.add_worker(cast(Engine, Mortal(sim_engine(checkpoint, decode_ms=2))), bundle)
+    request = complete(max_tokens=300, ignore_eos=True)
+    whole = (await cluster.stub.Complete(request)).choices[0].text
+    streams = [cluster.stub.StreamComplete(request) for _ in range(3)]
+    firsts = [(await read(stream)).choices[0].text for stream in streams]
+    deadly = asyncio.ensure_future(
+        refused(cluster.stub.Complete(complete(max_tokens=99, seed=DEADLY, temperature=1.0)))
+    )
+    await until(lambda: cluster.workers[0].task.done(), "the first worker is lost")
+    crash = asyncio.Event()
+    second = await cluster.add_worker(cast(Engine, Mortal(sim_engine(checkpoint, decode_ms=2), crash=crash)), bundle)
+    await until(lambda: second.engine.load().running == 4, "all have been sent to the second worker")
+    crash.set()
+    await until(second.task.done, "the second worker is lost")
+    for _ in range(3):
+        await cluster.add_worker(cast(Engine, Mortal(sim_engine(checkpoint, decode_ms=2))), bundle)
+    answer = await deadly
+    assert answer.reason == "WORKER_LOST"
+    assert "lost 3 workers" in answer.message
+    assert sum(worker.task.done() for worker in cluster.workers) == 3
+    rests = [await rest_of(stream) for stream in streams]
+    texts = ["".join(chunk.choices[0].text for chunk in rest if chunk.choices) for rest in rests]
+    assert [first + text for first, text in zip(firsts, texts, strict=True)] == [whole] * 3
     await cluster.until_idle()
 
 

@@ -34,6 +34,7 @@ class Fleet:
     workers: dict[str, Candidate] = field(default_factory=dict)
     replaced: set[CompatibilityKey | None] = field(default_factory=set)
     cached: dict[str, dict[str, int]] = field(default_factory=dict)
+    with_suspect: set[str] = field(default_factory=set)
     broken: bool = False
 
     def add(
@@ -83,6 +84,10 @@ class Fleet:
     def has_adapter(self, model: str, adapter: str) -> bool:
         """See Workers."""
         return any(adapter in worker.adapters for worker in self.workers.values())
+
+    def runs_suspect(self, model: str, incarnation: str) -> bool:
+        """See Workers."""
+        return incarnation in self.with_suspect
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """See Workers."""
@@ -177,6 +182,43 @@ def test_a_suspect_waits_for_its_verdict() -> None:
     instructions = carry_out(policy, fleet, 1.0 + 2 * SETTLE_S)
     assert instructions[0] == Acquit("a")
     assert sent(instructions) == [("a", "w")]
+
+
+@given(sharing=st.integers(2, 6), free=st.integers(1, 6), last=st.data())
+def test_suspects_that_lost_workers_together_are_tried_one_by_one(sharing: int, free: int, last: st.DataObject) -> None:
+    """Of sequences that lost the same workers, no two run on one worker before the first of them has a token. A
+    sequence that then loses a third worker is ended, and the others go on."""
+    fleet = Fleet()
+    for name in ("w1", "w2"):
+        fleet.add(name, free=free)
+    policy = policy_of(fleet)
+    for link, at in (("l1", 0.0), ("l2", 1.0)):
+        policy.losses.lost(link, at)
+    suspects = [
+        ResumingSequence(entry(f"s{at}"), 12, KEYS[0], suspect=True, lost_links=("l1", "l2"), lost_at=1.0)
+        for at in range(sharing)
+    ]
+    for one in suspects:
+        policy.resume(one, 1.0)
+    now, tried = 1.0 + SETTLE_S, list[str]()
+    for _ in suspects:
+        instructions = carry_out(policy, fleet, now)
+        where = [worker for _, worker in sent(instructions)]
+        assert len(where) == len(instructions) == len(set(where))
+        assert not fleet.with_suspect & set(where)
+        tried += [key for key, _ in sent(instructions)]
+        fleet.with_suspect |= set(where)
+        assert carry_out(policy, fleet, now) == []
+        answered = last.draw(st.sampled_from(sorted(fleet.with_suspect)))
+        fleet.with_suspect.remove(answered)  # its sequence has a token
+        fleet.grant(answered, free)
+        if len(tried) == sharing:
+            break
+    assert sorted(tried) == sorted(one.key for one in suspects)
+    guilty = replace(suspects[0], lost_links=("l1", "l2", "l3"), lost_at=now)
+    policy.losses.lost("l3", now)
+    policy.resume(guilty, now)
+    assert carry_out(policy, fleet, now + SETTLE_S) == [End(guilty.key, Ending.BLAMED)]
 
 
 def test_what_can_never_resume_ends() -> None:
