@@ -49,12 +49,14 @@ class StoredCatalog:
 class StoredCatalogFile:
     """File with the stored changes of the catalog. The next controller of the same cluster continues from this file.
 
-    `life`: the instance of a local cluster, else empty. A file of another instance is ignored.
+    `life`: the instance of a local cluster, else empty. A file of another instance is ignored. `on_stored` is called
+    after each change of the file.
     """
 
-    def __init__(self, path: Path, life: str) -> None:
+    def __init__(self, path: Path, life: str, on_stored: Callable[[], None] = lambda: None) -> None:
         self._path = path
         self._life = life
+        self._on_stored = on_stored
 
     def read(self) -> StoredCatalog | None:
         """Return the stored changes, or None if the file is missing, unreadable or from another instance."""
@@ -97,6 +99,7 @@ class StoredCatalogFile:
         draft = self._path.with_suffix(".new")
         draft.write_text(text)
         draft.replace(self._path)
+        self._on_stored()
 
 
 def _adapter_from_json(values: Mapping[str, Any]) -> AdapterSpec:

@@ -101,6 +101,7 @@ class ControllerLinks:
         self._timing = timing or Timing()
         self._catalog: tuple[CatalogEntry, ...] = ()
         self._revision = 0
+        self._operator_state: pb.OperatorState | None = None
         self._wall_s = wall_s
         self._changed: set[asyncio.Event] = set()
         self._reports: dict[str, _GatewayReports] = {}
@@ -113,6 +114,11 @@ class ControllerLinks:
         self._catalog = tuple(entries)
         # Workers follow the highest revision that they have seen, so it must grow over a restart of the controller too.
         self._revision = max(self._revision + 1, round(self._wall_s() * 1000))
+        self._notify_all()
+
+    def set_operator_state(self, state: pb.OperatorState | None) -> None:
+        """Set the state that the gateways keep for the next controller, and send it. None: there is none."""
+        self._operator_state = state
         self._notify_all()
 
     def _notify_all(self) -> None:
@@ -230,6 +236,7 @@ class ControllerLinks:
                 revision=self._revision,
                 models=[codec.entry_to_pb(e) for e in self._catalog],
                 gateways=self.linked,
+                operator_state=self._operator_state,
             )
             async with write_lock:
                 await call.write(pb.ControllerFrame(catalog=catalog))

@@ -21,6 +21,7 @@ from cluster.controller.desired_models import DesiredModels
 from cluster.controller.gauges import ray_samples
 from cluster.controller.last_good import held_names, with_last_good
 from cluster.controller.links import ControllerLinks
+from cluster.controller.operator_state import CATALOG_FILE, SCALING_FILE, OperatorState, recover
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.controller.replica_settings import link_tls, settings_of
 from cluster.controller.retired_apps import RetiredApps
@@ -69,6 +70,8 @@ async def run_controller(
     the file.
     """
     found = with_last_good(found or PartialConfig(config), run_folder)
+    if ray_address is None:  # the folder of a local cluster outlives its controller
+        await recover(gateways, link_tls(found.config, local=False), run_folder)
     backend = _backend(found.config, instance, ray_address, run_folder)
     parts = _parts(found, backend, instance, gateways, run_folder, metrics, local=ray_address is not None)
     gauges = partial(ray_samples, backend, parts[1])
@@ -102,6 +105,7 @@ def _parts(
     local: bool,
 ) -> tuple[ControllerLinks, Controller, BundleBuilder]:
     """Construct the parts of a controller that have a `run` method. `local`: the replicas run on this host."""
+    state = OperatorState(run_folder)
     config, builder = found.config, BundleBuilder(run_folder / "bundles", local=local)
     models, published = DesiredModels(), PublishedCatalog(builder.known)
     models.hold(
@@ -111,17 +115,21 @@ def _parts(
         config,
         models,
         published,
-        StoredCatalogFile(run_folder / "catalog.json", instance if local else ""),
+        StoredCatalogFile(run_folder / CATALOG_FILE, instance if local else "", lambda: on_stored()),
         lambda config: settings_of(config, gateways=gateways, local=local),
         by_file=not local,
         held=held_names(found.held),
         on_want=builder.want,
     )
-    requests_file = scaling.OperatorRequestFile(run_folder / "scaling.json")
+    requests_file = scaling.OperatorRequestFile(run_folder / SCALING_FILE)
     scaler = Scaler(scaling.settings_of(config), time.monotonic(), requests_file.read())
+
+    def on_stored() -> None:
+        links.set_operator_state(state.record_change())
 
     def on_scaling_request() -> None:
         requests_file.keep(scaler.operator_requests)
+        on_stored()
         models.changed.set()
 
     links = ControllerLinks(
@@ -132,6 +140,7 @@ def _parts(
         listener=scaling.DemandRecorder(scaler, models.changed.set),
         verbs={**scaling_verbs(ScalingRequests(scaler, on_scaling_request)), **catalog_verbs(catalog)},
     )
+    links.set_operator_state(state.message)
     retired = RetiredApps(config.gateway.drain_timeout_s)
     counters = scaling.Counters(metrics) if metrics is not None else None
     return links, Controller(backend, links, models, published, retired, scaler, counters, catalog.keep), builder

@@ -109,6 +109,7 @@ class Gateway:
             timing,
             settings.siblings(process),
             settings.link_tls is not None,
+            folder,
         )
         self.directory = ModelDirectory(folder, self.hub.bundles.fetch)
         self.accounting = optional_parts.accounting(self.tenants, usage_store, self.hub, folder / "usage")

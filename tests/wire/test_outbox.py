@@ -51,6 +51,9 @@ class DeafGateway(pb_grpc.LinkServicer):
     async def Bulk(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         await asyncio.Event().wait()
 
+    async def ReadOperatorState(self, request: object, context: Any) -> pb.OperatorState:
+        raise AssertionError("no controller asks here")
+
     async def Starting(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         raise AssertionError("no worker starts here")
 

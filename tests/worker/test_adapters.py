@@ -461,6 +461,9 @@ class Gateway(pb_grpc.LinkServicer):
         self.tokens: dict[int, list[int]] = {}
         self.finished: set[int] = set()
 
+    async def ReadOperatorState(self, request: object, context: Any) -> pb.OperatorState:
+        raise AssertionError("no controller asks here")
+
     async def Starting(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         raise AssertionError("no worker starts here")
 

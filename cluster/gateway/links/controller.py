@@ -41,11 +41,15 @@ class CurrentController:
     """The connected controller (of several streams, the newest), and the last catalog that a controller has sent."""
 
     def __init__(
-        self, apply_catalog: Callable[[Sequence[CatalogEntry], int], None], report: Callable[[], pb.GatewayControlFrame]
+        self,
+        apply_catalog: Callable[[Sequence[CatalogEntry], int], None],
+        report: Callable[[], pb.GatewayControlFrame],
+        keep_operator_state: Callable[[pb.OperatorState], None],
     ) -> None:
         """`report` returns the current demand and fleet report."""
         self._apply_catalog = apply_catalog
         self._report = report
+        self._keep_operator_state = keep_operator_state
         self._stream: _Stream | None = None
         self.heard_at: float | None = None
         """Monotonic time of a controller's last frame; None before the first catalog."""
@@ -69,6 +73,8 @@ class CurrentController:
                     self.heard_at = time.monotonic()
                 if frame.HasField("catalog"):
                     self.gateways = frame.catalog.gateways
+                    if frame.catalog.HasField("operator_state"):
+                        self._keep_operator_state(frame.catalog.operator_state)
                     self._apply_catalog(_entries(frame.catalog), frame.catalog.revision)
                 if frame.HasField("admin_reply"):
                     stream.requests.handle_reply(frame.admin_reply)

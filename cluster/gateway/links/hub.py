@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from cluster import http2
 from cluster.api.types import WorkerIdentity
 from cluster.gateway.links.bundle_fetches import BundleFetches
 from cluster.gateway.links.controller import CurrentController, tallies_to_pb, worker_to_pb
+from cluster.gateway.links.kept_state import KeptOperatorState
 from cluster.gateway.links.peer_identity import CONTROLLER, PeerIdentity, model_uri
 from cluster.gateway.links.starting_workers import StartingWorkers
 from cluster.gateway.links.worker_link import WorkerLink
@@ -52,9 +54,11 @@ class Hub(pb_grpc.LinkServicer):
         timing: Timing | None = None,
         siblings: Sequence[str] = (),
         by_certificate: bool = False,
+        folder: Path | None = None,
     ) -> None:
         """`siblings`: link addresses of the other gateway processes of this host, which share the client ports.
-        `by_certificate`: whether the port has TLS, so that a peer's certificate must name the peer's role."""
+        `by_certificate`: whether the port has TLS, so that a peer's certificate must name the peer's role. `folder`:
+        the gateway's folder, for the operator state."""
         self.gateway_id = gateway_id
         self._siblings = tuple(siblings)
         self.incarnation = uuid.uuid4().hex[:12]
@@ -62,7 +66,8 @@ class Hub(pb_grpc.LinkServicer):
         self._listener = listener
         self._peer_identity = PeerIdentity(by_certificate)
         self._timing = timing or Timing()
-        self.controller = CurrentController(listener.apply_catalog, self._report)
+        self._operator_state = KeptOperatorState(folder)
+        self.controller = CurrentController(listener.apply_catalog, self._report, self._operator_state.keep)
         self.bundles = BundleFetches(self._bundle_holder, self.controller.request_bundle)
         self.starting = StartingWorkers()
         self.workers = WorkerLinks(listener, self._timing, self.bundles.request_again)
@@ -227,6 +232,12 @@ class Hub(pb_grpc.LinkServicer):
             await self._refuse_peer(context, CONTROLLER)
         await context.write(pb.GatewayControlFrame(welcome=self._welcome(codec.PROTOCOL_MAX)))
         await self.controller.serve(first.hello, context)
+
+    async def ReadOperatorState(self, request: object, context: Any) -> pb.OperatorState:
+        """Return the operator state that a controller last sent. Only a controller may ask."""
+        if not self._peer_identity.may_control(context.peer_certificate()):
+            await self._refuse_peer(context, CONTROLLER)
+        return self._operator_state.newest
 
 
 async def _write_blobs(blobs: asyncio.Queue[pb.Blob], context: Any) -> None:

@@ -22,6 +22,46 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class ReadOperatorStateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadOperatorStateRequest: _TypeAlias = ReadOperatorStateRequest  # noqa: Y015
+
+@_typing.final
+class OperatorState(_message.Message):
+    """What operators have changed at run time: replicas, weights of versions, adapters. Gateways keep it unread."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Milliseconds since the epoch of the last change; 0: there is none. The highest counts."""
+    document: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        document: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperatorState: _TypeAlias = OperatorState  # noqa: Y015
+
+@_typing.final
 class StartingWorker(_message.Message):
     """Replaces the message before."""
 
@@ -2145,21 +2185,27 @@ class Catalog(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
+    OPERATOR_STATE_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     gateways: _builtins.int
     """that the controller has links to, this one among them"""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogModel]: ...
+    @_builtins.property
+    def operator_state(self) -> Global___OperatorState:
+        """For the next controller. Absent as long as operators have changed nothing."""
+
     def __init__(
         self,
         *,
         revision: _builtins.int = ...,
         models: _abc.Iterable[Global___CatalogModel] | None = ...,
         gateways: _builtins.int = ...,
+        operator_state: Global___OperatorState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operator_state", b"operator_state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "models", b"models", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "models", b"models", "operator_state", b"operator_state", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,6 +60,11 @@ class LinkStub:
                 request_serializer=cluster_dot_link_dot_v1_dot_link__pb2.StartingWorker.SerializeToString,
                 response_deserializer=cluster_dot_link_dot_v1_dot_link__pb2.StartingEnd.FromString,
                 _registered_method=True)
+        self.ReadOperatorState = channel.unary_unary(
+                '/cluster.link.v1.Link/ReadOperatorState',
+                request_serializer=cluster_dot_link_dot_v1_dot_link__pb2.ReadOperatorStateRequest.SerializeToString,
+                response_deserializer=cluster_dot_link_dot_v1_dot_link__pb2.OperatorState.FromString,
+                _registered_method=True)
 
 
 class LinkServicer:
@@ -101,6 +106,14 @@ class LinkServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadOperatorState(self, request, context):
+        """ReadOperatorState returns what operators have changed at run time, as a controller last sent it with a catalog. A
+        controller asks before it starts, since its folder may have been lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LinkServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +141,11 @@ def add_LinkServicer_to_server(servicer, server):
                     servicer.Starting,
                     request_deserializer=cluster_dot_link_dot_v1_dot_link__pb2.StartingWorker.FromString,
                     response_serializer=cluster_dot_link_dot_v1_dot_link__pb2.StartingEnd.SerializeToString,
+            ),
+            'ReadOperatorState': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadOperatorState,
+                    request_deserializer=cluster_dot_link_dot_v1_dot_link__pb2.ReadOperatorStateRequest.FromString,
+                    response_serializer=cluster_dot_link_dot_v1_dot_link__pb2.OperatorState.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +284,33 @@ class Link:
             '/cluster.link.v1.Link/Starting',
             cluster_dot_link_dot_v1_dot_link__pb2.StartingWorker.SerializeToString,
             cluster_dot_link_dot_v1_dot_link__pb2.StartingEnd.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadOperatorState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.link.v1.Link/ReadOperatorState',
+            cluster_dot_link_dot_v1_dot_link__pb2.ReadOperatorStateRequest.SerializeToString,
+            cluster_dot_link_dot_v1_dot_link__pb2.OperatorState.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,10 @@ class LinkStub:
     """Control carries the catalog up and demand down; the controller dials it."""
     Starting: _grpc.StreamStreamMultiCallable[_link_pb2.StartingWorker, _link_pb2.StartingEnd]
     """Starting reports how far a worker is that serves nothing yet. The stream ends when its start ends."""
+    ReadOperatorState: _grpc.UnaryUnaryMultiCallable[_link_pb2.ReadOperatorStateRequest, _link_pb2.OperatorState]
+    """ReadOperatorState returns what operators have changed at run time, as a controller last sent it with a catalog. A
+    controller asks before it starts, since its folder may have been lost.
+    """
 
 @_typing.type_check_only
 class LinkAsyncStub(LinkStub):
@@ -61,6 +65,10 @@ class LinkAsyncStub(LinkStub):
     """Control carries the catalog up and demand down; the controller dials it."""
     Starting: _aio.StreamStreamMultiCallable[_link_pb2.StartingWorker, _link_pb2.StartingEnd]  # type: ignore[assignment]
     """Starting reports how far a worker is that serves nothing yet. The stream ends when its start ends."""
+    ReadOperatorState: _aio.UnaryUnaryMultiCallable[_link_pb2.ReadOperatorStateRequest, _link_pb2.OperatorState]  # type: ignore[assignment]
+    """ReadOperatorState returns what operators have changed at run time, as a controller last sent it with a catalog. A
+    controller asks before it starts, since its folder may have been lost.
+    """
 
 class LinkServicer(metaclass=_abc_1.ABCMeta):
     """Link is served by every gateway on its link port."""
@@ -104,5 +112,15 @@ class LinkServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_link_pb2.StartingEnd], _abc.AsyncIterator[_link_pb2.StartingEnd]]:
         """Starting reports how far a worker is that serves nothing yet. The stream ends when its start ends."""
+
+    @_abc_1.abstractmethod
+    def ReadOperatorState(
+        self,
+        request: _link_pb2.ReadOperatorStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_link_pb2.OperatorState, _abc.Awaitable[_link_pb2.OperatorState]]:
+        """ReadOperatorState returns what operators have changed at run time, as a controller last sent it with a catalog. A
+        controller asks before it starts, since its folder may have been lost.
+        """
 
 def add_LinkServicer_to_server(servicer: LinkServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -154,6 +154,13 @@ async def test_a_certificate_for_something_else(secured: Secured) -> None:
     ]
     for holder, method, message in attempts:
         assert await secured.as_holder(holder, method, message) is CODE.PERMISSION_DENIED, (holder, method, message)
+    for holder, code in (
+        ("worker", CODE.PERMISSION_DENIED),
+        ("other", CODE.PERMISSION_DENIED),
+        ("controller", CODE.OK),
+    ):
+        async with grpc.aio.secure_channel(secured.address, secured.files(holder).channel_credentials()) as channel:
+            assert await pb_grpc.LinkStub(channel).ReadOperatorState(pb.ReadOperatorStateRequest()).code() is code
     await secured.undisturbed()
 
 
