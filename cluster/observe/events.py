@@ -93,7 +93,7 @@ EVENTS: Mapping[str, str] = {
     "operator_state.copy_not_read": "A gateway's copy of what operators changed could not be read and is not used.",
     "operator_state.file_not_read": "A file with what operators changed could not be read in the controller's folder.",
     "operator_state.gateway_not_asked": "A gateway did not answer what operators had changed. Another gateway may.",
-    "operator_state.not_recovered": "A gateway's newest state could not be read; the controller starts from its folder.",
+    "operator_state.not_recovered": "A gateway's newest state was not readable; the controller starts from its folder.",
     "operator_state.not_stored": "A gateway could not store what operators changed. It keeps it in memory.",
     "operator_state.recovered": "The controller continues from what operators had changed, as a gateway kept it.",
     "operator_state.too_large": "What operators changed is too large for gateways to keep; only the folder has it.",
