@@ -32,6 +32,7 @@ async def _run(*arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 async def test_smoke_runs_every_face_and_writes_report_and_plots(tmp_path: Path) -> None:
     """A smoke run answers all calls of each API with equal texts, and writes figures to the JSON file and PNG files."""
     code, out, err = await _run("smoke", "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "plots"))

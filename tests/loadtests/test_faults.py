@@ -66,6 +66,7 @@ def test_a_leak_is_seen_in_the_slope(mb_per_h: float, seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 async def test_kill_points_leave_every_answer_as_it_was(tmp_path: Path) -> None:
     """After a dozen faults under all kinds of calls, answers and ledger are exact, and every row is in its place."""
     file = tmp_path / "out.json"

@@ -154,6 +154,7 @@ async def test_without_a_gpu_it_ends_with_what_is_missing(tmp_path: Path) -> Non
 
 
 @pytest.mark.engine
+@pytest.mark.long
 async def test_a_trial_on_cpu_runs_the_whole_way(tmp_path: Path) -> None:
     """A trial on CPU runs one tiny round with the real engine and our gateway. Rows without a peer say so, and no row
     is met.

@@ -183,6 +183,7 @@ def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
 @pytest.mark.needs("valkey-server", "postgresql")
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
     """When a gateway of the whole cluster dies, no call fails, texts and ledger are exact, no way leads out, and all is

@@ -16,6 +16,7 @@ from loadtests.show import Screen
 
 
 @pytest.mark.slow
+@pytest.mark.long
 async def test_the_row_of_two_processes(tmp_path: Path) -> None:
     """Both arms give complete answers with equal texts, only the CPU time of gateways is counted, and one figure has a
     bound.

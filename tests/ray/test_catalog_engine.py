@@ -34,6 +34,7 @@ def group_by_prefix(texts: Sequence[str]) -> dict[str, int]:
     return kinds
 
 
+@pytest.mark.long
 async def test_a_model_changes_under_load_on_the_real_engine(backend: ChildBackend, tmp_path: Path) -> None:
     """No call fails, and no answer mixes two versions, while a model changes under load."""
     sources = [build_checkpoint("llama", tmp_path / f"seed{seed}", seed) for seed in range(3)]

@@ -157,6 +157,7 @@ async def operating(cluster: TestCluster, backend: Backend, folder: Path) -> Asy
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 async def test_a_model_changes_under_load_on_ray(backend: ChildBackend, tmp_path: Path) -> None:
     """No call fails during all changes of a model on a real Ray."""
     await changes_under_load(backend, tmp_path)

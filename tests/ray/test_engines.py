@@ -86,7 +86,7 @@ async def same_tokens(link: WorkerLink, folder: Path) -> None:
     assert answers == await asyncio.to_thread(expected, folder)  # in a thread, since the link's pings need the loop
 
 
-@pytest.mark.parametrize("family", ["mistral", "falcon"])
+@pytest.mark.parametrize("family", [pytest.param("mistral", marks=pytest.mark.long), "falcon"])
 async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend, door: Door, tmp_path: Path) -> None:
     """The greedy tokens of a model at TP 2 on a placement group equal the tokens of transformers in float32."""
     folder = build_checkpoint(family, tmp_path / family)
@@ -136,14 +136,17 @@ def _end_reason(door: Door, known: int) -> str | None:
     return ends[-1].reason if len(ends) > known else None
 
 
-async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victims", [("core",), pytest.param(("replica", "rank"), marks=pytest.mark.long)])
+async def test_llama_and_its_deaths(
+    victims: tuple[str, ...], backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path
+) -> None:
     """After SIGKILL of the replica, the engine core or a rank (LLaMA at TP 2), neither processes nor shared memory are
     left, the model serves again, and the gateway reports which process ended, the cause and the log file."""
     folder, others, files = build_checkpoint("llama", tmp_path / "llama"), blocks(), sockets()
     await backend.deploy(two_ranks("llama", folder, door.address))
     link = await door.worker("llama", 400.0)
     await same_tokens(link, folder)
-    for victim in ("replica", "core", "rank"):
+    for victim in victims:
         before = tree(local_ray, folder)
         assert {part: len(processes) for part, processes in before.items()} == {"replica": 1, "core": 1, "rank": 2}
         everyone = set().union(*before.values())

@@ -28,7 +28,14 @@ from tests.support.cluster import TestCluster, running_cluster, until
 from tests.support.cuttable import cuttable
 from tests.support.ray_head import HeadAndNode, head_and_node
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.engine,
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.timeout(1500),
+]
 
 AWAY_S = float(os.environ.get("HEAD_AWAY_S", "10"))
 CALLERS, TOKENS, STEADY_PASSES = 2, 24, 5

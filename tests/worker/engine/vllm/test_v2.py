@@ -15,17 +15,19 @@ from loadtests.interpreted import ROOT, TRITON, environment
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-KINDS = ("greedy", "seed", "all penalties and a seed", "regex", "json grammar, seed", "everything")
+SAMPLE = ("seed", "everything")
+KINDS = ("greedy", *SAMPLE, "all penalties and a seed", "regex", "json grammar, seed")
 """Keys of contract.RESUMED that run here. `make contract-v2` runs all keys and the rest of the contract."""
 
 
 @pytest.mark.skipif(not TRITON.is_dir(), reason="needs Triton beside the environment: make triton")
-def test_six_kinds_of_calls_are_continued_on_the_v2_runner() -> None:
-    """Requests of six kinds are cut at every token and resumed on the V2 runner with asynchronous scheduling."""
+@pytest.mark.parametrize("kinds", [SAMPLE, pytest.param(KINDS, marks=pytest.mark.long)], ids=["sample", "all"])
+def test_calls_are_continued_on_the_v2_runner(kinds: tuple[str, ...]) -> None:
+    """Requests of several kinds are cut at every token and resumed on the V2 runner with asynchronous scheduling."""
     file = "tests/worker/engine/v2_contract.py"
-    tests = [f"{file}::TestV2::test_cut_anywhere_equals_uncut[{kind}]" for kind in KINDS]
+    tests = [f"{file}::TestV2::test_cut_anywhere_equals_uncut[{kind}]" for kind in kinds]
     first = [f"{file}::test_the_runner_is_v2", "tests/worker/engine/async_contract.py"]
     command = [sys.executable, "-m", "pytest", "-q", *first, *tests]
     ran = subprocess.run(command, cwd=ROOT, env=os.environ | environment(), capture_output=True, text=True, timeout=840)
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
-    assert f"{len(first) + len(KINDS)} passed" in ran.stdout
+    assert f"{len(first) + len(kinds)} passed" in ran.stdout
