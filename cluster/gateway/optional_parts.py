@@ -161,12 +161,10 @@ def console(
     """Return the console; None if the configuration switches it off. Raises ValueError for an unusable file."""
     if not config.gateway.console.enabled:
         return None
-    from cluster.gateway.console.access import ConsoleAccess
-    from cluster.gateway.console.app import ConsoleApp, ConsoleParts
+    from cluster.gateway.console.app import ConsoleParts, build_console
 
-    secrets = _cached_secrets if tenants is None else lambda: tenants.secrets
-    access = ConsoleAccess(config.gateway, tenants, secrets)
-    return ConsoleApp(ConsoleParts(config, tenants, service, methods, authorizer, request_bytes, metrics), access)
+    parts = ConsoleParts(config, tenants, service, methods, authorizer, request_bytes, metrics)
+    return build_console(parts, _cached_secrets if tenants is None else lambda: tenants.secrets)
 
 
 def _cached_secrets() -> Sequence[bytes]:

@@ -291,7 +291,7 @@ class Gateway:
         In the last part of the drain time, resumable streams are handed over to other gateways."""
         self.service.close("stopping")
         if self.console is not None:
-            self.console.close()
+            await self.console.close()
         await self.health.servicer.enter_graceful_shutdown()
         ends = asyncio.get_running_loop().call_later(drain_s, self.service.end_all)
         self._tasks.append(asyncio.create_task(self._hand_over(drain_s)))

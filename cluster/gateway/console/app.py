@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,11 @@ from cluster.policy.tenants.identity import Principal, is_allowed
 
 if TYPE_CHECKING:
     from cluster.gateway.auth.tenants import TenantAuthenticator
+    from cluster.gateway.console.oidc_sign_in import OidcSignIn
 
 PREFIX = "/console"
+OIDC_START = f"{PREFIX}/sign-in/oidc"
+OIDC_CALLBACK = f"{OIDC_START}/callback"
 CALL_PATHS = ("/v1/models", "/v1/chat/completions")
 """Paths of the OpenAI API that the console has below PREFIX, for the playground."""
 API_LABEL = "console"
@@ -52,26 +56,47 @@ class ConsoleParts:
     metrics: Metrics
     feed: Feed | None = None
 
+    def bodies(self, limit_bytes: int) -> RequestBodies:
+        """Return the reader of request bodies of at most this size."""
+        return RequestBodies(limit_bytes, self.request_bytes)
+
+
+def build_console(parts: ConsoleParts, secrets: Callable[[], Sequence[bytes]]) -> ConsoleApp:
+    """Return the console of a gateway process. `secrets`: returns the cluster's secrets. Raises ValueError for an
+    unusable file."""
+    access, limits, clock = ConsoleAccess(parts.config.gateway, parts.tenants, secrets), FailureLimits(), time.monotonic
+    keys = KeySignIn(access, parts.tenants, parts.bodies(MAX_BODY_BYTES), parts.authorizer, limits, clock)
+    settings, auth = parts.config.gateway.console, parts.config.auth
+    if settings.oidc is None or parts.tenants is None or auth is None:
+        return ConsoleApp(parts, access, keys)
+    from cluster.gateway.auth.oidc import Issuer
+    from cluster.gateway.console.oidc_flow import OidcFlow
+    from cluster.gateway.console.oidc_sign_in import OidcSignIn
+
+    (issuer,) = (entry for entry in auth.oidc if entry.issuer == settings.oidc.issuer)  # the configuration is checked
+    claims = issuer.tenant_claim, issuer.role_claim, frozenset(issuer.algorithms)
+    flow = OidcFlow(settings.oidc, Issuer(issuer.issuer, settings.oidc.client_id, *claims), settings.public_url)
+    return ConsoleApp(parts, access, keys, OidcSignIn(flow, access, parts.tenants, keys, limits, secrets))
+
 
 class ConsoleApp:
     """The endpoints of the console."""
 
-    def __init__(self, parts: ConsoleParts, access: ConsoleAccess) -> None:
+    def __init__(
+        self, parts: ConsoleParts, access: ConsoleAccess, keys: KeySignIn, oidc: OidcSignIn | None = None
+    ) -> None:
+        """`oidc`: the sign-in with an OpenID issuer; None without one."""
         service = parts.service
         self._config = parts.config
         self._access = access
-        self._calls = HttpCalls(service, self._bodies(parts, parts.config.gateway.max_message_bytes), API_LABEL)
-        self._bridge = AdminBridge(parts.methods, parts.authorizer, self._bodies(parts, ADMIN_MESSAGE_BYTES))
-        small = self._bodies(parts, MAX_BODY_BYTES)
-        self._keys = KeySignIn(access, parts.tenants, small, parts.authorizer, FailureLimits(), service.clock)
-        self._reports = CspReports(self._bodies(parts, MAX_REPORT_BYTES), parts.metrics, service.clock)
+        self._keys = keys
+        self._oidc = oidc
+        self._calls = HttpCalls(service, parts.bodies(parts.config.gateway.max_message_bytes), API_LABEL)
+        self._bridge = AdminBridge(parts.methods, parts.authorizer, parts.bodies(ADMIN_MESSAGE_BYTES))
+        self._reports = CspReports(parts.bodies(MAX_REPORT_BYTES), parts.metrics, service.clock)
         self._streams = None
         if parts.feed is not None:
             self._streams = ViewerStreams(access, parts.feed, service.authenticator.on_change)
-
-    @staticmethod
-    def _bodies(parts: ConsoleParts, limit_bytes: int) -> RequestBodies:
-        return RequestBodies(limit_bytes, parts.request_bytes)
 
     def endpoints(self) -> Mapping[str, Application]:
         """Return the endpoints by path."""
@@ -88,12 +113,17 @@ class ConsoleApp:
         if self._streams is not None:
             endpoints["/console/events"] = self._signed_in("GET", self._streams.events)
             endpoints["/console/history"] = self._signed_in("GET", self._streams.history)
+        if self._oidc is not None:
+            endpoints[OIDC_START] = Endpoint(FORM, "GET", self._oidc.start)
+            endpoints[OIDC_CALLBACK] = Endpoint(FORM, "GET", self._oidc.finish)
         return endpoints
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End all event streams, since the gateway stops."""
         if self._streams is not None:
             self._streams.close()
+        if self._oidc is not None:
+            await self._oidc.flow.close()
 
     def _signed_in(self, method: str, answer: Callable[[Exchange, Viewer], Awaitable[None]]) -> Endpoint:
         """Return an endpoint for signed-in viewers only."""
