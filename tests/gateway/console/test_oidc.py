@@ -254,7 +254,14 @@ class Scripted(OidcFlow):
 
     def sign(self, flow: FlowState, key: Any = KEY, **claims: Any) -> str:
         """Return an ID token for a sign-in, with other claims than a right one."""
-        body = {"iss": ISSUER, "aud": "con sole", "sub": "ada", "org": "acme", "role": "viewer", "nonce": flow.nonce}
+        body: dict[str, Any] = {
+            "iss": ISSUER,
+            "aud": "con sole",
+            "sub": "ada",
+            "org": "acme",
+            "role": "viewer",
+            "nonce": flow.nonce,
+        }
         body |= {"exp": NOW + 300, "iat": NOW, **claims}
         kept = {name: value for name, value in body.items() if value is not None}
         return jwt.encode(kept, key, algorithm="ES256", headers={"kid": "k"})
