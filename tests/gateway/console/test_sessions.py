@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.console.sessions import (
     SealedCookie,
     Session,
@@ -136,6 +137,28 @@ def test_other_cookies_are_no_sessions() -> None:
 def test_a_long_cookie_is_refused_unread() -> None:
     """A cookie of more than 4096 characters does not open."""
     assert cookie(NEW).open(SEALED + "A" * 4096, NOW) is None
+
+
+@pytest.mark.parametrize("error", [ValueError("holds no secret"), OSError("read-only")])
+def test_without_a_secret_there_are_no_sessions(error: Exception) -> None:
+    """A gateway that cannot read its secret says so, and uses the secret as soon as it can."""
+
+    class File:
+        secret = b""
+
+        def read(self) -> Sequence[bytes]:
+            if not self.secret:
+                raise error
+            return [self.secret]
+
+    file = File()
+    session_cookie = SessionCookie(file.read, "headrace")
+    for attempt in (lambda: session_cookie.seal(SESSION), lambda: session_cookie.open(SEALED, NOW)):
+        with pytest.raises(CallError, match=str(error)) as caught:
+            attempt()
+        assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
+    file.secret = NEW
+    assert session_cookie.open(SEALED, NOW) == SESSION
 
 
 def test_csrf_tokens_differ() -> None:
