@@ -27,7 +27,7 @@ CSRF_BYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class ConsoleSession:
     """A session. Times are in seconds since the epoch."""
 
     by: str
@@ -93,18 +93,18 @@ class SessionCookie:
         self._sealed = SealedCookie(secrets, "console-session")
         self.name = name
 
-    def seal(self, session: Session) -> str:
+    def seal(self, session: ConsoleSession) -> str:
         """Return the text of the cookie of a session."""
         return self._sealed.seal(astuple(session))
 
-    def open(self, text: str, now_s: float) -> Session | None:
+    def open(self, text: str, now_s: float) -> ConsoleSession | None:
         """Return the session of a cookie; None for a forged, changed or expired one."""
         value = self._sealed.open(text)
-        if not isinstance(value, list) or len(value) != len(Session.__slots__):
+        if not isinstance(value, list) or len(value) != len(ConsoleSession.__slots__):
             return None
         if not all(isinstance(part, str) for part in value[:-1]) or not isinstance(value[-1], float):
             return None
-        session = Session(*value)
+        session = ConsoleSession(*value)
         return session if now_s < session.expires_at_s else None
 
 
