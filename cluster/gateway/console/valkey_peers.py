@@ -64,6 +64,7 @@ class ValkeyPeers:
         self._asked_at = self._looked_at = self._sent_at = float("-inf")
         self._others = 0
         """Number of other processes that got the last question."""
+        self._is_lost = False
         self.connected = asyncio.Event()
         """Set while questions of others arrive."""
 
@@ -132,8 +133,13 @@ class ValkeyPeers:
         try:
             return max(int(await self._redis.publish(channel, data)) - 1, 0)
         except UNREACHABLE as error:
-            log.info("console.store_unreachable", error=str(error))
+            self._lost(error)
             return 0
+
+    def _lost(self, error: Exception) -> None:
+        if not self._is_lost:
+            self._is_lost = True
+            log.warning("console.store_lost", error=str(error))
 
     # ---- messages of others
 
@@ -145,12 +151,13 @@ class ValkeyPeers:
             try:
                 await pubsub.subscribe(QUESTIONS, PREFIX + self._gateway)
                 self._pubsub, self._looked_at = pubsub, float("-inf")
+                self._is_lost = False
                 self.connected.set()
                 async for message in pubsub.listen():
                     self._handle(message["channel"].decode(), message["data"])
                     await self._leave_parts(pubsub)
             except UNREACHABLE as error:
-                log.info("console.store_unreachable", error=str(error))
+                self._lost(error)
             finally:
                 self._pubsub = None
                 self.connected.clear()
