@@ -21,6 +21,7 @@ from cluster.cli.commands import (
     model_list,
     models,
     scale,
+    slo,
     status,
     tenants,
     traces,
@@ -86,6 +87,7 @@ app.add_typer(certs.app, name="certs")
 app.add_typer(tenants.tenants_app, name="tenants")
 app.add_typer(tenants.keys_app, name="keys")
 app.command()(usage.usage)
+app.command()(slo.slo)
 app.command()(traces.traces)
 app.command()(usage.audit)
 app.add_typer(db.db_app, name="db")

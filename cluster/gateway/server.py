@@ -236,7 +236,7 @@ class Gateway:
         services: dict[str, object] = {
             "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._explainer, self._siblings),
             "Catalog": CatalogAdmin(self.hub, self.directory, self.scheduler),
-            **ledger_services(self.config, self.tenants, authorizer),
+            **ledger_services(self.config, self.tenants, authorizer, self.directory),
         }
         forwarded, admission = ForwardedVerbs(self.hub, authorizer), self.listeners.admission(http2.Port.ADMIN)
         return admin_server(authorizer, services, forwarded, admission)
