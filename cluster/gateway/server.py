@@ -28,6 +28,7 @@ from cluster.gateway.auth.revocation import cut_revoked
 from cluster.gateway.auth.tls import NewestContext, revoked_file
 from cluster.gateway.calls.access_log import AccessLog
 from cluster.gateway.config_state import ConfigState
+from cluster.gateway.console import build as console
 from cluster.gateway.deferred_imports import import_later
 from cluster.gateway.gauges import GatewayGauges
 from cluster.gateway.links.hub import Hub, hub_server
@@ -152,6 +153,24 @@ class Gateway:
         if self._siblings is not None:
             self.link_server.add_generic_rpc_handlers((self._siblings.handler(),))
         self._admin_authorizer = AdminAuthorizer(self.tenants)
+        self._budgets = None if self.tenants is None else self.tenants.budgets(self._limits.spent)
+        self.live = console.live_overview(
+            console.Sources(
+                config,
+                process,
+                self.hub,
+                self.worker_events,
+                self.directory,
+                self.scheduler,
+                self.service,
+                self.metrics,
+                self.tenants,
+                self.accounting,
+                self.reservations.utilization,
+                lambda: () if self._budgets is None else self._budgets.uses,
+            )
+        )
+        """What the console shows of the cluster."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def _waiting_room(self, charges: ServiceCharges, order_of: Callable[[str], Order]) -> WaitingRoom:
@@ -234,7 +253,7 @@ class Gateway:
     def _admin_server(self) -> http2.Server:
         authorizer = self._admin_authorizer
         services: dict[str, object] = {
-            "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._explainer, self._siblings),
+            "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._explainer, self.live, self._siblings),
             "Catalog": CatalogAdmin(self.hub, self.directory, self.scheduler),
             **ledger_services(self.config, self.tenants, authorizer, self.directory),
         }
@@ -258,8 +277,8 @@ class Gateway:
         self.metrics.add_gauges(gauges.samples)
         files = (revoked_file(settings.tls, "gateway.tls"), revoked_file(settings.link_tls, "gateway.link_tls"))
         lists = [file for file in files if file is not None]
-        budgets = None if self.tenants is None else self.tenants.budgets(self._limits.spent)
         work = [
+            self.live.run(),
             self._config_state.watch(),
             self.hub.workers.watch(),
             self.service.send_keepalives(settings.keepalive_s),
@@ -273,9 +292,9 @@ class Gateway:
         ]
         if lists:
             work.append(cut_revoked(lists, lambda: list(self.listeners.servers.values())))
-        if budgets is not None:
-            self.metrics.add_gauges(budgets.gauges)
-            work.append(budgets.run())
+        if self._budgets is not None:
+            self.metrics.add_gauges(self._budgets.gauges)
+            work.append(self._budgets.run())
         self._tasks = [asyncio.create_task(part) for part in work]
 
     async def stop(self, drain_s: float) -> None:
