@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -65,6 +66,17 @@ class Admin:
         """
         pages = list(self._pages(self._catalog.List, admin_pb2.ListRequest(page_size=PAGE_SIZE)))
         return [model for page in pages for model in page.models], pages[-1].age_s
+
+    def overview(self, *, with_calls: bool = True) -> dict[str, Any]:
+        """Return the state of the whole cluster as one document; docs/console.md names its fields.
+
+        Raises grpc.RpcError, and ValueError if the answer is not a JSON object.
+        """
+        request = admin_pb2.GetOverviewRequest(with_calls=with_calls)
+        document = json.loads(self.fleet("GetOverview", request).document)
+        if not isinstance(document, dict):
+            raise ValueError("the overview is not a JSON object")
+        return document
 
     def abort(self, request_id: str, tenant: str, reason: str) -> int:
         """Abort all calls with a request id on this gateway. Returns the number of aborted calls.

@@ -24,6 +24,7 @@ from cluster.cli.commands import (
     slo,
     status,
     tenants,
+    top,
     traces,
     up,
     usage,
@@ -67,6 +68,7 @@ app.command()(embed.embed)
 app.command()(embed.rerank)
 app.command()(status.workers)
 app.command()(status.abort)
+app.command()(top.top)
 for verb in (drain.drain, drain.cordon, drain.uncordon, scale.scale, scale.freeze, scale.unfreeze):
     app.command()(verb)
 app.command()(models.apply)
