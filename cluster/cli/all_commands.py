@@ -23,6 +23,7 @@ from cluster.cli.commands import (
     scale,
     slo,
     status,
+    support_bundle,
     tenants,
     top,
     traces,
@@ -94,6 +95,7 @@ app.command()(traces.traces)
 app.command()(usage.audit)
 app.add_typer(db.db_app, name="db")
 app.add_typer(db.import_app, name="import")
+app.command()(support_bundle.support_bundle)
 app.command()(version.version)
 app.command()(version.completion)
 add_processes(app)
