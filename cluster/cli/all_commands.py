@@ -103,7 +103,7 @@ add_processes(app)
 
 @app.command("doctor")
 def doctor_command(as_json: JsonOption = False) -> None:
-    """List what this machine lacks, with the command that installs it."""
+    """List what this machine lacks, and how to install it."""
     findings = doctor.examine()
     if as_json:
         print_json([{"name": f.name, "missing": f.missing, "remedy": f.remedy, "found": f.found} for f in findings])
