@@ -28,7 +28,7 @@ function copyBySelection(text) {
 export function copyButton(text, label = "Copy") {
   const button = document.createElement("button");
   button.type = "button";
-  button.className = "copy";
+  button.className = "button small copy";
   button.textContent = label;
   let timer = 0;
   button.addEventListener("click", async () => {
