@@ -153,6 +153,6 @@ export class AnswerTimes {
   /** Tokens a second after the first; null with fewer than two tokens. */
   get rate() {
     const seconds = (this.lastAt - this.firstAt) / 1000;
-    return this.tokens > 1 && seconds > 0 ? (this.tokens - 1) / seconds : null;
+    return this.tokens > 1 && seconds > 0.02 ? (this.tokens - 1) / seconds : null;
   }
 }

@@ -113,7 +113,8 @@ EXAMPLES = {
     'target="_blank" class="md-image">a</a><span class="md-target"> (image: https://e.example/i.png)</span></p>',
     "<b>x</b>": "<p>&lt;b&gt;x&lt;/b&gt;</p>",
     "```py\na\n\tb\n```\nc": '<div class="md-code"><div class="md-code-head"><span>py</span>'
-    '<button type="button" class="button small copy">Copy</button></div><pre tabindex="0"><code>a\n\tb</code></pre></div><p>c</p>',
+    '<button type="button" class="button small copy">Copy</button></div>'
+    '<pre tabindex="0"><code>a\n\tb</code></pre></div><p>c</p>',
     "**[0, 1)**": "<p><strong>[0, 1)</strong></p>",
 }
 
