@@ -68,6 +68,7 @@ VERBS: Mapping[str, Verb] = {
     "Fleet.Cordon": Verb("fleet", cluster_wide=True),
     "Fleet.Uncordon": Verb("fleet", cluster_wide=True),
     "Fleet.ExplainRequest": Verb("read", "parent", any_tenant=True),
+    "Fleet.GetOverview": Verb("read"),
     "Fleet.ExplainScaling": READ_CLUSTER,
     "Catalog.List": READ_CLUSTER,
     "Catalog.Get": READ_CLUSTER,
