@@ -26,17 +26,17 @@ export function callColumns(session) {
   const number = (key, label, width, sort, text, missing, title) => ({ key, label, width, isNumber: true, sort, text, missing, title });
   return [
     { key: "call", label: "Call", width: 7, sort: (row) => row.id, build: idCell },
-    { key: "state", label: "State", width: 7, sort: (row) => callState(row).words, build: stateCell },
+    { key: "state", label: "State", width: 6.8, sort: (row) => callState(row).words, build: stateCell },
     { key: "arrived", label: `Arrived, ${ZONE}`, width: 5, isNumber: true, sort: (row) => row.arrived_s, text: (row) => timeOfDay(row.arrived_s) },
-    { key: "tenant", label: "Tenant, model", width: 10, sort: (row) => `${row.tenant} ${row.model}`, build: tenantCell },
+    { key: "tenant", label: "Tenant, model", width: 9.4, sort: (row) => `${row.tenant} ${row.model}`, build: tenantCell },
     number("queue", "Queue", 4.8, queueS, (row) => duration(queueS(row)), "not sent to a worker", "Time that the call waited for a worker"),
     number("ttft", "TTFT", 4.8, (row) => row.ttft_s, (row) => duration(row.ttft_s), "no token yet", "Time from arrival to the first token"),
     number("tokens", "Tokens", 4.3, (row) => row.tokens, (row) => count(row.tokens), "no token yet", "Tokens of the answer"),
     number("rate", "Tokens/s", 4.3, (row) => row.tokens_per_s, (row) => rate(row.tokens_per_s), "not known before the second token"),
     { key: "prompt", label: "Prompt", width: 5.6, isNumber: true, sort: (row) => row.prompt_tokens, build: promptCell,
       title: "Tokens of the prompt, and those of them that were in the worker's cache" },
-    ...(isScoped(session) ? [] : [{ key: "worker", label: "Worker, reason", width: 8, sort: (row) => row.worker, build: workerCell }]),
-    number("duration", "Duration", 5, (row) => row.duration_s, (row) => duration(row.duration_s), "not known"),
+    ...(isScoped(session) ? [] : [{ key: "worker", label: "Worker, reason", width: 7.6, sort: (row) => row.worker, build: workerCell }]),
+    number("duration", "Duration", 4.8, (row) => row.duration_s, (row) => duration(row.duration_s), "not known"),
   ];
 }
 

@@ -27,8 +27,8 @@ export function modelRows(models) {
 export function modelColumns(context) {
   const number = (key, label, text, more = {}) => ({ key, label, width: 4.7, isNumber: true, build: modelCell(text, more.missing), ...more });
   return [
-    { key: "model", label: "Model", width: 13, build: nameCell },
-    { key: "state", label: "State", width: 13, build: stateCell },
+    { key: "model", label: "Model", width: 12, build: nameCell },
+    { key: "state", label: "State", width: 12.6, build: stateCell },
     { key: "replicas", label: "Replicas", width: 5, isNumber: true, title: "Replicas that serve, of those that are wanted",
       build: (cell) => (row) => setText(cell, `${count(row.ready_workers ?? row.replicas)} of ${count(row.replicas_desired)}`) },
     number("running", "Running", (row) => count(row.running)),

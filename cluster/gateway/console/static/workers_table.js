@@ -10,18 +10,18 @@ const FULL_STEP_MS = 100;
 /** @returns {import("./table.js").Column[]} */
 export function workerColumns(context) {
   return [
-    { key: "worker", label: "Worker", width: 8.5, sort: (row) => row.id, build: nameCell },
-    { key: "model", label: "Model", width: 9.5, sort: (row) => `${row.model} ${row.version}`, build: modelCell },
-    { key: "state", label: "State", width: 8.5, sort: (row) => row.state, build: stateCell },
-    { key: "sequences", label: "Sequences", width: 8.2, sort: (row) => share(row.running, row.max_num_seqs), build: sequencesCell,
+    { key: "worker", label: "Worker", width: 8, sort: (row) => row.id, build: nameCell },
+    { key: "model", label: "Model", width: 9, sort: (row) => `${row.model} ${row.version}`, build: modelCell },
+    { key: "state", label: "State", width: 8.2, sort: (row) => row.state, build: stateCell },
+    { key: "sequences", label: "Sequences", width: 7.8, sort: (row) => share(row.running, row.max_num_seqs), build: sequencesCell,
       title: "Running sequences of the most that fit, and those that wait in the engine" },
-    { key: "kv", label: "KV cache", width: 6, sort: (row) => row.kv_usage, build: kvCell, title: "Used part of the KV cache" },
-    { key: "step", label: "Step", width: 5.5, sort: (row) => row.step_ms, build: stepCell,
+    { key: "kv", label: "KV cache", width: 5.6, sort: (row) => row.kv_usage, build: kvCell, title: "Used part of the KV cache" },
+    { key: "step", label: "Step", width: 5.4, sort: (row) => row.step_ms, build: stepCell,
       title: `Time of an engine step; the bar is full at ${FULL_STEP_MS} ms` },
-    { key: "node", label: "Node, GPU", width: 8, sort: (row) => row.host || row.node, build: nodeCell },
+    { key: "node", label: "Node, GPU", width: 7.6, sort: (row) => row.host || row.node, build: nodeCell },
     { key: "links", label: "Links", width: 3.6, isNumber: true, title: "Gateways to which the worker is linked",
       sort: (row) => row.links?.length ?? 0, build: linksCell },
-    ...(context.session.may.fleet ? [{ key: "act", label: "", width: 9, build: (cell) => actionsCell(cell, context) }] : []),
+    ...(context.session.may.fleet ? [{ key: "act", label: "", width: 8.8, build: (cell) => actionsCell(cell, context) }] : []),
   ];
 }
 
