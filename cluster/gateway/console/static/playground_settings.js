@@ -31,7 +31,7 @@ export class Settings {
   setModels(models) {
     const select = this._inputs.model;
     const options = models.flatMap((model) => [model.id, ...(model.aliases ?? [])].map((name) =>
-      h("option", { value: name }, name + (model.state && model.state !== "serving" && model.state !== "ready" ? ` (${model.state})` : ""))));
+      h("option", { value: name }, name + (model.state && model.state !== "READY" ? ` (${model.state.toLowerCase()})` : ""))));
     replace(select, options.length ? options : h("option", { value: "" }, "no model that generates text"));
     const names = models.flatMap((model) => [model.id, ...(model.aliases ?? [])]);
     if (!names.includes(this.values.model)) this.values.model = names[0] ?? "";
