@@ -81,6 +81,7 @@ export class Feed {
     on("state", (event) => this._apply(JSON.parse(event.data), true));
     on("delta", (event) => this._apply(JSON.parse(event.data), false));
     on("ping", () => this._heard());
+    on("end", () => this._failed());
     on("error", () => this._failed());
   }
 

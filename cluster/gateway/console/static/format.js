@@ -2,7 +2,7 @@
 
 const LOCALE = "en-GB";
 const whole = new Intl.NumberFormat(LOCALE, { maximumFractionDigits: 0 });
-const short = new Intl.NumberFormat(LOCALE, { notation: "compact", maximumFractionDigits: 1 });
+const upToOne = new Intl.NumberFormat(LOCALE, { maximumFractionDigits: 1 });
 const decimals = [0, 1, 2, 3].map(
   (digits) => new Intl.NumberFormat(LOCALE, { minimumFractionDigits: digits, maximumFractionDigits: digits }),
 );
@@ -13,6 +13,11 @@ const full = new Intl.DateTimeFormat(LOCALE, {
   day: "numeric", month: "short", year: "numeric",
   hour: "2-digit", minute: "2-digit", second: "2-digit", timeZoneName: "short",
 });
+
+const SIZES = [
+  { least: 1e12, size: 1e12, unit: "T" }, { least: 1e9, size: 1e9, unit: "G" },
+  { least: 1e6, size: 1e6, unit: "M" }, { least: 1e4, size: 1e3, unit: "k" },
+];
 
 const isMissing = (value) => value === null || value === undefined || value === "" || !Number.isFinite(Number(value));
 
@@ -32,7 +37,11 @@ export function count(value, digits = 0) {
 /** A large number in few characters: 1.2M. Below 10,000 all digits are shown. */
 export function compact(value) {
   if (isMissing(value)) return null;
-  return Math.abs(Number(value)) < 10_000 ? whole.format(Number(value)) : short.format(Number(value));
+  const number = Number(value);
+  const found = SIZES.find(({ least }) => Math.abs(number) >= least);
+  if (!found) return whole.format(number);
+  const scaled = number / found.size;
+  return `${Math.abs(scaled) < 100 ? upToOne.format(scaled) : whole.format(scaled)}${found.unit}`;
 }
 
 /** A rate such as 812 or 3.4, without its unit. */

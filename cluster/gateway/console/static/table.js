@@ -30,7 +30,7 @@ export class KeyedTable {
     this._sort = options.sort && { ...options.sort };
     this._rows = new Map();
     this._order = [];
-    this._orderedAt = 0;
+    this._orderedAt = -REORDER_MS;
     this._source = [];
     this._isHeld = false;
     this._build();
@@ -49,6 +49,12 @@ export class KeyedTable {
     }
     if (!this._isHeld) this._arrange();
     this._notes(rows.length, added);
+  }
+
+  /** Sort again at once, although the order was set a moment ago. */
+  sortNow() {
+    this._orderedAt = -REORDER_MS;
+    this.set(this._source);
   }
 
   _isOrderOld(byId) {
@@ -198,7 +204,7 @@ export class KeyedTable {
     const release = () => {
       if (body.matches(":hover") || body.contains(document.activeElement)) return;
       this._isHeld = false;
-      this._orderedAt = 0;
+      this._orderedAt = -REORDER_MS;
       this.set(this._source);
     };
     body.addEventListener("pointerenter", hold);
