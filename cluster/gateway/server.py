@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import structlog
 from cluster import http2
 from cluster.config.schema import Config
 from cluster.gateway import optional_parts
-from cluster.gateway.apis.admin.authorization import AdminAuthorizer
+from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminMethod
 from cluster.gateway.apis.admin.fleet import CatalogAdmin, FleetAdmin
 from cluster.gateway.apis.admin.forwarding import ForwardedVerbs
+from cluster.gateway.apis.admin.methods import admin_methods
 from cluster.gateway.apis.admin.routes import RouteExplainer
 from cluster.gateway.apis.grpc.inference import SERVICE
 from cluster.gateway.apis.http.body import RequestBodies
@@ -145,7 +146,6 @@ class Gateway:
             settings, self.service, self.health.servicer, admission(http2.Port.CLIENT), self._request_bytes
         )
         bodies = RequestBodies(settings.max_message_bytes, self._request_bytes)
-        self.http = HttpServer(http_application(self.service, bodies), admission(http2.Port.CLIENT))
         self.link_server = hub_server(self.hub, admission(http2.Port.LINK))
         self._explainer = RouteExplainer(self.scheduler.routes.history, self.hub.gateway_id)
         self._siblings = optional_parts.siblings(config, process, self.tenants, self.service.abort, self._explainer)
@@ -171,6 +171,19 @@ class Gateway:
             )
         )
         """What the console shows of the cluster."""
+        self._methods = self._admin_methods()
+        self.console = optional_parts.console(
+            config,
+            self.tenants,
+            self.service,
+            self._methods,
+            self._admin_authorizer,
+            self._request_bytes,
+            self.metrics,
+            self.live,
+        )
+        more = {} if self.console is None else self.console.endpoints()
+        self.http = HttpServer(http_application(self.service, bodies, more), admission(http2.Port.CLIENT))
         self._tasks: list[asyncio.Task[None]] = []
 
     def _waiting_room(self, charges: ServiceCharges, order_of: Callable[[str], Order]) -> WaitingRoom:
@@ -236,7 +249,8 @@ class Gateway:
         link_tls = None if files is None else NewestContext.of_link(files)
         await listeners.open("link", listen.link, self.link_server, link_tls, listener=link)
         if not self._process:
-            await listeners.open("admin", listen.admin, self._admin_server(), self._tls("h2"))
+            admin = admin_server(self._admin_authorizer, self._methods, listeners.admission(http2.Port.ADMIN))
+            await listeners.open("admin", listen.admin, admin, self._tls("h2"))
         metrics = HttpServer(MetricsPage(self.metrics), listeners.admission(http2.Port.METRICS))
         await listeners.open("metrics", listen.metrics, metrics)
         self._start_tasks()
@@ -250,15 +264,15 @@ class Gateway:
         files = self.config.gateway.tls
         return None if files is None else NewestContext.of(files, protocol)
 
-    def _admin_server(self) -> http2.Server:
+    def _admin_methods(self) -> Mapping[str, AdminMethod]:
+        """Return the admin methods. Every process has them, for the console; only process 0 has the admin port."""
         authorizer = self._admin_authorizer
         services: dict[str, object] = {
             "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._explainer, self.live, self._siblings),
             "Catalog": CatalogAdmin(self.hub, self.directory, self.scheduler),
             **ledger_services(self.config, self.tenants, authorizer, self.directory),
         }
-        forwarded, admission = ForwardedVerbs(self.hub, authorizer), self.listeners.admission(http2.Port.ADMIN)
-        return admin_server(authorizer, services, forwarded, admission)
+        return admin_methods(services, ForwardedVerbs(self.hub, authorizer))
 
     def _start_tasks(self) -> None:
         settings = self.config.gateway
@@ -302,6 +316,8 @@ class Gateway:
 
         In the last part of the drain time, resumable streams are handed over to other gateways."""
         self.service.close("stopping")
+        if self.console is not None:
+            await self.console.close()
         await self.health.servicer.enter_graceful_shutdown()
         ends = asyncio.get_running_loop().call_later(drain_s, self.service.end_all)
         self._tasks.append(asyncio.create_task(self._hand_over(drain_s)))

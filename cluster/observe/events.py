@@ -51,6 +51,8 @@ EVENTS: Mapping[str, str] = {
     "connection.cut": "A connection was closed because the client exceeded a limit or read nothing.",
     "connection.protocol_violated": "A connection was closed because the client violated HTTP/2.",
     "connection.refused": "Connections were refused or closed to make room for others; the fields count them.",
+    "console.csp_reported": "A browser has stopped content of the console by its security policy; it reports what.",
+    "console.sign_in_failed": "A sign-in to the console with an OpenID issuer failed; `reason` says at which step.",
     "console.tick_failed": "The console's overview could not be made once; it is made again.",
     "controller.connected": "A controller has connected to the gateway.",
     "controller.disconnected": "The controller's connection to the gateway has ended.",

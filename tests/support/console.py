@@ -1,86 +1,75 @@
-"""Readers of the console's event streams, as a browser reads them."""
+"""A browser's requests to the console, for tests: it keeps cookies and sends the CSRF token."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
-from cluster.gateway.apis.http.exchange import Receive, Scope, Send
-from cluster.gateway.apis.http.server import HttpServer
-from cluster.gateway.console import deltas
-from cluster.gateway.console.feed import Feed
-from tests.support.cluster import until
+from tests.support.cluster import TestCluster
+from tests.support.http import Reply, Wire
+
+HOST = "127.0.0.1:8000"
 
 
-class Watcher:
-    """One console: its document, to which it applies every change, and all events."""
+class Browser:
+    """A browser with its cookies. Each request has a connection of its own."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.status = 0
-        self.document: dict[str, Any] = {}
-        self.raw = bytearray()
-        self.names: list[str] = []
-        self.ended = False
+    def __init__(self, cluster: TestCluster, host: str = HOST) -> None:
+        self._cluster = cluster
+        self.host = host
+        self.cookies: dict[str, str] = {}
+        self.csrf = ""
 
-    async def run(self) -> None:
-        """Read until the stream ends."""
+    async def fetch(self, path: str, body: Any = None, *, method: str = "", **headers: str) -> Reply:
+        """Send a request with the cookies and, with a body, the CSRF token. `headers` replace these headers."""
+        own = {"host": self.host}
+        if self.cookies:
+            own["cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        if body is not None or method == "POST":
+            own |= {"x_csrf_token": self.csrf, "origin": f"http://{self.host}"}
+        wire = await Wire.open(self._cluster)
         try:
-            head = await self.reader.readuntil(b"\r\n\r\n")
-            self.status = int(head.split(b" ", 2)[1])
-            while not self.ended:
-                block = await self.reader.readuntil(b"\n\n")
-                self.raw += block
-                self._apply(block.decode())
-        except (asyncio.IncompleteReadError, ConnectionError):
-            self.ended = True
+            wire.ask(path, body, method=method, **{**own, **headers})
+            reply = await wire.reply()
+        finally:
+            await wire.close()
+        self._keep(reply)
+        return reply
 
-    def _apply(self, block: str) -> None:
-        fields = dict(line.split(": ", 1) for line in block.splitlines() if line[:5] in ("event", "data:"))
-        if "event" not in fields:
+    def _keep(self, reply: Reply) -> None:
+        header = reply.headers.get("set-cookie")
+        if header is None:
             return
-        self.names.append(fields["event"])
-        data = json.loads(fields["data"])
-        if fields["event"] == "state":
-            self.document = data
-        elif fields["event"] == "delta":
-            self.document = deltas.apply(self.document, data)
+        pair, *attributes = header.split("; ")
+        name, _, value = pair.partition("=")
+        if "Max-Age=0" in attributes:
+            self.cookies.pop(name, None)
+        else:
+            self.cookies[name] = value
 
-    def row(self, name: str, key: str) -> dict[str, Any] | None:
-        """Return a row of a list by its id; None if there is none."""
-        return next((row for row in self.document.get(name, ()) if row["id"] == key), None)
+    async def session(self) -> Any:
+        """Return the session, and keep its CSRF token."""
+        found = (await self.fetch("/console/session")).json
+        self.csrf = found["csrf"]
+        return found
 
+    async def sign_in(self, key: str) -> Reply:
+        """Sign in with a key."""
+        reply = await self.fetch("/console/sign-in", {"key": key})
+        if reply.status == 204:
+            await self.session()
+        return reply
 
-@asynccontextmanager
-async def console_port(feed: Feed, tenant: str = "", is_valid: Callable[[], bool] = lambda: True) -> AsyncIterator[int]:
-    """Serve the events to viewers of one tenant at `/`, and the history at `/history`. Yields the port."""
+    async def admin(self, verb: str, **request: Any) -> Reply:
+        """Make an admin request."""
+        return await self.fetch(f"/console/api/{verb}", request)
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await feed.events(scope, receive, send, tenant, is_valid)
+    async def code(self, verb: str, request: Any) -> str:
+        """Return the code of the answer to an admin request, `OK` included. `request`: a protobuf message."""
+        from google.protobuf import json_format
 
-    server = HttpServer(app)
-    port = await server.start("127.0.0.1", 0)
-    try:
-        yield port
-    finally:
-        await server.stop(0)
-
-
-@asynccontextmanager
-async def watching(port: int) -> AsyncIterator[Watcher]:
-    """Open a console and wait for its first document."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 26)
-    writer.write(b"GET / HTTP/1.0\r\nhost: test\r\n\r\n")
-    watcher = Watcher(reader, writer)
-    task = asyncio.create_task(watcher.run())
-    try:
-        await until(lambda: bool(watcher.document) or watcher.ended, "the console shows something")
-        yield watcher
-    finally:
-        task.cancel()
-        writer.close()
-        await asyncio.gather(task, writer.wait_closed(), return_exceptions=True)
+        body = json_format.MessageToDict(request, preserving_proto_field_name=True)
+        reply = await self.fetch(f"/console/api/{verb}", body)
+        if reply.status == 200:
+            return "OK"
+        return str(json.loads(reply.body)["error"]["code"])

@@ -112,7 +112,8 @@ class Wire:
         """Read and return the whole response."""
         status, headers = await self.head()
         if headers.get("transfer-encoding") != "chunked":
-            return Reply(status, headers, await self.reader.readexactly(int(headers["content-length"])))
+            size = 0 if status in (204, 304) else int(headers["content-length"])
+            return Reply(status, headers, await self.reader.readexactly(size))
         chunks = []
         while chunk := await self.chunk():
             chunks.append(chunk)

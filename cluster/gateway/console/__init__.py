@@ -1,1 +1,1 @@
-"""The console: the state of the cluster as pages and event streams show it."""
+"""The console in the browser: its pages, sessions, sign-in, and its access to the admin API and the OpenAI API."""

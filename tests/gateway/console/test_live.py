@@ -12,7 +12,7 @@ from cluster.wire.bundle import Bundle
 from tests.support.admin import AdminClient
 from tests.support.calls import chat
 from tests.support.cluster import TestCluster, sim_engine, until
-from tests.support.console import console_port, watching
+from tests.support.console_feed import console_port, watching
 
 
 async def read_all(call: object) -> list[object]:
