@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
+from urllib.parse import quote
 
 from google.protobuf.json_format import MessageToDict
 
@@ -27,6 +28,7 @@ class Admin:
 
     def __init__(self, access: Access) -> None:
         self.where = f"{access.context} ({access.address})" if access.context else access.address
+        self._console = access.console
         self._metadata = access.metadata
         self._channel = access.channel()
         self._fleet = admin_pb2_grpc.FleetStub(self._channel)
@@ -35,6 +37,12 @@ class Admin:
     def close(self) -> None:
         """Close the connection to the gateway."""
         self._channel.close()
+
+    def console_link(self, page: str, item: str = "") -> str:
+        """Return the URL of a page of the cluster's console, and of an item on it; "" if the console is not known."""
+        if not self._console:
+            return ""
+        return f"{self._console}/#/{page}" + (f"/{quote(item, safe='')}" if item else "")
 
     def workers(self) -> list[admin_pb2.Worker]:
         """Return the workers that are linked to this gateway. Raises grpc.RpcError."""
