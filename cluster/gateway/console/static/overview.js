@@ -10,10 +10,10 @@ const SERIES = ["tokens", "ttft_p50", "ttft_p99", "queue", "streams", "fairness_
 const CHARTS = [
   { title: "Throughput", unit: "tokens/s", format: rate, floor: 10, lines: [{ key: "tokens", label: "Tokens" }],
     hint: "Tokens that were delivered to callers, a second" },
-  { title: "First token", format: duration, floor: 0.1,
+  { title: "TTFT", format: duration, floor: 0.1,
     lines: [{ key: "ttft_p50", label: "p50" }, { key: "ttft_p99", label: "p99", tone: 1 }],
-    hint: "Time from the arrival of a call to its first token: median and 99th percentile" },
-  { title: "Calls", format: (value) => count(value), floor: 4,
+    hint: "Time to first token, from the arrival of a call: median and 99th percentile" },
+  { title: "Calls", format: (value) => count(value), floor: 4, isWhole: true,
     lines: [{ key: "streams", label: "Running" }, { key: "queue", label: "Waiting", tone: 1 }],
     hint: "Calls that run, and calls that wait for a worker" },
   { title: "Fairness gap", format: (value) => percent(value, value < 0.1 ? 1 : 0), floor: 0.05,
@@ -21,7 +21,7 @@ const CHARTS = [
     hint: "The largest distance of a waiting tenant's service from its fair share" },
   { title: "Cache hits", format: (value) => percent(value), floor: 1, lines: [{ key: "cache_hits", label: "Hits", tone: 2 }],
     hint: "Part of the prompt tokens that workers found in their KV caches" },
-  { title: "Cost", unit: "an hour", format: (value) => count(value, 2), floor: 0.01, scale: 3600,
+  { title: "Cost", unit: "an hour", format: (value) => count(value, value !== 0 && value < 1 ? 3 : 2), floor: 0.01, scale: 3600,
     lines: [{ key: "cost", label: "Cost", tone: 2 }],
     hint: "GPU time at the prices of the configuration" },
 ];
@@ -39,7 +39,7 @@ export function overviewCharts(api, isScoped) {
     return undefined;
   });
   const node = h(
-    "section", { class: "charts", "aria-label": "Last hour" },
+    "section", { class: "charts", "aria-label": "Last hour", dataset: { count: charts.length } },
     problem, charts.map(({ chart }) => chart.node),
   );
   return {

@@ -48,7 +48,7 @@ class TenantPage {
 
   _charts() {
     this._tokens = new LineChart({ title: "Tokens", unit: "tokens/s", format: rate, floor: 5, lines: [{ key: "tokens", label: "Tokens" }] });
-    this._ttft = new LineChart({ title: "First token", format: duration, floor: 0.1, lines: [{ key: "ttft_p50", label: "p50" }, { key: "ttft_p99", label: "p99", tone: 1 }] });
+    this._ttft = new LineChart({ title: "TTFT", hint: "Time to first token: median and 99th percentile", format: duration, floor: 0.1, lines: [{ key: "ttft_p50", label: "p50" }, { key: "ttft_p99", label: "p99", tone: 1 }] });
     this._history = new History(this._context.api, { series: ["tokens", "ttft_p50", "ttft_p99"], tenant: this._name });
     this._history.start((error) => {
       if (error) return;
