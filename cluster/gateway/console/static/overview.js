@@ -16,19 +16,18 @@ const CHARTS = [
   { title: "Calls", format: (value) => count(value), floor: 4, isWhole: true,
     lines: [{ key: "streams", label: "Running" }, { key: "queue", label: "Waiting", tone: 1 }],
     hint: "Calls that run, and calls that wait for a worker" },
-  { title: "Fairness gap", format: (value) => percent(value, value < 0.1 ? 1 : 0), floor: 0.05,
-    lines: [{ key: "fairness_gap", label: "Gap" }],
-    hint: "The largest distance of a waiting tenant's service from its fair share" },
+  { title: "Fairness gap", unit: "U", format: (value) => count(value, 2), floor: 1, lines: [{ key: "fairness_gap", label: "Gap" }],
+    hint: "Largest difference in service between two waiting tenants, in U of docs/tenancy.md. Below 1 U is fair" },
   { title: "Cache hits", format: (value) => percent(value), floor: 1, lines: [{ key: "cache_hits", label: "Hits", tone: 2 }],
     hint: "Part of the prompt tokens that workers found in their KV caches" },
-  { title: "Cost", unit: "an hour", format: (value) => count(value, value !== 0 && value < 1 ? 3 : 2), floor: 0.01, scale: 3600,
+  { title: "Cost", unit: "an hour", format: (value) => count(value, value !== 0 && value < 1 ? 3 : 2), floor: 0.01,
     lines: [{ key: "cost", label: "Cost", tone: 2 }],
     hint: "GPU time at the prices of the configuration" },
 ];
 
 /** Return the charts and what ends them. A scoped viewer has those of its own calls. */
 export function overviewCharts(api, isScoped) {
-  const shown = isScoped ? CHARTS.filter((chart) => !["Fairness gap", "Cost"].includes(chart.title)) : CHARTS;
+  const shown = isScoped ? CHARTS.filter((chart) => !["Fairness gap", "TTFT"].includes(chart.title)) : CHARTS;
   const charts = shown.map((options) => ({ options, chart: new LineChart(options) }));
   const problem = h("p", { class: "note", hidden: true });
   const history = new History(api, { series: SERIES });
@@ -51,7 +50,6 @@ export function overviewCharts(api, isScoped) {
   };
 }
 
-function pointsOf(history, { lines, scale = 1 }) {
-  const scaled = (points) => (scale === 1 ? points : points.map(([at, value]) => [at, value === null ? null : value * scale]));
-  return Object.fromEntries(lines.map((line) => [line.key, scaled(history.points(line.key))]));
+function pointsOf(history, { lines }) {
+  return Object.fromEntries(lines.map((line) => [line.key, history.points(line.key)]));
 }
