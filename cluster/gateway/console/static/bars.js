@@ -4,7 +4,7 @@ import { niceTop } from "./charts.js";
 import { h, replace, svg } from "./dom.js";
 
 const HEIGHT = 120;
-const LEFT = 44;
+const LEFT = 50;
 const BOTTOM = 18;
 
 /**

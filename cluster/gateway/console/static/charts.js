@@ -3,7 +3,7 @@
 import { h, replace, setAttribute, setText, svg } from "./dom.js";
 import { hourMinute, timeOfDay } from "./format.js";
 
-const PAD = { left: 44, right: 8, top: 8, bottom: 18 };
+const PAD = { left: 50, right: 8, top: 8, bottom: 18 };
 const TABLE_ROWS = 12;
 const TABLE_MS = 60_000;
 
@@ -13,8 +13,8 @@ const TABLE_MS = 60_000;
 export class LineChart {
   /**
    * @param {{title: string, lines: Line[], format: (value: number) => string | null, unit?: string, height?: number,
-   *   floor?: number, hint?: string}} options
-   * `floor`: the vertical axis reaches at least to it, so that small noise does not fill the chart.
+   *   floor?: number, hint?: string, isWhole?: boolean}} options
+   * `floor`: the vertical axis reaches at least to it, so that small noise does not fill the chart. `isWhole`: values are whole numbers.
    */
   constructor(options) {
     this._options = { height: 96, floor: 0, unit: "", ...options };
@@ -67,7 +67,7 @@ export class LineChart {
   }
 
   _draw() {
-    const { lines, height, floor, format } = this._options;
+    const { lines, height, floor, format, isWhole } = this._options;
     const first = this._points[lines[0].key] ?? [];
     if (!this._width || !first.length) return this._head(null);
     const from = first[0][0];
@@ -75,6 +75,7 @@ export class LineChart {
     let top = floor;
     for (const line of lines) for (const [, value] of this._points[line.key] ?? []) if (value !== null && value > top) top = value;
     top = niceTop(top || 1);
+    if (isWhole) top = Math.max(Math.ceil(top / 2), 1) * 2;
     const x = (at) => PAD.left + ((at - from) / Math.max(to - from, 1)) * (this._width - PAD.left - PAD.right);
     const y = (value) => height - PAD.bottom - (value / top) * (height - PAD.top - PAD.bottom);
     this._x = x;

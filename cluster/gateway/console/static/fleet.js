@@ -1,7 +1,7 @@
 /** The fleet page: charts of the last hour, models with their versions, and workers with their load. */
 
 import { isScoped } from "./api.js";
-import { announce, h, setHidden, setText } from "./dom.js";
+import { announce, h, replace, setHidden, setText } from "./dom.js";
 import { compact, count, plural } from "./format.js";
 import { modelColumns, modelRows } from "./models_table.js";
 import { overviewCharts } from "./overview.js";
@@ -26,12 +26,14 @@ class FleetPage {
     this._charts = overviewCharts(context.api, this._isScoped);
     this._summary = h("p", { class: "summary" });
     this._overload = h("p", { class: "notice", hidden: true });
+    this._failures = h("div", { class: "problem", hidden: true });
     this._models = new KeyedTable({
       caption: "Models and their versions", columns: modelColumns(context), sort: null,
       rowClass: (row) => (row.version ? "sub" : ""), empty: "No model is in the catalog. Add one with headrace apply.",
     });
     container.append(
       h("div", { class: "page-head" }, h("h1", { tabindex: "-1" }, "Fleet"), this._summary),
+      this._failures,
       this._overload,
       this._charts.node,
       h("section", { class: "panel", "aria-labelledby": "models-title" }, h("h2", { id: "models-title" }, "Models"), this._models.node),
@@ -78,6 +80,14 @@ class FleetPage {
     this._workers.set(words ? rows.filter(matches) : rows);
   }
 
+  _showFailures(models) {
+    const words = failures(models);
+    setHidden(this._failures, !words.length);
+    if (words.join("\n") === this._shownFailures) return;
+    this._shownFailures = words.join("\n");
+    replace(this._failures, words.slice(0, 5).map((each) => h("p", null, each)), words.length > 5 && h("p", null, `And ${count(words.length - 5)} more.`));
+  }
+
   _announce(changed) {
     for (const name of ["models", "workers"]) {
       const ids = changed ? (changed[name] ?? []) : this._feed.lists[name].keys();
@@ -98,7 +108,6 @@ class FleetPage {
     const models = this._feed.rows("models");
     const workers = this._feed.rows("workers");
     const sum = (rows, key) => rows.reduce((total, row) => total + (row[key] ?? 0), 0);
-    const waiting = sum(models, "waiting");
     const parts = [plural(models.length, "model")];
     if (!this._isScoped) {
       const ready = workers.filter((row) => row.state === "READY").length;
@@ -106,12 +115,23 @@ class FleetPage {
       parts.push(`${count(ready)} of ${plural(workers.length - lost, "worker")} ready${lost ? `, ${count(lost)} lost` : ""}`);
       parts.push(plural(this._feed.lists.gateways.size, "gateway"));
     }
-    parts.push(`${count(sum(models, "running"))} running`, `${count(waiting)} waiting`, `${compact(sum(models, "tokens_per_s"))} tokens/s`);
+    const loads = this._isScoped ? this._feed.rows("tenants") : models;
+    parts.push(`${count(sum(loads, "running"))} running`, `${count(sum(loads, "waiting"))} waiting`, `${compact(sum(loads, "tokens_per_s"))} tokens/s`);
     setText(this._summary, parts.join(" · "));
+    this._showFailures(models);
     const full = overloaded(models, workers);
     setHidden(this._overload, !full.length);
     setText(this._overload, full.length ? `Overloaded: ${full.join(", ")}. All sequences of the workers are in use, and calls wait.` : "");
   }
+}
+
+/** Return a sentence for each model or version that has failed. */
+function failures(models) {
+  return models.flatMap((model) => {
+    const of = (name, { reason }) => `${name} has failed${reason ? `: ${reason}` : "."}`;
+    if (model.state === "FAILED") return [of(model.id, model)];
+    return (model.versions ?? []).filter((each) => each.state === "FAILED").map((each) => of(`${model.id}, version ${each.version},`, each));
+  });
 }
 
 /** Return a phrase for each model whose ready workers are full while calls wait. */

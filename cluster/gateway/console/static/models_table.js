@@ -1,5 +1,6 @@
 /** Columns of the models' table. A model with several versions has a row for each below its own. */
 
+import { isScoped } from "./api.js";
 import { button, h, meter, setAttribute, setHidden, setText, stateChip } from "./dom.js";
 import { compare, count, duration, percent, rate } from "./format.js";
 import { modelActions } from "./scaling_actions.js";
@@ -23,14 +24,18 @@ export function modelRows(models) {
   });
 }
 
-/** @returns {import("./table.js").Column[]} */
+/** Columns for what the viewer may know: a tenant is told a model's state, and not how it is loaded.
+ * @returns {import("./table.js").Column[]} */
 export function modelColumns(context) {
+  const name = { key: "model", label: "Model", width: 12, build: nameCell };
+  const state = { key: "state", label: "State", width: 12.6, build: stateCell };
+  if (isScoped(context.session)) return [name, state];
   const number = (key, label, text, more = {}) => ({ key, label, width: 4.7, isNumber: true, build: modelCell(text, more.missing), ...more });
   return [
-    { key: "model", label: "Model", width: 12, build: nameCell },
-    { key: "state", label: "State", width: 12.6, build: stateCell },
+    name,
+    state,
     { key: "replicas", label: "Replicas", width: 5, isNumber: true, title: "Replicas that serve, of those that are wanted",
-      build: (cell) => (row) => setText(cell, `${count(row.ready_workers ?? row.replicas)} of ${count(row.replicas_desired)}`) },
+      build: replicasCell },
     number("running", "Running", (row) => count(row.running)),
     number("waiting", "Waiting", (row) => count(row.waiting)),
     number("tokens", "Tokens/s", (row) => rate(row.tokens_per_s)),
@@ -48,6 +53,13 @@ function modelCell(text, reason = "not known") {
     const words = row.version === null ? text(row) : "";
     setText(cell, words ?? "–");
     setAttribute(cell, "title", words === null ? reason : null);
+  };
+}
+
+function replicasCell(cell) {
+  return (row) => {
+    const isKnown = row.replicas_desired !== undefined && row.replicas_desired !== null;
+    setText(cell, isKnown ? `${count(row.ready_workers ?? row.replicas)} of ${count(row.replicas_desired)}` : "–");
   };
 }
 
@@ -85,7 +97,7 @@ function stateCell(cell) {
   const chip = stateChip();
   const frozen = h("span", { class: "chip", dataset: { tone: "wait" }, title: "No scaling and no rollout until it is unfrozen" }, "Frozen");
   const quarantined = h("span", { class: "chip", dataset: { tone: "bad" }, title: "It gets no call" }, "Quarantined");
-  const reason = h("span", { class: "detail" });
+  const reason = h("span", { class: "detail short" });
   const progress = meter();
   cell.append(h("span", { class: "chips" }, chip.node, frozen, quarantined), reason, progress.node);
   return (row) => {
@@ -94,6 +106,7 @@ function stateCell(cell) {
     setHidden(quarantined, !row.quarantined);
     setText(reason, row.reason ?? "");
     setHidden(reason, !row.reason);
+    setAttribute(reason, "title", row.reason);
     setHidden(progress.node, !row.progress);
     if (row.progress) {
       const { stage, fraction } = row.progress;

@@ -10,25 +10,24 @@ const SERIES = ["tokens", "ttft_p50", "ttft_p99", "queue", "streams", "fairness_
 const CHARTS = [
   { title: "Throughput", unit: "tokens/s", format: rate, floor: 10, lines: [{ key: "tokens", label: "Tokens" }],
     hint: "Tokens that were delivered to callers, a second" },
-  { title: "First token", format: duration, floor: 0.1,
+  { title: "TTFT", format: duration, floor: 0.1,
     lines: [{ key: "ttft_p50", label: "p50" }, { key: "ttft_p99", label: "p99", tone: 1 }],
-    hint: "Time from the arrival of a call to its first token: median and 99th percentile" },
-  { title: "Calls", format: (value) => count(value), floor: 4,
+    hint: "Time to first token, from the arrival of a call: median and 99th percentile" },
+  { title: "Calls", format: (value) => count(value), floor: 4, isWhole: true,
     lines: [{ key: "streams", label: "Running" }, { key: "queue", label: "Waiting", tone: 1 }],
     hint: "Calls that run, and calls that wait for a worker" },
-  { title: "Fairness gap", format: (value) => percent(value, value < 0.1 ? 1 : 0), floor: 0.05,
-    lines: [{ key: "fairness_gap", label: "Gap" }],
-    hint: "The largest distance of a waiting tenant's service from its fair share" },
+  { title: "Fairness gap", unit: "U", format: (value) => count(value, 2), floor: 1, lines: [{ key: "fairness_gap", label: "Gap" }],
+    hint: "Largest difference in service between two waiting tenants, in U of docs/tenancy.md. Below 1 U is fair" },
   { title: "Cache hits", format: (value) => percent(value), floor: 1, lines: [{ key: "cache_hits", label: "Hits", tone: 2 }],
     hint: "Part of the prompt tokens that workers found in their KV caches" },
-  { title: "Cost", unit: "an hour", format: (value) => count(value, 2), floor: 0.01, scale: 3600,
+  { title: "Cost", unit: "an hour", format: (value) => count(value, value !== 0 && value < 1 ? 3 : 2), floor: 0.01,
     lines: [{ key: "cost", label: "Cost", tone: 2 }],
     hint: "GPU time at the prices of the configuration" },
 ];
 
 /** Return the charts and what ends them. A scoped viewer has those of its own calls. */
 export function overviewCharts(api, isScoped) {
-  const shown = isScoped ? CHARTS.filter((chart) => !["Fairness gap", "Cost"].includes(chart.title)) : CHARTS;
+  const shown = isScoped ? CHARTS.filter((chart) => !["Fairness gap", "TTFT"].includes(chart.title)) : CHARTS;
   const charts = shown.map((options) => ({ options, chart: new LineChart(options) }));
   const problem = h("p", { class: "note", hidden: true });
   const history = new History(api, { series: SERIES });
@@ -39,7 +38,7 @@ export function overviewCharts(api, isScoped) {
     return undefined;
   });
   const node = h(
-    "section", { class: "charts", "aria-label": "Last hour" },
+    "section", { class: "charts", "aria-label": "Last hour", dataset: { count: charts.length } },
     problem, charts.map(({ chart }) => chart.node),
   );
   return {
@@ -51,7 +50,6 @@ export function overviewCharts(api, isScoped) {
   };
 }
 
-function pointsOf(history, { lines, scale = 1 }) {
-  const scaled = (points) => (scale === 1 ? points : points.map(([at, value]) => [at, value === null ? null : value * scale]));
-  return Object.fromEntries(lines.map((line) => [line.key, scaled(history.points(line.key))]));
+function pointsOf(history, { lines }) {
+  return Object.fromEntries(lines.map((line) => [line.key, history.points(line.key)]));
 }

@@ -70,7 +70,7 @@ class ModelScaling {
     this._why = h("p", { class: "why" });
     this._decisions = h("div");
     this._chart = new LineChart({
-      title: "Replicas", format: (value) => count(value, Number.isInteger(value) ? 0 : 1), floor: 2, height: 110,
+      title: "Replicas", format: (value) => count(value, Number.isInteger(value) ? 0 : 1), floor: 2, isWhole: true, height: 110,
       lines: [{ key: "replicas_had", label: "Had", isStep: true }, { key: "replicas_wanted", label: "Wanted", tone: 1, isStep: true }],
     });
     this._history = new History(context.api, { series: ["replicas_had", "replicas_wanted"], model });

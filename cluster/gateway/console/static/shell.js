@@ -78,7 +78,7 @@ export class Shell {
     this._links = new Map(this._pages.map((page) => [page.name, h("a", { href: `#/${page.name}` }, page.label)]));
     this._chip = h("span", { class: "chip" });
     this._detail = h("span", { class: "connection-detail" });
-    this._banner = h("div", { class: "banner", hidden: true });
+    this._banner = h("section", { class: "banner", "aria-label": "Notice", hidden: true });
     this._main = h("main", { id: "main", tabindex: "-1" });
     const skip = button("Skip to the content", () => this._main.focus(), { kind: "skip" });
     const account = h(

@@ -43,17 +43,20 @@ class TenantPage {
   close() {
     this._unsubscribe();
     this._history.stop();
-    for (const chart of [this._tokens, this._ttft]) chart.close();
+    for (const chart of [this._tokens, this._calls]) chart.close();
   }
 
   _charts() {
     this._tokens = new LineChart({ title: "Tokens", unit: "tokens/s", format: rate, floor: 5, lines: [{ key: "tokens", label: "Tokens" }] });
-    this._ttft = new LineChart({ title: "First token", format: duration, floor: 0.1, lines: [{ key: "ttft_p50", label: "p50" }, { key: "ttft_p99", label: "p99", tone: 1 }] });
-    this._history = new History(this._context.api, { series: ["tokens", "ttft_p50", "ttft_p99"], tenant: this._name });
+    this._calls = new LineChart({
+      title: "Calls", format: (value) => count(value), floor: 4, isWhole: true,
+      lines: [{ key: "streams", label: "Running" }, { key: "queue", label: "Waiting", tone: 1 }],
+    });
+    this._history = new History(this._context.api, { series: ["tokens", "streams", "queue"], tenant: this._name });
     this._history.start((error) => {
       if (error) return;
       this._tokens.set({ tokens: this._history.points("tokens") });
-      this._ttft.set({ ttft_p50: this._history.points("ttft_p50"), ttft_p99: this._history.points("ttft_p99") });
+      this._calls.set({ streams: this._history.points("streams"), queue: this._history.points("queue") });
     });
   }
 
@@ -69,7 +72,7 @@ class TenantPage {
         h("span", { class: "buttons" }, h("a", { class: "button", href: linkTo("calls", "", { tenant: this._name }) }, "Calls"), this._suspend),
       ),
       h("div", { class: "columns" }, panel("now", "Now", this._facts), panel("limits", "Limits and budget", this._limits)),
-      h("section", { class: "charts two", "aria-label": "Last hour" }, this._tokens.node, this._ttft.node),
+      h("section", { class: "charts two", "aria-label": "Last hour" }, this._tokens.node, this._calls.node),
     );
     if (!session.auth || !mayRead(session)) return;
     const usage = h("div", { class: "panel-body" }, h("p", null, "Reading the ledger …"));
