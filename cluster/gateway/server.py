@@ -168,6 +168,7 @@ class Gateway:
                 self.accounting,
                 self.reservations.utilization,
                 lambda: () if self._budgets is None else self._budgets.uses,
+                self._siblings,
             )
         )
         """What the console shows of the cluster."""
