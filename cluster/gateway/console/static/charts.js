@@ -42,7 +42,7 @@ export class LineChart {
     this._area = svg("path", { class: "chart-area", "data-line": lines[0].tone ?? 0 });
     this._grid = svg("g", { class: "chart-grid" });
     this._cursor = svg("line", { class: "chart-cursor", visibility: "hidden" });
-    this._svg = svg("svg", { role: "img", height, class: "chart-plot" }, this._grid, this._area, this._paths, this._cursor);
+    this._svg = svg("svg", { role: "img", height, class: "chart-plot", "aria-label": `${title}: no data` }, this._grid, this._area, this._paths, this._cursor);
     this._table = h("div", { class: "visually-hidden" });
     this.node = h(
       "figure", { class: "chart" },
