@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 from cluster import __version__
 from cluster.api.outcomes import CallError
 from cluster.config.schema import Config
+from cluster.gateway.apis.admin.siblings import CONSOLE, Siblings
 from cluster.gateway.console.live import LiveOverview, Names
 from cluster.gateway.console.lost_workers import LostWorkers
 from cluster.gateway.console.parts import PartMaker
+from cluster.gateway.console.peer_answers import PeerAnswers
+from cluster.gateway.console.peers import NO_PEERS, Peers
 from cluster.gateway.console.recent_calls import RecentCalls
 from cluster.gateway.console.scaling_reasons import ScalingReasons
 from cluster.gateway.console.survey import GatewayParts
@@ -47,6 +50,8 @@ class Sources:
     accounting: Accounting | None
     utilization: Callable[[], Iterator[tuple[str, str, float]]]
     budgets: Callable[[], Sequence[BudgetUse]]
+    siblings: Siblings | None = None
+    """The other processes of this host, if any."""
 
 
 def live_overview(sources: Sources) -> LiveOverview:
@@ -71,15 +76,33 @@ def live_overview(sources: Sources) -> LiveOverview:
         dict if tenants is None else lambda: _policies(tenants),
         sources.budgets,
     )
+    console = config.gateway.console
     live = LiveOverview(
         parts,
         PartMaker(hub.gateway_id, sources.process, hub.incarnation, recent),
         ScalingReasons(hub.ask_controller),
         Names(config.name, __version__, has_cost=config.cost is not None),
         lambda tenant: _models_of(tenant, sources.directory, tenants),
+        has_history=console.enabled and console.history,
     )
     service.calls.on_close.add(live.close)
+    live.peers = _peers(sources, PeerAnswers(live))
     return live
+
+
+def _peers(sources: Sources, answer: PeerAnswers) -> Peers:
+    """Return the other processes: those of all hosts if the gateways share a store, else those of this host."""
+    url = sources.config.store.limits_url
+    if url:
+        from cluster.gateway.console.valkey_peers import ValkeyPeers
+
+        return ValkeyPeers(url, sources.hub.gateway_id, answer)
+    if sources.siblings is None:
+        return NO_PEERS
+    from cluster.gateway.console.sibling_peers import SiblingPeers, sibling_answer
+
+    sources.siblings.answer(CONSOLE, sibling_answer(answer))
+    return SiblingPeers(sources.siblings)
 
 
 def _charger(recent: RecentCalls, gpu_hour: Mapping[str, float]) -> Callable[[UsageRecord], None]:

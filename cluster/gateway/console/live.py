@@ -1,7 +1,7 @@
 """The live overview of one gateway process: one look a second while somebody watches, shared by all who watch.
 
 Invariants: while there is no subscriber, no other process that watches and no question, nothing is computed but one
-sample of the history in SAMPLE_S. Each tick looks at the gateway once, makes the document once, and computes and
+sample of the history in STEP_S. Each tick looks at the gateway once, makes the document once, and computes and
 encodes the changes once for each tenant whose viewers watch; subscribers share the bytes. A subscriber that does not
 read is cut, and holds at most MAX_PENDING changes.
 """
@@ -9,29 +9,34 @@ read is cut, and holds at most MAX_PENDING changes.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.console import overview
 from cluster.gateway.console.overview import Document
-from cluster.gateway.console.parts import Part, PartMaker
+from cluster.gateway.console.parts import STEP_S, Part, PartMaker
 from cluster.gateway.console.peers import NO_PEERS, Peers
+from cluster.gateway.console.sampling import HistorySampler
 from cluster.gateway.console.scaling_reasons import ScalingReasons
 from cluster.gateway.console.survey import GatewayParts, Survey
 
 if TYPE_CHECKING:
     from cluster.gateway.console.deltas import Index
+    from cluster.gateway.console.history import History
 
 log = structlog.get_logger("console")
+_T = TypeVar("_T")
 
-STEP_S: Final = 1.0
+TICK_S: Final = 1.0
 """Seconds between two documents."""
-SAMPLE_S: Final = 5.0
-"""Seconds between two samples of the history."""
+LATE_S: Final = 0.02
+"""Seconds after the beginning of a step of the history at which its sample is due, so that clocks which differ a little
+do not sample a step twice."""
 MAX_SUBSCRIBERS: Final = 32
 """Number of subscribers of one process."""
 MAX_PENDING: Final = 8
@@ -91,7 +96,9 @@ class _View:
 
 
 class LiveOverview:
-    """The documents of one gateway process, and those who watch them."""
+    """The documents of one gateway process, and those who watch them.
+
+    Waiters for a document or a part that come while one is made get the next one's."""
 
     def __init__(
         self,
@@ -100,34 +107,33 @@ class LiveOverview:
         scaling: ScalingReasons,
         names: Names,
         models_of: Callable[[str], Mapping[str, Sequence[str]]],
-        peers: Peers = NO_PEERS,
-        sample: Callable[[object], None] | None = None,
+        has_history: bool = True,
     ) -> None:
-        """`models_of` returns the models that a tenant may use, each with its aliases."""
+        """`models_of` returns the models that a tenant may use, each with its aliases. `has_history`: whether the last
+        hour is kept."""
         self._parts = parts
         self._survey = Survey(parts)
         self._maker = maker
         self._scaling = scaling
         self._names = names
         self._models_of = models_of
-        self._peers = peers
+        self.peers: Peers = NO_PEERS
+        """The other processes of the cluster."""
         self._clock = parts.service.clock
         self._views: dict[str, _View] = {}
         self._waiters: list[asyncio.Future[Document]] = []
+        self._part_waiters: list[asyncio.Future[Part]] = []
+        self._part: Part | None = None
         self._document: Document | None = None
-        self._made_at = float("-inf")
-        self._sampled_at = float("-inf")
+        self._made_at = -math.inf
+        self._next_sample = self._clock() if has_history else math.inf
+        self._sampler = HistorySampler()
         self._wake = asyncio.Event()
         self._is_closed = False
         self.ticks = 0
         """Number of documents that were made."""
 
     # ---- viewers
-
-    @property
-    def watched(self) -> bool:
-        """Whether anything needs a document now."""
-        return bool(self._views or self._waiters)
 
     def subscribe(self, tenant: str) -> Subscriber | None:
         """Return a new subscriber, who gets the whole document first; None if there are too many."""
@@ -139,6 +145,11 @@ class LiveOverview:
         view.new.add(subscriber)
         self._wake.set()
         return subscriber
+
+    @property
+    def history(self) -> History | None:
+        """The last hour of this process; None before the first sample."""
+        return self._sampler.history
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Forget a subscriber. Idempotent."""
@@ -159,89 +170,95 @@ class LiveOverview:
 
     async def document(self, tenant: str) -> Document:
         """Return the present document as a viewer of a tenant sees it, "" for all tenants."""
-        if self._document is None or self._clock() - self._made_at > STEP_S:
-            waiter: asyncio.Future[Document] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            self._wake.set()
-            document = await waiter
-        else:
-            document = self._document
+        document = self._document
+        if document is None or self._clock() - self._made_at > TICK_S:
+            document = await self._wait(self._waiters)
         return await overview.view_of(document, tenant, lambda: self._models_of(tenant))
+
+    async def part(self) -> Part:
+        """Return the present part of this process, for another one."""
+        part = self._part
+        if part is None or self._clock() - self._made_at > FRESH_S:
+            part = await self._wait(self._part_waiters)
+        return part
+
+    async def _wait(self, waiters: list[asyncio.Future[_T]]) -> _T:
+        waiter: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        waiters.append(waiter)
+        self._wake.set()
+        return await waiter
 
     # ---- the loop
 
     async def run(self) -> None:
         """Make documents while they are needed, and sample the history. Runs until cancelled."""
+        self.peers.start()
         try:
             while True:
                 await self._rest()
                 try:
                     await self._tick()
-                except Exception as error:  # a defect in one tick must not end the console
+                except Exception:  # a defect in one tick must not end the console
                     log.exception("console.tick_failed")
-                    self._sampled_at = self._made_at = self._clock()
-                    self._answer(error)
+                    self._made_at = self._clock()
+                    _fail(self._waiters)
+                    _fail(self._part_waiters)
         finally:
             await self._scaling.close()
+            await self.peers.close()
 
     async def _rest(self) -> None:
         """Wait until the next tick is due, or a new viewer cannot be shown what there is."""
         while (left_s := self._due_in_s()) > 0:
             self._wake.clear()
             try:
-                async with asyncio.timeout(left_s):
+                async with asyncio.timeout(None if left_s == math.inf else left_s):
                     await self._wake.wait()
             except TimeoutError:
                 return
 
     def _due_in_s(self) -> float:
         now = self._clock()
-        due = self._sampled_at + SAMPLE_S
-        if self._waiters or any(view.new for view in self._views.values()):
+        due = self._next_sample
+        if self._waiters or self._part_waiters or any(view.new for view in self._views.values()):
             due = min(due, self._made_at + FRESH_S)
-        elif self._views or self._peers.is_watched(now):
-            due = min(due, self._made_at + STEP_S)
+        elif self._views:
+            due = min(due, self._made_at + TICK_S)
         return due - now
 
     async def _tick(self) -> None:
         now = self._clock()
-        is_watched = self.watched or self._peers.is_watched(now)
-        shot = await self._survey.look(with_rows=is_watched)
-        if now - self._sampled_at >= SAMPLE_S:
-            self._sampled_at = now
+        is_shown = bool(self._views or self._waiters)
+        is_needed = is_shown or bool(self._part_waiters)
+        is_due = now >= self._next_sample
+        if is_due:  # first, so that a failure is not repeated at once
+            self._next_sample = now + STEP_S - self._parts.wall() % STEP_S + LATE_S
+        shot = await self._survey.look(with_rows=is_needed)
+        if is_due:
             self._parts.recent.forget_old()
             self._parts.lost.current(now)
-        if not is_watched:
-            self._maker.forget()
-            self._document, self._made_at = None, float("-inf")
+            await self._sampler.sample(shot)
+        if not is_needed:
+            shot.calls = []
+            if now - self._made_at > STEP_S:
+                self._maker.rest(shot)
+                self._part = self._document = None
             return
         self._made_at = now
         parts = self._parts
-        part = await self._maker.make(shot, list(parts.utilization()), parts.budgets(), parts.policies())
-        await self._peers.publish(part, now)
-        if not self.watched:
+        self._part = await self._maker.make(shot, list(parts.utilization()), parts.budgets(), parts.policies())
+        _answer(self._part_waiters, self._part)
+        if not is_shown:
             return
-        document = await self._make(part, now)
-        self._answer(document)
+        document = await self._make(self._part, now)
+        _answer(self._waiters, document)
         for tenant, view in list(self._views.items()):
             await self._show(tenant, view, document)
 
-    def _answer(self, document: Document | Exception) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if waiter.done():  # its request was cancelled
-                continue
-            if isinstance(document, Exception):
-                waiter.set_exception(CallError(Outcome.INTERNAL, "the overview could not be made; the log has why"))
-            else:
-                waiter.set_result(document)
-
     async def _make(self, part: Part, now: float) -> Document:
         """Return the document of the whole cluster."""
-        models = self._parts.directory.models
-        self._peers.watch(now)
-        self._scaling.refresh(models, now)
-        others = await self._peers.parts(now)
+        self._scaling.refresh(self._parts.directory.models, now)
+        others = await self.peers.parts(now)
         document = await overview.merge([part, *others], self._parts.wall(), self._names.has_cost)
         document |= {"cluster": self._names.cluster, "version": self._names.version}
         for row in document["models"]:
@@ -269,3 +286,19 @@ class LiveOverview:
                 subscriber.push(b"state", state)
         view.new -= new
         view.document, view.index = after, index
+
+
+def _answer(waiters: list[asyncio.Future[_T]], value: _T) -> None:
+    """Give those who wait what they wait for."""
+    for waiter in waiters:
+        if not waiter.done():  # else its request was cancelled
+            waiter.set_result(value)
+    waiters.clear()
+
+
+def _fail(waiters: list[asyncio.Future[_T]]) -> None:
+    """Give those who wait an error."""
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_exception(CallError(Outcome.INTERNAL, "the overview could not be made; the log says why"))
+    waiters.clear()

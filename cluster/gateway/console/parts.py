@@ -27,9 +27,10 @@ MAX_CALLS: Final = 2000
 """Number of calls of an overview, and of one process in it."""
 MAX_OPEN: Final = 1000
 """Number of open calls of one process in an overview."""
+STEP_S: Final = 5
+"""Seconds between two looks that are remembered: a step of the history."""
 WINDOW_S: Final = 60.0
 """Seconds over which percentiles and cache hits are computed."""
-WINDOW_STEP_S: Final = 5.0
 SMOOTH_S: Final = 60.0
 """Seconds over which a tenant's cost is averaged, since it is known only when calls end."""
 
@@ -49,8 +50,8 @@ class Window:
         self._past: deque[tuple[float, Mapping[str, Tally]]] = deque()
 
     def add(self, shot: Snapshot) -> None:
-        """Remember a look, one for each WINDOW_STEP_S."""
-        if not self._past or shot.now - self._past[-1][0] >= WINDOW_STEP_S:
+        """Remember a look, one for each STEP_S."""
+        if not self._past or shot.now - self._past[-1][0] >= STEP_S:
             self._past.append((shot.now, shot.models))
         while len(self._past) > 1 and shot.now - self._past[1][0] >= WINDOW_S:
             self._past.popleft()
@@ -86,9 +87,10 @@ class PartMaker:
         self._ended: dict[int, Row] = {}
         """The rows of ended calls by number, which never change."""
 
-    def forget(self) -> None:
-        """Free what is kept between two parts, since none is made for a while."""
-        self._before, self._ended = None, {}
+    def rest(self, shot: Snapshot) -> None:
+        """Take over a look for which no part is made, since nobody watches."""
+        self._before, self._ended = shot, {}
+        self._window.add(shot)
 
     async def make(
         self,
@@ -107,6 +109,8 @@ class PartMaker:
             self._tenant(name, shot, before, interval_s, limits.get(name) or Limits()) for name in shot.tenants
         )
         models = await in_slices(self._models(shot, before, interval_s))
+        calls = await in_slices(self._calls(shot))
+        shot.calls = []  # they must not be kept until the next look
         rate = sum(row["tokens_per_s"] for row in tenants)
         return {
             "format": FORMAT,
@@ -124,7 +128,7 @@ class PartMaker:
             "workers": shot.workers,
             "models": models,
             "tenants": tenants,
-            "calls": await in_slices(self._calls(shot)),
+            "calls": calls,
         }
 
     def _models(self, shot: Snapshot, before: Snapshot, interval_s: float) -> Iterator[Row]:
