@@ -2,7 +2,7 @@
 
 import { isScoped, mayRead } from "./api.js";
 import { callState } from "./calls_table.js";
-import { ask, say } from "./dialog.js";
+import { confirmDialog, showMessage } from "./dialog.js";
 import { button, h, missing, replace, setHidden, stateChip } from "./dom.js";
 import { count, dateTime, duration, plural, rate } from "./format.js";
 import { routeSteps } from "./routes.js";
@@ -155,7 +155,7 @@ class CallPage {
   _askAbort() {
     const row = this._row();
     const call = row ?? this._explained;
-    return ask({
+    return confirmDialog({
       title: "Abort the call",
       text: "The caller gets the text so far, then the error CANCELLED.",
       fields: [{ name: "reason", label: "Reason", isRequired: true, hint: "For the audit log." }],
@@ -167,7 +167,7 @@ class CallPage {
           parent: `tenants/${call.tenant}`,
           reason,
         });
-        say(`Aborted: ${plural(answer?.aborted ?? 0, "call")}`);
+        showMessage(`Aborted: ${plural(answer?.aborted ?? 0, "call")}`);
       },
     });
   }

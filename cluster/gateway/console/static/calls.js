@@ -18,6 +18,7 @@ const STATES = [
   ["ended", "Ended"],
   ["failed", "Failed"],
 ];
+const ROWS = 100;
 const FILTERS = ["state", "tenant", "model", "worker"];
 
 /** @param {HTMLElement} container @param {any} context @param {any} route */
@@ -34,6 +35,7 @@ class CallsPage {
       columns: callColumns(context.session),
       sort: { key: "arrived", isDown: true },
       holds: true,
+      limit: ROWS,
       rowClass: (row) => (row.state === "ended" ? "faded" : ""),
       empty: "No call matches.",
     });

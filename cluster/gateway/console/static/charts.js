@@ -47,7 +47,13 @@ export class LineChart {
     this._cursor = svg("line", { class: "chart-cursor", visibility: "hidden" });
     this._svg = svg(
       "svg",
+<<<<<<< HEAD
       { role: "img", height, class: "chart-plot", "aria-label": `${title}: no data` },
+||||||| 4fc242b1
+      { role: "img", height, class: "chart-plot" },
+=======
+      { role: "img", "aria-label": `${title}: no values yet`, height, class: "chart-plot" },
+>>>>>>> w-C
       this._grid,
       this._area,
       this._paths,
@@ -114,7 +120,7 @@ export class LineChart {
       parts.push(svg("text", { x: PAD.left - 6, y: at + 3.5, "text-anchor": "end" }, format(value) ?? ""));
     }
     const span = to - from;
-    const marks = this._width > 250 ? 4 : 2;
+    const marks = this._width > 250 ? 5 : 2;
     const step =
       [60, 120, 300, 600, 900, 1200, 1800, 3600, 7200, 21_600, 86_400].find((each) => span / each <= marks) ?? span;
     for (let at = Math.ceil(from / step) * step; at <= to; at += step) {

@@ -21,7 +21,7 @@ import { announce, button, h, replace } from "./dom.js";
  *   act: (values: Record<string, any>) => Promise<T>}} options
  * @returns {Promise<T | null>} null if it was cancelled
  */
-export function ask({ title, text = "", fields = [], confirm, isDanger = false, act }) {
+export function confirmDialog({ title, text = "", fields = [], confirm, isDanger = false, act }) {
   return new Promise((resolve) => {
     let result = null;
     const inputs = fields.map(fieldOf);
@@ -145,7 +145,7 @@ function radioOf(field, id, hint) {
 let shelf = null;
 
 /** Show a message for some seconds, and have it read out. */
-export function say(words) {
+export function showMessage(words) {
   shelf ??= document.body.appendChild(h("div", { class: "messages" }));
   const node = h("p", { class: "message" }, words);
   shelf.append(node);

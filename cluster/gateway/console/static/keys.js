@@ -1,7 +1,7 @@
 /** A tenant's keys: list, create, rotate, revoke. A secret is shown once, and forgotten when its dialog closes. */
 
 import { copyButton } from "./copy.js";
-import { ask, say, showDialog, showError } from "./dialog.js";
+import { confirmDialog, showMessage, showDialog, showError } from "./dialog.js";
 import { button, h, replace, setAttribute, setHidden, stateChip } from "./dom.js";
 import { age, dateOf, dateOnly, dateTime } from "./format.js";
 import { KeyedTable } from "./table.js";
@@ -106,7 +106,7 @@ export class KeysPanel {
 
   async _create() {
     const roles = this._context.session.role === "operator" ? Object.keys(ROLES) : ["caller", "tenant_admin"];
-    const made = await ask({
+    const made = await confirmDialog({
       title: `Create a key of ${this._parent.slice("tenants/".length)}`,
       fields: [
         { name: "display_name", label: "What it is for", hint: "Shown in this list, such as ci or notebook." },
@@ -131,7 +131,7 @@ export class KeysPanel {
   }
 
   async _rotate(row) {
-    const made = await ask({
+    const made = await confirmDialog({
       title: `Rotate key ${row.id}`,
       text: "A new key with the same role is made. The old one works for a while, so that callers can change.",
       fields: [
@@ -171,7 +171,7 @@ export class KeysPanel {
   }
 
   _revoke(row) {
-    return ask({
+    return confirmDialog({
       title: `Revoke key ${row.id}`,
       text: [
         row.display_name && `The key is for “${row.display_name}”.`,
@@ -184,7 +184,7 @@ export class KeysPanel {
       isDanger: true,
       act: async ({ reason }) => {
         await this._context.api.verb("Keys.Revoke", { name: row.name, reason });
-        say(`Key ${row.id} is revoked`);
+        showMessage(`Key ${row.id} is revoked`);
         await this._changed();
       },
     });

@@ -8,7 +8,7 @@ import { linkTo } from "./shell.js";
 
 const flattened = new WeakMap();
 
-/** Return a row for each model and, where there are several versions or one has something to say, for each version. */
+/** Return a row for each model and, where there are several versions or one is in quarantine, for each version. */
 export function modelRows(models) {
   const sorted = [...models].sort((a, b) => compare(a.id, b.id));
   return sorted.flatMap((model) => {
@@ -27,7 +27,7 @@ export function modelRows(models) {
   });
 }
 
-/** Columns for what the viewer may know: a tenant is told a model's state, and not how it is loaded.
+/** Columns of what the viewer may see: viewers of one tenant get the state and not the load.
  * @returns {import("./table.js").Column[]} */
 export function modelColumns(context) {
   const name = { key: "model", label: "Model", width: 12, build: nameCell };

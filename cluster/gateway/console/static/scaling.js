@@ -119,7 +119,7 @@ class ModelScaling {
     this._row = row;
     setHidden(this._frozen.node, !row.frozen);
     setText(this._numbers, `${count(row.had) ?? "–"} of ${plural(row.wanted ?? 0, "replica")}`);
-    setText(this._why, row.reason || "No decision is known: the controller has not told one yet.");
+    setText(this._why, row.reason || "The controller has not reported a decision yet.");
     if (this._freeze) setText(this._freeze, row.frozen ? "Unfreeze" : "Freeze");
     if (isNews && this._details.open) void this._explain();
   }

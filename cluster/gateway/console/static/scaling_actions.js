@@ -1,6 +1,6 @@
 /** Operators' actions on models: scale by hand or by demand, freeze, unfreeze. Each asks first. */
 
-import { ask, say } from "./dialog.js";
+import { confirmDialog, showMessage } from "./dialog.js";
 
 const REASON = { name: "reason", label: "Reason", hint: "For the audit log." };
 
@@ -9,7 +9,7 @@ export function modelActions({ api, feed }) {
   return {
     scale: (model) => {
       const wanted = feed.lists.scaling.get(model)?.wanted ?? feed.lists.models.get(model)?.replicas_desired ?? 1;
-      return ask({
+      return confirmDialog({
         title: `Scale ${model}`,
         fields: [
           {
@@ -42,30 +42,30 @@ export function modelActions({ api, feed }) {
             reason,
             ...(to === "auto" ? { auto: true } : { replicas: number }),
           });
-          say(to === "auto" ? `${model} is scaled by demand` : `${model} is scaled to ${number}`);
+          showMessage(to === "auto" ? `${model} is scaled by demand` : `${model} is scaled to ${number}`);
         },
       });
     },
     freeze: (model) =>
-      ask({
+      confirmDialog({
         title: `Freeze ${model}`,
         text: "The number of replicas stays as it is: no scaling and no rollout until it is unfrozen.",
         fields: [REASON],
         confirm: "Freeze",
         act: async ({ reason }) => {
           await api.verb("Catalog.Freeze", { name: model, reason });
-          say(`${model} is frozen`);
+          showMessage(`${model} is frozen`);
         },
       }),
     unfreeze: (model) =>
-      ask({
+      confirmDialog({
         title: `Unfreeze ${model}`,
-        text: "Scaling and rollouts go on.",
+        text: "Scaling and rollouts continue.",
         fields: [REASON],
         confirm: "Unfreeze",
         act: async ({ reason }) => {
           await api.verb("Catalog.Unfreeze", { name: model, reason });
-          say(`${model} is no longer frozen`);
+          showMessage(`${model} is no longer frozen`);
         },
       }),
   };

@@ -152,9 +152,9 @@ export class Shell {
     const controller = feed.facts.controller;
     if (!feed.hasState || isScoped(session) || !controller) return "";
     if (controller.age_s === null || controller.age_s === undefined)
-      return "No controller has connected: nothing starts or scales. What runs goes on.";
+      return "No controller has connected: models do not start or scale; running calls continue.";
     if (controller.age_s > 15)
-      return `The controller is silent for ${age(controller.age_s)}: nothing starts or scales. What runs goes on.`;
+      return `The controller is silent for ${age(controller.age_s)}: models do not start or scale; running calls continue.`;
     return "";
   }
 }

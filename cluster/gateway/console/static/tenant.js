@@ -3,7 +3,7 @@
 import { mayRead } from "./api.js";
 import { auditList } from "./audit.js";
 import { LineChart } from "./charts.js";
-import { ask, say } from "./dialog.js";
+import { confirmDialog, showMessage } from "./dialog.js";
 import { button, h, meter, missing, replace, setHidden, setText, stateChip } from "./dom.js";
 import { compact, count, duration, numberOf, percent, rate } from "./format.js";
 import { History } from "./history.js";
@@ -203,7 +203,7 @@ class TenantPage {
   _askSuspend() {
     const isSuspended = Boolean(this._tenant?.suspended);
     const name = `tenants/${this._name}`;
-    return ask({
+    return confirmDialog({
       title: `${isSuspended ? "Resume" : "Suspend"} ${this._name}`,
       text: isSuspended
         ? "The tenant may call again."
@@ -213,7 +213,7 @@ class TenantPage {
       isDanger: !isSuspended,
       act: async ({ reason }) => {
         await this._context.api.verb(isSuspended ? "Tenants.Resume" : "Tenants.Suspend", { name, reason });
-        say(`${this._name} is ${isSuspended ? "resumed" : "suspended"}`);
+        showMessage(`${this._name} is ${isSuspended ? "resumed" : "suspended"}`);
         await this._read();
       },
     });

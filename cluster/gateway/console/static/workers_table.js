@@ -1,6 +1,6 @@
 /** Columns of the workers' table, and what operators do with a worker or a node. */
 
-import { ask, say } from "./dialog.js";
+import { confirmDialog, showMessage } from "./dialog.js";
 import { button, h, meter, setAttribute, setHidden, setText, stateChip } from "./dom.js";
 import { age, count, milliseconds, percent, plural, timeOfDay } from "./format.js";
 import { linkTo } from "./shell.js";
@@ -85,7 +85,7 @@ function stateCell(cell) {
   return (row) => {
     chip.set(row.state);
     if (!isGone(row)) return void setText(detail, "");
-    const moved = row.resumed ? `${plural(row.resumed, "sequence")} went on elsewhere` : "nothing had to move";
+    const moved = row.resumed ? `${plural(row.resumed, "sequence")} went on elsewhere` : "no sequence was running";
     setText(detail, [timeOfDay(row.lost_at), row.lost_reason, moved].filter(Boolean).join(" · "));
   };
 }
@@ -172,14 +172,14 @@ function targetField(feed, worker) {
   return { name: "target", label: "What", type: "radio", options };
 }
 
-async function tell({ api }, verb, request, done) {
+async function sendVerb({ api }, verb, request, done) {
   const answer = await api.verb(`Fleet.${verb}`, request);
   const number = answer?.workers?.length ?? 0;
-  say([`${done}: ${plural(number, "worker")}.`, ...(answer?.notes ?? [])].join(" "));
+  showMessage([`${done}: ${plural(number, "worker")}.`, ...(answer?.notes ?? [])].join(" "));
 }
 
 function drainDialog(context, worker) {
-  return ask({
+  return confirmDialog({
     title: "Drain",
     text: "Drained workers take no new calls. What runs there ends or moves to other workers within the time.",
     fields: [
@@ -198,28 +198,28 @@ function drainDialog(context, worker) {
       const limit = Number(timeout_s);
       if (!(limit > 0))
         throw Object.assign(new Error("Time in seconds: enter a number above 0."), { field: "timeout_s" });
-      return tell(context, "Drain", { target, timeout_s: limit }, `Draining within ${age(limit)}`);
+      return sendVerb(context, "Drain", { target, timeout_s: limit }, `Draining within ${age(limit)}`);
     },
   });
 }
 
 function cordonDialog(context, worker) {
-  return ask({
+  return confirmDialog({
     title: "Cordon",
     text: "Cordoned workers take no new calls. What runs there stays.",
     fields: [targetField(context.feed, worker)],
     confirm: "Cordon",
     isDanger: true,
-    act: ({ target }) => tell(context, "Cordon", { target }, "Cordoned"),
+    act: ({ target }) => sendVerb(context, "Cordon", { target }, "Cordoned"),
   });
 }
 
 function uncordonDialog(context, worker) {
-  return ask({
+  return confirmDialog({
     title: "Uncordon",
     text: "The workers take new calls again.",
     fields: [targetField(context.feed, worker)],
     confirm: "Uncordon",
-    act: ({ target }) => tell(context, "Uncordon", { target }, "Uncordoned"),
+    act: ({ target }) => sendVerb(context, "Uncordon", { target }, "Uncordoned"),
   });
 }
