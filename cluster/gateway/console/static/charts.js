@@ -47,13 +47,7 @@ export class LineChart {
     this._cursor = svg("line", { class: "chart-cursor", visibility: "hidden" });
     this._svg = svg(
       "svg",
-<<<<<<< HEAD
-      { role: "img", height, class: "chart-plot", "aria-label": `${title}: no data` },
-||||||| 4fc242b1
-      { role: "img", height, class: "chart-plot" },
-=======
       { role: "img", "aria-label": `${title}: no values yet`, height, class: "chart-plot" },
->>>>>>> w-C
       this._grid,
       this._area,
       this._paths,
