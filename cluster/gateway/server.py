@@ -29,7 +29,7 @@ from cluster.gateway.auth.revocation import cut_revoked
 from cluster.gateway.auth.tls import NewestContext, revoked_file
 from cluster.gateway.calls.access_log import AccessLog
 from cluster.gateway.config_state import ConfigState
-from cluster.gateway.console import build as console
+from cluster.gateway.console.build import Sources, live_overview
 from cluster.gateway.deferred_imports import import_later
 from cluster.gateway.gauges import GatewayGauges
 from cluster.gateway.links.hub import Hub, hub_server
@@ -154,8 +154,8 @@ class Gateway:
             self.link_server.add_generic_rpc_handlers((self._siblings.handler(),))
         self._admin_authorizer = AdminAuthorizer(self.tenants)
         self._budgets = None if self.tenants is None else self.tenants.budgets(self._limits.spent)
-        self.live = console.live_overview(
-            console.Sources(
+        self.live = live_overview(
+            Sources(
                 config,
                 process,
                 self.hub,

@@ -76,12 +76,14 @@ def live_overview(sources: Sources) -> LiveOverview:
         dict if tenants is None else lambda: _policies(tenants),
         sources.budgets,
     )
+    console = config.gateway.console
     live = LiveOverview(
         parts,
         PartMaker(hub.gateway_id, sources.process, hub.incarnation, recent),
         ScalingReasons(hub.ask_controller),
         Names(config.name, __version__, has_cost=config.cost is not None),
         lambda tenant: _models_of(tenant, sources.directory, tenants),
+        has_history=console.enabled and console.history,
     )
     service.calls.on_close.add(live.close)
     live.peers = _peers(sources, PeerAnswers(live))

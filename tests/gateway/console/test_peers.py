@@ -19,7 +19,7 @@ from cluster.gateway.server import Gateway
 from cluster.wire.bundle import Bundle
 from tests.support.calls import chat
 from tests.support.cluster import LOOPBACK, TestCluster, sim_engine, until
-from tests.support.console import console_port, watching
+from tests.support.console_feed import console_port, watching
 from tests.support.valkey import Server
 
 

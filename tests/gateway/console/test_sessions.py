@@ -51,7 +51,8 @@ def text_of(data: bytes) -> str:
 def test_every_gateway_opens_a_session(texts: list[str], expires_at_s: float, secrets: Sequence[bytes]) -> None:
     """A session that one gateway has sealed opens unchanged at a gateway that has the same secrets in another order,
     and shows nothing in plain text."""
-    session = Session(*[text.encode("utf-8", "replace").decode() for text in texts], expires_at_s)
+    by, subject, tenant, role, digest, csrf = (text.encode("utf-8", "replace").decode() for text in texts)
+    session = Session(by, subject, tenant, role, digest, csrf, expires_at_s)
     sealed = cookie(*secrets).seal(session)
     assert cookie(NEW, OLD).open(sealed, NOW) == session
     assert cookie(FOREIGN).open(sealed, NOW) is None

@@ -14,8 +14,14 @@ export function auditList({ api }, tenant) {
   let shown = [];
   const more = button("Older", () => void read(true), { kind: "quiet" });
   const node = h(
-    "section", { class: "panel", "aria-labelledby": "audit-title" },
-    h("div", { class: "panel-head" }, h("h2", { id: "audit-title" }, "Audit"), button("Read again", () => void read(), { kind: "quiet" })),
+    "section",
+    { class: "panel", "aria-labelledby": "audit-title" },
+    h(
+      "div",
+      { class: "panel-head" },
+      h("h2", { id: "audit-title" }, "Audit"),
+      button("Read again", () => void read(), { kind: "quiet" }),
+    ),
     body,
   );
 
@@ -35,11 +41,16 @@ export function auditList({ api }, tenant) {
     if (!shown.length) return replace(body, h("p", { class: "empty" }, "Nothing is recorded."));
     const rows = shown.map((event) =>
       h(
-        "tr", null,
+        "tr",
+        null,
         h("td", null, dateTime(event.time) ?? "–"),
         h("td", null, event.action ?? ""),
         h("td", { class: "wrap" }, event.object ?? ""),
-        h("td", null, h("span", { class: "chip", dataset: { tone: event.outcome === "ok" ? "good" : "bad" } }, event.outcome ?? "")),
+        h(
+          "td",
+          null,
+          h("span", { class: "chip", dataset: { tone: event.outcome === "ok" ? "good" : "bad" } }, event.outcome ?? ""),
+        ),
         h("td", null, event.actor ?? ""),
         h("td", { class: "wrap" }, event.reason ?? ""),
       ),
@@ -47,8 +58,22 @@ export function auditList({ api }, tenant) {
     return replace(
       body,
       h(
-        "div", { class: "scroll", role: "region", "aria-label": "Audit events", tabindex: "0" },
-        h("table", { class: "plain" }, h("thead", null, h("tr", null, HEADS.map((head) => h("th", { scope: "col" }, head)))), h("tbody", null, rows)),
+        "div",
+        { class: "scroll", role: "region", "aria-label": "Audit events", tabindex: "0" },
+        h(
+          "table",
+          { class: "plain" },
+          h(
+            "thead",
+            null,
+            h(
+              "tr",
+              null,
+              HEADS.map((head) => h("th", { scope: "col" }, head)),
+            ),
+          ),
+          h("tbody", null, rows),
+        ),
       ),
       token ? h("p", { class: "note" }, more) : null,
     );

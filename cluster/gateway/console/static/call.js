@@ -2,7 +2,7 @@
 
 import { isScoped, mayRead } from "./api.js";
 import { callState } from "./calls_table.js";
-import { ask, say } from "./dialog.js";
+import { confirmDialog, showMessage } from "./dialog.js";
 import { button, h, missing, replace, setHidden, stateChip } from "./dom.js";
 import { count, dateTime, duration, plural, rate } from "./format.js";
 import { routeSteps } from "./routes.js";
@@ -25,24 +25,37 @@ class CallPage {
     this._facts = h("dl", { class: "facts" });
     this._why = h("p", { class: "why" });
     this._routes = h("div", { class: "panel-body" });
-    this._trace = h("a", { class: "button", target: "_blank", rel: "noopener noreferrer", hidden: true }, "Open the trace");
+    this._trace = h(
+      "a",
+      { class: "button", target: "_blank", rel: "noopener noreferrer", hidden: true },
+      "Open the trace",
+    );
     this._abort = button("Abort", () => this._askAbort(), { kind: "danger" });
     this._abort.hidden = true;
     container.append(
       h("p", { class: "crumb" }, h("a", { href: linkTo("calls") }, "Calls")),
       h(
-        "div", { class: "page-head" },
-        h("h1", { tabindex: "-1", class: "mono" }, id), this._chip.node,
+        "div",
+        { class: "page-head" },
+        h("h1", { tabindex: "-1", class: "mono" }, id),
+        this._chip.node,
         h("span", { class: "buttons" }, this._trace, this._abort),
       ),
-      h("section", { class: "panel", "aria-labelledby": "times" }, h("h2", { id: "times" }, "Times and tokens"), h("div", { class: "panel-body" }, this._why, this._facts)),
+      h(
+        "section",
+        { class: "panel", "aria-labelledby": "times" },
+        h("h2", { id: "times" }, "Times and tokens"),
+        h("div", { class: "panel-body" }, this._why, this._facts),
+      ),
     );
     if (mayRead(context.session)) {
       const again = button("Read again", () => void this._explain(), { kind: "quiet" });
       container.append(
         h(
-          "section", { class: "panel", "aria-labelledby": "routes" },
-          h("div", { class: "panel-head" }, h("h2", { id: "routes" }, "Route"), again), this._routes,
+          "section",
+          { class: "panel", "aria-labelledby": "routes" },
+          h("div", { class: "panel-head" }, h("h2", { id: "routes" }, "Route"), again),
+          this._routes,
         ),
       );
       void this._explain();
@@ -65,9 +78,12 @@ class CallPage {
     if (!row && !call) return;
     const now = this._feed.facts.at;
     const place = row ? `${row.state} ${row.worker} ${row.resumes}` : "";
-    if (row && this._place !== undefined && this._place !== place && mayRead(this._context.session)) void this._explain();
+    if (row && this._place !== undefined && this._place !== place && mayRead(this._context.session))
+      void this._explain();
     this._place = place;
-    const { state, words, tone } = row ? callState(row) : callState({ state: call.outcome ? "ended" : "running", outcome: call.outcome });
+    const { state, words, tone } = row
+      ? callState(row)
+      : callState({ state: call.outcome ? "ended" : "running", outcome: call.outcome });
     this._chip.set(state, words, tone);
     setHidden(this._abort, !(this._context.session.may.fleet && (row ? row.state !== "ended" : !call.outcome)));
     this._showTrace(row);
@@ -76,20 +92,36 @@ class CallPage {
     const key = JSON.stringify([facts, why]);
     if (key === this._shown) return;
     this._shown = key;
-    replace(this._facts, facts.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value ?? missing()))));
+    replace(
+      this._facts,
+      facts.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value || missing()))),
+    );
     this._why.textContent = why;
   }
 
   _factsOf(row, call, now) {
-    const source = row ?? { tenant: call.tenant, model: call.model, request_id: call.request_id, arrived_s: call.arrived_at_s, gateway: call.gateway };
+    const source = row ?? {
+      tenant: call.tenant,
+      model: call.model,
+      request_id: call.request_id,
+      arrived_s: call.arrived_at_s,
+      gateway: call.gateway,
+    };
     const known = row ?? { duration_s: call.duration_s };
     const lasted = known.duration_s ?? (row ? now - row.arrived_s : null);
     const cached = row?.cached_tokens;
     const facts = [
-      ["Arrived", dateTime(Number(source.arrived_s))], ["Tenant", source.tenant], ["Model", source.model], ["API", row?.api],
-      ["Queue", duration(row?.queue_s ?? call?.routes?.[0]?.after_s)], ["Time to first token", duration(row?.ttft_s)],
-      ["Duration", duration(lasted)], ["Answer", row && `${count(row.tokens)} tokens`], ["Rate", row?.tokens_per_s ? `${rate(row.tokens_per_s)} tokens/s` : null],
-      ["Prompt", row && `${count(row.prompt_tokens)} tokens`], ["Cached", cached === null || cached === undefined ? null : `${count(cached)} tokens`],
+      ["Arrived", dateTime(Number(source.arrived_s))],
+      ["Tenant", source.tenant],
+      ["Model", source.model],
+      ["API", row?.api],
+      ["Queue", duration(row?.queue_s ?? call?.routes?.[0]?.after_s)],
+      ["Time to first token", duration(row?.ttft_s)],
+      ["Duration", duration(lasted)],
+      ["Answer", row && `${count(row.tokens)} tokens`],
+      ["Rate", row?.tokens_per_s ? `${rate(row.tokens_per_s)} tokens/s` : null],
+      ["Prompt", row && `${count(row.prompt_tokens)} tokens`],
+      ["Cached", cached === null || cached === undefined ? null : `${count(cached)} tokens`],
       ["Resumes", row && count(row.resumes)],
     ];
     if (!isScoped(this._context.session)) facts.push(["Worker", row?.worker], ["Gateway", source.gateway]);
@@ -114,7 +146,8 @@ class CallPage {
       this._update();
     } catch (error) {
       const row = this._row();
-      if (error.status === 404 && row?.state === "queued") replace(this._routes, h("p", null, "The call has not been sent to a worker."));
+      if (error.status === 404 && row?.state === "queued")
+        replace(this._routes, h("p", null, "The call has not been sent to a worker."));
       else replace(this._routes, h("p", { class: row ? null : "problem" }, error.message));
     }
   }
@@ -122,15 +155,19 @@ class CallPage {
   _askAbort() {
     const row = this._row();
     const call = row ?? this._explained;
-    return ask({
+    return confirmDialog({
       title: "Abort the call",
       text: "The caller gets the text so far, then the error CANCELLED.",
       fields: [{ name: "reason", label: "Reason", isRequired: true, hint: "For the audit log." }],
       confirm: "Abort",
       isDanger: true,
       act: async ({ reason }) => {
-        const answer = await this._context.api.verb("Fleet.AbortRequest", { request_id: call.id || this._id, parent: `tenants/${call.tenant}`, reason });
-        say(`Aborted: ${plural(answer?.aborted ?? 0, "call")}`);
+        const answer = await this._context.api.verb("Fleet.AbortRequest", {
+          request_id: call.id || this._id,
+          parent: `tenants/${call.tenant}`,
+          reason,
+        });
+        showMessage(`Aborted: ${plural(answer?.aborted ?? 0, "call")}`);
       },
     });
   }
@@ -138,11 +175,14 @@ class CallPage {
 
 /** Return what the call waited or waits for, in one or two sentences. */
 function whyItWaited(row, call, feed, now) {
-  if (row?.state === "queued") return `It has waited for ${duration(now - row.arrived_s)}. ${shortage(row.model, feed)}`;
+  if (row?.state === "queued")
+    return `It has waited for ${duration(now - row.arrived_s)}. ${shortage(row.model, feed)}`;
   const first = call?.routes?.[0];
   const waited = row?.queue_s ?? first?.after_s ?? null;
   if (waited === null) return "";
-  const held = first?.wait_s ? ` For ${duration(first.wait_s)} of it, it waited for the worker that held its prompt.` : "";
+  const held = first?.wait_s
+    ? ` For ${duration(first.wait_s)} of it, it waited for the worker that held its prompt.`
+    : "";
   const prefill = row?.ttft_s > waited ? ` Its first token came ${duration(row.ttft_s - waited)} after that.` : "";
   if (waited < 0.05) return `It was sent to a worker without a wait.${prefill}`;
   return `It waited ${duration(waited)} for a worker.${held}${prefill}`;
@@ -152,10 +192,14 @@ function whyItWaited(row, call, feed, now) {
 function shortage(name, feed) {
   const model = feed.lists.models.get(name);
   if (!model) return "";
-  if (!model.ready_workers) return `No worker of ${name} is ready: the model is ${model.state.toLowerCase()}${model.reason ? ` (${model.reason})` : ""}.`;
+  if (!model.ready_workers) {
+    const reason = model.reason ? ` (${model.reason})` : "";
+    return `No worker of ${name} is ready: the model is ${model.state.toLowerCase()}${reason}.`;
+  }
   const workers = feed.rows("workers").filter((worker) => worker.model === name && worker.state === "READY");
   const used = workers.reduce((sum, worker) => sum + worker.running, 0);
   const places = workers.reduce((sum, worker) => sum + worker.max_num_seqs, 0);
   const load = places ? `, which run ${count(used)} of ${count(places)} sequences` : "";
-  return `${plural(model.waiting ?? 0, "call")} of ${name} wait for ${plural(model.ready_workers, "ready worker")}${load}.`;
+  const waiting = plural(model.waiting ?? 0, "call");
+  return `${waiting} of ${name} wait for ${plural(model.ready_workers, "ready worker")}${load}.`;
 }

@@ -9,9 +9,16 @@ import { linkTo } from "./shell.js";
 import { KeyedTable } from "./table.js";
 
 const STATES = [
-  ["", "All"], ["open", "Not ended"], ["queued", "Waiting"], ["prefill", "Prefill"], ["running", "Running"],
-  ["resuming", "Resuming"], ["ended", "Ended"], ["failed", "Failed"],
+  ["", "All"],
+  ["open", "Not ended"],
+  ["queued", "Waiting"],
+  ["prefill", "Prefill"],
+  ["running", "Running"],
+  ["resuming", "Resuming"],
+  ["ended", "Ended"],
+  ["failed", "Failed"],
 ];
+const ROWS = 100;
 const FILTERS = ["state", "tenant", "model", "worker"];
 
 /** @param {HTMLElement} container @param {any} context @param {any} route */
@@ -24,8 +31,13 @@ class CallsPage {
     this._feed = context.feed;
     this._names = FILTERS.filter((name) => !isScoped(context.session) || (name !== "tenant" && name !== "worker"));
     this._table = new KeyedTable({
-      caption: "Calls", columns: callColumns(context.session), sort: { key: "arrived", isDown: true }, holds: true,
-      rowClass: (row) => (row.state === "ended" ? "faded" : ""), empty: "No call matches.",
+      caption: "Calls",
+      columns: callColumns(context.session),
+      sort: { key: "arrived", isDown: true },
+      holds: true,
+      limit: ROWS,
+      rowClass: (row) => (row.state === "ended" ? "faded" : ""),
+      empty: "No call matches.",
     });
     this._summary = h("p", { class: "summary" });
     this._build(container);
@@ -45,10 +57,22 @@ class CallsPage {
 
   _build(container) {
     this._selects = new Map(
-      this._names.map((name) => [name, h("select", { name, on: { change: (event) => this._filter(name, event.target.value) } })]),
+      this._names.map((name) => [
+        name,
+        h("select", { name, on: { change: (event) => this._filter(name, event.target.value) } }),
+      ]),
     );
-    replace(this._selects.get("state"), STATES.map(([value, label]) => h("option", { value }, label)));
-    const find = h("input", { type: "search", name: "id", autocomplete: "off", placeholder: "Request id or answer id", "aria-label": "Find a call by id" });
+    replace(
+      this._selects.get("state"),
+      STATES.map(([value, label]) => h("option", { value }, label)),
+    );
+    const find = h("input", {
+      type: "search",
+      name: "id",
+      autocomplete: "off",
+      placeholder: "Request id or answer id",
+      "aria-label": "Find a call by id",
+    });
     const open = (event) => {
       event.preventDefault();
       if (find.value.trim()) location.hash = linkTo("calls", find.value.trim());
@@ -56,14 +80,24 @@ class CallsPage {
     container.append(
       h("div", { class: "page-head" }, h("h1", { tabindex: "-1" }, "Calls"), this._summary),
       h(
-        "section", { class: "panel", "aria-label": "Running and recent calls" },
+        "section",
+        { class: "panel", "aria-label": "Running and recent calls" },
         h(
-          "div", { class: "panel-head" },
+          "div",
+          { class: "panel-head" },
           h(
-            "div", { class: "filters" },
-            this._names.map((name) => h("label", null, name[0].toUpperCase() + name.slice(1), " ", this._selects.get(name))),
+            "div",
+            { class: "filters" },
+            this._names.map((name) =>
+              h("label", null, name[0].toUpperCase() + name.slice(1), " ", this._selects.get(name)),
+            ),
           ),
-          h("form", { class: "filter", role: "search", on: { submit: open } }, find, h("button", { type: "submit", class: "button" }, "Open")),
+          h(
+            "form",
+            { class: "filter", role: "search", on: { submit: open } },
+            find,
+            h("button", { type: "submit", class: "button" }, "Open"),
+          ),
         ),
         this._table.node,
       ),
@@ -80,11 +114,22 @@ class CallsPage {
     const rows = this._feed.rows("calls");
     const now = this._feed.facts.at ?? null;
     const matching = rows.filter((row) => matches(row, this._wanted));
-    this._table.set(matching.map((row) => (row.state === "ended" ? row : { ...row, duration_s: row.duration_s ?? now - row.arrived_s, now })));
+    this._table.set(
+      matching.map((row) =>
+        row.state === "ended" ? row : { ...row, duration_s: row.duration_s ?? now - row.arrived_s, now },
+      ),
+    );
     this._options(rows);
     const open = rows.filter((row) => row.state !== "ended");
     const waiting = open.filter((row) => row.state === "queued").length;
-    setText(this._summary, `${count(open.length - waiting)} running · ${count(waiting)} waiting · ${plural(rows.length - open.length, "recent call")} kept`);
+    setText(
+      this._summary,
+      [
+        `${count(open.length - waiting)} running`,
+        `${count(waiting)} waiting`,
+        `${plural(rows.length - open.length, "recent call")} kept`,
+      ].join(" · "),
+    );
   }
 
   /** Offer the values that occur. A list that is open is left alone, so that nothing moves under the pointer. */
@@ -98,7 +143,11 @@ class CallsPage {
         const key = [...values].sort(compare);
         if (select.shownKey !== key.join("\n")) {
           select.shownKey = key.join("\n");
-          replace(select, h("option", { value: "" }, "All"), key.map((value) => h("option", { value }, value)));
+          replace(
+            select,
+            h("option", { value: "" }, "All"),
+            key.map((value) => h("option", { value }, value)),
+          );
         }
       }
       if (select.value !== wanted) select.value = wanted;

@@ -12,7 +12,11 @@ export function callState(row) {
   if (row.state !== "ended") return { state: row.state, words: WORDS[row.state] ?? row.state };
   if (row.outcome === "ok") return { state: "ended", words: "Done", tone: "off" };
   const words = (row.outcome || "ended").replaceAll("_", " ");
-  return { state: row.outcome, words: words[0].toUpperCase() + words.slice(1), tone: row.outcome === "cancelled" ? "off" : "bad" };
+  return {
+    state: row.outcome,
+    words: words[0].toUpperCase() + words.slice(1),
+    tone: row.outcome === "cancelled" ? "off" : "bad",
+  };
 }
 
 /** Seconds for which a call waited for a worker, or has waited until now. */
@@ -23,20 +27,89 @@ export function queueS(row) {
 
 /** @returns {import("./table.js").Column[]} */
 export function callColumns(session) {
-  const number = (key, label, width, sort, text, missing, title) => ({ key, label, width, isNumber: true, sort, text, missing, title });
+  const number = (key, label, width, sort, text, missing, title) => ({
+    key,
+    label,
+    width,
+    isNumber: true,
+    sort,
+    text,
+    missing,
+    title,
+  });
   return [
     { key: "call", label: "Call", width: 7, sort: (row) => row.id, build: idCell },
     { key: "state", label: "State", width: 6.8, sort: (row) => callState(row).words, build: stateCell },
-    { key: "arrived", label: `Arrived, ${ZONE}`, width: 5, isNumber: true, sort: (row) => row.arrived_s, text: (row) => timeOfDay(row.arrived_s) },
-    { key: "tenant", label: "Tenant, model", width: 9.4, sort: (row) => `${row.tenant} ${row.model}`, build: tenantCell },
-    number("queue", "Queue", 4.8, queueS, (row) => duration(queueS(row)), "not sent to a worker", "Time that the call waited for a worker"),
-    number("ttft", "TTFT", 4.8, (row) => row.ttft_s, (row) => duration(row.ttft_s), "no token yet", "Time from arrival to the first token"),
-    number("tokens", "Tokens", 4.3, (row) => row.tokens, (row) => count(row.tokens), "no token yet", "Tokens of the answer"),
-    number("rate", "Tokens/s", 4.3, (row) => row.tokens_per_s, (row) => rate(row.tokens_per_s), "not known before the second token"),
-    { key: "prompt", label: "Prompt", width: 5.6, isNumber: true, sort: (row) => row.prompt_tokens, build: promptCell,
-      title: "Tokens of the prompt, and those of them that were in the worker's cache" },
-    ...(isScoped(session) ? [] : [{ key: "worker", label: "Worker, reason", width: 7.6, sort: (row) => row.worker, build: workerCell }]),
-    number("duration", "Duration", 4.8, (row) => row.duration_s, (row) => duration(row.duration_s), "not known"),
+    {
+      key: "arrived",
+      label: `Arrived, ${ZONE}`,
+      width: 5,
+      isNumber: true,
+      sort: (row) => row.arrived_s,
+      text: (row) => timeOfDay(row.arrived_s),
+    },
+    {
+      key: "tenant",
+      label: "Tenant, model",
+      width: 9.4,
+      sort: (row) => `${row.tenant} ${row.model}`,
+      build: tenantCell,
+    },
+    number(
+      "queue",
+      "Queue",
+      4.8,
+      queueS,
+      (row) => duration(queueS(row)),
+      "not sent to a worker",
+      "Time that the call waited for a worker",
+    ),
+    number(
+      "ttft",
+      "TTFT",
+      4.8,
+      (row) => row.ttft_s,
+      (row) => duration(row.ttft_s),
+      "no token yet",
+      "Time from arrival to the first token",
+    ),
+    number(
+      "tokens",
+      "Tokens",
+      4.3,
+      (row) => row.tokens,
+      (row) => count(row.tokens),
+      "no token yet",
+      "Tokens of the answer",
+    ),
+    number(
+      "rate",
+      "Tokens/s",
+      4.3,
+      (row) => row.tokens_per_s,
+      (row) => rate(row.tokens_per_s),
+      "not known before the second token",
+    ),
+    {
+      key: "prompt",
+      label: "Prompt",
+      width: 5.6,
+      isNumber: true,
+      sort: (row) => row.prompt_tokens,
+      build: promptCell,
+      title: "Tokens of the prompt, and those of them that were in the worker's cache",
+    },
+    ...(isScoped(session)
+      ? []
+      : [{ key: "worker", label: "Worker, reason", width: 7.6, sort: (row) => row.worker, build: workerCell }]),
+    number(
+      "duration",
+      "Duration",
+      4.8,
+      (row) => row.duration_s,
+      (row) => duration(row.duration_s),
+      "not known",
+    ),
   ];
 }
 
@@ -87,7 +160,10 @@ function promptCell(cell) {
   cell.append(tokens, cached);
   return (row) => {
     setText(tokens, count(row.prompt_tokens) ?? "–");
-    setText(cached, row.cached_tokens === null || row.cached_tokens === undefined ? "" : `${count(row.cached_tokens)} cached`);
+    setText(
+      cached,
+      row.cached_tokens === null || row.cached_tokens === undefined ? "" : `${count(row.cached_tokens)} cached`,
+    );
   };
 }
 

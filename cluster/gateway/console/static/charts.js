@@ -14,7 +14,8 @@ export class LineChart {
   /**
    * @param {{title: string, lines: Line[], format: (value: number) => string | null, unit?: string, height?: number,
    *   floor?: number, hint?: string, isWhole?: boolean}} options
-   * `floor`: the vertical axis reaches at least to it, so that small noise does not fill the chart. `isWhole`: values are whole numbers.
+   * `floor`: the vertical axis reaches at least to it, so that small noise does not fill the chart.
+   * `isWhole`: values are whole numbers.
    */
   constructor(options) {
     this._options = { height: 96, floor: 0, unit: "", ...options };
@@ -36,18 +37,29 @@ export class LineChart {
 
   _build() {
     const { title, lines, height, hint } = this._options;
-    this._values = lines.map((line, index) => h("span", { class: "chart-value", dataset: { line: line.tone ?? index } }));
+    this._values = lines.map((line, index) =>
+      h("span", { class: "chart-value", dataset: { line: line.tone ?? index } }),
+    );
     this._when = h("span", { class: "chart-when" });
     this._paths = lines.map((line, index) => svg("path", { class: "chart-line", "data-line": line.tone ?? index }));
     this._area = svg("path", { class: "chart-area", "data-line": lines[0].tone ?? 0 });
     this._grid = svg("g", { class: "chart-grid" });
     this._cursor = svg("line", { class: "chart-cursor", visibility: "hidden" });
-    this._svg = svg("svg", { role: "img", height, class: "chart-plot" }, this._grid, this._area, this._paths, this._cursor);
+    this._svg = svg(
+      "svg",
+      { role: "img", "aria-label": `${title}: no values yet`, height, class: "chart-plot" },
+      this._grid,
+      this._area,
+      this._paths,
+      this._cursor,
+    );
     this._table = h("div", { class: "visually-hidden" });
     this.node = h(
-      "figure", { class: "chart" },
+      "figure",
+      { class: "chart" },
       h(
-        "figcaption", null,
+        "figcaption",
+        null,
         h("span", { class: "chart-title", title: hint }, title),
         this._when,
         h("span", { class: "chart-values" }, this._values),
@@ -73,7 +85,8 @@ export class LineChart {
     const from = first[0][0];
     const to = first.at(-1)[0];
     let top = floor;
-    for (const line of lines) for (const [, value] of this._points[line.key] ?? []) if (value !== null && value > top) top = value;
+    for (const line of lines)
+      for (const [, value] of this._points[line.key] ?? []) if (value !== null && value > top) top = value;
     top = niceTop(top || 1);
     if (isWhole) top = Math.max(Math.ceil(top / 2), 1) * 2;
     const x = (at) => PAD.left + ((at - from) / Math.max(to - from, 1)) * (this._width - PAD.left - PAD.right);
@@ -101,8 +114,9 @@ export class LineChart {
       parts.push(svg("text", { x: PAD.left - 6, y: at + 3.5, "text-anchor": "end" }, format(value) ?? ""));
     }
     const span = to - from;
-    const marks = this._width > 250 ? 4 : 2;
-    const step = [60, 120, 300, 600, 900, 1200, 1800, 3600, 7200, 21_600, 86_400].find((each) => span / each <= marks) ?? span;
+    const marks = this._width > 250 ? 5 : 2;
+    const step =
+      [60, 120, 300, 600, 900, 1200, 1800, 3600, 7200, 21_600, 86_400].find((each) => span / each <= marks) ?? span;
     for (let at = Math.ceil(from / step) * step; at <= to; at += step) {
       if (x(at) < PAD.left + 14 || x(at) > this._width - 18) continue;
       parts.push(svg("text", { x: x(at), y: height - 4, "text-anchor": "middle" }, hourMinute(at)));
@@ -162,8 +176,20 @@ export class LineChart {
       const cells = lines.map((line) => h("td", null, format(this._points[line.key]?.[index]?.[1] ?? null) ?? "–"));
       rows.push(h("tr", null, h("th", { scope: "row" }, hourMinute(first[index][0])), cells));
     }
-    const heads = [h("th", { scope: "col" }, "Time"), lines.map((line) => h("th", { scope: "col" }, unit ? `${line.label}, ${unit}` : line.label))];
-    replace(this._table, h("table", null, h("caption", null, `${title} as a table`), h("thead", null, h("tr", null, heads)), h("tbody", null, rows)));
+    const heads = [
+      h("th", { scope: "col" }, "Time"),
+      lines.map((line) => h("th", { scope: "col" }, unit ? `${line.label}, ${unit}` : line.label)),
+    ];
+    replace(
+      this._table,
+      h(
+        "table",
+        null,
+        h("caption", null, `${title} as a table`),
+        h("thead", null, h("tr", null, heads)),
+        h("tbody", null, rows),
+      ),
+    );
   }
 }
 
@@ -188,7 +214,7 @@ function pathOf(points, x, y, isStep) {
   for (const [at, value] of points) {
     if (value !== null) {
       const place = `${x(at).toFixed(1)} ${y(value).toFixed(1)}`;
-      if (before === null) path += `M${place}`;
+      if (before === null) path += `M${place}h0`;
       else path += isStep && before !== value ? `L${x(at).toFixed(1)} ${y(before).toFixed(1)}L${place}` : `L${place}`;
     }
     before = value;

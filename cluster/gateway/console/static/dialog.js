@@ -21,7 +21,7 @@ import { announce, button, h, replace } from "./dom.js";
  *   act: (values: Record<string, any>) => Promise<T>}} options
  * @returns {Promise<T | null>} null if it was cancelled
  */
-export function ask({ title, text = "", fields = [], confirm, isDanger = false, act }) {
+export function confirmDialog({ title, text = "", fields = [], confirm, isDanger = false, act }) {
   return new Promise((resolve) => {
     let result = null;
     const inputs = fields.map(fieldOf);
@@ -29,7 +29,8 @@ export function ask({ title, text = "", fields = [], confirm, isDanger = false, 
     const yes = h("button", { type: "submit", class: `button ${isDanger ? "danger" : "primary"}` }, confirm);
     const no = button("Cancel", () => dialog.close());
     const form = h(
-      "form", { method: "dialog", novalidate: true },
+      "form",
+      { method: "dialog", novalidate: true },
       h("h2", { id: "dialog-title" }, title),
       text && (text instanceof Node ? text : h("p", null, text)),
       inputs.map((input) => input.node),
@@ -51,7 +52,10 @@ export function ask({ title, text = "", fields = [], confirm, isDanger = false, 
         result = await act(Object.fromEntries(inputs.map((input) => [input.field.name, input.value()])));
         dialog.close();
       } catch (error) {
-        fail(error.message, inputs.find((input) => input.field.name === error.field));
+        fail(
+          error.message,
+          inputs.find((input) => input.field.name === error.field),
+        );
       } finally {
         yes.disabled = false;
       }
@@ -65,8 +69,11 @@ export function ask({ title, text = "", fields = [], confirm, isDanger = false, 
 export function showDialog(title, close, ...content) {
   const done = button(close, () => dialog.close(), { kind: "primary" });
   const dialog = h(
-    "dialog", { class: "dialog", "aria-labelledby": "dialog-title" },
-    h("h2", { id: "dialog-title" }, title), content, h("div", { class: "dialog-buttons" }, done),
+    "dialog",
+    { class: "dialog", "aria-labelledby": "dialog-title" },
+    h("h2", { id: "dialog-title" }, title),
+    content,
+    h("div", { class: "dialog-buttons" }, done),
   );
   return new Promise((resolve) => show(dialog, resolve));
 }
@@ -88,7 +95,13 @@ let fieldNumber = 0;
 function fieldOf(field) {
   const id = `field-${(fieldNumber += 1)}`;
   const hint = field.hint ? h("p", { class: "hint", id: `${id}-hint` }, field.hint) : null;
-  const common = { id, name: field.name, "aria-describedby": hint && hint.id, required: field.isRequired, ...field.attributes };
+  const common = {
+    id,
+    name: field.name,
+    "aria-describedby": hint && hint.id,
+    required: field.isRequired,
+    ...field.attributes,
+  };
   if (field.type === "radio") return radioOf(field, id, hint);
   let input;
   if (field.type === "select") {
@@ -102,8 +115,18 @@ function fieldOf(field) {
   } else {
     input = h("input", { ...common, type: field.type ?? "text", autocomplete: "off", value: field.value ?? "" });
   }
-  const label = h("label", { htmlFor: id }, field.label, field.isRequired ? null : h("span", { class: "optional" }, " (optional)"));
-  return { field, node: h("div", { class: "field" }, label, input, hint), value: () => input.value, focus: () => input.focus() };
+  const label = h(
+    "label",
+    { htmlFor: id },
+    field.label,
+    field.isRequired ? null : h("span", { class: "optional" }, " (optional)"),
+  );
+  return {
+    field,
+    node: h("div", { class: "field" }, label, input, hint),
+    value: () => input.value,
+    focus: () => input.focus(),
+  };
 }
 
 function radioOf(field, id, hint) {
@@ -122,7 +145,7 @@ function radioOf(field, id, hint) {
 let shelf = null;
 
 /** Show a message for some seconds, and have it read out. */
-export function say(words) {
+export function showMessage(words) {
   shelf ??= document.body.appendChild(h("div", { class: "messages" }));
   const node = h("p", { class: "message" }, words);
   shelf.append(node);

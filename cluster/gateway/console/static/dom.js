@@ -78,11 +78,30 @@ export function button(label, act, { kind = "", title = null, name = null } = {}
 const SENTENCE_CASE = (word) => (word ? word[0].toUpperCase() + word.slice(1).toLowerCase().replaceAll("_", " ") : "");
 
 const TONES = {
-  READY: "good", SERVING: "good", running: "good", ok: "good", active: "good",
-  PLACING: "busy", LOADING: "busy", DECLARED: "busy", prefill: "busy", queued: "wait", resuming: "wait",
-  CORDONED: "wait", DRAINING: "wait", DRAINED: "wait", quarantined: "bad",
-  FAILED: "bad", LOST: "bad", failed: "bad", revoked: "off", expired: "off", cancelled: "off",
-  IDLE: "off", GONE: "off", ended: "off",
+  READY: "good",
+  SERVING: "good",
+  running: "good",
+  ok: "good",
+  active: "good",
+  PLACING: "busy",
+  LOADING: "busy",
+  DECLARED: "busy",
+  prefill: "busy",
+  queued: "wait",
+  resuming: "wait",
+  CORDONED: "wait",
+  DRAINING: "wait",
+  DRAINED: "wait",
+  quarantined: "bad",
+  FAILED: "bad",
+  LOST: "bad",
+  failed: "bad",
+  revoked: "off",
+  expired: "off",
+  cancelled: "off",
+  IDLE: "off",
+  GONE: "off",
+  ended: "off",
 };
 
 /** Return the colour class of a state: good, busy, wait, bad or off. Outcomes other than ok and cancelled are bad. */
@@ -109,7 +128,12 @@ export function meter() {
   const first = h("span", { class: "meter-fill" });
   const second = h("span", { class: "meter-fill second" });
   const text = h("span", { class: "meter-text" });
-  const node = h("span", { class: "meter" }, text, h("span", { class: "meter-track", "aria-hidden": "true" }, second, first));
+  const node = h(
+    "span",
+    { class: "meter" },
+    text,
+    h("span", { class: "meter-track", "aria-hidden": "true" }, second, first),
+  );
   let shown = "";
   return {
     node,

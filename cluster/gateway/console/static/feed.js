@@ -1,13 +1,14 @@
 /**
  * Keeps the overview document up to date from the gateway's server-sent events.
  *
- * Events are merged into maps by id as they come; subscribers hear of them once a frame, with the ids that changed.
+ * Events are merged into maps by id as they come; subscribers get the changed ids once a frame.
  */
 
 const LISTS = ["gateways", "models", "workers", "calls", "tenants", "scaling"];
 const STALE_MS = 4000;
 const DOWN_MS = 8000;
 const MAX_WAIT_MS = 8000;
+const HIDDEN_MS = 30_000;
 
 /** @typedef {{isFull: boolean, changed: Record<string, Set<string>>}} Changes */
 
@@ -24,8 +25,12 @@ export class Feed {
     this._frame = 0;
     this._retry = 0;
     this._attempts = 0;
-    this._heardAt = 0;
+    this._receivedAt = 0;
     this._failingSince = 0;
+    this._isPaused = false;
+    this._hiding = 0;
+    this._onLeave = () => this._pause();
+    this._onVisibility = () => this._followVisibility();
     this.problem = "";
     this.connection = "connecting";
     this.hasState = false;
@@ -55,15 +60,22 @@ export class Feed {
 
   /** Seconds since the last event; null before the first. */
   ageS() {
-    return this._heardAt ? (performance.now() - this._heardAt) / 1000 : null;
+    return this._receivedAt ? (performance.now() - this._receivedAt) / 1000 : null;
   }
 
   start() {
     this._timer = setInterval(() => this._check(), 1000);
+    document.addEventListener("visibilitychange", this._onVisibility);
+    addEventListener("pagehide", this._onLeave);
+    addEventListener("pageshow", this._onVisibility);
     this._connect();
   }
 
   stop() {
+    document.removeEventListener("visibilitychange", this._onVisibility);
+    removeEventListener("pagehide", this._onLeave);
+    removeEventListener("pageshow", this._onVisibility);
+    clearTimeout(this._hiding);
     clearInterval(this._timer);
     clearTimeout(this._retry);
     cancelAnimationFrame(this._frame);
@@ -73,6 +85,28 @@ export class Feed {
     this._connectionSubscribers.clear();
   }
 
+  /**
+   * End the stream of a page that is out of sight, and open it again when the page is seen: browsers allow six
+   * connections to one HTTP/1.1 server, for all pages together.
+   */
+  _followVisibility() {
+    clearTimeout(this._hiding);
+    if (document.hidden) {
+      this._hiding = setTimeout(() => this._pause(), HIDDEN_MS);
+    } else if (this._isPaused) {
+      this._isPaused = false;
+      this._setConnection("connecting");
+      void this._reconnect();
+    }
+  }
+
+  _pause() {
+    clearTimeout(this._retry);
+    this._source?.close();
+    this._source = null;
+    this._isPaused = true;
+  }
+
   _connect() {
     this._source?.close();
     const source = new EventSource("/console/events");
@@ -80,13 +114,13 @@ export class Feed {
     const on = (name, act) => source.addEventListener(name, (event) => source === this._source && act(event));
     on("state", (event) => this._apply(JSON.parse(event.data), true));
     on("delta", (event) => this._apply(JSON.parse(event.data), false));
-    on("ping", () => this._heard());
+    on("ping", () => this._markReceived());
     on("end", () => this._failed());
     on("error", () => this._failed());
   }
 
-  _heard() {
-    this._heardAt = performance.now();
+  _markReceived() {
+    this._receivedAt = performance.now();
     this._attempts = 0;
     this._failingSince = 0;
     this.problem = "";
@@ -116,7 +150,7 @@ export class Feed {
     const facts = isFull ? document : { ...document.cluster, at: document.at };
     for (const [key, value] of Object.entries(facts)) if (!LISTS.includes(key)) this.facts[key] = value;
     this.hasState ||= isFull;
-    this._heard();
+    this._markReceived();
     this._frame ||= requestAnimationFrame(() => this._publish());
   }
 
@@ -151,7 +185,8 @@ export class Feed {
   }
 
   _check() {
-    if (this.connection === "live" && performance.now() - this._heardAt > STALE_MS) this._setConnection("stale");
+    if (this._isPaused) return;
+    if (this.connection === "live" && performance.now() - this._receivedAt > STALE_MS) this._setConnection("stale");
     for (const act of this._connectionSubscribers) act();
   }
 
@@ -162,7 +197,7 @@ export class Feed {
   }
 }
 
-/** Return why the gateway refuses the event stream; "" if it does not. EventSource does not say. */
+/** Return why the gateway refuses the event stream; "" if it does not. EventSource does not report it. */
 async function refusal() {
   const stop = new AbortController();
   try {

@@ -28,15 +28,23 @@ class FleetPage {
     this._overload = h("p", { class: "notice", hidden: true });
     this._failures = h("div", { class: "problem", hidden: true });
     this._models = new KeyedTable({
-      caption: "Models and their versions", columns: modelColumns(context), sort: null,
-      rowClass: (row) => (row.version ? "sub" : ""), empty: "No model is in the catalog. Add one with headrace apply.",
+      caption: "Models and their versions",
+      columns: modelColumns(context),
+      sort: null,
+      rowClass: (row) => (row.version ? "sub" : ""),
+      empty: "No model is in the catalog. Add one with headrace apply.",
     });
     container.append(
       h("div", { class: "page-head" }, h("h1", { tabindex: "-1" }, "Fleet"), this._summary),
       this._failures,
       this._overload,
       this._charts.node,
-      h("section", { class: "panel", "aria-labelledby": "models-title" }, h("h2", { id: "models-title" }, "Models"), this._models.node),
+      h(
+        "section",
+        { class: "panel", "aria-labelledby": "models-title" },
+        h("h2", { id: "models-title" }, "Models"),
+        this._models.node,
+      ),
     );
     if (!this._isScoped) this._addWorkers(container);
     this._unsubscribe = this._feed.subscribe((changes) => this._update(changes));
@@ -49,18 +57,34 @@ class FleetPage {
 
   _addWorkers(container) {
     this._workers = new KeyedTable({
-      caption: "Workers", columns: workerColumns(this._context), sort: { key: "worker", isDown: false }, limit: WORKER_ROWS,
+      caption: "Workers",
+      columns: workerColumns(this._context),
+      sort: { key: "worker", isDown: false },
+      limit: WORKER_ROWS,
       rowClass: (row) => (row.state === "LOST" ? "lost" : ""),
       empty: "No worker is linked. Models start when the controller places them.",
     });
     const filter = h("input", {
-      type: "search", placeholder: "Id, model, node, state", autocomplete: "off",
-      on: { input: () => { this._filter = filter.value.trim().toLowerCase(); this._showWorkers(); } },
+      type: "search",
+      placeholder: "Id, model, node, state",
+      autocomplete: "off",
+      on: {
+        input: () => {
+          this._filter = filter.value.trim().toLowerCase();
+          this._showWorkers();
+        },
+      },
     });
     container.append(
       h(
-        "section", { class: "panel", "aria-labelledby": "workers-title" },
-        h("div", { class: "panel-head" }, h("h2", { id: "workers-title" }, "Workers"), h("label", { class: "filter" }, "Filter ", filter)),
+        "section",
+        { class: "panel", "aria-labelledby": "workers-title" },
+        h(
+          "div",
+          { class: "panel-head" },
+          h("h2", { id: "workers-title" }, "Workers"),
+          h("label", { class: "filter" }, "Filter ", filter),
+        ),
         this._workers.node,
       ),
     );
@@ -76,7 +100,11 @@ class FleetPage {
   _showWorkers() {
     const rows = this._feed.rows("workers");
     const words = this._filter;
-    const matches = (row) => [row.id, row.model, row.version, row.node, row.host, row.pod, row.state, row.gpu].join(" ").toLowerCase().includes(words);
+    const matches = (row) =>
+      [row.id, row.model, row.version, row.node, row.host, row.pod, row.state, row.gpu]
+        .join(" ")
+        .toLowerCase()
+        .includes(words);
     this._workers.set(words ? rows.filter(matches) : rows);
   }
 
@@ -85,7 +113,11 @@ class FleetPage {
     setHidden(this._failures, !words.length);
     if (words.join("\n") === this._shownFailures) return;
     this._shownFailures = words.join("\n");
-    replace(this._failures, words.slice(0, 5).map((each) => h("p", null, each)), words.length > 5 && h("p", null, `And ${count(words.length - 5)} more.`));
+    replace(
+      this._failures,
+      words.slice(0, 5).map((each) => h("p", null, each)),
+      words.length > 5 && h("p", null, `And ${count(words.length - 5)} more.`),
+    );
   }
 
   _announce(changed) {
@@ -98,7 +130,8 @@ class FleetPage {
         if (!row) this._states.delete(key);
         else if (before !== row.state) {
           this._states.set(key, row.state);
-          if (changed && before) announce(`${name === "models" ? "Model" : "Worker"} ${id}: ${row.state.toLowerCase()}`);
+          if (changed && before)
+            announce(`${name === "models" ? "Model" : "Worker"} ${id}: ${row.state.toLowerCase()}`);
         }
       }
     }
@@ -112,16 +145,25 @@ class FleetPage {
     if (!this._isScoped) {
       const ready = workers.filter((row) => row.state === "READY").length;
       const lost = workers.filter((row) => row.state === "LOST").length;
-      parts.push(`${count(ready)} of ${plural(workers.length - lost, "worker")} ready${lost ? `, ${count(lost)} lost` : ""}`);
+      parts.push(
+        `${count(ready)} of ${plural(workers.length - lost, "worker")} ready${lost ? `, ${count(lost)} lost` : ""}`,
+      );
       parts.push(plural(this._feed.lists.gateways.size, "gateway"));
     }
     const loads = this._isScoped ? this._feed.rows("tenants") : models;
-    parts.push(`${count(sum(loads, "running"))} running`, `${count(sum(loads, "waiting"))} waiting`, `${compact(sum(loads, "tokens_per_s"))} tokens/s`);
+    parts.push(
+      `${count(sum(loads, "running"))} running`,
+      `${count(sum(loads, "waiting"))} waiting`,
+      `${compact(sum(loads, "tokens_per_s"))} tokens/s`,
+    );
     setText(this._summary, parts.join(" · "));
     this._showFailures(models);
     const full = overloaded(models, workers);
     setHidden(this._overload, !full.length);
-    setText(this._overload, full.length ? `Overloaded: ${full.join(", ")}. All sequences of the workers are in use, and calls wait.` : "");
+    setText(
+      this._overload,
+      full.length ? `Overloaded: ${full.join(", ")}. All sequences of the workers are in use, and calls wait.` : "",
+    );
   }
 }
 
@@ -130,7 +172,9 @@ function failures(models) {
   return models.flatMap((model) => {
     const of = (name, { reason }) => `${name} has failed${reason ? `: ${reason}` : "."}`;
     if (model.state === "FAILED") return [of(model.id, model)];
-    return (model.versions ?? []).filter((each) => each.state === "FAILED").map((each) => of(`${model.id}, version ${each.version},`, each));
+    return (model.versions ?? [])
+      .filter((each) => each.state === "FAILED")
+      .map((each) => of(`${model.id}, version ${each.version},`, each));
   });
 }
 

@@ -10,13 +10,20 @@ const clock = new Intl.DateTimeFormat(LOCALE, { hour: "2-digit", minute: "2-digi
 const minute = new Intl.DateTimeFormat(LOCALE, { hour: "2-digit", minute: "2-digit" });
 const day = new Intl.DateTimeFormat(LOCALE, { day: "numeric", month: "short", year: "numeric" });
 const full = new Intl.DateTimeFormat(LOCALE, {
-  day: "numeric", month: "short", year: "numeric",
-  hour: "2-digit", minute: "2-digit", second: "2-digit", timeZoneName: "short",
+  day: "numeric",
+  month: "short",
+  year: "numeric",
+  hour: "2-digit",
+  minute: "2-digit",
+  second: "2-digit",
+  timeZoneName: "short",
 });
 
 const SIZES = [
-  { least: 1e12, size: 1e12, unit: "T" }, { least: 1e9, size: 1e9, unit: "G" },
-  { least: 1e6, size: 1e6, unit: "M" }, { least: 1e4, size: 1e3, unit: "k" },
+  { least: 1e12, size: 1e12, unit: "T" },
+  { least: 1e9, size: 1e9, unit: "G" },
+  { least: 1e6, size: 1e6, unit: "M" },
+  { least: 1e4, size: 1e3, unit: "k" },
 ];
 
 const isMissing = (value) => value === null || value === undefined || value === "" || !Number.isFinite(Number(value));

@@ -2,10 +2,14 @@
 
 const POLL_MS = 5000;
 const RECENT_S = 60;
+const LEAST_S = 600;
 
 /** Series of one selection: the whole cluster, a model, or a tenant. Values are null where nothing is known. */
 export class History {
-  /** @param {import("./api.js").Api} api @param {{series: string[], model?: string, tenant?: string, seconds?: number}} selection */
+  /**
+   * @param {import("./api.js").Api} api
+   * @param {{series: string[], model?: string, tenant?: string, seconds?: number}} selection
+   */
   constructor(api, { series, model = "", tenant = "", seconds = 3600 }) {
     this._api = api;
     this._query = { series: series.join(","), model, tenant };
@@ -29,18 +33,27 @@ export class History {
     document.removeEventListener("visibilitychange", this._onVisible);
   }
 
-  /** Return points [epoch_s, value or null] of a series, the oldest first. */
+  /** Return points [epoch_s, value or null] of a series, the oldest first: from the first known value of any series. */
   points(name) {
     const values = this._values.get(name);
     const points = [];
-    for (let at = this.endS - this._seconds; at <= this.endS; at += this.stepS) points.push([at, values?.get(at) ?? null]);
+    for (let at = this._startS(); at <= this.endS; at += this.stepS) points.push([at, values?.get(at) ?? null]);
     return points;
+  }
+
+  /** At least LEAST_S are shown, so that a gateway that has just started has a plot and not a dot. */
+  _startS() {
+    let first = this.endS - Math.min(LEAST_S, this._seconds);
+    for (const values of this._values.values())
+      for (const [at, value] of values) if (value !== null && at < first) first = at;
+    return Math.max(first, this.endS - this._seconds);
   }
 
   /** Return the newest known value of a series within the last 30 s; null if there is none. */
   latest(name) {
     const values = this._values.get(name);
-    for (let at = this.endS; at > this.endS - 30; at -= this.stepS) if ((values?.get(at) ?? null) !== null) return values.get(at);
+    for (let at = this.endS; at > this.endS - 30; at -= this.stepS)
+      if ((values?.get(at) ?? null) !== null) return values.get(at);
     return null;
   }
 
@@ -50,7 +63,10 @@ export class History {
     try {
       const now = Date.now() / 1000;
       const gap = this._readAt ? now - this._readAt + RECENT_S : this._seconds;
-      const answer = await this._api.get("/console/history", { ...this._query, seconds: Math.min(Math.ceil(gap), this._seconds) });
+      const answer = await this._api.get("/console/history", {
+        ...this._query,
+        seconds: Math.min(Math.ceil(gap), this._seconds),
+      });
       this._merge(answer);
       this._readAt = now;
     } catch (problem) {

@@ -43,7 +43,8 @@ function showUnreachable(error) {
   replace(
     root,
     h(
-      "main", { class: "alone" },
+      "main",
+      { class: "alone" },
       h("h1", null, "No gateway answers"),
       h("p", null, error.status ? error.message : "The console tries again every few seconds."),
       button("Try now", () => restart(), { kind: "primary" }),

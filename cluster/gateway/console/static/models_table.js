@@ -8,7 +8,7 @@ import { linkTo } from "./shell.js";
 
 const flattened = new WeakMap();
 
-/** Return a row for each model and, where there are several versions or one has something to say, for each version. */
+/** Return a row for each model and, where there are several versions or one is in quarantine, for each version. */
 export function modelRows(models) {
   const sorted = [...models].sort((a, b) => compare(a.id, b.id));
   return sorted.flatMap((model) => {
@@ -17,33 +17,60 @@ export function modelRows(models) {
       const versions = model.versions ?? [];
       const isPlain = versions.length < 2 && !versions.some((each) => each.quarantined);
       const own = { ...model, model: model.id, version: null, only: versions.length === 1 ? versions[0].version : "" };
-      rows = [own, ...(isPlain ? [] : versions.map((each) => ({ ...each, id: `${model.id}\n${each.version}`, model: model.id })))];
+      rows = [
+        own,
+        ...(isPlain ? [] : versions.map((each) => ({ ...each, id: `${model.id}\n${each.version}`, model: model.id }))),
+      ];
       flattened.set(model, rows);
     }
     return rows;
   });
 }
 
-/** Columns for what the viewer may know: a tenant is told a model's state, and not how it is loaded.
+/** Columns of what the viewer may see: viewers of one tenant get the state and not the load.
  * @returns {import("./table.js").Column[]} */
 export function modelColumns(context) {
   const name = { key: "model", label: "Model", width: 12, build: nameCell };
   const state = { key: "state", label: "State", width: 12.6, build: stateCell };
   if (isScoped(context.session)) return [name, state];
-  const number = (key, label, text, more = {}) => ({ key, label, width: 4.7, isNumber: true, build: modelCell(text, more.missing), ...more });
+  const number = (key, label, text, more = {}) => ({
+    key,
+    label,
+    width: 4.7,
+    isNumber: true,
+    build: modelCell(text, more.missing),
+    ...more,
+  });
   return [
     name,
     state,
-    { key: "replicas", label: "Replicas", width: 5, isNumber: true, title: "Replicas that serve, of those that are wanted",
-      build: replicasCell },
+    {
+      key: "replicas",
+      label: "Replicas",
+      width: 5,
+      isNumber: true,
+      title: "Replicas that serve, of those that are wanted",
+      build: replicasCell,
+    },
     number("running", "Running", (row) => count(row.running)),
     number("waiting", "Waiting", (row) => count(row.waiting)),
     number("tokens", "Tokens/s", (row) => rate(row.tokens_per_s)),
-    { key: "ttft", label: "TTFT", width: 6, isNumber: true, title: "Time to first token, median and 99th percentile", build: ttftCell },
+    {
+      key: "ttft",
+      label: "TTFT",
+      width: 6,
+      isNumber: true,
+      title: "Time to first token, median and 99th percentile",
+      build: ttftCell,
+    },
     number("cache", "Cache hits", (row) => percent(row.cache_hit), {
-      width: 5, title: "Part of the prompt tokens found in KV caches", missing: "no recent prompt",
+      width: 5,
+      title: "Part of the prompt tokens found in KV caches",
+      missing: "no recent prompt",
     }),
-    ...(context.session.may.fleet ? [{ key: "act", label: "", width: 9, build: (cell) => actionsCell(cell, context) }] : []),
+    ...(context.session.may.fleet
+      ? [{ key: "act", label: "", width: 9, build: (cell) => actionsCell(cell, context) }]
+      : []),
   ];
 }
 
@@ -95,7 +122,11 @@ function nameCell(cell) {
 
 function stateCell(cell) {
   const chip = stateChip();
-  const frozen = h("span", { class: "chip", dataset: { tone: "wait" }, title: "No scaling and no rollout until it is unfrozen" }, "Frozen");
+  const frozen = h(
+    "span",
+    { class: "chip", dataset: { tone: "wait" }, title: "No scaling and no rollout until it is unfrozen" },
+    "Frozen",
+  );
   const quarantined = h("span", { class: "chip", dataset: { tone: "bad" }, title: "It gets no call" }, "Quarantined");
   const reason = h("span", { class: "detail short" });
   const progress = meter();
@@ -119,7 +150,9 @@ function actionsCell(cell, context) {
   let shown = null;
   const act = modelActions(context);
   const scale = button("Scale", () => act.scale(shown.model), { kind: "small" });
-  const freeze = button("Freeze", () => (shown.frozen ? act.unfreeze(shown.model) : act.freeze(shown.model)), { kind: "small" });
+  const freeze = button("Freeze", () => (shown.frozen ? act.unfreeze(shown.model) : act.freeze(shown.model)), {
+    kind: "small",
+  });
   const buttons = h("span", { class: "buttons" }, scale, freeze);
   cell.append(buttons);
   return (row) => {

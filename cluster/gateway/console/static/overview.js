@@ -8,21 +8,58 @@ import { History } from "./history.js";
 const SERIES = ["tokens", "ttft_p50", "ttft_p99", "queue", "streams", "fairness_gap", "cache_hits", "cost"];
 
 const CHARTS = [
-  { title: "Throughput", unit: "tokens/s", format: rate, floor: 10, lines: [{ key: "tokens", label: "Tokens" }],
-    hint: "Tokens that were delivered to callers, a second" },
-  { title: "TTFT", format: duration, floor: 0.1,
-    lines: [{ key: "ttft_p50", label: "p50" }, { key: "ttft_p99", label: "p99", tone: 1 }],
-    hint: "Time to first token, from the arrival of a call: median and 99th percentile" },
-  { title: "Calls", format: (value) => count(value), floor: 4, isWhole: true,
-    lines: [{ key: "streams", label: "Running" }, { key: "queue", label: "Waiting", tone: 1 }],
-    hint: "Calls that run, and calls that wait for a worker" },
-  { title: "Fairness gap", unit: "U", format: (value) => count(value, 2), floor: 1, lines: [{ key: "fairness_gap", label: "Gap" }],
-    hint: "Largest difference in service between two waiting tenants, in U of docs/tenancy.md. Below 1 U is fair" },
-  { title: "Cache hits", format: (value) => percent(value), floor: 1, lines: [{ key: "cache_hits", label: "Hits", tone: 2 }],
-    hint: "Part of the prompt tokens that workers found in their KV caches" },
-  { title: "Cost", unit: "an hour", format: (value) => count(value, value !== 0 && value < 1 ? 3 : 2), floor: 0.01,
+  {
+    title: "Throughput",
+    unit: "tokens/s",
+    format: rate,
+    floor: 10,
+    lines: [{ key: "tokens", label: "Tokens" }],
+    hint: "Tokens that were delivered to callers, a second",
+  },
+  {
+    title: "TTFT",
+    format: duration,
+    floor: 0.1,
+    lines: [
+      { key: "ttft_p50", label: "p50" },
+      { key: "ttft_p99", label: "p99", tone: 1 },
+    ],
+    hint: "Time to first token, from the arrival of a call: median and 99th percentile",
+  },
+  {
+    title: "Calls",
+    format: (value) => count(value),
+    floor: 4,
+    isWhole: true,
+    lines: [
+      { key: "streams", label: "Running" },
+      { key: "queue", label: "Waiting", tone: 1 },
+    ],
+    hint: "Calls that run, and calls that wait for a worker",
+  },
+  {
+    title: "Fairness gap",
+    unit: "U",
+    format: (value) => count(value, 2),
+    floor: 1,
+    lines: [{ key: "fairness_gap", label: "Gap" }],
+    hint: "Largest difference in service between two waiting tenants, in U of docs/tenancy.md. Below 1 U is fair",
+  },
+  {
+    title: "Cache hits",
+    format: (value) => percent(value),
+    floor: 1,
+    lines: [{ key: "cache_hits", label: "Hits", tone: 2 }],
+    hint: "Part of the prompt tokens that workers found in their KV caches",
+  },
+  {
+    title: "Cost",
+    unit: "an hour",
+    format: (value) => count(value, value !== 0 && value < 1 ? 3 : 2),
+    floor: 0.01,
     lines: [{ key: "cost", label: "Cost", tone: 2 }],
-    hint: "GPU time at the prices of the configuration" },
+    hint: "GPU time at the prices of the configuration",
+  },
 ];
 
 /** Return the charts and what ends them. A scoped viewer has those of its own calls. */
@@ -38,8 +75,10 @@ export function overviewCharts(api, isScoped) {
     return undefined;
   });
   const node = h(
-    "section", { class: "charts", "aria-label": "Last hour", dataset: { count: charts.length } },
-    problem, charts.map(({ chart }) => chart.node),
+    "section",
+    { class: "charts", "aria-label": "Last hour", dataset: { count: charts.length } },
+    problem,
+    charts.map(({ chart }) => chart.node),
   );
   return {
     node,

@@ -15,14 +15,16 @@ export function routeSteps(call) {
 
 function step(route) {
   const where = route.worker ? `${route.worker}${route.node ? ` on ${route.node}` : ""}` : "a worker";
+  const about = route.prediction === "approximate" ? "about " : "";
   const facts = [
     `${count(numberOf(route.tokens))} tokens sent`,
-    isSet(route.predicted_cached_tokens) && `${count(route.predicted_cached_tokens)} expected in the cache${route.prediction === "approximate" ? ", approximately" : ""}`,
+    isSet(route.predicted_cached_tokens) && `${about}${count(route.predicted_cached_tokens)} expected in the cache`,
     isSet(route.cached_tokens) && `${count(route.cached_tokens)} found in the cache`,
     isSet(route.first_output_s) && `first output after ${duration(route.first_output_s)}`,
   ].filter(Boolean);
   return h(
-    "li", null,
+    "li",
+    null,
     h("h3", null, `${duration(numberOf(route.after_s))} after the arrival: sent to ${where}`),
     h("p", null, route.why),
     h("p", { class: "hint" }, facts.join(" · ")),
@@ -36,11 +38,13 @@ function candidates(route) {
   const rows = route.candidates.map((each) => {
     const values = new Map((each.parts ?? []).map((part) => [part.name, part.value]));
     const cells = [
-      count(numberOf(each.total), 2), ...parts.map((name) => (values.has(name) ? count(numberOf(values.get(name)), 2) : "–")),
+      count(numberOf(each.total), 2),
+      ...parts.map((name) => (values.has(name) ? count(numberOf(values.get(name)), 2) : "–")),
       isSet(each.cached_tokens) ? count(each.cached_tokens) : "–",
     ];
     return h(
-      "tr", null,
+      "tr",
+      null,
       h("th", { scope: "row" }, each.worker, each.worker === route.worker ? " (chosen)" : ""),
       cells.map((cell) => h("td", { class: "number" }, cell)),
       h("td", null, (each.dropped || "").replaceAll("_", " ")),
@@ -48,13 +52,30 @@ function candidates(route) {
   });
   const compared = numberOf(route.compared);
   return h(
-    "details", null,
+    "details",
+    null,
     h("summary", null, `${count(route.candidates.length)} of ${count(compared)} compared workers`),
     h(
-      "div", { class: "scroll", role: "region", "aria-label": "Compared workers", tabindex: "0" },
+      "div",
+      { class: "scroll", role: "region", "aria-label": "Compared workers", tabindex: "0" },
       h(
-        "table", { class: "plain" },
-        h("thead", null, h("tr", null, head.map((name, index) => h("th", { scope: "col", class: index && index < head.length - 1 ? "number" : null }, name.replaceAll("_", " "))))),
+        "table",
+        { class: "plain" },
+        h(
+          "thead",
+          null,
+          h(
+            "tr",
+            null,
+            head.map((name, index) =>
+              h(
+                "th",
+                { scope: "col", class: index && index < head.length - 1 ? "number" : null },
+                name.replaceAll("_", " "),
+              ),
+            ),
+          ),
+        ),
         h("tbody", null, rows),
       ),
     ),

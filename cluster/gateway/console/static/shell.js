@@ -14,13 +14,20 @@ const PAGES = [
 ];
 const ROLES = { operator: "Operator", viewer: "Viewer", tenant_admin: "Tenant administrator", caller: "Caller" };
 const CONNECTIONS = {
-  connecting: ["Connecting", "busy"], live: ["Live", "good"], stale: ["Stale", "wait"],
-  reconnecting: ["Reconnecting", "wait"], down: ["Gateway down", "bad"],
+  connecting: ["Connecting", "busy"],
+  live: ["Live", "good"],
+  stale: ["Stale", "wait"],
+  reconnecting: ["Reconnecting", "wait"],
+  down: ["Gateway down", "bad"],
 };
 
 /** Shows one page at a time, by the address's part after `#`. */
 export class Shell {
-  /** @param {{api: any, session: import("./api.js").Session, feed: import("./feed.js").Feed, signOut: () => void}} context */
+  /**
+   * @typedef {import("./api.js").Session} Session
+   * @typedef {import("./feed.js").Feed} Feed
+   * @param {{api: any, session: Session, feed: Feed, signOut: () => void}} context
+   */
   constructor(context) {
     this._context = context;
     this._pages = PAGES.filter((page) => !page.isHidden?.(context.session));
@@ -63,7 +70,11 @@ export class Shell {
       if (number !== this._number) return;
       this._page = module.mount(container, this._context, route) ?? null;
     } catch (error) {
-      replace(container, h("h1", { tabindex: "-1" }, page.label), h("p", { class: "problem" }, `The page cannot be shown: ${error.message}`));
+      replace(
+        container,
+        h("h1", { tabindex: "-1" }, page.label),
+        h("p", { class: "problem" }, `The page cannot be shown: ${error.message}`),
+      );
     }
     const heading = container.querySelector("h1");
     document.title = `${heading?.textContent || page.label} · ${this._context.session.cluster || "Headrace"}`;
@@ -82,20 +93,36 @@ export class Shell {
     this._main = h("main", { id: "main", tabindex: "-1" });
     const skip = button("Skip to the content", () => this._main.focus(), { kind: "skip" });
     const account = h(
-      "div", { class: "account" },
-      h("span", { class: "role", title: session.actor }, ROLES[session.role] ?? session.role, session.tenant && ` of ${session.tenant}`),
+      "div",
+      { class: "account" },
+      h(
+        "span",
+        { class: "role", title: session.actor },
+        ROLES[session.role] ?? session.role,
+        session.tenant && ` of ${session.tenant}`,
+      ),
       session.auth && button("Sign out", signOut, { kind: "quiet" }),
     );
     this.node = h(
-      "div", { class: "shell" },
+      "div",
+      { class: "shell" },
       skip,
       h(
-        "header", { class: "top" },
+        "header",
+        { class: "top" },
         h("a", { class: "brand", href: "#/fleet" }, h("span", { class: "mark", "aria-hidden": "true" }), "Headrace"),
         h("span", { class: "cluster", title: session.version && `Version ${session.version}` }, session.cluster),
         h("span", { class: "connection" }, this._chip, this._detail),
       ),
-      h("nav", { class: "nav", "aria-label": "Pages" }, h("ul", null, [...this._links.values()].map((link) => h("li", null, link)))),
+      h(
+        "nav",
+        { class: "nav", "aria-label": "Pages" },
+        h(
+          "ul",
+          null,
+          [...this._links.values()].map((link) => h("li", null, link)),
+        ),
+      ),
       h("section", { class: "tools", "aria-label": "Session" }, themePicker(), account),
       h("div", { class: "content" }, this._banner, this._main),
     );
@@ -119,14 +146,15 @@ export class Shell {
   _bannerText(isOld) {
     const { feed, session } = this._context;
     if (feed.problem) return `Live updates are refused: ${feed.problem}`;
-    if (feed.connection === "down") return "No gateway answers. What you see is the last known state; the console tries again every few seconds.";
+    if (feed.connection === "down")
+      return "No gateway answers. What you see is the last known state; the console tries again every few seconds.";
     if (isOld) return "";
     const controller = feed.facts.controller;
     if (!feed.hasState || isScoped(session) || !controller) return "";
     if (controller.age_s === null || controller.age_s === undefined)
-      return "No controller has connected: nothing starts or scales. What runs goes on.";
+      return "No controller has connected: models do not start or scale; running calls continue.";
     if (controller.age_s > 15)
-      return `The controller has been silent for ${age(controller.age_s)}: nothing starts or scales. What runs goes on.`;
+      return `The controller is silent for ${age(controller.age_s)}: models do not start or scale; running calls continue.`;
     return "";
   }
 }

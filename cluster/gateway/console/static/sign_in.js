@@ -11,8 +11,14 @@ import { themePicker } from "./theme_picker.js";
  */
 export function signInPage(api, session, notice, onSignedIn) {
   const key = h("input", {
-    id: "key", name: "key", type: "password", autocomplete: "off", spellcheck: "false", required: true,
-    "aria-describedby": "key-hint", placeholder: "hr_…",
+    id: "key",
+    name: "key",
+    type: "password",
+    autocomplete: "off",
+    spellcheck: "false",
+    required: true,
+    "aria-describedby": "key-hint",
+    placeholder: "hr_…",
   });
   const problem = h("p", { class: "problem", role: "alert", hidden: true });
   const submit = h("button", { type: "submit", class: "button primary wide" }, "Sign in");
@@ -52,7 +58,8 @@ export function signInPage(api, session, notice, onSignedIn) {
   }
 
   return h(
-    "main", { class: "alone sign-in" },
+    "main",
+    { class: "alone sign-in" },
     h("div", { class: "brand large" }, h("span", { class: "mark", "aria-hidden": "true" }), "Headrace"),
     h("h1", null, session.cluster ? `Sign in to ${session.cluster}` : "Sign in"),
     notice && h("p", { class: "notice", role: "status" }, notice),

@@ -21,7 +21,8 @@ const REORDER_MS = 5000;
 /** Shows at most `limit` rows, in the order of a column that the reader picks. */
 export class KeyedTable {
   /**
-   * @param {{caption: string, columns: Column[], sort: {key: string, isDown: boolean} | null, limit?: number, empty?: string,
+   * @typedef {{key: string, isDown: boolean}} Sort
+   * @param {{caption: string, columns: Column[], sort: Sort | null, limit?: number, empty?: string,
    *   rowClass?: (row: any) => string, holds?: boolean}} options
    * `sort`: null for the given order. `holds`: whether the order stays while the pointer or the focus is in the table.
    */
@@ -63,7 +64,9 @@ export class KeyedTable {
   }
 
   _reorder(rows) {
-    this._order = this._sorted(rows).slice(0, this._options.limit).map((row) => row.id);
+    this._order = this._sorted(rows)
+      .slice(0, this._options.limit)
+      .map((row) => row.id);
     this._known = new Set(rows.map((row) => row.id));
     this._orderedAt = performance.now();
   }
@@ -99,7 +102,9 @@ export class KeyedTable {
       const isHead = index === 0;
       const kind = column.isNumber ? "number" : null;
       const cell = h(isHead ? "th" : "td", {
-        role: isHead ? "rowheader" : "cell", scope: isHead ? "row" : null, class: kind,
+        role: isHead ? "rowheader" : "cell",
+        scope: isHead ? "row" : null,
+        class: kind,
         dataset: { label: column.label, column: column.key },
       });
       node.append(cell);
@@ -129,8 +134,10 @@ export class KeyedTable {
     setHidden(this._scroll, total === 0);
     setText(this._empty, this._options.empty);
     const notes = [];
-    if (total > this._options.limit) notes.push(`The first ${count(this._options.limit)} of ${count(total)} rows are shown. Filter to see others.`);
-    if (added) notes.push(`${count(added)} more since the pointer or the focus is in the table; they are shown when it leaves.`);
+    if (total > this._options.limit)
+      notes.push(`The first ${count(this._options.limit)} of ${count(total)} rows are shown. Filter to see others.`);
+    if (added)
+      notes.push(`${count(added)} more since the pointer or the focus is in the table; they are shown when it leaves.`);
     setText(this._note, notes.join(" "));
     setHidden(this._note, !notes.length);
   }
@@ -169,31 +176,44 @@ export class KeyedTable {
       const label = isSortable
         ? h("button", { type: "button", class: "sort", on: { click: () => this._sortBy(column.key) } }, column.label)
         : column.label || h("span", { class: "visually-hidden" }, "Actions");
-      const head = h("th", { role: "columnheader", scope: "col", title: column.title, class: column.isNumber ? "number" : null }, label);
+      const head = h(
+        "th",
+        { role: "columnheader", scope: "col", title: column.title, class: column.isNumber ? "number" : null },
+        label,
+      );
       this._heads.set(column.key, head);
       return head;
     });
     const sortable = columns.filter((column) => column.sort ?? column.text);
     this._picker = h(
-      "select", { on: { change: (event) => this._sortBy(event.target.value) } },
+      "select",
+      { on: { change: (event) => this._sortBy(event.target.value) } },
       sortable.map((column) => h("option", { value: column.key }, column.label)),
     );
     this._body = h("tbody", { role: "rowgroup" });
     const table = h(
-      "table", { role: "table", class: "rows" },
+      "table",
+      { role: "table", class: "rows" },
       h("caption", { class: "visually-hidden" }, caption),
       h("colgroup", null, widths),
       h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, heads)),
       this._body,
     );
     table.style.setProperty("--table-width", `${columns.reduce((sum, column) => sum + column.width, 0)}rem`);
-    this._scroll = h("div", { class: "scroll", role: "region", "aria-label": `${caption}, table`, tabindex: "0" }, table);
+    this._scroll = h(
+      "div",
+      { class: "scroll", role: "region", "aria-label": `${caption}, table`, tabindex: "0" },
+      table,
+    );
     this._empty = h("p", { class: "empty", hidden: true });
     this._note = h("p", { class: "note", hidden: true });
     this.node = h(
-      "div", { class: "table" },
+      "div",
+      { class: "table" },
       this._sort && h("label", { class: "sort-picker" }, "Sort by ", this._picker),
-      this._scroll, this._empty, this._note,
+      this._scroll,
+      this._empty,
+      this._note,
     );
     this._markSort();
     if (this._options.holds) this._holdOn(this._body);

@@ -3,7 +3,7 @@
 import { isScoped } from "./api.js";
 import { h, setText } from "./dom.js";
 import { showError } from "./dialog.js";
-import { compact, plural } from "./format.js";
+import { compact, count, plural } from "./format.js";
 import { KeyedTable } from "./table.js";
 import { mountTenant } from "./tenant.js";
 import { tenantColumns } from "./tenants_table.js";
@@ -26,14 +26,22 @@ class TenantsPage {
     this._rows = new Map();
     this._summary = h("p", { class: "summary" });
     this._table = new KeyedTable({
-      caption: "Tenants now", columns: tenantColumns(), sort: { key: "tenant", isDown: false },
+      caption: "Tenants now",
+      columns: tenantColumns(),
+      sort: { key: "tenant", isDown: false },
       empty: "There is no tenant. Create one with headrace tenants create.",
     });
     this._problem = h("div");
     const usage = h("section", { class: "panel", "aria-labelledby": "usage-title" });
     container.append(
       h("div", { class: "page-head" }, h("h1", { tabindex: "-1" }, "Tenants"), this._summary),
-      h("section", { class: "panel", "aria-labelledby": "now-title" }, h("h2", { id: "now-title" }, "Now"), this._problem, this._table.node),
+      h(
+        "section",
+        { class: "panel", "aria-labelledby": "now-title" },
+        h("h2", { id: "now-title" }, "Now"),
+        this._problem,
+        this._table.node,
+      ),
       usage,
     );
     if (context.session.auth) {
@@ -70,7 +78,10 @@ class TenantsPage {
     this._table.set(rows);
     const active = this._feed.rows("tenants").filter((row) => row.running || row.waiting);
     const rate = active.reduce((sum, row) => sum + (row.tokens_per_s ?? 0), 0);
-    setText(this._summary, `${plural(ids.size, "tenant")} · ${plural(active.length, "tenant")} active · ${compact(rate)} tokens/s`);
+    setText(
+      this._summary,
+      `${plural(ids.size, "tenant")} · ${count(active.length)} active · ${compact(rate)} tokens/s`,
+    );
   }
 
   /** The same object as before if nothing changed, so that the table leaves the row alone. */

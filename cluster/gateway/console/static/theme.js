@@ -1,4 +1,5 @@
-// Sets the stored theme before the first paint, so that a dark page does not flash light. A classic script, not a module.
+// Sets the stored theme before the first paint, so that a dark page does not flash light.
+// A classic script, not a module.
 (() => {
   let theme = null;
   try {

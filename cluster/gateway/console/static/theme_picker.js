@@ -26,8 +26,11 @@ function setTheme(theme) {
 /** Return a labelled select. */
 export function themePicker() {
   const select = h(
-    "select", { on: { change: () => setTheme(select.value) } },
-    h("option", { value: "system" }, "System"), h("option", { value: "light" }, "Light"), h("option", { value: "dark" }, "Dark"),
+    "select",
+    { on: { change: () => setTheme(select.value) } },
+    h("option", { value: "system" }, "System"),
+    h("option", { value: "light" }, "Light"),
+    h("option", { value: "dark" }, "Dark"),
   );
   select.value = storedTheme();
   return h("label", { class: "theme" }, "Theme ", select);

@@ -1,6 +1,6 @@
 /** Columns of the workers' table, and what operators do with a worker or a node. */
 
-import { ask, say } from "./dialog.js";
+import { confirmDialog, showMessage } from "./dialog.js";
 import { button, h, meter, setAttribute, setHidden, setText, stateChip } from "./dom.js";
 import { age, count, milliseconds, percent, plural, timeOfDay } from "./format.js";
 import { linkTo } from "./shell.js";
@@ -13,15 +13,43 @@ export function workerColumns(context) {
     { key: "worker", label: "Worker", width: 8, sort: (row) => row.id, build: nameCell },
     { key: "model", label: "Model", width: 9, sort: (row) => `${row.model} ${row.version}`, build: modelCell },
     { key: "state", label: "State", width: 8.2, sort: (row) => row.state, build: stateCell },
-    { key: "sequences", label: "Sequences", width: 7.8, sort: (row) => share(row.running, row.max_num_seqs), build: sequencesCell,
-      title: "Running sequences of the most that fit, and those that wait in the engine" },
-    { key: "kv", label: "KV cache", width: 5.6, sort: (row) => row.kv_usage, build: kvCell, title: "Used part of the KV cache" },
-    { key: "step", label: "Step", width: 5.4, sort: (row) => row.step_ms, build: stepCell,
-      title: `Time of an engine step; the bar is full at ${FULL_STEP_MS} ms` },
+    {
+      key: "sequences",
+      label: "Sequences",
+      width: 7.8,
+      sort: (row) => share(row.running, row.max_num_seqs),
+      build: sequencesCell,
+      title: "Running sequences of the most that fit, and those that wait in the engine",
+    },
+    {
+      key: "kv",
+      label: "KV cache",
+      width: 5.6,
+      sort: (row) => row.kv_usage,
+      build: kvCell,
+      title: "Used part of the KV cache",
+    },
+    {
+      key: "step",
+      label: "Step",
+      width: 5.4,
+      sort: (row) => row.step_ms,
+      build: stepCell,
+      title: `Time of an engine step; the bar is full at ${FULL_STEP_MS} ms`,
+    },
     { key: "node", label: "Node, GPU", width: 7.6, sort: (row) => row.host || row.node, build: nodeCell },
-    { key: "links", label: "Links", width: 3.6, isNumber: true, title: "Gateways to which the worker is linked",
-      sort: (row) => row.links?.length ?? 0, build: linksCell },
-    ...(context.session.may.fleet ? [{ key: "act", label: "", width: 8.8, build: (cell) => actionsCell(cell, context) }] : []),
+    {
+      key: "links",
+      label: "Links",
+      width: 3.6,
+      isNumber: true,
+      title: "Gateways to which the worker is linked",
+      sort: (row) => row.links?.length ?? 0,
+      build: linksCell,
+    },
+    ...(context.session.may.fleet
+      ? [{ key: "act", label: "", width: 8.8, build: (cell) => actionsCell(cell, context) }]
+      : []),
   ];
 }
 
@@ -57,7 +85,7 @@ function stateCell(cell) {
   return (row) => {
     chip.set(row.state);
     if (!isGone(row)) return void setText(detail, "");
-    const moved = row.resumed ? `${plural(row.resumed, "sequence")} went on elsewhere` : "nothing had to move";
+    const moved = row.resumed ? `${plural(row.resumed, "sequence")} went on elsewhere` : "no sequence was running";
     setText(detail, [timeOfDay(row.lost_at), row.lost_reason, moved].filter(Boolean).join(" · "));
   };
 }
@@ -126,7 +154,11 @@ function actionsCell(cell, context) {
     setHidden(cordon, !isServing);
     setHidden(uncordon, isServing);
     setHidden(drain, isEnding);
-    for (const [node, word] of [[drain, "Drain"], [cordon, "Cordon"], [uncordon, "Uncordon"]])
+    for (const [node, word] of [
+      [drain, "Drain"],
+      [cordon, "Cordon"],
+      [uncordon, "Uncordon"],
+    ])
       setAttribute(node, "aria-label", `${word} ${row.id}`);
   };
 }
@@ -140,47 +172,54 @@ function targetField(feed, worker) {
   return { name: "target", label: "What", type: "radio", options };
 }
 
-async function tell({ api }, verb, request, done) {
+async function sendVerb({ api }, verb, request, done) {
   const answer = await api.verb(`Fleet.${verb}`, request);
   const number = answer?.workers?.length ?? 0;
-  say([`${done}: ${plural(number, "worker")}.`, ...(answer?.notes ?? [])].join(" "));
+  showMessage([`${done}: ${plural(number, "worker")}.`, ...(answer?.notes ?? [])].join(" "));
 }
 
 function drainDialog(context, worker) {
-  return ask({
+  return confirmDialog({
     title: "Drain",
     text: "Drained workers take no new calls. What runs there ends or moves to other workers within the time.",
     fields: [
       targetField(context.feed, worker),
-      { name: "timeout_s", label: "Time in seconds", type: "number", value: "300", attributes: { min: "1", inputmode: "numeric" } },
+      {
+        name: "timeout_s",
+        label: "Time in seconds",
+        type: "number",
+        value: "300",
+        attributes: { min: "1", inputmode: "numeric" },
+      },
     ],
     confirm: "Drain",
     isDanger: true,
     act: ({ target, timeout_s }) => {
       const limit = Number(timeout_s);
-      if (!(limit > 0)) throw Object.assign(new Error("Time in seconds: enter a number above 0."), { field: "timeout_s" });
-      return tell(context, "Drain", { target, timeout_s: limit }, `Draining within ${age(limit)}`);
+      if (!(limit > 0))
+        throw Object.assign(new Error("Time in seconds: enter a number above 0."), { field: "timeout_s" });
+      return sendVerb(context, "Drain", { target, timeout_s: limit }, `Draining within ${age(limit)}`);
     },
   });
 }
 
 function cordonDialog(context, worker) {
-  return ask({
+  return confirmDialog({
     title: "Cordon",
     text: "Cordoned workers take no new calls. What runs there stays.",
     fields: [targetField(context.feed, worker)],
     confirm: "Cordon",
     isDanger: true,
-    act: ({ target }) => tell(context, "Cordon", { target }, "Cordoned"),
+    act: ({ target }) => sendVerb(context, "Cordon", { target }, "Cordoned"),
   });
 }
 
 function uncordonDialog(context, worker) {
-  return ask({
+  return confirmDialog({
     title: "Uncordon",
     text: "The workers take new calls again.",
     fields: [targetField(context.feed, worker)],
     confirm: "Uncordon",
-    act: ({ target }) => tell(context, "Uncordon", { target }, "Uncordoned"),
+    act: ({ target }) => sendVerb(context, "Uncordon", { target }, "Uncordoned"),
   });
 }
