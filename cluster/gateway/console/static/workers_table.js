@@ -81,12 +81,15 @@ function modelCell(cell) {
 function stateCell(cell) {
   const chip = stateChip();
   const detail = h("span", { class: "detail" });
-  cell.append(chip.node, detail);
+  const moved = h("a", { class: "detail", href: linkTo("calls", "", { state: "resumed" }), hidden: true });
+  cell.append(chip.node, detail, moved);
   return (row) => {
     chip.set(row.state);
+    setHidden(moved, !isGone(row) || !row.resumed);
     if (!isGone(row)) return void setText(detail, "");
-    const moved = row.resumed ? `${plural(row.resumed, "sequence")} went on elsewhere` : "no sequence was running";
-    setText(detail, [timeOfDay(row.lost_at), row.lost_reason, moved].filter(Boolean).join(" · "));
+    setText(moved, row.resumed ? `${plural(row.resumed, "sequence")} went on elsewhere` : "");
+    const words = [timeOfDay(row.lost_at), row.lost_reason, row.resumed ? "" : "no sequence was running"];
+    setText(detail, words.filter(Boolean).join(" · "));
   };
 }
 
