@@ -19,7 +19,7 @@ export function workerColumns(context) {
       width: 7.8,
       sort: (row) => share(row.running, row.max_num_seqs),
       build: sequencesCell,
-      title: "Running sequences of the most that fit, and those that wait in the engine",
+      title: "Running sequences of the most that fit, and after + those that wait in the engine",
     },
     {
       key: "kv",
@@ -98,7 +98,7 @@ function sequencesCell(cell) {
   cell.append(bar.node);
   return (row) => {
     if (isGone(row)) return void bar.set("–", 0);
-    const waiting = row.waiting ? ` + ${count(row.waiting)} wait` : "";
+    const waiting = row.waiting ? ` (+${count(row.waiting)})` : "";
     const most = row.max_num_seqs || 1;
     bar.set(`${count(row.running)} / ${count(row.max_num_seqs)}${waiting}`, row.running / most, row.waiting / most);
   };
