@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cluster.gateway.auth.tenants import TenantAuthenticator
     from cluster.gateway.calls.call import Call
     from cluster.gateway.console.app import ConsoleApp
+    from cluster.gateway.console.live import LiveOverview
     from cluster.gateway.guards.guards import Guards
     from cluster.gateway.links.hub import Hub
     from cluster.gateway.quotas.valkey_limits import ValkeyLimits
@@ -157,13 +158,15 @@ def console(
     authorizer: AdminAuthorizer,
     request_bytes: RequestBytes,
     metrics: Metrics,
+    live: LiveOverview,
 ) -> ConsoleApp | None:
     """Return the console; None if the configuration switches it off. Raises ValueError for an unusable file."""
     if not config.gateway.console.enabled:
         return None
     from cluster.gateway.console.app import ConsoleParts, build_console
+    from cluster.gateway.console.feed import Feed
 
-    parts = ConsoleParts(config, tenants, service, methods, authorizer, request_bytes, metrics)
+    parts = ConsoleParts(config, tenants, service, methods, authorizer, request_bytes, metrics, Feed(live))
     return build_console(parts, _cached_secrets if tenants is None else lambda: tenants.secrets)
 
 

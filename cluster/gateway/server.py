@@ -29,6 +29,7 @@ from cluster.gateway.auth.revocation import cut_revoked
 from cluster.gateway.auth.tls import NewestContext, revoked_file
 from cluster.gateway.calls.access_log import AccessLog
 from cluster.gateway.config_state import ConfigState
+from cluster.gateway.console.build import Sources, live_overview
 from cluster.gateway.deferred_imports import import_later
 from cluster.gateway.gauges import GatewayGauges
 from cluster.gateway.links.hub import Hub, hub_server
@@ -152,9 +153,35 @@ class Gateway:
         if self._siblings is not None:
             self.link_server.add_generic_rpc_handlers((self._siblings.handler(),))
         self._admin_authorizer = AdminAuthorizer(self.tenants)
+        self._budgets = None if self.tenants is None else self.tenants.budgets(self._limits.spent)
+        self.live = live_overview(
+            Sources(
+                config,
+                process,
+                self.hub,
+                self.worker_events,
+                self.directory,
+                self.scheduler,
+                self.service,
+                self.metrics,
+                self.tenants,
+                self.accounting,
+                self.reservations.utilization,
+                lambda: () if self._budgets is None else self._budgets.uses,
+                self._siblings,
+            )
+        )
+        """What the console shows of the cluster."""
         self._methods = self._admin_methods()
         self.console = optional_parts.console(
-            config, self.tenants, self.service, self._methods, self._admin_authorizer, self._request_bytes, self.metrics
+            config,
+            self.tenants,
+            self.service,
+            self._methods,
+            self._admin_authorizer,
+            self._request_bytes,
+            self.metrics,
+            self.live,
         )
         more = {} if self.console is None else self.console.endpoints()
         self.http = HttpServer(http_application(self.service, bodies, more), admission(http2.Port.CLIENT))
@@ -242,9 +269,9 @@ class Gateway:
         """Return the admin methods. Every process has them, for the console; only process 0 has the admin port."""
         authorizer = self._admin_authorizer
         services: dict[str, object] = {
-            "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._explainer, self._siblings),
+            "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._explainer, self.live, self._siblings),
             "Catalog": CatalogAdmin(self.hub, self.directory, self.scheduler),
-            **ledger_services(self.config, self.tenants, authorizer),
+            **ledger_services(self.config, self.tenants, authorizer, self.directory),
         }
         return admin_methods(services, ForwardedVerbs(self.hub, authorizer))
 
@@ -265,8 +292,8 @@ class Gateway:
         self.metrics.add_gauges(gauges.samples)
         files = (revoked_file(settings.tls, "gateway.tls"), revoked_file(settings.link_tls, "gateway.link_tls"))
         lists = [file for file in files if file is not None]
-        budgets = None if self.tenants is None else self.tenants.budgets(self._limits.spent)
         work = [
+            self.live.run(),
             self._config_state.watch(),
             self.hub.workers.watch(),
             self.service.send_keepalives(settings.keepalive_s),
@@ -280,9 +307,9 @@ class Gateway:
         ]
         if lists:
             work.append(cut_revoked(lists, lambda: list(self.listeners.servers.values())))
-        if budgets is not None:
-            self.metrics.add_gauges(budgets.gauges)
-            work.append(budgets.run())
+        if self._budgets is not None:
+            self.metrics.add_gauges(self._budgets.gauges)
+            work.append(self._budgets.run())
         self._tasks = [asyncio.create_task(part) for part in work]
 
     async def stop(self, drain_s: float) -> None:

@@ -80,6 +80,8 @@ async def watched_page(
 
     async def guard(route: Route) -> None:
         url = route.request.url
+        if url.startswith(f"{origin}/console/csp-report"):
+            watched.outside.append(f"report of the policy: {route.request.post_data}")
         if urlsplit(url).scheme in ("data", "blob") or url.startswith(f"{origin}/"):
             await route.fallback()
         else:

@@ -11,8 +11,8 @@ from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineReques
 
 
 class EchoEngine:
-    """An engine whose output is the prompt's tokens, from the beginning. A request with tools gets `parts` in place of
-    text."""
+    """An engine whose output is the prompt's tokens, from the beginning. Requests that may have
+    parts get `parts` in place of text, once the test has set some."""
 
     def __init__(self, vocab: int, *, step_s: float = 0.001, tokens_a_step: int = 16) -> None:
         self._vocab = vocab
@@ -23,7 +23,7 @@ class EchoEngine:
         self._work = asyncio.Event()
         self._is_dead = False
         self.parts: Sequence[OutputPart] = ()
-        """Parts of each answer to a request with tools."""
+        """Parts of each answer; none for the prompt's text."""
 
     async def start(self) -> EngineInfo:
         """See Engine."""
@@ -57,15 +57,16 @@ class EchoEngine:
 
     def _output(self, request: EngineRequest) -> TokenOutput:
         at, prompt = self._done[request.request_id], request.prompt_token_ids
-        count = 1 if request.parsing is not None else self._tokens_a_step
+        has_parts = request.parsing is not None and bool(self.parts)
+        count = 1 if has_parts else self._tokens_a_step
         tokens = list(prompt[at : at + count])
         self._done[request.request_id] = at + len(tokens)
         output = TokenOutput(request.request_id, tokens)
         if at == len(request.emitted_token_ids):
             output.prompt_tokens, output.cached_tokens = len(prompt), 0
-        if at + len(tokens) >= len(prompt) or request.parsing is not None:
+        if at + len(tokens) >= len(prompt) or has_parts:
             output.finish = FinishReason.STOP
-        if request.parsing is not None:
+        if has_parts:
             output.parsed = ParsedOutput(list(self.parts))
         return output
 

@@ -89,6 +89,8 @@ class AdminBridge:
 def parse(kind: type[Message], content: bytes) -> Message:
     """Return the message of a JSON text. Raises CallError, which names the field."""
     request = kind()
+    if not content.lstrip().startswith(b"{"):  # the parser takes an empty array for an empty message
+        raise invalid("", "the body is no JSON object")
     try:
         json_format.Parse(content, request)
     except (json_format.ParseError, ValueError, TypeError, RecursionError, OverflowError) as error:

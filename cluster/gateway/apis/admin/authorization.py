@@ -68,6 +68,7 @@ VERBS: Mapping[str, Verb] = {
     "Fleet.Cordon": Verb("fleet", cluster_wide=True),
     "Fleet.Uncordon": Verb("fleet", cluster_wide=True),
     "Fleet.ExplainRequest": Verb("read", "parent", any_tenant=True),
+    "Fleet.GetOverview": Verb("read"),
     "Fleet.ExplainScaling": READ_CLUSTER,
     "Catalog.List": READ_CLUSTER,
     "Catalog.Get": READ_CLUSTER,
@@ -96,6 +97,7 @@ VERBS: Mapping[str, Verb] = {
     "Keys.Revoke": Verb("keys", "name", of_key=True),
     "Usage.Query": Verb("read", "parent", any_tenant=True),
     "Usage.Export": Verb("read", "parent", any_tenant=True),
+    "Usage.QuerySlo": Verb("read", "parent", any_tenant=True),
     "Audit.List": Verb("read", "parent", any_tenant=True),
 }
 

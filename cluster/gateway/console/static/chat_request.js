@@ -9,6 +9,10 @@ export class SettingError extends Error {
 }
 
 const KEY = "HEADRACE_API_KEY";
+const STREAM_LOOP = `for chunk in answer:
+    if chunk.choices:
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
+`;
 
 /**
  * Return the body of a request. Empty settings are left out, so that the model's defaults hold. Raises SettingError.
@@ -48,13 +52,16 @@ function parse(field, label, text) {
 function toolsOf(text) {
   const value = parse("tools", "Tools", text);
   const list = Array.isArray(value) ? value : [value];
-  return list.map((tool) => (tool && typeof tool === "object" && tool.name && !tool.function ? { type: "function", function: tool } : tool));
+  return list.map((tool) =>
+    tool && typeof tool === "object" && tool.name && !tool.function ? { type: "function", function: tool } : tool,
+  );
 }
 
 /** A format is a JSON schema, or OpenAI's whole response_format. */
 function formatOf(text) {
   const value = parse("schema", "JSON schema", text);
-  if (!value || typeof value !== "object" || Array.isArray(value)) throw new SettingError("schema", "JSON schema: enter a JSON object.");
+  if (!value || typeof value !== "object" || Array.isArray(value))
+    throw new SettingError("schema", "JSON schema: enter a JSON object.");
   if (["text", "json_object", "json_schema"].includes(value.type)) return value;
   return { type: "json_schema", json_schema: { name: "answer", schema: value } };
 }
@@ -64,19 +71,22 @@ export function curlOf(body, origin, hasKeys) {
   const json = JSON.stringify(body, null, 2).replaceAll("'", "'\\''");
   const key = hasKeys ? ` \\\n  -H "authorization: Bearer $${KEY}"` : "";
   const buffer = body.stream ? "-N " : "";
-  return `curl ${buffer}${origin}/v1/chat/completions \\\n  -H "content-type: application/json"${key} \\\n  -d '${json}'\n`;
+  const type = ` \\\n  -H "content-type: application/json"`;
+  return `curl ${buffer}${origin}/v1/chat/completions${type}${key} \\\n  -d '${json}'\n`;
 }
 
 /** Return the request as a Python program with OpenAI's client. */
 export function pythonOf(body, origin, hasKeys) {
-  const fields = Object.entries(body).map(([name, value]) => `    ${name}=${pythonLiteral(value, 1)},\n`).join("");
+  const fields = Object.entries(body)
+    .map(([name, value]) => `    ${name}=${pythonLiteral(value, 1)},\n`)
+    .join("");
   const key = hasKeys ? `os.environ["${KEY}"]` : '"unused"';
   const imports = hasKeys ? "import os\n\n" : "";
-  const print = body.stream
-    ? 'for chunk in answer:\n    if chunk.choices:\n        print(chunk.choices[0].delta.content or "", end="", flush=True)\n'
-    : "print(answer.choices[0].message)\n";
-  return `${imports}from openai import OpenAI\n\nclient = OpenAI(base_url="${origin}/v1", api_key=${key})\n`
-    + `answer = client.chat.completions.create(\n${fields})\n${print}`;
+  const print = body.stream ? STREAM_LOOP : "print(answer.choices[0].message)\n";
+  return (
+    `${imports}from openai import OpenAI\n\nclient = OpenAI(base_url="${origin}/v1", api_key=${key})\n` +
+    `answer = client.chat.completions.create(\n${fields})\n${print}`
+  );
 }
 
 function pythonLiteral(value, depth) {

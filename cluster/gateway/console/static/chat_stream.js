@@ -2,7 +2,10 @@
 
 /** A chat that the gateway refused or that failed. `text` and `code` are the API's own. */
 export class ChatError extends Error {
-  /** @param {string} message @param {{code?: string, param?: string, status?: number, requestId?: string, retryS?: string}} [facts] */
+  /**
+   * @param {string} message
+   * @param {{code?: string, param?: string, status?: number, requestId?: string, retryS?: string}} [facts]
+   */
   constructor(message, { code = "", param = "", status = 0, requestId = "", retryS = "" } = {}) {
     super(message);
     this.code = code;
@@ -16,7 +19,8 @@ export class ChatError extends Error {
 /**
  * Send a chat, and call `on` for each event of the answer. Ends with the answer, or raises ChatError, or AbortError
  * after `signal` was aborted.
- * @param {{csrf: string, body: any, signal: AbortSignal, onEvent: (event: any) => void, onComment: (text: string) => void}} options
+ * @param {{csrf: string, body: any, signal: AbortSignal, onEvent: (event: any) => void,
+ *   onComment: (text: string) => void}} options
  * @returns {Promise<{requestId: string}>}
  */
 export async function streamChat({ csrf, body, signal, onEvent, onComment }) {
@@ -85,7 +89,11 @@ async function refusal(response, requestId) {
 }
 
 function errorOf(error, facts) {
-  return new ChatError(String(error.message), { ...facts, code: String(error.code ?? ""), param: String(error.param ?? "") });
+  return new ChatError(String(error.message), {
+    ...facts,
+    code: String(error.code ?? ""),
+    param: String(error.param ?? ""),
+  });
 }
 
 /** Splits a text that arrives in pieces into server-sent events. Time is linear in the text's length. */
@@ -120,7 +128,7 @@ export class EventParser {
   }
 }
 
-/** Counts the tokens of an answer. Each event holds about one token until the usage at the end says how many it were. */
+/** Counts the tokens of an answer: one for each event, until the usage at the end has the exact number. */
 export class AnswerTimes {
   /** @param {number} now in milliseconds, as all times here */
   constructor(now) {

@@ -75,7 +75,11 @@ export class Answer {
     if (!this.text && !this.toolCalls.length) return [];
     const message = { role: "assistant", content: this.text || null };
     if (!this.toolCalls.length) return [message];
-    const calls = this.toolCalls.map(({ id, name, arguments: given }) => ({ id, type: "function", function: { name, arguments: given } }));
+    const calls = this.toolCalls.map(({ id, name, arguments: given }) => ({
+      id,
+      type: "function",
+      function: { name, arguments: given },
+    }));
     const results = this.toolCalls.map(({ id, result }) => ({ role: "tool", tool_call_id: id, content: result }));
     return [{ ...message, tool_calls: calls }, ...results];
   }
@@ -149,7 +153,9 @@ export class Conversation {
         answer.note = text === "keep-alive" ? "" : text;
         answer.onChange();
       };
-      answer.requestId = (await streamChat({ csrf: this._csrf(), body, signal: abort.signal, onEvent, onComment })).requestId;
+      answer.requestId = (
+        await streamChat({ csrf: this._csrf(), body, signal: abort.signal, onEvent, onComment })
+      ).requestId;
       answer.state = "ended";
     } catch (error) {
       answer.state = abort.signal.aborted ? "stopped" : "failed";

@@ -34,7 +34,9 @@ export function copyButton(text, label = "Copy") {
   button.addEventListener("click", async () => {
     button.textContent = (await copyText(text())) ? "Copied" : "Not allowed";
     clearTimeout(timer);
-    timer = setTimeout(() => { button.textContent = label; }, 2000);
+    timer = setTimeout(() => {
+      button.textContent = label;
+    }, 2000);
   });
   return button;
 }

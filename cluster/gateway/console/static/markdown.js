@@ -116,7 +116,12 @@ class OpenFence {
     this._close = block.close;
     this._isOpening = block.end === block.start + 1; // the first line may still grow
     this._partial = block.code.at(-1) ?? "";
-    this._complete = document.createTextNode(block.code.slice(0, -1).map((line) => `${line}\n`).join(""));
+    this._complete = document.createTextNode(
+      block.code
+        .slice(0, -1)
+        .map((line) => `${line}\n`)
+        .join(""),
+    );
     this._last = document.createTextNode(this._partial);
     code.replaceChildren(this._complete, this._last);
   }
@@ -137,13 +142,20 @@ class OpenFence {
 
 function nodeOf(block, depth, context) {
   switch (block.kind) {
-    case "heading": return headingNode(block, context);
-    case "fence": return codeNode(block);
-    case "rule": return document.createElement("hr");
-    case "quote": return quoteNode(block, depth, context);
-    case "list": return listNode(block, depth, context);
-    case "table": return tableNode(block);
-    default: return inlineNode("p", block.lines.map((line) => line.trim()).join("\n"));
+    case "heading":
+      return headingNode(block, context);
+    case "fence":
+      return codeNode(block);
+    case "rule":
+      return document.createElement("hr");
+    case "quote":
+      return quoteNode(block, depth, context);
+    case "list":
+      return listNode(block, depth, context);
+    case "table":
+      return tableNode(block);
+    default:
+      return inlineNode("p", block.lines.map((line) => line.trim()).join("\n"));
   }
 }
 
@@ -171,7 +183,10 @@ function codeNode(block) {
   language.textContent = block.info;
   const code = document.createElement("code");
   code.textContent = block.code.join("\n");
-  head.append(language, copyButton(() => code.textContent));
+  head.append(
+    language,
+    copyButton(() => code.textContent),
+  );
   const pre = document.createElement("pre");
   pre.tabIndex = 0; // a wide text scrolls, also by keyboard
   pre.append(code);

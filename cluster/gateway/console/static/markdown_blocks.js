@@ -53,11 +53,23 @@ function fenceAt(lines, at, [, mark, info]) {
   let end = at + 1;
   while (end < lines.length && !close.test(lines[end])) end += 1;
   const isClosed = end < lines.length;
-  return { kind: "fence", info: info.trim(), code: lines.slice(at + 1, end), isClosed, close, end: end + (isClosed ? 1 : 0) };
+  return {
+    kind: "fence",
+    info: info.trim(),
+    code: lines.slice(at + 1, end),
+    isClosed,
+    close,
+    end: end + (isClosed ? 1 : 0),
+  };
 }
 
 function headingAt(at, [, marks, text]) {
-  return { kind: "heading", level: marks.length, text: (text ?? "").replace(/(^|[ \t])#{1,64}[ \t]*$/, "").trim(), end: at + 1 };
+  return {
+    kind: "heading",
+    level: marks.length,
+    text: (text ?? "").replace(/(^|[ \t])#{1,64}[ \t]*$/, "").trim(),
+    end: at + 1,
+  };
 }
 
 function quoteAt(lines, at) {
@@ -122,18 +134,26 @@ function withoutIndent(line, columns) {
 }
 
 function isTable(lines, at) {
-  return lines[at].includes("|") && at + 1 < lines.length && lines[at + 1].includes("-") && DELIMITERS.test(lines[at + 1])
-    && cells(lines[at]).length === cells(lines[at + 1]).length;
+  return (
+    lines[at].includes("|") &&
+    at + 1 < lines.length &&
+    lines[at + 1].includes("-") &&
+    DELIMITERS.test(lines[at + 1]) &&
+    cells(lines[at]).length === cells(lines[at + 1]).length
+  );
 }
 
 function tableAt(lines, at) {
   const aligns = cells(lines[at + 1]).map((cell) =>
-    cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "");
+    cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "",
+  );
   const rows = [];
   let end = at + 2;
   while (end < lines.length && !isBlank(lines[end]) && lines[end].includes("|")) {
     const row = cells(lines[end]);
-    rows.push(row.length > aligns.length ? [...row.slice(0, aligns.length - 1), row.slice(aligns.length - 1).join(" | ")] : row);
+    rows.push(
+      row.length > aligns.length ? [...row.slice(0, aligns.length - 1), row.slice(aligns.length - 1).join(" | ")] : row,
+    );
     end += 1;
   }
   return { kind: "table", head: cells(lines[at]), aligns, rows, end };

@@ -9,8 +9,9 @@
 const SPECIAL = /[\\`*_~[\]!<]|https?:\/\//g;
 const BARE_URL = /https?:\/\/[^\s<>"'`*[\]{}|\\^]*/y;
 const AUTOLINK = /<((?:https?:\/\/|mailto:)[^\s<>]{1,2048})>/y;
-const DESTINATION =
-  /\((?:<([^<>\n]{0,2048})>|([^\s()<>[\]]*(?:\([^\s()<>[\]]*\)[^\s()<>[\]]*){0,8}))(?:[ \t]{1,8}(?:"[^"\n]{0,300}"|'[^'\n]{0,300}'))?[ \t]{0,8}\)/y;
+const PATH = String.raw`[^\s()<>[\]]*(?:\([^\s()<>[\]]*\)[^\s()<>[\]]*){0,8}`;
+const TITLE = String.raw`(?:[ \t]{1,8}(?:"[^"\n]{0,300}"|'[^'\n]{0,300}'))?[ \t]{0,8}`;
+const DESTINATION = new RegExp(String.raw`\((?:<([^<>\n]{0,2048})>|(${PATH}))${TITLE}\)`, "y");
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const SCHEMES = /^(?:https?|mailto):/i;

@@ -53,14 +53,30 @@ class Playground {
 
   _build(container) {
     this._settings = new Settings(this._conversation.settings, () => this._code?.update());
-    this._code = new CodeView(() => bodyOf(this._conversation.settings, this._conversation.messages(this._text.value)), this._api.session.auth);
+    this._code = new CodeView(
+      () => bodyOf(this._conversation.settings, this._conversation.messages(this._text.value)),
+      this._api.session.auth,
+    );
     this._settings.node.append(this._code.node);
-    this._empty = h("p", { class: "pg-empty" }, "Ask something. The conversation is kept in this page only: when it is closed, it is gone.");
-    this._log = h("div", { class: "pg-log", role: "log", "aria-live": "off", "aria-label": "Conversation", tabindex: "0" }, this._empty);
+    this._empty = h(
+      "p",
+      { class: "pg-empty" },
+      "Ask something. The conversation is kept in this page only: when it is closed, it is gone.",
+    );
+    this._log = h(
+      "div",
+      { class: "pg-log", role: "log", "aria-live": "off", "aria-label": "Conversation", tabindex: "0" },
+      this._empty,
+    );
     this._log.addEventListener("scroll", () => {
       this._isAtEnd = this._log.scrollHeight - this._log.scrollTop - this._log.clientHeight < 40;
     });
-    this._text = h("textarea", { id: "pg-message", rows: "3", value: this._conversation.draft, "aria-describedby": "pg-keys" });
+    this._text = h("textarea", {
+      id: "pg-message",
+      rows: "3",
+      value: this._conversation.draft,
+      "aria-describedby": "pg-keys",
+    });
     this._text.addEventListener("input", () => {
       this._conversation.draft = this._text.value;
       this._code.update();
@@ -73,13 +89,22 @@ class Playground {
     });
     this._sendButton = h("button", { type: "submit", class: "button primary" }, "Send");
     this._stopButton = button("Stop", () => this._stop(), { kind: "danger" });
-    this._againButton = button("Try again", () => this._attempt(() => this._conversation.tryAgain(this._settings.values)));
+    this._againButton = button("Try again", () =>
+      this._attempt(() => this._conversation.tryAgain(this._settings.values)),
+    );
     this._clearButton = button("Clear", () => this._clear());
     const form = h(
-      "form", { class: "pg-compose", novalidate: true },
-      h("label", { htmlFor: "pg-message" }, "Message"), this._text,
+      "form",
+      { class: "pg-compose", novalidate: true },
+      h("label", { htmlFor: "pg-message" }, "Message"),
+      this._text,
       h(
-        "div", { class: "pg-buttons" }, this._sendButton, this._stopButton, this._againButton, this._clearButton,
+        "div",
+        { class: "pg-buttons" },
+        this._sendButton,
+        this._stopButton,
+        this._againButton,
+        this._clearButton,
         h("span", { class: "hint", id: "pg-keys" }, "Enter sends, Shift+Enter begins a line"),
       ),
     );
@@ -131,7 +156,11 @@ class Playground {
     await running;
     const last = this._conversation.entries.at(-1);
     if (!(last instanceof Answer)) return;
-    announce(last.state === "ended" ? `The answer is complete: ${count(last.times.tokens)} tokens` : `The answer is ${last.state}`);
+    announce(
+      last.state === "ended"
+        ? `The answer is complete: ${count(last.times.tokens)} tokens`
+        : `The answer is ${last.state}`,
+    );
   }
 
   _stop() {
@@ -154,7 +183,8 @@ class Playground {
     }
     for (const entry of entries) {
       if (this._views.has(entry)) continue;
-      const view = entry instanceof Answer ? new AnswerView(entry, this._answerContext()) : { node: questionNode(entry) };
+      const view =
+        entry instanceof Answer ? new AnswerView(entry, this._answerContext()) : { node: questionNode(entry) };
       this._views.set(entry, view);
       this._log.append(view.node);
     }

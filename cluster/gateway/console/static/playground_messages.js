@@ -6,13 +6,21 @@ import { count, duration } from "./format.js";
 import { MarkdownView } from "./markdown.js";
 
 const FINISHES = {
-  stop: "", length: "cut at the largest number of tokens", tool_calls: "waits for results of tools",
-  content_filter: "ended by a guard", error: "ended by an error",
+  stop: "",
+  length: "cut at the largest number of tokens",
+  tool_calls: "waits for results of tools",
+  content_filter: "ended by a guard",
+  error: "ended by an error",
 };
 
 /** @param {import("./conversation.js").Question} question */
 export function questionNode(question) {
-  return h("article", { class: "pg-message pg-question" }, h("h2", { class: "pg-who" }, "You"), h("div", { class: "pg-text" }, question.text));
+  return h(
+    "article",
+    { class: "pg-message pg-question" },
+    h("h2", { class: "pg-who" }, "You"),
+    h("div", { class: "pg-text" }, question.text),
+  );
 }
 
 /** Shows an answer while it arrives. */
@@ -45,9 +53,14 @@ export class AnswerView {
     if (!call) return;
     const isResuming = call.state === "resuming" && this._answer.state === "running";
     const times = call.resumes > 1 ? ` ${call.resumes} times` : "";
-    setText(this._resumes, isResuming
-      ? "Its worker was lost; the answer goes on at another one."
-      : call.resumes > 0 ? `Its worker was lost${times}; the answer went on at another one.` : "");
+    setText(
+      this._resumes,
+      isResuming
+        ? "Its worker was lost; the answer goes on at another one."
+        : call.resumes > 0
+          ? `Its worker was lost${times}; the answer went on at another one.`
+          : "",
+    );
     setHidden(this._resumes, !this._resumes.textContent);
   }
 
@@ -55,8 +68,10 @@ export class AnswerView {
     const model = this._answer.model;
     this._reasoningText = document.createTextNode("");
     this._reasoning = h(
-      "details", { class: "pg-reasoning", hidden: true },
-      h("summary", null, "Reasoning"), h("div", { class: "pg-text" }, this._reasoningText),
+      "details",
+      { class: "pg-reasoning", hidden: true },
+      h("summary", null, "Reasoning"),
+      h("div", { class: "pg-text" }, this._reasoningText),
     );
     const text = h("div");
     this._markdown = new MarkdownView(text);
@@ -69,9 +84,16 @@ export class AnswerView {
     const copy = copyButton(() => this._answer.text, "Copy answer");
     this._foot = h("div", { class: "pg-foot", hidden: true }, this._facts, this._link, copy);
     this.node = h(
-      "article", { class: "pg-message pg-answer", "aria-busy": "true" },
+      "article",
+      { class: "pg-message pg-answer", "aria-busy": "true" },
       h("h2", { class: "pg-who" }, model || "Model"),
-      this._reasoning, text, this._tools, this._wait, this._resumes, this._error, this._foot,
+      this._reasoning,
+      text,
+      this._tools,
+      this._wait,
+      this._resumes,
+      this._error,
+      this._foot,
     );
   }
 
@@ -89,7 +111,8 @@ export class AnswerView {
   _show() {
     const answer = this._answer;
     if (answer.text.length > this._shown.text) this._markdown.append(answer.text.slice(this._shown.text));
-    if (answer.reasoning.length > this._shown.reasoning) this._reasoningText.appendData(answer.reasoning.slice(this._shown.reasoning));
+    if (answer.reasoning.length > this._shown.reasoning)
+      this._reasoningText.appendData(answer.reasoning.slice(this._shown.reasoning));
     this._shown = { text: answer.text.length, reasoning: answer.reasoning.length };
     setHidden(this._reasoning, !answer.reasoning);
     this._showToolCalls();
@@ -155,20 +178,29 @@ export class AnswerView {
     this._calls.forEach((view, index) => {
       const id = `pg-result-${performance.now()}-${index}`;
       const area = h("textarea", { id, rows: "3", value: view.call.result, spellcheck: "false" });
-      area.addEventListener("input", () => { view.call.result = area.value; });
+      area.addEventListener("input", () => {
+        view.call.result = area.value;
+      });
       view.node.append(h("label", { htmlFor: id }, `Result of ${view.call.name}`), area);
     });
-    const send = button("Send the results", () => {
-      send.remove();
-      this._context.onResults();
-    }, { kind: "primary" });
+    const send = button(
+      "Send the results",
+      () => {
+        send.remove();
+        this._context.onResults();
+      },
+      { kind: "primary" },
+    );
     this._tools.append(send);
   }
 
   _showError(error) {
     const facts = [
-      error.code && `code ${error.code}`, error.param && `field ${error.param}`, error.status && `HTTP ${error.status}`,
-      error.retryS && `try again in ${error.retryS} s`, error.requestId && `request ${error.requestId}`,
+      error.code && `code ${error.code}`,
+      error.param && `field ${error.param}`,
+      error.status && `HTTP ${error.status}`,
+      error.retryS && `try again in ${error.retryS} s`,
+      error.requestId && `request ${error.requestId}`,
     ].filter(Boolean);
     this._error.append(h("p", null, error.message), h("p", { class: "pg-facts" }, facts.join(" · ")));
     this._error.hidden = false;

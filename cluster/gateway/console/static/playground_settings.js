@@ -11,8 +11,18 @@ const TOOLS_EXAMPLE = `[{"type": "function", "function": {"name": "weather",
 const SCHEMA_EXAMPLE = '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}';
 
 export const DEFAULTS = {
-  model: "", system: "", temperature: "", top_p: "", max_tokens: "", seed: "", stop: "", reasoning_effort: "",
-  tools: "", tool_choice: "auto", schema: "", stream: "yes",
+  model: "",
+  system: "",
+  temperature: "",
+  top_p: "",
+  max_tokens: "",
+  seed: "",
+  stop: "",
+  reasoning_effort: "",
+  tools: "",
+  tool_choice: "auto",
+  schema: "",
+  stream: "yes",
 };
 
 /** The form of the settings. `values` are texts, changed as the person types. */
@@ -30,8 +40,15 @@ export class Settings {
   /** Offer the models. Keeps the chosen one if it is among them. */
   setModels(models) {
     const select = this._inputs.model;
-    const options = models.flatMap((model) => [model.id, ...(model.aliases ?? [])].map((name) =>
-      h("option", { value: name }, name + (model.state && model.state !== "serving" && model.state !== "ready" ? ` (${model.state})` : ""))));
+    const options = models.flatMap((model) =>
+      [model.id, ...(model.aliases ?? [])].map((name) =>
+        h(
+          "option",
+          { value: name },
+          name + (model.state && model.state !== "READY" ? ` (${model.state.toLowerCase()})` : ""),
+        ),
+      ),
+    );
     replace(select, options.length ? options : h("option", { value: "" }, "no model that generates text"));
     const names = models.flatMap((model) => [model.id, ...(model.aliases ?? [])]);
     if (!names.includes(this.values.model)) this.values.model = names[0] ?? "";
@@ -53,31 +70,56 @@ export class Settings {
 
   _build() {
     this.node = h(
-      "section", { class: "pg-settings", "aria-label": "Settings" },
+      "section",
+      { class: "pg-settings", "aria-label": "Settings" },
       this._problem,
       this._field("model", "Model", "select", {}, []),
       this._field("system", "System prompt", "textarea", { rows: "3" }),
       h(
-        "details", { class: "pg-group" }, h("summary", null, "Parameters"),
+        "details",
+        { class: "pg-group" },
+        h("summary", null, "Parameters"),
         h(
-          "div", { class: "pg-grid" },
+          "div",
+          { class: "pg-grid" },
           this._field("temperature", "Temperature", "input", { inputmode: "decimal", placeholder: "model's default" }),
           this._field("top_p", "Top p", "input", { inputmode: "decimal", placeholder: "model's default" }),
           this._field("max_tokens", "Max tokens", "input", { inputmode: "numeric", placeholder: "model's default" }),
           this._field("seed", "Seed", "input", { inputmode: "numeric", placeholder: "none" }),
-          this._field("reasoning_effort", "Reasoning effort", "select", {}, EFFORTS.map((name) => [name, name || "model's default"])),
-          this._field("stream", "Streaming", "select", {}, [["yes", "yes"], ["no", "no"]]),
+          this._field(
+            "reasoning_effort",
+            "Reasoning effort",
+            "select",
+            {},
+            EFFORTS.map((name) => [name, name || "model's default"]),
+          ),
+          this._field("stream", "Streaming", "select", {}, [
+            ["yes", "yes"],
+            ["no", "no"],
+          ]),
         ),
         this._field("stop", "Stop strings, one a line", "textarea", { rows: "2" }),
       ),
       h(
-        "details", { class: "pg-group" }, h("summary", null, "Tools"),
+        "details",
+        { class: "pg-group" },
+        h("summary", null, "Tools"),
         this._field("tools", "Tools as JSON", "textarea", { rows: "6", placeholder: TOOLS_EXAMPLE, class: "pg-code" }),
-        this._field("tool_choice", "Tool choice", "select", {}, [["auto", "auto"], ["required", "required"], ["none", "none"]]),
+        this._field("tool_choice", "Tool choice", "select", {}, [
+          ["auto", "auto"],
+          ["required", "required"],
+          ["none", "none"],
+        ]),
       ),
       h(
-        "details", { class: "pg-group" }, h("summary", null, "JSON schema"),
-        this._field("schema", "Schema of the answer", "textarea", { rows: "6", placeholder: SCHEMA_EXAMPLE, class: "pg-code" }),
+        "details",
+        { class: "pg-group" },
+        h("summary", null, "JSON schema"),
+        this._field("schema", "Schema of the answer", "textarea", {
+          rows: "6",
+          placeholder: SCHEMA_EXAMPLE,
+          class: "pg-code",
+        }),
       ),
     );
   }
@@ -106,11 +148,22 @@ export class CodeView {
     this._timer = 0;
     this._code = h("code");
     this._buttons = [this._choice("curl", curlOf), this._choice("Python", pythonOf)];
-    const bar = h("div", { class: "pg-code-bar" }, this._buttons, copyButton(() => this._code.textContent));
-    const hint = hasKeys ? h("p", { class: "hint" }, "Set HEADRACE_API_KEY to your key. The console does not know it.") : null;
+    const bar = h(
+      "div",
+      { class: "pg-code-bar" },
+      this._buttons,
+      copyButton(() => this._code.textContent),
+    );
+    const hint = hasKeys
+      ? h("p", { class: "hint" }, "Set HEADRACE_API_KEY to your key. The console does not know it.")
+      : null;
     this.node = h(
-      "details", { class: "pg-group", on: { toggle: () => this._show() } }, h("summary", null, "This request as code"),
-      bar, h("pre", { tabindex: "0", role: "group", "aria-label": "Code" }, this._code), hint,
+      "details",
+      { class: "pg-group", on: { toggle: () => this._show() } },
+      h("summary", null, "This request as code"),
+      bar,
+      h("pre", { tabindex: "0", role: "group", "aria-label": "Code" }, this._code),
+      hint,
     );
   }
 
@@ -126,7 +179,11 @@ export class CodeView {
   }
 
   _choice(label, make) {
-    const choice = h("button", { type: "button", class: "button quiet", "aria-pressed": String(make === this._make) }, label);
+    const choice = h(
+      "button",
+      { type: "button", class: "button quiet", "aria-pressed": String(make === this._make) },
+      label,
+    );
     choice.addEventListener("click", () => {
       this._make = make;
       for (const other of this._buttons) setAttribute(other, "aria-pressed", String(other === choice));

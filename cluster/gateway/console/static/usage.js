@@ -99,6 +99,17 @@ function nameCell(cell) {
   };
 }
 
+/** Return the ledger's sums, with their cost where the cluster has rates. */
+async function sumsOf(api, request) {
+  try {
+    return await api.pages("Usage.Query", { ...request, cost: !api.hasNoRates, page_size: 1000 }, "sums");
+  } catch (error) {
+    if (error.field !== "cost" || api.hasNoRates) throw error;
+    api.hasNoRates = true;
+    return sumsOf(api, request);
+  }
+}
+
 /** Fill a panel with usage by tenant, and buttons for the period. */
 export function usageByTenant(panel, { api }) {
   const table = new KeyedTable({
@@ -130,11 +141,7 @@ export function usageByTenant(panel, { api }) {
     buttons.forEach((each, at) => setAttribute(each, "aria-pressed", String(at === index)));
     const [since_day, until_day] = PERIODS[index][1]();
     try {
-      const sums = await api.pages(
-        "Usage.Query",
-        { group_by: ["tenant"], since_day, until_day, cost: true, page_size: 1000 },
-        "sums",
-      );
+      const sums = await sumsOf(api, { group_by: ["tenant"], since_day, until_day });
       if (mine !== newest) return;
       replace(body, table.node);
       table.set(sums.map((sum) => ({ id: sum.group?.tenant ?? "", ...sumOf(sum) })));
@@ -154,10 +161,8 @@ export async function usageByDay(panel, { api }, tenant) {
       group_by: ["day"],
       since_day: utcDay(DAYS - 1),
       until_day: utcDay(0),
-      cost: true,
-      page_size: 1000,
     };
-    const sums = new Map((await api.pages("Usage.Query", request, "sums")).map((sum) => [sum.group?.day, sumOf(sum)]));
+    const sums = new Map((await sumsOf(api, request)).map((sum) => [sum.group?.day, sumOf(sum)]));
     const days = Array.from({ length: DAYS }, (_, index) => utcDay(DAYS - 1 - index));
     const rows = days.map((day) => ({ label: day, ...(sums.get(day) ?? sumOf({})) }));
     const total = (key) => rows.reduce((sum, row) => sum + (row[key] ?? 0), 0);
