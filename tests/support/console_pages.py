@@ -31,6 +31,8 @@ class ConsolePages:
     keyed: Keyed
     browser: Browser
     keys: dict[str, str] = field(default_factory=dict)
+    other_key: str = ""
+    """A caller's key of another tenant."""
 
     @property
     def cluster(self) -> TestCluster:
@@ -77,6 +79,7 @@ async def shown(page: Page, name: str) -> None:
     """Wait until a page of the console is shown with live data."""
     place = name.split("/")[0].split("?")[0]
     await page.wait_for_selector(f".page-{place} h1", timeout=LATEST_MS)
+    assert await page.locator(".problem", has_text="cannot be shown").count() == 0
     await page.wait_for_selector(".connection .chip[data-tone=good]", timeout=LATEST_MS)
 
 
@@ -90,7 +93,7 @@ async def console_pages(
         pages = ConsolePages(keyed, browser)
         for role, tenant in ROLES.items():
             pages.keys[role] = await role_key(keyed.ledger, tenant, role)
-        await keyed.key(OTHER)
+        pages.other_key = await keyed.key(OTHER)
         yield pages
 
 

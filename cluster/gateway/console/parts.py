@@ -31,6 +31,8 @@ STEP_S: Final = 5
 """Seconds between two looks that are remembered: a step of the history."""
 WINDOW_S: Final = 60.0
 """Seconds over which percentiles and cache hits are computed."""
+RATE_S: Final = 0.5
+"""Least seconds between two looks of which the difference makes a rate."""
 SMOOTH_S: Final = 60.0
 """Seconds over which a tenant's cost is averaged, since it is known only when calls end."""
 
@@ -41,6 +43,15 @@ class Limits:
 
     limits: dict[str, Row] = field(default_factory=dict)
     budget: Row | None = None
+
+
+@dataclass(slots=True)
+class _Cost:
+    """A tenant's cost at one time, and its moving average in an hour."""
+
+    cost: float
+    at: float
+    per_h: float
 
 
 class Window:
@@ -82,15 +93,21 @@ class PartMaker:
         self._prefix = f"refused-{instance}-"
         self._recent = recent
         self._window = Window()
-        self._before: Snapshot | None = None
-        self._cost_per_h: dict[str, float] = {}
+        self._looks: deque[Snapshot] = deque(maxlen=3)
+        """The last looks, the newest last."""
+        self._costs: dict[str, _Cost] = {}
         self._ended: dict[int, Row] = {}
         """The rows of ended calls by number, which never change."""
 
     def rest(self, shot: Snapshot) -> None:
         """Take over a look for which no part is made, since nobody watches."""
-        self._before, self._ended = shot, {}
+        self._looks.append(shot)
+        self._ended = {}
         self._window.add(shot)
+
+    def _before(self, shot: Snapshot) -> Snapshot:
+        """Return the look with which another is compared: the newest one that is not too recent for a rate."""
+        return next((each for each in reversed(self._looks) if shot.now - each.now >= RATE_S), shot)
 
     async def make(
         self,
@@ -100,9 +117,10 @@ class PartMaker:
         policies: Mapping[str, TenantPolicy],
     ) -> Part:
         """Return the part at a look. `uses`: tenant, limit and used fraction."""
-        before = self._before or shot
-        self._before = shot
+        before = self._before(shot)
+        self._looks.append(shot)
         self._window.add(shot)
+        self._costs = {name: cost for name, cost in self._costs.items() if name in shot.tenants}
         interval_s = shot.now - before.now
         limits = _limits(uses, budgets, policies)
         tenants = await in_slices(
@@ -155,23 +173,24 @@ class PartMaker:
             "waiting": tally.waiting,
             "tokens_per_s": rate_of(tally.tokens, past.tokens, interval_s),
             "requests": tally.requests,
-            "cost_per_h": self._cost(name, tally.cost - past.cost, interval_s),
+            "cost_per_h": self._cost_per_h(name, tally.cost, shot.now),
             "ttft_s": [call.ttft_s for call in self._recent.calls.of(name) if call.ttft_s is not None],
             "limits": own.limits,
             "budget": own.budget,
         }
 
-    def _cost(self, name: str, cost: float, interval_s: float) -> float:
-        """Return the moving average of a tenant's cost in an hour."""
-        mean = self._cost_per_h.get(name, 0.0)
-        if interval_s > 0 and (mean or cost > 0):
-            part = min(interval_s / SMOOTH_S, 1.0)
-            mean += (max(cost, 0.0) / interval_s * 3600 - mean) * part
-            mean = 0.0 if mean < 1e-6 else mean
-            self._cost_per_h[name] = mean
-            if not mean:
-                del self._cost_per_h[name]
-        return round(mean, 4)
+    def _cost_per_h(self, name: str, cost: float, now: float) -> float:
+        """Return the moving average of a tenant's cost in an hour. `cost`: its cost so far."""
+        known = self._costs.get(name)
+        if known is None:
+            if cost:
+                self._costs[name] = _Cost(cost, now, 0.0)
+            return 0.0
+        if (interval_s := now - known.at) > 0:
+            rate = max(cost - known.cost, 0.0) / interval_s * 3600
+            known.per_h += (rate - known.per_h) * min(interval_s / SMOOTH_S, 1.0)
+            known.cost, known.at = cost, now
+        return round(known.per_h, 4)
 
     def _calls(self, shot: Snapshot) -> Iterator[Row]:
         """Yield the rows of open calls, then those of ended ones. The rows of ended calls are made once."""

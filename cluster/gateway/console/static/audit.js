@@ -1,7 +1,7 @@
 /** The newest events of a tenant's audit log. */
 
 import { showError } from "./dialog.js";
-import { button, h, replace } from "./dom.js";
+import { button, h, replace, scroller } from "./dom.js";
 import { dateTime } from "./format.js";
 
 const ROWS = 50;
@@ -57,9 +57,8 @@ export function auditList({ api }, tenant) {
     );
     return replace(
       body,
-      h(
-        "div",
-        { class: "scroll", role: "region", "aria-label": "Audit events", tabindex: "0" },
+      scroller(
+        "Audit events",
         h(
           "table",
           { class: "plain" },

@@ -3,7 +3,7 @@
 import { isScoped, mayRead } from "./api.js";
 import { callState } from "./calls_table.js";
 import { confirmDialog, showMessage } from "./dialog.js";
-import { button, h, missing, replace, setHidden, stateChip } from "./dom.js";
+import { button, h, missing, replace, setHidden, stateChip, terminalHint } from "./dom.js";
 import { count, dateTime, duration, plural, rate } from "./format.js";
 import { routeSteps } from "./routes.js";
 import { linkTo } from "./shell.js";
@@ -56,6 +56,7 @@ class CallPage {
           { class: "panel", "aria-labelledby": "routes" },
           h("div", { class: "panel-head" }, h("h2", { id: "routes" }, "Route"), again),
           this._routes,
+          h("div", { class: "panel-body" }, terminalHint("headrace", "explain", "request", id)),
         ),
       );
       void this._explain();

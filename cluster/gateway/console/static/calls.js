@@ -15,6 +15,7 @@ const STATES = [
   ["prefill", "Prefill"],
   ["running", "Running"],
   ["resuming", "Resuming"],
+  ["resumed", "Resumed"],
   ["ended", "Ended"],
   ["failed", "Failed"],
 ];
@@ -160,6 +161,7 @@ function matches(row, wanted) {
   if (wanted.model && row.model !== wanted.model) return false;
   if (wanted.worker && row.worker !== wanted.worker) return false;
   if (wanted.state === "open") return row.state !== "ended";
+  if (wanted.state === "resumed") return row.resumes > 0;
   if (wanted.state === "failed") return row.state === "ended" && row.outcome !== "ok" && row.outcome !== "cancelled";
   return !wanted.state || row.state === wanted.state;
 }

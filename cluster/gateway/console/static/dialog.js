@@ -146,7 +146,7 @@ let shelf = null;
 
 /** Show a message for some seconds, and have it read out. */
 export function showMessage(words) {
-  shelf ??= document.body.appendChild(h("div", { class: "messages" }));
+  shelf ??= document.body.appendChild(h("section", { class: "messages", "aria-label": "Messages" }));
   const node = h("p", { class: "message" }, words);
   shelf.append(node);
   setTimeout(() => node.remove(), 6000);

@@ -45,6 +45,17 @@ function append(node, children) {
   }
 }
 
+/** Return a part of the page that scrolls sideways by itself. The keyboard reaches it only while it has to scroll. */
+export function scroller(label, content) {
+  const node = h("div", { class: "scroll", role: "region", "aria-label": label }, content);
+  const observer = new ResizeObserver(() =>
+    setAttribute(node, "tabindex", node.scrollWidth > node.clientWidth ? "0" : null),
+  );
+  observer.observe(node);
+  observer.observe(content);
+  return node;
+}
+
 /** Set an element's text, and touch the document only if the text is another one. */
 export function setText(node, text) {
   if (node.shownText === text) return;
@@ -151,6 +162,12 @@ export function meter() {
       setAttribute(node, "data-tone", tone || null);
     },
   };
+}
+
+/** Return a line with the command that shows the same in a terminal. Names are quoted where a shell needs that. */
+export function terminalHint(...words) {
+  const quoted = words.map((word) => (/^[\w.:/=-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`));
+  return h("p", { class: "hint" }, "In a terminal: ", h("code", null, quoted.join(" ")));
 }
 
 let politeRegion = null;

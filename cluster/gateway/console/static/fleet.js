@@ -4,6 +4,7 @@ import { isScoped } from "./api.js";
 import { announce, h, replace, setHidden, setText } from "./dom.js";
 import { compact, count, plural } from "./format.js";
 import { modelColumns, modelRows } from "./models_table.js";
+import { gatewayColumns } from "./gateways_table.js";
 import { overviewCharts } from "./overview.js";
 import { KeyedTable } from "./table.js";
 import { workerColumns } from "./workers_table.js";
@@ -35,7 +36,7 @@ class FleetPage {
       empty: "No model is in the catalog. Add one with headrace apply.",
     });
     container.append(
-      h("div", { class: "page-head" }, h("h1", { tabindex: "-1" }, "Fleet"), this._summary),
+      h("div", { class: "page-head" }, h("h1", { tabindex: "-1" }, this._isScoped ? "Models" : "Fleet"), this._summary),
       this._failures,
       this._overload,
       this._charts.node,
@@ -88,11 +89,26 @@ class FleetPage {
         this._workers.node,
       ),
     );
+    this._gateways = new KeyedTable({
+      caption: "Gateways",
+      columns: gatewayColumns(),
+      sort: { key: "gateway", isDown: false },
+      empty: "No gateway has reported.",
+    });
+    container.append(
+      h(
+        "section",
+        { class: "panel", "aria-labelledby": "gateways-title" },
+        h("h2", { id: "gateways-title" }, "Gateways"),
+        this._gateways.node,
+      ),
+    );
   }
 
   _update({ isFull, changed }) {
     if (isFull || changed.models) this._models.set(modelRows(this._feed.rows("models")));
     if (this._workers && (isFull || changed.workers)) this._showWorkers();
+    if (this._gateways && (isFull || changed.gateways)) this._gateways.set(this._feed.rows("gateways"));
     this._announce(isFull ? null : changed);
     this._summarise();
   }

@@ -26,7 +26,9 @@ const SIZES = [
   { least: 1e4, size: 1e3, unit: "k" },
 ];
 
-const isMissing = (value) => value === null || value === undefined || value === "" || !Number.isFinite(Number(value));
+/** Whether a value is not a finite number. */
+export const isMissing = (value) =>
+  value === null || value === undefined || value === "" || !Number.isFinite(Number(value));
 
 /** The name of the viewer's time zone, such as CET or GMT+1. */
 export const ZONE = zoneName();

@@ -47,7 +47,7 @@ export function modelColumns(context) {
     {
       key: "replicas",
       label: "Replicas",
-      width: 5,
+      width: 5.6,
       isNumber: true,
       title: "Replicas that serve, of those that are wanted",
       build: replicasCell,
@@ -64,7 +64,7 @@ export function modelColumns(context) {
       build: ttftCell,
     },
     number("cache", "Cache hits", (row) => percent(row.cache_hit), {
-      width: 5,
+      width: 5.6,
       title: "Part of the prompt tokens found in KV caches",
       missing: "no recent prompt",
     }),

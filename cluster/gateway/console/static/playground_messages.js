@@ -7,7 +7,7 @@ import { MarkdownView } from "./markdown.js";
 
 const FINISHES = {
   stop: "",
-  length: "cut at the largest number of tokens",
+  length: "max tokens reached",
   tool_calls: "waits for results of tools",
   content_filter: "ended by a guard",
   error: "ended by an error",

@@ -1,6 +1,6 @@
 /** The routing decisions of a call, as a list in order of time. */
 
-import { h } from "./dom.js";
+import { h, scroller } from "./dom.js";
 import { count, duration, numberOf } from "./format.js";
 
 /** @param {any} call an ExplainedCall */
@@ -55,9 +55,8 @@ function candidates(route) {
     "details",
     null,
     h("summary", null, `${count(route.candidates.length)} of ${count(compared)} compared workers`),
-    h(
-      "div",
-      { class: "scroll", role: "region", "aria-label": "Compared workers", tabindex: "0" },
+    scroller(
+      "Compared workers",
       h(
         "table",
         { class: "plain" },

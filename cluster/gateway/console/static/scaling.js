@@ -2,7 +2,7 @@
 
 import { LineChart } from "./charts.js";
 import { showError } from "./dialog.js";
-import { button, h, replace, setHidden, setText, stateChip } from "./dom.js";
+import { button, h, replace, scroller, setHidden, setText, stateChip, terminalHint } from "./dom.js";
 import { compare, count, dateTime, duration, numberOf, plural, timeOfDay } from "./format.js";
 import { History } from "./history.js";
 import { modelActions } from "./scaling_actions.js";
@@ -153,9 +153,10 @@ class ModelScaling {
 
   async _explain() {
     this._startChart();
+    const hint = terminalHint("headrace", "explain", "scaling", this._model);
     try {
       const answer = await this._api.verb("Fleet.ExplainScaling", { name: this._model, limit: DECISIONS });
-      replace(this._decisions, modelFacts(answer?.model ?? {}), decisionTable(answer?.decisions ?? []));
+      replace(this._decisions, modelFacts(answer?.model ?? {}), decisionTable(answer?.decisions ?? []), hint);
     } catch (error) {
       showError(this._decisions, error, () => void this._explain());
     }
@@ -209,9 +210,8 @@ function decisionTable(decisions) {
     );
   });
   const heads = [["Time"], ["Action"], ["Replicas", "number"], ["Why"], ["Passes", "number"]];
-  return h(
-    "div",
-    { class: "scroll", role: "region", "aria-label": "Decisions", tabindex: "0" },
+  return scroller(
+    "Decisions",
     h(
       "table",
       { class: "plain" },

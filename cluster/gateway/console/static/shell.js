@@ -6,9 +6,9 @@ import { age } from "./format.js";
 import { themePicker } from "./theme_picker.js";
 
 const PAGES = [
-  { name: "fleet", label: "Fleet", load: () => import("./fleet.js") },
+  { name: "fleet", label: "Fleet", scoped: "Models", load: () => import("./fleet.js") },
   { name: "calls", label: "Calls", load: () => import("./calls.js") },
-  { name: "tenants", label: "Tenants", load: () => import("./tenants.js") },
+  { name: "tenants", label: "Tenants", scoped: "Tenant", load: () => import("./tenants.js") },
   { name: "scaling", label: "Scaling", load: () => import("./scaling.js"), isHidden: isScoped },
   { name: "playground", label: "Playground", load: () => import("./playground.js") },
 ];
@@ -30,7 +30,11 @@ export class Shell {
    */
   constructor(context) {
     this._context = context;
-    this._pages = PAGES.filter((page) => !page.isHidden?.(context.session));
+    const isOwn = isScoped(context.session);
+    this._pages = PAGES.filter((page) => !page.isHidden?.(context.session)).map((page) => ({
+      ...page,
+      label: (isOwn && page.scoped) || page.label,
+    }));
     this._page = null;
     this._shownName = "";
     this._number = 0;
@@ -153,9 +157,8 @@ export class Shell {
     if (!feed.hasState || isScoped(session) || !controller) return "";
     if (controller.age_s === null || controller.age_s === undefined)
       return "No controller has connected: models do not start or scale; running calls continue.";
-    if (controller.age_s > 15)
-      return `The controller is silent for ${age(controller.age_s)}: models do not start or scale; running calls continue.`;
-    return "";
+    if (controller.age_s <= 15) return "";
+    return `The controller's last report is ${age(controller.age_s)} old: models do not start or scale.`;
   }
 }
 

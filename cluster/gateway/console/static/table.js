@@ -1,6 +1,6 @@
 /** A table whose rows are patched in place by id: unchanged rows are not touched, and the order changes seldom. */
 
-import { h, missing, setAttribute, setHidden, setText } from "./dom.js";
+import { h, missing, scroller, setAttribute, setHidden, setText } from "./dom.js";
 import { compare, count } from "./format.js";
 
 const REORDER_MS = 5000;
@@ -200,11 +200,7 @@ export class KeyedTable {
       this._body,
     );
     table.style.setProperty("--table-width", `${columns.reduce((sum, column) => sum + column.width, 0)}rem`);
-    this._scroll = h(
-      "div",
-      { class: "scroll", role: "region", "aria-label": `${caption}, table`, tabindex: "0" },
-      table,
-    );
+    this._scroll = scroller(`${caption}, table`, table);
     this._empty = h("p", { class: "empty", hidden: true });
     this._note = h("p", { class: "note", hidden: true });
     this.node = h(

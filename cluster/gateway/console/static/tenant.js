@@ -1,6 +1,6 @@
 /** One tenant: what it gets now, its limits, its usage over time, its keys and its audit log. */
 
-import { mayRead } from "./api.js";
+import { isScoped, mayRead } from "./api.js";
 import { auditList } from "./audit.js";
 import { LineChart } from "./charts.js";
 import { confirmDialog, showMessage } from "./dialog.js";
@@ -158,8 +158,12 @@ class TenantPage {
       ["Rate", `${rate(row.tokens_per_s ?? 0)} tokens/s`],
       ["First token, p50", duration(row.ttft_p50_s)],
       ["First token, p99", duration(row.ttft_p99_s)],
-      ["Part of the service", percent(row.share, 1)],
-      ["Fair share", percent(row.fair_share, 1)],
+      ...(isScoped(this._context.session)
+        ? []
+        : [
+            ["Part of the service", percent(row.share, 1)],
+            ["Fair share", percent(row.fair_share, 1)],
+          ]),
       ["Calls since the start", count(row.requests ?? 0)],
       ["Cost an hour", count(row.cost_per_h, 2)],
     ];

@@ -2,7 +2,7 @@
 
 import { barChart } from "./bars.js";
 import { showError } from "./dialog.js";
-import { h, replace, setAttribute } from "./dom.js";
+import { h, replace, scroller, setAttribute } from "./dom.js";
 import { compact, count, money, numberOf, percent, utcDay } from "./format.js";
 import { linkTo } from "./shell.js";
 import { KeyedTable } from "./table.js";
@@ -222,9 +222,8 @@ function dayTable(rows, currency) {
     "details",
     null,
     h("summary", null, "Figures"),
-    h(
-      "div",
-      { class: "scroll", role: "region", "aria-label": "Usage by day", tabindex: "0" },
+    scroller(
+      "Usage by day",
       h(
         "table",
         { class: "plain" },

@@ -19,7 +19,7 @@ export function workerColumns(context) {
       width: 7.8,
       sort: (row) => share(row.running, row.max_num_seqs),
       build: sequencesCell,
-      title: "Running sequences of the most that fit, and those that wait in the engine",
+      title: "Running sequences of the most that fit, and after + those that wait in the engine",
     },
     {
       key: "kv",
@@ -81,12 +81,15 @@ function modelCell(cell) {
 function stateCell(cell) {
   const chip = stateChip();
   const detail = h("span", { class: "detail" });
-  cell.append(chip.node, detail);
+  const moved = h("a", { class: "detail", href: linkTo("calls", "", { state: "resumed" }), hidden: true });
+  cell.append(chip.node, detail, moved);
   return (row) => {
     chip.set(row.state);
+    setHidden(moved, !isGone(row) || !row.resumed);
     if (!isGone(row)) return void setText(detail, "");
-    const moved = row.resumed ? `${plural(row.resumed, "sequence")} went on elsewhere` : "no sequence was running";
-    setText(detail, [timeOfDay(row.lost_at), row.lost_reason, moved].filter(Boolean).join(" · "));
+    setText(moved, row.resumed ? `${plural(row.resumed, "sequence")} went on elsewhere` : "");
+    const words = [timeOfDay(row.lost_at), row.lost_reason, row.resumed ? "" : "no sequence was running"];
+    setText(detail, words.filter(Boolean).join(" · "));
   };
 }
 
@@ -95,7 +98,7 @@ function sequencesCell(cell) {
   cell.append(bar.node);
   return (row) => {
     if (isGone(row)) return void bar.set("–", 0);
-    const waiting = row.waiting ? ` + ${count(row.waiting)} wait` : "";
+    const waiting = row.waiting ? ` (+${count(row.waiting)})` : "";
     const most = row.max_num_seqs || 1;
     bar.set(`${count(row.running)} / ${count(row.max_num_seqs)}${waiting}`, row.running / most, row.waiting / most);
   };
