@@ -37,15 +37,13 @@ class Browser:
         return reply
 
     def _keep(self, reply: Reply) -> None:
-        header = reply.headers.get("set-cookie")
-        if header is None:
-            return
-        pair, *attributes = header.split("; ")
-        name, _, value = pair.partition("=")
-        if "Max-Age=0" in attributes:
-            self.cookies.pop(name, None)
-        else:
-            self.cookies[name] = value
+        for header in reply.headers.get("set-cookie", "").splitlines():
+            pair, *attributes = header.split("; ")
+            name, _, value = pair.partition("=")
+            if "Max-Age=0" in attributes:
+                self.cookies.pop(name, None)
+            else:
+                self.cookies[name] = value
 
     async def session(self) -> Any:
         """Return the session, and keep its CSRF token."""

@@ -22,7 +22,7 @@ from cluster.gateway.apis.admin.authorization import LOOPBACK_OPERATOR
 from cluster.gateway.apis.http.body import Refused
 from cluster.gateway.apis.http.exchange import Exchange
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
-from cluster.gateway.console.sessions import Session, SessionCookie, cookie_in, cookie_name, set_cookie
+from cluster.gateway.console.sessions import ConsoleSession, SessionCookie, cookie_in, cookie_name, set_cookie
 from cluster.policy.tenants.identity import Principal, authenticate_again, identify, is_allowed
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _VIEWER_PRINCIPAL: Final = replace(LOOPBACK_OPERATOR, role="viewer")
 class Viewer:
     """A signed-in person. `principal` makes admin requests, and `caller` makes calls of models."""
 
-    session: Session
+    session: ConsoleSession
     principal: Principal
     caller: Principal
 
@@ -96,16 +96,16 @@ class ConsoleAccess:
         return viewer
 
     @staticmethod
-    def check_token(exchange: Exchange, session: Session) -> None:
+    def check_token(exchange: Exchange, session: ConsoleSession) -> None:
         """Raises Refused if a request does not hold the CSRF token of its session."""
         if not hmac.compare_digest(exchange.header(b"x-csrf-token").encode(), session.csrf.encode()):
             raise Refused(403, "csrf", "the header x-csrf-token must hold the session's token (GET /console/session)")
 
-    def session(self, exchange: Exchange) -> Session | None:
+    def session(self, exchange: Exchange) -> ConsoleSession | None:
         """Return the session in a request's cookie, None without a valid one. It may have ended: see `check`."""
         return self._cookie.open(cookie_in(exchange.header(b"cookie"), self._cookie.name), self._wall())
 
-    def check(self, session: Session) -> Viewer:
+    def check(self, session: ConsoleSession) -> Viewer:
         """Return the viewer of a session. Raises CallError if the session has expired, its key or tenant may no longer
         be used, or its role may not sign in."""
         now_s = self._wall()
@@ -132,10 +132,10 @@ class ConsoleAccess:
 
     # ---- sessions
 
-    def begin(self, by: str, principal: Principal, digest: bytes = b"") -> Session:
+    def begin(self, by: str, principal: Principal, digest: bytes = b"") -> ConsoleSession:
         """Return a new session. `digest`: the stored digest of the key that signed in."""
         expires_at_s = self._wall() + self._settings.session_s
-        return Session.begin(
+        return ConsoleSession.begin(
             by,
             principal.subject,
             principal.tenant.name,
@@ -144,15 +144,15 @@ class ConsoleAccess:
             digest=digest.hex(),
         )
 
-    def seconds_left(self, session: Session) -> float:
+    def seconds_left(self, session: ConsoleSession) -> float:
         """Return the seconds until a session expires."""
         return max(session.expires_at_s - self._wall(), 0.0)
 
-    def without_auth(self) -> Session:
+    def without_auth(self) -> ConsoleSession:
         """Return a new session at a gateway without `auth`."""
         return self.begin("nobody", self._anyone)
 
-    def cookie(self, session: Session | None) -> tuple[bytes, bytes]:
+    def cookie(self, session: ConsoleSession | None) -> tuple[bytes, bytes]:
         """Return the response header that stores a session in the browser, or with None removes it."""
         value = self._cookie.seal(session) if session is not None else ""
         max_age_s = self.seconds_left(session) if session is not None else 0.0

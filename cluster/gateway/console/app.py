@@ -160,7 +160,7 @@ class ConsoleApp:
 
     def _description(self, viewer: Viewer | None) -> Mapping[str, Any]:
         """Return what the page needs to know of its session. A visitor who is not signed in gets no version."""
-        settings = self._config.gateway.console
+        settings, auth = self._config.gateway.console, self._config.auth
         description = {
             "signed_in": viewer is not None,
             "role": "",
@@ -168,7 +168,7 @@ class ConsoleApp:
             "actor": "",
             "expires_at_s": 0,
             "csrf": "",
-            "sign_in": {"key": self._access.has_auth, "oidc": settings.oidc is not None},
+            "sign_in": {"key": auth is not None and auth.api_keys is not None, "oidc": self._oidc is not None},
             "auth": self._access.has_auth,
             "may": {"fleet": False, "tenants": False, "keys": False},
             "traces_url": "",

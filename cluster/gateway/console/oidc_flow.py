@@ -29,7 +29,7 @@ from cluster.api.outcomes import CallError
 from cluster.config.console import ConsoleOidc
 from cluster.gateway.auth.bearer_tokens import TokenRefused
 from cluster.gateway.auth.no_redirect import open_no_redirect
-from cluster.gateway.auth.oidc import Issuer, OidcVerifier, TokenClaims, check_url, fetch_json
+from cluster.gateway.auth.oidc import Fetch, Issuer, OidcVerifier, TokenClaims, check_url, fetch_json
 
 log = structlog.get_logger("console")
 
@@ -100,13 +100,15 @@ class OidcFlow:
         public_url: str,
         *,
         post: Post | None = None,
+        fetch: Fetch = fetch_json,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`issuer`: the issuer with the console's client id as audience. Raises ValueError if the file of the client
         secret cannot be read."""
         self._settings = settings
         self._redirect_uri = public_url + CALLBACK
-        self._verifier = OidcVerifier([issuer])
+        self._verifier = OidcVerifier([issuer], fetch=fetch)
+        self._fetch = fetch
         self._post = post or _post_form
         self._clock = clock
         self._metadata: tuple[float, Mapping[str, Any]] | None = None
@@ -218,7 +220,7 @@ class OidcFlow:
             url = self._settings.issuer.rstrip("/") + "/.well-known/openid-configuration"
             try:
                 async with asyncio.timeout(2 * TIMEOUT_S):
-                    metadata = await fetch_json(url)
+                    metadata = await self._fetch(url)
             except (OSError, ValueError, HTTPException, TimeoutError) as error:
                 raise FlowError("unavailable", str(error)) from None
             if metadata.get("issuer") != self._settings.issuer:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import orjson
 
+from cluster.api.outcomes import CallError, Outcome
+
 if TYPE_CHECKING:
     from cluster.ledger.usage.sealed_records import Envelopes
 
@@ -25,7 +27,7 @@ CSRF_BYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class ConsoleSession:
     """A session. Times are in seconds since the epoch."""
 
     by: str
@@ -53,7 +55,7 @@ class SealedCookie:
     """Values of one cookie, sealed under the cluster's secrets: the first seals, and every secret opens."""
 
     def __init__(self, secrets: Callable[[], Sequence[bytes]], purpose: str) -> None:
-        """`secrets`: returns the secrets when they are first needed; raises ValueError or OSError without any.
+        """`secrets`: returns the secrets when they are first needed; raises ValueError or OSError if there is none.
         `purpose`: separates the kinds of cookies, so that one kind is never accepted as another."""
         self._secrets = secrets
         self._purpose = purpose
@@ -62,10 +64,13 @@ class SealedCookie:
     def _envelopes(self) -> Envelopes:
         from cluster.ledger.usage.sealed_records import Envelopes
 
-        return Envelopes(self._secrets(), self._purpose, self._purpose, MAX_COOKIE_CHARS)
+        try:
+            return Envelopes(self._secrets(), self._purpose, self._purpose, MAX_COOKIE_CHARS)
+        except (ValueError, OSError) as error:
+            raise CallError(Outcome.STORE_UNAVAILABLE, f"the console has no secret for its sessions: {error}") from None
 
     def seal(self, value: Any) -> str:
-        """Return a JSON value as the text of a cookie."""
+        """Return a JSON value as the text of a cookie. Raises CallError if there is no secret, as `open` does."""
         return base64.urlsafe_b64encode(self._envelopes.seal(orjson.dumps(value))).decode().rstrip("=")
 
     def open(self, text: str) -> Any:
@@ -88,18 +93,18 @@ class SessionCookie:
         self._sealed = SealedCookie(secrets, "console-session")
         self.name = name
 
-    def seal(self, session: Session) -> str:
+    def seal(self, session: ConsoleSession) -> str:
         """Return the text of the cookie of a session."""
         return self._sealed.seal(astuple(session))
 
-    def open(self, text: str, now_s: float) -> Session | None:
+    def open(self, text: str, now_s: float) -> ConsoleSession | None:
         """Return the session of a cookie; None for a forged, changed or expired one."""
         value = self._sealed.open(text)
-        if not isinstance(value, list) or len(value) != len(Session.__slots__):
+        if not isinstance(value, list) or len(value) != len(ConsoleSession.__slots__):
             return None
         if not all(isinstance(part, str) for part in value[:-1]) or not isinstance(value[-1], float):
             return None
-        session = Session(*value)
+        session = ConsoleSession(*value)
         return session if now_s < session.expires_at_s else None
 
 

@@ -21,7 +21,7 @@ from cluster.gateway.auth.authenticator import Credentials
 from cluster.gateway.auth.bearer_tokens import looks_like_jwt
 from cluster.gateway.console.access import ConsoleAccess
 from cluster.gateway.console.errors import NO_STORE
-from cluster.gateway.console.sessions import Session
+from cluster.gateway.console.sessions import ConsoleSession
 from cluster.http2.limits import Bucket
 from cluster.policy.tenants.identity import BAD_KEY, Principal, key_of
 
@@ -146,7 +146,7 @@ class KeySignIn:
     async def sign_out(self, exchange: Exchange) -> None:
         """Remove the session from the browser. A session that has ended needs no CSRF token."""
         self._access.check_site(exchange)
-        session: Session | None = self._access.session(exchange)
+        session: ConsoleSession | None = self._access.session(exchange)
         if session is not None:
             self._access.check_token(exchange, session)
         await no_content(exchange, self._access.cookie(None))

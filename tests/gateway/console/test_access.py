@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ async def test_tenants_stay_out_unless_allowed(keyed: Keyed, tmp_path: Path, rol
         assert not (await other.session())["signed_in"]
         for tenant, own, status in (("acme", role, 403), ("ops", "operator", 204), ("ops", "viewer", 204)):
             key = await role_key(keyed.ledger, tenant, own)
-            await until(lambda key=key: knows(cluster, key), "the other gateway knows the key")
+            await until(partial(knows, cluster, key), "the other gateway knows the key")
             assert (await Browser(cluster).sign_in(key)).status == status
 
 

@@ -137,7 +137,7 @@ async def test_reports_of_the_policy_are_counted(cluster: TestCluster) -> None:
     assert (lines[0]["directive"], lines[0]["blocked"]) == ("script-src-elem", "inline")
     assert SECRET not in str(lines)
     page = cluster.gateway.metrics.render("")[1].decode()
-    assert 'headrace_console_csp_reports_total{cluster="test"} 5.0' in page
+    assert 'headrace_console_csp_reports_total{headrace_cluster="test"} 5.0' in page
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.console.sessions import (
+    ConsoleSession,
     SealedCookie,
-    Session,
     SessionCookie,
     cookie_in,
     cookie_name,
@@ -22,7 +23,7 @@ from cluster.ledger.usage.sealed_records import Envelopes
 
 NOW = 1_800_000_000.0
 OLD, NEW, FOREIGN = b"o" * 32, b"n" * 32, b"f" * 32
-SESSION = Session.begin("key", "k1", "acme", "viewer", expires_at_s=NOW + 60, digest="ab" * 32)
+SESSION = ConsoleSession.begin("key", "k1", "acme", "viewer", expires_at_s=NOW + 60, digest="ab" * 32)
 
 
 def cookie(*secrets: bytes) -> SessionCookie:
@@ -51,7 +52,8 @@ def text_of(data: bytes) -> str:
 def test_every_gateway_opens_a_session(texts: list[str], expires_at_s: float, secrets: Sequence[bytes]) -> None:
     """A session that one gateway has sealed opens unchanged at a gateway that has the same secrets in another order,
     and shows nothing in plain text."""
-    session = Session(*[text.encode("utf-8", "replace").decode() for text in texts], expires_at_s)
+    by, subject, tenant, role, digest, csrf = (text.encode("utf-8", "replace").decode() for text in texts)
+    session = ConsoleSession(by, subject, tenant, role, digest, csrf, expires_at_s)
     sealed = cookie(*secrets).seal(session)
     assert cookie(NEW, OLD).open(sealed, NOW) == session
     assert cookie(FOREIGN).open(sealed, NOW) is None
@@ -94,7 +96,7 @@ def raw_or_none(text: str) -> bytes | None:
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_parts_of_two_cookies_are_refused(first: int, second: int) -> None:
     """The begin of one cookie and the end of another do not open together."""
-    other = raw(cookie(NEW).seal(Session.begin("key", "k2", "rival", "operator", expires_at_s=NOW + 60)))
+    other = raw(cookie(NEW).seal(ConsoleSession.begin("key", "k2", "rival", "operator", expires_at_s=NOW + 60)))
     mixed = raw(SEALED)[:first] + other[-second:]
     assert cookie(NEW).open(text_of(mixed), NOW) is None
 
@@ -137,9 +139,31 @@ def test_a_long_cookie_is_refused_unread() -> None:
     assert cookie(NEW).open(SEALED + "A" * 4096, NOW) is None
 
 
+@pytest.mark.parametrize("error", [ValueError("holds no secret"), OSError("read-only")])
+def test_without_a_secret_there_are_no_sessions(error: Exception) -> None:
+    """A gateway that cannot read its secret says so, and uses the secret as soon as it can."""
+
+    class File:
+        secret = b""
+
+        def read(self) -> Sequence[bytes]:
+            if not self.secret:
+                raise error
+            return [self.secret]
+
+    file = File()
+    session_cookie = SessionCookie(file.read, "headrace")
+    for attempt in (lambda: session_cookie.seal(SESSION), lambda: session_cookie.open(SEALED, NOW)):
+        with pytest.raises(CallError, match=str(error)) as caught:
+            attempt()
+        assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
+    file.secret = NEW
+    assert session_cookie.open(SEALED, NOW) == SESSION
+
+
 def test_csrf_tokens_differ() -> None:
     """Each session has another CSRF token of at least 128 random bits."""
-    tokens = {Session.begin("key", "k1", "acme", "viewer", expires_at_s=NOW).csrf for _ in range(100)}
+    tokens = {ConsoleSession.begin("key", "k1", "acme", "viewer", expires_at_s=NOW).csrf for _ in range(100)}
     assert len(tokens) == 100
     assert min(map(len, tokens)) >= 22
 

@@ -13,7 +13,7 @@ from cluster.gateway.apis.http.exchange import Endpoint, Exchange, Receive, Scop
 from cluster.gateway.apis.http.server import HttpServer
 from cluster.gateway.console.access import ConsoleAccess, Viewer
 from cluster.gateway.console.errors import FORM
-from cluster.gateway.console.sessions import Session
+from cluster.gateway.console.sessions import ConsoleSession
 from cluster.gateway.console.streams import ViewerStreams
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
@@ -62,7 +62,7 @@ class Page:
 
     def viewer_for(self, seconds: float, role: str = "operator", tenant: str = "ops") -> Viewer:
         """Return a viewer whose session lasts for some seconds."""
-        session = Session.begin("nobody", "", tenant, role, expires_at_s=self.wall + seconds)
+        session = ConsoleSession.begin("nobody", "", tenant, role, expires_at_s=self.wall + seconds)
         principal = Principal(TenantPolicy(tenant), role)
         return Viewer(session, principal, principal)
 
