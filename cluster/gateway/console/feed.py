@@ -41,10 +41,19 @@ class Feed:
     """The endpoints, as ASGI functions. The caller has authenticated the viewer and says what the viewer may see:
     `viewer_tenant` is the only tenant of the viewer, "" for all."""
 
-    def __init__(self, live: LiveOverview, wall: Callable[[], float] = time.time) -> None:
-        """`wall` returns seconds since the epoch."""
+    def __init__(
+        self,
+        live: LiveOverview,
+        wall: Callable[[], float] = time.time,
+        ping_s: float = PING_S,
+        check_s: float = CHECK_S,
+    ) -> None:
+        """`wall` returns seconds since the epoch. `ping_s`: seconds between two pings. `check_s`: seconds between two
+        checks of a viewer's session."""
         self._live = live
         self._wall = wall
+        self._ping_s = ping_s
+        self._check_s = check_s
 
     # ---- events
 
@@ -61,9 +70,29 @@ class Feed:
         subscriber.on_cut = scope[CONNECTION].transport.abort  # the viewer does not read; it may come again
         try:
             with contextlib.suppress(ConnectionResetError):
-                await while_connected(_stream(exchange, subscriber, is_valid), scope[CONNECTION])
+                await while_connected(self._stream(exchange, subscriber, is_valid), scope[CONNECTION])
         finally:
             self._live.unsubscribe(subscriber)
+
+    async def _stream(self, exchange: Exchange, subscriber: Subscriber, is_valid: Callable[[], bool]) -> None:
+        loop = asyncio.get_running_loop()
+        pinged = loop.time()
+        await exchange.write(b": headrace console\n\n")
+        while not subscriber.is_cut:
+            if not is_valid():
+                await exchange.write(_event(END, b'{"reason":"session"}'), more=False)
+                return
+            if loop.time() - pinged >= self._ping_s:
+                pinged = loop.time()
+                await exchange.write(_event(b"ping", b"{}"))
+            try:
+                async with asyncio.timeout(self._check_s):
+                    name, data = await subscriber.next_event()
+            except TimeoutError:
+                continue
+            await exchange.write(_event(name, data), more=name != END)
+            if name == END:
+                return
 
     # ---- history
 
@@ -119,27 +148,6 @@ def _seconds(text: str) -> int:
     if not _NUMBER.fullmatch(text) or not STEP_S <= int(text) <= MAX_SECONDS:
         raise invalid("seconds", f"must be a whole number from {STEP_S} to {MAX_SECONDS}")
     return int(text)
-
-
-async def _stream(exchange: Exchange, subscriber: Subscriber, is_valid: Callable[[], bool]) -> None:
-    loop = asyncio.get_running_loop()
-    pinged = loop.time()
-    await exchange.write(b": headrace console\n\n")
-    while not subscriber.is_cut:
-        if not is_valid():
-            await exchange.write(_event(END, b'{"reason":"session"}'), more=False)
-            return
-        if loop.time() - pinged >= PING_S:
-            pinged = loop.time()
-            await exchange.write(_event(b"ping", b"{}"))
-        try:
-            async with asyncio.timeout(CHECK_S):
-                name, data = await subscriber.next_event()
-        except TimeoutError:
-            continue
-        await exchange.write(_event(name, data), more=name != END)
-        if name == END:
-            return
 
 
 def _event(name: bytes, data: bytes) -> bytes:

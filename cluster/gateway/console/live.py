@@ -171,14 +171,19 @@ class LiveOverview:
     async def document(self, tenant: str) -> Document:
         """Return the present document as a viewer of a tenant sees it, "" for all tenants."""
         document = self._document
-        if document is None or self._clock() - self._made_at > TICK_S:
+        if document is None or self._clock() - self._made_at > self._fresh_s:
             document = await self._wait(self._waiters)
         return await overview.view_of(document, tenant, lambda: self._models_of(tenant))
+
+    @property
+    def _fresh_s(self) -> float:
+        """Age up to which what was made is given as it is. While somebody watches, it is made anew every second."""
+        return TICK_S if self._views else FRESH_S
 
     async def part(self) -> Part:
         """Return the present part of this process, for another one."""
         part = self._part
-        if part is None or self._clock() - self._made_at > FRESH_S:
+        if part is None or self._clock() - self._made_at > self._fresh_s:
             part = await self._wait(self._part_waiters)
         return part
 

@@ -7,7 +7,7 @@ which overview.py computes them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,10 +17,12 @@ from cluster.gateway.console.recent_calls import RecentCalls
 from cluster.gateway.console.rows import Row, ended_call_row, running_call_row
 from cluster.gateway.console.survey import Snapshot, Tally
 from cluster.policy.limits.budgets import BudgetUse
-from cluster.policy.tenants.policy import TenantPolicy
+from cluster.policy.limits.limits import Limit
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 
 Part = dict[str, Any]
 
+NO_LIMITS: Final = TenantLimits()
 FORMAT: Final = 1
 """Number of the form of a part. Processes of another release with another form are left out."""
 MAX_CALLS: Final = 2000
@@ -31,6 +33,8 @@ STEP_S: Final = 5
 """Seconds between two looks that are remembered: a step of the history."""
 WINDOW_S: Final = 60.0
 """Seconds over which percentiles and cache hits are computed."""
+RATE_S: Final = 0.5
+"""Least seconds between two looks of which the difference makes a rate."""
 SMOOTH_S: Final = 60.0
 """Seconds over which a tenant's cost is averaged, since it is known only when calls end."""
 
@@ -41,6 +45,15 @@ class Limits:
 
     limits: dict[str, Row] = field(default_factory=dict)
     budget: Row | None = None
+
+
+@dataclass(slots=True)
+class _Cost:
+    """A tenant's cost at one time, and its moving average in an hour."""
+
+    cost: float
+    at: float
+    per_h: float
 
 
 class Window:
@@ -82,15 +95,21 @@ class PartMaker:
         self._prefix = f"refused-{instance}-"
         self._recent = recent
         self._window = Window()
-        self._before: Snapshot | None = None
-        self._cost_per_h: dict[str, float] = {}
+        self._looks: deque[Snapshot] = deque(maxlen=3)
+        """The last looks, the newest last."""
+        self._costs: dict[str, _Cost] = {}
         self._ended: dict[int, Row] = {}
         """The rows of ended calls by number, which never change."""
 
     def rest(self, shot: Snapshot) -> None:
         """Take over a look for which no part is made, since nobody watches."""
-        self._before, self._ended = shot, {}
+        self._looks.append(shot)
+        self._ended = {}
         self._window.add(shot)
+
+    def _before(self, shot: Snapshot) -> Snapshot:
+        """Return the look with which another is compared: the newest one that is not too recent for a rate."""
+        return next((each for each in reversed(self._looks) if shot.now - each.now >= RATE_S), shot)
 
     async def make(
         self,
@@ -100,11 +119,12 @@ class PartMaker:
         policies: Mapping[str, TenantPolicy],
     ) -> Part:
         """Return the part at a look. `uses`: tenant, limit and used fraction."""
-        before = self._before or shot
-        self._before = shot
+        before = self._before(shot)
+        self._looks.append(shot)
         self._window.add(shot)
+        self._costs = {name: cost for name, cost in self._costs.items() if name in shot.tenants}
         interval_s = shot.now - before.now
-        limits = _limits(uses, budgets, policies)
+        limits = _limits(uses, budgets, policies, shot.tenants)
         tenants = await in_slices(
             self._tenant(name, shot, before, interval_s, limits.get(name) or Limits()) for name in shot.tenants
         )
@@ -116,6 +136,7 @@ class PartMaker:
             "format": FORMAT,
             "at": shot.epoch_s,
             "controller_age_s": shot.controller_age_s,
+            "controller_gateways": shot.controller_gateways,
             "gateway": {
                 "id": self._gateway,
                 "age_s": 0.0,
@@ -155,23 +176,24 @@ class PartMaker:
             "waiting": tally.waiting,
             "tokens_per_s": rate_of(tally.tokens, past.tokens, interval_s),
             "requests": tally.requests,
-            "cost_per_h": self._cost(name, tally.cost - past.cost, interval_s),
+            "cost_per_h": self._cost_per_h(name, tally.cost, shot.now),
             "ttft_s": [call.ttft_s for call in self._recent.calls.of(name) if call.ttft_s is not None],
             "limits": own.limits,
             "budget": own.budget,
         }
 
-    def _cost(self, name: str, cost: float, interval_s: float) -> float:
-        """Return the moving average of a tenant's cost in an hour."""
-        mean = self._cost_per_h.get(name, 0.0)
-        if interval_s > 0 and (mean or cost > 0):
-            part = min(interval_s / SMOOTH_S, 1.0)
-            mean += (max(cost, 0.0) / interval_s * 3600 - mean) * part
-            mean = 0.0 if mean < 1e-6 else mean
-            self._cost_per_h[name] = mean
-            if not mean:
-                del self._cost_per_h[name]
-        return round(mean, 4)
+    def _cost_per_h(self, name: str, cost: float, now: float) -> float:
+        """Return the moving average of a tenant's cost in an hour. `cost`: its cost so far."""
+        known = self._costs.get(name)
+        if known is None:
+            if cost:
+                self._costs[name] = _Cost(cost, now, 0.0)
+            return 0.0
+        if (interval_s := now - known.at) > 0:
+            rate = max(cost - known.cost, 0.0) / interval_s * 3600
+            known.per_h += (rate - known.per_h) * min(interval_s / SMOOTH_S, 1.0)
+            known.cost, known.at = cost, now
+        return round(known.per_h, 4)
 
     def _calls(self, shot: Snapshot) -> Iterator[Row]:
         """Yield the rows of open calls, then those of ended ones. The rows of ended calls are made once."""
@@ -222,18 +244,26 @@ def _lag_ms(shot: Snapshot, before: Snapshot) -> float | None:
 
 
 def _limits(
-    uses: Sequence[tuple[str, str, float]], budgets: Sequence[BudgetUse], policies: Mapping[str, TenantPolicy]
+    uses: Sequence[tuple[str, str, float]],
+    budgets: Sequence[BudgetUse],
+    policies: Mapping[str, TenantPolicy],
+    names: Iterable[str],
 ) -> dict[str, Limits]:
-    """Return each tenant's limits with what is used of them, as far as known, and its budget that is nearest to its
-    end. `uses`: tenant, limit and used fraction."""
+    """Return the limits of some tenants with what is used of them, None where that is not known, and each one's budget
+    that is nearest to its end. `uses`: tenant, limit and used fraction."""
     known: dict[str, Limits] = {}
-    for tenant, name, ratio in uses:
+    for tenant in names:
         policy = policies.get(tenant)
-        limit = None if policy is None else getattr(policy.limits, name, None)
-        if limit is not None:
-            known.setdefault(tenant, Limits()).limits[name] = {"used": round(ratio * limit), "limit": limit}
+        if policy is not None and policy.limits != NO_LIMITS:
+            limits = {name: getattr(policy.limits, name) for name in Limit}
+            known[tenant] = Limits(
+                {name.value: {"used": None, "limit": limit} for name, limit in limits.items() if limit is not None}
+            )
+    for tenant, name, ratio in uses:
+        if tenant in known and (row := known[tenant].limits.get(name)) is not None:
+            row["used"] = round(ratio * row["limit"])
     for use in sorted(budgets, key=lambda use: use.ratio):
-        own = known.setdefault(use.tenant, Limits())
-        own.limits[use.budget] = {"used": use.used_tokens, "limit": use.limit_tokens}
-        own.budget = {"name": use.budget, "used": use.used_tokens, "limit": use.limit_tokens, "currency": "tokens"}
+        if (own := known.get(use.tenant)) is not None:
+            own.limits[use.budget] = {"used": use.used_tokens, "limit": use.limit_tokens}
+            own.budget = {"name": use.budget, "used": use.used_tokens, "limit": use.limit_tokens, "currency": "tokens"}
     return known
