@@ -10,8 +10,8 @@ from pydantic import Field, field_validator
 
 from cluster.api.adapters import SEPARATOR, AdapterSpec
 from cluster.config import checks
-from cluster.config.gateway import Section
 from cluster.config.problems import Path, Problem
+from cluster.config.section import Section
 
 MAX_ADAPTERS: Final = 1000
 """Number of adapters that one model may have. Each gateway sends all of them to each worker in one message."""

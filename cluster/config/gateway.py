@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cluster.config.checks import listeners
+from cluster.config.console import Console
 from cluster.config.problems import Problem, raise_all
+from cluster.config.section import Section
 
 
 def is_loopback(address: str) -> bool:
@@ -23,12 +25,6 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-class Section(BaseModel):
-    """Base of all configuration sections: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 MAX_PORT = 65_535
@@ -174,6 +170,7 @@ class GatewaySettings(Section):
     """Largest request message, in bytes."""
     queue: Queue = Queue()
     resume: Resume = Resume()
+    console: Console = Console()
 
     def siblings(self, process: int) -> tuple[str, ...]:
         """Return the link addresses of the other processes, each as `:port` without the host, which is this host."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cluster.config.gateway import Section
+from cluster.config.section import Section
 from cluster.policy.routing.cost import CostWeights, PolicyName, RoutingSettings
 
 Tokens = Annotated[float, Field(ge=0, le=1e9)]

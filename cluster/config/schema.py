@@ -21,11 +21,12 @@ from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.types import ModelSpec
 from cluster.config import checks
 from cluster.config.adapters import Adapter, as_list, duplicates, engine_with_lora, name_conflicts
-from cluster.config.gateway import GatewaySettings, Section, Tls, check_address, is_loopback
+from cluster.config.gateway import GatewaySettings, Tls, check_address, is_loopback
 from cluster.config.problems import Path as KeyPath
 from cluster.config.problems import Problem, problems_of, raise_all, shown
 from cluster.config.remainder import without
 from cluster.config.routing import Routing
+from cluster.config.section import Section, url_parts
 from cluster.config.tenants import (
     CLASSES,
     Auth,
@@ -36,7 +37,6 @@ from cluster.config.tenants import (
     Tenant,
     TenantDefaults,
     problems_together,
-    url_parts,
 )
 from cluster.config.tracing import Tracing
 from cluster.config.yaml_reader import Document, Duplicate, NotYaml, read
@@ -561,6 +561,11 @@ class Config(Section):
                     "Set both auth and gateway.tls, or listen on 127.0.0.1"
                 )
                 yield Problem(("gateway", "listen", listener), text)
+        if gateway.console.oidc is not None:
+            known = [issuer.issuer for issuer in auth.oidc] if auth is not None else []
+            if gateway.console.oidc.issuer not in known:
+                text = f"is none of auth.oidc ({', '.join(known) or 'none'}), which says where tokens name the tenant"
+                yield Problem(("gateway", "console", "oidc", "issuer"), text)
         if auth is not None and auth.client_certificates and (gateway.tls is None or not gateway.tls.client_ca_file):
             text = "client certificates could not be verified: set gateway.tls.client_ca_file"
             yield Problem(("auth", "client_certificates"), text)

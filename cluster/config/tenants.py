@@ -7,7 +7,6 @@ the rules between the sections. Files with secrets are read where the secrets ar
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import math
 import re
 import urllib.parse
@@ -17,8 +16,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from cluster.config.gateway import Section
 from cluster.config.problems import Problem, raise_all
+from cluster.config.section import Section, is_this_host, url_parts
 from cluster.policy.tenants.policy import GuardRule, PolicyError, TenantLimits, TenantPolicy
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
@@ -71,7 +70,7 @@ class Oidc(Section):
         parts = url_parts(value)
         if not parts.hostname or parts.scheme not in ("https", "http"):
             raise ValueError(f"{value!r} is no URL: write the issuer as in the `iss` of its tokens, https://…")
-        if parts.scheme == "http" and not _is_this_host(parts.hostname):
+        if parts.scheme == "http" and not is_this_host(parts.hostname):
             raise ValueError(f"{value!r}: an issuer's keys must be fetched over https; http is for this host only")
         return value
 
@@ -236,7 +235,7 @@ class BudgetWebhook(Section):
             raise ValueError(f"{value!r} is no URL of a web server: write https://…")
         if parts.username or parts.password:
             raise ValueError("contains a user name or password: take it out; every request is signed")
-        if parts.scheme == "http" and not _is_this_host(parts.hostname):
+        if parts.scheme == "http" and not is_this_host(parts.hostname):
             raise ValueError(f"{value!r}: tenant names must be sent over https; http is for this host only")
         return value
 
@@ -493,18 +492,6 @@ def _refuse_duplicates(where: str, names: Sequence[str]) -> None:
             raise ValueError(f"{where}: {name!r} is listed twice; remove one")
 
 
-def url_parts(value: str) -> urllib.parse.SplitResult:
-    """Return the parts of a URL. Raises ValueError with a message that shows no password."""
-    try:
-        parts = urllib.parse.urlsplit(value)
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"is no URL: {error}") from None
-    if port == 0:
-        raise ValueError("is no URL of a server: its port is 0; write the server's port, 1 to 65535")
-    return parts
-
-
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
@@ -540,10 +527,3 @@ def _check_connection(url: str) -> None:
 
 def _normalized_san(san: str) -> str:
     return san if "://" in san else san.lower().rstrip(".")
-
-
-def _is_this_host(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cluster.config.gateway import Section, check_address, is_loopback
+from cluster.config.gateway import check_address, is_loopback
 from cluster.config.problems import Problem, raise_all
+from cluster.config.section import Section
 
 
 def _collector(value: str) -> str:

@@ -84,7 +84,7 @@ class GatewayGauges:
             labels = (model.name,)
             waiting, tokens = self.scheduler.queues.waiting(model.name)
             chats, guessed = self.scheduler.renders.waiting(model.name)
-            yield "fairness_gap_ratio", labels, spreads.get(model.name, 0.0) / _turn_tokens(model)
+            yield "fairness_gap_ratio", labels, spreads.get(model.name, 0.0) / fairness_unit(model)
             yield "requests_in_flight", labels, running.get(model.name, 0)
             yield "queue_requests", labels, waiting + chats
             yield "queue_tokens", labels, tokens + guessed
@@ -143,7 +143,7 @@ def _starting(worker: StartingWorker) -> Iterator[Sample]:
     yield "weights_fetch_bytes_per_second", labels, worker.bytes_per_s
 
 
-def _turn_tokens(model: KnownModel) -> float:
+def fairness_unit(model: KnownModel) -> float:
     """Return the fairness unit U of docs/tenancy.md, in weighted tokens: the cost of the longest prompt or of outputs
     that fill one worker's KV cache, whichever is larger. An output token counts 2."""
     kv_tokens = max((link.info.kv_tokens for link in model.links.values()), default=0)

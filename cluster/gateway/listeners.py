@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cluster import http2
-from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.config.gateway import GatewaySettings
 from cluster.config.schema import Config
-from cluster.gateway.apis.admin.authorization import AdminAuthorizer
+from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminMethod
 from cluster.gateway.apis.admin.fleet import NoLedger
-from cluster.gateway.apis.admin.forwarding import ForwardedVerbs
 from cluster.gateway.apis.grpc.inference import SERVICE, InferenceApi
 from cluster.gateway.apis.http.server import HttpServer
 from cluster.gateway.auth.tls import NewestContext
 from cluster.gateway.links.listener import bind_failure
+from cluster.gateway.models import ModelDirectory
 from cluster.gateway.service import CallService
 from cluster.policy.limits.request_bytes import ByteBounds, RequestBytes
 from cluster.process.descriptors import raise_descriptor_limit
@@ -100,19 +99,14 @@ def client_server(
 
 
 def admin_server(
-    authorizer: AdminAuthorizer,
-    services: dict[str, object],
-    forwarded: ForwardedVerbs,
-    admission: http2.ConnectionAdmission,
+    authorizer: AdminAuthorizer, methods: Mapping[str, AdminMethod], admission: http2.ConnectionAdmission
 ) -> http2.Server:
-    """Return the server of the admin port. `services`: the implementations by the names of the services."""
+    """Return the server of the admin port."""
     limits = http2.ServerLimits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS)
     server = http2.Server(limits, admission, authorizer, RequestBytes(ADMIN_BOUNDS, time.monotonic))
-    names = []
-    for file in (admin_pb2.DESCRIPTOR, tenants_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR):
-        server.add_generic_rpc_handlers(authorizer.handlers(file, services, forwarded))
-        names += [service.full_name for service in file.services_by_name.values()]
-    _add_reflection(server, names)
+    server.add_generic_rpc_handlers(authorizer.handlers(methods.values()))
+    names = {method.descriptor.containing_service.full_name: None for method in methods.values()}
+    _add_reflection(server, list(names))
     return server
 
 
@@ -122,13 +116,24 @@ def _add_reflection(server: http2.Server, names: Sequence[str]) -> None:
 
 
 def ledger_services(
-    config: Config, tenants: TenantAuthenticator | None, authorizer: AdminAuthorizer
+    config: Config, tenants: TenantAuthenticator | None, authorizer: AdminAuthorizer, directory: ModelDirectory
 ) -> dict[str, object]:
     """Return the services that read and change the ledger. If `tenants` is None, these services refuse all methods."""
     if tenants is None:
         return dict.fromkeys(("Tenants", "Keys", "Usage", "Audit"), NoLedger())
-    from cluster.gateway.apis.admin.ledger import AuditAdmin, KeysAdmin, TenantsAdmin, TenantServices, UsageAdmin
+    from cluster.gateway.apis.admin.ledger import (
+        AuditAdmin,
+        KeysAdmin,
+        TenantsAdmin,
+        TenantServices,
+        UsageAdmin,
+        objectives_of,
+    )
 
     shared = TenantServices(config, tenants, authorizer)
-    kinds = {"Tenants": TenantsAdmin, "Keys": KeysAdmin, "Usage": UsageAdmin, "Audit": AuditAdmin}
-    return {name: kind(shared) for name, kind in kinds.items()}
+    return {
+        "Tenants": TenantsAdmin(shared),
+        "Keys": KeysAdmin(shared),
+        "Usage": UsageAdmin(shared, lambda: objectives_of(directory.models)),
+        "Audit": AuditAdmin(shared),
+    }

@@ -3,7 +3,7 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,19 +14,24 @@ from cluster.config.schema import Config, cache_dir
 from cluster.observe.metrics import Metrics
 
 if TYPE_CHECKING:
+    from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminMethod
     from cluster.gateway.apis.admin.routes import RouteExplainer
     from cluster.gateway.apis.admin.siblings import Siblings
     from cluster.gateway.auth.tenants import TenantAuthenticator
     from cluster.gateway.calls.call import Call
+    from cluster.gateway.console.app import ConsoleApp
+    from cluster.gateway.console.live import LiveOverview
     from cluster.gateway.guards.guards import Guards
     from cluster.gateway.links.hub import Hub
     from cluster.gateway.quotas.valkey_limits import ValkeyLimits
     from cluster.gateway.resume_tokens.first_claims import FirstClaims
     from cluster.gateway.resume_tokens.resumption import ResumeService
+    from cluster.gateway.service import CallService
     from cluster.gateway.tracing.tracer import Tracer
     from cluster.gateway.usage.accounting import Accounting
     from cluster.ledger.usage.records import UsageRecord
     from cluster.observe.span_export import SpanExport
+    from cluster.policy.limits.request_bytes import RequestBytes
 
 
 class UsageStore(NamedTuple):
@@ -143,6 +148,26 @@ def resume_service(
         claims = StoreFirstClaims(limits.store.first, claims)
     secrets = _cached_secrets if tenants is None else lambda: tenants.secrets
     return ResumeService(secrets, claims, take_over, config.gateway.resume.token_expires_s, incarnation)
+
+
+def console(
+    config: Config,
+    tenants: TenantAuthenticator | None,
+    service: CallService,
+    methods: Mapping[str, AdminMethod],
+    authorizer: AdminAuthorizer,
+    request_bytes: RequestBytes,
+    metrics: Metrics,
+    live: LiveOverview,
+) -> ConsoleApp | None:
+    """Return the console; None if the configuration switches it off. Raises ValueError for an unusable file."""
+    if not config.gateway.console.enabled:
+        return None
+    from cluster.gateway.console.app import ConsoleParts, build_console
+    from cluster.gateway.console.feed import Feed
+
+    parts = ConsoleParts(config, tenants, service, methods, authorizer, request_bytes, metrics, Feed(live))
+    return build_console(parts, _cached_secrets if tenants is None else lambda: tenants.secrets)
 
 
 def _cached_secrets() -> Sequence[bytes]:

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import structlog
 from cluster import http2
 from cluster.config.schema import Config
 from cluster.gateway import optional_parts
-from cluster.gateway.apis.admin.authorization import AdminAuthorizer
+from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminMethod
 from cluster.gateway.apis.admin.fleet import CatalogAdmin, FleetAdmin
 from cluster.gateway.apis.admin.forwarding import ForwardedVerbs
+from cluster.gateway.apis.admin.methods import admin_methods
 from cluster.gateway.apis.admin.routes import RouteExplainer
 from cluster.gateway.apis.grpc.inference import SERVICE
 from cluster.gateway.apis.http.body import RequestBodies
@@ -28,6 +29,7 @@ from cluster.gateway.auth.revocation import cut_revoked
 from cluster.gateway.auth.tls import NewestContext, revoked_file
 from cluster.gateway.calls.access_log import AccessLog
 from cluster.gateway.config_state import ConfigState
+from cluster.gateway.console.build import Sources, live_overview
 from cluster.gateway.deferred_imports import import_later
 from cluster.gateway.gauges import GatewayGauges
 from cluster.gateway.links.hub import Hub, hub_server
@@ -145,7 +147,6 @@ class Gateway:
             settings, self.service, self.health.servicer, admission(http2.Port.CLIENT), self._request_bytes
         )
         bodies = RequestBodies(settings.max_message_bytes, self._request_bytes)
-        self.http = HttpServer(http_application(self.service, bodies), admission(http2.Port.CLIENT))
         self.link_server = hub_server(self.hub, admission(http2.Port.LINK))
         self._explainer = RouteExplainer(self.scheduler.routes.history, self.hub.gateway_id)
         self._siblings = optional_parts.siblings(config, process, self.tenants, self.service.abort, self._explainer)
@@ -153,6 +154,38 @@ class Gateway:
         if self._siblings is not None:
             self.link_server.add_generic_rpc_handlers((self._siblings.handler(),))
         self._admin_authorizer = AdminAuthorizer(self.tenants)
+        self._budgets = None if self.tenants is None else self.tenants.budgets(self._limits.spent)
+        self.live = live_overview(
+            Sources(
+                config,
+                process,
+                self.hub,
+                self.worker_events,
+                self.directory,
+                self.scheduler,
+                self.service,
+                self.metrics,
+                self.tenants,
+                self.accounting,
+                self.reservations.utilization,
+                lambda: () if self._budgets is None else self._budgets.uses,
+                self._siblings,
+            )
+        )
+        """What the console shows of the cluster."""
+        self._methods = self._admin_methods()
+        self.console = optional_parts.console(
+            config,
+            self.tenants,
+            self.service,
+            self._methods,
+            self._admin_authorizer,
+            self._request_bytes,
+            self.metrics,
+            self.live,
+        )
+        more = {} if self.console is None else self.console.endpoints()
+        self.http = HttpServer(http_application(self.service, bodies, more), admission(http2.Port.CLIENT))
         self._tasks: list[asyncio.Task[None]] = []
 
     def _waiting_room(self, charges: ServiceCharges, order_of: Callable[[str], Order]) -> WaitingRoom:
@@ -218,7 +251,8 @@ class Gateway:
         link_tls = None if files is None else NewestContext.of_link(files)
         await listeners.open("link", listen.link, self.link_server, link_tls, listener=link)
         if not self._process:
-            await listeners.open("admin", listen.admin, self._admin_server(), self._tls("h2"))
+            admin = admin_server(self._admin_authorizer, self._methods, listeners.admission(http2.Port.ADMIN))
+            await listeners.open("admin", listen.admin, admin, self._tls("h2"))
         metrics = HttpServer(MetricsPage(self.metrics), listeners.admission(http2.Port.METRICS))
         await listeners.open("metrics", listen.metrics, metrics)
         self._start_tasks()
@@ -232,15 +266,15 @@ class Gateway:
         files = self.config.gateway.tls
         return None if files is None else NewestContext.of(files, protocol)
 
-    def _admin_server(self) -> http2.Server:
+    def _admin_methods(self) -> Mapping[str, AdminMethod]:
+        """Return the admin methods. Every process has them, for the console; only process 0 has the admin port."""
         authorizer = self._admin_authorizer
         services: dict[str, object] = {
-            "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._explainer, self._siblings),
+            "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._explainer, self.live, self._siblings),
             "Catalog": CatalogAdmin(self.hub, self.directory, self.scheduler),
-            **ledger_services(self.config, self.tenants, authorizer),
+            **ledger_services(self.config, self.tenants, authorizer, self.directory),
         }
-        forwarded, admission = ForwardedVerbs(self.hub, authorizer), self.listeners.admission(http2.Port.ADMIN)
-        return admin_server(authorizer, services, forwarded, admission)
+        return admin_methods(services, ForwardedVerbs(self.hub, authorizer))
 
     def _start_tasks(self) -> None:
         settings = self.config.gateway
@@ -259,8 +293,8 @@ class Gateway:
         self.metrics.add_gauges(gauges.samples)
         files = (revoked_file(settings.tls, "gateway.tls"), revoked_file(settings.link_tls, "gateway.link_tls"))
         lists = [file for file in files if file is not None]
-        budgets = None if self.tenants is None else self.tenants.budgets(self._limits.spent)
         work = [
+            self.live.run(),
             self._config_state.watch(),
             self.hub.workers.watch(),
             self.service.send_keepalives(settings.keepalive_s),
@@ -274,9 +308,9 @@ class Gateway:
         ]
         if lists:
             work.append(cut_revoked(lists, lambda: list(self.listeners.servers.values())))
-        if budgets is not None:
-            self.metrics.add_gauges(budgets.gauges)
-            work.append(budgets.run())
+        if self._budgets is not None:
+            self.metrics.add_gauges(self._budgets.gauges)
+            work.append(self._budgets.run())
         self._tasks = [asyncio.create_task(part) for part in work]
 
     async def stop(self, drain_s: float) -> None:
@@ -284,6 +318,8 @@ class Gateway:
 
         In the last part of the drain time, resumable streams are handed over to other gateways."""
         self.service.close("stopping")
+        if self.console is not None:
+            await self.console.close()
         await self.health.servicer.enter_graceful_shutdown()
         ends = asyncio.get_running_loop().call_later(drain_s, self.service.end_all)
         self._tasks.append(asyncio.create_task(self._hand_over(drain_s)))

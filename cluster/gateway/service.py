@@ -104,6 +104,10 @@ class CallService:
         if tracer is not None:
             self._at_end.append(self._end_trace)
 
+    def call_at_end(self, function: Callable[[Opening | PoolingOpening, Outcome], None]) -> None:
+        """Call a function, after the others, for each call that has ended or could not begin. It must be short."""
+        self._at_end.append(function)
+
     @property
     def busy(self) -> bool:
         """Whether at least one call is open."""

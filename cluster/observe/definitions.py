@@ -33,6 +33,9 @@ class Definition:
 DEFINITIONS: Mapping[str, Definition] = {
     "requests_total": Definition("counter", "Calls ended, by outcome.", ("model", "tenant", "api", "outcome")),
     "auth_failures_total": Definition("counter", "Requests rejected for want of valid credentials.", ("reason",)),
+    "console_csp_reports_total": Definition(
+        "counter", "Reports of browsers about content that the console's security policy has stopped."
+    ),
     "guard_actions_total": Definition(
         "counter",
         "Actions of guards, by guard (input_patterns, ...): redacted, refused, flagged, failed_closed, failed_open.",

@@ -119,6 +119,11 @@ class Metrics(Collector):
             series[labels] = Histogram(DEFINITIONS[name].buckets)
         return series[labels]
 
+    def histogram_counts(self, name: str, *labels: str) -> tuple[int, ...]:
+        """Return the counts by bucket of a histogram series; empty if it has no value yet."""
+        series = self._histograms.get(name, {}).get(labels)
+        return () if series is None else tuple(series.counts)
+
     def add_gauges(self, gauges: Callable[[], Iterable[Sample]]) -> None:
         """Register a function that returns values of gauges and counters. It runs in the scraping thread and must only
         read."""

@@ -24,6 +24,26 @@ pytestmark = pytest.mark.slow
 CA = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
 
+@pytest.mark.parametrize("is_routed", [False, True])
+def test_the_console_is_routed_if_wanted(is_routed: bool) -> None:
+    """The routes and Ingresses lead to the console only if that is set, and never to another path of the gateways."""
+    values = gateway_api(caConfigMap="llm-ca")
+    values["gateway"] |= {"ingress": {"enabled": True, "host": "llm.example.com"}, "consoleRoutes": is_routed}
+    release = helm.template(values)
+    console = {"/", "/console"} if is_routed else set()
+    (rule,) = release.only("HTTPRoute")["spec"]["rules"]
+    assert {match["path"]["value"] for match in rule["matches"]} == {"/v1"} | console
+    assert {match["path"]["type"] for match in rule["matches"] if match["path"]["value"] == "/"} <= {"Exact"}
+    paths = {
+        path["path"]: path["pathType"]
+        for ingress in release.all("Ingress")
+        if ingress["metadata"]["name"].endswith("-http")
+        for path in ingress["spec"]["rules"][0]["http"]["paths"]
+    }
+    assert set(paths) == {"/v1"} | console
+    assert paths.get("/", "Exact") == "Exact"
+
+
 def preset_file(name: str) -> Path:
     """Return the file of a preset."""
     return next(path for path in helm.PRESETS if path.stem == name)

@@ -96,10 +96,13 @@ class Wire:
         self.writer.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content)
 
     async def head(self) -> tuple[int, dict[str, str]]:
-        """Read the head of a response and return the status and the headers."""
+        """Read the head of a response and return the status and the headers. The values of a repeated header are joined
+        by a line feed."""
         lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
-        pairs = (line.split(": ", 1) for line in lines[1:] if line)
-        return int(lines[0].split()[1]), {name: value for name, value in pairs}  # noqa: C416
+        headers: dict[str, str] = {}
+        for name, value in (line.split(": ", 1) for line in lines[1:] if line):
+            headers[name] = f"{headers[name]}\n{value}" if name in headers else value
+        return int(lines[0].split()[1]), headers
 
     async def chunk(self) -> bytes:
         """Read and return one chunk of a chunked body; empty at the end of the body."""
@@ -112,7 +115,8 @@ class Wire:
         """Read and return the whole response."""
         status, headers = await self.head()
         if headers.get("transfer-encoding") != "chunked":
-            return Reply(status, headers, await self.reader.readexactly(int(headers["content-length"])))
+            size = 0 if status in (204, 304) else int(headers["content-length"])
+            return Reply(status, headers, await self.reader.readexactly(size))
         chunks = []
         while chunk := await self.chunk():
             chunks.append(chunk)

@@ -61,6 +61,8 @@ class Script:
     """Number of pieces after which a stream fails with WORKER_LOST."""
     hold: threading.Event | None = None
     """Event that a stream waits for after its first piece."""
+    overview: bytes = b"{}"
+    """Document that GetOverview returns."""
     requests: list[Any] = field(default_factory=list)
     metadata: list[dict[str, str]] = field(default_factory=list)
     credentials: set[str] = field(default_factory=set)
@@ -197,6 +199,10 @@ class ScriptedFleet(admin_pb2_grpc.FleetServicer):
 
     def Uncordon(self, request: admin_pb2.UncordonRequest, context: Any) -> admin_pb2.UncordonResponse:
         raise AssertionError("a script moves no worker")
+
+    def GetOverview(self, request: admin_pb2.GetOverviewRequest, context: Any) -> admin_pb2.GetOverviewResponse:
+        self.script.requests.append(request)
+        return admin_pb2.GetOverviewResponse(document=self.script.overview)
 
     def ExplainRequest(
         self, request: routing_pb2.ExplainRequestRequest, context: Any

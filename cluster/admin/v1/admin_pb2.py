@@ -28,7 +28,7 @@ from cluster.admin.v1 import routing_pb2 as cluster_dot_admin_dot_v1_dot_routing
 from cluster.admin.v1 import scaling_pb2 as cluster_dot_admin_dot_v1_dot_scaling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63luster/admin/v1/admin.proto\x12\x10\x63luster.admin.v1\x1a\x1f\x63luster/admin/v1/adapters.proto\x1a\x1e\x63luster/admin/v1/catalog.proto\x1a\x1e\x63luster/admin/v1/routing.proto\x1a\x1e\x63luster/admin/v1/scaling.proto\"1\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"I\n\rDrainResponse\x12)\n\x07workers\x18\x01 \x03(\x0b\x32\x18.cluster.admin.v1.Worker\x12\r\n\x05notes\x18\x02 \x03(\t\"\x1f\n\rCordonRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\"J\n\x0e\x43ordonResponse\x12)\n\x07workers\x18\x01 \x03(\x0b\x32\x18.cluster.admin.v1.Worker\x12\r\n\x05notes\x18\x02 \x03(\t\"!\n\x0fUncordonRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\"=\n\x10UncordonResponse\x12)\n\x07workers\x18\x01 \x03(\x0b\x32\x18.cluster.admin.v1.Worker\";\n\x12ListWorkersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x13ListWorkersResponse\x12)\n\x07workers\x18\x01 \x03(\x0b\x32\x18.cluster.admin.v1.Worker\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"I\n\x13\x41\x62ortRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"8\n\x14\x41\x62ortRequestResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x05\x12\x0f\n\x07tenants\x18\x02 \x03(\t\"\x94\x03\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x13\n\x0bray_cluster\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0f\n\x07running\x18\x07 \x01(\x05\x12\x0f\n\x07waiting\x18\x08 \x01(\x05\x12\x10\n\x08kv_usage\x18\t \x01(\x02\x12\x0f\n\x07step_ms\x18\n \x01(\x02\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\x05\x12\x13\n\x0b\x65ngine_path\x18\x0c \x01(\t\x12\x1a\n\x12\x65ngine_path_reason\x18\r \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x0e \x01(\t\x12\x16\n\x0e\x66ree_sequences\x18\x0f \x01(\x05\x12\x14\n\x0c\x65ngine_class\x18\x10 \x01(\t\x12\x11\n\tkv_tokens\x18\x11 \x01(\x03\x12\x0b\n\x03pod\x18\x12 \x01(\t\x12\x0c\n\x04host\x18\x13 \x01(\t\x12\x0b\n\x03gpu\x18\x14 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x15 \x03(\t\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"f\n\x0cListResponse\x12.\n\x06models\x18\x01 \x03(\x0b\x32\x1e.cluster.admin.v1.CatalogEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\r\n\x05\x61ge_s\x18\x03 \x01(\x01\"\x1a\n\nGetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xe7\x03\n\x0c\x43\x61talogEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x14\n\x0cstate_reason\x18\x04 \x01(\t\x12\x10\n\x08replicas\x18\x05 \x01(\x05\x12\x18\n\x10replicas_desired\x18\x06 \x01(\x05\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\t\x12\x15\n\rmax_model_len\x18\t \x01(\x05\x12\x15\n\rweight_digest\x18\n \x01(\t\x12\x15\n\rbundle_digest\x18\x0b \x01(\t\x12\x15\n\rready_workers\x18\x0c \x01(\x05\x12\x0f\n\x07waiting\x18\r \x01(\x05\x12\x0c\n\x04note\x18\x0e \x01(\t\x12\x31\n\x08versions\x18( \x03(\x0b\x32\x1f.cluster.admin.v1.VersionStatus\x12\x0f\n\x07license\x18) \x01(\t\x12\x0e\n\x06\x66\x61mily\x18* \x01(\t\x12\x36\n\x04\x63\x61rd\x18+ \x03(\x0b\x32(.cluster.admin.v1.CatalogEntry.CardEntry\x12\x10\n\x08\x66\x61llback\x18, \x03(\t\x1a+\n\tCardEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xf6\x04\n\x05\x46leet\x12Z\n\x0bListWorkers\x12$.cluster.admin.v1.ListWorkersRequest\x1a%.cluster.admin.v1.ListWorkersResponse\x12]\n\x0c\x41\x62ortRequest\x12%.cluster.admin.v1.AbortRequestRequest\x1a&.cluster.admin.v1.AbortRequestResponse\x12H\n\x05\x44rain\x12\x1e.cluster.admin.v1.DrainRequest\x1a\x1f.cluster.admin.v1.DrainResponse\x12K\n\x06\x43ordon\x12\x1f.cluster.admin.v1.CordonRequest\x1a .cluster.admin.v1.CordonResponse\x12Q\n\x08Uncordon\x12!.cluster.admin.v1.UncordonRequest\x1a\".cluster.admin.v1.UncordonResponse\x12\x63\n\x0e\x45xplainRequest\x12\'.cluster.admin.v1.ExplainRequestRequest\x1a(.cluster.admin.v1.ExplainRequestResponse\x12\x63\n\x0e\x45xplainScaling\x12\'.cluster.admin.v1.ExplainScalingRequest\x1a(.cluster.admin.v1.ExplainScalingResponse2\xff\x08\n\x07\x43\x61talog\x12\x45\n\x04List\x12\x1d.cluster.admin.v1.ListRequest\x1a\x1e.cluster.admin.v1.ListResponse\x12\x43\n\x03Get\x12\x1c.cluster.admin.v1.GetRequest\x1a\x1e.cluster.admin.v1.CatalogEntry\x12H\n\x05\x41pply\x12\x1e.cluster.admin.v1.ApplyRequest\x1a\x1f.cluster.admin.v1.ApplyResponse\x12\x45\n\x04\x44iff\x12\x1d.cluster.admin.v1.DiffRequest\x1a\x1e.cluster.admin.v1.DiffResponse\x12U\n\nSetWeights\x12#.cluster.admin.v1.SetWeightsRequest\x1a\".cluster.admin.v1.VersionsResponse\x12O\n\x07Promote\x12 .cluster.admin.v1.PromoteRequest\x1a\".cluster.admin.v1.VersionsResponse\x12Q\n\x08Rollback\x12!.cluster.admin.v1.RollbackRequest\x1a\".cluster.admin.v1.VersionsResponse\x12U\n\nQuarantine\x12#.cluster.admin.v1.QuarantineRequest\x1a\".cluster.admin.v1.VersionsResponse\x12H\n\x05Scale\x12\x1e.cluster.admin.v1.ScaleRequest\x1a\x1f.cluster.admin.v1.ScaleResponse\x12K\n\x06\x46reeze\x12\x1f.cluster.admin.v1.FreezeRequest\x1a .cluster.admin.v1.FreezeResponse\x12Q\n\x08Unfreeze\x12!.cluster.admin.v1.UnfreezeRequest\x1a\".cluster.admin.v1.UnfreezeResponse\x12Z\n\x0bLoadAdapter\x12$.cluster.admin.v1.LoadAdapterRequest\x1a%.cluster.admin.v1.LoadAdapterResponse\x12`\n\rUnloadAdapter\x12&.cluster.admin.v1.UnloadAdapterRequest\x1a\'.cluster.admin.v1.UnloadAdapterResponse\x12]\n\x0cListAdapters\x12%.cluster.admin.v1.ListAdaptersRequest\x1a&.cluster.admin.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63luster/admin/v1/admin.proto\x12\x10\x63luster.admin.v1\x1a\x1f\x63luster/admin/v1/adapters.proto\x1a\x1e\x63luster/admin/v1/catalog.proto\x1a\x1e\x63luster/admin/v1/routing.proto\x1a\x1e\x63luster/admin/v1/scaling.proto\"(\n\x12GetOverviewRequest\x12\x12\n\nwith_calls\x18\x01 \x01(\x08\"\'\n\x13GetOverviewResponse\x12\x10\n\x08\x64ocument\x18\x01 \x01(\x0c\"1\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"I\n\rDrainResponse\x12)\n\x07workers\x18\x01 \x03(\x0b\x32\x18.cluster.admin.v1.Worker\x12\r\n\x05notes\x18\x02 \x03(\t\"\x1f\n\rCordonRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\"J\n\x0e\x43ordonResponse\x12)\n\x07workers\x18\x01 \x03(\x0b\x32\x18.cluster.admin.v1.Worker\x12\r\n\x05notes\x18\x02 \x03(\t\"!\n\x0fUncordonRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\"=\n\x10UncordonResponse\x12)\n\x07workers\x18\x01 \x03(\x0b\x32\x18.cluster.admin.v1.Worker\";\n\x12ListWorkersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x13ListWorkersResponse\x12)\n\x07workers\x18\x01 \x03(\x0b\x32\x18.cluster.admin.v1.Worker\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"I\n\x13\x41\x62ortRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"8\n\x14\x41\x62ortRequestResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x05\x12\x0f\n\x07tenants\x18\x02 \x03(\t\"\x94\x03\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x13\n\x0bray_cluster\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0f\n\x07running\x18\x07 \x01(\x05\x12\x0f\n\x07waiting\x18\x08 \x01(\x05\x12\x10\n\x08kv_usage\x18\t \x01(\x02\x12\x0f\n\x07step_ms\x18\n \x01(\x02\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\x05\x12\x13\n\x0b\x65ngine_path\x18\x0c \x01(\t\x12\x1a\n\x12\x65ngine_path_reason\x18\r \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x0e \x01(\t\x12\x16\n\x0e\x66ree_sequences\x18\x0f \x01(\x05\x12\x14\n\x0c\x65ngine_class\x18\x10 \x01(\t\x12\x11\n\tkv_tokens\x18\x11 \x01(\x03\x12\x0b\n\x03pod\x18\x12 \x01(\t\x12\x0c\n\x04host\x18\x13 \x01(\t\x12\x0b\n\x03gpu\x18\x14 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x15 \x03(\t\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"f\n\x0cListResponse\x12.\n\x06models\x18\x01 \x03(\x0b\x32\x1e.cluster.admin.v1.CatalogEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\r\n\x05\x61ge_s\x18\x03 \x01(\x01\"\x1a\n\nGetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xe7\x03\n\x0c\x43\x61talogEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x14\n\x0cstate_reason\x18\x04 \x01(\t\x12\x10\n\x08replicas\x18\x05 \x01(\x05\x12\x18\n\x10replicas_desired\x18\x06 \x01(\x05\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\t\x12\x15\n\rmax_model_len\x18\t \x01(\x05\x12\x15\n\rweight_digest\x18\n \x01(\t\x12\x15\n\rbundle_digest\x18\x0b \x01(\t\x12\x15\n\rready_workers\x18\x0c \x01(\x05\x12\x0f\n\x07waiting\x18\r \x01(\x05\x12\x0c\n\x04note\x18\x0e \x01(\t\x12\x31\n\x08versions\x18( \x03(\x0b\x32\x1f.cluster.admin.v1.VersionStatus\x12\x0f\n\x07license\x18) \x01(\t\x12\x0e\n\x06\x66\x61mily\x18* \x01(\t\x12\x36\n\x04\x63\x61rd\x18+ \x03(\x0b\x32(.cluster.admin.v1.CatalogEntry.CardEntry\x12\x10\n\x08\x66\x61llback\x18, \x03(\t\x1a+\n\tCardEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xd2\x05\n\x05\x46leet\x12Z\n\x0bListWorkers\x12$.cluster.admin.v1.ListWorkersRequest\x1a%.cluster.admin.v1.ListWorkersResponse\x12]\n\x0c\x41\x62ortRequest\x12%.cluster.admin.v1.AbortRequestRequest\x1a&.cluster.admin.v1.AbortRequestResponse\x12H\n\x05\x44rain\x12\x1e.cluster.admin.v1.DrainRequest\x1a\x1f.cluster.admin.v1.DrainResponse\x12K\n\x06\x43ordon\x12\x1f.cluster.admin.v1.CordonRequest\x1a .cluster.admin.v1.CordonResponse\x12Q\n\x08Uncordon\x12!.cluster.admin.v1.UncordonRequest\x1a\".cluster.admin.v1.UncordonResponse\x12\x63\n\x0e\x45xplainRequest\x12\'.cluster.admin.v1.ExplainRequestRequest\x1a(.cluster.admin.v1.ExplainRequestResponse\x12Z\n\x0bGetOverview\x12$.cluster.admin.v1.GetOverviewRequest\x1a%.cluster.admin.v1.GetOverviewResponse\x12\x63\n\x0e\x45xplainScaling\x12\'.cluster.admin.v1.ExplainScalingRequest\x1a(.cluster.admin.v1.ExplainScalingResponse2\xff\x08\n\x07\x43\x61talog\x12\x45\n\x04List\x12\x1d.cluster.admin.v1.ListRequest\x1a\x1e.cluster.admin.v1.ListResponse\x12\x43\n\x03Get\x12\x1c.cluster.admin.v1.GetRequest\x1a\x1e.cluster.admin.v1.CatalogEntry\x12H\n\x05\x41pply\x12\x1e.cluster.admin.v1.ApplyRequest\x1a\x1f.cluster.admin.v1.ApplyResponse\x12\x45\n\x04\x44iff\x12\x1d.cluster.admin.v1.DiffRequest\x1a\x1e.cluster.admin.v1.DiffResponse\x12U\n\nSetWeights\x12#.cluster.admin.v1.SetWeightsRequest\x1a\".cluster.admin.v1.VersionsResponse\x12O\n\x07Promote\x12 .cluster.admin.v1.PromoteRequest\x1a\".cluster.admin.v1.VersionsResponse\x12Q\n\x08Rollback\x12!.cluster.admin.v1.RollbackRequest\x1a\".cluster.admin.v1.VersionsResponse\x12U\n\nQuarantine\x12#.cluster.admin.v1.QuarantineRequest\x1a\".cluster.admin.v1.VersionsResponse\x12H\n\x05Scale\x12\x1e.cluster.admin.v1.ScaleRequest\x1a\x1f.cluster.admin.v1.ScaleResponse\x12K\n\x06\x46reeze\x12\x1f.cluster.admin.v1.FreezeRequest\x1a .cluster.admin.v1.FreezeResponse\x12Q\n\x08Unfreeze\x12!.cluster.admin.v1.UnfreezeRequest\x1a\".cluster.admin.v1.UnfreezeResponse\x12Z\n\x0bLoadAdapter\x12$.cluster.admin.v1.LoadAdapterRequest\x1a%.cluster.admin.v1.LoadAdapterResponse\x12`\n\rUnloadAdapter\x12&.cluster.admin.v1.UnloadAdapterRequest\x1a\'.cluster.admin.v1.UnloadAdapterResponse\x12]\n\x0cListAdapters\x12%.cluster.admin.v1.ListAdaptersRequest\x1a&.cluster.admin.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,40 +37,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CATALOGENTRY_CARDENTRY']._loaded_options = None
   _globals['_CATALOGENTRY_CARDENTRY']._serialized_options = b'8\001'
-  _globals['_DRAINREQUEST']._serialized_start=179
-  _globals['_DRAINREQUEST']._serialized_end=228
-  _globals['_DRAINRESPONSE']._serialized_start=230
-  _globals['_DRAINRESPONSE']._serialized_end=303
-  _globals['_CORDONREQUEST']._serialized_start=305
-  _globals['_CORDONREQUEST']._serialized_end=336
-  _globals['_CORDONRESPONSE']._serialized_start=338
-  _globals['_CORDONRESPONSE']._serialized_end=412
-  _globals['_UNCORDONREQUEST']._serialized_start=414
-  _globals['_UNCORDONREQUEST']._serialized_end=447
-  _globals['_UNCORDONRESPONSE']._serialized_start=449
-  _globals['_UNCORDONRESPONSE']._serialized_end=510
-  _globals['_LISTWORKERSREQUEST']._serialized_start=512
-  _globals['_LISTWORKERSREQUEST']._serialized_end=571
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=573
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=662
-  _globals['_ABORTREQUESTREQUEST']._serialized_start=664
-  _globals['_ABORTREQUESTREQUEST']._serialized_end=737
-  _globals['_ABORTREQUESTRESPONSE']._serialized_start=739
-  _globals['_ABORTREQUESTRESPONSE']._serialized_end=795
-  _globals['_WORKER']._serialized_start=798
-  _globals['_WORKER']._serialized_end=1202
-  _globals['_LISTREQUEST']._serialized_start=1204
-  _globals['_LISTREQUEST']._serialized_end=1256
-  _globals['_LISTRESPONSE']._serialized_start=1258
-  _globals['_LISTRESPONSE']._serialized_end=1360
-  _globals['_GETREQUEST']._serialized_start=1362
-  _globals['_GETREQUEST']._serialized_end=1388
-  _globals['_CATALOGENTRY']._serialized_start=1391
-  _globals['_CATALOGENTRY']._serialized_end=1878
-  _globals['_CATALOGENTRY_CARDENTRY']._serialized_start=1835
-  _globals['_CATALOGENTRY_CARDENTRY']._serialized_end=1878
-  _globals['_FLEET']._serialized_start=1881
-  _globals['_FLEET']._serialized_end=2511
-  _globals['_CATALOG']._serialized_start=2514
-  _globals['_CATALOG']._serialized_end=3665
+  _globals['_GETOVERVIEWREQUEST']._serialized_start=179
+  _globals['_GETOVERVIEWREQUEST']._serialized_end=219
+  _globals['_GETOVERVIEWRESPONSE']._serialized_start=221
+  _globals['_GETOVERVIEWRESPONSE']._serialized_end=260
+  _globals['_DRAINREQUEST']._serialized_start=262
+  _globals['_DRAINREQUEST']._serialized_end=311
+  _globals['_DRAINRESPONSE']._serialized_start=313
+  _globals['_DRAINRESPONSE']._serialized_end=386
+  _globals['_CORDONREQUEST']._serialized_start=388
+  _globals['_CORDONREQUEST']._serialized_end=419
+  _globals['_CORDONRESPONSE']._serialized_start=421
+  _globals['_CORDONRESPONSE']._serialized_end=495
+  _globals['_UNCORDONREQUEST']._serialized_start=497
+  _globals['_UNCORDONREQUEST']._serialized_end=530
+  _globals['_UNCORDONRESPONSE']._serialized_start=532
+  _globals['_UNCORDONRESPONSE']._serialized_end=593
+  _globals['_LISTWORKERSREQUEST']._serialized_start=595
+  _globals['_LISTWORKERSREQUEST']._serialized_end=654
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=656
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=745
+  _globals['_ABORTREQUESTREQUEST']._serialized_start=747
+  _globals['_ABORTREQUESTREQUEST']._serialized_end=820
+  _globals['_ABORTREQUESTRESPONSE']._serialized_start=822
+  _globals['_ABORTREQUESTRESPONSE']._serialized_end=878
+  _globals['_WORKER']._serialized_start=881
+  _globals['_WORKER']._serialized_end=1285
+  _globals['_LISTREQUEST']._serialized_start=1287
+  _globals['_LISTREQUEST']._serialized_end=1339
+  _globals['_LISTRESPONSE']._serialized_start=1341
+  _globals['_LISTRESPONSE']._serialized_end=1443
+  _globals['_GETREQUEST']._serialized_start=1445
+  _globals['_GETREQUEST']._serialized_end=1471
+  _globals['_CATALOGENTRY']._serialized_start=1474
+  _globals['_CATALOGENTRY']._serialized_end=1961
+  _globals['_CATALOGENTRY_CARDENTRY']._serialized_start=1918
+  _globals['_CATALOGENTRY_CARDENTRY']._serialized_end=1961
+  _globals['_FLEET']._serialized_start=1964
+  _globals['_FLEET']._serialized_end=2686
+  _globals['_CATALOG']._serialized_start=2689
+  _globals['_CATALOG']._serialized_end=3840
 # @@protoc_insertion_point(module_scope)

@@ -69,6 +69,11 @@ class FleetStub:
                 request_serializer=cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestRequest.SerializeToString,
                 response_deserializer=cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestResponse.FromString,
                 _registered_method=True)
+        self.GetOverview = channel.unary_unary(
+                '/cluster.admin.v1.Fleet/GetOverview',
+                request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.GetOverviewRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.GetOverviewResponse.FromString,
+                _registered_method=True)
         self.ExplainScaling = channel.unary_unary(
                 '/cluster.admin.v1.Fleet/ExplainScaling',
                 request_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ExplainScalingRequest.SerializeToString,
@@ -124,6 +129,14 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetOverview(self, request, context):
+        """GetOverview returns the state of the whole cluster as one document, as the console shows it: models, workers, calls,
+        tenants and gateways. A caller of one tenant gets its own calls and sums, and no worker or gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExplainScaling(self, request, context):
         """ExplainScaling tells why a model has as many replicas as it has. The controller answers.
         """
@@ -163,6 +176,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.ExplainRequest,
                     request_deserializer=cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestRequest.FromString,
                     response_serializer=cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestResponse.SerializeToString,
+            ),
+            'GetOverview': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOverview,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.GetOverviewRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.GetOverviewResponse.SerializeToString,
             ),
             'ExplainScaling': grpc.unary_unary_rpc_method_handler(
                     servicer.ExplainScaling,
@@ -333,6 +351,33 @@ class Fleet:
             '/cluster.admin.v1.Fleet/ExplainRequest',
             cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestRequest.SerializeToString,
             cluster_dot_admin_dot_v1_dot_routing__pb2.ExplainRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOverview(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Fleet/GetOverview',
+            cluster_dot_admin_dot_v1_dot_admin__pb2.GetOverviewRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_admin__pb2.GetOverviewResponse.FromString,
             options,
             channel_credentials,
             insecure,

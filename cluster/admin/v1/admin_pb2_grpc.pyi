@@ -53,6 +53,10 @@ class FleetStub:
     """ExplainRequest shows which workers got the sequences of a call, why, and what was predicted and what came. A gateway
     remembers its newest calls, those of all its processes; NOT_FOUND for other calls.
     """
+    GetOverview: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetOverviewRequest, _admin_pb2.GetOverviewResponse]
+    """GetOverview returns the state of the whole cluster as one document, as the console shows it: models, workers, calls,
+    tenants and gateways. A caller of one tenant gets its own calls and sums, and no worker or gateway.
+    """
     ExplainScaling: _grpc.UnaryUnaryMultiCallable[_scaling_pb2.ExplainScalingRequest, _scaling_pb2.ExplainScalingResponse]
     """ExplainScaling tells why a model has as many replicas as it has. The controller answers."""
 
@@ -76,6 +80,10 @@ class FleetAsyncStub(FleetStub):
     ExplainRequest: _aio.UnaryUnaryMultiCallable[_routing_pb2.ExplainRequestRequest, _routing_pb2.ExplainRequestResponse]  # type: ignore[assignment]
     """ExplainRequest shows which workers got the sequences of a call, why, and what was predicted and what came. A gateway
     remembers its newest calls, those of all its processes; NOT_FOUND for other calls.
+    """
+    GetOverview: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetOverviewRequest, _admin_pb2.GetOverviewResponse]  # type: ignore[assignment]
+    """GetOverview returns the state of the whole cluster as one document, as the console shows it: models, workers, calls,
+    tenants and gateways. A caller of one tenant gets its own calls and sums, and no worker or gateway.
     """
     ExplainScaling: _aio.UnaryUnaryMultiCallable[_scaling_pb2.ExplainScalingRequest, _scaling_pb2.ExplainScalingResponse]  # type: ignore[assignment]
     """ExplainScaling tells why a model has as many replicas as it has. The controller answers."""
@@ -133,6 +141,16 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_routing_pb2.ExplainRequestResponse, _abc.Awaitable[_routing_pb2.ExplainRequestResponse]]:
         """ExplainRequest shows which workers got the sequences of a call, why, and what was predicted and what came. A gateway
         remembers its newest calls, those of all its processes; NOT_FOUND for other calls.
+        """
+
+    @_abc_1.abstractmethod
+    def GetOverview(
+        self,
+        request: _admin_pb2.GetOverviewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetOverviewResponse, _abc.Awaitable[_admin_pb2.GetOverviewResponse]]:
+        """GetOverview returns the state of the whole cluster as one document, as the console shows it: models, workers, calls,
+        tenants and gateways. A caller of one tenant gets its own calls and sums, and no worker or gateway.
         """
 
     @_abc_1.abstractmethod

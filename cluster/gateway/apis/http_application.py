@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cluster.gateway.apis.anthropic import app as anthropic
 from cluster.gateway.apis.anthropic.errors import FORM as ANTHROPIC_FORM
 from cluster.gateway.apis.http.body import RequestBodies
@@ -12,11 +14,13 @@ from cluster.gateway.apis.openai import app as openai
 from cluster.gateway.service import CallService
 
 
-def http_application(service: CallService, bodies: RequestBodies) -> Application:
+def http_application(
+    service: CallService, bodies: RequestBodies, more: Mapping[str, Application] | None = None
+) -> Application:
     """Return the ASGI application with all routes of the HTTP port. Paths of two APIs are chosen by the version
-    header."""
+    header. `more`: further endpoints by path, those of the console."""
     calls = HttpCalls(service, bodies)
-    endpoints = dict(openai.OpenAiApi(calls).endpoints())
+    endpoints = {**openai.OpenAiApi(calls).endpoints(), **(more or {})}
     for path, endpoint in anthropic.AnthropicApi(calls).endpoints().items():
         other = endpoints.get(path)
         endpoints[path] = endpoint if other is None else anthropic.ByVersion(endpoint, other)

@@ -74,7 +74,7 @@ class TenantAuthenticator:
         declared = config.policies()
         if not config.store.database_url:
             make_private_folder(cache_dir())
-        peppers = secrets.get("auth.api_keys.pepper_file", ())
+        peppers = self.peppers = secrets.get("auth.api_keys.pepper_file", ())
         self.ledger = Ledger(database_url(config), peppers=peppers)
         self.audit = AuditWriter(AuditLog(folder / "audit.jsonl"), self.ledger.audit.insert)
         self._watcher = Watcher(
@@ -167,7 +167,12 @@ class TenantAuthenticator:
 
     async def principal(self, credentials: Credentials) -> Principal:
         """See Authenticator."""
-        principal = await self._authenticator.principal(credentials.authorization, credentials.names, credentials.peer)
+        return self.with_handle(
+            await self._authenticator.principal(credentials.authorization, credentials.names, credentials.peer)
+        )
+
+    def with_handle(self, principal: Principal) -> Principal:
+        """Return the principal with its tenant's handle, which workers get."""
         tenant = self._derive(principal.tenant)[1]
         return Principal(tenant, principal.role, principal.by, principal.subject, principal.model_aliases)
 

@@ -66,6 +66,8 @@ class Call:
     itl: Histogram | None = None
     """Histogram of the time between tokens."""
     request_id: str = ""
+    api: str = ""
+    """Name of the API that received the call."""
     key_id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Labels for the usage records of the call."""

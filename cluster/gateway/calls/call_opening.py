@@ -93,6 +93,7 @@ class CallOpening:
             "clock": clock,
             "events": scheduler,
             "request_id": meta.request_id,
+            "api": meta.api,
             "counted": meta.counted,
             "versions": self.versions,
             "bundle_digest": self.bundle_digest,

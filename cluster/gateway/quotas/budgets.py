@@ -72,6 +72,11 @@ class BudgetWatch:
         self._past_days_at = -float("inf")
         self._error = ""
 
+    @property
+    def uses(self) -> Sequence[BudgetUse]:
+        """The uses of all budgets as last read, the highest first."""
+        return self._uses
+
     async def run(self) -> None:
         """Query the ledger periodically. Runs until cancelled."""
         while True:

@@ -23,6 +23,8 @@ class Routes:
     def __init__(self, metrics: Metrics, workers: Callable[[str], int], clock: Callable[[], float]) -> None:
         """`workers` returns the number of a model's linked workers."""
         self.history = RouteHistory()
+        self.on_resent: Callable[[str], None] = _ignore
+        """Function that gets the name of a lost link once a sequence that ran there was sent to another worker."""
         self._metrics = metrics
         self._workers = workers
         self._clock = clock
@@ -52,6 +54,8 @@ class Routes:
         elif not route.again and any(earlier.sequence == route.sequence for earlier in known.routes):
             route.again = "retry"
         self.history.add(known, route, self._workers(call.model))
+        if route.again == "lost" and (links := call.sequences[route.sequence].lost_links):
+            self.on_resent(links[-1])
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
         """Count the prediction of a sequence whose first output has arrived. `cached_tokens`: number of tokens that the
@@ -67,6 +71,10 @@ class Routes:
     def ended(self, call: Call, outcome: Outcome) -> None:
         """Remember how a call has ended."""
         self.history.end(call.id, outcome.value, self._clock())
+
+
+def _ignore(link: str) -> None:
+    """Do nothing."""
 
 
 def _route(

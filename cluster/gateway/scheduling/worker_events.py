@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, VersionTally, WorkerIdentity
@@ -23,6 +24,16 @@ PROVEN_BY_STEPS = ("silent", "hung")
 """Link-end reasons in STALLED after which reported engine steps count as a passed probe, too."""
 
 
+class LinkObserver(Protocol):
+    """A part that follows which workers are linked. The methods must not block."""
+
+    def link_up(self, link: WorkerLink) -> None:
+        """Handle a worker's link coming up."""
+
+    def link_down(self, link: WorkerLink, why: str, now: float) -> None:
+        """Handle the end of a worker's link. `now`: monotonic seconds."""
+
+
 class WorkerEvents:
     """The scheduler's handler of link events. Implements links.hub.HubListener."""
 
@@ -33,6 +44,8 @@ class WorkerEvents:
         self._queues = scheduler.queues
         self._metrics = metrics
         self._clock = clock
+        self.observers: list[LinkObserver] = []
+        """Parts that follow which workers are linked."""
 
     def link_up(self, link: WorkerLink) -> None:
         """Handle a worker's link coming up: add the worker, and send waiting sequences to it."""
@@ -45,6 +58,8 @@ class WorkerEvents:
         scheduler.backlogs.joined(identity.model)
         scheduler.pump(identity.model)
         scheduler.renders.pump(identity.model)
+        for observer in self.observers:
+            observer.link_up(link)
         self._host.state_changed()
 
     def link_down(self, link: WorkerLink, why: str) -> None:
@@ -59,6 +74,8 @@ class WorkerEvents:
             self._scheduler.policy.losses.lost(link.name, now, unreachable)
         if link.reason in STALLED:
             self._scheduler.breakers.record_stall(identity.incarnation, now, link.reason in PROVEN_BY_STEPS)
+        for observer in self.observers:
+            observer.link_down(link, why, now)
         self._scheduler.pump(identity.model)
         self._scheduler.renders.pump(identity.model)
         self._host.state_changed()

@@ -175,6 +175,8 @@ class Accounting:
         self._news = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
         self._delivery = RecordDelivery(folder, insert)
+        self.on_record: Callable[[UsageRecord], None] | None = None
+        """Function that gets each record of a sequence that has ended at this gateway."""
 
     def __repr__(self) -> str:
         return f"<Accounting open {len(self._calls)} pending {self.statistics().pending}>"
@@ -337,6 +339,8 @@ class Accounting:
         record = account.close()
         if record is not None:
             self._delivery.write(record)
+            if self.on_record is not None:
+                self.on_record(record)
 
     # ---- reports of workers
 

@@ -19,7 +19,7 @@ import hashlib
 import hmac
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from cluster.api.outcomes import CallError, Outcome
@@ -243,6 +243,25 @@ def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes],
     entry = _NO_KEY
     for pepper in peppers:
         entry = snapshot.keys.get(digest_of(inner, pepper), entry)
+    verdict = _key_verdict(snapshot, entry, now_s)
+    return replace(verdict, key_id=key_id_of(token) or entry.id)
+
+
+def key_of(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes]) -> KeyEntry | None:
+    """Return the entry of the API key `token`, whether it is valid or not; None for an unknown key."""
+    if len(token) > MAX_KEY_BYTES:
+        return None
+    inner = sha256_of(token)
+    entries = [snapshot.keys.get(digest_of(inner, pepper)) for pepper in peppers]
+    return next((entry for entry in reversed(entries) if entry is not None), None)
+
+
+def authenticate_again(snapshot: AccessSnapshot, digest: bytes, now_s: float) -> AuthVerdict:
+    """Return the verdict for a key that was presented before. `digest`: the stored digest of the key."""
+    return _key_verdict(snapshot, snapshot.keys.get(digest, _NO_KEY), now_s)
+
+
+def _key_verdict(snapshot: AccessSnapshot, entry: KeyEntry, now_s: float) -> AuthVerdict:
     tenant = snapshot.tenants.get(entry.tenant, _NO_TENANT)
     known = entry is not _NO_KEY and tenant is not _NO_TENANT
     valid = (now_s < entry.expires_at_s) & (not entry.revoked)
@@ -252,8 +271,7 @@ def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes],
     outcome = Outcome.TENANT_SUSPENDED if reason == "suspended" else Outcome.UNAUTHENTICATED_KEY
     detail = "revoked" if reason == "expired" and entry.revoked else reason
     passed = reason == "ok"
-    key_id = key_id_of(token) or entry.id
-    return AuthVerdict(principal if passed else None, None if passed else outcome, detail, key_id, entry.expires_at_s)
+    return AuthVerdict(principal if passed else None, None if passed else outcome, detail, entry.id, entry.expires_at_s)
 
 
 def identify(snapshot: AccessSnapshot, tenant: str, by: str, subject: str, role: str = "caller") -> AuthVerdict:

@@ -12,7 +12,7 @@ import asyncio
 import hmac
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +31,6 @@ from cluster.policy.tenants.identity import Principal, admin_token, is_allowed
 from cluster.policy.tenants.policy import TenantPolicy
 
 if TYPE_CHECKING:
-    from google.protobuf.descriptor import FileDescriptor
-
     from cluster.gateway.auth.tenants import TenantAuthenticator
 
 log = structlog.get_logger("admin")
@@ -40,7 +38,8 @@ log = structlog.get_logger("admin")
 T = TypeVar("T")
 THREADS = 4
 MAX_TEXT = 8192
-_LOOPBACK_OPERATOR = Principal(TenantPolicy("default"), role="operator", by="nobody")
+LOOPBACK_OPERATOR = Principal(TenantPolicy("default"), role="operator", by="nobody")
+"""The principal of every admin request at a gateway without `auth`."""
 _SECRET_HOLDER = Principal(TenantPolicy("default"), role="operator", by="secret", subject="cluster")
 
 
@@ -69,6 +68,7 @@ VERBS: Mapping[str, Verb] = {
     "Fleet.Cordon": Verb("fleet", cluster_wide=True),
     "Fleet.Uncordon": Verb("fleet", cluster_wide=True),
     "Fleet.ExplainRequest": Verb("read", "parent", any_tenant=True),
+    "Fleet.GetOverview": Verb("read"),
     "Fleet.ExplainScaling": READ_CLUSTER,
     "Catalog.List": READ_CLUSTER,
     "Catalog.Get": READ_CLUSTER,
@@ -97,6 +97,7 @@ VERBS: Mapping[str, Verb] = {
     "Keys.Revoke": Verb("keys", "name", of_key=True),
     "Usage.Query": Verb("read", "parent", any_tenant=True),
     "Usage.Export": Verb("read", "parent", any_tenant=True),
+    "Usage.QuerySlo": Verb("read", "parent", any_tenant=True),
     "Audit.List": Verb("read", "parent", any_tenant=True),
 }
 
@@ -118,8 +119,28 @@ class AdminCaller:
 Method = Callable[[Any, AdminCaller], Awaitable[Message]]
 
 
+@dataclass(frozen=True, slots=True)
+class AdminMethod:
+    """A method of the admin API with its rule. `act`: a coroutine function `(request, caller)` that returns the answer,
+    or for a stream an asynchronous generator of answers."""
+
+    descriptor: MethodDescriptor
+    verb: Verb
+    act: Any
+
+    @property
+    def name(self) -> str:
+        """The short name, for example `Fleet.Drain`."""
+        return f"{self.descriptor.containing_service.name}.{self.descriptor.name}"
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the method answers with a stream of messages."""
+        return bool(self.descriptor.server_streaming)
+
+
 class AdminAuthorizer:
-    """Builds gRPC handlers from services. A service is an object with a coroutine `(request, caller)` per method."""
+    """Authorizes callers of admin methods, and builds the gRPC handlers of the methods."""
 
     def __init__(self, tenants: TenantAuthenticator | None) -> None:
         """`tenants`: the authenticator of a gateway with `auth`; None for a gateway without `auth`."""
@@ -138,34 +159,18 @@ class AdminAuthorizer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(function, *arguments, **named))
 
-    def handlers(
-        self,
-        file: FileDescriptor,
-        services: Mapping[str, object],
-        forwarded: Callable[[MethodDescriptor, Verb], Method] | None = None,
-    ) -> Sequence[grpc.GenericRpcHandler]:
-        """Return the handlers of every service in a proto file. `services`: the service objects by short name.
-        `forwarded`: builds each method that the service objects lack (forwarding.py)."""
-        generic = []
-        for name, service in file.services_by_name.items():
-            methods = {method.name: self._handler(method, services[name], forwarded) for method in service.methods}
-            generic.append(grpc.method_handlers_generic_handler(service.full_name, methods))
-        return generic
+    def handlers(self, methods: Iterable[AdminMethod]) -> Sequence[grpc.GenericRpcHandler]:
+        """Return the gRPC handlers of methods, one for each service."""
+        services: dict[str, dict[str, Any]] = {}
+        for method in methods:
+            service = services.setdefault(method.descriptor.containing_service.full_name, {})
+            service[method.descriptor.name] = self._handler(method)
+        return [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in services.items()]
 
-    def _handler(
-        self,
-        method: MethodDescriptor,
-        service: object,
-        forwarded: Callable[[MethodDescriptor, Verb], Method] | None,
-    ) -> Any:
-        verb = VERBS[f"{method.containing_service.name}.{method.name}"]
-        act = getattr(service, method.name, None)
-        if act is None:
-            assert forwarded is not None, f"no service implements {method.full_name}"
-            act = forwarded(method, verb)
-        answer = self._answer_stream if method.server_streaming else self._answer_unary
-        make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
-        guarded = self._guarded(method, verb, partial(answer, act))
+    def _handler(self, method: AdminMethod) -> Any:
+        answer = self._answer_stream if method.is_stream else self._answer_unary
+        make = grpc.unary_stream_rpc_method_handler if method.is_stream else grpc.unary_unary_rpc_method_handler
+        guarded = self._guarded(method, partial(answer, method.act))
         return make(
             guarded, request_deserializer=bytes, response_serializer=lambda message: message.SerializeToString()
         )
@@ -178,7 +183,7 @@ class AdminAuthorizer:
             await call.abort(grpc_code(error), error.message, trailers(error))
             raise
         call.caller = principal
-        if principal is not _LOOPBACK_OPERATOR:
+        if principal is not LOOPBACK_OPERATOR:
             call.connection.mark_authenticated()
         return str(principal.tenant.name)
 
@@ -191,25 +196,24 @@ class AdminAuthorizer:
 
     def _guarded(
         self,
-        method: MethodDescriptor,
-        verb: Verb,
+        method: AdminMethod,
         act: Callable[[Message, AdminCaller, Any], Awaitable[Message | None]],
     ) -> Callable[[bytes, Any], Awaitable[Message | None]]:
-        kind = GetMessageClass(method.input_type)
+        kind = GetMessageClass(method.descriptor.input_type)
 
         async def handle(data: bytes, context: Any) -> Message | None:
             try:
                 principal = context.caller
                 request = _decoded(kind, data)
                 context.release_request()
-                return await act(request, self._authorize(principal, method, verb, request, context.peer()), context)
+                return await act(request, self.authorize(principal, method, request, context.peer()), context)
             except CallError as error:
                 await context.abort(grpc_code(error), error.message, trailers(error))
             except grpc.aio.AbortError:
                 raise
             except Exception:  # callers get no traceback; the log has it under the number
                 number = uuid.uuid4().hex
-                log.exception("admin.request_failed", method=method.full_name, number=number)
+                log.exception("admin.request_failed", method=method.descriptor.full_name, number=number)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote number {number}")
                 await context.abort(grpc_code(unexpected), unexpected.message, trailers(unexpected))
             return None
@@ -221,7 +225,7 @@ class AdminAuthorizer:
     async def _principal(self, context: Any) -> Principal:
         authenticator = self._tenants
         if authenticator is None:
-            return _LOOPBACK_OPERATOR
+            return LOOPBACK_OPERATOR
         metadata = context.invocation_metadata() or ()
         authorization = tuple(str(value) for key, value in metadata if key == "authorization")
         if len(authorization) == 1 and self._holds_secret(authenticator, authorization[0]):
@@ -236,26 +240,23 @@ class AdminAuthorizer:
             matches |= hmac.compare_digest(presented, f"Bearer {admin_token(secret)}".encode())
         return matches
 
-    def _authorize(
-        self, principal: Principal, method: MethodDescriptor, verb: Verb, request: Message, peer: str
-    ) -> AdminCaller:
-        own_tenant = principal.tenant.name
+    def authorize(self, principal: Principal, method: AdminMethod, request: Message, peer: str) -> AdminCaller:
+        """Check a request against the rule of its method, and return its caller. `peer`: the caller's address. Raises
+        CallError: PERMISSION_DENIED, NOT_FOUND for another tenant."""
+        verb, own_tenant = method.verb, principal.tenant.name
         all_tenants = is_allowed(principal, verb.grant)
         caller = AdminCaller(principal, peer, "" if all_tenants else own_tenant)
         if not all_tenants and (verb.cluster_wide or not is_allowed(principal, verb.grant, own_tenant)):
             self._denied(caller, method, "denied")
-            raise CallError(
-                Outcome.PERMISSION_DENIED,
-                f"the role {principal.role} may not call {method.containing_service.name}.{method.name}",
-            )
+            raise CallError(Outcome.PERMISSION_DENIED, f"the role {principal.role} may not call {method.name}")
         tenant = _named_tenant(request, verb)
         if caller.scope and tenant and tenant != caller.scope:
             self._denied(caller, method, "not_found")
             raise CallError(Outcome.NOT_FOUND, f"tenants/{tenant} does not exist")
         return caller
 
-    def _denied(self, caller: AdminCaller, method: MethodDescriptor, outcome: str) -> None:
-        self.audit(caller, "auth_failure", "authorize", method.full_name, outcome=outcome)
+    def _denied(self, caller: AdminCaller, method: AdminMethod, outcome: str) -> None:
+        self.audit(caller, "auth_failure", "authorize", method.descriptor.full_name, outcome=outcome)
 
     def audit(
         self,
@@ -292,7 +293,7 @@ class AdminAuthorizer:
 
 def details_of(caller: AdminCaller) -> dict[str, str]:
     """Return the caller's role and tenant (`of`, "" for none), as details of an audit event."""
-    has_tenant = caller.principal not in (_LOOPBACK_OPERATOR, _SECRET_HOLDER)
+    has_tenant = caller.principal not in (LOOPBACK_OPERATOR, _SECRET_HOLDER)
     return {"role": caller.principal.role, "of": caller.principal.tenant.name if has_tenant else ""}
 
 
@@ -314,18 +315,20 @@ def _decoded(kind: type[Message], data: bytes) -> Message:
         request = kind.FromString(data)
     except DecodeError as error:
         raise invalid("", f"is not a message of this method: {error}") from None
-    _check_texts(request, "")
+    check_texts(request)
     return request
 
 
-def _check_texts(message: Message, path: str) -> None:
+def check_texts(message: Message, path: str = "") -> None:
+    """Check that a database can store the texts in a request. `path`: the path of the message in the request, with a
+    dot at its end. Raises CallError, which names the field."""
     for field, value in message.ListFields():
         name = f"{path}{field.name}"
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             texts = [text for pair in value.items() for text in pair if isinstance(text, str)]
         elif field.message_type is not None:
             for nested in value if field.is_repeated else [value]:
-                _check_texts(nested, f"{name}.")
+                check_texts(nested, f"{name}.")
             continue
         else:
             texts = [item for item in (value if field.is_repeated else [value]) if isinstance(item, str)]

@@ -15,9 +15,11 @@ from cluster.admin.v1 import adapters_pb2, catalog_pb2, routing_pb2
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.api.adapters import AdapterSpec, full_name
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.api.types import DrainState, VersionShare
+from cluster.api.types import VersionShare
 from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminCaller
 from cluster.gateway.apis.grpc.inference import paginate
+from cluster.gateway.console.live import LiveOverview
+from cluster.gateway.console.rows import worker_state
 from cluster.gateway.links.hub import Hub
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
@@ -44,10 +46,12 @@ class FleetAdmin:
         service: CallService,
         authorizer: AdminAuthorizer,
         explainer: RouteExplainer,
+        live: LiveOverview,
         siblings: Siblings | None = None,
     ) -> None:
         """`siblings`: the other processes of this gateway, if any."""
         self._hub = hub
+        self._live = live
         self._explainer = explainer
         self._siblings = siblings
         self._service = service
@@ -149,6 +153,15 @@ class FleetAdmin:
         """Explain where the sequences of a call went. All gateway processes of this host are asked."""
         return await self._explainer.explain(request, caller)
 
+    async def GetOverview(self, request: pb.GetOverviewRequest, caller: AdminCaller) -> pb.GetOverviewResponse:
+        """Return the state of the cluster as the caller may see it."""
+        from cluster.gateway.console import deltas  # not at the start of the process: deferred_imports.py
+
+        document = await self._live.document(caller.scope)
+        if not request.with_calls:
+            document = document | {"calls": []}
+        return pb.GetOverviewResponse(document=await deltas.encode(document))
+
 
 class CatalogAdmin:
     """The Catalog service: the models that this gateway knows, with their state."""
@@ -235,14 +248,6 @@ def _matching_links(links: Sequence[WorkerLink], target: str) -> Sequence[Worker
     return named or [link for link in links if target in (link.identity.pod, link.identity.host, link.identity.node)]
 
 
-def _state(link: WorkerLink) -> str:
-    """Return the state of a worker. A worker that has reported DRAINED is shown as DRAINING while a call runs, because
-    the gateway may have sent that call before the report arrived."""
-    if link.drain_state is DrainState.DRAINED and (link.running or link.load.running):
-        return DrainState.DRAINING.value
-    return "READY" if link.takes_new_requests else link.drain_state.value
-
-
 def _worker(link: WorkerLink) -> pb.Worker:
     return pb.Worker(
         worker_id=link.identity.worker_id,
@@ -250,7 +255,7 @@ def _worker(link: WorkerLink) -> pb.Worker:
         model=link.identity.model,
         node=link.identity.node,
         ray_cluster=link.identity.ray_cluster,
-        state=_state(link),
+        state=worker_state(link),
         running=link.load.running,
         waiting=link.load.waiting,
         kv_usage=link.load.kv_usage,

@@ -1,4 +1,5 @@
-"""Admin requests to the other gateway processes of this host: aborts and explanations of calls. The requests go to the
+"""Requests to the other gateway processes of this host: aborts and explanations of calls, and what the console needs of
+them. The requests go to the
 link ports of these processes, since the processes have no admin port.
 
 Each request carries a tag that is derived from the cluster's secret. A tag is valid for one request, for at most two
@@ -8,13 +9,15 @@ minutes. So a program that has taken the port of a dead process cannot make othe
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
+from google.protobuf.wrappers_pb2 import BytesValue
 
 from cluster.admin.v1 import admin_pb2, routing_pb2
 from cluster.api.outcomes import CallError, Outcome
@@ -28,7 +31,10 @@ TIMEOUT_S = 2.0
 WINDOW_S = 60.0
 SERVICE = "cluster.admin.v1.Fleet"
 TAG = "x-headrace-tag-bin"
+CONSOLE = "AskConsole"
+"""Method for questions of the console, and their answers, as JSON."""
 METHODS: Mapping[str, tuple[Any, Any]] = {
+    CONSOLE: (BytesValue, BytesValue),
     "AbortRequest": (admin_pb2.AbortRequestRequest, admin_pb2.AbortRequestResponse),
     "ExplainRequest": (routing_pb2.ExplainRequestRequest, routing_pb2.ExplainRequestResponse),
 }
@@ -47,7 +53,7 @@ class Siblings:
         gateway: GatewaySettings,
         process: int,
         secrets: Sequence[bytes],
-        answers: Mapping[str, Callable[[Any], Message]],
+        answers: Mapping[str, Callable[[Any], Message | Awaitable[Message]]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         host = gateway.listen.link.rsplit(":", 1)[0]
@@ -55,7 +61,9 @@ class Siblings:
         self._addresses = [f"{dial_host}{port}" for port in gateway.siblings(process)]
         self._tls = gateway.link_tls
         self._secrets = tuple(secrets)
-        self._answers = answers
+        self._answers = dict(answers)
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        """The kept connections to the other processes, for the console, which asks every second."""
         self._clock = clock
 
     # ---- requests
@@ -67,25 +75,51 @@ class Siblings:
         return [answer for answer in answers if answer is not None], answers.count(None)
 
     async def _ask(self, address: str, method: str, request: Message) -> Message | None:
-        async with _channel(address, self._tls) as channel:
-            call: Any = channel.unary_unary(
-                f"/{SERVICE}/{method}",
-                request_serializer=lambda message: message.SerializeToString(),
-                response_deserializer=METHODS[method][1].FromString,
-            )
-            metadata = ((TAG, self._tag(method, request)),) if self._secrets else ()
-            try:
-                answer: Message = await call(request, timeout=TIMEOUT_S, metadata=metadata)
-            except grpc.aio.AioRpcError:
-                return None
-            return answer
+        if method != CONSOLE:
+            async with _channel(address, self._tls) as channel:
+                return await self._ask_on(channel, method, request)
+        if (kept := self._channels.get(address)) is None:
+            kept = self._channels[address] = _channel(address, self._tls)
+        answer = await self._ask_on(kept, method, request)
+        if answer is None:
+            await self._forget(address)
+        return answer
+
+    async def _ask_on(self, channel: grpc.aio.Channel, method: str, request: Message) -> Message | None:
+        call: Any = channel.unary_unary(
+            f"/{SERVICE}/{method}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=METHODS[method][1].FromString,
+        )
+        metadata = ((TAG, self._tag(method, request)),) if self._secrets else ()
+        try:
+            answer: Message = await call(request, timeout=TIMEOUT_S, metadata=metadata)
+        except grpc.aio.AioRpcError:
+            return None
+        return answer
+
+    async def _forget(self, address: str) -> None:
+        """Close the kept connection to a process that has not answered, so that the next question connects at once,
+        with the certificate files as they are then."""
+        channel = self._channels.pop(address, None)
+        if channel is not None:
+            await channel.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for address in list(self._channels):
+            await self._forget(address)
+
+    def answer(self, method: str, function: Callable[[Any], Message | Awaitable[Message]]) -> None:
+        """Set the function that answers a method."""
+        self._answers[method] = function
 
     def _tag(self, method: str, request: Message) -> bytes:
         return derive(self._secrets[0], "sibling-request", *self._parts(method, request, 0))
 
-    def _parts(self, method: str, request: Any, windows_back: int) -> tuple[str, ...]:
+    def _parts(self, method: str, request: Message, windows_back: int) -> tuple[str, ...]:
         window = int(self._clock() // WINDOW_S) - windows_back
-        return method, request.request_id, request.parent, str(window)
+        return method, request.SerializeToString(deterministic=True).hex(), str(window)
 
     # ---- answers
 
@@ -101,7 +135,8 @@ class Siblings:
                     Outcome.PERMISSION_DENIED, "only another process of this gateway may call this method"
                 )
                 await context.abort(grpc_code(error), error.message, trailers(error))
-            return self._answers[method](request)
+            answered = self._answers[method](request)
+            return await answered if inspect.isawaitable(answered) else answered
 
         return grpc.unary_unary_rpc_method_handler(
             answer,

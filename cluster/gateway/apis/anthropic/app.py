@@ -20,6 +20,7 @@ from cluster.gateway.apis.http.exchange import (
     Scope,
     Send,
     as_headers,
+    by_credentials,
     while_connected,
 )
 from cluster.gateway.apis.http.protocol import CONNECTION
@@ -48,10 +49,10 @@ class AnthropicApi:
 
     def endpoints(self) -> Mapping[str, Application]:
         """Return the endpoints by path. The paths of models are also those of OpenAI's API."""
-        authenticator = self._service.authenticator
+        authenticate = by_credentials(self._service.authenticator)
 
         def endpoint(method: str, answer: Callable[[Exchange], Awaitable[None]]) -> Endpoint:
-            return Endpoint(FORM, method, answer, authenticator)
+            return Endpoint(FORM, method, answer, authenticate)
 
         return {
             MESSAGES: endpoint("POST", self._messages),

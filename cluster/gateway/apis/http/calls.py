@@ -27,8 +27,10 @@ AFFINITY_HEADER = b"x-headrace-affinity"
 class HttpCalls:
     """Reads requests for a CallService and streams answers, for all APIs of one HTTP port."""
 
-    def __init__(self, service: CallService, bodies: RequestBodies) -> None:
+    def __init__(self, service: CallService, bodies: RequestBodies, api: str = "http") -> None:
+        """`api`: name of the API in metrics and in the access log."""
         self.service = service
+        self._api = api
         self._bodies = bodies
         self._delivery: ChunkDelivery | None = None
 
@@ -53,7 +55,7 @@ class HttpCalls:
         trace = traceparent(exchange.header(b"traceparent"))
         meta = CallMeta(
             exchange.request_id,
-            "http",
+            self._api,
             traceparent=trace,
             trace_state=trace_state(exchange.header(b"tracestate")) if trace else "",
             principal=exchange.principal,

@@ -21,6 +21,7 @@ from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Authenticator, Credentials, alternative_names
 from cluster.gateway.calls.stream_writer import Transport
 from cluster.observe.log import CallFields, ids_of_call
+from cluster.policy.tenants.identity import Principal
 
 log = structlog.get_logger("http")
 
@@ -202,10 +203,23 @@ def _pieces(parts: Sequence[bytes | bytearray]) -> Iterator[bytes]:
         yield b"".join(some)
 
 
+Authenticate = Callable[[Exchange], Awaitable[Principal]]
+"""Function that returns the principal of a request, or raises CallError or Refused."""
+
+
+def by_credentials(authenticator: Authenticator) -> Authenticate:
+    """Return the function that authenticates requests by their API key, JWT or client certificate."""
+
+    async def authenticate(exchange: Exchange) -> Principal:
+        return await authenticator.principal(exchange.credentials(authenticator.by_certificate))
+
+    return authenticate
+
+
 class Endpoint:
     """The ASGI application of one route. It checks the HTTP method and maps errors to responses.
 
-    If there is an `authenticator`, the caller is authenticated before the body is read.
+    If there is an `authenticate`, the caller is authenticated before the body is read.
     """
 
     def __init__(
@@ -213,10 +227,10 @@ class Endpoint:
         form: ApiForm,
         method: str,
         answer: Callable[[Exchange], Awaitable[None]],
-        authenticator: Authenticator | None = None,
+        authenticate: Authenticate | None = None,
     ) -> None:
         self._form = form
-        self._authenticator = authenticator
+        self._authenticate = authenticate
         self._methods = ("GET", "HEAD") if method == "GET" else (method,)
         self._answer = answer
 
@@ -226,10 +240,8 @@ class Endpoint:
             if scope["method"] not in self._methods:
                 allow = [(b"allow", ", ".join(self._methods).encode())]
                 raise Refused(405, "method_not_allowed", f"use {self._methods[0]} on {scope['path']}", allow)
-            if self._authenticator is not None:
-                exchange.principal = await self._authenticator.principal(
-                    exchange.credentials(self._authenticator.by_certificate)
-                )
+            if self._authenticate is not None:
+                exchange.principal = await self._authenticate(exchange)
                 scope[CONNECTION].mark_authenticated()
             with CallFields(exchange.log_fields):
                 await self._answer(exchange)

@@ -13,12 +13,12 @@ from cluster.gateway.apis.http.protocol import CONNECTION
 
 def routed(endpoints: Mapping[str, Application], not_found: Application) -> Application:
     """Return the ASGI application with these endpoints by path. `not_found`: answers all other paths."""
-    routes = [Route(path, endpoint, name=path) for path, endpoint in endpoints.items()]
+    routes = [Route(path, endpoint, name=path) for path, endpoint in endpoints.items() if "{" in path]
     router = Router(routes, redirect_slashes=False, default=not_found)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        """Look up the path in the table before the router is asked. The router tries one expression after the other,
-        and most paths need no expression."""
+        """Look up the path in the table before the router is asked. The router tries one expression after the other, so
+        it has only the paths with parameters."""
         endpoint = endpoints.get(scope.get("path", "")) if scope["type"] == "http" else None
         await (endpoint or router)(scope, receive, send)
 

@@ -13,10 +13,12 @@ from cluster.gateway.apis.http.body import Refused
 from cluster.gateway.apis.http.calls import HttpCalls
 from cluster.gateway.apis.http.exchange import (
     Application,
+    Authenticate,
     Endpoint,
     ErrorAnswer,
     Exchange,
     as_headers,
+    by_credentials,
     retry_headers,
     while_connected,
 )
@@ -71,17 +73,19 @@ _COMPLETION = _Kind("completion", answers.CompletionStream, answers.completion_a
 class OpenAiApi:
     """The OpenAI-compatible API of a CallService."""
 
-    def __init__(self, calls: HttpCalls) -> None:
+    def __init__(self, calls: HttpCalls, authenticate: Authenticate | None = None) -> None:
+        """`authenticate`: used instead of the authentication by API key, JWT or certificate."""
         self._service = calls.service
+        self._authenticate = authenticate or by_credentials(calls.service.authenticator)
         self._calls = calls
         self._created = int(time.time())
 
     def endpoints(self) -> Mapping[str, Application]:
         """Return the endpoints by path."""
-        authenticator, pooling = self._service.authenticator, PoolingEndpoints(self._calls)
+        pooling = PoolingEndpoints(self._calls)
 
         def endpoint(method: str, answer: Callable[[Exchange], Awaitable[None]]) -> Endpoint:
-            return Endpoint(FORM, method, answer, authenticator)
+            return Endpoint(FORM, method, answer, self._authenticate)
 
         return {
             "/v1/chat/completions": endpoint("POST", lambda exchange: self._call(_CHAT, exchange)),

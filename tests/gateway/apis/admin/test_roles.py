@@ -73,6 +73,7 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
         "Catalog.List": admin_pb2.ListRequest(),
         "Catalog.Get": admin_pb2.GetRequest(name="sim"),
         "Fleet.ExplainRequest": routing_pb2.ExplainRequestRequest(request_id="none", parent=name),
+        "Fleet.GetOverview": admin_pb2.GetOverviewRequest(),
         "Fleet.ExplainScaling": scaling_pb2.ExplainScalingRequest(name="sim"),
         "Catalog.Scale": scaling_pb2.ScaleRequest(name="sim", replicas=1),
         "Catalog.Freeze": scaling_pb2.FreezeRequest(name="sim"),
@@ -99,6 +100,7 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
         "Keys.Revoke": t.RevokeKeyRequest(name=f"{name}/keys/{world.keys[tenant, 'revoke']}", reason="x"),
         "Usage.Query": u.QueryUsageRequest(parent=name),
         "Usage.Export": u.ExportUsageRequest(parent=name),
+        "Usage.QuerySlo": u.QuerySloRequest(parent=name),
         "Audit.List": u.ListAuditRequest(parent=name),
     }
     return made[verb]
@@ -130,7 +132,7 @@ TABLE = {
     **dict.fromkeys(BY_CONTROLLER, ((NO, NO, AWAY), (NO, NO, AWAY))),
     "Tenants.Create": RULE,
     "Tenants.Get": READ,
-    "Tenants.List": ((OK, OK, OK), (OK, OK, OK)),
+    **dict.fromkeys(("Fleet.GetOverview", "Tenants.List"), ((OK, OK, OK), (OK, OK, OK))),
     "Tenants.Update": RULE,
     "Tenants.Delete": RULE,
     "Tenants.Suspend": ((NO, NO, MISSING), (NO, NO, MISSING)),
@@ -141,6 +143,7 @@ TABLE = {
     "Keys.Revoke": KEYS,
     "Usage.Query": READ,
     "Usage.Export": READ,
+    "Usage.QuerySlo": READ,
     "Audit.List": READ,
 }
 

@@ -1,0 +1,152 @@
+"""Event streams of the console: each viewer's scope, and streams that end with their session."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from cluster.config.schema import parse
+from cluster.gateway.apis.http.exchange import Endpoint, Exchange, Receive, Scope, Send
+from cluster.gateway.apis.http.server import HttpServer
+from cluster.gateway.console.access import ConsoleAccess, Viewer
+from cluster.gateway.console.errors import FORM
+from cluster.gateway.console.sessions import ConsoleSession
+from cluster.gateway.console.streams import ViewerStreams
+from cluster.policy.tenants.identity import Principal
+from cluster.policy.tenants.policy import TenantPolicy
+from tests.support.cluster import LOOPBACK, until
+
+
+class CountingFeed:
+    """A feed that sends the viewer's tenant once and then waits for the client to leave."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.fails = False
+
+    async def events(self, scope: Scope, receive: Receive, send: Send, tenant: str) -> None:
+        """See Feed."""
+        self.open += 1
+        try:
+            if self.fails:
+                raise RuntimeError("the feed is broken")
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"x-tenant", tenant.encode())]})
+            await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            self.open -= 1
+
+    async def history(self, scope: Scope, receive: Receive, send: Send, tenant: str) -> None:
+        """See Feed."""
+        headers = [(b"content-length", b"%d" % len(tenant))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": tenant.encode(), "more_body": False})
+
+
+class Page:
+    """A server with one stream and the history, for a viewer that the test chooses."""
+
+    def __init__(self) -> None:
+        self.feed = CountingFeed()
+        self.changes: set[Callable[[], None]] = set()
+        self.wall = 1_800_000_000.0
+        settings = parse(LOOPBACK).gateway
+        self.access = ConsoleAccess(settings, None, lambda: [b"s" * 32], lambda: self.wall)
+        self.streams = ViewerStreams(self.access, self.feed, self.changes)
+        self.viewer = self.viewer_for(60)
+        self.port = 0
+
+    def viewer_for(self, seconds: float, role: str = "operator", tenant: str = "ops") -> Viewer:
+        """Return a viewer whose session lasts for some seconds."""
+        session = ConsoleSession.begin("nobody", "", tenant, role, expires_at_s=self.wall + seconds)
+        principal = Principal(TenantPolicy(tenant), role)
+        return Viewer(session, principal, principal)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        act: Any = self.streams.events if scope["path"] == "/events" else self.streams.history
+
+        async def answer(exchange: Exchange) -> None:
+            await act(exchange, self.viewer)
+
+        await Endpoint(FORM, "GET", answer)(scope, receive, send)
+
+    async def get(self, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Send a request and return the connection."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(f"GET {path} HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+        return reader, writer
+
+
+@pytest.fixture
+async def page() -> AsyncIterator[Page]:
+    """Provide a running page."""
+    page = Page()
+    server = HttpServer(page)
+    page.port = await server.start("127.0.0.1", 0)
+    yield page
+    page.streams.close()
+    await server.stop(5)
+
+
+@pytest.mark.parametrize(
+    ("role", "scope"), [("operator", ""), ("viewer", ""), ("tenant_admin", "acme"), ("caller", "acme")]
+)
+async def test_each_role_has_its_scope(page: Page, role: str, scope: str) -> None:
+    """Operators and viewers see all tenants; the others see their own only."""
+    page.viewer = page.viewer_for(60, role, "acme")
+    reader, writer = await page.get("/events")
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    assert f"x-tenant: {scope}\r\n" in head
+    writer.close()
+    await until(lambda: not page.feed.open, "the stream has ended")
+    reader, writer = await page.get("/history")
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    assert await reader.readexactly(len(scope)) == scope.encode()
+    writer.close()
+
+
+async def test_a_stream_ends_with_its_session(page: Page) -> None:
+    """A stream ends in good form when a change ends its session, and goes on at any other change."""
+    reader, _ = await page.get("/events")
+    await reader.readuntil(b"data: {}\n\n")
+    for change in page.changes:
+        change()
+    await asyncio.sleep(0)
+    assert page.feed.open == 1
+    page.wall += 61
+    for change in page.changes:
+        change()
+    assert (await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 60)).endswith(b"0\r\n\r\n")
+    assert not page.feed.open
+
+
+async def test_a_stream_ends_when_its_session_expires(page: Page) -> None:
+    """A stream ends when its session expires, without any change."""
+    page.viewer = page.viewer_for(0.2)
+    reader, _ = await page.get("/events")
+    assert (await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 60)).endswith(b"0\r\n\r\n")
+
+
+async def test_streams_end_with_the_gateway(page: Page) -> None:
+    """All streams end when the gateway stops, so that it need not wait for them, and none begins after that."""
+    connections = [await page.get("/events") for _ in range(3)]
+    await until(lambda: page.feed.open == 3, "the streams have begun")
+    page.streams.close()
+    for reader, writer in connections:
+        await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 60)
+        writer.close()
+    await page.get("/events")
+    await until(lambda: not page.feed.open, "no stream is open")
+
+
+async def test_a_broken_feed_is_an_error(page: Page) -> None:
+    """A feed that fails before it answers gets the status 500, without its message."""
+    page.feed.fails = True
+    reader, _ = await page.get("/events")
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 500")
+    assert b"broken" not in head
