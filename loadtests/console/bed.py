@@ -31,7 +31,7 @@ EVENT_LIMIT = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class TestBed:
+class ConsoleBed:
     """A gateway, the pool of its workers, and keys of a caller and of an operator."""
 
     gateway: Child
@@ -46,7 +46,7 @@ class TestBed:
         return f"http://{self.endpoints['http']}"
 
 
-async def start(stage: Stage, name: str, workers: int, room: int) -> TestBed:
+async def start(stage: Stage, name: str, workers: int, room: int) -> ConsoleBed:
     """Start a gateway and workers with `room` sequences each, and wait until all are linked. Raises DidNotStart."""
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     home = stage.folder / f"{name}-tenants"
@@ -68,7 +68,7 @@ async def start(stage: Stage, name: str, workers: int, room: int) -> TestBed:
         return len(known) == workers
 
     await pool.until(linked, f"{workers} workers are linked", READY_S)
-    return TestBed(gateway, pool, dict(endpoints), caller, operator)
+    return ConsoleBed(gateway, pool, dict(endpoints), caller, operator)
 
 
 def _worker(link: str, bundle: Path, source: str, folder: Path, number: int) -> list[str]:
@@ -131,7 +131,7 @@ class ConsoleReader:
         try:
             writer.write(f"GET /console/events HTTP/1.1\r\nhost: {host}\r\ncookie: {cookie}\r\n\r\n".encode())
             self.status = int((await reader.readline()).split(b" ", 2)[1])
-            while line := await reader.readline():
+            while self.status == http.client.OK and (line := await reader.readline()):
                 self.bytes += len(line)
                 self.states += line.startswith(b"event: state")
                 self.deltas += line.startswith(b"event: delta")
@@ -140,7 +140,7 @@ class ConsoleReader:
 
 
 @asynccontextmanager
-async def open_consoles(bed: TestBed, cookie: str, count: int) -> AsyncIterator[Sequence[ConsoleReader]]:
+async def open_consoles(bed: ConsoleBed, cookie: str, count: int) -> AsyncIterator[Sequence[ConsoleReader]]:
     """Open consoles, and wait until each has its first document. Raises RuntimeError if one is refused."""
     readers = [ConsoleReader() for _ in range(count)]
     host = bed.endpoints["http"]
@@ -159,7 +159,7 @@ async def open_consoles(bed: TestBed, cookie: str, count: int) -> AsyncIterator[
 
 
 @asynccontextmanager
-async def streams(bed: TestBed, count: int, tokens: int) -> AsyncIterator[None]:
+async def streams(bed: ConsoleBed, count: int, tokens: int) -> AsyncIterator[None]:
     """Keep `count` streams running."""
     request = pb.ChatRequest(
         model=serving.MODEL, messages=[pb.Message(role="user", content="Tell me a long story")], max_tokens=tokens,

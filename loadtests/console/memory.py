@@ -44,10 +44,10 @@ async def measure(stage: Stage) -> list[Figure]:
     return [exact(ROW, grown["resident"] / MIB, ROWS[ROW], "MiB", note)]
 
 
-def fill() -> dict[str, int]:
+def fill(tenant_count: int = TENANTS, model_count: int = MODELS) -> dict[str, int]:
     """Fill a history, and return the growth of memory and the size of its arrays, in bytes."""
-    tenants = [f"tenant-{at:04}" for at in range(TENANTS)]
-    models = [f"model-{at:03}" for at in range(MODELS)]
+    tenants = [f"tenant-{at:04}" for at in range(tenant_count)]
+    models = [f"model-{at:03}" for at in range(model_count)]
     gc.collect()
     before = psutil.Process().memory_info().rss
     history = histories.History()

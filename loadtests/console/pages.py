@@ -86,7 +86,7 @@ async def measure(stage: Stage) -> list[Figure]:
     ]
 
 
-async def _updates(page: Page, bed: beds.TestBed, rounds: int) -> list[float]:
+async def _updates(page: Page, bed: beds.ConsoleBed, rounds: int) -> list[float]:
     """Cordon and uncordon a worker in turn, and return the seconds until the page shows each change."""
     found: list[float] = []
     with closing(Admin(Access(bed.endpoints["admin"], bed.operator))) as api:
@@ -101,7 +101,7 @@ async def _updates(page: Page, bed: beds.TestBed, rounds: int) -> list[float]:
     return found
 
 
-async def _first_view(browser: Browser, bed: beds.TestBed, cookies: Sequence[Any]) -> float:
+async def _first_view(browser: Browser, bed: beds.ConsoleBed, cookies: Sequence[Any]) -> float:
     """Open the console in a fresh browser that is signed in, and return the seconds until it shows the fleet."""
     context = await browser.new_context()
     try:

@@ -45,9 +45,11 @@ ADDRESSES = frozenset(
 """Keys of addresses, which are shown without user, password and query."""
 _PATH = re.compile(r"(^|_)(file|dir|folder)$")
 _SECRET = re.compile(
-    r"(?i)pass|pwd|secret|token|api_?key|private|credential|authorization|pepper|cookie|header|dsn|signature"
+    r"(?i)pass|pwd|secret|token|(api|access|account)[_-]?key|private|credential|authorization|bearer|pepper|cookie"
+    r"|header|dsn|signature"
 )
-_HARMLESS = re.compile(r"(?i)tokens?_|_tokens|^tokens|Tokens?Per|existingSecret|^[a-z]+Secret$|Key$|_file$|_expires_s$")
+_HARMLESS = re.compile(r"_tokens$|^tokens?_per_|TokensPer|^(existing|tls|gateway|worker|controller)Secret$|_file$")
+"""Keys that sound like a secret and hold a number of tokens, the name of a Kubernetes Secret, or a path."""
 _URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)([^\s/@\"'<>]+)@")
 _FORMS = (
     re.compile(r"(hr_[A-Za-z0-9]{1,32}_)[A-Za-z0-9]{8,}()"),

@@ -14,7 +14,7 @@ from cluster.gateway.console.live import LiveOverview, Names
 from cluster.gateway.console.lost_workers import LostWorkers
 from cluster.gateway.console.parts import PartMaker
 from cluster.gateway.console.peer_answers import PeerAnswers
-from cluster.gateway.console.peers import NO_PEERS, Peers
+from cluster.gateway.console.peers import NO_PEERS, FirstConnected, Peers
 from cluster.gateway.console.recent_calls import RecentCalls
 from cluster.gateway.console.scaling_reasons import ScalingReasons
 from cluster.gateway.console.survey import GatewayParts
@@ -92,17 +92,18 @@ def live_overview(sources: Sources) -> LiveOverview:
 
 def _peers(sources: Sources, answer: PeerAnswers) -> Peers:
     """Return the other processes: those of all hosts if the gateways share a store, else those of this host."""
-    url = sources.config.store.limits_url
-    if url:
-        from cluster.gateway.console.valkey_peers import ValkeyPeers
+    of_host: Peers = NO_PEERS
+    if sources.siblings is not None:
+        from cluster.gateway.console.sibling_peers import SiblingPeers, sibling_answer
 
-        return ValkeyPeers(url, sources.hub.gateway_id, answer)
-    if sources.siblings is None:
-        return NO_PEERS
-    from cluster.gateway.console.sibling_peers import SiblingPeers, sibling_answer
+        sources.siblings.answer(CONSOLE, sibling_answer(answer))
+        of_host = SiblingPeers(sources.siblings)
+    if not (url := sources.config.store.limits_url):
+        return of_host
+    from cluster.gateway.console.valkey_peers import ValkeyPeers
 
-    sources.siblings.answer(CONSOLE, sibling_answer(answer))
-    return SiblingPeers(sources.siblings)
+    of_all = ValkeyPeers(url, sources.hub.gateway_id, answer)
+    return FirstConnected(of_all, of_all.connected.is_set, of_host)
 
 
 def _charger(recent: RecentCalls, gpu_hour: Mapping[str, float]) -> Callable[[UsageRecord], None]:

@@ -56,7 +56,10 @@ async def merge(parts: Iterable[Part], at: float, has_cost: bool = True) -> Docu
     return {
         "at": round(at, 3),
         "step_s": 1.0,
-        "controller": {"age_s": round(min(ages), 1) if ages else None},
+        "controller": {
+            "age_s": round(min(ages), 1) if ages else None,
+            "gateways": max((n for part in chosen if (n := part["controller_gateways"])), default=None),
+        },
         "gateways": [part["gateway"] | {"age_s": round(max(at - part["at"], 0.0), 1)} for part in chosen],
         "models": await in_slices(_models(chosen)),
         "workers": await in_slices(_workers(chosen)),
@@ -218,7 +221,7 @@ def _tenant(rows: Sequence[Row], has_cost: bool) -> Row:
 
 
 def _use(limit: Row) -> tuple[float, float, str]:
-    return limit["used"], limit["limit"], limit.get("name", "")
+    return -1 if limit["used"] is None else limit["used"], limit["limit"], limit.get("name", "")
 
 
 def _of_sorted(values: Sequence[float], part: float) -> float | None:
@@ -240,7 +243,7 @@ async def view_of(document: Document, tenant: str, models: Callable[[], Mapping[
         "cluster": document["cluster"],
         "version": document["version"],
         "step_s": document["step_s"],
-        "controller": {"age_s": None},
+        "controller": {"age_s": None, "gateways": None},
         "gateways": nothing,
         "models": [_open_model(row, open_models[row["id"]]) for row in document["models"] if row["id"] in open_models],
         "workers": nothing,

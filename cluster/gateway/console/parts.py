@@ -7,7 +7,7 @@ which overview.py computes them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,10 +17,12 @@ from cluster.gateway.console.recent_calls import RecentCalls
 from cluster.gateway.console.rows import Row, ended_call_row, running_call_row
 from cluster.gateway.console.survey import Snapshot, Tally
 from cluster.policy.limits.budgets import BudgetUse
-from cluster.policy.tenants.policy import TenantPolicy
+from cluster.policy.limits.limits import Limit
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 
 Part = dict[str, Any]
 
+NO_LIMITS: Final = TenantLimits()
 FORMAT: Final = 1
 """Number of the form of a part. Processes of another release with another form are left out."""
 MAX_CALLS: Final = 2000
@@ -122,7 +124,7 @@ class PartMaker:
         self._window.add(shot)
         self._costs = {name: cost for name, cost in self._costs.items() if name in shot.tenants}
         interval_s = shot.now - before.now
-        limits = _limits(uses, budgets, policies)
+        limits = _limits(uses, budgets, policies, shot.tenants)
         tenants = await in_slices(
             self._tenant(name, shot, before, interval_s, limits.get(name) or Limits()) for name in shot.tenants
         )
@@ -134,6 +136,7 @@ class PartMaker:
             "format": FORMAT,
             "at": shot.epoch_s,
             "controller_age_s": shot.controller_age_s,
+            "controller_gateways": shot.controller_gateways,
             "gateway": {
                 "id": self._gateway,
                 "age_s": 0.0,
@@ -241,18 +244,26 @@ def _lag_ms(shot: Snapshot, before: Snapshot) -> float | None:
 
 
 def _limits(
-    uses: Sequence[tuple[str, str, float]], budgets: Sequence[BudgetUse], policies: Mapping[str, TenantPolicy]
+    uses: Sequence[tuple[str, str, float]],
+    budgets: Sequence[BudgetUse],
+    policies: Mapping[str, TenantPolicy],
+    names: Iterable[str],
 ) -> dict[str, Limits]:
-    """Return each tenant's limits with what is used of them, as far as known, and its budget that is nearest to its
-    end. `uses`: tenant, limit and used fraction."""
+    """Return the limits of some tenants with what is used of them, None where that is not known, and each one's budget
+    that is nearest to its end. `uses`: tenant, limit and used fraction."""
     known: dict[str, Limits] = {}
-    for tenant, name, ratio in uses:
+    for tenant in names:
         policy = policies.get(tenant)
-        limit = None if policy is None else getattr(policy.limits, name, None)
-        if limit is not None:
-            known.setdefault(tenant, Limits()).limits[name] = {"used": round(ratio * limit), "limit": limit}
+        if policy is not None and policy.limits != NO_LIMITS:
+            limits = {name: getattr(policy.limits, name) for name in Limit}
+            known[tenant] = Limits(
+                {name.value: {"used": None, "limit": limit} for name, limit in limits.items() if limit is not None}
+            )
+    for tenant, name, ratio in uses:
+        if tenant in known and (row := known[tenant].limits.get(name)) is not None:
+            row["used"] = round(ratio * row["limit"])
     for use in sorted(budgets, key=lambda use: use.ratio):
-        own = known.setdefault(use.tenant, Limits())
-        own.limits[use.budget] = {"used": use.used_tokens, "limit": use.limit_tokens}
-        own.budget = {"name": use.budget, "used": use.used_tokens, "limit": use.limit_tokens, "currency": "tokens"}
+        if (own := known.get(use.tenant)) is not None:
+            own.limits[use.budget] = {"used": use.used_tokens, "limit": use.limit_tokens}
+            own.budget = {"name": use.budget, "used": use.used_tokens, "limit": use.limit_tokens, "currency": "tokens"}
     return known

@@ -21,8 +21,11 @@ SHOWN_S: Final = 10.0
 """Seconds after its end for which a call is in each part."""
 FIRST_ANSWER_S: Final = 0.2
 """Seconds for which the first document of a console waits for the other processes."""
-MAX_PART_BYTES: Final = 16 << 20
+PIECE_ROWS: Final = 400
+"""Number of rows that are encoded and decoded at once, about two milliseconds."""
+MAX_PIECE_BYTES: Final = 4 << 20
 MAX_PEERS: Final = 256
+PART_LISTS: Final = ("workers", "models", "tenants", "calls")
 
 Columns = Mapping[str, Sequence[float | None]]
 Question = Mapping[str, Any]
@@ -119,6 +122,83 @@ class PeerParts:
     def _forget(self, now: float) -> None:
         for name in [name for name, peer in self._peers.items() if now - peer.at > EXPIRES_S]:
             del self._peers[name]
+
+
+@dataclass(slots=True)
+class _Unfinished:
+    number: int
+    part: Part
+    left: int
+
+
+class PartAssembler:
+    """Parts of which the pieces arrive one after the other, by their source."""
+
+    def __init__(self) -> None:
+        self._unfinished: dict[str, _Unfinished] = {}
+
+    def add(self, source: str, number: int, piece: Mapping[str, Any]) -> Part | None:
+        """Add a piece of a part. Returns the part with its last piece, else None. Pieces of an older part are dropped.
+        `number`: the same for all pieces of a part."""
+        if "part" in piece:
+            part = {name: [] for name in PART_LISTS} | piece["part"]
+            if len(self._unfinished) >= MAX_PEERS:
+                self._unfinished.clear()
+            self._unfinished[source] = _Unfinished(number, part, piece["pieces"])
+        known = self._unfinished.get(source)
+        if known is None or known.number != number:
+            return None
+        if "list" in piece:
+            known.part[piece["list"]].extend(piece["rows"])
+        known.left -= 1
+        if known.left > 0:
+            return None
+        del self._unfinished[source]
+        return known.part
+
+
+def pieces_of(part: Part) -> Sequence[Mapping[str, Any]]:
+    """Return a part in pieces for a PartAssembler."""
+    if sum(len(part[name]) for name in PART_LISTS) <= PIECE_ROWS:
+        return [{"part": part, "pieces": 1}]
+    rows = [
+        {"list": name, "rows": part[name][at : at + PIECE_ROWS]}
+        for name in PART_LISTS
+        for at in range(0, len(part[name]), PIECE_ROWS)
+    ]
+    head = {name: value for name, value in part.items() if name not in PART_LISTS}
+    return [{"part": head, "pieces": len(rows) + 1}, *rows]
+
+
+class FirstConnected:
+    """The other processes of all hosts while the store is reachable, else those of this host. Implements Peers."""
+
+    def __init__(self, of_all: Peers, is_connected: Callable[[], bool], of_host: Peers) -> None:
+        self._of_all = of_all
+        self._is_connected = is_connected
+        self._of_host = of_host
+
+    @property
+    def _current(self) -> Peers:
+        return self._of_all if self._is_connected() else self._of_host
+
+    def start(self) -> None:
+        """See Peers."""
+        self._of_all.start()
+        self._of_host.start()
+
+    async def parts(self, now: float) -> Sequence[Part]:
+        """See Peers."""
+        return await self._current.parts(now)
+
+    async def history(self, query: Question) -> Sequence[Columns]:
+        """See Peers."""
+        return await self._current.history(query)
+
+    async def close(self) -> None:
+        """See Peers."""
+        await self._of_all.close()
+        await self._of_host.close()
 
 
 def part_for_peers(part: Part, has_all: bool) -> Part:

@@ -8,12 +8,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import orjson
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from cluster.gateway.apis.admin.siblings import CONSOLE, Siblings
 from cluster.gateway.console.parts import Part
-from cluster.gateway.console.peers import FIRST_ANSWER_S, Answer, Columns, PeerParts, Question
+from cluster.gateway.console.peers import (
+    FIRST_ANSWER_S,
+    Answer,
+    Columns,
+    PartAssembler,
+    PeerParts,
+    Question,
+    pieces_of,
+)
 
 IDLE_S: Final = 3.0
 
@@ -45,16 +52,28 @@ class SiblingPeers:
         return self._parts.current(self._clock())
 
     async def _ask(self, needs_all: bool) -> None:
-        for part in await self._answers({"kind": "part", "has_all": needs_all}):
-            self._parts.put(part, self._clock())
+        import orjson  # not at the start of the process: deferred_imports.py
+
+        for lines in await self._answers({"kind": "part", "has_all": needs_all}):
+            assembler = PartAssembler()
+            for line in lines:
+                part = assembler.add("", 0, orjson.loads(line))
+                if part is not None:
+                    self._parts.put(part, self._clock())
+                await asyncio.sleep(0)
 
     async def history(self, query: Question) -> Sequence[Columns]:
         """See Peers."""
-        return await self._answers({"kind": "history", "query": query})
+        import orjson
 
-    async def _answers(self, question: Question) -> Sequence[dict[str, Any]]:
+        answers = await self._answers({"kind": "history", "query": query})
+        return [orjson.loads(line) for lines in answers for line in lines]
+
+    async def _answers(self, question: Question) -> Sequence[Sequence[bytes]]:
+        import orjson
+
         answers, _ = await self._siblings.ask(CONSOLE, BytesValue(value=orjson.dumps(question)))
-        return [orjson.loads(answer.value) for answer in answers if answer.value]
+        return [answer.value.splitlines() for answer in answers]
 
     async def close(self) -> None:
         """See Peers."""
@@ -65,10 +84,17 @@ class SiblingPeers:
 
 
 def sibling_answer(answer: Answer) -> Callable[[BytesValue], Any]:
-    """Return the function that answers a sibling's question."""
+    """Return the function that answers a sibling's question, with one line of JSON for each piece of the answer."""
 
     async def respond(request: BytesValue) -> BytesValue:
-        found = await answer(orjson.loads(request.value))
-        return BytesValue(value=b"" if found is None else orjson.dumps(found))
+        import orjson
+
+        question = orjson.loads(request.value)
+        found = await answer(question)
+        lines = []
+        for piece in () if found is None else pieces_of(dict(found)) if question["kind"] == "part" else [found]:
+            lines.append(orjson.dumps(piece))
+            await asyncio.sleep(0)
+        return BytesValue(value=b"\n".join(lines))
 
     return respond

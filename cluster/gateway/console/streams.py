@@ -64,7 +64,9 @@ class ViewerStreams:
     async def events(self, exchange: Exchange, viewer: Viewer) -> None:
         """Answer with the events of a viewer until the client, the session or the gateway ends them."""
         response = _Response(exchange.send)
-        work = self._feed.events(exchange.scope, exchange.receive, response.send, viewer.scope, lambda: True)  # _recheck ends it
+        work = self._feed.events(
+            exchange.scope, exchange.receive, response.send, viewer.scope, lambda: True
+        )  # _recheck ends it
         task = asyncio.ensure_future(work)
         self._open[task] = viewer
         timer = asyncio.get_running_loop().call_later(self._access.seconds_left(viewer.session), task.cancel)

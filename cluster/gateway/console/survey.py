@@ -70,6 +70,8 @@ class Snapshot:
     model_rows: list[Row] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     controller_age_s: float | None = None
+    controller_gateways: int | None = None
+    """Number of gateway processes to which the controller has links."""
     lag: tuple[float, int] = (0.0, 0)
     """Sum of the delays of the event loop in seconds, and number of measurements, since the start."""
 
@@ -114,6 +116,7 @@ class Survey:
             )
         heard = parts.hub.heard_at
         shot.controller_age_s = None if heard is None else max(time.monotonic() - heard, 0.0)
+        shot.controller_gateways = parts.hub.controller.gateways or None
         lag = parts.metrics.histogram(LAG)
         shot.lag = (lag.sum, sum(lag.counts))
         return shot

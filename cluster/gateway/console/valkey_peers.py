@@ -21,11 +21,13 @@ from redis.exceptions import RedisError
 from cluster.gateway.console.parts import Part
 from cluster.gateway.console.peers import (
     FIRST_ANSWER_S,
-    MAX_PART_BYTES,
+    MAX_PIECE_BYTES,
     Answer,
     Columns,
+    PartAssembler,
     PeerParts,
     Question,
+    pieces_of,
 )
 
 log = structlog.get_logger("console")
@@ -58,6 +60,7 @@ class ValkeyPeers:
         self._answering: set[asyncio.Future[None]] = set()
         self._pubsub: Any = None
         self._parts = PeerParts()
+        self._assembler = PartAssembler()
         self._arrived = asyncio.Event()
         self._numbers = itertools.count(1)
         self._histories: dict[int, asyncio.Queue[Columns]] = {}
@@ -174,15 +177,17 @@ class ValkeyPeers:
         """Handle a message. One that is not understood is left out, as of another release."""
         import orjson
 
-        if len(data) > MAX_PART_BYTES:
+        if len(data) > MAX_PIECE_BYTES:
             return
         try:
             message = orjson.loads(data)
             if message["from"] == self._gateway:
                 return
             if channel == PARTS:
-                self._parts.put(message["part"], self._clock())
-                self._arrived.set()
+                part = self._assembler.add(message["from"], message["number"], message["piece"])
+                if part is not None:
+                    self._parts.put(part, self._clock())
+                    self._arrived.set()
             elif channel == QUESTIONS:
                 self._asked(message)
             elif (answers := self._histories.get(message["number"])) is not None:
@@ -201,8 +206,9 @@ class ValkeyPeers:
             self._spawn(self._send_part(question))
 
     async def _send_part(self, question: Question) -> None:
-        if (part := await self._answer(question)) is not None:
-            await self._publish(PARTS, {"part": part})
+        part, number = await self._answer(question), next(self._numbers)
+        for piece in () if part is None else pieces_of(dict(part)):
+            await self._publish(PARTS, {"number": number, "piece": piece})
 
     async def _send_history(self, question: Question) -> None:
         if (columns := await self._answer(question)) is not None:

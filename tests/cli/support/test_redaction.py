@@ -33,8 +33,10 @@ from cluster.cli.support.redaction import (
 SECRETS = st.text(string.ascii_letters + string.digits + "!%&/+=_-.~ äß漢", min_size=8, max_size=40).filter(
     lambda text: text.strip() == text and not text.isdecimal() and text not in REDACTED
 )
+KEYS = ("apiKey", "X-Api-Key", "clientSecret", "token_value", "DB_PASSWORD", "access_key", "dsn")
 PLACES = (
     "secret file", "header file", "database password", "limits password", "source user", "source query", "engine token",
+    *(f"key {name}" for name in KEYS),
     "unknown key", "nested below a secret", "environment", "webhook query",
 )  # fmt: skip
 ROUNDS = iter(range(1_000_000))
@@ -67,6 +69,8 @@ def configured(folder: Path, place: str, secret: str) -> dict[str, Any]:
         config["database_password"] = secret
     elif place == "nested below a secret":
         config["credentials"] = {"aws": [{"id": secret}]}
+    elif place.startswith("key "):
+        config["models"][0]["engine"] = {"inner": [{place.removeprefix("key "): secret}]}
     else:
         config["gateway"] = {"extraEnv": [{"name": "A_PASSWORD", "value": "x"}], "password": secret}
     return config
@@ -147,7 +151,7 @@ def test_harmless_settings_stay() -> None:
     expected = json.loads(json.dumps(config))
     expected["tenants"][0]["labels"]["cost"] = REDACTED
     expected["password"] = REDACTED
-    expected["tlsSecret"] = REDACTED
+    expected["tlsSecret"] = REDACTED  # unknown here, but no secret that is searched for
     assert kept == expected
     assert rules.secrets == {"12345678"}
     assert rules.left_out == {"tenants.labels.cost", "password", "tlsSecret"}

@@ -84,6 +84,7 @@ def part(draw: st.DrawFn) -> Part:
         "format": FORMAT,
         "at": draw(seconds),
         "controller_age_s": draw(st.none() | rates),
+        "controller_gateways": draw(st.none() | st.just(3)),
         "gateway": {"id": gateway, "age_s": 0.0, "streams": draw(small), "process": 0},
         "workers": draw(workers(gateway)),
         "models": [
@@ -114,7 +115,7 @@ def part(draw: st.DrawFn) -> Part:
                 "requests": draw(small),
                 "cost_per_h": draw(rates),
                 "ttft_s": draw(st.lists(rates, max_size=3)),
-                "limits": {"daily_tokens": {"used": draw(small), "limit": 10}},
+                "limits": {"daily_tokens": {"used": draw(st.none() | small), "limit": 10}},
                 "budget": None,
             }
             for name in draw(st.lists(st.sampled_from(TENANTS), unique=True))
@@ -213,8 +214,8 @@ def _part_of(gateway: str, at: float, ended: dict[str, float]) -> Part:
         for name, when in ended.items()
     ]
     return {
-        "format": FORMAT, "at": at, "controller_age_s": None, "gateway": {"id": gateway}, "workers": [], "models": [],
-        "tenants": [], "calls": [*rows, {"id": "open", "tenant": "a", "state": "running"}],
+        "format": FORMAT, "at": at, "controller_age_s": None, "controller_gateways": None, "gateway": {"id": gateway},
+        "workers": [], "models": [], "tenants": [], "calls": [*rows, {"id": "open", "tenant": "a", "state": "running"}],
     }  # fmt: skip
 
 

@@ -33,9 +33,11 @@ async def test_a_killed_worker_is_shown_lost_and_its_calls_go_on_elsewhere(
         request = chat(max_tokens=400, ignore_eos=True)
         stream = asyncio.create_task(read_all(cluster.stub.StreamChat(request)))
         await until(lambda: any(row["worker"] == name and row["tokens"] for row in console.document["calls"]), "runs")
-        second = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         first.task.cancel()
         await until(lambda: (console.row("workers", name) or {}).get("state") == "LOST", "the worker is shown lost")
+        await until(lambda: console.document["calls"][0]["state"] == "resuming", "the call is shown to resume")
+        assert console.document["calls"][0]["worker"] is None
+        second = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
         other = second.identity.worker_id
         await until(lambda: console.row("workers", name)["resumed"] == 1, "it is shown resumed")  # type: ignore[index]
         (call,) = console.document["calls"]

@@ -14,6 +14,7 @@ import pytest
 from cluster.cli.local.ports import choose_ports
 from cluster.config.schema import parse
 from cluster.gateway.console.feed import Feed
+from cluster.gateway.console.peers import FirstConnected, PartAssembler, pieces_of
 from cluster.gateway.console.valkey_peers import ValkeyPeers
 from cluster.gateway.server import Gateway
 from cluster.wire.bundle import Bundle
@@ -62,8 +63,9 @@ async def _started(stack: AsyncExitStack, gateway: Gateway) -> TestCluster:
 
 def _peers(cluster: TestCluster) -> ValkeyPeers:
     peers = cluster.gateway.live.peers
-    assert isinstance(peers, ValkeyPeers)
-    return peers
+    assert isinstance(peers, FirstConnected)
+    assert isinstance(peers._of_all, ValkeyPeers)
+    return peers._of_all
 
 
 async def history_of(cluster: TestCluster, query: str) -> Any:
@@ -167,3 +169,19 @@ async def test_the_history_of_all_is_added(tmp_path: Path, checkpoint: Path, bun
         first, second = await asyncio.gather(tokens(0), tokens(1))
         assert first == second
         assert first != []
+
+
+def test_a_large_part_travels_in_pieces() -> None:
+    """A part with many rows is put together again from its pieces. Pieces of a part that was begun and not finished are
+    dropped."""
+    lists = {"workers": 1000, "models": 3, "tenants": 500, "calls": 2000}
+    part = {"format": 1, "at": 1.0, **{name: [{"id": at} for at in range(count)] for name, count in lists.items()}}
+    assembler, pieces = PartAssembler(), pieces_of(part)
+    assert assembler.add("g", 1, pieces[0]) is None
+    assert assembler.add("g", 1, pieces[1]) is None
+    found = [assembler.add("g", 2, piece) for piece in pieces]
+    assert found[:-1] == [None] * (len(pieces) - 1)
+    assert found[-1] == part
+    assert assembler.add("g", 1, pieces[2]) is None
+    small: dict[str, Any] = {"format": 1, **{name: [] for name in lists}}
+    assert [assembler.add("g", 3, piece) for piece in pieces_of(small)] == [small]
