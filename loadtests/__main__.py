@@ -36,6 +36,7 @@ SCENARIOS = {
     "agents": "tool calls and reasoning in ten formats beside vLLM's own server; real clients while workers die",
     "adapters": "embedding models and adapters beside vLLM's own server",
     "observe": "cost of metrics, traces and logs in the gateway, and its memory with many tenants",
+    "console": "the console in the browser: cost in the gateway, times, accessibility, hostile texts, roles, clicks",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 RUNNER_PARTS = {"faults": "engines", "adapters": "rows"}

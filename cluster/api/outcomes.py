@@ -78,6 +78,18 @@ class Outcome(enum.StrEnum):
     too."""
 
 
+SHORT_OF_CAPACITY = (
+    Outcome.QUEUE_FULL,
+    Outcome.SHED,
+    Outcome.DEADLINE_EXCEEDED,
+    Outcome.DEADLINE_UNREACHABLE,
+    Outcome.MODEL_LOADING,
+    Outcome.NO_WORKER,
+    Outcome.WORKER_LOST,
+)
+"""Outcomes that might have been prevented by more replicas."""
+
+
 @dataclass(frozen=True, slots=True)
 class OutcomeStatus:
     """Answer of the APIs to an outcome. `retry_after_s`: default delay before a retry, or None for no delay hint."""

@@ -446,6 +446,8 @@ class CatalogEntry:
     slo_ttft_s: float = 0.0
     """SLO for the time to first token, in seconds; 0: no SLO. `slo_itl_s` is the SLO for the time between tokens."""
     slo_itl_s: float = 0.0
+    slo_target: float = 0.0
+    """Share of the calls that should meet both SLOs; 0 without an SLO, and from a controller of an older release."""
     starting_since_s: float = 0.0
     """Time at which the model's first replica began to start, in seconds since the epoch; 0 while no first replica is
     starting."""

@@ -8,7 +8,7 @@ gateway's own certificate file, since the gateway is on this host.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -24,7 +24,8 @@ class Access:
     """Address, credential and TLS settings of an admin port.
 
     `roots` has the trusted certificates in PEM format; None means a connection without TLS. `name` is the name that
-    the certificate must have. `context` is the name of the context that has the address, if any.
+    the certificate must have. `context` is the name of the context that has the address, if any. `console` is the URL
+    of the cluster's console, "" if it is not known here.
     """
 
     address: str
@@ -32,6 +33,7 @@ class Access:
     roots: bytes | None = None
     name: str = ""
     context: str = ""
+    console: str = ""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -59,15 +61,26 @@ def admin_access(target: ClusterTarget) -> Access:
     is_local = run is not None and run.endpoints().get("admin") == address
     if run is not None and is_local:
         with contextlib.suppress(ConfigError):  # the file is from another release, or does not exist any more
-            local = local_access(address, load(run.config_file))
+            config = load(run.config_file)
+            local = local_access(address, config)
+            local = replace(local, console=console_url(config, run.endpoints().get("http", "")))
     own_key = api_key(target) if target.api_key_file or target.context else ""
-    key = own_key or local.key or api_key(target)
+    key, console = own_key or local.key or api_key(target), target.console or local.console
     if target.tls_ca is None or (is_local and target.tls_ca_is_general):
-        return Access(address, key, local.roots, local.name, target.context)
+        return Access(address, key, local.roots, local.name, target.context, console)
     try:
-        return Access(address, key, target.tls_ca.read_bytes(), context=target.context)
+        return Access(address, key, target.tls_ca.read_bytes(), context=target.context, console=console)
     except OSError as error:
         fail(f"--tls-ca {target.tls_ca}: cannot be read: {error.strerror}", USAGE)
+
+
+def console_url(config: Config, http: str) -> str:
+    """Return the URL of the console of a local cluster; "" without one. `http`: address of its HTTP port."""
+    gateway = config.gateway
+    if not gateway.console.enabled:
+        return ""
+    scheme = "http" if gateway.tls is None else "https"
+    return gateway.console.public_url or (f"{scheme}://{http}" if http else "")
 
 
 def local_access(address: str, config: Config) -> Access:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
+from urllib.parse import quote
 
 from google.protobuf.json_format import MessageToDict
 
@@ -26,6 +28,7 @@ class Admin:
 
     def __init__(self, access: Access) -> None:
         self.where = f"{access.context} ({access.address})" if access.context else access.address
+        self._console = access.console
         self._metadata = access.metadata
         self._channel = access.channel()
         self._fleet = admin_pb2_grpc.FleetStub(self._channel)
@@ -34,6 +37,12 @@ class Admin:
     def close(self) -> None:
         """Close the connection to the gateway."""
         self._channel.close()
+
+    def console_link(self, page: str, item: str = "") -> str:
+        """Return the URL of a page of the cluster's console, and of an item on it; "" if the console is not known."""
+        if not self._console:
+            return ""
+        return f"{self._console}/#/{page}" + (f"/{quote(item, safe='')}" if item else "")
 
     def workers(self) -> list[admin_pb2.Worker]:
         """Return the workers that are linked to this gateway. Raises grpc.RpcError."""
@@ -65,6 +74,17 @@ class Admin:
         """
         pages = list(self._pages(self._catalog.List, admin_pb2.ListRequest(page_size=PAGE_SIZE)))
         return [model for page in pages for model in page.models], pages[-1].age_s
+
+    def overview(self, *, with_calls: bool = True) -> dict[str, Any]:
+        """Return the state of the whole cluster as one document; docs/console.md names its fields.
+
+        Raises grpc.RpcError, and ValueError if the answer is not a JSON object.
+        """
+        request = admin_pb2.GetOverviewRequest(with_calls=with_calls)
+        document = json.loads(self.fleet("GetOverview", request).document)
+        if not isinstance(document, dict):
+            raise ValueError("the overview is not a JSON object")
+        return document
 
     def abort(self, request_id: str, tenant: str, reason: str) -> int:
         """Abort all calls with a request id on this gateway. Returns the number of aborted calls.

@@ -21,8 +21,11 @@ from cluster.cli.commands import (
     model_list,
     models,
     scale,
+    slo,
     status,
+    support_bundle,
     tenants,
+    top,
     traces,
     up,
     usage,
@@ -66,6 +69,7 @@ app.command()(embed.embed)
 app.command()(embed.rerank)
 app.command()(status.workers)
 app.command()(status.abort)
+app.command()(top.top)
 for verb in (drain.drain, drain.cordon, drain.uncordon, scale.scale, scale.freeze, scale.unfreeze):
     app.command()(verb)
 app.command()(models.apply)
@@ -86,10 +90,12 @@ app.add_typer(certs.app, name="certs")
 app.add_typer(tenants.tenants_app, name="tenants")
 app.add_typer(tenants.keys_app, name="keys")
 app.command()(usage.usage)
+app.command()(slo.slo)
 app.command()(traces.traces)
 app.command()(usage.audit)
 app.add_typer(db.db_app, name="db")
 app.add_typer(db.import_app, name="import")
+app.command()(support_bundle.support_bundle)
 app.command()(version.version)
 app.command()(version.completion)
 add_processes(app)
@@ -97,7 +103,7 @@ add_processes(app)
 
 @app.command("doctor")
 def doctor_command(as_json: JsonOption = False) -> None:
-    """List what this machine lacks, with the command that installs it."""
+    """List what this machine lacks, and how to install it."""
     findings = doctor.examine()
     if as_json:
         print_json([{"name": f.name, "missing": f.missing, "remedy": f.remedy, "found": f.found} for f in findings])

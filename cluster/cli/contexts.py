@@ -26,6 +26,7 @@ LOCAL = "local"
 """Reserved name: the local cluster, as if there were no contexts."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+_WEB = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?")
 _ADDRESS = re.compile(r"(?:unix|dns)://.+|(?:\[[0-9A-Fa-f:.%]+\]|[^:/\s\[\]]+):[0-9]{1,5}")
 
 
@@ -35,7 +36,7 @@ class ContextError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ClusterContext:
-    """One cluster: its addresses (host:port), the file of its CA, and where its API key is."""
+    """One cluster: its addresses (host:port), the file of its CA, where its API key is, and its console's URL."""
 
     name: str
     endpoint: str
@@ -43,6 +44,7 @@ class ClusterContext:
     tls_ca: str = ""
     api_key_file: str = ""
     api_key_env: str = ""
+    console: str = ""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or self.name == LOCAL:
@@ -57,6 +59,8 @@ class ClusterContext:
             raise ContextError("--api-key-env: give the name of a variable in capital letters, not a key")
         if self.api_key_env and self.api_key_file:
             raise ContextError("--api-key-file and --api-key-env: give one of them")
+        if self.console and not _WEB.fullmatch(self.console):
+            raise ContextError(f"--console {self.console!r}: give http:// or https://, a host, and no path")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,7 @@ class ClusterTarget:
     tls_ca: Path | None = None
     tls_ca_is_general: bool = False
     context: str = ""
+    console: str = ""
 
     @property
     def is_named(self) -> bool:
@@ -196,6 +201,7 @@ def select_target(typed: TypedOptions, environment: Mapping[str, str], contexts:
         tls_ca=typed.tls_ca or (Path(context.tls_ca) if context.tls_ca else general_ca),
         tls_ca_is_general=typed.tls_ca is None and not context.tls_ca,
         context=name,
+        console=context.console,
     )
 
 

@@ -19,11 +19,12 @@ from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, local_run, out
+from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, local_run, out, read_config
 from cluster.config.schema import cache_dir
 from cluster.config.tenants import Auth, Cost, Store, TenantDefaults
 from cluster.config.yaml_reader import NotYaml, load
 from cluster.ledger.rows import Prices
+from cluster.ledger.slo import SloObjective
 from cluster.policy.tenants.policy import PolicyError
 from cluster.process.private_files import make_private_folder
 
@@ -103,6 +104,17 @@ def read_settings(file: Path | None, database_url: str | None, pepper_file: Path
     local = f"sqlite:///{cache_dir() / 'ledger.db'}"
     made_here = not url or (not database_url and url.startswith("sqlite"))
     return Settings(url or local, not url, made_here, pepper, defaults, _section(Cost, data, "cost", file))
+
+
+def configured_slos(file: Path | None) -> dict[str, SloObjective]:
+    """Return the SLOs of the models in a configuration file, by the models' names; without a file, in the file of the
+    local cluster that is up. An invalid file ends the command with exit code 2."""
+    if file is None and (run := local_run()) is not None and run.config_file.exists():
+        file = run.config_file
+    if file is None:
+        return {}
+    models = read_config(file).models
+    return {model.name: SloObjective(model.slo.ttft_s, model.slo.itl_s, model.slo.target) for model in models}
 
 
 def _section(kind: type[Section], data: Mapping[str, Any], name: str, file: Path | None) -> Section | None:

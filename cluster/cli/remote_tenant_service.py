@@ -15,6 +15,7 @@ from cluster.client.errors import from_rpc
 from cluster.gateway.apis.admin import codec
 from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound, StoreUnavailable
 from cluster.ledger.rows import NewKey, Prices, StoredKey, StoredTenant, UsageQuery
+from cluster.ledger.slo import SloObjectives, SloSum
 from cluster.ledger.usage.records import UsageRecord
 
 TIMEOUT_S = 60.0
@@ -148,6 +149,13 @@ class RemoteTenantService:
                 yield from map(_record, page.records)
         except grpc.RpcError as error:
             raise self._converted(error) from None
+
+    def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
+        """See TenantService. The gateway uses the SLOs of its catalog."""
+        if objectives is not None:
+            raise LedgerError("objectives: a gateway uses the SLOs of its own catalog")
+        request = usage_pb2.QuerySloRequest(**_query_fields(wanted))
+        return [codec.slo_sum(item) for page in self._pages(self._usage.QuerySlo, request) for item in page.sums]
 
     def audit(
         self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0

@@ -21,7 +21,15 @@ import typer
 from cluster.cli.access import admin_access
 from cluster.cli.common import USAGE, fail, rpc_errors
 from cluster.cli.contexts import ClusterTarget
-from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, ledger_errors, open_ledger, read_settings
+from cluster.cli.ledger import (
+    ConfigOption,
+    PepperOption,
+    UrlOption,
+    configured_slos,
+    ledger_errors,
+    open_ledger,
+    read_settings,
+)
 from cluster.cli.shared_options import Command, with_options
 from cluster.cli.target_options import ADMIN_OPTIONS, target_of, typed_names
 from cluster.ledger.tenants.service import Actor, LedgerTenantService, TenantService
@@ -86,6 +94,7 @@ def open_tenant_service(where: TenantBackend, *, keys: bool = False) -> Iterator
                 settings.defaults.policy,
                 clock=time.time,
                 rates=settings.rates,
+                objectives=lambda: configured_slos(where.file),
             )
         return
     from cluster.cli.remote_tenant_service import RemoteTenantService

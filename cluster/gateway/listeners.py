@@ -19,6 +19,7 @@ from cluster.gateway.apis.grpc.inference import SERVICE, InferenceApi
 from cluster.gateway.apis.http.server import HttpServer
 from cluster.gateway.auth.tls import NewestContext
 from cluster.gateway.links.listener import bind_failure
+from cluster.gateway.models import ModelDirectory
 from cluster.gateway.service import CallService
 from cluster.policy.limits.request_bytes import ByteBounds, RequestBytes
 from cluster.process.descriptors import raise_descriptor_limit
@@ -115,13 +116,24 @@ def _add_reflection(server: http2.Server, names: Sequence[str]) -> None:
 
 
 def ledger_services(
-    config: Config, tenants: TenantAuthenticator | None, authorizer: AdminAuthorizer
+    config: Config, tenants: TenantAuthenticator | None, authorizer: AdminAuthorizer, directory: ModelDirectory
 ) -> dict[str, object]:
     """Return the services that read and change the ledger. If `tenants` is None, these services refuse all methods."""
     if tenants is None:
         return dict.fromkeys(("Tenants", "Keys", "Usage", "Audit"), NoLedger())
-    from cluster.gateway.apis.admin.ledger import AuditAdmin, KeysAdmin, TenantsAdmin, TenantServices, UsageAdmin
+    from cluster.gateway.apis.admin.ledger import (
+        AuditAdmin,
+        KeysAdmin,
+        TenantsAdmin,
+        TenantServices,
+        UsageAdmin,
+        objectives_of,
+    )
 
     shared = TenantServices(config, tenants, authorizer)
-    kinds = {"Tenants": TenantsAdmin, "Keys": KeysAdmin, "Usage": UsageAdmin, "Audit": AuditAdmin}
-    return {name: kind(shared) for name, kind in kinds.items()}
+    return {
+        "Tenants": TenantsAdmin(shared),
+        "Keys": KeysAdmin(shared),
+        "Usage": UsageAdmin(shared, lambda: objectives_of(directory.models)),
+        "Audit": AuditAdmin(shared),
+    }

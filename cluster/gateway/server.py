@@ -271,7 +271,7 @@ class Gateway:
         services: dict[str, object] = {
             "Fleet": FleetAdmin(self.hub, self.service, authorizer, self._explainer, self.live, self._siblings),
             "Catalog": CatalogAdmin(self.hub, self.directory, self.scheduler),
-            **ledger_services(self.config, self.tenants, authorizer),
+            **ledger_services(self.config, self.tenants, authorizer, self.directory),
         }
         return admin_methods(services, ForwardedVerbs(self.hub, authorizer))
 

@@ -17,6 +17,7 @@ from cluster.ledger.tenants.snapshots import Snapshots
 from cluster.ledger.tenants.tenants import Tenants
 from cluster.ledger.usage.budget_notices import BudgetNotices
 from cluster.ledger.usage.resumed_segments import ResumedSegments
+from cluster.ledger.usage.slo import SloTable
 from cluster.ledger.usage.usage import UsageTable
 
 
@@ -41,6 +42,7 @@ class Ledger:
         self.tenants = Tenants(self._engine, clock)
         self.keys = Keys(self._engine, clock, tuple(peppers))
         self.usage = UsageTable(self._engine)
+        self.slo = SloTable(self._engine)
         self.notices = BudgetNotices(self._engine)
         self.resumed_segments = ResumedSegments(self._engine)
         self.snapshots = Snapshots(self._engine, clock)

@@ -53,6 +53,7 @@ EVENTS: Mapping[str, str] = {
     "connection.refused": "Connections were refused or closed to make room for others; the fields count them.",
     "console.csp_reported": "A browser has stopped content of the console by its security policy; it reports what.",
     "console.message_refused": "A question or answer of another gateway for the console could not be read.",
+    "console.prometheus_failed": "A plot of more than an hour could not be fetched from Prometheus.",
     "console.sign_in_failed": "A sign-in to the console with an OpenID issuer failed; `reason` says at which step.",
     "console.store_lost": "The store is unreachable, so the console shows this gateway only.",
     "console.tick_failed": "The console's overview could not be made once; it is made again.",

@@ -605,6 +605,7 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         weights_pinned=e.weights_pinned,
         slo_ttft_s=e.slo_ttft_s,
         slo_itl_s=e.slo_itl_s,
+        slo_target=e.slo_target,
         starting_since_s=e.starting_since_s,
         fallback=e.fallback,
         versions=[_share_to_pb(share) for share in e.versions],
@@ -689,6 +690,7 @@ def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
         adapters=adapters_from_pb(m.adapters),
         slo_ttft_s=m.slo_ttft_s,
         slo_itl_s=m.slo_itl_s,
+        slo_target=m.slo_target,
         starting_since_s=m.starting_since_s,
         tasks=known_tasks(m.tasks),
     )

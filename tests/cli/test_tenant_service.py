@@ -115,6 +115,7 @@ def script(name: str) -> Iterator[tuple[str, Callable[[TenantService, list[Any]]
     yield "cost", lambda d, _: d.usage(usage, cost=True)
     yield "in all", lambda d, _: d.usage(UsageQuery((), tenant=name))
     yield "records", lambda d, _: list(d.records(usage))
+    yield "slo", lambda d, _: d.slo(usage)
     yield "audit", lambda d, _: [event | {"actor": "", "source": ""} for event in d.audit(tenant=name)]
     yield "some audit", lambda d, _: len(list(d.audit(tenant=name, equal={"action": "keys.create"}, since_s=1.0)))
     yield "delete", lambda d, _: d.delete_tenant(name, reason="x")

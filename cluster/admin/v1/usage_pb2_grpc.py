@@ -45,6 +45,11 @@ class UsageStub:
                 request_serializer=cluster_dot_admin_dot_v1_dot_usage__pb2.ExportUsageRequest.SerializeToString,
                 response_deserializer=cluster_dot_admin_dot_v1_dot_usage__pb2.ExportUsageResponse.FromString,
                 _registered_method=True)
+        self.QuerySlo = channel.unary_unary(
+                '/cluster.admin.v1.Usage/QuerySlo',
+                request_serializer=cluster_dot_admin_dot_v1_dot_usage__pb2.QuerySloRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_usage__pb2.QuerySloResponse.FromString,
+                _registered_method=True)
 
 
 class UsageServicer:
@@ -65,6 +70,14 @@ class UsageServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QuerySlo(self, request, context):
+        """QuerySlo counts the recorded calls that met the SLO of their model, by tenant and model. Calls are judged by the SLO
+        that the model has now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_UsageServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +90,11 @@ def add_UsageServicer_to_server(servicer, server):
                     servicer.Export,
                     request_deserializer=cluster_dot_admin_dot_v1_dot_usage__pb2.ExportUsageRequest.FromString,
                     response_serializer=cluster_dot_admin_dot_v1_dot_usage__pb2.ExportUsageResponse.SerializeToString,
+            ),
+            'QuerySlo': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuerySlo,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_usage__pb2.QuerySloRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_usage__pb2.QuerySloResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +152,33 @@ class Usage:
             '/cluster.admin.v1.Usage/Export',
             cluster_dot_admin_dot_v1_dot_usage__pb2.ExportUsageRequest.SerializeToString,
             cluster_dot_admin_dot_v1_dot_usage__pb2.ExportUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QuerySlo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Usage/QuerySlo',
+            cluster_dot_admin_dot_v1_dot_usage__pb2.QuerySloRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_usage__pb2.QuerySloResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class UsageStub:
     """Query sums usage by groups, ordered by group."""
     Export: _grpc.UnaryStreamMultiCallable[_usage_pb2.ExportUsageRequest, _usage_pb2.ExportUsageResponse]
     """Export streams single records in order of time."""
+    QuerySlo: _grpc.UnaryUnaryMultiCallable[_usage_pb2.QuerySloRequest, _usage_pb2.QuerySloResponse]
+    """QuerySlo counts the recorded calls that met the SLO of their model, by tenant and model. Calls are judged by the SLO
+    that the model has now.
+    """
 
 @_typing.type_check_only
 class UsageAsyncStub(UsageStub):
@@ -47,6 +51,10 @@ class UsageAsyncStub(UsageStub):
     """Query sums usage by groups, ordered by group."""
     Export: _aio.UnaryStreamMultiCallable[_usage_pb2.ExportUsageRequest, _usage_pb2.ExportUsageResponse]  # type: ignore[assignment]
     """Export streams single records in order of time."""
+    QuerySlo: _aio.UnaryUnaryMultiCallable[_usage_pb2.QuerySloRequest, _usage_pb2.QuerySloResponse]  # type: ignore[assignment]
+    """QuerySlo counts the recorded calls that met the SLO of their model, by tenant and model. Calls are judged by the SLO
+    that the model has now.
+    """
 
 class UsageServicer(metaclass=_abc_1.ABCMeta):
     """Usage reads the ledger. A tenant's administrator sees the own tenant's alone."""
@@ -66,6 +74,16 @@ class UsageServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_usage_pb2.ExportUsageResponse], _abc.AsyncIterator[_usage_pb2.ExportUsageResponse]]:
         """Export streams single records in order of time."""
+
+    @_abc_1.abstractmethod
+    def QuerySlo(
+        self,
+        request: _usage_pb2.QuerySloRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_usage_pb2.QuerySloResponse, _abc.Awaitable[_usage_pb2.QuerySloResponse]]:
+        """QuerySlo counts the recorded calls that met the SLO of their model, by tenant and model. Calls are judged by the SLO
+        that the model has now.
+        """
 
 def add_UsageServicer_to_server(servicer: UsageServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -52,6 +52,9 @@ def add(
     api_key_env: Annotated[
         str, typer.Option("--api-key-env", help="The variable with the API key; only its name is stored.")
     ] = "",
+    console: Annotated[
+        str, typer.Option("--console", help="The console's URL, for links of `explain`: https://llm.example.com.")
+    ] = "",
     use: Annotated[bool, typer.Option("--use", help="Make it the current context.")] = False,
 ) -> None:
     """Add a context, or replace the one of this name."""
@@ -63,6 +66,7 @@ def add(
             str(tls_ca.absolute()) if tls_ca else "",
             str(api_key_file.absolute()) if api_key_file else "",
             api_key_env,
+            console.rstrip("/"),
         )
     except ContextError as error:
         fail(str(error), USAGE)

@@ -208,6 +208,14 @@ def check_amtool() -> DoctorFinding:
     )
 
 
+def check_chromium() -> DoctorFinding:
+    """Check for Chromium, in which the tests open the console's pages. Playwright brings no browser of its own."""
+    needed_for = "tests of the console"
+    if not find_tool("chromium") and (other := find_tool("chromium-browser") or find_tool("google-chrome")):
+        return DoctorFinding("chromium", needed_for=needed_for, found=other)
+    return _tool("chromium", needed_for, "apt-get install -y chromium", "chromium")
+
+
 CHECKS: Sequence[Callable[[], DoctorFinding]] = (
     check_python,
     check_environment,
@@ -225,6 +233,7 @@ CHECKS: Sequence[Callable[[], DoctorFinding]] = (
     check_postgresql,
     check_promtool,
     check_amtool,
+    check_chromium,
 )
 
 

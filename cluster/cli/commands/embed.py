@@ -69,7 +69,7 @@ def rerank(
     timeout_s: TimeoutOption = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Print documents by their relevance to a query, the best first."""
+    """Print documents by relevance to a query, the best first."""
     documents = _texts(documents)
     with make_client(target, timeout_s) as client, target_errors(target):
         answer = client.rerank(model, query, documents, top_n=top_n, truncate=truncate)

@@ -40,13 +40,16 @@ def explain_request(
     it."""
     request = pb.ExplainRequestRequest(request_id=request_id, parent=f"tenants/{tenant}" if tenant else "")
     calls: list[pb.ExplainedCall] = []
+    links: dict[str, str] = {}
     missing = ""
     addresses: Sequence[str | None] = admin or [target.admin]
     for address in addresses:
         access = admin_access(replace(target, admin=address))
         with open_admin(access) as api:
             try:
-                calls += api.fleet("ExplainRequest", request).calls
+                found = api.fleet("ExplainRequest", request).calls
+                calls += found
+                links |= {call.id: api.console_link("calls", call.id) for call in found}
             except grpc.RpcError as error:
                 refusal = from_rpc(error, endpoint=access.address)
                 if refusal.reason != "NOT_FOUND":
@@ -60,6 +63,8 @@ def explain_request(
         return
     for call in calls:
         _show(call)
+        if links[call.id]:
+            out.print(f"in the console: {links[call.id]}", markup=False)
 
 
 def _show(call: pb.ExplainedCall) -> None:

@@ -89,6 +89,8 @@ def explain_scaling(
         out.print(_decision_table(answer.decisions))
     if answer.now:
         out.print("now: " + _numbers(answer.now), markup=False)
+    if link := api.console_link("scaling"):
+        out.print(f"in the console: {link}", markup=False)
 
 
 def _show(models: Sequence[pb.ModelScaling], as_json: bool) -> None:

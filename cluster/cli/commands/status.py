@@ -77,7 +77,7 @@ def status(target: ClusterTarget, as_json: JsonOption = False) -> None:
 
 @with_admin_target
 def workers(target: ClusterTarget, as_json: JsonOption = False) -> None:
-    """List the workers linked to a gateway, with their nodes and pods."""
+    """List the workers linked to a gateway, with node and pod."""
     rows = gather(target)["workers"]
     if as_json:
         print_json(rows)

@@ -50,7 +50,7 @@ def usage(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show calls, tokens and GPU time of tenants; --cost prices it."""
+    """Show calls, tokens and GPU time of tenants, and the cost."""
     rates = _rates(gpu_hour, currency) if gpu_hour else None
     names = tuple(part.strip() for part in group_by.split(",") if part.strip())
     query = UsageQuery(names, since_day=since, until_day=until, tenant=tenant, model=model)

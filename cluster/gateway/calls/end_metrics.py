@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cluster.api.outcomes import Outcome
+from cluster.api.outcomes import SHORT_OF_CAPACITY, Outcome
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.call_opening import CallOpening
 from cluster.gateway.calls.reasoning import new_reasoning_tokens
 from cluster.gateway.demand import DemandTally, within_slo
 from cluster.gateway.models import ModelDirectory
 from cluster.observe.metrics import Metrics
-
-SHORT_OF_CAPACITY = (
-    Outcome.QUEUE_FULL,
-    Outcome.SHED,
-    Outcome.DEADLINE_EXCEEDED,
-    Outcome.DEADLINE_UNREACHABLE,
-    Outcome.MODEL_LOADING,
-    Outcome.NO_WORKER,
-    Outcome.WORKER_LOST,
-)
-"""Outcomes that might have been prevented by more replicas."""
 
 
 class EndMetrics:

@@ -21,6 +21,7 @@ from cluster.gateway.console.access import ConsoleAccess, Viewer
 from cluster.gateway.console.bridge import AdminBridge
 from cluster.gateway.console.csp_reports import CspReports
 from cluster.gateway.console.errors import FORM, JSON_HEADERS
+from cluster.gateway.console.long_history import LongHistory
 from cluster.gateway.console.pages import CSP_REPORT, page_endpoints, read_files
 from cluster.gateway.console.sign_in import MAX_BODY_BYTES, FailureLimits, KeySignIn
 from cluster.gateway.console.streams import Feed, ViewerStreams
@@ -94,6 +95,8 @@ class ConsoleApp:
         self._calls = HttpCalls(service, parts.bodies(parts.config.gateway.max_message_bytes), API_LABEL)
         self._bridge = AdminBridge(parts.methods, parts.authorizer, parts.bodies(ADMIN_MESSAGE_BYTES))
         self._reports = CspReports(parts.bodies(MAX_REPORT_BYTES), parts.metrics, service.clock)
+        url = parts.config.gateway.console.prometheus_url
+        self._long_history = LongHistory(url, parts.config.name) if url else None
         self._streams = None
         if parts.feed is not None:
             self._streams = ViewerStreams(access, parts.feed, service.authenticator.on_change)
@@ -112,7 +115,7 @@ class ConsoleApp:
         }
         if self._streams is not None:
             endpoints["/console/events"] = self._signed_in("GET", self._streams.events)
-            endpoints["/console/history"] = self._signed_in("GET", self._streams.history)
+            endpoints["/console/history"] = self._signed_in("GET", self._history)
         if self._oidc is not None:
             endpoints[OIDC_START] = Endpoint(FORM, "GET", self._oidc.start)
             endpoints[OIDC_CALLBACK] = Endpoint(FORM, "GET", self._oidc.finish)
@@ -139,6 +142,13 @@ class ConsoleApp:
     async def _caller(self, exchange: Exchange) -> Principal:
         """Return the principal of a call of a model."""
         return self._access.viewer(exchange).caller
+
+    async def _history(self, exchange: Exchange, viewer: Viewer) -> None:
+        """Answer with the last hour from memory, or with more from Prometheus if there is one."""
+        if self._long_history is not None and self._long_history.covers(exchange):
+            await self._long_history.answer(exchange, viewer)
+        elif self._streams is not None:
+            await self._streams.history(exchange, viewer)
 
     # ---- the session
 

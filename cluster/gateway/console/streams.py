@@ -17,13 +17,16 @@ from cluster.gateway.console.access import ConsoleAccess, Viewer
 
 
 class Feed(Protocol):
-    """The live data of a gateway process, as ASGI applications. `tenant`: the only tenant that the viewer may see, ""
+    """The live data of a gateway process, as ASGI applications. `viewer_tenant`: the only tenant that the viewer may see, ""
     for all."""
 
-    async def events(self, scope: Scope, receive: Receive, send: Send, tenant: str) -> None:
-        """Answer with a stream of server-sent events, which ends when the client disconnects."""
+    async def events(
+        self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str, is_valid: Callable[[], bool]
+    ) -> None:
+        """Answer with a stream of server-sent events, which ends when the client disconnects, or after `is_valid` is
+        false."""
 
-    async def history(self, scope: Scope, receive: Receive, send: Send, tenant: str) -> None:
+    async def history(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
         """Answer with the values of the last hour."""
 
 
@@ -61,7 +64,9 @@ class ViewerStreams:
     async def events(self, exchange: Exchange, viewer: Viewer) -> None:
         """Answer with the events of a viewer until the client, the session or the gateway ends them."""
         response = _Response(exchange.send)
-        work = self._feed.events(exchange.scope, exchange.receive, response.send, viewer.scope)
+        work = self._feed.events(
+            exchange.scope, exchange.receive, response.send, viewer.scope, lambda: True
+        )  # _recheck ends it
         task = asyncio.ensure_future(work)
         self._open[task] = viewer
         timer = asyncio.get_running_loop().call_later(self._access.seconds_left(viewer.session), task.cancel)

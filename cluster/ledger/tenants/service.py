@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.errors import AlreadyExists, LedgerError, NotPermitted
 from cluster.ledger.rows import NewKey, Prices, StoredKey, StoredTenant, UsageQuery
+from cluster.ledger.slo import SloObjectives, SloSum
 from cluster.ledger.usage.records import UsageRecord
 from cluster.policy.tenants.policy import PolicyError, TenantPolicy
 
@@ -75,6 +76,12 @@ class TenantService(Protocol):
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
         """Return usage records in order of time."""
+
+    def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
+        """Return how calls stand against the SLOs of their models, by tenant and model. `group_by` is not used.
+
+        `objectives`: the SLOs by model; None means those that the service knows.
+        """
 
     def audit(
         self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
@@ -150,7 +157,8 @@ class LedgerTenantService:
 
     Construction is cheap, so every caller gets a separate instance. `policy_of` builds a policy from a tenant's name
     and fields. `write` receives audit events. `classes` has the valid priority classes; if empty, every class is
-    valid. `may_grant` returns whether the caller may create, rotate and revoke keys with a given role.
+    valid. `may_grant` returns whether the caller may create, rotate and revoke keys with a given role. `objectives`
+    returns the SLOs by which `slo` judges calls.
     """
 
     def __init__(
@@ -164,6 +172,7 @@ class LedgerTenantService:
         classes: Collection[str] = (),
         may_grant: Callable[[str], bool] = lambda role: True,
         rates: Prices | None = None,
+        objectives: Callable[[], SloObjectives] = dict,
     ) -> None:
         self.ledger = ledger
         self._audit = _OperationAudit(by, write, clock)
@@ -171,6 +180,7 @@ class LedgerTenantService:
         self._classes = frozenset(classes)
         self._may_grant = may_grant
         self._rates = rates
+        self._objectives = objectives
 
     # ---- tenants
 
@@ -350,6 +360,10 @@ class LedgerTenantService:
         while page := self.ledger.usage.records(wanted, after=after, limit=PAGE):
             yield from page
             after = (page[-1].opened_at_s, page[-1].record_id)
+
+    def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
+        """See TenantService."""
+        return self.ledger.slo.query(wanted, self._objectives() if objectives is None else objectives)
 
     def audit(
         self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0

@@ -57,7 +57,7 @@ class UsageTable:
         dimensions = [_dimension(name).label(f"d{at}") for at, name in enumerate(usage_query.group_by)]
         by_gpu = [usage.c.gpu.label("_gpu")] if rates is not None else []
         sums = [_request_count().label("requests"), *(func.sum(usage.c[name]).label(name) for name in COUNTS[1:])]
-        query = select(*dimensions, *by_gpu, *sums).where(*_conditions(usage_query)).group_by(*dimensions, *by_gpu)
+        query = select(*dimensions, *by_gpu, *sums).where(*conditions(usage_query)).group_by(*dimensions, *by_gpu)
         with reading(self._engine) as connection:
             rows = [dict(row) for row in connection.execute(query).mappings()]
         return _fold(usage_query, rows, rates)
@@ -69,7 +69,7 @@ class UsageTable:
 
         `after` is the (opened_at_s, record_id) of the last record on the previous page.
         """
-        query = select(usage).where(*_conditions(usage_query))
+        query = select(usage).where(*conditions(usage_query))
         if after is not None:
             at_s, record_id = after
             query = query.where(
@@ -154,17 +154,18 @@ def _dimension(name: str) -> ColumnElement[Any]:
     return func.substr(usage.c.day, 1, 7) if name == "month" else usage.c[name]
 
 
-def _conditions(usage_query: UsageQuery) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
+def conditions(usage_query: UsageQuery) -> list[ColumnElement[bool]]:
+    """Return the SQL conditions for the records of a query."""
+    wanted: list[ColumnElement[bool]] = []
     if usage_query.since_day:
-        conditions.append(usage.c.day >= usage_query.since_day)
+        wanted.append(usage.c.day >= usage_query.since_day)
     if usage_query.until_day:
-        conditions.append(usage.c.day <= usage_query.until_day)
+        wanted.append(usage.c.day <= usage_query.until_day)
     if usage_query.tenant:
-        conditions.append(usage.c.tenant == usage_query.tenant)
+        wanted.append(usage.c.tenant == usage_query.tenant)
     if usage_query.model:
-        conditions.append(usage.c.model == usage_query.model)
-    return conditions
+        wanted.append(usage.c.model == usage_query.model)
+    return wanted
 
 
 def _fold(usage_query: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Prices | None) -> list[dict[str, Any]]:

@@ -2212,6 +2212,7 @@ class CatalogModel(_message.Message):
     CARD_FIELD_NUMBER: _builtins.int
     SLO_TTFT_S_FIELD_NUMBER: _builtins.int
     SLO_ITL_S_FIELD_NUMBER: _builtins.int
+    SLO_TARGET_FIELD_NUMBER: _builtins.int
     STARTING_SINCE_S_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
@@ -2234,6 +2235,8 @@ class CatalogModel(_message.Message):
     slo_ttft_s: _builtins.float
     """The model's objectives, by which gateways judge calls; 0: none."""
     slo_itl_s: _builtins.float
+    slo_target: _builtins.float
+    """Share of the calls that should meet both; 0: no SLO, or a controller of an older release."""
     starting_since_s: _builtins.float
     """Since the epoch: when the start began that is to give the model its first replica; 0 while none is under way."""
     @_builtins.property
@@ -2290,13 +2293,14 @@ class CatalogModel(_message.Message):
         card: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         slo_ttft_s: _builtins.float = ...,
         slo_itl_s: _builtins.float = ...,
+        slo_target: _builtins.float = ...,
         starting_since_s: _builtins.float = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
         tasks: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "slo_itl_s", b"slo_itl_s", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "tasks", b"tasks", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "slo_itl_s", b"slo_itl_s", "slo_target", b"slo_target", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "tasks", b"tasks", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -264,6 +264,7 @@ class Scaler:
             cold_start_s=round(model.cold_start_s, 1) or entry.cold_start_s or self.settings.cold_start_s,
             slo_ttft_s=spec.slo_ttft_s,
             slo_itl_s=spec.slo_itl_s,
+            slo_target=spec.slo_target,
             starting_since_s=model.starting_since_s,
         )
 

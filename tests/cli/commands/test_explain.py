@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typer.testing import Result
 
 from cluster.admin.v1 import routing_pb2 as pb
+from cluster.cli.access import console_url
+from cluster.config.schema import parse
 from tests.support.scripted_gateway import ScriptedGateway
 
 Run = Callable[..., Result]
@@ -85,3 +87,25 @@ def test_an_unknown_call(run: Run, gateway: ScriptedGateway) -> None:
     assert (done.exit_code, "remembers no such call" in done.stderr) == (1, True)
     assert len(gateway.script.requests) == 2
     assert run("explain", "request", "r-1", "--admin", "127.0.0.1:1").exit_code == 3
+
+
+def test_links_to_the_console(run: Run, gateway: ScriptedGateway) -> None:
+    """With a context that has the console's URL, explanations of calls and scaling end with a link to its page."""
+    gateway.script.explained = [explained_call()]
+    added = run("context", "add", "c", "--endpoint", gateway.endpoint, "--admin", gateway.endpoint, "--console",
+                "https://llm.example.com/")  # fmt: skip
+    assert added.exit_code == 0, added.stderr
+    done = run("explain", "request", "r-1", "--context", "c")
+    assert done.stdout.splitlines()[-1] == "in the console: https://llm.example.com/#/calls/chatcmpl-1"
+    done = run("explain", "scaling", "sim", "--context", "c")
+    assert done.stdout.splitlines()[-1] == "in the console: https://llm.example.com/#/scaling"
+    wrong = run("context", "add", "d", "--endpoint", "a:1", "--console", "llm.example.com")
+    assert (wrong.exit_code, "--console" in wrong.stderr) == (2, True)
+
+
+def test_the_console_of_a_local_cluster() -> None:
+    """A local cluster's console is at its public URL, else at its HTTP port; there is none if it is off."""
+    text = "api_version: headrace/v1\nname: x\nmodels: []\ngateway: {console: %s}\n"
+    assert console_url(parse(text % "{}"), "127.0.0.1:8000") == "http://127.0.0.1:8000"
+    assert console_url(parse(text % "{public_url: 'https://a.example'}"), "127.0.0.1:8000") == "https://a.example"
+    assert console_url(parse(text % "{enabled: false}"), "127.0.0.1:8000") == ""

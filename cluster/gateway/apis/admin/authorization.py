@@ -97,6 +97,7 @@ VERBS: Mapping[str, Verb] = {
     "Keys.Revoke": Verb("keys", "name", of_key=True),
     "Usage.Query": Verb("read", "parent", any_tenant=True),
     "Usage.Export": Verb("read", "parent", any_tenant=True),
+    "Usage.QuerySlo": Verb("read", "parent", any_tenant=True),
     "Audit.List": Verb("read", "parent", any_tenant=True),
 }
 

@@ -1,4 +1,4 @@
-"""Conversion of tenants and keys to and from cluster.admin.v1 messages, for the gateway and the command line.
+"""Conversion of ledger values to and from cluster.admin.v1 messages, for the gateway and the command line.
 
 In messages the field of the priority class is `priority_class`, since `class` is a keyword in most languages. In JSON,
 field masks, errors and the configuration the same field is `class`.
@@ -17,9 +17,11 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.admin.v1 import tenants_pb2 as pb
+from cluster.admin.v1 import usage_pb2
 from cluster.api.outcomes import invalid
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import StoredKey, StoredTenant, key_state
+from cluster.ledger.slo import COUNTED, NOT_COUNTED, SloObjective, SloSum
 from cluster.policy.tenants.policy import TenantPolicy
 
 OUTPUT_ONLY = frozenset({"suspended", "origin", "model_aliases", "create_time", "update_time"})
@@ -243,3 +245,24 @@ def stored_key(message: pb.Key) -> StoredKey:
     return StoredKey(
         key_id, tenant, message.display_name, message.role, created_at, expires_at, revoked_at, message.rotated_from
     )
+
+
+# ---- sums of calls
+
+
+def slo_pb(slo_sum: SloSum) -> usage_pb2.SloSum:
+    """Return a sum of judged calls as a message."""
+    counts = {name: getattr(slo_sum, name) for name in (*COUNTED, *NOT_COUNTED)}
+    message = usage_pb2.SloSum(tenant=slo_sum.tenant, model=slo_sum.model, **counts)
+    if slo_sum.objective is not None:
+        message.ttft_s, message.itl_s = slo_sum.objective.ttft_s, slo_sum.objective.itl_s
+        message.target = slo_sum.objective.target
+    return message
+
+
+def slo_sum(message: usage_pb2.SloSum) -> SloSum:
+    """Return a sum of judged calls from its message."""
+    is_known = message.HasField("ttft_s")
+    objective = SloObjective(message.ttft_s, message.itl_s, message.target) if is_known else None
+    counts = {name: int(getattr(message, name)) for name in (*COUNTED, *NOT_COUNTED)}
+    return SloSum(message.tenant, message.model, objective, **counts)

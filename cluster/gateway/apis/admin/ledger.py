@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from cluster.gateway.apis.admin.pages import next_token, page_size, parse_filter
 from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.errors import LedgerError, StoreUnavailable
 from cluster.ledger.rows import Prices, UsageQuery
+from cluster.ledger.slo import SloObjective, SloObjectives
 from cluster.ledger.tenants.service import DEFAULT_OVERLAP_S, Actor, LedgerTenantService
 from cluster.ledger.usage.records import UsageRecord
 from cluster.policy.tenants.identity import may_manage_keys
@@ -28,6 +29,7 @@ from cluster.policy.tenants.identity import may_manage_keys
 if TYPE_CHECKING:
     from cluster.config.schema import Config
     from cluster.gateway.auth.tenants import TenantAuthenticator
+    from cluster.gateway.models import KnownModel
     from cluster.ledger.rows import StoredTenant
 
 log = structlog.get_logger("admin")
@@ -219,11 +221,23 @@ class KeysAdmin:
         return codec.key_pb(revoked, time.time())
 
 
+def objectives_of(models: Iterable[KnownModel]) -> dict[str, SloObjective]:
+    """Return the SLOs of models, by name. A model without an SLO is left out."""
+    entries = [model.entry for model in models]
+    return {
+        entry.name: SloObjective(entry.slo_ttft_s, entry.slo_itl_s, entry.slo_target)
+        for entry in entries
+        if entry.slo_ttft_s or entry.slo_itl_s
+    }
+
+
 class UsageAdmin:
     """The Usage service (usage.proto)."""
 
-    def __init__(self, services: TenantServices) -> None:
+    def __init__(self, services: TenantServices, objectives: Callable[[], SloObjectives]) -> None:
+        """`objectives` returns the SLOs of the models that the gateway knows."""
         self._services = services
+        self._objectives = objectives
 
     async def Query(self, request: usage_pb2.QueryUsageRequest, caller: AdminCaller) -> usage_pb2.QueryUsageResponse:
         """Return sums of usage, one for each group of `group_by`."""
@@ -268,6 +282,18 @@ class UsageAdmin:
                 return
             after = (page[-1].opened_at_s, page[-1].record_id)
 
+    async def QuerySlo(self, request: usage_pb2.QuerySloRequest, caller: AdminCaller) -> usage_pb2.QuerySloResponse:
+        """Return how calls stand against the SLOs of their models, by tenant and model."""
+        size = page_size(request.page_size)
+        list_key = ("slo", request.parent, request.since_day, request.until_day, request.model)
+        after = position_of(request.page_token, (str, str), *list_key)
+        objectives = self._objectives()
+        sums = await self._services.run(caller, lambda service: service.slo(_query(request, caller, ()), objectives))
+        rest = [each for each in sums if after is None or (each.tenant, each.model) > after]
+        page = rest[:size]
+        more = next_token([page[-1].tenant, page[-1].model], *list_key) if len(rest) > size else ""
+        return usage_pb2.QuerySloResponse(sums=map(codec.slo_pb, page), next_page_token=more)
+
 
 def _record_pb(record: UsageRecord, caller: AdminCaller) -> usage_pb2.UsageRecord:
     """Return a usage record as a message. A caller that may access one tenant only does not see the worker, pod, node
@@ -279,7 +305,9 @@ def _record_pb(record: UsageRecord, caller: AdminCaller) -> usage_pb2.UsageRecor
 
 
 def _query(
-    request: usage_pb2.QueryUsageRequest | usage_pb2.ExportUsageRequest, caller: AdminCaller, groups: Sequence[str]
+    request: usage_pb2.QueryUsageRequest | usage_pb2.ExportUsageRequest | usage_pb2.QuerySloRequest,
+    caller: AdminCaller,
+    groups: Sequence[str],
 ) -> UsageQuery:
     return UsageQuery(
         tuple(groups),

@@ -100,6 +100,7 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
         "Keys.Revoke": t.RevokeKeyRequest(name=f"{name}/keys/{world.keys[tenant, 'revoke']}", reason="x"),
         "Usage.Query": u.QueryUsageRequest(parent=name),
         "Usage.Export": u.ExportUsageRequest(parent=name),
+        "Usage.QuerySlo": u.QuerySloRequest(parent=name),
         "Audit.List": u.ListAuditRequest(parent=name),
     }
     return made[verb]
@@ -142,6 +143,7 @@ TABLE = {
     "Keys.Revoke": KEYS,
     "Usage.Query": READ,
     "Usage.Export": READ,
+    "Usage.QuerySlo": READ,
     "Audit.List": READ,
 }
 

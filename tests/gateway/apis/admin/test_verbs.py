@@ -18,6 +18,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.admin.v1.routing_pb2 import ExplainRequestRequest
+from cluster.api.types import CatalogEntry
+from cluster.ledger.usage.records import UsageRecord
 from cluster.policy.tenants.identity import authenticate
 from tests.ledger.samples import record
 from tests.support.admin import AdminClient, role_key, until_known
@@ -285,6 +287,23 @@ async def test_usage_is_summed_paged_and_exported(world: World) -> None:
     assert [record.reasoning_tokens for record in records] == [2, 2, 2]
 
 
+async def test_calls_are_judged_by_the_slo_of_the_catalog(world: World) -> None:
+    """Attainment is read in pages, by the SLOs that the gateway knows; models that it does not know are not judged."""
+    world.keyed.gateway.directory.apply_catalog([
+        CatalogEntry("paced", version="v1", slo_ttft_s=1.0, slo_itl_s=0.5, slo_target=0.9)
+    ])  # fmt: skip
+    rows = [record("p1", model="paced"), record("p2", model="paced", ttft_s=1.5), record("p3", model="gone")]
+    world.keyed.ledger.usage.insert([UsageRecord.from_json(row.as_json() | {"tenant": "paced"}) for row in rows])
+    query = usage_pb2.QuerySloRequest(parent="tenants/paced", page_size=1)
+    first = await world.ask("Usage.QuerySlo", query)
+    query.page_token = first.next_page_token
+    second = await world.ask("Usage.QuerySlo", query)
+    (gone,), (paced,) = first.sums, second.sums
+    assert (gone.model, gone.HasField("target"), gone.not_judged) == ("gone", False, 1)
+    assert (paced.target, paced.ttft_s, paced.met, paced.late_first_token) == (0.9, 1.0, 1, 1)
+    assert second.next_page_token == ""
+
+
 async def test_a_long_export_has_every_record_once(world: World) -> None:
     """An export in several messages holds each usage record once, even if more than a thousand records have the same
     time."""
@@ -417,6 +436,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("Usage.Query", U.QueryUsageRequest(group_by=["shoe"]), "group_by"),
     ("Usage.Query", U.QueryUsageRequest(group_by=["day", "day"]), "group_by"),
     ("Usage.Query", U.QueryUsageRequest(since_day="yesterday"), "since_day"),
+    ("Usage.QuerySlo", U.QuerySloRequest(until_day="today"), "until_day"),
     ("Usage.Query", U.QueryUsageRequest(parent="tenants/"), "parent"),
     ("Usage.Query", U.QueryUsageRequest(model="a\0"), "model"),
     ("Usage.Export", U.ExportUsageRequest(until_day="24.12."), "until_day"),

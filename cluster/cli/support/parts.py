@@ -1,0 +1,93 @@
+"""The parts of a support bundle, before redaction, and the bounds of their size and time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_PART_BYTES = 8 << 20
+MAX_BUNDLE_BYTES = 64 << 20
+"""Bounds before compression, of one part and of all together."""
+
+
+class LeftOut(Exception):
+    """A part, or a piece of one, is not in the bundle. The message is the reason, for the manifest."""
+
+
+@dataclass
+class Parts:
+    """The parts that were collected, by the name of their file, and what was left out, with the reasons.
+
+    `deadline_s` is a time of `clock`, after which nothing more is collected.
+    """
+
+    deadline_s: float
+    clock: Callable[[], float] = time.monotonic
+    documents: dict[str, Any] = field(default_factory=dict)
+    """JSON documents by file name."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Texts by file name."""
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def seconds_left(self, most_s: float) -> float:
+        """Return the time for one step, at most `most_s`. Raises LeftOut if no time is left."""
+        left_s = self.deadline_s - self.clock()
+        if left_s <= 0:
+            raise LeftOut("no time was left")
+        return min(most_s, left_s)
+
+    def document(self, name: str, collect: Callable[[], Any]) -> Any:
+        """Collect a JSON document; None if it is left out."""
+        found = self._collected(name, collect)
+        if found is not None:
+            self.documents[name] = found
+        return found
+
+    def text(self, name: str, collect: Callable[[], str]) -> None:
+        """Collect a text."""
+        found = self._collected(name, collect)
+        if found is not None:
+            self.texts[name] = found
+
+    def _collected(self, name: str, collect: Callable[[], Any]) -> Any:
+        try:
+            self.seconds_left(0.0)
+            return collect()
+        except LeftOut as reason:
+            self.left_out[name] = str(reason)
+            return None
+
+
+def as_text(document: Any) -> str:
+    """Return a JSON document as text. Values that JSON does not have become texts."""
+    return json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n"
+
+
+def cut(text: str, most_bytes: int) -> tuple[bytes, bool]:
+    """Return the last whole lines of a text that fit into a number of bytes, and whether some were cut off."""
+    data = text.encode("utf-8", "backslashreplace")
+    if len(data) <= most_bytes:
+        return data, False
+    return data[len(data) - most_bytes :].partition(b"\n")[2], True
+
+
+def event_lines(lines: Iterable[str], events: Mapping[str, str], most: int) -> tuple[list[dict[str, Any]], int]:
+    """Return the newest log lines that are events of Headrace, and the number of other lines.
+
+    Other lines may be output of a program, with anything in it. A traceback may quote values, so it is left out too.
+    """
+    found: list[dict[str, Any]] = []
+    others = 0
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or value.get("event") not in events:
+            others += bool(line.strip())
+            continue
+        found.append({key: item for key, item in value.items() if key not in ("exception", "stack")})
+    return found[-most:], others

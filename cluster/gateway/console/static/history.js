@@ -1,0 +1,91 @@
+/** Keeps the last hour of the gateway's time series: read once, then the newest steps every few seconds. */
+
+const POLL_MS = 5000;
+const RECENT_S = 60;
+const LEAST_S = 600;
+
+/** Series of one selection: the whole cluster, a model, or a tenant. Values are null where nothing is known. */
+export class History {
+  /**
+   * @param {import("./api.js").Api} api
+   * @param {{series: string[], model?: string, tenant?: string, seconds?: number}} selection
+   */
+  constructor(api, { series, model = "", tenant = "", seconds = 3600 }) {
+    this._api = api;
+    this._query = { series: series.join(","), model, tenant };
+    this._seconds = seconds;
+    this._values = new Map(series.map((name) => [name, new Map()]));
+    this.stepS = 5;
+    this.endS = 0;
+  }
+
+  /** Poll until stop() and call `act` after each answer, with an error or null. */
+  start(act) {
+    this._act = act;
+    this._onVisible = () => !document.hidden && this._poll();
+    document.addEventListener("visibilitychange", this._onVisible);
+    void this._poll();
+  }
+
+  stop() {
+    this._act = null;
+    clearTimeout(this._timer);
+    document.removeEventListener("visibilitychange", this._onVisible);
+  }
+
+  /** Return points [epoch_s, value or null] of a series, the oldest first: from the first known value of any series. */
+  points(name) {
+    const values = this._values.get(name);
+    const points = [];
+    for (let at = this._startS(); at <= this.endS; at += this.stepS) points.push([at, values?.get(at) ?? null]);
+    return points;
+  }
+
+  /** At least LEAST_S are shown, so that a gateway that has just started has a plot and not a dot. */
+  _startS() {
+    let first = this.endS - Math.min(LEAST_S, this._seconds);
+    for (const values of this._values.values())
+      for (const [at, value] of values) if (value !== null && at < first) first = at;
+    return Math.max(first, this.endS - this._seconds);
+  }
+
+  /** Return the newest known value of a series within the last 30 s; null if there is none. */
+  latest(name) {
+    const values = this._values.get(name);
+    for (let at = this.endS; at > this.endS - 30; at -= this.stepS)
+      if ((values?.get(at) ?? null) !== null) return values.get(at);
+    return null;
+  }
+
+  async _poll() {
+    clearTimeout(this._timer);
+    let error = null;
+    try {
+      const now = Date.now() / 1000;
+      const gap = this._readAt ? now - this._readAt + RECENT_S : this._seconds;
+      const answer = await this._api.get("/console/history", {
+        ...this._query,
+        seconds: Math.min(Math.ceil(gap), this._seconds),
+      });
+      this._merge(answer);
+      this._readAt = now;
+    } catch (problem) {
+      error = problem;
+    }
+    if (!this._act) return;
+    this._act(error);
+    if (!document.hidden) this._timer = setTimeout(() => this._poll(), POLL_MS);
+  }
+
+  _merge(answer) {
+    this.stepS = answer.step_s;
+    const from = Math.round(answer.from_s / this.stepS) * this.stepS;
+    for (const [name, values] of Object.entries(answer.series)) {
+      const kept = this._values.get(name) ?? new Map();
+      this._values.set(name, kept);
+      values.forEach((value, index) => kept.set(from + index * this.stepS, value));
+      this.endS = Math.max(this.endS, from + (values.length - 1) * this.stepS);
+      for (const at of kept.keys()) if (at < this.endS - this._seconds) kept.delete(at);
+    }
+  }
+}

@@ -1,0 +1,20 @@
+"""Debian's Chromium for the parts of the scenario console."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from playwright.async_api import Browser
+
+from cluster.cli.commands import doctor
+from tests.support import browser as browsers
+
+
+@asynccontextmanager
+async def chromium() -> AsyncIterator[Browser]:
+    """Run Chromium without a window. Raises RuntimeError if this machine has none."""
+    if doctor.check_chromium().missing:
+        raise RuntimeError(doctor.missing_reason("chromium"))
+    async with browsers.chromium() as running:
+        yield running

@@ -1,0 +1,20 @@
+"""The console in the browser: what it costs the gateway, how soon it shows what happens, and what it withstands.
+`--only PART` runs some of the parts.
+
+`cost`: gateway CPU with 20 open consoles and with none, in turn. `memory`: the hour of history. `pages`: times in
+Chromium, while 64 streams run and 20 workers report. `access`: axe's rules on every page. `hostile`: payloads in every
+text that a page shows. `roles`: admin requests and pages of each role. `tasks`: clicks that a person needs.
+"""
+
+from __future__ import annotations
+
+from loadtests.scenarios.common import Stage
+from loadtests.scenarios.parts import play_parts
+
+PARTS = ("cost", "memory", "pages", "access", "hostile", "roles", "tasks")
+"""Names of the modules of loadtests/console."""
+
+
+async def play(stage: Stage) -> None:
+    """Run the selected parts, and report the rows of all parts in the table's order."""
+    await play_parts(stage, "loadtests.console", PARTS)

@@ -1,0 +1,88 @@
+"""An engine that answers with the prompt, or with parts that the test sets, for tests of what is made of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from cluster.api.output_parts import OutputPart, ParsedOutput
+from cluster.api.ports import EngineDead
+from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, FinishReason, TokenOutput
+
+
+class EchoEngine:
+    """An engine whose output is the prompt's tokens, from the beginning. Requests that may have
+    parts get `parts` in place of text, once the test has set some."""
+
+    def __init__(self, vocab: int, *, step_s: float = 0.001, tokens_a_step: int = 16) -> None:
+        self._vocab = vocab
+        self._step_s = step_s
+        self._tokens_a_step = tokens_a_step
+        self._running: dict[str, EngineRequest] = {}
+        self._done: dict[str, int] = {}
+        self._work = asyncio.Event()
+        self._is_dead = False
+        self.parts: Sequence[OutputPart] = ()
+        """Parts of each answer; none for the prompt's text."""
+
+    async def start(self) -> EngineInfo:
+        """See Engine."""
+        capabilities = (RESUME_EXACT, "tools:hermes", "reasoning:qwen3")
+        return EngineInfo("echo", "sim", "1", 16, 4000, 64, 2048, 2048, self._vocab, capabilities=capabilities)
+
+    async def submit(self, request: EngineRequest) -> None:
+        """See Engine."""
+        self._running[request.request_id] = request
+        self._done[request.request_id] = len(request.emitted_token_ids)
+        self._work.set()
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """See Engine."""
+        for request_id in request_ids:
+            self._running.pop(request_id, None)
+
+    async def step(self) -> Sequence[TokenOutput]:
+        """See Engine."""
+        while not self._running:
+            self._raise_if_dead()
+            self._work.clear()
+            await self._work.wait()
+        await asyncio.sleep(self._step_s)
+        self._raise_if_dead()
+        outputs = [self._output(request) for request in self._running.values()]
+        for output in outputs:
+            if output.finish is not None:
+                del self._running[output.request_id]
+        return outputs
+
+    def _output(self, request: EngineRequest) -> TokenOutput:
+        at, prompt = self._done[request.request_id], request.prompt_token_ids
+        has_parts = request.parsing is not None and bool(self.parts)
+        count = 1 if has_parts else self._tokens_a_step
+        tokens = list(prompt[at : at + count])
+        self._done[request.request_id] = at + len(tokens)
+        output = TokenOutput(request.request_id, tokens)
+        if at == len(request.emitted_token_ids):
+            output.prompt_tokens, output.cached_tokens = len(prompt), 0
+        if at + len(tokens) >= len(prompt) or has_parts:
+            output.finish = FinishReason.STOP
+        if has_parts:
+            output.parsed = ParsedOutput(list(self.parts))
+        return output
+
+    def load(self) -> EngineLoad:
+        """See Engine."""
+        return EngineLoad(running=len(self._running))
+
+    async def check(self) -> None:
+        """See Engine."""
+        self._raise_if_dead()
+
+    async def close(self) -> None:
+        """See Engine. A caller that waits in `step` gets EngineDead."""
+        self._is_dead = True
+        self._work.set()
+
+    def _raise_if_dead(self) -> None:
+        if self._is_dead:
+            raise EngineDead("closed")
