@@ -17,8 +17,8 @@ from cluster.gateway.console.access import ConsoleAccess, Viewer
 
 
 class Feed(Protocol):
-    """The live data of a gateway process, as ASGI applications. `viewer_tenant`: the only tenant that the viewer may see, ""
-    for all."""
+    """The live data of a gateway process, as ASGI applications. `viewer_tenant`: the only tenant that the viewer may
+    see, "" for all."""
 
     async def events(
         self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str, is_valid: Callable[[], bool]
