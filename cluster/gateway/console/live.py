@@ -112,6 +112,8 @@ class LiveOverview:
         """`models_of` returns the models that a tenant may use, each with its aliases. `has_history`: whether the last
         hour is kept."""
         self._parts = parts
+        self.recent = parts.recent
+        """The newest ended calls of this process."""
         self._survey = Survey(parts)
         self._maker = maker
         self._scaling = scaling
