@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 REFERENCE_S: Final = 0.0055
 """CPU time of the reference work on the machine on which the tests' bounds were set, in seconds."""
@@ -58,3 +58,25 @@ def cpu_within(bound_s: float) -> Iterator[None]:
         gc.enable()
     allowed_s = bound_s * max(before, slowness())
     assert used_s < allowed_s, f"{used_s:.3f} s of CPU time, where {allowed_s:.3f} s are allowed"
+
+
+class Steps:
+    """An awaitable that measures the CPU time of each step of another one, up to its next pause."""
+
+    def __init__(self, work: Awaitable[Any]) -> None:
+        self._work = work
+        self.longest_s = 0.0
+        self.sum_s = 0.0
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        steps = self._work.__await__()
+        while True:
+            began_s = time.thread_time()
+            try:
+                pause = next(steps)
+            except StopIteration:
+                return
+            finally:
+                took_s = time.thread_time() - began_s
+                self.longest_s, self.sum_s = max(self.longest_s, took_s), self.sum_s + took_s
+            yield pause

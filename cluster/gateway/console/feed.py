@@ -127,9 +127,9 @@ class Feed:
         first = last - steps + 1
         columns_needed = history.columns_of(series)
         query = {"columns": columns_needed, "model": model, "tenant": tenant, "first": first, "last": last}
-        own = query_columns(self._live.history, query)
+        own = await query_columns(self._live.history, query)
         others = await self._live.peers.history(query)
-        columns = history.add_columns([own, *others])
+        columns = await history.add_columns([own, *others], steps)
         return {"step_s": STEP_S, "from_s": first * STEP_S, "series": history.compute(series, columns, steps)}
 
 

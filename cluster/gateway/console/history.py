@@ -17,13 +17,13 @@ of the configuration an hour, `cache_hits` as a part of the prompt tokens, `fair
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from cluster.gateway.console.overview import quantile
+from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.console.parts import STEP_S
 from cluster.observe.definitions import TTFT_BUCKETS
 
@@ -42,6 +42,7 @@ MODEL_COLUMNS: Final = ("tokens", "streams", "queue", "cost", "prompt", "cached"
 LARGEST: Final = ("gap", "wanted", "had")
 """Columns of which the largest value counts where others are added: every gateway knows the same number."""
 
+PERCENTILES: Final[Mapping[str, float]] = {"ttft_p50": 0.5, "ttft_p99": 0.99}
 SERIES: Final[Mapping[str, tuple[str, ...]]] = {
     "tokens": ("tokens",),
     "requests": ("requests",),
@@ -130,10 +131,11 @@ class Table:
         out[:, begin - first : until - first + 1] = self._blocks[row // BLOCK][row % BLOCK][at][:, steps]
         return out
 
-    def read_all(self, columns: Sequence[str], first: int, last: int) -> Values:
-        """Return the values of all keys together."""
-        parts = [self.read(key, columns, first, last) for key in self._rows]
-        return combine(columns, parts) if parts else np.full((len(columns), last - first + 1), np.nan, np.float32)
+    def sum_all(self, columns: Sequence[str], first: int, last: int, out: Values) -> Iterator[None]:
+        """Add the values of all keys to `out`, which is NaN at first, one key at each step of the iterator."""
+        for key in list(self._rows):
+            add(columns, out, self.read(key, columns, first, last))
+            yield None
 
 
 class History:
@@ -154,15 +156,18 @@ class History:
         self.models.forget_older(step)
         self.tenants.forget_older(step)
 
-    def columns(self, names: Iterable[str], model: str, tenant: str, first: int, last: int) -> dict[str, list[float]]:
+    async def columns(
+        self, names: Iterable[str], model: str, tenant: str, first: int, last: int
+    ) -> dict[str, list[float]]:
         """Return the columns that series need, of one model or tenant, or of the cluster if both are "". Values that
-        are not known are NaN."""
+        are not known are NaN. The values of many models are added in slices between which other tasks run."""
         table = self.tenants if tenant else self.models
         needed = [name for name in dict.fromkeys(names) if name in table.columns]
         if tenant or model:
             values = table.read(tenant or model, needed, first, last)
         else:
-            values = table.read_all(needed, first, last)
+            values = np.full((len(needed), last - first + 1), np.nan, np.float32)
+            await in_slices(table.sum_all(needed, first, last, values))
         return {name: values[at].tolist() for at, name in enumerate(needed)}
 
 
@@ -171,28 +176,30 @@ def columns_of(series: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(column for name in series for column in SERIES[name]))
 
 
-def combine(columns: Sequence[str], parts: Sequence[Values]) -> Values:
-    """Return the sum of several values of each column and step; of the columns LARGEST the largest. What one does not
-    know does not count, and what none knows is NaN."""
-    stacked = np.stack(parts)
-    unknown = np.isnan(stacked).all(axis=0)
-    out: Values = np.nansum(stacked, axis=0, dtype=np.float32)
-    for at, name in enumerate(columns):
-        if name in LARGEST:
-            out[at] = np.fmax.reduce(stacked[:, at])
-    out[unknown] = np.nan
-    return out
+def add(columns: Sequence[str], out: Values, values: Values) -> None:
+    """Add values to `out`, by column and step; of the columns LARGEST the larger one counts. What one of both does not
+    know does not count, and what none knows stays NaN."""
+    both = np.fmax(out, values)  # what one of both does not know is the other's
+    is_sum = np.array([name not in LARGEST for name in columns])[:, None] & ~np.isnan(out) & ~np.isnan(values)
+    np.copyto(out, np.where(is_sum, out + values, both))
 
 
-def add_columns(parts: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, Values]:
-    """Return the columns of several gateways together. A column that none has is left out."""
-    names = list(dict.fromkeys(name for part in parts for name in part))
-    out = {}
-    for name in names:
-        arrays = [np.array(part[name], np.float32)[None, :] for part in parts if name in part]
-        most = max(array.shape[1] for array in arrays)
-        out[name] = combine([name], [array for array in arrays if array.shape[1] == most])[0]
-    return out
+async def add_columns(parts: Sequence[Mapping[str, Sequence[float | None]]], steps: int) -> dict[str, Values]:
+    """Return the columns of several gateways together. A column that none has is left out, and one of another length
+    does not count."""
+    out: dict[str, Values] = {}
+
+    def add_each() -> Iterator[None]:
+        for part in parts:
+            for name, values in part.items():
+                if len(values) == steps:
+                    array = np.array(values, np.float32)[None, :]
+                    known = out.setdefault(name, np.full((1, steps), np.nan, np.float32))
+                    add([name], known, array)
+                yield None
+
+    await in_slices(add_each())
+    return {name: values[0] for name, values in out.items()}
 
 
 def compute(names: Sequence[str], columns: Mapping[str, Values], steps: int) -> dict[str, list[float | None]]:
@@ -204,12 +211,25 @@ def _series(name: str, columns: Mapping[str, Values], steps: int) -> list[float 
     needed = SERIES[name]
     if any(column not in columns for column in needed):
         return [None] * steps
-    if name in ("ttft_p50", "ttft_p99"):
-        part = 0.5 if name == "ttft_p50" else 0.99
-        counts = np.nan_to_num(np.stack([columns[column] for column in needed]))
-        return [quantile(each, part) if sum(each) else None for each in counts.T.tolist()]
-    if name == "cache_hits":
+    if name in PERCENTILES:
+        values = quantiles(np.nan_to_num(np.stack([columns[column] for column in needed])), PERCENTILES[name])
+    elif name == "cache_hits":
         cached, prompt = (columns[column] for column in needed)
-        return [round(c / p, 4) if p > 0 else None for c, p in zip(cached.tolist(), prompt.tolist(), strict=True)]
-    values = columns[needed[0]].tolist()
-    return [round(value, 4) if value == value else None for value in values]
+        values = np.divide(cached, prompt, out=np.full(steps, np.nan, np.float32), where=prompt > 0)
+    else:
+        values = columns[needed[0]]
+    return [round(value, 4) if value == value else None for value in values.tolist()]
+
+
+def quantiles(counts: Values, part: float) -> Values:
+    """Return a quantile of each column of counts by bucket (rows), as overview.quantile does; NaN without values."""
+    sums = np.cumsum(counts, axis=0, dtype=np.float64)
+    total = sums[-1]
+    rank = part * total
+    at = np.argmax((sums >= rank) & (counts > 0), axis=0)
+    steps = np.arange(counts.shape[1])
+    bounds = np.array([0.0, *TTFT_BUCKETS, TTFT_BUCKETS[-1]])
+    low, high, count = bounds[at], bounds[at + 1], counts[at, steps]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inside = np.maximum(rank - (sums[at, steps] - count), 0.0) / count
+    return np.where(total > 0, low + (high - low) * inside, np.nan).astype(np.float32)

@@ -19,7 +19,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.console import overview
 from cluster.gateway.console.overview import Document
-from cluster.gateway.console.parts import STEP_S, Part, PartMaker
+from cluster.gateway.console.parts import STEP_S, LimitUses, Part, PartMaker
 from cluster.gateway.console.peers import NO_PEERS, Peers
 from cluster.gateway.console.sampling import HistorySampler
 from cluster.gateway.console.scaling_reasons import ScalingReasons
@@ -112,6 +112,8 @@ class LiveOverview:
         """`models_of` returns the models that a tenant may use, each with its aliases. `has_history`: whether the last
         hour is kept."""
         self._parts = parts
+        self.recent = parts.recent
+        """The newest ended calls of this process."""
         self._survey = Survey(parts)
         self._maker = maker
         self._scaling = scaling
@@ -251,7 +253,8 @@ class LiveOverview:
             return
         self._made_at = now
         parts = self._parts
-        self._part = await self._maker.make(shot, list(parts.utilization()), parts.budgets(), parts.policies())
+        limits = LimitUses(parts.utilization(), parts.budgets(), shot.policies)
+        self._part = await self._maker.make(shot, limits)
         _answer(self._part_waiters, self._part)
         if not is_shown:
             return
@@ -278,7 +281,9 @@ class LiveOverview:
 
         before, old = view.document, view.index
         after = await overview.view_of(document, tenant, lambda: self._models_of(tenant))
+        await asyncio.sleep(0)  # the next step is long in a large cluster
         index = deltas.index_of(after)
+        await asyncio.sleep(0)
         new = set(view.new)
         if before is not None and view.subscribers - new:
             data = await deltas.encode(await deltas.difference(before, old, after, index))

@@ -12,6 +12,7 @@ number that counts other tenants' calls. What is not listed here is left out, so
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -185,16 +186,22 @@ async def _tenants(parts: Sequence[Part], has_cost: bool) -> list[Row]:
     for part in parts:
         for row in part["tenants"]:
             rows.setdefault(row["id"], []).append(row)
+        await asyncio.sleep(0)
     merged = await in_slices(_tenant(rows[name], has_cost) for name in sorted(rows))
+    await asyncio.sleep(0)
     total = math.fsum(row["tokens_per_s"] for row in merged)
     weights = math.fsum(row["weight"] for row in merged if row["running"] or row["waiting"])
-    for row in merged:
-        row["share"] = round(row["tokens_per_s"] / total, 4) if total else None
-        is_active = row["running"] or row["waiting"]
-        row["fair_share"] = round(row["weight"] / weights, 4) if is_active and weights else None
-        known = row["share"] is not None and row["fair_share"] is not None
-        row["gap"] = round(row["share"] - row["fair_share"], 4) if known else None
+    await in_slices(_share(row, total, weights) for row in merged)
     return merged
+
+
+def _share(row: Row, total: float, weights: float) -> None:
+    """Set a tenant's shares. `total`: tokens a second of all tenants. `weights`: of the tenants with calls."""
+    is_active = row["running"] or row["waiting"]
+    share = round(row["tokens_per_s"] / total, 4) if total else None
+    fair_share = round(row["weight"] / weights, 4) if is_active and weights else None
+    row["share"], row["fair_share"] = share, fair_share
+    row["gap"] = None if share is None or fair_share is None else round(share - fair_share, 4)
 
 
 def _tenant(rows: Sequence[Row], has_cost: bool) -> Row:

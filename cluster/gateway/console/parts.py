@@ -111,22 +111,15 @@ class PartMaker:
         """Return the look with which another is compared: the newest one that is not too recent for a rate."""
         return next((each for each in reversed(self._looks) if shot.now - each.now >= RATE_S), shot)
 
-    async def make(
-        self,
-        shot: Snapshot,
-        uses: Sequence[tuple[str, str, float]],
-        budgets: Sequence[BudgetUse],
-        policies: Mapping[str, TenantPolicy],
-    ) -> Part:
-        """Return the part at a look. `uses`: tenant, limit and used fraction."""
+    async def make(self, shot: Snapshot, limits: LimitUses) -> Part:
+        """Return the part at a look."""
         before = self._before(shot)
         self._looks.append(shot)
         self._window.add(shot)
         self._costs = {name: cost for name, cost in self._costs.items() if name in shot.tenants}
         interval_s = shot.now - before.now
-        limits = _limits(uses, budgets, policies, shot.tenants)
         tenants = await in_slices(
-            self._tenant(name, shot, before, interval_s, limits.get(name) or Limits()) for name in shot.tenants
+            self._tenant(name, shot, before, interval_s, limits.of(name)) for name in shot.tenants
         )
         models = await in_slices(self._models(shot, before, interval_s))
         calls = await in_slices(self._calls(shot))
@@ -243,27 +236,37 @@ def _lag_ms(shot: Snapshot, before: Snapshot) -> float | None:
     return round((shot.lag[0] - before.lag[0]) / measured * 1000, 2) if measured else None
 
 
-def _limits(
-    uses: Sequence[tuple[str, str, float]],
-    budgets: Sequence[BudgetUse],
-    policies: Mapping[str, TenantPolicy],
-    names: Iterable[str],
-) -> dict[str, Limits]:
-    """Return the limits of some tenants with what is used of them, None where that is not known, and each one's budget
-    that is nearest to its end. `uses`: tenant, limit and used fraction."""
-    known: dict[str, Limits] = {}
-    for tenant in names:
-        policy = policies.get(tenant)
-        if policy is not None and policy.limits != NO_LIMITS:
-            limits = {name: getattr(policy.limits, name) for name in Limit}
-            known[tenant] = Limits(
-                {name.value: {"used": None, "limit": limit} for name, limit in limits.items() if limit is not None}
-            )
-    for tenant, name, ratio in uses:
-        if tenant in known and (row := known[tenant].limits.get(name)) is not None:
-            row["used"] = round(ratio * row["limit"])
-    for use in sorted(budgets, key=lambda use: use.ratio):
-        if (own := known.get(use.tenant)) is not None:
+class LimitUses:
+    """What is known of the use of tenants' limits and budgets at one moment."""
+
+    def __init__(
+        self,
+        uses: Iterable[tuple[str, str, float]],
+        budgets: Iterable[BudgetUse],
+        policies: Mapping[str, TenantPolicy],
+    ) -> None:
+        """`uses`: tenant, limit and used fraction."""
+        self._policies = policies
+        self._uses: dict[str, dict[str, float]] = {}
+        self._budgets: dict[str, list[BudgetUse]] = {}
+        for tenant, name, ratio in uses:
+            self._uses.setdefault(tenant, {})[name] = ratio
+        for use in budgets:
+            self._budgets.setdefault(use.tenant, []).append(use)
+
+    def of(self, tenant: str) -> Limits:
+        """Return the limits of a tenant with what is used of them, None where that is not known, and the budget that is
+        nearest to its end."""
+        policy, own = self._policies.get(tenant), Limits()
+        if policy is None or policy.limits == NO_LIMITS:
+            return own
+        uses = self._uses.get(tenant, {})
+        for name in Limit:
+            limit = getattr(policy.limits, name)
+            if limit is not None:
+                used = round(uses[name] * limit) if name in uses else None
+                own.limits[name.value] = {"used": used, "limit": limit}
+        for use in sorted(self._budgets.get(tenant, ()), key=lambda use: use.ratio):
             own.limits[use.budget] = {"used": use.used_tokens, "limit": use.limit_tokens}
             own.budget = {"name": use.budget, "used": use.used_tokens, "limit": use.limit_tokens, "currency": "tokens"}
-    return known
+        return own

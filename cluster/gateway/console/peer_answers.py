@@ -23,6 +23,6 @@ class PeerAnswers:
             case "part":
                 return part_for_peers(await self._live.part(), bool(question["has_all"]))
             case "history":
-                return query_columns(self._live.history, question["query"])
+                return await query_columns(self._live.history, question["query"])
             case _:
                 return None

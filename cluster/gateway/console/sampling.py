@@ -99,7 +99,7 @@ def _cost_per_h(tally: Tally, past: Tally, interval_s: float) -> float:
     return max(tally.cost - past.cost, 0.0) / interval_s * 3600
 
 
-def query_columns(history: History | None, query: Mapping[str, Any]) -> dict[str, list[float]]:
+async def query_columns(history: History | None, query: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return this process's columns for a query (feed.py); none before the first sample. Raises ValueError for a query
     of more than an hour."""
     if history is None:
@@ -107,4 +107,4 @@ def query_columns(history: History | None, query: Mapping[str, Any]) -> dict[str
     first, last = int(query["first"]), int(query["last"])
     if not 0 <= last - first < MAX_STEPS:
         raise ValueError(f"a query has 1 to {MAX_STEPS} steps")
-    return history.columns(query["columns"], query["model"], query["tenant"], first, last)
+    return await history.columns(query["columns"], query["model"], query["tenant"], first, last)

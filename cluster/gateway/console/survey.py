@@ -72,6 +72,7 @@ class Snapshot:
     controller_age_s: float | None = None
     controller_gateways: int | None = None
     """Number of gateway processes to which the controller has links."""
+    policies: Mapping[str, TenantPolicy] = field(default_factory=dict)
     lag: tuple[float, int] = (0.0, 0)
     """Sum of the delays of the event loop in seconds, and number of measurements, since the start."""
 
@@ -146,7 +147,7 @@ class Survey:
     def _tenants(self, shot: Snapshot) -> Iterator[None]:
         """Add the sums over ended calls, and the tenants without calls."""
         parts, tenants = self._parts, shot.tenants
-        policies = parts.policies()
+        shot.policies = policies = parts.policies()
         for name, sums in list(parts.recent.tenants.items()):
             if (tally := tenants.get(name)) is None:
                 if len(tenants) >= MAX_TENANTS:

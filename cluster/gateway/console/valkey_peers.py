@@ -43,6 +43,8 @@ HISTORY_S: Final = 0.5
 """Longest wait for the others' history."""
 TIMEOUT_S: Final = 1.0
 RETRY_S: Final = 2.0
+HEALTH_S: Final = 30
+"""Seconds without a message after which the connection is checked."""
 UNREACHABLE: Final = (RedisError, OSError, TimeoutError)
 
 
@@ -67,7 +69,7 @@ class ValkeyPeers:
         self._asked_at = self._looked_at = self._sent_at = float("-inf")
         self._others = 0
         """Number of other processes that got the last question."""
-        self._is_lost = False
+        self._is_lost = self._is_closing = False
         self.connected = asyncio.Event()
         """Set while questions of others arrive."""
 
@@ -77,12 +79,12 @@ class ValkeyPeers:
 
     async def close(self) -> None:
         """See Peers."""
-        tasks: list[asyncio.Future[None]] = list(self._answering)
-        if self._listening is not None:
-            tasks.append(self._listening)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._is_closing = True
+        tasks = {*self._answering, *({self._listening} if self._listening is not None else ())}
+        while tasks:  # more than once: the client may swallow a cancellation that coincides with its timeout
+            for task in tasks:
+                task.cancel()
+            _, tasks = await asyncio.wait(tasks, timeout=TIMEOUT_S)
         await self._redis.aclose()
 
     # ---- questions
@@ -140,6 +142,7 @@ class ValkeyPeers:
             return 0
 
     def _lost(self, error: Exception) -> None:
+        """Log the loss of the store once."""
         if not self._is_lost:
             self._is_lost = True
             log.warning("console.store_lost", error=str(error))
@@ -148,18 +151,12 @@ class ValkeyPeers:
 
     async def _listen_always(self) -> None:
         """Listen for questions and answers, and connect again when the connection is lost."""
-        while True:
-            client: Redis = Redis.from_url(self._url, socket_connect_timeout=TIMEOUT_S, health_check_interval=30)
+        while not self._is_closing:
+            client: Redis = Redis.from_url(self._url, socket_connect_timeout=TIMEOUT_S, health_check_interval=HEALTH_S)
             pubsub: Any = client.pubsub(ignore_subscribe_messages=True)
             try:
-                await pubsub.subscribe(QUESTIONS, PREFIX + self._gateway)
-                self._pubsub, self._looked_at = pubsub, float("-inf")
-                self._is_lost = False
-                self.connected.set()
-                async for message in pubsub.listen():
-                    self._handle(message["channel"].decode(), message["data"])
-                    await self._leave_parts(pubsub)
-            except UNREACHABLE as error:
+                await self._listen(pubsub)
+            except Exception as error:
                 self._lost(error)
             finally:
                 self._pubsub = None
@@ -168,10 +165,17 @@ class ValkeyPeers:
                     await client.aclose()
             await asyncio.sleep(RETRY_S)
 
-    async def _leave_parts(self, pubsub: Any) -> None:
-        """Receive no parts of others while this process shows none."""
-        if PARTS.encode() in pubsub.channels and self._clock() - self._looked_at > IDLE_S:
-            await pubsub.unsubscribe(PARTS)
+    async def _listen(self, pubsub: Any) -> None:
+        await pubsub.subscribe(QUESTIONS, PREFIX + self._gateway)
+        self._pubsub, self._looked_at = pubsub, float("-inf")
+        self._is_lost = False
+        self.connected.set()
+        while not self._is_closing:
+            message = await pubsub.get_message(timeout=HEALTH_S)  # also checks the connection
+            if message is not None:
+                self._handle(message["channel"].decode(), message["data"])
+            if PARTS.encode() in pubsub.channels and self._clock() - self._looked_at > IDLE_S:
+                await pubsub.unsubscribe(PARTS)  # this process shows no parts of others any more
 
     def _handle(self, channel: str, data: bytes) -> None:
         """Handle a message. One that is not understood is left out, as of another release."""

@@ -9,7 +9,7 @@ from cluster.admin.v1 import scaling_pb2
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry
 from cluster.gateway.console.build import _charger
-from cluster.gateway.console.parts import Limits, _limits
+from cluster.gateway.console.parts import Limits, LimitUses
 from cluster.gateway.console.recent_calls import RecentCalls
 from cluster.gateway.console.scaling_reasons import MAX_ASKED, REFRESH_S, ScalingReasons
 from cluster.gateway.models import KnownModel
@@ -57,17 +57,17 @@ def test_limits_are_shown_with_their_use() -> None:
         "free": TenantPolicy("free"),
     }
     budgets = [BudgetUse("acme", "daily_tokens", "d", 5, 50), BudgetUse("acme", "monthly_tokens", "m", 60, 100)]
-    assert _limits([("acme", "tokens_per_minute", 0.25), ("gone", "x", 1.0)], budgets, policies, policies) == {
-        "acme": Limits(
-            {
-                "tokens_per_minute": {"used": 250, "limit": 1000},
-                "daily_tokens": {"used": 5, "limit": 50},
-                "monthly_tokens": {"used": 60, "limit": 100},
-            },
-            {"name": "monthly_tokens", "used": 60, "limit": 100, "currency": "tokens"},
-        )
-    }
-    unknown = _limits([], [], policies, ["acme", "nobody"])["acme"]
+    known = LimitUses([("acme", "tokens_per_minute", 0.25), ("gone", "x", 1.0)], budgets, policies)
+    assert known.of("acme") == Limits(
+        {
+            "tokens_per_minute": {"used": 250, "limit": 1000},
+            "daily_tokens": {"used": 5, "limit": 50},
+            "monthly_tokens": {"used": 60, "limit": 100},
+        },
+        {"name": "monthly_tokens", "used": 60, "limit": 100, "currency": "tokens"},
+    )
+    assert known.of("free") == known.of("nobody") == Limits()
+    unknown = LimitUses([], [], policies).of("acme")
     assert unknown.limits["tokens_per_minute"] == {"used": None, "limit": 1000}
     assert unknown.budget is None
 

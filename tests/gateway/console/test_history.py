@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.gateway.console import history
-from cluster.gateway.console.history import BUCKETS, MODEL_COLUMNS, STEPS, TENANT_COLUMNS, History, Table
+from cluster.gateway.console.history import BUCKETS, COUNTS, MODEL_COLUMNS, STEPS, TENANT_COLUMNS, History, Table
+from cluster.gateway.console.overview import quantile
+from tests.support.cpu import Steps, slowness
 
 NO_COUNTS = [0.0] * BUCKETS
 
@@ -92,7 +97,7 @@ def test_the_key_with_the_oldest_value_gives_way() -> None:
     assert len(table) == 1
 
 
-def test_gateways_add_up() -> None:
+async def test_gateways_add_up() -> None:
     """Rates of two gateways are added, replica numbers are not, and percentiles come from the counts of both."""
     first, second = History(), History()
     slow, fast = list(NO_COUNTS), list(NO_COUNTS)
@@ -102,22 +107,56 @@ def test_gateways_add_up() -> None:
     second.models.put("m", 6, model_values(7.0))
     names = ["tokens", "replicas_wanted", "ttft_p50", "ttft_p99", "cache_hits", "fairness_gap"]
     columns = history.columns_of(names)
-    parts = [each.columns(columns, "m", "", 4, 6) for each in (first, second)]
-    series = history.compute(names, history.add_columns(parts), 3)
+    parts = [await each.columns(columns, "m", "", 4, 6) for each in (first, second)]
+    series = history.compute(names, await history.add_columns(parts, 3), 3)
     assert series["tokens"] == [None, 15.0, 7.0]
     assert series["replicas_wanted"] == [None, 3.0, 0.0]
     assert series["ttft_p50"][1] == pytest.approx(0.015, abs=0.006)
     assert series["ttft_p99"] == [None, pytest.approx(0.02), None]
     assert series["cache_hits"] == [None, None, None]
-    whole = first.columns(columns, "", "", 5, 5)
-    assert whole["tokens"] == [10.0]
+    first.models.put("n", 5, model_values(1.0, wanted=9.0))
+    whole = await first.columns(columns, "", "", 5, 5)
+    assert (whole["tokens"], whole["wanted"]) == ([11.0], [9.0])
 
 
-def test_a_tenant_has_no_series_of_models() -> None:
+async def test_a_tenant_has_no_series_of_models() -> None:
     """Series that are not kept of tenants are null, not invented."""
     kept = History()
     kept.tenants.put("t", 5, [4.0] * len(TENANT_COLUMNS))
     names = ["tokens", "ttft_p99", "replicas_had"]
-    columns = kept.columns(history.columns_of(names), "", "t", 4, 5)
-    series = history.compute(names, history.add_columns([columns]), 2)
+    columns = await kept.columns(history.columns_of(names), "", "t", 4, 5)
+    series = history.compute(names, await history.add_columns([columns], 2), 2)
     assert series == {"tokens": [None, 4.0], "ttft_p99": [None, None], "replicas_had": [None, None]}
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 20), min_size=BUCKETS, max_size=BUCKETS), min_size=1, max_size=5))
+def test_percentiles_of_steps_are_those_of_the_overview(steps: list[list[int]]) -> None:
+    """The percentiles of the plots are computed as those of the rows, from the same counts."""
+    counts = np.array(steps, np.float32).T
+    for part in (0.5, 0.99):
+        found = history.quantiles(counts, part)
+        for value, each in zip(found.tolist(), steps, strict=True):
+            wanted = quantile(each, part)
+            assert value == pytest.approx(wanted, rel=1e-4, abs=1e-4) if wanted is not None else np.isnan(value)
+
+
+async def test_the_plots_of_a_large_cluster_block_shortly() -> None:
+    """The sum of 100 models over an hour, with percentiles, has no step of 10 ms."""
+    kept, names = History(), list(history.SERIES)
+    for step in range(STEPS):
+        for number in range(0, 100, 10):
+            kept.models.put(f"model-{number + step % 10}", step, model_values(1.0))
+    longest_s, limit = 0.0, slowness()
+    for work in (
+        kept.columns(history.columns_of(names), "", "", 0, STEPS - 1),
+        history.add_columns([{name: [1.0] * STEPS for name in COUNTS}] * 8, STEPS),
+    ):
+        steps = Steps(work)
+        await steps
+        longest_s = max(longest_s, steps.longest_s)
+    began_s = time.thread_time()
+    history.compute(names, {name: np.ones(STEPS, np.float32) for name in MODEL_COLUMNS}, STEPS)
+    longest_s = max(longest_s, time.thread_time() - began_s)
+    print(f"longest step {longest_s * 1000:.2f} ms")
+    assert longest_s < 0.010 * max(limit, slowness())
