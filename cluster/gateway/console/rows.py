@@ -1,4 +1,4 @@
-"""Rows of the overview: one worker, one call, one model, as JSON values. docs/console.md names the fields.
+"""Rows of the overview: one worker, one call, one model, as JSON values. docs/overview.md names the fields.
 
 A value that is not known is None, never a guess. No row holds text of a prompt or an answer.
 """
