@@ -104,6 +104,7 @@ class TestCluster:
         weight_digest: str = "",
         pod: str = "",
         host: str = "",
+        gpu: str = "",
         parser: OutputParsers | None = None,
         renderer: PromptRenderer | None = None,
         adapter_files: AdapterFiles | None = None,
@@ -127,6 +128,7 @@ class TestCluster:
             weight_digest=weight_digest,
             pod=pod,
             host=host,
+            gpu=gpu,
         )
         end = WorkerSession(
             identity=identity,

@@ -22,8 +22,11 @@ class EchoEngine:
         self._done: dict[str, int] = {}
         self._work = asyncio.Event()
         self._is_dead = False
+        self._steps = 0
         self.parts: Sequence[OutputPart] = ()
         """Parts of each answer; none for the prompt's text."""
+        self.answer: Sequence[int] = ()
+        """Token ids of each answer; none for the prompt's."""
 
     async def start(self) -> EngineInfo:
         """See Engine."""
@@ -49,6 +52,7 @@ class EchoEngine:
             await self._work.wait()
         await asyncio.sleep(self._step_s)
         self._raise_if_dead()
+        self._steps += 1
         outputs = [self._output(request) for request in self._running.values()]
         for output in outputs:
             if output.finish is not None:
@@ -57,14 +61,15 @@ class EchoEngine:
 
     def _output(self, request: EngineRequest) -> TokenOutput:
         at, prompt = self._done[request.request_id], request.prompt_token_ids
+        answer = self.answer or prompt
         has_parts = request.parsing is not None and bool(self.parts)
         count = 1 if has_parts else self._tokens_a_step
-        tokens = list(prompt[at : at + count])
+        tokens = list(answer[at : at + count])
         self._done[request.request_id] = at + len(tokens)
         output = TokenOutput(request.request_id, tokens)
         if at == len(request.emitted_token_ids):
             output.prompt_tokens, output.cached_tokens = len(prompt), 0
-        if at + len(tokens) >= len(prompt) or has_parts:
+        if at + len(tokens) >= len(answer) or has_parts:
             output.finish = FinishReason.STOP
         if has_parts:
             output.parsed = ParsedOutput(list(self.parts))
@@ -72,7 +77,7 @@ class EchoEngine:
 
     def load(self) -> EngineLoad:
         """See Engine."""
-        return EngineLoad(running=len(self._running))
+        return EngineLoad(running=len(self._running), steps=self._steps)
 
     async def check(self) -> None:
         """See Engine."""

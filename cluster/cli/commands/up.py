@@ -275,6 +275,8 @@ def _say_ready(
     command = _command_to_type("headrace")
     say("")
     say(f"ready   gRPC {where['grpc']}   OpenAI http://{where['http']}/v1")
+    if cluster.config.gateway.console.enabled:
+        say(f"        console http://{where['http']}/")
     say(f"        admin {where['admin']}   metrics http://{where['metrics']}/metrics")
     for entry in entries:
         names = " = ".join([*entry.aliases, entry.name])

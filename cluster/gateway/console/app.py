@@ -23,7 +23,7 @@ from cluster.gateway.console.csp_reports import CspReports
 from cluster.gateway.console.errors import FORM, JSON_HEADERS
 from cluster.gateway.console.long_history import LongHistory
 from cluster.gateway.console.pages import CSP_REPORT, page_endpoints, read_files
-from cluster.gateway.console.sign_in import MAX_BODY_BYTES, FailureLimits, KeySignIn
+from cluster.gateway.console.sign_in import MAX_BODY_BYTES, OIDC_CALLBACK, OIDC_START, FailureLimits, KeySignIn
 from cluster.gateway.console.streams import Feed, ViewerStreams
 from cluster.gateway.listeners import ADMIN_MESSAGE_BYTES
 from cluster.gateway.service import CallService
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from cluster.gateway.console.oidc_sign_in import OidcSignIn
 
 PREFIX = "/console"
-OIDC_START = f"{PREFIX}/sign-in/oidc"
-OIDC_CALLBACK = f"{OIDC_START}/callback"
 CALL_PATHS = ("/v1/models", "/v1/chat/completions")
 """Paths of the OpenAI API that the console has below PREFIX, for the playground."""
 API_LABEL = "console"

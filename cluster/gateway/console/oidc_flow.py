@@ -30,10 +30,10 @@ from cluster.config.console import ConsoleOidc
 from cluster.gateway.auth.bearer_tokens import TokenRefused
 from cluster.gateway.auth.no_redirect import open_no_redirect
 from cluster.gateway.auth.oidc import Fetch, Issuer, OidcVerifier, TokenClaims, check_url, fetch_json
+from cluster.gateway.console.sign_in import OIDC_CALLBACK
 
 log = structlog.get_logger("console")
 
-CALLBACK: Final = "/console/sign-in/oidc/callback"
 FLOW_S: Final = 600.0
 """Seconds that a person has to sign in at the issuer."""
 TIMEOUT_S: Final = 5.0
@@ -106,7 +106,7 @@ class OidcFlow:
         """`issuer`: the issuer with the console's client id as audience. Raises ValueError if the file of the client
         secret cannot be read."""
         self._settings = settings
-        self._redirect_uri = public_url + CALLBACK
+        self._redirect_uri = public_url + OIDC_CALLBACK
         self._verifier = OidcVerifier([issuer], fetch=fetch)
         self._fetch = fetch
         self._post = post or _post_form

@@ -34,6 +34,8 @@ FAILURES: Final = 10.0
 MAX_SOURCES: Final = 4096
 IPV6_PREFIX: Final = 64
 MAX_BODY_BYTES: Final = 4096
+OIDC_START: Final = "/console/sign-in/oidc"
+OIDC_CALLBACK: Final = f"{OIDC_START}/callback"
 
 
 class FailureLimits:

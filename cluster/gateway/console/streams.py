@@ -20,11 +20,8 @@ class Feed(Protocol):
     """The live data of a gateway process, as ASGI applications. `viewer_tenant`: the only tenant that the viewer may
     see, "" for all."""
 
-    async def events(
-        self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str, is_valid: Callable[[], bool]
-    ) -> None:
-        """Answer with a stream of server-sent events, which ends when the client disconnects, or after `is_valid` is
-        false."""
+    async def events(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
+        """Answer with a stream of server-sent events, which ends when the client disconnects."""
 
     async def history(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
         """Answer with the values of the last hour."""
@@ -64,9 +61,7 @@ class ViewerStreams:
     async def events(self, exchange: Exchange, viewer: Viewer) -> None:
         """Answer with the events of a viewer until the client, the session or the gateway ends them."""
         response = _Response(exchange.send)
-        work = self._feed.events(
-            exchange.scope, exchange.receive, response.send, viewer.scope, lambda: True
-        )  # _recheck ends it
+        work = self._feed.events(exchange.scope, exchange.receive, response.send, viewer.scope)
         task = asyncio.ensure_future(work)
         self._open[task] = viewer
         timer = asyncio.get_running_loop().call_later(self._access.seconds_left(viewer.session), task.cancel)

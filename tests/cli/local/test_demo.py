@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
 DEMO = Path(__file__).parents[3] / "deploy" / "demo.yaml"
 QUESTION = "What is the capital of France?"
+STORY = "Write a long story about a river that finds its way from the mountains to the sea."
+ENGINE = "VLLM::EngineCore"
+RESTART_S = 400
+"""Seconds within which Ray starts another replica, on a busy machine too."""
 
 
 @dataclass
@@ -45,8 +50,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     folder = tmp_path_factory.mktemp("demo")
     weights = cache_dir() / "models"
     weights.mkdir(parents=True, exist_ok=True)
-    listen = "{grpc: '127.0.0.1:0', link: '127.0.0.1:0', admin: '127.0.0.1:0', metrics: '127.0.0.1:0'}"
-    text = DEMO.read_text().replace("name: demo\n", f"name: demotest\ngateway: {{listen: {listen}}}\n", 1)
+    listen = ", ".join(f"{port}: '127.0.0.1:0'" for port in ("grpc", "http", "link", "admin", "metrics"))
+    # The only replica is killed by a test, and a call waits until Ray has started another one.
+    settings = f"gateway: {{listen: {{{listen}}}, resume: {{max_wait_s: {RESTART_S}}}}}\n"
+    text = DEMO.read_text().replace("name: demo\n", f"name: demotest\n{settings}", 1)
     file = folder / "demo.yaml"
     file.write_text(text)
     cache = folder / "cache"
@@ -122,6 +129,47 @@ def test_a_cancel_reaches_the_real_engine(demo: Demo) -> None:
         until(lambda: running() == 1, "the engine runs the call")
         stream.cancel()
         until(lambda: running() == 0, "the engine has dropped the call")
+
+
+@pytest.mark.needs("chromium")
+async def test_a_chat_in_the_console_survives_its_worker(demo: Demo, tmp_path: Path) -> None:
+    """The demo prints the console's address. A chat with the real model in the playground goes on after its worker was
+    killed, with the same text as undisturbed, and the fleet page shows the lost worker."""
+    from playwright.async_api import expect
+
+    from tests.support.browser import chromium, watched_page
+
+    (address,) = (line.split()[-1] for line in demo.lines if line.strip().startswith("console"))
+    origin = f"http://{demo.run.endpoints()['http']}"
+    assert address == f"{origin}/".replace("127.0.0.1", "localhost")
+    async with chromium() as browser, watched_page(browser, origin) as chat, watched_page(browser, origin) as fleet:
+        page, longest_ms = chat.page, RESTART_S * 1000
+        await fleet.page.goto(f"{origin}/#/fleet")
+        await page.goto(f"{origin}/#/playground")
+        await page.locator("summary", has_text="Parameters").click()
+        await page.get_by_label("Temperature").fill("0")
+        await page.get_by_label("Max tokens").fill("120")
+        await expect(page.get_by_label("Model", exact=True)).not_to_have_value("")
+        await page.get_by_label("Message").fill(STORY)
+        await page.get_by_label("Message").press("Enter")
+        answer, ended = page.locator(".pg-answer .md"), page.locator(".pg-answer[aria-busy=false]")
+        await expect(ended).to_have_count(1, timeout=longest_ms)
+        whole = await answer.inner_text()
+        await page.get_by_role("button", name="Try again").click()
+        await expect(page.locator(".pg-answer .pg-facts")).to_contain_text(re.compile("about [2-9][0-9] tokens"))
+        (engine,) = (
+            pid for pid in reaper.find(demo.run.instance()) if ENGINE in " ".join(psutil.Process(pid).cmdline())
+        )
+        os.kill(engine, signal.SIGKILL)
+        lost = fleet.page.locator("tr.lost")
+        await expect(lost).to_be_visible(timeout=longest_ms)
+        await fleet.page.screenshot(path=tmp_path / "fleet.png")
+        await expect(ended).to_have_count(1, timeout=longest_ms)
+        await page.screenshot(path=tmp_path / "playground.png")
+        assert await page.locator(".pg-answer .problem:visible").count() == 0
+        assert await answer.inner_text() == whole
+        await expect(page.locator(".pg-resumes")).to_contain_text("Resumed on another worker")
+        assert [*await chat.faults(), *await fleet.faults()] == []
 
 
 def test_interrupt_leaves_nothing(demo: Demo) -> None:

@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 from cluster.config.console import ConsoleOidc
 from cluster.gateway.auth.no_redirect import open_no_redirect
 from cluster.gateway.auth.oidc import Issuer
-from cluster.gateway.console.oidc_flow import CALLBACK, FLOW_S, FlowError, FlowState, OidcFlow
+from cluster.gateway.console.oidc_flow import FLOW_S, FlowError, FlowState, OidcFlow
 from cluster.gateway.console.sessions import SealedCookie
+from cluster.gateway.console.sign_in import OIDC_CALLBACK, OIDC_START
 from cluster.policy.tenants.policy import TenantPolicy
 from tests.support.console import HOST, Browser
 from tests.support.http import Reply
 from tests.support.keyed import SECRET, Keyed, eventually, keyed_cluster
 
-START = "/console/sign-in/oidc"
 PUBLIC = f"http://{HOST}"
 USERS = {
     "ada": {"org": "acme", "role": "operator"},
@@ -82,7 +82,7 @@ async def keyed(issuer: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 async def begin(browser: Browser) -> tuple[str, dict[str, str]]:
     """Begin a sign-in and return the address at the issuer with its parameters."""
-    reply = await browser.fetch(START)
+    reply = await browser.fetch(OIDC_START)
     assert reply.status == 303
     url = reply.headers["location"]
     return url, dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query))
@@ -97,7 +97,7 @@ def at_issuer(url: str, user: str) -> str:
     except urllib.error.HTTPError as error:
         with error:
             back = str(error.headers["location"])
-    assert back.startswith(f"{PUBLIC}{CALLBACK}?")
+    assert back.startswith(f"{PUBLIC}{OIDC_CALLBACK}?")
     return back.removeprefix(PUBLIC)
 
 
@@ -148,14 +148,14 @@ async def test_the_request_to_the_issuer(keyed: Keyed) -> None:
     to the way back."""
     browser = Browser(keyed.cluster)
     _, first = await begin(browser)
-    reply = await browser.fetch(START)
+    reply = await browser.fetch(OIDC_START)
     name, *attributes = reply.headers["set-cookie"].split("; ")
     assert name.startswith("headrace-oidc=")
     assert {"HttpOnly", "SameSite=Lax", f"Max-Age={FLOW_S:.0f}", "Path=/"} <= set(attributes)
     second = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(reply.headers["location"]).query))
     assert first["response_type"] == "code"
     assert first["code_challenge_method"] == "S256"
-    assert first["redirect_uri"] == f"{PUBLIC}{CALLBACK}"
+    assert first["redirect_uri"] == f"{PUBLIC}{OIDC_CALLBACK}"
     assert set(first["scope"].split()) == {"openid", "profile"}
     for name in ("state", "nonce", "code_challenge"):
         assert first[name] != second[name]
@@ -193,14 +193,14 @@ async def test_queries_are_bounded(keyed: Keyed, query: str, status: int) -> Non
     """A query with a parameter twice, with too many or too long ones is refused."""
     browser = Browser(keyed.cluster)
     await begin(browser)
-    assert (await browser.fetch(f"{CALLBACK}?{query}")).status == status
+    assert (await browser.fetch(f"{OIDC_CALLBACK}?{query}")).status == status
 
 
 async def test_an_issuer_that_is_away(tmp_path: Path) -> None:
     """While the issuer cannot be reached, the page says so, and sign-in with a key goes on."""
     async with cluster_at("http://localhost:9", tmp_path) as keyed:
         browser = Browser(keyed.cluster)
-        reply = await browser.fetch(START)
+        reply = await browser.fetch(OIDC_START)
         assert (reply.status, reply.headers["location"]) == (303, "/?sign_in_failed=unavailable")
         assert (await browser.fetch("/console/session")).status == 200
 
@@ -208,7 +208,7 @@ async def test_an_issuer_that_is_away(tmp_path: Path) -> None:
 async def test_without_an_issuer_there_is_no_path(tmp_path: Path) -> None:
     """Without an issuer in the configuration the paths of the flow do not exist."""
     async with keyed_cluster(tmp_path) as keyed:
-        for path in (START, CALLBACK):
+        for path in (OIDC_START, OIDC_CALLBACK):
             assert (await Browser(keyed.cluster).fetch(path)).status == 404
 
 
@@ -288,7 +288,7 @@ async def test_a_right_token() -> None:
     (form,) = scripted.forms
     digest = hashlib.sha256(form["code_verifier"].encode()).digest()
     assert base64.urlsafe_b64encode(digest).decode().rstrip("=") == flow.challenge()
-    assert (form["client_id"], form["redirect_uri"]) == ("con sole", f"{PUBLIC}{CALLBACK}")
+    assert (form["client_id"], form["redirect_uri"]) == ("con sole", f"{PUBLIC}{OIDC_CALLBACK}")
     assert (await scripted.authorization_url(flow)).startswith(f"{ISSUER}/authorize?a=1&response_type=code")
 
 

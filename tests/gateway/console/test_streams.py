@@ -27,24 +27,26 @@ class CountingFeed:
         self.open = 0
         self.fails = False
 
-    async def events(self, scope: Scope, receive: Receive, send: Send, tenant: str) -> None:
+    async def events(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
         """See Feed."""
         self.open += 1
         try:
             if self.fails:
                 raise RuntimeError("the feed is broken")
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"x-tenant", tenant.encode())]})
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": [(b"x-tenant", viewer_tenant.encode())]}
+            )
             await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
             while (await receive())["type"] != "http.disconnect":
                 pass
         finally:
             self.open -= 1
 
-    async def history(self, scope: Scope, receive: Receive, send: Send, tenant: str) -> None:
+    async def history(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
         """See Feed."""
-        headers = [(b"content-length", b"%d" % len(tenant))]
+        headers = [(b"content-length", b"%d" % len(viewer_tenant))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": tenant.encode(), "more_body": False})
+        await send({"type": "http.response.body", "body": viewer_tenant.encode(), "more_body": False})
 
 
 class Page:

@@ -1,11 +1,13 @@
 /** Line charts over time, drawn as SVG, with the same figures as a table for screen readers. */
 
 import { h, replace, setAttribute, setText, svg } from "./dom.js";
-import { hourMinute, timeOfDay } from "./format.js";
+import { dateTime, dayMonth, hourMinute, timeOfDay } from "./format.js";
 
 const PAD = { left: 50, right: 8, top: 8, bottom: 18 };
 const TABLE_ROWS = 12;
 const TABLE_MS = 60_000;
+const DAY_S = 86_400;
+const STEPS_S = [60, 120, 300, 600, 900, 1200, 1800, 3600, 7200, 21_600, 43_200, DAY_S, 2 * DAY_S, 7 * DAY_S];
 
 /** @typedef {{key: string, label: string, tone?: number, isStep?: boolean}} Line */
 
@@ -27,7 +29,9 @@ export class LineChart {
 
   /** Show these points by line: [epoch_s, value or null], all lines at the same times. */
   set(points) {
+    const before = this._spanS();
     this._points = points;
+    if (Math.abs(this._spanS() - before) > DAY_S / 24) this._tabledAt = 0;
     this._draw();
   }
 
@@ -115,13 +119,18 @@ export class LineChart {
     }
     const span = to - from;
     const marks = this._width > 250 ? 5 : 2;
-    const step =
-      [60, 120, 300, 600, 900, 1200, 1800, 3600, 7200, 21_600, 86_400].find((each) => span / each <= marks) ?? span;
-    for (let at = Math.ceil(from / step) * step; at <= to; at += step) {
+    const step = STEPS_S.find((each) => span / each <= marks) ?? span;
+    const zone = new Date(to * 1000).getTimezoneOffset() * 60;
+    for (let at = Math.ceil((from - zone) / step) * step + zone; at <= to; at += step) {
       if (x(at) < PAD.left + 14 || x(at) > this._width - 18) continue;
-      parts.push(svg("text", { x: x(at), y: height - 4, "text-anchor": "middle" }, hourMinute(at)));
+      parts.push(svg("text", { x: x(at), y: height - 4, "text-anchor": "middle" }, timeLabel(at, span)));
     }
     replace(this._grid, parts);
+  }
+
+  _spanS() {
+    const points = this._points[this._options.lines[0].key] ?? [];
+    return points.length ? points.at(-1)[0] - points[0][0] : 0;
   }
 
   _point(event) {
@@ -154,7 +163,8 @@ export class LineChart {
       setAttribute(this._values[number], "title", value === null ? "no value at this time" : null);
     });
     const at = index === null ? null : (this._points[lines[0].key]?.[index]?.[0] ?? null);
-    setText(this._when, at === null ? "" : timeOfDay(at));
+    const isLong = this._spanS() > DAY_S;
+    setText(this._when, at === null ? "" : isLong ? dateTime(at) : timeOfDay(at));
   }
 
   _describe() {
@@ -168,13 +178,14 @@ export class LineChart {
       const last = values.at(-1);
       return `${line.label}: now ${format(last)} ${unit}, least ${format(least(values))}, most ${format(most(values))}`;
     });
-    const span = `${hourMinute(first[0][0])} to ${hourMinute(first.at(-1)[0])}`;
+    const timeWords = this._spanS() > DAY_S ? dateTime : hourMinute;
+    const span = `${timeWords(first[0][0])} to ${timeWords(first.at(-1)[0])}`;
     this._svg.setAttribute("aria-label", `${title}, ${span}. ${parts.join(". ")}.`);
     const stride = Math.max(Math.floor(first.length / TABLE_ROWS), 1);
     const rows = [];
     for (let index = first.length - 1; index >= 0 && rows.length < TABLE_ROWS; index -= stride) {
       const cells = lines.map((line) => h("td", null, format(this._points[line.key]?.[index]?.[1] ?? null) ?? "–"));
-      rows.push(h("tr", null, h("th", { scope: "row" }, hourMinute(first[index][0])), cells));
+      rows.push(h("tr", null, h("th", { scope: "row" }, timeWords(first[index][0])), cells));
     }
     const heads = [
       h("th", { scope: "col" }, "Time"),
@@ -191,6 +202,11 @@ export class LineChart {
       ),
     );
   }
+}
+
+/** The words below the axis: times of a day or less, dates of more. */
+function timeLabel(at, spanS) {
+  return spanS > 1.5 * DAY_S ? dayMonth(at) : hourMinute(at);
 }
 
 const least = (values) => values.reduce((a, b) => Math.min(a, b));

@@ -24,7 +24,7 @@ class FleetPage {
     this._isScoped = isScoped(context.session);
     this._states = new Map();
     this._filter = "";
-    this._charts = overviewCharts(context.api, this._isScoped);
+    this._charts = overviewCharts(context);
     this._summary = h("p", { class: "summary" });
     this._overload = h("p", { class: "notice", hidden: true });
     this._failures = h("div", { class: "problem", hidden: true });

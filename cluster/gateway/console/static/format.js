@@ -9,6 +9,7 @@ const decimals = [0, 1, 2, 3].map(
 const clock = new Intl.DateTimeFormat(LOCALE, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 const minute = new Intl.DateTimeFormat(LOCALE, { hour: "2-digit", minute: "2-digit" });
 const day = new Intl.DateTimeFormat(LOCALE, { day: "numeric", month: "short", year: "numeric" });
+const dayOnly = new Intl.DateTimeFormat(LOCALE, { day: "numeric", month: "short" });
 const full = new Intl.DateTimeFormat(LOCALE, {
   day: "numeric",
   month: "short",
@@ -109,6 +110,11 @@ export function timeOfDay(epochS) {
 /** Hours and minutes in the viewer's zone. */
 export function hourMinute(epochS) {
   return isMissing(epochS) ? null : minute.format(new Date(Number(epochS) * 1000));
+}
+
+/** Day and month in the viewer's zone. */
+export function dayMonth(epochS) {
+  return isMissing(epochS) ? null : dayOnly.format(new Date(Number(epochS) * 1000));
 }
 
 /** Date, time and zone, from seconds since the epoch or an RFC 3339 text. */

@@ -19,6 +19,13 @@ export function gatewayColumns() {
     number("queued", "Waiting", 6, (row) => row.queued, count, "Sequences that wait for a worker"),
     number("tokens", "Tokens/s", 6, (row) => row.tokens_per_s, compact),
     number("lag", "Event loop lag", 7, (row) => row.lag_ms, milliseconds, "Delay of the process's event loop"),
-    number("age", "Reported", 6, (row) => row.age_s, (value) => `${age(value)} ago`, "Age of the gateway's last report"),
+    number(
+      "age",
+      "Reported",
+      6,
+      (row) => row.age_s,
+      (value) => `${age(value)} ago`,
+      "Age of the gateway's last report",
+    ),
   ];
 }

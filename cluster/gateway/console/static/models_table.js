@@ -63,7 +63,7 @@ export function modelColumns(context) {
       title: "Time to first token, median and 99th percentile",
       build: ttftCell,
     },
-    number("cache", "Cache hits", (row) => percent(row.cache_hit), {
+    number("cache", "Cached", (row) => percent(row.cache_hit), {
       width: 5.6,
       title: "Part of the prompt tokens found in KV caches",
       missing: "no recent prompt",

@@ -1,9 +1,11 @@
-/** The charts at the head of the fleet page: the last hour, kept by the gateway. */
+/** The charts at the head of the fleet page: the last hour, or longer where the gateway has a Prometheus. */
 
+import { isScoped } from "./api.js";
 import { LineChart } from "./charts.js";
 import { h, setHidden, setText } from "./dom.js";
 import { count, duration, percent, rate } from "./format.js";
 import { History } from "./history.js";
+import { chosenSeconds, rangePicker } from "./range_picker.js";
 
 const SERIES = ["tokens", "ttft_p50", "ttft_p99", "queue", "streams", "fairness_gap", "cache_hits", "cost"];
 
@@ -63,11 +65,11 @@ const CHARTS = [
 ];
 
 /** Return the charts and what ends them. A scoped viewer has those of its own calls. */
-export function overviewCharts(api, isScoped) {
-  const shown = isScoped ? CHARTS.filter((chart) => !["Fairness gap", "TTFT"].includes(chart.title)) : CHARTS;
+export function overviewCharts({ api, session }) {
+  const shown = isScoped(session) ? CHARTS.filter((chart) => !["Fairness gap", "TTFT"].includes(chart.title)) : CHARTS;
   const charts = shown.map((options) => ({ options, chart: new LineChart(options) }));
   const problem = h("p", { class: "note", hidden: true });
-  const history = new History(api, { series: SERIES });
+  const history = new History(api, { series: SERIES, seconds: chosenSeconds(session) });
   history.start((error) => {
     setHidden(problem, !error);
     if (error) return setText(problem, `The charts cannot be read: ${error.message}`);
@@ -76,7 +78,8 @@ export function overviewCharts(api, isScoped) {
   });
   const node = h(
     "section",
-    { class: "charts", "aria-label": "Last hour", dataset: { count: charts.length } },
+    { class: "charts", "aria-label": "Charts", dataset: { count: charts.length } },
+    rangePicker(session, (seconds) => history.setSeconds(seconds)),
     problem,
     charts.map(({ chart }) => chart.node),
   );

@@ -9,18 +9,30 @@ import { CodeView, DEFAULTS, Settings } from "./playground_settings.js";
 
 await styleSheet("/console/static/playground.css");
 
-/** The conversation goes on while its person looks at other pages. Another person gets one of their own. */
-let kept = { owner: "", conversation: null };
+const CHECK_MS = 2000;
+
+/** The conversation goes on while its person looks at other pages. It is forgotten when its session has ended. */
+let kept = { owner: "", conversation: null, timer: 0 };
+
+function ownerOf(session) {
+  return session?.signed_in ? `${session.actor} ${session.tenant} ${session.csrf}` : "";
+}
+
+function forget() {
+  clearInterval(kept.timer);
+  kept.conversation?.clear();
+  kept = { owner: "", conversation: null, timer: 0 };
+}
 
 function conversationOf(api) {
-  const session = api.session;
-  const owner = `${session.actor} ${session.tenant} ${session.csrf}`;
-  if (kept.owner !== owner) {
-    kept.conversation?.clear();
-    kept = { owner, conversation: new Conversation(() => api.session?.csrf ?? "") };
-    kept.conversation.settings = { ...DEFAULTS };
-  }
-  return kept.conversation;
+  const owner = ownerOf(api.session);
+  if (kept.owner === owner && kept.conversation) return kept.conversation;
+  forget();
+  const conversation = new Conversation(() => api.session?.csrf ?? "");
+  conversation.settings = { ...DEFAULTS };
+  const timer = setInterval(() => ownerOf(api.session) === owner || forget(), CHECK_MS);
+  kept = { owner, conversation, timer };
+  return conversation;
 }
 
 /** Show the playground in a container. */

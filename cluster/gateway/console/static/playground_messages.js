@@ -52,15 +52,10 @@ export class AnswerView {
     const call = this._answer.id ? this._context.findCall(this._answer.id) : null;
     if (!call) return;
     const isResuming = call.state === "resuming" && this._answer.state === "running";
-    const times = call.resumes > 1 ? ` ${call.resumes} times` : "";
-    setText(
-      this._resumes,
-      isResuming
-        ? "Its worker was lost; the answer goes on at another one."
-        : call.resumes > 0
-          ? `Its worker was lost${times}; the answer went on at another one.`
-          : "",
-    );
+    const resumed = call.resumes > 1 ? `Resumed ${call.resumes} times on other workers` : "Resumed on another worker";
+    let words = call.resumes > 0 ? `${resumed}: the worker was lost.` : "";
+    if (isResuming) words = "The worker was lost. The answer resumes on another worker.";
+    setText(this._resumes, words);
     setHidden(this._resumes, !this._resumes.textContent);
   }
 

@@ -5,6 +5,7 @@ import { showError } from "./dialog.js";
 import { button, h, replace, scroller, setHidden, setText, stateChip, terminalHint } from "./dom.js";
 import { compare, count, dateTime, duration, numberOf, plural, timeOfDay } from "./format.js";
 import { History } from "./history.js";
+import { chosenSeconds, rangePicker } from "./range_picker.js";
 import { modelActions } from "./scaling_actions.js";
 
 const DECISIONS = 20;
@@ -27,10 +28,15 @@ class ScalingPage {
     this._list = h("div", { class: "page" });
     container.append(
       h("div", { class: "page-head" }, h("h1", { tabindex: "-1" }, "Scaling"), this._summary),
+      rangePicker(context.session, (seconds) => this._setSeconds(seconds)) ?? "",
       this._empty,
       this._list,
     );
     this._unsubscribe = context.feed.subscribe(({ isFull, changed }) => (isFull || changed.scaling) && this._update());
+  }
+
+  _setSeconds(seconds) {
+    for (const panel of this._panels.values()) panel.setSeconds(seconds);
   }
 
   close() {
@@ -91,7 +97,11 @@ class ModelScaling {
         { key: "replicas_wanted", label: "Wanted", tone: 1, isStep: true },
       ],
     });
-    this._history = new History(context.api, { series: ["replicas_had", "replicas_wanted"], model });
+    this._history = new History(context.api, {
+      series: ["replicas_had", "replicas_wanted"],
+      model,
+      seconds: chosenSeconds(context.session),
+    });
     const more = h(
       "details",
       { on: { toggle: () => more.open && void this._explain() } },
@@ -111,6 +121,11 @@ class ModelScaling {
   close() {
     this._history.stop();
     this._chart.close();
+  }
+
+  /** Show another range from now on. */
+  setSeconds(seconds) {
+    this._history.setSeconds(seconds);
   }
 
   update(row) {

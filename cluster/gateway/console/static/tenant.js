@@ -7,6 +7,7 @@ import { confirmDialog, showMessage } from "./dialog.js";
 import { button, h, meter, missing, replace, setHidden, setText, stateChip } from "./dom.js";
 import { compact, count, duration, numberOf, percent, rate } from "./format.js";
 import { History } from "./history.js";
+import { chosenSeconds, rangePicker } from "./range_picker.js";
 import { KeysPanel } from "./keys.js";
 import { linkTo } from "./shell.js";
 import { budgetWords, limitUses, limitWords, useTone } from "./tenants_table.js";
@@ -64,7 +65,11 @@ class TenantPage {
         { key: "queue", label: "Waiting", tone: 1 },
       ],
     });
-    this._history = new History(this._context.api, { series: ["tokens", "streams", "queue"], tenant: this._name });
+    this._history = new History(this._context.api, {
+      series: ["tokens", "streams", "queue"],
+      tenant: this._name,
+      seconds: chosenSeconds(this._context.session),
+    });
     this._history.start((error) => {
       if (error) return;
       this._tokens.set({ tokens: this._history.points("tokens") });
@@ -102,7 +107,13 @@ class TenantPage {
         panel("now", "Now", this._facts),
         panel("limits", "Limits and budget", this._limits),
       ),
-      h("section", { class: "charts two", "aria-label": "Last hour" }, this._tokens.node, this._calls.node),
+      h(
+        "section",
+        { class: "charts two", "aria-label": "Charts" },
+        rangePicker(session, (seconds) => this._history.setSeconds(seconds)),
+        this._tokens.node,
+        this._calls.node,
+      ),
     );
     if (!session.auth || !mayRead(session)) return;
     const usage = h("div", { class: "panel-body" }, h("p", null, "Reading the ledger …"));

@@ -47,7 +47,11 @@ class TenantsPage {
     if (context.session.auth) {
       usageByTenant(usage, context);
       void this._list();
-    } else usage.remove();
+    } else {
+      const words =
+        "Without auth in the configuration all calls belong to one tenant, and there are no keys, usage or audit.";
+      usage.replaceWith(h("p", { class: "hint" }, words));
+    }
     this._unsubscribe = this._feed.subscribe(({ isFull, changed }) => (isFull || changed.tenants) && this._update());
   }
 

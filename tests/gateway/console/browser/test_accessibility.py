@@ -35,44 +35,58 @@ async def overflow(page: Page) -> Sequence[str]:
     return found[:5]
 
 
-@pytest.mark.parametrize(("scheme", "width"), LOOKS)
-async def test_axe_finds_nothing(busy: ConsolePages, scheme: str, width: int) -> None:
+async def faults_in_all_looks(page: Page, name: str) -> list[object]:
+    """Return what axe finds in a page in light and dark, narrow and wide, and which elements do not fit."""
+    found: list[object] = []
+    for scheme, width in LOOKS:
+        await page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        await page.set_viewport_size({"width": width, "height": 900})
+        await page.evaluate("new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 0)))")
+        found += [(name, scheme, width, fault) for fault in (*await axe_violations(page), *await overflow(page))]
+    return found
+
+
+async def test_axe_finds_nothing(busy: ConsolePages) -> None:
     """No page breaks a rule of axe, in light and dark, narrow and wide, and none is wider than the window."""
     await fill(busy)
-    async with busy.signed_in("operator", width=width, height=900, scheme=scheme) as watched:
+    async with busy.signed_in("operator", height=900) as watched:
         page, found = watched.page, list[object]()
         for name in (*PAGES, *DETAILS):
             await go(page, name)
             if name == "playground":
-                await expect(page.get_by_label("Model", exact=True)).to_have_value("sim")
-                await page.get_by_label("Message").fill("# Hello\n\n- a\n\n```\nx\n```")
-                for group in await page.locator("summary").all():
-                    await group.click()
-                await page.get_by_label("Max tokens").fill("8")
-                await page.get_by_label("Message").press("Enter")
-                await expect(page.locator(".pg-answer[aria-busy=false]")).to_have_count(1)
-            found += [(name, fault) for fault in (*await axe_violations(page), *await overflow(page))]
+                await fill_playground(page)
+            found += await faults_in_all_looks(page, name)
+        await page.set_viewport_size({"width": 1280, "height": 900})
         await go(page, "calls")
         await page.locator("tbody tr a").first.click()
         await expect(page.locator(".page-calls h1")).not_to_have_text("Calls")
-        found += [("a call", fault) for fault in (*await axe_violations(page), *await overflow(page))]
+        found += await faults_in_all_looks(page, "a call")
         assert found == []
         assert await watched.faults() == []
 
 
-@pytest.mark.parametrize(("scheme", "width"), LOOKS)
-async def test_axe_finds_nothing_before_sign_in(busy: ConsolePages, browser: Browser, scheme: str, width: int) -> None:
+async def fill_playground(page: Page) -> None:
+    """Have a short chat, with all settings shown."""
+    await expect(page.get_by_label("Model", exact=True)).to_have_value("sim")
+    await page.get_by_label("Message").fill("# Hello\n\n- a\n\n```\nx\n```")
+    for group in await page.locator("summary").all():
+        await group.click()
+    await page.get_by_label("Max tokens").fill("8")
+    await page.get_by_label("Message").press("Enter")
+    await expect(page.locator(".pg-answer[aria-busy=false]")).to_have_count(1)
+
+
+async def test_axe_finds_nothing_before_sign_in(busy: ConsolePages, browser: Browser) -> None:
     """The sign-in page breaks no rule of axe, with and without an error."""
-    async with watched_page(browser, busy.origin, width=width, scheme=scheme) as watched:
+    async with watched_page(browser, busy.origin) as watched:
         page = watched.page
         await page.goto(busy.origin)
         await page.get_by_label("API key").wait_for()
-        assert await axe_violations(page) == []
+        assert await faults_in_all_looks(page, "sign-in") == []
         await page.get_by_label("API key").fill("hr_wrong")
         await page.keyboard.press("Enter")
         await expect(page.locator(".problem")).to_be_visible()
-        assert await axe_violations(page) == []
-        assert await overflow(page) == []
+        assert await faults_in_all_looks(page, "a refused sign-in") == []
         assert await page.get_by_label("API key").get_attribute("type") == "password"
 
 

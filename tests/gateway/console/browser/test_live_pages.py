@@ -59,7 +59,7 @@ async def streams(pages: ConsolePages, number: int) -> AsyncIterator[None]:
 
     async def stream() -> None:
         while True:
-            async for _ in stub.Chat(chat("Tell me more", max_tokens=200), metadata=metadata):
+            async for _ in stub.StreamChat(chat("Tell me more", max_tokens=200, ignore_eos=True), metadata=metadata):
                 pass
 
     tasks = [asyncio.create_task(stream()) for _ in range(number)]
@@ -156,7 +156,7 @@ async def test_a_worker_is_killed_in_mid_answer(busy: ConsolePages, tmp_path: Pa
         await expect(row).to_contain_text("1 sequence went on elsewhere")
         await expect(page.locator(".pg-answer[aria-busy=false]")).to_have_count(1, timeout=60_000)
         assert await page.locator(".pg-answer .md").inner_text() == whole
-        await expect(page.locator(".pg-resumes")).to_contain_text("went on at another one")
+        await expect(page.locator(".pg-resumes")).to_contain_text("Resumed on another worker")
         assert await page.locator(".pg-answer .problem:visible").count() == 0
         colours = await row.evaluate(
             "(node) => [getComputedStyle(node).backgroundColor, getComputedStyle(document.body).backgroundColor]"
