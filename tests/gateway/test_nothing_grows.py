@@ -157,6 +157,7 @@ async def test_nothing_is_left_behind(
     """Further rounds, after a first round that fills caches and pools, leave no task, timer, file or thread behind, and
     less than one object of each type per five calls or lost links."""
     cluster.gateway.scheduler.routes.history.max_bytes = 10_000  # so that the first round fills it
+    cluster.gateway.live.recent.calls.max_calls = 10
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.5), bundle, timing=QUICK)
     await what(cluster)
     await at_rest(cluster)

@@ -74,7 +74,7 @@ class FairRing:
     """Ended calls by tenant, at most `max_calls`. Every operation takes O(1), except `drop_older`."""
 
     def __init__(self, max_calls: int = MAX_CALLS) -> None:
-        self._max_calls = max_calls
+        self.max_calls = max_calls
         self._calls: dict[str, deque[EndedCall]] = {}
         self._by_count: dict[int, dict[str, None]] = {}
         """The tenants by their number of calls."""
@@ -100,7 +100,7 @@ class FairRing:
         calls.append(call)
         self._size += 1
         self._move(call.tenant, len(calls) - 1, len(calls))
-        if self._size > self._max_calls:
+        if self._size > self.max_calls:
             self._drop(next(iter(self._by_count[self._longest])))
 
     def drop_older(self, than: float) -> None:

@@ -44,7 +44,7 @@ def change_loads(gateway: Gateway, step: int) -> None:
 
 def add_ended_calls(gateway: Gateway, count: int, tenants: int) -> None:
     """Let calls have ended."""
-    recent, now = gateway.live._parts.recent, time.monotonic()
+    recent, now = gateway.live.recent, time.monotonic()
     for number in range(count):
         tenant = f"tenant-{number % tenants}"
         recent.calls.add(
