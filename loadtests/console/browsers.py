@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from playwright.async_api import Browser
+from playwright.async_api import Browser, expect
 
 from cluster.cli.commands import doctor
 from tests.support import browser as browsers
+
+LATEST_MS = 60_000
+"""Longest wait for what a page must show. It ends a hang, and is no bound."""
 
 
 @asynccontextmanager
@@ -16,5 +19,6 @@ async def chromium() -> AsyncIterator[Browser]:
     """Run Chromium without a window. Raises RuntimeError if this machine has none."""
     if doctor.check_chromium().missing:
         raise RuntimeError(doctor.missing_reason("chromium"))
+    expect.set_options(timeout=LATEST_MS)
     async with browsers.chromium() as running:
         yield running

@@ -14,14 +14,14 @@ from tests.support.browser import chromium
 from tests.support.console_pages import ConsolePages, add_workers, console_pages
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def browser() -> AsyncIterator[Browser]:
     """Provide a running Chromium."""
     async with chromium() as running:
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 async def busy(
     tmp_path_factory: pytest.TempPathFactory, browser: Browser, checkpoint: Path, bundle: Bundle
 ) -> AsyncIterator[ConsolePages]:
@@ -31,7 +31,7 @@ async def busy(
         yield pages
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 async def empty(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> AsyncIterator[ConsolePages]:
     """Provide the console of a gateway without workers, tenants and calls."""
     async with console_pages(tmp_path_factory.mktemp("empty"), browser) as pages:

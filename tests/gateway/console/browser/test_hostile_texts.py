@@ -22,7 +22,7 @@ from tests.support.parsed_outputs import ParsedByEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium")]
 
-GROUP = 8
+GROUP = 12
 FOREIGN = [
     *("script", "link", "meta", "base", "iframe", "frame", "object", "embed", "img", "image", "video", "audio"),
     *("source", "style", "animate", "foreignObject", "math", "template", "portal", "marquee"),

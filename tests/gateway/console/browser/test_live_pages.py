@@ -25,7 +25,7 @@ FIRST_VIEW_S = 1.0
 LIVE_UPDATE_S = 1.5
 LONGEST_FRAME_S = 0.1
 STREAMS = 64
-WATCHED_S = 3.0
+WATCHED_S = 2.0
 
 FIRST_ROW = """
 () => new Promise((resolve) => {

@@ -16,11 +16,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium")]
 
 ROOT = Path(__file__).resolve().parents[4]
 MOST_BYTES = 100_000
-NAMES = ("fleet", "playground")
+NAMES = ("fleet",)
 
 
 async def test_pictures_are_made(browser: Browser, checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
-    """The script makes pictures with the sizes in pixels of those in docs/console, of many colours. Two of them are
+    """The script makes pictures with the sizes in pixels of those in docs/console, of many colours. One of them is
     made here, which takes as long as a test may."""
     await console_screenshots.take(browser, checkpoint, bundle, tmp_path, NAMES)
     for name in NAMES:
