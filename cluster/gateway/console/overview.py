@@ -191,17 +191,17 @@ async def _tenants(parts: Sequence[Part], has_cost: bool) -> list[Row]:
     await asyncio.sleep(0)
     total = math.fsum(row["tokens_per_s"] for row in merged)
     weights = math.fsum(row["weight"] for row in merged if row["running"] or row["waiting"])
-    await in_slices(_share(row, total, weights) for row in merged)
-    return merged
+    return await in_slices(_with_shares(row, total, weights) for row in merged)
 
 
-def _share(row: Row, total: float, weights: float) -> None:
-    """Set a tenant's shares. `total`: tokens a second of all tenants. `weights`: of the tenants with calls."""
+def _with_shares(row: Row, total: float, weights: float) -> Row:
+    """Set a tenant's shares, and return its row. `total`: tokens a second of all tenants. `weights`: of the tenants with calls."""
     is_active = row["running"] or row["waiting"]
     share = round(row["tokens_per_s"] / total, 4) if total else None
     fair_share = round(row["weight"] / weights, 4) if is_active and weights else None
     row["share"], row["fair_share"] = share, fair_share
     row["gap"] = None if share is None or fair_share is None else round(share - fair_share, 4)
+    return row
 
 
 def _tenant(rows: Sequence[Row], has_cost: bool) -> Row:
