@@ -195,7 +195,8 @@ async def _tenants(parts: Sequence[Part], has_cost: bool) -> list[Row]:
 
 
 def _with_shares(row: Row, total: float, weights: float) -> Row:
-    """Set a tenant's shares, and return its row. `total`: tokens a second of all tenants. `weights`: of the tenants with calls."""
+    """Set a tenant's shares, and return its row. `total`: tokens a second of all tenants. `weights`: of the tenants
+    with calls."""
     is_active = row["running"] or row["waiting"]
     share = round(row["tokens_per_s"] / total, 4) if total else None
     fair_share = round(row["weight"] / weights, 4) if is_active and weights else None
