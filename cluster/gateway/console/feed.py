@@ -130,6 +130,8 @@ class Feed:
         own = await query_columns(self._live.history, query)
         others = await self._live.peers.history(query)
         columns = await history.add_columns([own, *others], steps)
+        if not self._live.has_cost:
+            columns.pop("cost", None)
         return {"step_s": STEP_S, "from_s": first * STEP_S, "series": history.compute(series, columns, steps)}
 
 

@@ -149,6 +149,11 @@ class LiveOverview:
         return subscriber
 
     @property
+    def has_cost(self) -> bool:
+        """Whether GPU-seconds have prices. Without, nothing has a cost, not even 0."""
+        return self._names.has_cost
+
+    @property
     def history(self) -> History | None:
         """The last hour of this process; None before the first sample."""
         return self._sampler.history

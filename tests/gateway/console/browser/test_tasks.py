@@ -156,3 +156,16 @@ async def test_revoke_a_key(full: ConsolePages) -> None:
         return (await full.keyed.fetch("/v1/models", key=key)).status == 401
 
     await eventually(is_refused, "the key is refused")
+
+
+async def test_nothing_has_a_cost_without_prices(full: ConsolePages) -> None:
+    """In a cluster without prices, plots and tenants have no cost: not 0 either."""
+    read = "fetch('/console/history?series=cost,tokens&seconds=600').then((answer) => answer.json())"
+    async with full.signed_in("operator") as watched:
+
+        async def has_values() -> bool:
+            series = (await watched.page.evaluate(read))["series"]
+            assert set(series["cost"]) == {None}
+            return set(series["tokens"]) != {None}
+
+        await eventually(has_values, "there is a sample")
