@@ -15,11 +15,12 @@ from loadtests.driver import Limits
 from loadtests.faces.grpc_stream import GrpcStream
 from loadtests.figures import Bound, Figure, mean, missing, plain_figure, ratio_figure
 from loadtests.report import Round
-from loadtests.scenarios.common import Contestant, Stage, first_call, per_round, rounds_of, run_round
+from loadtests.scenarios.common import Contestant, Stage, first_call, per_round, run_round
 from loadtests.scenarios.relay import bind, relay_cpu
 from loadtests.serving import ours as serving
 
 CONSOLES, WORKERS, STREAMS, TOKENS, PROMPT_WORDS = 20, 20, 256, 128, 24
+ROUNDS = 20
 LIMITS = Limits(call_s=60.0, run_s=120.0)
 RATIO = "gateway CPU per token with them against without"
 SHARE = f"gateway CPU of {CONSOLES} open consoles, {STREAMS} streams and {WORKERS} workers, % of a core"
@@ -43,7 +44,7 @@ async def measure(stage: Stage) -> list[Figure]:
     try:
         if not await first_call(arms["off"], fixed(1, PROMPT_WORDS, 4, options.seed)[0]):
             return [missing(row, bound, "the gateway answered no call") for row, bound in ROWS.items()]
-        for number in range(rounds_of(options) + 1):
+        for number in range((options.rounds or ROUNDS) + 1):
             requests = fixed(STREAMS, PROMPT_WORDS, options.tokens or TOKENS, options.seed * 1000 + number)
             concurrency, keep = options.concurrency or STREAMS, number > 0
             for name in ("on", "off") if number % 2 else ("off", "on"):

@@ -45,7 +45,7 @@ class GetOverviewResponse(_message.Message):
 
     DOCUMENT_FIELD_NUMBER: _builtins.int
     document: _builtins.bytes
-    """A JSON object; docs/console.md names its fields."""
+    """A JSON object; docs/overview.md names its fields."""
     def __init__(
         self,
         *,

@@ -13,7 +13,7 @@ from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.ledger import show_table
 from cluster.cli.tenant_service import with_tenant_service
 from cluster.ledger.rows import UsageQuery
-from cluster.ledger.slo import MISSING, SOURCE, SloSum
+from cluster.ledger.slo import MISSING, SOURCE, SloObjective, SloSum
 from cluster.ledger.tenants.service import TenantService
 
 _MONTH = re.compile(r"(\d{4})-(0[1-9]|1[0-2])")
@@ -66,11 +66,10 @@ def slo(
 
 def _row(each: SloSum) -> dict[str, Any]:
     missed = {"late": each.late_first_token, "slow": each.slow_tokens, "failed": each.failed}
-    bounds = each.objective
     return {
         "tenant": each.tenant,
         "model": each.model,
-        "objective": f"{bounds.target:.4g} within {bounds.ttft_s:g} s, {bounds.itl_s:g} s" if bounds else "-",
+        "objective": _objective(each.objective),
         "calls": each.calls,
         "good": each.met,
         "attainment": _percent(each.attainment, 3),
@@ -78,6 +77,14 @@ def _row(each: SloSum) -> dict[str, Any]:
         **missed,
         "not judged": each.not_judged + each.unknown,
     }
+
+
+def _objective(objective: SloObjective | None) -> str:
+    """Return an objective as words. A controller of an older release sends no target."""
+    if objective is None:
+        return "-"
+    target = f"{objective.target:.4g}" if objective.target else "unknown share"
+    return f"{target} within {objective.ttft_s:g} s, {objective.itl_s:g} s"
 
 
 def _percent(share: float | None, digits: int) -> str:

@@ -245,9 +245,9 @@ class LiveOverview:
         is_due = now >= self._next_sample
         if is_due:  # first, so that a failure is not repeated at once
             self._next_sample = now + STEP_S - self._parts.wall() % STEP_S + LATE_S
+        self.recent.forget_old()
         shot = await self._survey.look(with_rows=is_needed)
         if is_due:
-            self._parts.recent.forget_old()
             self._parts.lost.current(now)
             await self._sampler.sample(shot)
         if not is_needed:

@@ -195,14 +195,13 @@ async def _tenants(parts: Sequence[Part], has_cost: bool) -> list[Row]:
 
 
 def _with_shares(row: Row, total: float, weights: float) -> Row:
-    """Set a tenant's shares, and return its row. `total`: tokens a second of all tenants. `weights`: of the tenants
-    with calls."""
+    """Return a tenant's row with its shares. `total`: tokens a second of all tenants. `weights`: of the tenants with
+    calls."""
     is_active = row["running"] or row["waiting"]
     share = round(row["tokens_per_s"] / total, 4) if total else None
     fair_share = round(row["weight"] / weights, 4) if is_active and weights else None
-    row["share"], row["fair_share"] = share, fair_share
-    row["gap"] = None if share is None or fair_share is None else round(share - fair_share, 4)
-    return row
+    gap = None if share is None or fair_share is None else round(share - fair_share, 4)
+    return row | {"share": share, "fair_share": fair_share, "gap": gap}
 
 
 def _tenant(rows: Sequence[Row], has_cost: bool) -> Row:

@@ -1,4 +1,4 @@
-"""Rows of the overview: one worker, one call, one model, as JSON values. docs/console.md names the fields.
+"""Rows of the overview: one worker, one call, one model, as JSON values. docs/overview.md names the fields.
 
 A value that is not known is None, never a guess. No row holds text of a prompt or an answer.
 """
@@ -22,6 +22,10 @@ Row = dict[str, Any]
 LOST: Final = "LOST"
 """State of a worker whose link has ended unexpectedly."""
 MAX_REASON_CHARS: Final = 500
+MAX_NAME_CHARS: Final = 256
+"""Number of characters that are shown of a name that a worker reports."""
+MAX_NUMBER: Final = 2**53
+"""Bound on numbers that are products of what a worker reports: JSON's readers know no larger ones exactly."""
 _DIGITS: Final = 4
 
 _PHASES = {
@@ -47,22 +51,22 @@ def worker_row(link: WorkerLink) -> Row:
     """Return the row of a linked worker."""
     identity, load, info = link.identity, link.load, link.info
     return {
-        "id": identity.worker_id,
-        "incarnation": identity.incarnation,
-        "model": identity.model,
-        "version": identity.version,
+        "id": identity.worker_id[:MAX_NAME_CHARS],
+        "incarnation": identity.incarnation[:MAX_NAME_CHARS],
+        "model": identity.model[:MAX_NAME_CHARS],
+        "version": identity.version[:MAX_NAME_CHARS],
         "state": worker_state(link),
         "running": load.running,
         "waiting": load.waiting,
         "max_num_seqs": info.max_num_seqs,
         "kv_usage": round(load.kv_usage, _DIGITS),
-        "kv_tokens": info.kv_tokens,
+        "kv_tokens": min(info.kv_tokens, MAX_NUMBER),
         "step_ms": round(load.step_s * 1000, 2),
-        "node": identity.node,
-        "host": identity.host,
-        "pod": identity.pod,
-        "gpu": identity.gpu,
-        "ray_cluster": identity.ray_cluster,
+        "node": identity.node[:MAX_NAME_CHARS],
+        "host": identity.host[:MAX_NAME_CHARS],
+        "pod": identity.pod[:MAX_NAME_CHARS],
+        "gpu": identity.gpu[:MAX_NAME_CHARS],
+        "ray_cluster": identity.ray_cluster[:MAX_NAME_CHARS],
         "links": (),
         "lost_at": None,
         "lost_reason": "",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import inspect
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -24,7 +26,9 @@ from hypothesis import strategies as st
 from cluster.config.console import ConsoleOidc
 from cluster.gateway.auth.no_redirect import open_no_redirect
 from cluster.gateway.auth.oidc import Issuer
+from cluster.gateway.console import oidc_flow, oidc_sign_in
 from cluster.gateway.console.oidc_flow import FLOW_S, FlowError, FlowState, OidcFlow
+from cluster.gateway.console.pages import FOLDER
 from cluster.gateway.console.sessions import SealedCookie
 from cluster.gateway.console.sign_in import OIDC_CALLBACK, OIDC_START
 from cluster.policy.tenants.policy import TenantPolicy
@@ -210,6 +214,16 @@ async def test_without_an_issuer_there_is_no_path(tmp_path: Path) -> None:
     async with keyed_cluster(tmp_path) as keyed:
         for path in (OIDC_START, OIDC_CALLBACK):
             assert (await Browser(keyed.cluster).fetch(path)).status == 404
+
+
+def test_the_page_says_why() -> None:
+    """The page has a text for each reason for which a sign-in fails, and for no other."""
+    sources = [inspect.getsource(module) for module in (oidc_flow, oidc_sign_in)]
+    reasons = {reason for source in sources for reason in re.findall(r'FlowError\("(\w+)"', source)}
+    reasons |= {"suspended", "role", "tenant"}  # by the outcome of the tenant's check
+    texts = re.findall(r"^  (\w+): ", (FOLDER / "sign_in_failures.js").read_text(), re.M)
+    assert set(texts) == reasons
+    assert len(texts) == len(reasons)
 
 
 # ---- answers of an issuer

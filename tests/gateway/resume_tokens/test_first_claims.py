@@ -12,7 +12,8 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.quotas.valkey_limits import ValkeyLimits
 from cluster.gateway.resume_tokens.first_claims import FileFirstClaims, FirstClaims, LedgerFirstClaims, StoreFirstClaims
 from cluster.ledger.errors import StoreUnavailable
-from tests.gateway.quotas.test_valkey_limits import Server, server
+from tests.gateway.quotas.test_valkey_limits import server
+from tests.support.valkey import Server
 
 __all__ = ["server"]
 

@@ -5,6 +5,7 @@ import { announcer, button, h, replace } from "./dom.js";
 import { Feed } from "./feed.js";
 import { Shell } from "./shell.js";
 import { signInPage } from "./sign_in.js";
+import { failedSignIn } from "./sign_in_failures.js";
 
 const root = document.getElementById("app");
 let feed = null;
@@ -54,4 +55,4 @@ function showUnreachable(error) {
 }
 
 document.body.append(announcer());
-restart();
+restart(failedSignIn());
