@@ -21,7 +21,7 @@ async def browser() -> AsyncIterator[Browser]:
         yield running
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 async def busy(
     tmp_path_factory: pytest.TempPathFactory, browser: Browser, checkpoint: Path, bundle: Bundle
 ) -> AsyncIterator[ConsolePages]:
@@ -31,7 +31,7 @@ async def busy(
         yield pages
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 async def empty(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> AsyncIterator[ConsolePages]:
     """Provide the console of a gateway without workers, tenants and calls."""
     async with console_pages(tmp_path_factory.mktemp("empty"), browser) as pages:

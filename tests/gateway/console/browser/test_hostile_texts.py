@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from playwright.async_api import Browser, Page, Route, expect
 
 from cluster.api.output_parts import OutputPart, PartKind
 from cluster.wire.bundle import Bundle
-from tests.gateway.console.browser.payloads import PAYLOADS
+from tests.gateway.console.browser.payloads import HOST, PAYLOADS
 from tests.support.browser import Watched, bare_page
 from tests.support.cluster import until
 from tests.support.console_pages import TENANT, ConsolePages, console_pages
 from tests.support.echo_engine import EchoEngine
+from tests.support.keyed import eventually
 from tests.support.parsed_outputs import ParsedByEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium")]
@@ -71,6 +75,42 @@ async def pages(
     async with console_pages(tmp_path_factory.mktemp("hostile"), browser) as running:
         await running.cluster.add_worker(engine, bundle, parser=ParsedByEngine())
         yield running
+        assert await csp_reports(running) == 0
+
+
+async def csp_reports(pages: ConsolePages) -> float:
+    """Return the number of violations that browsers have reported to the gateway."""
+    url = f"http://{pages.cluster.gateway.endpoints['metrics']}/metrics"
+    text = (await asyncio.to_thread(urlopen, url)).read().decode()
+    (count,) = re.findall(r"^headrace_console_csp_reports_total\S* (\S+)$", text, re.MULTILINE) or ["0"]
+    return float(count)
+
+
+async def test_the_checks_see_what_must_not_happen(browser: Browser, bundle: Bundle, tmp_path: Path) -> None:
+    """What the checks of this module look for is seen when it happens: a foreign element, requests to another host, a
+    call of `alert`, a violation of the policy, and the browser's report of it."""
+    script = """
+    (host) => {
+      const image = document.body.appendChild(document.createElement("img"));
+      try { image.setAttribute("onclick", "1"); } catch {}
+      image.src = `${host}/x.png`;
+      alert("x");
+      try { document.body.innerHTML = "<b>x</b>"; } catch {}
+      fetch(`${host}/x`).catch(() => {});
+    }
+    """
+    async with console_pages(tmp_path, browser) as pages, pages.signed_in("operator") as watched:
+        await watched.page.evaluate(script, HOST)
+        assert {found.split(" ")[0] for found in await watched.page.evaluate(STRANGE, FOREIGN)} == {"img"}
+        faults = " ".join(await watched.faults())
+        assert "alert" in faults
+        for directive in ("img-src", "connect-src", "require-trusted-types-for"):
+            assert directive in faults
+
+        async def is_reported() -> bool:
+            return await csp_reports(pages) >= 3
+
+        await eventually(is_reported, "the browser has reported the violations")
 
 
 def test_there_are_enough_payloads() -> None:
