@@ -165,6 +165,17 @@ def _control(made: Board) -> None:
         "none",
     )
     made.series(
+        "Content of the console stopped",
+        "Reports of browsers about content that the console's security policy has stopped. None is expected.",
+        [
+            (
+                f"sum by (instance) (increase(headrace_console_csp_reports_total{{{CLUSTER}}}[$__rate_interval]))",
+                "{{instance}}",
+            )
+        ],
+        "none",
+    )
+    made.series(
         "Age of the catalog",
         "Time since each gateway's last message from the controller; -1 if there was none.",
         [(f"max by (instance) (headrace_catalog_age_seconds{{{CLUSTER}}})", "{{instance}}")],

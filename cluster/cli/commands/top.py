@@ -10,12 +10,11 @@ from typing import Annotated, Any
 
 import grpc
 import typer
-from rich.console import Console
 from rich.live import Live
 
 from cluster.cli.access import admin_access
 from cluster.cli.admin_client import Admin, open_admin
-from cluster.cli.common import JsonOption, fail, out, print_json
+from cluster.cli.common import JsonOption, SafeConsole, fail, out, print_json
 from cluster.cli.contexts import ClusterTarget
 from cluster.cli.target_options import with_admin_target
 from cluster.cli.top.keys import TopState, keyboard, pressed
@@ -42,7 +41,7 @@ def top(
         if as_json:
             print_json(document)
             return
-        console = Console(highlight=False)
+        console = SafeConsole(highlight=False)
         if not sys.stdout.isatty() or console.is_dumb_terminal:
             for part in plain_picture(document, out.width):
                 out.print(part)
@@ -63,7 +62,7 @@ def _overview(api: Admin) -> dict[str, Any]:
         fail(f"the gateway's answer is no overview: {error}")
 
 
-def _run(console: Console, poller: Poller) -> None:
+def _run(console: SafeConsole, poller: Poller) -> None:
     """Show pictures and follow keys until the user quits. Ctrl-C ends the command with exit code 130."""
     state, shown = TopState(), None
     with (

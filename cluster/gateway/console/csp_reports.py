@@ -30,6 +30,7 @@ class CspReports:
         self._metrics = metrics
         self._clock = clock
         self._lines = LineBudget(LINES_PER_S)
+        metrics.count("console_csp_reports_total", by=0)  # so that the first report is an increase
 
     async def report(self, exchange: Exchange) -> None:
         """Count a report, and log it within the bound on lines."""
