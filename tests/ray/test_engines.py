@@ -86,7 +86,8 @@ async def same_tokens(link: WorkerLink, folder: Path) -> None:
     assert answers == await asyncio.to_thread(expected, folder)  # in a thread, since the link's pings need the loop
 
 
-@pytest.mark.parametrize("family", [pytest.param("mistral", marks=pytest.mark.long), "falcon"])
+@pytest.mark.parametrize("family", ["mistral", "falcon"])
+@pytest.mark.long
 async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend, door: Door, tmp_path: Path) -> None:
     """The greedy tokens of a model at TP 2 on a placement group equal the tokens of transformers in float32."""
     folder = build_checkpoint(family, tmp_path / family)

@@ -148,7 +148,7 @@ def test_the_end_of_an_engine_is_said(up: Up) -> None:
     assert "a replica's engine" in headrace("status").stdout
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("end", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL])
 def test_a_lost_ray_starts_afresh(up: Up, end: signal.Signals) -> None:
     """A new Ray is started after the head of Ray has ended, and the same gateway process serves the model again.
 

@@ -228,7 +228,6 @@ def test_the_page_says_why() -> None:
 
 # ---- answers of an issuer
 
-NOW = time.time()
 ISSUER = "http://localhost:1"
 KEY = ec.generate_private_key(ec.SECP256R1())
 STRANGER = ec.generate_private_key(ec.SECP256R1())
@@ -267,7 +266,10 @@ class Scripted(OidcFlow):
         return {"id_token": self.token}
 
     def sign(self, flow: FlowState, key: Any = KEY, **claims: Any) -> str:
-        """Return an ID token for a sign-in, with other claims than a right one."""
+        """Return an ID token for a sign-in, with other claims than a right one. A claim that is a function gets the
+        time."""
+        now_s = time.time()
+        claims = {name: value(now_s) if callable(value) else value for name, value in claims.items()}
         body: dict[str, Any] = {
             "iss": ISSUER,
             "aud": "con sole",
@@ -276,7 +278,7 @@ class Scripted(OidcFlow):
             "role": "viewer",
             "nonce": flow.nonce,
         }
-        body |= {"exp": NOW + 300, "iat": NOW, **claims}
+        body |= {"exp": now_s + 300, "iat": now_s, **claims}
         kept = {name: value for name, value in body.items() if value is not None}
         return jwt.encode(kept, key, algorithm="ES256", headers={"kid": "k"})
 
@@ -286,18 +288,18 @@ def answer_of(flow: FlowState, **more: str) -> dict[str, str]:
     return {"code": "c", "state": flow.state, **more}
 
 
-async def reason(scripted: Scripted, flow: FlowState, answer: Mapping[str, str], now_s: float = NOW) -> str:
-    """Return the reason of a failed sign-in."""
+async def reason(scripted: Scripted, flow: FlowState, answer: Mapping[str, str], later_s: float = 0.0) -> str:
+    """Return the reason of a sign-in that fails `later_s` seconds from now."""
     with pytest.raises(FlowError) as caught:
-        await scripted.finish(flow, answer, now_s)
+        await scripted.finish(flow, answer, time.time() + later_s)
     return caught.value.reason
 
 
 async def test_a_right_token() -> None:
     """A right token gives its claims, and the issuer gets the verifier that belongs to the challenge."""
-    scripted, flow = Scripted(), FlowState.begin(NOW)
+    scripted, flow = Scripted(), FlowState.begin(time.time())
     scripted.token = scripted.sign(flow)
-    claims = await scripted.finish(flow, answer_of(flow, iss=ISSUER), NOW)
+    claims = await scripted.finish(flow, answer_of(flow, iss=ISSUER), time.time())
     assert (claims.tenant, claims.role, claims.subject) == ("acme", "viewer", "ada")
     (form,) = scripted.forms
     digest = hashlib.sha256(form["code_verifier"].encode()).digest()
@@ -316,9 +318,9 @@ async def test_a_right_token() -> None:
         ({"aud": ["con sole", "other"]}, "token"),
         ({"aud": ["con sole", "other"], "azp": "other"}, "token"),
         ({"iss": "http://localhost:2"}, "token"),
-        ({"exp": NOW - 60}, "token"),
+        ({"exp": lambda now_s: now_s - 60}, "token"),
         ({"exp": None}, "token"),
-        ({"iat": NOW + 600}, "token"),
+        ({"iat": lambda now_s: now_s + 600}, "token"),
         ({"org": None}, "token"),
         ({"org": ["acme"]}, "token"),
         ({"sub": None}, "token"),
@@ -328,7 +330,7 @@ async def test_a_right_token() -> None:
 )
 async def test_wrong_tokens(claims: dict[str, Any], expected: str) -> None:
     """A token of another sign-in, client or issuer, an expired one or one of another key is refused."""
-    scripted, flow = Scripted(), FlowState.begin(NOW)
+    scripted, flow = Scripted(), FlowState.begin(time.time())
     scripted.token = scripted.sign(flow, **claims)
     assert await reason(scripted, flow, answer_of(flow)) == expected
 
@@ -336,7 +338,7 @@ async def test_wrong_tokens(claims: dict[str, Any], expected: str) -> None:
 @pytest.mark.parametrize("token", [None, 1, "", "x", "a.b.c", "eyJhbGciOiJub25lIn0.e30."])
 async def test_no_tokens(token: Any) -> None:
     """An answer without an ID token, or with none that is a JWT, is refused."""
-    scripted, flow = Scripted(), FlowState.begin(NOW)
+    scripted, flow = Scripted(), FlowState.begin(time.time())
     scripted.token = token
     assert await reason(scripted, flow, answer_of(flow)) in ("no_token", "token")
 
@@ -344,7 +346,7 @@ async def test_no_tokens(token: Any) -> None:
 @pytest.mark.parametrize("error", [OSError("no route"), ValueError("no JSON"), TimeoutError()])
 async def test_failing_exchanges(error: Exception) -> None:
     """An exchange that fails is reported as such."""
-    scripted, flow = Scripted(), FlowState.begin(NOW)
+    scripted, flow = Scripted(), FlowState.begin(time.time())
     scripted.error = error
     assert await reason(scripted, flow, answer_of(flow)) == "exchange"
 
@@ -361,30 +363,30 @@ async def test_failing_exchanges(error: Exception) -> None:
 )
 async def test_wrong_ways_back(answer: dict[str, str], expected: str) -> None:
     """A way back with another state, of another issuer, with an error or without a code makes no exchange."""
-    scripted, flow = Scripted(), FlowState.begin(NOW)
+    scripted, flow = Scripted(), FlowState.begin(time.time())
     assert await reason(scripted, flow, answer_of(flow, **answer)) == expected
     assert not scripted.forms
 
 
 async def test_a_sign_in_expires() -> None:
     """A sign-in that takes longer than ten minutes is refused."""
-    scripted, flow = Scripted(), FlowState.begin(NOW)
-    assert await reason(scripted, flow, answer_of(flow), NOW + FLOW_S) == "expired"
+    scripted, flow = Scripted(), FlowState.begin(time.time())
+    assert await reason(scripted, flow, answer_of(flow), FLOW_S) == "expired"
 
 
 async def test_the_clients_secret(tmp_path: Path) -> None:
     """The client's secret is sent in the way that the issuer supports, and read again for each sign-in."""
     file = tmp_path / "secret"
     file.write_text("first\n")
-    scripted, flow = Scripted(file), FlowState.begin(NOW)
+    scripted, flow = Scripted(file), FlowState.begin(time.time())
     scripted.token = scripted.sign(flow)
-    await scripted.finish(flow, answer_of(flow), NOW)
+    await scripted.finish(flow, answer_of(flow), time.time())
     assert scripted.headers[0]["authorization"] == "Basic " + base64.b64encode(b"con+sole:first").decode()
     assert "client_secret" not in scripted.forms[0]
     file.write_text("second")
     posting = Scripted(file)
     posting.methods, posting.token = ["client_secret_post"], scripted.token
-    await posting.finish(flow, answer_of(flow), NOW)
+    await posting.finish(flow, answer_of(flow), time.time())
     assert (posting.forms[0]["client_secret"], posting.headers[0]) == ("second", {})
 
 
@@ -401,7 +403,7 @@ def test_an_unusable_secret_stops_the_start(tmp_path: Path, content: str | None)
 @given(st.lists(st.text(max_size=5) | st.floats(allow_nan=False) | st.integers() | st.none(), max_size=5))
 def test_states_of_another_form(value: list[Any]) -> None:
     """The state of a sign-in is read as it was written, and another value is none."""
-    flow = FlowState.begin(NOW)
+    flow = FlowState.begin(time.time())
     cookie = SealedCookie(lambda: [b"s" * 32], "console-oidc")
     assert FlowState.from_json(cookie.open(cookie.seal(flow.as_json()))) == flow
     is_state = [type(part) for part in value] == [str, str, str, float]

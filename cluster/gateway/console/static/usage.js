@@ -101,10 +101,11 @@ function nameCell(cell) {
 
 /** Return the ledger's sums, with their cost where the cluster has rates. */
 async function sumsOf(api, request) {
+  const withCost = !api.hasNoRates; // another request may learn it before this one is answered
   try {
-    return await api.pages("Usage.Query", { ...request, cost: !api.hasNoRates, page_size: 1000 }, "sums");
+    return await api.pages("Usage.Query", { ...request, cost: withCost, page_size: 1000 }, "sums");
   } catch (error) {
-    if (error.field !== "cost" || api.hasNoRates) throw error;
+    if (error.field !== "cost" || !withCost) throw error;
     api.hasNoRates = true;
     return sumsOf(api, request);
   }

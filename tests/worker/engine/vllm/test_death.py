@@ -57,6 +57,7 @@ async def test_death_is_told(llama_folder: Path) -> None:
         await engine.close()
 
 
+@pytest.mark.long
 async def test_two_ranks_in_a_row(fast_subject: Subject, llama_folder: Path) -> None:
     """Two pipeline stages on CPUs give the same tokens as one stage.
 

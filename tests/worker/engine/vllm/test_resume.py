@@ -222,7 +222,9 @@ class Crowded(Driver):
         return outputs
 
 
-@pytest.mark.parametrize(("ranks", "count", "max_tokens"), [(1, 8, 130), (2, 6, 40)])
+@pytest.mark.parametrize(
+    ("ranks", "count", "max_tokens"), [(1, 8, 130), pytest.param(2, 6, 40, marks=pytest.mark.long)]
+)
 async def test_preempted_calls_are_continued(llama_folder: Path, ranks: int, count: int, max_tokens: int) -> None:
     """With too few KV blocks, preempted requests are resumed exactly, on one rank and on two ranks."""
     few_blocks = {**tiny_spec().engine, "num_gpu_blocks_override": 40}
