@@ -45,6 +45,11 @@ class ConsoleBed:
         """The console's address."""
         return f"http://{self.endpoints['http']}"
 
+    async def stop(self) -> None:
+        """End the processes, so that they take nothing from the next part."""
+        await self.pool.stop()
+        await self.gateway.stop()
+
 
 async def start(stage: Stage, name: str, workers: int, room: int) -> ConsoleBed:
     """Start a gateway and workers with `room` sequences each, and wait until all are linked. Raises DidNotStart."""

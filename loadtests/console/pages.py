@@ -73,6 +73,7 @@ async def measure(stage: Stage) -> list[Figure]:
         await context.close()
         stage.screen.say("the first view is measured")
         views_s = [await _first_view(browser, bed, cookies) for _ in range(rounds)]
+    await bed.stop()
     stage.report.settings["first views, s"] = views_s
     stage.report.settings["live updates, s"] = updates_s
     late = sum(each > ROWS[FRAME].limit for each in frames_ms)  # type: ignore[union-attr]

@@ -11,8 +11,8 @@ from __future__ import annotations
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import play_parts
 
-PARTS = ("cost", "memory", "pages", "access", "hostile", "roles", "tasks")
-"""Names of the modules of loadtests/console."""
+PARTS = ("memory", "pages", "access", "hostile", "roles", "tasks", "cost")
+"""Names of the modules of loadtests/console. `cost` is last: it binds this process and what it starts to cores."""
 
 
 async def play(stage: Stage) -> None:
