@@ -28,7 +28,7 @@ def test_each_part_has_rows_and_bounds() -> None:
         assert asyncio.iscoroutinefunction(part.measure)
         bounds |= part.ROWS
     limits = [bound.limit for bound in bounds.values() if bound is not None]
-    assert limits == [3.0, 64.0, 1.0, 1.5, 100.0, 0, 0, 0, 0, 4, 4, 4, 4, 4]
+    assert limits == [64.0, 1.0, 1.5, 100.0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 3.0]
 
 
 def test_the_cost_is_what_the_same_calls_took_more() -> None:
