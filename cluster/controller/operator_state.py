@@ -1,4 +1,4 @@
-"""What operators have changed at run time, which the gateways keep for the next controller.
+"""The operators' changes at run time, which the gateways keep for the next controller.
 
 Problem: a controller stores the changes in files in its folder, and a folder may be lost with its pod.
 Method: every catalog that a controller sends carries the content of these files, with the time of the last change.

@@ -1,4 +1,4 @@
-"""Where the parts of a support bundle come from: files, a gateway's admin port, and pages of metrics."""
+"""Sources of the parts of a support bundle: files, a gateway's admin port, and pages of metrics."""
 
 from __future__ import annotations
 

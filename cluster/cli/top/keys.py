@@ -29,7 +29,7 @@ _ARROWS = {"\x1b[A": "k", "\x1b[B": "j", "\x1bOA": "k", "\x1bOB": "j", "\x1b[5~"
 
 @dataclass(frozen=True, slots=True)
 class TopState:
-    """What the screen shows. `sorts`: the sort column and whether it rises, by view.
+    """State of the screen. `sorts`: the sort column and whether it rises, by view.
 
     `typed`: the filter that the user is typing, None while none is typed. `top`: number of the first row shown.
     """
