@@ -31,6 +31,7 @@ from cluster.controller.desired_models import DesiredModels
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.policy.catalog import layers
 from cluster.policy.catalog.versions import VersionOverride
+from cluster.process.private_files import replace_file
 from cluster.worker.settings import ReplicaSettings
 
 log = structlog.get_logger("catalog")
@@ -95,10 +96,7 @@ class StoredCatalogFile:
                 model: [dataclasses.asdict(adapter) for adapter in adapters]
                 for model, adapters in kept.adapters.items()
             }
-        text = json.dumps(values, indent=1)
-        draft = self._path.with_suffix(".new")
-        draft.write_text(text)
-        draft.replace(self._path)
+        replace_file(self._path, json.dumps(values, indent=1))
         self._on_stored()
 
 

@@ -13,6 +13,7 @@ import structlog
 from cluster.api.outcomes import CallError
 from cluster.config.lenient import HeldModel, PartialConfig
 from cluster.config.schema import Config, entry_of, with_models
+from cluster.process.private_files import replace_file
 
 log = structlog.get_logger("controller")
 FILE = "last-good-models.json"
@@ -83,11 +84,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _write(path: Path, entries: Mapping[str, Any]) -> None:
-    draft = path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(entries))
-        draft.replace(path)
+        replace_file(path, json.dumps(entries))
     except OSError as error:
         log.warning("config.last_good_not_written", path=str(path), reason=str(error))
 

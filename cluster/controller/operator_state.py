@@ -20,7 +20,7 @@ import structlog
 
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.process.private_files import make_private_folder
+from cluster.process.private_files import make_private_folder, replace_file
 from cluster.wire import dns
 from cluster.wire.dial import LinkEnded, open_channel
 from cluster.wire.operator_state import MAX_BYTES
@@ -51,7 +51,7 @@ class OperatorState:
         """Return the message after one of the files has changed. Raises OSError."""
         # The revision grows even if the clock was set back.
         self._revision = max(self._revision + 1, round(self._wall_s() * 1000))
-        _replace(self._folder / REVISION_FILE, json.dumps({"revision": self._revision}))
+        replace_file(self._folder / REVISION_FILE, json.dumps({"revision": self._revision}))
         self.message = self._read()
         return self.message
 
@@ -95,10 +95,10 @@ async def recover(
     make_private_folder(folder)
     for name in FILES:
         if name in files:
-            _replace(folder / name, files[name])
+            replace_file(folder / name, files[name])
         else:
             (folder / name).unlink(missing_ok=True)
-    _replace(folder / REVISION_FILE, json.dumps({"revision": newest.revision}))
+    replace_file(folder / REVISION_FILE, json.dumps({"revision": newest.revision}))
     log.info("operator_state.recovered", revision=newest.revision, files=sorted(files), gateways=len(answers))
     return True
 
@@ -160,9 +160,3 @@ def _text(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         log.warning("operator_state.file_not_read", path=str(path), reason=str(error))
         return None
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_suffix(".new")
-    draft.write_text(text)
-    draft.replace(path)

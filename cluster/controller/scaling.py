@@ -22,6 +22,7 @@ from cluster.policy.catalog.versions import total_for
 from cluster.policy.scaling.operator_requests import requests_from_json, requests_to_json
 from cluster.policy.scaling.replica_rates import ReplicaLimits
 from cluster.policy.scaling.scaler import Kind, OperatorRequest, RayReplicas, Scaler, ScalingSettings, WorkerSeen
+from cluster.process.private_files import replace_file
 from cluster.ray.backend import RaySnapshot
 
 log = structlog.get_logger("scaling")
@@ -162,9 +163,7 @@ class OperatorRequestFile:
 
     def keep(self, request: OperatorRequest) -> None:
         """Replace the content of the file atomically with `request`."""
-        draft = self._path.with_suffix(".new")
-        draft.write_text(json.dumps(requests_to_json(request)))
-        draft.replace(self._path)
+        replace_file(self._path, json.dumps(requests_to_json(request)))
 
 
 class Counters:

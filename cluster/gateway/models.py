@@ -31,7 +31,7 @@ from cluster.policy.routing.version_split import Versions, choose_version
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process import memory
-from cluster.process.private_files import make_missing_folders
+from cluster.process.private_files import make_missing_folders, replace_file
 from cluster.wire import codec
 from cluster.wire.adapter_codec import MAX_NAME
 from cluster.wire.bundle import Bundle
@@ -639,11 +639,8 @@ class ModelDirectory:
 def _save_catalog(folder: Path, entries: Sequence[CatalogEntry], revision: int) -> None:
     path = folder / "catalog.json"
     make_missing_folders(path.parent)
-    draft = path.with_suffix(".new")
     models = [codec.entry_to_pb(entry).SerializeToString().hex() for entry in entries]
-    draft.write_text(json.dumps({"revision": revision, "models": models}))
-    draft.chmod(0o600)
-    draft.replace(path)
+    replace_file(path, json.dumps({"revision": revision, "models": models}))
 
 
 def _load_catalog(folder: Path) -> tuple[int, Sequence[CatalogEntry]]:

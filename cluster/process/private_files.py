@@ -35,6 +35,17 @@ def make_missing_folders(folder: Path) -> None:
             missing_folder.chmod(0o700)  # a umask may have removed the owner's permissions too
 
 
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file that only its owner can read. A reader, and a crash of this process, find the old content or the
+    new one. Raises OSError."""
+    draft = path.with_suffix(".new")
+    draft.unlink(missing_ok=True)  # of a process that has crashed, perhaps with wider permissions
+    handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    with open(handle, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    draft.replace(path)
+
+
 def narrow(path: Path) -> None:
     """Remove group and other permissions from a file or folder of this user. Skips a missing path, a path of another
     user, and a folder that is shared on purpose, like /tmp (sticky bit)."""

@@ -8,7 +8,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from cluster.link.v1 import link_pb2 as pb
-from cluster.process.private_files import make_missing_folders
+from cluster.process.private_files import make_missing_folders, replace_file
 from cluster.wire.operator_state import MAX_BYTES
 
 log = structlog.get_logger("hub")
@@ -33,10 +33,7 @@ class KeptOperatorState:
             return
         try:
             make_missing_folders(self._path.parent)
-            draft = self._path.with_suffix(".new")
-            draft.write_bytes(state.SerializeToString())
-            draft.chmod(0o600)
-            draft.replace(self._path)
+            replace_file(self._path, state.SerializeToString())
         except OSError as error:  # it is still in memory, and at the other gateways
             log.warning("operator_state.not_stored", reason=str(error))
 
