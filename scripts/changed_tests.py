@@ -18,7 +18,7 @@ PACKAGES = ("cluster", "loadtests", "scripts")
 
 
 def module_of(path: str) -> str:
-    """Return the dotted module name of a Python file, e.g. `cluster.wire.codec` for `cluster/wire/codec.py`."""
+    """Return the dotted module name of a Python file, e.g. `cluster.wire.dial` for `cluster/wire/dial.py`."""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 

@@ -24,7 +24,7 @@ class PoolingTask(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class PoolingParams:
+class PoolingOptions:
     """Parameters of a pooling request, in place of sampling parameters.
 
     `dimensions`: length of the vector, for models that declare such lengths; None for the model's own.

@@ -10,7 +10,7 @@ from typing import Final
 
 from cluster.api.adapters import AdapterSpec
 from cluster.api.output_parts import OutputParsing, ParsedOutput
-from cluster.api.pooling import PoolingInfo, PoolingParams, PoolingTask
+from cluster.api.pooling import PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.request_times import RequestTimes
 
 
@@ -99,7 +99,7 @@ class EngineRequest:
     traceparent: str = ""
     """Trace context: of this attempt if the call is sampled, else that of the caller without the flag `sampled`."""
     parsing: OutputParsing | None = None
-    pooling: PoolingParams | None = None
+    pooling: PoolingOptions | None = None
     """Set for a pooling request, which ignores `sampling` and ends with its first output."""
 
 

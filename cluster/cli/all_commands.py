@@ -7,16 +7,10 @@ from typing import Annotated
 import typer
 
 from cluster.cli.base import EXIT_CODES, FAILED, OK
-from cluster.cli.commands import (
+from cluster.cli.commands import certs, chat, config, context, db, doctor, embed, version
+from cluster.cli.commands.operate import (
     adapters,
-    certs,
-    chat,
-    config,
-    context,
-    db,
-    doctor,
     drain,
-    embed,
     explain,
     model_list,
     models,
@@ -27,10 +21,9 @@ from cluster.cli.commands import (
     tenants,
     top,
     traces,
-    up,
     usage,
-    version,
 )
+from cluster.cli.commands.run import up
 from cluster.cli.common import JsonOption, out, print_json
 from cluster.cli.process_commands import add_processes
 from cluster.cli.target_options import ContextOption

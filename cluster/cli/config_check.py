@@ -224,7 +224,7 @@ def _heads_problem(ranks: int, shape: Mapping[str, Any]) -> str:
 
 def _pod_problems(config: Config) -> Iterator[Problem]:
     """Yield a problem for each setting that would keep the processes of a pod from starting."""
-    from cluster.cli.commands.pod import controller_problems, gateway_problems
+    from cluster.cli.commands.run.pod import controller_problems, gateway_problems
 
     if config.gateway.processes != 1:
         yield Problem(("gateway", "processes"), "a container holds one process: set 1 and raise the replicas")
@@ -235,7 +235,7 @@ def _pod_problems(config: Config) -> Iterator[Problem]:
 
 def _file_problems(config: Config) -> Iterator[Problem]:
     """Yield a problem for each file that the configuration names and that is missing or invalid."""
-    from cluster.cli.commands.pod import controller_problems, gateway_problems, unreadable_file
+    from cluster.cli.commands.run.pod import controller_problems, gateway_problems, unreadable_file
     from cluster.gateway.guards.files import read_patterns
     from cluster.ledger.files import read_secrets
     from cluster.policy.tenants.patterns import PatternError

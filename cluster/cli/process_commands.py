@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from cluster.cli.commands import processes
+from cluster.cli.commands.run import processes
 
 POD = "pod"
 PROCESSES = (processes.gateway, processes.controller, processes.prepare)
@@ -23,7 +23,7 @@ def add_processes(app: typer.Typer) -> None:
 
 def add_pods(app: typer.Typer) -> None:
     """Add the processes of a pod, one command per container."""
-    from cluster.cli.commands import pod
+    from cluster.cli.commands.run import pod
 
     app.add_typer(pod.app, name=POD)
 

@@ -12,9 +12,9 @@ from cluster.api.adapters import AdapterSpec
 from cluster.api.catalog import CatalogService, Change
 from cluster.api.outcomes import invalid
 from cluster.api.types import CatalogEntry
-from cluster.wire.admin_adapters import admin_adapter
 from cluster.wire.admin_forwarding import Verb, verb
-from cluster.wire.version_status import version_status
+from cluster.wire.codecs.admin_adapters import admin_adapter
+from cluster.wire.codecs.version_status import version_status
 
 
 def catalog_verbs(service: CatalogService) -> Mapping[str, Verb]:

@@ -15,11 +15,12 @@ from cluster.api.pooling import PoolingTask, known_tasks
 from cluster.api.types import CatalogEntry, DrainState, VersionTally
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.wire import admin_forwarding, codec, lost_engines
+from cluster.wire import admin_forwarding, lost_engines
 from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bulk import Prompts, send_bundle, serve_bulk
 from cluster.wire.bundle import Bundle
-from cluster.wire.demand_codec import demand_from_pb, work_from_pb
+from cluster.wire.codecs import codec
+from cluster.wire.codecs.demand_codec import demand_from_pb, work_from_pb
 from cluster.wire.dial import LinkEnded, Timing, open_channel, read
 from cluster.wire.lost_engines import LostEngine
 from cluster.wire.tls import TlsFiles

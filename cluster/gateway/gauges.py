@@ -14,6 +14,7 @@ import grpc
 from cluster import __version__
 from cluster.api.adapters import AdapterState
 from cluster.api.types import ModelState
+from cluster.gateway.call_service import CallService
 from cluster.gateway.config_state import ConfigState
 from cluster.gateway.links.hub import Hub
 from cluster.gateway.links.starting_workers import StartingWorker
@@ -22,7 +23,6 @@ from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.local_limits import LimitsPort
 from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.scheduler import Scheduler
-from cluster.gateway.service import CallService
 from cluster.observe import log
 from cluster.observe.metrics import Sample
 from cluster.wire.certificate_expiry import CertificateExpiry

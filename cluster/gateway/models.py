@@ -24,7 +24,7 @@ from cluster.api.types import CatalogEntry, CompatibilityKey, EngineInfo, ModelS
 from cluster.gateway.adapters import MODEL_STATES, ModelAdapters
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.text.prompt_memory import PromptMemory
+from cluster.gateway.text.encoding.prompt_memory import PromptMemory
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.routing.version_split import Versions, choose_version
@@ -32,9 +32,9 @@ from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process import memory
 from cluster.process.private_files import make_missing_folders, replace_file
-from cluster.wire import codec
-from cluster.wire.adapter_codec import MAX_NAME
 from cluster.wire.bundle import Bundle
+from cluster.wire.codecs import codec
+from cluster.wire.codecs.adapter_codec import MAX_NAME
 
 log = structlog.get_logger("directory")
 _T = TypeVar("_T")

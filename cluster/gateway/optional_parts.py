@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from cluster.gateway.apis.admin.routes import RouteExplainer
     from cluster.gateway.apis.admin.siblings import Siblings
     from cluster.gateway.auth.tenants import TenantAuthenticator
+    from cluster.gateway.call_service import CallService
     from cluster.gateway.calls.call import Call
     from cluster.gateway.console.app import ConsoleApp
-    from cluster.gateway.console.live import LiveOverview
+    from cluster.gateway.console.overview.live import LiveOverview
     from cluster.gateway.guards.guards import Guards
     from cluster.gateway.links.hub import Hub
     from cluster.gateway.quotas.valkey_limits import ValkeyLimits
     from cluster.gateway.resume_tokens.first_claims import FirstClaims
     from cluster.gateway.resume_tokens.resumption import ResumeService
-    from cluster.gateway.service import CallService
     from cluster.gateway.tracing.tracer import Tracer
     from cluster.gateway.usage.accounting import Accounting
     from cluster.ledger.usage.records import UsageRecord
@@ -164,9 +164,9 @@ def console(
     if not config.gateway.console.enabled:
         return None
     from cluster.gateway.console.app import ConsoleParts, build_console
-    from cluster.gateway.console.feed import Feed
+    from cluster.gateway.console.feed import FeedEndpoints
 
-    parts = ConsoleParts(config, tenants, service, methods, authorizer, request_bytes, metrics, Feed(live))
+    parts = ConsoleParts(config, tenants, service, methods, authorizer, request_bytes, metrics, FeedEndpoints(live))
     return build_console(parts, _cached_secrets if tenants is None else lambda: tenants.secrets)
 
 

@@ -27,7 +27,8 @@ from cluster.gateway.apis.http_application import http_application
 from cluster.gateway.auth.authenticator import NoAuthentication
 from cluster.gateway.auth.revocation import cut_revoked
 from cluster.gateway.auth.tls import NewestContext, revoked_file
-from cluster.gateway.calls.access_log import AccessLog
+from cluster.gateway.call_service import CallService
+from cluster.gateway.calls.records.access_log import AccessLog
 from cluster.gateway.config_state import ConfigState
 from cluster.gateway.console.build import Sources, live_overview
 from cluster.gateway.deferred_imports import import_later
@@ -42,7 +43,6 @@ from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.worker_events import WorkerEvents
-from cluster.gateway.service import CallService
 from cluster.observe.metrics import Histogram, Metrics
 from cluster.policy.fairness.waiting_room import Order, WaitingRoom
 from cluster.policy.limits.limits import Limiter

@@ -15,12 +15,12 @@ from cluster.api.types import EngineLoad, TokenOutput
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.service_counters import FlowKey
-from cluster.wire.adapter_codec import adapter_report_to_pb
-from cluster.wire.codec import StepColumns, load_to_pb, usage_to_pb, wire_text
+from cluster.wire.codecs.adapter_codec import adapter_report_to_pb
+from cluster.wire.codecs.codec import StepColumns, load_to_pb, usage_to_pb, wire_text
+from cluster.wire.codecs.demand_codec import work_to_pb
+from cluster.wire.codecs.fairness_codec import FlowBacklog, WeightedValue, peer_backlogs_to_pb, served_to_pb
 from cluster.wire.credit import Grant
-from cluster.wire.demand_codec import work_to_pb
 from cluster.wire.ended_requests import MAX_PER_MESSAGE, EndedUsage
-from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, peer_backlogs_to_pb, served_to_pb
 from cluster.wire.rendering import RenderedPieces
 
 MESSAGE_BYTES = 4 << 20

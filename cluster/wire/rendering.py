@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from cluster.link.v1 import link_pb2 as pb
-from cluster.wire.codec import wire_text
+from cluster.wire.codecs.codec import wire_text
 
 MAX_CHAT_BYTES = 16 << 20
 """Maximum size of a chat, in bytes of JSON."""

@@ -25,7 +25,7 @@ from cluster.api.ports import AdapterEngine, EngineCorrupt, EngineDead, EngineRe
 from cluster.api.types import EngineInfo
 from cluster.policy.adapters.desired import DesiredSet
 from cluster.policy.adapters.memory import AdapterMemory
-from cluster.wire.adapter_codec import AdapterSet
+from cluster.wire.codecs.adapter_codec import AdapterSet
 from cluster.wire.outbox import Outbox
 from cluster.worker.weights.adapter_store import StoredAdapter
 

@@ -16,9 +16,9 @@ from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.http2.client import ClientCall
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.wire import codec
 from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bulk import Prompts, serve_bulk
+from cluster.wire.codecs import codec
 from cluster.wire.dial import HeartbeatSender, LinkEnded, Timing, open_channel, open_client, read
 from cluster.wire.outbox import Outbox
 from cluster.wire.tls import TlsFiles

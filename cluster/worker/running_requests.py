@@ -22,14 +22,14 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.observe.trace_context import is_sampled
 from cluster.wire.credit import Capacity
 from cluster.wire.ended_requests import EndedUsage
+from cluster.worker.accounts.gpu_meter import GpuMeter, GpuShare
+from cluster.worker.accounts.request_timing import RequestTiming
+from cluster.worker.accounts.served_reports import ServedReports
+from cluster.worker.accounts.usage import WorkerUsage
 from cluster.worker.admission_window import AdmissionWindow
 from cluster.worker.detached_requests import FAILED, DetachedRequest, DetachedRequests
-from cluster.worker.gpu_meter import GpuMeter, GpuShare
 from cluster.worker.link import Link
-from cluster.worker.request_timing import RequestTiming
 from cluster.worker.resume_generations import call_of
-from cluster.worker.served_reports import ServedReports
-from cluster.worker.usage import WorkerUsage
 
 log = structlog.get_logger("worker")
 

@@ -22,18 +22,20 @@ from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.http2.client import ClientCall
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.routing.gateway_subset import GatewaySubset
-from cluster.wire.adapter_codec import adapter_set_from_pb
 from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bulk import send_bundle
 from cluster.wire.bundle import Bundle
+from cluster.wire.codecs.adapter_codec import adapter_set_from_pb
 from cluster.wire.credit import Capacity
 from cluster.wire.dial import LinkEnded, Timing, read, wait_first
 from cluster.wire.ended_requests import UsageKeeper
 from cluster.wire.tls import TlsFiles
+from cluster.worker.accounts.gpu_meter import GpuMeter
+from cluster.worker.accounts.served_reports import ServedReports
+from cluster.worker.accounts.usage import WorkerUsage
 from cluster.worker.adapters import AdapterFiles, WorkerAdapters
 from cluster.worker.drain_state import Drains, DrainStates
 from cluster.worker.engine_runner import EngineRunner
-from cluster.worker.gpu_meter import GpuMeter
 from cluster.worker.kv_events.reports import KvReports
 from cluster.worker.link import Link, LinkOpener
 from cluster.worker.link_credit import LinkCredit
@@ -41,9 +43,7 @@ from cluster.worker.parsing.port import OutputParsers
 from cluster.worker.rendering.prompt_renderer import PromptRenderer
 from cluster.worker.renders import Renders
 from cluster.worker.running_requests import RunningRequests
-from cluster.worker.served_reports import ServedReports
 from cluster.worker.submits import Submits
-from cluster.worker.usage import WorkerUsage
 
 log = structlog.get_logger("worker")
 

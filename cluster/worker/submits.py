@@ -17,15 +17,15 @@ from cluster.api.ports import EngineDead, EngineRefused
 from cluster.api.types import EngineRequest
 from cluster.link.v1 import link_pb2 as pb
 from cluster.process.call_errors import is_call_failure
-from cluster.wire import codec
+from cluster.wire.codecs import codec
 from cluster.wire.dial import LinkEnded
+from cluster.worker.accounts.served_reports import ServedReports
 from cluster.worker.adapters import WorkerAdapters
 from cluster.worker.engine_runner import EngineRunner
 from cluster.worker.link import Link
 from cluster.worker.link_credit import LinkCredit
 from cluster.worker.resume_generations import ResumeGenerations, call_of
 from cluster.worker.running_requests import RunningRequest, RunningRequests
-from cluster.worker.served_reports import ServedReports
 
 log = structlog.get_logger("worker")
 

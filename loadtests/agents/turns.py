@@ -29,7 +29,7 @@ from rich.table import Table
 from cluster.gateway.apis.bodies import Bodies
 from cluster.gateway.calls.request import ChatPrompt
 from cluster.gateway.calls.tokenization import encode
-from cluster.gateway.text.prompt_memory import PromptMemory
+from cluster.gateway.text.encoding.prompt_memory import PromptMemory
 from cluster.gateway.text.tokenizer import TextModel
 from loadtests.agents import conversations
 from loadtests.agents.families import FAMILIES, HAS_TOOLS, SCALES, bundle

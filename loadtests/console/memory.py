@@ -16,8 +16,8 @@ from collections.abc import Mapping
 
 import psutil
 
-from cluster.gateway.console import history as histories
-from cluster.gateway.console.parts import STEP_S
+from cluster.gateway.console.history import history as histories
+from cluster.gateway.console.overview.parts import STEP_S
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact

@@ -24,8 +24,8 @@ from typing import Any
 import yaml
 
 from cluster.api.types import ModelSpec
-from cluster.cli.commands.pod import controller_problems, gateway_problems
-from cluster.cli.commands.pod_secrets import manifests
+from cluster.cli.commands.run.pod import controller_problems, gateway_problems
+from cluster.cli.commands.run.pod_secrets import manifests
 from cluster.config.schema import Config
 from cluster.ledger.files import make_secret
 from cluster.policy.catalog import specs

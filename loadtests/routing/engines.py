@@ -35,7 +35,7 @@ from cluster.gateway.scheduling.worker_caches import MIN_TOKENS, WorkerCaches
 from cluster.gateway.server import Gateway
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
-from cluster.wire.kv_codec import kv_blocks_from_pb
+from cluster.wire.codecs.kv_codec import kv_blocks_from_pb
 from loadtests import peers
 from loadtests.children import Child, Children, DidNotStart
 from loadtests.datasets import words

@@ -28,7 +28,7 @@ from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.index import CacheIndex
 from cluster.policy.kv_cache.prefix_hashes import Hashes, prefix_hashes
 from cluster.policy.kv_cache.prompt_hashes import PromptHashes
-from cluster.wire.kv_codec import kv_blocks_to_pb
+from cluster.wire.codecs.kv_codec import kv_blocks_to_pb
 from loadtests.figures import Bound, Figure, missing
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact

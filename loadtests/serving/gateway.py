@@ -79,7 +79,7 @@ class Stalls:
 
 async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: Stalls) -> None:
     """Run the gateway as `headrace gateway` does, with the witness in the same event loop."""
-    from cluster.cli.commands.processes import stop_on_signal
+    from cluster.cli.commands.run.processes import stop_on_signal
     from cluster.cli.common import read_config
     from cluster.gateway.server import run_gateway
     from cluster.observe import log

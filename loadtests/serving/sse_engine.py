@@ -23,7 +23,7 @@ from typing import Any
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput
 from cluster.gateway.text.detokenizer import Detokenizer
-from cluster.gateway.text.text_jobs import ENCODE_OFFLOAD_CHARS
+from cluster.gateway.text.encoding.text_jobs import ENCODE_OFFLOAD_CHARS
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine

@@ -7,7 +7,7 @@ import pytest
 from scripts.changed_tests import imported_by, module_of, select_tests
 
 TESTS = {
-    "tests/wire/test_codec.py": {"cluster.wire.codec", "cluster.wire.codec.submit_to_pb"},
+    "tests/wire/codecs/test_codec.py": {"cluster.wire.codecs.codec", "cluster.wire.codecs.codec.submit_to_pb"},
     "tests/gateway/test_calls.py": {"cluster.gateway.calls", "cluster.gateway.calls.call"},
     "tests/policy/routing/test_router.py": set[str](),
 }
@@ -16,10 +16,10 @@ TESTS = {
 @pytest.mark.parametrize(
     ("changed", "picked"),
     [
-        ("cluster/wire/codec.py", ["tests/wire/test_codec.py"]),
+        ("cluster/wire/codecs/codec.py", ["tests/wire/codecs/test_codec.py"]),
         ("cluster/gateway/calls/call.py", ["tests/gateway/test_calls.py"]),
         ("cluster/policy/routing/router.py", ["tests/policy/routing/test_router.py"]),
-        ("tests/wire/test_codec.py", ["tests/wire/test_codec.py"]),
+        ("tests/wire/codecs/test_codec.py", ["tests/wire/codecs/test_codec.py"]),
         ("docs/README.md", []),
         ("cluster/ledger/store.py", []),
     ],

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from cryptography import x509
 
-from cluster.cli.commands.pod_secrets import MADE_ONCE, manifests
+from cluster.cli.commands.run.pod_secrets import MADE_ONCE, manifests
 from loadtests.children import Children
 from loadtests.hostile.renewal import DOCS, Line, Refused, SecretStore, documented_lines, renew, run_line
 from tests.support.shell import headrace

@@ -17,7 +17,7 @@ from typer.testing import Result
 
 from cluster.cli import terminal
 from cluster.cli.base import fail
-from cluster.cli.commands.status import worker_table
+from cluster.cli.commands.operate.status import worker_table
 from cluster.cli.common import SafeConsole, print_json
 from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.store import Ledger

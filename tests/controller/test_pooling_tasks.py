@@ -10,7 +10,7 @@ from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel
 from cluster.link.v1 import link_pb2 as pb
-from cluster.wire import codec
+from cluster.wire.codecs import codec
 from tests.support.links import NoListener
 
 BOTH = (PoolingTask.EMBED, PoolingTask.SCORE)

@@ -19,7 +19,7 @@ from cluster.gateway.models import ModelDirectory
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
-from cluster.wire.adapter_codec import adapter_report_to_pb
+from cluster.wire.codecs.adapter_codec import adapter_report_to_pb
 from tests.gateway.test_models import no_bundle, work_of
 from tests.support.cpu import cpu_within
 from tests.support.links import NoListener

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
-from cluster.gateway.calls.access_log import LineBudget, is_sampled
+from cluster.gateway.calls.records.access_log import LineBudget, is_sampled
 from cluster.link.v1 import link_pb2 as link_pb
 from cluster.link.v1 import link_pb2_grpc as link_grpc
 from cluster.wire.bundle import Bundle

@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.cli.all_commands import app
-from cluster.cli.commands.pod_secrets import manifests
+from cluster.cli.commands.run.pod_secrets import manifests
 from cluster.config.schema import Config, parse
 from cluster.policy.catalog.placement import is_simulated, why_unplaceable, world_size
 from tests.support import helm

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from cryptography import x509
 
-from cluster.cli.commands.pod_secrets import MADE_ONCE, manifests
+from cluster.cli.commands.run.pod_secrets import MADE_ONCE, manifests
 from cluster.gateway.links.peer_identity import ANY_MODEL, CONTROLLER
 from tests.support import helm
 from tests.support import kubernetes_schemas as schemas

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.commands.pod_secrets import manifests
+from cluster.cli.commands.run.pod_secrets import manifests
 from tests.helm.test_policies import CLIENTS, ELSEWHERE, HTTP, INTERNET, LINK, network, peers
 from tests.support import helm
 from tests.support import kubernetes_schemas as schemas

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import EngineRequest, Sampling
-from cluster.gateway.text.template import ChatTemplate
+from cluster.gateway.text.chat.template import ChatTemplate
 from loadtests.agents import clients, prepare
 from loadtests.agents.cases import Call
 from loadtests.agents.client_tasks import coding

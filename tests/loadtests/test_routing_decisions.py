@@ -28,9 +28,9 @@ from cluster.policy.routing.router import RouteCall
 from cluster.policy.scheduling.hedging import HedgingPolicy
 from cluster.policy.scheduling.warm_sequences import FRESH_S
 from cluster.policy.tenants.policy import TenantPolicy
-from cluster.wire.codec import StepColumns
+from cluster.wire.codecs.codec import StepColumns
+from cluster.wire.codecs.kv_codec import kv_blocks_to_pb
 from cluster.wire.credit import Grant
-from cluster.wire.kv_codec import kv_blocks_to_pb
 from loadtests.routing.calls import BLOCK_TOKENS, Prompt, RoutedCall
 from loadtests.routing.gateway import RoutingGateway
 from tests.gateway.scheduling.test_differential import Host, PlainText

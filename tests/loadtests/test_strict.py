@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.worker.engine.vllm.schema_keywords import check_schema
+from cluster.worker.engine.vllm.grammar.schema_keywords import check_schema
 from loadtests.agents.compare import Answer, ToolCall
 from loadtests.agents.strict import body, parameters, why_wrong
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from cluster.gateway.apis.http.exchange import Receive, Scope, Send
 from cluster.gateway.apis.http.server import HttpServer
-from cluster.gateway.console import deltas
-from cluster.gateway.console.feed import Feed
+from cluster.gateway.console.feed import FeedEndpoints
+from cluster.gateway.console.overview import deltas
 from tests.support.cluster import until
 
 
@@ -56,7 +56,9 @@ class Watcher:
 
 
 @asynccontextmanager
-async def console_port(feed: Feed, tenant: str = "", is_valid: Callable[[], bool] = lambda: True) -> AsyncIterator[int]:
+async def console_port(
+    feed: FeedEndpoints, tenant: str = "", is_valid: Callable[[], bool] = lambda: True
+) -> AsyncIterator[int]:
     """Serve the events to viewers of one tenant at `/`, and the history at `/history`. Yields the port."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

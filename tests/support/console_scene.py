@@ -24,8 +24,8 @@ from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import ControllerLinks
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.controller.scaling_verbs import scaling_verbs
-from cluster.gateway.console.history import BUCKETS, STEPS
-from cluster.gateway.console.parts import STEP_S
+from cluster.gateway.console.history.history import BUCKETS, STEPS
+from cluster.gateway.console.overview.parts import STEP_S
 from cluster.gateway.server import Gateway
 from cluster.ledger.usage.records import UsageRecord
 from cluster.policy.catalog.lifecycle import SourceFacts

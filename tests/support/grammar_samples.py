@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cluster.worker.engine.vllm.json_strings import StrictCompiler
+from cluster.worker.engine.vllm.grammar.json_strings import StrictCompiler
 
 STOP = 256
 _WEIGHTS = {**dict.fromkeys(b'"]}', 12.0), **dict.fromkeys(b":,", 4.0), **dict.fromkeys(b" \n\r\t", 0.05), STOP: 12.0}

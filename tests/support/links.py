@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.wire.codecs.fairness_codec import FlowBacklog, WeightedValue
 from cluster.wire.ended_requests import EndedUsage
-from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
 
 
 class NoListener:

@@ -14,8 +14,8 @@ from cluster.api.adapters import AdapterState, AdapterStatus
 from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.wire import codec
 from cluster.wire.bundle import Bundle
+from cluster.wire.codecs import codec
 from cluster.wire.dial import Timing, read
 from cluster.wire.ended_requests import EndedUsage
 from cluster.wire.outbox import MAX_VECTOR_BYTES, STEP_VECTOR_BYTES, CommandBox, Outbox

@@ -19,9 +19,9 @@ from cluster.api.ports import EngineCorrupt, EngineDead, EngineRefused
 from cluster.api.types import EngineInfo, EngineRequest, Sampling, WorkerIdentity
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.wire import codec
-from cluster.wire.adapter_codec import AdapterSet, adapter_report_from_pb, adapter_set_to_pb
 from cluster.wire.bundle import Bundle
+from cluster.wire.codecs import codec
+from cluster.wire.codecs.adapter_codec import AdapterSet, adapter_report_from_pb, adapter_set_to_pb
 from cluster.wire.dial import read
 from cluster.wire.outbox import Outbox
 from cluster.worker.adapters import WorkerAdapters

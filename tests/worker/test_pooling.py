@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from cluster.api.output_parts import OutputPart
-from cluster.api.pooling import PoolingInfo, PoolingParams, PoolingTask
+from cluster.api.pooling import PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput
 from cluster.gateway.links.worker_link import LinkStream, WorkerLink
 from cluster.wire.bundle import Bundle
@@ -26,7 +26,7 @@ from tests.support.serving import Door, eventually, open_door
 from tests.worker.test_replica import settings
 
 CONFIG = SimConfig(vocab=1000, max_model_len=512, decode_ms=1, embed_dimensions=48, max_num_seqs=4)
-EMBED = PoolingParams(PoolingTask.EMBED)
+EMBED = PoolingOptions(PoolingTask.EMBED)
 
 
 @dataclass

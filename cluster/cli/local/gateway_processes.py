@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.cli.commands.processes import part_name
+from cluster.cli.commands.run.processes import part_name
 from cluster.cli.local.children import Child, StartFailed, headrace_command
 from cluster.cli.local.run_folder import RunFolder
 from cluster.config.schema import Config

@@ -23,7 +23,7 @@ from cluster.gateway.apis.json_values import MAX_IDS, NotText
 from cluster.gateway.apis.openai.fields import Fields, read_object
 from cluster.gateway.apis.openai.pooling_requests import PARSERS as POOLING_PARSERS
 from cluster.gateway.apis.openai.requests import ParsedRequest, parse_chat, parse_completion
-from cluster.gateway.calls.pooling_request import ParsedPooling
+from cluster.gateway.calls.pooling.pooling_request import ParsedPooling
 from cluster.gateway.helpers.pool import HelperPool, JobLost, TooMuchCpu
 from cluster.observe.log import call_fields
 from cluster.v1 import inference_pb2 as pb

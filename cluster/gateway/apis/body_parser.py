@@ -39,7 +39,7 @@ from cluster.gateway.apis.json_values import (
 from cluster.gateway.apis.openai import pooling_requests
 from cluster.gateway.apis.openai import requests as openai_requests
 from cluster.gateway.apis.openai.fields import Fields
-from cluster.gateway.calls.pooling_request import ParsedPooling, packed
+from cluster.gateway.calls.pooling.pooling_request import ParsedPooling, packed
 from cluster.gateway.calls.request import (
     MAX_MESSAGES,
     MAX_STOP_TOKEN_IDS,

@@ -11,7 +11,7 @@ from cluster.gateway.apis.http.calls import HttpCalls
 from cluster.gateway.apis.http.exchange import Application
 from cluster.gateway.apis.http.routes import not_found, routed
 from cluster.gateway.apis.openai import app as openai
-from cluster.gateway.service import CallService
+from cluster.gateway.call_service import CallService
 
 
 def http_application(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from cluster.api.pooling import PoolingTask
-from cluster.gateway.calls.pooling_call import PoolingCall
-from cluster.gateway.calls.pooling_request import PairInputs, ParsedPooling, text_lengths
+from cluster.gateway.calls.pooling.pooling_call import PoolingCall
+from cluster.gateway.calls.pooling.pooling_request import PairInputs, ParsedPooling, text_lengths
 
 ROWS_BYTES: Final = 1 << 20
 """Bytes of vectors that are multiplied before other tasks of the event loop run."""

@@ -21,7 +21,7 @@ START_PROGRESS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class CallProgress:
     """Progress of a silent call. `state` is queued, prefill, running, resuming (the call's worker was lost) or the
     model's state. `queue_position` counts from 1 and is 0 if the call is not queued. While no worker serves the model,
     `fraction` is the progress of the model's start in [0, 1], and `eta_s` is the estimated remaining time of the start
@@ -33,7 +33,7 @@ class Progress:
     eta_s: float = 0.0
 
 
-ProgressOf = Callable[[Call], Progress]
+ProgressOf = Callable[[Call], CallProgress]
 """Function that returns the progress of a silent call."""
 
 
@@ -78,13 +78,15 @@ class KeepAlives:
         model = self._directory.find(call.model)
         return model is not None and not model.served
 
-    def progress(self, call: Call) -> Progress:
+    def progress(self, call: Call) -> CallProgress:
         """Return the progress of a silent call."""
         queues, model = self._scheduler.queues, self._directory.find(call.model)
         position = queues.position(call)
         if model is not None and not model.links:
             fraction, eta_s = model.start_progress(time.time())
-            return Progress(model.state.lower(), position, fraction, eta_s)
+            return CallProgress(model.state.lower(), position, fraction, eta_s)
         if queues.is_resuming(call):
-            return Progress("resuming", position)
-        return Progress("queued" if position else "running" if call.first_token_at is not None else "prefill", position)
+            return CallProgress("resuming", position)
+        return CallProgress(
+            "queued" if position else "running" if call.first_token_at is not None else "prefill", position
+        )

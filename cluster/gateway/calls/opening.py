@@ -1,4 +1,4 @@
-"""The steps from a generation request to a call with its sequences. service.py takes the steps."""
+"""The steps from a generation request to a call with its sequences. call_service.py takes the steps."""
 
 from __future__ import annotations
 

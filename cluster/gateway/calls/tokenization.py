@@ -10,8 +10,8 @@ from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.json_values import MAX_IDS
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.meta import CallMeta
-from cluster.gateway.calls.pooling_request import IdsInputs, PackedIds
-from cluster.gateway.calls.pooling_request import too_long as input_too_long
+from cluster.gateway.calls.pooling.pooling_request import IdsInputs, PackedIds
+from cluster.gateway.calls.pooling.pooling_request import too_long as input_too_long
 from cluster.gateway.links.link_renders import RenderedPrompt
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
@@ -24,8 +24,8 @@ FEW_IDS = 4096
 
 
 RenderChat = Callable[[bytes, int], Awaitable[RenderedPrompt]]
-"""Function that lets a worker make the prompt of a chat. Its arguments are the chat as JSON (text/chat_json.py), and
-the number of ids above which no ids are needed, 0 for the model's context. It raises CallError."""
+"""Function that lets a worker make the prompt of a chat. Its arguments are the chat as JSON (text/chat/chat_json.py),
+and the number of ids above which no ids are needed, 0 for the model's context. It raises CallError."""
 
 
 class RendererOf(Protocol):

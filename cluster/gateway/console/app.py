@@ -17,23 +17,23 @@ from cluster.gateway.apis.http.calls import HttpCalls
 from cluster.gateway.apis.http.exchange import Application, Endpoint, Exchange
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai.app import OpenAiApi
-from cluster.gateway.console.access import ConsoleAccess, Viewer
+from cluster.gateway.call_service import CallService
+from cluster.gateway.console.access.access import ConsoleAccess, Viewer
+from cluster.gateway.console.access.sign_in import MAX_BODY_BYTES, OIDC_CALLBACK, OIDC_START, FailureLimits, KeySignIn
 from cluster.gateway.console.bridge import AdminBridge
 from cluster.gateway.console.csp_reports import CspReports
 from cluster.gateway.console.errors import FORM, JSON_HEADERS
-from cluster.gateway.console.long_history import LongHistory
+from cluster.gateway.console.history.long_history import LongHistory
 from cluster.gateway.console.pages import CSP_REPORT, page_endpoints, read_files
-from cluster.gateway.console.sign_in import MAX_BODY_BYTES, OIDC_CALLBACK, OIDC_START, FailureLimits, KeySignIn
-from cluster.gateway.console.streams import Feed, ViewerStreams
+from cluster.gateway.console.streams import ViewerFeed, ViewerStreams
 from cluster.gateway.listeners import ADMIN_MESSAGE_BYTES
-from cluster.gateway.service import CallService
 from cluster.observe.metrics import Metrics
 from cluster.policy.limits.request_bytes import RequestBytes
 from cluster.policy.tenants.identity import Principal, is_allowed
 
 if TYPE_CHECKING:
     from cluster.gateway.auth.tenants import TenantAuthenticator
-    from cluster.gateway.console.oidc_sign_in import OidcSignIn
+    from cluster.gateway.console.access.oidc_sign_in import OidcSignIn
 
 PREFIX = "/console"
 CALL_PATHS = ("/v1/models", "/v1/chat/completions")
@@ -53,7 +53,7 @@ class ConsoleParts:
     authorizer: AdminAuthorizer
     request_bytes: RequestBytes
     metrics: Metrics
-    feed: Feed | None = None
+    feed: ViewerFeed | None = None
 
     def bodies(self, limit_bytes: int) -> RequestBodies:
         """Return the reader of request bodies of at most this size."""
@@ -69,8 +69,8 @@ def build_console(parts: ConsoleParts, secrets: Callable[[], Sequence[bytes]]) -
     if settings.oidc is None or parts.tenants is None or auth is None:
         return ConsoleApp(parts, access, keys)
     from cluster.gateway.auth.oidc import Issuer
-    from cluster.gateway.console.oidc_flow import OidcFlow
-    from cluster.gateway.console.oidc_sign_in import OidcSignIn
+    from cluster.gateway.console.access.oidc_flow import OidcFlow
+    from cluster.gateway.console.access.oidc_sign_in import OidcSignIn
 
     (issuer,) = (entry for entry in auth.oidc if entry.issuer == settings.oidc.issuer)  # the configuration is checked
     claims = issuer.tenant_claim, issuer.role_claim, frozenset(issuer.algorithms)

@@ -21,7 +21,7 @@ from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminMetho
 from cluster.gateway.apis.http.body import Refused, RequestBodies
 from cluster.gateway.apis.http.exchange import Exchange, while_connected
 from cluster.gateway.apis.http.protocol import CONNECTION
-from cluster.gateway.console.access import Viewer
+from cluster.gateway.console.access.access import Viewer
 from cluster.gateway.console.errors import JSON_HEADERS, NO_STORE
 
 API: Final = "/console/api/"

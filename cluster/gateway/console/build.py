@@ -10,19 +10,19 @@ from cluster import __version__
 from cluster.api.outcomes import CallError
 from cluster.config.schema import Config
 from cluster.gateway.apis.admin.siblings import CONSOLE, Siblings
-from cluster.gateway.console.live import LiveOverview, Names
-from cluster.gateway.console.lost_workers import LostWorkers
-from cluster.gateway.console.parts import PartMaker
-from cluster.gateway.console.peer_answers import PeerAnswers
-from cluster.gateway.console.peers import NO_PEERS, FirstConnected, Peers
-from cluster.gateway.console.recent_calls import RecentCalls
-from cluster.gateway.console.scaling_reasons import ScalingReasons
-from cluster.gateway.console.survey import GatewayParts
+from cluster.gateway.call_service import CallService
+from cluster.gateway.console.overview.live import LiveOverview, Names
+from cluster.gateway.console.overview.lost_workers import LostWorkers
+from cluster.gateway.console.overview.parts import PartMaker
+from cluster.gateway.console.overview.recent_calls import RecentCalls
+from cluster.gateway.console.overview.scaling_reasons import ScalingReasons
+from cluster.gateway.console.overview.survey import GatewayParts
+from cluster.gateway.console.peers.peer_answers import PeerAnswers
+from cluster.gateway.console.peers.peers import NO_PEERS, FirstConnected, Peers
 from cluster.gateway.links.hub import Hub
 from cluster.gateway.models import ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.worker_events import WorkerEvents
-from cluster.gateway.service import CallService
 from cluster.observe.metrics import Metrics
 from cluster.policy.limits.budgets import BudgetUse
 from cluster.policy.tenants.identity import Principal
@@ -94,13 +94,13 @@ def _peers(sources: Sources, answer: PeerAnswers) -> Peers:
     """Return the other processes: those of all hosts if the gateways share a store, else those of this host."""
     of_host: Peers = NO_PEERS
     if sources.siblings is not None:
-        from cluster.gateway.console.sibling_peers import SiblingPeers, sibling_answer
+        from cluster.gateway.console.peers.sibling_peers import SiblingPeers, sibling_answer
 
         sources.siblings.answer(CONSOLE, sibling_answer(answer))
         of_host = SiblingPeers(sources.siblings)
     if not (url := sources.config.store.limits_url):
         return of_host
-    from cluster.gateway.console.valkey_peers import ValkeyPeers
+    from cluster.gateway.console.peers.valkey_peers import ValkeyPeers
 
     of_all = ValkeyPeers(url, sources.hub.gateway_id, answer)
     return FirstConnected(of_all, of_all.connected.is_set, of_host)

@@ -11,8 +11,8 @@ import structlog
 from cluster.gateway.apis.http.body import RequestBodies
 from cluster.gateway.apis.http.exchange import Exchange
 from cluster.gateway.apis.http.protocol import CONNECTION
-from cluster.gateway.calls.access_log import LineBudget
-from cluster.gateway.console.sign_in import no_content
+from cluster.gateway.calls.records.access_log import LineBudget
+from cluster.gateway.console.access.sign_in import no_content
 from cluster.observe.metrics import Metrics
 
 log = structlog.get_logger("console")

@@ -18,9 +18,9 @@ from cluster.api.outcomes import CallError, Outcome, invalid, quoted
 from cluster.gateway.apis.http.exchange import Exchange, Receive, Scope, Send, while_connected
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai.app import FORM
-from cluster.gateway.console.live import END, MAX_SUBSCRIBERS, LiveOverview, Subscriber
-from cluster.gateway.console.parts import STEP_S
-from cluster.gateway.console.sampling import query_columns
+from cluster.gateway.console.history.sampling import query_columns
+from cluster.gateway.console.overview.live import END, MAX_SUBSCRIBERS, LiveOverview, Subscriber
+from cluster.gateway.console.overview.parts import STEP_S
 
 PING_S: Final = 15.0
 """Seconds between two pings, by which proxies and viewers see that the stream lives."""
@@ -37,7 +37,7 @@ def always() -> bool:
     return True
 
 
-class Feed:
+class FeedEndpoints:
     """The endpoints, as ASGI functions. The caller has authenticated the viewer and says what the viewer may see:
     `viewer_tenant` is the only tenant of the viewer, "" for all."""
 
@@ -109,7 +109,7 @@ class Feed:
         await exchange.respond(200, orjson.dumps(answer), _NO_STORE)
 
     async def _history(self, query_string: bytes, viewer_tenant: str) -> Mapping[str, Any]:
-        from cluster.gateway.console import history
+        from cluster.gateway.console.history import history
 
         fields = _fields(query_string)
         series = [name for name in fields.get("series", "").split(",") if name] or ["tokens"]

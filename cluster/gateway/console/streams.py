@@ -13,10 +13,10 @@ from typing import Protocol
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.apis.http.exchange import Exchange, Message, Receive, Scope, Send
-from cluster.gateway.console.access import ConsoleAccess, Viewer
+from cluster.gateway.console.access.access import ConsoleAccess, Viewer
 
 
-class Feed(Protocol):
+class ViewerFeed(Protocol):
     """The live data of a gateway process, as ASGI applications. `viewer_tenant`: the only tenant that the viewer may
     see, "" for all."""
 
@@ -50,7 +50,7 @@ class _Response:
 class ViewerStreams:
     """The open event streams of one gateway process."""
 
-    def __init__(self, access: ConsoleAccess, feed: Feed, on_change: set[Callable[[], None]]) -> None:
+    def __init__(self, access: ConsoleAccess, feed: ViewerFeed, on_change: set[Callable[[], None]]) -> None:
         """`on_change`: the functions that are called when tenants or keys may have changed."""
         self._access = access
         self._feed = feed

@@ -19,7 +19,7 @@ from typing import TypeVar
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
-from cluster.gateway.calls.pooling_request import IdsInputs, PoolingInputs
+from cluster.gateway.calls.pooling.pooling_request import IdsInputs, PoolingInputs
 from cluster.gateway.calls.request import ChatPrompt, IdsPrompt, PackedPrompt, Prompt
 from cluster.gateway.guards.files import PatternFiles
 from cluster.gateway.guards.parts import GuardedParts

@@ -16,9 +16,9 @@ from cluster.api.pooling import pooling_tasks
 from cluster.api.types import CatalogEntry, VersionTally
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
-from cluster.wire import codec
 from cluster.wire.admin_forwarding import ANSWER_S, NO_CONTROLLER_LINK, AdminRequests
-from cluster.wire.demand_codec import work_to_pb
+from cluster.wire.codecs import codec
+from cluster.wire.codecs.demand_codec import work_to_pb
 from cluster.wire.dial import read
 
 log = structlog.get_logger("hub")

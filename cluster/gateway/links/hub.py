@@ -25,9 +25,9 @@ from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.links.worker_links import HubListener, WorkerLinks
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.wire import codec
 from cluster.wire.admin_forwarding import ANSWER_S
-from cluster.wire.demand_codec import demand_to_pb
+from cluster.wire.codecs import codec
+from cluster.wire.codecs.demand_codec import demand_to_pb
 from cluster.wire.dial import MAX_MESSAGE_BYTES, Timing, read
 from cluster.wire.lost_engines import LostEngine
 

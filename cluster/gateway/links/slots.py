@@ -18,7 +18,7 @@ from cluster.api.types import TokenOutput
 from cluster.gateway.links.prefill_pacing import PrefillPacing
 from cluster.link.v1 import link_pb2 as pb
 from cluster.process.call_errors import is_call_failure
-from cluster.wire import codec
+from cluster.wire.codecs import codec
 
 log = structlog.get_logger("link")
 

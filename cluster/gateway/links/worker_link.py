@@ -29,13 +29,19 @@ from cluster.gateway.links.slots import PrefillSample, Sink, SlotTable
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import ServedTotal
-from cluster.wire import codec
-from cluster.wire.adapter_codec import AdapterSet, adapter_report_from_pb, adapter_set_to_pb
+from cluster.wire.codecs import codec
+from cluster.wire.codecs.adapter_codec import AdapterSet, adapter_report_from_pb, adapter_set_to_pb
+from cluster.wire.codecs.demand_codec import work_from_pb
+from cluster.wire.codecs.fairness_codec import (
+    FlowBacklog,
+    WeightedValue,
+    add_charge,
+    peer_backlogs_from_pb,
+    served_from_pb,
+)
 from cluster.wire.credit import Capacity, CreditBalance
-from cluster.wire.demand_codec import work_from_pb
 from cluster.wire.dial import CHUNK_BYTES
 from cluster.wire.ended_requests import EndedUsage
-from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, add_charge, peer_backlogs_from_pb, served_from_pb
 from cluster.wire.outbox import CommandBox
 from cluster.wire.rendering import INLINE_CHAT_BYTES
 

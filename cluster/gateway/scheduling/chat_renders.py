@@ -45,7 +45,7 @@ def small_room(order_of: Callable[[str], Order]) -> WaitingRoom:
 
 @dataclass(frozen=True, slots=True)
 class ChatToRender:
-    """A chat and the worker that it needs. `chat`: a JSON object, see text/chat_json.py."""
+    """A chat and the worker that it needs. `chat`: a JSON object, see text/chat/chat_json.py."""
 
     model: KnownModel
     bundle_digest: str

@@ -20,7 +20,7 @@ from cluster.policy.fairness.peer_backlog import Backlog
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.routing.gateway_subset import ALL_UP_TO
 from cluster.policy.scheduling.resume_queue import ResumeQueue
-from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, backlog_to_pb
+from cluster.wire.codecs.fairness_codec import FlowBacklog, WeightedValue, backlog_to_pb
 
 REPORT_S = 0.1
 REPEAT_S = 0.5

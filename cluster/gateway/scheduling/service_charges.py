@@ -18,7 +18,7 @@ from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.token_cost import ServiceWeights
-from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
+from cluster.wire.codecs.fairness_codec import FlowBacklog, WeightedValue
 
 GROWTH_TOKENS = 64
 """Number of tokens after which the charge of a sequence is corrected again, once the output exceeds the prediction."""

@@ -23,8 +23,8 @@ from cluster.gateway.tracing.call_trace import Attempt
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.routing.route_history import Route
 from cluster.process.call_errors import is_call_failure
-from cluster.wire.codec import max_submit_bytes, submit_bytes
-from cluster.wire.fairness_codec import WeightedValue
+from cluster.wire.codecs.codec import max_submit_bytes, submit_bytes
+from cluster.wire.codecs.fairness_codec import WeightedValue
 
 if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting

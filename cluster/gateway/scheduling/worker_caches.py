@@ -18,7 +18,7 @@ from cluster.api.types import KV_EVENTS, EngineRequest
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.routing.hot_prefixes import HotPrefixes
-from cluster.wire.codec import check_kv_blocks
+from cluster.wire.codecs.codec import check_kv_blocks
 
 if TYPE_CHECKING:
     from cluster.policy.kv_cache.index import CacheIndex
@@ -129,7 +129,7 @@ class WorkerCaches:
     def _apply(self, unapplied: _Unapplied) -> None:
         """Apply one batch of a worker's reports, those that undo each other not at all."""
         from cluster.policy.kv_cache.index import CacheIndex  # not at the start: deferred_imports.py
-        from cluster.wire.kv_codec import joined_changes, kv_blocks_from_pb
+        from cluster.wire.codecs.kv_codec import joined_changes, kv_blocks_from_pb
 
         link = unapplied.link
         change, worker = joined_changes(list(map(kv_blocks_from_pb, unapplied.pop_batch()))), link.identity.worker_id

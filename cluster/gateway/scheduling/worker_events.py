@@ -15,8 +15,8 @@ from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.link.v1 import link_pb2 as pb
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.wire.codecs.fairness_codec import FlowBacklog, WeightedValue
 from cluster.wire.ended_requests import EndedUsage
-from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
 
 STALLED = ("silent", "hung", "deaf", "mute")
 """Link-end reasons after which a reconnecting worker must pass a half-open probe."""

@@ -20,25 +20,25 @@ import structlog
 from tokenizers import Tokenizer
 
 from cluster.api.outcomes import CallError, invalid
-from cluster.gateway.calls.pooling_request import PairInputs, TextInputs, text_lengths
-from cluster.gateway.calls.pooling_request import too_long as input_too_long
+from cluster.gateway.calls.pooling.pooling_request import PairInputs, TextInputs, text_lengths
+from cluster.gateway.calls.pooling.pooling_request import too_long as input_too_long
 from cluster.gateway.calls.request import ChatPrompt, PackedPrompt, TextPrompt, too_long
 from cluster.gateway.helpers.pool import Job
-from cluster.gateway.text.block_encoder import BlockEncoder
-from cluster.gateway.text.chat_json import chat_json
-from cluster.gateway.text.control_tokens import ControlTokens
-from cluster.gateway.text.encoding_pool import EncodingPool
+from cluster.gateway.text.chat.chat_json import chat_json
+from cluster.gateway.text.chat.control_tokens import ControlTokens
+from cluster.gateway.text.chat.template import ChatTemplate
+from cluster.gateway.text.encoding.block_encoder import BlockEncoder
+from cluster.gateway.text.encoding.encoding_pool import EncodingPool
+from cluster.gateway.text.encoding.input_encoder import EncodedInputs, InputEncoder
+from cluster.gateway.text.encoding.prompt_memory import PromptMemory
+from cluster.gateway.text.encoding.text_jobs import ENCODE_HELPER_CHARS, ENCODE_OFFLOAD_CHARS, TextJobs
 from cluster.gateway.text.expressions import expressions_of, may_explode
-from cluster.gateway.text.input_encoder import EncodedInputs, InputEncoder
 from cluster.gateway.text.output_texts import OutputTexts
-from cluster.gateway.text.prompt_memory import PromptMemory
-from cluster.gateway.text.template import ChatTemplate
-from cluster.gateway.text.text_jobs import ENCODE_HELPER_CHARS, ENCODE_OFFLOAD_CHARS, TextJobs
 from cluster.gateway.text.tokenizer_json import read_tokenizer
 from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, RENDERER, Bundle
 
 if TYPE_CHECKING:
-    from cluster.gateway.text.reach import Reach
+    from cluster.gateway.text.encoding.reach import Reach
 
 log = structlog.get_logger("text")
 
@@ -398,7 +398,7 @@ class TextModel:
 
     @cached_property
     def _reach(self) -> Reach | None:
-        from cluster.gateway.text.reach import Reach  # not at the start: deferred_imports.py
+        from cluster.gateway.text.encoding.reach import Reach  # not at the start: deferred_imports.py
 
         return Reach.of(self._tokenizer, self._layout)
 

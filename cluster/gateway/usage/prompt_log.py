@@ -23,7 +23,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.calls import request
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.pooling_request import IdsInputs, PairInputs, PoolingInputs, TextInputs
+from cluster.gateway.calls.pooling.pooling_request import IdsInputs, PairInputs, PoolingInputs, TextInputs
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.ledger.audit.audit import hide_secrets
 from cluster.observe.metrics import Metrics

@@ -1,7 +1,7 @@
 """Sums of usage records that are judged by the SLOs of their models, in one query over an indexed range of days.
 
-The judgement is that of the metric `headrace_slo_calls_total` (cluster/gateway/calls/end_metrics.py), as far as records
-have its inputs: a record has the duration of the call in the place of the time of its last token.
+The judgement is that of the metric `headrace_slo_calls_total` (cluster/gateway/calls/records/end_metrics.py), as far as
+records have its inputs: a record has the duration of the call in the place of the time of its last token.
 """
 
 from __future__ import annotations

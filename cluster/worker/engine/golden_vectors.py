@@ -6,7 +6,7 @@ import math
 import sys
 from array import array
 
-from cluster.api.pooling import PoolingParams, PoolingTask
+from cluster.api.pooling import PoolingOptions, PoolingTask
 from cluster.api.types import EngineInfo
 
 TOLERANCES = {"float32": 0.01, "sim": 0.01}
@@ -15,14 +15,14 @@ class. A score, which may be near 0, is compared absolutely."""
 TOLERANCE_16_BIT = 0.2
 
 
-def golden_pooling(info: EngineInfo) -> PoolingParams | None:
+def golden_pooling(info: EngineInfo) -> PoolingOptions | None:
     """Return the parameters of the golden request; None for an engine that generates. Raises ValueError for a pooling
     model without a task."""
     if info.pooling is None:
         return None
     if not info.pooling.tasks:
         raise ValueError("the pooling model has no task")
-    return PoolingParams(info.pooling.tasks[0])
+    return PoolingOptions(info.pooling.tasks[0])
 
 
 def why_vector_wrong(reference: bytes, vector: bytes, info: EngineInfo) -> str:

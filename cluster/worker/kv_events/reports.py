@@ -14,7 +14,7 @@ import asyncio
 
 from cluster.api.ports import KvEventSource
 from cluster.policy.kv_cache.changes import KvChange
-from cluster.wire.kv_codec import BLOCKS_PER_MESSAGE, kv_blocks_to_pb
+from cluster.wire.codecs.kv_codec import BLOCKS_PER_MESSAGE, kv_blocks_to_pb
 from cluster.wire.outbox import Outbox
 from cluster.worker.kv_events.mirror import KvMirror
 

@@ -10,7 +10,7 @@ from cluster.worker.parsing.parser_process import ParserHost
 
 
 @dataclass(slots=True)
-class Connection:
+class ParserConnection:
     """A connected parser process. `is_ready`: whether it has loaded its parsers."""
 
     reader: asyncio.StreamReader
@@ -18,7 +18,7 @@ class Connection:
     is_ready: bool = False
 
     @classmethod
-    async def open(cls, host: ParserHost) -> Connection:
+    async def open(cls, host: ParserHost) -> ParserConnection:
         """Connect to a parser process that has been started."""
         return cls(*await asyncio.open_connection(sock=host.connection))
 

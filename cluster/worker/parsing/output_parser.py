@@ -15,7 +15,7 @@ from cluster.api.output_parts import OutputParsing
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, TokenOutput
 from cluster.worker.parsing import wire
-from cluster.worker.parsing.connection import Connection
+from cluster.worker.parsing.connection import ParserConnection
 from cluster.worker.parsing.hangs import HangWatch
 from cluster.worker.parsing.opened_request import refused, with_grammar
 from cluster.worker.parsing.parser_process import ParserHost
@@ -128,7 +128,7 @@ class OutputParser(ReplacedProcess):
 
     # ---- the process
 
-    def _apply(self, connection: Connection, reply: wire.Reply) -> None:
+    def _apply(self, connection: ParserConnection, reply: wire.Reply) -> None:
         match reply:
             case wire.ParsedStep():
                 self._apply_parsed(reply.items)
@@ -150,7 +150,7 @@ class OutputParser(ReplacedProcess):
             if not record.opened.done():
                 record.opened.set_result(wire.Opened(record.number, error=reason))
 
-    def _begin_sessions(self, connection: Connection) -> None:
+    def _begin_sessions(self, connection: ParserConnection) -> None:
         """Begin all sessions in a new process, and send the outputs that are not answered."""
         connection.is_ready = True
         for record in self._sessions.values():

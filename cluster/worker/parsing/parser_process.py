@@ -28,7 +28,7 @@ from cluster.worker.engine.processes import fork_server
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.kit import KitSettings, ParserKit, load_kit
 from cluster.worker.parsing.port import ParserNames
-from cluster.worker.parsing.progress import NONE, Progress, new_memory
+from cluster.worker.parsing.progress import NONE, ParserProgress, new_memory
 from cluster.worker.parsing.session import ParserSession
 from cluster.worker.rendering.kit import RendererKit, load_renderer
 
@@ -41,10 +41,10 @@ _CLOSED = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 Kit = ParserKit | RendererKit
 
 
-class Sessions:
+class ParserSessions:
     """The sessions of the process. Every message gets at most one reply."""
 
-    def __init__(self, kit: Kit, progress: Progress) -> None:
+    def __init__(self, kit: Kit, progress: ParserProgress) -> None:
         self._kit = kit
         self._progress = progress
         self._sessions: dict[int, ParserSession] = {}
@@ -108,14 +108,14 @@ def _place(error: Exception) -> str:
     return f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}" if frames else type(error).__name__
 
 
-def serve(connection: socket.socket, load: Callable[[], Kit], progress: Progress) -> None:
+def serve(connection: socket.socket, load: Callable[[], Kit], progress: ParserProgress) -> None:
     """Load the parsers or the renderer, and answer messages until the connection is closed."""
     try:
         kit = load()
     except Exception as error:  # the worker must learn why no parser runs
         connection.sendall(wire.encode(wire.Ready(f"{type(error).__name__}: {error}"[:2000])))
         return
-    sessions = Sessions(kit, progress)
+    sessions = ParserSessions(kit, progress)
     connection.sendall(wire.encode(wire.Ready()))
     while (request := wire.receive_request(connection)) is not None:
         reply = sessions.answer(request)
@@ -130,7 +130,7 @@ class ParserHost:
     """
 
     def __init__(
-        self, connection: socket.socket, progress: Progress, kill: Callable[[], None], pid: int | None = None
+        self, connection: socket.socket, progress: ParserProgress, kill: Callable[[], None], pid: int | None = None
     ) -> None:
         self.connection = connection
         self.progress = progress
@@ -145,7 +145,7 @@ def start_process(settings: KitSettings) -> ParserHost:
     try:
         kill, pid = (_fork if fork_server.is_running() else _spawn)(theirs, settings)
         socket.send_fds(ours, [b"m"], [memory])
-        return ParserHost(ours, Progress(os.dup(memory)), kill, pid)
+        return ParserHost(ours, ParserProgress(os.dup(memory)), kill, pid)
     except BaseException:
         ours.close()
         raise
@@ -195,7 +195,7 @@ def _main(connection: socket.socket, settings: KitSettings) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
         if descriptors:
-            serve(connection, lambda: _load(settings), Progress(descriptors[0]))
+            serve(connection, lambda: _load(settings), ParserProgress(descriptors[0]))
     flush(1.0)
     os._exit(0)  # there is nothing to clean up, and exit handlers of vLLM could block
 

@@ -15,7 +15,7 @@ NONE = 0
 """Number of no session."""
 
 
-class Progress:
+class ParserProgress:
     """A shared record of the current session and of the number of records so far. One process writes it."""
 
     def __init__(self, descriptor: int) -> None:
@@ -36,7 +36,7 @@ class Progress:
 
 
 def new_memory() -> int:
-    """Return the descriptor of new memory for a Progress."""
+    """Return the descriptor of new memory for a ParserProgress."""
     descriptor = os.memfd_create("headrace-parser", os.MFD_CLOEXEC)
     os.ftruncate(descriptor, _FIELDS.size)
     return descriptor

@@ -11,7 +11,7 @@ import structlog
 
 from cluster.wire.dial import wait_first
 from cluster.worker.parsing import wire
-from cluster.worker.parsing.connection import Connection
+from cluster.worker.parsing.connection import ParserConnection
 from cluster.worker.parsing.hangs import HangWatch
 from cluster.worker.parsing.parser_process import ParserHost
 
@@ -34,12 +34,12 @@ class ReplacedProcess(ABC):
         """`start` starts a process and blocks until it exists. `watch` returns the watch over it."""
         self._start = start
         self._watch = watch
-        self._connection: Connection | None = None
+        self._connection: ParserConnection | None = None
         self.replaced = 0
         """Number of processes that have been replaced."""
 
     @abstractmethod
-    def _apply(self, connection: Connection, reply: wire.Reply) -> None:
+    def _apply(self, connection: ParserConnection, reply: wire.Reply) -> None:
         """Apply a message of the process."""
 
     @abstractmethod
@@ -70,10 +70,10 @@ class ReplacedProcess(ABC):
     async def _run_process(self) -> bool:
         """Run one process until it ends. Returns whether it was ready."""
         host = await asyncio.to_thread(self._start)
-        connection: Connection | None = None
+        connection: ParserConnection | None = None
         parts: list[asyncio.Task[None]] = []
         try:
-            connection = self._connection = await Connection.open(host)
+            connection = self._connection = await ParserConnection.open(host)
             # No TaskGroup: Python 3.11's loses a cancellation that arrives while a part's error ends the group.
             parts = [asyncio.create_task(self._read(connection)), asyncio.create_task(self._check(host))]
             await wait_first(parts)
@@ -93,7 +93,7 @@ class ReplacedProcess(ABC):
             self._record_death(host.progress.read()[0])
         return connection is not None and connection.is_ready
 
-    async def _read(self, connection: Connection) -> None:
+    async def _read(self, connection: ParserConnection) -> None:
         while True:
             self._apply(connection, await connection.receive())
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.worker.parsing import wire
-from cluster.worker.parsing.connection import Connection
+from cluster.worker.parsing.connection import ParserConnection
 from cluster.worker.parsing.hangs import HangWatch, cpu_seconds
 from cluster.worker.parsing.parser_process import ParserHost
 from cluster.worker.parsing.replaced_process import ReplacedProcess
@@ -94,7 +94,7 @@ class PromptRenderer(ReplacedProcess):
 
     # ---- the process
 
-    def _apply(self, connection: Connection, reply: wire.Reply) -> None:
+    def _apply(self, connection: ParserConnection, reply: wire.Reply) -> None:
         match reply:
             case wire.Rendered():
                 if (chat := self._end_work()) is not None:

@@ -34,7 +34,7 @@ def build_bundle(
 ) -> Bundle:
     """Return the bundle of the model in `folder`. Equal folders give equal digests.
 
-    `escapes_control_tokens`: whether gateways escape control tokens in contents (gateway/text/control_tokens.py).
+    `escapes_control_tokens`: whether gateways escape control tokens in contents (gateway/text/chat/control_tokens.py).
     `tokenizer_mode`: the entry's `engine.tokenizer_mode`, which may choose a renderer (rendering/families.py).
 
     Raises ValueError if the folder has no tokenizer, a tokenizer without a fast (tokenizer.json) form, a tokenizer with

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.api.pooling import PoolingTask
-from cluster.cli.commands.up import _commands_to_try
+from cluster.cli.commands.run.up import _commands_to_try
 from cluster.cli.local.children import StartFailed
 from cluster.cli.local.first_answer import FIRST_TEXTS, first_answer, served_tasks
 from cluster.cli.local.step_lines import StepLine

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import CatalogEntry, ModelState
-from cluster.cli.commands.up import make_secrets
+from cluster.cli.commands.run.up import make_secrets
 from cluster.cli.local.cluster import LocalCluster
 from cluster.cli.local.run_folder import RunFolder
 from cluster.config.schema import load, parse

@@ -9,9 +9,9 @@ from cluster.admin.v1 import scaling_pb2
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry
 from cluster.gateway.console.build import _charger
-from cluster.gateway.console.parts import Limits, LimitUses
-from cluster.gateway.console.recent_calls import RecentCalls
-from cluster.gateway.console.scaling_reasons import MAX_ASKED, REFRESH_S, ScalingReasons
+from cluster.gateway.console.overview.parts import Limits, LimitUses
+from cluster.gateway.console.overview.recent_calls import RecentCalls
+from cluster.gateway.console.overview.scaling_reasons import MAX_ASKED, REFRESH_S, ScalingReasons
 from cluster.gateway.models import KnownModel
 from cluster.ledger.usage.records import UsageRecord
 from cluster.policy.limits.budgets import BudgetUse

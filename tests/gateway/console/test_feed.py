@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cluster.admin.v1 import admin_pb2 as pb
-from cluster.gateway.console.feed import Feed
-from cluster.gateway.console.live import MAX_PENDING, MAX_SUBSCRIBERS, Subscriber
+from cluster.gateway.console.feed import FeedEndpoints
+from cluster.gateway.console.overview.live import MAX_PENDING, MAX_SUBSCRIBERS, Subscriber
 from cluster.wire.bundle import Bundle
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.calls import chat
@@ -25,7 +25,7 @@ from tests.support.keyed import bearer, eventually, keyed_cluster
 async def test_a_stream_pings_and_ends_with_its_session(cluster: TestCluster) -> None:
     """A stream is pinged while nothing happens, and ends with the event `end` when its session is no longer valid."""
     is_valid = True
-    feed = Feed(cluster.gateway.live, ping_s=0.05, check_s=0.02)
+    feed = FeedEndpoints(cluster.gateway.live, ping_s=0.05, check_s=0.02)
     async with console_port(feed, is_valid=lambda: is_valid) as port, watching(port) as console:
         await until(lambda: "ping" in console.names, "the stream is pinged")
         is_valid = False
@@ -36,7 +36,7 @@ async def test_a_stream_pings_and_ends_with_its_session(cluster: TestCluster) ->
 
 async def test_a_process_shows_few_consoles(cluster: TestCluster) -> None:
     """The 33rd console of a process gets 503, and a place when another has left."""
-    feed = Feed(cluster.gateway.live)
+    feed = FeedEndpoints(cluster.gateway.live)
     async with console_port(feed) as port, AsyncExitStack() as stack:
         first = AsyncExitStack()
         await first.enter_async_context(watching(port))
@@ -52,7 +52,7 @@ async def test_a_process_shows_few_consoles(cluster: TestCluster) -> None:
 
 async def test_a_stopping_gateway_ends_its_streams(tmp_path: Path) -> None:
     """A gateway that stops does not wait for its consoles: each gets the event `end`."""
-    async with running_cluster(tmp_path) as cluster, console_port(Feed(cluster.gateway.live)) as port:
+    async with running_cluster(tmp_path) as cluster, console_port(FeedEndpoints(cluster.gateway.live)) as port:
         async with watching(port) as console:
             cluster.gateway.service.close("stopping")
             await until(lambda: console.ended, "the stream has ended")
@@ -77,7 +77,7 @@ def test_a_slow_reader_is_cut() -> None:
 async def test_a_viewer_that_reads_nothing_is_disconnected(cluster: TestCluster) -> None:
     """A client that opens the stream and does not read is cut, and others go on."""
     live = cluster.gateway.live
-    async with console_port(Feed(live)) as port, watching(port) as console:
+    async with console_port(FeedEndpoints(live)) as port, watching(port) as console:
         with socket.create_connection(("127.0.0.1", port)) as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.sendall(b"GET / HTTP/1.0\r\nhost: test\r\n\r\n")
@@ -120,7 +120,7 @@ async def test_roles_see_what_they_may(tmp_path: Path, checkpoint: Path, bundle:
         _, whole = await overview(operator)
         assert {row["id"] for row in whole["tenants"]} >= {"acme", "rival"}
         data, own = await overview(boss)
-        async with console_port(Feed(cluster.gateway.live), "acme") as port, watching(port) as console:
+        async with console_port(FeedEndpoints(cluster.gateway.live), "acme") as port, watching(port) as console:
             seen = bytes(console.raw)
         for shown in (data, seen):
             for name in ("rival", worker.identity.worker_id, "host-of-worker", cluster.gateway.hub.gateway_id):
@@ -154,7 +154,7 @@ async def test_queries_of_the_history(cluster: TestCluster, query: str, tenant: 
         sent.append(message)
 
     scope = {"headers": [], "query_string": query.encode(), "path": "/", "method": "GET"}
-    await Feed(cluster.gateway.live).history(scope, None, send, tenant)  # type: ignore[arg-type]
+    await FeedEndpoints(cluster.gateway.live).history(scope, None, send, tenant)  # type: ignore[arg-type]
     assert sent[0]["status"] == status
     answer = json.loads(sent[1]["body"])
     if status != 200:

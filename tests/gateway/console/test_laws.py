@@ -11,10 +11,10 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.gateway.console import deltas, overview
-from cluster.gateway.console.parts import FORMAT, Part
-from cluster.gateway.console.peers import PeerParts, part_for_peers
-from cluster.gateway.console.rows import LOST
+from cluster.gateway.console.overview import deltas, overview
+from cluster.gateway.console.overview.parts import FORMAT, Part
+from cluster.gateway.console.overview.rows import LOST
+from cluster.gateway.console.peers.peers import PeerParts, part_for_peers
 
 TENANTS = ("tenant-own", "tenant-hidden-1", "tenant-hidden-2")
 WORKERS = ("worker-hidden-1", "worker-hidden-2")

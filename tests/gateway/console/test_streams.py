@@ -11,9 +11,9 @@ import pytest
 from cluster.config.schema import parse
 from cluster.gateway.apis.http.exchange import Endpoint, Exchange, Receive, Scope, Send
 from cluster.gateway.apis.http.server import HttpServer
-from cluster.gateway.console.access import ConsoleAccess, Viewer
+from cluster.gateway.console.access.access import ConsoleAccess, Viewer
+from cluster.gateway.console.access.sessions import ConsoleSession
 from cluster.gateway.console.errors import FORM
-from cluster.gateway.console.sessions import ConsoleSession
 from cluster.gateway.console.streams import ViewerStreams
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
@@ -28,7 +28,7 @@ class CountingFeed:
         self.fails = False
 
     async def events(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
-        """See Feed."""
+        """See ViewerFeed."""
         self.open += 1
         try:
             if self.fails:
@@ -43,7 +43,7 @@ class CountingFeed:
             self.open -= 1
 
     async def history(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
-        """See Feed."""
+        """See ViewerFeed."""
         headers = [(b"content-length", b"%d" % len(viewer_tenant))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": viewer_tenant.encode(), "more_body": False})

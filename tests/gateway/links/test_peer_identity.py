@@ -23,8 +23,8 @@ from cluster.gateway.links.hub import Hub, hub_server
 from cluster.gateway.links.peer_identity import MOST_REMEMBERED, PeerIdentity
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.wire import codec
 from cluster.wire.bundle import Bundle
+from cluster.wire.codecs import codec
 from cluster.wire.dial import Timing, read
 from cluster.wire.tls import TlsFiles
 from tests.support.calls import chat

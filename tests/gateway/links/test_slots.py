@@ -13,7 +13,7 @@ from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind
 from cluster.api.types import FinishReason, TokenOutput
 from cluster.gateway.links.prefill_pacing import PrefillPacing
 from cluster.gateway.links.slots import SlotTable
-from cluster.wire import codec
+from cluster.wire.codecs import codec
 
 SLOTS = (1, 2, 3)
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli.all_commands import app
-from cluster.gateway.calls.pooling_request import MAX_INPUTS
+from cluster.gateway.calls.pooling.pooling_request import MAX_INPUTS
 from tests.support.cluster import TestCluster
 from tests.support.http import fetch
 

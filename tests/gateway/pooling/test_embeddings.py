@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cluster.client import AsyncClient
-from cluster.gateway.calls.pooling_request import MAX_INPUTS
+from cluster.gateway.calls.pooling.pooling_request import MAX_INPUTS
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, refused
 from tests.support.cluster import TestCluster

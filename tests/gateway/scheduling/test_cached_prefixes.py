@@ -13,7 +13,7 @@ from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
-from cluster.wire.kv_codec import BLOCKS_PER_MESSAGE, kv_blocks_to_pb
+from cluster.wire.codecs.kv_codec import BLOCKS_PER_MESSAGE, kv_blocks_to_pb
 from tests.support.calls import complete
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 from tests.support.postgres import free_port

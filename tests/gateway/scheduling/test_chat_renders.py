@@ -20,7 +20,7 @@ from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel
 from cluster.gateway.scheduling.chat_renders import MAX_ATTEMPTS, ChatRenders, ChatToRender, small_room
-from cluster.gateway.text.chat_json import chat_json
+from cluster.gateway.text.chat.chat_json import chat_json
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.v1 import inference_pb2 as inference

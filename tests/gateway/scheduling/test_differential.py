@@ -30,7 +30,7 @@ from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
-from cluster.wire.codec import StepColumns
+from cluster.wire.codecs.codec import StepColumns
 from tests.support.policy_journal import Journal, RecordedOrder, RecordedPolicy, replay
 
 INFO = EngineInfo("float32", "sim", "0", 16, 1000, 8, 2048, 4096, 32_000)

@@ -21,7 +21,7 @@ from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import ControllerLinks
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.gateway.apis.openai.answers import KEEP_ALIVE, keep_alive
-from cluster.gateway.calls.keepalive import Progress
+from cluster.gateway.calls.keepalive import CallProgress
 from cluster.policy.catalog.lifecycle import SourceFacts
 from cluster.policy.scaling.scaler import DECIDE_S, Scaler, ScalingSettings
 from cluster.v1 import inference_pb2 as pb
@@ -207,8 +207,8 @@ async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint
 def test_comments_of_event_streams() -> None:
     """A comment in an event stream is one line with a keep-alive or the progress of a start, so that every client skips
     the comment."""
-    assert keep_alive(Progress("queued", 3)) == KEEP_ALIVE
-    comment = keep_alive(Progress("loading", 1, 0.4, 18.0))
+    assert keep_alive(CallProgress("queued", 3)) == KEEP_ALIVE
+    comment = keep_alive(CallProgress("loading", 1, 0.4, 18.0))
     assert comment == b": loading 40%, about 18 s to go\n\n"
 
 

@@ -38,7 +38,7 @@ from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.scheduling.first_token_times import MIN_COUNT, RELEARNT_S
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
-from cluster.wire.codec import StepColumns
+from cluster.wire.codecs.codec import StepColumns
 from cluster.wire.ended_requests import EndedUsage
 from tests.gateway.scheduling.test_differential import INFO, Host, PlainText
 from tests.gateway.tracing.test_call_spans import check_tree, facts

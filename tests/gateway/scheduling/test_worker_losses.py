@@ -18,7 +18,7 @@ from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.gateway.scheduling.submission import MAX_SUBMIT_BYTES, check_size
 from cluster.policy.scheduling.worker_losses import MOST_SILENT, SETTLE_S, WINDOW_S, LossVerdict, WorkerLosses
 from cluster.wire.bundle import Bundle
-from cluster.wire.codec import submit_to_pb
+from cluster.wire.codecs.codec import submit_to_pb
 from cluster.wire.dial import read
 from cluster.worker.engine.simulated.engine import SimEngine
 from tests.support.calls import complete, refused, rest_of, resume

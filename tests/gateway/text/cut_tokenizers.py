@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
-from cluster.gateway.text.word_encoder import QWEN2
+from cluster.gateway.text.encoding.word_encoder import QWEN2
 from tests.gateway.text.kinds import TEXTS
 from tests.support import tokenizer_kinds
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway.text.text_jobs import ENCODE_OFFLOAD_CHARS
+from cluster.gateway.text.encoding.text_jobs import ENCODE_OFFLOAD_CHARS
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.wire.bundle import Bundle
 from tests.gateway.text.kinds import TEXTS, Kind

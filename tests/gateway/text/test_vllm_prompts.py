@@ -18,8 +18,8 @@ from cluster.gateway.apis.anthropic.requests import parse_messages
 from cluster.gateway.apis.openai.fields import read_object
 from cluster.gateway.apis.openai.requests import parse_chat
 from cluster.gateway.calls.request import ChatPrompt
-from cluster.gateway.text.content_format import takes_parts
-from cluster.gateway.text.template import ChatTemplate
+from cluster.gateway.text.chat.content_format import takes_parts
+from cluster.gateway.text.chat.template import ChatTemplate
 from tests.gateway.text.kinds import Kind, with_template
 
 pytestmark = pytest.mark.slow

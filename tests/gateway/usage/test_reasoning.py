@@ -15,10 +15,10 @@ from cluster.api.outcomes import Outcome
 from cluster.api.output_parts import ParsedOutput
 from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call, CallSequence
-from cluster.gateway.calls.end_metrics import EndMetrics
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.opening import Opening
 from cluster.gateway.calls.reasoning import new_reasoning_tokens, reasoning_in_part
+from cluster.gateway.calls.records.end_metrics import EndMetrics
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.sequence import CallEvents, OutputSequence
 from cluster.gateway.demand import DemandTally

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.api.outcomes import Outcome
-from cluster.api.pooling import PoolingInfo, PoolingParams, PoolingTask, pooling_tasks
+from cluster.api.pooling import PoolingInfo, PoolingOptions, PoolingTask, pooling_tasks
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, FinishReason, Sampling, weakest_resume_capability
 from cluster.worker.engine.golden_vectors import floats
@@ -48,7 +48,7 @@ def pool(
         UNUSED,
         emitted_token_ids=emitted,
         priority=priority,
-        pooling=PoolingParams(task, dimensions, second_text_at),
+        pooling=PoolingOptions(task, dimensions, second_text_at),
     )
 
 

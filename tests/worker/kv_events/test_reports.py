@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cluster.api.kv_events import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
 from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
-from cluster.wire.kv_codec import BLOCKS_PER_MESSAGE, kv_blocks_from_pb
+from cluster.wire.codecs.kv_codec import BLOCKS_PER_MESSAGE, kv_blocks_from_pb
 from cluster.wire.outbox import Outbox
 from cluster.worker.kv_events.reports import KvReports
 

@@ -19,7 +19,7 @@ from cluster.worker.parsing.kit import ParserKit
 from cluster.worker.parsing.output_parser import OutputParser
 from cluster.worker.parsing.parser_process import Kit, ParserHost, serve
 from cluster.worker.parsing.port import ParserNames
-from cluster.worker.parsing.progress import Progress, new_memory
+from cluster.worker.parsing.progress import ParserProgress, new_memory
 from cluster.worker.parsing.session import ParserSession
 from tests.worker.parsing.formats import Format, kit_for, opening_for
 
@@ -64,8 +64,8 @@ def thread_host(kit: Kit | Callable[[], Kit]) -> ParserHost:
     """Start a parser in a thread. `kit`: the kit, or a function that loads it."""
     ours, theirs = socket.socketpair()
     memory = new_memory()
-    progress = Progress(os.dup(memory))
-    child = Progress(memory)
+    progress = ParserProgress(os.dup(memory))
+    child = ParserProgress(memory)
 
     def run() -> None:
         try:
@@ -84,7 +84,7 @@ def fork_host(kit: Kit | Callable[[], Kit]) -> ParserHost:
 
     def run() -> None:
         ours.close()
-        serve(theirs, kit if callable(kit) else lambda: kit, Progress(memory))
+        serve(theirs, kit if callable(kit) else lambda: kit, ParserProgress(memory))
         os._exit(0)
 
     process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
@@ -95,7 +95,7 @@ def fork_host(kit: Kit | Callable[[], Kit]) -> ParserHost:
         process.kill()
         process.join()
 
-    host = ParserHost(ours, Progress(os.dup(memory)), kill, process.pid)
+    host = ParserHost(ours, ParserProgress(os.dup(memory)), kill, process.pid)
     os.close(memory)
     return host
 

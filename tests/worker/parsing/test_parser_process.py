@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cluster.worker.engine.processes import fork_server
 from cluster.worker.parsing.hangs import HangWatch, cpu_seconds
-from cluster.worker.parsing.progress import NONE, Progress, new_memory
+from cluster.worker.parsing.progress import NONE, ParserProgress, new_memory
 from tests.worker.parsing.formats import FORMATS
 
 OWNER = """
@@ -86,7 +86,7 @@ def test_a_parser_process_parses_and_ends_with_its_owner(owner: tuple[subprocess
 def test_progress_is_the_last_record(sessions: list[int]) -> None:
     """The reader sees the session that was recorded last, and a count that changes with each record."""
     memory = new_memory()
-    reader, writer = Progress(os.dup(memory)), Progress(memory)
+    reader, writer = ParserProgress(os.dup(memory)), ParserProgress(memory)
     counts = set()
     for session in sessions:
         writer.record(session)

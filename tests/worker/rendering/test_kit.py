@@ -15,7 +15,7 @@ from cluster.api.outcomes import CallError
 from cluster.gateway.apis.openai.fields import read_object
 from cluster.gateway.apis.openai.requests import parse_chat
 from cluster.gateway.calls.request import ChatPrompt
-from cluster.gateway.text.chat_json import chat_json
+from cluster.gateway.text.chat.chat_json import chat_json
 from cluster.worker.parsing import wire
 from cluster.worker.rendering.families import HARMONY, MISTRAL
 from cluster.worker.rendering.kit import RendererKit

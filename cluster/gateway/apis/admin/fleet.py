@@ -18,16 +18,16 @@ from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.types import VersionShare
 from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminCaller
 from cluster.gateway.apis.grpc.inference import paginate
-from cluster.gateway.console.live import LiveOverview
-from cluster.gateway.console.rows import worker_state
+from cluster.gateway.call_service import CallService
+from cluster.gateway.console.overview.live import LiveOverview
+from cluster.gateway.console.overview.rows import worker_state
 from cluster.gateway.links.hub import Hub
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
-from cluster.gateway.service import CallService
 from cluster.link.v1 import link_pb2 as link_pb
-from cluster.wire.admin_adapters import admin_adapter
-from cluster.wire.version_status import version_status
+from cluster.wire.codecs.admin_adapters import admin_adapter
+from cluster.wire.codecs.version_status import version_status
 
 if TYPE_CHECKING:
     from cluster.gateway.apis.admin.routes import RouteExplainer
@@ -155,7 +155,7 @@ class FleetAdmin:
 
     async def GetOverview(self, request: pb.GetOverviewRequest, caller: AdminCaller) -> pb.GetOverviewResponse:
         """Return the state of the cluster as the caller may see it."""
-        from cluster.gateway.console import deltas  # not at the start of the process: deferred_imports.py
+        from cluster.gateway.console.overview import deltas
 
         document = await self._live.document(caller.scope)
         if not request.with_calls:

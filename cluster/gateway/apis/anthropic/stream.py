@@ -15,7 +15,7 @@ from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic import answers
 from cluster.gateway.apis.openai.answers import keep_alive
 from cluster.gateway.calls.call import Call, CallUsage
-from cluster.gateway.calls.keepalive import Progress, ProgressOf
+from cluster.gateway.calls.keepalive import CallProgress, ProgressOf
 from cluster.gateway.calls.sequence import Piece
 
 PING: Final = b'event: ping\ndata: {"type":"ping"}\n\n'
@@ -192,7 +192,7 @@ class MessageEncoder:
         return b""
 
 
-def ping(progress: Progress) -> bytes:
+def ping(progress: CallProgress) -> bytes:
     """Return the event that shows that a call is alive, after a comment with the progress of a model that is
     starting."""
     return PING if not progress.eta_s else keep_alive(progress).removesuffix(b"\n") + PING

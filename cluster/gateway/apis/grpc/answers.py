@@ -11,8 +11,8 @@ from cluster.api.pooling import pooling_capabilities
 from cluster.api.types import RESUME_CAPABILITIES, weakest_resume_capability
 from cluster.gateway.apis.pooling_scores import Ranked
 from cluster.gateway.calls.call import Call, CallUsage
-from cluster.gateway.calls.keepalive import Progress
-from cluster.gateway.calls.pooling_call import PoolingCall
+from cluster.gateway.calls.keepalive import CallProgress
+from cluster.gateway.calls.pooling.pooling_call import PoolingCall
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.models import Target
 from cluster.gateway.text.logprobs import TokenLogprob
@@ -245,7 +245,7 @@ def _now() -> Timestamp:
     return stamp
 
 
-def progress_pb(progress: Progress) -> pb.Progress:
+def progress_pb(progress: CallProgress) -> pb.Progress:
     """Return the progress of a call without output as a Progress message."""
     return pb.Progress(
         state=progress.state,

@@ -22,12 +22,12 @@ from cluster.gateway.apis.pooling_scores import answer_bytes
 from cluster.gateway.apis.request_ids import random_id, request_id, trace_state, traceparent
 from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Credentials, alternative_names
+from cluster.gateway.call_service import CallService
 from cluster.gateway.calls.meta import CallMeta
-from cluster.gateway.calls.pooling_request import ParsedPooling
+from cluster.gateway.calls.pooling.pooling_request import ParsedPooling
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter
 from cluster.gateway.models import ModelDirectory, Target
-from cluster.gateway.service import CallService
 from cluster.observe.log import CallFields
 from cluster.policy.tenants.identity import Principal
 from cluster.v1 import inference_pb2 as pb

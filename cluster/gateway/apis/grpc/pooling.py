@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from cluster.gateway.apis.grpc import answers as codec
 from cluster.gateway.apis.pooling_scores import ranked, scores_of
-from cluster.gateway.calls.pooling_call import PoolingCall
-from cluster.gateway.calls.pooling_request import PairInputs, ParsedPooling
+from cluster.gateway.calls.pooling.pooling_call import PoolingCall
+from cluster.gateway.calls.pooling.pooling_request import PairInputs, ParsedPooling
 
 
 async def pooling_response(call: PoolingCall, vectors: Sequence[bytes], parsed: ParsedPooling) -> bytes:

@@ -20,7 +20,7 @@ from cluster.gateway.apis.grpc.messages import (
     tools_of,
 )
 from cluster.gateway.apis.request_ids import request_id, trace_state, traceparent
-from cluster.gateway.calls.pooling_request import (
+from cluster.gateway.calls.pooling.pooling_request import (
     WHOLE_CONTEXT,
     IdsInputs,
     InputField,
@@ -30,7 +30,7 @@ from cluster.gateway.calls.pooling_request import (
     PoolingRequest,
     TextInputs,
 )
-from cluster.gateway.calls.pooling_request import check_count as check_inputs
+from cluster.gateway.calls.pooling.pooling_request import check_count as check_inputs
 from cluster.gateway.calls.request import (
     DEFAULT_COMPLETE_TOKENS,
     MAX_CHOICES,

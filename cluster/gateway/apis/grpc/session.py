@@ -21,10 +21,10 @@ from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.apis.pooling_scores import answer_bytes
 from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Caller
+from cluster.gateway.call_service import CallService
 from cluster.gateway.calls.meta import CallMeta
-from cluster.gateway.calls.pooling_request import PairInputs, ParsedPooling
+from cluster.gateway.calls.pooling.pooling_request import PairInputs, ParsedPooling
 from cluster.gateway.calls.request import GenerationRequest
-from cluster.gateway.service import CallService
 from cluster.observe.log import CallFields
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.dial import read

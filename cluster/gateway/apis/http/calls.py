@@ -15,11 +15,11 @@ from cluster.gateway.apis.http.exchange import Exchange
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai.requests import ParsedRequest
 from cluster.gateway.apis.request_ids import trace_state, traceparent
+from cluster.gateway.call_service import CallService
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
-from cluster.gateway.calls.pooling_request import ParsedPooling
+from cluster.gateway.calls.pooling.pooling_request import ParsedPooling
 from cluster.gateway.calls.stream_writer import ChunkDelivery, ChunkEncoder, StreamWriter
-from cluster.gateway.service import CallService
 
 AFFINITY_HEADER = b"x-headrace-affinity"
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from cluster.api.outcomes import OUTCOME_STATUS, CallError
 from cluster.api.output_parts import PartKind
 from cluster.gateway.calls.call import Call, CallUsage
-from cluster.gateway.calls.keepalive import Progress, ProgressOf
+from cluster.gateway.calls.keepalive import CallProgress, ProgressOf
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.models import Target
 from cluster.gateway.text.logprobs import TokenLogprob
@@ -249,7 +249,7 @@ class CompletionStream(SseStream):
         return self._offsets.logprobs(index, logprobs)
 
 
-def keep_alive(progress: Progress) -> bytes:
+def keep_alive(progress: CallProgress) -> bytes:
     """Return a comment of an event stream, which clients ignore. The comment shows that the call is alive, and the
     progress of a model that is starting."""
     if not progress.eta_s:

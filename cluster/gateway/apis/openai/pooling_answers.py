@@ -12,7 +12,7 @@ from typing import Final
 from cluster.gateway.apis.openai.answers import body
 from cluster.gateway.apis.pooling_scores import Ranked
 from cluster.gateway.apis.slices import in_slices, with_commas
-from cluster.gateway.calls.pooling_call import PoolingCall
+from cluster.gateway.calls.pooling.pooling_call import PoolingCall
 
 PIECE_CHARS: Final = 1 << 16
 """Characters of a document that are written at once."""

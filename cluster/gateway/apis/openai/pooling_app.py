@@ -10,8 +10,8 @@ from cluster.gateway.apis.http.exchange import Exchange, as_headers, while_conne
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai import pooling_answers
 from cluster.gateway.apis.pooling_scores import answer_bytes, ranked, scores_of
-from cluster.gateway.calls.pooling_call import PoolingCall
-from cluster.gateway.calls.pooling_request import ParsedPooling
+from cluster.gateway.calls.pooling.pooling_call import PoolingCall
+from cluster.gateway.calls.pooling.pooling_request import ParsedPooling
 
 Parts = list[bytes | bytearray]
 Answer = Callable[[PoolingCall, Sequence[bytes], ParsedPooling], Awaitable[Parts]]

@@ -13,7 +13,7 @@ from cluster.api.outcomes import invalid, quoted
 from cluster.gateway.apis.json_values import kind
 from cluster.gateway.apis.openai.fields import Fields, whole_numbers
 from cluster.gateway.apis.openai.requests import metadata_of, priority_of, refuse_unserved, salt_of
-from cluster.gateway.calls.pooling_request import (
+from cluster.gateway.calls.pooling.pooling_request import (
     WHOLE_CONTEXT,
     IdsInputs,
     InputField,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.api.outcomes import Outcome
-from cluster.api.pooling import MAX_DIMENSIONS, PoolingInfo, PoolingParams, PoolingTask
+from cluster.api.pooling import MAX_DIMENSIONS, PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.ports import EngineRefused
 from cluster.api.types import FinishReason, TokenOutput
 
@@ -88,7 +88,7 @@ def kv_blocks(blocks: int, block_size: int, max_num_batched_tokens: int, max_mod
     return -(-STEPS_AHEAD * max(max_num_batched_tokens, max_model_len) // block_size)
 
 
-def check_task(pooling: PoolingParams | None, bounds: PoolingBounds | None) -> None:
+def check_task(pooling: PoolingOptions | None, bounds: PoolingBounds | None) -> None:
     """Raise EngineRefused for a request of a kind that the model does not serve."""
     if pooling is None:
         if bounds is not None:
@@ -108,7 +108,7 @@ def _refused(field: str, description: str, outcome: Outcome = Outcome.UNSUPPORTE
     return EngineRefused(outcome.name, f"{field}: {description}", field)
 
 
-def check_pooling(pooling: PoolingParams, tokens: int, info: PoolingInfo) -> None:
+def check_pooling(pooling: PoolingOptions, tokens: int, info: PoolingInfo) -> None:
     """Raise EngineRefused for parameters outside their ranges. `tokens`: length of the prompt."""
     if not 0 <= pooling.second_text_at < tokens:
         what = f"must be in [0, {tokens - 1}], got {pooling.second_text_at}"
@@ -130,7 +130,7 @@ def check_pooling(pooling: PoolingParams, tokens: int, info: PoolingInfo) -> Non
     )
 
 
-def pooling_params(pooling: PoolingParams, bounds: PoolingBounds) -> Any:
+def pooling_params(pooling: PoolingOptions, bounds: PoolingBounds) -> Any:
     """Return vLLM's PoolingParams of a checked request."""
     from vllm import PoolingParams as VllmPoolingParams
 

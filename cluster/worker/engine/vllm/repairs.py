@@ -313,7 +313,7 @@ def _install_resume() -> None:
 
 
 def _repair_strings() -> None:
-    from cluster.worker.engine.vllm import json_strings
+    from cluster.worker.engine.vllm.grammar import json_strings
 
     json_strings.install()
 

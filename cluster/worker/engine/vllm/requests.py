@@ -16,11 +16,11 @@ from typing import Any
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
-from cluster.worker.engine.vllm.grammars import FIELD, check_grammar, structured_outputs
+from cluster.worker.engine.vllm.grammar.grammars import FIELD, check_grammar, structured_outputs
+from cluster.worker.engine.vllm.grammar.structural_tags import STRUCTURAL_TAG, check_structural_tag, structural_tag
 from cluster.worker.engine.vllm.packed_ids import MIN_IDS
 from cluster.worker.engine.vllm.pooling import PoolingBounds, check_pooling, check_task, pooling_params
 from cluster.worker.engine.vllm.resume import extra_args
-from cluster.worker.engine.vllm.structural_tags import STRUCTURAL_TAG, check_structural_tag, structural_tag
 
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_TOKEN_IDS_AFTER_MIN = 128

@@ -14,7 +14,7 @@ from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic.answers import page_of, stop_of, whole_message
 from cluster.gateway.apis.anthropic.stream import PING, MessageEvents, ping
 from cluster.gateway.calls.call import CallUsage
-from cluster.gateway.calls.keepalive import Progress
+from cluster.gateway.calls.keepalive import CallProgress
 from cluster.gateway.calls.sequence import Piece
 
 HEAD = {"id": "msg_1", "type": "message", "role": "assistant", "model": "sim"}
@@ -223,8 +223,8 @@ def test_a_call_that_a_stop_sequence_cuts_is_not_run(cut: bool, reason: str) -> 
 
 def test_pings() -> None:
     """A ping is an event, after a comment with the progress of a model that is starting."""
-    assert ping(Progress("queued", 1)) == PING
-    comment, _, rest = ping(Progress("loading", 0, 0.5, 30.0)).partition(b"\n")
+    assert ping(CallProgress("queued", 1)) == PING
+    comment, _, rest = ping(CallProgress("loading", 0, 0.5, 30.0)).partition(b"\n")
     assert (comment, rest) == (b": loading 50%, about 30 s to go", PING)
 
 

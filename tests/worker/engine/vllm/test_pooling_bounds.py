@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.api.pooling import MAX_DIMENSIONS, PoolingInfo, PoolingParams, PoolingTask
+from cluster.api.pooling import MAX_DIMENSIONS, PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.ports import EngineRefused
 from cluster.api.types import FinishReason, TokenOutput
 from cluster.worker.engine.golden_vectors import floats
@@ -102,7 +102,7 @@ def test_lengths_are_refused_exactly_outside_the_declared_ones(
 ) -> None:
     """A length of a vector is allowed if the model declares it, or every length, or if it is the model's own."""
     info = PoolingInfo((PoolingTask.EMBED,), 8, tuple(sorted(shorter)), any_shorter)
-    params = PoolingParams(PoolingTask.EMBED, length)
+    params = PoolingOptions(PoolingTask.EMBED, length)
     if length == 8 or length in shorter or (any_shorter and 1 <= length <= 8):
         check_pooling(params, 1, info)
     else:
@@ -115,10 +115,10 @@ def test_a_score_has_one_number() -> None:
     """A score may be requested with the length 1 or none, also of a model that computes vectors, too."""
     info = PoolingInfo((PoolingTask.EMBED, PoolingTask.SCORE), 8, (4,))
     for length in (None, 1):
-        check_pooling(PoolingParams(PoolingTask.SCORE, length), 1, info)
+        check_pooling(PoolingOptions(PoolingTask.SCORE, length), 1, info)
     for length in (0, 2, 4, 8):
         with pytest.raises(EngineRefused, match="dimensions: a score is one number"):
-            check_pooling(PoolingParams(PoolingTask.SCORE, length), 1, info)
+            check_pooling(PoolingOptions(PoolingTask.SCORE, length), 1, info)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
-from cluster.worker.engine.vllm.grammar_size import bounded_strings, regex_positions
-from cluster.worker.engine.vllm.grammars import check_grammar
-from cluster.worker.engine.vllm.pattern_counts import count_problem
+from cluster.worker.engine.vllm.grammar.grammar_size import bounded_strings, regex_positions
+from cluster.worker.engine.vllm.grammar.grammars import check_grammar
+from cluster.worker.engine.vllm.grammar.pattern_counts import count_problem
+from cluster.worker.engine.vllm.grammar.schema_patterns import pattern_problem
 from cluster.worker.engine.vllm.requests import RequestBounds, check, is_heavy, prompt_of, refusal
-from cluster.worker.engine.vllm.schema_patterns import pattern_problem
 
 LIMITS = RequestBounds(max_model_len=64, vocab_size=100, max_logprobs=20)
 PLAIN = EngineRequest("r", (1, 2, 3), Sampling(max_tokens=4))

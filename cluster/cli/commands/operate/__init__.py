@@ -1,0 +1,1 @@
+"""Commands for operators, which use a gateway's admin API or the database."""

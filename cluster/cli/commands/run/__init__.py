@@ -1,0 +1,1 @@
+"""Commands that start processes: a local cluster, and the processes of pods."""

@@ -1,0 +1,266 @@
+"""The call service, which carries a call from arrival to end, for all APIs. The file follows the order of a call's
+steps: `open` first, then the steps that `open` takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.apis.bodies import Bodies
+from cluster.gateway.apis.unread_answers import UnreadAnswers
+from cluster.gateway.auth.authenticator import Authenticator, NoAuthentication
+from cluster.gateway.calls import request as requests
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.call_context import CallContext
+from cluster.gateway.calls.call_opening import CallOpening
+from cluster.gateway.calls.cleanup import Cleanup
+from cluster.gateway.calls.keepalive import KeepAlives
+from cluster.gateway.calls.life import Life
+from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.open_calls import OpenCalls
+from cluster.gateway.calls.opening import Opening
+from cluster.gateway.calls.pooling.pooling_call import PoolingCall
+from cluster.gateway.calls.pooling.pooling_opening import PoolingOpening
+from cluster.gateway.calls.pooling.pooling_request import PoolingRequest
+from cluster.gateway.calls.records.access_log import AccessLog
+from cluster.gateway.calls.records.end_metrics import EndMetrics
+from cluster.gateway.calls.records.trace_facts import call_facts
+from cluster.gateway.calls.tokenization import RenderChat, Tokenization
+from cluster.gateway.links.link_renders import RenderedPrompt
+from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.quotas.reservations import QuotaReservations
+from cluster.gateway.scheduling.chat_renders import ChatToRender, needs_worker
+from cluster.gateway.scheduling.scheduler import Scheduler
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.observe.metrics import Metrics
+from cluster.policy.scheduling.worker_losses import MOST_SILENT
+
+if TYPE_CHECKING:
+    from cluster.gateway.guards.guards import Guards
+    from cluster.gateway.resume_tokens.resumption import ResumeService
+    from cluster.gateway.tracing.tracer import Tracer
+    from cluster.gateway.usage.prompt_log import PromptLog
+
+FALLBACK_LABEL = "fallback_for"
+"""Name of the label in a usage record that holds the requested model, if a fallback model served the call."""
+
+
+class CallService:
+    """Call service of one gateway, which opens calls. When the context of a call is left, the call's slots are freed,
+    the call leaves the queue, and its accounts and metrics are settled."""
+
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        scheduler: Scheduler,
+        reservations: QuotaReservations,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        authenticator: Authenticator | None = None,
+        max_attempts: int = 3,
+        guards: Guards | None = None,
+        max_silent_losses: int = MOST_SILENT,
+        resumes: ResumeService | None = None,
+        prompts: PromptLog | None = None,
+        access_log: AccessLog | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        """`max_attempts`: number of workers that may fail a sequence before its call fails. `max_silent_losses`: number
+        of workers that a sequence may lose in a row without a token in between. `guards`: required if policies name
+        guards. `resumes`: the resume service, None if streams cannot be resumed. `prompts`: the prompt log for tenants
+        whose policy asks for prompt logging. `access_log`: None for no lines about calls that have ended.
+        `tracer`: None if calls are not traced."""
+        self.authenticator: Authenticator = authenticator if authenticator is not None else NoAuthentication()
+        self.directory = directory
+        self.bodies = Bodies()
+        self.unread_answers = UnreadAnswers()
+        self.clock = clock
+        self.calls = OpenCalls(self.authenticator.tenant_error, clock)
+        self.authenticator.on_change.add(self.calls.end_suspended)
+        self.tokenization = Tokenization(directory, reservations, self._renderer_of)
+        self.authenticator.on_change.add(partial(scheduler.renders.end_suspended, self.authenticator.tenant_error))
+        self.calls.on_close.add(scheduler.renders.close)
+        self.keepalives = KeepAlives(self.calls, scheduler, directory, clock)
+        # Operations on all open calls, under the names that the gateway process and the admin API call.
+        self.statistics, self.abort, self.send_keepalives = self.calls.statistics, self.calls.abort, self.keepalives.run
+        self.close, self.hand_over, self.end_all = self.calls.close, self.calls.hand_over, self.calls.end_all
+        self.resumes = resumes
+        self._new_life = partial(Life, max_attempts, max_silent_losses)
+        self._guards = guards
+        self._reservations = reservations
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._end_metrics = EndMetrics(metrics, directory, scheduler.queues.tally, clock)
+        self._prompts = prompts
+        self._access_log = access_log
+        self._tracer = tracer
+        self._at_end: list[Callable[[Opening | PoolingOpening, Outcome], None]] = [self._end_metrics.count]
+        """Functions that get each call that has ended, in this order."""
+        if access_log is not None:
+            self._at_end.append(access_log.record)
+        if tracer is not None:
+            self._at_end.append(self._end_trace)
+
+    def call_at_end(self, function: Callable[[Opening | PoolingOpening, Outcome], None]) -> None:
+        """Call a function, after the others, for each call that has ended or could not begin. It must be short."""
+        self._at_end.append(function)
+
+    @property
+    def busy(self) -> bool:
+        """Whether at least one call is open."""
+        return self.calls.busy
+
+    # ---- one call, from arrival to end
+
+    async def count(self, meta: CallMeta) -> None:
+        """Count a tenant's request before the body is read, whatever the outcome will be, and mark it as counted.
+        Raises CallError RATE_LIMITED."""
+        try:
+            await self._reservations.count_request(meta.principal.tenant)
+        except CallError as error:
+            if self._access_log is not None:
+                self._access_log.refused(meta, error.outcome)
+            raise
+        meta.counted = True
+
+    def open(self, request: requests.GenerationRequest, meta: CallMeta) -> CallContext[Opening, Call]:
+        """Return the context of a call, in which the call is open. Entering raises CallError if the call cannot run. An
+        error that is raised in the context ends the call with the outcome of the error."""
+        opening = Opening(meta, self.clock(), request)
+        self._trace(opening, meta.traceparent)
+        return CallContext(opening, self._begin, self._at_end, self.clock)
+
+    def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> CallContext[PoolingOpening, PoolingCall]:
+        """Return the context of a pooling call, as `open` does."""
+        opening = PoolingOpening(meta, self.clock(), request)
+        self._trace(opening, meta.traceparent)
+        return CallContext(opening, self._begin_pooling, self._at_end, self.clock)
+
+    def _trace(self, opening: CallOpening, traceparent: str) -> None:
+        """Begin the record of a call's spans, if calls are traced. `traceparent`: see CallOpening."""
+        if self._tracer is not None:
+            opening.begin_trace(self._tracer, traceparent)
+
+    def _end_trace(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
+        """Export the spans of a call if the call is sampled."""
+        if self._tracer is not None and opening.trace is not None:
+            self._tracer.ended(opening.trace, call_facts(opening, outcome, self.clock()))
+
+    async def _begin(self, opening: Opening, cleanup: Cleanup) -> Call:
+        """Take the steps from a request to a queued call, in order. Each step registers its undo step with
+        `cleanup`."""
+        self.calls.check_not_closing()
+        if opening.request.resume is not None:
+            await opening.read_resume_tokens(self._resume_service())
+            if opening.chain is not None and opening.chain.traceparent and not opening.meta.traceparent:
+                self._trace(opening, opening.chain.traceparent)
+        requests.check_options(opening.request.options)
+        if opening.request.metadata:
+            requests.check_metadata(opening.request.metadata)
+        opening.choose_model(self.directory)
+        await opening.encode(self.directory, self._renderer_of)
+        if opening.meta.principal.tenant.guards:
+            await self._guard_prompt(opening, cleanup)
+        if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived
+            raise suspended
+        call = opening.create_call(self._scheduler, self.authenticator, self._metrics, self.clock, self._new_life)
+        self._hold_open(call, opening, cleanup)
+        if (resumes := self.resumes) is not None and opening.request.resumable:
+            cleanup.add(lambda outcome: resumes.give_up(call, outcome))
+            cleanup.add(lambda outcome: resumes.leave(call))
+            resumes.begin(call, opening.request, opening.meta, opening.bundle_digest, opening.chain)
+        await self._reserve(call, opening, cleanup)
+        if opening.chain is not None:
+            await self._resume_service().take_over(call, opening.chain)
+        self._settle_at_end(call, cleanup)
+        if call.trace is not None:
+            call.trace.queued()
+        self._scheduler.enter(call, opening.model)
+        return call
+
+    async def _begin_pooling(self, opening: PoolingOpening, cleanup: Cleanup) -> PoolingCall:
+        """Take the steps from a pooling request to a queued call, as `_begin` does."""
+        self.calls.check_not_closing()
+        if opening.request.metadata:
+            requests.check_metadata(opening.request.metadata)
+        opening.choose_model(self.directory)
+        await opening.encode(self.directory)
+        if opening.meta.principal.tenant.guards:
+            await self._guard_prompt(opening, cleanup)
+        if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived
+            raise suspended
+        call = opening.create_call(self._scheduler, self.clock)
+        self._hold_open(call, opening, cleanup)
+        await opening.create_sequences(self.authenticator, self._new_life)
+        await self._reserve(call, opening, cleanup)
+        self._settle_at_end(call, cleanup)
+        if call.trace is not None:
+            call.trace.queued()
+        await self._scheduler.enter_in_slices(call, opening.model)
+        return call
+
+    async def _reserve(self, call: Call, opening: CallOpening, cleanup: Cleanup) -> None:
+        """Reserve the quota of a call until the call ends."""
+        cleanup.add(lambda outcome: self._reservations.settle(call))
+        await self._reservations.admit(call)
+        if opening.is_fallback:
+            call.add_headers([("x-headrace-model", call.shown_model)])
+        if call.error is not None:  # the tenant was suspended while its limits were checked
+            raise call.error
+
+    def _renderer_of(
+        self, model: KnownModel, text: TextModel, meta: CallMeta, bundle_digest: str, priority_class: str
+    ) -> RenderChat | None:
+        """Choose the renderer of a call's chats; implements RendererOf. The chat waits for a worker in the order of the
+        scheduler's `renders`."""
+        if not needs_worker(model, bundle_digest, text.renderer, has_template=text.has_chat_template):
+            return None
+        policy, renders = meta.principal.tenant, self._scheduler.renders
+        rank = self._scheduler.charges.rank_of(priority_class or policy.priority_class)
+
+        async def render(chat: bytes, max_tokens: int) -> RenderedPrompt:
+            return await renders.render(
+                ChatToRender(model, bundle_digest, policy, rank, chat, max_tokens, meta.deadline)
+            )
+
+        return render
+
+    def _resume_service(self) -> ResumeService:
+        if self.resumes is None:
+            raise CallError(Outcome.UNSUPPORTED_FEATURE, "this gateway cannot resume streams: send a new call")
+        return self.resumes
+
+    async def _guard_prompt(self, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
+        """Apply the tenant's guards to the prompt. Guards search the whole prompt, so they run after the prompt was
+        encoded, which bounds the prompt's length."""
+        assert self._guards is not None, "a policy names guards, but the service has none"
+        guards = opening.create_guards(self._guards)
+        cleanup.add(lambda outcome: guards.close())
+        await opening.guard_prompt(guards)
+
+    def _hold_open(self, call: Call, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
+        """Keep the call among the open calls until the call ends."""
+        cleanup.add(lambda outcome: self.calls.remove(call))
+        if (prompts := self._prompts) is not None:
+            cleanup.add(lambda outcome: prompts.ended(call, opening.prompt, opening.text, outcome))
+        self.calls.add(call)
+        if opening.is_fallback:
+            self._record_fallback(call, opening)
+
+    def _record_fallback(self, call: Call, opening: CallOpening) -> None:
+        """Count a call that is served by a fallback model as demand for the requested model, and label the call's usage
+        record."""
+        self._scheduler.count_missed(call, opening.requested)
+        call.add_label(FALLBACK_LABEL, opening.requested.name)
+        self._metrics.count("route_decisions_total", opening.requested.name, "fallback")
+
+    def _settle_at_end(self, call: Call, cleanup: Cleanup) -> None:
+        """Settle the accounts of the call's sequences when the call ends."""
+        if (accounting := self._scheduler.host.accounting) is not None:
+            cleanup.add(lambda outcome: accounting.ended(call, outcome))
+        cleanup.add(lambda outcome: self._scheduler.routes.ended(call, outcome))
+        cleanup.add(lambda outcome: self._scheduler.canaries.ended(call, outcome))
+        cleanup.add(lambda outcome: self._scheduler.leave(call))

@@ -1,0 +1,1 @@
+"""Pooling calls: embeddings, scores and rankings."""

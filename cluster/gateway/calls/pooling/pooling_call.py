@@ -1,0 +1,84 @@
+"""A pooling call: many inputs, one answer. The call has one sequence for each input and no tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from cluster.api.pooling import PoolingTask
+from cluster.api.types import TokenOutput, WorkerIdentity
+from cluster.gateway.calls.call import Call, CallSequence
+from cluster.gateway.calls.pooling.pooled_sequence import PooledSequence
+from cluster.gateway.calls.pooling.pooling_request import PoolingInputs
+from cluster.policy.routing.version_split import Versions
+
+
+@dataclass(eq=False, slots=True)
+class PoolingCall(Call):
+    """A pooling call from arrival to end. `inputs`: those that were encoded; a guard may have changed the caller's."""
+
+    is_pooling: ClassVar[bool] = True
+    inputs: PoolingInputs = field(kw_only=True)
+    task: PoolingTask = field(kw_only=True)
+    _answered: int = field(init=False, default=0)
+
+    def path(self, index: int) -> str:
+        """Return the path of an input in the caller's body."""
+        return self.inputs.path(index)
+
+    def add_inputs(self, sequences: Iterable[PooledSequence[PoolingCall]]) -> None:
+        """Add the sequences of the next inputs."""
+        for sequence in sequences:
+            own: Any = sequence
+            self.sequences.append(own)
+            self.usage.prompt_tokens += len(sequence.request.prompt_token_ids)
+
+    def submitted(self, sequence: CallSequence, identity: WorkerIdentity, now: float) -> None:
+        """See Call. The other sequences use the version of the first one in any case, since the vectors of two versions
+        cannot be compared."""
+        Call.submitted(self, sequence, identity, now)
+        if identity.version:
+            self.versions = Versions(identity.version, frozenset((identity.version,)))
+
+    def began(self, sequence: CallSequence, output: TokenOutput) -> None:
+        """Handle the first output that a worker sends for a sequence."""
+        cached = output.cached_tokens or 0
+        if sequence.route is not None:
+            sequence.route.begin(cached, self.clock())
+        self.usage.cached_tokens += cached
+        self.events.began(sequence, cached)
+        if sequence.link is not None:
+            self.events.answered(sequence.link)
+
+    def pooled(self, sequence: PooledSequence[Any], now: float) -> None:
+        """Handle the vector of a sequence. `first_token_at` is the time of the first one."""
+        sequence.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
+            self.usage.ttft_s = now - self.arrived
+        self._answered += 1
+        self.events.finished(sequence)
+        if self._answered == len(self.sequences):
+            self.wake()
+
+    @property
+    def charged_prompt_tokens(self) -> int:
+        """Number of prompt tokens that are charged: those of the inputs that an engine has computed, or computes while
+        the caller leaves."""
+        if self._answered == len(self.sequences):
+            return self.usage.prompt_tokens
+        return sum(
+            len(sequence.request.prompt_token_ids)
+            for sequence in self.sequences
+            if sequence.finish_reason or (self.error is None and sequence.computed)
+        )
+
+    async def vectors(self) -> list[bytes]:
+        """Wait for the end of the call and return the vectors in the order of the inputs, each as little-endian float32
+        values. Raises the call's error."""
+        while self._answered < len(self.sequences) and self.error is None:
+            await self.news()
+        if self.error is not None:
+            raise self.error
+        return [sequence.vector for sequence in self.sequences if isinstance(sequence, PooledSequence)]

@@ -1,0 +1,228 @@
+"""The steps from a pooling request to a pooling call with its sequences. call_service.py takes the steps."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.api.pooling import POOLS, PoolingInfo, PoolingOptions, PoolingTask
+from cluster.api.types import POOLING_SAMPLING, EngineRequest
+from cluster.gateway.auth.authenticator import Authenticator
+from cluster.gateway.calls.call_opening import CallOpening, not_prepared
+from cluster.gateway.calls.life import Life
+from cluster.gateway.calls.pooling.pooled_sequence import NO_TEXT, PooledSequence
+from cluster.gateway.calls.pooling.pooling_call import PoolingCall
+from cluster.gateway.calls.pooling.pooling_request import (
+    WHOLE_CONTEXT,
+    IdsInputs,
+    PackedIds,
+    PairInputs,
+    PoolingInputs,
+    PoolingRequest,
+    check_chars,
+)
+from cluster.gateway.calls.tokenization import ids_of_inputs
+from cluster.gateway.models import KnownModel, ModelDirectory, Target
+from cluster.gateway.scheduling.scheduler import Scheduler
+from cluster.gateway.scheduling.submission import check_size
+from cluster.observe.trace_context import unsampled
+
+if TYPE_CHECKING:
+    from cluster.gateway.guards.guards import CallGuards, Guards
+
+SLICE: Final = 128
+"""Number of sequences that are created at once, which takes about 2 ms."""
+SHOWN_LENGTHS: Final = 32
+"""Number of allowed lengths of vectors that an error names."""
+
+
+@dataclass(slots=True)
+class PoolingOpening(CallOpening):
+    """A pooling call that is being opened, see CallOpening."""
+
+    request: PoolingRequest
+    task: PoolingTask = field(init=False)
+    inputs: PoolingInputs = field(init=False)
+    ids: PackedIds | Sequence[array[int]] = field(init=False, default=())
+    second_text: Callable[[int], int] = field(init=False)
+
+    @property
+    def prompt(self) -> PoolingInputs:
+        """The inputs, for the prompt log."""
+        return self.inputs
+
+    def choose_model(self, directory: ModelDirectory) -> None:
+        """Choose the requested model or one of its fallbacks, the task, and the versions on which the call may
+        begin."""
+        target = directory.target(self.request.model, self.meta.principal)
+        requested = model = target.model
+        self.model_name = model.name
+        task = self._task_of(model)
+        if task is None:
+            raise self._no_task(model)
+        if target.adapter:
+            raise _no_adapter(target)
+        if model.entry.fallback and not model.served:
+            model = directory.fallback_of(model, self.meta.principal, suits=self._suits) or model
+            task = self._task_of(model) or task
+        self.requested, self.model, self.model_name, self.task = requested, model, model.name, task
+        self.versions = model.choose_version(self.meta.request_id)
+        inputs = self.request.inputs
+        self.inputs = inputs.apart() if isinstance(inputs, PairInputs) and task is PoolingTask.EMBED else inputs
+        if self.request.dimensions is not None:
+            self._check_dimensions(self.request.dimensions, model.pooling)
+
+    def _suits(self, model: KnownModel) -> bool:
+        return self._task_of(model) is not None
+
+    def _task_of(self, model: KnownModel) -> PoolingTask | None:
+        """Return the task by which a model answers the request; None if it cannot. While a model's tasks are unknown,
+        an embedding is tried, and a score is not, since its inputs depend on the task."""
+        tasks, is_pairs = model.tasks, isinstance(self.request.inputs, PairInputs)
+        if tasks is None:
+            if is_pairs:
+                raise not_prepared(model)
+            return PoolingTask.EMBED
+        if is_pairs and PoolingTask.SCORE in tasks:
+            return PoolingTask.SCORE
+        return PoolingTask.EMBED if PoolingTask.EMBED in tasks else None
+
+    def _no_task(self, model: KnownModel) -> CallError:
+        wanted = PoolingTask.SCORE if isinstance(self.request.inputs, PairInputs) else PoolingTask.EMBED
+        has = f"its tasks are {', '.join(sorted(model.tasks))}" if model.tasks else "it generates text"
+        return CallError(
+            Outcome.UNSUPPORTED_FEATURE,
+            f"model: {model.name} has no task {wanted.value}, {has}: "
+            f"choose a model with the capability {POOLS}{wanted.value} (ListModels, GET /v1/models)",
+            violations=[Violation("model", f"has no task {wanted.value}")],
+        )
+
+    def _check_dimensions(self, wanted: int, info: PoolingInfo | None) -> None:
+        name = self.request.dimensions_field
+        if wanted < 1:
+            raise invalid(name, f"must be at least 1, got {wanted}")
+        if info is None or wanted == info.dimensions or wanted in info.shorter_dimensions:
+            return
+        if info.any_shorter:
+            if wanted > info.dimensions:
+                raise invalid(name, f"must be 1 to {info.dimensions}, got {wanted}")
+            return
+        allowed = sorted({*info.shorter_dimensions, info.dimensions})
+        if len(allowed) == 1:
+            raise invalid(
+                name, f"must be {info.dimensions} or left out, got {wanted}: the model has no shorter vectors"
+            )
+        shown = ", ".join(map(str, allowed[-SHOWN_LENGTHS:]))
+        raise invalid(name, f"must be one of {shown}; got {wanted}")
+
+    async def encode(self, directory: ModelDirectory) -> None:
+        """Encode the inputs."""
+        self.text = await directory.text_model(self.model, self.versions.first)
+        await self._encode()
+
+    async def _encode(self) -> None:
+        most = self.max_model_len = self.longest_context
+        if not most:
+            raise not_prepared(self.model)
+        keep = self.request.truncate_tokens
+        if keep is not None:
+            if keep > most:
+                raise invalid("truncate_prompt_tokens", f"must be at most {most} (the model's context), got {keep}")
+            keep = most if keep == WHOLE_CONTEXT else keep
+        inputs = self.inputs
+        if isinstance(inputs, IdsInputs):
+            self.ids = ids_of_inputs(inputs, most, keep, self.text.vocab_size)
+            self.second_text = lambda i: 0
+            return
+        if isinstance(inputs, PairInputs) and self.task is PoolingTask.SCORE:
+            check_chars(inputs)
+        encoded = await self.text.encode_inputs_async(self.meta.tenant, inputs, most, keep)
+        self.ids, self.second_text = encoded.ids, encoded.second_text
+
+    def create_guards(self, guards: Guards) -> CallGuards:
+        """Create the guards of the call."""
+        principal = self.meta.principal
+        return guards.for_call(
+            principal.tenant, self.model.name, self.meta.request_id, principal.subject, self.log_fields
+        )
+
+    async def guard_prompt(self, guards: CallGuards) -> None:
+        """Apply the guards to the inputs. If the guards change an input, encode the changed inputs."""
+        guarded = await guards.inputs(self.inputs, self.text)
+        if guarded is not self.inputs:
+            self.inputs = guarded
+            await self._encode()
+
+    def create_call(self, scheduler: Scheduler, clock: Callable[[], float]) -> PoolingCall:
+        """Create the call without its sequences."""
+        request = self.request
+        kind = "embd" if not isinstance(request.inputs, PairInputs) else "score"
+        call = PoolingCall(
+            **self.call_fields(kind, request.priority_class, request.metadata, scheduler, clock),
+            inputs=self.inputs,
+            task=self.task,
+        )
+        call.affinity = self.affinity(request.affinity_key, call.flow)
+        self.call = call
+        return call
+
+    async def create_sequences(self, authenticator: Authenticator, life: Callable[[], Life]) -> None:
+        """Create the sequences of the call, one for each input, in slices between which other tasks run. `life` returns
+        the life of a new sequence."""
+        call, request = self.call, self.request
+        assert isinstance(call, PoolingCall)
+        first = EngineRequest(
+            "",
+            self.ids[0],
+            POOLING_SAMPLING,
+            cache_salt=authenticator.cache_salt(self.meta.principal, request.cache_salt),
+            priority=call.rank,
+            traceparent=unsampled(self.meta.traceparent),
+            pooling=PoolingOptions(self.task, self._shorter_dimensions()),
+        )
+        check_size(first)
+        for at in range(0, len(self.ids), SLICE):
+            if at:
+                await asyncio.sleep(0)
+            call.add_inputs(
+                PooledSequence(call, i, self._engine_request(first, i), NO_TEXT, life=life())
+                for i in range(at, min(at + SLICE, len(self.ids)))
+            )
+
+    def _shorter_dimensions(self) -> int | None:
+        """Return the length of vectors that the engine is asked for; None for the model's own, which a model without
+        shorter ones accepts under no other name."""
+        wanted = self.request.dimensions
+        if wanted is None or self.task is PoolingTask.SCORE:
+            return None
+        info = self.model.pooling
+        return None if info is not None and wanted == info.dimensions else wanted
+
+    def _engine_request(self, first: EngineRequest, i: int) -> EngineRequest:
+        """Return the engine request of an input. `first`: that of the first input, without its second text."""
+        pooling, second = first.pooling, self.second_text(i)
+        assert pooling is not None
+        if not i and not second:
+            return first
+        return EngineRequest(
+            "",
+            self.ids[i],
+            POOLING_SAMPLING,
+            cache_salt=first.cache_salt,
+            priority=first.priority,
+            traceparent=first.traceparent,
+            pooling=replace(pooling, second_text_at=second) if second else pooling,
+        )
+
+
+def _no_adapter(target: Target) -> CallError:
+    return CallError(
+        Outcome.UNSUPPORTED_FEATURE,
+        f"model: {target.name} is an adapter, and adapters of models that compute vectors are not served: use "
+        f"{target.model.name}",
+        violations=[Violation("model", "is an adapter")],
+    )

@@ -1,0 +1,1 @@
+"""Records of calls that have ended: log lines, metrics and facts for spans."""

@@ -1,0 +1,266 @@
+"""Sign-in with an OpenID issuer: the authorization code flow (OpenID Connect Core 1.0) with PKCE (RFC 7636).
+
+The browser holds the state of a sign-in in a sealed cookie, so any gateway can finish it. `state` and the cookie bind
+the answer to this browser, `nonce` binds the ID token to this sign-in, and PKCE binds the code to it. The ID token is
+verified like any other token of the issuer (auth/oidc.py), with the console's client id as its audience.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import secrets as randomness
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import astuple, dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Final
+
+import jwt
+import structlog
+
+from cluster.api.outcomes import CallError
+from cluster.config.console import ConsoleOidc
+from cluster.gateway.auth.bearer_tokens import TokenRefused
+from cluster.gateway.auth.no_redirect import open_no_redirect
+from cluster.gateway.auth.oidc import Fetch, Issuer, OidcVerifier, TokenClaims, check_url, fetch_json
+from cluster.gateway.console.access.sign_in import OIDC_CALLBACK
+
+log = structlog.get_logger("console")
+
+FLOW_S: Final = 600.0
+"""Seconds that a person has to sign in at the issuer."""
+TIMEOUT_S: Final = 5.0
+METADATA_S: Final = 300.0
+"""Seconds for which the issuer's addresses are used before they are fetched again."""
+MAX_ANSWER_BYTES: Final = 256 * 1024
+MAX_EXCHANGES: Final = 8
+"""Exchanges of codes at the same time; further sign-ins are refused."""
+
+Post = Callable[[str, Mapping[str, str], Mapping[str, str]], Awaitable[Mapping[str, Any]]]
+"""Function that sends a form (address, fields, headers) and returns the JSON object of the answer. Raises OSError,
+ValueError or HTTPException."""
+
+
+class FlowError(Exception):
+    """Error of a sign-in. `reason`: a word for the page and the log."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(detail or reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class FlowState:
+    """State of one sign-in between the redirect to the issuer and the way back."""
+
+    state: str
+    nonce: str
+    verifier: str
+    """The secret of PKCE, whose SHA-256 the issuer gets first."""
+    expires_at_s: float
+
+    @classmethod
+    def begin(cls, now_s: float) -> FlowState:
+        """Return the state of a new sign-in, with random values."""
+        state, nonce, verifier = (randomness.token_urlsafe(32) for _ in range(3))
+        return cls(state, nonce, verifier, now_s + FLOW_S)
+
+    @classmethod
+    def from_json(cls, value: Any) -> FlowState | None:
+        """Return the state in the value of a cookie; None for another value."""
+        kinds = [str, str, str, float]
+        if not isinstance(value, list) or [type(part) for part in value] != kinds:
+            return None
+        return cls(*value)
+
+    def as_json(self) -> list[Any]:
+        """Return the value of the cookie; `from_json` is the inverse."""
+        return list(astuple(self))
+
+    def challenge(self) -> str:
+        """Return the PKCE challenge of the method S256."""
+        digest = hashlib.sha256(self.verifier.encode()).digest()
+        return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+class OidcFlow:
+    """The authorization code flow with one issuer."""
+
+    def __init__(
+        self,
+        settings: ConsoleOidc,
+        issuer: Issuer,
+        public_url: str,
+        *,
+        post: Post | None = None,
+        fetch: Fetch = fetch_json,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`issuer`: the issuer with the console's client id as audience. Raises ValueError if the file of the client
+        secret cannot be read."""
+        self._settings = settings
+        self._redirect_uri = public_url + OIDC_CALLBACK
+        self._verifier = OidcVerifier([issuer], fetch=fetch)
+        self._fetch = fetch
+        self._post = post or _post_form
+        self._clock = clock
+        self._metadata: tuple[float, Mapping[str, Any]] | None = None
+        self._fetching = asyncio.Lock()
+        self._exchanges = asyncio.Semaphore(MAX_EXCHANGES)
+        if settings.client_secret_file is not None:
+            _secret_in(settings.client_secret_file)
+
+    async def authorization_url(self, flow: FlowState) -> str:
+        """Return the address of the issuer's sign-in page. Raises FlowError."""
+        endpoint = self._endpoint(await self._known_metadata(), "authorization_endpoint")
+        query = {
+            "response_type": "code",
+            "client_id": self._settings.client_id,
+            "redirect_uri": self._redirect_uri,
+            "scope": " ".join(self._settings.scopes),
+            "state": flow.state,
+            "nonce": flow.nonce,
+            "code_challenge": flow.challenge(),
+            "code_challenge_method": "S256",
+        }
+        separator = "&" if urllib.parse.urlsplit(endpoint).query else "?"
+        return f"{endpoint}{separator}{urllib.parse.urlencode(query)}"
+
+    async def finish(self, flow: FlowState, answer: Mapping[str, str], now_s: float) -> TokenClaims:
+        """Exchange the code in the issuer's answer for an ID token, and return the claims of the token. `answer`: the
+        query of the redirect back. Raises FlowError."""
+        if now_s >= flow.expires_at_s:
+            raise FlowError("expired")
+        if not hmac.compare_digest(answer.get("state", "").encode(), flow.state.encode()):
+            raise FlowError("state")
+        if "iss" in answer and answer["iss"] != self._settings.issuer:  # RFC 9207, against mix-up of issuers
+            raise FlowError("issuer")
+        if "error" in answer:
+            raise FlowError("denied", answer["error"])
+        if not answer.get("code"):
+            raise FlowError("no_code")
+        if self._exchanges.locked():
+            raise FlowError("busy")
+        async with self._exchanges:
+            token = await self._id_token(flow, answer["code"])
+            return await self._claims(flow, token)
+
+    async def close(self) -> None:
+        """Cancel all running fetches."""
+        await self._verifier.close()
+
+    async def _id_token(self, flow: FlowState, code: str) -> str:
+        metadata = await self._known_metadata()
+        form = {
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": self._redirect_uri,
+            "code_verifier": flow.verifier,
+        }
+        headers: dict[str, str] = {}
+        file = self._settings.client_secret_file
+        if file is None:
+            form["client_id"] = self._settings.client_id
+        else:
+            secret = await asyncio.to_thread(_secret_in, file)  # read again: the file may have been replaced
+            self._present_secret(metadata, secret, form, headers)
+        try:
+            async with asyncio.timeout(2 * TIMEOUT_S):
+                answer = await self._post(self._endpoint(metadata, "token_endpoint"), form, headers)
+        except (OSError, ValueError, HTTPException, TimeoutError) as error:
+            raise FlowError("exchange", str(error)) from None
+        token = answer.get("id_token")
+        if not isinstance(token, str):
+            raise FlowError("no_token")
+        return token
+
+    def _present_secret(
+        self, metadata: Mapping[str, Any], secret: str, form: dict[str, str], headers: dict[str, str]
+    ) -> None:
+        """Add the client's secret to a request, in the way that the issuer supports (RFC 6749, section 2.3.1)."""
+        methods = metadata.get("token_endpoint_auth_methods_supported", ["client_secret_basic"])
+        client_id = self._settings.client_id
+        if "client_secret_basic" not in methods and "client_secret_post" in methods:
+            form |= {"client_id": client_id, "client_secret": secret}
+            return
+        quoted = f"{urllib.parse.quote_plus(client_id)}:{urllib.parse.quote_plus(secret)}"
+        headers["authorization"] = f"Basic {base64.b64encode(quoted.encode()).decode()}"
+
+    async def _claims(self, flow: FlowState, token: str) -> TokenClaims:
+        try:
+            claims = await self._verifier.verify(token)
+            # The signature was just verified; `verify` returns no nonce.
+            body = jwt.decode(token, options={"verify_signature": False, "verify_exp": False, "verify_aud": False})
+        except TokenRefused as refused:
+            raise FlowError("token", refused.reason) from None
+        except CallError as error:
+            raise FlowError("unavailable", error.message) from None
+        nonce = body.get("nonce")
+        if not isinstance(nonce, str) or not hmac.compare_digest(nonce.encode(), flow.nonce.encode()):
+            raise FlowError("nonce")
+        if isinstance(body.get("aud"), list) and len(body["aud"]) > 1 and body.get("azp") != self._settings.client_id:
+            raise FlowError("token", "azp")
+        if not claims.subject:
+            raise FlowError("token", "no_subject")
+        return claims
+
+    async def _known_metadata(self) -> Mapping[str, Any]:
+        """Return the issuer's discovery document, which is fetched again after METADATA_S. Raises FlowError."""
+        async with self._fetching:
+            now = self._clock()
+            if self._metadata is not None and now < self._metadata[0] + METADATA_S:
+                return self._metadata[1]
+            url = self._settings.issuer.rstrip("/") + "/.well-known/openid-configuration"
+            try:
+                async with asyncio.timeout(2 * TIMEOUT_S):
+                    metadata = await self._fetch(url)
+            except (OSError, ValueError, HTTPException, TimeoutError) as error:
+                raise FlowError("unavailable", str(error)) from None
+            if metadata.get("issuer") != self._settings.issuer:
+                raise FlowError("unavailable", "the discovery document names another issuer")
+            self._metadata = now, metadata
+            return metadata
+
+    @staticmethod
+    def _endpoint(metadata: Mapping[str, Any], name: str) -> str:
+        try:
+            return check_url(str(metadata.get(name, "")))
+        except ValueError as error:
+            raise FlowError("unavailable", f"{name}: {error}") from None
+
+
+def _secret_in(file: Path) -> str:
+    """Return the client secret in a file. Raises ValueError, which never contains the secret."""
+    setting = "gateway.console.oidc.client_secret_file"
+    try:
+        secret = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{setting}: {file} cannot be read: {error}") from None
+    if not secret:
+        raise ValueError(f"{setting}: {file} is empty; write the client secret into it, or remove the setting")
+    return secret
+
+
+async def _post_form(url: str, form: Mapping[str, str], headers: Mapping[str, str]) -> Mapping[str, Any]:
+    return await asyncio.to_thread(_send_form, url, form, headers)
+
+
+def _send_form(url: str, form: Mapping[str, str], headers: Mapping[str, str]) -> Mapping[str, Any]:
+    request = urllib.request.Request(  # noqa: S310 - checked by check_url
+        url, urllib.parse.urlencode(form).encode(), {"accept": "application/json", **headers}
+    )
+    with open_no_redirect(request, TIMEOUT_S) as answer:
+        data = answer.read(MAX_ANSWER_BYTES + 1)
+    if len(data) > MAX_ANSWER_BYTES:
+        raise ValueError(f"the issuer sends more than {MAX_ANSWER_BYTES} bytes")
+    value = json.loads(data)
+    if not isinstance(value, Mapping):
+        raise ValueError("the issuer sends no JSON object")
+    return value

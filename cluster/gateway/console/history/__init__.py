@@ -1,0 +1,1 @@
+"""Plots: the last hour in memory, and longer times from Prometheus."""

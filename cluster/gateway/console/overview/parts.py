@@ -1,0 +1,272 @@
+"""The part of one gateway process in the overview: a JSON object that other processes can add to theirs.
+
+Rates are already differences of two looks. Numbers that cannot be added, such as percentiles, travel as the counts from
+which overview.py computes them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from cluster.gateway.apis.slices import in_slices
+from cluster.gateway.calls.call import Call
+from cluster.gateway.console.overview.recent_calls import RecentCalls
+from cluster.gateway.console.overview.rows import Row, ended_call_row, running_call_row
+from cluster.gateway.console.overview.survey import Snapshot, Tally
+from cluster.policy.limits.budgets import BudgetUse
+from cluster.policy.limits.limits import Limit
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
+
+Part = dict[str, Any]
+
+NO_LIMITS: Final = TenantLimits()
+FORMAT: Final = 1
+"""Number of the form of a part. Processes of another release with another form are left out."""
+MAX_CALLS: Final = 2000
+"""Number of calls of an overview, and of one process in it."""
+MAX_OPEN: Final = 1000
+"""Number of open calls of one process in an overview."""
+STEP_S: Final = 5
+"""Seconds between two looks that are remembered: a step of the history."""
+WINDOW_S: Final = 60.0
+"""Seconds over which percentiles and cache hits are computed."""
+RATE_S: Final = 0.5
+"""Least seconds between two looks of which the difference makes a rate."""
+SMOOTH_S: Final = 60.0
+"""Seconds over which a tenant's cost is averaged, since it is known only when calls end."""
+
+
+@dataclass(slots=True)
+class Limits:
+    """A tenant's limits by name, each with what is used of it, and the budget that is nearest to its end."""
+
+    limits: dict[str, Row] = field(default_factory=dict)
+    budget: Row | None = None
+
+
+@dataclass(slots=True)
+class _Cost:
+    """A tenant's cost at one time, and its moving average in an hour."""
+
+    cost: float
+    at: float
+    per_h: float
+
+
+class Window:
+    """The models' counts of the last WINDOW_S seconds, as differences from those before."""
+
+    def __init__(self) -> None:
+        self._past: deque[tuple[float, Mapping[str, Tally]]] = deque()
+
+    def add(self, shot: Snapshot) -> None:
+        """Remember a look, one for each STEP_S."""
+        if not self._past or shot.now - self._past[-1][0] >= STEP_S:
+            self._past.append((shot.now, shot.models))
+        while len(self._past) > 1 and shot.now - self._past[1][0] >= WINDOW_S:
+            self._past.popleft()
+
+    def since(self, name: str, tally: Tally) -> tuple[list[int], int, int]:
+        """Return a model's counts of times to first token by bucket, its prompt tokens and its cached tokens within the
+        window. Without an earlier look, nothing."""
+        before = self._past[0][1].get(name) if self._past else None
+        if before is None:
+            before = Tally()
+        old = before.ttft or (0,) * len(tally.ttft)
+        counts = [max(new - past, 0) for new, past in zip(tally.ttft, old, strict=True)]
+        return (
+            counts,
+            max(tally.prompt_tokens - before.prompt_tokens, 0),
+            max(tally.cached_tokens - before.cached_tokens, 0),
+        )
+
+
+class PartMaker:
+    """Makes the parts of one gateway process from its looks."""
+
+    def __init__(self, gateway: str, process: int, instance: str, recent: RecentCalls) -> None:
+        """`gateway`: id of the gateway process. `process`: its number on its host. `instance`: a word that differs
+        between processes and names no place."""
+        self._gateway = gateway
+        self._process = process
+        self._prefix = f"refused-{instance}-"
+        self._recent = recent
+        self._window = Window()
+        self._looks: deque[Snapshot] = deque(maxlen=3)
+        """The last looks, the newest last."""
+        self._costs: dict[str, _Cost] = {}
+        self._ended: dict[int, Row] = {}
+        """The rows of ended calls by number, which never change."""
+
+    def rest(self, shot: Snapshot) -> None:
+        """Take over a look for which no part is made, since nobody watches."""
+        self._looks.append(shot)
+        self._ended = {}
+        self._window.add(shot)
+
+    def _before(self, shot: Snapshot) -> Snapshot:
+        """Return the look with which another is compared: the newest one that is not too recent for a rate."""
+        return next((each for each in reversed(self._looks) if shot.now - each.now >= RATE_S), shot)
+
+    async def make(self, shot: Snapshot, limits: LimitUses) -> Part:
+        """Return the part at a look."""
+        before = self._before(shot)
+        self._looks.append(shot)
+        self._window.add(shot)
+        self._costs = {name: cost for name, cost in self._costs.items() if name in shot.tenants}
+        interval_s = shot.now - before.now
+        tenants = await in_slices(
+            self._tenant(name, shot, before, interval_s, limits.of(name)) for name in shot.tenants
+        )
+        models = await in_slices(self._models(shot, before, interval_s))
+        calls = await in_slices(self._calls(shot))
+        shot.calls = []  # they must not be kept until the next look
+        rate = sum(row["tokens_per_s"] for row in tenants)
+        return {
+            "format": FORMAT,
+            "at": shot.epoch_s,
+            "controller_age_s": shot.controller_age_s,
+            "controller_gateways": shot.controller_gateways,
+            "gateway": {
+                "id": self._gateway,
+                "age_s": 0.0,
+                "streams": sum(tally.running for tally in shot.tenants.values()),
+                "queued": sum(tally.waiting for tally in shot.models.values()),
+                "lag_ms": _lag_ms(shot, before),
+                "tokens_per_s": round(rate, 1),
+                "process": self._process,
+            },
+            "workers": shot.workers,
+            "models": models,
+            "tenants": tenants,
+            "calls": calls,
+        }
+
+    def _models(self, shot: Snapshot, before: Snapshot, interval_s: float) -> Iterator[Row]:
+        for row in shot.model_rows:
+            tally = shot.models[row["id"]]
+            ttft, prompt, cached = self._window.since(row["id"], tally)
+            past = before.models.get(row["id"])
+            yield row | {
+                "running": tally.running,
+                "waiting": tally.waiting,
+                "tokens_per_s": rate_of(tally.tokens, None if past is None else past.tokens, interval_s),
+                "ttft_counts": ttft,
+                "prompt_tokens": prompt,
+                "cached_tokens": cached,
+                "gap": round(tally.gap, 4),
+            }
+
+    def _tenant(self, name: str, shot: Snapshot, before: Snapshot, interval_s: float, own: Limits) -> Row:
+        tally, past = shot.tenants[name], before.tenants.get(name) or Tally()
+        return {
+            "id": name,
+            "weight": tally.weight,
+            "running": tally.running,
+            "waiting": tally.waiting,
+            "tokens_per_s": rate_of(tally.tokens, past.tokens, interval_s),
+            "requests": tally.requests,
+            "cost_per_h": self._cost_per_h(name, tally.cost, shot.now),
+            "ttft_s": [call.ttft_s for call in self._recent.calls.of(name) if call.ttft_s is not None],
+            "limits": own.limits,
+            "budget": own.budget,
+        }
+
+    def _cost_per_h(self, name: str, cost: float, now: float) -> float:
+        """Return the moving average of a tenant's cost in an hour. `cost`: its cost so far."""
+        known = self._costs.get(name)
+        if known is None:
+            if cost:
+                self._costs[name] = _Cost(cost, now, 0.0)
+            return 0.0
+        if (interval_s := now - known.at) > 0:
+            rate = max(cost - known.cost, 0.0) / interval_s * 3600
+            known.per_h += (rate - known.per_h) * min(interval_s / SMOOTH_S, 1.0)
+            known.cost, known.at = cost, now
+        return round(known.per_h, 4)
+
+    def _calls(self, shot: Snapshot) -> Iterator[Row]:
+        """Yield the rows of open calls, then those of ended ones. The rows of ended calls are made once."""
+        for call in fair_choice(shot.calls, MAX_OPEN):
+            if call.sequences and _is_open(call):
+                yield running_call_row(call, shot.now, shot.epoch_s, self._gateway)
+        known, rows = self._ended, {}
+        for ended in list(self._recent.calls):
+            row = known.get(ended.number)
+            if row is None:
+                row = ended_call_row(ended, shot.now, shot.epoch_s, self._gateway, self._prefix)
+            rows[ended.number] = row
+            yield row
+        self._ended = rows
+
+
+def rate_of(total: float, before: float | None, interval_s: float) -> float:
+    """Return the rate of a sum that grows. A sum that has just begun to be kept has no rate yet."""
+    if before is None or interval_s <= 0:
+        return 0.0
+    return round(max(total - before, 0) / interval_s, 1)
+
+
+def fair_choice(calls: Sequence[Call], most: int) -> Sequence[Call]:
+    """Return at most `most` of the open calls, the oldest of each tenant, and of no tenant more than of another that
+    has calls left."""
+    if len(calls) <= most:
+        return calls
+    by_tenant: dict[str, list[Call]] = {}
+    for call in calls:
+        by_tenant.setdefault(call.tenant, []).append(call)
+    chosen: list[Call] = []
+    queues = sorted(by_tenant.values(), key=len)
+    for number, queue in enumerate(queues):
+        share = (most - len(chosen)) // (len(queues) - number)
+        chosen += queue[:share]
+    return chosen
+
+
+def _is_open(call: Call) -> bool:
+    """Return whether a call is still open. A call that ended since the look has sequences that no longer name it."""
+    return hasattr(call.sequences[0], "call")
+
+
+def _lag_ms(shot: Snapshot, before: Snapshot) -> float | None:
+    measured = shot.lag[1] - before.lag[1]
+    return round((shot.lag[0] - before.lag[0]) / measured * 1000, 2) if measured else None
+
+
+class LimitUses:
+    """What is known of the use of tenants' limits and budgets at one moment."""
+
+    def __init__(
+        self,
+        uses: Iterable[tuple[str, str, float]],
+        budgets: Iterable[BudgetUse],
+        policies: Mapping[str, TenantPolicy],
+    ) -> None:
+        """`uses`: tenant, limit and used fraction."""
+        self._policies = policies
+        self._uses: dict[str, dict[str, float]] = {}
+        self._budgets: dict[str, list[BudgetUse]] = {}
+        for tenant, name, ratio in uses:
+            self._uses.setdefault(tenant, {})[name] = ratio
+        for use in budgets:
+            self._budgets.setdefault(use.tenant, []).append(use)
+
+    def of(self, tenant: str) -> Limits:
+        """Return the limits of a tenant with what is used of them, None where that is not known, and the budget that is
+        nearest to its end."""
+        policy, own = self._policies.get(tenant), Limits()
+        if policy is None or policy.limits == NO_LIMITS:
+            return own
+        uses = self._uses.get(tenant, {})
+        for name in Limit:
+            limit = getattr(policy.limits, name)
+            if limit is not None:
+                used = round(uses[name] * limit) if name in uses else None
+                own.limits[name.value] = {"used": used, "limit": limit}
+        for use in sorted(self._budgets.get(tenant, ()), key=lambda use: use.ratio):
+            own.limits[use.budget] = {"used": use.used_tokens, "limit": use.limit_tokens}
+            own.budget = {"name": use.budget, "used": use.used_tokens, "limit": use.limit_tokens, "currency": "tokens"}
+        return own

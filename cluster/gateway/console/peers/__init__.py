@@ -1,0 +1,1 @@
+"""The other gateway processes, as the console sees them."""

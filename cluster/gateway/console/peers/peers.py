@@ -1,0 +1,212 @@
+"""The other gateway processes of a cluster, as the console sees them.
+
+A process that shows the overview asks all others for their parts once a second; nothing is made or sent while none
+asks. Processes ask through Valkey or Redis, if the configuration names one (valkey_peers.py), else the processes of one
+host ask each other (sibling_peers.py). A part holds the calls that ended in the last seconds; all that are remembered
+are sent once, when a process begins to ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from cluster.gateway.console.overview.parts import FORMAT, MAX_CALLS, Part
+from cluster.gateway.console.overview.rows import Row
+
+EXPIRES_S: Final = 3.5
+"""Seconds after which the part of a process that has fallen silent is left out."""
+SHOWN_S: Final = 10.0
+"""Seconds after its end for which a call is in each part."""
+FIRST_ANSWER_S: Final = 0.2
+"""Seconds for which the first document of a console waits for the other processes."""
+PIECE_ROWS: Final = 400
+"""Number of rows that are encoded and decoded at once, about two milliseconds."""
+MAX_PIECE_BYTES: Final = 4 << 20
+MAX_PEERS: Final = 256
+PART_LISTS: Final = ("workers", "models", "tenants", "calls")
+
+Columns = Mapping[str, Sequence[float | None]]
+Question = Mapping[str, Any]
+Answer = Callable[[Question], Awaitable[Mapping[str, Any] | None]]
+"""Function that answers a question of another process; None for one that is not understood."""
+
+
+class Peers(Protocol):
+    """The other gateway processes: those of this host, or those of all hosts."""
+
+    def start(self) -> None:
+        """Begin to answer questions."""
+
+    async def parts(self, now: float) -> Sequence[Part]:
+        """Ask for the others' parts, and return the newest part of each."""
+
+    async def history(self, query: Question) -> Sequence[Columns]:
+        """Return the others' columns for a query."""
+
+    async def close(self) -> None:
+        """Stop asking and answering."""
+
+
+class NoPeers:
+    """Stands for the other processes where there is one process only."""
+
+    def start(self) -> None:
+        """See Peers."""
+
+    async def parts(self, now: float) -> Sequence[Part]:
+        """See Peers."""
+        return ()
+
+    async def history(self, query: Question) -> Sequence[Columns]:
+        """See Peers."""
+        return ()
+
+    async def close(self) -> None:
+        """See Peers."""
+
+
+NO_PEERS: Final = NoPeers()
+
+
+@dataclass(slots=True)
+class _Peer:
+    part: Part
+    at: float
+    has_all: bool
+    """Whether all remembered calls have arrived."""
+    ended: dict[str, Row] = field(default_factory=dict)
+    """The ended calls of the process, the oldest first."""
+
+
+class PeerParts:
+    """The newest parts of other processes. Times are monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._peers: dict[str, _Peer] = {}
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def put(self, part: Part, now: float) -> None:
+        """Take over a part. One of another form is ignored."""
+        if part.get("format") != FORMAT:
+            return
+        name = part["gateway"]["id"]
+        peer = self._peers.get(name)
+        if peer is None:
+            if len(self._peers) >= MAX_PEERS:
+                return
+            peer = self._peers[name] = _Peer(part, now, False)
+        ended = {row["id"]: row for row in part["calls"] if row["state"] == "ended"}
+        peer.part, peer.at, peer.has_all = part, now, peer.has_all or part["has_all"]
+        peer.ended = ended if part["has_all"] else peer.ended | ended
+        for oldest in list(peer.ended)[:-MAX_CALLS]:
+            del peer.ended[oldest]
+
+    def needs_all(self, now: float) -> bool:
+        """Whether the remembered calls of a process are still missing."""
+        self._forget(now)
+        return not self._peers or any(not peer.has_all for peer in self._peers.values())
+
+    def current(self, now: float) -> Sequence[Part]:
+        """Return the parts that are not older than EXPIRES_S, each with all calls that are known."""
+        self._forget(now)
+        return [
+            peer.part
+            | {"calls": [*(row for row in peer.part["calls"] if row["state"] != "ended"), *peer.ended.values()]}
+            for peer in self._peers.values()
+        ]
+
+    def _forget(self, now: float) -> None:
+        for name in [name for name, peer in self._peers.items() if now - peer.at > EXPIRES_S]:
+            del self._peers[name]
+
+
+@dataclass(slots=True)
+class _Unfinished:
+    number: int
+    part: Part
+    left: int
+
+
+class PartAssembler:
+    """Parts of which the pieces arrive one after the other, by their source."""
+
+    def __init__(self) -> None:
+        self._unfinished: dict[str, _Unfinished] = {}
+
+    def add(self, source: str, number: int, piece: Mapping[str, Any]) -> Part | None:
+        """Add a piece of a part. Returns the part with its last piece, else None. Pieces of an older part are dropped.
+        `number`: the same for all pieces of a part."""
+        if "part" in piece:
+            part = {name: [] for name in PART_LISTS} | piece["part"]
+            if len(self._unfinished) >= MAX_PEERS:
+                self._unfinished.clear()
+            self._unfinished[source] = _Unfinished(number, part, piece["pieces"])
+        known = self._unfinished.get(source)
+        if known is None or known.number != number:
+            return None
+        if "list" in piece:
+            known.part[piece["list"]].extend(piece["rows"])
+        known.left -= 1
+        if known.left > 0:
+            return None
+        del self._unfinished[source]
+        return known.part
+
+
+def pieces_of(part: Part) -> Sequence[Mapping[str, Any]]:
+    """Return a part in pieces for a PartAssembler."""
+    if sum(len(part[name]) for name in PART_LISTS) <= PIECE_ROWS:
+        return [{"part": part, "pieces": 1}]
+    rows = [
+        {"list": name, "rows": part[name][at : at + PIECE_ROWS]}
+        for name in PART_LISTS
+        for at in range(0, len(part[name]), PIECE_ROWS)
+    ]
+    head = {name: value for name, value in part.items() if name not in PART_LISTS}
+    return [{"part": head, "pieces": len(rows) + 1}, *rows]
+
+
+class FirstConnected:
+    """The other processes of all hosts while the store is reachable, else those of this host. Implements Peers."""
+
+    def __init__(self, of_all: Peers, is_connected: Callable[[], bool], of_host: Peers) -> None:
+        self._of_all = of_all
+        self._is_connected = is_connected
+        self._of_host = of_host
+
+    @property
+    def _current(self) -> Peers:
+        return self._of_all if self._is_connected() else self._of_host
+
+    def start(self) -> None:
+        """See Peers."""
+        self._of_all.start()
+        self._of_host.start()
+
+    async def parts(self, now: float) -> Sequence[Part]:
+        """See Peers."""
+        return await self._current.parts(now)
+
+    async def history(self, query: Question) -> Sequence[Columns]:
+        """See Peers."""
+        return await self._current.history(query)
+
+    async def close(self) -> None:
+        """See Peers."""
+        await self._of_all.close()
+        await self._of_host.close()
+
+
+def part_for_peers(part: Part, has_all: bool) -> Part:
+    """Return a part as it is sent: with all calls, or with those that are open or ended in the last SHOWN_S."""
+    since = part["at"] - SHOWN_S
+    calls = part["calls"] if has_all else [row for row in part["calls"] if not _ended_before(row, since)]
+    return part | {"calls": calls, "has_all": has_all}
+
+
+def _ended_before(row: Row, since: float) -> bool:
+    return bool(row["state"] == "ended" and row["arrived_s"] + row["duration_s"] < since)

@@ -1,0 +1,1 @@
+"""Chat templates: the messages of a chat become one text."""

@@ -1,0 +1,182 @@
+"""Tokenization of long texts in blocks, of which those that a tenant has sent before are not tokenized again.
+
+A text is cut at added tokens (token_cuts.py) and, within long stretches, before spaces (word_encoder.py), wherever the
+tokenizer allows it. The ids of a block depend on the block alone, so the ids of all blocks together equal those of the
+whole text. After a change in the text, the blocks are the same again from the end of the next long message on. So a
+template that changes earlier messages costs the messages that it has changed.
+
+A helper process cuts a text and returns the digests of the blocks (`begin`). The gateway process answers which blocks
+it knows (`Recall`), and the same helper encodes the others (`finish`). In one process `encode` does the same at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from tokenizers import Tokenizer
+
+from cluster.gateway.text.encoding.fragment_encoder import encode_each
+from cluster.gateway.text.encoding.prompt_memory import MAX_IDS, PackedIds, Planes, PromptMemory, pack, unpack
+from cluster.gateway.text.encoding.token_cuts import TokenCuts
+from cluster.gateway.text.encoding.word_encoder import WORD_CUT, WordEncoder
+
+TOKEN_CUT_CHARS: Final = 1024
+"""Least length in characters of a block that ends at an added token."""
+WORD_CUT_CHARS: Final = 4096
+"""Length in characters after which a block ends at a word. The next turn encodes half of it again, on average."""
+MAX_REMEMBERED_BYTES: Final = 1 << 20
+"""Largest size of the new ids of one text that are remembered. Packing them takes a millisecond of the event loop."""
+DIGEST_BYTES: Final = 16
+Digests = bytes
+"""The digests of all blocks of a text but the last, DIGEST_BYTES each. The last block may grow, and is not remembered.
+"""
+
+
+class BlockEncoder:
+    """Encodes the long texts of one model. Create with `of`. Thread-safe except for `begin` and `finish`."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        cuts: TokenCuts | None,
+        words: WordEncoder | None,
+        around: tuple[PackedIds, PackedIds],
+        *,
+        salt: bytes = b"",
+        token_cut_chars: int = TOKEN_CUT_CHARS,
+        word_cut_chars: int = WORD_CUT_CHARS,
+    ) -> None:
+        """`around`: the special tokens that the tokenizer adds before and after a text. `salt`: distinguishes the
+        blocks of this model from those of others."""
+        self._tokenizer = tokenizer
+        self._hash = hashlib.sha256(salt)
+        self._cuts = cuts
+        self._words = words
+        self._around = around
+        self._token_cut_chars = token_cut_chars
+        self._word_cut_chars = word_cut_chars
+        self._blocks: list[str] = []
+        """The blocks of the text that `begin` was called with."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, layout: Mapping[str, Any], **options: Any) -> BlockEncoder | None:
+        """Return an encoder for a tokenizer; None if texts must be encoded whole. `layout`: the contents of
+        tokenizer.json without the vocabulary. `options`: keyword arguments of the constructor."""
+        cuts, words = TokenCuts.of(tokenizer, layout), WordEncoder.of(tokenizer, layout.get("pre_tokenizer"))
+        around = _around(tokenizer)
+        ids = max(tokenizer.get_vocab_size(), max(tokenizer.get_added_tokens_decoder(), default=0) + 1)
+        if around is None or ids > MAX_IDS or (cuts is None and words is None):
+            return None
+        return cls(tokenizer, cuts, words, around, **options)
+
+    def encode(self, text: str, recall: Recall) -> array[int]:
+        """Return the ids of a text. Raises TypeError for a lone surrogate, as the tokenizer does."""
+        blocks = self.cut(text)
+        missing = recall.missing(self._digests(blocks))
+        return recall.ids(self._encoded([blocks[i] for i in missing]))
+
+    def begin(self, text: str) -> Digests:
+        """Cut a text and keep the blocks for `finish`. Returns the digests of the blocks."""
+        self._blocks = self.cut(text)
+        return self._digests(self._blocks)
+
+    def finish(self, missing: Sequence[int]) -> list[PackedIds]:
+        """Return the ids of the blocks with the numbers `missing`, of the text that `begin` was last called with."""
+        blocks, self._blocks = self._blocks, []
+        return self._encoded([blocks[i] for i in missing])
+
+    def recall(self, memory: PromptMemory, tenant: str, cache_salt: str = "", *, add_special_tokens: bool) -> Recall:
+        """Return a Recall for one text of a tenant. `cache_salt`: only texts with the same salt share blocks."""
+        return Recall(memory, tenant, cache_salt, self._around if add_special_tokens else (b"", b""))
+
+    def cut(self, text: str) -> list[str]:
+        """Cut a text into blocks, which make up the text when they are joined."""
+        blocks: list[str] = []
+        at = 0
+        for start in self._cuts.starts(text) if self._cuts is not None else ():
+            if start - at >= self._token_cut_chars:
+                at = self._cut_words(text, at, start, blocks)
+                blocks.append(text[at:start])
+                at = start
+        at = self._cut_words(text, at, len(text), blocks)
+        return [*blocks, text[at:]]
+
+    def _cut_words(self, text: str, at: int, end: int, blocks: list[str]) -> int:
+        """Append the blocks of text[at:end] that end at a word. Returns the position of the rest."""
+        if self._words is None:
+            return at
+        while (cut := WORD_CUT.search(text, at + self._word_cut_chars, end)) is not None:
+            blocks.append(text[at : cut.start()])
+            at = cut.start()
+        return at
+
+    def _digests(self, blocks: Sequence[str]) -> Digests:
+        """Return the digests of all blocks but the last."""
+        digests = []
+        for block in blocks[:-1]:
+            digest = self._hash.copy()
+            digest.update(_utf8(block))
+            digests.append(digest.digest()[:DIGEST_BYTES])
+        return b"".join(digests)
+
+    def _encoded(self, blocks: Sequence[str]) -> list[PackedIds]:
+        return encode_each(self._tokenizer, blocks) if self._words is None else self._words.encode(blocks)
+
+
+class Recall:
+    """The ids of one text: those of known blocks from the memory, and those of the other blocks as they come."""
+
+    def __init__(self, memory: PromptMemory, tenant: str, cache_salt: str, around: tuple[PackedIds, PackedIds]) -> None:
+        """`around`: the ids before and after the text."""
+        self._memory = memory
+        self._tenant = tenant
+        self._salt = (
+            hashlib.sha256(cache_salt.encode("utf-8", "surrogatepass")).digest()[:DIGEST_BYTES] if cache_salt else b""
+        )
+        self._around = around
+        self._digests: list[bytes] = []
+        self._known: list[Planes | None] = []
+
+    def missing(self, digests: Digests) -> array[int]:
+        """Return the numbers of the blocks that must be encoded, in order. The last block is always among them."""
+        salt = self._salt
+        self._digests = [digests[at : at + DIGEST_BYTES] + salt for at in range(0, len(digests), DIGEST_BYTES)]
+        self._known = [*self._memory.get(self._tenant, self._digests), None]
+        return array("I", [i for i, planes in enumerate(self._known) if planes is None])
+
+    def ids(self, fresh: Sequence[PackedIds]) -> array[int]:
+        """Return the ids of the text and remember the new blocks. `fresh`: the ids of the missing blocks."""
+        size = sum(map(len, fresh))
+        before, after = self._around
+        if len(fresh) == len(self._known) and size > MAX_REMEMBERED_BYTES:
+            whole = array("I")
+            whole.frombytes(b"".join([before, *fresh, after]))
+            return whole
+        packed = iter([pack(ids) for ids in fresh])
+        blocks = [next(packed) if planes is None else planes for planes in self._known]
+        if size <= MAX_REMEMBERED_BYTES:
+            items = zip(self._digests, blocks, self._known, strict=False)  # the last block has no digest
+            self._memory.put(self._tenant, [(digest, ids) for digest, ids, known in items if known is None])
+        return unpack(blocks, before, after)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise TypeError(str(error)) from None  # the tokenizer's error for a lone surrogate
+
+
+def _around(tokenizer: Tokenizer) -> tuple[PackedIds, PackedIds] | None:
+    """Return the special tokens that a tokenizer adds before a text, and those that it adds after a text; None if the
+    special tokens depend on the text."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    places = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
+    if not bare or len(places) != 1:
+        return None
+    at = places[0]
+    return array("I", whole[:at]).tobytes(), array("I", whole[at + len(bare) :]).tobytes()

@@ -1,0 +1,203 @@
+"""Encoding of the inputs of a pooling request: many texts, or pairs of texts, in one call of the tokenizer.
+
+The ids equal those of transformers with special tokens added, also where an input is cut: special tokens stay, and of a
+pair the longer text is cut first (`longest_first`).
+
+A single text that is cut is not tokenized whole, if its tokenizer certainly splits texts before a space: then the ids
+of a beginning of the text that ends before a space are the first ids of the text, and a beginning with more tokens than
+are kept suffices.
+"""
+
+from __future__ import annotations
+
+import pickle
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers
+
+from cluster.api.outcomes import invalid
+from cluster.gateway.calls.pooling.pooling_request import PackedIds, PairInputs, SingleTexts, TextInputs, too_long
+from cluster.gateway.text.encoding.word_encoder import WORD_CUT, cuts_are_safe
+
+BATCH: Final = 256
+BATCH_CHARS: Final = 1 << 20
+"""Largest numbers of inputs, and of their characters, that are encoded together, which bounds the memory of the
+tokenizer's own results. A longer input is encoded alone."""
+CHARS_PER_TOKEN: Final = 8
+"""Characters of a text's beginning for each token that is kept. If they have too few tokens, GROWTH times as many are
+tokenized."""
+GROWTH: Final = 4
+_WITHOUT_TYPES: Final = frozenset({"DistilBertTokenizer", "DistilBertTokenizerFast"})
+"""Tokenizers that mark the second text of a pair, for models that do not read the marks."""
+
+
+class EncodedInputs:
+    """The token ids of all inputs of a request."""
+
+    __slots__ = ("ids", "second_text_at")
+
+    def __init__(self, ids: PackedIds, second_text_at: Any) -> None:
+        """`second_text_at`: for each input the index of the first token of its second text, 0 without one, as unsigned
+        32-bit numbers; empty if no input has one."""
+        self.ids = ids
+        self.second_text_at = memoryview(second_text_at).cast("B").cast("I")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def second_text(self, i: int) -> int:
+        """Return the index of the first token of an input's second text; 0 without one."""
+        return self.second_text_at[i] if self.second_text_at.nbytes else 0
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[object, ...]:
+        return EncodedInputs, (self.ids, pickle.PickleBuffer(self.second_text_at))
+
+
+class InputEncoder:
+    """The encoder of one model's pooling inputs. Thread-safe."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: Mapping[str, Any], pre_tokenizer: Mapping[str, Any] | None = None
+    ) -> None:
+        """`config`: the contents of tokenizer_config.json. `pre_tokenizer`: the part of tokenizer.json with this
+        name."""
+        self._tokenizer = tokenizer
+        self._cuts_left = config.get("truncation_side") == "left"
+        splits = _splits_before_spaces(tokenizer) or cuts_are_safe(tokenizer, pre_tokenizer)
+        self._begins = splits and not self._cuts_left
+        """Whether a beginning of a text suffices if the text is cut."""
+        names = config.get("model_input_names")
+        self._has_types = (
+            "token_type_ids" in names if names is not None else config.get("tokenizer_class") not in _WITHOUT_TYPES
+        )
+
+    def encode(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
+        """Return the ids of all inputs. `most`: the number of tokens that the model's context holds, 0 if unknown.
+        `keep`: the number of tokens that are kept of a longer input.
+
+        Raises CallError, which names the input. Must not run on an event loop if the texts are long.
+        """
+        ids, ends, marks = array("I"), array("L"), array("I")
+        is_pair = isinstance(inputs, PairInputs) and not isinstance(inputs, SingleTexts)
+        if isinstance(inputs, PairInputs) and is_pair and most and keep is None:
+            self._check_shared(inputs, most)
+        for numbers in _batches(inputs.lengths):
+            for i, encoding in zip(numbers, self._batch(inputs, numbers, is_pair, keep), strict=True):
+                kept = None if keep is None or len(encoding) <= keep else self._kept(encoding, keep)
+                tokens = encoding.ids if kept is None else _picked(encoding.ids, kept)
+                if most and len(tokens) > most:
+                    raise too_long(inputs.path(i), len(tokens), most)
+                if not tokens:
+                    raise invalid(inputs.path(i), "gives no tokens: send a text that is not empty")
+                ids.extend(array("I", tokens))
+                ends.append(len(ids))
+                if is_pair:
+                    marks.append(self._mark(encoding.type_ids if kept is None else _picked(encoding.type_ids, kept)))
+        return EncodedInputs(PackedIds(ids, ends), marks)
+
+    def _check_shared(self, inputs: PairInputs, most: int) -> None:
+        """Raise CallError if the text that all pairs share is too long, before it is encoded with each other text."""
+        if len(inputs.first) > 1 or len(inputs.second) == 1:
+            return
+        (encoding,) = self._tokenizer.encode_batch_fast([inputs.first[0]], add_special_tokens=False)
+        if len(encoding) > most:
+            raise too_long(inputs.first_field.path(0), len(encoding), most)
+
+    def _batch(
+        self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool, keep: int | None
+    ) -> Sequence[Encoding]:
+        """Return the encodings of some inputs, or of their beginnings if more than `keep` tokens are not needed. Raises
+        what the tokenizer raises."""
+        if is_pair:
+            assert isinstance(inputs, PairInputs)
+            shared = inputs.first[0] if len(inputs.first) == 1 else None
+            return self._encoded([(inputs.first[i] if shared is None else shared, inputs.second[i]) for i in numbers])
+        texts = [_text(inputs, i) for i in numbers]
+        if keep is None or not self._begins:
+            return self._encoded(texts)
+        return self._beginnings(texts, keep, CHARS_PER_TOKEN * keep)
+
+    def _encoded(self, batch: Sequence[Any]) -> list[Encoding]:
+        encoded: list[Encoding] = self._tokenizer.encode_batch_fast(batch, add_special_tokens=True)
+        return encoded
+
+    def _beginnings(self, texts: Sequence[str], keep: int, chars: int) -> list[Encoding]:
+        """Return the encodings of texts or, of each with more than `keep` tokens, of a beginning with more."""
+        begun = [_beginning(text, chars) for text in texts]
+        encoded = self._encoded(begun)
+        for i, text in enumerate(texts):
+            if len(encoded[i]) <= keep and len(begun[i]) < len(text):
+                (encoded[i],) = self._beginnings([text], keep, GROWTH * chars)
+        return encoded
+
+    def _mark(self, types: Sequence[int]) -> int:
+        """Return the index of the first token of the second text, by the token types."""
+        return types.index(1) if self._has_types and 1 in types else 0
+
+    def _kept(self, encoding: Encoding, keep: int) -> list[int]:
+        """Return the indices of the tokens that are kept of an input that is too long."""
+        places: tuple[list[int], list[int]] = ([], [])
+        kept: list[int] = []
+        for at, number in enumerate(encoding.sequence_ids):
+            (kept if number is None else places[number]).append(at)
+        room = max(keep - len(kept), 0)
+        counts = longest_first(len(places[0]), len(places[1]), room)
+        for part, count in zip(places, counts, strict=True):
+            kept += part[len(part) - count :] if self._cuts_left else part[:count]
+        return sorted(kept)[:keep]
+
+
+def _splits_before_spaces(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer of BERT's kind splits every text before each space. It changes single characters, then
+    splits at white space and punctuation, then splits the words."""
+    return (
+        isinstance(tokenizer.model, models.WordPiece)
+        and isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
+        and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+        and not any(" " in token.content for token in tokenizer.get_added_tokens_decoder().values())
+    )
+
+
+def _beginning(text: str, chars: int) -> str:
+    """Return the beginning of a text up to the first space from `chars` characters on; the text if there is none."""
+    cut = WORD_CUT.search(text, chars) if len(text) > chars else None
+    return text if cut is None else text[: cut.start()]
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[range]:
+    """Yield the numbers of the inputs that are encoded together. `lengths`: characters of each input."""
+    begin = chars = 0
+    for i, length in enumerate(lengths):
+        if i > begin and (i - begin == BATCH or chars + length > BATCH_CHARS):
+            yield range(begin, i)
+            begin, chars = i, 0
+        chars += length
+    yield range(begin, len(lengths))
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return how many tokens are kept of two texts with `first` and `second` tokens, if `room` tokens fit, as the
+    tokenizers library does: the longer text is cut to the length of the shorter one, then both are cut."""
+    short, long = sorted((first, second))
+    if first + second <= room:
+        return first, second
+    if not second:
+        return min(first, room), 0
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short = room // 2
+        long = short + room % 2
+    return (long, short) if first > second else (short, long)
+
+
+def _picked(values: Sequence[int], places: Sequence[int]) -> list[int]:
+    return [values[at] for at in places]
+
+
+def _text(inputs: TextInputs | PairInputs, i: int) -> str:
+    if isinstance(inputs, TextInputs):
+        return inputs.texts[i]
+    at = len(inputs.first)
+    return inputs.first[i] if i < at else inputs.second[i - at]

@@ -1,0 +1,74 @@
+"""Placement of a model's text jobs: on the event loop, in a thread, or in a helper process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import structlog
+
+from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
+from cluster.gateway.text.encoding.encoding_pool import EncodingPool
+from cluster.observe.log import call_fields
+
+log = structlog.get_logger("text")
+
+ENCODE_OFFLOAD_CHARS: Final = 4096
+"""Length in characters above which a text is tokenized in a thread. A text of this length takes about a millisecond of
+one core, at 3-4 million characters a second."""
+ENCODE_HELPER_CHARS: Final = 32_768
+"""Length in characters above which a text is tokenized in a helper process (encoding_pool.py), if one is available."""
+_THREADS = ThreadPoolExecutor(min(os.cpu_count() or 1, 8), thread_name_prefix="encode")
+"""Threads for tokenization, no more than cores. Everything but the Rust tokenizer runs under the GIL anyway."""
+
+
+class TextJobs:
+    """Runs the text jobs of one model: on the event loop, in a thread, or in a helper process.
+
+    `is_quick`: whether the tokenizer takes linear time for every text.
+    """
+
+    def __init__(self, pool: EncodingPool | None, *, is_quick: bool) -> None:
+        self._pool = pool
+        self.is_quick = is_quick
+
+    def is_short(self, chars: int) -> bool:
+        """Return whether a text of `chars` characters is tokenized on the event loop, since that takes a millisecond at
+        most."""
+        return chars <= ENCODE_OFFLOAD_CHARS and self.is_quick
+
+    async def run(
+        self,
+        tenant: str,
+        chars: int,
+        job: Job,
+        field: str,
+        work: Callable[[], Any],
+        then: Callable[[Any], Job | None] | None = None,
+    ) -> Any:
+        """Run a job without blocking the event loop. `work` does all of the work in this process. `then`: see
+        HelperPool.run.
+
+        Raises CallError, which names `field`, if a helper process fails or is too busy.
+        """
+        if self.is_short(chars):
+            return work()
+        if (chars > ENCODE_HELPER_CHARS or not self.is_quick) and self._pool is not None:
+            try:
+                result = await self._pool.run(job, size=chars, tenant=tenant, local_fallback=self.is_quick, then=then)
+            except TooMuchCpu:
+                raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
+            except JobLost as lost:
+                log.warning("tokenizer.job_lost", **call_fields(), job=job[0], reason=str(lost))
+                raise CallError(
+                    Outcome.INTERNAL, f"{field}: the model's tokenizer could not process this text"
+                ) from None
+            if result is not None:
+                return result
+            if not self.is_quick:
+                raise CallError(Outcome.NO_WORKER, "this gateway is too busy to tokenize; retry shortly")
+        return await asyncio.get_running_loop().run_in_executor(_THREADS, work)

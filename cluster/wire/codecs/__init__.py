@@ -1,0 +1,1 @@
+"""Conversion between the types of this project and protobuf messages."""

@@ -1,0 +1,365 @@
+"""Long prompts are tokenized in helper processes. The event loop stays free, the ids are the same, and no call fails
+because of a lost helper."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import time
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
+from cluster.gateway.text.encoding.encoding_pool import EncodingPool
+from cluster.gateway.text.encoding.prompt_memory import PromptMemory
+from cluster.gateway.text.encoding.text_jobs import ENCODE_HELPER_CHARS
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.wire.bundle import Bundle
+from cluster.worker.weights.tokenizer_bundle import build_bundle
+from tests.gateway.text.kinds import Kind
+from tests.support.keyed import eventually
+
+pytestmark = pytest.mark.slow
+
+TENANT, READY_S, PATIENT_S = "acme", 120.0, 1000.0
+PROMPT = " ".join(f"The river {i % 700} turns the wheel, and {i % 11} boats wait." for i in range(6000))[:220_000]
+RUNS = 4
+LEAST_GAIN = 4.0
+"""Least ratio of the CPU time that the process's other threads use if threads tokenize, to that time if helpers do.
+Each is the least of several runs: other work on the machine slows a thread down, and never makes it faster."""
+LONGEST_PASS = 0.5
+"""Bound on the CPU time of one pass of the event loop, as a part of the CPU time that one prompt takes."""
+
+
+def new_pool(kind: Kind) -> EncodingPool:
+    """Return a pool of one helper, for which callers wait even if it gets no core: helpers run at idle priority."""
+    return EncodingPool(build_bundle(kind.folder), size=1, patience_s=PATIENT_S)
+
+
+def new_model(bundle: Bundle) -> TextModel:
+    """Return a model whose callers wait for a helper even if the helper gets no core."""
+    model = TextModel.from_bundle(bundle)
+    assert model.pool is not None
+    model.pool.patience_s = PATIENT_S
+    return model
+
+
+@pytest.fixture
+async def model(kinds: dict[str, Kind]) -> AsyncIterator[TextModel]:
+    """Start a TextModel with a running helper."""
+    model = new_model(build_bundle(kinds["llama"].folder))
+    assert model.pool is not None
+    assert await asyncio.wait_for(model.pool.ready(), READY_S)
+    yield model
+    model.pool.close()
+    assert not model.pool.pids
+
+
+@dataclass
+class CpuTimes:
+    """CPU time in seconds: that of the process's other threads, and that of the longest pass of the event loop."""
+
+    others_s: float = 0.0
+    longest_pass_s: float = 0.0
+
+
+async def cpu_meanwhile(encode: Callable[[int], Awaitable[Sequence[int]]], expected: list[int]) -> CpuTimes:
+    """Return the CPU times of this process while many prompts of 220 KB are tokenized. `expected`: the ids of each
+    prompt."""
+    times, last = CpuTimes(), time.thread_time()
+
+    async def watch() -> None:
+        nonlocal last
+        while True:
+            now = time.thread_time()
+            times.longest_pass_s, last = max(times.longest_pass_s, now - last), now
+            await asyncio.sleep(0.001)
+
+    def others_s() -> float:
+        return time.process_time() - time.thread_time()
+
+    before_s = others_s()
+    watching = asyncio.create_task(watch())
+    answers = await asyncio.gather(*map(encode, range(16)))
+    watching.cancel()
+    times.others_s = others_s() - before_s
+    assert all(list(ids) == expected for ids in answers)
+    return times
+
+
+async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
+    """Many prompts that are tokenized in helpers cost the gateway's own threads little CPU time, which would hold the
+    GIL, and no pass of its event loop takes as long as a prompt."""
+    began_s = time.thread_time()
+    expected = model.encode_prompt(PROMPT)
+    prompt_s = time.thread_time() - began_s
+    tenants = itertools.count()  # a new tenant each time, so that nothing comes from the cache
+
+    async def by_helpers(_: int) -> Sequence[int]:
+        return await model.prompt_ids_async(f"{next(tenants)}", PROMPT)
+
+    async def by_threads(_: int) -> Sequence[int]:
+        return await asyncio.to_thread(model.encode_prompt, PROMPT)
+
+    helpers, threads = [], []
+    for _ in range(RUNS):
+        helpers.append(await cpu_meanwhile(by_helpers, expected))
+        threads.append(await cpu_meanwhile(by_threads, expected))
+        gained = min(run.others_s for run in helpers) * LEAST_GAIN < min(run.others_s for run in threads)
+        if gained and min(run.longest_pass_s for run in helpers) < LONGEST_PASS * prompt_s:
+            return
+    pytest.fail(f"CPU with helpers: {helpers}, with threads: {threads}; one prompt: {prompt_s} s")
+
+
+async def test_the_first_long_prompt_waits_for_a_helper(kinds: dict[str, Kind]) -> None:
+    """A long prompt that comes before the first helper has started waits for the helper, and is not tokenized in the
+    gateway's own process."""
+    model = new_model(build_bundle(kinds["llama"].folder))
+    assert model.pool is not None
+    assert not model.pool.pids
+    first = asyncio.create_task(model.prompt_ids_async(TENANT, PROMPT))
+    await asyncio.wait_for(first, READY_S)
+    assert model.pool.pids, "it was tokenized without one"
+    own = {os.getsid(0)}
+    assert own.isdisjoint(os.getsid(pid) for pid in model.pool.pids), "a helper uses up the gateway's share"
+    for pid in model.pool.pids:
+        assert os.sched_getscheduler(pid) == os.SCHED_IDLE
+        assert os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0)
+    model.pool.close()
+
+
+@pytest.mark.parametrize("started", [False, True])
+async def test_a_pool_that_is_closed_holds_nobody(kinds: dict[str, Kind], started: bool) -> None:
+    """When a pool is closed, all callers that wait for a helper get None and so do the work themselves, whether the
+    helper is starting or busy."""
+    pool = new_pool(kinds["llama"])
+    if started:
+        assert await asyncio.wait_for(pool.ready(), READY_S)
+    calls = [asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT), {}))) for _ in range(3)]
+    await asyncio.sleep(0)
+    pool.close()
+    assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
+    assert not pool.pids
+
+
+async def test_messages_are_rendered_there_too(model: TextModel) -> None:
+    """Long chat messages are tokenized in helpers too, and the options apply."""
+    messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
+    ids = await model.chat_ids_async(TENANT, messages, continue_final_message=True)
+    assert ids.tolist() == model.encode_chat(messages, continue_final_message=True)
+
+
+def _exploding(kinds: dict[str, Kind], pattern: str) -> Bundle:
+    """Return a bundle whose tokenizer first splits a text by `pattern`."""
+    bundle = build_bundle(kinds["llama"].folder)
+    layout = json.loads(bundle.files["tokenizer.json"])
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    layout["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, layout["pre_tokenizer"]]}
+    return Bundle({**bundle.files, "tokenizer.json": json.dumps(layout).encode()})
+
+
+@pytest.mark.parametrize(("pattern", "text"), [("(a+)+$", "a" * 40 + "b"), ("(?:a|aa)+$", "a" * 60 + "b")])
+async def test_an_expression_that_explodes_is_an_error(kinds: dict[str, Kind], pattern: str, text: str) -> None:
+    """A text that makes an expression of the tokenizer backtrack endlessly gets an error. Without the CPU limit, 40
+    characters blocked the event loop for ever or made the library panic."""
+    model = new_model(_exploding(kinds, pattern))
+    assert model.pool is not None
+    for _ in range(4):  # more often than helpers may be lost
+        with pytest.raises(CallError) as error:
+            await asyncio.wait_for(model.prompt_ids_async(TENANT, text), READY_S)
+        assert [v.field for v in error.value.violations] == ["prompt"]
+    assert (await model.prompt_ids_async(TENANT, "plain")).tolist() == model.encode_prompt("plain")
+    assert model.pool.failures == 0
+    model.pool.close()
+
+
+async def test_a_job_has_an_amount_of_cpu(kinds: dict[str, Kind]) -> None:
+    """A job that exceeds the CPU limit ends the helper that runs the job, and the next job gets another helper."""
+    pool = new_pool(kinds["llama"])
+    pool.cpu_s = 0.05
+    with pytest.raises(TooMuchCpu):
+        await asyncio.wait_for(pool.run(("prompt_ids", (TENANT, "x " * 20_000_000), {})), READY_S)
+    pool.cpu_s = 10.0
+    assert (await asyncio.wait_for(pool.run(("prompt_ids", (TENANT, "a"), {})), READY_S)) is not None
+    assert pool.failures == 0
+    pool.close()
+
+
+async def test_a_job_that_ends_helpers_is_given_up(model: TextModel) -> None:
+    """A job that has ended two helpers is given up. It runs neither in a third helper nor in the gateway's own
+    process."""
+    pool = model.pool
+    assert pool is not None
+    lost = asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT * 40), {})))
+    killed: set[int] = set()
+
+    async def twice() -> bool:
+        for pid in pool.pids - killed:
+            killed.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        return lost.done()
+
+    await eventually(twice, "it is given up", READY_S)
+    with pytest.raises(JobLost):
+        await lost
+
+
+async def test_tenants_take_turns(kinds: dict[str, Kind]) -> None:
+    """A tenant's job that comes after a hundred jobs of another tenant is among the first three jobs to be done."""
+    pool = new_pool(kinds["llama"])
+    done: list[str] = []
+
+    async def job(tenant: str) -> None:
+        assert await pool.run(("prompt_ids", (tenant, "hello"), {}), tenant=tenant) is not None
+        done.append(tenant)
+
+    loud = [asyncio.create_task(job("loud")) for _ in range(100)]
+    await asyncio.sleep(0)
+    await asyncio.gather(job("quiet"), *loud)
+    assert done.index("quiet") <= 2
+    pool.close()
+
+
+async def test_errors_are_the_callers_own(model: TextModel) -> None:
+    """A text that cannot be tokenized gets INVALID_FIELD from a helper too, and the next text is tokenized."""
+    with pytest.raises(CallError) as error:
+        await model.prompt_ids_async(TENANT, PROMPT + "\ud800")
+    assert error.value.outcome is Outcome.INVALID_FIELD
+    assert (await model.prompt_ids_async(TENANT, PROMPT)).tolist() == model.encode_prompt(PROMPT)
+
+
+async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
+    """The jobs of a helper that is killed are still done, and a new helper starts."""
+    pool = model.pool
+    assert pool is not None
+    expected = model.encode_prompt(PROMPT)
+    calls = [asyncio.create_task(model.prompt_ids_async(TENANT, PROMPT)) for _ in range(8)]
+    await asyncio.sleep(0)  # the first has its helper, the others wait
+    for pid in pool.pids:
+        os.kill(pid, signal.SIGKILL)
+    for ids in await asyncio.gather(*calls):
+        assert ids.tolist() == expected
+    assert await asyncio.wait_for(pool.ready(), READY_S)
+
+
+async def test_what_was_sent_outlives_its_helper(kinds: dict[str, Kind]) -> None:
+    """The next turn of a conversation is known although the helpers that encoded the turn before have died, and the ids
+    are those from scratch."""
+    memory = PromptMemory()
+    model = TextModel.from_bundle(build_bundle(kinds["llama"].folder), memory=memory)
+    assert model.pool is not None
+    model.pool.patience_s = PATIENT_S
+    pool = model.pool
+    messages = [{"role": "user", "content": PROMPT}]
+    assert (await model.chat_ids_async(TENANT, messages)).tolist() == model.encode_chat(messages)
+    held, killed = memory.bytes, pool.pids
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    while killed & pool.pids:  # the pool notices the loss of an idle helper when it sends the helper a job
+        with contextlib.suppress(JobLost):
+            await pool.run(("prompt_ids", (TENANT, "a"), {}))
+    messages += [{"role": "assistant", "content": "It does."}, {"role": "user", "content": "And then? " * 100}]
+    assert (await model.chat_ids_async(TENANT, messages)).tolist() == model.encode_chat(messages)
+    assert 0 < memory.bytes - held < held / 20
+    pool.close()
+
+
+async def test_a_second_job_runs_on_the_same_helper(kinds: dict[str, Kind]) -> None:
+    """The job that `then` returns for a result runs next on the helper that gave the result, before all jobs that
+    wait. An error of the first job ends the call."""
+    pool = new_pool(kinds["llama"])
+
+    async def call(text: str) -> list[bytes]:
+        begin: Job = ("begin", (("prompt_text", (text,), {}),), {})
+        answer: list[bytes] = await pool.run(begin, then=lambda digests: ("finish", (array("I", [0]), "prompt"), {}))
+        return answer
+
+    texts = [f"{i} " * 3000 for i in range(10)]
+    answers = await asyncio.wait_for(asyncio.gather(*map(call, texts)), READY_S)
+    assert answers == [await call(text) for text in texts]
+    assert len({ids for (ids,) in answers}) == 10
+    with pytest.raises(CallError):
+        await call("\ud800" + texts[0])
+    pool.close()
+
+
+@pytest.fixture
+async def stuck(kinds: dict[str, Kind]) -> AsyncIterator[EncodingPool]:
+    """Start a pool whose only helper is stopped by a signal, and so is late for any job."""
+    pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1, patience_s=0.2)
+    assert await asyncio.wait_for(pool.ready(), READY_S)
+    (pid,) = pool.pids
+    os.kill(pid, signal.SIGSTOP)
+    yield pool
+    pool.close()
+
+
+async def test_nobody_waits_for_a_helper_that_gets_no_core(stuck: EncodingPool) -> None:
+    """Callers whose helper is stopped, and callers that wait for that helper, get None and so do the work themselves.
+    Once the helper runs again, the pool uses it again."""
+    calls = [asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {}))) for _ in range(3)]
+    assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
+    assert await asyncio.wait_for(stuck.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
+    (pid,) = stuck.pids
+    os.kill(pid, signal.SIGCONT)
+
+    async def used() -> bool:
+        return await stuck.run(("prompt_ids", (TENANT, PROMPT), {})) is not None
+
+    await eventually(used, "the helper is used again", READY_S)
+    assert stuck.pids == {pid}
+
+
+async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> None:
+    """If a caller is cancelled before the helper of the caller is late, later callers still do not wait for that
+    helper.
+    """
+    gone = asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {})))
+    await asyncio.sleep(0)
+    gone.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await gone
+    assert await asyncio.wait_for(stuck.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
+
+
+async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
+    """Calls that are cancelled while they wait or run do not change the answers to other calls."""
+    expected = model.encode_prompt(PROMPT)
+    others = ["other " * (n + ENCODE_HELPER_CHARS) for n in range(6)]
+    doomed = [asyncio.create_task(model.prompt_ids_async(TENANT, text)) for text in others]
+    await asyncio.sleep(0)
+    kept = asyncio.create_task(model.prompt_ids_async(TENANT, PROMPT))
+    await asyncio.sleep(0)
+    for task in doomed:
+        task.cancel()
+    for task in doomed:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    assert (await kept).tolist() == expected
+    assert (await model.prompt_ids_async(TENANT, PROMPT)).tolist() == expected
+
+
+async def test_without_helpers_threads_do_it(kinds: dict[str, Kind]) -> None:
+    """A long prompt is tokenized without helpers, with the same ids, after the pool has been closed."""
+    model = TextModel.from_bundle(build_bundle(kinds["mistral"].folder))
+    assert model.pool is not None
+    model.pool.close()
+    assert not await model.pool.ready()
+    assert (await model.prompt_ids_async(TENANT, PROMPT)).tolist() == model.encode_prompt(PROMPT)
+
+
+async def test_helpers_that_cannot_read_are_given_up(kinds: dict[str, Kind]) -> None:
+    """A pool starts no further helper after three helpers have failed to start."""
+    pool = EncodingPool(Bundle({"tokenizer.json": b"{}"}), size=1)
+    for _ in range(5):
+        assert await pool.run(("prompt_ids", (TENANT, "a"), {})) is None
+        assert not await asyncio.wait_for(pool.ready(), READY_S)
+    assert pool.failures == 3

@@ -1,0 +1,272 @@
+"""Inputs of pooling requests: the same ids and token types as transformers, also where a text is cut."""
+
+from __future__ import annotations
+
+import pickle
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.calls.pooling.pooling_request import (
+    IdsInputs,
+    InputField,
+    PackedIds,
+    PackedTexts,
+    PairInputs,
+    TextInputs,
+    check_chars,
+    packed,
+)
+from cluster.gateway.text.encoding.input_encoder import BATCH_CHARS, EncodedInputs, InputEncoder, longest_first
+
+WORDS = ["cat", "dog", "sat", "over", "hill"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+PROCESSORS = {
+    "bert": processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2)),
+    "roberta": processors.RobertaProcessing(("[SEP]", 3), ("[CLS]", 2)),
+    "template": processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    ),
+    "none": None,
+}
+TEXTS = st.lists(st.sampled_from([*WORDS, "x", "unknown-thing", "é"]), min_size=1, max_size=14).map(" ".join)
+
+
+def tokenizer_of(processor: str) -> Tokenizer:
+    """Return a small WordPiece tokenizer with a post-processor."""
+    letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters, *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if PROCESSORS[processor] is not None:
+        tokenizer.post_processor = PROCESSORS[processor]
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def both() -> dict[tuple[str, str], tuple[Any, InputEncoder]]:
+    """Provide the tokenizers of transformers and the encoders, by post-processor and truncation side."""
+    from transformers import PreTrainedTokenizerFast
+
+    out = {}
+    for processor in PROCESSORS:
+        for side in ("right", "left"):
+            theirs = PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer_of(processor),
+                model_input_names=["input_ids", "token_type_ids"],
+                truncation_side=side,
+                pad_token="[PAD]",
+            )
+            out[processor, side] = theirs, InputEncoder(tokenizer_of(processor), {"truncation_side": side})
+    return out
+
+
+def texts(*values: str) -> TextInputs:
+    """Return single texts in the field `input`."""
+    return TextInputs(values, InputField("input"))
+
+
+def pairs(first: Sequence[str], second: Sequence[str]) -> PairInputs:
+    """Return pairs in the fields `query` and `documents`."""
+    return PairInputs(first, second, InputField("query", False), InputField("documents"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", PROCESSORS)
+@settings(max_examples=150)
+@given(first=TEXTS, second=TEXTS, keep=st.none() | st.integers(4, 30), side=st.sampled_from(["right", "left"]))
+def test_ids_are_those_of_transformers(
+    both: dict[tuple[str, str], tuple[Any, InputEncoder]],
+    processor: str,
+    first: str,
+    second: str,
+    keep: int | None,
+    side: str,
+) -> None:
+    """Single texts and pairs have the ids and the beginning of the second text as transformers', whole or cut on
+    either side."""
+    theirs, ours = both[processor, side]
+    cut = {} if keep is None else {"truncation": True, "max_length": keep}
+    assert list(ours.encode(texts(first, second), 0, keep).ids[1]) == theirs(second, **cut)["input_ids"]
+    wanted = theirs(first, second, **cut)
+    found = ours.encode(pairs([first], [second]), 0, keep)
+    assert list(found.ids[0]) == wanted["input_ids"]
+    if processor == "none":  # transformers adds a post-processor with types of its own
+        return
+    types = wanted["token_type_ids"]
+    assert found.second_text(0) == (types.index(1) if 1 in types else 0)
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 60))
+def test_the_longer_text_is_cut_first(first: int, second: int, room: int) -> None:
+    """What is kept fits, fills the room, and takes from the shorter text only what must be taken."""
+    kept = longest_first(first, second, room)
+    assert sum(kept) == min(first + second, room) or (min(first, second) > room and sum(kept) <= room)
+    assert kept[0] <= first
+    assert kept[1] <= second
+    if sum(kept) < first + second:
+        assert abs(kept[0] - kept[1]) <= 1 or min(first, second) in kept
+
+
+def test_an_input_is_named_in_errors() -> None:
+    """Inputs that are too long or give no tokens are named by their place in the caller's body."""
+    encoder = InputEncoder(tokenizer_of("none"), {})
+    with pytest.raises(CallError, match=r"input\[1\]: has 3 tokens, the model's context holds 2") as error:
+        encoder.encode(texts("cat", "cat cat cat"), 2)
+    assert error.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
+    with pytest.raises(CallError, match=r"input\[0\]: gives no tokens"):
+        encoder.encode(texts(""), 2)
+    with pytest.raises(CallError, match=r"documents\[1\]: has 4 tokens"):
+        encoder.encode(pairs(["cat"], ["dog", "dog dog dog"]), 3)
+    assert len(InputEncoder(tokenizer_of("bert"), {}).encode(texts(""), 2)) == 1
+
+
+class Counting:
+    """A tokenizer that counts the characters that it encodes, and the largest number at once."""
+
+    def __init__(self) -> None:
+        self._tokenizer = tokenizer_of("bert")
+        self.chars = self.most = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode_batch_fast(self, batch: list[Any], add_special_tokens: bool) -> Any:
+        sizes = [len("".join(one)) for one in batch]
+        self.chars, self.most = self.chars + sum(sizes), max(self.most, sum(sizes))
+        return self._tokenizer.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
+
+
+def test_a_long_query_is_not_read_with_each_document() -> None:
+    """A query that fits no context is refused after it was read once, whatever the number of documents."""
+    counting = Counting()
+    query = "cat " * 20_000
+    with pytest.raises(CallError, match="query: has 20000 tokens, the model's context holds 512") as refused:
+        InputEncoder(counting, {}).encode(pairs([query], ["dog"] * 2048), 512)  # type: ignore[arg-type]
+    assert refused.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
+    assert counting.chars == len(query)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_long_inputs_are_encoded_few_at_a_time(is_packed: bool) -> None:
+    """The tokenizer gets a bounded number of characters at once, and the ids do not depend on that."""
+    counting = Counting()
+    inputs = pairs(["cat " * 100_000], [f"dog {'sat ' * i}" for i in range(12)])
+    some = packed(inputs) if is_packed else inputs
+    assert isinstance(some, PairInputs)
+    encoded = InputEncoder(counting, {}).encode(some, 512, 512)  # type: ignore[arg-type]
+    assert counting.most <= BATCH_CHARS
+    assert counting.chars == sum(some.lengths)
+    alone = InputEncoder(tokenizer_of("bert"), {})
+    for i in (0, 5, 11):
+        one = alone.encode(pairs(inputs.first, [inputs.second[i]]), 512, 512)
+        assert (encoded.ids[i], encoded.second_text(i)) == (one.ids[0], one.second_text(0))
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return a byte-level BPE tokenizer with a few merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "c"), ("Ġc", "a"), ("o", "g"), ("Ġ", "Ġ"), ("Ġca", "t")]
+    words = [*alphabet, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+TOKENIZERS = {"bert": tokenizer_of("none"), "bytes": byte_tokenizer()}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(
+    text=st.text(
+        st.sampled_from("cat dog .,-'\n\t\u0301\u00e9\u4e2d\u2003\u03a3\x00")
+        | st.characters(exclude_categories=["Cs"]),
+        min_size=1,
+    ),
+    times=st.integers(1, 40),
+    keep=st.integers(1, 40),
+)
+def test_a_beginning_has_the_first_ids(kind: str, text: str, times: int, keep: int) -> None:
+    """Whatever a text holds, the ids that are kept of it are the first ones of the whole text."""
+    tokenizer, text = TOKENIZERS[kind], text * times
+    whole = tokenizer.encode(text).ids
+    if whole:
+        encoder = InputEncoder(tokenizer, {}, {"type": "ByteLevel", "add_prefix_space": False})
+        assert encoder._begins
+        assert list(encoder.encode(texts(text), 0, keep).ids[0]) == whole[:keep]
+
+
+def test_a_long_text_that_is_cut_is_not_read_whole() -> None:
+    """Of a text of 4 MB, the tokenizer reads about as much as is kept of it, unless the text has no place to cut."""
+    counting = Counting()
+    encoder = InputEncoder(counting, {})  # type: ignore[arg-type]
+    assert len(encoder.encode(texts("unknown-thing " * 300_000), 512, 64).ids[0]) == 64
+    assert counting.chars < 10_000
+    assert len(encoder.encode(texts("x" * 100_000), 512, 64).ids[0]) == 3
+    assert counting.chars > 100_000
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.booleans())
+def test_a_shared_text_counts_in_each_pair(first: int, second: int, is_packed: bool) -> None:
+    """The lengths are those of the pairs, or of the single texts, and pairs with too many characters are refused."""
+    inputs = pairs(["ab" * first], ["c" * second] * 3)
+    some = packed(inputs) if is_packed else inputs
+    assert isinstance(some, PairInputs)
+    assert list(some.lengths) == [2 * first + second] * 3
+    assert list(some.apart().lengths) == [2 * first, *[second] * 3]
+    check_chars(some)
+
+
+def test_pairs_with_too_many_characters_are_refused() -> None:
+    """A query of 1 MB is fine with ten documents, and not with a thousand."""
+    query = "q" * (1 << 20)
+    check_chars(pairs([query], ["d"] * 10))
+    with pytest.raises(CallError, match=r"query: the 1000 pairs of query and documents have .* shorten the texts"):
+        check_chars(pairs([query], ["d"] * 1000))
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_input_names": ["input_ids"]}, {"tokenizer_class": "DistilBertTokenizer"}], ids=["names", "class"]
+)
+def test_models_without_token_types_get_no_mark(config: dict[str, Any]) -> None:
+    """The beginning of the second text is not given for a model that reads no token types."""
+    assert InputEncoder(tokenizer_of("bert"), config).encode(pairs(["cat"], ["dog"]), 0).second_text(0) == 0
+    assert InputEncoder(tokenizer_of("bert"), {}).encode(pairs(["cat"], ["dog"]), 0).second_text(0) == 3
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8), st.integers(0, 8))
+def test_packed_texts_are_the_texts(values: list[str], at: int) -> None:
+    """Packed texts are the same sequence, also after a pickle with buffers apart, in slices and joined."""
+    whole = PackedTexts.of(values)
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(whole, protocol=5, buffer_callback=buffers.append)
+    again = pickle.loads(data, buffers=[bytearray(buffer.raw()) for buffer in buffers])  # noqa: S301
+    for one in (whole, again, PackedTexts.of(values[:at]) + PackedTexts.of(values[at:])):
+        assert list(one) == values
+        assert one[at:] == values[at:]
+    if values:
+        assert whole[-1] == values[-1]
+
+
+@given(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=5), max_size=6))
+def test_packed_ids_are_the_ids(values: list[list[int]]) -> None:
+    """Packed lists of ids are the same lists, and the place of each id is known."""
+    whole = PackedIds.of(values)
+    encoded = EncodedInputs(whole, b"")
+    again = pickle.loads(pickle.dumps(encoded, protocol=5)).ids  # noqa: S301
+    assert [list(one) for one in whole] == [list(one) for one in again] == values
+    places = [(i, at) for i, one in enumerate(values) for at in range(len(one))]
+    assert [whole.place_of(at) for at in range(len(whole.ids))] == places
+
+
+def test_a_number_that_is_no_id_is_named() -> None:
+    """A number that does not fit is named by its place when ids are packed."""
+    with pytest.raises(CallError, match=r"input\[1\]\[2\]: must be a token id of the vocabulary, got -7"):
+        packed(IdsInputs([[1], [1, 2, -7]], InputField("input")))

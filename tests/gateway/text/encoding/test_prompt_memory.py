@@ -1,0 +1,87 @@
+"""The memory of encoded prompts is exact, bounded, and private to each tenant."""
+
+from __future__ import annotations
+
+from array import array
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.gateway.text.encoding.prompt_memory import ENTRY_BYTES, IDLE_S, MAX_IDS, PromptMemory, pack, unpack
+
+IDS = st.lists(st.one_of(st.integers(0, 300), st.integers(0, MAX_IDS - 1)), max_size=50)
+MAX_BYTES = 40 * (ENTRY_BYTES + 200)
+LAW = settings(max_examples=200, deadline=None)
+
+
+@LAW
+@given(blocks=st.lists(IDS, max_size=6), before=IDS, after=IDS)
+def test_packed_ids_are_the_same_again(blocks: list[list[int]], before: list[int], after: list[int]) -> None:
+    """Ids that are packed in blocks and unpacked together are the same ids, between those before and after."""
+    packed = [pack(array("I", ids).tobytes()) for ids in blocks]
+    around = array("I", before).tobytes(), array("I", after).tobytes()
+    assert unpack(packed, *around).tolist() == [*before, *(i for ids in blocks for i in ids), *after]
+
+
+@LAW
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60), st.booleans(), st.integers(0, 2)), max_size=200))
+def test_the_memory_is_exact_bounded_and_private(steps: list[tuple[int, int, bool, int]]) -> None:
+    """Whatever tenants store and read, the memory holds at most its size, counts its bytes exactly, and returns to a
+    tenant only what the same tenant has stored."""
+    now = 0.0
+    memory = PromptMemory(MAX_BYTES, lambda: now)
+    stored: dict[tuple[str, bytes], bytes] = {}
+    for tenant_number, block, write, waits in steps:
+        now += (0.0, 1.0, IDLE_S)[waits]
+        tenant, digest = f"tenant-{tenant_number}", b"%d" % block
+        if write:
+            ids = array("I", [tenant_number] * (block * 5)).tobytes()
+            stored[tenant, digest] = ids
+            memory.put(tenant, [(digest, pack(ids))])
+        (found,) = memory.get(tenant, [digest])
+        assert found is None or unpack([found]).tobytes() == stored[tenant, digest]
+        assert memory.bytes <= MAX_BYTES
+        assert memory.bytes == sum(memory.bytes_of(f"tenant-{i}") for i in range(4))
+
+
+def fill(memory: PromptMemory, tenant: str, blocks: range) -> None:
+    """Store blocks of equal sizes for a tenant."""
+    for i in blocks:
+        memory.put(tenant, [(b"%d" % i, pack(bytes(400)))])
+
+
+def known(memory: PromptMemory, tenant: str, blocks: range) -> int:
+    """Return how many of a tenant's blocks are known."""
+    return sum(planes is not None for planes in memory.get(tenant, [b"%d" % i for i in blocks]))
+
+
+def test_a_loud_tenant_evicts_its_own() -> None:
+    """A tenant that stores without end loses its own oldest blocks. A tenant with less than its equal share loses
+    none."""
+    memory = PromptMemory(MAX_BYTES)
+    fill(memory, "quiet", range(15))
+    fill(memory, "loud", range(1000))
+    assert known(memory, "quiet", range(15)) == 15
+    assert 20 <= known(memory, "loud", range(1000)) <= 25
+    assert known(memory, "loud", range(980, 1000)) == 20
+
+
+def test_the_latest_used_stays() -> None:
+    """Of one tenant's blocks, those that were read last stay."""
+    memory = PromptMemory(MAX_BYTES)
+    for i in range(200):
+        fill(memory, "acme", range(i, i + 1))
+        assert known(memory, "acme", range(3)) == min(i + 1, 3)
+
+
+def test_a_tenant_without_calls_makes_room() -> None:
+    """A tenant that has used none of its blocks for an hour loses them before any other tenant does."""
+    now = 0.0
+    memory = PromptMemory(MAX_BYTES, lambda: now)
+    fill(memory, "gone", range(10))
+    now += IDLE_S + 1
+    fill(memory, "acme", range(38))
+    assert known(memory, "acme", range(38)) == 38
+    assert memory.bytes_of("gone") < 10 * ENTRY_BYTES
+    fill(memory, "acme", range(38, 60))
+    assert memory.bytes_of("gone") == 0

@@ -1,0 +1,103 @@
+"""A text is cut at an added token only where the ids of both sides are those of the whole text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from tokenizers import AddedToken, Tokenizer, models, normalizers
+
+from cluster.gateway.text.encoding.token_cuts import TokenCuts
+from tests.gateway.text.cut_tokenizers import ODD_TEXTS, TOKENIZERS, ids_of
+
+LAW = settings(max_examples=150, deadline=None)
+
+
+def cuts_of(tokenizer: Tokenizer) -> TokenCuts | None:
+    """Return the TokenCuts of a tokenizer, or None."""
+    return TokenCuts.of(tokenizer, json.loads(tokenizer.to_str()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_ids_of_both_sides_make_the_whole(name: str) -> None:
+    """The ids of a text equal those before each cut and those after the cut together, whatever added tokens there
+    are."""
+    tokenizer = TOKENIZERS[name]
+    cuts = cuts_of(tokenizer)
+    assert cuts is not None
+
+    @LAW
+    @given(text=ODD_TEXTS)
+    def law(text: str) -> None:
+        whole = ids_of(tokenizer, text)
+        starts = list(cuts.starts(text))
+        assert starts == sorted(set(starts))
+        for at in starts:
+            assert [*ids_of(tokenizer, text[:at]), *ids_of(tokenizer, text[at:])] == whole
+
+    law()
+
+
+def test_every_message_is_a_cut() -> None:
+    """The texts of two published kinds of templates are cut before each of their control tokens."""
+    llama3, mistral = cuts_of(TOKENIZERS["llama3"]), cuts_of(TOKENIZERS["mistral"])
+    assert llama3 is not None
+    assert mistral is not None
+    text = "<|start_header_id|>user<|end_header_id|>\n\n<b>Hi<|eot_id|>"
+    assert [text[at : at + 7] for at in llama3.starts(text)] == ["<|start", "<|end_h", "<|eot_i"]
+    assert list(mistral.starts("<s>[INST] Hi[/INST] <s")) == [0, 3, 12]
+
+
+def test_many_tokens_take_linear_time() -> None:
+    """Six thousand tokens that begin alike are found in a text with many of their beginnings, the longest first."""
+    tokens = [AddedToken(f"<unused{i}>", normalized=False) for i in range(6000)]
+    cuts = TokenCuts([*tokens, AddedToken("<unused", normalized=False)])
+    text = "<unu <unused5999> <unused " * 1000
+    assert len(list(cuts.starts(text))) == 2000
+
+
+def truncating(tokenizer: Tokenizer) -> None:
+    """Make the tokenizer truncate texts."""
+    tokenizer.enable_truncation(8)
+
+
+def padding(tokenizer: Tokenizer) -> None:
+    """Make the tokenizer pad texts."""
+    tokenizer.enable_padding()
+
+
+def dropping_out(tokenizer: Tokenizer) -> None:
+    """Set a model whose merges are random (dropout)."""
+    tokenizer.model = models.BPE(vocab={"a": 0}, merges=[], dropout=0.5)
+
+
+def of_another_model(tokenizer: Tokenizer) -> None:
+    """Set a model of another kind."""
+    tokenizer.model = models.WordLevel({"a": 0}, unk_token="a")
+
+
+def splitting_specials(tokenizer: Tokenizer) -> None:
+    """Make the tokenizer treat special tokens as text."""
+    tokenizer.encode_special_tokens = True
+
+
+@pytest.mark.parametrize("spoil", [truncating, padding, dropping_out, of_another_model, splitting_specials])
+def test_uncertain_tokenizers_have_no_cuts(spoil: Callable[[Tokenizer], None]) -> None:
+    """A tokenizer that violates any one of the conditions is not cut at its tokens."""
+    tokenizer = Tokenizer.from_str(TOKENIZERS["llama3"].to_str())
+    assert cuts_of(tokenizer) is not None
+    spoil(tokenizer)
+    assert cuts_of(tokenizer) is None
+
+
+def test_an_unknown_step_has_no_cuts() -> None:
+    """A tokenizer with a normalizer or pre-tokenizer of an unknown type is not cut at its tokens."""
+    tokenizer = Tokenizer.from_str(TOKENIZERS["llama3"].to_str())
+    layout = json.loads(tokenizer.to_str())
+    unknown = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "FromTheFuture"}]}
+    assert TokenCuts.of(tokenizer, {**layout, "normalizer": unknown}) is None
+    tokenizer.normalizer = normalizers.NFC()
+    assert cuts_of(tokenizer) is not None
