@@ -26,7 +26,7 @@ from cluster.cli.commands.operate import (
 from cluster.cli.commands.run import up
 from cluster.cli.common import JsonOption, out, print_json
 from cluster.cli.process_commands import add_processes
-from cluster.cli.target_options import ContextOption
+from cluster.cli.target.target_options import ContextOption
 
 app = typer.Typer(
     name="headrace",

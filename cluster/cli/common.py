@@ -23,8 +23,8 @@ from cluster.cli.base import FileOption as FileOption
 from cluster.cli.base import fail as fail
 from cluster.cli.base import read_config as read_config
 from cluster.cli.base import warn as warn
-from cluster.cli.contexts import CA_VARIABLE, ENDPOINT_VARIABLE, KEY_VARIABLE, ClusterTarget
 from cluster.cli.local.run_folder import RunFolder
+from cluster.cli.target.contexts import CA_VARIABLE, ENDPOINT_VARIABLE, KEY_VARIABLE, ClusterTarget
 from cluster.cli.terminal import safe, write_json
 from cluster.client import UNREACHABLE, Client, HeadraceError
 from cluster.client.errors import from_rpc

@@ -10,7 +10,7 @@ from google.protobuf.json_format import MessageToDict
 
 from cluster.admin.v1 import tenants_pb2 as pb
 from cluster.admin.v1 import tenants_pb2_grpc, usage_pb2, usage_pb2_grpc
-from cluster.cli.access import Access
+from cluster.cli.target.access import Access
 from cluster.client.errors import from_rpc
 from cluster.gateway.apis.admin import codec
 from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound, StoreUnavailable

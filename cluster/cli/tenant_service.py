@@ -18,9 +18,7 @@ from typing import Any
 
 import typer
 
-from cluster.cli.access import admin_access
 from cluster.cli.common import USAGE, fail, rpc_errors
-from cluster.cli.contexts import ClusterTarget
 from cluster.cli.ledger import (
     ConfigOption,
     PepperOption,
@@ -31,7 +29,9 @@ from cluster.cli.ledger import (
     read_settings,
 )
 from cluster.cli.shared_options import Command, with_options
-from cluster.cli.target_options import ADMIN_OPTIONS, target_of, typed_names
+from cluster.cli.target.access import admin_access
+from cluster.cli.target.contexts import ClusterTarget
+from cluster.cli.target.target_options import ADMIN_OPTIONS, target_of, typed_names
 from cluster.ledger.tenants.service import Actor, LedgerTenantService, TenantService
 
 DATABASE_OPTIONS = {"file": "-f", "database_url": "--database-url", "pepper_file": "--pepper-file"}

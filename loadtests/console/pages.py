@@ -16,8 +16,8 @@ from typing import Any
 from playwright.async_api import Browser, Page
 
 from cluster.admin.v1 import admin_pb2
-from cluster.cli.access import Access
-from cluster.cli.admin_client import Admin
+from cluster.cli.target.access import Access
+from cluster.cli.target.admin_client import Admin
 from loadtests.console import bed as beds
 from loadtests.console.browsers import chromium
 from loadtests.figures import Bound, Figure, mean, plain_figure

@@ -21,8 +21,8 @@ from cluster.cli.common import (
     print_json,
     target_errors,
 )
-from cluster.cli.contexts import ClusterTarget
-from cluster.cli.target_options import with_target
+from cluster.cli.target.contexts import ClusterTarget
+from cluster.cli.target.target_options import with_target
 from cluster.client import ChatParams, Client, SamplingParams, Stream
 from cluster.v1 import inference_pb2 as pb
 

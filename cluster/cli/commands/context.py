@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from cluster.cli.common import USAGE, JsonOption, err, fail, out, print_json
-from cluster.cli.contexts import (
+from cluster.cli.ledger import show_table
+from cluster.cli.target.contexts import (
     ENDPOINT_VARIABLE,
     LOCAL,
     ClusterContext,
@@ -20,8 +21,7 @@ from cluster.cli.contexts import (
     contexts_file,
     write_contexts,
 )
-from cluster.cli.ledger import show_table
-from cluster.cli.target_options import complete_context, stored_contexts, target_of
+from cluster.cli.target.target_options import complete_context, stored_contexts, target_of
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -20,8 +20,8 @@ from cluster.cli.common import (
     print_json,
     target_errors,
 )
-from cluster.cli.contexts import ClusterTarget
-from cluster.cli.target_options import with_target
+from cluster.cli.target.contexts import ClusterTarget
+from cluster.cli.target.target_options import with_target
 
 SHOWN_VALUES = 6
 SHOWN_CHARS = 60

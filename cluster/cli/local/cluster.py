@@ -18,8 +18,6 @@ from typing import Any
 import yaml
 
 from cluster.admin.v1 import admin_pb2
-from cluster.cli.access import local_access
-from cluster.cli.admin_client import Admin
 from cluster.cli.base import replace_file
 from cluster.cli.local import model_states
 from cluster.cli.local.children import Child, StartFailed, headrace_command, keep_alive
@@ -27,6 +25,8 @@ from cluster.cli.local.gateway_processes import GatewayProcesses
 from cluster.cli.local.ray_process import RayProcess, link_session
 from cluster.cli.local.run_folder import ProcessId, RunFolder
 from cluster.cli.local.step_lines import StepLine, duration
+from cluster.cli.target.access import local_access
+from cluster.cli.target.admin_client import Admin
 from cluster.config.schema import Config
 from cluster.ray import reaper
 from cluster.ray.local_cluster import LocalRaySettings

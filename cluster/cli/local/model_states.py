@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 import grpc
 
 from cluster.admin.v1 import admin_pb2
-from cluster.cli.admin_client import Admin
+from cluster.cli.target.admin_client import Admin
 
 POLL_S = 0.1
 WATCH_S = 1.0

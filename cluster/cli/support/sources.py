@@ -17,11 +17,11 @@ import psutil
 from pydantic import BaseModel
 
 from cluster.admin.v1 import routing_pb2, scaling_pb2
-from cluster.cli.access import Access
-from cluster.cli.admin_client import Admin, plain
 from cluster.cli.commands.version import versions
 from cluster.cli.support.parts import MAX_PART_BYTES, LeftOut, Parts, event_lines
 from cluster.cli.support.redaction import Rules, secrets_in_file
+from cluster.cli.target.access import Access
+from cluster.cli.target.admin_client import Admin, plain
 from cluster.client.errors import from_rpc
 from cluster.config.schema import Config, ConfigError, load
 from cluster.config.yaml_reader import NotYaml

@@ -9,9 +9,9 @@ from contextlib import closing, suppress
 import pytest
 
 from cluster.admin.v1 import admin_pb2
-from cluster.cli.access import Access
-from cluster.cli.admin_client import Admin
 from cluster.cli.local import model_states
+from cluster.cli.target.access import Access
+from cluster.cli.target.admin_client import Admin
 from tests.support.scripted_gateway import ScriptedGateway
 from tests.support.serving import eventually
 

@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import adapters_pb2 as pb
-from cluster.cli.admin_client import PAGE_SIZE, Admin, plain, with_admin
 from cluster.cli.commands.operate.scale import AnyModelArgument, ModelArgument, ReasonOption
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.confirmation import YesOption, confirm
+from cluster.cli.target.admin_client import PAGE_SIZE, Admin, plain, with_admin
 
 POLL_S = 0.5
 DIGEST_SHOWN = 12

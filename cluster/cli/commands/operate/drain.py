@@ -10,9 +10,9 @@ import typer
 from rich.markup import escape
 
 from cluster.admin.v1 import admin_pb2 as pb
-from cluster.cli.admin_client import Admin, plain, with_admin
 from cluster.cli.commands.operate.status import worker_table
 from cluster.cli.common import FAILED, JsonOption, err, out, print_json
+from cluster.cli.target.admin_client import Admin, plain, with_admin
 
 POLL_S = 0.2
 LAG_S = 2.0

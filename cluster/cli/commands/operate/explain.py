@@ -13,11 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import routing_pb2 as pb
-from cluster.cli.access import admin_access
-from cluster.cli.admin_client import open_admin, plain
 from cluster.cli.common import JsonOption, fail, out, print_json
-from cluster.cli.contexts import ClusterTarget
-from cluster.cli.target_options import with_target
+from cluster.cli.target.access import admin_access
+from cluster.cli.target.admin_client import open_admin, plain
+from cluster.cli.target.contexts import ClusterTarget
+from cluster.cli.target.target_options import with_target
 from cluster.client.errors import from_rpc
 
 

@@ -13,8 +13,6 @@ from google.protobuf.json_format import MessageToDict
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.cli.access import admin_access
-from cluster.cli.admin_client import Admin
 from cluster.cli.common import (
     USAGE,
     AdminOption,
@@ -30,8 +28,17 @@ from cluster.cli.common import (
     print_json,
     target_errors,
 )
-from cluster.cli.contexts import ClusterTarget
-from cluster.cli.target_options import ADMIN_OPTIONS, ContextOption, root_of, target_of, typed_names, with_admin_target
+from cluster.cli.target.access import admin_access
+from cluster.cli.target.admin_client import Admin
+from cluster.cli.target.contexts import ClusterTarget
+from cluster.cli.target.target_options import (
+    ADMIN_OPTIONS,
+    ContextOption,
+    root_of,
+    target_of,
+    typed_names,
+    with_admin_target,
+)
 from cluster.client.errors import from_rpc
 from cluster.v1 import inference_pb2 as pb
 

@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import catalog_pb2 as pb
-from cluster.cli.admin_client import Admin, plain, with_admin
 from cluster.cli.commands.operate.scale import ModelArgument, ReasonOption
 from cluster.cli.common import DIFFERS, USAGE, FileOption, JsonOption, err, fail, out, print_json, read_config
 from cluster.cli.config_inputs import cluster_yaml_data
 from cluster.cli.confirmation import YesOption, confirm, is_asked
+from cluster.cli.target.admin_client import Admin, plain, with_admin
 from cluster.config.yaml_reader import NotYaml, load_documents
 from cluster.policy.catalog.layers import merge_layers
 

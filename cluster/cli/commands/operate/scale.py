@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import scaling_pb2 as pb
-from cluster.cli.admin_client import Admin, plain, with_admin
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.confirmation import YesOption, confirm
+from cluster.cli.target.admin_client import Admin, plain, with_admin
 
 explain_app = typer.Typer(
     help="Explain where a call went, or a model's number of replicas.",

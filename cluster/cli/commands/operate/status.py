@@ -12,12 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.api.types import weakest_resume_capability
-from cluster.cli.access import admin_access
-from cluster.cli.admin_client import open_admin, plain
 from cluster.cli.common import JsonOption, fail, local_run, out, print_json
-from cluster.cli.contexts import ClusterTarget
 from cluster.cli.local import gateway_metrics
-from cluster.cli.target_options import with_admin_target, with_target
+from cluster.cli.target.access import admin_access
+from cluster.cli.target.admin_client import open_admin, plain
+from cluster.cli.target.contexts import ClusterTarget
+from cluster.cli.target.target_options import with_admin_target, with_target
 from cluster.client.errors import from_rpc
 
 

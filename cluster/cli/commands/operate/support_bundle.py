@@ -14,17 +14,17 @@ from typing import Annotated, Any
 import typer
 
 from cluster import __version__
-from cluster.cli.access import Access, admin_access
-from cluster.cli.admin_client import Admin
 from cluster.cli.common import err, fail, local_run, out
-from cluster.cli.contexts import ClusterTarget
 from cluster.cli.ledger import ConfigOption
 from cluster.cli.local.run_folder import RunFolder
 from cluster.cli.support import sources
 from cluster.cli.support.archive import redacted_files, write_archive
 from cluster.cli.support.parts import Parts
 from cluster.cli.support.redaction import Redactor, Rules, tenant_labels, tenant_names
-from cluster.cli.target_options import with_admin_target
+from cluster.cli.target.access import Access, admin_access
+from cluster.cli.target.admin_client import Admin
+from cluster.cli.target.contexts import ClusterTarget
+from cluster.cli.target.target_options import with_admin_target
 
 MOST_S = 60.0
 SECRET_VARIABLES = ("HEADRACE_API_KEY", "HEADRACE_DATABASE_PASSWORD", "HF_TOKEN")

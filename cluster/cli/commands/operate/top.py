@@ -12,11 +12,11 @@ import grpc
 import typer
 from rich.live import Live
 
-from cluster.cli.access import admin_access
-from cluster.cli.admin_client import Admin, open_admin
 from cluster.cli.common import JsonOption, SafeConsole, fail, out, print_json
-from cluster.cli.contexts import ClusterTarget
-from cluster.cli.target_options import with_admin_target
+from cluster.cli.target.access import admin_access
+from cluster.cli.target.admin_client import Admin, open_admin
+from cluster.cli.target.contexts import ClusterTarget
+from cluster.cli.target.target_options import with_admin_target
 from cluster.cli.top.keys import TopState, keyboard, pressed
 from cluster.cli.top.screen import Picture, plain_picture, screen
 from cluster.client.errors import from_rpc

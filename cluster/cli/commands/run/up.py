@@ -30,13 +30,13 @@ from cluster.cli.commands.doctor import find_tool
 from cluster.cli.commands.operate.traces import start_receiver, with_tracing
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
 from cluster.cli.confirmation import YesOption, confirm
-from cluster.cli.contexts import LOCAL, ContextError, TypedOptions, contexts_file, read_contexts, select_target
 from cluster.cli.local.children import StartFailed, headrace_command
 from cluster.cli.local.cluster import LocalCluster
 from cluster.cli.local.first_answer import first_answer, served_tasks
 from cluster.cli.local.ports import PortTaken, choose_ports
 from cluster.cli.local.run_folder import AlreadyUp, RunFolder
 from cluster.cli.local.step_lines import StepLine, duration, say
+from cluster.cli.target.contexts import LOCAL, ContextError, TypedOptions, contexts_file, read_contexts, select_target
 from cluster.config.schema import Config, secret_files
 from cluster.ledger.files import make_secret
 from cluster.process.private_files import make_private_folder

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typer.testing import Result
 
 from cluster.admin.v1 import routing_pb2 as pb
-from cluster.cli.access import console_url
+from cluster.cli.target.access import console_url
 from cluster.config.schema import parse
 from tests.support.scripted_gateway import ScriptedGateway
 

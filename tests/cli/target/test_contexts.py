@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.cli.contexts import (
+from cluster.cli.target.contexts import (
     LOCAL,
     ClusterContext,
     ContextError,

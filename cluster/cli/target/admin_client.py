@@ -11,10 +11,10 @@ from urllib.parse import quote
 from google.protobuf.json_format import MessageToDict
 
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
-from cluster.cli.access import Access, admin_access
 from cluster.cli.common import rpc_errors
 from cluster.cli.shared_options import Command, with_options
-from cluster.cli.target_options import ADMIN_OPTIONS, target_of
+from cluster.cli.target.access import Access, admin_access
+from cluster.cli.target.target_options import ADMIN_OPTIONS, target_of
 
 TIMEOUT_S = 10.0
 PAGE_SIZE = 500

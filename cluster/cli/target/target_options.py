@@ -11,7 +11,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from cluster.cli.common import USAGE, AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, fail
-from cluster.cli.contexts import (
+from cluster.cli.shared_options import Command, with_options
+from cluster.cli.target.contexts import (
     VARIABLE,
     ClusterTarget,
     ContextError,
@@ -21,7 +22,6 @@ from cluster.cli.contexts import (
     read_contexts,
     select_target,
 )
-from cluster.cli.shared_options import Command, with_options
 
 
 def stored_contexts() -> Contexts:

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 
 from cluster.cli.common import USAGE, admin_endpoint, api_key, fail, local_run
-from cluster.cli.contexts import ClusterTarget
+from cluster.cli.target.contexts import ClusterTarget
 from cluster.client.options import ChannelOptions
 from cluster.config.schema import Config, ConfigError, load, secret_files
 

@@ -1,0 +1,1 @@
+"""The cluster that a command talks to: its addresses, credentials and contexts."""
