@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,9 +32,10 @@ async def write_models(children: Children, folder: Path, texts: Mapping[str, Map
 
     `texts`: by name of a family, the text of each answer by key; empty for a family without scripts.
     """
-    made, words = folder / "large-models", []
+    # A folder of its own, since another part may have written models of the same families with other scripts.
+    made, words = Path(tempfile.mkdtemp(prefix="large-models-", dir=folder)), []
     for family, by_key in texts.items():
-        file = folder / f"{family}.texts.json"
+        file = made / f"{family}.texts.json"
         file.write_text(json.dumps(by_key))
         words.append(f"{family}={file if by_key else ''}")
     command = [sys.executable, "-m", "loadtests.agents.large_models", str(made), *words]

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, cast
 
 from loadtests.children import DidNotStart
+from loadtests.faces.base import CallFailed
 from loadtests.figures import Bound, Figure, missing
 from loadtests.scenarios.common import Stage
 from loadtests.traces import NoData
@@ -23,8 +24,8 @@ class Part(Protocol):
     ROWS: Mapping[str, Bound | None]
     """Rows of the part, with the bound of each row; None for a row without a bound."""
     measure: Callable[[Stage], Awaitable[list[Figure]]]
-    """Function that returns one figure for each row. Raises RuntimeError, DidNotStart, TimeoutError, or NoData if
-    something that the part needs was not fetched.
+    """Function that returns one figure for each row. Raises RuntimeError, DidNotStart, CallFailed, TimeoutError,
+    or NoData if something that the part needs was not fetched.
     """
 
 
@@ -45,7 +46,7 @@ async def play_parts(stage: Stage, package: str, names: Sequence[str]) -> None:
         stage.screen.say(f"part {name}")
         try:
             stage.report.figures += await part.measure(stage)
-        except (RuntimeError, DidNotStart, TimeoutError, NoData) as error:
+        except (RuntimeError, DidNotStart, CallFailed, TimeoutError, NoData) as error:
             stage.report.problems.append(f"{name}: {error!r}")
             stage.report.figures += [missing(row, bound, f"part {name} failed") for row, bound in part.ROWS.items()]
         finally:
