@@ -28,6 +28,10 @@ MAX_HEADERS: Final = 256
 HEAD_PIECE_BYTES: Final = 4096
 """Bytes parsed at once outside of a body: about a hundred of the smallest requests, a millisecond."""
 BODY_PIECE_BYTES: Final = 16_384
+"""Bytes parsed at once of a body of unknown length. They may hold thousands of chunks or some hundred requests."""
+LONG_PIECE_BYTES: Final = 1 << 18
+"""Bytes parsed at once where a body of known length goes on for so long. The parser only copies them."""
+MAX_LENGTH_DIGITS: Final = 18
 _HOST = re.compile(rb"[!-~]*")
 _VERSIONS: Final = ("1.0", "1.1")
 
@@ -117,6 +121,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.requests = 0
         """The number of requests that have begun."""
         self._in_body = False
+        self._body_left = 0
+        """Bytes that the body still has, if its head has the length; otherwise not above 0."""
         self._parsing = False
         self._ignoring_input = False
         """Whether all further bytes from the client are ignored."""
@@ -191,10 +197,16 @@ class HttpProtocol(HttpToolsProtocol):
             if self._must_wait():
                 self.flow.pause_reading()
                 return
-            self._feed(self.received.pop(BODY_PIECE_BYTES if self._in_body else HEAD_PIECE_BYTES))
+            self._feed(self.received.pop(self._piece_bytes()))
         self.received.clear()
         if not self._must_wait():
             self.flow.resume_reading()
+
+    def _piece_bytes(self) -> int:
+        """Return how many of the received bytes may be parsed at once."""
+        if not self._in_body:
+            return HEAD_PIECE_BYTES
+        return max(min(self._body_left, LONG_PIECE_BYTES), BODY_PIECE_BYTES)
 
     def _must_wait(self) -> bool:
         """Whether parsed requests must be handled before more is parsed."""
@@ -240,10 +252,12 @@ class HttpProtocol(HttpToolsProtocol):
         if cycle.scope["method"] != "HEAD":  # the answer to HEAD has no body that its head could wait for
             cycle.transport = ResponseTransport(self.transport, cycle)
         self._in_body = True
+        self._body_left = body_length(self.headers)
         self.timeouts.ended_head()
 
     def on_body(self, body: bytes) -> None:
         self.received.end_head()
+        self._body_left -= len(body)
         self.timeouts.body(len(body))
         super().on_body(body)
 
@@ -321,6 +335,14 @@ class HttpProtocol(HttpToolsProtocol):
         head = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head % len(content) + content)
         self.transport.close()
+
+
+def body_length(headers: list[tuple[bytes, bytes]]) -> int:
+    """Return the length of the body by the headers; 0 if they do not tell it."""
+    lengths = [value for name, value in headers if name == b"content-length"]
+    if len(lengths) != 1 or any(name == b"transfer-encoding" for name, _ in headers):
+        return 0
+    return int(lengths[0]) if lengths[0].isdigit() and len(lengths[0]) <= MAX_LENGTH_DIGITS else 0
 
 
 def _check_head(version: str, headers: list[tuple[bytes, bytes]]) -> None:

@@ -170,6 +170,29 @@ async def test_thousands_of_pipelined_requests_are_answered_in_order_and_held_as
     assert held <= 2
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_pipelined_bodies_of_any_length_are_kept_apart(chunked: bool) -> None:
+    """Bodies shorter and longer than the pieces that are parsed at once, one after the other, each end where they
+    should."""
+    sizes = [0, 1, 16_384, 16_385, 100_000, 1 << 18, 3, (1 << 18) + 1, 700_000, 2]
+
+    def request(i: int, size: int) -> bytes:
+        head = b"POST /%d HTTP/1.1\r\nhost: a\r\n" % i
+        if not chunked:
+            return head + b"content-length: %d\r\n\r\n" % size + b"x" * size
+        chunks = b"".join(b"1\r\nx\r\n" for _ in range(size % 1000)) + b"%x\r\n" % (size // 1000 * 1000 or 1)
+        return (
+            head + b"transfer-encoding: chunked\r\n\r\n" + chunks + b"x" * (size // 1000 * 1000 or 1) + b"\r\n0\r\n\r\n"
+        )
+
+    sent = b"".join(request(i, size) for i, size in enumerate(sizes))
+    async with echo() as app:
+        answer = await exchange(app, sent + b"GET /last HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+    got = [int(part.partition(b"HTTP/1.1")[0]) for part in answer.split(b"\r\n\r\n")[1:]]
+    lengths = [size % 1000 + (size // 1000 * 1000 or 1) for size in sizes] if chunked else sizes
+    assert got == [*lengths, 0]
+
+
 async def test_a_stranger_with_many_refused_requests_loses_the_connection() -> None:
     """An unauthenticated client with many refused requests is disconnected, since each check of a credential takes
     time."""

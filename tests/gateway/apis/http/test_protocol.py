@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.apis.http.protocol import ReceivedBytes
+from cluster.gateway.apis.http.protocol import ReceivedBytes, body_length
 
 
 @given(
@@ -43,3 +44,20 @@ def test_a_head_is_counted_over_its_pieces_and_from_its_last_end() -> None:
     received.end_head()
     assert received.count_head(10) == 0
     assert received.head_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "length"),
+    [
+        ({}, 0),
+        ({b"content-length": b"17"}, 17),
+        ({b"content-length": b"0017"}, 17),
+        ({b"content-length": b"-1"}, 0),
+        ({b"content-length": b"+1"}, 0),
+        ({b"content-length": b"9" * 5000}, 0),
+        ({b"content-length": b"17", b"transfer-encoding": b"chunked"}, 0),
+    ],
+)
+def test_only_a_plain_length_lets_a_body_be_parsed_in_long_pieces(headers: dict[bytes, bytes], length: int) -> None:
+    """A body of unknown length is parsed in short pieces, since it may hold thousands of chunks or requests."""
+    assert body_length(list(headers.items())) == length
