@@ -29,7 +29,7 @@ HEAD_PIECE_BYTES: Final = 4096
 """Bytes parsed at once outside of a body: about a hundred of the smallest requests, a millisecond."""
 BODY_PIECE_BYTES: Final = 16_384
 """Bytes parsed at once of a body of unknown length. They may hold thousands of chunks or some hundred requests."""
-LONG_PIECE_BYTES: Final = 1 << 18
+LONG_PIECE_BYTES: Final = 1 << 16
 """Bytes parsed at once where a body of known length goes on for so long. The parser only copies them."""
 MAX_LENGTH_DIGITS: Final = 18
 _HOST = re.compile(rb"[!-~]*")
