@@ -145,7 +145,7 @@ class TenantUse:
     month: Period = field(default_factory=Period)
 
     def advance(self, now: float) -> None:
-        """Drop what has expired from the windows at `now`, which happens at whole seconds only."""
+        """Drop the buckets that have expired at `now`. Buckets expire at whole seconds only."""
         second = math.floor(now)
         if second != self.second:
             self.second = second
