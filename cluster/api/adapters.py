@@ -12,7 +12,7 @@ ADAPTERS = "adapters:v1"
 """Capability: the worker loads adapters that its gateways name, and reports their states."""
 
 SEPARATOR = ":"
-"""Separates model and adapter in the name of a model that a caller uses: `model:adapter`."""
+"""Separator of model and adapter in the name that callers use: `model:adapter`."""
 
 
 def full_name(model: str, adapter: str) -> str:

@@ -26,7 +26,7 @@ class RequestTimes:
         return self.wait_s + self.queue_s + self.prefill_s
 
     def update(self, later: RequestTimes) -> None:
-        """Replace the durations that are not 0 in `later`."""
+        """Take the durations that are not 0 in `later`, and keep the others."""
         self.wait_s = later.wait_s or self.wait_s
         self.queue_s = later.queue_s or self.queue_s
         self.prefill_s = later.prefill_s or self.prefill_s

@@ -1,7 +1,9 @@
 """The adapters in an engine's memory, and the choice of the adapter that is dropped for another one.
 
-Problem: an engine holds a bounded number of adapters, and a catalog may have more. Invariants: at most `capacity` are
-held; an adapter in use is never dropped, nor a pinned one; among the others the least recently used is dropped first.
+Problem: an engine holds a bounded number of adapters, and a catalog may have more. Invariants: at most `capacity`
+adapters are held. An adapter that is in use or pinned is never dropped; of the others, the least recently used one is
+dropped first.
+
 Source: least recently used, as in vLLM's own cache and in S-LoRA (Sheng et al., MLSys 2024), extended by pins and by
 counts of uses.
 """
@@ -17,7 +19,8 @@ class AdapterMemory:
     memory."""
 
     def __init__(self, slots: int, capacity: int) -> None:
-        """`slots`: number of adapters that one step can compute; `capacity`: number that the memory holds."""
+        """`slots`: number of adapters that one step can compute; `capacity`: number of adapters that the memory can
+        hold."""
         self.slots = slots
         self.capacity = capacity
         self.pinned: Set[str] = frozenset()

@@ -14,8 +14,8 @@ Errors: let n be the number of calls of the canary, m the number of calls of the
 a failed call, the probability that the canary served the call is at most r*n / (r*n + m).
 
 TTFT: gateways pair each call of the canary with the most recent call of the stable version. The canary loses a pair if
-its TTFT was more than r times as long. A canary that is no worse than allowed loses at most half of the pairs. The
-calls of a pair are close in time, so changes in load affect both calls.
+its TTFT was more than r times as long as that of the stable version. A canary that is no worse than allowed loses at
+most half of the pairs. The calls of a pair are close in time, so changes in load affect both calls.
 
 Source: Ramdas, Gruenwald, Vovk, Shafer, "Game-theoretic statistics and safe anytime-valid inference" (2023), section 3.
 """
@@ -64,7 +64,8 @@ class CanaryVerdict:
 
 
 def log_evidence(losses: int, wins: int, chance: float) -> float:
-    """Natural logarithm of the evidence against the hypothesis "each loss has a probability of at most `chance`".
+    """Natural logarithm of the evidence, after these losses and wins, against the hypothesis "each loss has a
+    probability of at most `chance`".
 
     `chance` is in (0, 1). The evidence is the wealth of a bet that starts with 1. If the hypothesis is true, the
     probability that the logarithm ever exceeds log(1/a) is at most a.

@@ -152,7 +152,8 @@ class Version:
 
 
 def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
-    """Catalog entry of a model with all versions of the model. The stable version comes first."""
+    """Catalog entry of a model with all its versions. `versions`: the stable version first. `retired`: see
+    CatalogEntry."""
     stable = versions[0]
     stable_entry = entry(
         stable.spec,

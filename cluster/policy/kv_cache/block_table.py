@@ -5,10 +5,10 @@ stops the process while it grows.
 
 Method. The table has segments of 256 rows with eight places each. The top bits of a hash choose the segment, through a
 directory. Two other bytes choose two rows of the segment, and a new hash goes to the emptier row (Azar et al.,
-"Balanced Allocations", 1994). A place holds the top 32 bits of the hash. A full segment is divided in two by the next
-bit of the hash (extendible hashing, Fagin et al., 1979): each entry keeps its row number, so a division takes some ten
-microseconds, and the table never grows as a whole. Hashes are multiplied by a random odd number first, so that no
-caller can choose hashes that fall into one row.
+"Balanced Allocations", 1994). A place holds the top 32 bits of the hash, its mark. A full segment is divided in two by
+the next bit of the hash (extendible hashing, Fagin et al., 1979): each entry keeps its row number, so a division takes
+some ten microseconds, and the table never grows as a whole. Hashes are multiplied by a random odd number first, so that
+no caller can choose hashes that fall into one row.
 
 Two hashes are confused if they have the same 32 bits and a row in common. For a random hash that is not in the table,
 the probability is about 1 in 25,000 at ten million entries, and a tenth of that at one million. Users of the table must
@@ -58,7 +58,7 @@ _BYTE_SUM, _BYTE_SUM_SHIFT = np.uint64(0x0101010101010101), np.uint64(56)
 
 
 class BlockTable:
-    """A table from hashes to words that are not 0. At most `max_hashes` entries, rounded up to whole segments."""
+    """A table from hashes to words that are not 0, with room for `max_hashes` entries."""
 
     def __init__(self, max_hashes: int, multiplier: int) -> None:
         """`multiplier`: random number in [0, 2**64)."""

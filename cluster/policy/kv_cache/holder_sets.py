@@ -52,17 +52,17 @@ class HolderSets:
         return len(self._numbers)
 
     def members(self, word: int) -> Members:
-        """Return the workers of a set."""
+        """Return the workers of the set with this word."""
         return self._sets[word - _IN_TABLE] if word >= _IN_TABLE else members_of_word(word)
 
     def holders(self, word: int) -> int:
-        """Return the bit mask of all workers of a set, the expected ones included."""
+        """Return the bit mask of all workers of the set with this word, including the expected ones."""
         held, expected = self.members(word)
         return held | expected
 
     def add(self, words: Words, worker: int, expected: bool = False) -> Words:
-        """Return the sets with a worker added that holds the blocks, or is expected to hold them (`expected`). A worker
-        that holds a block stays its holder."""
+        """Return the sets with a worker added as a holder, or as an expected holder if `expected`. A worker that
+        already holds a block stays its holder."""
         bit = 1 << worker
 
         def added(members: Members) -> Members:

@@ -30,7 +30,7 @@ _STRIDE: Final = 16
 _EXPIRED_AT_ONCE: Final = 512
 """Largest number of expectations that one call of `maintain` ends, in about two milliseconds."""
 _BATCH: Final = 1024
-"""Number of hashes that are changed at once."""
+"""Largest number of hashes whose entries are changed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +180,9 @@ class CacheIndex:
         """Return the positions of some blocks of a long prompt, and the words of these blocks; 0 for a block that no
         worker holds. A block that is left out has the same word as the block before it.
 
-        Each 16th block is looked up first, up to the first one that no worker holds. If two neighbours of them have
-        different words, the blocks between the two are looked up as well. Blocks between equal words have the same
-        word, since an engine evicts the last blocks of a prefix first.
+        Each 16th block is looked up first, up to the first one that no worker holds. Where two neighbours differ in
+        their words, the blocks between them are looked up as well. Blocks between equal words have the same word, since
+        an engine evicts the last blocks of a prefix first.
         """
         count = len(hashes)
         coarse = np.append(np.arange(0, count - 1, _STRIDE), count - 1)

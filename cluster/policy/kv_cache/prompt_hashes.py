@@ -26,7 +26,8 @@ STEP: Final = 1024
 """Prompts of fewer tokens are not remembered."""
 _WINDOW: Final = 64
 _TRIES: Final = 32
-"""Number of multiples of STEP at which an earlier prompt is looked up. One turn adds fewer tokens."""
+"""Number of multiples of STEP at which an earlier prompt is looked up. A turn usually adds fewer tokens than they
+span."""
 
 _Ids = npt.NDArray[np.uint32]
 _Key = tuple[int, int, int, bytes]
@@ -48,7 +49,7 @@ class PromptHashes:
         self.tokens = 0
         """Number of tokens of the remembered prompts."""
         self.hashed_blocks = 0
-        """Number of blocks that were hashed."""
+        """Number of blocks that were hashed, without those whose hashes were remembered."""
 
     def hashes(self, token_ids: Sequence[int] | _Ids, block_size: int, seed: int) -> Hashes:
         """Return the prefix hashes of the whole blocks of `token_ids`; see `prefix_hashes`. The ids must not change

@@ -22,7 +22,7 @@ After a larger step, time continues at once from the last reading."""
 
 
 class MonotonicClock:
-    """Conversion of the times of a clock that may step back into times that never decrease."""
+    """Times that never decrease, made from the times of a clock that may step back."""
 
     def __init__(self) -> None:
         self._last = -math.inf

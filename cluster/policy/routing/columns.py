@@ -21,7 +21,7 @@ from cluster.policy.routing.rows import Row, two_of
 Floats = npt.NDArray[np.float64]
 _STANDING, _PER_TOKEN, _MAX_TOKENS, _FREE, _LAST_SENT, _VERSION, _PARSES, _FIELDS = range(8)
 MAX_ADAPTERS: Final = 256
-"""Number of adapters for which the workers are remembered."""
+"""Largest number of adapters for which the workers are remembered."""
 _SHIFTS: Final = [np.uint64(shift) for shift in SHIFTS]
 _MULTIPLIERS: Final = [np.uint64(multiplier) for multiplier in MULTIPLIERS]
 _TO_FRACTION: Final = np.uint64(64 - FRACTION_BITS)
@@ -122,7 +122,7 @@ class Columns:
         return costs
 
     def _of_adapter(self, adapter: str) -> tuple[npt.NDArray[np.bool_], Floats]:
-        """Return which workers have an adapter, and the cost of copying it into a slot there."""
+        """Return which workers have an adapter, and what copying it into a slot costs at each worker."""
         known = self._with_adapter.get(adapter)
         if known is None:
             if len(self._with_adapter) >= MAX_ADAPTERS:

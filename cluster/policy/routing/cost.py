@@ -67,11 +67,11 @@ class CostWeights:
 class RoutingSettings:
     """The policy for new calls.
 
-    `cost`: the lowest cost. The others are plain policies, for comparison and as fallbacks. `least_load`: the smallest
-    share of used slots. `round_robin`: the worker that this gateway has sent nothing for the longest time.
-    `power_of_two`: the less loaded of two workers that are drawn by the call's id (Mitzenmacher 2001).
-    `consistent_hash`: the worker with the highest rendezvous hash of the affinity key, or else of the beginning of the
-    prompt (Thaler and Ravishankar 1998)."""
+    `cost`: the worker with the lowest cost. The others are plain policies, for comparison and as fallbacks.
+    `least_load`: the worker with the smallest share of used slots. `round_robin`: the worker that this gateway has sent
+    nothing for the longest time. `power_of_two`: the less loaded of two workers that are drawn by the call's id
+    (Mitzenmacher 2001). `consistent_hash`: the worker with the highest rendezvous hash of the affinity key, or else of
+    the beginning of the prompt (Thaler and Ravishankar 1998)."""
 
     policy: PolicyName = "cost"
     weights: CostWeights = CostWeights()

@@ -1,6 +1,6 @@
 """The workers of one model, kept between decisions, and the choice of one of them for a new call.
 
-Problem: a gateway decides for each call, and a model may have a thousand workers. To read them all for each decision
+Problem: a gateway decides for each call, and a model may have a thousand workers. Reading them all for each decision
 takes milliseconds. Between two decisions few workers change.
 
 Method: a row for each worker holds what a decision needs: the part of the worker's cost that is equal for all calls,

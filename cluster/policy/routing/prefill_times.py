@@ -1,7 +1,7 @@
 """Speed of each worker of a model in computing prompts, relative to the model's usual worker.
 
 Problem: a worker may be slow without failing any check, for example because its GPU is throttled or shared. Such a
-worker must get fewer calls within seconds, and again its share once it has recovered.
+worker must get fewer calls within seconds, and its full share again once it has recovered.
 
 Method. A sample is the number of prompt tokens that a worker has computed and the seconds that this took. A line of
 seconds by tokens is fitted to the samples of all workers by least squares. The line predicts the seconds that a usual
@@ -12,8 +12,8 @@ counts with at most CLIP times the seconds that the slowdown so far predicts, so
 
 Prompts that are late and not finished show a slow worker before its next sample, so until then they count as a sample
 with the time so far. The sums decay with each sample, so that a few prompts show a change. They also decay with time: a
-worker that gets no calls because it was slow counts as a usual worker again after a while, and the next calls show
-whether it is one. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
+worker that gets no calls because it was slow soon counts as a usual worker again, and its next calls show whether it is
+one. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become equally
 slower, the slowdowns change for a short time only.
@@ -42,7 +42,7 @@ workers."""
 NOISE: Final = 1.3
 """Ratio of times, or its inverse, up to which a worker counts as a usual one."""
 CLIP: Final = 4.0
-"""Largest ratio of a sample to what the slowdown so far predicts."""
+"""Largest ratio of a sample's seconds to the seconds that the slowdown so far predicts."""
 FASTEST, SLOWEST = 0.25, 100.0
 
 
@@ -65,7 +65,7 @@ class _Sums:
 
 
 class PrefillTimes:
-    """Learned times of prompts for the workers of one model."""
+    """Learned prefill times of the workers of one model."""
 
     def __init__(self) -> None:
         self._workers: dict[str, _Sums] = {}

@@ -21,7 +21,7 @@ from typing import Final
 from cluster.policy.routing.router import RoutingDecision, Score
 
 MAX_BYTES: Final = 16 << 20
-"""Greatest size of the memory of one gateway process, by the estimates below."""
+"""Largest size of the route history of one gateway process, by the estimates below."""
 MAX_CANDIDATES: Final = 16
 """Largest number of workers whose scores are kept for a decision."""
 SCORES_PER_S: Final = 1000
@@ -47,7 +47,7 @@ class Candidates:
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> Candidates:
-        """Return the best of a decision's scores, and count the others."""
+        """Keep the best of a decision's scores, and count the workers that were dropped."""
         dropped = Counter(score.dropped for score in scores if score.dropped)
         return cls(scores[:MAX_CANDIDATES], dict(dropped), len(scores))
 

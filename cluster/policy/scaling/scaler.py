@@ -2,8 +2,8 @@
 
 The policy (`portfolio`) decides. This module assembles the observations for the policy and keeps the data that explains
 the decisions. Only the requests of operators (`OperatorRequest`) have to be stored. After a restart, a new scaler takes
-the targets on Ray as the last decisions, learns rates and cold starts again, and counts demand from the gateways'
-current counters on.
+the targets on Ray as the last decisions, learns rates and cold starts again, and counts demand as the growth of the
+gateways' counters from now on.
 
 While no gateway is connected, the demand is unknown, and all numbers of replicas stay the same.
 

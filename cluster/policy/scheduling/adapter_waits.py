@@ -1,11 +1,11 @@
-"""New sequences whose turn has come, and that wait for a worker that has loaded their adapter.
+"""New sequences that have had their turn and wait for a worker that has loaded their adapter.
 
 Problem: an adapter may be loaded on no worker yet, or on few. A sequence that needs it would wait at the head of its
-queue and hold back all sequences behind it, although workers without the adapter have room for those.
+queue and hold back all sequences behind it, although workers without the adapter have room for them.
 
 Method: when its turn comes, such a sequence leaves the queue, waits here, and counts in the fair order as if it were
-sent. As soon as a worker that has loaded the adapter has room, the sequences that wait here are sent in the order of
-their turns, before the sequences in the queue.
+sent. Once a worker with the adapter has room, sequences that wait here are sent in the order of their turns, before
+those in the queue.
 
 Invariants: a sequence waits here only if a worker without the adapter would have had room for it; otherwise all
 sequences wait for room alike. No other sequence waits for a sequence that waits here. At most MAX_PER_MODEL sequences

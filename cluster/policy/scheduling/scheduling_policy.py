@@ -52,7 +52,7 @@ class Workers(Protocol):
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
         """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes. The state of a
-        worker may be read as late as the caller looks at it."""
+        worker may be read only when the caller looks at the worker."""
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker of a model for a sequence that resumes, or None if the worker is not linked."""
@@ -62,7 +62,7 @@ class Workers(Protocol):
         worker id. Workers that hold none are left out. None if this is not known or makes no difference."""
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same as `cached_tokens`, even if there is only one worker to choose."""
+        """Return the same numbers as `cached_tokens`, also if there is only one worker to choose from."""
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
         """Return the number of tokens of the largest prompt that a worker can take now; 0 if it can take no sequence
@@ -130,7 +130,7 @@ class SchedulingPolicy:
     def remove(self, key: str) -> bool:
         """Remove a sequence from its queue. Returns False if the sequence was not queued."""
         self._versions.pop(key, None)
-        self._return_to_room(key)  # its charge is given back
+        self._return_to_room(key)  # so that its charge is given back
         return self.resuming.remove(key) or self.room.cancel(key)
 
     def _return_to_room(self, key: str) -> None:
@@ -139,7 +139,7 @@ class SchedulingPolicy:
             self.room.put_back(turn.entry, turn.since)
 
     def position(self, key: str) -> int | None:
-        """Return how many new sequences of its tenant are before a queued new sequence; None if it is not queued."""
+        """Return the number of the tenant's new sequences ahead of a queued new sequence; None if it is not queued."""
         return 0 if key in self.aside or key in self.adapter_waits else self.room.position(key)
 
     def waiting(self, model: str) -> tuple[int, int]:
@@ -171,9 +171,9 @@ class SchedulingPolicy:
         yield from self.assign_new(model, now)
 
     def assign_new(self, model: str, now: float) -> Iterator[Instruction]:
-        """Yield the instructions for new sequences: first those that were set aside, then those that wait for adapters,
-        then the others in the order of the waiting room. A sequence at the head that fits on no worker holds back the
-        sequences behind it."""
+        """Yield the instructions for new sequences: those that were set aside, those that wait for adapters, then the
+        others in the order of the waiting room. A sequence at the head that fits on no worker holds back those behind
+        it."""
         for aside in self.aside.in_order(model):
             yield from self._assign_aside(aside, now)
         yield from self._assign_with_adapters(model, now)
@@ -204,7 +204,7 @@ class SchedulingPolicy:
             if lacks_adapter and call is not None:
                 if not self.adapter_waits.add(entry, call, now, self.room.latest(entry, now)):
                     self._versions.pop(entry.call_id, None)
-                    self.room.put_back(entry, now)  # its charge is given back
+                    self.room.put_back(entry, now)  # so that its charge is given back
                     self.room.cancel(entry.call_id)
                     yield End(entry.call_id, Ending.NO_ADAPTER)
                 continue
@@ -217,8 +217,8 @@ class SchedulingPolicy:
                 yield Send(entry, where, decision.reason, 0, there, decision, cached, entry.holder_wait)
 
     def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
-        """Return the worker without room for which a sequence should wait, or None. The sequences of a call with a
-        choice of versions begin on one version, so they do not wait."""
+        """Return the worker without room for which a sequence should wait, or None. A sequence with a choice of
+        versions does not wait, because all sequences of its call must begin on one version."""
         has_choice = len(self._versions.get(entry.call_id, ANY_VERSION).all) > 1
         return None if has_choice else self.aside.best(entry, decision.full_holders)
 
@@ -348,8 +348,8 @@ class SchedulingPolicy:
             yield End(sequence.key, Ending.REPLACED)
 
     def _offered(self, sequence: ResumingSequence, view: _WorkersView, now: float) -> Iterator[Sequence[Candidate]]:
-        """Yield the groups of workers to try, in order. While the sequence must wait for the worker that holds its KV
-        blocks, this is the only worker. Otherwise, a few workers if there are many, and then all workers."""
+        """Yield the groups of workers to try: only the worker that holds the KV blocks while the sequence must wait for
+        it; else a few workers if there are many, and then all workers."""
         holder = view.one(sequence.cached_on) if sequence.cached_on else None
         cached_on = self.resuming.waits_for(sequence.key, now)
         waits = cached_on and cached_on not in sequence.excluded

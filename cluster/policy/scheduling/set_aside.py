@@ -1,17 +1,16 @@
-"""New sequences whose turn has come, and that wait for the worker that holds their prompt.
+"""New sequences that have had their turn and wait for the worker that holds their prompt.
 
 Problem: the worker that holds a prompt often has no free credit for a moment, since it admits few prompts at a time.
 Another worker would have to compute the prompt again, and would evict other blocks. A sequence that waits at the head
 of its queue holds back all sequences behind it.
 
 Method: when its turn comes, such a sequence is set aside, and counts in the fair order as if it were sent. The queue
-goes on. As soon as the worker has room, the sequences that wait for it are sent in the order of their turns, before the
-sequences in the queue.
+goes on. Once the worker has room, the sequences that wait for it are sent in the order of their turns, before those in
+the queue.
 
-A sequence waits for the worker with the lowest cost (cost.py), if two conditions hold. The cost is lower than that of
-the best worker with room. The first token takes no longer than on the best worker with room, or no longer than
-`patience` prompt tokens. For both conditions, the sequences that are set aside for a worker count as if they were sent
-to it.
+A sequence waits for the worker with the lowest cost (cost.py) on two conditions: that cost is lower than the cost of
+the best worker with room, and the first token takes no longer than on the best worker with room, or than `patience`
+prompt tokens. For both conditions, the sequences that are set aside for a worker count as if they were sent to it.
 
 Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once, for at most
 MAX_WAIT_S, and only while the worker takes new sequences. After that, it is sent to any worker, or returns to the head

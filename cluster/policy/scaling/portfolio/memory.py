@@ -46,8 +46,8 @@ class Stretch:
 class Fidelity:
     """Comparison of the backtest with the results of real calls. All sums fade with time.
 
-    `correction` scales the replicas of every rule. It is above 1 after calls were late in reality that the backtest
-    served in time. `waiting`: queued work in a backtest of the real replicas.
+    `correction` scales the replicas of every rule. It is above 1 after real calls were late although the backtest
+    served them in time. `waiting`: queued work in a backtest of the real replicas.
     """
 
     waiting: float = 0.0
