@@ -55,7 +55,7 @@ def digest(spec: ModelSpec, surroundings: Mapping[str, object]) -> str:
     The digest covers the fields of `spec` that affect replicas, and `surroundings` (JSON values).
     """
     seen = {key: value for key, value in to_json(spec).items() if key not in _NOT_THE_REPLICAS}
-    if spec.control_tokens_in_content == "keep":  # the digest of before this field existed, so nothing restarts
+    if spec.control_tokens_in_content == "keep":  # as in digests from before this field, so nothing restarts
         del seen["control_tokens_in_content"]
     text = json.dumps([seen, dict(surroundings)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
