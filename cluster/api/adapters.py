@@ -12,7 +12,7 @@ ADAPTERS = "adapters:v1"
 """Capability: the worker loads adapters that its gateways name, and reports their states."""
 
 SEPARATOR = ":"
-"""Separates model and adapter in the name of a model that a caller uses: `model:adapter`."""
+"""Separator of model and adapter in the name that callers use: `model:adapter`."""
 
 
 def full_name(model: str, adapter: str) -> str:
@@ -21,8 +21,8 @@ def full_name(model: str, adapter: str) -> str:
 
 
 class AdapterState(enum.StrEnum):
-    """State of an adapter on a worker, and, as the worst or best of these, in lists. Names of link.v1
-    AdapterStatus.State."""
+    """State of an adapter on a worker. A list of adapters shows one state over all workers. The names are those of
+    link.v1 AdapterStatus.State."""
 
     LOADING = "LOADING"
     READY = "READY"
@@ -34,10 +34,10 @@ class AdapterState(enum.StrEnum):
 class AdapterSpec:
     """An adapter of a model, as configured or loaded at run time. Can be stored as JSON.
 
-    `source`: as for weights. `digest`: SHA-256 of the adapter's files as lower-case hex; empty until a worker or the
-    controller has seen the files. `tenants`: the tenants that may use it; empty for every tenant that may use the
-    model. `pinned`: the engine never drops it for another one. `version`: the model's version to which it belongs;
-    empty for all versions.
+    `source`: place of the files, in the same form as the source of a model's weights. `digest`: SHA-256 of the
+    adapter's files as lower-case hex; empty until a worker or the controller has seen the files. `tenants`: the tenants
+    that may use the adapter; empty for every tenant that may use the model. `pinned`: the engine never drops it for
+    another one. `version`: the model's version to which it belongs; empty for all versions.
     """
 
     name: str

@@ -43,7 +43,7 @@ class CatalogService(Protocol):
     """
 
     def diff(self, entries: Sequence[Mapping[str, Any]], *, prune: bool) -> Sequence[Change]:
-        """Return what would differ with these entries, also for models that `apply` may not change."""
+        """Return the changes that these entries would make, including changes of models that `apply` may not change."""
 
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
         """Add or replace these entries and return the changes.
@@ -64,11 +64,11 @@ class CatalogService(Protocol):
         """Stop sending calls to a version, or with `lift` resume sending calls to the version."""
 
     def load_adapter(self, name: str, adapter: AdapterSpec) -> tuple[str, AdapterSpec]:
-        """Add an adapter to a model, in place of one of the same name that was added so. Returns the model's name and
-        the adapter.
+        """Add an adapter to a model. It replaces an adapter of the same name that this method has added. Returns the
+        model's name and the adapter.
 
-        The adapter is kept beside the model's entry, so `apply` does not remove it. An adapter of the same name in the
-        entry is refused here, and takes its place if it is added to the entry later."""
+        The adapter is kept beside the model's entry, so `apply` does not remove it. The name of an adapter in the entry
+        is refused here. If an adapter of the same name is added to the entry later, it replaces this one."""
 
     def unload_adapter(self, name: str, adapter: str) -> tuple[str, AdapterSpec]:
         """Remove an adapter that `load_adapter` has added. Returns the model's name and the adapter."""

@@ -65,8 +65,8 @@ class ComputedWork:
 
 
 class EngineCounts(NamedTuple):
-    """Counts of an engine since its start: requests whose KV blocks were taken away for others, prompt tokens that were
-    looked up in the prefix cache, and prompt tokens that were found there."""
+    """Counts of an engine since its start: preempted requests, prompt tokens that were looked up in the prefix cache,
+    and prompt tokens that were found there."""
 
     preemptions: int = 0
     prefix_query_tokens: int = 0

@@ -11,9 +11,9 @@ BlockId = Hashable
 
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """Blocks that follow each other have been stored. `parent`: the block before the first one; None if the first block
-    begins a prompt. `token_ids`: tokens of all of these blocks. `cache_salt` counts only without a parent; `adapter` is
-    the digest of the adapter, "" for none."""
+    """Consecutive blocks of one sequence have been stored. `parent`: the block before the first one; None if the first
+    block begins a prompt. `token_ids`: tokens of all of these blocks. `cache_salt` is used only without a parent;
+    `adapter` is the digest of the adapter, "" for none."""
 
     blocks: Sequence[BlockId]
     parent: BlockId | None

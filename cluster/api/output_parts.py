@@ -53,14 +53,15 @@ class ParsedOutput:
 
     parts: Sequence[OutputPart] = ()
     stop_string: str = ""
-    """The stop string that has ended the output; "" if none has. The output then has only the tokens that count."""
+    """The stop string that has ended the output; "" if none has. The output then has no tokens after the stop
+    string."""
     reasoning_tokens: int = 0
     """Number of reasoning tokens so far, set when the output has ended."""
 
 
 def merge_parts(parts: Iterable[tuple[int, str, int]]) -> list[OutputPart]:
-    """Return the parts, where neighbours of the same kind and tool call are joined. The name of a tool call is never
-    joined, since each name begins a call.
+    """Return the parts, with neighbours of the same kind and tool call joined. The name of a tool call is never joined,
+    since each name begins a call.
 
     Each item of `parts` is an OutputPart, or the kind, text and call of one.
     """

@@ -73,7 +73,7 @@ class Engine(Protocol):
 
 
 class KvEventSource(Protocol):
-    """The events of an engine's prefix cache. A single reader calls `kv_events`, from before the first request on."""
+    """The events of an engine's prefix cache. A single reader calls `kv_events`, beginning before the first request."""
 
     async def kv_events(self) -> Sequence[KvEvent]:
         """Wait for further events and return them in the engine's order. A cancelled wait loses nothing."""
@@ -89,10 +89,10 @@ class AdapterEngine(Protocol):
     async def load_adapter(self, digest: str, folder: str, *, pinned: bool) -> None:
         """Load the adapter's files into the engine's memory; returns when requests for `digest` can be submitted.
 
-        Raises EngineRefused ADAPTER_INVALID if the engine rejects the files and goes on, EngineCorrupt if the engine
-        must be replaced, and EngineDead.
+        Raises EngineRefused ADAPTER_INVALID if the engine rejects the files and keeps running, EngineCorrupt if the
+        engine must be replaced, and EngineDead.
         """
 
     async def unload_adapter(self, digest: str) -> None:
         """Forget the adapter: refuse new requests at once, and return once its last request has ended and its memory is
-        free. Running requests that use it are not cut; an unknown digest is ignored. Raises EngineDead."""
+        free. Running requests that use it are not interrupted; an unknown digest is ignored. Raises EngineDead."""

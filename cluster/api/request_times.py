@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class RequestTimes:
     """Durations in seconds; 0 if unknown. Durations, not points in time, since two machines' clocks differ.
 
-    `wait_s`: from the arrival of the request at the worker to the engine's queue; also what the worker itself adds.
+    `wait_s`: on the worker outside the engine before the first output, mostly from the arrival to the engine's queue.
     `queue_s`: in the engine's queue. `prefill_s`: from the request's first step to the first output. `decode_s`: from
     the first output to the last. `parse_s`: from the engine's last output to the parsed one.
     """
@@ -26,7 +26,7 @@ class RequestTimes:
         return self.wait_s + self.queue_s + self.prefill_s
 
     def update(self, later: RequestTimes) -> None:
-        """Set the durations that `later` has."""
+        """Take the durations that are not 0 in `later`, and keep the others."""
         self.wait_s = later.wait_s or self.wait_s
         self.queue_s = later.queue_s or self.queue_s
         self.prefill_s = later.prefill_s or self.prefill_s

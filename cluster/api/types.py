@@ -97,7 +97,8 @@ class EngineRequest:
     adapter: str = ""
     """Digest of the adapter; "" for the base model."""
     traceparent: str = ""
-    """Trace context: of this attempt if the call is sampled, else that of the caller without the flag `sampled`."""
+    """Trace context of this attempt if the call is sampled, else the caller's trace context without the flag
+    `sampled`."""
     parsing: OutputParsing | None = None
     pooling: PoolingOptions | None = None
     """Set for a pooling request, which ignores `sampling` and ends with its first output."""
@@ -164,7 +165,7 @@ KV_EVENTS = "kv_events:v1"
 
 PREFIX_EXACT = "prefix:exact"
 """Capability: the engine finds exactly the reported KV blocks in its cache, since each block holds all layers of full
-attention. Other engines need more than these blocks, so what they find can only be estimated."""
+attention. Other engines need more than these blocks, so the number of tokens that they find can only be estimated."""
 
 RESUME_CAPABILITIES = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
 """Resume capabilities from the weakest to the strongest. Each engine has one of these capabilities."""
@@ -387,7 +388,7 @@ class VersionShare:
     replicas: int = 0
     replicas_desired: int = 0
     quarantined: bool = False
-    """The version gets no new calls, and the version's running calls are resumed on other versions where possible."""
+    """True: the version gets no new calls, and its running calls are resumed on other versions where possible."""
     ttft_ratio: float = 0.0
     """For a canary: gateways count the calls whose first token takes more than this number of times as long as the
     first token of a call to the stable version."""

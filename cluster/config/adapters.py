@@ -89,7 +89,7 @@ def as_list(value: Any) -> Any:
 
 
 def duplicates(adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    """Yield a problem for each adapter whose name an earlier one has, and one for too many adapters."""
+    """Yield a problem for each adapter with the name of an earlier adapter, and for too many tenants or adapters."""
     seen: set[str] = set()
     for at, adapter in enumerate(adapters):
         if adapter.name in seen:
@@ -104,7 +104,7 @@ def duplicates(adapters: Sequence[Adapter]) -> Iterator[Problem]:
 def engine_with_lora(engine: Mapping[str, Any]) -> dict[str, Any]:
     """Return engine arguments with LoRA switched on. Arguments that are set are not changed."""
     defaults, slots = dict(ENGINE_DEFAULTS), engine.get("max_loras", 0)
-    if isinstance(slots, int) and slots > defaults["max_cpu_loras"]:  # the memory holds what the slots hold
+    if isinstance(slots, int) and slots > defaults["max_cpu_loras"]:  # the memory must hold all slots' adapters
         defaults["max_cpu_loras"] = slots
     return {"enable_lora": True, **defaults, **engine}
 

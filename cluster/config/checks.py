@@ -14,8 +14,8 @@ from cluster.config.engine import code_arguments, engine_problems, parser_proble
 from cluster.config.problems import Path, Problem
 
 SCHEMES = ("hf", "s3", "gs", "http", "https", "demo", "sim")
-DEMO_SOURCES = ("demo://smollm2", "demo://minilm")
 """Schemes of a source, before `://`. A source without a scheme is a folder."""
+DEMO_SOURCES = ("demo://smollm2", "demo://minilm")
 _SCHEME_CORRECTIONS = {
     "huggingface": "hf",
     "hugging_face": "hf",

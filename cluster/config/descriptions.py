@@ -1,6 +1,6 @@
 """Descriptions of configuration keys, from the docstrings below the attributes of the sections.
 
-The source code is read only when descriptions are wanted, since no process needs them.
+The source code is read only when descriptions are wanted, since no process of a cluster needs them.
 """
 
 from __future__ import annotations

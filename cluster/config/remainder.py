@@ -9,7 +9,7 @@ from typing import Any
 from cluster.config.problems import Path
 
 LEFT_OUT = "left-out"
-"""Name prefix, followed by the position, of a placeholder for an invalid list item."""
+"""Prefix of the name of a placeholder for an invalid list item. The item's position follows the prefix."""
 
 
 def without(data: Any, paths: Sequence[Path]) -> Any:

@@ -1,4 +1,4 @@
-"""The base of all configuration sections, and the URLs that several sections have."""
+"""The base of all configuration sections, and checks of URLs and hosts that several sections share."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Which set of adapters counts, of those that several gateways send.
+"""Choice of one set of adapters, the desired set, among the sets that several gateways send.
 
-Problem: gateways learn of a new catalog at different times, and one that lags behind, or ends, must not take back what
-another has sent. Invariant: of the sets that connected gateways have sent last, the one with the highest revision
-counts, and it stays in effect until a gateway sends another set. So a controller that counts anew is followed once all
-gateways have its catalog.
+Problem: gateways learn of a new catalog at different times. A gateway that lags behind or ends must not undo what
+another gateway has sent. Invariant: of the last sets of the connected gateways, the one with the highest revision is
+the desired set. It stays so until a gateway sends another set. So if a controller begins its revisions anew, its set
+becomes the desired set once all gateways have sent it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class DesiredSet(Generic[T]):
-    """The set that counts: its `revision` and its `value`, which is `initial` before the first one."""
+    """The desired set: its `revision` and its `value`, which is `initial` before the first set is received."""
 
     def __init__(self, initial: T) -> None:
         self.revision = -1
@@ -23,12 +23,12 @@ class DesiredSet(Generic[T]):
         self._sent: dict[Hashable, tuple[int, T]] = {}
 
     def receive(self, sender: Hashable, revision: int, value: T) -> bool:
-        """Record what a gateway has sent; return whether the set that counts has changed."""
+        """Record the set that a gateway has sent; return whether the desired set has changed."""
         self._sent[sender] = (revision, value)
         before = (self.revision, self.value)
         self.revision, self.value = max(self._sent.values(), key=lambda sent: sent[0])
         return before != (self.revision, self.value)
 
     def forget(self, sender: Hashable) -> None:
-        """Forget a gateway that is no longer connected. The set that counts stays."""
+        """Forget a gateway that is no longer connected. The desired set stays."""
         self._sent.pop(sender, None)

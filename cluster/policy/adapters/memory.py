@@ -1,8 +1,11 @@
-"""Which adapters lie in an engine's memory, and which is dropped for another one.
+"""The adapters in an engine's memory, and the choice of the adapter that is dropped for another one.
 
-Problem: an engine holds a bounded number of adapters, and a catalog may have more. Invariants: at most `capacity` are
-held; an adapter in use is never dropped, nor a pinned one; among the others the least recently used is dropped first.
-Source: least recently used, as in vLLM's own cache and in S-LoRA (Sheng et al., MLSys 2024), with pins and uses.
+Problem: an engine holds a bounded number of adapters, and a catalog may have more. Invariants: at most `capacity`
+adapters are held. An adapter that is in use or pinned is never dropped; of the others, the least recently used one is
+dropped first.
+
+Source: least recently used, as in vLLM's own cache and in S-LoRA (Sheng et al., MLSys 2024), extended by pins and by
+counts of uses.
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ from collections.abc import Collection, Set
 
 
 class AdapterMemory:
-    """The adapters in one engine's memory, by digest. A digest may be in use before it is held: it waits for memory."""
+    """The adapters in one engine's memory, by digest. A digest may be in use before it is held, while it waits for
+    memory."""
 
     def __init__(self, slots: int, capacity: int) -> None:
-        """`slots`: number of adapters that one step can compute; `capacity`: number that the memory holds."""
+        """`slots`: number of adapters that one step can compute; `capacity`: number of adapters that the memory can
+        hold."""
         self.slots = slots
         self.capacity = capacity
         self.pinned: Set[str] = frozenset()
-        """Adapters that are never dropped for others. Pins above `capacity` have no effect before they are held."""
+        """Adapters that are never dropped for others. A pin has no effect until the adapter is held, so there may be
+        more pins than `capacity`."""
         self._held: dict[str, None] = {}
         self._uses: Counter[str] = Counter()
         self._recent: dict[str, None] = {}
@@ -83,7 +89,8 @@ class AdapterMemory:
         return next((digest for digest in self._held if digest not in self.pinned), None)
 
     def has_place_for(self, digest: str) -> bool:
-        """Return whether the adapter can be held once no other is in use: pinned ones may fill the memory."""
+        """Return whether the adapter can be held once no other adapter is in use; False if pinned adapters fill the
+        memory."""
         kept = sum(held in self.pinned for held in self._held)
         return digest in self._held or kept < self.capacity
 

@@ -1,4 +1,4 @@
-"""Which sources of weights and adapters the patterns of `weights.allow.sources` allow."""
+"""Check of sources of weights and adapters against the patterns of `weights.allow.sources`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 
 def is_allowed_source(source: str, patterns: Iterable[str]) -> bool:
-    """Return whether a pattern matches a source. A source with the part `..` leads out of the folder that a pattern
-    such as `/weights/*` means, so only the pattern `*` matches it."""
+    """Return whether a pattern matches a source. Only the pattern `*` matches a source with the part `..`, which could
+    lead out of the folder in a pattern such as `/weights/*`."""
     leads_out = ".." in source.split("/")
     return any(pattern == "*" or (fnmatchcase(source, pattern) and not leads_out) for pattern in patterns)

@@ -3,20 +3,19 @@
 Problem: a canary is checked every second for hours, on few calls. A test with a 5 % false-positive rate would give a
 wrong verdict every twenty seconds.
 
-Invariant: a canary that is no worse than the configured ratio allows is rolled back because of errors with a
-probability of at most ALPHA, and because of TTFT with a probability of at most ALPHA. The bound does not depend on the
-number of checks.
+Invariant: if a canary is no worse than the configured ratio allows, the probability of a rollback because of errors is
+at most ALPHA, and so is the probability of a rollback because of TTFT. The bound does not depend on the number of
+checks.
 
 Method: both tests bet against the hypothesis "no worse than allowed" (an e-process; Ville's inequality gives the
-bound).
+bound). The bet is spread over a grid of possible degradations.
 
 Errors: let n be the number of calls of the canary, m the number of calls of the stable version, and r the ratio. Given
 a failed call, the probability that the canary served the call is at most r*n / (r*n + m).
 
 TTFT: gateways pair each call of the canary with the most recent call of the stable version. The canary loses a pair if
-its TTFT was more than r times as long. A canary that is no worse than allowed loses at most half of the pairs. The
-calls of a pair are close in time, so changes in load affect both calls. The bet is spread over a grid of possible
-degradations.
+its TTFT was more than r times as long as that of the stable version. A canary that is no worse than allowed loses at
+most half of the pairs. The calls of a pair are close in time, so changes in load affect both calls.
 
 Source: Ramdas, Gruenwald, Vovk, Shafer, "Game-theoretic statistics and safe anytime-valid inference" (2023), section 3.
 """
@@ -39,7 +38,7 @@ class CanaryTally:
     """Counts of one version, as reported by the gateways.
 
     `pairs`: number of TTFT pairs. `slower`: number of pairs in which this version took more than `ttft_ratio` times as
-    long.
+    long as the other version.
     """
 
     calls: int = 0
@@ -65,7 +64,8 @@ class CanaryVerdict:
 
 
 def log_evidence(losses: int, wins: int, chance: float) -> float:
-    """Natural logarithm of the evidence against the hypothesis "each loss has a probability of at most `chance`".
+    """Natural logarithm of the evidence, after these losses and wins, against the hypothesis "each loss has a
+    probability of at most `chance`".
 
     `chance` is in (0, 1). The evidence is the wealth of a bet that starts with 1. If the hypothesis is true, the
     probability that the logarithm ever exceeds log(1/a) is at most a.

@@ -65,7 +65,8 @@ def next_state(state: ModelState, observation: ModelObservation) -> ModelState:
 
 
 def observe(wanted: bool, seen: Observed | None, unplaceable: str = "") -> ModelObservation:
-    """Return the observation of one model in this pass. `seen`: the model's applications merged; None: there are none.
+    """Return the observation of one model in this pass. `seen`: the merged observation of the model's applications, or
+    None if there are none.
 
     `unplaceable`: the reason why no replica can be placed on the nodes, or "".
     """
@@ -151,7 +152,8 @@ class Version:
 
 
 def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
-    """Catalog entry of a model with all versions of the model. The stable version comes first."""
+    """Catalog entry of a model with all its versions. `versions`: the stable version first. `retired`: see
+    CatalogEntry."""
     stable = versions[0]
     stable_entry = entry(
         stable.spec,
@@ -253,7 +255,7 @@ def entry(
 
 
 def summarize_ends(ends: Sequence[tuple[float, str]]) -> str:
-    """Summary of engine ends as text: the number of ends, and the time and the reason of the latest end.
+    """Text about engines that have ended: their number, and the time and the reason of the latest end.
 
     `ends` are pairs of (seconds since the epoch, reason).
     """

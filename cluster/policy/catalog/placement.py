@@ -4,8 +4,8 @@ Pure.
 A replica with one GPU is one bundle, since the engine runs in the process tree of the replica and must see the GPU. A
 larger replica has one CPU bundle for the replica itself and one bundle for each GPU, since vLLM rejects bundles of
 several GPUs. The group is packed strictly onto one node. With pipeline parallelism or
-`allow_cross_node_tensor_parallel` it may use several nodes. Machines without GPUs run equal groups over Ray's logical
-GPUs.
+`allow_cross_node_tensor_parallel` it may use several nodes. On machines without GPUs, the groups are the same and use
+Ray's logical GPUs.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ replicas of a model must be replaced under load without ending a call.
 
 Invariants: the only change to an existing application is a change of the number of replicas. The name of an application
 (`model@version+digest`) identifies everything that the replicas are started with, so a changed entry becomes a new
-application beside the old one. The old application stays until the new one serves with as many replicas. Then the old
-application gets no new calls, and is deleted once no call is left or the drain time is over. If the replicas of both
-applications do not fit, the old application gives up one replica at a time, as long as Ray cannot place a replica of
-the new application. A new application that fails to start takes no replica from the old one.
+application beside the old one. The old application stays until the new one serves with all its wanted replicas. Then
+the old application gets no new calls, and is deleted once no call is left or the drain time is over. If the replicas of
+both applications do not fit, the old application gives up one replica at a time, as long as Ray cannot place a replica
+of the new application. A new application that fails to start takes no replica from the old one.
 
 Steps are listed in the order in which they must run: steps that free GPUs come first.
 """
@@ -31,8 +31,8 @@ _APP = re.compile(r"(?P<model>[^@]+)@(?P<version>[^+]+)\+(?P<digest>[0-9a-f]+)")
 
 
 def app_name(model: str, version: str, digest: str) -> str:
-    """Name of the application for this model, version and digest. Equal names stand for replicas with equal
-    settings."""
+    """Name of the application for this model, version and digest. Applications with equal names have replicas with
+    equal settings."""
     return f"{model}@{version}+{digest}"
 
 
@@ -47,7 +47,7 @@ def app_parts(app: str) -> tuple[str, str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """One of our applications on Ray.
+    """Observed state of one of the cluster's applications on Ray.
 
     `running`, `placed` and `leaving`: numbers of replicas that serve, start and stop. `gave_up`: the deployment failed.
     `refused`: Ray rejected the settings. `trouble`: the reason why the last start failed, or "". `digest` is "" from
@@ -138,8 +138,7 @@ Action = Deploy | Scale | Delete
 class Plan:
     """Result of a reconciliation.
 
-    `actions` are the steps to run now. `retired` applications get no new calls, so that these applications can be
-    deleted later.
+    `actions` are the steps to run now. `retired` applications get no new calls and are deleted later.
     """
 
     actions: tuple[Action, ...]
@@ -189,8 +188,8 @@ def reconcile(
 def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
     """Return the applications that replace `old`. `wanted`: the wanted applications of the same model.
 
-    `old` is replaced by its own version, or by the first wanted version if its own is no longer wanted. If that version
-    is to have replicas on the GPU type of `old`, the application for that type replaces `old` alone.
+    The replacements have the version of `old`, or the first wanted version if the version of `old` is no longer wanted.
+    If one of them is for the GPU type of `old` and is to have replicas, it replaces `old` alone.
     """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")

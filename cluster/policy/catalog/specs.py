@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from cluster.api.types import ModelSpec
 
 # Fields that do not affect replicas. The gateway uses the names, shares and fallbacks. Scaling changes the counts. The
-# Ray cluster is part of the surroundings. An entry that pins the weights that already run needs no restart.
+# Ray cluster is part of the surroundings. Setting `digest` to the weights that already run needs no restart.
 _NOT_THE_REPLICAS = (
     "aliases",
     "min_replicas",
@@ -55,7 +55,7 @@ def digest(spec: ModelSpec, surroundings: Mapping[str, object]) -> str:
     The digest covers the fields of `spec` that affect replicas, and `surroundings` (JSON values).
     """
     seen = {key: value for key, value in to_json(spec).items() if key not in _NOT_THE_REPLICAS}
-    if spec.control_tokens_in_content == "keep":  # as before the field existed, so that an upgrade restarts nothing
+    if spec.control_tokens_in_content == "keep":  # as in digests from before this field, so nothing restarts
         del seen["control_tokens_in_content"]
     text = json.dumps([seen, dict(surroundings)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

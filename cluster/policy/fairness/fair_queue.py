@@ -97,7 +97,7 @@ class FairOrder:
         self._flows.change_here(flow, 1, charge.amount)
 
     def put_back(self, waiting: WaitingSequence) -> None:
-        """Insert a sequence that lost its worker before all sequences that were never taken.
+        """Insert a sequence that lost its worker, ahead of all sequences that were never taken.
 
         Sequences that were put back are ordered by class, the highest first, then by arrival.
         """
@@ -134,8 +134,8 @@ class FairOrder:
             self._flows.add_service(flow, charge.amount)
 
     def position(self, call_id: str) -> int:
-        """Number of sequences of the same tenant and class that came before. Other tenants' sequences are not
-        revealed."""
+        """Number of sequences of the same tenant and class ahead of a waiting sequence. Other tenants' sequences are
+        not revealed."""
         flow, _, serial = self._where[call_id]
         if serial < 0:
             return self._put_back.position(call_id)

@@ -35,8 +35,8 @@ class _Lengths:
 
     def __init__(self) -> None:
         self.last: list[tuple[int, bool]] = []
-        """The last KEPT pairs of (tokens, cut). `cut` says whether the output ended at max_tokens. A list, since
-        each tenant has one, and an empty deque takes 0.7 KB."""
+        """The last KEPT pairs of (tokens, cut). `cut` says whether the output ended at max_tokens. The pairs are in a
+        list, because each tenant has one, and an empty deque takes 0.7 KB."""
         self.total = 0
         self._high: int | None = 0
         self._new_since_curve = 0
@@ -134,13 +134,14 @@ class LearntOutputs:
         return max(min(round(lengths.expected(self._default_tokens, max_tokens)), max_tokens), 1)
 
     def mean(self, tenant: str, model: str, max_tokens: int) -> int:
-        """Mean of the observed lengths, between 1 and `max_tokens`. Without observations the default."""
+        """Mean of the observed lengths, between 1 and `max_tokens`; the default if there are no observations."""
         lengths = self._pairs.get((tenant, model))
         expected = self._default_tokens if lengths is None else round(lengths.total / len(lengths.last))
         return max(min(expected, max_tokens), 1)
 
     def p95(self, tenant: str, model: str, max_tokens: int) -> int:
-        """95th percentile of the observed lengths, between 1 and `max_tokens`. Without observations the default."""
+        """95th percentile of the observed lengths, between 1 and `max_tokens`; the default if there are no
+        observations."""
         lengths = self._pairs.get((tenant, model))
         return max(min(self._default_tokens if lengths is None else lengths.high, max_tokens), 1)
 

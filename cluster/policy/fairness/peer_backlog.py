@@ -1,4 +1,4 @@
-"""Data about the other gateways (peers): their backlogs, and the service that their tenants received.
+"""Data about the other gateways (peers): their backlogs, and the service of the calls that came through them.
 
 Problem: the accounts of tenants must be cluster-wide without another store.
 
@@ -99,7 +99,7 @@ class PeerBacklogs:
         return changes
 
     def silent_since(self, when: float) -> dict[FlowKey, Backlog]:
-        """Drop gateways without a report since `when`. Returns by flow their backlogs as negative changes."""
+        """Drop gateways without a report since `when`. Returns the dropped backlogs by flow, as negative changes."""
         sums: dict[FlowKey, Backlog] = {}
         for gateway, (reported_at, waiting) in list(self._reports.items()):
             if reported_at < when:
@@ -111,7 +111,8 @@ class PeerBacklogs:
 
     @staticmethod
     def share_of_turns(flows: Sequence[Flow], turns: int) -> tuple[float, int]:
-        """Simulate up to `turns` turns among these flows. Returns this gateway's part of them, and their number.
+        """Simulate up to `turns` turns among these flows. Returns this gateway's part of the simulated turns, and the
+        number of simulated turns.
 
         Each turn goes to the flow with the least counter. This gateway's part of a turn is the fraction of the flow's
         waiting sequences that wait here.

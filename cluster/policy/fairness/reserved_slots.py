@@ -1,8 +1,8 @@
 """Slots kept free for tenants that send little, beside tenants that always have something waiting.
 
 Problem: in a full cluster, each slot that becomes free is filled at once by a tenant that always waits. Even with the
-next turn, a call of a quiet tenant must wait until a worker grants a free slot to the call's gateway. Of G gateways,
-each is granted only one free slot in G.
+next turn, a call of a quiet tenant must wait until a worker grants a free slot to the call's gateway. If there are G
+gateways, each is granted only one in G of the free slots.
 
 Invariants: slots are kept free only if a guest was seen in the last GUEST_S seconds. A guest is a tenant that has had
 no more than its share and now waits nowhere. Slots are kept only from tenants that have waited without a pause for at
@@ -28,7 +28,7 @@ class ReservedSlots:
         self._until: dict[int, float] = {}
 
     def note_guest(self, rank: int, now: float) -> None:
-        """Note that a guest of this class was seen."""
+        """Record that a guest of this class was seen."""
         self._until[rank] = now + GUEST_S
 
     def reserved(self, rank: int, filled: int, now: float) -> int:

@@ -3,13 +3,14 @@
 Problem: among ten thousand tenants the least counter must be found in microseconds, while each report changes thousands
 of counters.
 
-Method: flows are kept in buckets of QUANTUM, by counter. A flow is moved to another bucket only when its counter
-falls, or when the lookup finds that its counter has risen.
+Method: flows are kept in buckets by their counters, each bucket QUANTUM wide. A flow is moved to another bucket only
+when its counter falls, or when the lookup finds that its counter has risen.
 
 Invariant: `least` returns a flow from the lowest bucket by current counters, as if every flow were always moved at
 once. So the counter of the returned flow is at most QUANTUM above the least counter.
 
-Source: the calendar queue (Brown, CACM 1988). The time of the queue is a counter of VTC (Sheng et al., OSDI 2024).
+Source: the calendar queue (Brown, CACM 1988). The time in that queue is here a counter of VTC (Sheng et al., OSDI
+2024).
 """
 
 from __future__ import annotations
@@ -219,8 +220,8 @@ class ClassTurns:
     def floor(self) -> float:
         """Return the counter to which a flow is raised when it waits again after a long idle time (the lift of VTC).
 
-        This is the least counter of all backlogged flows. If none is backlogged, it is the counter of the last one that
-        was.
+        This is the least counter of all backlogged flows. If none is backlogged, it is the counter of the flow that was
+        backlogged last.
         """
         least = self.anywhere.least()
         if least is None:

@@ -33,7 +33,7 @@ class TenantQueues:
         self._is_waiting = is_waiting
         self._ranks: dict[int, dict[str, _TenantQueue]] = {}
         # Heaps of (-length, tenant) by rank; lengths may be outdated. The heaps are kept only while they are used: a
-        # room with space needs no heaps, and building them again costs less than the adds after which they are dropped.
+        # room with space needs none, and building them again costs less than updating them for many adds.
         self._longest: dict[int, list[tuple[float, str]]] | None = None
         self._adds_unasked = 0
 

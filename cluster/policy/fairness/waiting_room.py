@@ -86,7 +86,7 @@ class WaitingRoom:
         """Create an empty room.
 
         `order_of(model)` returns the order of a model. The room calls it when the first sequence of the model waits.
-        `longer_s(model)` returns seconds that are added to `max_wait_s` for sequences that now arrive.
+        `longer_s(model)` returns the seconds to add to `max_wait_s` for a sequence that begins to wait now.
         """
         self._max_requests = max_requests
         self._max_tokens = max_tokens
@@ -205,7 +205,7 @@ class WaitingRoom:
         return (0, 0) if queue is None else (queue.requests, queue.tokens)
 
     def latest(self, waiting: WaitingSequence, now: float) -> float:
-        """Return until when a sequence may wait that begins to wait now."""
+        """Return the time until which a sequence that begins to wait now may wait."""
         most_s = self._max_wait_s + self._longer_s(waiting.model)
         return min(now + most_s, math.inf if waiting.deadline is None else waiting.deadline)
 

@@ -1,24 +1,25 @@
 """Order within the turn of one tenant: a sequence whose prompt is in a worker's KV cache may go before older ones.
 
-Problem: while calls wait, the workers evict the KV blocks of prompts that will soon be sent. First come, first served
-sends each prompt to whichever worker is free, mostly not the one that holds its blocks, and computes it again.
+Problem: while calls wait, the workers evict the KV blocks of prompts that will soon be sent. With first come, first
+served, each prompt is sent to whichever worker is free, mostly not the one that holds its blocks, and is computed
+again.
 
-Method: among the tenant's first MAX_CHOICES sequences, the one with the greatest expected loss goes first: the tokens
-that must be computed again if the worker that holds them evicts them, times the chance that it does. The caller gives
-the loss (policy/scheduling/warm_sequences.py).
+Method: among the tenant's first MAX_CHOICES sequences, the one with the greatest expected loss goes first. The loss is
+the number of tokens that must be computed again if their worker evicts them, times the probability of the eviction. The
+caller passes a function for it (policy/scheduling/warm_sequences.py).
 
-Invariants: the choice is made after the tenant is chosen and among sequences of its queue, so no other tenant waits
-longer than with any other order within queues. While two tenants wait, their counters differ by at most the largest
-charge divided by its tenant's weight, and the corrections of charges whose predictions were wrong. Between two turns of
-a waiting tenant, each other tenant is served at most the charge of the first of these turns and one charge of its own.
+Invariants: the tenant is chosen first, and then a sequence of its queue. So the bounds for other tenants are those of
+any order within queues. While two tenants wait, their counters differ by at most the largest charge divided by its
+tenant's weight, plus the corrections of charges whose predictions were wrong. Between two turns of a waiting tenant,
+each other tenant is served at most the charge of the first of these turns plus one charge of its own.
 
 The first sequence of a queue is overtaken at most MAX_OVERTAKEN times. So a sequence with p sequences ahead is sent in
 one of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant. Only the chosen sequence may be sent: if it fits on
 no worker, all others wait.
 
 Source: the bound on the counters is that of VTC (Sheng et al., OSDI 2024), whose proof takes any order within a tenant.
-The choice by place is that of delay scheduling (Zaharia et al., EuroSys 2010), without its delay: no capacity is left
-idle.
+The choice of a sequence by the place of its data is that of delay scheduling (Zaharia et al., EuroSys 2010), without
+its delay: no capacity is left idle.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.service_counters import Flow
 
 MAX_CHOICES: Final = 16
-"""Number of sequences of a queue among which one is chosen."""
+"""Number of sequences at the head of a queue among which one is chosen."""
 MAX_OVERTAKEN: Final = 8
 """Number of turns in a row in which the first sequence of a queue may be overtaken."""
 
 LossOf = Callable[[WaitingSequence], float]
-"""Returns the expected loss if a sequence is not sent now, at least 0. Only the order of the losses counts."""
+"""Function that returns the expected loss if a sequence is not sent now, at least 0. Only the order of the losses
+matters."""
 
 
 def next_of(flow: Flow, loss_of: LossOf) -> WaitingSequence | None:
-    """Return the sequence of a flow to send in the flow's turn, or None without sequences. With equal losses, the
-    first one. `loss_of` is called for at most MAX_CHOICES sequences, and for none if only one waits."""
+    """Return the sequence of a flow to send in the flow's turn, or None without sequences. Of sequences with equal
+    losses, the first one is returned. `loss_of` is called for at most MAX_CHOICES sequences, and for none if only one
+    waits."""
     if len(flow) < 2 or flow.overtaken >= MAX_OVERTAKEN:
         return flow.head()
     return max(flow.first(MAX_CHOICES), key=loss_of)

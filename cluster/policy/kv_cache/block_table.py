@@ -3,18 +3,19 @@
 Problem. A Python dict takes over a hundred bytes for each hash and one step of the interpreter for each access, and it
 stops the process while it grows.
 
-Method. The table has segments of 256 rows with eight places each. The top bits of a hash choose the segment by a
-directory, two other bytes choose two rows, and a new hash goes to the emptier one (Azar et al., "Balanced Allocations",
-1994). A place holds the top 32 bits of the hash. A full segment is divided in two by the next bit of the hash
-(extendible hashing, Fagin et al., 1979): all entries keep their rows, so this takes some ten microseconds, and the
-table never grows as a whole. Hashes are multiplied by a random odd number first, so that nobody can choose hashes that
-meet in one row.
+Method. The table has segments of 256 rows with eight places each. The top bits of a hash choose the segment, through a
+directory. Two other bytes choose two rows of the segment, and a new hash goes to the emptier row (Azar et al.,
+"Balanced Allocations", 1994). A place holds the top 32 bits of the hash, its mark. A full segment is divided in two by
+the next bit of the hash (extendible hashing, Fagin et al., 1979): each entry keeps its row number, so a division takes
+some ten microseconds, and the table never grows as a whole. Hashes are multiplied by a random odd number first, so that
+no caller can choose hashes that fall into one row.
 
-Two hashes are taken for one if they agree in 32 bits and one of their rows: for a random hash that is not in the table
-with a probability of about 1 in 25,000 at ten million entries, and of a tenth of that at one million. Users must bear
-that, as cache routing does.
+Two hashes are confused if they have the same 32 bits and a row in common. For a random hash that is not in the table,
+the probability is about 1 in 25,000 at ten million entries, and a tenth of that at one million. Users of the table must
+tolerate such errors, as cache routing does.
 
-A lookup of some hundred hashes is bound by the number of calls of numpy, so the code prefers one sum over two choices.
+The number of numpy calls determines the time of a lookup of some hundred hashes. So the code computes both rows at once
+instead of choosing one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cluster.policy.kv_cache.holder_sets import Words
 from cluster.policy.kv_cache.prefix_hashes import Hashes
 
 Places = npt.NDArray[np.int64]
-"""Positions in the arrays of all places; -1 for a hash that is not in the table."""
+"""Positions of places in the flat arrays of the table; -1 for a hash that is not in the table."""
 
 ROWS, WIDTH = 256, 8
 SEGMENT: Final = ROWS * WIDTH
@@ -47,16 +48,17 @@ _ONE_MARK: Final = np.uint32(1)
 
 Marks = npt.NDArray[np.uint32]
 _Flags = npt.NDArray[np.uint64]
-"""For each row of eight places one number, whose bytes are 1 for some of the places and 0 for the others."""
+"""One number for each row, with one byte for each of the eight places: 1 if the place is selected, else 0."""
 _BYTE_OF_COLUMN: Final = range(8) if _IS_LITTLE else range(7, -1, -1)
 _COLUMNS: Final = np.uint64(sum(column << (61 - 8 * byte) for column, byte in enumerate(_BYTE_OF_COLUMN)))
-"""Factor of `_Flags`. The product with a number that has one byte 1 is not 0; its top three bits are that column."""
+"""Factor for `_Flags` that select one place of a row: the top three bits of the product are the column of that place.
+The product is never 0."""
 _COLUMN_SHIFT: Final = np.uint64(61)
 _BYTE_SUM, _BYTE_SUM_SHIFT = np.uint64(0x0101010101010101), np.uint64(56)
 
 
 class BlockTable:
-    """A table from hashes to words that are not 0. At most `max_hashes` entries, rounded up to whole segments."""
+    """A table from hashes to words that are not 0, with room for `max_hashes` entries."""
 
     def __init__(self, max_hashes: int, multiplier: int) -> None:
         """`multiplier`: random number in [0, 2**64)."""
@@ -71,11 +73,11 @@ class BlockTable:
         self._directory = np.zeros(2, np.int64)
         """First row of the segment, by the top `_depth` bits of a hash."""
         self._depths = [0]
-        """Number of top bits that the hashes of a segment share."""
+        """Number of top bits that the hashes of a segment share, by segment."""
         self._counts = np.zeros(most, np.int64)
         self._owners = np.zeros(_OWNERS, np.int64)
         self.dropped = 0
-        """Number of entries that found no place."""
+        """Number of hashes that were not inserted because the table was full."""
 
     def __len__(self) -> int:
         return int(self._counts.sum())
@@ -116,8 +118,8 @@ class BlockTable:
             self._count(empty, -1)
 
     def insert(self, hashes: Hashes) -> Places:
-        """Return the place of each hash, after adding the missing ones with the word 0, which the caller must set. The
-        hashes are distinct. -1 for a hash for which there is no place."""
+        """Return the place of each hash; -1 if the table has no room for the hash. A hash that was not in the table is
+        inserted with the word 0, and the caller must set its word. The hashes must be distinct."""
         while True:
             marks, rows = self._keys(hashes)
             places = self._find(marks, rows)
@@ -146,13 +148,13 @@ class BlockTable:
         return keys.view(np.uint32)[_HIGH_HALF::2] | _ONE_MARK, rows
 
     def _locate(self, marks: Marks, rows: Places) -> tuple[Places, _Flags]:
-        """Return the place of each mark in one of its two rows, and a number for each mark that is 0 if the mark is in
-        neither row; then the place is any place."""
+        """Return two values for each mark: its place in one of its two rows, and a number that is 0 if the mark is in
+        neither row. In this case the place is meaningless."""
         products = (self._marks.take(rows, axis=0) == marks[:, None]).view(np.uint64)[..., 0]
         products *= _COLUMNS
         places = np.where(products[0], rows[0], rows[1])
         places *= WIDTH
-        either: _Flags = products[0] | products[1]  # one of them is 0, unless both rows are one
+        either: _Flags = products[0] | products[1]  # one of the two is 0, unless both rows are the same
         places += (either >> _COLUMN_SHIFT).view(np.int64)
         return places, either
 
@@ -191,7 +193,7 @@ class BlockTable:
         return places
 
     def _count(self, places: Places, by: int) -> None:
-        """Count places that have been filled (1) or freed (-1)."""
+        """Change the counts of the places' segments. `by`: 1 for filled places, -1 for freed places."""
         np.add.at(self._counts, places // SEGMENT, by)
 
     def _divide(self, segment: int) -> bool:
@@ -218,7 +220,7 @@ class BlockTable:
 
 
 def _zeros_on_lines(rows: int) -> Marks:
-    """Return rows of zeros, none of which is in two lines of the processor's cache."""
+    """Return rows of zeros, each of them within one line of the processor's cache."""
     per_line = _LINE_BYTES // 4
     buffer = np.zeros(rows * WIDTH + per_line, np.uint32)
     start = -(buffer.ctypes.data // 4) % per_line

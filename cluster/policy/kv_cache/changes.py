@@ -11,7 +11,7 @@ from cluster.policy.kv_cache.prefix_hashes import Hashes
 
 @dataclass(frozen=True, slots=True)
 class KvChange:
-    """Blocks that a worker has removed and then stored; a block in both lists is held. `is_reset`: the worker holds the
+    """Blocks that a worker has removed, and blocks that it has stored after that. `is_reset`: the worker holds the
     stored blocks and no others."""
 
     is_reset: bool = False

@@ -1,9 +1,9 @@
-"""Sets of workers as 64-bit words, so that an array of words tells for each KV block which workers hold it.
+"""Sets of workers as 64-bit words, so that one array gives the workers of many KV blocks.
 
-A set of up to four workers is its own word: four fields of 16 bits, with the worker's number in 15 of them and one bit
-that says whether the worker is only expected to hold the block soon. Most blocks are held by few workers. A larger set
-has a number in a table, since all blocks of a shared prompt are held by the same workers. Numbers are counted by the
-blocks that use them, and reused.
+The word of a set of up to four workers has four fields of 16 bits: 15 bits for a worker's number, and one bit that is 1
+if the worker is only expected to hold the block soon. Most blocks are held by few workers. A larger set is stored in a
+table, and its word is its number in the table. The table stays small, since all blocks of a shared prompt are held by
+the same workers. A number is reused when no block uses it any more.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _FIELDS: Final = 4
 _FIELD: Final = 0xFFFF
 
 Members = tuple[int, int]
-"""Bit masks of the workers that hold a block, and of the workers that are expected to hold it. No worker is in both."""
+"""Two bit masks: the workers that hold a block, and the workers that are expected to hold it. No worker is in both."""
 
 
 def members_of_word(word: int) -> Members:
-    """Return the workers of a word that is no number of the table."""
+    """Return the workers in the fields of a word. The word must not be a number in the table."""
     held = expected = 0
     while word:
         field = word & _FIELD
@@ -40,7 +40,7 @@ def members_of_word(word: int) -> Members:
 
 
 class HolderSets:
-    """The sets that are in use, and the changes of many blocks' sets at once."""
+    """The table of the larger sets, and operations that change the sets of many blocks at once."""
 
     def __init__(self) -> None:
         self._sets: list[Members] = []
@@ -52,17 +52,17 @@ class HolderSets:
         return len(self._numbers)
 
     def members(self, word: int) -> Members:
-        """Return the workers of a set."""
+        """Return the workers of the set with this word."""
         return self._sets[word - _IN_TABLE] if word >= _IN_TABLE else members_of_word(word)
 
     def holders(self, word: int) -> int:
-        """Return the bit mask of all workers of a set, the expected ones included."""
+        """Return the bit mask of all workers of the set with this word, including the expected ones."""
         held, expected = self.members(word)
         return held | expected
 
     def add(self, words: Words, worker: int, expected: bool = False) -> Words:
-        """Return the sets with a worker added. An expected worker changes nothing in sets that already have the worker.
-        A worker that holds the blocks is no longer expected to."""
+        """Return the sets with a worker added as a holder, or as an expected holder if `expected`. A worker that
+        already holds a block stays its holder."""
         bit = 1 << worker
 
         def added(members: Members) -> Members:
@@ -74,7 +74,7 @@ class HolderSets:
         return self._changed(words, added)
 
     def remove(self, words: Words, worker: int, only_expected: bool = False) -> Words:
-        """Return the sets without a worker. `only_expected`: a worker that holds the block stays."""
+        """Return the sets without a worker. `only_expected`: the worker stays in the sets of blocks that it holds."""
         bit = 1 << worker
 
         def removed(members: Members) -> Members:

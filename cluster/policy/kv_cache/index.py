@@ -25,12 +25,12 @@ from cluster.policy.kv_cache.holder_sets import MAX_WORKER, HolderSets, Words
 from cluster.policy.kv_cache.prefix_hashes import Hashes
 
 _SHORT: Final = 512
-"""Number of blocks of a prompt up to which each block is looked up."""
+"""Largest number of blocks of a prompt for which each block is looked up."""
 _STRIDE: Final = 16
 _EXPIRED_AT_ONCE: Final = 512
-"""Number of expectations that are ended at once, about two milliseconds."""
+"""Largest number of expectations that one call of `maintain` ends, in about two milliseconds."""
 _BATCH: Final = 1024
-"""Number of hashes that are changed at once."""
+"""Largest number of hashes whose entries are changed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class _Expectation:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Worker and first block."""
+        """Worker number, and hash of the first block."""
         return self.worker, int(self.hashes[0])
 
 
@@ -86,7 +86,7 @@ class CacheIndex:
         there are more workers than numbers."""
         self.remove_worker(worker_id)
         taken = self._live | self._departed | self._leaving | 1
-        for number, _ in self._alike:  # an expectation of a worker that has left must not end one of this worker
+        for number, _ in self._alike:  # expectations of a departed worker must not end those of this one
             taken |= 1 << number
         number = (~taken & (taken + 1)).bit_length() - 1
         if number > MAX_WORKER:
@@ -117,8 +117,8 @@ class CacheIndex:
             self._remove(number, hashes, only_expected=False)
 
     def expect(self, worker_id: str, hashes: Hashes, until: float) -> None:
-        """Record that a worker will soon hold the first blocks of a prompt: until `until`, unless it reports them.
-        `until` does not decrease from call to call."""
+        """Record that a worker will soon hold the first blocks of a prompt. The blocks are forgotten at `until` unless
+        the worker has reported them. `until` must not decrease from call to call."""
         number = self._numbers.get(worker_id)
         if number is not None and len(hashes):
             self._add(number, hashes, expected=True)
@@ -127,8 +127,8 @@ class CacheIndex:
             self._alike.setdefault(expectation.key, deque()).append(expectation)
 
     def match(self, hashes: Hashes) -> Mapping[str, int]:
-        """Return the number of leading blocks of a prompt that each worker holds or is expected to hold; workers that
-        hold no first block are left out. `hashes`: the prefix hashes of the prompt."""
+        """Return the number of leading blocks of a prompt that each worker holds or is expected to hold; workers
+        without the first block are left out. `hashes`: the prefix hashes of the prompt."""
         out: dict[str, int] = {}
         alive = self._live
         starts, words, end = self._runs(hashes)
@@ -160,8 +160,8 @@ class CacheIndex:
         return bool(due and due[0].until <= now) or self._next_segment is not None or bool(self._departed)
 
     def _runs(self, hashes: Hashes) -> tuple[list[int], list[int], int]:
-        """Return the runs of blocks with equal words among the leading blocks that some worker holds: the first block
-        of each run, its word, and the number of these leading blocks."""
+        """Divide the leading blocks that some worker holds into runs of blocks with equal words. Returns the first
+        block of each run, the word of each run, and the number of leading blocks."""
         if len(hashes) <= _SHORT:
             words = self._table.leading_words(hashes)
             if not len(words):
@@ -177,12 +177,12 @@ class CacheIndex:
         return starts[:first], kinds[:first], starts[first]
 
     def _sampled(self, hashes: Hashes) -> tuple[npt.NDArray[np.int64], Words]:
-        """Return positions of a long prompt's blocks and the words of these blocks, such that the words change nowhere
-        else; 0 for a block that no worker holds.
+        """Return the positions of some blocks of a long prompt, and the words of these blocks; 0 for a block that no
+        worker holds. A block that is left out has the same word as the block before it.
 
-        Each 16th block is looked up first, up to the first one that no worker holds, and then the blocks between two of
-        them with different words. Blocks between equal words have this word, since an engine evicts the last blocks of
-        a prefix first.
+        Each 16th block is looked up first, up to the first one that no worker holds. Where two neighbours differ in
+        their words, the blocks between them are looked up as well. Blocks between equal words have the same word, since
+        an engine evicts the last blocks of a prefix first.
         """
         count = len(hashes)
         coarse = np.append(np.arange(0, count - 1, _STRIDE), count - 1)
@@ -217,8 +217,8 @@ class CacheIndex:
             self._table.set(places, self._sets.remove(self._table.get(places), number, only_expected))
 
     def _expired(self, expectation: _Expectation) -> Hashes:
-        """Forget an expectation; return its blocks that no later one has. Prompts that share a block share all before
-        it."""
+        """Forget an expectation, and return its blocks that no later expectation has. Prompts that share a block share
+        all blocks before it."""
         others = self._alike[expectation.key]
         others.popleft()
         if not others:

@@ -1,14 +1,15 @@
 """Prefix hashes: 64-bit hashes of the first 1, 2, 3, ... whole KV blocks of a prompt.
 
 A gateway computes them from the token ids of a prompt, a worker from the KV events of its engine. Equal prefixes have
-equal hashes on every gateway and worker if block size, cache salt and adapter are equal. The hashes choose a worker and
-carry no trust: two prefixes with one hash cost a cache miss, never a wrong answer. So the hash functions are fast ones
-without secrets.
+equal hashes on every gateway and worker if block size, cache salt and adapter are equal. The hashes are only used to
+choose a worker: two prefixes with the same hash cost a cache miss, never a wrong answer. So the hash functions are fast
+and use no secret.
 
 Method. A block's hash is the sum of its tokens times constants, modulo 2**64 (multilinear hashing, Lemire and Kaser,
 "Strongly universal string hashing is fast", 2014). The state after block k is the sum over the blocks up to k of
 `_mixed(block hash + k * _STEP + seed)`, so it depends on the order of the blocks. A prefix hash is a state, mixed once
-more. Sums need no loop over the blocks. Mixing can be undone, so a prefix hash is enough to continue a prompt.
+more. The sums need no Python loop over the blocks. Mixing can be undone, so the hashes of further blocks can be
+computed from the last prefix hash alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Memory of the prefix hashes of recent prompts, so that of a grown conversation only the new blocks are hashed.
+"""Memory of the prefix hashes of recent prompts, so that only the new blocks of a longer conversation are hashed.
 
 Problem. Each turn of a conversation is sent with all earlier turns, and hashing 128,000 tokens takes a gateway about a
-quarter of a millisecond. To compare them with the tokens of the turn before takes a fraction of that.
+quarter of a millisecond. Comparing the tokens with those of the turn before takes a fraction of that time.
 
-Method. A prompt is remembered by its tokens before the last multiple of STEP. A later prompt is compared with the one
-that it finds by its own tokens before one of its last multiples, token by token, so the hashes are always right.
-Memory is bounded by the number of tokens; the prompts that were used longest ago are forgotten first.
+Method. The key of a remembered prompt has the 64 tokens before the last multiple of STEP. For a new prompt, an earlier
+prompt is looked up by the tokens before each of the last multiples of STEP. Both prompts are compared token by token,
+so the hashes are always right. Memory is bounded by the number of tokens; the oldest prompts are forgotten first.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import numpy.typing as npt
 from cluster.policy.kv_cache.prefix_hashes import Hashes, Prefix, prefix_hashes
 
 MAX_TOKENS: Final = 4 << 20
-"""Number of tokens of all remembered prompts, which take about 18 MB."""
+"""Largest number of tokens of all remembered prompts, which take about 18 MB."""
 STEP: Final = 1024
 """Prompts of fewer tokens are not remembered."""
 _WINDOW: Final = 64
 _TRIES: Final = 32
-"""Number of multiples of STEP by which an earlier prompt is looked for. A turn adds fewer tokens."""
+"""Number of multiples of STEP at which an earlier prompt is looked up. A turn usually adds fewer tokens than they
+span."""
 
 _Ids = npt.NDArray[np.uint32]
 _Key = tuple[int, int, int, bytes]
@@ -40,7 +41,7 @@ class _Prompt:
 
 
 class PromptHashes:
-    """The memory of one gateway."""
+    """The remembered prompts of one gateway."""
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._max_tokens = max_tokens
@@ -48,7 +49,7 @@ class PromptHashes:
         self.tokens = 0
         """Number of tokens of the remembered prompts."""
         self.hashed_blocks = 0
-        """Number of blocks that were hashed."""
+        """Number of blocks that were hashed, without those whose hashes were remembered."""
 
     def hashes(self, token_ids: Sequence[int] | _Ids, block_size: int, seed: int) -> Hashes:
         """Return the prefix hashes of the whole blocks of `token_ids`; see `prefix_hashes`. The ids must not change
@@ -77,7 +78,7 @@ class PromptHashes:
                 same = prompt.ids[:count] == ids[:count]
                 shared = count if same.all() else int(same.argmin())
                 if shared == len(prompt.ids):
-                    self._forget(key)  # this prompt is remembered in its place
+                    self._forget(key)  # the new prompt is remembered in its place
                 return prompt.hashes[: shared // block_size]
         return np.empty(0, np.uint64)
 

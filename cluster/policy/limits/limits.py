@@ -11,7 +11,7 @@ quantum.
 
 A limit per minute never ends a running call. A budget ends a running call only if the policy says stop.
 
-Source: reserve/settle as in two-phase quota (Doorman, Google 2016); the sliding window in buckets (windows.py).
+Source: reserve and settle as in two-phase quota (Doorman, Google 2016). The sliding windows are in windows.py.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class _HeldAmounts:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Amounts requested of each limit. A limit is not checked if the requested amount is 0."""
+    """Amounts requested of the limits. `plain`: tokens of the budgets; `weighted`: tokens per minute. A limit is not
+    checked if the requested amount is 0."""
 
     plain: int
     running: int

@@ -6,8 +6,8 @@ transit, but not the bytes of many unfinished bodies together: 40 bodies of 15 M
 granted a little at a time, the bodies could deadlock: every body could hold a part, and none could complete.
 
 Method: only a small head start of a body is read before the whole size of the body is reserved. The server reads the
-rest (by flow-control window or socket) once the reservation is granted, and releases the reservation when the body is
-parsed or dropped. So each body with a granted reservation can complete (the banker's algorithm, with whole claims).
+rest once the reservation is granted, and releases the reservation when the body is parsed or dropped. So each body with
+a granted reservation can complete (the banker's algorithm, with whole claims).
 
 Invariants: the sum of granted sizes never exceeds a bound, with one exception. A reservation that alone is larger than
 the bound is granted when nothing else counts against that bound.

@@ -22,7 +22,7 @@ After a larger step, time continues at once from the last reading."""
 
 
 class MonotonicClock:
-    """Conversion of the times of a clock that may step back into times that never decrease."""
+    """Times that never decrease, made from the times of a clock that may step back."""
 
     def __init__(self) -> None:
         self._last = -math.inf
@@ -145,7 +145,7 @@ class TenantUse:
     month: Period = field(default_factory=Period)
 
     def advance(self, now: float) -> None:
-        """Drop what has expired from the windows at `now`, which happens at whole seconds only."""
+        """Drop the buckets that have expired at `now`. Buckets expire at whole seconds only."""
         second = math.floor(now)
         if second != self.second:
             self.second = second

@@ -40,7 +40,7 @@ class _Breaker:
     """Step count of the engine in the first report after the reconnect."""
     seen: bool = False
     """Whether the engine has been observed working since the breaker opened. True closes the breaker, but `pause_s`
-    stays until a success: if the breaker opens again before, the pause doubles."""
+    stays until a success: if the breaker opens again before that, the pause doubles."""
 
     @property
     def closed(self) -> bool:

@@ -1,7 +1,8 @@
-"""The rows of a fleet as columns of numpy, so that a decision over a thousand workers takes a few vector operations.
+"""The rows of a fleet as columns in numpy arrays, so that a decision over a thousand workers takes a few vector
+operations.
 
-The decisions are those of Fleet.pick without numpy, bit by bit: each cost is computed by the same operations in the
-same order. Rows are ordered by worker id, so that of equal workers the first one is the first by id.
+The decisions are the same as those of Fleet.pick without numpy, since each cost is computed by the same operations in
+the same order. Rows are ordered by worker id, so that the first of several equal workers is the first by id.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cluster.policy.routing.rows import Row, two_of
 Floats = npt.NDArray[np.float64]
 _STANDING, _PER_TOKEN, _MAX_TOKENS, _FREE, _LAST_SENT, _VERSION, _PARSES, _FIELDS = range(8)
 MAX_ADAPTERS: Final = 256
-"""Number of adapters for which the workers are remembered."""
+"""Largest number of adapters for which the workers are remembered."""
 _SHIFTS: Final = [np.uint64(shift) for shift in SHIFTS]
 _MULTIPLIERS: Final = [np.uint64(multiplier) for multiplier in MULTIPLIERS]
 _TO_FRACTION: Final = np.uint64(64 - FRACTION_BITS)
@@ -28,7 +29,7 @@ _UNIT: Final = float(1 << FRACTION_BITS)
 
 
 class Columns:
-    """The rows of one fleet. Positions are those of the rows from which the columns were made."""
+    """The rows of one fleet as columns. A position is an index in the `rows` from which the columns were made."""
 
     def __init__(self, rows: Sequence[Row], settings: RoutingSettings) -> None:
         self._settings = settings
@@ -40,7 +41,8 @@ class Columns:
         self._resident = [row.candidate.resident for row in rows]
         self._slowdowns = [row.candidate.slowdown for row in rows]
         self._with_adapter: dict[str, tuple[npt.NDArray[np.bool_], Floats]] = {}
-        """By adapter: which workers have it, and what a call for it costs there more. Kept until a worker changes."""
+        """By adapter: which workers have it, and how much it adds to the cost of each worker. Cleared when the adapters
+        or the slowdown of any worker change."""
         self._hashes = np.array([row.hashed for row in rows], np.uint64)
         self._fields = np.array([self._values(row) for row in rows], np.float64).reshape(-1, _FIELDS).T.copy()
 
@@ -63,7 +65,8 @@ class Columns:
         return row.standing, row.per_token, max_tokens, c.free_sequences, c.last_sent, version, c.parses_tools
 
     def pick(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
-        """Return the position of the best worker, -1 if none passes the filters, and how many pass."""
+        """Return the position of the best worker (-1 if no worker passes the filters), and the number of workers that
+        pass."""
         passes = self._passing(call, rejecting)
         places = passes.nonzero()[0]
         passed = len(places)
@@ -119,7 +122,7 @@ class Columns:
         return costs
 
     def _of_adapter(self, adapter: str) -> tuple[npt.NDArray[np.bool_], Floats]:
-        """Return which workers have an adapter, and the cost of copying it into a slot there."""
+        """Return which workers have an adapter, and what copying it into a slot costs at each worker."""
         known = self._with_adapter.get(adapter)
         if known is None:
             if len(self._with_adapter) >= MAX_ADAPTERS:

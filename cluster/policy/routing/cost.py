@@ -4,18 +4,18 @@ Problem: a call may go to the worker that holds most of its prompt, or to the wo
 time, so both must be expressed in one unit. A sum of scores in [0, 1] has no such unit: its trade-off between tokens
 and load changes with every scale.
 
-Derivation. Each term counts the time that somebody waits because the call goes to this worker, divided by the time that
-a usual worker needs for a prompt token:
+Derivation. Each term is the time that this call or other calls wait because the call goes to this worker, divided by
+the time that a usual worker needs for a prompt token:
 
     cost = slowdown * (waiting + computed * uncached + full * (running + 1) / slots + queued * queue
                        + memory * kv_usage^2 + adapter)  -  affinity
 
-- `waiting`: prompt tokens that this gateway has sent there and that have no output yet. The call waits for them.
+- `waiting`: prompt tokens of the sequences of this gateway that have no output there yet. The call waits for them.
 - `uncached`: prompt tokens of the call that the worker must compute. The call waits for each of them once. All running
   sequences wait too, since they share the engine's steps, and so do the prompts that come next. `computed` is one plus
-  their number, so it is the price of a computed token in tokens of waiting.
-  What another worker holds of the prompt is shared with the recent calls that have the same prefix, see
-  hot_prefixes.py: computed once, it serves them all, so only a part of it counts.
+  the number of these sequences and prompts, so it is the price of a computed token in tokens of waiting.
+  Tokens that another worker holds count only in part, because computing them here also serves the recent calls with the
+  same prefix, see hot_prefixes.py.
 - `running / slots`: decoding. The step time grows with each sequence, and one more sequence delays all that run: its
   price is proportional to their number. `full` is the cost of a worker without a free slot. The slots are those of the
   engine, not the credit, which the engine's admission of prompts keeps small.
@@ -23,10 +23,10 @@ a usual worker needs for a prompt token:
   tokens. A sequence of this gateway without output is already part of `waiting`.
 - `kv_usage`: the fuller the KV memory, the sooner sequences are preempted and cached blocks are evicted, and their
   tokens computed again. `memory` is the cost of a full memory.
-- `adapter`: the call needs an adapter that lies in no slot of the engine. Before its first step it is copied into one,
-  another adapter is dropped there, and the steps of all sequences wait.
+- `adapter`: the call needs an adapter that lies in no slot of the engine. Before the call's first step the adapter is
+  copied into a slot, where another adapter is dropped, and the steps of all sequences wait for the copy.
 - `slowdown`: the time for a prompt relative to a usual worker of the model, see prefill_times.py.
-- `affinity`: tokens that the preferred worker of the call's affinity key is ahead of the others.
+- `affinity`: advantage of the worker that the call's affinity key prefers.
 
 With equal workers and `queue`, `kv_usage` and `affinity` left out, this is the model of join-the-shortest-queue with
 setup costs: the work that is ahead, plus the work that the call adds to others.
@@ -55,8 +55,8 @@ class CostWeights:
     memory: float = 8_000.0
     """Cost of a worker whose KV memory is full."""
     patience: float = 24_000.0
-    """Prompt tokens for which a call waits for a worker without room that holds its prompt, even if its first token
-    comes later then. See policy/scheduling/set_aside.py."""
+    """Longest time to the first token, in prompt tokens, for which a call may wait for a full worker that holds its
+    prompt, even if another worker would be faster. See policy/scheduling/set_aside.py."""
     adapter: float = 2_000.0
     """Cost of copying an adapter into a slot of the engine."""
     affinity: float = 32_000.0
@@ -67,11 +67,11 @@ class CostWeights:
 class RoutingSettings:
     """The policy for new calls.
 
-    `cost`: the lowest cost. The others are plain policies, for comparison and as fallbacks. `least_load`: the smallest
-    share of used slots. `round_robin`: the worker that this gateway has sent nothing for the longest time.
-    `power_of_two`: the less loaded of two workers that are drawn by the call's id (Mitzenmacher 2001).
-    `consistent_hash`: the worker with the highest rendezvous hash of the affinity key, or else of the beginning of the
-    prompt (Thaler and Ravishankar 1998)."""
+    `cost`: the worker with the lowest cost. The others are plain policies, for comparison and as fallbacks.
+    `least_load`: the worker with the smallest share of used slots. `round_robin`: the worker that this gateway has sent
+    nothing for the longest time. `power_of_two`: the less loaded of two workers that are drawn by the call's id
+    (Mitzenmacher 2001). `consistent_hash`: the worker with the highest rendezvous hash of the affinity key, or else of
+    the beginning of the prompt (Thaler and Ravishankar 1998)."""
 
     policy: PolicyName = "cost"
     weights: CostWeights = CostWeights()
@@ -112,8 +112,8 @@ def standing_parts(settings: RoutingSettings, c: Candidate) -> tuple[tuple[str, 
 
 
 def own_wait(settings: RoutingSettings, c: Candidate, uncached: float) -> float:
-    """Return the number of prompt tokens, of a usual worker, that are computed at a worker before the first token of a
-    call with `uncached` tokens."""
+    """Return the time to the first token of a call at a worker, in prompt tokens of a usual worker. `uncached`: number
+    of tokens of the call that the worker must compute."""
     return c.slowdown * (c.prefill_tokens + settings.weights.queued * _foreign_queue(c) + uncached)
 
 

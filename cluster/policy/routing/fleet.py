@@ -1,12 +1,12 @@
 """The workers of one model, kept between decisions, and the choice of one of them for a new call.
 
-Problem: a gateway decides for each call, and a model may have a thousand workers. To read them all for each decision
+Problem: a gateway decides for each call, and a model may have a thousand workers. Reading them all for each decision
 takes milliseconds. Between two decisions few workers change.
 
 Method: a row for each worker holds what a decision needs: the part of the worker's cost that is equal for all calls,
 its cost of a prompt token, and the largest prompt that fits there. A row is computed when its worker has changed. A
-decision adds the part that depends on the call. From VECTOR_FROM workers on, the rows are also columns of numpy, see
-columns.py.
+decision adds the part that depends on the call. From VECTOR_FROM workers on, the rows are also kept as numpy columns,
+see columns.py.
 
 Invariants: the chosen worker passes all FILTERS, and no worker that passes has a lower cost (for power_of_two, of the
 two that were drawn). Of workers with equal costs, the one with more free sequences wins, then the one that got nothing
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 VECTOR_FROM: Final = 16
 """Number of workers from which numpy is faster than a loop."""
 MAX_HOLDERS: Final = 8
-"""Number of workers that hold as much of a prompt as the chosen worker, or more, and are compared with it."""
+"""Largest number of workers that are compared with the chosen worker because they hold at least as much of a prompt."""
 
 _BY_ID = attrgetter("worker_id")
 
@@ -75,7 +75,7 @@ class Fleet:
         return None if at is None else self._rows[at].candidate
 
     def put(self, candidate: Candidate) -> None:
-        """Add a worker, or replace what is known of it."""
+        """Add a worker, or replace its state."""
         at = self._position(candidate.worker_id)
         old = None if at is None else self._rows[at]
         row = row_of(candidate, self.settings, None if old is None else old.hashed)
@@ -119,8 +119,8 @@ class Fleet:
     def pick(self, call: RouteCall, rejecting: Collection[str] = ()) -> RoutingDecision:
         """Pick a worker for a new call. `rejecting`: incarnations whose circuit breakers let no call through.
 
-        A call that needs a parser for tool calls goes to any worker if no worker has one: that worker refuses the call,
-        and its error says why. Otherwise the call would hold back all calls behind it."""
+        If no worker has a parser for tool calls, a call that needs one goes to any worker, which refuses it with an
+        error that says why. If it waited instead, it would hold back all calls behind it."""
         if call.needs_tools and not self._parsers:
             call = replace(call, needs_tools=False)
         if call.reserved_slots and self._shared_slots <= call.reserved_slots:
@@ -139,13 +139,13 @@ class Fleet:
         return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), full)
 
     def _full_holders(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> Sequence[FullHolder]:
-        """Return workers without room that cost less than the chosen one. Of the workers that hold as much of the
-        prompt as the chosen one, or more, some are looked at."""
+        """Return workers without room that cost less than the chosen one. Only MAX_HOLDERS of the workers that hold at
+        least as much of the prompt as the chosen one are looked at."""
         here = call.cached.get(chosen.worker_id, 0)
         if self.settings.policy != "cost":
             return ()
         settings, cost_here = self.settings, cost_of(call, chosen, self.settings)
-        if call.affinity:  # the chosen worker may be the preferred one, which must not lose the call for less
+        if call.affinity:  # the chosen worker may be the preferred one, whose cost is lower by this
             cost_here -= settings.weights.affinity
         limit, out = -1.0, list[FullHolder]()
         for worker_id in islice((each for each, tokens in call.cached.items() if tokens >= here), MAX_HOLDERS):
@@ -181,7 +181,8 @@ class Fleet:
         return self._columns
 
     def _scan(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
-        """Return the position of the best worker, -1 if none passes the filters, and how many pass."""
+        """Return the position of the best worker (-1 if no worker passes the filters), and the number of workers that
+        pass."""
         entries = [
             (at, cost_of(call, row, self.settings))
             for at, row in enumerate(self._rows)
@@ -230,7 +231,8 @@ def _fits(call: RouteCall, row: Row, rejecting: Collection[str]) -> bool:
 def _scores(
     call: RouteCall, rows: Sequence[Row], settings: RoutingSettings, rejecting: Collection[str]
 ) -> tuple[Score, ...]:
-    """Return the scores of all workers: those that pass by cost, then the dropped ones, each by worker id."""
+    """Return the scores of all workers: first those that pass the filters, by cost, then the dropped ones, by worker
+    id."""
     passed: list[tuple[float, int, float, str, Score]] = []
     dropped: list[Score] = []
     for row in rows:

@@ -3,9 +3,10 @@
 Problem. A link costs both sides CPU even while nothing runs, so with many workers and many gateways each worker
 connects to some gateways only. Every gateway still needs workers of each model.
 
-Invariants. Each worker chooses by itself, by the names of the gateways alone. All gateways get about as many workers. A
-gateway that comes or goes changes at most one link of a worker, besides those by which the number of links grows. A
-gateway gets LEAST_WORKERS workers of a model on average or, of a model with fewer, all.
+Invariants. Each worker chooses by itself, from the names of the gateways alone. All gateways get about the same number
+of workers. A gateway that comes or goes changes at most one link of a worker, apart from links that are added because
+the number of links grows. A gateway gets LEAST_WORKERS workers of a model on average, or all workers of a model that
+has fewer.
 
 Source: rendezvous hashing, see rendezvous.py.
 """
@@ -21,13 +22,13 @@ from cluster.policy.routing.rendezvous import hash64, preference
 ALL_UP_TO: Final = 8
 """Default number of gateways up to which each worker connects to all."""
 LEAST_WORKERS: Final = 16
-"""Number of a model's workers that a gateway gets on average. That it gets none then has a probability of e**-16."""
+"""Number of a model's workers that a gateway gets on average. The probability that it gets none is then e**-16."""
 
 
 @dataclass(frozen=True, slots=True)
 class GatewaySubset:
-    """The rule for one worker. `most`: number of gateways to which it connects. `replicas`: number of workers that its
-    model has at least; few workers connect to more than `most`."""
+    """The rule for one worker. `most`: number of gateways to which it connects. `replicas`: least number of workers of
+    its model; if they are few, they connect to more than `most` gateways."""
 
     worker_id: str
     most: int = ALL_UP_TO
@@ -38,7 +39,7 @@ class GatewaySubset:
         return min(gateways, max(self.most, -(-gateways * LEAST_WORKERS // max(self.replicas, 1))))
 
     def of(self, gateways: Sequence[str]) -> tuple[str, ...]:
-        """Return the gateways to connect to, in the given order. `gateways`: distinct names of all."""
+        """Return the gateways to connect to, in the given order. `gateways`: distinct names of all gateways."""
         count = self.links(len(gateways))
         if count == len(gateways):
             return tuple(gateways)

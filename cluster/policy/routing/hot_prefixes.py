@@ -1,11 +1,11 @@
 """Counts of recent calls by cached prefix.
 
 Problem: if many calls with one prefix come together and one worker holds it, all of them are cheapest there, and that
-worker becomes a hot spot. To compute the prefix on other workers costs once and serves many calls.
+worker becomes a hot spot. Computing the prefix on another worker costs once and serves many calls.
 
-Method: a count for each prefix that falls by time to 1/e in MEMORY_S. The cost of computing the prefix elsewhere is
-divided by one plus the count, see cost.py. Memory is bounded: the prefixes that were not sent for the longest time are
-forgotten.
+Method: each prefix has a count of its calls, which falls to 1/e within MEMORY_S. The cost of computing the prefix
+elsewhere is divided by one plus the count, see cost.py. Memory is bounded: the prefixes that were not sent for the
+longest time are forgotten.
 """
 
 from __future__ import annotations

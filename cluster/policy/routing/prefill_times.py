@@ -1,21 +1,22 @@
 """Speed of each worker of a model in computing prompts, relative to the model's usual worker.
 
 Problem: a worker may be slow without failing any check, for example because its GPU is throttled or shared. Such a
-worker must get fewer calls within seconds, and again its share once it has recovered.
+worker must get fewer calls within seconds, and its full share again once it has recovered.
 
-Method. A sample is the number of prompt tokens that a worker has computed and the seconds that this took. Over all
-workers, a line of seconds by tokens is fitted with least squares: it gives the seconds that a usual worker needs, so
-that workers with short prompts, of which each has the fixed cost of an engine step, do not look slow. Samples of slow
-workers have a small weight in the fit. A worker's slowdown is the sum of its seconds divided by the sum of the seconds
-that the line predicts. PRIOR usual samples, and at least PRIOR_S, are added to both sums. A sample counts at most CLIP
-times what the slowdown so far predicts, so that a single pause decides little. Prompts that are late and not finished
-show a slow worker before its next sample: until then they count as a sample of the time so far. The sums decay with
-each sample, so that a few prompts show a change, and with time: a worker that gets no calls, since it was slow, is
-taken for a usual worker again, and the next calls show whether it is. Ratios within NOISE of 1 count as 1, because the
-times of equal workers vary as well.
+Method. A sample is the number of prompt tokens that a worker has computed and the seconds that this took. A line of
+seconds by tokens is fitted to the samples of all workers by least squares. The line predicts the seconds that a usual
+worker needs. It includes the fixed time of an engine step, so that workers with short prompts do not look slow. Samples
+of slow workers have a small weight in the fit. A worker's slowdown is the sum of its seconds divided by the sum of the
+seconds that the line predicts. The seconds of PRIOR usual samples, at least PRIOR_S, are added to both sums. A sample
+counts with at most CLIP times the seconds that the slowdown so far predicts, so that a single pause changes little.
 
-Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become slower alike,
-no slowdown changes for long.
+Prompts that are late and not finished show a slow worker before its next sample, so until then they count as a sample
+with the time so far. The sums decay with each sample, so that a few prompts show a change. They also decay with time: a
+worker that gets no calls because it was slow soon counts as a usual worker again, and its next calls show whether it is
+one. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
+
+Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become equally
+slower, the slowdowns change for a short time only.
 
 All times are monotonic seconds.
 """
@@ -32,15 +33,16 @@ MEMORY_S: Final = 15.0
 MODEL_MEMORY_S: Final = 300.0
 """Time in which the weight of a model's samples falls to 1/e."""
 KEPT: Final = 0.8
-"""Factor by which the weight of a worker's samples falls with each new one."""
+"""Factor by which the weight of a worker's samples falls with each new sample."""
 PRIOR: Final = 1.0
 """Number of usual samples that are added to those of a worker."""
 PRIOR_S: Final = 0.1
-"""Seconds that are added at least. Short prompts take a step or two, whose times differ between equal workers."""
+"""Least number of seconds that are added. Short prompts take one or two engine steps, whose times vary on equal
+workers."""
 NOISE: Final = 1.3
 """Ratio of times, or its inverse, up to which a worker counts as a usual one."""
 CLIP: Final = 4.0
-"""Largest ratio of a sample to what the slowdown so far predicts."""
+"""Largest ratio of a sample's seconds to the seconds that the slowdown so far predicts."""
 FASTEST, SLOWEST = 0.25, 100.0
 
 
@@ -53,7 +55,8 @@ class _Sums:
     usual_s: float = 0.0
     late_tokens: int = 0
     late_s: float = 0.0
-    """Tokens of prompts that are not finished, and the seconds so far. They count until `late_until`."""
+    """`late_tokens` and `late_s`: tokens of unfinished prompts, and the seconds so far. They count until
+    `late_until`."""
     late_until: float = 0.0
 
     def decay(self, now: float) -> None:
@@ -62,7 +65,7 @@ class _Sums:
 
 
 class PrefillTimes:
-    """Learned times of prompts for the workers of one model."""
+    """Learned prefill times of the workers of one model."""
 
     def __init__(self) -> None:
         self._workers: dict[str, _Sums] = {}
@@ -81,7 +84,7 @@ class PrefillTimes:
         sums.late_until = now
         slowdown = max(self.slowdown(worker_id, now), 1.0)
         weight = 1 / slowdown**2
-        if self._seconds:  # a prompt longer than all before it may take its share of their time, token by token
+        if self._seconds:  # a prompt longer than all before it may take the mean time per token
             usual_s = max(self.usual_s(tokens), self._seconds / self._tokens * tokens)
             seconds = min(seconds, CLIP * slowdown * usual_s)
         self._at = now
@@ -95,14 +98,15 @@ class PrefillTimes:
         sums.usual_s = KEPT * sums.usual_s + self.usual_s(tokens)
 
     def record_unfinished(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
-        """Record that a worker has computed for `seconds` on prompts that are late, with `tokens` tokens in all. This
-        counts for as long again, until the worker's next sample, or until the next report of unfinished prompts."""
+        """Record that a worker has computed for `seconds` on late prompts with `tokens` tokens in all, and has not
+        finished them. The record counts for another `seconds`, or until the worker's next sample or report of
+        unfinished prompts."""
         sums = self._workers.setdefault(worker_id, _Sums(now))
         sums.late_tokens, sums.late_s, sums.late_until = tokens, seconds, now + seconds
 
     def record_unfinished_lost(self, worker_id: str, now: float) -> None:
-        """Record that the unfinished prompts that were reported last were taken from their worker. They count like a
-        finished sample, since the worker would have needed longer."""
+        """Record that a worker no longer has the unfinished prompts that were reported last. They count like a sample,
+        since the worker would have needed longer."""
         sums = self._workers.get(worker_id)
         if sums is not None and now < sums.late_until:
             self.record(worker_id, sums.late_tokens, sums.late_s, now)

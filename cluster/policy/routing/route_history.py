@@ -21,13 +21,13 @@ from typing import Final
 from cluster.policy.routing.router import RoutingDecision, Score
 
 MAX_BYTES: Final = 16 << 20
-"""Greatest size of the memory of one gateway process, by the estimates below."""
+"""Largest size of the route history of one gateway process, by the estimates below."""
 MAX_CANDIDATES: Final = 16
-"""Number of workers of a decision that are kept."""
+"""Largest number of workers whose scores are kept for a decision."""
 SCORES_PER_S: Final = 1000
-"""Greatest number of scores of large fleets that are read in a second, to be kept."""
+"""Largest number of scores of large fleets that are read and kept in a second."""
 MAX_ROUTES: Final = 64
-"""Number of routes of one call that are kept, the newest."""
+"""Largest number of routes that are kept for one call: the newest ones."""
 CALL_BYTES: Final = 1024
 ROUTE_BYTES: Final = 1024
 CANDIDATE_BYTES: Final = 1024
@@ -39,7 +39,7 @@ Counts = Mapping[str, int]
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """The workers that a decision compared. `best`: scores of at most MAX_CANDIDATES workers, the best first.
-    `dropped`: number of all workers that each filter dropped. `total`: number of all workers."""
+    `dropped`: number of workers that each filter dropped, by the filter's reason. `total`: number of all workers."""
 
     best: Sequence[Score]
     dropped: Counts
@@ -47,7 +47,7 @@ class Candidates:
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> Candidates:
-        """Return the best of a decision's scores, and count the others."""
+        """Keep the best of a decision's scores, and count the workers that were dropped."""
         dropped = Counter(score.dropped for score in scores if score.dropped)
         return cls(scores[:MAX_CANDIDATES], dict(dropped), len(scores))
 
@@ -59,7 +59,7 @@ class Route:
     `sequence`: number of the sequence in its call. `tokens`: number of prompt tokens and of tokens emitted before.
     `cached`: number of leading tokens that workers were expected to hold in their KV caches, by worker id; None if
     there is no prediction. `is_exact`: whether the prediction is exact, if all events of the worker have arrived.
-    `again`: why the sequence had left its worker before, or `late` if it was sent to a second worker; "" for its first
+    `again`: why the sequence left its previous worker, or `late` if it was sent to a second worker; "" for its first
     route.
     """
 
@@ -76,9 +76,9 @@ class Route:
     """The worker's pod; "" outside Kubernetes. `node`: the worker's node."""
     node: str = ""
     awaited: str = ""
-    """Id of the worker for which the sequence waited, since it held the prompt; "" if the sequence did not wait so."""
+    """Id of the worker for which the sequence waited, since it held the prompt; "" if it did not wait."""
     wait_s: float = 0.0
-    """Seconds of that wait."""
+    """Seconds that the sequence waited for the worker `awaited`."""
     cached_tokens: int | None = None
     """Number of tokens that the engine found in its KV cache; None before the worker's first output."""
     first_output_at: float | None = None
@@ -145,7 +145,7 @@ class RouteHistory:
         self.max_bytes = max_bytes
         self._calls: dict[str, RoutedCall] = {}
         self._kept_at = -math.inf
-        """Time of the last decision of a large fleet whose scores are kept."""
+        """Time of the last decision in a large fleet of which the scores were kept."""
         self.size = 0
         """Estimated size in bytes of all calls."""
 

@@ -109,12 +109,12 @@ class RouteCall:
 
 @dataclass(frozen=True, slots=True)
 class FullHolder:
-    """A worker without room that would cost a call less than the chosen one, since it holds more of the prompt.
+    """A worker without room that has a lower cost for a call than the chosen one, since it holds more of the prompt.
 
-    `gain`: how much less it costs. `per_sequence`: how much each further sequence there adds to its cost. `wait`:
-    prompt tokens, of a usual worker, that are computed there before the call's first token. `limit`: the same at the
-    chosen worker, or the call's patience if that is greater. `uncached`: prompt tokens of the call that this worker
-    must compute. `slowdown`: see Candidate."""
+    `gain`: how much lower the cost is. `per_sequence`: how much each further sequence on the worker adds to its cost.
+    `wait`: time to the call's first token on the worker, in prompt tokens of a usual worker. `limit`: the same time on
+    the chosen worker, or the patience of CostWeights if that is longer. `uncached`: prompt tokens of the call that this
+    worker must compute. `slowdown`: see Candidate."""
 
     worker_id: str
     gain: float
@@ -146,9 +146,10 @@ class Scorer:
 class Score:
     """Result for one candidate.
 
-    `dropped`: reason of the filter that dropped the candidate; "" if it passed all. `total` and `parts`, pairs of name
-    and value: for a new call the cost and its parts, the lowest cost first; for a resumed call the weighted mean of the
-    scores, in [0, 1], and the scores, the highest first. `total` is 0 for a dropped candidate.
+    `dropped`: reason of the filter that dropped the candidate; "" if it passed all. `total` and `parts` (pairs of name
+    and value): for a new call, the cost and its parts, where the lowest cost is best; for a resumed call, the weighted
+    mean of the scores and the scores, all in [0, 1], where the highest mean is best. `total` is 0 for a dropped
+    candidate.
     """
 
     worker_id: str
@@ -201,7 +202,8 @@ class RoutingDecision:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """Every candidate: those that passed all filters, the best first, then the dropped ones by worker id."""
+        """Scores of all candidates: those that passed all filters, the best first, then the dropped ones by worker
+        id."""
         if callable(self._scores):
             self._scores = self._scores()
         return self._scores
@@ -283,8 +285,8 @@ def is_compatible(call: RouteCall, candidate: Candidate) -> bool:
 def needs_parser(needs_tools: bool, candidates: Iterable[Candidate]) -> bool:
     """Whether a call that needs tools must go to a worker with a parser for tool calls.
 
-    False if no worker has one: then any worker refuses the call, and its error says why. Otherwise the call would stay
-    at the head of its queue and hold back all calls behind it.
+    False if no worker has one, so that the call goes to any worker, which refuses it with an error that says why. If
+    the call waited instead, it would stay at the head of its queue and hold back all calls behind it.
     """
     return needs_tools and any(c.parses_tools for c in candidates)
 
@@ -316,7 +318,7 @@ def dropped_by(call: RouteCall, candidate: Candidate, filters: Iterable[Filter] 
 
 
 def why_nobody(scores: Iterable[Score]) -> str:
-    """Return the reason why no candidate was picked: that of the last filter in FILTERS that dropped one."""
+    """Return the reason why no candidate was picked: the reason of the last filter in FILTERS that dropped one."""
     dropped = {score.dropped for score in scores}
     furthest = next((f.reason for f in reversed(FILTERS) if f.reason in dropped), "no_worker")
     return "no_worker" if furthest == "other_model" else furthest

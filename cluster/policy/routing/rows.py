@@ -1,4 +1,4 @@
-"""The row of a worker: what a decision about a new call needs of the worker, computed when the worker has changed."""
+"""The row of a worker: the values that decisions about new calls use, computed when the worker has changed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from cluster.policy.routing.router import Candidate, RouteCall
 
 
 class Row(NamedTuple):
-    """A worker as decisions need it.
+    """The values of a worker that decisions use.
 
-    `is_open`: whether the worker passes the filters that are equal for all calls. `is_serving`: the same, but for room.
-    `max_tokens`: the largest prompt that fits. `standing` and `per_token`: see cost.py. `hashed`: hash of the worker's
-    id. `shared_slots`: free sequences that count for the slots that are reserved for other tenants."""
+    `is_open`: whether the worker passes the filters that are equal for all calls. `is_serving`: the same, without the
+    filter for free sequences. `max_tokens`: the largest prompt that fits. `standing` and `per_token`: see cost.py.
+    `hashed`: hash of the worker's id. `shared_slots`: free sequences that a fleet adds up to keep slots free for other
+    tenants."""
 
     candidate: Candidate
     worker_id: str
@@ -55,7 +56,8 @@ def cost_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
 
 
 def switch_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
-    """Return the cost of copying the call's adapter into a slot of the worker's engine; 0 if it lies in one."""
+    """Return the cost of copying the call's adapter into a slot of the worker's engine; 0 if the adapter lies in
+    one."""
     if not call.adapter or settings.policy != "cost" or call.adapter in row.candidate.resident:
         return 0.0
     return settings.weights.adapter * row.candidate.slowdown
@@ -64,7 +66,7 @@ def switch_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
 def uncached_of(call: RouteCall, cached: float) -> float:
     """Return how many tokens of a call count as uncached at a worker that holds `cached` tokens.
 
-    What another worker holds of the prompt is also needed by the recent calls that share it, so each bears a part."""
+    Tokens that another worker holds are also needed by the recent calls with the same prefix, so they count in part."""
     uncached = call.tokens - min(cached, call.tokens)
     if not call.sharing or not call.cached:
         return uncached

@@ -2,8 +2,8 @@
 
 The policy (`portfolio`) decides. This module assembles the observations for the policy and keeps the data that explains
 the decisions. Only the requests of operators (`OperatorRequest`) have to be stored. After a restart, a new scaler takes
-the targets on Ray as the last decisions, learns rates and cold starts again, and counts demand from the gateways'
-current counters on.
+the targets on Ray as the last decisions, learns rates and cold starts again, and counts demand as the growth of the
+gateways' counters from now on.
 
 While no gateway is connected, the demand is unknown, and all numbers of replicas stay the same.
 
@@ -181,9 +181,9 @@ class Scaler:
     ) -> Sequence[tuple[str, ScalingDecision]]:
         """Run one pass. Returns the new decisions, each with the name of the model.
 
-        Several `specs` with one name stand for one model on several types of GPU, the preferred type first. `blind`: no
-        gateway is connected. `room`: number of replicas that fit, by model and type of GPU; a type without an entry
-        has enough capacity.
+        Several `specs` with one name describe one model on several types of GPU, the preferred type first. `blind`: no
+        gateway is connected. `room`: number of replicas that fit, by model and type of GPU; a type without an entry has
+        enough capacity.
         """
         passed_s = 0.0 if self._looked_at is None else now - self._looked_at
         self._looked_at = now
@@ -370,7 +370,8 @@ class Scaler:
     def _started(self, model: _Model, names: Sequence[str], now: float) -> None:
         """Learn the cold-start time from the replicas `names`, which serve for the first time.
 
-        Each is matched with the oldest open start that this scaler has decided. Other starts are not counted.
+        Each replica is matched with the oldest open start that this scaler has decided. A replica without such a start
+        is not counted.
         """
         for _ in names:
             if not model.ordered_at:

@@ -1,15 +1,16 @@
-"""New sequences whose turn has come, and that wait for a worker that has loaded their adapter.
+"""New sequences that have had their turn and wait for a worker that has loaded their adapter.
 
 Problem: an adapter may be loaded on no worker yet, or on few. A sequence that needs it would wait at the head of its
-queue and hold back all sequences behind it, although workers without the adapter have room for those.
+queue and hold back all sequences behind it, although workers without the adapter have room for them.
 
-Method: in its turn such a sequence leaves the queue and waits here, and counts in the fair order as if it were sent. It
-is sent as soon as a worker that has loaded the adapter has room, in the order of the turns and before new turns.
+Method: when its turn comes, such a sequence leaves the queue, waits here, and counts in the fair order as if it were
+sent. Once a worker with the adapter has room, sequences that wait here are sent in the order of their turns, before
+those in the queue.
 
 Invariants: a sequence waits here only if a worker without the adapter would have had room for it; otherwise all
-sequences wait for room alike. Nothing else waits for a sequence that waits here. At most MAX_PER_MODEL sequences of a
-model wait, and of one tenant at most MAX_PER_TENANT; further ones end. Each waits here once, and no longer than it
-may wait in a queue.
+sequences wait for room alike. No other sequence waits for a sequence that waits here. At most MAX_PER_MODEL sequences
+of a model wait, at most MAX_PER_TENANT of them of one tenant; further sequences are ended. A sequence waits here once,
+and no longer than it may wait in a queue.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ MAX_PER_TENANT: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class AdapterWait:
-    """A sequence that waits for its adapter. `call`: what routing needs of it. `since` and `until`: monotonic times of
-    the wait's begin and end."""
+    """A sequence that waits for its adapter. `call`: the sequence's routing request. `since` and `until`: monotonic
+    times at which the wait began and must end."""
 
     entry: WaitingSequence
     call: RouteCall
@@ -61,7 +62,7 @@ class AdapterWaits:
         return tuple(self._by_model)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of a model's sequences that wait, and their prompt tokens."""
+        """Return the number of a model's sequences that wait, and the number of their prompt tokens."""
         waits = [wait for of_adapter in self._by_model.get(model, {}).values() for wait in of_adapter.values()]
         return len(waits), sum(wait.entry.tokens for wait in waits)
 
@@ -100,8 +101,8 @@ class AdapterWaits:
         return tuple(self._by_model.get(model, ()))
 
     def in_order(self, model: str, adapter: str) -> Iterator[AdapterWait]:
-        """Yield the sequences that wait for an adapter in the order of their turns. The caller may remove each one that
-        it gets."""
+        """Yield the sequences that wait for an adapter, in the order of their turns. The caller may remove each yielded
+        sequence."""
         yield from list(self._by_model.get(model, {}).get(adapter, {}).values())
 
     def expired(self, now: float) -> list[AdapterWait]:

@@ -1,11 +1,12 @@
 """Learnt times to the first token, by model and by the number of prompt tokens that the worker has to compute.
 
-Problem: how late is a first token that 1 % of the calls would exceed on an ordinary worker? A slow worker must not
-raise the answer, since its calls are those that should be found late.
+Problem: which time to the first token do only 1 % of the calls exceed on an ordinary worker? Slow workers must not
+raise the answer, since their calls are the ones that should be found late.
 
-Method: the workers of a model are spread over GROUPS groups, each with a sketch of its own for each size class of
-prompts. The answer is the lower median of the groups' quantiles, so that slow workers in a minority of the groups do
-not change it. A size class with too few observations uses the next larger class, whose first tokens come later.
+Method: the workers of a model are spread over GROUPS groups. Each group has a sketch (latency_sketch.py) for each size
+class of prompts. The answer is the lower median of the groups' quantiles, so that slow workers in a minority of the
+groups do not change it. A size class with too few observations uses the next larger class, whose first tokens come
+later.
 
 Invariant: memory is bounded, in models, in workers per model and in observations.
 
@@ -27,10 +28,12 @@ MIN_COUNT = 50.0
 RELEARNT_S = 1.0
 """Age in seconds at which the answer for a size class is computed anew."""
 SIZES = 24
-"""Number of size classes: class i has the prompts of less than 2**i tokens that are in no smaller class."""
+"""Number of size classes: class i has the prompts of 2**(i - 1) to 2**i - 1 tokens; the last class has larger ones
+too."""
 MAX_MODELS = 1_000
 MAX_WORKERS = 4_096
-"""Number of workers of a model whose groups are remembered. Then all are assigned anew."""
+"""Largest number of workers of a model whose groups are remembered. Beyond it, all workers are assigned to groups
+anew."""
 
 
 def size_class(uncached_tokens: int) -> int:

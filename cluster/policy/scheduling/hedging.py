@@ -4,10 +4,11 @@ keeps the sequence.
 Problem: a worker may be slow without failing any check. A caller should not wait for such a worker while another one is
 free, and the second Submits must not become a load of their own.
 
-Method: a sequence is late once it has waited longer than QUANTILE of the model's first tokens took for prompts of its
-size (first_token_times.py). A late sequence that is not hedged is looked at again each time its wait has grown by the
-factor GROWTH. The first look at a sequence leaves half of BURST to those that have waited longer: a sequence that is a
-little late is likely to be answered soon, and one that is on a slow worker is not.
+Method: a sequence is late once it has waited longer than the QUANTILE of the model's times to the first token for
+prompts of its size (first_token_times.py). A late sequence that is not hedged is looked at again each time its wait has
+grown by the factor GROWTH. At the first look, a sequence is hedged only if half of BURST is saved up; the rest is for
+sequences that have waited longer. A sequence that is a little late is likely to be answered soon, but a sequence on a
+slow worker is not.
 
 Invariants: the hedges of a model never exceed `share` of the model's sequences that were sent so far, and at most BURST
 hedges are saved up. A sequence is hedged at most once before its first output. No sequence is hedged while sequences of
@@ -32,9 +33,9 @@ BURST = 10.0
 GROWTH = 1.5
 """Factor by which the wait of a late sequence grows until the next look at the sequence."""
 MIN_FREE = 0.2
-"""Free part of the sequences that the other workers can run, below which the model counts as overloaded."""
+"""Smallest free part of the other workers' capacity in sequences. Below it, the model counts as overloaded."""
 SHORTEST_S = 0.05
-"""Shortest wait in seconds after which a sequence is late. To hedge earlier would win less than the link costs."""
+"""Shortest wait in seconds after which a sequence is late. An earlier hedge would gain less than the link costs."""
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ class _Hedge:
 @dataclass(slots=True)
 class _Sent:
     """A sequence that was sent and has no output. `wait_s`: seconds after `sent_at` at which it is late, or is looked
-    at again. `hedge`: its Submit to a second worker, while there are two."""
+    at again. `hedge`: its Submit to a second worker, while two workers have it."""
 
     model: str
     worker: str
@@ -65,7 +66,8 @@ class HedgingPolicy:
     """Decides for one gateway which sequences are hedged. `now` is monotonic, in seconds."""
 
     def __init__(self, share: float) -> None:
-        """`share`: hedges of a model as a part of its sequences, in [0, 1]. 0: nothing is hedged and nothing learnt."""
+        """`share`: largest part of a model's sequences that are hedged, in [0, 1]. 0: nothing is hedged and nothing
+        learnt."""
         self.share = share
         self._times = FirstTokenTimes()
         self._sent: dict[str, _Sent] = {}
@@ -84,8 +86,8 @@ class HedgingPolicy:
         return self._due[0][0] if self._due else math.inf
 
     def sent(self, key: str, model: str, worker_id: str, uncached_tokens: int, now: float) -> None:
-        """Record that a sequence was sent to its first worker, or after a loss to another. `uncached_tokens`: number of
-        prompt tokens that the worker is expected to compute."""
+        """Record that a sequence was sent to its first worker, or to another worker after a loss. `uncached_tokens`:
+        number of prompt tokens that the worker is expected to compute."""
         if self.share <= 0:
             return
         before = self._sent.get(key)
@@ -100,7 +102,7 @@ class HedgingPolicy:
             heapq.heappush(self._due, (now + wait_s, self._numbers, key))
 
     def knows(self, model: str, uncached_tokens: int, now: float) -> bool:
-        """Return whether enough is known to call a first token late."""
+        """Return whether enough first tokens were observed to decide that one is late."""
         return self._times.high(model, uncached_tokens, now) is not None
 
     def late(self, now: float) -> Iterator[str]:
@@ -108,7 +110,7 @@ class HedgingPolicy:
         while self._due:
             due, number, key = self._due[0]
             sent = self._sent.get(key)
-            if sent is None or sent.number != number or sent.was_hedged:  # answered in time, so no call is needed
+            if sent is None or sent.number != number or sent.was_hedged:  # answered, sent again or hedged
                 heapq.heappop(self._due)
                 continue
             if due > now:
@@ -152,15 +154,16 @@ class HedgingPolicy:
         sent.was_hedged, sent.hedge = True, _Hedge(worker_id, uncached_tokens, now)
 
     def hedge_ended(self, key: str, won: bool, now: float) -> int:
-        """Record that one of the two workers of a sequence is out: the first if the hedge has `won`, else the second.
-        Returns the number of prompt tokens that the worker which is out was expected to compute."""
+        """Record that only one of the two workers of a sequence goes on: the second if the hedge has `won`, else the
+        first. Returns the number of prompt tokens that the other worker was expected to compute."""
         sent = self._sent.get(key)
         if sent is None or sent.hedge is None:
             return 0
         hedge, sent.hedge = sent.hedge, None
         if not won:
             return hedge.uncached_tokens
-        # A lower bound of the time to first token. Without it, hedging would make a slow worker look fast.
+        # The first worker's wait is a lower bound of its time to first token. Without it, hedging would make a slow
+        # worker look fast.
         self._times.observe(sent.model, sent.worker, sent.uncached_tokens, now - sent.sent_at, now)
         in_vain = sent.uncached_tokens
         sent.worker, sent.uncached_tokens, sent.sent_at = hedge.worker, hedge.uncached_tokens, hedge.sent_at
@@ -178,7 +181,7 @@ class HedgingPolicy:
         self._sent.pop(key, None)
 
     def retain_models(self, models: Iterable[str]) -> None:
-        """Forget the budgets of models outside `models`."""
+        """Forget the saved hedges of models that are not in `models`."""
         known = set(models)
         for model in [model for model in self._saved if model not in known]:
             del self._saved[model]

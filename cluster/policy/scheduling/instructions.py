@@ -18,8 +18,8 @@ class ResumingSequence:
     `entry`: the sequence's entry in the waiting room, with which it was charged. `tokens`: number of prompt tokens and
     emitted tokens together. `compatibility`: key of the worker that computed the first token. `excluded`: incarnations
     of workers to which the sequence must not be sent. `cached_on`: incarnation of the worker that holds the sequence's
-    KV blocks, "" if none does. `silent_since`: time of the first lost worker since the sequence's last token; None: no
-    worker was lost since that token.
+    KV blocks, "" if none does. `silent_since`: time of the first loss of a worker since the sequence's last token;
+    None: no worker was lost since that token.
 
     `suspect`: whether the sequence has lost so many workers in a row that it may be the cause. `lost_links`: names of
     the links to these workers. `lost_at` and `lost_node`: time of the last loss, and node of the lost worker.
@@ -66,9 +66,10 @@ class Ending(enum.Enum):
 class Send:
     """Send a sequence, which has left its queue, to a worker. `reason` and `cached_tokens`: see RoutingDecision; the
     latter is set for new sequences only. `uncached_tokens`: number of tokens of a resumed sequence that the worker is
-    likely to compute, 0 for all. `decision`: the decision, for explanations. `cached`: number of leading tokens of a
-    new sequence that workers hold in their KV caches, by worker id; None if that was not looked up. `holder_wait`: the
-    wait of a new sequence for the worker that held its prompt, which need not be `worker_id`; None without a wait."""
+    likely to compute; 0 means all tokens. `decision`: the decision, for explanations. `cached`: number of leading
+    tokens of a new sequence that workers hold in their KV caches, by worker id; None if the caches were not looked up.
+    `holder_wait`: the wait of a new sequence for the worker that held its prompt, which need not be `worker_id`; None
+    without a wait."""
 
     entry: WaitingSequence
     worker_id: str

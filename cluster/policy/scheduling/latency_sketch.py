@@ -1,4 +1,4 @@
-"""Quantiles of durations, of which the recent ones count most.
+"""Quantiles of durations in which recent durations count most.
 
 Problem: a quantile of millions of durations must follow changes of the load, in little memory.
 
@@ -33,7 +33,8 @@ class LatencySketch:
         self._buckets: dict[int, float] = {}
         self._total = 0.0
         self._origin: float | None = None
-        """Time at which a new duration has the weight 1. Weights grow with time, so that old ones need no change."""
+        """Time at which a new duration has the weight 1. The weights of later durations are larger, so that the weights
+        of old durations need no change."""
 
     def add(self, duration_s: float, now: float) -> None:
         """Add a duration."""
@@ -43,7 +44,7 @@ class LatencySketch:
         self._total += growth
 
     def count(self, now: float) -> float:
-        """Return the number of durations, each by its weight at `now`."""
+        """Return the number of durations, each counted with its weight at `now`."""
         return self._total / self._growth(now)
 
     def quantile(self, part: float) -> float:

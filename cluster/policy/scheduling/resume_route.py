@@ -42,7 +42,7 @@ def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate
 
 
 def suits(sequence: ResumingSequence, worker: Candidate, now: float) -> bool:
-    """Return whether a worker has capacity for a sequence that resumes, and nothing speaks against the worker."""
+    """Return whether a worker has capacity for a sequence that resumes, and meets all conditions of the sequence."""
     return (
         may_take_resumed(worker)
         and worker.healthy

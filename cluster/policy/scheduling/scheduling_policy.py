@@ -38,9 +38,10 @@ from cluster.policy.scheduling.warm_sequences import WarmSequences
 from cluster.policy.scheduling.worker_losses import LossVerdict, WorkerLosses
 
 FEW = 32
-"""Number of workers up to which a sequence that resumes may go to any of them."""
+"""If a model has at most this many workers, a sequence that resumes may go to any of them."""
 LOOKED_AT, CHOICES = 64, 8
-"""Of more workers, the number of workers that are looked at, and of those among which the router chooses."""
+"""If a model has more workers: the number of workers that are looked at, and the largest number of suitable ones among
+which the router chooses."""
 
 
 class Workers(Protocol):
@@ -50,25 +51,25 @@ class Workers(Protocol):
         """Pick a worker for a new sequence, see policy/routing/fleet.py."""
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes. A worker may
-        be read when it is first looked at."""
+        """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes. The state of a
+        worker may be read only when the caller looks at the worker."""
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker of a model for a sequence that resumes, or None if the worker is not linked."""
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
         """Return how many leading tokens of a new sequence's prompt the workers of a model hold in their KV caches, by
-        worker id. Workers that hold none are left out. None if that is not known or makes no difference."""
+        worker id. Workers that hold none are left out. None if this is not known or makes no difference."""
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same as `cached_tokens`, even if there is only one worker to choose."""
+        """Return the same numbers as `cached_tokens`, also if there is only one worker to choose from."""
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence now, None
-        if the worker is not linked or takes no new sequences."""
+        """Return the number of tokens of the largest prompt that a worker can take now; 0 if it can take no sequence
+        now, None if the worker is not linked or takes no new sequences."""
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """Return whether any worker of a model takes calls for an adapter, see RouteCall. The answer is cheap."""
+        """Return whether any worker of a model takes calls for an adapter, see RouteCall. The call is cheap."""
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Return whether a worker runs a suspect sequence that has got no token there yet, see worker_losses.py."""
@@ -129,7 +130,7 @@ class SchedulingPolicy:
     def remove(self, key: str) -> bool:
         """Remove a sequence from its queue. Returns False if the sequence was not queued."""
         self._versions.pop(key, None)
-        self._return_to_room(key)  # its charge is given back
+        self._return_to_room(key)  # so that its charge is given back
         return self.resuming.remove(key) or self.room.cancel(key)
 
     def _return_to_room(self, key: str) -> None:
@@ -138,7 +139,7 @@ class SchedulingPolicy:
             self.room.put_back(turn.entry, turn.since)
 
     def position(self, key: str) -> int | None:
-        """Return how many new sequences of its tenant are before a queued new sequence; None if it is not queued."""
+        """Return the number of the tenant's new sequences ahead of a queued new sequence; None if it is not queued."""
         return 0 if key in self.aside or key in self.adapter_waits else self.room.position(key)
 
     def waiting(self, model: str) -> tuple[int, int]:
@@ -170,8 +171,9 @@ class SchedulingPolicy:
         yield from self.assign_new(model, now)
 
     def assign_new(self, model: str, now: float) -> Iterator[Instruction]:
-        """Yield the instructions for new sequences: those that were set aside, then the others in the order of the
-        waiting room. A head that fits on no worker holds back the sequences behind it."""
+        """Yield the instructions for new sequences: those that were set aside, those that wait for adapters, then the
+        others in the order of the waiting room. A sequence at the head that fits on no worker holds back those behind
+        it."""
         for aside in self.aside.in_order(model):
             yield from self._assign_aside(aside, now)
         yield from self._assign_with_adapters(model, now)
@@ -202,7 +204,7 @@ class SchedulingPolicy:
             if lacks_adapter and call is not None:
                 if not self.adapter_waits.add(entry, call, now, self.room.latest(entry, now)):
                     self._versions.pop(entry.call_id, None)
-                    self.room.put_back(entry, now)  # its charge is given back
+                    self.room.put_back(entry, now)  # so that its charge is given back
                     self.room.cancel(entry.call_id)
                     yield End(entry.call_id, Ending.NO_ADAPTER)
                 continue
@@ -215,8 +217,8 @@ class SchedulingPolicy:
                 yield Send(entry, where, decision.reason, 0, there, decision, cached, entry.holder_wait)
 
     def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
-        """Return the worker without room for which a sequence should wait, or None. The sequences of a call with a
-        choice of versions begin on one version, so they do not wait."""
+        """Return the worker without room for which a sequence should wait, or None. A sequence with a choice of
+        versions does not wait, because all sequences of its call must begin on one version."""
         has_choice = len(self._versions.get(entry.call_id, ANY_VERSION).all) > 1
         return None if has_choice else self.aside.best(entry, decision.full_holders)
 
@@ -274,7 +276,7 @@ class SchedulingPolicy:
         self._versions.pop(key, None)
 
     def _call(self, entry: WaitingSequence, cached: Mapping[str, int]) -> RouteCall:
-        """Return what routing needs of a new sequence. `cached`: see RouteCall."""
+        """Return the routing request of a new sequence. `cached`: see RouteCall."""
         keep_free, versions = self.room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
         first = frozenset((versions.first,)) if versions.first else versions.all
         return RouteCall(
@@ -346,8 +348,8 @@ class SchedulingPolicy:
             yield End(sequence.key, Ending.REPLACED)
 
     def _offered(self, sequence: ResumingSequence, view: _WorkersView, now: float) -> Iterator[Sequence[Candidate]]:
-        """Yield the workers to choose from: for a short time only the worker that holds the KV blocks; then a few
-        workers if there are many, and if none of these takes the sequence, all."""
+        """Yield the groups of workers to try: only the worker that holds the KV blocks while the sequence must wait for
+        it; else a few workers if there are many, and then all workers."""
         holder = view.one(sequence.cached_on) if sequence.cached_on else None
         cached_on = self.resuming.waits_for(sequence.key, now)
         waits = cached_on and cached_on not in sequence.excluded
@@ -412,8 +414,8 @@ class _WorkersView:
 
     def sample(self, sequence: ResumingSequence, now: float) -> Sequence[Candidate]:
         """Return up to CHOICES workers that suit a sequence, of the LOOKED_AT workers that follow a position drawn by
-        the sequence's key. A thousand workers would take milliseconds for each sequence, and the best of a few is
-        nearly as good as the best of all (Mitzenmacher 2001)."""
+        the sequence's key. Looking at a thousand workers would take milliseconds for each sequence, and the best of a
+        few is nearly as good as the best of all (Mitzenmacher 2001)."""
         workers, found = self._candidates(), list[Candidate]()
         start = hash64(sequence.key)
         for step in range(min(LOOKED_AT, len(workers))):
@@ -438,7 +440,8 @@ class _WorkersView:
         return self._with_suspect[worker.incarnation]
 
     def refresh(self, worker: Candidate, is_suspect: bool) -> None:
-        """Read a worker again after a sequence was sent to the worker. `is_suspect`: whether the sequence is."""
+        """Read a worker again after a sequence was sent to the worker. `is_suspect`: whether the sequence is
+        suspect."""
         self._single.pop(worker.incarnation, None)
         if is_suspect:
             self._with_suspect[worker.incarnation] = True

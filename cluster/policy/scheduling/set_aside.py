@@ -1,18 +1,20 @@
-"""New sequences whose turn has come, and that wait for the worker that holds their prompt.
+"""New sequences that have had their turn and wait for the worker that holds their prompt.
 
-Problem: the worker that holds a prompt often has no free credit for a moment, since it admits few prompts at a time. A
-sequence that goes elsewhere is computed again and evicts other blocks there. A sequence that waits at the head of its
-queue holds back all sequences behind it.
+Problem: the worker that holds a prompt often has no free credit for a moment, since it admits few prompts at a time.
+Another worker would have to compute the prompt again, and would evict other blocks. A sequence that waits at the head
+of its queue holds back all sequences behind it.
 
-Method: in its turn such a sequence is set aside, and counts in the fair order as if it were sent. The queue goes on. As
-soon as the worker has room, the sequences that wait for it are sent, in the order of their turns and before new turns.
-A sequence waits for the worker that costs least, and only if that costs less than the best one with room, and if the
-prompts before it there take no longer than those at the best one with room, or than `patience` prompt tokens (cost.py).
-Those that are set aside for a worker count as if they were sent to it.
+Method: when its turn comes, such a sequence is set aside, and counts in the fair order as if it were sent. The queue
+goes on. Once the worker has room, the sequences that wait for it are sent in the order of their turns, before those in
+the queue.
+
+A sequence waits for the worker with the lowest cost (cost.py) on two conditions: that cost is lower than the cost of
+the best worker with room, and the first token takes no longer than on the best worker with room, or than `patience`
+prompt tokens. For both conditions, the sequences that are set aside for a worker count as if they were sent to it.
 
 Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once, for at most
-MAX_WAIT_S, and no longer than the worker takes new sequences; then it goes to any worker, or back to the head of its
-queue. At most MAX_PER_MODEL sequences of a model are set aside.
+MAX_WAIT_S, and only while the worker takes new sequences. After that, it is sent to any worker, or returns to the head
+of its queue. At most MAX_PER_MODEL sequences of a model are set aside.
 
 Source: delay scheduling (Zaharia et al., EuroSys 2010), with a bound in work instead of a number of skipped turns.
 """
@@ -32,10 +34,10 @@ MAX_PER_MODEL: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """A sequence that is set aside. `call`: what routing needs of it. `worker_id`: the worker for which it waits.
+    """A sequence that is set aside. `call`: its routing request. `worker_id`: the worker for which it waits.
 
-    `uncached`: number of prompt tokens to compute there. `since` and `until`: monotonic times of the wait's begin and
-    end."""
+    `uncached`: number of prompt tokens to compute there. `since` and `until`: monotonic times at which the wait began
+    and must end."""
 
     entry: WaitingSequence
     call: RouteCall
@@ -51,7 +53,7 @@ class Aside:
 
 @dataclass(slots=True)
 class _Before:
-    """Number of sequences that wait for a worker, and of the prompt tokens that they have it compute."""
+    """Number of sequences that wait for a worker, and number of prompt tokens that it must compute for them."""
 
     count: int = 0
     uncached: float = 0.0
@@ -64,7 +66,7 @@ class SetAside:
         self._by_key: dict[str, Aside] = {}
         self._by_model: dict[str, dict[str, Aside]] = {}
         self._before: dict[tuple[str, str], _Before] = {}
-        """What waits for a worker, by model and worker."""
+        """Totals of the sequences that wait for a worker, by model and worker."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -81,12 +83,12 @@ class SetAside:
         return tuple(self._by_model)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of a model's sequences that are set aside, and their prompt tokens."""
+        """Return the number of a model's sequences that are set aside, and the number of their prompt tokens."""
         asides = self._by_model.get(model, {}).values()
         return len(asides), sum(aside.entry.tokens for aside in asides)
 
     def best(self, entry: WaitingSequence, holders: Iterable[FullHolder]) -> FullHolder | None:
-        """Return the worker for which a sequence should wait; None if for none of these."""
+        """Return the holder for which a sequence should wait; None if it should wait for none of `holders`."""
         if entry.holder_wait is not None or len(self._by_model.get(entry.model, ())) >= MAX_PER_MODEL:
             return None
         most, best = 0.0, None

@@ -1,13 +1,14 @@
 """The expected loss if a waiting sequence is not sent now, as policy/fairness/warm_order.py needs it.
 
-A sequence loses the tokens that a worker with room for it holds in its KV cache, if the worker evicts them for the
-prompt that it gets instead. An engine evicts the blocks first that were used longest ago, so the chance grows with the
-wait. It is taken as proportional to 1 + wait / WAIT_S. (In the simulation of loadtests/sim/sessions.py this does about
-as well as the true order of eviction, which a gateway does not know.)
+Suppose that a worker with room for a sequence holds tokens of its prompt in the KV cache. If the worker gets another
+sequence instead, it may evict these tokens, and they are lost. An engine evicts the blocks that were used longest ago
+first, so the probability of a loss grows with the wait. It is assumed to be proportional to 1 + wait / WAIT_S. (In the
+simulation of loadtests/sim/sessions.py this does about as well as the true order of eviction, which a gateway does not
+know.)
 
 While all workers are full, the queues are read again and again, and only the workers' room changes fast. So the holders
-of a prompt are looked up once in FRESH_S, and the room each time. One decision looks up at most MAX_LOOKUPS prompts; of
-the others it uses what it knows.
+of a prompt are looked up once in FRESH_S, and the room each time. One decision looks up at most MAX_LOOKUPS prompts;
+for the other prompts it uses the remembered holders.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ WAIT_S: Final = 10.0
 FRESH_S: Final = 0.25
 MAX_LOOKUPS: Final = 8
 MAX_HOLDERS: Final = 4
-"""Number of workers that are tried for a prompt, those that hold most of it. All workers may hold a common system
-prompt, which is not worth a look at each."""
+"""Number of workers that are tried for a prompt: those that hold most of it. All workers may hold a common system
+prompt, and trying each of them is not worth the time."""
 MAX_PROMPTS: Final = 1024
 """Number of waiting sequences whose holders are remembered."""
 
@@ -38,8 +39,8 @@ class HolderView(Protocol):
         """Return how many leading tokens of a waiting sequence's prompt the workers hold, by worker id."""
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence now, None
-        if the worker is not linked or takes no new sequences."""
+        """Return the number of tokens of the largest prompt that a worker can take now; 0 if it can take no sequence
+        now, None if the worker is not linked or takes no new sequences."""
 
 
 class WarmSequences:
@@ -51,8 +52,8 @@ class WarmSequences:
         """By call id: the time of the lookup, and (tokens, worker), the most tokens first."""
 
     def loss_of(self, model: str, now: float) -> LossOf:
-        """Return the function that gives the expected loss of a sequence of a model that is not sent at `now`. The
-        function is for one decision."""
+        """Return a function that computes the expected loss if a given sequence of the model is not sent at `now`. The
+        function must be used for one decision only."""
         free: dict[str, int] = {}
         lookups = 0
 

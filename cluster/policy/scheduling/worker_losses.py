@@ -3,12 +3,14 @@ sent to a third worker, unless other sequences lost the same workers.
 
 Problem: a request that crashes or blocks every engine would be passed from worker to worker and break all other streams
 on these workers. The gateway sees that a worker is lost, but not why.
-Invariant: the call of a sequence ends if the sequence lost `most` workers unexpectedly, with no token in between.
-Two exceptions. First, the sequence resumes if the gateway lost even more workers that did not run the sequence within
-WINDOW_S. The verdict is given SETTLE_S after the sequence's last loss, since the losses of one host or network are
+
+Invariant: the call of a sequence ends if the sequence lost `most` workers unexpectedly, with no token in between. Two
+exceptions. First, the sequence resumes if, within WINDOW_S, the gateway lost even more workers that did not run the
+sequence. The verdict is given SETTLE_S after the sequence's last loss, since the losses of one host or network are
 detected one after the other. Second, if several sequences lost their last `most` workers together, only one of them may
-be the cause. Each is then sent once more, to a worker that runs no other suspect sequence. So the sequence that
-causes the losses takes down one more worker, and no other sequence fails with it.
+be the cause. Each is then sent once more, to a worker that runs no other suspect sequence. So the sequence that causes
+the losses takes down one more worker, and no other sequence fails with it.
+
 A loss is expected, and does not count, in two cases: the worker was draining, or the worker was only unreachable and
 the same process has reconnected before the verdict.
 """

@@ -102,7 +102,7 @@ class KeyEntry:
 class TenantEntry:
     """Tenant in the form that gateways use.
 
-    `origin` is file or api. `model_aliases` are aliases of this tenant alone.
+    `origin`: `file` for a tenant that a file declares, else `api`. `model_aliases` are aliases of this tenant alone.
     """
 
     policy: TenantPolicy

@@ -69,7 +69,7 @@ class Patterns:
             yield match.span()
 
     def name_at(self, text: str, start: int) -> str:
-        """Name of the pattern that matches at `start`. `start` must be the begin of a match that `find` yielded."""
+        """Name of the pattern that matches at `start`. `start` must be the beginning of a match that `find` yielded."""
         before = min(start, 1)
         near = text[start - before : start + self.longest + 1]
         names = (name for name, each in zip(self.names, self._each, strict=True) if each.match(near, before))

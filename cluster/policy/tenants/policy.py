@@ -205,8 +205,8 @@ class TenantPolicy:
         return any(fnmatchcase(model, pattern) for pattern in self.models)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the policy as plain values under the names of the configuration (`class`); `from_json` is the
-        inverse."""
+        """Return the policy as plain values, with the field names of the configuration (`class` for `priority_class`);
+        `from_json` is the inverse."""
         out = _plain(dataclasses.asdict(self))
         out["class"] = out.pop("priority_class")
         return typing.cast(dict[str, Any], out)

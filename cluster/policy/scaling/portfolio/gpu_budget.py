@@ -191,7 +191,8 @@ def _push_step(
 
 
 def _values(claim: GpuClaim) -> Floats:
-    """Weighted timely calls per second by number of replicas (0, 1, 2, ...): the mean over HORIZON, with bonus EDGE."""
+    """Weighted timely calls per second by number of replicas (0, 1, 2, ...), as a mean over HORIZON. The calls of
+    running replicas are multiplied by EDGE."""
     have = total_worth(claim.seen, claim.have)
     numbers = np.arange(claim.wanted + 1, dtype=float)
     kept = np.minimum(numbers, have)

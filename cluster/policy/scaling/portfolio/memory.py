@@ -18,7 +18,7 @@ class Past:
     """Values at `at_s`, the end of a learning step during the last cold start.
 
     A plan is the maximum of a signal during the patience (replica_target.PATIENCE). Rules hold replicas for the plan
-    and not for the signal, so that replicas do not leave at once.
+    and not for the signal, so that a falling signal does not remove replicas at once.
     """
 
     at_s: float
@@ -46,8 +46,8 @@ class Stretch:
 class Fidelity:
     """Comparison of the backtest with the results of real calls. All sums fade with time.
 
-    `correction` scales the replicas of every rule. It is above 1 after real calls were late that the backtest served in
-    time. `waiting`: queued work in a backtest of the real replicas.
+    `correction` scales the replicas of every rule. It is above 1 after real calls were late although the backtest
+    served them in time. `waiting`: queued work in a backtest of the real replicas.
     """
 
     waiting: float = 0.0

@@ -307,7 +307,8 @@ def _replicas_for_calls(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork,
 
 
 def after_decision(memory: ModelMemory, seen: ModelSeen, decided: int, wanted: float, now_s: float) -> ModelMemory:
-    """Return the memory after the decision for `decided` replicas. `wanted`: number claimed from the GPU budget."""
+    """Return the memory after the decision for `decided` replicas. `wanted`: number of replicas claimed from the GPU
+    budget."""
     have = sum(r.state != "draining" for r in seen.replicas)
     if decided >= have:
         return memory
