@@ -1,4 +1,5 @@
-"""Reports of browsers about what the content security policy has stopped. They are counted, and few are logged."""
+"""Browsers' reports of violations of the content security policy. All are counted, and LINES_PER_S are logged each
+second."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class CspReports:
 
 
 def _fields(content: bytes) -> Mapping[str, str]:
-    """Return the fields of a report that a log line holds. The sample of the text is left out: it may be a prompt."""
+    """Return the fields of a report for the log line. The report's sample of the page's text is left out, since it may
+    hold a prompt."""
     try:
         body = orjson.loads(content)
     except orjson.JSONDecodeError:

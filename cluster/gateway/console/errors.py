@@ -32,7 +32,7 @@ class ConsoleForm:
         return ErrorAnswer(status.http, call_error_body(error), [*JSON_HEADERS, *retry_headers(error)])
 
     def event(self, error: CallError, request_id: str) -> bytes:
-        """See ApiForm. The last line of a stream of JSON lines."""
+        """See ApiForm. Returns the error as the last line of a stream of JSON lines."""
         return call_error_body(error) + b"\n"
 
 

@@ -28,7 +28,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 TTFT: Final = "time_to_first_token_seconds"
 LAG: Final = "event_loop_lag_seconds"
 MAX_TENANTS: Final = 1000
-"""Number of tenants of an overview: those with open calls first, then those that have made calls."""
+"""Maximum number of tenants in an overview: those with open calls first, then those that have made calls."""
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class Survey:
         self._parts = parts
 
     async def look(self, with_rows: bool = True) -> Snapshot:
-        """Return the present state. `with_rows`: also make the rows of workers and models."""
+        """Return the present state. `with_rows`: whether to make the rows of workers and models, too."""
         parts = self._parts
         now = parts.service.clock()
         shot = Snapshot(now, parts.wall())
@@ -145,7 +145,7 @@ class Survey:
             yield None
 
     def _tenants(self, shot: Snapshot) -> Iterator[None]:
-        """Add the sums over ended calls, and the tenants without calls."""
+        """Add each tenant's sums over ended calls, and the tenants without calls."""
         parts, tenants = self._parts, shot.tenants
         shot.policies = policies = parts.policies()
         for name, sums in list(parts.recent.tenants.items()):
