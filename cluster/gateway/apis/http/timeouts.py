@@ -96,7 +96,8 @@ class HttpTimeouts:
         self._paused = True
 
     def answered(self, now: float, *, complete: bool) -> None:
-        """Record the end of the response, or of the rest of a body after it. `complete`: whether no rest is to come."""
+        """Record the end of the response, or of the rest of a body after it. `complete`: whether the whole body has
+        arrived."""
         self._part = Part.IDLE if complete else Part.LEFTOVER
         self._since = now
 

@@ -58,7 +58,7 @@ _PAIRS: Final = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "docume
 """The names of the two fields of /score that hold the texts, as in vLLM."""
 SCORE_FIELDS: Final = _COMMON | _UNSERVED_PAIRS.keys() | {name for names in _PAIRS for name in names}
 INPUT_FIELDS: Final = frozenset({"input", "query", *(name for names in _PAIRS for name in names)})
-"""Fields that hold the inputs of a request, and are large if the request is."""
+"""Fields that hold the inputs of a request. Only these fields may be large."""
 
 
 def parse_embeddings(body: Fields) -> ParsedPooling:
