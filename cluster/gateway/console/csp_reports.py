@@ -23,7 +23,8 @@ LINES_PER_S: Final = 1
 
 
 class CspReports:
-    """The endpoint of reports. Anybody may send one, so a report changes nothing but the count and the log."""
+    """The endpoint for browsers' reports. Anybody may send a report, so it changes nothing but the count and the
+    log."""
 
     def __init__(self, bodies: RequestBodies, metrics: Metrics, clock: Callable[[], float]) -> None:
         """`clock`: monotonic seconds."""
@@ -34,7 +35,7 @@ class CspReports:
         metrics.count("console_csp_reports_total", by=0)  # so that the first report is an increase
 
     async def report(self, exchange: Exchange) -> None:
-        """Count a report, and log it within the bound on lines."""
+        """Count a report, and log it unless too many were logged within this second."""
         length = exchange.headers.get(b"content-length", b"")
         async with self._bodies.read(exchange.receive, exchange.scope[CONNECTION], length, "") as content:
             fields = _fields(bytes(content))

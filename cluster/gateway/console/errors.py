@@ -40,7 +40,7 @@ FORM = ConsoleForm()
 
 
 def error_body(code: str, message: str, field: str = "", **more: Any) -> bytes:
-    """Return the body of an error."""
+    """Return the JSON body of an error. `more`: further fields."""
     error: Mapping[str, Any] = {"code": code, "message": message, "field": field, **more}
     return orjson.dumps({"error": error})
 

@@ -181,7 +181,7 @@ class CallGuards:
 
     async def _check_texts(self, texts: Sequence[str], prompt: Prompt | None, field: str = "") -> Sequence[str]:
         """Apply all input guards to texts and return the filtered texts. `prompt`: the prompt that holds the texts;
-        None for the inputs of a pooling request, which stand in its field `field`."""
+        None for the inputs of a pooling request, which are in its field `field`."""
         field = field or ("messages" if isinstance(prompt, ChatPrompt) else "prompt")
         for rule in self._inputs:
             try:

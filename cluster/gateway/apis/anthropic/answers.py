@@ -33,7 +33,7 @@ def message_id(call: Call) -> str:
 
 
 def tool_ids(call: Call) -> ToolId:
-    """Return the function for the tool call ids of a call's only choice."""
+    """Return the function that makes the tool call ids of a call with one choice."""
     return lambda part: TOOL_ID_PREFIX + call.tool_call_id(0, part.call, part.text)
 
 

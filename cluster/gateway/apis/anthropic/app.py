@@ -48,7 +48,7 @@ class AnthropicApi:
         self._created = time.time()
 
     def endpoints(self) -> Mapping[str, Application]:
-        """Return the endpoints by path. The paths of models are also those of OpenAI's API."""
+        """Return the endpoints by path. OpenAI's API has the same paths for models."""
         authenticate = by_credentials(self._service.authenticator)
 
         def endpoint(method: str, answer: Callable[[Exchange], Awaitable[None]]) -> Endpoint:

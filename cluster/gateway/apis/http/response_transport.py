@@ -20,7 +20,8 @@ class Response(Protocol):
 
 
 class ResponseTransport:
-    """The methods of a transport that uvicorn's RequestResponseCycle uses. The body must follow the head at once."""
+    """The methods of a transport that uvicorn's RequestResponseCycle uses. The head is held back until the body begins,
+    so the body must follow at once."""
 
     __slots__ = ("_head", "_response", "_transport")
 
@@ -32,7 +33,7 @@ class ResponseTransport:
         sent."""
 
     def write(self, data: bytes) -> None:
-        """Write the head, a part of the body, or before both an interim response (100 Continue)."""
+        """Write the next bytes: an interim response (100 Continue), the head of the response, or a part of its body."""
         head = self._head
         if head is None and self._response.response_started:
             self._head = data

@@ -2,9 +2,9 @@
 
 Problem: a connection that sends nothing, or one byte now and then, holds a descriptor and memory for as long as the
 client likes.
-Method: the owner reports events and calls `overdue` every `check_s` seconds. Time is an argument. The rate of a body is
-measured between two checks, and only if the gateway was reading all the time, so that pauses of the gateway do not
-count against the client.
+Method: the owner reports events and calls `overdue` every `check_s` seconds. The owner also passes the time. The rate
+of a body is measured between two checks, and only if the gateway was reading all the time, so that pauses of the
+gateway do not count against the client.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Parsing of the bodies of /v1/embeddings, /rerank and /score into pooling requests.
 
-/v1/embeddings is OpenAI's. The others have the fields of vLLM 0.32 (`entrypoints/pooling`), which are those of Jina's
-and Cohere's rerankers. Fields that would change the answer and are not supported are refused by name.
+/v1/embeddings has the fields of OpenAI's API. The other paths have those of vLLM 0.32 (`entrypoints/pooling`), which
+Jina's and Cohere's rerankers have, too. Fields that would change the answer and are not supported are refused by name.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ _VIEWER_PRINCIPAL: Final = replace(LOOPBACK_OPERATOR, role="viewer")
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """A signed-in person. `principal` makes admin requests, and `caller` makes calls of models."""
+    """A signed-in person. `principal`: the principal of its admin requests. `caller`: the principal of its calls to
+    models."""
 
     session: ConsoleSession
     principal: Principal
@@ -50,7 +51,7 @@ class Viewer:
 
 
 class ConsoleAccess:
-    """Sessions of the console at one gateway process."""
+    """Begins and checks the console's sessions at one gateway process."""
 
     def __init__(
         self,

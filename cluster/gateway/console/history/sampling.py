@@ -1,4 +1,4 @@
-"""Samples for a gateway's history: rates and counts, computed from two looks (survey.py)."""
+"""Samples for a gateway's history: rates and counts, computed from two snapshots (survey.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_STEPS: Final = 720
 
 
 class HistorySampler:
-    """Adds samples to the history of one gateway process. Keeps the look of the last sample for comparison."""
+    """Adds samples to the history of one gateway process. Keeps the snapshot of the last sample for comparison."""
 
     def __init__(self) -> None:
         self._history: History | None = None
@@ -31,7 +31,7 @@ class HistorySampler:
         return self._history
 
     async def sample(self, shot: Snapshot) -> None:
-        """Add a sample of the time since the last look, at most one in each step of the history. Nothing is added
+        """Add a sample of the time since the last snapshot, at most one in each step of the history. Nothing is added
         before numpy is imported (deferred_imports.py)."""
         step = int(shot.epoch_s // STEP_S)
         if step == self._step:

@@ -1,9 +1,9 @@
-"""The live overview of one gateway process: one look per second while there are subscribers, who share the result.
+"""The live overview of one gateway process: one snapshot per second while there are subscribers, who share the result.
 
 Invariants: while no subscriber, no other process and no request needs the overview, only one sample of the history is
-computed every STEP_S. Each tick looks at the gateway once, makes the document once, and computes and encodes the
-changes once for each tenant whose viewers watch; subscribers share the bytes. A subscriber holds at most MAX_PENDING
-unread events; one that does not read is disconnected.
+computed every STEP_S. Each tick takes one snapshot of the gateway, makes one document, and computes and encodes the
+changes once for each tenant with subscribers. A subscriber holds at most MAX_PENDING unread events; one that does not
+read is disconnected.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _nothing() -> None:
 
 @dataclass(slots=True)
 class _View:
-    """The view that the subscribers of one tenant share, or those who see all tenants."""
+    """The subscribers with the same tenant, and the document that they see."""
 
     subscribers: set[Subscriber] = field(default_factory=set)
     new: set[Subscriber] = field(default_factory=set)

@@ -1,7 +1,7 @@
 """The part of one gateway process in the overview: a JSON object that other processes can add to theirs.
 
-A part holds rates, computed from two looks. Numbers that cannot be added, such as percentiles, are sent as the counts
-from which overview.py computes them.
+A part holds rates, each computed from two snapshots. Numbers that cannot be added, such as percentiles, are sent as the
+counts from which overview.py computes them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ MAX_CALLS: Final = 2000
 MAX_OPEN: Final = 1000
 """Maximum number of open calls in the part of one process."""
 STEP_S: Final = 5
-"""Seconds between two remembered looks, and length of a step of the history."""
+"""Seconds between two remembered snapshots, and length of a step of the history."""
 WINDOW_S: Final = 60.0
 """Seconds over which percentiles and cache hits are computed."""
 RATE_S: Final = 0.5
-"""Minimum seconds between two looks from which a rate is computed."""
+"""Minimum seconds between two snapshots from which a rate is computed."""
 SMOOTH_S: Final = 60.0
 """Seconds over which a tenant's cost is averaged, since it is known only when calls end."""
 
@@ -57,13 +57,13 @@ class _Cost:
 
 
 class Window:
-    """The models' counts within the last WINDOW_S seconds, as differences from an earlier look."""
+    """The models' counts within the last WINDOW_S seconds, as differences from an earlier snapshot."""
 
     def __init__(self) -> None:
         self._past: deque[tuple[float, Mapping[str, Tally]]] = deque()
 
     def add(self, shot: Snapshot) -> None:
-        """Remember a look, at most one in each STEP_S."""
+        """Remember a snapshot, at most one in each STEP_S."""
         if not self._past or shot.now - self._past[-1][0] >= STEP_S:
             self._past.append((shot.now, shot.models))
         while len(self._past) > 1 and shot.now - self._past[1][0] >= WINDOW_S:
@@ -71,7 +71,7 @@ class Window:
 
     def since(self, name: str, tally: Tally) -> tuple[list[int], int, int]:
         """Return three values of a model within the window: its counts of times to first token by bucket, its prompt
-        tokens, and its cached tokens. `tally`: the model's numbers now. All values are 0 at the first look."""
+        tokens, and its cached tokens. `tally`: the model's numbers now. All values are 0 at the first snapshot."""
         before = self._past[0][1].get(name) if self._past else None
         if before is None:
             before = Tally()
@@ -85,7 +85,7 @@ class Window:
 
 
 class PartMaker:
-    """Makes the parts of one gateway process from its looks."""
+    """Makes the parts of one gateway process from its snapshots."""
 
     def __init__(self, gateway: str, process: int, instance: str, recent: RecentCalls) -> None:
         """`gateway`: id of the gateway process. `process`: its number on its host. `instance`: a text that differs
@@ -96,24 +96,24 @@ class PartMaker:
         self._recent = recent
         self._window = Window()
         self._looks: deque[Snapshot] = deque(maxlen=3)
-        """The last looks, the newest last."""
+        """The last snapshots, the newest last."""
         self._costs: dict[str, _Cost] = {}
         self._ended: dict[int, Row] = {}
         """The rows of ended calls by number, which never change."""
 
     def rest(self, shot: Snapshot) -> None:
-        """Remember a look for which no part is made, because there are no viewers."""
+        """Remember a snapshot for which no part is made, because there are no viewers."""
         self._looks.append(shot)
         self._ended = {}
         self._window.add(shot)
 
     def _before(self, shot: Snapshot) -> Snapshot:
-        """Return the earlier look with which `shot` is compared: the newest that is at least RATE_S older. Without one,
-        `shot` itself."""
+        """Return the earlier snapshot with which `shot` is compared: the newest that is at least RATE_S older. Without
+        one, `shot` itself."""
         return next((each for each in reversed(self._looks) if shot.now - each.now >= RATE_S), shot)
 
     async def make(self, shot: Snapshot, limits: LimitUses) -> Part:
-        """Return the part that describes a look."""
+        """Return the part that describes a snapshot."""
         before = self._before(shot)
         self._looks.append(shot)
         self._window.add(shot)
@@ -124,7 +124,7 @@ class PartMaker:
         )
         models = await in_slices(self._models(shot, before, interval_s))
         calls = await in_slices(self._calls(shot))
-        shot.calls = []  # they must not be kept until the next look
+        shot.calls = []  # they must not be kept until the next snapshot
         rate = sum(row["tokens_per_s"] for row in tenants)
         return {
             "format": FORMAT,
@@ -228,7 +228,8 @@ def fair_choice(calls: Sequence[Call], most: int) -> Sequence[Call]:
 
 
 def _is_open(call: Call) -> bool:
-    """Return whether a call is still open. A call that ended since the look has sequences that no longer name it."""
+    """Return whether a call is still open. A call that ended since the snapshot has sequences that no longer refer to
+    it."""
     return hasattr(call.sequences[0], "call")
 
 

@@ -24,7 +24,7 @@ from cluster.gateway.calls.opening import Opening
 from cluster.gateway.calls.pooling.pooling_opening import PoolingOpening
 
 MAX_CALLS: Final = 2000
-"""Number of ended calls that are kept. With the longest ids, which a test uses, they take less than 4 MiB."""
+"""Maximum number of ended calls that are kept. Even with the longest ids they take less than 4 MiB."""
 MAX_AGE_S: Final = 3600.0
 """Seconds after its end for which a call is kept."""
 MAX_TENANTS: Final = 2000

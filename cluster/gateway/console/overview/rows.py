@@ -23,7 +23,7 @@ LOST: Final = "LOST"
 """State of a worker whose link has ended unexpectedly."""
 MAX_REASON_CHARS: Final = 500
 MAX_NAME_CHARS: Final = 256
-"""Number of characters that are shown of a name that a worker reports."""
+"""Maximum number of characters that are shown of each name that a worker reports."""
 MAX_NUMBER: Final = 2**53
 """Upper bound on products of numbers that a worker reports. Browsers cannot represent larger integers exactly."""
 _DIGITS: Final = 4

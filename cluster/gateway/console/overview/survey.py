@@ -1,7 +1,7 @@
-"""One look at a gateway process: its open calls, workers and models, read in slices between which other tasks run.
+"""Snapshots of a gateway process: its open calls, workers and models, read in slices between which other tasks run.
 
 Nothing is added to the path of a token: the number of tokens so far is read from each open call, and rates are the
-differences of two looks.
+differences of two snapshots.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_TENANTS: Final = 1000
 
 @dataclass(slots=True)
 class Tally:
-    """Numbers of one tenant or model at one look. `tokens` and the other sums are since the start of the process.
+    """The numbers of one tenant or model in a snapshot. `tokens` and the other sums are since the start of the process.
     `gap`: the fairness gap in units of docs/tenancy.md. `ttft`: counts by bucket of the times to first token."""
 
     running: int = 0
@@ -60,7 +60,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Snapshot:
-    """A gateway process at one look. `now`: monotonic seconds, the same moment as `epoch_s`."""
+    """The state of a gateway process at one time. `now`: monotonic seconds, the same moment as `epoch_s`."""
 
     now: float
     epoch_s: float
@@ -96,13 +96,13 @@ class GatewayParts:
 
 
 class Survey:
-    """Looks at one gateway process."""
+    """Takes snapshots of one gateway process."""
 
     def __init__(self, parts: GatewayParts) -> None:
         self._parts = parts
 
     async def look(self, with_rows: bool = True) -> Snapshot:
-        """Return the present state. `with_rows`: whether to make the rows of workers and models, too."""
+        """Return a snapshot of the present state. `with_rows`: whether to make the rows of workers and models, too."""
         parts = self._parts
         now = parts.service.clock()
         shot = Snapshot(now, parts.wall())

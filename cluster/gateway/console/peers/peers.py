@@ -132,8 +132,7 @@ class _Unfinished:
 
 
 class PartAssembler:
-    """Joins the pieces of parts. The pieces of one part arrive one after the other, those of several sources in any
-    order."""
+    """Joins the pieces of parts from several sources. The pieces of one source arrive in order."""
 
     def __init__(self) -> None:
         self._unfinished: dict[str, _Unfinished] = {}
