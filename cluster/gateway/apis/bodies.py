@@ -65,11 +65,11 @@ class Bodies:
         """Parse a request body of the HTTP API. Returns a ParsedRequest, or for a pooling request a ParsedPooling.
         Raises CallError.
 
-        `name`: a name of the parsers above. `max_ids`: returns the largest allowed number of
-        token ids in a prompt; a longer prompt is refused before it is parsed. Called for large bodies only.
+        `name`: the name of a parser in _PARSERS. `max_ids`: returns the largest allowed number of token ids in a
+        prompt, and is called for large bodies only; a longer prompt is refused before it is parsed.
         """
         if len(body) <= SMALL_JSON_BYTES:
-            with suppress(NotText):  # the helper names the field
+            with suppress(NotText):  # the helper process finds the field and reports it
                 return _PARSERS[name](read_object(bytes(body)))
         elif _is_small_json(body):
             async with self._one_at_a_time:  # else bodies that arrive together would block the event loop together
@@ -94,8 +94,8 @@ class Bodies:
         return await self._read_in_helper("message", data, tenant, name, max_ids())
 
     async def session(self, data: bytes | bytearray, tenant: str = "") -> list[Any] | pb.SessionRequest:
-        """Parse a message of a session. Returns the decoded message if the message is small, else the list of the items
-        in the message. Raises CallError."""
+        """Parse a message of a session. Returns the decoded message if the message is small, else the list of the
+        starts and cancels in the message. Raises CallError."""
         if _is_small_message(pb.SessionRequest, data):
             request: pb.SessionRequest = requests.decoded(pb.SessionRequest, data)
             return request

@@ -227,7 +227,8 @@ def _count_messages(raw: bytes) -> None:
 
 
 def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc_requests.DetokenizeCall | None:
-    """Parse a message with many token ids, reading the ids from its bytes as an array. Returns None for others."""
+    """Parse a message with many token ids, reading the ids from its bytes as an array. Returns None for any other
+    message."""
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
         return None

@@ -1,4 +1,4 @@
-"""JSON text of float32 values: the shortest decimal number that is the same float32 again.
+"""JSON text of float32 values: the shortest decimal number that reads back as the same float32.
 
 Python writes a float32 as the float64 that it equals, in up to 17 digits. orjson writes the short text of a numpy
 array's values at 20 ns each.
@@ -20,6 +20,6 @@ def floats_json(values: bytes | memoryview | np.ndarray[Any, Any]) -> bytes:
 
 
 def short_floats(values: bytes | memoryview | np.ndarray[Any, Any]) -> list[float]:
-    """Return floats whose shortest texts are those of little-endian float32 values, which must be finite."""
+    """Return little-endian float32 values, which must be finite, as floats with the same short text in JSON."""
     numbers: list[float] = orjson.loads(floats_json(values))
     return numbers

@@ -17,8 +17,8 @@ from cluster.gateway.call_service import CallService
 def http_application(
     service: CallService, bodies: RequestBodies, more: Mapping[str, Application] | None = None
 ) -> Application:
-    """Return the ASGI application with all routes of the HTTP port. Paths of two APIs are chosen by the version
-    header. `more`: further endpoints by path, those of the console."""
+    """Return the ASGI application with all routes of the HTTP port. The version header decides which API answers at a
+    path that two APIs share. `more`: further endpoints by path, such as those of the console."""
     calls = HttpCalls(service, bodies)
     endpoints = {**openai.OpenAiApi(calls).endpoints(), **(more or {})}
     for path, endpoint in anthropic.AnthropicApi(calls).endpoints().items():

@@ -68,7 +68,8 @@ class NotJson(CallError):
 
 
 def parse(path: str, text: bytes | str, bounds: JsonBounds | None = ARGUMENTS, levels: int = MAX_DEPTH) -> Any:
-    """Parse the JSON text of the field `path`. Raises CallError, which names the invalid value. `levels`: max depth."""
+    """Parse the JSON text of the field `path`. Raises CallError, which names the invalid value. `levels`: deepest
+    allowed nesting."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(_UTF8_MARK)
     if bounds is not None:  # None: the caller has counted the values already
         check_counts(path, data, bounds)

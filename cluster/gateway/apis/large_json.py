@@ -9,16 +9,17 @@ import numpy as np
 
 
 def count_of(characters: bytes, text: bytes | bytearray) -> int:
-    """Return how often the ASCII characters occur in a text, all together. A tenth of the time of `bytes.count`."""
+    """Return how often any of the ASCII characters occurs in a text. Takes a tenth of the time of `bytes.count`."""
     codes = np.frombuffer(text, np.uint8)
     return sum(int(np.count_nonzero(codes == character)) for character in characters)
 
 
 def decode(data: bytes) -> tuple[Any] | None:
-    """Return the value of a JSON text in a tuple, in half the time of the module json. None if `json` must decide.
+    """Parse a JSON text in half the time of the module `json`. Returns the value in a tuple; None if `json` must parse
+    it.
 
-    The value equals that of `json`, and has no lone surrogates. What msgspec refuses and `json` may accept are infinite
-    numbers, NaN, lone surrogates and deep nesting.
+    A returned value equals that of `json`, and has no lone surrogates. msgspec refuses infinite numbers, NaN, lone
+    surrogates and deep nesting, which `json` may accept.
     """
     try:
         return (msgspec.json.decode(data),)

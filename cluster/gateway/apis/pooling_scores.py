@@ -1,7 +1,7 @@
 """Scores of pairs and rankings from the vectors of a pooling call, for all APIs.
 
 A cross-encoder gives a score for each pair. A model that only embeds gives a vector for each text; the score of a pair
-is then the cosine of their angle, as in vLLM's server.
+is then the cosine of the angle between its two vectors, as in vLLM's server.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _EPSILON: Final = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A document in an answer. `index`: its index in the request. `score`: the float with the shortest text of a
-    float32. `text`: the document; None if it is not returned."""
+    """A document in an answer. `index`: its index in the request. `score`: see scores_of. `text`: the document; None if
+    it is not returned."""
 
     index: int
     score: float
@@ -32,8 +32,8 @@ class Ranked:
 
 
 async def scores_of(call: PoolingCall, vectors: Sequence[bytes]) -> list[float]:
-    """Return the score of each pair of a call, in order, as the floats whose shortest texts are those of float32
-    values."""
+    """Return the score of each pair of a call, in order, as floats with the short text of a float32 in JSON
+    (float_json.py)."""
     import numpy as np  # not at the start: deferred_imports.py
 
     from cluster.gateway.apis.float_json import short_floats
@@ -68,7 +68,7 @@ def ranked(parsed: ParsedPooling, scores: Sequence[float]) -> list[Ranked]:
 
 
 def answer_bytes(vectors: Sequence[bytes], parsed: ParsedPooling) -> int:
-    """Return the approximate size of an answer. A value of 4 bytes has about 12 characters in JSON."""
+    """Return the approximate size of an answer in bytes. A value of 4 bytes has about 12 characters in JSON."""
     inputs = parsed.request.inputs
     documents = sum(text_lengths(inputs.second)) if isinstance(inputs, PairInputs) and parsed.returns_documents else 0
     return max(3 * sum(map(len, vectors)) + documents, 1)

@@ -19,8 +19,8 @@ def random_id() -> str:
 
 
 def request_id(value: object) -> str:
-    """Return a valid request id unchanged, and "" for any other value. Valid is a text of 1 to 128 printable ASCII
-    characters without a space."""
+    """Return a valid request id unchanged, and "" for any other value. A valid id has 1 to 128 printable ASCII
+    characters and no space."""
     return _matched(_REQUEST_ID, value)
 
 
@@ -33,7 +33,8 @@ def traceparent(value: object) -> str:
 
 
 def trace_state(value: object) -> str:
-    """Return a valid W3C tracestate unchanged, and "" for any other value. Meaningful beside a valid traceparent."""
+    """Return a valid W3C tracestate unchanged, and "" for any other value. It has a meaning only together with a valid
+    traceparent."""
     return checked_tracestate(value) if isinstance(value, str) else ""
 
 

@@ -1,9 +1,9 @@
 """A bound on the memory of large answers that clients have not read yet.
 
 Problem: an answer with vectors may have 100 MB, costs few tokens, and holds no slot of its tenant any more while the
-client reads it, so slow clients of one tenant could fill the gateway's memory. Invariant: the answers of one tenant
-that are made or sent at a time have at most `most_bytes` in all, or there is one of them. A further call keeps its
-slots and waits.
+client reads it, so slow clients of one tenant could fill the gateway's memory. Invariant: the answers of a tenant that
+are being made or sent have at most `most_bytes` together, unless there is only one. Further calls keep their slots and
+wait.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class UnreadAnswers:
         self._freed = asyncio.Event()
 
     def answer(self, tenant: str) -> UnreadAnswer:
-        """Return the context of an answer, which counts from `hold` to the context's end."""
+        """Return the context manager of an answer. The answer counts from `hold` until the context ends."""
         return UnreadAnswer(self, tenant)
 
     async def hold(self, tenant: str, size: int) -> None:
@@ -42,7 +42,7 @@ class UnreadAnswers:
 
 
 class UnreadAnswer:
-    """The context of one answer."""
+    """The context manager of one answer."""
 
     __slots__ = ("_answers", "_size", "_tenant")
 

@@ -109,8 +109,8 @@ class Authenticator(Protocol):
         STORE_UNAVAILABLE."""
 
     def knows(self) -> object:
-        """Return an object that stands for the current tenants and keys. A change replaces the object, so compare it by
-        identity.
+        """Return an object that identifies the current state of the tenants and keys. After each change it is a
+        different object, so compare it by identity.
 
         Raises CallError STORE_UNAVAILABLE."""
 

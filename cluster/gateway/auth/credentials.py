@@ -35,8 +35,8 @@ class FailureCallback(Protocol):
     """Function that is called for each failed authentication."""
 
     def __call__(self, reason: str, subject: str, peer: str) -> None:
-        """Handle a failed authentication. Must not block. `reason`: a word for audit and metrics. `subject`: the
-        claimed key id or subject."""
+        """Handle a failed authentication. Must not block. `reason`: a short code such as `expired`, for audit and
+        metrics. `subject`: the claimed key id or subject."""
 
 
 class CredentialChecker:
@@ -106,8 +106,8 @@ class CredentialChecker:
         return self._key_verdict(snapshot, token)
 
     def _key_verdict(self, snapshot: AccessSnapshot, token: str) -> AuthVerdict:
-        """Return the verdict for an API key. A valid key is looked up once in each snapshot, any other key each
-        time."""
+        """Return the verdict for an API key. A valid key is looked up once per snapshot, an invalid key each time that
+        it is presented."""
         now_s = self._clock()
         if snapshot is not self._snapshot:
             self._snapshot, self._valid = snapshot, {}

@@ -20,8 +20,8 @@ from cluster.process.background import lower_priority, run_when_idle
 log = structlog.get_logger("tenants")
 
 SOON_S = 30.0
-"""Time limit, in seconds, for a schema check at idle priority. After this time the check is started again at a priority
-that gets a core."""
+"""Time limit, in seconds, for a schema check at idle priority. After this time the check is started again at low
+priority, which gets a core even on a busy machine."""
 RETRY_S, MAX_RETRY_S = 5.0, 60.0
 FIRST_EXPIRY_S, EXPIRY_S = 600.0, 86400.0
 

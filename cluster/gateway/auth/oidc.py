@@ -91,7 +91,7 @@ _SIGNS: Mapping[str, tuple[str, ...]] = {"RSA": ("RS", "PS"), "EC": ("ES",), "OK
 
 @dataclass(slots=True)
 class _Keys:
-    """The keys of an issuer. Times are monotonic."""
+    """The keys of an issuer, and the monotonic times of the last successful fetch and of the last attempt."""
 
     known: tuple[_Key, ...] = ()
     fetched_at: float = -float("inf")

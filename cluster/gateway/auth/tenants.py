@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from cluster.gateway.guards.guards import GuardDecision
 
 FIRST_ANSWER_S = 5.0
-"""Seconds that a start waits for the database if there is no snapshot from an earlier run."""
+"""Seconds that `start` waits for the database if there is no snapshot from an earlier run."""
 CHECK_AFTER_S = 2.0
 """Seconds between the database's first answer and the check of its schema. The check runs in a separate process. The
 delay keeps the check from slowing the first calls."""
@@ -172,7 +172,7 @@ class TenantAuthenticator:
         )
 
     def with_handle(self, principal: Principal) -> Principal:
-        """Return the principal with its tenant's handle, which workers get."""
+        """Return the principal with its tenant's handle, which identifies the tenant to workers."""
         tenant = self._derive(principal.tenant)[1]
         return Principal(tenant, principal.role, principal.by, principal.subject, principal.model_aliases)
 

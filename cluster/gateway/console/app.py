@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 PREFIX = "/console"
 CALL_PATHS = ("/v1/models", "/v1/chat/completions")
-"""Paths of the OpenAI API that the console has below PREFIX, for the playground."""
+"""Paths of the OpenAI API that the console also serves below PREFIX, for the playground."""
 API_LABEL = "console"
 MAX_REPORT_BYTES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
 class ConsoleParts:
-    """The parts of a gateway process that the console uses. `feed`: None for no live data."""
+    """The parts of a gateway process that the console uses. `feed`: the source of live data; None without live data."""
 
     config: Config
     tenants: TenantAuthenticator | None
@@ -138,11 +138,11 @@ class ConsoleApp:
         return Endpoint(FORM, method, answer_viewer)
 
     async def _caller(self, exchange: Exchange) -> Principal:
-        """Return the principal of a call of a model."""
+        """Return the principal with which a viewer's request calls a model."""
         return self._access.viewer(exchange).caller
 
     async def _history(self, exchange: Exchange, viewer: Viewer) -> None:
-        """Answer with the last hour from memory, or with more from Prometheus if there is one."""
+        """Answer with the last hour from memory, or with a longer time from Prometheus if one is configured."""
         if self._long_history is not None and self._long_history.covers(exchange):
             await self._long_history.answer(exchange, viewer)
         elif self._streams is not None:
@@ -167,7 +167,7 @@ class ConsoleApp:
         await exchange.respond(200, orjson.dumps(self._description(viewer)), headers)
 
     def _description(self, viewer: Viewer | None) -> Mapping[str, Any]:
-        """Return what the page needs to know of its session. A visitor who is not signed in gets no version."""
+        """Return the description of a session for the page. The version is empty unless the viewer is signed in."""
         settings, auth = self._config.gateway.console, self._config.auth
         description = {
             "signed_in": viewer is not None,

@@ -1,8 +1,8 @@
 """The admin API as JSON over HTTP, for the console: `POST /console/api/<Service>.<Method>`.
 
 Requests and answers are the messages of cluster.admin.v1 in protobuf's JSON form, with the field names of the proto
-files; 64-bit integers are texts. The service objects and the rules are those of the admin port. A stream is sent as one
-JSON object a line.
+files; 64-bit integers are strings. The service objects and the rules are those of the admin port. A stream is sent as
+one JSON object per line.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Sources:
 
 
 def live_overview(sources: Sources) -> LiveOverview:
-    """Return the live overview of a gateway, which is told of ended calls and lost workers from now on."""
+    """Return the live overview of a gateway. Ended calls and lost workers are reported to the overview from now on."""
     service, hub, config = sources.service, sources.hub, sources.config
     recent, lost = RecentCalls(service.clock), LostWorkers()
     service.call_at_end(recent.record)
@@ -108,7 +108,7 @@ def _peers(sources: Sources, answer: PeerAnswers) -> Peers:
 
 def _charger(recent: RecentCalls, gpu_hour: Mapping[str, float]) -> Callable[[UsageRecord], None]:
     def charge(record: UsageRecord) -> None:
-        """Add the cost of a record. One whose accelerator has no rate costs nothing here."""
+        """Add the cost of a usage record. The record costs nothing if its accelerator has no price."""
         if rate := gpu_hour.get(record.gpu):
             recent.charge(record.tenant, record.model, record.gpu_seconds * rate / 3600)
 
@@ -118,14 +118,14 @@ def _charger(recent: RecentCalls, gpu_hour: Mapping[str, float]) -> Callable[[Us
 def _policies(tenants: TenantAuthenticator) -> Mapping[str, TenantPolicy]:
     try:
         return {name: entry.policy for name, entry in tenants.snapshot().tenants.items()}
-    except CallError:  # the snapshot is too old; the calls say which tenants there are
+    except CallError:  # the snapshot is too old; only tenants with calls are shown then
         return {}
 
 
 def _models_of(
     tenant: str, directory: ModelDirectory, tenants: TenantAuthenticator | None
 ) -> Mapping[str, Sequence[str]]:
-    """Return the models that a tenant may use, each with the aliases that it may use."""
+    """Return the models that a tenant may use, each with the aliases that the tenant may use."""
     if tenants is None:
         return {model.name: model.entry.aliases for model in directory.models}
     try:

@@ -1,4 +1,5 @@
-"""Reports of browsers about what the content security policy has stopped. They are counted, and few are logged."""
+"""Browsers' reports of violations of the content security policy. All are counted, and LINES_PER_S are logged each
+second."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ LINES_PER_S: Final = 1
 
 
 class CspReports:
-    """The endpoint of reports. Anybody may send one, so a report changes nothing but the count and the log."""
+    """The endpoint for browsers' reports. Anybody may send a report, so it changes nothing but the count and the
+    log."""
 
     def __init__(self, bodies: RequestBodies, metrics: Metrics, clock: Callable[[], float]) -> None:
         """`clock`: monotonic seconds."""
@@ -33,7 +35,7 @@ class CspReports:
         metrics.count("console_csp_reports_total", by=0)  # so that the first report is an increase
 
     async def report(self, exchange: Exchange) -> None:
-        """Count a report, and log it within the bound on lines."""
+        """Count a report, and log it unless too many were logged within this second."""
         length = exchange.headers.get(b"content-length", b"")
         async with self._bodies.read(exchange.receive, exchange.scope[CONNECTION], length, "") as content:
             fields = _fields(bytes(content))
@@ -45,7 +47,8 @@ class CspReports:
 
 
 def _fields(content: bytes) -> Mapping[str, str]:
-    """Return the fields of a report that a log line holds. The sample of the text is left out: it may be a prompt."""
+    """Return the fields of a report for the log line. The report's sample of the page's text is left out, since it may
+    hold a prompt."""
     try:
         body = orjson.loads(content)
     except orjson.JSONDecodeError:

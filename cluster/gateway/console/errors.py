@@ -32,7 +32,7 @@ class ConsoleForm:
         return ErrorAnswer(status.http, call_error_body(error), [*JSON_HEADERS, *retry_headers(error)])
 
     def event(self, error: CallError, request_id: str) -> bytes:
-        """See ApiForm. The last line of a stream of JSON lines."""
+        """See ApiForm. Returns the error as the last line of a stream of JSON lines."""
         return call_error_body(error) + b"\n"
 
 
@@ -40,7 +40,7 @@ FORM = ConsoleForm()
 
 
 def error_body(code: str, message: str, field: str = "", **more: Any) -> bytes:
-    """Return the body of an error."""
+    """Return the JSON body of an error. `more`: further fields."""
     error: Mapping[str, Any] = {"code": code, "message": message, "field": field, **more}
     return orjson.dumps({"error": error})
 

@@ -33,13 +33,13 @@ _NO_STORE: Final = [(b"cache-control", b"no-store")]
 
 
 def always() -> bool:
-    """Return True: a session that another part ends."""
+    """Return True, for callers that end the stream themselves when the session ends."""
     return True
 
 
 class FeedEndpoints:
-    """The endpoints, as ASGI functions. The caller has authenticated the viewer and says what the viewer may see:
-    `viewer_tenant` is the only tenant of the viewer, "" for all."""
+    """The endpoints, as ASGI functions, for viewers that the caller has authenticated. `viewer_tenant`: the only tenant
+    that the viewer may see, "" for all tenants."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class FeedEndpoints:
     async def events(
         self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str, is_valid: Callable[[], bool] = always
     ) -> None:
-        """Stream the overview. `is_valid`: whether the viewer's session is still valid, asked every second."""
+        """Stream the overview. `is_valid`: whether the viewer's session is still valid, called every second."""
         exchange = Exchange(FORM, scope, receive, send)
         subscriber = self._live.subscribe(viewer_tenant)
         if subscriber is None:
             message = f"this gateway process shows {MAX_SUBSCRIBERS} consoles already, or stops; close one or retry"
             await exchange.fail(CallError(Outcome.QUEUE_FULL, message, retry_after_s=RETRY_S))
             return
-        subscriber.on_cut = scope[CONNECTION].transport.abort  # the viewer does not read; it may come again
+        subscriber.on_cut = scope[CONNECTION].transport.abort  # the viewer does not read; it may reconnect
         try:
             with contextlib.suppress(ConnectionResetError):
                 await while_connected(self._stream(exchange, subscriber, is_valid), scope[CONNECTION])
@@ -97,7 +97,7 @@ class FeedEndpoints:
     # ---- history
 
     async def history(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
-        """Return series of the last hour, of a model or a tenant or the whole cluster."""
+        """Answer with series of the last hour, for a model, a tenant or the whole cluster."""
         exchange = Exchange(FORM, scope, receive, send)
         try:
             answer = await self._history(scope.get("query_string", b""), viewer_tenant)

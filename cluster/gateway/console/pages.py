@@ -1,7 +1,7 @@
 """The page and its static files, from the package's own folder `static`.
 
-The files are read once, and each has a path of its own in the table of endpoints: a request names one of them or
-nothing, so no request reaches another file.
+The files are read once, when the endpoints are made, and each file gets an endpoint of its own. So no request can reach
+any other file.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class StaticFile:
 
 
 def read_files(folder: Path = FOLDER) -> Mapping[str, StaticFile]:
-    """Return the files below a folder whose type is known, by their path in the folder. Links are left out."""
+    """Return the files of known types below a folder, by their path in the folder. Symbolic links are left out."""
     files = {}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
         if path.suffix in _TYPES and path.is_file() and not path.is_symlink():

@@ -1,7 +1,7 @@
-"""The live data of the console: event streams and history, each for what its viewer may see.
+"""The live data of the console: event streams and history, limited to what the viewer may see.
 
-A stream lasts longer than a request, so it ends as soon as its session does: when tenants or keys change, and when the
-session expires. The page then asks for its session, and shows the sign-in.
+A stream could outlive its session, so it is ended with the session: when the session expires, or when a change of
+tenants or keys makes it invalid. The page then requests its session again and shows the sign-in.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ViewerStreams:
             task.cancel()
 
     def _recheck(self) -> None:
-        """End the streams whose session has ended, or may see another tenant than before."""
+        """End the streams whose session has ended or may now see other tenants than before."""
         for task, viewer in list(self._open.items()):
             try:
                 has_ended = self._access.check(viewer.session).scope != viewer.scope

@@ -49,8 +49,8 @@ Audit = Callable[["GuardDecision"], None]
 
 @dataclass(frozen=True, slots=True)
 class GuardDecision:
-    """A guard's decision about one call. `matches`: number of matches by name. `texts`: the first matched texts, if the
-    tenant's policy sets `log_prompts`."""
+    """A guard's decision about one call. `matches`: number of matches of each pattern or limit, by its name. `texts`:
+    the first matched texts, if the tenant's policy sets `log_prompts`."""
 
     tenant: str
     model: str
@@ -180,7 +180,8 @@ class CallGuards:
         return IdsInputs(ids, inputs.field)
 
     async def _check_texts(self, texts: Sequence[str], prompt: Prompt | None, field: str = "") -> Sequence[str]:
-        """Apply all guards to texts of a prompt, None for inputs of a pooling request in the field `field`."""
+        """Apply all input guards to texts and return the filtered texts. `prompt`: the prompt that holds the texts;
+        None for the inputs of a pooling request, which are in its field `field`."""
         field = field or ("messages" if isinstance(prompt, ChatPrompt) else "prompt")
         for rule in self._inputs:
             try:
@@ -266,7 +267,8 @@ class CallGuards:
             return None
 
         def new_chain() -> GuardChain:
-            """A size counts over all channels. Patterns begin anew with each channel."""
+            """Return the guards of a new channel. A size limit counts the characters of all channels; the search for
+            patterns begins anew with each channel."""
             return self._chain(
                 [(rule, stage if isinstance(stage, SizeStage) else self._stage(rule)) for rule, stage in first]
             )
@@ -274,7 +276,8 @@ class CallGuards:
         return GuardedParts(new_chain)
 
     def _stages(self) -> list[tuple[GuardRule, GuardStage]]:
-        """Return the output guards that can work."""
+        """Return the output guards, each with a new filter. A guard that cannot work is left out if it fails open;
+        otherwise CallError is raised."""
         stages: list[tuple[GuardRule, GuardStage]] = []
         for rule in self._outputs:
             try:

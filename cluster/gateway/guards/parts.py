@@ -23,8 +23,8 @@ class GuardedParts:
         self.refused = False
 
     def feed(self, parts: Sequence[OutputPart], last: bool) -> list[OutputPart]:
-        """Add parts. Returns the parts that are decided. `last`: whether the output ends here. A refusal ends it, too,
-        and nothing after the refused text is returned."""
+        """Add parts of the output. Returns the parts that are decided. `last`: whether the output ends here. A refusal
+        ends the output, too, and nothing after the refused text is returned."""
         out: list[OutputPart] = []
         for part in parts:
             if self.refused:

@@ -5,7 +5,7 @@ chunks, the joined outputs equal the output for the whole text. No character of 
 returned. A stage holds back only text that may still become part of a match: at most as many characters as the longest
 possible match of any pattern.
 
-Marks travel with the text. A mark stands for one token and holds the positions [start, end) of the characters that the
+Marks travel with the text. A mark belongs to one token and holds the positions [start, end) of the characters that the
 token added. A mark is returned when the last of these characters is decided, and is hidden if a redaction touched any
 of these characters. Log probabilities and token counts thus follow the text through any number of guards, each of which
 may shorten or lengthen the text.
@@ -120,7 +120,7 @@ class PatternStage:
 
     def _decided_marks(self, all_marks: bool) -> Sequence[GuardMark]:
         """Remove and return the marks whose last character is decided. The returned marks hold positions in the output.
-        `all_marks`: return the other marks too."""
+        `all_marks`: whether the undecided marks are returned too."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
         while marks and (all_marks or marks[0].end <= decided):

@@ -1,10 +1,10 @@
 """Watch over the budgets of all tenants in the ledger. The watch updates the metric, calls the webhook, and provides
-the sums that survive a gateway restart.
+the token sums from which a restarted gateway continues.
 
 Calls never wait for the watch: a thread queries the database every INTERVAL_S, or less often if queries are slow. While
-the database is unreachable, the last ratios stay and no notices are sent. Thresholds that are crossed meanwhile cause
-notices afterwards. Valkey is not needed, because budgets are measured by the usage that the ledger has recorded, not by
-reservations.
+the database is unreachable, the metric keeps its last ratios and no notices are sent. Notices of thresholds that are
+crossed meanwhile are sent afterwards. Valkey is not needed, because budgets are measured by the usage that the ledger
+has recorded, not by reservations.
 """
 
 from __future__ import annotations

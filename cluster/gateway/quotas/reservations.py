@@ -213,7 +213,7 @@ def _use_headers(name: str, use: LimitUse) -> Sequence[tuple[str, str]]:
 
 
 def refusal(refused: LimitRefusal) -> CallError:
-    """Return the error for a refused caller. It names the limit, and a delay if a retry can succeed."""
+    """Return the error for a refused call. The error names the limit, and a delay if a retry can succeed."""
     fields = headers(refused)
     if refused.retry_after_s is None:
         fields = (*fields, ("x-should-retry", "false"))  # OpenAI's clients retry any 429 otherwise

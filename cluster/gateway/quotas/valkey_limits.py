@@ -93,8 +93,8 @@ class ValkeyStore:
         await self._redis.aclose()
 
     async def ask(self, tenant: str, operation: str, *arguments: float) -> Sequence[float] | None:
-        """Run the script and return the numbers of the script's reply. Returns None while the store is unreachable,
-        without waiting if the store is known to be unreachable."""
+        """Run an operation of the script for a tenant and return the numbers in the reply. Returns None while the store
+        is unreachable, without waiting if the store is known to be unreachable."""
         if self.degraded:
             return None
         try:
@@ -104,7 +104,7 @@ class ValkeyStore:
             return None
 
     async def run(self, tenant: str, operation: str, *arguments: float) -> Sequence[float]:
-        """Run the script and return the numbers of the script's reply. Raises UNREACHABLE."""
+        """Run an operation of the script for a tenant and return the numbers in the reply. Raises UNREACHABLE."""
         epoch_s = time.time()
         now = -1.0 if self._clock is None else self._clock()
         head = (operation, now, self._gateway, day_of(epoch_s), month_of(epoch_s))
@@ -323,7 +323,7 @@ class ValkeyLimits:
         self._owed[tenant] = self._owed.get(tenant, 0) + tokens
 
     async def _resynchronize(self) -> None:
-        """Tell the store about the tokens and running calls that so far only this process has counted. Raises
+        """Add to the store the tokens and running calls that so far only this process has counted. Raises
         UNREACHABLE."""
         for tenant in {*self._owed, *(held.tenant for held in self._held.values())}:
             owed = self._owed.pop(tenant, 0)
@@ -344,8 +344,8 @@ def _in_order(limits: TenantLimits) -> list[int]:
 
 
 def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None, LimitUse | None]:
-    """Return the use of the two limits per minute. `sums`: requests, seconds until their reset, tokens, seconds until
-    their reset."""
+    """Return the use of the two limits per minute. `sums`: used requests, seconds until they are reset, used tokens,
+    seconds until they are reset."""
 
     def use(limit: int | None, used: float, reset_s: float) -> LimitUse | None:
         return None if limit is None else LimitUse(limit, max(limit - int(used), 0), reset_s)
@@ -355,7 +355,7 @@ def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None,
 
 def _refusal(limits: TenantLimits, reply: Sequence[float], plain: int, weighted: int, epoch_s: float) -> LimitRefusal:
     """Return the refusal that the script's reply describes. `reply`: number of the limit, its use, seconds until a
-    retry, seconds until the reset, then the sums."""
+    retry, seconds until the reset, then the `sums` of `_uses`."""
     name = _ORDER[int(reply[0]) - 1]
     limit = cast(int, getattr(limits, name.value))
     used, retry_s, reset_s = int(reply[1]), reply[2], reply[3]

@@ -21,8 +21,8 @@ TIMEOUT_S = 5.0
 
 
 class NotDelivered(Exception):
-    """The error if the receiver was unreachable or refused the event. The error's message is for the log and contains
-    neither body nor secret."""
+    """Raised when the receiver is unreachable or refuses the event. The message is for the log and contains neither
+    body nor secret."""
 
 
 def signature(secret: bytes, at_s: int, body: bytes) -> str:

@@ -270,7 +270,8 @@ class AdminAuthorizer:
         tenant: str = "",
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an audit event without waiting; without `auth`, to the log. `name`: the object that was acted on."""
+        """Write an audit event, without waiting for the write. At a gateway without `auth`, the event goes to the log.
+        `name`: the object that was acted on."""
         if self._tenants is None:
             log.info("audit.recorded", kind=kind, action=action, object=name, outcome=outcome, reason=reason)
             return

@@ -132,8 +132,8 @@ def stored_tenant(message: pb.Tenant) -> StoredTenant:
 
 
 def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that the Create request sets for a new tenant. `unset`: paths of fields that are empty in the
-    new tenant, in place of their defaults."""
+    """Return the fields that the Create request sets for a new tenant. `unset`: paths of fields that stay empty in the
+    new tenant instead of getting their defaults."""
     own = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     for path in unset:
         _set_path(own, *_split_path(path, "unset_mask"), None)
@@ -143,7 +143,7 @@ def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
 def changes(tenant: pb.Tenant, mask: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
     """Return the fields that an update changes, and the names of the map fields that the update replaces as a whole.
 
-    The value None removes a field. An empty mask stands for all set fields."""
+    The value None removes a field. An empty mask means all set fields."""
     values = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     if not mask:
         return values, set()

@@ -101,7 +101,7 @@ class FleetAdmin:
         return targets
 
     def _notes_on_lost_models(self, links: Sequence[WorkerLink]) -> Sequence[str]:
-        """Return one note for each model of `links` that only the workers of `links` serve."""
+        """Return one note for each model that only the workers of `links` serve."""
         still_served = {
             link.identity.model for link in self._hub.links if link.takes_new_requests and link not in links
         }

@@ -18,7 +18,7 @@ MAX_DETAIL = 256
 
 
 class ForwardedVerbs:
-    """Builds methods that forward requests to the controller. Passed to AdminAuthorizer.handlers as `forwarded`."""
+    """Builds methods that forward requests to the controller. Passed to admin_methods as `forwarded`."""
 
     def __init__(self, hub: Hub, authorizer: AdminAuthorizer) -> None:
         self._hub = hub

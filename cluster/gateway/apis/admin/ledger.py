@@ -283,7 +283,7 @@ class UsageAdmin:
             after = (page[-1].opened_at_s, page[-1].record_id)
 
     async def QuerySlo(self, request: usage_pb2.QuerySloRequest, caller: AdminCaller) -> usage_pb2.QuerySloResponse:
-        """Return how calls stand against the SLOs of their models, by tenant and model."""
+        """Return how many calls met and missed the SLOs of their models, by tenant and model."""
         size = page_size(request.page_size)
         list_key = ("slo", request.parent, request.since_day, request.until_day, request.model)
         after = position_of(request.page_token, (str, str), *list_key)
@@ -296,7 +296,7 @@ class UsageAdmin:
 
 
 def _record_pb(record: UsageRecord, caller: AdminCaller) -> usage_pb2.UsageRecord:
-    """Return a usage record as a message. A caller that may access one tenant only does not see the worker, pod, node
+    """Return a usage record as a message. A caller that may access only one tenant does not see the worker, pod, node
     and gateway of the call."""
     fields = record.as_json()
     if caller.scope:
@@ -359,8 +359,8 @@ class AuditAdmin:
 
 
 def _event_pb(row: dict[str, Any], caller: AdminCaller) -> usage_pb2.AuditEvent:
-    """Return an audit event as a message. A caller that may access one tenant only sees the address of an actor of
-    that tenant, not of other actors."""
+    """Return an audit event as a message. A caller that may access only one tenant sees the addresses of that tenant's
+    actors, and no others."""
     event = usage_pb2.AuditEvent(time=codec.timestamp(row["at_s"]))
     details = row["details"] or {}
     hidden = caller.scope and details.get("of") != caller.scope

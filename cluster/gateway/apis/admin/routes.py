@@ -1,7 +1,7 @@
 """Explanations of routing decisions: which workers got the sequences of a call, why, and what came of it.
 
-A caller that may access one tenant only sees that tenant's calls, without the names and scores of workers and without
-the gateway, as in usage records. The sentences are made after this removal, so that they cannot name a worker.
+A caller that may access only one tenant sees the calls of that tenant, without the names and scores of workers and
+without the gateway, as in usage records. The sentences are made after this removal, so that they cannot name a worker.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class RouteExplainer:
 
     def _unknown(self, request_id: str, unanswered: int, caller: AdminCaller) -> CallError:
         silent = f" ({unanswered} of its processes did not answer)" if unanswered else ""
-        # How far the memory reaches shows the other tenants' traffic.
+        # The span of the memory would show the other tenants' traffic.
         span = "" if caller.scope else f", now those of the last {self._history.span_s(self._clock()):.0f} s"
         return CallError(
             Outcome.NOT_FOUND,
@@ -144,7 +144,7 @@ def _hide_places(call: pb.ExplainedCall) -> None:
 
 
 def why(route: pb.ExplainedRoute) -> str:
-    """Return the reason of a decision in words, from what the message shows."""
+    """Return the reason of a decision in words, from the fields that the caller may see."""
     worker = route.worker or "The worker"
     among = f"of the workers that could take the call ({route.compared} compared)"
     others = [each for each in route.candidates if each.worker != route.worker]
@@ -162,8 +162,8 @@ def why(route: pb.ExplainedRoute) -> str:
 
 
 def _waited(route: pb.ExplainedRoute) -> str:
-    """Return a sentence on the wait for the worker that held the prompt; "" if there was none. The chosen worker is
-    named only to operators."""
+    """Return a sentence on the wait for the worker that held the prompt; "" if the call did not wait. The worker is
+    named only to callers that may see all tenants."""
     if not route.HasField("wait_s"):
         return ""
     where = f"{route.awaited}, which held its prompt but had no room" if route.awaited else "a worker with its prompt"

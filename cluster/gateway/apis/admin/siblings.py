@@ -1,6 +1,5 @@
-"""Requests to the other gateway processes of this host: aborts and explanations of calls, and what the console needs of
-them. The requests go to the
-link ports of these processes, since the processes have no admin port.
+"""Requests to the other gateway processes of this host: aborts and explanations of calls, and questions of the console.
+The requests go to the link ports of these processes, since the processes have no admin port.
 
 Each request carries a tag that is derived from the cluster's secret. A tag is valid for one request, for at most two
 minutes. So a program that has taken the port of a dead process cannot make other requests with the tags it receives.
@@ -32,13 +31,14 @@ WINDOW_S = 60.0
 SERVICE = "cluster.admin.v1.Fleet"
 TAG = "x-headrace-tag-bin"
 CONSOLE = "AskConsole"
-"""Method for questions of the console, and their answers, as JSON."""
+"""Method for questions of the console. Questions and answers are JSON."""
 METHODS: Mapping[str, tuple[Any, Any]] = {
     CONSOLE: (BytesValue, BytesValue),
     "AbortRequest": (admin_pb2.AbortRequestRequest, admin_pb2.AbortRequestResponse),
     "ExplainRequest": (routing_pb2.ExplainRequestRequest, routing_pb2.ExplainRequestResponse),
 }
-"""The messages of each method. In these requests `parent` is the name of a tenant, "" for all tenants."""
+"""The request type and the answer type of each method. In these requests `parent` is the name of a tenant, "" for all
+tenants."""
 
 
 class Siblings:
@@ -124,7 +124,7 @@ class Siblings:
     # ---- answers
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Return the RPC handler of these requests, for this process's link port."""
+        """Return the RPC handler of METHODS, for this process's link port."""
         return grpc.method_handlers_generic_handler(SERVICE, {method: self._handler_of(method) for method in METHODS})
 
     def _handler_of(self, method: str) -> Any:

@@ -33,7 +33,7 @@ def message_id(call: Call) -> str:
 
 
 def tool_ids(call: Call) -> ToolId:
-    """Return the function for the tool call ids of a call's only choice."""
+    """Return the function that makes the tool call ids of a call with one choice."""
     return lambda part: TOOL_ID_PREFIX + call.tool_call_id(0, part.call, part.text)
 
 
@@ -48,7 +48,7 @@ def stop_of(piece: Piece, last_arguments: Sequence[str] = ()) -> tuple[str, str 
     """Return the stop reason of a sequence's last piece, and the stop sequence that has ended the answer.
 
     `last_arguments`: the fragments of the last tool call's arguments. A client runs the tool calls of an answer that
-    ends with tool_use, so a call that a stop sequence has cut must not end so.
+    ends with tool_use, so an answer whose last tool call was cut by a stop sequence must not end with tool_use.
     """
     if piece.stop_string and piece.finish_reason == "stop":
         return "stop_sequence", piece.stop_string
@@ -58,7 +58,7 @@ def stop_of(piece: Piece, last_arguments: Sequence[str] = ()) -> tuple[str, str 
 
 
 def usage_of(usage: CallUsage) -> dict[str, Any]:
-    """Return Anthropic's usage object. Tokens of the prompt that were in the cache are not input tokens there."""
+    """Return Anthropic's usage object. Its input tokens do not include the prompt tokens that were in the cache."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -180,8 +180,8 @@ def model_info(target: Target, created: float) -> dict[str, Any]:
 
 
 def page_of(infos: Sequence[dict[str, Any]], limit: int, after: str, before: str) -> dict[str, Any]:
-    """Return one page of a list. `after` and `before`: the id of the object next to the page, or "". An unknown id
-    gives an empty page."""
+    """Return one page of a list. `after`: the id after which the page begins, or "". `before`: the id before which the
+    page ends, or "". An unknown id gives an empty page."""
     ids = [info["id"] for info in infos]
     first, last = 0, len(infos)
     if after:

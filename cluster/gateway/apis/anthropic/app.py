@@ -48,7 +48,7 @@ class AnthropicApi:
         self._created = time.time()
 
     def endpoints(self) -> Mapping[str, Application]:
-        """Return the endpoints by path. The paths of models are also those of OpenAI's API."""
+        """Return the endpoints by path. OpenAI's API has the same paths for models."""
         authenticate = by_credentials(self._service.authenticator)
 
         def endpoint(method: str, answer: Callable[[Exchange], Awaitable[None]]) -> Endpoint:
@@ -124,7 +124,8 @@ def _query(query: bytes) -> Mapping[str, Sequence[str]]:
 
 
 def _lists_active(query: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether a list has models whose lifecycle is active, as that of all models here is. Raises CallError."""
+    """Return whether the query of a list includes the lifecycle `active`, in which all models here are. Raises
+    CallError."""
     wanted = [*query.get("lifecycle", ()), *query.get("lifecycle[]", ())]
     for stage in wanted:
         if stage not in LIFECYCLES:
@@ -133,7 +134,7 @@ def _lists_active(query: Mapping[str, Sequence[str]]) -> bool:
 
 
 def _page(query: Mapping[str, Sequence[str]]) -> tuple[int, str, str]:
-    """Return the size of a page and the ids of the objects next to it, from the query of a list. Raises CallError."""
+    """Return the values of `limit`, `after_id` and `before_id` in the query of a list. Raises CallError."""
     limit, after, before = (query.get(name, [""])[-1] for name in ("limit", "after_id", "before_id"))
     if not limit:
         return DEFAULT_PAGE, after, before

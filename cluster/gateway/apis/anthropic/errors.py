@@ -13,7 +13,7 @@ from cluster.gateway.apis.openai.answers import body
 from cluster.gateway.apis.openai.requests import with_caller_names
 
 OVERLOADED: Final = 529
-"""Anthropic's status for an overloaded service. Their clients retry it, as they do 503."""
+"""Anthropic's status for an overloaded service. Anthropic's clients retry it, as they retry 503."""
 _OVERLOADS: Final = (Outcome.QUEUE_FULL, Outcome.SHED, Outcome.MODEL_LOADING, Outcome.NO_WORKER)
 _TYPES: Final[Mapping[int, str]] = {
     401: "authentication_error",

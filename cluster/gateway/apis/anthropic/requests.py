@@ -1,9 +1,9 @@
 """Parsing of bodies of Anthropic's Messages API into generation requests.
 
-Messages become those of OpenAI's API as in vLLM 0.32 (`entrypoints/anthropic/serving.py`), so that a chat template
-renders the same prompt for both APIs: a `tool_result` is a message of the role tool, a `tool_use` is a tool call of the
-assistant, and `thinking` is the assistant's reasoning. A known field or block that would change the answer and is not
-supported is refused by name. Hints and unknown fields are ignored.
+Messages are translated to those of OpenAI's API as in vLLM 0.32 (`entrypoints/anthropic/serving.py`), so that a chat
+template renders the same prompt for both APIs: a `tool_result` is a message of the role tool, a `tool_use` is a tool
+call of the assistant, and `thinking` is the assistant's reasoning. A known field or block that would change the answer
+and is not supported is refused by name. Hints and unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _refuse_unserved(body: Fields) -> None:
 
 
 def parse_count(body: Fields) -> ParsedRequest:
-    """Parse a body of /v1/messages/count_tokens. The prompt is that of the same body of /v1/messages. Raises
+    """Parse a body of /v1/messages/count_tokens. The same body has the same prompt at /v1/messages. Raises
     CallError."""
     prompt, _ = _chat(body, is_whole=True)
     return ParsedRequest([GenerationRequest(_model(body), prompt, RequestOptions())], names=NAMES)

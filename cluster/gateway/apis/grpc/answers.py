@@ -213,7 +213,8 @@ def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteRespons
 
 
 def embed_response(call: PoolingCall, vectors: Sequence[bytes]) -> bytes:
-    """Return an EmbedResponse. The vectors are copied as they are, since packed floats have the bytes of a vector."""
+    """Return an EmbedResponse. The vectors are copied as they are, since protobuf's packed floats are the same
+    bytes."""
     parts = [pb.EmbedResponse(id=call.id, model=call.model, created=_now()).SerializeToString()]
     for index, vector in enumerate(vectors):
         head = (b"\x08" + varint(index) if index else b"") + b"\x12" + varint(len(vector))

@@ -95,7 +95,8 @@ class GrpcEncoder:
 
 
 class SessionEncoder(GrpcEncoder):
-    """Encodes the pieces of a call in a session as events of the session. The event of a text is not a chunk."""
+    """Encodes the pieces of a call in a session as events of the session. A piece that holds only a text is an event of
+    its own kind, without a chunk."""
 
     __slots__ = ("_event_head", "_wrap")
 

@@ -1,4 +1,4 @@
-"""Answers of the methods Embed and Rerank, on calls of their own and in sessions."""
+"""Answers of the methods Embed and Rerank, inside and outside of sessions."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def parse_complete(request: pb.CompleteRequest) -> GenerationRequest:
 
 
 def parse_resume(request: pb.ResumeRequest) -> GenerationRequest:
-    """Parse a ResumeRequest. Raises CallError."""
+    """Parse a ResumeRequest into the request that began the stream, with the resume tokens. Raises CallError."""
     kind = request.WhichOneof("call")
     if kind is None:
         raise invalid("call", "must be chat or complete: the request that began the stream")
@@ -233,7 +233,7 @@ def _pooling(
 
 
 def resume_call(request: pb.ResumeRequest) -> ResumedCall:
-    """Parse a ResumeRequest. Raises CallError."""
+    """Parse a ResumeRequest of the method Resume. Raises CallError."""
     return ResumedCall(request.HasField("chat"), parse_resume(request))
 
 

@@ -62,8 +62,8 @@ class SessionOutput:
         self.wake()
 
     async def send_whole(self, event: bytes) -> None:
-        """Send a serialized event. A large event waits until the client reads, and returns when the client has read
-        most of it."""
+        """Send a serialized event. A large event is sent when the client reads, and the method returns when the client
+        has read most of it."""
         is_large = len(event) > MAX_UNREAD_CHARS // 4
         while is_large and self.halted:
             await self.client_reads.wait()

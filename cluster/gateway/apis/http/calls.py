@@ -35,13 +35,13 @@ class HttpCalls:
         self._delivery: ChunkDelivery | None = None
 
     async def read(self, name: str, exchange: Exchange) -> tuple[ParsedRequest, CallMeta]:
-        """Read a generation request, see `_read`."""
+        """Read and parse a generation request. Arguments and errors: see `_read`."""
         parsed: ParsedRequest
         parsed, meta = await self._read(name, exchange)
         return parsed, meta
 
     async def read_pooling(self, name: str, exchange: Exchange) -> tuple[ParsedPooling, CallMeta]:
-        """Read a pooling request, see `_read`."""
+        """Read and parse a pooling request. Arguments and errors: see `_read`."""
         parsed: ParsedPooling
         parsed, meta = await self._read(name, exchange)
         return parsed, meta

@@ -51,7 +51,7 @@ class HttpConnection:
         await self._flow.drain()
 
     def pause(self, paused: bool) -> None:
-        """Record whether the client does not read."""
+        """Record whether writing is paused because the client does not read."""
         self.full = paused
 
     def mark_authenticated(self) -> None:

@@ -154,7 +154,8 @@ class Exchange:
     async def respond_in_parts(
         self, status: int, parts: Sequence[bytes | bytearray], headers: Sequence[tuple[bytes, bytes]] = ()
     ) -> None:
-        """Send a complete JSON response that is made of parts. A slow client delays the later parts of a long one."""
+        """Send a complete JSON response that is made of parts. The later parts of a long response are sent as the
+        client reads."""
         size = sum(map(len, parts))
         if size <= PIECE_BYTES:
             await self.respond(status, b"".join(parts), headers)

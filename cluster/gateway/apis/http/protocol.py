@@ -26,7 +26,8 @@ CONNECTION: Final = "headrace.connection"
 MAX_HEAD_BYTES: Final = 65_536
 MAX_HEADERS: Final = 256
 HEAD_PIECE_BYTES: Final = 4096
-"""Bytes parsed at once outside of a body: about a hundred of the smallest requests, a millisecond."""
+"""Number of bytes that are parsed at once outside of a body: about a hundred of the smallest requests, which take a
+millisecond."""
 BODY_PIECE_BYTES: Final = 16_384
 """Bytes parsed at once of a body of unknown length. They may hold thousands of chunks or some hundred requests."""
 LONG_PIECE_BYTES: Final = 1 << 16

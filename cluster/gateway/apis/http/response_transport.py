@@ -1,6 +1,7 @@
 """The transport of one HTTP response, which sends the head of the response together with the first part of its body.
 
-uvicorn writes them one after the other, which costs a second system call, and often a second wake-up of the client.
+By itself uvicorn writes the two one after the other, which costs a second system call, and often a second wake-up of
+the client.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 from typing import Final, Protocol
 
 MAX_JOINED_BYTES: Final = 65_536
-"""Size of the first part of a body from which it is not copied behind the head."""
+"""Size in bytes from which the first part of a body is written by itself instead of being copied behind the head."""
 
 
 class Response(Protocol):
@@ -19,7 +20,8 @@ class Response(Protocol):
 
 
 class ResponseTransport:
-    """The methods of a transport that uvicorn's RequestResponseCycle uses. The body must follow the head at once."""
+    """The methods of a transport that uvicorn's RequestResponseCycle uses. The head is held back until the body begins,
+    so the body must follow at once."""
 
     __slots__ = ("_head", "_response", "_transport")
 
@@ -27,10 +29,11 @@ class ResponseTransport:
         self._transport = transport
         self._response = response
         self._head: bytes | None = None
-        """The head that was not sent yet; b"" once it was sent, None before."""
+        """The head while it waits for the first part of the body; None before there is a head, b"" after it was
+        sent."""
 
     def write(self, data: bytes) -> None:
-        """Write the head, a part of the body, or before both an interim response (100 Continue)."""
+        """Write the next bytes: an interim response (100 Continue), the head of the response, or a part of its body."""
         head = self._head
         if head is None and self._response.response_started:
             self._head = data

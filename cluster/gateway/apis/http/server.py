@@ -43,7 +43,8 @@ class HttpServer:
         self._listener: http2.Listener | None = None
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
-        """Bind an address and serve; returns the port. `shared`: as in `listening_socket`. Raises OSError."""
+        """Bind an address and serve; returns the port. `shared`: other processes may bind the port too. Raises
+        OSError."""
         self._config.load()
         listener = http2.listening_socket(host, port, shared=shared)
         self._listener = http2.Listener(

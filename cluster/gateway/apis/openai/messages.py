@@ -31,7 +31,7 @@ def messages_of(body: Fields) -> list[Mapping[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a message is a valid role and a text, in this order, so that it can be used as it is."""
+    """Return whether a message has only a valid role and a text, in this order, so that it can be used as it is."""
     if type(value) is not dict or len(value) != 2 or next(iter(value)) != "role":
         return False
     return type(value.get("content")) is str and value["role"] in ROLES
@@ -77,7 +77,7 @@ def _content(message: Fields) -> str | list[dict[str, str]] | None:
 
 
 def _text(message: Fields, i: int, value: object) -> str:
-    """Return the text of a part. A string stands for a text part, as in vLLM."""
+    """Return the text of a part. A string counts as a text part, as in vLLM."""
     if isinstance(value, str):
         return value
     part = message.member("content", i)

@@ -1,7 +1,7 @@
 """Parsing of the bodies of /v1/embeddings, /rerank and /score into pooling requests.
 
-/v1/embeddings is OpenAI's. The others have the fields of vLLM 0.32 (`entrypoints/pooling`), which are those of Jina's
-and Cohere's rerankers. Fields that would change the answer and are not supported are refused by name.
+/v1/embeddings has the fields of OpenAI's API. The other paths have those of vLLM 0.32 (`entrypoints/pooling`), which
+Jina's and Cohere's rerankers have, too. Fields that would change the answer and are not supported are refused by name.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _PAIRS: Final = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "docume
 """The names of the two fields of /score that hold the texts, as in vLLM."""
 SCORE_FIELDS: Final = _COMMON | _UNSERVED_PAIRS.keys() | {name for names in _PAIRS for name in names}
 INPUT_FIELDS: Final = frozenset({"input", "query", *(name for names in _PAIRS for name in names)})
-"""Fields that hold the inputs of a request, and are large if the request is."""
+"""Fields that hold the inputs of a request. Only these fields may be large."""
 
 
 def parse_embeddings(body: Fields) -> ParsedPooling:

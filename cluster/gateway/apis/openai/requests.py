@@ -223,7 +223,8 @@ def metadata_of(body: Fields) -> dict[str, str]:
 
 
 def priority_of(body: Fields) -> str:
-    """Return the priority class of a request; "" for the tenant's class, which vLLM's default of 0 stands for."""
+    """Return the priority class of a request; "" for the tenant's class. The number 0, vLLM's default, also means the
+    tenant's class."""
     value = body.values.get("priority")
     if isinstance(value, int) and value != 0:
         raise unsupported("priority", "give the name of a priority class, or leave it out")
@@ -254,7 +255,7 @@ def _prompts(body: Fields) -> list[Prompt]:
     """Return the prompts in the field `prompt`: a string, an array of strings, an array of token ids, or an array of
     arrays of token ids."""
     value = body.values.get("prompt")
-    if hasattr(value, "dtype"):  # a helper's array; numpy is not imported here, to keep the start fast
+    if hasattr(value, "dtype"):  # an array from a helper process; numpy is not imported here, to keep the start fast
         return [IdsPrompt(cast("Sequence[int]", value))]
     if isinstance(value, str) and value:
         return [TextPrompt(value)]

@@ -1,9 +1,10 @@
-"""Access to the console: which session a request belongs to, whether it still holds, and what it may do.
+"""Access to the console: which session a request belongs to, whether the session is still valid, and what the request
+may do.
 
-Every request is checked anew against the current tenants and keys. A request from another site is refused before its
-session is looked up: by `origin` and `sec-fetch-site`, and a POST also by its CSRF token. Without `auth` the console
-acts for everybody who reaches the port, so there the `host` must name an address or this host: a name could be one that
-an attacker's DNS server points here.
+Every request is checked anew against the current tenants and keys. A request from another site is refused because of
+its headers `origin` and `sec-fetch-site`, before its session is looked up; a POST must also hold the CSRF token of its
+session. Without `auth` the console serves everybody who reaches the port. The header `host` must then be an IP address,
+`localhost` or the host of `public_url`, because an attacker's DNS server can make any other name point here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _VIEWER_PRINCIPAL: Final = replace(LOOPBACK_OPERATOR, role="viewer")
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """A signed-in person. `principal` makes admin requests, and `caller` makes calls of models."""
+    """A signed-in person. `principal`: the principal of its admin requests. `caller`: the principal of its calls to
+    models."""
 
     session: ConsoleSession
     principal: Principal
@@ -49,7 +51,7 @@ class Viewer:
 
 
 class ConsoleAccess:
-    """Sessions of the console at one gateway process."""
+    """Begins and checks the console's sessions at one gateway process."""
 
     def __init__(
         self,
@@ -102,7 +104,8 @@ class ConsoleAccess:
             raise Refused(403, "csrf", "the header x-csrf-token must hold the session's token (GET /console/session)")
 
     def session(self, exchange: Exchange) -> ConsoleSession | None:
-        """Return the session in a request's cookie, None without a valid one. It may have ended: see `check`."""
+        """Return the session in a request's cookie, None without a valid one. The session may have ended: see
+        `check`."""
         return self._cookie.open(cookie_in(exchange.header(b"cookie"), self._cookie.name), self._wall())
 
     def check(self, session: ConsoleSession) -> Viewer:
@@ -160,7 +163,7 @@ class ConsoleAccess:
 
 
 def _is_address(host: str) -> bool:
-    """Return whether the header `host` holds an IP address, or a name that stands for this host in every resolver."""
+    """Return whether the header `host` holds an IP address, or a name that every resolver resolves to this host."""
     name = host.rpartition("]")[0].strip("[") if host.startswith("[") else host.partition(":")[0]
     try:
         ipaddress.ip_address(name)

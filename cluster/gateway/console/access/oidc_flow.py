@@ -1,7 +1,7 @@
 """Sign-in with an OpenID issuer: the authorization code flow (OpenID Connect Core 1.0) with PKCE (RFC 7636).
 
 The browser holds the state of a sign-in in a sealed cookie, so any gateway can finish it. `state` and the cookie bind
-the answer to this browser, `nonce` binds the ID token to this sign-in, and PKCE binds the code to it. The ID token is
+the answer to this browser, and `nonce` and PKCE bind the ID token and the code to this sign-in. The ID token is
 verified like any other token of the issuer (auth/oidc.py), with the console's client id as its audience.
 """
 
@@ -41,7 +41,7 @@ METADATA_S: Final = 300.0
 """Seconds for which the issuer's addresses are used before they are fetched again."""
 MAX_ANSWER_BYTES: Final = 256 * 1024
 MAX_EXCHANGES: Final = 8
-"""Exchanges of codes at the same time; further sign-ins are refused."""
+"""Maximum number of codes that are exchanged at the same time; further sign-ins are refused."""
 
 Post = Callable[[str, Mapping[str, str], Mapping[str, str]], Awaitable[Mapping[str, Any]]]
 """Function that sends a form (address, fields, headers) and returns the JSON object of the answer. Raises OSError,
@@ -49,7 +49,7 @@ ValueError or HTTPException."""
 
 
 class FlowError(Exception):
-    """Error of a sign-in. `reason`: a word for the page and the log."""
+    """Error of a sign-in. `reason`: a short code such as `expired`, for the page and the log."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
@@ -58,12 +58,12 @@ class FlowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FlowState:
-    """State of one sign-in between the redirect to the issuer and the way back."""
+    """State of one sign-in between the redirect to the issuer and the redirect back."""
 
     state: str
     nonce: str
     verifier: str
-    """The secret of PKCE, whose SHA-256 the issuer gets first."""
+    """The code verifier of PKCE. The issuer gets its SHA-256 first, and the verifier itself with the code."""
     expires_at_s: float
 
     @classmethod
@@ -74,7 +74,7 @@ class FlowState:
 
     @classmethod
     def from_json(cls, value: Any) -> FlowState | None:
-        """Return the state in the value of a cookie; None for another value."""
+        """Return the state that the value of a cookie holds; None if the value is not a state."""
         kinds = [str, str, str, float]
         if not isinstance(value, list) or [type(part) for part in value] != kinds:
             return None

@@ -42,7 +42,8 @@ class OidcSignIn:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`keys`: records sign-ins. `clock`: monotonic seconds. `wall`: returns seconds since the epoch."""
+        """`keys`: records sign-ins in the audit log. `clock`: monotonic seconds. `wall`: returns seconds since the
+        epoch."""
         self.flow = flow
         self._access = access
         self._tenants = tenants

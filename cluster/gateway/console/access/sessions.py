@@ -1,8 +1,8 @@
 """Sessions of the console as sealed cookies. A gateway keeps no list of sessions, so that a request may reach any
 process of any gateway.
 
-A session names the key or the subject that signed in, never the key itself. access.py looks the key or the tenant up
-again for each request, so a revoked key and a suspended tenant end a session at its next request.
+A session holds the id of the key or the subject that signed in, never the key itself. access.py looks the key or the
+tenant up again for each request, so a revoked key and a suspended tenant end a session at its next request.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ConsoleSession:
     """Id of the key, or the issuer's subject."""
     tenant: str
     role: str
-    """Role of the subject when it signed in. A key's role is that of the key now."""
+    """Role of the subject when it signed in. Of a session by key, the key's present role is used instead."""
     digest: str
     """Stored digest of the key in hexadecimal; "" for other credentials."""
     csrf: str
@@ -47,12 +47,13 @@ class ConsoleSession:
     def begin(
         cls, by: str, subject: str, tenant: str, role: str, *, expires_at_s: float, digest: str = "", csrf: str = ""
     ) -> Self:
-        """Return a new session. `csrf`: "" draws a new token."""
+        """Return a new session. `csrf`: the CSRF token; "" for a new random one."""
         return cls(by, subject, tenant, role, digest, csrf or randomness.token_urlsafe(CSRF_BYTES), expires_at_s)
 
 
 class SealedCookie:
-    """Values of one cookie, sealed under the cluster's secrets: the first seals, and every secret opens."""
+    """A kind of cookie whose values are sealed under the cluster's secrets. The first secret seals; every secret
+    opens."""
 
     def __init__(self, secrets: Callable[[], Sequence[bytes]], purpose: str) -> None:
         """`secrets`: returns the secrets when they are first needed; raises ValueError or OSError if there is none.
@@ -74,7 +75,7 @@ class SealedCookie:
         return base64.urlsafe_b64encode(self._envelopes.seal(orjson.dumps(value))).decode().rstrip("=")
 
     def open(self, text: str) -> Any:
-        """Return the value of a cookie; None if it was not sealed here, or was changed."""
+        """Return the value of a cookie; None if it was not sealed under these secrets, or was changed."""
         from cluster.ledger.usage.sealed_records import SealError
 
         if not text or len(text) > MAX_COOKIE_CHARS or not text.isascii():
@@ -109,7 +110,8 @@ class SessionCookie:
 
 
 def cookie_name(is_secure: bool, suffix: str = "") -> str:
-    """Return the name of a cookie. With TLS, browsers accept the prefix from the host itself over TLS only."""
+    """Return the name of a cookie. With TLS the name has the prefix `__Host-`: browsers accept such a cookie only over
+    TLS and from the host itself."""
     return f"{'__Host-' if is_secure else ''}headrace{suffix}"
 
 

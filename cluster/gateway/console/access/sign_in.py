@@ -1,7 +1,8 @@
 """Sign-in with a key, and sign-out.
 
-Failures are bounded by the source address, before the key is looked up, and each is in the audit log, as on the other
-ports. The rate is no protection of keys, which have 256 random bits: it bounds the work and the audit log.
+Failed sign-ins are limited for each source address; the limit is checked before the key is looked up. Each failure is
+recorded in the audit log, as on the other ports. The limit need not protect keys, which have 256 random bits: it bounds
+the work and the size of the audit log.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 FAILURES_PER_S: Final = 0.2
 FAILURES: Final = 10.0
-"""Failed sign-ins that an address has at once. They are refilled at FAILURES_PER_S."""
+"""Number of failed sign-ins that an address may make at once, refilled at FAILURES_PER_S."""
 MAX_SOURCES: Final = 4096
 IPV6_PREFIX: Final = 64
 MAX_BODY_BYTES: Final = 4096
@@ -39,8 +40,8 @@ OIDC_CALLBACK: Final = f"{OIDC_START}/callback"
 
 
 class FailureLimits:
-    """Failed sign-ins by source: an IPv4 address, or the network of an IPv6 address. `now` is in seconds that never
-    decrease."""
+    """The limits of failed sign-ins, one for each source: an IPv4 address, or the network of an IPv6 address. `now` is
+    in seconds that never decrease."""
 
     def __init__(self) -> None:
         self._buckets: dict[str, Bucket] = {}
@@ -55,7 +56,8 @@ class FailureLimits:
             )
 
     def count(self, address: str, now: float) -> None:
-        """Count a failed sign-in. Of more than MAX_SOURCES sources, the one that failed first is forgotten."""
+        """Count a failed sign-in. If there are more than MAX_SOURCES sources, the one whose last failure is the oldest
+        is forgotten."""
         source = _source(address)
         bucket = self._buckets.pop(source, None) or Bucket(FAILURES_PER_S, FAILURES, now)
         bucket.charge(1, now)
@@ -95,7 +97,7 @@ class KeySignIn:
         self._clock = clock
 
     async def sign_in(self, exchange: Exchange) -> None:
-        """Begin a session for a key: `{"key": "..."}`."""
+        """Begin a session for the key in the body, `{"key": "..."}`."""
         self._access.check_site(exchange)
         if self._tenants is None:
             raise Refused(409, "no_auth", "this gateway has no `auth`, so there is nothing to sign in with")

@@ -1,1 +1,1 @@
-"""Plots: the last hour in memory, and longer times from Prometheus."""
+"""The data of the console's plots: the last hour from memory, and longer times from Prometheus."""

@@ -1,17 +1,18 @@
-"""The last hour of a gateway process in memory: one value each STEP_S of each series, by model and by tenant.
+"""The last hour of a gateway process in memory: one value of each series every STEP_S, by model and by tenant.
 
 Problem: the console plots an hour without Prometheus, in bounded memory, and several gateways must add their values.
 
-Method: each table is a set of arrays of float32, which are allocated BLOCK keys at a time and never copied; a value
-lies at its step's number modulo STEPS. Of times to first token the counts by bucket are kept and not the percentiles,
-since counts of several gateways can be added. A step without a value is NaN, and null in an answer.
+Method: a table keeps its values in arrays of float32, which are allocated for BLOCK keys at a time and never copied.
+The value of a step lies at the step's number modulo STEPS. For times to first token the counts of the histogram's
+buckets are kept instead of percentiles, since the counts of several gateways can be added. A missing value is NaN in an
+array, and null in an answer.
 
-Invariants: at most MAX_MODELS models and MAX_TENANTS tenants have series; where one more comes, the key whose last
+Invariants: at most MAX_MODELS models and MAX_TENANTS tenants have series; when one more is added, the key whose last
 value is the oldest is forgotten. The arrays of 1,000 tenants and 100 models take 30 MiB (test_history.py measures them
 with tracemalloc): 7 numbers a tenant and 32 a model, for 720 steps of 5 s.
 
-Units: `tokens` and `requests` in 1/s, `streams` and `queue` as numbers of calls and sequences, `cost` in the currency
-of the configuration an hour, `cache_hits` as a part of the prompt tokens, `fairness_gap` in units of docs/tenancy.md,
+Units: `tokens` and `requests` in 1/s, `streams` and `queue` as numbers of calls and sequences, `cost` per hour in the
+currency of the configuration, `cache_hits` as a part of the prompt tokens, `fairness_gap` in units of docs/tenancy.md,
 `ttft_p50` and `ttft_p99` in seconds, `replicas_wanted` and `replicas_had` as numbers.
 """
 
@@ -40,7 +41,7 @@ COUNTS: Final = tuple(f"ttft_{at}" for at in range(BUCKETS))
 TENANT_COLUMNS: Final = ("tokens", "requests", "streams", "queue", "cost", "prompt", "cached")
 MODEL_COLUMNS: Final = ("tokens", "streams", "queue", "cost", "prompt", "cached", "gap", "wanted", "had", *COUNTS)
 LARGEST: Final = ("gap", "wanted", "had")
-"""Columns of which the largest value counts where others are added: every gateway knows the same number."""
+"""Columns that are merged by their maximum instead of their sum, because every gateway reports the same number."""
 
 PERCENTILES: Final[Mapping[str, float]] = {"ttft_p50": 0.5, "ttft_p99": 0.99}
 SERIES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -60,7 +61,7 @@ SERIES: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 class Table:
-    """The values of many keys, each with the same columns."""
+    """The values of many keys, which are models or tenants. All keys have the same columns."""
 
     def __init__(self, columns: Sequence[str], max_keys: int) -> None:
         self.columns = {name: at for at, name in enumerate(columns)}
@@ -80,7 +81,7 @@ class Table:
         return sum(block.nbytes for block in self._blocks)
 
     def put(self, key: str, step: int, values: Sequence[float]) -> None:
-        """Set the values of a key at a step, in the order of the columns. Older steps than the key's last are
+        """Set the values of a key at a step, in the order of the columns. A step before the key's last one is
         ignored."""
         row = self._rows.get(key)
         if row is None:
@@ -117,7 +118,7 @@ class Table:
         del self._last[key]
 
     def read(self, key: str, columns: Sequence[str], first: int, last: int) -> Values:
-        """Return the values of a key, one row a column, from step `first` to `last`, both included."""
+        """Return the values of a key, one row per column, from step `first` to `last`, both included."""
         out = np.full((len(columns), last - first + 1), np.nan, np.float32)
         row = self._rows.get(key)
         if row is None:
@@ -132,7 +133,7 @@ class Table:
         return out
 
     def sum_all(self, columns: Sequence[str], first: int, last: int, out: Values) -> Iterator[None]:
-        """Add the values of all keys to `out`, which is NaN at first, one key at each step of the iterator."""
+        """Add the values of all keys to `out`, one key per item of the iterator. The caller fills `out` with NaN."""
         for key in list(self._rows):
             add(columns, out, self.read(key, columns, first, last))
             yield None
@@ -159,8 +160,8 @@ class History:
     async def columns(
         self, names: Iterable[str], model: str, tenant: str, first: int, last: int
     ) -> dict[str, list[float]]:
-        """Return the columns that series need, of one model or tenant, or of the cluster if both are "". Values that
-        are not known are NaN. The values of many models are added in slices between which other tasks run."""
+        """Return columns by name, for one model or tenant, or for the cluster if both are "". Unknown values are NaN.
+        The values of a cluster's models are added in slices, between which other tasks run."""
         table = self.tenants if tenant else self.models
         needed = [name for name in dict.fromkeys(names) if name in table.columns]
         if tenant or model:
@@ -177,16 +178,16 @@ def columns_of(series: Iterable[str]) -> list[str]:
 
 
 def add(columns: Sequence[str], out: Values, values: Values) -> None:
-    """Add values to `out`, by column and step; of the columns LARGEST the larger one counts. What one of both does not
-    know does not count, and what none knows stays NaN."""
-    both = np.fmax(out, values)  # what one of both does not know is the other's
+    """Add `values` to `out`, column by column and step by step; in the columns LARGEST, keep the larger value. If one
+    of two values is NaN, the other one is kept."""
+    both = np.fmax(out, values)  # if one of two values is NaN, the other
     is_sum = np.array([name not in LARGEST for name in columns])[:, None] & ~np.isnan(out) & ~np.isnan(values)
     np.copyto(out, np.where(is_sum, out + values, both))
 
 
 async def add_columns(parts: Sequence[Mapping[str, Sequence[float | None]]], steps: int) -> dict[str, Values]:
-    """Return the columns of several gateways together. A column that none has is left out, and one of another length
-    does not count."""
+    """Return the merged columns of several gateways. A column that no gateway has is left out, and one whose length is
+    not `steps` is ignored."""
     out: dict[str, Values] = {}
 
     def add_each() -> Iterator[None]:
@@ -203,7 +204,7 @@ async def add_columns(parts: Sequence[Mapping[str, Sequence[float | None]]], ste
 
 
 def compute(names: Sequence[str], columns: Mapping[str, Values], steps: int) -> dict[str, list[float | None]]:
-    """Return the values of series from their columns, one a step; None where they are not known."""
+    """Return the values of series, computed from their columns: one value per step, None if it is unknown."""
     return {name: _series(name, columns, steps) for name in names}
 
 
@@ -222,7 +223,8 @@ def _series(name: str, columns: Mapping[str, Values], steps: int) -> list[float 
 
 
 def quantiles(counts: Values, part: float) -> Values:
-    """Return a quantile of each column of counts by bucket (rows), as overview.quantile does; NaN without values."""
+    """Return a quantile of each step's histogram, computed as in overview.quantile; NaN for a step without counts.
+    `counts`: one row per bucket, one column per step."""
     sums = np.cumsum(counts, axis=0, dtype=np.float64)
     total = sums[-1]
     rank = part * total

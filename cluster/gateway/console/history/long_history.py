@@ -1,8 +1,8 @@
 """Plots of more than an hour, from the Prometheus in `gateway.console.prometheus_url`.
 
-The page names series, a model or a tenant, never an expression: the gateway writes the query, with the label of the
-tenant that the viewer may see. The form of an answer is that of the last hour (feed.py). Prometheus knows tokens,
-requests and cache hits of the first `observe.max_tenant_series` tenants; values that it does not know are null.
+A request names series and a model or a tenant, never an expression: the gateway writes the query, restricted to the
+tenant that the viewer may see. The answer has the same form as for the last hour (feed.py). Of a tenant, Prometheus has
+tokens, requests and cache hits, if the tenant is among the first `observe.max_tenant_series`; other values are null.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ log = structlog.get_logger("console")
 HOUR_S: Final = 3600
 MAX_SECONDS: Final = 366 * 86_400
 POINTS: Final = 360
-"""Number of values of a series, about."""
+"""Approximate number of values in a series."""
 LEAST_STEP_S: Final = 15
 TIMEOUT_S: Final = 10.0
 MAX_ANSWER_BYTES: Final = 1 << 20
 MAX_QUERIES: Final = 4
-"""Queries at the same time of one gateway process."""
+"""Maximum number of concurrent queries of one gateway process."""
 MAX_WAITING: Final = 32
 MAX_QUERY_BYTES: Final = 4096
 
@@ -46,7 +46,8 @@ Fetch = Callable[[str], Awaitable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A series as an expression of Prometheus. `{s}` stands for the selector and `{w}` for the window of rates.
+    """A series as an expression of Prometheus. `{s}` is replaced with the label selector, and `{w}` with the window of
+    rates.
 
     `of_tenants`: whether the metrics have the label `tenant`."""
 
@@ -75,12 +76,12 @@ PLOTS: Final[Mapping[str, Plot]] = {
     "replicas_had": Plot("sum(max by (model) (headrace_model_replicas{s}))"),
 }
 UNKNOWN: Final = frozenset({"cost"})
-"""Series of the last hour that Prometheus does not have: rates of cost are no metric."""
+"""Series of the last hour that Prometheus does not have, because no metric holds the rate of the cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The times of an answer, in seconds since the epoch."""
+    """The times of an answer's values, in seconds since the epoch."""
 
     first_s: int
     step_s: int
@@ -100,7 +101,7 @@ class Range:
         return self.first_s + (self.points - 1) * self.step_s
 
     def values(self, pairs: Sequence[Sequence[Any]]) -> list[float | None]:
-        """Return the values of Prometheus' pairs of time and text, null for a time without a value."""
+        """Return the values in Prometheus' pairs (time, value as text); None for a time without a value."""
         out: list[float | None] = [None] * self.points
         for at_s, text in pairs:
             place, value = round((float(at_s) - self.first_s) / self.step_s), float(text)
@@ -171,7 +172,7 @@ class LongHistory:
 
 
 def expression_of(plot: Plot, labels: Mapping[str, str], times: Range) -> str:
-    """Return the expression of a series with a selector of labels; empty labels are left out."""
+    """Return the expression of a series with a selector for the labels; labels with an empty value are left out."""
     pairs = [f'{name}="{_escaped(value)}"' for name, value in labels.items() if value]
     window = f"{max(2 * times.step_s, 60)}s"
     return plot.expression.replace("{w}", window).replace("{s}", "{" + ",".join(pairs) + "}")
@@ -182,7 +183,7 @@ def _escaped(value: str) -> str:
 
 
 def _fields(exchange: Exchange) -> Mapping[str, str]:
-    """Return the parameters of a request; of one that occurs twice the last. Raises CallError."""
+    """Return the parameters of a request. If one occurs twice, its last value counts. Raises CallError."""
     query = exchange.scope.get("query_string", b"")
     if len(query) > MAX_QUERY_BYTES:
         raise invalid("query", f"must not be longer than {MAX_QUERY_BYTES} bytes")

@@ -1,4 +1,4 @@
-"""Samples of a gateway for its history: rates and counts between two looks."""
+"""Samples for a gateway's history: rates and counts, computed from two snapshots (survey.py)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from cluster.gateway.console.history.history import History
 
 MAX_STEPS: Final = 720
-"""Number of steps of a query, one hour."""
+"""Maximum number of steps in a query: one hour."""
 
 
 class HistorySampler:
-    """The history of one gateway process, and the last look of which it has values."""
+    """Adds samples to the history of one gateway process. Keeps the snapshot of the last sample for comparison."""
 
     def __init__(self) -> None:
         self._history: History | None = None
@@ -31,8 +31,8 @@ class HistorySampler:
         return self._history
 
     async def sample(self, shot: Snapshot) -> None:
-        """Add the values since the last look, one for each step. Before numpy is imported (deferred_imports.py) nothing
-        is added."""
+        """Add a sample of the time since the last snapshot, at most one in each step of the history. Nothing is added
+        before numpy is imported (deferred_imports.py)."""
         step = int(shot.epoch_s // STEP_S)
         if step == self._step:
             return
@@ -73,7 +73,7 @@ def _put_models(history: History, step: int, shot: Snapshot, before: Snapshot) -
 
 
 def _put_tenants(history: History, step: int, shot: Snapshot, before: Snapshot) -> Iterator[None]:
-    """Put the values of tenants with calls. A tenant without any has no value, so that it takes no memory."""
+    """Add the values of the tenants with calls. A tenant without calls gets no value, so it takes no memory."""
     interval_s = shot.now - before.now
     for name, tally in shot.tenants.items():
         past = before.tenants.get(name) or Tally()

@@ -1,7 +1,7 @@
 """Differences between two documents of the overview, by row.
 
-Law: `apply(before, difference(before, after))` equals `after` but for the order of rows, and a difference that holds
-nothing but the time is small whatever the size of the document.
+Invariants: `apply(before, difference(before, after))` equals `after` except for the order of rows. If only the time has
+changed, the difference is small, whatever the size of the document.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def index_of(document: Document) -> Index:
 
 
 async def difference(before: Document, old: Index, after: Document, new: Index) -> Document:
-    """Return what has changed, with `at`. `old` and `new`: the documents' indices. A list without a change is left
-    out."""
+    """Return the changes from one document to another, with the time `at`. `old` and `new`: the two documents' rows
+    (`index_of`). A list without a change is left out."""
     changes: Document = {"at": after["at"]}
     for name in LISTS:
         past, present = old[name], new[name]
@@ -51,7 +51,7 @@ def _changed(past: Mapping[str, Row], present: Mapping[str, Row]) -> Iterator[Ro
 
 
 def apply(document: Document, changes: Document) -> Document:
-    """Return the document after changes, as a console computes it."""
+    """Return a document with changes applied, as a console computes it."""
     after: Document = document | changes.get("cluster", {}) | {"at": changes["at"]}
     for name in LISTS:
         if name in changes:

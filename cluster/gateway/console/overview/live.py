@@ -1,9 +1,9 @@
-"""The live overview of one gateway process: one look a second while somebody watches, shared by all who watch.
+"""The live overview of one gateway process: one snapshot per second while there are subscribers, who share the result.
 
-Invariants: while there is no subscriber, no other process that watches and no question, nothing is computed but one
-sample of the history in STEP_S. Each tick looks at the gateway once, makes the document once, and computes and
-encodes the changes once for each tenant whose viewers watch; subscribers share the bytes. A subscriber that does not
-read is cut, and holds at most MAX_PENDING changes.
+Invariants: while no subscriber, no other process and no request needs the overview, only one sample of the history is
+computed every STEP_S. Each tick takes one snapshot of the gateway, makes one document, and computes and encodes the
+changes once for each tenant with subscribers. A subscriber holds at most MAX_PENDING unread events; one that does not
+read is disconnected.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ LATE_S: Final = 0.02
 """Seconds after the beginning of a step of the history at which its sample is due, so that clocks which differ a little
 do not sample a step twice."""
 MAX_SUBSCRIBERS: Final = 32
-"""Number of subscribers of one process."""
+"""Maximum number of subscribers of one process."""
 MAX_PENDING: Final = 8
-"""Number of events that wait for a subscriber. One that has more is cut."""
+"""Maximum number of unread events of a subscriber. A subscriber with more is cut, that is disconnected."""
 END: Final = b"end"
 """Name of the event after which a stream ends."""
 FRESH_S: Final = 0.25
-"""Age up to which a document is shown to a new subscriber as it is."""
+"""Age in seconds below which a document is reused for a request, and is not yet replaced for a new subscriber."""
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a document says of the cluster as a whole. `has_cost`: whether GPU-seconds have prices."""
+    """The fields of a document that describe the cluster as a whole. `has_cost`: whether GPU-seconds have prices."""
 
     cluster: str
     version: str
@@ -57,8 +57,8 @@ class Names:
 
 
 class Subscriber:
-    """One who watches. `tenant`: the only tenant that the viewer may see, "" for all. An event is its name and its
-    data as JSON."""
+    """A subscriber to the overview: one event stream of a viewer. `tenant`: the only tenant that the viewer may see, ""
+    for all. An event is a pair: its name, and its data as JSON."""
 
     def __init__(self, tenant: str) -> None:
         self.tenant = tenant
@@ -86,19 +86,19 @@ def _nothing() -> None:
 
 @dataclass(slots=True)
 class _View:
-    """What the viewers of one tenant see, "" for those of all tenants."""
+    """The subscribers with the same tenant, and the document that they see."""
 
     subscribers: set[Subscriber] = field(default_factory=set)
     new: set[Subscriber] = field(default_factory=set)
-    """Those that have got no document yet."""
+    """The subscribers to which no document has been sent yet."""
     document: Document | None = None
     index: Index = field(default_factory=dict)
 
 
 class LiveOverview:
-    """The documents of one gateway process, and those who watch them.
+    """Makes the documents of one gateway process and sends them to the subscribers.
 
-    Waiters for a document or a part that come while one is made get the next one's."""
+    Requests that wait for a document or a part at the same time get the same one."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class LiveOverview:
     # ---- viewers
 
     def subscribe(self, tenant: str) -> Subscriber | None:
-        """Return a new subscriber, who gets the whole document first; None if there are too many."""
+        """Return a new subscriber, which gets the whole document first; None if there are too many."""
         if self._is_closed or sum(len(view.subscribers) for view in self._views.values()) >= MAX_SUBSCRIBERS:
             return None
         subscriber = Subscriber(tenant)
@@ -150,7 +150,7 @@ class LiveOverview:
 
     @property
     def has_cost(self) -> bool:
-        """Whether GPU-seconds have prices. Without, nothing has a cost, not even 0."""
+        """Whether GPU-seconds have prices. Without prices, costs are None instead of 0."""
         return self._names.has_cost
 
     @property
@@ -184,11 +184,12 @@ class LiveOverview:
 
     @property
     def _fresh_s(self) -> float:
-        """Age up to which what was made is given as it is. While somebody watches, it is made anew every second."""
+        """Age in seconds up to which the last document and the last part are returned again. While there are
+        subscribers, new ones are made every second anyway."""
         return TICK_S if self._views else FRESH_S
 
     async def part(self) -> Part:
-        """Return the present part of this process, for another one."""
+        """Return the present part of this process, for another process."""
         part = self._part
         if part is None or self._clock() - self._made_at > self._fresh_s:
             part = await self._wait(self._part_waiters)
@@ -220,7 +221,7 @@ class LiveOverview:
             await self.peers.close()
 
     async def _rest(self) -> None:
-        """Wait until the next tick is due, or a new viewer cannot be shown what there is."""
+        """Wait until the next tick is due. A new subscriber or request can make it due earlier."""
         while (left_s := self._due_in_s()) > 0:
             self._wake.clear()
             try:
@@ -281,7 +282,7 @@ class LiveOverview:
         return document
 
     async def _show(self, tenant: str, view: _View, document: Document) -> None:
-        """Push the changes to those who watch, and the whole document to the new among them."""
+        """Push the changes to the subscribers of a view, and the whole document to its new subscribers."""
         from cluster.gateway.console.overview import deltas
 
         before, old = view.document, view.index
@@ -304,7 +305,7 @@ class LiveOverview:
 
 
 def _answer(waiters: list[asyncio.Future[_T]], value: _T) -> None:
-    """Give those who wait what they wait for."""
+    """Wake each waiting request with the document or the part that it asked for."""
     for waiter in waiters:
         if not waiter.done():  # else its request was cancelled
             waiter.set_result(value)
@@ -312,7 +313,7 @@ def _answer(waiters: list[asyncio.Future[_T]], value: _T) -> None:
 
 
 def _fail(waiters: list[asyncio.Future[_T]]) -> None:
-    """Give those who wait an error."""
+    """Wake each waiting request with an error."""
     for waiter in waiters:
         if not waiter.done():
             waiter.set_exception(CallError(Outcome.INTERNAL, "the overview could not be made; the log says why"))

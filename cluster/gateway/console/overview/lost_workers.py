@@ -1,4 +1,5 @@
-"""Workers whose links have ended unexpectedly, kept for a minute with the number of sequences that others continue."""
+"""Workers whose links have ended unexpectedly, kept for a minute with the number of their sequences that other workers
+have resumed."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ class LostWorkers:
     def __init__(self) -> None:
         self._workers: dict[str, LostWorker] = {}
         self._resent: dict[str, int] = {}
-        """Sequences that were sent elsewhere, by the name of their lost link. Sequences may leave a link before the
-        link's end is reported here."""
+        """Numbers of sequences that were sent to another worker, by the name of the link that they had lost. Sequences
+        may leave a link before the link's end is reported here."""
 
     def link_down(self, link: WorkerLink, why: str, now: float) -> None:
         """Record the end of a link. A worker that has drained is not lost."""
@@ -54,7 +55,7 @@ class LostWorkers:
         self._workers.pop(link.identity.worker_id, None)
 
     def resent(self, lost_link: str) -> None:
-        """Record that a sequence, which had lost this link, was sent to another worker."""
+        """Record that a sequence that had lost this link was sent to another worker."""
         lost = self._workers.get(lost_link.rsplit("/", 2)[0])
         if lost is not None and lost.link == lost_link:
             lost.resumed += 1

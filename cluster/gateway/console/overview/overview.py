@@ -1,13 +1,14 @@
 """The overview: one document about the whole cluster, merged from the parts of gateway processes, and what each viewer
 may see of it.
 
-Invariants of `merge`: the order of the parts does not matter, and a part given twice counts once (the newer of two
-parts of one gateway counts). A worker is one row, whichever gateways are linked to it: where they differ, a gateway
-that is linked tells more than one that has lost the worker, and then the newest look counts. A call is one row: that of
-the gateway where it arrived last, since a call may resume at another gateway under the same id.
+Invariants of `merge`: the order of the parts does not matter, and of several parts of one gateway only the newest
+counts. A worker has one row, however many gateways report it: a row of a gateway that is linked to the worker is
+preferred to one of a gateway that has lost it, then the newest row is used. A call has one row, from the gateway where
+it arrived last, since a call may resume at another gateway under the same id.
 
 Invariant of `view_of`: a viewer of one tenant gets no name of another tenant, of a worker or of a gateway, and no
-number that counts other tenants' calls. What is not listed here is left out, so that a new field is hidden at first.
+number that counts other tenants' calls. Only the fields that this module lists are shown, so a new field is hidden
+until it is listed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _OPEN_MODEL: Final = ("id", "state", "progress", "frozen")
 
 
 def newest(parts: Iterable[Part]) -> Sequence[Part]:
-    """Return the parts of this form, of each gateway the newest, in the order of the gateways' ids."""
+    """Return the newest part of each gateway, in the order of the gateways' ids. Parts of another format are left
+    out."""
     by_gateway: dict[str, Part] = {}
     for part in parts:
         if part.get("format") == FORMAT:
@@ -73,7 +75,8 @@ async def merge(parts: Iterable[Part], at: float, has_cost: bool = True) -> Docu
 
 
 def _models(parts: Sequence[Part]) -> Iterator[Row]:
-    """Yield one row a model. The newest part with the model says what the catalog and the links say."""
+    """Yield one row per model. The fields from the catalog and the links are those of the newest part that has the
+    model."""
     rows: dict[str, list[tuple[Part, Row]]] = {}
     for part in parts:
         for row in part["models"]:
@@ -123,7 +126,7 @@ def quantile(counts: Sequence[float], part: float, bounds: Sequence[float] = TTF
 
 
 def _workers(parts: Sequence[Part]) -> Iterator[Row]:
-    """Yield one row a worker, with all gateways that are linked to it."""
+    """Yield one row per worker, with all gateways that are linked to it."""
     rows: dict[str, list[tuple[float, str, Row]]] = {}
     for part in parts:
         for row in part["workers"]:
@@ -145,8 +148,8 @@ def _worker(rows: Sequence[tuple[float, str, Row]]) -> Row:
 
 
 async def _calls(parts: Sequence[Part]) -> list[Row]:
-    """Return one row a call, at most MAX_CALLS: open ones first, then those that ended last, and of no tenant more than
-    of another that has calls left."""
+    """Return one row per call, at most MAX_CALLS. If there are more calls, each tenant gets an equal share of the rows,
+    first for its open calls, then for its latest ended ones. Rows that a tenant does not need go to the others."""
     rows: dict[str, Row] = {}
 
     def put() -> Iterator[None]:
@@ -181,7 +184,7 @@ def _rank(row: Row) -> tuple[Any, ...]:
 
 
 async def _tenants(parts: Sequence[Part], has_cost: bool) -> list[Row]:
-    """Return one row a tenant, with its share of the tokens and its fair share among the tenants with calls."""
+    """Return one row per tenant, with its share of the tokens and its fair share among the tenants with calls."""
     rows: dict[str, list[Row]] = {}
     for part in parts:
         for row in part["tenants"]:
@@ -195,8 +198,8 @@ async def _tenants(parts: Sequence[Part], has_cost: bool) -> list[Row]:
 
 
 def _with_shares(row: Row, total: float, weights: float) -> Row:
-    """Return a tenant's row with its shares. `total`: tokens a second of all tenants. `weights`: of the tenants with
-    calls."""
+    """Return a tenant's row with its shares. `total`: tokens a second of all tenants. `weights`: sum of the weights of
+    the tenants with calls."""
     is_active = row["running"] or row["waiting"]
     share = round(row["tokens_per_s"] / total, 4) if total else None
     fair_share = round(row["weight"] / weights, 4) if is_active and weights else None
@@ -239,8 +242,8 @@ def _of_sorted(values: Sequence[float], part: float) -> float | None:
 
 
 async def view_of(document: Document, tenant: str, models: Callable[[], Mapping[str, Sequence[str]]]) -> Document:
-    """Return what a viewer of one tenant may see, "" for a viewer of all tenants. `models`: the aliases of the models
-    that the tenant may use, by model."""
+    """Return what a viewer of one tenant may see, "" for a viewer of all tenants. `models`: returns the models that the
+    tenant may use, each with its aliases."""
     if not tenant:
         return document
     open_models = models()

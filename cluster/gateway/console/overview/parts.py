@@ -1,7 +1,7 @@
 """The part of one gateway process in the overview: a JSON object that other processes can add to theirs.
 
-Rates are already differences of two looks. Numbers that cannot be added, such as percentiles, travel as the counts from
-which overview.py computes them.
+A part holds rates, each computed from two snapshots. Numbers that cannot be added, such as percentiles, are sent as the
+counts from which overview.py computes them.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ Part = dict[str, Any]
 
 NO_LIMITS: Final = TenantLimits()
 FORMAT: Final = 1
-"""Number of the form of a part. Processes of another release with another form are left out."""
+"""Version of the format of a part. Parts of another format, from processes of another release, are left out."""
 MAX_CALLS: Final = 2000
-"""Number of calls of an overview, and of one process in it."""
+"""Maximum number of calls in an overview, and of ended calls in the part of one process."""
 MAX_OPEN: Final = 1000
-"""Number of open calls of one process in an overview."""
+"""Maximum number of open calls in the part of one process."""
 STEP_S: Final = 5
-"""Seconds between two looks that are remembered: a step of the history."""
+"""Seconds between two remembered snapshots, and length of a step of the history."""
 WINDOW_S: Final = 60.0
 """Seconds over which percentiles and cache hits are computed."""
 RATE_S: Final = 0.5
-"""Least seconds between two looks of which the difference makes a rate."""
+"""Minimum seconds between two snapshots from which a rate is computed."""
 SMOOTH_S: Final = 60.0
 """Seconds over which a tenant's cost is averaged, since it is known only when calls end."""
 
 
 @dataclass(slots=True)
 class Limits:
-    """A tenant's limits by name, each with what is used of it, and the budget that is nearest to its end."""
+    """A tenant's limits by name, each with its use, and the budget that is closest to being used up."""
 
     limits: dict[str, Row] = field(default_factory=dict)
     budget: Row | None = None
@@ -49,7 +49,7 @@ class Limits:
 
 @dataclass(slots=True)
 class _Cost:
-    """A tenant's cost at one time, and its moving average in an hour."""
+    """A tenant's cost so far, the time at which it was read, and the moving average of the cost per hour."""
 
     cost: float
     at: float
@@ -57,21 +57,21 @@ class _Cost:
 
 
 class Window:
-    """The models' counts of the last WINDOW_S seconds, as differences from those before."""
+    """The models' counts within the last WINDOW_S seconds, as differences from an earlier snapshot."""
 
     def __init__(self) -> None:
         self._past: deque[tuple[float, Mapping[str, Tally]]] = deque()
 
     def add(self, shot: Snapshot) -> None:
-        """Remember a look, one for each STEP_S."""
+        """Remember a snapshot, at most one in each STEP_S."""
         if not self._past or shot.now - self._past[-1][0] >= STEP_S:
             self._past.append((shot.now, shot.models))
         while len(self._past) > 1 and shot.now - self._past[1][0] >= WINDOW_S:
             self._past.popleft()
 
     def since(self, name: str, tally: Tally) -> tuple[list[int], int, int]:
-        """Return a model's counts of times to first token by bucket, its prompt tokens and its cached tokens within the
-        window. Without an earlier look, nothing."""
+        """Return three values of a model within the window: its counts of times to first token by bucket, its prompt
+        tokens, and its cached tokens. `tally`: the model's numbers now. All values are 0 at the first snapshot."""
         before = self._past[0][1].get(name) if self._past else None
         if before is None:
             before = Tally()
@@ -85,34 +85,35 @@ class Window:
 
 
 class PartMaker:
-    """Makes the parts of one gateway process from its looks."""
+    """Makes the parts of one gateway process from its snapshots."""
 
     def __init__(self, gateway: str, process: int, instance: str, recent: RecentCalls) -> None:
-        """`gateway`: id of the gateway process. `process`: its number on its host. `instance`: a word that differs
-        between processes and names no place."""
+        """`gateway`: id of the gateway process. `process`: its number on its host. `instance`: a text that differs
+        between processes and does not name the host."""
         self._gateway = gateway
         self._process = process
         self._prefix = f"refused-{instance}-"
         self._recent = recent
         self._window = Window()
         self._looks: deque[Snapshot] = deque(maxlen=3)
-        """The last looks, the newest last."""
+        """The last snapshots, the newest last."""
         self._costs: dict[str, _Cost] = {}
         self._ended: dict[int, Row] = {}
         """The rows of ended calls by number, which never change."""
 
     def rest(self, shot: Snapshot) -> None:
-        """Take over a look for which no part is made, since nobody watches."""
+        """Remember a snapshot for which no part is made, because there are no viewers."""
         self._looks.append(shot)
         self._ended = {}
         self._window.add(shot)
 
     def _before(self, shot: Snapshot) -> Snapshot:
-        """Return the look with which another is compared: the newest one that is not too recent for a rate."""
+        """Return the earlier snapshot with which `shot` is compared: the newest that is at least RATE_S older. Without
+        one, `shot` itself."""
         return next((each for each in reversed(self._looks) if shot.now - each.now >= RATE_S), shot)
 
     async def make(self, shot: Snapshot, limits: LimitUses) -> Part:
-        """Return the part at a look."""
+        """Return the part that describes a snapshot."""
         before = self._before(shot)
         self._looks.append(shot)
         self._window.add(shot)
@@ -123,7 +124,7 @@ class PartMaker:
         )
         models = await in_slices(self._models(shot, before, interval_s))
         calls = await in_slices(self._calls(shot))
-        shot.calls = []  # they must not be kept until the next look
+        shot.calls = []  # they must not be kept until the next snapshot
         rate = sum(row["tokens_per_s"] for row in tenants)
         return {
             "format": FORMAT,
@@ -176,7 +177,7 @@ class PartMaker:
         }
 
     def _cost_per_h(self, name: str, cost: float, now: float) -> float:
-        """Return the moving average of a tenant's cost in an hour. `cost`: its cost so far."""
+        """Return the moving average of a tenant's cost per hour. `cost`: the tenant's cost so far."""
         known = self._costs.get(name)
         if known is None:
             if cost:
@@ -204,15 +205,15 @@ class PartMaker:
 
 
 def rate_of(total: float, before: float | None, interval_s: float) -> float:
-    """Return the rate of a sum that grows. A sum that has just begun to be kept has no rate yet."""
+    """Return the rate per second at which a sum grows; 0 if the earlier sum `before` is not known."""
     if before is None or interval_s <= 0:
         return 0.0
     return round(max(total - before, 0) / interval_s, 1)
 
 
 def fair_choice(calls: Sequence[Call], most: int) -> Sequence[Call]:
-    """Return at most `most` of the open calls, the oldest of each tenant, and of no tenant more than of another that
-    has calls left."""
+    """Return at most `most` open calls. If there are more, each tenant gets an equal share for its oldest calls, and
+    what a tenant does not need goes to the others."""
     if len(calls) <= most:
         return calls
     by_tenant: dict[str, list[Call]] = {}
@@ -227,7 +228,8 @@ def fair_choice(calls: Sequence[Call], most: int) -> Sequence[Call]:
 
 
 def _is_open(call: Call) -> bool:
-    """Return whether a call is still open. A call that ended since the look has sequences that no longer name it."""
+    """Return whether a call is still open. A call that ended since the snapshot has sequences that no longer refer to
+    it."""
     return hasattr(call.sequences[0], "call")
 
 
@@ -237,7 +239,7 @@ def _lag_ms(shot: Snapshot, before: Snapshot) -> float | None:
 
 
 class LimitUses:
-    """What is known of the use of tenants' limits and budgets at one moment."""
+    """The use of tenants' limits and budgets at one moment, as far as it is known."""
 
     def __init__(
         self,
@@ -245,7 +247,7 @@ class LimitUses:
         budgets: Iterable[BudgetUse],
         policies: Mapping[str, TenantPolicy],
     ) -> None:
-        """`uses`: tenant, limit and used fraction."""
+        """`uses`: tuples (tenant, limit, used fraction)."""
         self._policies = policies
         self._uses: dict[str, dict[str, float]] = {}
         self._budgets: dict[str, list[BudgetUse]] = {}
@@ -255,8 +257,8 @@ class LimitUses:
             self._budgets.setdefault(use.tenant, []).append(use)
 
     def of(self, tenant: str) -> Limits:
-        """Return the limits of a tenant with what is used of them, None where that is not known, and the budget that is
-        nearest to its end."""
+        """Return a tenant's limits, each with its use (None if unknown), and the budget that is closest to being used
+        up."""
         policy, own = self._policies.get(tenant), Limits()
         if policy is None or policy.limits == NO_LIMITS:
             return own

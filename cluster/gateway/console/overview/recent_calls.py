@@ -3,10 +3,10 @@
 Problem: the console shows calls after their end, and rates by tenant and model, while an ended call may cost the
 gateway a few microseconds only, and one tenant's calls must not push out those of all others.
 
-Invariants: at most `max_calls` calls are kept. Where one more ends, the oldest call of the tenant with most calls is
-dropped, so a tenant with fewer calls than the others keeps all. A call is one tuple of numbers and of texts that other
-objects hold already: no text of a prompt or an answer. Tenants and models with sums are bounded; where one more comes,
-the oldest is forgotten.
+Invariants: at most `max_calls` calls are kept. When one more ends, the oldest call of the tenant with most calls is
+dropped, so a tenant with fewer calls than the others keeps all. A call is kept as one tuple of numbers and short texts,
+without any text of a prompt or an answer. The tenants and models with sums are bounded in number; when one more is
+added, the oldest is forgotten.
 
 Source: longest queue drop (McKenney, Stochastic Fairness Queueing, 1990).
 """
@@ -24,7 +24,7 @@ from cluster.gateway.calls.opening import Opening
 from cluster.gateway.calls.pooling.pooling_opening import PoolingOpening
 
 MAX_CALLS: Final = 2000
-"""Number of ended calls that are kept. With a test's longest ids they take less than 4 MiB."""
+"""Maximum number of ended calls that are kept. Even with the longest ids they take less than 4 MiB."""
 MAX_AGE_S: Final = 3600.0
 """Seconds after its end for which a call is kept."""
 MAX_TENANTS: Final = 2000
@@ -35,7 +35,8 @@ MAX_CHARS: Final = 128
 
 class EndedCall(NamedTuple):
     """A call that has ended, or that was refused. `number`: counts the calls of this process. `id`: the id of the
-    answer, "" for a refused call. `arrived` and `ended` are monotonic seconds. None: not known, or there was none."""
+    answer, "" for a refused call. `arrived` and `ended` are monotonic seconds. None means that a value is not known or
+    does not exist."""
 
     number: int
     id: str
@@ -213,7 +214,7 @@ class RecentCalls:
 
 
 def total_tokens(call: Call) -> int:
-    """Return the number of tokens of a call's outputs, with those of an earlier gateway."""
+    """Return the number of tokens of a call's outputs, including those that an earlier gateway delivered."""
     return sum(len(sequence.emitted) for sequence in call.sequences)
 
 

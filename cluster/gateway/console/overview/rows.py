@@ -1,4 +1,4 @@
-"""Rows of the overview: one worker, one call, one model, as JSON values. docs/overview.md names the fields.
+"""Rows of the overview as JSON values: of workers, calls and models. docs/overview.md describes the fields.
 
 A value that is not known is None, never a guess. No row holds text of a prompt or an answer.
 """
@@ -23,9 +23,9 @@ LOST: Final = "LOST"
 """State of a worker whose link has ended unexpectedly."""
 MAX_REASON_CHARS: Final = 500
 MAX_NAME_CHARS: Final = 256
-"""Number of characters that are shown of a name that a worker reports."""
+"""Maximum number of characters that are shown of each name that a worker reports."""
 MAX_NUMBER: Final = 2**53
-"""Bound on numbers that are products of what a worker reports: JSON's readers know no larger ones exactly."""
+"""Upper bound on products of numbers that a worker reports. Browsers cannot represent larger integers exactly."""
 _DIGITS: Final = 4
 
 _PHASES = {
@@ -75,8 +75,8 @@ def worker_row(link: WorkerLink) -> Row:
 
 
 def running_call_row(call: Call, now: float, epoch_s: float, gateway: str) -> Row:
-    """Return the row of an open call. `now`: monotonic seconds, the same moment as `epoch_s`. While all its sequences
-    wait for a worker, the call has none."""
+    """Return the row of an open call. `now`: monotonic seconds, the same moment as `epoch_s`. The worker of the call is
+    that of its first sequence; None while that sequence waits."""
     usage, sequences = call.usage, call.sequences
     first = sequences[0] if sequences else None
     link = None if first is None else first.link
@@ -115,7 +115,8 @@ def call_state(call: Call) -> str:
 
 
 def ended_call_row(call: EndedCall, now: float, epoch_s: float, gateway: str, prefix: str) -> Row:
-    """Return the row of an ended call. `prefix`: of the id of a call without an answer; it must differ by process."""
+    """Return the row of an ended call. `prefix`: the beginning of the ids of calls without an answer, different in each
+    process."""
     return {
         "id": call.id or f"{prefix}{call.number}",
         "request_id": call.request_id,
@@ -141,7 +142,8 @@ def ended_call_row(call: EndedCall, now: float, epoch_s: float, gateway: str, pr
 
 
 def model_row(model: KnownModel, starting: Mapping[str, StartingWorker], epoch_s: float) -> Row:
-    """Return what the catalog and the links say of a model. `starting`: a starting worker by model."""
+    """Return the fields of a model's row that come from the catalog and the links. `starting`: a starting worker of
+    each model, by the model's name."""
     entry, links = model.entry, list(model.links.values())
     ready = Counter(link.identity.version for link in links if model.takes_calls(link))
     return {
@@ -170,8 +172,8 @@ def model_row(model: KnownModel, starting: Mapping[str, StartingWorker], epoch_s
 
 
 def start_progress(model: KnownModel, starting: StartingWorker | None, epoch_s: float) -> Row | None:
-    """Return how far the start of a model without a worker is: by the bytes of its weights, else by the time of earlier
-    starts; None if nothing is known."""
+    """Return how far a model without a worker has started: by the downloaded bytes of its weights, else by the duration
+    of earlier starts; None if nothing is known."""
     if starting is not None and 0 < starting.fetched_bytes < starting.total_bytes:
         return {"stage": "downloading weights", "fraction": round(starting.fetched_bytes / starting.total_bytes, 3)}
     fraction, left_s = model.start_progress(epoch_s)

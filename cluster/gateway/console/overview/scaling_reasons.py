@@ -1,7 +1,7 @@
-"""How many replicas each model has and should have, with the words of the controller's last decision.
+"""How many replicas each model has and should have, with the controller's reason for its last decision.
 
-The numbers are in the catalog. The words are asked of the controller while a console is open, of a few models at a time
-and at most once in REFRESH_S of each, and are kept until the next answer.
+The numbers are in the catalog. The reasons are requested from the controller while a console is open, for a few models
+at a time and at most once in REFRESH_S for each model. A reason is kept until the next answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.gateway.models import KnownModel
 
 REFRESH_S: Final = 5.0
 MAX_ASKED: Final = 4
-"""Number of requests to the controller that are open at once."""
+"""Maximum number of requests to the controller that are open at once."""
 ANSWER_S: Final = 3.0
 VERB: Final = "Fleet.ExplainScaling"
 ACTOR: Final = "gateway:console"
@@ -34,7 +34,7 @@ class _Known:
 
 
 class ScalingReasons:
-    """The words of the newest scaling decisions by model."""
+    """The controller's reasons for its newest scaling decisions, by model."""
 
     def __init__(self, ask: Ask) -> None:
         """`ask`: forwards an admin verb to the controller (Hub.ask_controller)."""
@@ -43,7 +43,7 @@ class ScalingReasons:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def refresh(self, models: Sequence[KnownModel], now: float) -> None:
-        """Ask for the models whose words are the oldest. Does not wait for the answers."""
+        """Request the reasons that are older than REFRESH_S anew, the oldest first. Does not wait for the answers."""
         names = {model.name for model in models if model.in_catalog}
         for gone in self._known.keys() - names:
             del self._known[gone]

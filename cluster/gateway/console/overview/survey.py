@@ -1,7 +1,7 @@
-"""One look at a gateway process: its open calls, workers and models, read in slices between which other tasks run.
+"""Snapshots of a gateway process: its open calls, workers and models, read in slices between which other tasks run.
 
 Nothing is added to the path of a token: the number of tokens so far is read from each open call, and rates are the
-differences of two looks.
+differences of two snapshots.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from cluster.policy.tenants.policy import TenantPolicy
 TTFT: Final = "time_to_first_token_seconds"
 LAG: Final = "event_loop_lag_seconds"
 MAX_TENANTS: Final = 1000
-"""Number of tenants of an overview: those with open calls first, then those that have made calls."""
+"""Maximum number of tenants in an overview: those with open calls first, then those that have made calls."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """Numbers of one tenant or model at one look. `tokens` and the other sums are since the start of the process.
+    """The numbers of one tenant or model in a snapshot. `tokens` and the other sums are since the start of the process.
     `gap`: the fairness gap in units of docs/tenancy.md. `ttft`: counts by bucket of the times to first token."""
 
     running: int = 0
@@ -60,7 +60,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Snapshot:
-    """A gateway process at one look. `now`: monotonic seconds, the same moment as `epoch_s`."""
+    """The state of a gateway process at one time. `now`: monotonic seconds, the same moment as `epoch_s`."""
 
     now: float
     epoch_s: float
@@ -96,13 +96,13 @@ class GatewayParts:
 
 
 class Survey:
-    """Looks at one gateway process."""
+    """Takes snapshots of one gateway process."""
 
     def __init__(self, parts: GatewayParts) -> None:
         self._parts = parts
 
     async def look(self, with_rows: bool = True) -> Snapshot:
-        """Return the present state. `with_rows`: also make the rows of workers and models."""
+        """Return a snapshot of the present state. `with_rows`: whether to make the rows of workers and models, too."""
         parts = self._parts
         now = parts.service.clock()
         shot = Snapshot(now, parts.wall())
@@ -145,7 +145,7 @@ class Survey:
             yield None
 
     def _tenants(self, shot: Snapshot) -> Iterator[None]:
-        """Add the sums over ended calls, and the tenants without calls."""
+        """Add each tenant's sums over ended calls, and the tenants without calls."""
         parts, tenants = self._parts, shot.tenants
         shot.policies = policies = parts.policies()
         for name, sums in list(parts.recent.tenants.items()):

@@ -1,1 +1,1 @@
-"""The other gateway processes, as the console sees them."""
+"""Exchange of the console's data between gateway processes."""

@@ -1,4 +1,4 @@
-"""Answers of this gateway process to the questions of others (peers.py)."""
+"""Answers of this gateway process to the questions of other processes (peers.py)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cluster.gateway.console.peers.peers import Question, part_for_peers
 
 
 class PeerAnswers:
-    """Answers questions from the live overview of one process."""
+    """Answers the questions of other processes with data of this process's live overview."""
 
     def __init__(self, live: LiveOverview) -> None:
         self._live = live
 
     async def __call__(self, question: Question) -> Mapping[str, Any] | None:
-        """Return the answer to a question; None for one of a kind that this release does not know. Raises KeyError,
-        TypeError and ValueError for one that is malformed."""
+        """Return the answer to a question; None if this release does not know the kind of the question. Raises
+        KeyError, TypeError and ValueError for a malformed question."""
         match question["kind"]:
             case "part":
                 return part_for_peers(await self._live.part(), bool(question["has_all"]))

@@ -1,9 +1,9 @@
-"""The other gateway processes of a cluster, as the console sees them.
+"""Exchange of the console's data between the gateway processes of a cluster.
 
 A process that shows the overview asks all others for their parts once a second; nothing is made or sent while none
 asks. Processes ask through Valkey or Redis, if the configuration names one (valkey_peers.py), else the processes of one
-host ask each other (sibling_peers.py). A part holds the calls that ended in the last seconds; all that are remembered
-are sent once, when a process begins to ask.
+host ask each other (sibling_peers.py). A part holds only the calls that ended in the last seconds. When a process
+begins to ask, it gets all remembered calls once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from cluster.gateway.console.overview.parts import FORMAT, MAX_CALLS, Part
 from cluster.gateway.console.overview.rows import Row
 
 EXPIRES_S: Final = 3.5
-"""Seconds after which the part of a process that has fallen silent is left out."""
+"""Seconds after which the last part of a process that no longer answers is left out."""
 SHOWN_S: Final = 10.0
-"""Seconds after its end for which a call is in each part."""
+"""Seconds for which a call is in each part after the call has ended."""
 FIRST_ANSWER_S: Final = 0.2
 """Seconds for which the first document of a console waits for the other processes."""
 PIECE_ROWS: Final = 400
@@ -30,7 +30,7 @@ PART_LISTS: Final = ("workers", "models", "tenants", "calls")
 Columns = Mapping[str, Sequence[float | None]]
 Question = Mapping[str, Any]
 Answer = Callable[[Question], Awaitable[Mapping[str, Any] | None]]
-"""Function that answers a question of another process; None for one that is not understood."""
+"""Function that returns the answer to a question of another process; None for a question of an unknown kind."""
 
 
 class Peers(Protocol):
@@ -40,17 +40,17 @@ class Peers(Protocol):
         """Begin to answer questions."""
 
     async def parts(self, now: float) -> Sequence[Part]:
-        """Ask for the others' parts, and return the newest part of each."""
+        """Ask the other processes for their parts, and return the newest part of each that has arrived."""
 
     async def history(self, query: Question) -> Sequence[Columns]:
-        """Return the others' columns for a query."""
+        """Return the other processes' columns for a query of the history."""
 
     async def close(self) -> None:
         """Stop asking and answering."""
 
 
 class NoPeers:
-    """Stands for the other processes where there is one process only."""
+    """Implements Peers for a process that is the only one."""
 
     def start(self) -> None:
         """See Peers."""
@@ -75,7 +75,7 @@ class _Peer:
     part: Part
     at: float
     has_all: bool
-    """Whether all remembered calls have arrived."""
+    """Whether the process has sent all calls that it remembers."""
     ended: dict[str, Row] = field(default_factory=dict)
     """The ended calls of the process, the oldest first."""
 
@@ -90,7 +90,7 @@ class PeerParts:
         return len(self._peers)
 
     def put(self, part: Part, now: float) -> None:
-        """Take over a part. One of another form is ignored."""
+        """Store a part. A part of another format is ignored."""
         if part.get("format") != FORMAT:
             return
         name = part["gateway"]["id"]
@@ -106,7 +106,7 @@ class PeerParts:
             del peer.ended[oldest]
 
     def needs_all(self, now: float) -> bool:
-        """Whether the remembered calls of a process are still missing."""
+        """Return whether some process has not yet sent all calls that it remembers, or no process is known."""
         self._forget(now)
         return not self._peers or any(not peer.has_all for peer in self._peers.values())
 
@@ -132,14 +132,14 @@ class _Unfinished:
 
 
 class PartAssembler:
-    """Parts of which the pieces arrive one after the other, by their source."""
+    """Joins the pieces of parts from several sources. The pieces of one source arrive in order."""
 
     def __init__(self) -> None:
         self._unfinished: dict[str, _Unfinished] = {}
 
     def add(self, source: str, number: int, piece: Mapping[str, Any]) -> Part | None:
-        """Add a piece of a part. Returns the part with its last piece, else None. Pieces of an older part are dropped.
-        `number`: the same for all pieces of a part."""
+        """Add a piece of a part. Returns the whole part if this is its last piece, else None. Pieces of an older part
+        are dropped. `number`: the same for all pieces of a part."""
         if "part" in piece:
             part = {name: [] for name in PART_LISTS} | piece["part"]
             if len(self._unfinished) >= MAX_PEERS:

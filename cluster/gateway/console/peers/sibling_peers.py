@@ -36,10 +36,11 @@ class SiblingPeers:
         self._looked_at = float("-inf")
 
     def start(self) -> None:
-        """See Peers. The link port answers, once it is open."""
+        """See Peers. Does nothing, since the link port answers once it is open."""
 
     async def parts(self, now: float) -> Sequence[Part]:
-        """See Peers. The next answers are asked for here and used at the next look, except at the first look."""
+        """See Peers. Asks for new parts but returns those that have already arrived. Only the first call waits for the
+        answers, for at most FIRST_ANSWER_S."""
         is_first = now - self._looked_at > IDLE_S
         self._looked_at = now
         if self._asking is None or self._asking.done():

@@ -1,8 +1,8 @@
-"""The other gateway processes of a cluster, reached through the publish and subscribe of Valkey or Redis.
+"""The other gateway processes of a cluster, reached through publish/subscribe of Valkey or Redis.
 
-Each process listens for questions on one channel, which costs nothing while none is asked, and answers on the channel
-of parts, or on that of the process that asks. Nothing is stored. Questions of several processes within a second are
-answered once. While the store is unreachable, no other process is known.
+All processes listen for questions on one channel, which costs nothing while there are none. Parts are sent on a channel
+of their own, and history on the channel of the process that asks. Nothing is stored. If several processes ask for parts
+within a second, each part is sent once. While the store is unreachable, no other process is known.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ PREFIX: Final = "headrace:console:"
 QUESTIONS: Final = PREFIX + "questions"
 PARTS: Final = PREFIX + "parts"
 ASK_S: Final = 0.8
-"""Least seconds between two questions for parts, by any process, and between two parts of this process."""
+"""Minimum seconds between two questions for parts, by any process, and between two parts of this process."""
 IDLE_S: Final = 3.0
-"""Seconds without a look after which parts of others are no longer received."""
+"""Seconds after the last call of `parts` at which this process stops receiving the parts of others."""
 HISTORY_S: Final = 0.5
-"""Longest wait for the others' history."""
+"""Maximum seconds to wait for the history of the other processes."""
 TIMEOUT_S: Final = 1.0
 RETRY_S: Final = 2.0
 HEALTH_S: Final = 30
@@ -71,7 +71,7 @@ class ValkeyPeers:
         """Number of other processes that got the last question."""
         self._is_lost = self._is_closing = False
         self.connected = asyncio.Event()
-        """Set while questions of others arrive."""
+        """Set while this process receives the questions of others."""
 
     def start(self) -> None:
         """See Peers."""
@@ -178,7 +178,7 @@ class ValkeyPeers:
                 await pubsub.unsubscribe(PARTS)  # this process shows no parts of others any more
 
     def _handle(self, channel: str, data: bytes) -> None:
-        """Handle a message. One that is not understood is left out, as of another release."""
+        """Handle a message. A malformed message, such as one of another release, is logged and ignored."""
         import orjson
 
         if len(data) > MAX_PIECE_BYTES:
