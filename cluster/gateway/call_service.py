@@ -116,8 +116,8 @@ class CallService:
     # ---- one call, from arrival to end
 
     async def count(self, meta: CallMeta) -> None:
-        """Count a tenant's request before the body is read, whatever the outcome will be, and mark it as counted.
-        Raises CallError RATE_LIMITED."""
+        """Count a request against its tenant's limits before the body is read, whatever the outcome will be. Raises
+        CallError RATE_LIMITED."""
         try:
             await self._reservations.count_request(meta.principal.tenant)
         except CallError as error:
