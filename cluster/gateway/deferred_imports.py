@@ -24,8 +24,8 @@ async def import_later(
     after_s: float = AFTER_S,
     at_latest_s: float = AT_LATEST_S,
 ) -> None:
-    """Import MODULES in a thread: after `after_s` seconds, once `idle()` is true, but at the latest after
-    `at_latest_s`, and at once when `needed` is set.
+    """Import MODULES in a thread, as soon as `needed` is set. Otherwise wait `after_s` seconds and then until `idle()`
+    is true, at most `at_latest_s` seconds in all.
 
     An import during a call would delay the call, because loading native code holds the GIL for about 15 ms."""
     latest, wait_s = time.monotonic() + at_latest_s, after_s

@@ -54,7 +54,8 @@ def tenant_authenticator(config: Config, folder: Path, metrics: Metrics, process
 def accounting(
     tenants: TenantAuthenticator | None, store: UsageStore | None, hub: Hub, folder: Path
 ) -> Accounting | None:
-    """Return the accounting of usage; None without a store. `store`: None for the ledger of `tenants`."""
+    """Return the accounting of usage; None without `store` and `tenants`. `store`: used instead of the ledger of
+    `tenants`."""
     if store is None and tenants is not None:
         store = UsageStore(tenants.secrets, tenants.ledger.usage.insert)
     if store is None:

@@ -201,10 +201,10 @@ class Opening(CallOpening):
 def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> OutputParsing | None:
     """Return how the worker is to parse the output of a call; None if there is nothing to parse.
 
-    The output of a chat is parsed if the chat may call tools, or if the model has a parser of reasoning. If tools must
-    not be called, the output is parsed nevertheless, so that tool calls are not shown as content. While a model has no
-    worker, its parsers are unknown, and every chat is parsed; a worker without a parser ignores the request. Raises
-    CallError for tools that are too long for the number of outputs."""
+    The output of a chat is parsed if the chat may call tools, or if the model has a parser of reasoning. A chat with
+    tools that must not be called is parsed by a tool parser, too, so that tool calls are not shown as content. While a
+    model has no worker, its parsers are unknown, and every chat is parsed; a worker without a parser ignores the
+    request. Raises CallError for tools that are too long for the number of outputs."""
     output = request.output
     if not output.parser_request:
         return None

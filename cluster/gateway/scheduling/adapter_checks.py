@@ -1,8 +1,8 @@
 """Checks of the queued calls for adapters, made again after each change of the adapters.
 
 Problem: while a thousand adapters are loaded on many workers, there are many changes a second, and twenty thousand
-sequences may be queued. Invariants: a change and a tick of the scheduler's clock check at most MOST sequences each;
-after the last change, every sequence is checked once more. Until then it waits as before the change.
+sequences may be queued. Invariants: at most MOST sequences are checked at each change and at each tick of the
+scheduler's clock; after the last change, every sequence is checked once more. Until then it waits as before.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Some models have no chat template; their prompts are made by vLLM's own code, which only workers have. A call for such a
 model waits here before its admission, since its limits and its place in the queue depend on the number of its tokens.
-Chats wait under the limits of a waiting room, which get an estimate of the tokens, and in the order of a fair queue. If
-their model has no worker, they count as demand for the controller, as other waiting calls do.
+Chats wait in a waiting room, with an estimated number of tokens, in the order of a fair queue. If their model has no
+worker, they count as demand for the controller, as other waiting calls do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cluster.wire.rendering import MAX_CHAT_BYTES
 BYTES_A_TOKEN = 4
 """Bytes of JSON that are counted as one token of a chat that is not rendered yet."""
 RENDER_S = 60.0
-"""Maximum number of seconds that a worker may take for one chat, including the chats that it renders before."""
+"""Maximum number of seconds that a worker may take for one chat, including the chats that it renders before it."""
 GRACE_S = 5.0
 """Seconds that the gateway waits for a worker's answer beyond the worker's time limit."""
 MAX_ATTEMPTS = 3

@@ -3,9 +3,8 @@
 A claim is the gateway's share of the next turns (FairOrder.claimed_turns); workers divide their capacity by the claims.
 So a queue that becomes empty or non-empty is reported at once, and other changes a few times a second. Workers forward
 the backlogs to the other gateways. Two forwarding workers suffice, since the next report replaces a lost report. If
-workers connect to some gateways only, more workers forward, and each report takes different ones. Backlogs are repeated
-every
-half second, since a gateway forgets the backlogs of a gateway that does not report.
+workers connect to some gateways only, more workers forward, other ones with each report. Backlogs are repeated every
+half second, since gateways forget the backlogs of a gateway that does not report.
 """
 
 from __future__ import annotations

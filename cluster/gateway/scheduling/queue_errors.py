@@ -25,8 +25,8 @@ def shed() -> CallError:
 
 
 def not_servable(model: KnownModel, adapter: str = "") -> CallError | None:
-    """Return the error for calls to a model, or to its adapter named `adapter`, which will not be served; None if calls
-    may be served."""
+    """Return the error for calls to a model, or to its adapter named `adapter`, if they will not be served, else
+    None."""
     if model.state not in (ModelState.FAILED, ModelState.GONE):
         return model.adapters.refusal_of(model.name, adapter) if adapter else None
     reason = model.entry.state_reason or "no reason known"

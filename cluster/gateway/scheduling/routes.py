@@ -24,7 +24,7 @@ class Routes:
         """`workers` returns the number of a model's linked workers."""
         self.history = RouteHistory()
         self.on_resent: Callable[[str], None] = _ignore
-        """Function that is called with the name of a lost link when a sequence of this link was sent to another
+        """Function that is called with the name of a lost link when a sequence that ran on it was sent to another
         worker."""
         self._metrics = metrics
         self._workers = workers

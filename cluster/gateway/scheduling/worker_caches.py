@@ -37,8 +37,8 @@ APPLIED_AT_ONCE: Final = 16
 """Number of workers whose small reports a call applies before it reads the index, which takes about a millisecond. The
 reports of further workers are applied later, so that the cost of a call does not grow with the number of workers."""
 MAX_WAITING_BYTES: Final = 8 << 20
-"""Maximum total size of a worker's waiting reports. If a further report arrives, a batch is applied at once; while
-numpy is not imported yet, the worker's waiting reports are dropped instead."""
+"""Maximum total size of a worker's waiting reports. Above it, a batch of the reports is applied at once or, while numpy
+is not imported yet, all of them are dropped."""
 SEGMENTS: Final = 16
 """Number of segments of an index from which one call of `maintain` removes departed workers."""
 MIN_TOKENS: Final = 512
@@ -93,9 +93,7 @@ class WorkerCaches:
         report."""
         if KV_EVENTS not in link.info.capabilities:
             return
-        size = check_kv_blocks(
-            message
-        )  # now, because an error must end this link, not the call that applies the report
+        size = check_kv_blocks(message)  # now, since an error must end this link and not a later call
         unapplied = self._unapplied.get(link.name)
         if unapplied is None:
             unapplied = self._unapplied[link.name] = _Unapplied(link)
@@ -197,7 +195,7 @@ class WorkerCaches:
         return 0.0 if prefix is None else self._hot.recent(prefix, now)
 
     def forget_prompt(self, key: str) -> None:
-        """Forget the hashes of a waiting sequence's prompt, because its adapter has changed, on which they depend."""
+        """Forget the hashes of a waiting sequence's prompt. They depend on its adapter, which has changed."""
         for known in [known for known in self._hashes if known[0] == key]:
             del self._hashes[known]
         self._prefixes.pop(key, None)

@@ -1,1 +1,1 @@
-"""Traces of sampled calls. Each call is recorded while it runs; when it has ended, its spans are made of the record."""
+"""Traces of sampled calls. A call is recorded while it runs; when it has ended, its spans are made from the record."""

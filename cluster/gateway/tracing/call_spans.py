@@ -1,4 +1,4 @@
-"""The spans of an ended call: a tree, which is made of the call's record. The module is pure.
+"""The spans of an ended call: a tree, which is made from the call's record. The module is pure.
 
     chat MODEL                     the call, in the gateway
     ├─ admission                   from arrival to the queue: template, tokens, guards, limits

@@ -1,4 +1,4 @@
-"""The record of a sampled call. When the call has ended, its spans are made of the record.
+"""The record of a sampled call. When the call has ended, its spans are made from the record.
 
 Problem: a trace must show where a call's time went, and a gateway handles a hundred thousand tokens a second.
 Invariants: nothing is recorded for a token, or for a call that is not sampled. A record holds at most MAX_ATTEMPTS

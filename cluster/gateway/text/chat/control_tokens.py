@@ -81,7 +81,7 @@ def _trie(tokens: Iterable[str]) -> _Trie:
 
 
 def _expression(node: _Trie) -> str:
-    """Return a regular expression that matches each token; of tokens that begin alike, only the shortest. Characters
+    """Return a regular expression for the tokens of a trie, which matches the shortest token at a position. Characters
     without alternatives form one literal, which keeps the nesting shallow."""
     literal = ""
     while len(node) == 1 and "" not in node:
