@@ -70,7 +70,7 @@ class ModelAdapters:
     """The adapters of one model."""
 
     def __init__(self, links: Mapping[str, WorkerLink], takes_calls: Callable[[WorkerLink], bool]) -> None:
-        """`links`: the model's workers, a mapping that the owner changes. `takes_calls`: see KnownModel."""
+        """`links`: the model's workers, a mapping that the owner changes. `takes_calls`: see KnownModel.takes_calls."""
         self._links = links
         self._takes_calls = takes_calls
         self._catalog: tuple[AdapterSpec, ...] = ()

@@ -140,7 +140,7 @@ class CallService:
         return CallContext(opening, self._begin_pooling, self._at_end, self.clock)
 
     def _trace(self, opening: CallOpening, traceparent: str) -> None:
-        """Begin the record of a call's spans, if calls are traced. `traceparent`: see CallOpening."""
+        """Begin the record of a call's spans, if calls are traced. `traceparent`: see CallOpening.begin_trace."""
         if self._tracer is not None:
             opening.begin_trace(self._tracer, traceparent)
 

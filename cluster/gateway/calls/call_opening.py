@@ -123,7 +123,7 @@ def not_prepared(model: KnownModel) -> CallError:
 
 
 def _policy_of(meta: CallMeta, priority_class: str, scheduler: Scheduler) -> TenantPolicy:
-    """Return the policy of a caller's tenant, with the priority class of the request if it has one. A tenant may use
+    """Return the policy of a caller's tenant, with the priority class that the request names, if any. A tenant may use
     its own class and all classes that are served later. Raises CallError for another class."""
     policy = meta.principal.tenant
     if priority_class in ("", policy.priority_class):

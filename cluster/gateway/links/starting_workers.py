@@ -16,7 +16,7 @@ MAX_CHARS = 256
 
 @dataclass(frozen=True, slots=True)
 class StartingWorker:
-    """A starting worker: its id, model and place, and the bytes of its weights."""
+    """A starting worker: its id, model and place, and how many bytes of its weights are fetched."""
 
     worker_id: str
     model: str

@@ -163,7 +163,7 @@ class LinkedWorkers:
         return known is not None and known.adapters.is_ready(adapter)
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """Return whether a worker runs a suspect sequence that has got no token there yet."""
+        """Return whether a worker runs a suspect sequence to which it has not added a token yet."""
         known = self._owner.directory.find(model)
         link = None if known is None else known.by_incarnation.get(incarnation)
         return link is not None and any(isinstance(sink, OutputSequence) and sink.suspect for sink in link.sinks)

@@ -70,8 +70,9 @@ class ParsedText:
     def push_parsed(
         self, token_ids: Sequence[int], parsed: ParsedOutput | None, stop_terminated: bool, begins: bool
     ) -> str | None:
-        """Add the tokens of a step and what the worker made of them. Returns the stop string that ended the output,
-        GUARD if a guard ended the output, else None. `begins`: whether this is the first output of a worker."""
+        """Add the tokens of a step, with `parsed`, which the worker's parser made of them. Returns the stop string that
+        ended the output, GUARD if a guard ended the output, else None. `begins`: whether this is the first output of a
+        worker."""
         if self._parsed is None:
             self._choose(parsed is not None)
         if not self._parsed:

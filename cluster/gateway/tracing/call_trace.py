@@ -81,7 +81,7 @@ class CallTrace:
     """Id of the caller's span; "" without one."""
     trace_state: str = ""
     queued_at: float | None = None
-    """Time at which the call was admitted; None for a call that was refused before."""
+    """Time at which the call was admitted; None for a call that was not admitted."""
     attempts: list[Attempt] = field(default_factory=list)
     omitted_attempts: int = 0
     _numbers: dict[int, int] = field(default_factory=dict)

@@ -28,8 +28,8 @@ _DIGITS = 3
 
 
 def is_sampled(trace_id: str, request_id: str, ratio: float) -> bool:
-    """Return whether a call is in the sample. With a trace id, its last 56 bits decide, which are random by W3C Trace
-    Context Level 2.
+    """Return whether a call is in the sample. The last 56 bits of its trace id decide, which are random by W3C Trace
+    Context Level 2. Without a trace id, a hash of the request id decides.
 
     `trace_id`: 32 hex digits or ""."""
     if ratio >= 1:

@@ -61,7 +61,8 @@ class ControlTokens:
         return out
 
     def _in_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Escape the texts of parts. A template may join parts, so parts that form a token together become one."""
+        """Escape the texts of parts. A template may join them, so if they form a token together, they become one
+        part."""
         texts = [self.escaped(part["text"]) for part in parts]
         together = "".join(texts)
         if (escaped := self.escaped(together)) != together:

@@ -19,7 +19,7 @@ Message = Mapping[str, Any]
 
 
 def conversation(messages: Sequence[Message], *, in_parts: bool, knows_developer: bool) -> list[Message]:
-    """Return the messages for a template. Messages that need no change are passed on.
+    """Return the messages for a template. Messages that need no change are returned as they are.
 
     `in_parts`: whether the template takes contents as lists of parts (content_format.py). `knows_developer`: whether
     the template has the role `developer`.

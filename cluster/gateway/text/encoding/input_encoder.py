@@ -123,8 +123,8 @@ class InputEncoder:
         return encoded
 
     def _beginnings(self, texts: Sequence[str], keep: int, chars: int) -> list[Encoding]:
-        """Return the encodings of texts. Of a text with more than `keep` tokens, only a beginning of at least `chars`
-        characters is encoded, which has more than `keep` tokens, too."""
+        """Return the encodings of texts. Of a text with more than `keep` tokens, a beginning may be encoded that also
+        has more than `keep` tokens. `chars`: length in characters of the beginnings that are tried first."""
         begun = [_beginning(text, chars) for text in texts]
         encoded = self._encoded(begun)
         for i, text in enumerate(texts):
