@@ -1,4 +1,4 @@
-"""The gateway process, which turns requests into calls, and outcomes into statuses. Its rules are in cluster.policy.
+"""The gateway process. Its decision rules, such as the order of the queue, are pure code in cluster.policy.
 
 The path of a call: apis/grpc/inference.py (bytes) -> calls/request.py (validated request) -> call_service.py (one call
 from arrival to end) -> models.py (model) -> text/ (token ids) -> scheduling/scheduler.py (queueing and binding) ->

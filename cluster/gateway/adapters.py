@@ -1,7 +1,7 @@
 """The adapters of one model as a gateway knows them: what the catalog has, and what the workers report.
 
-An adapter is ready on a worker that reports it READY with the adapter's digest. The digest is that of the catalog. If
-the catalog has none, it is the first digest that a worker reports as READY, for as long as any worker has it.
+An adapter is ready on a worker that reports it as READY with the right digest. The right digest is the catalog's. If
+the catalog has none, it is the first digest that a worker reports as READY, for as long as any worker reports it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ MODEL_STATES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class AdapterView:
-    """State of an adapter over the workers that should have it, which are `workers`. `ready` of them take its calls.
+    """State of an adapter over all workers that should have it; FAILED if none of them could load it.
 
-    FAILED: no worker could load it. `failures`: (worker id, reason) of the workers where it failed."""
+    `ready`: number of workers that take the adapter's calls. `workers`: number of workers that should have it.
+    `failures`: (worker id, reason) of each worker that could not load it, or has loaded other files."""
 
     state: AdapterState
     ready: int = 0
@@ -52,7 +53,7 @@ class AdapterView:
 
 
 def pending_key(name: str) -> str:
-    """Return the name under which routing knows an adapter whose digest is unknown. No digest is like it."""
+    """Return the key under which routing knows an adapter whose digest is unknown. It differs from every digest."""
     return f"{SEPARATOR}{name}"
 
 
@@ -62,30 +63,30 @@ def name_of(key: str) -> str:
 
 
 Keys = tuple[frozenset[str], frozenset[str]]
-"""Keys of adapters: those whose calls a worker takes, and those of them that lie in a slot of its engine."""
+"""Keys of the adapters whose calls a worker takes, and the subset of the adapters that lie in a slot of its engine."""
 
 
 class ModelAdapters:
     """The adapters of one model."""
 
     def __init__(self, links: Mapping[str, WorkerLink], takes_calls: Callable[[WorkerLink], bool]) -> None:
-        """`links`: the model's workers, a mapping that the owner changes. `takes_calls`: see KnownModel."""
+        """`links`: the model's workers, a mapping that the owner changes. `takes_calls`: see KnownModel.takes_calls."""
         self._links = links
         self._takes_calls = takes_calls
         self._catalog: tuple[AdapterSpec, ...] = ()
         self._specs: dict[str, AdapterSpec] = {}
         self._of_version: dict[str, tuple[AdapterSpec, ...]] = {}
         self._digests: dict[str, str] = {}
-        """Digests that were learned from workers, by name."""
+        """Digests that were learned from workers, by adapter name."""
         self._reported: dict[str, Mapping[str, str]] = {}
-        """Digests of the adapters that each worker has reported as READY, by worker id and name."""
+        """Digests of the adapters that each worker has reported as READY, by worker id and adapter name."""
         self._ready: dict[str, Counter[str]] = {}
-        """Number of workers that have reported a digest as READY, by name. A model may have a thousand workers and a
-        thousand adapters, so a report must cost no more than its length."""
+        """For each adapter name, the number of workers that have reported each digest as READY. A model may have a
+        thousand workers and a thousand adapters, so the cost of a report must depend on its own length only."""
         self._ready_digests: Counter[str] = Counter()
         self._keys: dict[str, tuple[Mapping[str, AdapterStatus], Keys]] = {}
-        """The keys of `keys_on` by worker id, each with the report from which they were made. Routing asks after each
-        message of a worker, and a report may be long."""
+        """Cached results of `keys_on` by worker id, each with the report from which it was made. Routing calls
+        `keys_on` after each message of a worker, and a report may be long."""
         self._warned: set[tuple[str, str]] = set()
         self._views: dict[str, AdapterView] = {}
 
@@ -112,12 +113,12 @@ class ModelAdapters:
         self._views, self._keys = {}, {}
 
     def refresh(self) -> None:
-        """Take into account that a worker has joined, or takes calls or no longer does."""
+        """Discard the cached views, because a worker has joined, or has begun or ceased to take calls."""
         self._views = {}
 
     def report(self, link: WorkerLink, *, is_gone: bool = False) -> bool:
-        """Take a worker's report into account, or that the worker is gone. Returns whether the digest of an adapter has
-        changed."""
+        """Apply a worker's report of its adapters, or the loss of the worker. Returns whether the digest of any adapter
+        has changed."""
         worker_id, statuses = link.identity.worker_id, () if is_gone else link.adapters.values()
         ready = {status.name: status.digest for status in statuses if status.state is AdapterState.READY}
         before, changed = self._reported.pop(worker_id, {}), set[str]()
@@ -144,7 +145,8 @@ class ModelAdapters:
             del self._ready[name]
 
     def _learn(self, names: Iterable[str]) -> bool:
-        """Choose the digests of these adapters, as far as the catalog has none. Returns whether one has changed."""
+        """Choose a reported digest for each of these adapters that has none in the catalog. Returns whether any digest
+        has changed."""
         has_changed = False
         for name in names:
             spec, ready = self._specs.get(name), self._ready.get(name)
@@ -166,12 +168,12 @@ class ModelAdapters:
         return "" if spec is None else spec.digest or self._digests.get(name, "")
 
     def key(self, name: str) -> str:
-        """Return the name under which routing knows an adapter: its digest, or its pending key."""
+        """Return the key under which routing knows an adapter: its digest, or its pending key."""
         return self.digest(name) or pending_key(name)
 
     def view(self, name: str) -> AdapterView:
-        """Return the state of an adapter of the catalog over the workers that take calls. An adapter that the catalog
-        no longer has is LOADING on no worker."""
+        """Return the state of an adapter over the workers that take calls. For an adapter that the catalog no longer
+        has, the state is LOADING without workers."""
         view = self._views.get(name)
         if view is None:
             spec = self._specs.get(name)
@@ -202,14 +204,14 @@ class ModelAdapters:
         return AdapterView(state, ready, workers, tuple(failures))
 
     def is_ready(self, key: str) -> bool:
-        """Return whether any linked worker takes calls for an adapter. `key`: see `key`."""
+        """Return whether any linked worker takes calls for an adapter. `key`: the result of the method `key`."""
         name = name_of(key)
         digest = self.digest(name) if name else key
         return digest in (self._ready.get(name, ()) if name else self._ready_digests)
 
     def keys_on(self, link: WorkerLink) -> Keys:
-        """Return the adapters whose calls a worker takes, by all keys under which routing knows them, and those of them
-        that lie in a slot of the engine."""
+        """Return all keys of the adapters whose calls a worker takes, and all keys of those adapters that lie in a slot
+        of its engine."""
         if not link.adapters:
             return _NONE, _NONE
         worker_id = link.identity.worker_id

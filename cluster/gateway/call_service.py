@@ -116,8 +116,8 @@ class CallService:
     # ---- one call, from arrival to end
 
     async def count(self, meta: CallMeta) -> None:
-        """Count a tenant's request before the body is read, whatever the outcome will be, and mark it as counted.
-        Raises CallError RATE_LIMITED."""
+        """Count a request against its tenant's limits before the body is read, whatever the outcome will be. Raises
+        CallError RATE_LIMITED."""
         try:
             await self._reservations.count_request(meta.principal.tenant)
         except CallError as error:
@@ -140,7 +140,7 @@ class CallService:
         return CallContext(opening, self._begin_pooling, self._at_end, self.clock)
 
     def _trace(self, opening: CallOpening, traceparent: str) -> None:
-        """Begin the record of a call's spans, if calls are traced. `traceparent`: see CallOpening."""
+        """Begin the record of a call's spans, if calls are traced. `traceparent`: see CallOpening.begin_trace."""
         if self._tracer is not None:
             opening.begin_trace(self._tracer, traceparent)
 

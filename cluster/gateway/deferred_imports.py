@@ -24,8 +24,8 @@ async def import_later(
     after_s: float = AFTER_S,
     at_latest_s: float = AT_LATEST_S,
 ) -> None:
-    """Import MODULES in a thread, when `needed` is set, or `after_s` seconds have passed and `idle()` is true, or after
-    `at_latest_s`.
+    """Import MODULES in a thread, as soon as `needed` is set. Otherwise wait `after_s` seconds and then until `idle()`
+    is true, at most `at_latest_s` seconds in all.
 
     An import during a call would delay the call, because loading native code holds the GIL for about 15 ms."""
     latest, wait_s = time.monotonic() + at_latest_s, after_s

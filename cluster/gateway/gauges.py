@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 QUARANTINED = "quarantined"
-"""State of a version in the metrics, beside those of a model."""
+"""State of a version in the metrics, in addition to the states of a model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 
 class UsageStore(NamedTuple):
-    """A store of usage records. `secrets`: seal the copies of open records at the workers. `insert`: writes records."""
+    """A store of usage records. `secrets`: the keys that seal the workers' copies of open records. `insert`: writes
+    records."""
 
     secrets: Sequence[bytes]
     insert: Callable[[Sequence[UsageRecord]], None]
@@ -53,7 +54,8 @@ def tenant_authenticator(config: Config, folder: Path, metrics: Metrics, process
 def accounting(
     tenants: TenantAuthenticator | None, store: UsageStore | None, hub: Hub, folder: Path
 ) -> Accounting | None:
-    """Return the accounting of usage; None without a ledger. `store`: used instead of the ledger of `tenants`."""
+    """Return the accounting of usage; None without `store` and `tenants`. `store`: used instead of the ledger of
+    `tenants`."""
     if store is None and tenants is not None:
         store = UsageStore(tenants.secrets, tenants.ledger.usage.insert)
     if store is None:

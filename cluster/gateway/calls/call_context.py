@@ -1,6 +1,6 @@
 """The context in which a call is open. Its end runs the cleanup of the call, with the outcome of the context.
 
-A class and not a generator, since every call passes here.
+The context is a class and not a generator, because a class is faster and every call has a context.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CallContext(Generic[AnyOpening, Opened]):
         clock: Callable[[], float],
     ) -> None:
         """`begin`: takes the steps from the request to a queued call; each step registers its undo step. `at_end`:
-        functions that get the call when it has ended, in this order. `clock`: the clock of deadlines."""
+        functions that are called in this order when the call has ended. `clock`: the clock of deadlines."""
         self._opening = opening
         self._begin = begin
         self._clock = clock

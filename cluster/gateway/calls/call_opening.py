@@ -38,8 +38,9 @@ class CallOpening:
     max_model_len: int = field(init=False, default=0)
     call: Call | None = field(init=False, default=None)
     trace_id: str = field(init=False, default="")
-    """See Call. `trace`: see Call."""
+    """See Call."""
     trace: CallTrace | None = field(init=False, default=None)
+    """See Call."""
 
     def __post_init__(self) -> None:
         self.trace_id = self.meta.trace_id
@@ -61,7 +62,7 @@ class CallOpening:
 
     @property
     def longest_context(self) -> int:
-        """The context length for the call, in tokens; 0 while the model's is unknown."""
+        """Maximum context length of the call in tokens, by its model and its tenant; 0 while the model's is unknown."""
         longest, of_tenant = self.model.max_model_len, self.meta.principal.tenant.max_context_tokens
         return min(longest, of_tenant) if of_tenant else longest
 
@@ -80,8 +81,8 @@ class CallOpening:
         scheduler: Scheduler,
         clock: Callable[[], float],
     ) -> dict[str, Any]:
-        """Return the fields of the call. `kind`: the first word of its id. `priority_class` and `metadata`: of the
-        request."""
+        """Return the fields of the call. `kind`: the beginning of the call's id. `priority_class` and `metadata`: those
+        of the request."""
         meta, policy = self.meta, _policy_of(self.meta, priority_class, scheduler)
         return {
             "id": f"{kind}-{random_id()}",
@@ -122,7 +123,7 @@ def not_prepared(model: KnownModel) -> CallError:
 
 
 def _policy_of(meta: CallMeta, priority_class: str, scheduler: Scheduler) -> TenantPolicy:
-    """Return the policy of a caller's tenant, with the priority class of the request if it has one. A tenant may use
+    """Return the policy of a caller's tenant, with the priority class that the request names, if any. A tenant may use
     its own class and all classes that are served later. Raises CallError for another class."""
     policy = meta.principal.tenant
     if priority_class in ("", policy.priority_class):

@@ -47,7 +47,7 @@ class Event(enum.Enum):
     HEDGE = "hedge"
     """The sequence is sent to a second worker, because the first is late."""
     HEDGE_ENDED = "hedge_ended"
-    """One of the two workers of the sequence is out, and the other keeps the sequence."""
+    """One of the two workers of the sequence drops out, and the other keeps the sequence."""
     ANSWERED = "answered"
     """The first output of the worker arrives."""
     RETRY = "retry"

@@ -19,8 +19,9 @@ class CallMeta:
     api: str
     deadline: float | None = None
     traceparent: str = ""
-    """The caller's W3C trace context, "" without one or with an invalid one. `trace_state`: its tracestate."""
+    """The caller's W3C trace context, "" without one or with an invalid one."""
     trace_state: str = ""
+    """The caller's tracestate, "" without one."""
     principal: Principal = DEFAULT_PRINCIPAL
     affinity_key: str = ""
     """Value of the header x-headrace-affinity, for APIs whose bodies have no such field."""
@@ -39,7 +40,7 @@ class CallMeta:
 
     @property
     def is_unsampled(self) -> bool:
-        """Whether the caller has named a trace that it does not record."""
+        """Whether the caller has named a trace that is not sampled."""
         return self.traceparent != "" and not int(self.traceparent[-2:], 16) & 1
 
     @property

@@ -31,7 +31,7 @@ class OpenCalls:
         return bool(self._calls)
 
     def add(self, call: Call) -> None:
-        """Add a call, until `remove`."""
+        """Add a call that begins."""
         self._calls[call.id] = call
 
     def remove(self, call: Call) -> None:
@@ -67,7 +67,8 @@ class OpenCalls:
         return bool(self._closing)
 
     def close(self, why: str) -> None:
-        """Refuse new calls, and notify the sessions, each of which then ends with its last call."""
+        """Refuse new calls, and call the functions in `on_close`. `why`: what the gateway is doing, such as
+        "stopping"."""
         self._closing = why
         for notify in list(self.on_close):
             notify()

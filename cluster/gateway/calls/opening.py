@@ -28,7 +28,8 @@ from cluster.observe.metrics import Metrics
 from cluster.observe.trace_context import unsampled
 
 MAX_PARSING_CHARS = 4 << 20
-"""Upper bound on the parser requests of all outputs of a call together, which may travel on one link at once."""
+"""Upper bound on the characters of the parser requests of all outputs of a call, which may be sent on one link at
+once."""
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
@@ -78,7 +79,7 @@ class Opening(CallOpening):
 
     @property
     def adapter_key(self) -> str:
-        """Digest of the call's adapter, or its name for routing while the digest is unknown; "" without an adapter."""
+        """Digest of the call's adapter, or its pending key while the digest is unknown; "" without an adapter."""
         if not self.adapter:
             return ""
         begun = "" if self.chain is None else self.chain.call_head.adapter_digest
@@ -96,7 +97,7 @@ class Opening(CallOpening):
         return self.request.prompt
 
     async def encode(self, directory: ModelDirectory, renderer_of: RendererOf) -> None:
-        """Encode the prompt. `renderer_of`: see CallService."""
+        """Encode the prompt. `renderer_of`: see RendererOf."""
         self.text = await directory.text_model(self.model, self.versions.first)
         self.renderer_of = renderer_of
         self.max_model_len = self.longest_context
@@ -200,10 +201,10 @@ class Opening(CallOpening):
 def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> OutputParsing | None:
     """Return how the worker is to parse the output of a call; None if there is nothing to parse.
 
-    A call that may call tools is parsed, a chat with a model that has a parser of reasoning, and one whose tools must
-    not be called, so that such calls are not shown as content. While a model has no worker, its parsers are unknown,
-    and every chat is parsed; a worker without a parser ignores that. Raises CallError for tools that are too long for
-    the number of outputs."""
+    The output of a chat is parsed if the chat may call tools, or if the model has a parser of reasoning. A chat with
+    tools that must not be called is parsed by a tool parser, too, so that tool calls are not shown as content. While a
+    model has no worker, its parsers are unknown, and every chat is parsed; a worker without a parser ignores the
+    request. Raises CallError for tools that are too long for the number of outputs."""
     output = request.output
     if not output.parser_request:
         return None

@@ -85,8 +85,8 @@ class ChatPrompt:
     """Chat messages for the model's chat template. Each message is a plain mapping in OpenAI's format."""
 
     messages: Sequence[Mapping[str, Any]]
-    """Without `content` if the caller gave none. Arguments of tool calls are objects, and `reasoning` of the
-    assistant is also in `reasoning_content`."""
+    """The messages. A message has no `content` if the caller gave none. Arguments of tool calls are objects, and
+    `reasoning` of the assistant is also in `reasoning_content`."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continue_final_message: bool = False
     add_generation_prompt: bool = True
@@ -317,8 +317,8 @@ def _grammar_violations(grammar: Grammar | None) -> list[Violation]:
 
 
 def too_long(prompt_tokens: int, max_model_len: int, chat: bool, *, surely: str = "") -> CallError:
-    """Return the error for a prompt that leaves no room for output. `surely`: "at least " if the prompt's tokens were
-    not counted."""
+    """Return the error for a prompt that leaves no room for output. `surely`: "at least " if `prompt_tokens` is a lower
+    bound."""
     return CallError(
         Outcome.CONTEXT_LENGTH_EXCEEDED,
         f"the prompt has {surely}{prompt_tokens} tokens, the model's context holds {max_model_len} with at least one "

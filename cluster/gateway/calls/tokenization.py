@@ -24,24 +24,26 @@ FEW_IDS = 4096
 
 
 RenderChat = Callable[[bytes, int], Awaitable[RenderedPrompt]]
-"""Function that lets a worker make the prompt of a chat. Its arguments are the chat as JSON (text/chat/chat_json.py),
-and the number of ids above which no ids are needed, 0 for the model's context. It raises CallError."""
+"""Function that lets a worker render a chat. Its arguments are the chat as JSON (text/chat/chat_json.py), and the
+maximum length of a prompt whose ids are needed, in tokens, 0 for the length of the model's context. It raises
+CallError."""
 
 
 class RendererOf(Protocol):
-    """Choice of the renderer of a model's chats."""
+    """Function that chooses how a call's chats are rendered."""
 
     def __call__(
         self, model: KnownModel, text: TextModel, meta: CallMeta, bundle_digest: str, priority_class: str
     ) -> RenderChat | None:
-        """Return how workers make the prompts of a call's chats; None if the gateway's chat template does.
+        """Return the function that lets a worker render a chat; None if the gateway renders it with the chat template.
 
-        `text`: the tokenizer of the bundle `bundle_digest`. `priority_class`: of the request, "" for the tenant's.
+        `text`: the tokenizer of the bundle `bundle_digest`. `priority_class`: the class that the request names, "" for
+        the tenant's.
         """
 
 
 class Tokenization:
-    """The tokenizers of a gateway's models, as callers use them without a call."""
+    """The methods Tokenize and Detokenize of a gateway, which use the models' tokenizers without a call."""
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class Tokenization:
         reservations: QuotaReservations,
         renderer_of: RendererOf,
     ) -> None:
-        """`renderer_of`: see CallService."""
+        """`renderer_of`: see RendererOf."""
         self._directory = directory
         self._reservations = reservations
         self._renderer_of = renderer_of
@@ -90,8 +92,8 @@ async def encode(
     render: RenderChat | None = None,
 ) -> array[int]:
     """Encode a prompt. A long prompt is encoded outside the event loop. A `max_model_len` of 0 allows any length.
-    `cache_salt`: only prompts of the tenant with the same salt are encoded faster because of each other. `render`: how
-    workers make the prompts of chats; None if the chat template makes them.
+    `cache_salt`: the ids of text blocks are reused only between prompts of the tenant with the same salt. `render`: the
+    function that lets a worker render a chat; None: chats are rendered with the chat template.
 
     Raises CallError. A text that certainly leaves no room for output is refused before it is tokenized.
     """

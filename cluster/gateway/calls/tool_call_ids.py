@@ -27,5 +27,5 @@ def tool_call_id(call_id: str, index: int, call: int) -> str:
 
 def numbered_id(name: str, number: int) -> str:
     """Return the id of a call of the function `name`, as vLLM's server makes it for Kimi's models. `number`: number of
-    tool calls before it in the conversation, its own answer included."""
+    earlier tool calls in the conversation, including those in the same answer."""
     return f"functions.{name}:{number}"

@@ -56,7 +56,7 @@ waits for a late helper. If a late helper has got less than LEAST_SHARE of a cor
 LEAST_SHARE: Final = 0.2
 _ENVIRONMENT: Final = {
     "TOKENIZERS_PARALLELISM": "false",  # the helpers already run in parallel
-    # These settings keep freed memory for the next body. Fresh memory takes a third of the time for a body of 16 MB.
+    # Freed memory is kept for the next body. Getting fresh memory takes a third of the time for a body of 16 MB.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
@@ -389,7 +389,7 @@ class HelperPool:
 
 
 async def _wait_while_running(work: asyncio.Task[Any], helper: _Helper, patience_s: float) -> bool:
-    """Wait for a job, at least `patience_s` seconds and as long as the helper gets CPU time. Returns whether it is
+    """Wait for a job: first `patience_s` seconds, then as long as its helper gets CPU time. Returns whether the job is
     done."""
     used_s = helper.cpu_s()
     while True:

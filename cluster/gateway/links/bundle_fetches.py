@@ -16,8 +16,9 @@ class BundleFetches:
     def __init__(
         self, holder_of: Callable[[str], WorkerLink | None], request_from_controller: Callable[[str], bool]
     ) -> None:
-        """`holder_of` returns the link of a worker that has the bundle of a digest. `request_from_controller` requests
-        a bundle by its digest, and returns False if no controller is connected."""
+        """`holder_of` returns the link of a worker that has the bundle with this digest, None if there is no such
+        worker. `request_from_controller` requests a bundle by its digest, and returns False if no controller is
+        connected."""
         self._holder_of = holder_of
         self._request_from_controller = request_from_controller
         self._bundles: dict[str, asyncio.Future[Bundle]] = {}

@@ -1,4 +1,4 @@
-"""The chats that one worker renders for this gateway: sent, and not answered yet."""
+"""The chats that one worker renders for this gateway, from sending each chat to the worker's answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class RendererLost(Exception):
 
 @dataclass(slots=True, eq=False)
 class RenderedPrompt:
-    """A worker's answer. `ids` is empty if `tokens` is more than `max_tokens`, as requested."""
+    """A prompt that a worker has rendered, with `tokens` tokens. `max_tokens`: the limit that the gateway requested.
+    `ids` is empty if the prompt is longer."""
 
     ids: array[int]
     tokens: int
@@ -36,7 +37,7 @@ class _Outstanding:
 
 
 class LinkRenders:
-    """The outstanding renders of one link. An answer to an unknown number is ignored, because its caller is gone."""
+    """The outstanding renders of one link. An answer with an unknown number is ignored."""
 
     def __init__(self, send: Callable[[pb.Render], None]) -> None:
         """`send` sends a message to the worker."""
@@ -49,7 +50,7 @@ class LinkRenders:
 
     @property
     def has_room(self) -> bool:
-        """Whether the worker takes another chat now."""
+        """Whether the worker can take another chat now."""
         return len(self._outstanding) < MAX_OUTSTANDING
 
     def start(self, chat: bytes, max_tokens: int, timeout_s: float) -> asyncio.Future[RenderedPrompt]:
@@ -77,7 +78,7 @@ class LinkRenders:
             return False
         if not outstanding.answer.done():
             _set_answer(outstanding, piece)
-        del self._outstanding[piece.number]  # last: an answer that does not fit ends the link, which fails the render
+        del self._outstanding[piece.number]  # last: a ValueError above ends the link, and `lose` must find the render
         return True
 
     def lose(self) -> None:

@@ -20,7 +20,7 @@ MOST_REMEMBERED = 4096
 
 
 def model_uri(name: str) -> str:
-    """Return the URI that the certificates of a model's workers must contain. `*` stands for all models."""
+    """Return the URI that the certificates of a model's workers must contain. The name `*` is for all models."""
     return f"headrace://model/{name}"
 
 

@@ -43,7 +43,7 @@ class Sink(Protocol):
         token. `now`: the monotonic time at which the token arrived."""
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
-        """Handle an output that consists of one token and of what the worker's parser made of it. Otherwise like
+        """Handle an output that consists of one token and the parts that the worker's parser made of it. Otherwise like
         `token`."""
 
     def output(self, output: TokenOutput) -> None:
@@ -62,8 +62,8 @@ MAX_SAMPLES = 64
 
 
 class PrefillSample(NamedTuple):
-    """A number of prompt tokens that the engine has computed, the seconds that this took, and the monotonic time of the
-    last of their first outputs."""
+    """A measurement of prefill: the engine has computed on `tokens` prompt tokens for `seconds`. `at`: monotonic time
+    at which this was measured."""
 
     tokens: int
     seconds: float
@@ -71,8 +71,8 @@ class PrefillSample(NamedTuple):
 
 
 class _Prompt(NamedTuple):
-    """A prompt without output. `to_compute`: number of its tokens that the engine is likely to compute. `sent_at`:
-    monotonic time."""
+    """A prompt that has no output yet. `to_compute`: number of its tokens that the engine is likely to compute.
+    `sent_at`: monotonic time."""
 
     tokens: int
     to_compute: int
@@ -129,7 +129,7 @@ class SlotTable:
         self._pacing.add(slot, paced, resumed)
 
     def pop_prefill_samples(self) -> Sequence[PrefillSample]:
-        """Return the samples since the last time, and forget them."""
+        """Remove and return the prefill samples that were recorded since the last call."""
         samples = list(self._samples)
         self._samples.clear()
         return samples

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from cluster.link.v1 import link_pb2 as pb
 
 MAX_STARTING = 1000
-"""Number of starting workers that a gateway keeps. Reports of further ones are read and dropped."""
+"""Maximum number of starting workers that a gateway keeps. Reports of further workers are dropped."""
 MAX_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class StartingWorker:
-    """A starting worker: its id, model and place, and the bytes of its weights."""
+    """A starting worker: its id, model and place, and how many bytes of its weights are fetched."""
 
     worker_id: str
     model: str
@@ -41,7 +41,7 @@ class StartingWorkers:
         return next(self._numbers)
 
     def report(self, stream: int, message: pb.StartingWorker) -> None:
-        """Record a report. Raises ValueError for one that cannot be exported."""
+        """Record a report. Raises ValueError for a report that cannot be exported as metrics."""
         if not message.worker_id or not message.model:
             raise ValueError("worker_id and model must not be empty")
         texts = (message.worker_id, message.model, message.pod, message.host, message.gpu)

@@ -1,4 +1,5 @@
-"""Fields of a gateway's log lines that name a worker and its place. `pod` and `node` are the gateway's own."""
+"""Fields of a gateway's log lines that name a worker and its place. The fields `pod` and `node` of such a line name the
+gateway's place."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from cluster.api.types import WorkerIdentity
 
 
 def worker_fields(worker: WorkerIdentity) -> dict[str, str]:
-    """Return the worker's id, its node, and as far as it has them its pod and its type of GPU."""
+    """Return fields with the worker's id and node, and with its pod and type of GPU if these are known."""
     fields = {"worker": worker.worker_id, "worker_node": worker.host or worker.node}
     if worker.pod:
         fields["worker_pod"] = worker.pod

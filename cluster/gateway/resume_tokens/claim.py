@@ -59,8 +59,8 @@ class ResumeClaims:
         self._gateway = gateway
 
     async def claim(self, chain: TokenChain, lasts_s: float) -> ResumeClaim:
-        """Claim the call's continuation after `chain`, for `lasts_s` seconds. Raises CallError if these tokens were
-        used before, or too many prefixes of the stream."""
+        """Claim the call's continuation after `chain`, for `lasts_s` seconds. Raises CallError if the call was resumed
+        after the same tokens before, or too often."""
         call_id, maker = chain.call_head.call_id, chain.maker
         if not await self._first_claims.claim_first(f"{call_id}.{chain.last.hex()}", lasts_s):
             raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")

@@ -1,1 +1,1 @@
-"""Queueing of a gateway's sequences, and sending to workers, as the scheduling policy decides."""
+"""Queueing a gateway's sequences and sending them to workers, as the scheduling policy decides."""

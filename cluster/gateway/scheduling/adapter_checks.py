@@ -1,9 +1,8 @@
-"""The queued calls for adapters, looked at again after each change of the adapters.
+"""Checks of the queued calls for adapters, made again after each change of the adapters.
 
 Problem: while a thousand adapters are loaded on many workers, there are many changes a second, and twenty thousand
-sequences may be queued. Invariants: at most MOST sequences are looked at for one change and in one turn of the
-scheduler's clock; after the last change, every sequence is looked at once more. Sequences that are not looked at yet
-wait on, as before the change.
+sequences may be queued. Invariants: at most MOST sequences are checked at each change and at each tick of the
+scheduler's clock; after the last change, every sequence is checked once more. Until then it waits as before.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from cluster.gateway.calls.call import CallSequence
 from cluster.gateway.calls.life import State
 
 MOST: Final = 1024
-"""Maximum number of sequences that are looked at together, which takes about 4 ms."""
+"""Maximum number of sequences that are checked together, which takes about 4 ms."""
 
 
 class AdapterChecks:
-    """The sequences that are still to be looked at since the adapters have changed."""
+    """The sequences that are still to be checked since the adapters have changed."""
 
     def __init__(
         self, queued: Callable[[], Sequence[CallSequence]], check: Callable[[CallSequence], None], most: int = MOST
     ) -> None:
-        """`queued` returns the queued sequences; `check` looks at one of them."""
+        """`queued` returns the queued sequences. `check` checks one of them. `most`: see MOST."""
         self._queued = queued
         self._check = check
         self._most = most
@@ -32,13 +31,13 @@ class AdapterChecks:
         self._is_stale = False
 
     def changed(self) -> None:
-        """Look at the first sequences, unless a change before is not done with: then all follow after it."""
+        """Begin to check all sequences. If the checks for an earlier change are not finished, begin after these."""
         self._is_stale = True
         if not self._left:
             self.go_on()
 
     def go_on(self) -> None:
-        """Look at the next sequences. Called a few times a second."""
+        """Check the next sequences. Called a few times a second."""
         if self._is_stale and not self._left:
             self._is_stale = False
             self._left = [sequence for sequence in self._queued() if sequence.call.adapter]

@@ -1,9 +1,9 @@
-"""The chats that workers render for this gateway: they wait for a worker, and their prompts come back as token ids.
+"""The chats that workers render for this gateway. Each chat waits for a worker, which returns the prompt's token ids.
 
-Some models have no chat template: vLLM's own code makes their prompts, and only workers have it. Such a call waits here
-before it is admitted, since its limits and its place in the queue depend on the number of its tokens. The wait has the
-bounds of the waiting room, with a guess at the tokens; tenants take turns by the fair queue's rule. A model without a
-worker is demand for the controller, so the wait for a first worker is like that of any other call.
+Some models have no chat template; their prompts are made by vLLM's own code, which only workers have. A call for such a
+model waits here before its admission, since its limits and its place in the queue depend on the number of its tokens.
+Chats wait in a waiting room, with an estimated number of tokens, in the order of a fair queue. If their model has no
+worker, they count as demand for the controller, as other waiting calls do.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from cluster.wire.rendering import MAX_CHAT_BYTES
 BYTES_A_TOKEN = 4
 """Bytes of JSON that are counted as one token of a chat that is not rendered yet."""
 RENDER_S = 60.0
-"""Greatest number of seconds that a worker may take for one chat, other chats before it included."""
+"""Maximum number of seconds that a worker may take for one chat, including the chats that it renders before it."""
 GRACE_S = 5.0
-"""Seconds that the gateway waits longer for the answer of a worker."""
+"""Seconds that the gateway waits for a worker's answer beyond the worker's time limit."""
 MAX_ATTEMPTS = 3
 """Number of workers that may be lost with a chat before its call fails."""
 ANY_TOKENS = 1 << 24
@@ -39,13 +39,14 @@ ANY_TOKENS = 1 << 24
 
 
 def small_room(order_of: Callable[[str], Order]) -> WaitingRoom:
-    """Return a waiting room for a gateway without settings."""
+    """Return a waiting room with default limits, for a gateway without settings."""
     return WaitingRoom(max_requests=1000, max_tokens=4_000_000, max_wait_s=120.0, order_of=order_of)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatToRender:
-    """A chat and the worker that it needs. `chat`: a JSON object, see text/chat/chat_json.py."""
+    """A chat that a worker of `model` with the tokenizer bundle `bundle_digest` must render. `chat`: a JSON object, see
+    text/chat/chat_json.py."""
 
     model: KnownModel
     bundle_digest: str
@@ -53,13 +54,13 @@ class ChatToRender:
     rank: int
     chat: bytes
     max_tokens: int = 0
-    """Number of ids above which no ids are needed; 0 for the model's context."""
+    """Maximum length of a prompt whose ids are needed, in tokens; 0 for the length of the model's context."""
     deadline: float | None = None
 
 
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """A chat from its arrival until its prompt is there. `entry`: its place in the room."""
+    """A chat that waits for its prompt. `entry`: its entry in the waiting room."""
 
     ask: ChatToRender
     entry: WaitingSequence
@@ -78,7 +79,7 @@ class _Wait:
 
 
 class ChatRenders:
-    """The chats of one gateway that wait for a prompt, for all models."""
+    """The chats of one gateway that wait to be rendered, for all models."""
 
     def __init__(
         self,
@@ -89,8 +90,8 @@ class ChatRenders:
         clock: Callable[[], float],
         note_unserved: Callable[[KnownModel], None] = lambda model: None,
     ) -> None:
-        """`room_of` returns a waiting room whose orders are those of its argument. `find` returns a model by name.
-        `note_unserved` reports the demand for a model that has no worker."""
+        """`room_of(order_of)` returns a waiting room in which `order_of(model)` orders a model's chats. `find` returns
+        a model by name. `note_unserved` reports the demand for a model that has no worker."""
         self._orders = FairOrders(lambda: FairOrder(weight_of=weight_of))
         self._room = room_of(self._orders.order)
         self._tally = tally
@@ -101,11 +102,12 @@ class ChatRenders:
         self._numbers = itertools.count(1)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of a model's chats that no worker has yet, and the guess at their tokens."""
+        """Return the number of a model's chats that no worker has yet, and an estimate of the number of their
+        tokens."""
         return self._room.waiting(model)
 
     async def render(self, ask: ChatToRender) -> RenderedPrompt:
-        """Wait for a worker, and return the prompt that it makes of a chat. Raises CallError."""
+        """Wait until a worker has rendered a chat, and return the prompt. Raises CallError."""
         model, policy = ask.model, ask.policy
         if len(ask.chat) > MAX_CHAT_BYTES:
             raise invalid("messages", f"at most {MAX_CHAT_BYTES} bytes of JSON, got {len(ask.chat)}: send less")
@@ -153,7 +155,7 @@ class ChatRenders:
     # ---- sending
 
     def pump(self, name: str) -> None:
-        """Send waiting chats of a model as long as a worker takes them."""
+        """Send waiting chats of a model as long as a worker can take another."""
         model = self._find(name)
         while model is not None and (head := self._room.head(name)) is not None:
             wait = self._waits[head.call_id]
@@ -180,7 +182,7 @@ class ChatRenders:
     def _answered(self, wait: _Wait, answer: asyncio.Future[RenderedPrompt]) -> None:
         wait.stop_timer()
         error = answer.exception()
-        if wait.done.done():  # nobody waits for the prompt any more
+        if wait.done.done():  # the call no longer waits for the prompt
             return
         if error is None:
             wait.done.set_result(answer.result())
@@ -208,7 +210,7 @@ class ChatRenders:
             self._waits[entry.call_id].fail(queue_errors.too_late(entry.model, self._find(entry.model), late))
 
     def sweep(self, models: Iterable[str], now: float) -> None:
-        """Forget the accounts of idle tenants and of models that are gone. Called once a second."""
+        """Forget the service accounts of idle tenants and of models that are gone. Called once a second."""
         self._orders.sweep(now)
         self._orders.retain_models(models)
 
@@ -233,9 +235,10 @@ class ChatRenders:
 
 
 def needs_worker(model: KnownModel, bundle_digest: str, renderer: str, *, has_template: bool) -> bool:
-    """Return whether a worker must render the chats of a model. `renderer`: of the tokenizer bundle, "" for none.
+    """Return whether a worker must render the chats of a model. `renderer`: the renderer that the tokenizer bundle
+    names, "" for none.
 
-    A model with a chat template beside its renderer falls back to it while its workers cannot load the renderer.
+    A model with both a renderer and a chat template uses the template while no worker of it can load the renderer.
     """
     if not renderer:
         return False
@@ -247,7 +250,8 @@ def _renders(link: WorkerLink, bundle_digest: str) -> bool:
 
 
 def _no_renderer(model: KnownModel, bundle_digest: str) -> CallError | None:
-    """Return the error for a chat that no linked worker can render; None if one can, or while no worker is linked."""
+    """Return the error for a chat that no linked worker can render; None if a worker can, or if no worker is
+    linked."""
     if not model.links or any(_renders(link, bundle_digest) for link in model.links.values()):
         return None
     if all(link.identity.bundle_digest != bundle_digest for link in model.links.values()):

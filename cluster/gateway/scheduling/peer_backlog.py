@@ -2,9 +2,9 @@
 
 A claim is the gateway's share of the next turns (FairOrder.claimed_turns); workers divide their capacity by the claims.
 So a queue that becomes empty or non-empty is reported at once, and other changes a few times a second. Workers forward
-the backlogs to the other gateways. Two forwarding workers suffice, since the next report replaces a lost report. With
-more gateways than workers connect to, more workers forward them, others with each report. Backlogs are repeated every
-half second, since gateways forget a peer that does not report.
+the backlogs to the other gateways. Two forwarding workers suffice, since the next report replaces a lost report. If
+workers connect to some gateways only, more workers forward, other ones with each report. Backlogs are repeated every
+half second, since gateways forget the backlogs of a gateway that does not report.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class BacklogReports:
         self._clock = clock
         self._reported: dict[str, _Reported] = {}
         self._forwarded = 0
-        """Number of the next forwarding worker, if workers connect to some gateways only."""
+        """Index of the first worker that forwards the next report, if workers connect to some gateways only."""
         self.gateways: Callable[[], int] = lambda: 0
         """Function that returns the number of gateways; 0 if it is unknown."""
 
@@ -78,7 +78,7 @@ class BacklogReports:
             self._report(model, self._clock())
 
     def joined(self, model: str) -> None:
-        """Report everything again, because a worker has joined that has no report yet."""
+        """Report everything again, because a worker has joined that has not had a report yet."""
         self._reported.pop(model, None)
         self.changed(model)
 

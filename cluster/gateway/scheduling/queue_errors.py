@@ -25,8 +25,8 @@ def shed() -> CallError:
 
 
 def not_servable(model: KnownModel, adapter: str = "") -> CallError | None:
-    """Return the error for calls to a model, or to one of its adapters by name, that will not be served; None if it may
-    be served."""
+    """Return the error for calls to a model, or to its adapter named `adapter`, if they will not be served, else
+    None."""
     if model.state not in (ModelState.FAILED, ModelState.GONE):
         return model.adapters.refusal_of(model.name, adapter) if adapter else None
     reason = model.entry.state_reason or "no reason known"
@@ -34,7 +34,8 @@ def not_servable(model: KnownModel, adapter: str = "") -> CallError | None:
 
 
 def no_adapter(name: str) -> CallError:
-    """Return the error for a call for an adapter for which too many calls wait. `name`: full name of the adapter."""
+    """Return the error for a call that may not wait for its adapter, because too many calls wait for adapters already.
+    `name`: full name of the adapter."""
     message = f"too many calls wait until workers have loaded adapters such as {name}; retry after the given delay"
     return CallError(Outcome.MODEL_LOADING, message, retry_after_s=2.0)
 

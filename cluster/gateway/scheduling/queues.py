@@ -1,4 +1,4 @@
-"""The sequences that wait for a worker at one gateway, and the demand that they make. The scheduling policy orders the
+"""The sequences that wait for a worker at one gateway, and the tally of demand. The scheduling policy orders only the
 keys of sequences; this module holds the sequences."""
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class Queues:
         self.tally.enqueue(entry)
 
     def _entry(self, sequence: CallSequence) -> WaitingSequence:
-        """Return the waiting room's entry for a sequence that has had one, with the digest of its adapter as it is
-        now."""
+        """Return the waiting room's entry for a sequence that has been queued before, with the current key of its
+        adapter."""
         entry, adapter = self._charges.waiting(sequence), sequence.request.adapter
         return entry if entry.adapter == adapter else replace(entry, adapter=adapter)
 
     def set_adapter(self, sequence: CallSequence, key: str) -> None:
-        """Set the adapter of a sequence in the waiting room, which keeps its place among those of its tenant that have
-        waited longest. `key`: see ModelAdapters."""
+        """Set the adapter of a sequence. If the sequence is in the waiting room, it is put at the head of its tenant's
+        queue, ordered by arrival. `key`: see ModelAdapters."""
         sequence.call.set_adapter(sequence, key)
         if self._policy.remove(sequence.key):
             self._policy.put_back(self._entry(sequence), self._clock(), sequence.call.versions)

@@ -1,4 +1,4 @@
-"""The routes of one gateway's calls: a memory of the newest decisions, and the metrics of predicted cached tokens."""
+"""The routes of one gateway's calls: a history of the newest routes, and the metrics of predicted cached tokens."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ EXACT, APPROXIMATE = "exact", "approximate"
 
 
 class Routes:
-    """The routes of one gateway process. A call of `sent` and `begin` each takes a few microseconds."""
+    """The routes of one gateway process. The methods `sent` and `began` take a few microseconds each."""
 
     def __init__(self, metrics: Metrics, workers: Callable[[str], int], clock: Callable[[], float]) -> None:
         """`workers` returns the number of a model's linked workers."""
         self.history = RouteHistory()
         self.on_resent: Callable[[str], None] = _ignore
-        """Function that gets the name of a lost link once a sequence that ran there was sent to another worker."""
+        """Function that is called with the name of a lost link when a sequence that ran on it was sent to another
+        worker."""
         self._metrics = metrics
         self._workers = workers
         self._clock = clock
 
     @staticmethod
     def create(instruction: Send, sequence: CallSequence, link: WorkerLink, now: float) -> Route:
-        """Return the route of an instruction."""
+        """Return the route of a sequence that is sent by this instruction."""
         life = sequence.life
         again = life.reason or ("lost" if life.loss.links else "error" if life.failures else "")
         route = _route(sequence, link, instruction.reason, instruction.decision, instruction.cached, again, now)
@@ -47,7 +48,7 @@ class Routes:
         return _route(sequence, link, decision.reason, decision, cached, "late", now)
 
     def sent(self, call: Call, route: Route) -> None:
-        """Remember a route, whose sequence was sent."""
+        """Add a route to the history, because its sequence was sent."""
         known = self.history.call(call.id)
         if known is None:
             known = RoutedCall(call.id, call.shown_id, call.request_id, call.tenant, call.shown_model, call.arrived)
@@ -69,7 +70,7 @@ class Routes:
         self._metrics.count("prefix_mispredicted_tokens_total", model, state, by=abs(predicted - cached_tokens))
 
     def ended(self, call: Call, outcome: Outcome) -> None:
-        """Remember how a call has ended."""
+        """Add a call's outcome to the history."""
         self.history.end(call.id, outcome.value, self._clock())
 
 

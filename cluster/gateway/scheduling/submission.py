@@ -61,7 +61,7 @@ def submit(
     fresh_tokens: int = 0,
     cached_tokens: int = 0,
 ) -> bool:
-    """Send a sequence to this worker. The sequence must have been removed from its queue. Returns False if the sequence
+    """Send a sequence to a worker. The sequence must have been removed from its queue. Returns False if the sequence
     could not be sent; then its call has ended. `fresh_tokens`: number of tokens of a resumed sequence that the worker
     is likely to compute, 0 for all. `cached_tokens`: number of tokens of a new sequence that are expected in the
     worker's cache."""
@@ -91,16 +91,16 @@ def submit(
 def submit_hedge(
     sequence: CallSequence, link: WorkerLink, route: Route, waiting: WaitingSequence, accounting: Accounting | None
 ) -> bool:
-    """Send a sequence that has no output to this second worker, by the decision `route`. Returns False if the sequence
-    could not be sent; then it stays on its first worker. Fair service is charged once: the first Submit has the charge
-    for the prompt, and this Submit has no charge for output that may never come."""
+    """Send a sequence that has no output yet to a second worker too. `route`: the decision for this worker. Returns
+    False if the sequence could not be sent; then it stays on its first worker only. The second Submit adds no service
+    charge, because the first Submit carries the charge for the prompt."""
     call, hedge = sequence.call, Hedge(sequence, link, route)
     hedge.traced = _traced(sequence, route, link, is_hedge=True)
     weighted = WeightedValue(replace(waiting, output_tokens=0), call.policy.weight)
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
     sealed = b"" if accounting is None else accounting.hedged(sequence)
     try:
-        # A number above 1 makes the worker count only the changes of the charge.
+        # Of an attempt with a number above 1, the worker counts only changes of the charge.
         request = _with_context(sequence.submission(), hedge.traced)
         hedge.slot = link.submit(request, hedge, sequence.attempt + 1, sealed, weighted, stream=stream)
     except BaseException as error:

@@ -1,7 +1,7 @@
 """The KV blocks that workers hold, as far as this gateway knows: a cache index for each model.
 
 Workers of one model may have blocks of different sizes. Each size has an index of its own, since prefix hashes depend
-on it.
+on the size.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ if TYPE_CHECKING:
     from cluster.policy.kv_cache.prompt_hashes import PromptHashes
 
 EXPECTED_S: Final = 10.0
-"""Seconds for which a worker is expected to hold the blocks of a prompt that was sent to it, unless it reports them."""
+"""Seconds for which a worker is expected to hold the blocks of a prompt that was sent to it, if it does not report
+them."""
 MAX_BLOCKS: Final = 1 << 24
 """Maximum number of different blocks in an index."""
 BATCH_BYTES: Final = 8 * 1024
-"""Size of the reports of a worker from which they are applied. Small reports are applied together, since each change of
-an index has a price of its own; a call that looks into the index applies some of them first."""
+"""Total size of a worker's waiting reports at which they are applied. Smaller reports wait and are applied together,
+since each change of an index has a fixed cost. A call that reads the index applies some of them first."""
 APPLIED_AT_ONCE: Final = 16
-"""Number of workers whose small reports a call applies before it looks into the index, about a millisecond. The reports
-of further workers are applied later, so that the price of a call does not grow with the number of workers."""
+"""Number of workers whose small reports a call applies before it reads the index, which takes about a millisecond. The
+reports of further workers are applied later, so that the cost of a call does not grow with the number of workers."""
 MAX_WAITING_BYTES: Final = 8 << 20
-"""Greatest size of the reports of a worker that wait. A worker with more that wait for numpy is forgotten; otherwise
-reading from it waits until they are applied."""
+"""Maximum total size of a worker's waiting reports. Above it, a batch of the reports is applied at once or, while numpy
+is not imported yet, all of them are dropped."""
 SEGMENTS: Final = 16
-"""Number of segments of an index from which departed workers are removed at once."""
+"""Number of segments of an index from which one call of `maintain` removes departed workers."""
 MIN_TOKENS: Final = 512
-"""Number of prompt tokens from which a call is routed by its prefix. To compute less takes about as long as a look at
-the index, and spreads better by load alone."""
+"""Number of prompt tokens from which a call is routed by its prefix. Computing a shorter prompt takes about as long as
+reading the index, and routing by load alone spreads shorter prompts better."""
 MAX_PROMPTS: Final = 512
 """Number of prompts whose hashes are remembered while they wait."""
 
@@ -51,14 +52,14 @@ _IndexKey = tuple[str, int]
 
 @dataclass(slots=True)
 class _Unapplied:
-    """Reports of a worker that are not in the index yet. `size`: bytes of their hashes."""
+    """Reports of a worker that are not in the index yet. `size`: total bytes of their hashes."""
 
     link: WorkerLink
     messages: deque[pb.KvBlocks] = field(default_factory=deque)
     size: int = 0
 
     def pop_batch(self) -> Sequence[pb.KvBlocks]:
-        """Remove the first reports, until they have the size of a batch, and return them."""
+        """Remove and return the first reports, up to the size of a batch."""
         batch, size = list[pb.KvBlocks](), 0
         while self.messages and size < BATCH_BYTES:
             batch.append(message := self.messages.popleft())
@@ -70,8 +71,8 @@ class _Unapplied:
 class WorkerCaches:
     """The cache indexes of one gateway.
 
-    Large reports, as of all blocks of a worker, are applied in batches, one in each pass of the event loop. So the loop
-    never stands still for longer than one batch takes, whatever number of workers connect at once.
+    Large reports, such as those of all blocks of a worker, are applied in batches, one in each pass of the event loop.
+    So the loop is never blocked for longer than one batch takes, however many workers connect at once.
     """
 
     def __init__(self) -> None:
@@ -88,10 +89,11 @@ class WorkerCaches:
         self._hot = HotPrefixes()
 
     def report(self, link: WorkerLink, message: pb.KvBlocks) -> None:
-        """Take a worker's report. Raises ValueError for a malformed report."""
+        """Accept a worker's report of its KV blocks, which is applied later. Raises ValueError for a malformed
+        report."""
         if KV_EVENTS not in link.info.capabilities:
             return
-        size = check_kv_blocks(message)  # before it waits: an error must end this link, not a call
+        size = check_kv_blocks(message)  # now, since an error must end this link and not a later call
         unapplied = self._unapplied.get(link.name)
         if unapplied is None:
             unapplied = self._unapplied[link.name] = _Unapplied(link)
@@ -114,7 +116,7 @@ class WorkerCaches:
         self._due[name] = None
 
     def _apply_due(self) -> None:
-        """Apply one batch of reports, of another worker each time."""
+        """Apply one batch of reports. The workers with due reports take turns."""
         name = next(iter(self._due))
         try:
             if (unapplied := self._unapplied.get(name)) is not None:
@@ -127,7 +129,7 @@ class WorkerCaches:
                 asyncio.get_running_loop().call_soon(self._apply_due)
 
     def _apply(self, unapplied: _Unapplied) -> None:
-        """Apply one batch of a worker's reports, those that undo each other not at all."""
+        """Apply one batch of a worker's reports, without the changes that cancel each other out."""
         from cluster.policy.kv_cache.index import CacheIndex  # not at the start: deferred_imports.py
         from cluster.wire.codecs.kv_codec import joined_changes, kv_blocks_from_pb
 
@@ -145,7 +147,7 @@ class WorkerCaches:
         index.store(worker, change.stored)
 
     def _apply_small(self, model: str) -> None:
-        """Apply the small reports of some workers of a model, and the others soon."""
+        """Apply the small reports of some workers of a model now, and all other reports of its workers soon."""
         if "numpy" not in sys.modules:
             return
         waiting = [each for each in self._unapplied.values() if each.link.identity.model == model]
@@ -165,9 +167,9 @@ class WorkerCaches:
                 del self._indexes[key]
 
     def cached_tokens(self, model: str, key: str, request: EngineRequest) -> Mapping[str, int] | None:
-        """Return how many leading tokens of a prompt each worker of a model holds; workers that hold none are left out.
-        `key`: key of the sequence. At least the last token of a prompt is always computed. None for a short prompt, and
-        if no worker of the model reports its blocks."""
+        """Return how many leading tokens of a prompt each worker of a model holds, by worker id. Workers that hold none
+        are left out, and the last token of a prompt does not count, since it is always computed. None for a short
+        prompt, and if no worker of the model reports its blocks. `key`: key of the sequence."""
         out: dict[str, int] | None = None
         if len(request.prompt_token_ids) < MIN_TOKENS:
             return out
@@ -188,12 +190,12 @@ class WorkerCaches:
         return out
 
     def sharing(self, key: str, now: float) -> float:
-        """Return how many sequences were sent lately with the longest cached prefix of a waiting sequence."""
+        """Return how many recently sent sequences begin with the longest cached prefix of a waiting sequence."""
         prefix = self._prefixes.get(key)
         return 0.0 if prefix is None else self._hot.recent(prefix, now)
 
     def forget_prompt(self, key: str) -> None:
-        """Forget the hashes of a waiting sequence's prompt, which its adapter has changed."""
+        """Forget the hashes of a waiting sequence's prompt. They depend on its adapter, which has changed."""
         for known in [known for known in self._hashes if known[0] == key]:
             del self._hashes[known]
         self._prefixes.pop(key, None)
@@ -213,7 +215,7 @@ class WorkerCaches:
         """Do a part of the indexes' maintenance, about a millisecond for each index with much to do."""
         if "numpy" in sys.modules:
             for name, unapplied in self._unapplied.items():
-                if unapplied.size >= BATCH_BYTES and name not in self._due:  # they came before numpy
+                if unapplied.size >= BATCH_BYTES and name not in self._due:  # arrived before numpy was imported
                     self._apply_soon(name)
         for index in self._indexes.values():
             index.maintain(now, SEGMENTS)

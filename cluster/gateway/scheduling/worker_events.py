@@ -121,7 +121,8 @@ class WorkerEvents:
         ]
 
     def _waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of requests that wait for a model's workers, and of tokens to compute for them."""
+        """Return the number of requests that wait for a model's workers, and the number of tokens to compute for
+        them."""
         requests, tokens = self._queues.waiting(model)
         chats, guessed = self._scheduler.renders.waiting(model)
         return requests + chats, tokens + guessed

@@ -22,12 +22,12 @@ from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 PREFIX_TOKENS: Final = 256
 """Number of prompt tokens by which the policy consistent_hash chooses a worker."""
 AGED: Final = 0.1
-"""Relative change of a worker's slowdown from which the worker is read anew."""
+"""Relative change of a worker's slowdown from which the worker's state is read again."""
 
 
 @dataclass(frozen=True, slots=True)
 class _ModelState:
-    """The workers of one model as routing sees them, and their learned times."""
+    """The workers of one model as routing sees them, and their learned prefill times."""
 
     fleet: Fleet
     times: PrefillTimes = field(default_factory=PrefillTimes)
@@ -52,8 +52,8 @@ class LinkedWorkers:
         request_of: Callable[[str], EngineRequest],
         settings: RoutingSettings | None = None,
     ) -> None:
-        """`request_of` returns the request of a waiting sequence by the sequence's key. `settings`: the policy for new
-        calls."""
+        """`request_of` returns the request of a waiting sequence by the sequence's key. `settings`: how workers are
+        picked for new calls."""
         self._owner = owner
         self._breakers = breakers
         self._caches = caches
@@ -74,7 +74,7 @@ class LinkedWorkers:
         return fleet.pick(call, self._breakers.rejecting(now))
 
     def _fleet(self, known: KnownModel, now: float) -> Fleet:
-        """Return the workers of a model, those that have changed read anew."""
+        """Return the workers of a model, after reading again those that have changed."""
         state = self._models.get(known)
         if state is None:
             state = self._models[known] = _ModelState(Fleet(self._settings))
@@ -94,7 +94,7 @@ class LinkedWorkers:
         return fleet
 
     def record_late(self, model: str, worker_id: str, now: float) -> None:
-        """Take into account that a worker is late with a first token."""
+        """Record that a worker is late with a first token."""
         known = self._owner.directory.find(model)
         state = None if known is None else self._models.get(known)
         link = None if known is None else known.links.get(worker_id)
@@ -103,7 +103,7 @@ class LinkedWorkers:
             link.mark_changed()
 
     def record_late_lost(self, model: str, worker_id: str, now: float) -> None:
-        """Take into account that a worker was late and lost the sequence to another worker."""
+        """Record that a worker was late with a first token and lost the sequence to another worker."""
         known = self._owner.directory.find(model)
         state = None if known is None else self._models.get(known)
         if known is not None and state is not None:
@@ -111,7 +111,8 @@ class LinkedWorkers:
             known.changed_workers.add(worker_id)
 
     def age(self, now: float) -> None:
-        """Read the workers anew whose learned times have changed with time alone. Called once a second."""
+        """Have routing read each worker again whose slowdown has changed only because time has passed. Called once a
+        second."""
         for known, state in self._models.items():
             for worker_id in state.times.known():
                 worker = state.fleet.find(worker_id)
@@ -119,8 +120,8 @@ class LinkedWorkers:
                     known.changed_workers.add(worker_id)
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """Return all workers of a model as candidates for a sequence. `resumed`: whether the sequence is resumed. Each
-        worker is read when it is first looked at."""
+        """Return all workers of a model as candidates for a sequence. `resumed`: whether the sequence is resumed. The
+        state of a worker is read when its candidate is first accessed."""
         known = self._owner.directory.find(model)
         if known is None:
             return ()
@@ -143,7 +144,8 @@ class LinkedWorkers:
         return self._caches.cached_tokens(model, key, self._request_of(key))
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same as `cached_tokens`, even if there is only one worker to choose; nothing if it is unknown."""
+        """Return the same as `cached_tokens`, but also for a model with one worker, and an empty mapping instead of
+        None."""
         return self._caches.cached_tokens(model, key, self._request_of(key)) or {}
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
@@ -161,7 +163,7 @@ class LinkedWorkers:
         return known is not None and known.adapters.is_ready(adapter)
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """Return whether a worker runs a suspect sequence that has got no token there yet."""
+        """Return whether a worker runs a suspect sequence to which it has not added a token yet."""
         known = self._owner.directory.find(model)
         link = None if known is None else known.by_incarnation.get(incarnation)
         return link is not None and any(isinstance(sink, OutputSequence) and sink.suspect for sink in link.sinks)
@@ -228,7 +230,7 @@ class LinkedWorkers:
 
 
 class _Candidates(Sequence[Candidate]):
-    """Candidates that are read when they are first looked at, since of a thousand workers few are."""
+    """Candidates that are made when they are first accessed, since of a thousand workers few are accessed."""
 
     def __init__(self, links: Iterable[WorkerLink], read: Callable[[WorkerLink], Candidate]) -> None:
         self._links = list(links)

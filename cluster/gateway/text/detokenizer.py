@@ -139,7 +139,7 @@ class Detokenizer:
         self._whole_texts = None if stop else whole_texts
         self._whole = False
         # Only with stop strings: the text length of each token for which `pop_text` has returned no text yet, and the
-        # number of characters that `pop_text` still has to return for the token before those tokens.
+        # number of characters that are still to be returned for the token before, whose text was returned in part.
         self._lengths: deque[int] = deque()
         self._part_left = 0
         # Text that `pop_text` has not returned yet. A stop string can only begin in this text, as enough is held back.

@@ -26,8 +26,8 @@ class PartFilter(Protocol):
     """Whether a guard has ended the output."""
 
     def feed(self, parts: Sequence[OutputPart], last: bool) -> list[OutputPart]:
-        """Add parts. Returns the parts that are decided. `last`: whether the output ends here, so that all parts are
-        decided."""
+        """Add parts. Returns the parts that the guards release. `last`: whether the output ends here, so that the
+        guards hold nothing back."""
 
 
 class ParsedText:
@@ -57,10 +57,10 @@ class ParsedText:
         self._received_chars = 0
         """Number of characters in the parts that were received, or that another gateway has delivered."""
         self._new: list[OutputPart] = []
-        """Decided parts that `pop_text` has not returned yet."""
+        """Parts that the guards have released and `pop_text` has not returned yet."""
         self._last_popped: list[OutputPart] = []
         self._popped_tokens = 0
-        """Number of tokens of which `pop_text` has returned all parts, or another gateway has delivered them."""
+        """Number of tokens whose parts `pop_text` has returned or another gateway has delivered."""
         self.has_tool_call = False
         """Whether the output has a tool call."""
         self.token_ids = inner.token_ids
@@ -70,8 +70,9 @@ class ParsedText:
     def push_parsed(
         self, token_ids: Sequence[int], parsed: ParsedOutput | None, stop_terminated: bool, begins: bool
     ) -> str | None:
-        """Add the tokens of a step and what the worker made of them. Returns the stop string that ended the output,
-        GUARD if a guard ended the output, else None. `begins`: whether this is the first output of a worker."""
+        """Add the tokens of a step, with `parsed`, which the worker's parser made of them. Returns the stop string that
+        ended the output, GUARD if a guard ended the output, else None. `begins`: whether this is the first output of a
+        worker."""
         if self._parsed is None:
             self._choose(parsed is not None)
         if not self._parsed:
@@ -80,7 +81,7 @@ class ParsedText:
         if parsed is None:
             return None
         parts = parsed.parts
-        if begins:  # names that were delivered before count, too
+        if begins:  # tool names that were delivered before count, too
             self.has_tool_call |= any(part.kind is PartKind.TOOL_NAME for part in parts)
             parts = _without_chars(parts, self._received_chars)
         self._received_chars += sum(len(part.text) for part in parts)
@@ -109,8 +110,8 @@ class ParsedText:
             self._new.append(part)
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Continue after these tokens, of whose text or parts `chars` characters were delivered. Raises ValueError if
-        guards hold the output."""
+        """Continue after these tokens. `chars`: number of characters of their text or parts that were delivered. Raises
+        ValueError if the output has guards."""
         if self._filter is not None:
             raise ValueError("its tenant's guards hold its text")
         self._restored = tuple(token_ids), chars
@@ -127,7 +128,7 @@ class ParsedText:
 
     @property
     def has_parts(self) -> bool:
-        """Whether something else than content waits for `pop_text`."""
+        """Whether a part other than content waits for `pop_text`."""
         return any(part.kind is not PartKind.CONTENT for part in self._new)
 
     def pop_text(self, finished: bool) -> str:
@@ -163,7 +164,7 @@ class ParsedText:
         return sum(len(part.text) for part in self._new) if self._parsed else self._inner.pending_chars
 
     def pending_tokens(self) -> int:
-        """Count the tokens at the end that no `pop_text` has seen."""
+        """Count the tokens at the end whose text or parts `pop_text` has not returned yet."""
         if self._parsed is False:
             return self._inner.pending_tokens()
         return len(self.token_ids) - self._popped_tokens
@@ -178,13 +179,15 @@ class ParsedText:
         return bool(self._parsed) and self._filter is None and not self._new
 
     def pass_content(self, token_id: int, text: str) -> None:
-        """Add one token of a parsed output that brings only content, which the caller delivers itself."""
+        """Add one token of a parsed output. `text`: the token's content, which the caller delivers itself. The token
+        must have no other parts."""
         self.token_ids.append(token_id)
         self._received_chars += len(text)
         self._popped_tokens = len(self.token_ids)
 
     def push_back(self, text: str) -> None:
-        """Take back the text that `text_of` returned, or `pass_content` got, last."""
+        """Take back the text of the last token, which `text_of` returned or `pass_content` got, because it could not be
+        sent."""
         if self._parsed:
             self._new.append(OutputPart(PartKind.CONTENT, text))
             self._popped_tokens -= 1

@@ -1,1 +1,1 @@
-"""Traces of calls: what is recorded while a sampled call runs, and the spans that are made of it when it has ended."""
+"""Traces of sampled calls. A call is recorded while it runs; when it has ended, its spans are made from the record."""

@@ -1,10 +1,10 @@
-"""The spans of an ended call. Pure: what the gateway has recorded becomes a tree of spans.
+"""The spans of an ended call: a tree, which is made from the call's record. The module is pure.
 
     chat MODEL                     the call, in the gateway
     ├─ admission                   from arrival to the queue: template, tokens, guards, limits
     ├─ queue                       until a worker was chosen
     ├─ attempt                     on one worker; linked to the attempt before it
-    │  ├─ route                    the decision with its reason, until the link had the request
+    │  ├─ route                    the decision with its reason, until the request was given to the link
     │  ├─ worker wait              on the worker, before the engine had the request
     │  ├─ engine queue             on the worker
     │  ├─ prefill                  on the worker
@@ -13,8 +13,8 @@
     └─ resume                      from the loss of a worker to the first token of the next one
 
 The worker reports durations and no points in time, since clocks of two machines differ. Its durations up to the first
-output are placed in the middle between the Submit and the arrival of the first output, so that the way there and the
-way back are taken as equally long. Durations that do not fit are shortened.
+output are placed in the middle between the Submit and the arrival of the first output, as if the request and the output
+took equally long on the link. Durations that do not fit are shortened.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class SpanBuilder:
         )
 
     def _unserved(self, index: int, before: Attempt, known: SequenceFacts) -> SpanRecord:
-        """Return the span of a sequence's last wait, if the call has ended meanwhile."""
+        """Return the span of a sequence's last wait, during which the call ended."""
         since = self.facts.ended_at if before.ended_at is None else before.ended_at
         name = names.RESUME if known.tokens else names.QUEUE
         attributes: dict[str, Value] = {names.SEQUENCE: index, names.WAIT_REASON: before.end_reason}
@@ -281,8 +281,8 @@ class SpanBuilder:
 
 
 def route_attributes(route: Route) -> Attributes:
-    """Return what is known of a routing decision. The scores of the workers are not among it: `headrace explain
-    request` shows them."""
+    """Return the attributes of a routing decision, without the scores of the workers, which `headrace explain request`
+    shows."""
     attributes: dict[str, Value] = {names.ROUTE_REASON: route.reason, names.ROUTE_PROMPT: route.tokens}
     if route.again:
         attributes[names.ROUTE_AGAIN] = route.again
@@ -305,7 +305,8 @@ def worker_attributes(worker: WorkerIdentity) -> Attributes:
 
 
 def worker_resource(worker: WorkerIdentity, gateway: Attributes) -> Attributes:
-    """Return the attributes of a worker as the process that did the work. `gateway`: those of the gateway."""
+    """Return the resource attributes of spans that show work in a worker. `gateway`: the resource attributes of the
+    gateway."""
     attributes: dict[str, Value] = {
         names.SERVICE_NAME: names.WORKER_SERVICE,
         names.SERVICE_INSTANCE: worker.worker_id,

@@ -1,4 +1,4 @@
-"""The record of a sampled call, from which its spans are made once, when it has ended.
+"""The record of a sampled call. When the call has ended, its spans are made from the record.
 
 Problem: a trace must show where a call's time went, and a gateway handles a hundred thousand tokens a second.
 Invariants: nothing is recorded for a token, or for a call that is not sampled. A record holds at most MAX_ATTEMPTS
@@ -17,7 +17,8 @@ from cluster.observe.trace_context import TraceContext
 from cluster.policy.routing.route_history import Route
 
 MAX_ATTEMPTS: Final = 64
-"""Number of attempts of a call that are recorded, the first ones. A call with many outputs or inputs has more."""
+"""Maximum number of attempts of a call that are recorded. Of a call with many outputs or inputs, the later attempts are
+omitted."""
 
 FINISHED: Final = "finished"
 """End of an attempt that has finished its sequence. Other ends: `lost`, `moved` (from a draining worker), `error`,
@@ -40,7 +41,7 @@ class Attempt:
     """Number of tokens that earlier attempts had emitted."""
     sent_at: float
     submitted_at: float = 0.0
-    """Time at which the link had the request; 0 if it never got it."""
+    """Time at which the request was given to the link; 0 if it was not."""
     is_hedge: bool = False
     times: RequestTimes | None = None
     """Durations that the worker has reported; None from a worker that measures none."""
@@ -50,7 +51,7 @@ class Attempt:
     end_reason: str = ""
 
     def submitted(self) -> None:
-        """Record that the link has the request."""
+        """Record that the request was given to the link."""
         self.submitted_at = self.clock()
 
     def add_times(self, times: RequestTimes) -> None:
@@ -61,7 +62,7 @@ class Attempt:
             self.times.update(times)
 
     def end(self, reason: str, last_token_at: float = 0.0) -> None:
-        """Record the end of the attempt. `last_token_at`: 0 for the present. Later ends change nothing."""
+        """Record the end of the attempt. `last_token_at`: 0 for the present. Further calls change nothing."""
         if self.ended_at is None:
             self.ended_at, self.end_reason = self.clock(), reason
             self.last_token_at = last_token_at or self.ended_at
@@ -80,7 +81,7 @@ class CallTrace:
     """Id of the caller's span; "" without one."""
     trace_state: str = ""
     queued_at: float | None = None
-    """Time at which the call was admitted; None for a call that was refused before."""
+    """Time at which the call was admitted; None for a call that was not admitted."""
     attempts: list[Attempt] = field(default_factory=list)
     omitted_attempts: int = 0
     _numbers: dict[int, int] = field(default_factory=dict)
@@ -97,7 +98,8 @@ class CallTrace:
     def begin_attempt(
         self, sequence: int, route: Route, worker: WorkerIdentity, tokens_before: int, *, is_hedge: bool = False
     ) -> Attempt | None:
-        """Record that a sequence is sent to a worker. Returns None if too many attempts are recorded."""
+        """Record that a sequence is sent to a worker. Returns None if MAX_ATTEMPTS attempts of the call are recorded
+        already."""
         if len(self.attempts) >= MAX_ATTEMPTS:
             self.omitted_attempts += 1
             return None
@@ -140,11 +142,11 @@ class CallFacts:
     request_id: str
     requested_model: str
     model: str = ""
-    """Name of the model or adapter that has served the call; "" if it was refused before."""
+    """Name of the model or adapter that has served the call; "" if the call was refused before one was chosen."""
     is_known_model: bool = False
-    """Whether the requested model exists. Names of others are not used in names of spans."""
+    """Whether the requested model exists. The name of an unknown model is not used in the names of spans."""
     is_error: bool = False
-    """Whether the outcome is a failure of the cluster or of the request, and not the caller's leaving."""
+    """Whether the outcome is a failure of the cluster or of the request. A cancellation by the caller is not."""
     version: str = ""
     response_id: str = ""
     priority_class: str = ""

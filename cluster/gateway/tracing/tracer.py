@@ -27,8 +27,8 @@ class Tracer:
         random_bits: Callable[[int], int] = secrets.randbits,
     ) -> None:
         """`export` gets the spans of an ended call and must not block. `resource`: attributes of this process.
-        `sample_ratio`: share of the calls without a caller's decision that are sampled. `follow_caller`: whether the
-        flag in a caller's traceparent decides."""
+        `sample_ratio`: share of calls that are sampled, among the calls for which no caller decides. `follow_caller`:
+        whether the flag in a caller's traceparent decides."""
         self._export = export
         self._resource = resource
         self._ratio = sample_ratio
@@ -39,7 +39,7 @@ class Tracer:
 
     def begin(self, traceparent: str, trace_state: str, arrived: float) -> CallTrace | None:
         """Return the trace of a call that has arrived; None if the call is not sampled. `traceparent`, `trace_state`:
-        those of the caller, "" without them."""
+        the caller's headers, "" without them."""
         parent = parse_traceparent(traceparent) if traceparent else None
         if parent is None:
             trace_id, trace_state = f"{self._random_bits(128) or 1:032x}", ""

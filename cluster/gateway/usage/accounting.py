@@ -70,7 +70,8 @@ class CallAccount:
     the caller's prompt."""
     cached_tokens: int = 0
     predicted_cached_tokens: int | None = None
-    """Number of cached tokens that were predicted for the worker of `cached_tokens`; None without a prediction."""
+    """Number of cached tokens that were predicted for the worker that reports `cached_tokens`; None without a
+    prediction."""
     generated_tokens: int = 0
     gpu: str = ""
     gpu_seconds: float = 0.0
@@ -138,7 +139,7 @@ class CallAccount:
         )
 
     def _cached_counts(self) -> dict[str, Any]:
-        """Return the counts of cached tokens. They are counted in the records that count a prompt."""
+        """Return the counts of cached tokens; nothing for a record that counts no prompt."""
         if not _has_prompt(self.record):
             return {}
         return {"cached_tokens": self.cached_tokens, "predicted_cached_tokens": self.predicted_cached_tokens}
@@ -176,7 +177,7 @@ class Accounting:
         self._sweeper: asyncio.Task[None] | None = None
         self._delivery = RecordDelivery(folder, insert)
         self.on_record: Callable[[UsageRecord], None] | None = None
-        """Function that gets each record of a sequence that has ended at this gateway."""
+        """Function that is called with each record of a sequence that has ended at this gateway."""
 
     def __repr__(self) -> str:
         return f"<Accounting open {len(self._calls)} pending {self.statistics().pending}>"

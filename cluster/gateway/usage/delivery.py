@@ -24,7 +24,7 @@ LAST_MOVE_S = 5.0
 
 
 class RecordDelivery:
-    """The records that are not in the database yet, and the workers that wait for their acknowledgement."""
+    """The records that are not in the database yet, and the acknowledgements that are due once they are."""
 
     def __init__(self, folder: Path, insert: Callable[[Sequence[UsageRecord]], None]) -> None:
         """`folder`: the folder of the spool. `insert` writes records to the database and raises StoreUnavailable while

@@ -1,7 +1,7 @@
 """A sequence of a pooling call: one input, which becomes one vector and no tokens.
 
-The sequence takes the way of every other sequence through queues, routing, links and accounts. A worker that is lost
-before the vector has arrived leaves nothing behind, so the sequence starts over on another worker.
+Like every other sequence it passes through queues, routing, links and accounts. If its worker is lost before the vector
+has arrived, there is nothing to resume, so the sequence starts over on another worker.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ NO_TEXT = NoText()
 
 
 class PoolingOwner(SequenceOwner, Protocol):
-    """Interface of a call that a pooling sequence needs."""
+    """The part of a pooling call's interface that its sequences use."""
 
     def path(self, index: int) -> str:
         """Return the path of an input in the caller's body."""
@@ -77,7 +77,7 @@ class PooledSequence(OutputSequence[Owner]):
     """Sequence of one input of a pooling call. Implements the Sink of worker_link.py."""
 
     vector: bytes = field(init=False, default=b"")
-    """Little-endian float32 values, once the sequence has finished."""
+    """Little-endian float32 values; b"" until the sequence has finished."""
 
     @property
     def answered(self) -> bool:
@@ -132,7 +132,7 @@ class PooledSequence(OutputSequence[Owner]):
         self.call.fail(CallError(error.outcome, f"{path}: {why}", violations=[Violation(path, why)]))
 
     def _is_sound(self, vector: bytes | None) -> bool:
-        """Return whether a vector has the length that was asked for and only finite values."""
+        """Return whether a vector has the requested length and only finite values."""
         import numpy as np  # not at the start: deferred_imports.py
 
         pooling = self.request.pooling

@@ -16,7 +16,8 @@ from cluster.policy.routing.version_split import Versions
 
 @dataclass(eq=False, slots=True)
 class PoolingCall(Call):
-    """A pooling call from arrival to end. `inputs`: those that were encoded; a guard may have changed the caller's."""
+    """A pooling call from arrival to end. `inputs`: the caller's inputs, or those into which a guard has changed
+    them."""
 
     is_pooling: ClassVar[bool] = True
     inputs: PoolingInputs = field(kw_only=True)
@@ -52,7 +53,7 @@ class PoolingCall(Call):
             self.events.answered(sequence.link)
 
     def pooled(self, sequence: PooledSequence[Any], now: float) -> None:
-        """Handle the vector of a sequence. `first_token_at` is the time of the first one."""
+        """Handle the vector of a sequence. The time of the first vector is recorded as `first_token_at`."""
         sequence.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
@@ -64,8 +65,8 @@ class PoolingCall(Call):
 
     @property
     def charged_prompt_tokens(self) -> int:
-        """Number of prompt tokens that are charged: those of the inputs that an engine has computed, or computes while
-        the caller leaves."""
+        """Number of prompt tokens that are charged: those of the inputs that an engine has computed, or was computing
+        when the caller cancelled."""
         if self._answered == len(self.sequences):
             return self.usage.prompt_tokens
         return sum(

@@ -80,8 +80,8 @@ class PoolingOpening(CallOpening):
         return self._task_of(model) is not None
 
     def _task_of(self, model: KnownModel) -> PoolingTask | None:
-        """Return the task by which a model answers the request; None if it cannot. While a model's tasks are unknown,
-        an embedding is tried, and a score is not, since its inputs depend on the task."""
+        """Return the task by which a model answers the request; None if it has no such task. While a model's tasks are
+        unknown, texts are embedded, but pairs are refused, since how they are encoded depends on the task."""
         tasks, is_pairs = model.tasks, isinstance(self.request.inputs, PairInputs)
         if tasks is None:
             if is_pairs:
@@ -194,8 +194,8 @@ class PoolingOpening(CallOpening):
             )
 
     def _shorter_dimensions(self) -> int | None:
-        """Return the length of vectors that the engine is asked for; None for the model's own, which a model without
-        shorter ones accepts under no other name."""
+        """Return the length of vectors to request from the engine; None for the model's own length, because the engine
+        of a model without shorter vectors refuses every explicit length."""
         wanted = self.request.dimensions
         if wanted is None or self.task is PoolingTask.SCORE:
             return None
@@ -203,7 +203,8 @@ class PoolingOpening(CallOpening):
         return None if info is not None and wanted == info.dimensions else wanted
 
     def _engine_request(self, first: EngineRequest, i: int) -> EngineRequest:
-        """Return the engine request of an input. `first`: that of the first input, without its second text."""
+        """Return the engine request of an input. `first`: the engine request of the first input, without the mark of
+        its second text."""
         pooling, second = first.pooling, self.second_text(i)
         assert pooling is not None
         if not i and not second:

@@ -1,7 +1,7 @@
-"""The pooling request, into which every API parses a body for embeddings, scores or a ranking, and its inputs.
+"""The pooling request and its inputs. Every API parses a body for embeddings, scores or a ranking into this form.
 
-The inputs of a large body are packed: one buffer of UTF-8 or of token ids, and where each input ends. A helper process
-packs them, and the gateway process passes the buffers on without making an object for each input.
+The inputs of a large body are packed: one buffer of UTF-8 or of token ids, and the end of each input in it. A helper
+process packs them, and the gateway process passes the buffers on without making an object for each input.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class PackedIds(Sequence[Sequence[int]]):
         return ids
 
     def place_of(self, at: int) -> tuple[int, int]:
-        """Return the list that holds the id with this number in `ids`, and the id's place in the list."""
+        """Return the index of the list that holds the id at index `at` of `ids`, and the index of the id in this
+        list."""
         i = next(i for i, end in enumerate(self._ends) if at < end)
         return i, at - (self._ends[i - 1] if i else 0)
 
@@ -330,7 +331,7 @@ def _no_id(lists: Sequence[Sequence[int]], where: InputField) -> CallError:
 
 @dataclass(frozen=True, slots=True)
 class PoolingRequest:
-    """A parsed request for embeddings or scores. `inputs` that are pairs ask for scores, all others for embeddings."""
+    """A parsed request: for scores if `inputs` are pairs, else for embeddings."""
 
     model: str
     inputs: PoolingInputs
@@ -340,7 +341,7 @@ class PoolingRequest:
     """Number of tokens that are kept of a longer input; WHOLE_CONTEXT for as many as fit. None: a longer input is
     refused."""
     cache_salt: str = ""
-    """See GenerationRequest, and the next three."""
+    """This and the next three fields: see GenerationRequest."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     priority_class: str = ""
     affinity_key: str = ""

@@ -1,9 +1,9 @@
 """The access log: one line for a call that has ended, `call.ended`, without any text of prompt or answer.
 
-Calls that went well are sampled by their trace id, else by their request id, so that all gateways and the tracing of a
-caller with the same ratio choose the same calls. Calls that failed or were resumed are always chosen. Both kinds are
-bounded in lines a second, each for itself, so that the log costs little whatever the number of calls; the next line
-says how many were left out.
+Calls that succeeded or were cancelled are sampled by their trace id or, without one, by their request id. So all
+gateways choose the same calls, and so does a caller that samples its traces with the same ratio. Calls that failed or
+were resumed are always chosen. Each of the two kinds has a limit of lines a second, so that the log costs little
+whatever the number of calls; the next line has the number of lines that were left out.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _DIGITS = 3
 
 
 def is_sampled(trace_id: str, request_id: str, ratio: float) -> bool:
-    """Return whether a call is in the sample. With a trace id, its last 56 bits decide, which are random by W3C Trace
-    Context Level 2.
+    """Return whether a call is in the sample. The last 56 bits of its trace id decide, which are random by W3C Trace
+    Context Level 2. Without a trace id, a hash of the request id decides.
 
     `trace_id`: 32 hex digits or ""."""
     if ratio >= 1:
@@ -40,7 +40,7 @@ def is_sampled(trace_id: str, request_id: str, ratio: float) -> bool:
 
 
 class LineBudget:
-    """A bound on lines: at most `per_s` lines a second, and as many at once."""
+    """A limit on log lines: on average `per_s` lines a second, and at most as many at once."""
 
     def __init__(self, per_s: int) -> None:
         self._per_s = per_s
@@ -49,8 +49,8 @@ class LineBudget:
         self._refused = 0
 
     def take(self, now: float) -> int | None:
-        """Take one line at `now`, in seconds that never decrease. Returns the number of lines that were refused since
-        the last one; None if this line is refused."""
+        """Request one line at `now`, in seconds that never decrease. Returns the number of lines that were refused
+        since the last line was allowed; None if this line is refused."""
         self._left = min(self._left + (now - self._at) * self._per_s, float(self._per_s))
         self._at = now
         if self._left < 1:
@@ -65,7 +65,8 @@ class AccessLog:
     """The access log of one gateway process."""
 
     def __init__(self, sample_ratio: float, max_lines_per_s: int, clock: Callable[[], float]) -> None:
-        """`sample_ratio`: share of the calls that went well. `clock`: monotonic seconds, as in the calls."""
+        """`sample_ratio`: share of the calls that are logged, of those that succeeded or were cancelled. `clock`:
+        monotonic seconds, as in the calls."""
         self._log = log.bind()  # a line costs less than with the lazy logger
         self._ratio = sample_ratio
         self._clock = clock
@@ -106,7 +107,7 @@ class AccessLog:
 
 
 def _call_fields(call: Call) -> dict[str, Any]:
-    """Return what is known of a call that was opened: counts, times and the worker of the first sequence."""
+    """Return the fields of a call that was opened: counts, times and the worker of the first sequence."""
     usage = call.usage
     fields: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,

@@ -1,1 +1,1 @@
-"""Chat templates: the messages of a chat become one text."""
+"""Chat templates, which render the messages of a chat as one text."""

@@ -44,8 +44,8 @@ def _no_unicode() -> CallError:
 
 
 def _effort(arguments: dict[str, Any]) -> str:
-    """Remove the arguments that calls/tools.py has made of the caller's reasoning effort, and return the effort; "" if
-    the caller gave none. vLLM makes the same arguments of it again."""
+    """Remove the arguments that calls/tools.py has derived from the caller's reasoning effort, and return the effort;
+    "" if the caller gave none. vLLM derives the same arguments from the effort again."""
     effort = arguments.get("reasoning_effort")
     if not isinstance(effort, str) or effort not in REASONING_EFFORTS or "enable_thinking" not in arguments:
         return ""
@@ -56,8 +56,8 @@ def _effort(arguments: dict[str, Any]) -> str:
 
 
 def _message(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a message in the caller's form: without a missing content, arguments of tool calls as text, and the
-    reasoning once."""
+    """Return a message as a caller would send it: without a content of None, with the arguments of tool calls as text,
+    and without `reasoning_content`, which repeats the reasoning."""
     if len(message) == 2 and message.get("content") is not None:
         return message
     dropped = {"reasoning_content"} | ({"content"} if message.get("content") is None else set())

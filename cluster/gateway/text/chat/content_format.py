@@ -1,10 +1,10 @@
 """Detection of the content format of a chat template: plain text, or a list of parts.
 
 Problem: callers send the content of a message as a text or as parts. A template that loops over the parts of a content
-must get parts, any other template a text. Templates do not declare this.
+must get parts, any other template a text. Templates do not declare which they take.
 
-Source: the rules of vLLM 0.32 (`renderers/hf.py`, `_detect_content_format`), in the same order, so that a template gets
-what vLLM gives it: a loop over the content of a message, or over a variable or macro argument that holds one.
+Source: the rules of vLLM 0.32 (`renderers/hf.py`, `_detect_content_format`), in the same order. A template takes parts
+if it has a loop over the content of a message, or over a variable or macro argument that holds a content.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def takes_parts(tree: nodes.Template) -> bool:
 
 
 def _reads(node: nodes.Node, variable: str, key: str = "") -> bool:
-    """Return whether an expression is the variable, or with `key` that member of the variable. Filters, tests and
-    slices of it count too."""
+    """Return whether an expression reads the variable or, with `key`, this member of the variable. An expression that
+    applies filters, tests or slices to it counts too."""
     match node:
         case nodes.Filter() | nodes.Test():
             return node.node is not None and _reads(node.node, variable, key)

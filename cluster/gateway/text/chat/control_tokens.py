@@ -1,6 +1,6 @@
 """Escaping of control tokens in texts of a chat that do not come from the model or its operator.
 
-Problem: a tokenizer makes the control token `<|im_end|>` of that text, wherever the text stands. So a caller's text can
+Problem: a tokenizer turns the text `<|im_end|>` into the control token wherever the text stands. So a caller's text can
 end its own message and begin one of the assistant, as with transformers and vLLM. With the model option
 `control_tokens_in_content: escape`, a separator is put after the first character of each control token in contents of
 users, tool results and documents: `< |im_end|>`.
@@ -31,15 +31,15 @@ class ControlTokens:
         self._start = re.compile(f"(?={_expression(trie)}).", re.DOTALL) if trie else None
 
     def escaped(self, text: str) -> str:
-        """Return a text without control tokens. Any other text is returned unchanged. Takes linear time."""
+        """Return a text with its control tokens escaped. Takes linear time."""
         return text if self._start is None else self._start.sub(lambda found: found[0] + self._separator, text)
 
     def in_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return messages with escaped contents and names of users and tools."""
+        """Return the messages, with contents and names escaped in messages of users and tools."""
         return [self._in_message(message) if message.get("role") in ROLES else message for message in messages]
 
     def in_documents(self, documents: object) -> object:
-        """Return documents with escaped texts. Values that are not texts are searched for texts."""
+        """Return documents with all texts escaped that the documents contain."""
         match documents:
             case str():
                 return self.escaped(documents)
@@ -61,7 +61,8 @@ class ControlTokens:
         return out
 
     def _in_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Escape the texts of parts. A template may join parts, so parts that form a token together become one."""
+        """Escape the texts of parts. A template may join them, so if they form a token together, they become one
+        part."""
         texts = [self.escaped(part["text"]) for part in parts]
         together = "".join(texts)
         if (escaped := self.escaped(together)) != together:
@@ -81,8 +82,8 @@ def _trie(tokens: Iterable[str]) -> _Trie:
 
 
 def _expression(node: _Trie) -> str:
-    """Return a regular expression that matches where a token begins. It ends with the shortest token, and a run of
-    single characters is one literal, so that it is not nested deeply."""
+    """Return a regular expression for the tokens of a trie, which matches the shortest token at a position. Characters
+    without alternatives form one literal, which keeps the nesting shallow."""
     literal = ""
     while len(node) == 1 and "" not in node:
         ((character, node),) = node.items()

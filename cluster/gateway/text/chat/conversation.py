@@ -2,8 +2,8 @@
 
 Source: vLLM 0.32's server (`renderers/chat_utils.py`, `renderers/hf.py`). It differs from transformers, which passes
 messages on as they are: vLLM converts contents to the form that the template takes, passes a missing content as an
-empty one, gives tool results as text, and turns developer messages into one system message if the template has no such
-role.
+empty one, passes tool results as text, and turns developer messages into one system message if the template does not
+know the role `developer`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 BILLING_HEADER: Final = "x-anthropic-billing-header"
-"""Beginning of a line that a coding agent puts before its system prompt. Its value changes with every request, so vLLM
-drops the line to keep the prefix in the cache."""
+"""Beginning of a line that a coding agent puts before its system prompt. The line differs in every request, so vLLM
+drops it, so that prompts share their prefix in the cache."""
 
 Message = Mapping[str, Any]
 
 
 def conversation(messages: Sequence[Message], *, in_parts: bool, knows_developer: bool) -> list[Message]:
-    """Return the messages for a template. Messages that need no change are passed on.
+    """Return the messages for a template. Messages that need no change are returned as they are.
 
     `in_parts`: whether the template takes contents as lists of parts (content_format.py). `knows_developer`: whether
     the template has the role `developer`.
@@ -33,8 +33,8 @@ def conversation(messages: Sequence[Message], *, in_parts: bool, knows_developer
 
 
 def merged_system(messages: Sequence[Message]) -> list[Message]:
-    """Return messages of Anthropic's API with one system message at the beginning, which has the texts of all, as
-    vLLM's server merges them for a template that allows no other place. The texts are joined without separator."""
+    """Return messages of Anthropic's API with all system messages merged into one at the beginning, as vLLM's server
+    does for a template that allows no other place. The texts are joined without separator."""
     system = [message["content"] for message in messages if message["role"] == "system"]
     others = (message for message in messages if message["role"] != "system")
     return [{"role": "system", "content": "".join(system)}, *others]

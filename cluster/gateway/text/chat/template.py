@@ -46,7 +46,7 @@ the mark shows whether the template trims messages."""
 
 
 _LATE_SYSTEM: Final = [{"role": role, "content": "t"} for role in ("system", "user", "system", "user")]
-"""Messages that show whether a template allows a later system message."""
+"""Messages that are rendered to test whether a template allows a later system message."""
 
 
 class _Raised(TemplateError):
@@ -92,8 +92,8 @@ def _environment(now: Callable[[], datetime]) -> Environment:
 def _allows_late_system(source: str) -> bool:
     """Return whether a template renders a system message after the beginning.
 
-    The decision is vLLM's, so that prompts are equal: without the additions of transformers, so that templates that
-    need these on such messages do not allow it either.
+    The test is vLLM's, so that prompts equal those of vLLM. It renders without the additions of transformers, so it
+    fails for a template that needs one of them for such messages.
     """
     try:
         template = Environment([jinja2.ext.loopcontrols], {}).guarded(source)
@@ -171,7 +171,8 @@ class ChatTemplate:
     ) -> str:
         """Return the text of the prompt, special tokens included.
 
-        `tools`: None and an empty list are equivalent. Documents are the template argument of that name.
+        `tools`: None and an empty list are equivalent. `template_kwargs`: further template arguments, such as
+        `documents`.
         `continue_final_message`: leave the last message open; no generation prompt is added then.
         `merges_system`: merge later system messages into the first one, if the model has a template that does not
         allow them. Raises CallError: INVALID_FIELD on `messages` with the error text of the template, or

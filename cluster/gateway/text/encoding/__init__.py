@@ -1,1 +1,1 @@
-"""Tokenization: texts become token ids, and what was sent before is not tokenized again."""
+"""Tokenization of texts, in which text that was sent before is not tokenized again."""

@@ -1,12 +1,13 @@
-"""Tokenization of long texts in blocks, of which those that a tenant has sent before are not tokenized again.
+"""Tokenization of long texts in blocks. Blocks that a tenant has sent before are not tokenized again.
 
 A text is cut at added tokens (token_cuts.py) and, within long stretches, before spaces (word_encoder.py), wherever the
 tokenizer allows it. The ids of a block depend on the block alone, so the ids of all blocks together equal those of the
-whole text. After a change in the text, the blocks are the same again from the end of the next long message on. So a
-template that changes earlier messages costs the messages that it has changed.
+whole text. After a change in the text, the blocks are the same again from the end of the next long message on. So if a
+template changes earlier messages, little more than these messages is tokenized again.
 
 A helper process cuts a text and returns the digests of the blocks (`begin`). The gateway process answers which blocks
-it knows (`Recall`), and the same helper encodes the others (`finish`). In one process `encode` does the same at once.
+are missing in its memory (`Recall`), and the same helper encodes these (`finish`). `encode` does all of this in one
+process.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from cluster.gateway.text.encoding.word_encoder import WORD_CUT, WordEncoder
 TOKEN_CUT_CHARS: Final = 1024
 """Least length in characters of a block that ends at an added token."""
 WORD_CUT_CHARS: Final = 4096
-"""Length in characters after which a block ends at a word. The next turn encodes half of it again, on average."""
+"""Length in characters after which a block ends at a word. The next turn of a chat encodes half a block again, on
+average."""
 MAX_REMEMBERED_BYTES: Final = 1 << 20
-"""Largest size of the new ids of one text that are remembered. Packing them takes a millisecond of the event loop."""
+"""Size of a text's new ids above which none of them are remembered. Packing ids of this size takes a millisecond of the
+event loop."""
 DIGEST_BYTES: Final = 16
 Digests = bytes
 """The digests of all blocks of a text but the last, DIGEST_BYTES each. The last block may grow, and is not remembered.
@@ -105,7 +108,7 @@ class BlockEncoder:
         return [*blocks, text[at:]]
 
     def _cut_words(self, text: str, at: int, end: int, blocks: list[str]) -> int:
-        """Append the blocks of text[at:end] that end at a word. Returns the position of the rest."""
+        """Append the blocks of text[at:end] that end at a word to `blocks`. Returns the position of the rest."""
         if self._words is None:
             return at
         while (cut := WORD_CUT.search(text, at + self._word_cut_chars, end)) is not None:
@@ -127,7 +130,7 @@ class BlockEncoder:
 
 
 class Recall:
-    """The ids of one text: those of known blocks from the memory, and those of the other blocks as they come."""
+    """The ids of one text, put together from the blocks in the memory and from newly encoded blocks."""
 
     def __init__(self, memory: PromptMemory, tenant: str, cache_salt: str, around: tuple[PackedIds, PackedIds]) -> None:
         """`around`: the ids before and after the text."""
@@ -148,7 +151,7 @@ class Recall:
         return array("I", [i for i, planes in enumerate(self._known) if planes is None])
 
     def ids(self, fresh: Sequence[PackedIds]) -> array[int]:
-        """Return the ids of the text and remember the new blocks. `fresh`: the ids of the missing blocks."""
+        """Return the ids of the text, and remember its missing blocks. `fresh`: the ids of the missing blocks."""
         size = sum(map(len, fresh))
         before, after = self._around
         if len(fresh) == len(self._known) and size > MAX_REMEMBERED_BYTES:

@@ -1,15 +1,17 @@
 """Tokenization of texts by fragments whose ids are remembered, since new text repeats most fragments of earlier text.
 
 Theory. The tokenizers of word_encoder.py split a text by regular expressions and character classes, then merge within
-each piece separately. No expression in WORD_PATTERNS can match an ASCII letter together with an ASCII character after
-it that is no letter, and the only look-ahead in these expressions starts at white space. So the tokenizer always splits
-a text there, and the texts before and after the split can be encoded separately. NFC joins no character with an ASCII
-character after it. A fragment is the text between two such places: other characters, then letters.
+each piece separately. No expression in WORD_PATTERNS matches an ASCII letter together with a following ASCII character
+that is not a letter, and the only look-ahead in these expressions starts at white space. So the tokenizer always splits
+a text between two such characters, and the texts before and after the split can be encoded separately. NFC joins no
+character with a following ASCII character. A fragment is the text between two such splits: characters that are not
+letters, then letters.
 
-Added tokens are found before all that. A text is therefore cut at the added tokens first, as the tokenizer does: from
-left to right, the longest where several begin at one position.
+The tokenizer finds added tokens before it splits. A text is therefore cut at the added tokens first, as the tokenizer
+does: from left to right, at the longest token where several begin at one position.
 
-The memory is one for all tenants, as the library's own cache of pieces is. Long fragments are not remembered.
+All tenants share one memory of fragments, as they share the library's own cache of pieces. Long fragments are not
+remembered.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ MAX_FRAGMENTS: Final = 32_768
 MAX_FRAGMENT_CHARS: Final = 32
 """Length in characters of the longest fragment that is remembered."""
 FRAGMENT: Final = re.compile(r"[^A-Za-z]*+[A-Za-z]++(?:(?=[^\x00-\x7f])[^A-Za-z]++[A-Za-z]*+)*+|[^A-Za-z]+")
-"""Pattern of a fragment. Letters before a character outside of ASCII do not end it, since that may be a letter too."""
+"""Pattern of a fragment. Letters do not end a fragment if a character outside of ASCII follows, which may be a letter
+too."""
 
 
 class FragmentEncoder:
@@ -42,13 +45,13 @@ class FragmentEncoder:
         self._added = re.compile(f"({longest_of(added)})") if added else None
         self._known: dict[str, PackedIds] = {}
         self._older: dict[str, PackedIds] = {}
-        """The fragments that were known when `_known` was full. Those that are used again become known again."""
+        """The fragments that `_known` held when it was last full. A fragment that is used again returns to `_known`."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, **options: int) -> FragmentEncoder | None:
-        """Return an encoder for a tokenizer that gets a WordEncoder; None if the tokenizer treats some added tokens as
-        text, or looks for some in the normalized text, where others may cover them. `options`: keyword arguments of the
-        constructor."""
+        """Return an encoder for a tokenizer for which cuts_are_safe (word_encoder.py) holds; None if the tokenizer
+        treats special tokens as text, or searches the normalized text for some added tokens. `options`: keyword
+        arguments of the constructor."""
         added = tokenizer.get_added_tokens_decoder().values()
         if tokenizer.encode_special_tokens or any(token.normalized for token in added):
             return None

@@ -3,9 +3,8 @@
 The ids equal those of transformers with special tokens added, also where an input is cut: special tokens stay, and of a
 pair the longer text is cut first (`longest_first`).
 
-A single text that is cut is not tokenized whole, if its tokenizer certainly splits texts before a space: then the ids
-of a beginning of the text that ends before a space are the first ids of the text, and a beginning with more tokens than
-are kept suffices.
+If a tokenizer always splits texts before a space, a single text that is cut need not be tokenized whole: the ids of any
+beginning that ends before a space are the first ids of the text.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from cluster.gateway.text.encoding.word_encoder import WORD_CUT, cuts_are_safe
 
 BATCH: Final = 256
 BATCH_CHARS: Final = 1 << 20
-"""Largest numbers of inputs, and of their characters, that are encoded together, which bounds the memory of the
-tokenizer's own results. A longer input is encoded alone."""
+"""Maximum numbers of inputs and of characters in one call of the tokenizer, which bound the memory of its results. A
+longer input is encoded alone."""
 CHARS_PER_TOKEN: Final = 8
-"""Characters of a text's beginning for each token that is kept. If they have too few tokens, GROWTH times as many are
-tokenized."""
+"""Number of characters of a text that are tokenized for each token that is kept. If they have too few tokens, GROWTH
+times as many characters are tokenized."""
 GROWTH: Final = 4
 _WITHOUT_TYPES: Final = frozenset({"DistilBertTokenizer", "DistilBertTokenizerFast"})
-"""Tokenizers that mark the second text of a pair, for models that do not read the marks."""
+"""Classes of tokenizers that give the second text of a pair its own token type, though their models take no types."""
 
 
 class EncodedInputs:
@@ -67,7 +66,7 @@ class InputEncoder:
         self._cuts_left = config.get("truncation_side") == "left"
         splits = _splits_before_spaces(tokenizer) or cuts_are_safe(tokenizer, pre_tokenizer)
         self._begins = splits and not self._cuts_left
-        """Whether a beginning of a text suffices if the text is cut."""
+        """Whether it suffices to tokenize a beginning of a text that is cut."""
         names = config.get("model_input_names")
         self._has_types = (
             "token_type_ids" in names if names is not None else config.get("tokenizer_class") not in _WITHOUT_TYPES
@@ -75,7 +74,7 @@ class InputEncoder:
 
     def encode(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
         """Return the ids of all inputs. `most`: the number of tokens that the model's context holds, 0 if unknown.
-        `keep`: the number of tokens that are kept of a longer input.
+        `keep`: the number of tokens to which a longer input is cut; None: not cut.
 
         Raises CallError, which names the input. Must not run on an event loop if the texts are long.
         """
@@ -108,8 +107,8 @@ class InputEncoder:
     def _batch(
         self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool, keep: int | None
     ) -> Sequence[Encoding]:
-        """Return the encodings of some inputs, or of their beginnings if more than `keep` tokens are not needed. Raises
-        what the tokenizer raises."""
+        """Return the encodings of the inputs with these numbers. Of a text with more than `keep` tokens, only a
+        beginning may be encoded. Raises what the tokenizer raises."""
         if is_pair:
             assert isinstance(inputs, PairInputs)
             shared = inputs.first[0] if len(inputs.first) == 1 else None
@@ -124,7 +123,8 @@ class InputEncoder:
         return encoded
 
     def _beginnings(self, texts: Sequence[str], keep: int, chars: int) -> list[Encoding]:
-        """Return the encodings of texts or, of each with more than `keep` tokens, of a beginning with more."""
+        """Return the encodings of texts. Of a text with more than `keep` tokens, a beginning may be encoded that also
+        has more than `keep` tokens. `chars`: length in characters of the beginnings that are tried first."""
         begun = [_beginning(text, chars) for text in texts]
         encoded = self._encoded(begun)
         for i, text in enumerate(texts):
@@ -150,8 +150,8 @@ class InputEncoder:
 
 
 def _splits_before_spaces(tokenizer: Tokenizer) -> bool:
-    """Return whether a tokenizer of BERT's kind splits every text before each space. It changes single characters, then
-    splits at white space and punctuation, then splits the words."""
+    """Return whether a tokenizer is of BERT's kind, which splits every text before each space: it normalizes single
+    characters, then splits at white space and punctuation, then splits the words."""
     return (
         isinstance(tokenizer.model, models.WordPiece)
         and isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
@@ -161,7 +161,8 @@ def _splits_before_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def _beginning(text: str, chars: int) -> str:
-    """Return the beginning of a text up to the first space from `chars` characters on; the text if there is none."""
+    """Return the beginning of a text up to the first space after `chars` characters; the whole text if there is no such
+    space."""
     cut = WORD_CUT.search(text, chars) if len(text) > chars else None
     return text if cut is None else text[: cut.start()]
 

@@ -1,4 +1,4 @@
-"""Memory of encoded blocks of prompts: the token ids of a block by the block's digest, for each tenant apart.
+"""Memory of encoded blocks of prompts: the token ids of each block by the block's digest, separately for each tenant.
 
 The next turn of a conversation begins with the blocks of the previous turn, and other conversations of a tenant begin
 with the same system prompt. Their ids are found here, so that only the new text is encoded. No text is kept.

@@ -50,10 +50,10 @@ class TextJobs:
         work: Callable[[], Any],
         then: Callable[[Any], Job | None] | None = None,
     ) -> Any:
-        """Run a job without blocking the event loop. `work` does all of the work in this process. `then`: see
-        HelperPool.run.
+        """Run a job without blocking the event loop. `chars`: length of its text. `work`: a function that does the same
+        work in this process. `then`: see HelperPool.run.
 
-        Raises CallError, which names `field`, if a helper process fails or is too busy.
+        Raises CallError if a helper process fails or is too busy. `field`: the request field that the error names.
         """
         if self.is_short(chars):
             return work()

@@ -85,8 +85,8 @@ def _words(blocks: Sequence[str]) -> tuple[list[list[str]], list[str]]:
 
 
 def cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None) -> bool:
-    """Return whether the ids of a text are those of its parts, if it is cut at WORD_CUT. `pre_tokenizer`: the part of
-    tokenizer.json with this name."""
+    """Return whether the ids of a text equal the ids of its parts, one after another, if the text is cut at WORD_CUT.
+    `pre_tokenizer`: the part of tokenizer.json with this name."""
     model = tokenizer.model
     return (
         isinstance(model, models.BPE)
