@@ -1,4 +1,4 @@
-"""Vectors and scores of the simulated engine: unit vectors that depend on the tokens, and which requests it pools.
+"""Vectors and scores of the simulated engine, computed from the tokens, and the check of its pooling requests.
 
 Invariant: equal engine seed, adapter, task and tokens give equal vectors on any engine. A score also depends on where
 the second text begins, so that a test detects a lost position. A shorter vector is the beginning of the longer one,

@@ -1,4 +1,4 @@
-"""Bounds on counted repetitions in regular expressions, in JSON schemas and alone.
+"""Bounds on counted repetitions in regular expressions: in patterns of JSON schemas, and in grammars of kind `regex`.
 
 The grammar compiler unrolls `?` and {m,n} into states, each of which may follow all others before it, and nested counts
 multiply. Such an expression compiles for minutes, or delays the first steps that it constrains, and with them all
@@ -34,7 +34,7 @@ TOKEN = re.compile(
 
 
 def count_of(digits: str) -> int:
-    """Return a count, at most MAX_READ_COUNT. Python reads no number of thousands of digits."""
+    """Return a count, at most MAX_READ_COUNT. Python's int refuses a number of thousands of digits."""
     digits = digits.lstrip("0") or "0"
     return int(digits) if len(digits) < 10 else MAX_READ_COUNT
 
@@ -53,7 +53,7 @@ def count_problem(pattern: str) -> str:
         for token in TOKEN.finditer(pattern):
             text, kind = token.group(), token.lastgroup
             if kind == "count":
-                if counts.repeats:  # else it makes the quantifier before it lazy
+                if counts.repeats:  # otherwise the token makes the quantifier before it lazy
                     counts.repeat(text)
             elif kind == "group":
                 counts.open()
@@ -159,7 +159,8 @@ class Counts:
 
 
 def _bounds(text: str) -> tuple[int, int]:
-    """Return the least and the greatest count of `?` or a counted quantifier; of {m,} the copies that it needs."""
+    """Return the least and the greatest count of `?` or a counted quantifier. For {m,} both are the number of copies
+    that it is compiled to."""
     if text == "?":
         return 0, 1
     low, comma, high = text[1:-1].partition(",")
