@@ -96,7 +96,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CheckedAdapter:
-    """What was checked. `digest`: SHA-256 of the files as hex. `modules`: number of changed layers."""
+    """The result of a check. `digest`: SHA-256 of the files as hex. `modules`: number of changed layers."""
 
     digest: str
     rank: int
