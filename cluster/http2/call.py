@@ -302,7 +302,7 @@ class OpenStreams:
         self._start(call, head)
 
     def received(self, event: events.DataReceived) -> None:
-        """Handle a DATA frame that h2 has handled."""
+        """Give the data of a DATA frame, which h2 has already processed, to the frame's call."""
         call = self.by_stream.get(event.stream_id)
         if call is None:
             self._connection.windows.grow(event.flow_controlled_length)

@@ -34,7 +34,7 @@ _PLAIN_SAMPLING = {
 
 
 def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, object]:
-    """Return the sampling values of a generation_config.json that change the output; max_new_tokens as max_tokens.
+    """Return the sampling values of a generation_config.json that change the output. max_new_tokens becomes max_tokens.
 
     An engine applies these values to calls that do not set the fields."""
     values = {k: generation_config.get(k) for k, plain in _PLAIN_SAMPLING.items() if generation_config.get(k) != plain}

@@ -93,8 +93,8 @@ class CreditGranter:
     def new_grants(self, room: Capacity, places: int = 0) -> list[Grant]:
         """Return the new limits to send, for the links whose limits change.
 
-        `room`: free capacity, including capacity already promised. `places`: higher limit on the promised sequences;
-        the excess over `room` is only for calls whose KV blocks are here, since such calls start at almost no cost."""
+        `room`: free capacity, including capacity already promised. `places`: limit on the promised sequences, perhaps
+        above `room`. The excess is only for calls whose KV blocks are here, since they start at almost no cost."""
         if not self._accounts:
             return []
         kept = {link: account.kept for link, account in self._accounts.items()}

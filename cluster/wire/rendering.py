@@ -11,7 +11,7 @@ from cluster.wire.codecs.codec import wire_text
 MAX_CHAT_BYTES = 16 << 20
 """Maximum size of a chat, in bytes of JSON."""
 MAX_OUTSTANDING = 2
-"""Maximum number of chats of one link that are sent and not answered: one in work and the next."""
+"""Maximum number of chats of one link that are sent and not answered: the chat that is being rendered, and the next."""
 INLINE_CHAT_BYTES = 32_768
 """Size above which a chat is sent on the Bulk stream, so that no large message delays a token."""
 PIECE_BYTES = 32_768

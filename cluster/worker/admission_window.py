@@ -18,7 +18,7 @@ from collections import deque
 LOOKAHEAD_SEQUENCES = 2
 RECENT_PROMPTS = 64
 UNKNOWN_PROMPTS = 8
-"""Number of prompts, each as long as a full step, that the mean prompt length assumes before prompts have arrived."""
+"""Number of assumed prompts, each as long as a full step, from which the mean prompt length is computed at first."""
 
 
 class AdmissionWindow:

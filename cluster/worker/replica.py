@@ -87,7 +87,7 @@ class OpenedModel:
     adapter_files: AdapterFiles | None = None
     """The store of adapters on this node; None if adapters are not enabled."""
     engine_counts: Callable[[], EngineCounts] = EngineCounts
-    """Function that returns the engine's own counts."""
+    """Function that returns the counts that the engine keeps itself."""
 
 
 class ModelOpener(Protocol):

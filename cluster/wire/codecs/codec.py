@@ -166,7 +166,7 @@ def _parsing_from_pb(m: pb.OutputParsing) -> OutputParsing:
 
 
 def max_submit_bytes(request: EngineRequest) -> int:
-    """Return a cheap upper bound for the sum of `submit_bytes`. It is far below any limit for nearly all requests."""
+    """Return a cheap upper bound for the sum of `submit_bytes`. Nearly all requests are so small that it suffices."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
     if sampling.grammar is not None:

@@ -19,7 +19,7 @@ from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.prefix_hashes import EMPTY, Hashes, Prefix, next_prefix, prefix_hashes, seed_of
 
 _SMALL_EVENT = 4
-"""Number of blocks up to which hashing them one by one is faster."""
+"""Number of blocks in an event up to which hashing one by one is faster than hashing all together."""
 
 
 @dataclass(slots=True)

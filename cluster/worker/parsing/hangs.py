@@ -1,7 +1,7 @@
 """Hanging parses: whether a parser process works on one session for too long.
 
-A process that gets no CPU does not hang, so the CPU time of the process decides. A process that sleeps uses no CPU
-time, so there is also a bound on the wall time, which is too long to be reached on a busy machine.
+A process that waits for a core does not hang, so the CPU time of the process decides. A process that sleeps uses no CPU
+time, so there is also a bound on the wall time. The bound is so long that a busy machine does not reach it.
 """
 
 from __future__ import annotations

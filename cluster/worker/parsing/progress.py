@@ -1,7 +1,7 @@
 """The session on which a parser process works, in memory that it shares with its worker.
 
-The worker must find out which request makes a parse hang or ends the process. The process cannot report that any more,
-so it records each session before it works on it.
+The worker must find out which request makes a parse hang or ends the process. The process itself can then no longer
+report the request. So it records each session before the work on the session begins.
 """
 
 from __future__ import annotations

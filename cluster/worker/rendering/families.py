@@ -43,7 +43,7 @@ PARSERS: Final[Mapping[str, FamilyParsers]] = MappingProxyType(
         "deepseek_v41": FamilyParsers("deepseek_v41", "deepseek_v41"),
     }
 )
-"""Parsers by renderer, for models whose entry names none. Such models have no chat template to choose by."""
+"""Parsers by renderer, for models whose entry names none and which have no chat template to choose parsers by."""
 
 
 def renderer_of(

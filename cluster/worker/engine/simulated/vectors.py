@@ -20,7 +20,7 @@ from cluster.worker.engine.simulated.tokens import MASK, digest64, fold, mix
 
 
 def pooling_info(config: SimConfig) -> PoolingInfo | None:
-    """Return what the engine pools; None if it generates."""
+    """Return what the engine computes as a pooling model; None if it generates tokens."""
     tasks = (
         *((PoolingTask.EMBED,) if config.embed_dimensions else ()),
         *((PoolingTask.SCORE,) if config.scores else ()),

@@ -118,7 +118,7 @@ class KvEventSocket:
                 yield from self._decoded(frames[2])
 
     async def _replayed(self, end: int) -> Sequence[bytes]:
-        """Request the batches from the next expected number up to, but without, `end` again, and return their payloads.
+        """Request again the batches from the next expected number to `end` (exclusive), and return their payloads.
         Batches that vLLM no longer has are left out."""
         import zmq
 

@@ -247,7 +247,7 @@ def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
 
 
 def engine_params(request: EngineRequest, limits: RequestBounds) -> Any:
-    """Return vLLM's PoolingParams of a pooling request, and the SamplingParams of any other."""
+    """Return vLLM's PoolingParams of a pooling request, or the SamplingParams of another request."""
     if request.pooling is not None and limits.pooling is not None:
         return pooling_params(request.pooling, limits.pooling)
     return sampling_params(request, limits)

@@ -23,7 +23,7 @@ MAX_LOOPS = 128
 """Greatest number of `*` and `+`. (\\w+\\s*) 64 times in a row compiles in 7 s, 128 times in minutes."""
 
 MAX_READ_COUNT = 10**9
-"""Every greater count in an expression is read as this one."""
+"""Greatest count that is read from an expression. Every greater count is read as this count."""
 
 TOKEN = re.compile(
     r"(?P<set>\[\^?(?:\\.|[^\]\\])*\])|(?P<count>\{\d+(?:,\d*)?\}|[*+?])|(?P<group>\((?:\?(?:[:=!>(#]|<[=!]|P?<\w+>|.))?)"
@@ -97,7 +97,7 @@ class Counts:
 
     @property
     def repeats(self) -> bool:
-        """Whether the part before can be repeated."""
+        """Whether there is a preceding part that a quantifier can repeat."""
         return self._last is not None
 
     def atom(self) -> None:
@@ -106,7 +106,7 @@ class Counts:
         self._open[-1].add(self._last)
 
     def end_atom(self) -> None:
-        """Add something that cannot be repeated."""
+        """Record a token that cannot be repeated, such as an anchor."""
         self._last = None
 
     def open(self) -> None:
@@ -120,7 +120,7 @@ class Counts:
         self._open[-1].add(self._last)
 
     def repeat(self, text: str) -> None:
-        """Add a quantifier of the part before."""
+        """Apply a quantifier to the preceding part."""
         part, self._last = self._last, None
         if part is None:
             return

@@ -57,7 +57,7 @@ def int64_problem(value: object) -> str:
 
 
 class SchemaTypes:
-    """Types of the schemas below one root. Each schema is looked at once.
+    """The types that the schemas below one root allow. Each schema is examined once.
 
     `by_standard`: a schema without `type` allows all types, as in the standard. Otherwise it allows objects if it has
     `properties`, or arrays if it has `items`, as in the compiled grammar.
@@ -198,7 +198,7 @@ class DisjointBranches:
         return True
 
     def _fixed(self, target: object) -> dict[str, Sequence[object]]:
-        """Return the required properties of an object schema that have only certain values, with the values."""
+        """Return the required properties of an object schema that allow only listed values, each with these values."""
         if not isinstance(target, Mapping) or winner(target) or self._types.of(target) != NAMED["object"]:
             return {}
         properties, required = target.get("properties"), target.get("required")

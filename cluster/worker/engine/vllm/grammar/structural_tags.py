@@ -1,4 +1,4 @@
-"""Grammars that the worker's output parser makes from tools: xgrammar's structural tags, checked as other grammars."""
+"""Grammars that the output parser makes from tools: xgrammar's structural tags, checked like other grammars."""
 
 from __future__ import annotations
 
