@@ -53,7 +53,8 @@ class Submits:
         request_id = f"{link.incarnation}-{link.number}-{submit.slot}-{submit.attempt}"
         link.begin_submit(submit.slot, request_id)
         takes_time = submit.sampling.HasField("grammar") or submit.HasField("parsing")
-        takes_time = takes_time or bool(submit.adapter and submit.generation)  # other tasks run during a take-over
+        # The adapter may be unloaded during a take-over.
+        takes_time = takes_time or bool(submit.adapter and submit.generation)
         takes_time = takes_time or not self.adapters.is_held(submit.adapter)
         if takes_time or submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES:
             link.spawn(self._submit(link, submit, request_id))

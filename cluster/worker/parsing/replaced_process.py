@@ -74,7 +74,7 @@ class ReplacedProcess(ABC):
         parts: list[asyncio.Task[None]] = []
         try:
             connection = self._connection = await ParserConnection.open(host)
-            # No TaskGroup: Python 3.11's loses a cancellation that arrives while a part's error ends the group.
+            # No TaskGroup: that of Python 3.11 loses a cancellation that arrives while a task's error ends the group.
             parts = [asyncio.create_task(self._read(connection)), asyncio.create_task(self._check(host))]
             await wait_first(parts)
         except _Hung:

@@ -132,7 +132,7 @@ class ParserSession:
             self._stop = stop
         ended = bool(stop) or state != wire.RUNS
         if not self._is_whole:
-            if ended and self._unparsed:  # parsers may finish in another way if the last token is not alone
+            if ended and self._unparsed:  # parsers may finish differently if they get other tokens with the last
                 self._parse(False)
             self._text += detokenizer.get_next_output_text(ended, True)
             self._unparsed.append(token_id)

@@ -165,7 +165,7 @@ def _free_quietly(kind: Any) -> None:
         try:
             freed(self)
         except FileNotFoundError:
-            resource_tracker.unregister(f"/{self.shared_memory.name}", "shared_memory")  # the last action of unlink()
+            resource_tracker.unregister(f"/{self.shared_memory.name}", "shared_memory")  # unlink() would do this last
 
     kind.__del__ = __del__
 
@@ -178,7 +178,7 @@ def _free_semaphores_quietly() -> None:
         try:
             clean_up(name)
         except FileNotFoundError:
-            resource_tracker.unregister(name, "semaphore")  # the last action of the clean-up
+            resource_tracker.unregister(name, "semaphore")  # the clean-up would do this last
 
     locks._cleanup = staticmethod(_cleanup)
 
