@@ -43,7 +43,8 @@ class CallTask:
         limit_s: float | None,
         on_unsent: Callable[[], None],
     ) -> None:
-        """`on_unsent`: called at the time limit if the handler has ended and the status waits for the client."""
+        """`on_unsent`: called at the time limit if the handler has ended and the status is not sent, because the client
+        does not read."""
         self._loop = loop
         self._on_unsent = on_unsent
         self.timed_out = False
@@ -51,7 +52,7 @@ class CallTask:
         self.task = loop.create_task(work)
 
     def limit(self, seconds: float | None) -> None:
-        """Replace the time limit by a later one, or by none."""
+        """Move the time limit to `seconds` from now if this is later. None removes the time limit."""
         if self._timer is None:
             return
         if seconds is None:
@@ -86,7 +87,7 @@ class ServerCall(ResponseWriter):
         super().__init__(core, stream, head.path, request, owner.done)
         self.owner = owner
         self.header_bytes = head.size
-        self.read = request.read  # the reader's own method, so that a message costs no further call
+        self.read = request.read  # an attribute and not a method, which would add a Python call per message
         self.admitted = False
         """Whether the caller's credentials were accepted, or the method needs no credentials."""
         self.tenant: str | None = None
@@ -250,7 +251,7 @@ class CallTable:
 
 
 class OpenStreams:
-    """The open calls of one connection: opened by the client's frames, limited, and ended once."""
+    """The open calls of one connection. Opens and ends calls as the client's frames demand, within the limits."""
 
     def __init__(
         self,
@@ -301,7 +302,7 @@ class OpenStreams:
         self._start(call, head)
 
     def received(self, event: events.DataReceived) -> None:
-        """Handle a DATA frame that h2 has handled."""
+        """Give the data of a DATA frame, which h2 has already processed, to the frame's call."""
         call = self.by_stream.get(event.stream_id)
         if call is None:
             self._connection.windows.grow(event.flow_controlled_length)
@@ -318,7 +319,7 @@ class OpenStreams:
             call.request.end()
 
     def close(self, event: events.StreamReset) -> None:
-        """Close a call that the client has reset, or that h2 has reset for a protocol error."""
+        """Close a call that the client has reset, or that h2 has reset because of a protocol error."""
         call = self._remove(event.stream_id)
         if call is not None:
             call.close()

@@ -95,7 +95,8 @@ class GrpcClient:
     def call(
         self, path: str, serialize: Serialize, parse: Parse, metadata: Sequence[tuple[str, str | bytes]] = ()
     ) -> ClientCall:
-        """Open a call of any kind, which must be read to its end or cancelled. Raises CallEnded."""
+        """Open a unary or streaming call, which the caller must read to its end or cancel. Raises CallEnded if the
+        connection is closed."""
         headers = [
             (b":method", b"POST"),
             (b":scheme", self._scheme),
@@ -113,7 +114,7 @@ class GrpcClient:
 
 
 class Keepalive:
-    """The pings of one connection while the server sends nothing. Without an answer the server is gone."""
+    """Pings that one connection sends while the server is silent. A server that does not answer counts as lost."""
 
     def __init__(
         self, ping_s: float, answer_s: float, send_ping: Callable[[], bool], on_silence: Callable[[], None]
@@ -173,7 +174,7 @@ class GrpcClientConnection(asyncio.BufferedProtocol):
         return not self._transport.is_closing()
 
     def open(self, headers: list[tuple[bytes, bytes]], serialize: Serialize, parse: Parse) -> ClientCall:
-        """Open a call by sending its headers. Raises CallEnded."""
+        """Open a call by sending its headers. Raises CallEnded if the connection is closed."""
         if not self.usable:
             raise CallEnded(grpc.StatusCode.UNAVAILABLE, self._why or "the connection is closed")
         stream_id = self.h2.get_next_available_stream_id()
@@ -270,7 +271,7 @@ class GrpcClientConnection(asyncio.BufferedProtocol):
             case events.WindowUpdated() | events.RemoteSettingsChanged():
                 self._push_all()
             case events.ConnectionTerminated():
-                # The server takes no further call, and h2 refuses to send for running calls.
+                # The server accepts no further call, and h2 refuses to send data of running calls.
                 self._why = "the server closes the connection (GOAWAY)"
                 self.close()
 

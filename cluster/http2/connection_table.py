@@ -35,8 +35,8 @@ ADDRESS_PART: Final = 3, 4
 UNAUTHENTICATED_PART: Final = 8
 """Divisor of a port's cap: an eighth is kept for clients that have not yet sent a credential."""
 MEAN_LIFETIME_S: Final = 0.2
-"""Lowest mean lifetime of a connection at a full port, in seconds. A full port accepts connections no faster than this
-lifetime allows; further connections wait in the socket's queue."""
+"""Minimum average lifetime of a connection at a full port, in seconds. It limits the rate at which new connections
+replace others; further connections wait in the socket's queue."""
 UNREAD_S: Final = 0.1
 UNREAD_PASSES: Final = 10
 """Two age limits, in seconds and in accept passes. If a connection is younger than either limit, its received bytes may
@@ -101,7 +101,7 @@ class ConnectionSlot:
         self.peer = peer
         self.authenticated = False
         self.released = False
-        """Whether the slot is released: a connection that is still being set up must then end."""
+        """Whether the slot was released. A connection that is still being set up must then be aborted."""
         self.connection: Managed | None = None
 
     def mark_authenticated(self) -> None:
@@ -145,7 +145,7 @@ class Pool:
     def __init__(self, cap: int) -> None:
         self.cap = cap
         self.passes = 0
-        """Accept passes, counted by the listeners."""
+        """Number of accept passes of the port's listeners."""
         self.peer_cap = max(cap * ADDRESS_PART[0] // ADDRESS_PART[1], min(cap, MIN_CONNECTIONS))
         self._peers: dict[str, _Peer] = {}
         self._authenticated: dict[ConnectionSlot, None] = {}
@@ -284,8 +284,8 @@ class ConnectionTable:
 
 
 def peer_of(address: str) -> str:
-    """Return the key that stands for one address when connections are counted: the IPv4 address, or the /64 prefix of
-    one IPv6 subscriber."""
+    """Return the key under which an address's connections are counted: the IPv4 address, or the /64 prefix of an IPv6
+    address, because one subscriber usually has a whole /64."""
     if ":" not in address:
         return address
     try:

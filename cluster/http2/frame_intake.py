@@ -26,7 +26,7 @@ SMALL_DATA_BYTES: Final = 64
 """Size in bytes below which a DATA frame is charged as an empty frame."""
 WINDOW_UPDATE_BYTES: Final = 4
 GOAWAY_UNITS: Final = 5.0
-"""Cost of a GOAWAY frame, in units. A client sends one or two GOAWAY frames."""
+"""Cost of a GOAWAY frame, in units. A correct client sends at most two GOAWAY frames."""
 
 
 class FrameIntake:

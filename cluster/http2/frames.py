@@ -152,7 +152,8 @@ class FrameReader:
         return body
 
     def frame(self) -> Frame | None:
-        """Remove and return the frame that `peek` has seen; None within a header block. Raises ProtocolError."""
+        """Remove the frame that `peek` has seen, and return it; None while a header block is incomplete. Raises
+        ProtocolError."""
         head = bytes(self._data[:HEAD_BYTES])
         frame = _parsed(head, self.body())
         if self._block is not None or isinstance(frame, HeadersFrame | ContinuationFrame):

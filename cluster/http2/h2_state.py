@@ -90,7 +90,7 @@ class ServerState(Http2State):
             raise
 
     def receive_data_of(self, stream: H2Stream, size: int, *, ends: bool) -> bool:
-        """Count a DATA frame that has no flag except END_STREAM, as receive_frame would.
+        """Update the state for a DATA frame as receive_frame would. The frame has no flag except END_STREAM.
 
         Returns False and changes nothing if receive_frame must handle the frame."""
         own, whole = stream._inbound_window_manager, self._inbound_flow_control_window_manager
@@ -107,7 +107,8 @@ class ServerState(Http2State):
         return True
 
     def receive_window_of(self, holder: H2Stream | ServerState, size: int) -> bool:
-        """Count a WINDOW_UPDATE of a stream or of the connection. Returns False if receive_frame must handle it."""
+        """Enlarge the send window of a stream or of the connection by a WINDOW_UPDATE of `size` bytes. Returns False if
+        receive_frame must handle the frame."""
         window = holder.outbound_flow_control_window + size
         if not size or window > MAX_WINDOW:
             return False

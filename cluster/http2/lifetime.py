@@ -118,7 +118,7 @@ class ConnectionLifetime:
             self.call_later(CLOSE_S, self._expect_closed, self._transport.get_write_buffer_size())
 
     def refuse(self, reason: str) -> None:
-        """Close the connection, which violated HTTP/2. h2 has already prepared the GOAWAY."""
+        """Close the connection, because the client violated HTTP/2. h2 has already prepared the GOAWAY."""
         self._note("connection.protocol_violated", reason)
         self.close()
 

@@ -17,7 +17,7 @@ LIGHT: Final = 0.2
 """Cost of an empty frame, in units."""
 BYTES_PER_FRAME: Final = 4
 """Number of payload bytes sent to the client that justify one empty frame. A token of 12 bytes justifies an update of
-both windows and a ping. Single bytes, which a client can force by windows of one byte, justify too few frames."""
+both windows and a ping. A client that opens its window one byte at a time receives too few bytes to justify frames."""
 MAX_EARNED_BYTES: Final = 2_000_000
 STREAMS_PER_UNIT: Final = 64
 """Number of open streams that add one unit to the cost of a SETTINGS frame, which is applied to every stream."""
@@ -68,7 +68,7 @@ class ServerLimits:
     age_s: float = 0.0
     """Age in seconds at which the server asks the client to reconnect; 0: never."""
     age_grace_s: float = 300.0
-    """Time, after the age limit, for calls whose client may still send requests. All other calls may finish."""
+    """Time from the age limit to the end of calls whose client may still send requests. All other calls may finish."""
 
 
 class BodyReservation(Protocol):
@@ -138,7 +138,7 @@ class Charges:
         self._limits = limits
         self._sent = sent
         self._used_bytes = 0
-        """Number of sent payload bytes that justify no further empty frame."""
+        """Number of sent payload bytes that have already justified an empty frame."""
         self.delayed = False
         """Whether the next frames must wait, because the client sent too many header fields."""
         self._frames = Bucket(
@@ -153,8 +153,8 @@ class Charges:
         self._fields = Bucket(limits.header_bytes_per_s, limits.header_bytes_burst, now)
 
     def justify_frame(self) -> bool:
-        """Allow one empty frame in exchange for bytes that the client has sent. Returns False if too few bytes were
-        sent."""
+        """Allow one empty frame in exchange for payload bytes that were sent to the client. Returns False if too few
+        bytes were sent."""
         sent = self._sent.payload_bytes
         if sent - self._used_bytes < BYTES_PER_FRAME:
             return False

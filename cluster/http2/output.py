@@ -42,7 +42,7 @@ class ConnectionOutput:
         self.payload_bytes = 0
         """Number of bytes sent in answers to calls, without the heads of frames."""
         self.paused = False
-        """Whether the client does not read."""
+        """Whether the other side does not read."""
         self.closed = False
         """Whether the connection is being closed. Received bytes are ignored from then on."""
 

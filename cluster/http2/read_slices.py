@@ -16,8 +16,8 @@ from typing import Final, Protocol
 
 PASS_S: Final = 0.005
 """Parsing time per event-loop pass, in seconds; a slice that began within this time is finished. Parsing many calls in
-one pass costs less: with 2 ms a burst of 256 calls took 6 % more CPU, since each engine step then got only a few more
-of the calls."""
+one pass costs less: with a limit of 2 ms, a burst of 256 calls took 6 % more CPU, because each engine step got fewer of
+the calls."""
 SLICE_S: Final = 0.002
 """Length of a reader's slice, in seconds; the frame that exceeds the length is finished."""
 WINDOW_S: Final = 0.006

@@ -42,7 +42,7 @@ class RequestBody:
     def __init__(self, connection: ConnectionCore, stream_id: int, too_slow: Callable[[], None]) -> None:
         self.streaming = False
         self.began_at = math.inf
-        """Loop time at which the rest of the incomplete message was requested; infinite if no rest is expected."""
+        """Loop time since which the rest of the incomplete message is expected; infinite if no rest is expected."""
         self._connection = connection
         self._stream_id = stream_id
         self._assembler = Assembler(connection.limits.max_message_bytes)
@@ -54,7 +54,8 @@ class RequestBody:
         self._too_slow = too_slow
         self._reservation: BodyReservation | None = None
         self._allowed_size = 0
-        """Size in bytes of the incomplete message with its prefix, once its rest was requested; else 0."""
+        """Size in bytes of the incomplete message with its prefix, once its reservation was requested or is not needed;
+        else 0."""
         self._stream_growth = 0
         """Bytes by which the stream's receive window is to grow."""
         self._connection_growth = 0
@@ -128,7 +129,7 @@ class RequestBody:
             self._grow_connection_window(self._connection_growth - (self._unread if self.streaming else 0))
 
     def _start_message(self) -> None:
-        """Request the rest of a message whose prefix is complete. Raises BadMessage."""
+        """Reserve a message whose prefix is complete, and let the client send the rest. Raises BadMessage."""
         size, budget, limits = self._assembler.message_bytes, self._connection.budget, self._connection.limits
         if not size or not self._admitted:
             return

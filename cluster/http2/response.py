@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _OK_HEAD = b"\x88" + frames.literal(b"content-type", b"application/grpc")  # \x88: `:status: 200` in the static table
 _ANONYMOUS_PATHS = ("/grpc.health.", "/grpc.reflection.")
-"""Paths of methods whose answer says nothing about the client's credential."""
+"""Path prefixes of methods that need no credential. Their answers do not show that the client is authenticated."""
 
 
 class ResponseWriter:

@@ -41,7 +41,7 @@ class _Details(NamedTuple):
 
 
 class Gate(Protocol):
-    """The authorization of calls, when their headers have arrived and before the rest is read."""
+    """The authorization of calls. A call is authorized when its headers have arrived, before its request is read."""
 
     async def admit(self, call: ServerCall) -> str | None:
         """Return the tenant whose budget the request counts against; None for a method that needs no credential.
@@ -65,7 +65,7 @@ class CallRunner:
         self._handlers += handlers
 
     def stop(self) -> None:
-        """End the calls that are cancelled from now on with UNAVAILABLE."""
+        """Let the calls that are cancelled from now on end with the status UNAVAILABLE."""
         self.stopping = True
 
     def start(self, call: ServerCall, head: RequestHead) -> None:

@@ -40,7 +40,7 @@ class GatewayAddresses:
         choose: Callable[[Sequence[str]], tuple[str, ...]] = tuple,
     ) -> None:
         """`configured`: addresses `host:port` and DNS names `srv://NAME`. `resolve` looks up a NAME; the addresses in
-        its last answer are known. `choose` returns those of the known addresses that are dialled; by default all."""
+        its last answer are known. `choose` selects the addresses to dial from the known addresses; by default all."""
         self._choose = choose
         self._configured = tuple(dict.fromkeys(entry for entry in configured if not dns.is_dns_name(entry)))
         self._names = tuple(dict.fromkeys(entry for entry in configured if dns.is_dns_name(entry)))
@@ -88,8 +88,8 @@ class GatewayAddresses:
         return tuple(addresses)
 
     def _is_dialled_by_other_name(self, address: str, addresses: dict[str, None]) -> bool:
-        """Return whether `addresses` has another address of the gateway process at `address`. Two links of one worker
-        to one process would end each other."""
+        """Return whether `addresses` has another address of the gateway process at `address`. That address must not be
+        dialled too, because two links of one worker to one process would end each other."""
         last_welcome = self._welcomes.get(address)
         return last_welcome is not None and any(
             welcome.incarnation == last_welcome.incarnation

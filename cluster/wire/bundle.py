@@ -17,11 +17,11 @@ from pathlib import Path
 
 MAX_BUNDLE_BYTES = 256 * 1024 * 1024
 ESCAPED_TOKENS, ESCAPE_SEPARATOR = "escaped_tokens", "escape_separator"
-"""Names in the bundle's tokenizer_config.json: the control tokens that a gateway escapes in contents, and the character
-that it puts into them. Absent if the model's `control_tokens_in_content` is `keep`."""
+"""Names in the bundle's tokenizer_config.json: the control tokens that a gateway escapes in the contents of messages,
+and the character that it inserts to do so. Absent if the model's `control_tokens_in_content` is `keep`."""
 RENDERER = "renderer"
-"""Name in the bundle's tokenizer_config.json: the renderer of vLLM that makes prompts of chats, which only a worker has
-(worker/rendering). Absent if the chat template does, which a gateway renders itself."""
+"""Name in the bundle's tokenizer_config.json: the renderer of vLLM that makes prompts of chats. It runs only in workers
+(worker/rendering). Absent if the model has a chat template, which a gateway renders itself."""
 _PLAIN_SAMPLING = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -34,7 +34,7 @@ _PLAIN_SAMPLING = {
 
 
 def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, object]:
-    """Return the sampling values of a generation_config.json that change the output; max_new_tokens as max_tokens.
+    """Return the sampling values of a generation_config.json that change the output. max_new_tokens becomes max_tokens.
 
     An engine applies these values to calls that do not set the fields."""
     values = {k: generation_config.get(k) for k, plain in _PLAIN_SAMPLING.items() if generation_config.get(k) != plain}

@@ -36,8 +36,8 @@ class LinkFiles(Protocol):
 class CertificateExpiry:
     """Expiry of the certificates in some files, which are read again when they change.
 
-    A chain ends with its first certificate that expires. Of several authorities, of which a rotation keeps the old one
-    for a while, the last one counts."""
+    A chain expires with the first of its certificates. A file of authorities expires with the last of them, because a
+    rotation keeps the old authority in the file for a while."""
 
     chains: Sequence[Path] = ()
     authorities: Sequence[Path] = ()
@@ -45,7 +45,8 @@ class CertificateExpiry:
 
     @classmethod
     def of_gateway(cls, clients: ServerFiles | None, link: LinkFiles | None) -> Self:
-        """Return the expiry of a gateway's files. `clients`: of the client ports. `link`: of the link port."""
+        """Return the expiry of a gateway's files. `clients`: files of the client ports. `link`: files of the link
+        port."""
         chains = [tls.cert_file for tls in (clients, link) if tls is not None]
         authorities = [link.ca_file] if link is not None else []
         if clients is not None and clients.client_ca_file is not None:

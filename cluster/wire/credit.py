@@ -74,8 +74,8 @@ class CreditGranter:
         account.spent = Capacity(account.spent.sequences + 1, account.spent.tokens + tokens)
 
     def set_backlog(self, link: int, waiting: int, kept: int = 0) -> None:
-        """Set the number of calls that wait at a link's gateway. `kept`: those of them whose KV blocks this worker
-        holds."""
+        """Set the number of calls that wait at a link's gateway. `kept`: number of these calls whose KV blocks this
+        worker holds."""
         account = self._accounts[link]
         account.kept = min(kept, waiting)
         account.waiting = waiting - account.kept
@@ -93,8 +93,8 @@ class CreditGranter:
     def new_grants(self, room: Capacity, places: int = 0) -> list[Grant]:
         """Return the new limits to send, for the links whose limits change.
 
-        `room`: free capacity, including capacity already promised. `places`: number of sequences that may be promised
-        if the excess over `room` is for calls whose KV blocks are here, since such calls start at almost no cost."""
+        `room`: free capacity, including capacity already promised. `places`: limit on the promised sequences, perhaps
+        above `room`. The excess is only for calls whose KV blocks are here, since they start at almost no cost."""
         if not self._accounts:
             return []
         kept = {link: account.kept for link, account in self._accounts.items()}

@@ -146,7 +146,7 @@ class HeartbeatSender:
     """Heartbeats of one link, sent from separate threads, so that a blocked event loop or a long step does not delay
     them.
 
-    `beat(seq)` builds a heartbeat; the function runs in such a thread and must not block.
+    `beat(seq)` builds a heartbeat. It runs in one of these threads and must not block.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Bound of the operator state on links."""
+"""Size limit of the operator state that is sent on links."""
 
 MAX_BYTES = 1 << 20
-"""Longest document of an OperatorState. A hundred models of which each has fifty adapters fit."""
+"""Maximum size in bytes of an OperatorState's document, enough for a hundred models with fifty adapters each."""

@@ -26,11 +26,11 @@ from cluster.wire.rendering import RenderedPieces
 MESSAGE_BYTES = 4 << 20
 """Maximum size in bytes of the Submits in one message to a worker; a worker accepts far larger messages."""
 STEP_VECTOR_BYTES = 1 << 20
-"""Size in bytes of vectors from which further outputs go into another message."""
+"""Size in bytes of a message's vectors from which further outputs go into the next message."""
 MAX_VECTOR_BYTES = 256 << 20
 """Size in bytes of unsent vectors above which an outbox is full."""
 MAX_KV_MESSAGES = 4096
-"""Maximum number of unsent reports of KV blocks. A report of all blocks of a large engine takes some hundred."""
+"""Maximum number of unsent reports of KV blocks. To report all blocks of a large engine takes a few hundred."""
 
 
 class Outbox:
@@ -54,7 +54,7 @@ class Outbox:
         self._rendered = RenderedPieces()
         self._adapters: Sequence[AdapterStatus] | None = None
         self.part_columns = False
-        """Whether the gateway reads the columns of parts; see Welcome."""
+        """Whether the gateway reads parts as columns, as its Welcome says."""
         self.acked_seq = 0
         self.sent_seq = 0
         """Number of messages that `next_message` has returned."""
@@ -97,8 +97,8 @@ class Outbox:
         self.flush()
 
     def served(self, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Set the served totals, in place of unsent totals of equal flows. Empty `totals` send an empty report if
-        nothing else is unsent."""
+        """Set the served totals, in place of unsent totals of equal flows. For empty `totals` an empty report is sent,
+        unless other totals are unsent."""
         if self._served is None:
             self._served = {}
         for total in totals:
@@ -111,8 +111,9 @@ class Outbox:
         self.flush()
 
     def kv_blocks(self, messages: Iterable[pb.KvBlocks], *, wakes: bool = True) -> None:
-        """Add reports of KV blocks. Each is sent with another message, so that tokens are not delayed. `wakes`: whether
-        to wake the writer; otherwise they are sent with the next messages, at the latest after two heartbeats."""
+        """Add reports of KV blocks. A message contains at most one report, so that tokens are not delayed. `wakes`:
+        whether to wake the writer; otherwise the reports are sent with the next messages, at the latest after two
+        heartbeats."""
         self._kv_blocks.extend(messages)
         if wakes:
             self.flush()
@@ -157,7 +158,7 @@ class Outbox:
             message.step.CopyFrom(self._steps.popleft().to_pb())
             if self._steps:
                 self._wake.set()
-        if self._engine_ended and not self._steps:  # the gateway reads nothing after it
+        if self._engine_ended and not self._steps:  # the gateway reads no message after this one
             message.engine_ended = wire_text(self._engine_ended)
         if self._grant is not None:
             message.credit.CopyFrom(
@@ -268,8 +269,8 @@ class CommandBox:
         self._wake.set()
 
     def adapters(self, adapters: pb.AdapterSet) -> None:
-        """Set the adapters that the worker is to have, in place of a set that was not sent yet. Only to a worker with
-        the capability `adapters:v1`."""
+        """Set the adapters that the worker should have, in place of a set that was not sent yet. Call this only for a
+        worker with the capability `adapters:v1`."""
         self._adapters = adapters
         self._wake.set()
 

@@ -11,11 +11,12 @@ from cluster.wire.codecs.codec import wire_text
 MAX_CHAT_BYTES = 16 << 20
 """Maximum size of a chat, in bytes of JSON."""
 MAX_OUTSTANDING = 2
-"""Maximum number of chats of one link that are sent and not answered: one in work and the next."""
+"""Maximum number of chats of one link that are sent and not answered: the chat that is being rendered, and the next."""
 INLINE_CHAT_BYTES = 32_768
 """Size above which a chat is sent on the Bulk stream, so that no large message delays a token."""
 PIECE_BYTES = 32_768
-"""Maximum size of the ids in one message of a worker, for the same reason. A multiple of the size of an id."""
+"""Maximum size in bytes of the ids in one message of a worker, so that no large message delays a token. A multiple of
+the size of an id."""
 
 
 class RenderedPieces:
@@ -28,7 +29,7 @@ class RenderedPieces:
         return bool(self._pieces)
 
     def add(self, answer: pb.Rendered) -> None:
-        """Add an answer with all ids."""
+        """Add an answer with all its ids, which are then cut into pieces."""
         ids = answer.token_ids
         answer.message, answer.field = wire_text(answer.message), wire_text(answer.field)
         starts = range(0, max(len(ids), 1), PIECE_BYTES)
@@ -58,7 +59,7 @@ class JoinedPieces:
         self._ids = bytearray()
 
     def add(self, piece: pb.Rendered) -> None:
-        """Add a piece. Raises ValueError for ids that were not requested."""
+        """Add a piece. Raises ValueError if there are more than `max_tokens` ids, or for a part of an id."""
         self._ids += piece.token_ids
         if len(self._ids) > self._max_bytes or len(piece.token_ids) % 4:
             raise ValueError(f"{len(self._ids)} bytes of ids for a prompt of at most {self._max_bytes}")

@@ -1,11 +1,11 @@
 """Admission window: the number of sequences that a worker may be sent now.
 
 Problem: a sequence sent too early waits in the engine's own queue, where fair order no longer applies. A sequence sent
-too late leaves a slot empty for a round trip. So the window is the number of free slots, or fewer: the number of
-prompts that the engine will probably start in the next step. Invariants: if a slot is free and no prompt
-is pending, capacity is granted. Sequences beyond the slots are admitted in the number in which sequences end per step
-on average, at most LOOKAHEAD_SEQUENCES. Source: the remaining work is a fluid model of chunked prefill (Sarathi-Serve,
-Agrawal et al., OSDI 2024).
+too late leaves a slot empty for a round trip. So the window is the number of prompts that the engine will probably
+start in the next step, and at most the number of free slots. Invariants: if a slot is free and no prompt is pending,
+capacity is granted. Beyond the slots, as many sequences are admitted as end per step on average, at most
+LOOKAHEAD_SEQUENCES. Source: the remaining work is a fluid model of chunked prefill (Sarathi-Serve, Agrawal et al., OSDI
+2024).
 
 The engine does not report the progress of a prompt, so the progress is estimated: each step computes as many tokens as
 it can, and a request's first output means that all prompts before this request are done. Pure: no clock.
@@ -18,7 +18,7 @@ from collections import deque
 LOOKAHEAD_SEQUENCES = 2
 RECENT_PROMPTS = 64
 UNKNOWN_PROMPTS = 8
-"""Number of fictitious prompts, each as long as a full step, from which the first mean prompt length is computed."""
+"""Number of assumed prompts, each as long as a full step, from which the mean prompt length is computed at first."""
 
 
 class AdmissionWindow:

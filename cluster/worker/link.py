@@ -32,7 +32,7 @@ TURN_METHOD = "/cluster.link.v1.Link/Turn"
 @dataclass(eq=False, slots=True)
 class Link:
     """A link that is up. An abort that arrives while its Submit is in progress is kept until the Submit finishes, and
-    ends the Submit's wait for memory."""
+    cancels the Submit's wait for its adapter."""
 
     number: int
     credit_order: int

@@ -15,10 +15,10 @@ from cluster.worker.drain_state import DrainStates
 
 
 def credit_order(worker_id: str, gateway: str, link: int) -> int:
-    """Return a link's sort key among the links that share a worker's capacity. Each worker has another order.
+    """Return a link's sort key among the links that share a worker's capacity. The order differs between workers.
 
-    With one order for all workers, the last gateway would get no credit anywhere while no call waits and each worker
-    has fewer free slots than gateways.
+    With one order for all workers, the last gateway would get no credit from any worker if no call waits and each
+    worker has fewer free slots than there are gateways.
     """
     return zlib.crc32(f"{worker_id}/{gateway}".encode()) << 32 | link
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cluster.worker.weights.sources import SourceRules
 
 VLLM_MAX_LORA_RANK = 16
-"""vLLM's max_lora_rank if the entry sets none."""
+"""vLLM's default for max_lora_rank, which applies if the catalog entry sets none."""
 
 
 def open_model(settings: ReplicaSettings, progress: Progress | None = None) -> OpenedModel:

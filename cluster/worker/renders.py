@@ -1,7 +1,7 @@
 """The chats that gateways send to a worker to be rendered, and the answers.
 
 A gateway sends few chats ahead (MAX_OUTSTANDING), and orders the rest by tenant itself. The renderer takes the chats of
-all links in the order of their arrival, so the chats of one gateway wait for few of each other gateway.
+all links in the order of their arrival, so a chat waits for only a few chats of each other gateway.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Renders:
     """Number of chats of each link that are not answered yet, by the link's number."""
 
     def accept(self, link: Link, render: pb.Render) -> None:
-        """Render a chat in a task of its own, or refuse it."""
+        """Render a chat in a task of its own, or refuse it if too many chats of the link are not answered yet."""
         count = self._outstanding.get(link.number, 0)
         if count >= MAX_OUTSTANDING:
             why = f"at most {MAX_OUTSTANDING} chats of a gateway are rendered at once"

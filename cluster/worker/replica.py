@@ -85,9 +85,9 @@ class OpenedModel:
     """Events of the engine's prefix cache; None if the engine has none."""
     adapter_engine: AdapterEngine | None = None
     adapter_files: AdapterFiles | None = None
-    """The engine's loader of adapters and their store on this node; None if the engine takes none."""
+    """The store of adapters on this node; None if adapters are not enabled."""
     engine_counts: Callable[[], EngineCounts] = EngineCounts
-    """Function that returns the engine's own counts."""
+    """Function that returns the counts that the engine keeps itself."""
 
 
 class ModelOpener(Protocol):

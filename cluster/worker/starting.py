@@ -1,4 +1,4 @@
-"""Reports of a worker that starts: how many of its weights are on its node. Gateways export them until it serves."""
+"""Reports of a starting worker to the gateways, which say how many bytes of the model's weights are fetched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.worker.settings import ReplicaSettings
 from cluster.worker.weights.fetch_progress import FetchProgress
 
 FIRST_S = 0.5
-"""Seconds before the first report: a start that is over by then needs none."""
+"""Seconds from the start to the first report. A shorter start needs no report."""
 REPORT_S = 1.0
 
 
@@ -45,7 +45,7 @@ class StartingReports:
                 while True:
                     await call.write(self._message())
                     await asyncio.sleep(REPORT_S)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the second for a write after the call's end
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # a write after the call's end: InvalidStateError
                 if await call.code() is not grpc.StatusCode.UNIMPLEMENTED:
                     raise
                 await asyncio.Event().wait()  # a gateway of an older release: nothing to report there

@@ -45,15 +45,16 @@ class Submits:
     _generations: ResumeGenerations = field(default_factory=ResumeGenerations)
 
     async def accept(self, link: Link, submit: pb.Submit) -> None:
-        """Submit a small request at once, and in a task of its own one with a long prompt, a grammar, parsing, or an
-        adapter that must be loaded first."""
+        """Submit a small request at once. A request with a long prompt, a grammar, parsing, or an adapter that must be
+        loaded first is submitted in a task of its own."""
         if submit.slot in link.requests:
             raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
-        # Before a task begins: an abort may follow in the same message.
+        # The Submit is recorded before a task begins, because an abort may follow in the same message.
         request_id = f"{link.incarnation}-{link.number}-{submit.slot}-{submit.attempt}"
         link.begin_submit(submit.slot, request_id)
         takes_time = submit.sampling.HasField("grammar") or submit.HasField("parsing")
-        takes_time = takes_time or bool(submit.adapter and submit.generation)  # a take-over lets other tasks run
+        # The adapter may be unloaded during a take-over.
+        takes_time = takes_time or bool(submit.adapter and submit.generation)
         takes_time = takes_time or not self.adapters.is_held(submit.adapter)
         if takes_time or submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES:
             link.spawn(self._submit(link, submit, request_id))
@@ -146,8 +147,8 @@ class Submits:
         return self.requests.new_request(link, submit, request, received_at)
 
     async def _hold(self, link: Link, slot: int, request: EngineRequest) -> None:
-        """Let a request hold its adapter. While the adapter is loaded, the request counts as one that will run, and an
-        abort ends it at once."""
+        """Let a request hold its adapter, and wait until the adapter is loaded. During the wait the request's tokens
+        count as expected (RunningRequests.expect), and an abort ends the request at once."""
         if self.adapters.is_held(request.adapter):
             await self.adapters.hold(request.adapter)
             return

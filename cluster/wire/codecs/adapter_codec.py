@@ -1,6 +1,6 @@
 """Conversion of adapters, and of their states on a worker, to messages of link.v1 and back.
 
-What the other side sends is bounded here: a message outside of the bounds is a fault of the sender, and ends its link.
+Received messages are checked against limits. A message that exceeds a limit is a fault of its sender and ends the link.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_NAME: Final = 128
 MAX_SOURCE: Final = 2048
 """Maximum number of characters of a source."""
 MAX_REASON: Final = 512
-"""Maximum number of characters of the reason why an adapter failed. A longer one is cut by the sender."""
+"""Maximum number of characters of the reason why an adapter failed. The sender cuts a longer reason."""
 MAX_TENANTS: Final = 4096
 """Maximum number of tenants of all adapters in a message."""
 _DIGEST = re.compile(r"(?:[0-9a-f]{64})?")
@@ -30,7 +30,7 @@ _STATE_OF = {value: state for state, value in _STATES.items()}
 
 @dataclass(frozen=True, slots=True)
 class AdapterSet:
-    """The adapters that a worker is to have. Of what its gateways send, the set with the highest `revision` counts."""
+    """The adapters that a worker should have. Of the sets that its gateways send, the highest `revision` counts."""
 
     revision: int
     adapters: tuple[AdapterSpec, ...] = ()
@@ -61,7 +61,7 @@ def adapter_set_to_pb(adapter_set: AdapterSet) -> pb.AdapterSet:
 
 
 def adapter_set_from_pb(m: pb.AdapterSet) -> AdapterSet:
-    """Decode the adapters that a worker is to have. Raises ValueError as `adapters_from_pb` does."""
+    """Decode the adapters that a worker should have. Raises ValueError as `adapters_from_pb` does."""
     return AdapterSet(m.revision, adapters_from_pb(m.adapters))
 
 
@@ -84,7 +84,7 @@ def adapter_report_to_pb(statuses: Iterable[AdapterStatus]) -> pb.AdapterReport:
 def adapter_report_from_pb(m: pb.AdapterReport) -> tuple[AdapterStatus, ...]:
     """Decode the states of a worker's adapters. Raises ValueError for more or longer values than allowed.
 
-    A state that this release does not know counts as LOADING: requests do not go there.
+    A state that this release does not know counts as LOADING, so that the worker gets no requests for the adapter.
     """
     if len(m.adapters) > MAX_ADAPTERS:
         raise ValueError(f"adapters: {len(m.adapters)} adapters, at most {MAX_ADAPTERS} are allowed")

@@ -45,9 +45,9 @@ _PART_KINDS = frozenset(map(int, PartKind))
 _KIND_OF = {int(kind): kind for kind in PartKind}
 _KIND_BITS = 3
 _KIND_MASK = (1 << _KIND_BITS) - 1
-"""Low bits of a part's tag, which are its kind."""
+"""Mask of the low bits of a part's tag, which encode the part's kind."""
 MAX_KV_BLOCKS = 8192
-"""Maximum number of blocks in one report of KV blocks, 64 KiB. Workers send a quarter of it at most: kv_codec.py."""
+"""Maximum number of blocks in a received report of KV blocks, 64 KiB. Workers send fewer: BLOCKS_PER_MESSAGE."""
 MAX_VARINT_BYTES = 10
 """Maximum size of a varint in a message, in bytes."""
 
@@ -166,7 +166,7 @@ def _parsing_from_pb(m: pb.OutputParsing) -> OutputParsing:
 
 
 def max_submit_bytes(request: EngineRequest) -> int:
-    """Return a cheap upper bound for the sum of `submit_bytes`. It is far below any limit for nearly all requests."""
+    """Return a cheap upper bound for the sum of `submit_bytes`. Nearly all requests are so small that it suffices."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
     if sampling.grammar is not None:
@@ -218,7 +218,7 @@ class StepColumns:
     (slots, counts, token ids)."""
 
     def __init__(self, part_columns: bool = True) -> None:
-        """`part_columns`: whether the gateway reads the columns of parts; see Welcome."""
+        """`part_columns`: whether the gateway reads parts as columns, as its Welcome says."""
         self._part_columns = part_columns
         self.slots: list[int] = []
         self.counts: list[int] = []
@@ -265,7 +265,8 @@ class StepColumns:
         if output.logprobs:
             self._logprobs.extend(_logprobs_to_pb(slot, output.logprobs))
         if (parsed := output.parsed) is not None:
-            # The first output of a request shows that the output is parsed, even if its token adds nothing.
+            # The first output of a request has SlotParts even if its token adds no part. They show the gateway that
+            # the output is parsed.
             begins = output.prompt_tokens is not None
             if begins or parsed.stop_string or parsed.reasoning_tokens or not self._part_columns:
                 self._parts.append(_parsed_to_pb(slot, parsed, with_parts=not self._part_columns))
@@ -363,8 +364,8 @@ def check_kv_blocks(message: pb.KvBlocks) -> int:
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Return the slots that have a First, a Finish, log probabilities, SlotParts or a vector besides their token, and
-    all slots with parts if a slot has several entries, whose parts must not be separated from their tokens. None if the
+    """Return the slots that have more than a token: a First, a Finish, log probabilities, SlotParts or a vector. If any
+    slot has several entries, all slots with parts are included, because parts must stay with their tokens. None if the
     message has `counts`: then any slot may have no token or several."""
     if step.counts:
         return None
@@ -390,7 +391,8 @@ def outputs_from_pb(
     """Yield (slot, output) once for each slot, or for each slot in `only`, in the order of the slots' last entries.
 
     A slot's entries are merged into one output, with the slot's First, Finish, log probabilities, parts and vector.
-    `columns`: parts_by_slot(step), if it is known. Raises ValueError for a malformed vector, before the first output.
+    `columns`: the result of parts_by_slot(step), if the caller has it. Raises ValueError for a malformed vector, before
+    the first output.
     """
     if columns is None:
         columns = parts_by_slot(step)

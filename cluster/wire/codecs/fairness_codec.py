@@ -42,8 +42,9 @@ def add_charge(message: pb.Submit, turn: WeightedValue[WaitingSequence]) -> None
 def backlog_to_pb(
     waiting: int, tokens: int, claim: int, kept: int, flows: Sequence[WeightedValue[FlowBacklog]] | None
 ) -> pb.Backlog:
-    """Encode a backlog. `claim`: the gateway's share of the sequences to be served next. `kept`: those of them whose KV
-    blocks are on this worker. `flows`: None leaves the last reported flows valid."""
+    """Encode a backlog of `waiting` sequences with `tokens` tokens. `claim`: the gateway's share of the sequences to be
+    served next. `kept`: number of these sequences whose KV blocks are on this worker. `flows`: the backlogs of tenants;
+    None leaves the last reported backlogs valid."""
     return pb.Backlog(
         waiting=waiting,
         waiting_tokens=tokens,

@@ -12,12 +12,12 @@ from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.prefix_hashes import Hashes
 
 BLOCKS_PER_MESSAGE: Final = 1024
-"""Maximum number of blocks in a message that is sent. To apply them takes a gateway about half a millisecond, for which
-its event loop stands still."""
+"""Maximum number of blocks in a sent message. A gateway needs about half a millisecond to apply the message, and its
+event loop is blocked meanwhile."""
 
 
 def kv_blocks_to_pb(change: KvChange) -> Iterator[pb.KvBlocks]:
-    """Yield the messages that have the effect of a change if they are applied in order; at least one."""
+    """Split a change into messages, which the receiver applies in order. Yields at least one message."""
     removed, stored, is_reset = change.removed, change.stored, change.is_reset
     while True:
         part = removed[:BLOCKS_PER_MESSAGE]

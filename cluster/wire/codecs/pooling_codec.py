@@ -9,7 +9,7 @@ from cluster.link.v1 import link_pb2 as pb
 
 FLOAT_BYTES = 4
 MAX_SHORTER_DIMENSIONS = 1024
-"""Maximum number of shorter lengths that a model can declare."""
+"""Maximum number of shorter vector lengths that a model can declare."""
 
 
 def pooling_to_pb(params: PoolingOptions) -> pb.Pooling:
@@ -24,7 +24,7 @@ def pooling_from_pb(m: pb.Pooling) -> PoolingOptions:
 
 
 def pooler_to_pb(info: PoolingInfo) -> pb.Pooler:
-    """Encode what a pooling model computes. Its tasks are capabilities of the worker."""
+    """Encode what a pooling model computes, without its tasks, which are among the worker's capabilities."""
     return pb.Pooler(
         dimensions=info.dimensions, shorter_dimensions=info.shorter_dimensions, any_shorter=info.any_shorter
     )

@@ -1,4 +1,4 @@
-"""Codec of the times of requests of sampled calls."""
+"""Conversion of RequestTimes, the durations that a worker reports for a sampled call, to link.v1 and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cluster.api.request_times import RequestTimes
 from cluster.link.v1 import link_pb2 as pb
 
 MAX_S = 86_400.0
-"""Greatest duration that a gateway believes, in seconds."""
+"""Maximum valid duration in seconds."""
 
 
 def times_to_pb(slot: int, times: RequestTimes) -> pb.SlotTimes:
@@ -25,7 +25,7 @@ def times_to_pb(slot: int, times: RequestTimes) -> pb.SlotTimes:
 
 
 def times_by_slot(messages: Iterable[pb.SlotTimes]) -> dict[int, RequestTimes]:
-    """Decode the times of each slot, merged over its messages. Durations that cannot be are 0."""
+    """Decode the times of each slot, merged over the slot's messages. Invalid durations become 0."""
     out: dict[int, RequestTimes] = {}
     for m in messages:
         durations = (m.wait_s, m.queue_s, m.prefill_s, m.decode_s, m.parse_s)

@@ -1,4 +1,4 @@
-"""Times of a request of a sampled call on its worker. Requests of other calls are not timed."""
+"""Measurement of how long the stages of a request take in a worker. Only requests of sampled calls are measured."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class RequestTiming:
     _first: RequestTimes | None = None
 
     def record_first(self, engine: RequestTimes | None, now: float) -> None:
-        """Record the engine's first output. `engine`: durations that the engine has measured, if it has. What the
-        engine has not measured counts as wait if it has measured something, else as prefill."""
+        """Record the engine's first output. `engine`: the durations that the engine has measured, if any. The rest of
+        the time counts as `wait_s`. Without measured durations, all the time counts as `prefill_s`."""
         self.first_output_at = self.last_output_at = now
         total_s = max(now - self.received_at, 0.0)
         if engine is None or engine.first_output_s <= 0:
@@ -32,12 +32,13 @@ class RequestTiming:
         self.last_output_at = now
 
     def pop_first(self) -> RequestTimes | None:
-        """Return the durations up to the first output, once."""
+        """Return the durations up to the first output; None before it, and after they were returned once."""
         first, self._first = self._first, None
         return first
 
     def pop_all(self, now: float, *, is_parsed: bool = False) -> RequestTimes:
-        """Return the durations up to the end, which is now, without those that `pop_first` has returned."""
+        """Return the durations up to the request's end at `now`, without the durations that `pop_first` has returned.
+        `is_parsed`: whether the output was parsed, so that `parse_s` is measured."""
         times = self.pop_first() or RequestTimes()
         if self.first_output_at:
             last = self.last_output_at if is_parsed and self.last_output_at > self.first_output_at else now

@@ -6,7 +6,7 @@ tokens times the time per prompt token. That time is learned from the slowest st
 high value is assumed.
 
 Quantiles come from a histogram whose buckets grow by a tenth. Its counts are halved now and then, so that old durations
-lose weight. An addition costs a logarithm. One thread adds durations; any thread may read.
+lose weight. To add a duration takes one logarithm. One thread adds durations; any thread may read.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.prefix_hashes import EMPTY, Hashes, Prefix, next_prefix, prefix_hashes, seed_of
 
 _SMALL_EVENT = 4
-"""Number of blocks up to which hashing them one by one is faster."""
+"""Number of blocks in an event up to which hashing one by one is faster than hashing all together."""
 
 
 @dataclass(slots=True)
@@ -59,9 +59,9 @@ class KvMirror:
                 self._was_cleared = True
 
     def pop_change(self) -> KvChange:
-        """Return the change since the last call: the blocks that were removed, and then those that were stored since
-        and are held. A block that came and went in between is in `removed`, since a gateway may expect it. One that
-        went and came is in both lists: a gateway can tell why a call did not find it."""
+        """Return the change since the last call: the blocks that were removed, and the blocks that were stored and are
+        still held. A block that was stored and then removed is in `removed`, since a gateway may expect it. A block
+        that was removed and then stored is in both, so that a gateway can tell why a call did not find it."""
         stored, removed, was_cleared = self._stored, self._removed, self._was_cleared
         self._stored, self._removed, self._was_cleared = {}, {}, False
         if was_cleared:
@@ -77,7 +77,7 @@ class KvMirror:
         return list(self._blocks)
 
     def hashes_of(self, block_ids: Iterable[BlockId]) -> Hashes:
-        """Return the prefix hashes of those blocks that are held now."""
+        """Return the prefix hashes of the given blocks that are still held."""
         held = self._blocks
         return np.array([held[block_id].prefix.hash for block_id in block_ids if block_id in held], np.uint64)
 

@@ -1,8 +1,9 @@
 """Reports of a worker's KV blocks to its gateways: all blocks on a new link, then the changes.
 
-Changes are collected for INTERVAL_S and sent to all links. A decoding engine fills some blocks in every step, and a
-message a step would cost each gateway more than the blocks are worth. The gateway that sent a prompt expects its blocks
-anyway, so it does not need an early report: changes wait for a message that is sent in any case, a step or a heartbeat.
+Changes are collected for INTERVAL_S and sent to all links. A decoding engine fills some blocks in every step, and one
+message per step would cost each gateway more than the reports are worth. The gateway that sent a prompt expects its
+blocks anyway and needs no early report. So changes wait for a message that is sent in any case, with outputs of a step
+or after a heartbeat.
 
 All blocks of a large engine are sent in pieces, between which other work runs. A piece holds the blocks that the engine
 holds when the piece is made, so it is right after all changes that were sent before it.
@@ -25,7 +26,7 @@ class KvReports:
     """Reports the blocks of one engine to all links of a worker."""
 
     def __init__(self, source: KvEventSource | None, block_size: int) -> None:
-        """`source`: None for an engine without events, of which nothing is reported."""
+        """`source`: the engine's events; None for an engine without events, for which nothing is reported."""
         self._source = source
         self._mirror = KvMirror(block_size)
         self._outboxes: dict[int, Outbox] = {}

@@ -15,7 +15,7 @@ FIELDS = (
     "reasoning_effort",
     "include_reasoning",
 )
-"""Fields of OutputParsing.request that are passed to vLLM. The others do not change vLLM's parsers."""
+"""Fields of OutputParsing.request that are passed to vLLM. Other fields have no effect on vLLM's parsers."""
 MAX_MESSAGE = 500
 """Greatest number of characters kept of vLLM's error messages, which can repeat the whole request."""
 
@@ -68,7 +68,7 @@ def _located(location: tuple[int | str, ...], message: str) -> tuple[str, str]:
 
 def chat_error(error: Exception, field: str, what: str) -> WrongRequest:
     """Return the error for a chat that vLLM's code refuses or fails on. `field`: the wrong field, unless vLLM names
-    one. `what`: words for an error of a kind that vLLM does not raise on purpose."""
+    one. `what`: the message for an exception that is a failure of vLLM's code and not a refusal."""
     from vllm.exceptions import VLLMError
 
     text = _short(error)
@@ -98,7 +98,7 @@ def _structured_outputs(grammar: GrammarText) -> Any:
 
 
 def may_call_tools(request: Any) -> bool:
-    """Return whether an answer to vLLM's request shows tool calls."""
+    """Return whether an answer to vLLM's request may contain tool calls."""
     return bool(request.tools) and request.tool_choice != "none"
 
 
@@ -138,7 +138,8 @@ def _reads_no_forced_call(parser: Any) -> bool:
 
 
 def changed_grammar(request: Any, before: Any) -> GrammarText | None:
-    """Return the grammar of an adjusted request, if it is not `before`, the request's own StructuredOutputsParams."""
+    """Return the grammar of an adjusted request; None if it equals `before`, the StructuredOutputsParams that the
+    request had before the adjustment."""
     after = request.extract_structured_outputs()
     if after is None or after is before or after == before:
         return None
@@ -156,9 +157,10 @@ def changed_grammar(request: Any, before: Any) -> GrammarText | None:
 
 
 def reasoning_ended(parser: Any, request: Any, prompt: list[int]) -> bool | None:
-    """Return whether the reasoning has ended before the output begins, as vLLM's server tells its engine.
+    """Return whether the reasoning has ended before the output begins, so that a grammar applies from the first token.
 
-    A grammar holds from the first token if the caller wants no reasoning, or has a rule for the reasoning itself.
+    The value is that of vLLM's server: True if the caller wants no reasoning or the grammar covers the reasoning, None
+    without a reasoning parser.
     """
     if not request.include_reasoning or request._grammar_from_parser:
         return True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 LONG_CALL = 256
 """Number of tokens of a tool call from which its tokens are coalesced."""
 PARSES_A_DOUBLING = 64
-"""Number of parses while a call's length doubles, at least."""
+"""Minimum number of parses while a call's length doubles."""
 
 COALESCED = frozenset(
     {
@@ -38,7 +38,7 @@ COALESCED = frozenset(
         "step3p5",
     }
 )
-"""Parsers of tool calls that make the same parts, joined, if they get several tokens of a call at a time.
+"""Parsers of tool calls whose joined parts stay the same if they get several tokens of a call at a time.
 
 One exception: Llama's arguments lag behind the tokens, so a long call that max_tokens cuts may end some characters
 earlier.
@@ -60,7 +60,7 @@ REPLAYED_TOGETHER = frozenset(
         "step3p5",
     }
 )
-"""Parsers of tool calls that make the same parts, joined, if they get several tokens of any kind at a time."""
+"""Parsers of tool calls whose joined parts stay the same if they get several tokens of any kind at a time."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 A family alone decides nothing: fine-tuned models of one architecture write tool calls in different formats, and vLLM's
 reasoning parsers read every output as reasoning until its end mark. So a parser is chosen only if the chat template
-contains the parser's marks. A model without a row gets no parser; `engine.tool_call_parser` and
+contains the parser's marks. A model that matches no row gets no parser; `engine.tool_call_parser` and
 `engine.reasoning_parser` override the choice.
 """
 
@@ -67,7 +67,7 @@ TOOLS = (
 """Parsers of tool calls. The first row that matches decides."""
 
 _OPENED = r"<think>\\n|<think>['\"]|<think>\n"
-"""Text of a template that begins the reasoning in the prompt."""
+"""Text of a template whose prompts end with the mark that begins the reasoning."""
 REASONING = (
     _Row(
         "kimi_k2", "kimi_k2|deepseek_v3", r"<\|tool_calls_section_begin\|>(?s:.*)<think>|<think>(?s:.*)<\|im_middle\|>"
@@ -111,7 +111,7 @@ def _renderer_parsers(bundle: Bundle) -> ParserNames | None:
 
 
 def chosen_parsers(bundle: Bundle, engine: Mapping[str, Any]) -> tuple[ParserNames, frozenset[str]]:
-    """Return the parsers of a model, and those of PARSER_KEYS that the entry's `engine:` section has set."""
+    """Return the parsers of a model, and the PARSER_KEYS that the entry's `engine:` section sets."""
     given = {key: str(engine[key]) for key in PARSER_KEYS if engine.get(key)}
     config = json.loads(bundle.files.get("config.json", b"{}"))
     template = bundle.files.get("chat_template.jinja", b"").decode(errors="replace")

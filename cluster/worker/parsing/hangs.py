@@ -1,7 +1,7 @@
 """Hanging parses: whether a parser process works on one session for too long.
 
-A starved process is no hanging one, so the CPU time of the process decides. A process that sleeps uses no CPU time, so
-there is a bound on the wall time too, which no busy machine reaches.
+A process that waits for a core does not hang, so the CPU time of the process decides. A process that sleeps uses no CPU
+time, so there is also a bound on the wall time. The bound is so long that a busy machine does not reach it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from cluster.worker.parsing.parser_process import ParserHost
 from cluster.worker.parsing.progress import NONE
 
 CPU_LIMIT_S = 2.0
-"""CPU seconds after which the work on one message of a session hangs. Parses of long outputs take milliseconds."""
+"""CPU seconds after which the work on one message counts as hung. Parses of long outputs take milliseconds."""
 WALL_LIMIT_S = 20.0
 
 
 @dataclass(slots=True)
 class HangWatch:
-    """The watch over one process. `progress` returns session and count; `cpu_s`: CPU seconds of the process so far."""
+    """The watch over one process. `progress` returns the same as ParserProgress.read; `cpu_s` returns the CPU seconds
+    that the process has used."""
 
     progress: Callable[[], tuple[int, int]]
     cpu_s: Callable[[], float]
@@ -28,7 +29,7 @@ class HangWatch:
     wall_limit_s: float = WALL_LIMIT_S
     _seen: tuple[int, int] = (NONE, 0)
     _since: tuple[float, float] = field(default=(0.0, 0.0))
-    """CPU seconds of the process and time when `_seen` was seen first."""
+    """The CPU seconds that the process had used, and the time, when `_seen` was read first."""
 
     @classmethod
     def of(cls, host: ParserHost) -> HangWatch:
@@ -48,7 +49,7 @@ class HangWatch:
 
 
 def cpu_seconds(pid: int | None) -> float:
-    """Return the CPU seconds that a process has used; 0 if that is not known."""
+    """Return the CPU seconds that a process has used; 0 if they are unknown."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
     except (OSError, ValueError, IndexError):

@@ -28,7 +28,7 @@ from cluster.worker.parsing.session import ParserSession
 from cluster.worker.rendering.kit import renderer_tokenizer
 
 NOT_STREAMING = ("phi4_mini_json",)
-"""Parsers of tool calls that return nothing, not even content, for parts of an output."""
+"""Parsers of tool calls that return nothing, not even content, for an incomplete output."""
 
 log = structlog.get_logger("parser")
 
@@ -60,12 +60,13 @@ class ParserKit:
     replays_together: bool = False
     """Whether several emitted tokens may be replayed in one parse."""
     streams: bool = True
-    """Whether the parser can parse parts of an output. If not, streamed answers with tools are parsed as a whole."""
+    """Whether the parser can parse an incomplete output. If not, streamed answers with tools are parsed as a whole."""
 
     def open(
         self, opening: wire.Open, working: Callable[[], None] = lambda: None
     ) -> tuple[ParserSession | None, wire.Opened]:
-        """Open a session; None if the request is refused, with the reason in Opened. `working`: see ParserSession."""
+        """Open a session. Returns the session and the reply; if the request is refused, None and a reply with the
+        reason. `working`: see ParserSession."""
         try:
             return self._open(opening, working)
         except WrongRequest as wrong:
@@ -107,7 +108,8 @@ def load_kit(settings: KitSettings) -> ParserKit:
 
 
 def _tokenizer(settings: KitSettings) -> Any:
-    """Return the model's tokenizer with the cache of vLLM's server, without which every parser reads the vocabulary."""
+    """Return the model's tokenizer with the cache of vLLM's server. Without it, each parser would read the vocabulary
+    anew."""
     from cluster.worker.weights.vocabulary import load_tokenizer
 
     try:
@@ -122,9 +124,9 @@ def _tokenizer(settings: KitSettings) -> Any:
 
 
 def usable_parsers(settings: KitSettings, given: Container[str]) -> ParserNames:
-    """Return those of the parsers that can be used with the model's tokenizer.
+    """Return the parsers of `settings` that can be used with the model's tokenizer.
 
-    `given`: keys of the parsers that the model's entry names; the others are chosen by the model's family. Raises
+    `given`: keys of the parsers that the model's entry names; other parsers were chosen by the model's family. Raises
     ValueError if a parser that the entry names cannot be used.
     """
     tokenizer = _tokenizer(settings)

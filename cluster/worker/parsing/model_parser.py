@@ -57,7 +57,7 @@ def model_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRende
 
 
 def requested_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRenderer | None:
-    """Return the renderer that the entry names, for a simulated engine; None without vLLM."""
+    """Return the renderer that the entry names, for a simulated engine; None if it names none or vLLM is missing."""
     name = renderer_in(bundle)
     named = "tokenizer_mode" in spec.engine and importlib.util.find_spec("vllm") is not None
     return _renderer(spec, folder, name) if name and named else None
@@ -69,9 +69,9 @@ def renderer_in(bundle: Bundle) -> str:
 
 
 def requested_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser | None:
-    """Return an output parser with the parsers that the entry names, for a simulated engine; None without any.
+    """Return an output parser with the parsers that the entry names, for a simulated engine; None if it names none.
 
-    The family decides nothing here: the parsers need vLLM, which a machine with simulated engines may lack.
+    The family's parsers are not used: they need vLLM, which a machine with simulated engines may lack.
     """
     names, given = chosen_parsers(bundle, spec.engine)
     own = ParserNames(*(name if key in given else "" for key, name in zip(PARSER_KEYS, names.values, strict=True)))

@@ -1,4 +1,4 @@
-"""The request that the engine gets: the caller's, with the grammar that the parser has made of its tools."""
+"""The request for the engine: the caller's request with the grammar that the parser has made from its tools."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cluster.api.types import EngineRequest, Grammar
 from cluster.worker.parsing import wire
 
 MAX_GRAMMAR_BYTES = 256 << 10
-"""Greatest size of a grammar that a parser makes of tools."""
+"""Greatest size of a grammar that a parser makes from tools."""
 
 
 def refused(field: str, reason: str) -> EngineRefused:
-    """Return the refusal of a request, which is the caller's fault if it names a field."""
+    """Return the refusal of a request. With a `field`, the caller's request is wrong; otherwise the worker failed."""
     if not field:
         return EngineRefused(Outcome.INTERNAL.name, reason)
     return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {reason}", field)

@@ -1,7 +1,8 @@
 """The worker's side of its parser process: sessions, and the replacement of a process that has ended or hangs.
 
-A new process begins all sessions anew: it replays their tokens, whose parts are not sent again. So the calls go on with
-the same parts. A request whose parse hangs fails, and so does a request on which a process has died twice.
+A new process begins all sessions anew and replays their tokens. Parts that were returned before are not returned again,
+so callers do not notice the replacement. A request whose parse hangs fails, and so does a request on which a process
+has died twice.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class OutputParser(ReplacedProcess):
                 record.opened.set_result(wire.Opened(record.number, error=reason))
 
     def _begin_sessions(self, connection: ParserConnection) -> None:
-        """Begin all sessions in a new process, and send the outputs that are not answered."""
+        """Begin all sessions in a new process, and send the unanswered outputs again."""
         connection.is_ready = True
         for record in self._sessions.values():
             if record.has_ended:
@@ -172,14 +173,14 @@ class OutputParser(ReplacedProcess):
         self._has_done.set()
 
     def _fail(self, record: SessionRecord, reason: str) -> None:
-        """Fail one request: its open, or its output."""
+        """Fail one request: refuse it if its session is not open yet, otherwise end its output with an error."""
         if not record.opened.done():
             record.opened.set_result(wire.Opened(record.number, error=reason, field="tools"))
         elif not record.has_ended:
             self._return(record, failed(record.request.request_id, f"the output could not be parsed: {reason}"))
 
     def _record_death(self, number: int) -> None:
-        """Count the death of a process for the session on which it worked, and fail that session if it is the cause."""
+        """Count the death of a process for the session on which it worked. The session fails after MAX_DEATHS."""
         record = self._sessions.get(number)
         if record is None:
             return

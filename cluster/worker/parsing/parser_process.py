@@ -2,8 +2,8 @@
 chats has a second process of the same kind for them, so that no render delays tokens.
 
 It is a fork of the fork server, which has imported vLLM, or a new interpreter where there is no fork server. It answers
-the worker's messages in order, and ends when the worker closes the connection. A thread ends it too when the worker is
-gone while a parse hangs.
+the worker's messages in order, and ends when the worker closes the connection. If a parse hangs at that time, a thread
+ends the process.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class ParserNames:
 
     @property
     def leave_text_unchanged(self) -> bool:
-        """Whether an answer to a request without tools is its text, so that nothing needs to be parsed."""
+        """Whether an answer to a request without tools consists of the output's unchanged text and needs no parsing."""
         return not self.reasoning and self.tools in LEAVE_TEXT_UNCHANGED
 
     @property

@@ -1,7 +1,7 @@
 """The session on which a parser process works, in memory that it shares with its worker.
 
-The worker must find out which request makes a parse hang or ends the process. The process cannot report that any more,
-so it records each session before it works on it.
+The worker must find out which request makes a parse hang or ends the process. The process itself can then no longer
+report the request. So it records each session before the work on the session begins.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import struct
 
 _FIELDS = struct.Struct("<QQ")
 NONE = 0
-"""Number of no session."""
+"""Session number that means no session."""
 
 
 class ParserProgress:
@@ -25,7 +25,7 @@ class ParserProgress:
         self._count = 0
 
     def record(self, session: int) -> None:
-        """Record that the work on a session begins, or that none is in work (NONE)."""
+        """Record that the work on a session begins; NONE: that the process works on no session."""
         self._count += 1
         _FIELDS.pack_into(self._memory, 0, session, self._count)
 

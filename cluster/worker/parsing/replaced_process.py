@@ -28,10 +28,10 @@ class _Hung(Exception):
 
 
 class ReplacedProcess(ABC):
-    """A process with a connection, and its replacement. A subclass has the work, and begins it anew in each process."""
+    """A process with a connection, and its replacement. A subclass has the work, and repeats it in a new process."""
 
     def __init__(self, start: Callable[[], ParserHost], watch: Callable[[ParserHost], HangWatch]) -> None:
-        """`start` starts a process and blocks until it exists. `watch` returns the watch over it."""
+        """`start` starts a process and blocks until it exists. `watch` returns the HangWatch of a process."""
         self._start = start
         self._watch = watch
         self._connection: ParserConnection | None = None
@@ -48,7 +48,7 @@ class ReplacedProcess(ABC):
 
     @abstractmethod
     def _record_death(self, number: int) -> None:
-        """Record that the process has ended, perhaps while it worked on a session; 0 if it worked on none."""
+        """Record that the process has ended. `number`: the session on which it worked; 0 for none."""
 
     async def run(self) -> None:
         """Run the process, and replace it when it ends, until cancelled."""
@@ -63,18 +63,18 @@ class ReplacedProcess(ABC):
                 await asyncio.sleep(RESTART_S)
 
     def _send(self, message: wire.Request) -> None:
-        """Send a message if there is a process that has loaded. Otherwise the next process begins the work anew."""
+        """Send a message to the process. Without a loaded process, do nothing: the next one begins the work anew."""
         if self._connection is not None and self._connection.is_ready:
             self._connection.send(message)
 
     async def _run_process(self) -> bool:
-        """Run one process until it ends. Returns whether it was ready."""
+        """Run one process until it ends. Returns whether it had loaded its parsers or renderer."""
         host = await asyncio.to_thread(self._start)
         connection: ParserConnection | None = None
         parts: list[asyncio.Task[None]] = []
         try:
             connection = self._connection = await ParserConnection.open(host)
-            # No TaskGroup: Python 3.11's loses a cancellation that arrives while a part's error ends the group.
+            # No TaskGroup: that of Python 3.11 loses a cancellation that arrives while a task's error ends the group.
             parts = [asyncio.create_task(self._read(connection)), asyncio.create_task(self._check(host))]
             await wait_first(parts)
         except _Hung:

@@ -19,7 +19,7 @@ from cluster.worker.parsing.wire import Part
 
 PRIMING_TOKENS = 1024
 """Number of the prompt's last tokens with which the detokenizer begins. The text of the first output token depends on
-the tokens before it; vLLM's detokenizer decodes the whole prompt for it, which is the same for longer suffixes."""
+the tokens before it. vLLM's server decodes the whole prompt, which gives the same text."""
 REPLAYED_TOKENS = 256
 """Number of emitted tokens that are replayed in one parse, where that gives the same parts. One by one, the replay of a
 long output would take seconds, in which no other output is parsed."""
@@ -53,7 +53,7 @@ class ParserSession:
         self._working = working
         self._replays_together = replays_together
         self._reasons = parser.reasoning_parser is not None
-        """Whether the output is still reasoning. Its end is parsed token by token."""
+        """Whether the output is still reasoning. Until the reasoning ends, replayed tokens are parsed one by one."""
         self._is_whole = opening.is_whole
         self._has_stops = bool(opening.stop)
         self._prompt: list[int] | None = wire.unpack_ids(opening.prompt)
@@ -132,7 +132,7 @@ class ParserSession:
             self._stop = stop
         ended = bool(stop) or state != wire.RUNS
         if not self._is_whole:
-            if ended and self._unparsed:  # parsers may finish in another way if the last token is not alone
+            if ended and self._unparsed:  # parsers may finish differently if they get other tokens with the last
                 self._parse(False)
             self._text += detokenizer.get_next_output_text(ended, True)
             self._unparsed.append(token_id)

@@ -33,7 +33,7 @@ class SessionRecord:
     delivered_chars: int = 0
     """Number of characters of the parts that have come back."""
     repeated_chars: int = 0
-    """Number of characters with which the next answer repeats earlier ones, after a session has begun anew."""
+    """Number of characters at the beginning of the next answer that were delivered before the session began anew."""
     pending: deque[tuple[TokenOutput, int]] = field(default_factory=deque)
     has_ended: bool = False
     """Whether the request's last output has been returned."""
@@ -66,8 +66,8 @@ class SessionRecord:
     def take(self, output: TokenOutput) -> tuple[int, bytes, int] | None:
         """Record an output of the engine, and return its feed item with all tokens that are not sent yet.
 
-        None if the output needs no parsing: the answer is whole, has no stop strings and does not end yet. `output` is
-        then complete for the gateway.
+        None if the output needs no parsing yet: the answer is parsed as a whole, has no stop strings and does not end
+        here. `output` is then complete for the gateway.
         """
         self.ids.extend(output.token_ids)
         if self.parsing.is_whole and not self.parsing.stop and output.finish is None:
@@ -78,7 +78,7 @@ class SessionRecord:
         return self._item(output, begin, self.sent)
 
     def again(self) -> list[tuple[int, bytes, int]]:
-        """Return the feed items of the outputs that are not answered, for a new process."""
+        """Return the feed items of the unanswered outputs, for a new process."""
         items, begin = [], self.answered
         for output, end in self.pending:
             items.append(self._item(output, begin, end))
@@ -104,7 +104,7 @@ class SessionRecord:
         return output
 
     def _new_parts(self, given: Sequence[OutputPart]) -> Sequence[OutputPart]:
-        """Return the parts without those that were delivered before the session began anew.
+        """Return the parts without the text that was delivered before the session began anew.
 
         Equal tokens give equal characters, but perhaps in other pieces.
         """

@@ -1,7 +1,7 @@
-"""Messages between the worker and its parser process: msgpack behind a length, on a stream socket.
+"""Messages between the worker and its parser process: a length and msgpack, on a stream socket.
 
 Both sides are processes of one worker, so a message that cannot be decoded is a fault and ends the process. Token ids
-travel packed, four bytes each.
+are packed, four bytes each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RUNS, STOPPED, ENDED, FAILED = range(4)
 ended in another way; it has failed, and its output is not parsed."""
 
 Part = tuple[int, str, int]
-"""Kind, text and call of an OutputPart. It is encoded like one, and made in less time."""
+"""Kind, text and call of an OutputPart. A tuple is encoded like an OutputPart, and is created in less time."""
 
 
 class GrammarText(msgspec.Struct, array_like=True, frozen=True):
@@ -51,7 +51,7 @@ class Open(msgspec.Struct, array_like=True, tag=1, frozen=True):
 
 
 class Feed(msgspec.Struct, array_like=True, tag=2, frozen=True):
-    """Outputs of a step: session, packed ids and how the request stands (RUNS, STOPPED, ENDED or FAILED)."""
+    """Outputs of a step: each one's session, packed ids and state (RUNS, STOPPED, ENDED or FAILED)."""
 
     items: list[tuple[int, bytes, int]]
 
@@ -63,7 +63,7 @@ class Close(msgspec.Struct, array_like=True, tag=3, frozen=True):
 
 
 class Render(msgspec.Struct, array_like=True, tag=4, frozen=True):
-    """Render a chat. `chat`: see rendering/chats.py. `max_tokens`: number of ids up to which the ids are returned."""
+    """Render a chat. `chat`: JSON with the FIELDS of rendering/kit.py. `max_tokens`: see Rendered."""
 
     number: int
     chat: bytes
@@ -79,8 +79,8 @@ class Ready(msgspec.Struct, array_like=True, tag=1, frozen=True):
 class Opened(msgspec.Struct, array_like=True, tag=2, frozen=True):
     """The session has begun, or `error` says why not and `field` which field of the request is wrong.
 
-    `grammar`: the constraint that replaces the request's own; None to keep that. `reasoning_ended`: whether the
-    reasoning has ended before the output begins; None if the session has no parser for reasoning.
+    `grammar`: the grammar that replaces the request's own grammar; None to keep the request's own. `reasoning_ended`:
+    whether the reasoning has ended before the output begins; None if the session has no parser for reasoning.
     """
 
     number: int

@@ -3,8 +3,8 @@
 Source: vLLM 0.32, `config/model.py` (modes by architecture), `tokenizers/registry.py` (Mistral's own tokenizers) and
 `renderers/online_renderer.py` (harmony, whatever the tokenizer's mode).
 
-One difference: a folder in both of Mistral's formats keeps its Jinja template, which a gateway renders without a
-worker. `engine.tokenizer_mode: mistral` chooses Mistral's own renderer.
+One difference from vLLM: if a folder has both Mistral's own tokenizer and a Jinja template, a gateway renders the
+template, which needs no worker. `engine.tokenizer_mode: mistral` chooses Mistral's own renderer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PARSERS: Final[Mapping[str, FamilyParsers]] = MappingProxyType(
         "deepseek_v41": FamilyParsers("deepseek_v41", "deepseek_v41"),
     }
 )
-"""Parsers by renderer, for models whose entry names none. Such models have no chat template to choose by."""
+"""Parsers by renderer, for models whose entry names none and which have no chat template to choose parsers by."""
 
 
 def renderer_of(
@@ -51,8 +51,8 @@ def renderer_of(
 ) -> str:
     """Return the name of a model's renderer; "" for a model whose chat template a gateway renders.
 
-    `tokenizer_mode`: the entry's `engine.tokenizer_mode`. `model_type`, `architectures`: of config.json. `has_tekken`:
-    whether the folder has Mistral's own tokenizer.
+    `tokenizer_mode`: the entry's `engine.tokenizer_mode`. `model_type`, `architectures`: from config.json.
+    `has_tekken`: whether the folder has Mistral's own tokenizer.
     """
     if model_type == "gpt_oss":
         return HARMONY

@@ -1,8 +1,8 @@
-"""vLLM's renderer of one model, loaded once in the renderer's process, from which chats become prompt ids.
+"""vLLM's renderer of one model, loaded once in the renderer's process, which turns chats into prompt ids.
 
-The whole of vLLM's server path runs (`OnlineRenderer.render_chat`), so the ids are those of vLLM's server. It reads few
-fields of vLLM's configuration; `_config` gives them, without the engine's configuration, which takes seconds to make
-and needs the weights.
+The whole of vLLM's server path runs (`OnlineRenderer.render_chat`), so the ids are those of vLLM's server. The renderer
+reads few fields of vLLM's configuration. `_config` provides these fields alone, since vLLM's whole configuration takes
+seconds to make and needs the weights.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def chat_of(chat: bytes) -> Any:
         values: Mapping[str, Any] = json.loads(chat)
         given = {name: values[name] for name in FIELDS if values.get(name) is not None}
         if given.get("tools"):
-            given["tool_choice"] = "none"  # it changes no prompt, and the other choices need parsers
+            given["tool_choice"] = "none"  # the choice changes no prompt, and all other choices need parsers
         return ChatCompletionRequest(**given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]

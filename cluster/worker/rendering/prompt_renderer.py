@@ -20,7 +20,7 @@ from cluster.worker.parsing.replaced_process import ReplacedProcess
 MAX_DEATHS = 2
 """Number of processes that may end while they work on a chat, before the chat fails."""
 CPU_LIMIT_S, WALL_LIMIT_S = 10.0, 60.0
-"""CPU seconds and seconds after which the render of a chat hangs. A prompt of a million tokens takes seconds."""
+"""CPU time and wall time in seconds after which a render counts as hung. A prompt of a million tokens takes seconds."""
 _UNSENT = 0
 
 
@@ -55,7 +55,7 @@ class PromptRenderer(ReplacedProcess):
         super().__init__(start, watch)
         self.name = name
         self._waiting: dict[int, _Chat] = {}
-        """The chats by number, oldest first. The first may be in work."""
+        """The chats by number, oldest first. The process may be working on the first."""
         self._last = 0
         self._in_work = _UNSENT
 
@@ -77,7 +77,7 @@ class PromptRenderer(ReplacedProcess):
             self._send_next()
             return await waiting.rendered
         finally:
-            if self._in_work != number:  # otherwise its answer has to be awaited before the next is sent
+            if self._in_work != number:  # otherwise the process must answer this chat before it gets the next
                 self._waiting.pop(number, None)
 
     def _send_next(self) -> None:

@@ -4,8 +4,8 @@ them.
 Problem: vLLM accepts an adapter of another model and answers nonsense. It finds damage in the middle of a step, which
 ends the engine for all callers, and with several ranks even a failed load leaves the ranks' replies in disorder. So
 nothing may reach an engine that the engine could refuse, or would understand differently than its author. Only two
-files are read, adapter_config.json and adapter_model.safetensors, and both completely. Time and memory are bounded by
-the bounds below. Every fault raises AdapterError, which names file, key, value and remedy.
+files are read, adapter_config.json and adapter_model.safetensors, and both completely. The limits below bound the time
+and the memory of the checks. Every fault raises AdapterError, which names file, key, value and remedy.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CheckedAdapter:
-    """What was checked. `digest`: SHA-256 of the files as hex. `modules`: number of changed layers."""
+    """The result of a check. `digest`: SHA-256 of the files as hex. `modules`: number of changed layers."""
 
     digest: str
     rank: int

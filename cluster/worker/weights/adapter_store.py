@@ -58,7 +58,7 @@ class StoredAdapter:
 @dataclass(eq=False, slots=True)
 class AdapterStore:
     """The adapters of one model on this node. `base`: folder of the base model; None for a simulated engine, which
-    reads no weights: then only the files' digest is taken. `max_rank`: the engine's max_lora_rank."""
+    reads no weights, so that only digest and license are checked. `max_rank`: the engine's max_lora_rank."""
 
     rules: SourceRules
     base: Path | None

@@ -9,11 +9,11 @@ from collections.abc import Callable
 WINDOW_S = 10.0
 """Time in seconds over which the rate is measured."""
 MIN_S = 1e-3
-"""Least time in seconds that two reports count as apart."""
+"""Minimum time in seconds that is assumed between two reports."""
 
 
 class FetchProgress:
-    """The bytes of a model's weights: those on this node, all, and the rate at which they come."""
+    """The number of bytes of a model's weights on this node and in all, and the rate of the download."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -22,7 +22,7 @@ class FetchProgress:
         self.total_bytes = 0
 
     def report(self, fetched: int, total: int, _what: str = "") -> None:
-        """Record the progress (fetching.Progress)."""
+        """Record the progress. This method is a callback of type fetching.Progress."""
         now = self._clock()
         self.fetched_bytes, self.total_bytes = fetched, total
         self._seen.append((now, fetched))
@@ -31,7 +31,7 @@ class FetchProgress:
 
     @property
     def bytes_per_s(self) -> float:
-        """Mean rate over the last WINDOW_S; 0 before the second report, and once nothing has come for that long."""
+        """Mean rate over the last WINDOW_S; 0 before the second report, and after WINDOW_S without a report."""
         seen = list(self._seen)
         if len(seen) < 2 or seen[-1][0] < self._clock() - WINDOW_S:
             return 0.0

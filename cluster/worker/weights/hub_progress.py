@@ -1,4 +1,4 @@
-"""Progress of downloads from the Hugging Face hub, which reports it to progress bars only."""
+"""Progress of downloads from the Hugging Face hub, whose library reports progress only to progress bars."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class _NoOutput:
 
 
 def reporting_bar(progress: Progress, name: str) -> type[Any]:
-    """Return a class of progress bars, for the argument `tqdm_class` of snapshot_download, that shows nothing and
-    reports the bytes of the bar that is farthest. `name`: that of the repository.
+    """Return a class of progress bars for the argument `tqdm_class` of snapshot_download. The bars show nothing and
+    report the bytes of the most advanced bar to `progress`. `name`: the repository's name.
 
-    snapshot_download counts bytes in one bar or, with two ways of transfer, in two, and files in a further one.
+    snapshot_download counts bytes in one bar, or in two bars with two ways of transfer, and files in another bar.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 

@@ -18,7 +18,7 @@ SETTINGS = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.
 """Files beside config.json that concern how an embedding model treats texts."""
 MAX_MODULES = 16
 _CONFIGURED = ("Pooling", "Dense")
-"""Kinds of modules without whose config.json the vectors are wrong."""
+"""Kinds of modules that need a config.json. Without it, the vectors are wrong."""
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 

@@ -151,7 +151,7 @@ def from_hub(
 
 
 def _check_sizes(where: str, files: Sequence[Any], most_bytes: Mapping[str, int]) -> None:
-    """Raise SourceError if a file of the hub is larger than allowed. `files`: of huggingface_hub's DryRunFileInfo."""
+    """Raise SourceError if a file of the hub is larger than allowed. `files`: huggingface_hub's DryRunFileInfos."""
     for file in files:
         most = most_bytes.get(file.filename)
         if most is not None and (file.file_size is None or file.file_size > most):

@@ -1,8 +1,8 @@
 """Mistral's own tokenizer file, tekken.json, as a tokenizer with a Rust backend.
 
 The file is a table of byte strings by rank, and special tokens with the lowest ids. transformers converts it to a byte
-pair encoding with the same ids. What its conversion leaves out is added here: the BOS before a text, and that a text
-never contains special tokens, so that `<s>` in a prompt is three characters, as in mistral-common.
+pair encoding with the same ids. Two things that its conversion omits are added here: the BOS before a text, and the
+rule that a text never contains special tokens. So `<s>` in a prompt is three characters, as in mistral-common.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def has_only_tekken(folder: Path) -> bool:
-    """Return whether Mistral's own tokenizer file is the folder's only one."""
+    """Return whether Mistral's tekken.json is the folder's only tokenizer file."""
     return (folder / TEKKEN_FILE).exists() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 

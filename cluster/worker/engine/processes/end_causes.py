@@ -40,7 +40,7 @@ LONGEST = 500
 MOST_BYTES = 1 << 18
 """Size of the notes file in bytes above which no more notes are added."""
 RECENT_S = 30.0
-"""Age in seconds above which a note is not the cause of a running engine's end, but perhaps one request's error."""
+"""Age in seconds above which a note is not the cause when a running engine ends. It may be an error of one request."""
 TOGETHER_S = 1.0
 """Seconds by which the note of a rank's death may come later than errors that the death causes."""
 ENDING_S, LOOK_S = 5.0, 0.05
@@ -134,7 +134,8 @@ class _NotesHandler(logging.Handler):
 
 
 def _note_death(arguments: tuple[object, ...]) -> None:
-    """Note the end of ranks. `arguments` of an executor's log message: process name and exit code, or Ray ranks."""
+    """Note the end of ranks. `arguments` are those of the executor's log message: a process name and an exit code, or
+    the numbers of Ray's ranks."""
     if len(arguments) == 2 and isinstance(arguments[1], int):
         kind = "killed" if arguments[1] < 0 else "ended"
         note(kind, f"{_rank(str(arguments[0]))} {exit_status.describe(arguments[1])}", log_of("stdout"))

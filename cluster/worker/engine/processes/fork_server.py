@@ -120,7 +120,7 @@ def _create_folder() -> None:
     """Create the folder for the server's socket.
 
     multiprocessing's default folder would stay behind when a replica is killed. This folder is then removed by the
-    reaper (reaper.py) or by the next engine on this host.
+    reaper (ray/reaper.py) or by the next engine on this host.
     """
     known: dict[str, object] = current_process()._config  # type: ignore[attr-defined]
     if known.get("tempdir") is None:

@@ -23,11 +23,13 @@ LOOK_AFTER_S = 0.15
 """Age of a step in seconds from which /proc is read."""
 LEAST_WINDOW_S = 0.04
 LEAST_S, STEPS = 0.5, 5
-"""Bound for a step's age as in gateway/links/liveness.py: the greater of these seconds and this multiple of p99."""
+"""Bound for a step's age: the greater of LEAST_S seconds and STEPS times the p99 of step durations, as in
+gateway/links/liveness.py."""
 SHARE = 0.3
-"""Fraction of a step's age that must be lost before starvation explains it."""
+"""Fraction of a step's age that must be lost before starvation explains the age."""
 IDLE_SHARE = 0.2
-"""Fraction of the time between two readings. A runnable thread that ran for less than that waited the rest of it."""
+"""Fraction of the time between two readings. A thread that was runnable at both, and ran for a smaller fraction, counts
+as waiting for a core in the rest of the time."""
 
 
 class Task(NamedTuple):

@@ -8,10 +8,10 @@ to other nodes, where the pid has no meaning. On those nodes the thread is not s
 they are actors whose owner has died.
 
 A killed process leaves its shared memory and its semaphores behind, and all processes of an engine may be killed at
-the same moment, multiprocessing's resource tracker included. So their names are unlinked as soon as the engine is up:
-all processes have mapped the memory by then, and the kernel frees the memory when the last of them ends. While an
-engine starts, the names still exist. Core and ranks unlink them when they end, and so does the reaper (reaper.py) when
-it ends these processes.
+the same moment, multiprocessing's resource tracker included. So the names of both are unlinked as soon as the engine is
+up: all processes have mapped the memory by then, and the kernel frees the memory when the last of them ends. While an
+engine starts, the names still exist. Core and ranks unlink the names when they end, and so does the reaper
+(ray/reaper.py) when it ends these processes.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class SimConfig:
     `folder` has the tokenizer and the configuration; "" for none. If `vocab`, `token_hi` or `max_model_len` is 0, or
     `eos` is -1, `resolved` takes the value from the folder. Output tokens are drawn from [token_lo, token_hi). If
     `salted` is 1, the cache salt changes the tokens, so that a test detects a lost salt. If `salted` is 0, the cache
-    salt does not change the tokens, as in a real engine. `max_loras` and `max_cpu_loras` are the adapters of a step and
-    of the memory, 0 for an engine without; `adapter_load_ms`: time to load one.
+    salt does not change the tokens, as in a real engine. `max_loras` and `max_cpu_loras`: maximum numbers of adapters
+    in a step and in memory; 0 for an engine without adapters. `adapter_load_ms`: time to load an adapter.
 
     An engine with `embed_dimensions` above 0 is a pooling model with vectors of this length, and of every shorter
     length if `any_dimensions` is 1. An engine whose `scores` is 1 computes scores of pairs. Both generate no tokens.
@@ -106,8 +106,8 @@ class SimConfig:
     def from_source(cls, source: str, overrides: Mapping[str, object] | None = None) -> SimConfig:
         """Parse `sim:///folder?decode_ms=20&fault=die@step:5`; parameters in `overrides` take precedence.
 
-        `fault` may be repeated. Overrides that name parsers of outputs (PARSER_KEYS) are no parameters of the engine.
-        Raises ValueError, with the name of the wrong parameter.
+        `fault` may be repeated. Overrides that name parsers of outputs (PARSER_KEYS) are ignored. Raises ValueError,
+        with the name of the wrong parameter.
         """
         if not source.startswith(SCHEME):
             raise ValueError(f"source {source!r}: the source of a simulated engine begins with {SCHEME}")
@@ -164,8 +164,8 @@ class SimConfig:
 
 
 def _adapter_defaults(overrides: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the overrides without vLLM's keys enable_lora and max_lora_rank, and with the number of adapters that they
-    enable."""
+    """Return the overrides as parameters of a simulated engine: without vLLM's keys enable_lora and max_lora_rank, and
+    with max_loras and max_cpu_loras only if adapters are enabled."""
     kept = {name: value for name, value in overrides.items() if name not in ("enable_lora", "max_lora_rank")}
     if not overrides.get("enable_lora", "max_loras" in overrides):
         return {name: value for name, value in kept.items() if name not in ("max_loras", "max_cpu_loras")}

@@ -49,11 +49,11 @@ class SimEngine:
         self._faults = EngineFaults(config.faults, self._wake)
         self._model: SimModel | None = None
         self._plan: StepPlan | None = None
-        self._idle = True  # idle since the last step
+        self._idle = True  # whether the engine has been without work since the last step
         self._ends_at = 0.0
         self._stated_until = 0.0
         self._pace = StepTimes()
-        self._frozen = EngineLoad()  # at the beginning of the last hang
+        self._frozen = EngineLoad()  # load at the beginning of the last hang
         self._adapters: set[str] = set()
 
     # -- Engine interface -----------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class SimEngine:
         self._adapters.discard(digest)
 
     async def kv_events(self) -> Sequence[KvEvent]:
-        """Wait for events of the KV cache after the first call, and return them."""
+        """Wait for events of the KV cache and return them. Events are recorded from the first call on."""
         kv = self._require_model().kv
         if kv.events is None:
             kv.events = []

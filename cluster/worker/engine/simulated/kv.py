@@ -164,7 +164,7 @@ class SequenceBlocks:
         return True
 
     def _stored(self, tokens: Sequence[int], new: Sequence[int]) -> Iterator[BlocksStored]:
-        """Yield the event of each run of blocks that follow each other. `new`: numbers of blocks, in order."""
+        """Yield one event for each run of consecutive blocks. `new`: numbers of the blocks, in order."""
         while new:
             first, count = new[0], 1
             while count < len(new) and new[count] == first + count:

@@ -1,4 +1,4 @@
-"""Times of requests of sampled calls in the simulated engine, as a real engine measures them."""
+"""Measurement of the times of a request in the simulated engine. As in a real engine, only sampled calls are timed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cluster.observe.trace_context import is_sampled
 
 
 class SimTiming:
-    """Points in time of the sampled requests that have no output yet."""
+    """The times at which the requests of sampled calls were submitted and first scheduled, until their first output."""
 
     def __init__(self) -> None:
         self._submitted: dict[str, float] = {}
@@ -29,7 +29,7 @@ class SimTiming:
                     self._scheduled.setdefault(request_id, now)
 
     def add_times(self, outputs: Iterable[TokenOutput], now: float) -> None:
-        """Add the durations to first outputs of sampled requests."""
+        """Set the times of the first output of each request whose call is sampled."""
         if self._submitted:
             for output in outputs:
                 submitted = self._submitted.pop(output.request_id, None)

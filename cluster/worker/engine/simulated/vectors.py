@@ -1,4 +1,4 @@
-"""Vectors and scores of the simulated engine: unit vectors that depend on the tokens, and which requests it pools.
+"""Vectors and scores of the simulated engine, computed from the tokens, and the check of its pooling requests.
 
 Invariant: equal engine seed, adapter, task and tokens give equal vectors on any engine. A score also depends on where
 the second text begins, so that a test detects a lost position. A shorter vector is the beginning of the longer one,
@@ -20,7 +20,7 @@ from cluster.worker.engine.simulated.tokens import MASK, digest64, fold, mix
 
 
 def pooling_info(config: SimConfig) -> PoolingInfo | None:
-    """Return what the engine pools; None if it generates."""
+    """Return what the engine computes as a pooling model; None if it generates tokens."""
     tasks = (
         *((PoolingTask.EMBED,) if config.embed_dimensions else ()),
         *((PoolingTask.SCORE,) if config.scores else ()),

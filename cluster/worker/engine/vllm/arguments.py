@@ -101,8 +101,8 @@ def _why_not_on_cpu(spec: ModelSpec) -> str:
 
 
 def _grammars(spec: ModelSpec, backend: str) -> Any:
-    """Return vLLM's configuration of structured outputs. `backend`: unless the entry names one. Raises TypeError or
-    ValueError for a wrong one."""
+    """Return vLLM's configuration of structured outputs. `backend`: the backend if the entry names none. Raises
+    TypeError or ValueError for a wrong configuration."""
     from vllm.config import StructuredOutputsConfig
 
     chosen = spec.engine.get("structured_outputs_config") or {}
@@ -177,5 +177,5 @@ def is_batch_invariant(dtype: str) -> bool:
 
 
 def plain_defaults(values: Mapping[str, Any]) -> dict[str, object]:
-    """Return those sampling defaults that are numbers; only these are sent to the gateways."""
+    """Return the sampling defaults that are numbers; only these are sent to the gateways."""
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}

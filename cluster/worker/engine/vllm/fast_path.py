@@ -136,8 +136,8 @@ class FastPath:
     ) -> Any:
         """Validate a request and build the engine core's form of it. Raises vLLM's validation errors.
 
-        vLLM gets only the first id: the ids and their number are checked already (requests.py), and its check of a long
-        prompt would take as long as all else here.
+        vLLM's processor gets only the first id. All ids and their number were checked before (requests.py), and vLLM's
+        own check of a long prompt would take as long as the rest of this method.
         """
         ids = prompt["prompt_token_ids"]
         request = self._processor.process_inputs(

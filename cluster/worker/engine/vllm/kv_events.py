@@ -2,8 +2,8 @@
 
 Facts of vLLM 0.32 (`distributed/kv_events.py`, `v1/core/block_pool.py`): batches are numbered from 0; a subscriber that
 is late or slow misses batches and may request the last 10,000 again. `extra_keys` has the cache salt only in the first
-block of a prompt. A hybrid model reports each group of layers; the blocks of full attention alone align with the
-tokens.
+block of a prompt. A hybrid model reports the blocks of each group of layers; only the blocks of full attention align
+with the tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REPLAY_S = 5.0
 MAX_BATCHES = 64
 """Number of waiting batches that are read at once."""
 _FULL_ATTENTION = (None, "full_attention", "mla_attention", "sink_full_attention")
-"""Kinds of layers whose blocks are those of all tokens. DeepSeek's latent attention is one of them."""
+"""Kinds of layers that keep the blocks of all tokens. DeepSeek's latent attention (MLA) is one of them."""
 
 
 def has_events(spec: ModelSpec) -> bool:
@@ -41,9 +41,9 @@ def has_events(spec: ModelSpec) -> bool:
 def capabilities(config: Any) -> tuple[str, ...]:
     """Return the capabilities of an engine with events. `config`: vLLM's VllmConfig.
 
-    Predictions are exact if all layers have full attention and thus share one group of blocks. With a sliding window,
-    chunked attention or state layers, an engine finds only as many blocks as all groups still have. Speculative
-    decoding may drop the last block."""
+    A prediction of the cached tokens of a prompt is exact if all layers have full attention and thus share one group of
+    blocks. With a sliding window, chunked attention or state layers, an engine finds only as many blocks as all groups
+    still have. Speculative decoding may drop the last block."""
     model = config.model_config
     layers = getattr(model.hf_text_config, "layer_types", None)
     is_full = set(layers) <= {"full_attention", "attention"} if layers else model.get_sliding_window() is None
@@ -53,7 +53,7 @@ def capabilities(config: Any) -> tuple[str, ...]:
 
 
 class KvEventSocket:
-    """The subscription to one engine core's KV events. Create before the engine starts."""
+    """The subscription to one engine core's KV events. Create it before the engine starts."""
 
     def __init__(self, folder: Path) -> None:
         """`folder`: private folder for the sockets' files."""
@@ -89,7 +89,7 @@ class KvEventSocket:
                 self._received.append(await self._subscriber.recv_multipart())
             if (number := _number(self._received[0])) > self._next and self._missed is None:
                 self._missed = await self._replayed(number)
-            end = _run_length(self._received)  # the next pass requests what is missing after it
+            end = _run_length(self._received)  # the next pass requests the batches that are missing after this run
             received, self._received = self._received[:end], self._received[end:]
             missed, self._missed = self._missed, None
             if events := list(self._in_order(missed or (), received)):
@@ -113,12 +113,13 @@ class KvEventSocket:
         for payload in missed:
             yield from self._decoded(payload)
         for frames in received:
-            if (number := _number(frames)) >= self._next:  # otherwise it was requested again
+            if (number := _number(frames)) >= self._next:  # otherwise the batch is among those requested again
                 self._next = number + 1
                 yield from self._decoded(frames[2])
 
     async def _replayed(self, end: int) -> Sequence[bytes]:
-        """Request the batches from the next one up to `end` again. Those that vLLM no longer has are missing."""
+        """Request again the batches from the next expected number to `end` (exclusive), and return their payloads.
+        Batches that vLLM no longer has are left out."""
         import zmq
 
         found: list[bytes] = []
@@ -178,8 +179,8 @@ def _run_length(batches: Sequence[Sequence[bytes]]) -> int:
 
 
 def _prefix_keys(event: Any) -> tuple[str, str] | None:
-    """Return cache salt and adapter of the first of some stored blocks; None if other things than tokens are in any of
-    the blocks, for example images, so that tokens do not determine them."""
+    """Return the cache salt and the adapter of an event's first block; None if a block of the event depends on more
+    than its tokens, for example on an image."""
     adapter = event.lora_name or ""
     salts = []
     for keys in event.extra_keys:

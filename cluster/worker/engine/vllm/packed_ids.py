@@ -13,13 +13,13 @@ from array import array
 from typing import Any, Final
 
 MIN_IDS: Final = 512
-"""Number of ids from which this is faster than a list."""
+"""Number of ids from which packed ids are faster than a list."""
 _ARRAY, _UINT16, _UINT32 = 0xDD, 0xCD, 0xCE
 """First bytes of MessagePack's `array 32`, `uint 16` and `uint 32`."""
 
 
 def packed(ids: array[int]) -> Any:
-    """Return ids as a value that vLLM's encoder takes for their list. `ids`: unsigned, of at most 32 bits."""
+    """Return a value that vLLM's encoder writes as the list of the ids. `ids`: unsigned, of at most 32 bits."""
     import msgspec
     import numpy as np
 
@@ -31,8 +31,8 @@ def packed(ids: array[int]) -> Any:
 
 
 def takes_packed(request: type, encoder: type, decoder: type) -> bool:
-    """Return whether this vLLM sends requests in a way that keeps packed ids. The arguments are vLLM's classes of the
-    request, its encoder and its decoder."""
+    """Return whether packed ids of a request arrive as a list in this vLLM's engine core. The arguments are vLLM's
+    classes of the request, its encoder and its decoder."""
     ids = [0, 1, 255, 256, 65_535, 70_000]
     try:
         given = request("r", packed(array("I", ids)), None, None, None, 0.0, None, None, None)

@@ -36,9 +36,10 @@ class PoolingBounds:
 
 def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBounds | None:
     """Return the bounds of a pooling model; None for a model that generates. `config`: vLLM's VllmConfig. `tasks`: the
-    tasks that the engine core reports. `name`: of the catalog entry.
+    tasks that the engine core reports. `name`: the name of the catalog entry.
 
-    Raises ValueError for a pooling model that computes neither vectors of texts nor scores, or too long vectors.
+    Raises ValueError for a pooling model that computes neither vectors of texts nor scores, or whose vectors are too
+    long.
     """
     model = config.model_config
     if model.runner_type != "pooling":
@@ -68,7 +69,7 @@ def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBound
 
 
 def _has_token_types(model: Any) -> bool:
-    """Return whether vLLM's class of the model accepts token types. Others would end the engine core."""
+    """Return whether vLLM's class of the model accepts token types. With other classes they would end the core."""
     if int(getattr(model.hf_config, "type_vocab_size", 0) or 0) < 2:
         return False
     from vllm import ModelRegistry
@@ -80,8 +81,8 @@ def _has_token_types(model: Any) -> bool:
 def kv_blocks(blocks: int, block_size: int, max_num_batched_tokens: int, max_model_len: int) -> int:
     """Return the number of KV blocks by which the gateways' credit is counted.
 
-    A model without a KV cache (such as BERT) has one block, in which no request would fit. Its number follows from the
-    tokens of STEPS_AHEAD steps instead.
+    A model without a KV cache (such as BERT) has one block, in which no request would fit. For such a model, the number
+    follows from the tokens of STEPS_AHEAD steps.
     """
     if blocks > 1 and blocks * block_size >= max_model_len:
         return blocks
@@ -144,7 +145,8 @@ def pooling_params(pooling: PoolingOptions, bounds: PoolingBounds) -> Any:
 
 
 def vector_of(tensor: Any) -> tuple[bytes, str]:
-    """Return a vector as little-endian float32 and "", or no bytes and the reason. `tensor`: vLLM's result or None."""
+    """Return the vector as little-endian float32, and why there is no valid vector; one of the two is empty. `tensor`:
+    vLLM's result or None."""
     import numpy as np
 
     if tensor is None or not tensor.numel():
@@ -156,7 +158,7 @@ def vector_of(tensor: Any) -> tuple[bytes, str]:
 
 
 def set_vector(output: TokenOutput, tensor: Any) -> None:
-    """Set the vector of a pooling request that has ended, or the error if there is none with finite numbers."""
+    """Set the vector of a pooling request that has ended, or an error if the vector is missing or not finite."""
     vector, why = vector_of(tensor)
     if why:
         output.finish, output.message = FinishReason.ERROR, why

@@ -11,8 +11,8 @@ engine does not start. The repair adds an id of the shared memory to the name; r
 network.
 
 **Names that are gone (vLLM 0.32.0).** A queue between core and ranks unlinks its shared memory when it is freed, and
-prints a traceback if the name is already unlinked, as in every engine that is up (watchdog.py). So does the ranks'
-lock with its semaphore. The repair ignores a missing name.
+prints a traceback if the name is already unlinked, as in every engine that is up (watchdog.py). The ranks' lock does
+the same with its semaphore. The repair ignores a missing name.
 
 **Rendezvous file of the ranks (vLLM 0.32.0).** Each engine creates a file in /tmp by which its ranks find each other,
 and a killed engine leaves the file behind. The repair creates the file in the folder of the engine's sockets, which is
@@ -28,12 +28,12 @@ profiling run creates. Without compilation the CPU runner creates no such tensor
 The repair creates the tensors in the first step.
 
 **Base model beside adapters on CPU (vLLM 0.32.0).** The operations of adapters choose each row's adapter by its index,
-and rows without an adapter have the index -1, which in PyTorch is the last one. So when every slot holds an adapter,
-the base model's rows are computed with the adapter of the last slot. The repair gives such rows the first adapter and
-an input of zeros, to which every adapter adds nothing.
+and rows without an adapter have the index -1, which in PyTorch selects the last slot. So when every slot holds an
+adapter, the base model's rows are computed with the adapter of the last slot. The repair gives such rows the first
+adapter and an input of zeros, to which every adapter adds nothing.
 
 **Strings that are no JSON (xgrammar 0.2.8).** A grammar allows control characters in strings with a length bound, and
-unknown escapes in e-mail addresses (json_strings.py).
+unknown escapes in e-mail addresses. The repair excludes both (json_strings.py).
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _free_quietly(kind: Any) -> None:
         try:
             freed(self)
         except FileNotFoundError:
-            resource_tracker.unregister(f"/{self.shared_memory.name}", "shared_memory")  # the last action of unlink()
+            resource_tracker.unregister(f"/{self.shared_memory.name}", "shared_memory")  # unlink() would do this last
 
     kind.__del__ = __del__
 
@@ -178,7 +178,7 @@ def _free_semaphores_quietly() -> None:
         try:
             clean_up(name)
         except FileNotFoundError:
-            resource_tracker.unregister(name, "semaphore")  # the last action of the clean-up
+            resource_tracker.unregister(name, "semaphore")  # the clean-up would do this last
 
     locks._cleanup = staticmethod(_cleanup)
 
@@ -238,7 +238,7 @@ def _repair_base_rows() -> None:
 
     for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
         repaired = _without_adapter_adds_nothing(getattr(lora_ops, name))
-        for module in (lora_ops, torch_ops, punica_cpu):  # each has the function under a name of its own
+        for module in (lora_ops, torch_ops, punica_cpu):  # each module has its own reference to the function
             if not hasattr(module, name):
                 raise AttributeError(f"{module.__name__} has no {name}")
             setattr(module, name, repaired)

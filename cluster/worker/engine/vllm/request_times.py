@@ -17,8 +17,8 @@ QUEUED, SCHEDULED = 1, 2
 
 
 def core_times(given: Any, step: Any) -> RequestTimes | None:
-    """Return the times of a first output of the engine core. `given`: an EngineCoreOutput. `step`: the
-    EngineCoreOutputs that has it. None if the core has measured nothing."""
+    """Return a request's times up to its first output; None if the core has measured nothing. `given`: the
+    EngineCoreOutput with the first output. `step`: the EngineCoreOutputs that contains `given`."""
     at: dict[int, float] = {}
     for event in getattr(given, "events", None) or ():
         at.setdefault(int(event.type), event.timestamp)
@@ -27,7 +27,8 @@ def core_times(given: Any, step: Any) -> RequestTimes | None:
 
 
 def stats_times(given: Any) -> RequestTimes | None:
-    """Return the times of a first RequestOutput of AsyncLLM; None if it has measured nothing."""
+    """Return a request's times up to its first output; None if AsyncLLM has measured nothing. `given`: the first
+    RequestOutput."""
     stats = getattr(given, "metrics", None)
     names = ("queued_ts", "scheduled_ts", "first_token_ts")
     return None if stats is None else _times(*(getattr(stats, name, 0.0) for name in names))

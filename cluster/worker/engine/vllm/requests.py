@@ -53,7 +53,7 @@ class RequestBounds:
     resumes_budgets: bool = False
     """Whether a resumed request keeps its budget of reasoning tokens."""
     pooling: PoolingBounds | None = None
-    """The pooling requests of a pooling model, which accepts no others; None for a model that generates."""
+    """The bounds of a pooling model, which accepts only pooling requests; None for a model that generates."""
     adapters: Container[str] = ()
     """Digests of the adapters that the engine holds."""
 
@@ -124,7 +124,7 @@ def _check_tokens(request: EngineRequest, limits: RequestBounds) -> None:
 
 
 def _all_below(ids: Sequence[int], vocab_size: int) -> bool:
-    """Return whether all ids are in [0, vocab_size). An array, which holds a long prompt, is not made into objects."""
+    """Return whether all ids are in [0, vocab_size). For an array (a long prompt), no object is made for each id."""
     if isinstance(ids, array):
         import numpy as np
 
@@ -247,7 +247,7 @@ def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
 
 
 def engine_params(request: EngineRequest, limits: RequestBounds) -> Any:
-    """Return vLLM's PoolingParams of a pooling request, and the SamplingParams of any other."""
+    """Return vLLM's PoolingParams of a pooling request, or the SamplingParams of another request."""
     if request.pooling is not None and limits.pooling is not None:
         return pooling_params(request.pooling, limits.pooling)
     return sampling_params(request, limits)

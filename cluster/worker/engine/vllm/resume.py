@@ -98,8 +98,8 @@ def resumes_seeds(config: Any, installed: bool) -> bool:
 def resumes_budgets(config: Any) -> bool:
     """Return whether a resumed request keeps its budget of reasoning tokens.
 
-    Both runners count the reasoning in prompt and output. But the V1 runner loses its place within an end of the
-    reasoning that has several tokens.
+    Both runners count the reasoning in prompt and output. But if several tokens mark the end of the reasoning, the V1
+    runner loses its position among these tokens.
     """
     end = getattr(getattr(config, "reasoning_config", None), "reasoning_end_token_ids", None)
     return bool(config.use_v2_model_runner) or len(end or ()) == 1

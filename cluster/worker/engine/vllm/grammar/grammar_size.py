@@ -22,8 +22,8 @@ _NO_ATOM = frozenset("*+?|")
 
 
 def regex_positions(pattern: str) -> int:
-    """Return the number of positions in a regular expression after its counted repetitions are unrolled, at most
-    MAX_READ_COUNT for each.
+    """Return the number of positions in a regular expression after its counted repetitions are unrolled. A repetition
+    counts as at most MAX_READ_COUNT positions.
 
     Never raises: the grammar compiler reports bad syntax.
     """

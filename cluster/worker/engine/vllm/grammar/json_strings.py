@@ -1,8 +1,8 @@
-"""Repair of xgrammar's grammars for JSON strings (xgrammar 0.2.8): outputs are JSON.
+"""Repair of xgrammar's grammars for JSON strings (xgrammar 0.2.8), so that all outputs are valid JSON.
 
-A string with a length bound may have control characters, and the local part of an e-mail address may have unknown
-escapes. Neither is JSON. The repaired compiler rewrites the class of such a string in the grammar's text, and gives
-addresses an expression without quoted parts. Other grammars are compiled unchanged.
+Problem: xgrammar allows control characters in a string with a length bound, and unknown escapes in the local part of an
+e-mail address. Neither is JSON. The repaired compiler rewrites the character class of such a string in the grammar's
+text, and gives addresses a regular expression without quoted parts. Other grammars are compiled unchanged.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _DATA = frozenset({"const", "enum", "default", "examples"})
 
 
 def without_control_characters(grammar: str) -> str:
-    """Return the text of a grammar with control characters taken out of the strings that have a length bound."""
+    """Return the text of a grammar, changed so that strings with a length bound have no control characters."""
     return _LITERAL_OR_CLASS.sub(lambda token: _STRICT if token[0] == _LOOSE else token[0], grammar)
 
 
 def with_plain_addresses(specification: str) -> str:
-    """Return a JSON schema, or JSON that has schemas, with an expression in place of each format `email`."""
+    """Return a JSON schema, or JSON that has schemas, with a regular expression in place of each format `email`."""
     if '"email"' not in specification:
         return specification
     return json.dumps(_plain_addresses(json.loads(specification)))
@@ -49,7 +49,7 @@ def _plain_addresses(value: Any) -> Any:
 
 
 class StrictCompiler:
-    """A compiler of xgrammar whose JSON schemas and structural tags only produce JSON strings."""
+    """A wrapper of xgrammar's compiler. Its grammars for JSON schemas and structural tags allow only valid JSON."""
 
     def __init__(self, compiler: Any) -> None:
         self._compiler = compiler

@@ -1,4 +1,4 @@
-"""Bounds on counted repetitions in regular expressions, in JSON schemas and alone.
+"""Bounds on counted repetitions in regular expressions: in patterns of JSON schemas, and in grammars of kind `regex`.
 
 The grammar compiler unrolls `?` and {m,n} into states, each of which may follow all others before it, and nested counts
 multiply. Such an expression compiles for minutes, or delays the first steps that it constrains, and with them all
@@ -23,7 +23,7 @@ MAX_LOOPS = 128
 """Greatest number of `*` and `+`. (\\w+\\s*) 64 times in a row compiles in 7 s, 128 times in minutes."""
 
 MAX_READ_COUNT = 10**9
-"""Every greater count in an expression is read as this one."""
+"""Greatest count that is read from an expression. Every greater count is read as this count."""
 
 TOKEN = re.compile(
     r"(?P<set>\[\^?(?:\\.|[^\]\\])*\])|(?P<count>\{\d+(?:,\d*)?\}|[*+?])|(?P<group>\((?:\?(?:[:=!>(#]|<[=!]|P?<\w+>|.))?)"
@@ -34,7 +34,7 @@ TOKEN = re.compile(
 
 
 def count_of(digits: str) -> int:
-    """Return a count, at most MAX_READ_COUNT. Python reads no number of thousands of digits."""
+    """Return a count, at most MAX_READ_COUNT. Python's int refuses a number of thousands of digits."""
     digits = digits.lstrip("0") or "0"
     return int(digits) if len(digits) < 10 else MAX_READ_COUNT
 
@@ -53,7 +53,7 @@ def count_problem(pattern: str) -> str:
         for token in TOKEN.finditer(pattern):
             text, kind = token.group(), token.lastgroup
             if kind == "count":
-                if counts.repeats:  # else it makes the quantifier before it lazy
+                if counts.repeats:  # otherwise the token makes the quantifier before it lazy
                     counts.repeat(text)
             elif kind == "group":
                 counts.open()
@@ -97,7 +97,7 @@ class Counts:
 
     @property
     def repeats(self) -> bool:
-        """Whether the part before can be repeated."""
+        """Whether there is a preceding part that a quantifier can repeat."""
         return self._last is not None
 
     def atom(self) -> None:
@@ -106,7 +106,7 @@ class Counts:
         self._open[-1].add(self._last)
 
     def end_atom(self) -> None:
-        """Add something that cannot be repeated."""
+        """Record a token that cannot be repeated, such as an anchor."""
         self._last = None
 
     def open(self) -> None:
@@ -120,7 +120,7 @@ class Counts:
         self._open[-1].add(self._last)
 
     def repeat(self, text: str) -> None:
-        """Add a quantifier of the part before."""
+        """Apply a quantifier to the preceding part."""
         part, self._last = self._last, None
         if part is None:
             return
@@ -159,7 +159,8 @@ class Counts:
 
 
 def _bounds(text: str) -> tuple[int, int]:
-    """Return the least and the greatest count of `?` or a counted quantifier; of {m,} the copies that it needs."""
+    """Return the least and the greatest count of `?` or a counted quantifier. For {m,} both are the number of copies
+    that it is compiled to."""
     if text == "?":
         return 0, 1
     low, comma, high = text[1:-1].partition(",")

@@ -1,4 +1,4 @@
-"""JSON-schema keywords that the grammar compiler does not enforce are refused by name.
+"""Refusal of JSON schemas with keywords that the grammar compiler does not enforce. The error names the keyword.
 
 xgrammar reads one keyword of a schema that combines several: `$ref`, else `const`, `enum`, `anyOf`, `oneOf`, `allOf`,
 `type`. It drops what is beside that keyword, every keyword of a schema without `type`, and each unknown keyword. The

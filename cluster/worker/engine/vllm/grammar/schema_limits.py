@@ -1,4 +1,4 @@
-"""Checks of the values of JSON-schema keywords, one group for each type of the values that they constrain."""
+"""Checks of the values of JSON-schema keywords, grouped by the JSON type that the keywords constrain."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FORMATS = frozenset(
         *("uri", "uri-reference", "uri-template", "uuid"),
     )
 )
-"""Formats of strings whose form is enforced."""
+"""Formats of strings that the grammar compiler enforces."""
 MAX_COUNT = (1 << 31) - 1
 MAX_COUNTED_PROPERTIES = 64
-"""Greatest number of properties beside `minProperties` or `maxProperties`: the grammar grows with its square."""
+"""Greatest number of properties beside `minProperties` or `maxProperties`. The grammar grows with their square."""
 _MAX_BOUND = 1 << 53
 
 _NAMES_MAY_HAVE = frozenset({"type", "pattern", "minLength", "maxLength", "format", "enum", "const"})
@@ -37,7 +37,7 @@ def string_problem(keyword: str, value: object) -> str:
 
 
 def number_problem(value: object, is_whole: bool) -> str:
-    """Return what is wrong with a bound of numbers. `is_whole`: it bounds integers."""
+    """Return what is wrong with a bound of numbers; empty if it is enforced. `is_whole`: whether it bounds integers."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "must be a number"
     if is_whole and value != int(value):

@@ -2,8 +2,8 @@
 
 xgrammar matches a pattern against the text between a JSON string's quotes. It ignores anchors inside an expression and
 look-ahead, and reads some escapes as letters. If it cannot compile the expression to an automaton without quotes,
-backslashes and control characters, it compiles it with them, and the output is then no JSON. In some expressions it
-mixes up a `*` with a great count behind it. All such expressions are refused here.
+backslashes and control characters, it compiles the expression with these characters, and the output is then no JSON. In
+some expressions it mixes up a `*` with a great count behind it. All such expressions are refused here.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MAX_WIDE_COUNT = MAX_COUNT_IN_STATES
 expressions with greater counts to a grammar that produces these characters unescaped."""
 
 _LONG_HEX = re.compile(r"(?<!\\)(?:\\\\)*(\\x[0-9A-Fa-f]{2})[0-9A-Fa-f]")
-"""An escape of two digits before another digit, which xgrammar's compiler of wide and of other than ASCII expressions
-reads as a longer escape."""
+"""An escape of two hexadecimal digits, followed by another such digit. In wide expressions (_Reader.is_wide) and in
+expressions with characters outside ASCII, xgrammar reads the following digit as a part of the escape."""
 _STAR = re.compile(r"\*|\{0*,\}")
 _COUNTS = re.compile(r"[{,](\d+)(?=[,}])")
 _MEMBER = re.compile(r"\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\.|.", re.DOTALL)
 _SETS = frozenset("dDwWsS")
 _WIDE_SETS = frozenset("DWSs")
-"""Sets with quotes or backslashes, or, as white space, with control characters."""
+"""Sets that include quotes, backslashes or control characters."""
 _CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0", "b": "\b"}
 _NAMED = {
     "b": "word boundaries",
@@ -81,7 +81,7 @@ class _Reader:
         self._counts = Counts()
 
     def is_wide(self) -> bool:
-        """Return whether the expression matches quotes, backslashes or control characters besides others.
+        """Return whether the expression matches quotes, backslashes or control characters besides other characters.
 
         Raises _Refused for syntax that is not enforced.
         """
@@ -105,7 +105,7 @@ class _Reader:
         return self._wide
 
     def _count(self, text: str, previous: str) -> str:
-        """Check a quantifier; return it if `?` may follow to make it lazy."""
+        """Check a quantifier. Returns the quantifier if a `?` may follow and make it lazy, otherwise an empty text."""
         if not self._counts.repeats:
             if text == "?" and previous:
                 return ""
@@ -186,7 +186,7 @@ _SPECIAL = (
 
 
 def _members(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the members of a class as ranges of code points. A class escape yields one range that stands for it."""
+    """Yield the members of a class as ranges of code points. A set yields one range, which is wide if the set is."""
     tokens = _MEMBER.findall(text)
     at = 0
     while at < len(tokens):
@@ -206,7 +206,7 @@ def _members(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _character(text: str) -> int:
-    """Return the code point of a character or an escape of one; raise _Refused for other escapes."""
+    """Return the code point of a plain or escaped character; raise _Refused for an escape of another kind."""
     if text[0] != "\\" or len(text) == 1:
         return ord(text[0])
     letter = text[1]

@@ -15,7 +15,7 @@ NAMED: dict[str, frozenset[str]] = {
 ALL = frozenset[str]().union(*NAMED.values())
 
 WINNERS = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
-"""Keywords of which the compiler reads the first that a schema has, and then no other."""
+"""Keywords in the order of their precedence. The compiler reads only the first that a schema has."""
 MAX_HOPS = 64
 """Greatest number of `$ref`, `anyOf`, `oneOf` and `allOf` between a schema and its type."""
 _OBJECT_MARKS = ("properties", "additionalProperties", "unevaluatedProperties")
@@ -27,7 +27,8 @@ class UnusableReference(Exception):
 
 
 def winner(schema: Json) -> str:
-    """Return the keyword of WINNERS that the compiler reads; empty if it reads `type` and what constrains types."""
+    """Return the keyword of WINNERS that the compiler reads. Empty if the schema has none of them; the compiler then
+    reads `type` and the keywords of that type."""
     return next((keyword for keyword in WINNERS if keyword in schema), "")
 
 
@@ -56,7 +57,7 @@ def int64_problem(value: object) -> str:
 
 
 class SchemaTypes:
-    """Types of the schemas below one root. Each schema is looked at once.
+    """The types that the schemas below one root allow. Each schema is examined once.
 
     `by_standard`: a schema without `type` allows all types, as in the standard. Otherwise it allows objects if it has
     `properties`, or arrays if it has `items`, as in the compiled grammar.
@@ -69,7 +70,7 @@ class SchemaTypes:
         self._open: set[int] = set()
 
     def of(self, schema: object) -> frozenset[str]:
-        """Return the types of the values that the schema allows, or more.
+        """Return the types of the values that the schema allows; if unsure, more types than these.
 
         Raises UnusableReference for references that cannot be followed, and for a schema that is part of itself.
         """
@@ -197,7 +198,7 @@ class DisjointBranches:
         return True
 
     def _fixed(self, target: object) -> dict[str, Sequence[object]]:
-        """Return the required properties of an object schema that have only certain values, with the values."""
+        """Return the required properties of an object schema that allow only listed values, each with these values."""
         if not isinstance(target, Mapping) or winner(target) or self._types.of(target) != NAMED["object"]:
             return {}
         properties, required = target.get("properties"), target.get("required")

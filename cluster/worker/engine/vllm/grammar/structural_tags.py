@@ -1,4 +1,4 @@
-"""Grammars that the worker's output parser makes of tools: xgrammar's structural tags, checked like other grammars."""
+"""Grammars that the output parser makes from tools: xgrammar's structural tags, checked like other grammars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_TAG_BYTES = 256 * 1024
 MAX_WHITE_SPACE = 24
 """Greatest number of white-space characters in a row in a call: a line break and ten levels of indentation by two."""
 MAX_SCHEMAS = 256
-"""Greatest number of strict tools in one grammar."""
+"""Greatest number of different schemas of tools in one grammar."""
 
 
 def _refused(grammar: Grammar, description: str) -> EngineRefused:
