@@ -35,7 +35,7 @@ class FrontEndClocks:
         self.find_processes()
 
     def find_processes(self) -> None:
-        """Add the processes that have begun since. They count from their beginning."""
+        """Add the processes that have started since the last call. Their CPU time counts from their start."""
         for pid, kind in self._roots:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._add(psutil.Process(pid), kind)

@@ -1,6 +1,6 @@
 """CPU time of a routing decision over fleets of 1 to 1,000 workers: `python -m loadtests.routing_times`.
 
-The time of the thread is measured, since on a shared machine the time on the wall has the pauses of other work in it.
+The CPU time of the thread is measured, since wall-clock time on a shared machine includes pauses for other work.
 Before each decision `changed` workers change, as they do between two calls. `cached`: number of workers that hold a
 part of the prompt.
 """

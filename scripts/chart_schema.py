@@ -70,7 +70,7 @@ def resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str,
 
 
 def is_leaf(name: str, node: Mapping[str, Any]) -> bool:
-    """Whether the chart's documents show no keys below a value: `config` and pod templates are described elsewhere."""
+    """Return whether the chart's documents show no keys below a value. `config` and pod templates never have any."""
     return name in ("config", "podTemplate") or not (node.get("properties") or node.get("items", {}).get("properties"))
 
 
@@ -112,7 +112,7 @@ def described(name: str, node: Mapping[str, Any], value: Any, schema: Mapping[st
 def described_keys(
     node: Mapping[str, Any], value: Mapping[str, Any], schema: Mapping[str, Any], indent: int
 ) -> list[str]:
-    """Return the lines of a section's keys. A key without a default is a comment."""
+    """Return the lines of a section's keys. A key without a default is written as a comment."""
     lines: list[str] = []
     for key, inner in node["properties"].items():
         lines += comment(inner["description"], indent)

@@ -55,7 +55,7 @@ async def tenant(page: Page, scene: Scene) -> None:
 
 
 async def scaling(page: Page, scene: Scene) -> None:
-    """Show replicas wanted and had, with the decision's words."""
+    """Show the wanted and the actual replicas, with the reasons of the decisions."""
     await go(page, "scaling")
 
 
@@ -76,7 +76,7 @@ PICTURES: Mapping[str, tuple[Callable[[Page, Scene], Awaitable[None]], str, int]
     "scaling": (scaling, "light", 800),
     "playground": (playground, "dark", 800),
 }
-"""How each picture comes about, its colours and its height."""
+"""For each picture: the function that opens its page, the colour scheme, and the height in pixels."""
 
 
 def compressed(png: bytes) -> bytes:

@@ -137,10 +137,10 @@ class Wheel:
 
 
 def torch_for_pip(found: Sequence[Wheel], known: str) -> str | None:
-    """The pins of torch's CPU build for pip.
+    """Return the pins with which pip may install torch's CPU build, or None if pip must not install it.
 
-    `known` (the text of torch.txt) if it has the hashes of the wheels that pip finds; pins with the hashes found if
-    the wheels are on a local disk; else None: pip must not install them.
+    The result is `known` (the text of torch.txt) if that has the hashes of all wheels that pip found. Otherwise, if all
+    these wheels are on a local disk, it is pins with the wheels' own hashes.
     """
     if not found or not all(wheel.version.endswith("+cpu") for wheel in found):
         return None

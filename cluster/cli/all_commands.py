@@ -50,7 +50,7 @@ def headrace(
         typer.Option("--version", callback=version.print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Read the options before the command's name. `--context` is read by the command (target_of)."""
+    """Read the options that stand before the command's name. The command itself reads `--context` (target_of)."""
 
 
 app.command()(up.up)

@@ -1,4 +1,4 @@
-"""Confirmation of commands that take something away."""
+"""Confirmation of commands that remove or stop something."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def is_asked(yes: bool) -> bool:
 def confirm(question: str, yes: bool, *, required: bool = False) -> None:
     """Ask the user on the terminal; any answer but yes ends the command with exit code 1.
 
-    Does not ask with `yes`, nor if standard input is no terminal. `required`: what cannot be undone needs `--yes` where
-    nobody can be asked.
+    Does not ask with `yes`, nor if standard input is no terminal. `required`: the command cannot be undone, so without
+    a terminal it needs `--yes`.
     """
     if yes:
         return

@@ -107,8 +107,8 @@ class ChannelOptions:
             ("grpc.dns_min_time_between_resolutions_ms", round(DNS_INTERVAL_S * 1000)),
             ("grpc.keepalive_time_ms", round(KEEPALIVE_INTERVAL_S * 1000)),
             ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1000)),
-            # Also the limit for pings that estimate bandwidth, 60 s by default: while a ping is unanswered, gRPC
-            # sends no other ping.
+            # This limit, 60 s by default, applies also to gRPC's own pings that estimate bandwidth. gRPC sends no
+            # keepalive ping while such a ping is unanswered.
             ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1000)),
             ("grpc.http2.max_pings_without_data", 0),  # a client that reads a stream sends no data
             ("grpc.enable_retries", int(self.retries)),

@@ -40,8 +40,8 @@ class Tool(Mapping[str, Any]):
     """
 
     def __init__(self, function: Callable[..., object], *, strict: bool = False) -> None:
-        """`strict`: let the engine enforce the schema. Raises TypeError for a function whose parameters have no types
-        that a schema can describe."""
+        """`strict`: let the engine enforce the schema. Raises TypeError if a parameter of the function has no
+        type, or a type that no schema can describe."""
         from pydantic import Field, create_model
         from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 
@@ -82,7 +82,7 @@ class Tool(Mapping[str, Any]):
     def run(self, call: ToolCall) -> str:
         """Call the function with the arguments of `call`. Returns its result, as JSON unless it is a string.
 
-        Wrong arguments are no error of the program: the result then tells the model what is wrong.
+        Wrong arguments raise no exception; the result then describes the error for the model.
         """
         from pydantic import ValidationError
 

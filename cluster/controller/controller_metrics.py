@@ -21,7 +21,7 @@ class ControllerGauges:
 
     certificates: CertificateExpiry
     leads: bool = False
-    """Whether this controller acts. Several controllers share a Lease."""
+    """Whether this controller acts: of several controllers, only the holder of the Lease does."""
 
     def samples(self) -> Iterator[Sample]:
         """Yield the current value of each gauge."""

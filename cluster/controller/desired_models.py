@@ -36,7 +36,7 @@ class DesiredModels:
     def want(
         self, settings: Sequence[ReplicaSettings], adapters: Mapping[str, tuple[AdapterSpec, ...]] | None = None
     ) -> None:
-        """Set the replicas that should run, and the models' adapters. `settings` has the order of `variants`."""
+        """Set the replicas that should run, and the models' adapters. `settings` are ordered as the variants are."""
         self.adapters = adapters or {}
         wanted: dict[str, tuple[ReplicaSettings, ...]] = {}
         for variant in settings:

@@ -118,7 +118,7 @@ class ControllerLinks:
         self._notify_all()
 
     def set_operator_state(self, state: pb.OperatorState | None) -> None:
-        """Set the state that the gateways keep for the next controller, and send it. None: there is none."""
+        """Send the gateways the operators' changes, which they keep for the next controller. None: there are none."""
         self._operator_state = state
         self._notify_all()
 

@@ -48,7 +48,7 @@ class OperatorState:
         self.message = self._read()
 
     def record_change(self) -> pb.OperatorState | None:
-        """Return the message after one of the files has changed. Raises OSError."""
+        """Update the message after a change of one of the files, and return it. Raises OSError."""
         # The revision grows even if the clock was set back.
         self._revision = max(self._revision + 1, round(self._wall_s() * 1000))
         replace_file(self._folder / REVISION_FILE, json.dumps({"revision": self._revision}))
@@ -73,9 +73,10 @@ async def recover(
     wait_s: float = RECOVER_S,
     resolve: dns.Resolve = dns.resolve,
 ) -> bool:
-    """Replace the files in `folder` if a gateway has a newer state. Returns whether it has.
+    """Replace the files in `folder` if a gateway has a newer state. Returns whether the files were replaced.
 
-    `gateways`: as for ControllerLinks. `wait_s`: longest time to wait for a first answer, if the folder has no state.
+    `gateways`: link addresses, as for ControllerLinks. `wait_s`: longest time to wait for a first answer, if the folder
+    has no state.
     """
     own = _revision(folder)
     until = time.monotonic() + (0.0 if own else wait_s)
@@ -126,7 +127,7 @@ async def _ask(address: str, tls: TlsFiles | None) -> pb.OperatorState | None:
             answer: pb.OperatorState = await method(pb.ReadOperatorStateRequest(), timeout=ANSWER_S)
             return answer
     except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # a gateway of an older release, which has nothing
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # a gateway of an older release has no state
             return pb.OperatorState()
         log.info("operator_state.gateway_not_asked", gateway=address, reason=error.details())
     except LinkEnded as error:

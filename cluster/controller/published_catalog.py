@@ -84,7 +84,7 @@ class PublishedCatalog:
     def update(
         self, models: DesiredModels, seen: ControllerPass, add_scaling: Callable[[CatalogEntry], CatalogEntry]
     ) -> Sequence[CatalogEntry]:
-        """Derive the catalog of a pass. `add_scaling` returns an entry with the fields that the scaler knows."""
+        """Derive the catalog of a pass. `add_scaling`: function that adds the scaler's fields to an entry."""
         apps = seen.snapshot.apps.values()
         on_ray = {app.model for app in apps}
         entries: dict[str, CatalogEntry] = {}
@@ -115,7 +115,7 @@ class PublishedCatalog:
         return self.entries()
 
     def _adapters(self, models: DesiredModels, name: str) -> tuple[AdapterSpec, ...]:
-        """Return the adapters of a model. A model that leaves or is held keeps those that it had."""
+        """Return the adapters of a model. A model that leaves or is held keeps its last published adapters."""
         if name in models.variants:
             return models.adapters.get(name, ())
         before = self._entries.get(name)

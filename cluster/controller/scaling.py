@@ -167,7 +167,7 @@ class OperatorRequestFile:
 
 
 class Counters:
-    """The counters of the controller. Those of the scaler are copied into the process's metrics after each pass."""
+    """The controller's counters in the process's metrics. The scaler's own counts are copied there after each pass."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

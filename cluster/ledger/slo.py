@@ -34,11 +34,11 @@ class SloObjective:
 
 @dataclass(frozen=True, slots=True)
 class SloSum:
-    """How the calls of one tenant to one model stand against the model's SLO.
+    """Numbers of the calls of one tenant to one model that met or missed the model's SLO.
 
-    `objective` is None for a model that is not in the catalog: nothing is judged then, and `not_judged` has all calls
-    that are not `unknown`. `not_judged` also has calls that their callers cancelled in time, and invalid ones.
-    `unknown`: calls of a lost gateway, whose times are not recorded.
+    `objective` is None for a model that is not in the catalog; none of its calls is judged. `not_judged` counts these
+    calls, calls that their callers cancelled in time, and invalid calls. `unknown` counts the calls of a lost gateway,
+    whose times are not recorded.
     """
 
     tenant: str
@@ -70,7 +70,7 @@ class SloSum:
         return 1 - (self.calls - self.met) / (self.calls * (1 - self.objective.target))
 
     def as_json(self) -> dict[str, Any]:
-        """Return the counts, the objective, and what follows from them, as plain JSON values."""
+        """Return the counts, the objective, the attainment and the error budget as plain JSON values."""
         objective = self.objective
         return {
             "tenant": self.tenant,

@@ -2,7 +2,7 @@
 descriptor.
 
 Problem: a process writes its log to a pipe whose reader may be slow or stopped, or to a disk that may be full. A direct
-write would block the event loop for as long. Rendering is left to the thread too: it renders several lines in a row,
+write would then block the event loop. Rendering is left to the thread too: it renders several lines in a row,
 which takes a third of the CPU time that each takes between other work. Invariants: `write` never waits for the output;
 events of at most about `max_bytes` wait; events beyond that are dropped and their number is written once there is room;
 lines stay whole and in order.
@@ -24,7 +24,7 @@ EVENT_BYTES = 512
 """Estimated size of a waiting event without its longest text, the traceback."""
 BATCH_BYTES = 64 << 10
 GATHER_S = 0.05
-"""Seconds for which lines are gathered after a write. A line that comes meanwhile costs no switch of threads."""
+"""Seconds for which the thread sleeps after a write. Lines that are queued meanwhile do not wake the thread."""
 Event = Mapping[str, Any]
 PAUSE_S = 0.5
 """Seconds between two tries to write to an output that fails, such as a file on a full disk."""
@@ -83,7 +83,7 @@ class LineWriter:
     debug = info = warning = error = critical = msg = write
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until the events queued before are written. Returns False if that takes longer than `timeout_s`."""
+        """Wait until the events that are queued now are written. Returns False after `timeout_s`."""
         if self._thread is None:
             return True
         reached = threading.Event()
@@ -110,7 +110,7 @@ class LineWriter:
             self._hurry.clear()
 
     def _next_batch(self) -> tuple[list[Event], list[threading.Event]]:
-        """Wait for an event, then return it with those that wait too, and the flushes that end with them."""
+        """Wait for an event. Returns the waiting events, and a flag to set for each `flush` that waits for them."""
         batch: list[Event] = []
         reached: list[threading.Event] = []
         size, item = 0, self._queue.get()

@@ -78,14 +78,14 @@ def dropped_lines() -> int:
 
 
 def add_flush(waits: Callable[[float], object]) -> None:
-    """Let `flush` call a function with its timeout, after the lines of this process are written."""
+    """Register a function that `flush` calls with the timeout, after the lines of this process are written."""
     _at_flush.append(waits)
 
 
 class CallFields:
-    """Context within which `call_fields` returns `fields` to code of the same task.
+    """Context manager within which `call_fields` returns `fields` to code of the same task.
 
-    A class, since a generator would take three times as long, and each call has one."""
+    Each call enters one, and a context manager made of a generator would take three times as long."""
 
     __slots__ = ("_fields", "_token")
     _token: Token[Mapping[str, str]]
@@ -101,8 +101,8 @@ class CallFields:
 
 
 def call_fields() -> Mapping[str, str]:
-    """Return the request id and trace id of the call whose task runs; empty outside of calls. Only for code that runs
-    in the call's own task: work that several calls share would name the call that began it."""
+    """Return the request id and trace id of the call whose task runs; empty outside of calls. Use this function only in
+    the call's own task: a task that several calls share has the fields of the call that started the task."""
     return _CALL.get(_NO_CALL)
 
 

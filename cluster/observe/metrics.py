@@ -63,7 +63,7 @@ Sample = tuple[str, tuple[str, ...], float]
 """A gauge's or counter's value at a scrape: the metric's name, the label values in the order of the definition, and the
 value."""
 MAX_CAPPED = 100_000
-"""Number of tenants without a series of their own up to which they are counted."""
+"""Maximum number of tenants that are counted for `tenants_capped`."""
 
 
 class Metrics(Collector):
@@ -104,7 +104,7 @@ class Metrics(Collector):
     def _capped_gauges(
         self, samples: Iterable[tuple[tuple[str, ...], float]], at: int
     ) -> list[tuple[tuple[str, ...], float]]:
-        """Return gauges of tenants, in which the largest value of all unnamed tenants stands for them as `other`."""
+        """Return gauges of tenants; those of all unnamed tenants become one, `other`, with their largest value."""
         largest: dict[tuple[str, ...], float] = {}
         for labels, value in samples:
             labels = (*labels[:at], self._tenant_label(labels[at]), *labels[at + 1 :])
@@ -159,7 +159,7 @@ class Metrics(Collector):
     def _family(
         self, name: str, full: str, definition: Definition, samples: Iterable[tuple[tuple[str, ...], float]]
     ) -> Metric:
-        """Return all series of a metric. `name`: that of the values here; `full`: that of the page."""
+        """Return all series of a metric. `name`: its name in this class; `full`: its name on the page."""
         labels = ("headrace_cluster", *definition.labels)
         if definition.kind == "histogram":
             histogram = HistogramMetricFamily(full, definition.help, labels=labels)
@@ -179,5 +179,5 @@ class Metrics(Collector):
         """Return the content type and the body of /metrics. `accept`: the scraper's Accept header. Thread-safe."""
         if OPEN_METRICS not in accept:
             return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self.registry)
-        # All names are valid in the old form; other escapings would spoil their colons (prometheus_client 0.26).
+        # All names are valid without escaping; other escaping schemes would replace colons (prometheus_client 0.26).
         return openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest(self.registry, escaping=ALLOWUTF8)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ _KINDS = {trace_pb2.Span.SPAN_KIND_SERVER: SpanKind.SERVER, trace_pb2.Span.SPAN_
 
 
 class OtlpReceiver(pb_grpc.TraceServiceServicer):
-    """Receives spans, and passes those of each message to a function, in a thread."""
+    """Receives spans, and passes the spans of each message to a function, in a thread."""
 
     def __init__(self, listen: str, receive: Callable[[Sequence[SpanRecord]], None]) -> None:
         """`listen`: host:port; port 0 picks a free port. Raises RuntimeError if the address cannot be bound."""

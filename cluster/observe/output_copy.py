@@ -1,11 +1,11 @@
 """Copy of a process's output, which Ray redirects into files of its session folder, to another output.
 
-Problem: a replica's standard output and error are files on the pod's disk, where `kubectl logs` does not show them and
-which end with the pod. Sources: Ray 2.60 redirects them in its core worker (RedirectStdoutOncePerProcess); with
-RAY_LOG_TO_STDERR=1 a node would write no files at all, and Ray's dashboard, `ray logs` and our search for the cause of
-an engine's end (end_causes.py) read these files. So a thread reads what is appended to the files, by this process and
-its children, and copies whole lines. Our own lines are copied as they are; each other line, such as vLLM's, becomes the
-text of the event `worker.output`. If the output is slow, the thread lags, and beyond MAX_LAG_BYTES it skips lines.
+Problem: a replica's standard output and error are files on the pod's disk. `kubectl logs` does not show these files,
+and they are lost with the pod. Ray 2.60 redirects the output in its core worker (RedirectStdoutOncePerProcess). With
+RAY_LOG_TO_STDERR=1 a node would write no files, but Ray's dashboard, `ray logs` and end_causes.py, which finds out why
+an engine ended, need them. So a thread copies the whole lines that this process and its children append to the files.
+Lines of Headrace's log are copied unchanged; every other line, such as vLLM's, becomes the text of the event
+`worker.output`. If the output is slow, the thread lags; if it lags more than MAX_LAG_BYTES, it skips lines.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ CHUNK_BYTES = 256 << 10
 MAX_LINE_BYTES = 64 << 10
 MAX_LAG_BYTES = 16 << 20
 _RAY_MARKS = (b":job_id:", b":actor_name:", b":task_name:")
-"""Lines by which Ray's log monitor learns whose output follows."""
+"""Beginnings of lines that tell Ray's log monitor which job, actor or task writes the next lines."""
 
 log = structlog.get_logger("log")
 
 
 class FollowedFile:
-    """The lines that are appended to a file, from its end at the start on. A file that was replaced or cut is read from
+    """Reader of the lines that are appended to a file from now on. A file that was replaced or truncated is read from
     its beginning."""
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +63,7 @@ class FollowedFile:
         return (lines[1:] if skipped else lines), skipped
 
     def _reopen_if_replaced(self) -> int:
-        """Return the size of the file at the path."""
+        """Open the file again if it was replaced or truncated. Returns the size of the file at the path."""
         try:
             now = self._path.stat()
         except OSError:
@@ -78,7 +78,7 @@ class OutputCopy:
     """Copies lines of followed files to a descriptor, in a thread of its own."""
 
     def __init__(self, files: Mapping[str, FollowedFile], descriptor: int, fields: Mapping[str, str]) -> None:
-        """`files`: by the name of the stream. `fields`: added to lines that are not our own."""
+        """`files`: the file of each stream, by the stream's name. `fields`: added to lines that are not Headrace's."""
         self._files = files
         self._descriptor = descriptor
         self._fields = fields
@@ -91,12 +91,12 @@ class OutputCopy:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread once it has copied what is there."""
+        """End the thread after it has copied the present lines."""
         self._stop.set()
         self._thread.join()
 
     def flush(self, timeout_s: float) -> bool:
-        """Copy what is there now. Returns False if the output does not take it within `timeout_s`."""
+        """Copy the present lines. Returns False if the output does not accept them within `timeout_s`."""
         if not self._passes.acquire(timeout=timeout_s):
             return False
         try:
@@ -112,7 +112,7 @@ class OutputCopy:
             self._copy(POLL_S)
 
     def _copy(self, patience_s: float) -> bool:
-        """Copy until nothing is left. Returns False if the output takes nothing for `patience_s`."""
+        """Copy until no line is left. Returns False if the output accepts nothing for `patience_s`."""
         while lines := list(self._next_lines()):
             if not all(self._write(piece, patience_s) for piece in _pieces(lines)):
                 return False
@@ -137,8 +137,8 @@ class OutputCopy:
         return json.dumps({**self._fields, **event, "timestamp": stamp}).encode() + b"\n"
 
     def _write(self, data: bytes, patience_s: float) -> bool:
-        """Write all bytes, however long it takes while the output takes some. Returns False if it takes none for
-        `patience_s` at the end of the process, or fails; the bytes that are left are lost then."""
+        """Write all bytes, without a time limit except at the end of the process. Returns False if the output fails, or
+        at the end of the process accepts nothing for `patience_s`; the other bytes are then lost."""
         view = memoryview(data)
         while view:
             try:
@@ -155,8 +155,8 @@ class OutputCopy:
 
 
 def _pieces(lines: Sequence[bytes]) -> Iterator[bytes]:
-    """Join lines to pieces that a pipe takes as a whole, so that the lines of several processes do not mix. A longer
-    line is a piece."""
+    """Join lines into pieces that a pipe accepts as a whole, so that the lines of several processes do not mix. A line
+    that is too long is a piece of its own."""
     piece = b""
     for line in lines:
         if len(piece) + len(line) > select.PIPE_BUF and piece:
@@ -167,7 +167,7 @@ def _pieces(lines: Sequence[bytes]) -> Iterator[bytes]:
 
 
 def _is_event(line: bytes) -> bool:
-    """Return whether a line is one of our log."""
+    """Return whether a line is from Headrace's log."""
     if not (line.startswith(b"{") and line.endswith(b"}")):
         return False
     try:
@@ -177,7 +177,7 @@ def _is_event(line: bytes) -> bool:
 
 
 def copy_output(path: str, fields: Mapping[str, str], file_of: Callable[[int], str]) -> OutputCopy | None:
-    """Copy this process's standard output and error to `path` from now on, as far as they are files.
+    """Copy this process's standard output and error to `path` from now on, if they are files.
 
     `path`: the output to copy to; "" for no copy. `fields`: see OutputCopy. `file_of` returns the file to which a
     descriptor of this process is redirected, "" if it is none. Returns None if nothing is copied. An output that cannot

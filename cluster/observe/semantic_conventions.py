@@ -17,7 +17,7 @@ CHAT: Final = "chat"
 TEXT_COMPLETION: Final = "text_completion"
 EMBEDDINGS: Final = "embeddings"
 SCORE: Final = "score"
-"""Not one of the convention's operations, which allows others."""
+"""Not one of the conventions' operations; they allow others."""
 PROVIDER: Final = "gen_ai.provider.name"
 PROVIDER_HEADRACE: Final = "headrace"
 REQUEST_MODEL: Final = "gen_ai.request.model"
@@ -80,7 +80,7 @@ WAIT_REASON: Final = "headrace.wait.reason"
 MEASURED_BY: Final = "headrace.measured_by"
 PARSER: Final = "headrace.parser"
 
-# Names of spans and events below the call's span, which is called after its operation and model
+# Names of spans and events below the call's span. The name of the call's span is its operation and model.
 ADMISSION: Final = "admission"
 QUEUE: Final = "queue"
 RESUME: Final = "resume"

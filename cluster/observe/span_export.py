@@ -35,9 +35,9 @@ BATCH: Final = 512
 INTERVAL_S: Final = 1.0
 """Longest time for which a span waits before the thread sends it."""
 TIMEOUT_S: Final = 5.0
-"""Time for one batch, with all tries. Its spans are given up then."""
+"""Longest time for sending one batch, with all retries. After this time, the batch has failed."""
 LAST_S: Final = 3.0
-"""Time at the end of the process for the spans that still wait."""
+"""Longest time at the end of the process for sending the waiting spans."""
 MAX_HEADERS: Final = 64
 
 Count = Callable[[str, int], None]
@@ -119,7 +119,7 @@ class SpanExport:
             logging.getLogger(name).removeFilter(self._reason)
 
     def add(self, spans: Iterable[SpanRecord]) -> None:
-        """Queue the spans of a call. If there is no room for all of them, none is kept."""
+        """Queue the spans of a call. If the queue has no room for all of them, all are dropped."""
         more = tuple(spans)
         if self._stopping or len(self._queue) + len(more) > self._max_queued:
             self._count("dropped", len(more))
@@ -151,7 +151,7 @@ class SpanExport:
             self._note(is_sent)
 
     def _note(self, is_sent: bool) -> None:
-        """Log that the collector has gone, or that it is back."""
+        """Log if the collector no longer accepts spans, or accepts them again."""
         if is_sent and self._is_away:
             log.info("tracing.collector_found", collector=self._endpoint)
         elif not is_sent and not self._is_away:
@@ -179,7 +179,7 @@ class SpanExport:
         return tuple(path.stat().st_mtime for path in files if path.exists())
 
     def _reconnect_if_changed(self) -> None:
-        """Connect anew if a file has changed. The exporter reads its headers and CA once."""
+        """Make a new exporter if a file has changed, since an exporter reads the headers and the CA only once."""
         if (files := self._file_states()) != self._files:
             exporter = self._connect()
             self._exporter.shutdown()
@@ -200,7 +200,7 @@ class _LastReason(logging.Filter):
 
 
 def _readable(span: SpanRecord, resources: dict[int, Resource]) -> ReadableSpan:
-    """Return a span in the form of OpenTelemetry's SDK. `resources`: those of the batch so far."""
+    """Return a span in the form of OpenTelemetry's SDK. `resources`: cache that the spans of a batch share."""
     trace_id, state = int(span.trace_id, 16), TraceState.from_header([span.trace_state] if span.trace_state else [])
 
     def context(span_id: str, is_remote: bool = False) -> SpanContext:

@@ -23,7 +23,7 @@ _RATIO_BITS: Final = 56
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """The span of a caller, or of this process, under which further spans are put. Ids are lower-case hexadecimal."""
+    """The span of a caller or of this process that is the parent of new spans. Ids are lower-case hexadecimal."""
 
     trace_id: str
     span_id: str

@@ -36,10 +36,10 @@ def make_missing_folders(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file that only its owner can read. A reader, and a crash of this process, find the old content or the
-    new one. Raises OSError."""
+    """Write a file that only its owner can read. Readers see either the old or the new content, also after a crash of
+    this process. Raises OSError."""
     draft = path.with_suffix(".new")
-    draft.unlink(missing_ok=True)  # of a process that has crashed, perhaps with wider permissions
+    draft.unlink(missing_ok=True)  # left by a crashed process, perhaps with wider permissions
     handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     with open(handle, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)

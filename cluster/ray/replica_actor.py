@@ -89,8 +89,8 @@ class ServedReplica:
 
 
 def _configure_log(replica: Replica) -> None:
-    """Write the log as JSON to the standard output, with the worker's place in every line, and copy the output to that
-    of the container if the node's environment names it."""
+    """Write the log as JSON to the standard output, with the worker's place in every line. If the node's environment
+    names another output, such as the container's, copy the standard output and error to it."""
     settings, place = replica.settings, replica.place
     gpu = {"gpu": settings.spec.gpu or "unknown"} if place.gpus else {}
     if gpu and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
@@ -177,5 +177,5 @@ PASSED_ON = (
     "RAY_AUTH_MODE",
 )
 """Environment variables that replicas inherit from the deploying process. No secret may be listed, since Ray's
-dashboard shows the variables. No network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) may be listed: its name
-belongs to the replica's node, from whose environment the replica has it, and worker groups may differ."""
+dashboard shows the variables. No network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) may be listed: a
+replica gets its name from the environment of its own node, and the names may differ between worker groups."""

@@ -1,9 +1,9 @@
-"""Part cold: 200 adapters on an engine with 8 slots and memory for 64, called by Zipf's law: how long the first token
-of a call takes whose adapter must be loaded.
+"""Part cold: time to first token of calls whose adapter must be loaded first.
 
-A call is cold if its adapter is not among the 64 different ones that were called last; the order of the calls decides
-that, since the worker drops the adapter that was used least recently. The time to load an adapter is measured first,
-without other calls: the longest time to first token of 20 cold calls, less the median of calls to a loaded adapter.
+An engine with 8 slots and memory for 64 adapters gets calls for 200 adapters, distributed by Zipf's law. A call is cold
+if its adapter is not among the 64 different adapters that were called last, because the worker drops the adapter that
+was used least recently. The time to load an adapter is measured first, without other calls: the longest time to first
+token of 20 cold calls, less the median of calls to a loaded adapter.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ LIMITS = Limits(call_s=120.0, run_s=400.0)
 
 
 def zipf(count: int, seed: int) -> list[int]:
-    """Return `count` numbers of adapters; adapter n is called in proportion to 1 / (n + 1)."""
+    """Return the adapter's number for each of `count` calls. Adapter n is called in proportion to 1 / (n + 1)."""
     weights = [1 / (number + 1) for number in range(ADAPTERS)]
     return random.Random(seed).choices(range(ADAPTERS), weights, k=count)
 
 
 def cold(adapters: Iterable[int], memory: int = MEMORY) -> list[bool]:
-    """Return for each call whether its adapter is not among the `memory` different ones that were called last."""
+    """Return for each call whether its adapter is not among the `memory` different adapters that were called last."""
     recent: dict[int, None] = {}
     out = []
     for adapter in adapters:
@@ -87,7 +87,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _load_s(arm: Contestant) -> float:
-    """Return the time to load an adapter, in seconds. At the end the adapters that are called most are not loaded."""
+    """Return the time to load an adapter, in seconds. Afterwards, the adapters that are called most are not loaded."""
     numbers = [ADAPTERS - 1 - number for number in range(LOADS + MEMORY)]
     requests = [request(f"load/{number}", number) for number in numbers]
     loads = await drive(arm.face, requests, concurrency=1, limits=LIMITS)

@@ -1,7 +1,7 @@
 """Part embeddings: what a vector costs, against vLLM's own server on the same model.
 
-64 callers at once ask both servers for the vector of one text each, by OpenAI's API; Headrace also by gRPC. Measured
-are the CPU time of everything but the engine core, the embeddings a second, and the largest difference of a vector
+64 concurrent callers ask both servers for the vector of one text each, by OpenAI's API; Headrace also by gRPC. The part
+measures the CPU time of everything but the engine core, the embeddings a second, and the largest difference of a vector
 from that of transformers. The model is all-MiniLM-L6-v2, with float32.
 """
 
@@ -101,7 +101,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 def front_end_s(round_: Round) -> float | None:
-    """Return the CPU seconds of the front end for an embedding."""
+    """Return the CPU seconds of the front end per embedding."""
     return round_.usage.front_end_s() / round_.run.tokens if round_.run.tokens else None
 
 

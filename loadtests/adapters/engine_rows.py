@@ -1,8 +1,8 @@
 """Program that compares the rows of a full batch with merged weights: python -m loadtests.adapters.engine_rows MODEL
 FOLDER RANKS OUT
 
-starts vLLM's engine with eight slots for adapters on RANKS ranks, loads eight adapters, and computes batches in which
-the base model and all adapters have rows. Then the same rows are cut after some tokens and resumed, all in one batch.
+The program starts vLLM's engine with eight slots for adapters on RANKS ranks, loads eight adapters, and computes
+batches in which the base model and all adapters have rows. Then the same rows are cut after some tokens and resumed.
 Each row is compared with the greedy tokens of transformers' model with the adapter's weights merged. OUT gets the
 counts as JSON.
 """
@@ -34,8 +34,8 @@ ENGINE = {
 
 @dataclass(slots=True)
 class RowCounts:
-    """RowCounts of rows. `differ`: those with other tokens than the merged weights give. `together`: the largest number
-    of rows with an output in one step. `engine_class`: see EngineInfo."""
+    """Counts of rows. `differ`: rows whose tokens differ from those of the merged weights. `together`: the largest
+    number of rows with an output in one step. `engine_class`: see EngineInfo."""
 
     engine_class: str = ""
     rows: int = 0

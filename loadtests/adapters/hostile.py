@@ -1,8 +1,8 @@
 """Part hostile: 280 adapters with broken, forged or huge files are declared at once, beside a good one. Calls for
 the base model and for the good adapter go on meanwhile.
 
-Harmed are an engine that ends (its worker comes back as another one), and calls of others that fail or whose text
-differs from that before. All hostile adapters must end as FAILED, with the reason.
+An engine that ends (another worker then replaces its worker) counts as harm, and so does a call for the base model or
+the good adapter that fails or gets another text than before. All hostile adapters must end as FAILED, with the reason.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Part loading: adapters that are declared while four simulated replicas serve; one of them restarts, another is added.
 
-Callers ask the base model and a loaded adapter all the time. Measured is the time until every linked replica takes
-calls for all adapters: after the declaration of a second adapter, and after the link of a replica that has just
+Callers ask the base model and a loaded adapter all the time. The part measures the time until every linked replica
+takes calls for all adapters: after the declaration of a second adapter, and after the link of a replica that has just
 started. A simulated engine takes 50 ms to load an adapter. The part real_loading does the same with two vLLM replicas.
 """
 
@@ -38,7 +38,7 @@ BOUND, NONE = Bound("<=", 2.0), Bound("<=", 0.0)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaKind:
-    """The replicas of a part. `kind`: a word for their rows. `source_of`: the source of their engines, by the base
+    """The replicas of a part. `kind`: a word for the rows' names. `source_of`: the source of their engines, by the base
     model's folder. `starts_s`: longest time of a start, in seconds."""
 
     kind: str
@@ -105,7 +105,7 @@ class Fleet:
                 await asyncio.sleep(0.02)
 
     async def linked(self, workers: int) -> float:
-        """Wait until `workers` replicas are linked; return the time. Raises TimeoutError."""
+        """Wait until `workers` replicas are linked; return the monotonic time. Raises TimeoutError."""
         async with asyncio.timeout(self._replicas.starts_s):
             while {each.workers for each in await self._adapters()} != {workers}:  # noqa: ASYNC110 - as above
                 await asyncio.sleep(0.02)
@@ -132,7 +132,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def play(stage: Stage, kind: ReplicaKind) -> list[Figure]:
-    """Play the changes with some kind of replicas, and return the rows. Raises DidNotStart, TimeoutError."""
+    """Make the changes with replicas of the given kind, and return the rows. Raises DidNotStart, TimeoutError."""
     folder, name = await rig.prepare(stage, 2), f"loading-{kind.count}"
     ours = await serving.start(
         stage.children, stage.folder, bundle=folder / "bundle", source=kind.source_of(folder / "model"),

@@ -1,8 +1,8 @@
-"""Part mixed: what a mix of adapters costs against one adapter, as a share of what it costs on vLLM's own server.
+"""Part mixed: throughput with a mix of adapters relative to one adapter, compared with vLLM's own server.
 
-32 callers at once, each call 64 tokens. In the mixed rounds the calls name eight adapters in turn, in the others one.
-Both sides have the same engine with eight slots, in which all adapters stay. The ratio of the two throughputs is taken
-on each side, and compared.
+There are 32 concurrent callers, and each call has 64 tokens. In the mixed rounds the calls name eight adapters in turn,
+in the other rounds the same one. Both sides have the same engine with eight slots, in which all adapters stay. On each
+side the ratio of the two throughputs is computed; the ratios are compared.
 """
 
 from __future__ import annotations

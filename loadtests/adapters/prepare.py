@@ -1,6 +1,6 @@
 """Program that writes a tiny base model, its bundle and adapters: python -m loadtests.adapters.prepare FOLDER COUNT
 
-writes FOLDER/model, FOLDER/bundle and FOLDER/adapters/a0, a1, ... of rank 8, then FOLDER/ready.
+The program writes FOLDER/model, FOLDER/bundle and FOLDER/adapters/a0, a1, ... of rank 8, then FOLDER/ready.
 """
 
 from __future__ import annotations

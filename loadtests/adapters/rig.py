@@ -79,8 +79,8 @@ async def start_server(stage: Stage, folder: Path, count: int, engine: Mapping[s
 async def running(
     stage: Stage, folder: Path, adapters: Sequence[str], engine: Mapping[str, object], later: Sequence[str] = ()
 ) -> AsyncIterator[serving.Ours]:
-    """Run a gateway with a worker, and this process as their controller; all adapters are ready. `later`: adapters that
-    are declared then. Raises DidNotStart."""
+    """Run a gateway with a worker, and this process as their controller. In the context, all `adapters` are ready, and
+    those in `later` were declared after that. Raises DidNotStart."""
     ours = await serving.start(
         stage.children, stage.folder, bundle=folder / "bundle", source=str(folder / "model"),
         engine={**ENGINE, **engine}, environment={**ENVIRONMENT, **THREADS},
@@ -93,8 +93,8 @@ async def running(
 async def declared(
     ours: serving.Ours, folder: Path, adapters: Sequence[str], later: Sequence[str] = ()
 ) -> AsyncIterator[None]:
-    """Be the controller of a running gateway, and wait until all adapters are ready. `later`: adapters that are
-    declared then. Raises TimeoutError."""
+    """Act as the controller of a running gateway, and wait until all `adapters` are ready. Then the adapters in `later`
+    are declared too. Raises TimeoutError."""
     links = ControllerLinks(
         controller_id="loadtest", gateways=[ours.endpoints["link"]], tls=None, bundles=lambda _: None
     )

@@ -27,7 +27,7 @@ ROWS_IN_BATCH = 10
 
 
 def titles(ranks: int) -> tuple[str, str]:
-    """Return the names of the rows for an engine of so many ranks."""
+    """Return the names of the rows for an engine with `ranks` ranks."""
     engine = f"{ranks} rank{'s' if ranks > 1 else ''}"
     return (
         f"base model and 8 adapters in one batch, {engine}: sequences that differ from merged weights",
@@ -56,7 +56,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _counts(stage: Stage, model: str, ranks: int) -> dict[str, Any]:
-    """Run the program for an engine of so many ranks and return its counts. Raises DidNotStart."""
+    """Run the program for an engine with `ranks` ranks and return its counts. Raises DidNotStart."""
     folder = stage.folder / f"rows-{ranks}"
     out = stage.folder / f"rows-{ranks}.json"
     command = [sys.executable, "-m", "loadtests.adapters.engine_rows", model, str(folder), str(ranks), str(out)]

@@ -65,18 +65,18 @@ class Compared:
 
     @property
     def differences(self) -> list[Difference]:
-        """The differences, without those finish reasons that have a row of their own."""
+        """The differences, except finish reasons that are counted in another row."""
         found = differences(self.theirs, self.ours)
         return [one for one in found if one.field != "finish"] if self.other_finish else found
 
     @property
     def other_finish(self) -> str:
-        """The way in which the finish reasons differ, if it is known; else "". See known_finish."""
+        """CUT or NAMED_END if the finish reasons differ in this way, else "". See known_finish."""
         trial = self.trial
         return known_finish(self.theirs, self.ours, is_cut=trial.is_cut, is_named=trial.choice == NAMED)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what is different, with the request's case and both messages."""
+        """Return the request, and both sides' values of each field that differs."""
         fields = {one.field: {"vllm": one.theirs, "headrace": one.ours} for one in self.differences}
         return {**self.request, "differences": fields}
 
@@ -87,7 +87,7 @@ class Compared:
 
     @property
     def request(self) -> dict[str, Any]:
-        """What was asked, and what the engine emitted."""
+        """The request's case and options, and the text that the engine emitted."""
         trial = self.trial
         return {
             "case": trial.case.name, "family": trial.family.name, "mode": self.mode, "tool_choice": trial.choice,
@@ -96,7 +96,7 @@ class Compared:
 
 
 def mixed(all_cases: Sequence[Case], count: int | None, seed: int) -> list[Case]:
-    """Return `count` cases, or all, in random order, in which the categories alternate while they last."""
+    """Return `count` cases, or all, in random order, with each category spread evenly over them."""
     draw = random.Random(seed)
     by_category = {name: list(group) for name, group in groupby(all_cases, lambda case: case.category)}
     groups = [draw.sample(group, k=len(group)) for group in by_category.values()]
@@ -136,7 +136,7 @@ async def compare(trials: Sequence[Trial], theirs: servers.Side, ours: servers.S
 
 
 async def ask_all(side: servers.Side, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
-    """Make calls, some at a time; return the answers in the order of the calls."""
+    """Make calls, CONCURRENCY at a time; return the answers in the order of the calls."""
     free = asyncio.Semaphore(CONCURRENCY)
 
     async def ask(body: Mapping[str, Any]) -> Answer:

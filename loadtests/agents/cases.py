@@ -19,7 +19,7 @@ BFCL = ROOT / ".bfcl"
 CATEGORIES = ("simple_python", "multiple", "parallel", "irrelevance")
 WITHOUT_CALLS = "irrelevance"
 _TYPES = {"dict": "object", "float": "number", "tuple": "array", "list": "array"}
-"""BFCL's names of types that JSON schema calls differently."""
+"""JSON schema's types by BFCL's names, where the names differ."""
 
 Arguments = Mapping[str, Any]
 

@@ -1,7 +1,7 @@
 """Three families of tokenizers with their chat templates, trained on real code and prose.
 
-Their vocabularies have 32,000 pieces, so that a token covers about as many characters as in a published model. They
-are of the kinds in tests/support/tokenizer_kinds.py, which are too small for that.
+Their vocabularies have 32,000 pieces, so that a token covers about as many characters as in a published model. Their
+kinds are those of tests/support/tokenizer_kinds.py, whose vocabularies are too small for that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FAMILIES: Final = {
 }
 """Names of the families, each with its kind in words."""
 SCALES: Final = {"byte-level": 1.185, "metaspace": 0.827, "gpt-2": 1.006}
-"""Factor of a conversation's lengths with which it has 142,000 tokens at the end."""
+"""By family, the factor for a conversation's lengths with which it has 142,000 tokens at the end."""
 HAS_TOOLS: Final = ("byte-level",)
 """Families whose template renders tool calls and tool results."""
 TEMPLATES: Final = Path(__file__).parents[2] / "tests" / "data" / "chat_templates"

@@ -103,7 +103,7 @@ async def _ask_headrace(
 
 
 async def _ask(server: Server, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Answer]:
-    """Make calls, some at a time; return the answers in the order of the calls."""
+    """Make calls, CONCURRENCY at a time; return the answers in the order of the calls."""
     free = asyncio.Semaphore(CONCURRENCY)
 
     async def ask(body: Mapping[str, Any]) -> Answer:

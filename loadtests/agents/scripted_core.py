@@ -2,7 +2,7 @@
 
 Engine core, scheduler and everything in front of them are vLLM's own, on both sides of a comparison: vLLM's server
 takes `--distributed-executor-backend` EXECUTOR, Headrace's worker the same engine argument, with IN_CORE in its
-environment. So each side pays for its own client of the core, and the core itself is a process apart.
+environment. So each side uses its own client of the core, and the core itself is a separate process.
 
 A step takes STEP_MS. The tokens of a request are the script whose mark is in its prompt (scripted.py), or, without
 scripts, the token PLAIN_TOKEN until max_tokens.

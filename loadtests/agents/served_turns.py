@@ -1,14 +1,14 @@
-"""Part served_turns: what a turn of an agent costs in the whole front end, against vllm-router before vLLM's server.
+"""Part served_turns: what a turn of an agent costs in the whole front end, compared with vllm-router and vLLM's server.
 
-The conversations are those of the part turns, of four tenants, in rotation, one turn at a time, from a driver process
-over HTTP. Both sides have vLLM's own engine core in a process of its own, whose executor computes nothing
-(scripted_core.py). Measured is the CPU time of all other processes: on Headrace's side gateway, helpers and worker; on
-the other side router and server. A turn lasts from its first byte until the next body is made, which includes what a
-server does after its answer. The other side gets the same bodies, but only SAMPLED turns of some conversations, since
-its turns take long and do not become cheaper by earlier ones.
+The conversations are those of the part turns, of four tenants. A driver process sends their turns over HTTP, one at a
+time, in rotation. Both sides have vLLM's own engine core in a separate process, whose executor computes nothing
+(scripted_core.py). The part measures the CPU time of all other processes: gateway, helpers and worker on Headrace's
+side, router and server on the other side. A turn is measured until the next body is made, so it includes what a server
+does after its answer. The other side gets the same bodies, but only SAMPLED turns of some conversations, because its
+turns take long and earlier turns do not make them cheaper.
 
-Then some conversations take further turns at once, and the longest stall of the gateway's event loop is read. The
-witness of stalls begins only then, since its own CPU time would count for the turns.
+Then some conversations take further turns at once, and the longest stall of the gateway's event loop is read. Stalls
+are watched only from then on, because the watching takes CPU time that would count for the turns.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ ANSWER_TOKENS = 4
 SETTLE_S = 0.005
 WARM_CHARS = 100_000
 IDLE_S, IDLE_SHARE, IDLE_WITHIN_S = 0.5, 0.1, 60.0
-"""A front end is idle when it has used less than this share of a core for this long. It is waited for at most so
-long."""
+"""A front end is idle if it has used less than IDLE_SHARE of a core for IDLE_S. The part waits for this at most
+IDLE_WITHIN_S."""
 P50 = "front-end CPU of an agent's turn over HTTP, gateway to engine client, p50"
 LAST = "the same turns, mean of the last five"
 P99 = "the same turns, p99"
@@ -76,7 +76,7 @@ class ServedTurns:
     p99_ms: float = 0.0
     mean_by_process_ms: dict[str, float] = field(default_factory=dict)
     last_by_process_ms: dict[str, float] = field(default_factory=dict)
-    """Of the last five turns."""
+    """CPU time of our processes in the last five turns."""
     peer_by_process_ms: dict[str, float] = field(default_factory=dict)
     mean_by_turn_ms: list[float] = field(default_factory=list)
     peer_by_turn_ms: list[float] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Side:
             del self._bodies[key]
 
     async def warm(self) -> None:
-        """Start what begins with a first long call, and wait until the front end does nothing more."""
+        """Make a first long call of each tenant, and wait until the front end is idle."""
         for tenant in range(len(self.faces)):
             text = prose(f"warm/{tenant}", WARM_CHARS)
             await self.call("warm", body_of([{"role": "user", "content": text}]), tenant)
@@ -264,7 +264,7 @@ def _add(total: dict[str, float], more: Mapping[str, float]) -> None:
 
 
 def figures(rows: Sequence[ServedTurns]) -> list[Figure]:
-    """Return the rows of the part: of each figure the worst family's."""
+    """Return the rows of the part, each with the value of the worst family."""
     worst = {
         P50: max(row.p50_ms for row in rows),
         LAST: max(row.last_ms for row in rows),

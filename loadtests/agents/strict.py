@@ -2,8 +2,8 @@
 
 SmolLM2-135M samples at temperature 1, so that its answers differ and it would often leave the schema. All strings are
 bounded, since a small model may fill an unbounded one up to `max_tokens`. Half of the calls run undisturbed on two
-workers. During the other half a worker is killed, and its calls go on at the other worker, which makes the grammar anew
-and replays the tokens so far.
+workers. During the other half a worker is killed, and its calls continue on the other worker, which compiles the
+grammar again and replays the tokens so far.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ ENGINE: Mapping[str, object] = {
     "kv_cache_memory_bytes": 1 << 30,
 }
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""Each of two engines would bind all its threads to the first core. An engine that always computes there can leave the
-other without a core for minutes."""
+"""Environment that binds no thread to a core. Otherwise each of the two engines would bind all its threads to the first
+core, and one of them could wait there for minutes."""
 MADE = "calls of strict tools, SmolLM2, half of them while a worker is killed"
 INVALID = "answers among them that did not end by `length` and are no valid call by the schema"
 LENGTH = "share of them that ended by `length`"
@@ -162,8 +162,8 @@ async def _lists_model(server: Server) -> bool:
 async def _ask(
     server: Server, requests: Sequence[Mapping[str, Any]], kill: Child | None = None, after: int = 0
 ) -> list[Answer]:
-    """Make calls, some at a time; return the answers in the order of the calls. `kill`: worker to kill when `after`
-    calls have been answered, in the middle of others."""
+    """Make calls, CONCURRENCY at a time; return the answers in the order of the calls. `kill`: worker that is killed
+    once `after` calls have been answered, while others run."""
     free, answered = asyncio.Semaphore(CONCURRENCY), 0
 
     async def ask(request: Mapping[str, Any]) -> Answer:

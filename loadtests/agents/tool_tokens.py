@@ -2,8 +2,8 @@
 
 64 streams at once. Both sides have vLLM's own engine core, in a process of its own, whose executor emits the same
 tokens every 20 ms: some text, then the expected calls of a case of BFCL, in Hermes' and Qwen's format. Every request
-has the case's tools and the tool choice auto. Measured is all CPU time but the core's: on vLLM's side its server
-process with parser and detokenizer, with nothing in front of it; on Headrace's side the gateway, its helpers, the
+has the case's tools and the tool choice auto. The part measures all CPU time except the core's: on vLLM's side
+its server process with parser and detokenizer, without a router; on Headrace's side the gateway, its helpers, the
 worker and its parser process.
 """
 

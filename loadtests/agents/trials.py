@@ -16,8 +16,8 @@ MAX_TOKENS = 8192
 CHOICES = ("auto", "auto", REQUIRED, "auto", NAMED, "auto", "auto", REQUIRED, "auto", "auto", NAMED, "auto", "none")
 """Kinds of tool choice of the trials with calls, in turn. The other trials have `auto` and `none`."""
 CUT_EVERY, STOP_EVERY, SINGLE_EVERY, HISTORY_EVERY, UNTHINKING_EVERY, HIDDEN_EVERY = 11, 9, 7, 4, 8, 10
-"""Every so many trials of a family have: a small max_tokens; a stop string; one call at most; a history with a tool
-call and its result; the template argument enable_thinking false; include_reasoning false."""
+"""Intervals, in trials of a family, at which a trial has: a small max_tokens; a stop string; one call at most; a
+history with a tool call and its result; the template argument enable_thinking false; include_reasoning false."""
 TEXTS = ("", "I look this up.\n\n", "Ein Blick in die Liste: 数据 🙂\n")
 THOUGHTS = ("", "The user wants a call. The tool fits.", 'Zwei Schritte 🙂:\n1. read\n2. call {"x": [1]}\n')
 REFUSALS = (
@@ -85,7 +85,7 @@ def plan(cases: Sequence[Case], families: Sequence[Family] = FAMILIES) -> list[T
 
 
 def _trial(number: int, key: str, case: Case, family: Family) -> Trial:
-    """Return a trial. `number` is its number in the family, which decides about everything but the case."""
+    """Return a trial. `number`: the trial's number in the family, which determines everything but the case."""
     options: dict[str, Any] = {}
     if _is_turn(number, SINGLE_EVERY):
         options["parallel_tool_calls"] = False

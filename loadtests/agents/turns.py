@@ -5,8 +5,9 @@
 Many conversations of four tenants take their turns in rotation, one at a time, so that the CPU time of each turn is
 known exactly: that of this process, which does the work of a gateway, and that of its helper processes. Then several
 conversations take their turns at once, and the longest stall of the event loop is measured, also in CPU time of the
-event loop itself, since on a busy machine it waits for a core. The ids of some turns are compared with those from
-scratch. With --memory, many conversations of half the length follow, and the oldest of them take a turn.
+event loop itself, since on a busy machine it waits for a core. The token ids of some turns are compared with
+those of the whole prompt, tokenized at once. With --memory, many conversations of half the length follow, and the
+oldest of them take a turn.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from loadtests.scenarios.parts import exact
 CONVERSATIONS, TENANTS, AT_ONCE, LAST_TURNS = 64, 4, 8, 5
 MAX_MODEL_LEN: Final = 262_144
 CHECK_EVERY: Final = 97
-"""Number of turns between two whose ids are compared with those from scratch."""
+"""One of so many turns has its token ids compared with those of the whole prompt, tokenized at once."""
 Messages = list[dict[str, Any]]
 P50 = "CPU of an agent's turn in the front end, p50"
 LAST = "the same, mean of the last five turns"
@@ -101,12 +102,12 @@ class FrontEnd:
         return await encode(parsed.requests[0].prompt, self.text, tenant, MAX_MODEL_LEN)
 
     async def from_scratch(self, body: bytes) -> Sequence[int]:
-        """Return the ids of a body, tokenized at once and whole."""
+        """Return the token ids of a body whose whole prompt is tokenized at once."""
         prompt = await self._parsed(body)
         return self.text.encode_chat(prompt.messages, **prompt.template_options)
 
     async def remember(self, body: bytes, tenant: str) -> None:
-        """Tokenize a body in this process, which has the memory."""
+        """Tokenize a body in this process, so that the prompt memory has it."""
         prompt = await self._parsed(body)
         self.text.chat_ids(tenant, prompt.messages, **prompt.template_options)
 
@@ -122,12 +123,12 @@ class FrontEnd:
 
 
 def _cpu_s(pid: int) -> float:
-    """Return the CPU seconds of a process. Its schedstat counts nanoseconds, its stat hundredths of seconds."""
+    """Return the CPU seconds of a process. Reads schedstat, which is in nanoseconds; stat has steps of 10 ms."""
     return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir()) / 1e9
 
 
 def made(family: str, count: int, turns: int, first: int = 0) -> list[list[Messages]]:
-    """Return conversations, whose tenants have a system prompt each."""
+    """Return conversations of TENANTS tenants in turn. Conversations of a tenant have the same system prompt."""
     numbers = range(first, first + count)
     return [
         [
@@ -204,10 +205,10 @@ async def mean_ms(front: FrontEnd, bodies: Sequence[bytes], tenants: Sequence[st
 
 @dataclass
 class Remembered:
-    """What is remembered of many conversations of half the length, of tenants with a system prompt each.
+    """Figures of the prompt memory after many conversations of half the length.
 
-    `mib`: size of the memory by its own count. `grown_mib`: growth of this process. `oldest_ms`, `scratch_ms`: mean CPU
-    time of the next turn of the oldest conversations, and of such a turn if nothing is known of it.
+    `mib`: size of the memory by its own count. `grown_mib`: growth of this process. `oldest_ms`: mean CPU time of the
+    next turn of the oldest conversations. `scratch_ms`: the same if the memory has nothing of the conversation.
     """
 
     conversations: int
@@ -218,8 +219,8 @@ class Remembered:
 
 
 async def remember(count: int, family: str = "byte-level", sample: int = 20) -> Remembered:
-    """Let conversations begin in the middle, one after the other, then let the oldest take their next turn. The
-    beginnings are tokenized in this process, since a helper would make no difference to its memory."""
+    """Remember the first half of each conversation, one after the other, then let the oldest take their next turn. The
+    first halves are tokenized in this process, which has the prompt memory with or without helpers."""
     front, half = FrontEnd(family), conversations.TURNS // 2
     await front.start()
     figures, process = Remembered(count), psutil.Process()
@@ -252,7 +253,7 @@ async def measure_family(family: str, count: int = CONVERSATIONS, turns: int = c
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the scenario: of each figure the worst family's."""
+    """Return the rows of the scenario, each with the value of the worst family."""
     rows = [await measure_family(family) for family in FAMILIES]
     stage.report.settings["turns"] = [asdict(row) for row in rows]
     stage.screen.console.print(table(rows))

@@ -46,7 +46,7 @@ class ConsoleBed:
         return f"http://{self.endpoints['http']}"
 
     async def stop(self) -> None:
-        """End the processes, so that they take nothing from the next part."""
+        """End the processes, so that they use no CPU time during the next part."""
         await self.pool.stop()
         await self.gateway.stop()
 

@@ -11,7 +11,7 @@ from cluster.cli.commands import doctor
 from tests.support import browser as browsers
 
 LATEST_MS = 60_000
-"""Longest wait for what a page must show. It ends a hang, and is no bound."""
+"""Longest wait for something that a page must show. It only ends a hang."""
 
 
 @asynccontextmanager

@@ -1,8 +1,8 @@
-"""Part hostile: payloads in every text that the pages show, and what became of them.
+"""Part hostile: script payloads in every text that the pages show, and their effects.
 
 The overview, the admin API's answers and answers of a model hold the payloads in place of names, reasons, errors and
-texts. Counted are foreign elements, active attributes, calls of the payloads' script, requests to other hosts, dialogs,
-and reports of the content security policy.
+texts. The effects are foreign elements, active attributes, calls of the payloads' script, requests to other hosts,
+dialogs, and reports of the content security policy.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ async def _chats(stage: Stage, browser: Browser) -> tuple[list[str], int]:
 
 
 async def effects_in(watched: Watched) -> list[str]:
-    """Return what is on a page that no page of the console has of its own, and what scripts in data have done."""
+    """Return the elements on a page that no page of the console has, and the effects of scripts in data."""
     await watched.page.evaluate("new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 0)))")
     strange: list[str] = await watched.page.evaluate(STRANGE, FOREIGN)
     return [*strange, *await watched.faults()]

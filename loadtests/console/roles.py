@@ -1,8 +1,8 @@
-"""Part roles: requests that a role may not make, and what of other tenants the pages of a role show.
+"""Part roles: requests that a role must not make, and names of other tenants that the console sends to a role.
 
-Each admin method is called through the console by each role, for the own tenant and for another one. What must be
-refused is what the admin port refuses (tests/gateway/apis/admin/test_roles.py). Then what the console sends to roles of
-one tenant is searched for another tenant, workers and gateways.
+Each role calls each admin method through the console, for its own tenant and for another one. The console must refuse
+what the admin port refuses (tests/gateway/apis/admin/test_roles.py). Then the data that the console sends to roles of
+one tenant is searched for names of another tenant, workers and gateways.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _signed_in(keyed: Keyed) -> dict[str, Browser]:
-    """Return a browser for each role, signed in where there is a key."""
+    """Return a browser for each role. All are signed in, except that of the role nobody."""
     browsers = {role: Browser(keyed.cluster) for role in ROLES}
     await role_key(keyed.ledger, OTHER, "caller")
     for role in ROLES[1:]:
@@ -83,7 +83,7 @@ async def _call(keyed: Keyed, tenant: str) -> str:
 
 
 async def _unrefused(world: World, browsers: Mapping[str, Browser]) -> tuple[list[str], int]:
-    """Return the requests that were not refused as they must be, and the number of requests that must be."""
+    """Return the requests that were not refused as required, and the number of requests that must be refused."""
     missed, made = [], 0
     for verb in VERBS:
         for role in ("nobody", "caller", "viewer", "tenant_admin"):

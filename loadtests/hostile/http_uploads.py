@@ -1,7 +1,7 @@
 """Program that opens connections with unfinished HTTP/1 requests and sends as much of each request as the server reads.
 
-python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 20 --key KEY python -m
-loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 1000
+    python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 20 --key KEY
+    python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 1000
 
 With a key every connection sends a body without the last byte; every second connection sends a chunked body. Without a
 key the connections alternate: a body of 16 MB without its last byte, 10,000 pipelined requests whose answers are not

@@ -1,7 +1,7 @@
 """Program that opens connections with unfinished gRPC requests and sends as much of each request as the server accepts.
 
-python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 20 --calls 1 --bytes 16000000 --key KEY python
--m loadtests.hostile.uploads HOST:PORT --report FILE --connections 1000 --calls 40 --bytes 60000 --strange
+    python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 20 --calls 1 --bytes 16000000 --key KEY
+    python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 1000 --calls 40 --bytes 60000 --strange
 
 The client respects flow control. Every request announces `--bytes` bytes and never sends the last byte. `--strange`:
 calls of a method that needs no credential and of a method that needs one, with a header field of 3 KB each, and finally

@@ -1,8 +1,8 @@
 """Part agents: 200 sessions of 43 turns with tool pauses and sub-agents, of three tenants of unequal weight.
 
-The fairness gap is that of the scenario fairness: the most that one of two tenants gained on the other in weighted
-service, divided by weight, in U, the larger of the longest prompt and the tokens that a worker held at once. Here it is
-measured over the intervals in which both tenants had calls waiting.
+The fairness gap is defined as in the scenario fairness: the most service, divided by weight, that one tenant gained
+over another, in units of U. U is the longest prompt or the most tokens that a worker held at once, whichever is more
+service. Here the gap is measured over the intervals in which both tenants had calls waiting.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ServiceObserver:
     longest_prompt: int = 0
     largest_gap: float = 0.0
     _lead: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
-    """Least and greatest lead of one tenant on the other, while both have calls waiting."""
+    """Smallest and largest lead of one tenant over the other, while both have calls waiting."""
 
     def __post_init__(self) -> None:
         self.service = dict.fromkeys(self.tenants, 0.0)

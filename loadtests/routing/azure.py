@@ -1,4 +1,4 @@
-"""Part azure: Azure's conversation trace, in which nothing can be reused, against the least load."""
+"""Part azure: Azure's conversation trace, in which nothing can be reused, compared with the policy "least load"."""
 
 from __future__ import annotations
 

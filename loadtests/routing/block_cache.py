@@ -45,7 +45,7 @@ class BlockCache:
         return len(self._references) + len(self._evictable)
 
     def match(self, names: Sequence[int]) -> int:
-        """Return how many leading blocks are held."""
+        """Return how many leading blocks of `names` are held."""
         count = 0
         for name in names:
             if name not in self._references and name not in self._evictable:
@@ -120,7 +120,8 @@ class PooledLru:
         self._names: OrderedDict[int, None] = OrderedDict()
 
     def use(self, names: Sequence[int], most: int = 0) -> int:
-        """Store a prompt's blocks as the last used ones, and return how many of its first `most` were held."""
+        """Store a prompt's blocks as the last used ones. Returns how many of its first `most` blocks were held before,
+        counted up to the first one that was not."""
         matched = 0
         for name in names[:most]:
             if name not in self._names:

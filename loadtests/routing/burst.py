@@ -1,4 +1,4 @@
-"""Part burst: 64 calls with one prefix within a millisecond, on eight workers that all hold it or of which one does.
+"""Part burst: 64 calls with one prefix within a millisecond, on eight workers, all or one of which hold the prefix.
 
 Load is the number of calls that were sent to a worker, 5 s after the burst.
 """
@@ -30,7 +30,7 @@ def _prompt() -> Prompt:
 
 def loads(policy: str, holders: int, seed: int) -> list[int]:
     """Return the number of calls that each worker got within AFTER_S of the burst. `holders`: number of workers that
-    hold the prefix before."""
+    hold the prefix before the burst."""
     cluster = Cluster(ClusterConfig(policy, seed=seed))
     for worker in cluster.workers[:holders]:
         prompt = _prompt()

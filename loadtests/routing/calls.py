@@ -1,4 +1,4 @@
-"""Calls of the scenario, and what was measured of each."""
+"""Calls of the scenario, and the measurements of each call."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from functools import cached_property
 from cluster.policy.kv_cache.prefix_hashes import Hashes, prefix_hashes, seed_of
 
 BLOCK_TOKENS = 512
-"""Tokens in a KV block; that of Mooncake's traces."""
+"""Tokens in a KV block, as in Mooncake's traces."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One call to make. `blocks`: content of the whole blocks of prompt and named output; equal numbers after equal
-    blocks are equal text. Of these, `prompt_tokens // BLOCK_TOKENS` belong to the prompt. Hashes take each block for
-    one token, which is faster and changes nothing else."""
+    """One call to make.
+
+    `blocks`: a number for the content of each whole block of the prompt and of the named output. Equal numbers after
+    equal blocks mean equal text. The first `prompt_tokens // BLOCK_TOKENS` blocks belong to the prompt. For the hashes,
+    each block counts as one token, which is faster and changes nothing else.
+    """
 
     tenant: str
     prompt_tokens: int
@@ -48,7 +51,7 @@ class Prompt:
 
     @property
     def total(self) -> int:
-        """Number of blocks for prompt and output, the last ones not whole."""
+        """Number of blocks for prompt and output. The last block may be partial."""
         return math.ceil((self.prompt_tokens + self.output_tokens) / BLOCK_TOKENS)
 
     @cached_property

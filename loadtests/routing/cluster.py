@@ -26,7 +26,7 @@ from loadtests.sim.fifo import FifoOrder
 from loadtests.sim.plant import ReplicaModel
 
 REPORT_S = 0.1
-"""Interval of claims and KV reports; that of gateway.scheduling.peer_backlog and worker.kv_events."""
+"""Interval of claims and KV reports, as in gateway.scheduling.peer_backlog and worker.kv_events."""
 LOAD_S = 0.5
 """Interval of the workers' load reports."""
 SWEEP_S = 0.25
@@ -46,8 +46,8 @@ def fifo(_: str) -> Order:
 class ClusterConfig:
     """Settings of a simulation.
 
-    `blocks`: KV blocks of a worker, of BLOCK_TOKENS tokens. `policy`: name in POLICIES, or `picker_of` builds another.
-    `order_of`: order of the waiting calls. `hedger_of`: creates a gateway's hedging policy.
+    `blocks`: KV blocks of a worker, of BLOCK_TOKENS tokens. `policy`: name in POLICIES. `picker_of`: if set, builds
+    the policy instead. `order_of`: order of the waiting calls. `hedger_of`: creates a gateway's hedging policy.
     `link_s`: delay of messages. `slow`: pairs of a worker's number and its slowness.
     """
 
@@ -139,7 +139,8 @@ class Cluster:
         return number
 
     def kill_gateway(self, number: int) -> list[RoutedCall]:
-        """Kill a gateway. Its running calls run on, unseen; return the calls that waited, as new ones to be sent."""
+        """Kill a gateway. Its running calls continue without a gateway. Returns the calls that waited, which the caller
+        is to send again."""
         gateway = self.gateways.pop(number)
         for worker in self.workers:
             worker.detach(number)

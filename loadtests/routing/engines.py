@@ -1,12 +1,11 @@
 """Part engines: multi-turn chats on two vLLM workers, beside one pooled LRU cache and vllm-router on the same engines.
 
 `python -m loadtests.routing.engines` runs it alone. The gateway runs in this process, so that each call's prediction is
-read when the call is sent to its worker. A salt is a cache_salt of the callers: half of the chats have another one, and
-all begin with the same text.
+read when the call is sent to its worker. All chats begin with the same text, but half of them have another cache_salt.
 
 A prediction differs from what the engine found if blocks were evicted or stored between the worker's last report and
-the call's start. Each difference is traced: the worker has reported the block at which they differ, as removed or as
-stored, after the decision.
+the call's start. A difference is traced if, after the decision, the worker has reported the block at which they differ
+as removed or as stored.
 """
 
 from __future__ import annotations
@@ -192,12 +191,12 @@ class Journal:
 
     caches: WorkerCaches
     decisions: dict[int, Decision] = field(default_factory=dict)
-    """By the call's seed, which is a number of the call; it changes nothing at temperature 0."""
+    """Decisions by the call's seed, which numbers the call and has no effect at temperature 0."""
     reports: list[tuple[float, str, frozenset[int], frozenset[int]]] = field(default_factory=list)
     """Time, worker, stored and removed blocks."""
 
     def install(self) -> None:
-        """Observe the calls that the gateway makes of its index."""
+        """Record the gateway's calls of its cache index."""
         expect, report = self.caches.expect, self.caches.report
 
         def observed_expect(link: WorkerLink, key: str, request: EngineRequest, now: float) -> None:
@@ -221,7 +220,7 @@ class Journal:
         self.decisions[request.sampling.seed or 0] = decision
 
     def is_traced(self, decision: Decision, cached: int) -> bool:
-        """Return whether the worker has reported the block at which prediction and engine differ after the decision."""
+        """Return whether the worker, after the decision, reported the block at which prediction and engine differ."""
         at = min(decision.predicted, cached) // BLOCK
         block, is_lost = decision.hashes[at], decision.predicted > cached
         return any(

@@ -54,7 +54,7 @@ class RoutingGateway:
 
     `carry_out(call, worker)` submits a call, `cancel(call, worker)` aborts it. `claim(calls)` reports the number of
     waiting calls to the workers. `slots`: number of sequences that a worker runs at once. `knows_blocks`: whether the
-    gateway keeps a cache index. `hedger`: its hedging policy. `adapters`: those that all workers have loaded.
+    gateway keeps a cache index. `hedger`: its hedging policy. `adapters`: the adapters that all workers have loaded.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class RoutingGateway:
                 self._hedger.hedged(key, decision.worker_id, uncached, now)
 
     def _settle(self, call: RoutedCall, winner: int, now: float) -> None:
-        """Keep the worker that answered first, and abort the call at the other."""
+        """Keep the worker that answered first, and abort the call at the other worker."""
         loser = call.worker if winner == call.second else call.second
         link = self._links[loser]
         link.running -= 1
@@ -208,7 +208,7 @@ class RoutingGateway:
     # ---- links
 
     def join(self, worker: int) -> None:
-        """Add a worker, of whose blocks nothing is known before its snapshot."""
+        """Add a worker. Its blocks are unknown until its snapshot arrives."""
         self.index.add_worker(str(worker))
 
     def granted(self, worker: int, grant: Grant, now: float) -> None:
@@ -226,7 +226,8 @@ class RoutingGateway:
         self._links[worker].resident = adapters
 
     def owns(self, worker: int, call_id: str) -> bool:
-        """Return whether outputs of a worker are those of a call, and not of a hedge that has lost."""
+        """Return whether a worker's outputs for a call count: the call has not ended, and the worker has not lost a
+        hedge."""
         call = self.calls.get(call_id)
         return call is not None and (call.worker == worker or call.second == worker)
 
@@ -310,7 +311,7 @@ class RoutingGateway:
         return False
 
     def _first_block(self) -> int:
-        """Name of the routed prompt: the hash of its first blocks, 0 for a prompt without whole blocks."""
+        """Return a name for the routed prompt: the hash of its first blocks, or 0 for a prompt without whole blocks."""
         hashes = self._head.prompt.hashes if self._head is not None else ()
         return int(hashes[min(len(hashes), 8) - 1]) if len(hashes) else 0
 

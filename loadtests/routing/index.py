@@ -37,7 +37,7 @@ WORKERS, PAIRS, PEER_PAIRS = 1000, 10_000_000, 1_000_000
 BLOCK = 16
 SHORT, LONG = 250, 8000
 SHARED_PROMPTS = 500
-"""Number of prompts of which each worker holds a few; three quarters of a worker's prompts are its own."""
+"""Number of prompts that several workers hold. A quarter of each worker's prompts are chosen from these."""
 BATCH = 1024
 """Number of blocks that are stored at once, as in a worker's messages."""
 TURN_TOKENS = 500
@@ -83,7 +83,7 @@ class Times:
 
 
 def timed(work: Callable[[int], object], count: int) -> Times:
-    """Return the CPU times of `work(0)`, `work(1)`, ..."""
+    """Return the CPU times of the calls `work(0)` to `work(count - 1)`."""
     took = []
     for number in range(count):
         begun = time.thread_time()
@@ -134,7 +134,7 @@ class Filled:
 
 
 def run(seed: int = 0, workers: int = WORKERS, pairs: int = PAIRS, calls: int = 4000) -> list[Figure]:
-    """Measure the index. Returns the rows up to those of the peers."""
+    """Measure our index. Returns its rows."""
     filled = Filled(seed, workers, pairs)
     index, bytes_a_pair, rate = filled.index, filled.index.bytes_used / filled.stored, filled.stored / filled.store_s
     texts = {count: [filled.token_ids(count) for _ in range(8)] for count in (SHORT, LONG)}
@@ -171,7 +171,8 @@ def _hash_and_match(index: CacheIndex, prompts: Sequence[array[int]], number: in
 
 
 def grown(filled: Filled, conversations: int = 20, turns: int = 20) -> Figure:
-    """Hash conversations of 60,000 tokens that grow by TURN_TOKENS a turn, in turns, and count the hashed blocks."""
+    """Hash conversations of 60,000 tokens that grow by TURN_TOKENS a turn, and count the hashed blocks. The
+    conversations take turns."""
     memory, times, fresh = PromptHashes(), [], []
     whole = [filled.token_ids(60_000 // BLOCK + turns * TURN_TOKENS // BLOCK) for _ in range(conversations)]
     lengths = [60_000 + turn * TURN_TOKENS for turn in range(turns)]
@@ -191,7 +192,7 @@ def grown(filled: Filled, conversations: int = 20, turns: int = 20) -> Figure:
 
 
 class _Link:
-    """What WorkerCaches reads of a link."""
+    """The part of a link that WorkerCaches reads."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,7 +1,7 @@
-"""The way of KV events from a worker to a gateway: late, in order, and sometimes lost.
+"""Delivery of KV events from a worker to a gateway: delayed, in order, and sometimes lost.
 
-A batch arrives after a random delay, not before those sent earlier. A lost batch is noticed when a later number
-arrives, of a batch or of a heartbeat, and is sent again. Batches behind a gap wait until it is closed.
+A batch arrives after a random delay, but never before an earlier batch. The gateway notices a lost batch when a batch
+or heartbeat with a later number arrives. The batch is then sent again, and later batches wait for it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Part new_gateway: of two gateways one is killed under load, and another starts in its place.
 
-Each worker sends the new gateway a snapshot of its blocks. The hit rate counts as back at the first moment from which
-on the new gateway knows, over the calls of the next WINDOW_S, at least ENOUGH of the tokens that a worker has cached.
+Each worker sends the new gateway a snapshot of its blocks. The hit rate counts as back at the first time after which
+the new gateway knows at least ENOUGH of the cached tokens. This is a share over the calls of the next WINDOW_S.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ BLOCKS, SPEED = 3000, 1.0
 KILL_S, FOR_S, WINDOW_S, GRID_S = 600.0, 60.0, 5.0, 0.05
 ENOUGH = 0.98
 STAMP_S = 3.0
-"""Resolution of the trace's times. Its calls are spread over so long, to see what happens in between."""
+"""Resolution of the trace's times. Calls with equal times are spread over this time, so that none of it is without
+calls."""
 BACK = "a gateway killed, another started under load: hit rate back after"
 ROWS: Mapping[str, Bound] = {BACK: Bound("<=", 2.0)}
 
 
 class Known(NamedTuple):
-    """A call at the new gateway: its arrival in seconds after the gateway started, the leading tokens of its prompt
-    that a worker holds, and those that the gateway knows of, each at the best worker."""
+    """A call at the new gateway. `after_s`: its arrival, in seconds after the gateway started. `held`: leading tokens
+    of its prompt that the best worker holds. `known`: those of them that the gateway knows of at one worker."""
 
     after_s: float
     held: int
@@ -73,7 +74,7 @@ def replace_gateway(cluster: Cluster, number: int) -> list[RoutedCall]:
 
 
 def back_after_s(calls: Sequence[Known]) -> float:
-    """Return after how many seconds the hit rate is back; FOR_S if it is not within that time."""
+    """Return after how many seconds the hit rate is back, or FOR_S if it is not back within FOR_S."""
     for step in range(round(FOR_S / GRID_S)):
         window = [call for call in calls if step * GRID_S <= call.after_s < step * GRID_S + WINDOW_S]
         if sum(call.known for call in window) >= ENOUGH * sum(call.held for call in window):

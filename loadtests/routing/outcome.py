@@ -45,12 +45,12 @@ class Outcome:
 
     @property
     def hits(self) -> float:
-        """Cached tokens against those of the pooled LRU."""
+        """Cached tokens relative to those of the pooled LRU."""
         return self.cached / max(self.pooled, 1)
 
     @property
     def hits_alike(self) -> float:
-        """Cached tokens against those of the pooled cache with the same calls at the same times."""
+        """Cached tokens relative to those of the pooled cache with the same calls at the same times."""
         return self.cached / max(self.in_pool, 1)
 
     @property
@@ -82,8 +82,8 @@ def variation(values: Sequence[float]) -> float:
 
 
 def measured(label: str, cluster: Cluster, calls: Sequence[RoutedCall] | None = None) -> Outcome:
-    """Return the measurements of a finished simulation, of some calls or of all. Raises RuntimeError if a call has not
-    ended."""
+    """Return the measurements of a finished simulation. `calls`: the calls to include, None for all. Raises
+    RuntimeError if one of them has not ended."""
     chosen = cluster.calls if calls is None else calls
     if open_calls := sum(call.ended < 0 for call in chosen):
         raise RuntimeError(f"{label}: {open_calls} of {len(chosen)} calls have not ended")

@@ -1,7 +1,7 @@
-"""Policies that choose the worker of a new call, by name: that of the gateways, variants of it, plain ones.
+"""Policies that choose the worker of a new call, by name: the gateways' policy, variants of it, and plain policies.
 
-A policy is a function of the call and the candidates, like `policy.routing.router.pick`. Chance comes from a seeded
-generator.
+A policy is a function of the call and the candidates, like `policy.routing.router.pick`. Random choices come from a
+seeded generator.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _consistent_hash(prefix: Prefix, rng: Random) -> Picker:
 
 
 def _longest_prefix(prefix: Prefix, rng: Random) -> Picker:
-    """Return the precise policy without a load term: the longest cached prefix, of equal ones the least load."""
+    """Return the precise policy without a load term: the longest cached prefix, and among equal ones the least load."""
     return _chosen(lambda call, fitting: min(fitting, key=lambda c: (-call.cached.get(c.worker_id, 0), _load(c))))
 
 
@@ -117,6 +117,6 @@ POLICIES: Mapping[str, Callable[[Prefix, Random], Picker]] = {
 }
 OURS = "cost"
 PLAIN = ("round robin", "least load", "power of two", "consistent hash", "longest prefix", "prefix or load")
-"""Policies of which the best is the baseline."""
+"""Plain policies. The best of them is the baseline."""
 BLIND = ("round robin", "least load", "power of two", "consistent hash")
 """Policies that do not use the cache index."""

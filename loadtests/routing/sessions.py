@@ -1,7 +1,7 @@
 """Sessions of agents: each turn extends the turn before, after a pause for tools; some turns start sub-agents.
 
-A sub-agent begins with the tokens that all agents of its tenant share, and has a few turns of its own. Its session goes
-on when all of its sub-agents have ended.
+A sub-agent begins with the tokens that all agents of its tenant share, and has a few turns of its own. A session
+continues when all of its sub-agents have ended.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class AgentTenant:
 
 @dataclass(frozen=True, slots=True)
 class SessionsConfig:
-    """Lengths in tokens and times in seconds. `new_tokens`, `output_tokens`: medians of what a turn adds to its prompt
-    and of its output. `start_s`: time within which the sessions begin. `spawns`: share of the turns after which
-    `sub_agents` of `sub_turns` turns start."""
+    """Lengths in tokens and times in seconds. `new_tokens`: median of the tokens that a turn adds to its prompt.
+    `output_tokens`: median length of an output. `start_s`: time within which the sessions begin. `spawns`: share of the
+    turns after which sub-agents start. Each time `sub_agents` start, each with `sub_turns` turns."""
 
     tenants: Sequence[AgentTenant]
     turns: int = 43

@@ -12,7 +12,8 @@ from loadtests.sim.adapters import AdapterMix
 Timed = list[tuple[float, Prompt]]
 """Calls with their times in seconds."""
 ADAPTER_BLOCKS = 4
-"""Number of first blocks by which a traced prompt names an adapter. So most prompts that begin alike name the same."""
+"""Number of first blocks that decide which adapter a traced prompt names. So most prompts that begin alike name the
+same adapter."""
 
 
 def mooncake(speed: float = 1.0, most: int | None = None, folder: Path | None = None) -> Timed:
@@ -25,7 +26,7 @@ def mooncake(speed: float = 1.0, most: int | None = None, folder: Path | None = 
 
 
 def with_adapters(calls: Timed, mix: AdapterMix | None) -> Timed:
-    """Return calls of which some name adapters, the same in each run."""
+    """Return the calls, some of which name adapters. The choice is the same in each run."""
     if mix is None:
         return calls
     return [

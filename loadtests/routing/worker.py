@@ -31,7 +31,7 @@ MODEL = ReplicaModel(
 """An engine of 12,000 prompt tokens a second and 64 slots."""
 _LINKS = 1000
 _LATE_STEPS = 48
-"""Most steps between two events of which the admission window is told."""
+"""Maximum number of steps between two events that are reported to the admission window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class WorkerOutputs:
     """Callbacks of a worker. Links are numbers of gateways.
 
     `first(link, call id, cached tokens, cached tokens in the pool)`: a first token. `ended(link, call id)`: the last
-    token. `granted(grant)`: a credit grant for the link that it names. `changed()`: the blocks have changed; once
-    until they are reported. `adapters(names)`: other adapters than before lie in the engine's slots.
+    token. `granted(grant)`: a credit grant for the link that it names. `changed()`: the blocks have changed for the
+    first time since the last report. `adapters(names)`: the adapters in the engine's slots have changed.
     """
 
     first: Callable[[int, str, int, int], None]
@@ -78,8 +78,8 @@ class PrefixWorker:
         pool: BlockCache | None = None,
         adapters: AdapterMix | None = None,
     ) -> None:
-        """`adapters`: None if no call names one. `pool`: a cache of the summed size of all workers, in which each
-        worker does what it does in its own: the reference for hits that has the same calls at the same times."""
+        """`adapters`: None if no call names one. `pool`: a cache as large as those of all workers together, on which
+        each worker repeats its operations. It is the reference for hits with the same calls at the same times."""
         self.number = number
         self._slots = None if adapters is None else AdapterSlots(adapters)
         self.cache = BlockCache(blocks)
@@ -135,8 +135,9 @@ class PrefixWorker:
             self._outputs.granted(replace(grant, link=grant.link % _LINKS))
 
     def _rank(self, link: int) -> int:
-        """Return the link's number among the links of this worker. Of equal claims, the lowest number gets what cannot
-        be divided; if that were the same gateway at every worker, another one would have no credit anywhere."""
+        """Return the link's number among the links of this worker. Among equal claims, the lowest number gets the rest
+        that cannot be divided. The numbers differ from worker to worker. Otherwise the same gateway would get the rest
+        at every worker, and another gateway might have no credit anywhere."""
         return (link * 40_503 + self.number * 30_011) % 97 * _LINKS + link
 
     def pop_change(self) -> KvChange:

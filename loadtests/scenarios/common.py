@@ -108,9 +108,7 @@ class Stage:
 
 @dataclass(eq=False, slots=True)
 class Contestant:
-    """An arm with the client and the processes of the arm. `after` adds values to a round that only
-    the server knows.
-    """
+    """An arm with its client and its processes. `after`: returns values that only the server knows, for a run."""
 
     arm: Arm
     face: Face

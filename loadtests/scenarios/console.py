@@ -1,4 +1,4 @@
-"""The console in the browser: what it costs the gateway, how soon it shows what happens, and what it withstands.
+"""The console in the browser: its cost in the gateway, the delay of its updates, and its resistance to attacks.
 `--only PART` runs some of the parts.
 
 `cost`: gateway CPU with 20 open consoles and with none, in turn. `memory`: the hour of history. `pages`: times in

@@ -2,8 +2,8 @@
 
 Eight simulated workers and one, two or eight gateways run in virtual time. Waiting room, fair queue, credits, accounts
 and routing are the production code (loadtests/sim). Reports come 100 ms late. The tenants' lengths are from public
-traces if those are present. Only the cost of queueing is measured in real time. With `--adapters SHARE` so many of the
-calls name one of 64 adapters, of which eight lie in a worker's engine at a time.
+traces if those are present. Only the cost of queueing is measured in real time. With `--adapters SHARE` this share of
+the calls names one of 64 adapters, of which eight lie in a worker's engine at a time.
 """
 
 from __future__ import annotations

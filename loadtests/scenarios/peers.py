@@ -4,8 +4,8 @@ vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and 
 and its direct ingress (e) run in front of a plain vLLM deployment. Our stack (f, g, h) is a gateway process and a
 worker process with the parts of the Ray replica, without Ray's own processes. Engines and their ranks are bound to one
 core, all front ends and the driver to another core. The rows that need no engine are measured by relay, longprompt,
-startup and processes. With `--adapters SHARE` so many of the calls name one of eight adapters, on our side and on
-vLLM's server, alone and behind vllm-router; the other peers and the rows without an engine are left out.
+startup and processes. With `--adapters SHARE` this share of the calls names one of eight adapters, on our side and
+on vLLM's server, alone and behind vllm-router. The other peers and the rows without an engine are then left out.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ Start = Callable[[], Awaitable[tuple[Face, list[tuple[int, str]]]]]
 
 
 def value_of(kind: str) -> Callable[[Round], float | None]:
-    """Return the function that takes from a round the value that a row compares."""
+    """Return a function that returns, for a round, the value that a row compares."""
     if kind in ("p50", "p99"):
         return lambda round_: round_.run.quantile("ttft_s", float(kind[1:]))
 

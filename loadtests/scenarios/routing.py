@@ -2,10 +2,9 @@
 
 The parts replay traces and agents' sessions, and measure the cache index beside its peers.
 
-
 Scheduling policy, waiting room, router, fair queue, cache index, prefix hashes, credit and admission window are the
 production code. KV events come late, and some batches are lost and sent again. `--only PART` runs some of the parts.
-With `--adapters SHARE` so many of the calls of the parts mooncake, agents and azure name one of 64 adapters.
+With `--adapters SHARE` this share of the calls of the parts mooncake, agents and azure names one of 64 adapters.
 """
 
 from __future__ import annotations

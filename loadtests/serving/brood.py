@@ -3,8 +3,8 @@
     python -m loadtests.serving.brood --folder DIR --workers FILE [--restart-s 0.2]
 
 FILE holds a JSON list of command lines for loadtests.serving.worker. The program imports everything once and forks each
-worker, so that a killed worker is back at once. A real worker is not, even with a warm page cache. DIR/i.pid has the
-pid of the current process of worker i.
+worker, so that a killed worker is back at once. A real worker takes longer, even with a warm page cache. DIR/i.pid has
+the pid of the current process of worker i.
 """
 
 from __future__ import annotations

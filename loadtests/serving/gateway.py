@@ -1,7 +1,7 @@
 """Program that runs a gateway with a witness in the same process.
 
-python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ... python -m loadtests.serving.gateway
---stalls FILE -- gateway -f ... --folder ...
+    python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ...
+    python -m loadtests.serving.gateway --stalls FILE -- gateway -f ... --folder ...
 
 `--modules` runs the command line unchanged and writes the names of all imported modules at the end. `--stalls` runs the
 same gateway and samples the event loop every few milliseconds; at every SIGUSR1 the program writes the worst lateness

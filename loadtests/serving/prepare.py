@@ -1,11 +1,11 @@
 """Program that makes a checkpoint (or only a tokenizer) and its bundle. It is a separate process, since it imports
 transformers.
 
-python -m loadtests.serving.prepare KIND FOLDER
+    python -m loadtests.serving.prepare KIND FOLDER
 
-writes FOLDER/model and FOLDER/bundle. KIND is `llama` (a tiny checkpoint with random weights), `tokenizer` (the same
-checkpoint without weights), `big` (a tokenizer of 128,000 pieces), `minilm` (the embedding model of the demo) or the
-folder of a checkpoint, which is used in place.
+The program writes FOLDER/model and FOLDER/bundle. KIND is `llama` (a tiny checkpoint with random weights), `tokenizer`
+(the same checkpoint without weights), `big` (a tokenizer of 128,000 pieces), `minilm` (the embedding model of the demo)
+or the folder of a checkpoint, which is used in place.
 """
 
 from __future__ import annotations

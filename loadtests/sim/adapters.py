@@ -59,7 +59,7 @@ class AdapterSlots:
         return frozenset(self._slots)
 
     def use(self, adapter: str) -> float:
-        """Use an adapter, "" for none; return for how many seconds the engine stands still before."""
+        """Use an adapter, "" for none; return for how many seconds the engine stops first, to copy it."""
         if not adapter:
             return 0.0
         is_resident = adapter in self._slots

@@ -58,9 +58,9 @@ class SessionsConfig:
     """Configuration of a run. Lengths in tokens, times in seconds.
 
     `shared_tokens`: first tokens that all sessions of a tenant share. `first_tokens`: tokens of the first turn beside
-    these. `new_tokens`, `output_tokens`: medians of what each turn adds to its prompt, and of its output. Sessions
-    begin within `start_s`. `kv_blocks`: blocks of BLOCK_TOKENS of each worker. `warm` False: within a tenant, first
-    come, first served.
+    these. `new_tokens`: median of the tokens that a turn adds to its prompt. `output_tokens`: median length of an
+    output. Sessions begin within `start_s`. `kv_blocks`: blocks of BLOCK_TOKENS of each worker. `warm` False: within a
+    tenant, first come, first served.
     """
 
     tenants: Sequence[SessionTenant]
@@ -85,10 +85,11 @@ class SessionsConfig:
 class _Session:
     tenant: SessionTenant
     rng: Random
-    """Of its own, so that the lengths and pauses of a session do not depend on the order of the calls."""
+    """Random generator of this session alone, so that its lengths and pauses do not depend on the order of the
+    calls."""
     tokens: int
     blocks: list[int]
-    """Hashes of its blocks, with room for tokens that are not there yet."""
+    """Hashes of its blocks, including blocks of future tokens."""
     turns: int = 0
 
 

@@ -1,4 +1,4 @@
-"""Dashboard of a model: its SLO, where time goes, and what it answers."""
+"""Dashboard of a model: its SLO, latency and load."""
 
 from __future__ import annotations
 

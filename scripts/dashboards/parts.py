@@ -60,7 +60,7 @@ def quantiles(metric: str, by: str = "model", matcher: str = MODEL) -> list[Quer
 
 
 def thresholds(steps: Steps) -> builders.ThresholdsConfig:
-    """Return thresholds: the colour from each value on; the first value is None."""
+    """Return thresholds. Each step is a value, None in the first one, and the colour from this value on."""
     made = [dashboard.Threshold(value, color) for value, color in steps]
     return builders.ThresholdsConfig().mode(dashboard.ThresholdsMode.ABSOLUTE).steps(made)
 
@@ -83,7 +83,7 @@ def runbook(alert: str) -> builders.DashboardLink:
 
 
 def runbook_of_row() -> builders.DashboardLink:
-    """Return the link of a table's column `alertname` to the runbook of its alert."""
+    """Return the link from each row of a table to the runbook of the alert in the column `alertname`."""
     return (
         builders.DashboardLink("Runbook")
         .type(dashboard.DashboardLinkType.LINK)
@@ -93,7 +93,7 @@ def runbook_of_row() -> builders.DashboardLink:
 
 
 def to_board(name: str, variable: str = "", label: str = "") -> builders.DashboardLink:
-    """Return a link to another dashboard, with this cluster and, if given, one value of a clicked series."""
+    """Return a link to another dashboard. If given, its `variable` gets the label `label` of the clicked series."""
     address = f"/d/headrace-{name}?var-datasource=${{datasource}}&var-cluster=${{cluster}}"
     if variable:
         address += f"&var-{variable}=${{__data.fields.{label or variable}}}"
@@ -107,7 +107,7 @@ class Board:
     name: str
     description: str
     variables: Sequence[str] = ()
-    """Further variables: `model`, `tenant`, `price`."""
+    """Names in VARIABLES. Every dashboard also has the variables `datasource` and `cluster`."""
     made: builders.Dashboard = field(init=False)
     _x: int = 0
     _y: int = 0
@@ -231,7 +231,7 @@ class Board:
         link: tuple[str, builders.DashboardLink] | None = None,
     ) -> None:
         """Add a table with the current values. `columns`: the queries by column; rows are joined on their labels.
-        `units`: units of columns that have one. `link`: a column with a link."""
+        `units`: units of columns that have one. `link`: a column, and the link of its cells."""
         names = {f"Value #{chr(ord('A') + at)}": name for at, name in enumerate(columns)}
         panel = (
             table.Panel()
@@ -264,7 +264,7 @@ class Board:
             panel.id_val = at
         document = json.loads(json.dumps(whole, cls=JSONEncoder))
         for annotation in document["annotations"]["list"]:
-            annotation["titleFormat"] = TITLES[annotation["name"]]  # a field of Prometheus' own, unknown to the library
+            annotation["titleFormat"] = TITLES[annotation["name"]]  # a field that the library does not know
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
 

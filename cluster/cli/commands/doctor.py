@@ -238,7 +238,7 @@ CHECKS: Sequence[Callable[[], DoctorFinding]] = (
 
 
 def missing_reason(name: str) -> str:
-    """Run the check with a name, and return what is missing, with the remedy, in one line; "" if nothing is missing.
+    """Run the check `name`. Returns what is missing and the remedy in one line, or "" if nothing is missing.
 
     Raises KeyError for an unknown name.
     """

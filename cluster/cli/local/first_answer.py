@@ -1,4 +1,4 @@
-"""The first answer of a demo: to a question, or the vectors or the ranking of three texts."""
+"""The first call of a demo: a question to a model, or the vectors or the ranking of three texts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TIMEOUT_S = 120
 
 
 async def served_tasks(endpoint: str, model: str) -> Sequence[PoolingTask]:
-    """Return the pooling tasks of a model; empty for a model that generates, and if the gateway does not say.
-    `endpoint`: of a gateway's gRPC port."""
+    """Return the pooling tasks of a model; empty for a model that generates text, and if the gateway returns an error.
+    `endpoint`: host:port of a gateway's gRPC API."""
     async with AsyncClient(endpoint, timeout_s=TIMEOUT_S) as client:
         try:
             return pooling_tasks((await client.model(model)).capabilities)

@@ -1,1 +1,1 @@
-"""The support bundle: what it has of a cluster, how it is redacted, and the archive."""
+"""The support bundle: its parts, their redaction, and the archive."""

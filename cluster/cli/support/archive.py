@@ -1,4 +1,4 @@
-"""The archive of a support bundle: redacted parts, bounded, with a manifest, readable by its owner alone."""
+"""The archive of a support bundle: the redacted parts, limited in size, and a manifest. Only its owner can read it."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def redacted_files(parts: Parts, redactor: Redactor, about: Mapping[str, Any]) -
         "left_out": [{"name": name, "reason": reason} for name, reason in sorted(left_out.items())],
         "replaced_secrets": redactor.replaced,
     }
-    # the manifest of a cluster with hashed names must not have them either
+    # with hashed names, the manifest must not have the tenants' names either
     return {MANIFEST: as_text(redactor.document(manifest)).encode("utf-8", "backslashreplace"), **files}
 
 
 def write_archive(file: Path, files: Mapping[str, bytes], folder: str, at_s: float) -> None:
-    """Write the files as a .tar.gz with mode 0600, in one folder. The archive appears whole or not at all.
+    """Write the files as a .tar.gz with mode 0600, in one folder. A failed write leaves no archive.
 
     `at_s`: time of all files, in seconds since the epoch. Raises OSError.
     """

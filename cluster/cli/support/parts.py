@@ -10,11 +10,11 @@ from typing import Any
 
 MAX_PART_BYTES = 8 << 20
 MAX_BUNDLE_BYTES = 64 << 20
-"""Bounds before compression, of one part and of all together."""
+"""Maximum sizes of one part and of all parts together, before compression."""
 
 
 class LeftOut(Exception):
-    """A part, or a piece of one, is not in the bundle. The message is the reason, for the manifest."""
+    """Error: a part or a piece of a part cannot be collected. The manifest has the message as the reason."""
 
 
 @dataclass
@@ -40,14 +40,14 @@ class Parts:
         return min(most_s, left_s)
 
     def document(self, name: str, collect: Callable[[], Any]) -> Any:
-        """Collect a JSON document; None if it is left out."""
+        """Store the JSON document that `collect` returns. Returns it, or None if it is left out."""
         found = self._collected(name, collect)
         if found is not None:
             self.documents[name] = found
         return found
 
     def text(self, name: str, collect: Callable[[], str]) -> None:
-        """Collect a text."""
+        """Store the text that `collect` returns."""
         found = self._collected(name, collect)
         if found is not None:
             self.texts[name] = found
@@ -67,7 +67,7 @@ def as_text(document: Any) -> str:
 
 
 def cut(text: str, most_bytes: int) -> tuple[bytes, bool]:
-    """Return the last whole lines of a text that fit into a number of bytes, and whether some were cut off."""
+    """Return the last whole lines of a text that fit into a number of bytes, and whether lines were cut off."""
     data = text.encode("utf-8", "backslashreplace")
     if len(data) <= most_bytes:
         return data, False
@@ -77,7 +77,8 @@ def cut(text: str, most_bytes: int) -> tuple[bytes, bool]:
 def event_lines(lines: Iterable[str], events: Mapping[str, str], most: int) -> tuple[list[dict[str, Any]], int]:
     """Return the newest log lines that are events of Headrace, and the number of other lines.
 
-    Other lines may be output of a program, with anything in it. A traceback may quote values, so it is left out too.
+    Other lines are left out because another program's output may contain secrets. Tracebacks are left out because they
+    may quote values.
     """
     found: list[dict[str, Any]] = []
     others = 0

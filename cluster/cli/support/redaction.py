@@ -1,8 +1,8 @@
-"""Redaction of what a support bundle has. Pure: it reads no files.
+"""Redaction of the parts of a support bundle. This module reads no files.
 
-Two means work together. `Rules` keeps of a configuration only values that are known to be harmless: numbers, switches,
+There are two steps. `Rules` keeps only the values of a configuration that are known to be harmless: numbers, switches,
 and texts under the keys of SHOWN. `Redactor` then replaces, in every text of the bundle, the secrets that the rules
-found, the contents of secret files, and whatever has the form of a key, a token or a private key.
+found, the contents of secret files, and everything that has the form of a key, a token or a private key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit, urluns
 
 REDACTED = "[redacted]"
 MIN_SECRET = 4
-"""Shorter texts are not searched for in the bundle: they would be found everywhere."""
+"""Minimum length of a secret that is searched for in the bundle. Shorter texts would be found everywhere."""
 SHOWN = frozenset(
     {
         "api_version", "name", "aliases", "version", "revision", "digest", "dtype", "class", "classes", "fallback",
@@ -35,7 +35,7 @@ SHOWN = frozenset(
         "kind", "apiVersion", "imageRegistry",
     }
 )  # fmt: skip
-"""Keys whose texts are shown. Paths of files are shown too: the last part of their key is `file`, `dir` or `folder`."""
+"""Keys whose texts are shown. Texts of keys that end with `file`, `dir` or `folder` are paths and shown too."""
 ADDRESSES = frozenset(
     {
         "source", "sources", "database_url", "limits_url", "dashboard_url", "url", "endpoint", "issuer", "public_url",
@@ -49,7 +49,7 @@ _SECRET = re.compile(
     r"|header|dsn|signature"
 )
 _HARMLESS = re.compile(r"_tokens$|^tokens?_per_|TokensPer|^(existing|tls|gateway|worker|controller)Secret$|_file$")
-"""Keys that sound like a secret and hold a number of tokens, the name of a Kubernetes Secret, or a path."""
+"""Keys that match _SECRET, but have a number of tokens, the name of a Kubernetes Secret, or a path as their value."""
 _URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)([^\s/@\"'<>]+)@")
 _FORMS = (
     re.compile(r"(hr_[A-Za-z0-9]{1,32}_)[A-Za-z0-9]{8,}()"),
@@ -62,18 +62,18 @@ _FORMS = (
 
 @dataclass
 class Rules:
-    """Keeps of a document what is known to be harmless, and collects the secrets that it leaves out.
+    """Keeps only the harmless values of a document, and collects the secrets that it leaves out.
 
-    `known`: all keys that the configuration has. Numbers below another key that sounds like a secret are left out.
+    `known`: all keys that a configuration may have. Below any other key that matches _SECRET, numbers are left out too.
     """
 
     known: frozenset[str] = frozenset()
     secrets: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
-    """Paths of what was left out or changed."""
+    """Paths of the values that were left out or changed."""
 
     def apply(self, value: Any, path: tuple[str, ...] = ()) -> Any:
-        """Return a document without what is not known to be harmless. `path`: keys above the value, lists included."""
+        """Return a document without the values that are not known to be harmless. `path`: the keys above `value`."""
         if isinstance(value, Mapping):
             return {str(key): self.apply(item, (*path, str(key))) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -109,8 +109,8 @@ class Rules:
 def without_credentials(address: str) -> tuple[str, set[str]]:
     """Return an address without password, query and fragment, and the secrets that were in it.
 
-    A user name stays, unless it is alone: some services take a token there. A text that cannot be read as an address is
-    redacted as a whole.
+    A user name without a password is removed too, because some services accept a token as the user name; PostgreSQL
+    does not, so it stays there. A text that cannot be parsed as an address is redacted as a whole.
     """
     try:
         parts = urlsplit(address)
@@ -147,8 +147,8 @@ def secrets_in_file(text: str) -> set[str]:
 class Redactor:
     """Replaces secrets, and the names of tenants if wanted, in texts and documents.
 
-    `secrets`: texts that must not be in the bundle. `salt`: key of the hashes of names, another one for each bundle;
-    None keeps the names.
+    `secrets`: texts that must not be in the bundle. `names`: names of tenants. `salt`: key for the hashes of the names,
+    different for each bundle; None keeps the names.
     """
 
     def __init__(self, secrets: Iterable[str], salt: bytes | None = None, names: Iterable[str] = ()) -> None:
@@ -213,12 +213,12 @@ def variants_of(secret: str) -> set[str]:
 
 
 def hashed(name: str, salt: bytes) -> str:
-    """Return what stands for a tenant's name in a bundle with hashed names."""
+    """Return the text that replaces a tenant's name in a bundle with hashed names."""
     return f"tenant-{hmac.new(salt, name.encode(), hashlib.sha256).hexdigest()[:12]}"
 
 
 def _any_of(texts: Collection[str], before: str = "", after: str = "") -> re.Pattern[str] | None:
-    """Return an expression for any of the texts, the longest first; None without texts."""
+    """Return a regular expression that matches any of the texts, the longest first; None without texts."""
     if not texts:
         return None
     longest_first = sorted(texts, key=lambda text: (-len(text), text))

@@ -32,7 +32,7 @@ T = TypeVar("T")
 MAX_CONFIG_BYTES = 4 << 20
 MAX_SECRET_BYTES = 64 << 10
 MAX_CALLS = 50
-"""Recent calls whose routing decisions are collected."""
+"""Maximum number of recent calls whose routing decisions are collected."""
 LAST_DECISIONS = 20
 MAX_LINES = 5000
 TAIL_BYTES = 4 << 20
@@ -76,7 +76,7 @@ def read_file(file: Path, most_bytes: int) -> str:
 
 
 def configuration(file: Path, rules: Rules) -> Any:
-    """Return a configuration file or values of the chart, without what is not known to be harmless. Raises LeftOut.
+    """Return the harmless values of a configuration file or of the chart's values. Raises LeftOut.
 
     `rules` collects the secrets in it, and in the secret files that it names.
     """
@@ -104,7 +104,7 @@ def _secret_files(value: Any) -> Iterable[Path]:
 
 
 def _secrets_of(file: Path) -> set[str]:
-    """Return the secrets in a file; none if it cannot be read, for what this user cannot read is in no other part."""
+    """Return the secrets in a file; none if this user cannot read the file, since then no part has its contents."""
     try:
         return secrets_in_file(read_file(file, MAX_SECRET_BYTES))
     except (LeftOut, ValueError):
@@ -112,7 +112,7 @@ def _secrets_of(file: Path) -> set[str]:
 
 
 def problems(file: Path) -> Any:
-    """Return what `headrace config check` says of a file. Its texts may quote values, which the redactor replaces."""
+    """Return the errors of a configuration file. The messages may quote secrets, which the redactor replaces."""
     try:
         load(file)
     except ConfigError as error:
@@ -121,7 +121,7 @@ def problems(file: Path) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """Return the versions of Headrace and of the installed packages, and what kind of machine this is."""
+    """Return the versions of Headrace and of the installed packages, and this machine's platform, CPUs and memory."""
     packages = {str(each.metadata["Name"]): each.version for each in metadata.distributions() if each.metadata["Name"]}
     return {
         "versions": versions(),
@@ -210,7 +210,7 @@ def metrics_page(address: str, timeout_s: float) -> str:
 
 
 def events(file: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Return the newest events in a log. `note` gets what was left out. Raises LeftOut."""
+    """Return the newest events in a log. `note` is called with messages about omitted lines. Raises LeftOut."""
     try:
         with file.open("rb") as opened:
             size = opened.seek(0, os.SEEK_END)

@@ -23,7 +23,7 @@ from cluster.config.yaml_reader import NotYaml, load
 VARIABLE = "HEADRACE_CONTEXT"
 ENDPOINT_VARIABLE, KEY_VARIABLE, CA_VARIABLE = "HEADRACE_ENDPOINT", "HEADRACE_API_KEY", "HEADRACE_TLS_CA"
 LOCAL = "local"
-"""Reserved name: the local cluster, as if there were no contexts."""
+"""Reserved name of the local cluster, which has no stored context."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _WEB = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?")
@@ -78,17 +78,17 @@ class Contexts:
         return self.by_name[name]
 
     def with_context(self, context: ClusterContext) -> Contexts:
-        """Return the contexts with one more, or with another one of the same name."""
+        """Return the contexts with `context` added. It replaces a context of the same name."""
         return replace(self, by_name={**self.by_name, context.name: context})
 
     def without(self, name: str) -> Contexts:
-        """Return the contexts without one. Raises ContextError if there is none of this name."""
+        """Return the contexts without the context `name`. Raises ContextError if there is none of this name."""
         self.get(name)
         kept = {other: context for other, context in self.by_name.items() if other != name}
         return Contexts("" if self.current == name else self.current, kept)
 
     def using(self, name: str) -> Contexts:
-        """Return the contexts with another current one. Raises ContextError if there is none of this name."""
+        """Return the contexts with `name` as the current one. Raises ContextError if there is none of this name."""
         return replace(self, current="" if name == LOCAL else self.get(name).name)
 
 
@@ -100,7 +100,7 @@ def contexts_file(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def read_contexts(file: Path) -> Contexts:
-    """Read the file of contexts. A missing file has none. Raises ContextError."""
+    """Read the file of contexts. If the file is missing, there are no contexts. Raises ContextError."""
     try:
         mode, text = file.stat().st_mode, file.read_text()
     except FileNotFoundError:
@@ -155,8 +155,8 @@ class TypedOptions:
 class ClusterTarget:
     """The cluster that a command uses.
 
-    Without `endpoint` and `admin` it is the local cluster, else the default endpoint. `tls_ca_is_general`: the CA is
-    from HEADRACE_TLS_CA, which a local cluster does not use.
+    Without `endpoint` and `admin` it is the local cluster that is up; if none is, it is the default endpoint.
+    `tls_ca_is_general`: the CA is from HEADRACE_TLS_CA, which a local cluster does not use.
     """
 
     endpoint: str | None = None
@@ -177,8 +177,8 @@ class ClusterTarget:
 def select_target(typed: TypedOptions, environment: Mapping[str, str], contexts: Contexts) -> ClusterTarget:
     """Decide which cluster and credentials a command uses. Raises ContextError.
 
-    The first of these that names an address: the options, `--context`, HEADRACE_ENDPOINT or HEADRACE_CONTEXT, the
-    current context. Options for the key and the CA replace those of the context.
+    The address is from the first of these that names one: the options, `--context`, HEADRACE_ENDPOINT or
+    HEADRACE_CONTEXT, the current context. Options for the key and the CA replace those of the context.
     """
     name = _context_name(typed, environment, contexts)
     general_ca = Path(environment[CA_VARIABLE]) if environment.get(CA_VARIABLE) else None

@@ -60,7 +60,7 @@ ADMIN_OPTIONS: dict[str, Any] = {"admin": AdminOption, **CALLER_OPTIONS}
 
 
 def typed_names(ctx: typer.Context, names: Iterable[str]) -> frozenset[str]:
-    """Return those of the parameters that the user gave on the command line, not by an environment variable.
+    """Return the parameters among `names` that the user gave on the command line, not by an environment variable.
 
     `--context` may also stand before the command's name.
     """
@@ -110,5 +110,5 @@ def with_target(command: Command) -> Command:
 
 
 def with_admin_target(command: Command) -> Command:
-    """Decorate a command of operators: as with_target, with the option --admin."""
+    """Decorate a command of operators: like with_target, and add the option --admin."""
     return with_options("target", ADMIN_OPTIONS, lambda ctx, _: contextlib.nullcontext(target_of(ctx)))(command)

@@ -1,4 +1,4 @@
-"""The state of `headrace top`, and what each key changes in it. Pure, except for the terminal's input at the end."""
+"""The state of `headrace top`, and what each key changes in it. Pure, except for Keyboard and `keyboard`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ _ARROWS = {"\x1b[A": "k", "\x1b[B": "j", "\x1bOA": "k", "\x1bOB": "j", "\x1b[5~"
 
 @dataclass(frozen=True, slots=True)
 class TopState:
-    """State of the screen. `sorts`: the sort column and whether it rises, by view.
+    """State of the screen. `sorts`: for each view, the index of the sort column and whether its order rises.
 
-    `typed`: the filter that the user is typing, None while none is typed. `top`: number of the first row shown.
+    `wanted`: the applied filter. `typed`: the filter that the user is typing, or None. `top`: index of the first row
+    shown.
     """
 
     view: int = 0
@@ -97,7 +98,7 @@ def _typing(state: TopState, typed: str, key: str) -> TopState:
 
 
 def split_keys(text: str) -> list[str]:
-    """Return the keys in what a terminal has sent: an escape sequence is one key."""
+    """Split the input of a terminal into keys. An escape sequence is one key."""
     keys, at = [], 0
     while at < len(text):
         if text[at] == ESCAPE and text[at + 1 : at + 2] in ("[", "O"):
@@ -119,7 +120,7 @@ class Keyboard:
         self._source = source
 
     def read(self, timeout_s: float) -> list[str]:
-        """Return the keys that were pressed, after at most a time in seconds."""
+        """Wait for keys, at most `timeout_s` seconds. Returns the keys that were pressed."""
         ready, _, _ = select.select([self._source], [], [], timeout_s)
         if not ready:
             return []
@@ -129,7 +130,7 @@ class Keyboard:
 
 @contextlib.contextmanager
 def keyboard(source: TextIO = sys.stdin) -> Iterator[Keyboard | None]:
-    """Read single keys from a terminal, and restore its settings at the end. None without a terminal."""
+    """Read single keys from a terminal, and restore its settings at the end. Yields None if `source` is no terminal."""
     if not source.isatty():
         yield None
         return

@@ -23,7 +23,7 @@ GAP = 2
 class Column:
     """A column: its title, the field of a row that it is sorted by, and the text of a row's cell.
 
-    `keep`: the column is left out only if the terminal is too narrow for those with `keep` alone.
+    `keep`: in a narrow terminal, the column is left out only after all columns without `keep`.
     """
 
     title: str
@@ -35,9 +35,9 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A page of the screen: the list of the document that it shows, its columns, and the column it is first sorted by.
+    """A page of the screen: the list of the document that it shows, its columns, and the index of the sort column.
 
-    `is_rising`: the first order is rising.
+    `sort` and `is_rising` (whether the order rises) apply until the user changes the order.
     """
 
     name: str
@@ -108,7 +108,7 @@ def _words(title: str, field: str, keep: bool = False) -> Column:
 
 
 def _model_state(row: Row) -> str:
-    """Return the state of a model, with the percentage of a start."""
+    """Return the state of a model and, while it starts, the progress in percent."""
     progress = row.get("progress")
     fraction = progress.get("fraction") if isinstance(progress, Mapping) else None
     return text_of(row.get("state")) + ("" if fraction is None else f" {percent(fraction)}")
@@ -271,7 +271,7 @@ def _rank(value: str | int | float) -> tuple[int, float, str]:
 def fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> list[int]:
     """Return the indices of the columns that fit into a width, in order. The first column stays.
 
-    Those without `keep` are left out first, and of these the last one first.
+    Columns without `keep` are left out first. The others follow, each time from right to left.
     """
     widths = [max([len(column.title) + 2, *(len(row[at]) for row in cells)]) + GAP for at, column in enumerate(columns)]
     shown = list(range(len(columns)))
@@ -285,6 +285,6 @@ def fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: in
 
 
 def _is_last_text(columns: Sequence[Column], at: int, shown: Sequence[int], widths: Sequence[int], width: int) -> bool:
-    """Return whether a text column may stay because at least 16 of its characters fit: its cells are then cut."""
+    """Return whether the column `at` is the last one, has texts, and may stay cut because 16 of its characters fit."""
     others = sum(widths[each] for each in shown if each != at)
     return not columns[at].is_number and at == shown[-1] and width - others >= 16

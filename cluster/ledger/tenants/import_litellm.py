@@ -133,8 +133,8 @@ def plan(rows: LiteLLMRows, now_s: float, *, tokens_per_dollar: float | None = N
 def apply(import_plan: ImportPlan, ledger: Ledger) -> Applied:
     """Write a plan into the ledger. Raises LedgerError.
 
-    Tenants and keys of an earlier import stay unchanged. If a tenant from elsewhere already has a planned tenant's
-    name, the planned tenant and its keys are skipped.
+    Tenants and keys of an earlier import stay unchanged. If a planned tenant's name is taken by a tenant of another
+    source, the planned tenant and its keys are skipped.
     """
     skipped, tenants, keys = [], 0, 0
     foreign: set[str] = set()

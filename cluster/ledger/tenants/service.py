@@ -78,7 +78,7 @@ class TenantService(Protocol):
         """Return usage records in order of time."""
 
     def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
-        """Return how calls stand against the SLOs of their models, by tenant and model. `group_by` is not used.
+        """Return by tenant and model how many calls met or missed their model's SLO. `group_by` is not used.
 
         `objectives`: the SLOs by model; None means those that the service knows.
         """

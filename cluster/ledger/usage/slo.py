@@ -1,7 +1,7 @@
-"""Sums of usage records that are judged by the SLOs of their models, in one query over an indexed range of days.
+"""Count the usage records that met and missed the SLOs of their models, in one query over an indexed range of days.
 
-The judgement is that of the metric `headrace_slo_calls_total` (cluster/gateway/calls/records/end_metrics.py), as far as
-records have its inputs: a record has the duration of the call in the place of the time of its last token.
+Calls are judged as for the metric `headrace_slo_calls_total` (cluster/gateway/calls/records/end_metrics.py). A record
+lacks the time of the last token, so the end of the call is used instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SloTable:
         self._engine = engine
 
     def query(self, usage_query: UsageQuery, objectives: SloObjectives) -> list[SloSum]:
-        """Return the sums of the query's calls by tenant and model, in this order. `group_by` is not used.
+        """Return the results of the query's calls by tenant and model, sorted. `group_by` is not used.
 
         Only the first output of a call is judged, and no part after a resume. Raises StoreUnavailable.
         """
@@ -53,7 +53,7 @@ def _result(objectives: SloObjectives) -> ColumnElement[str]:
     ttft_bound_s = _by_model({model: objective.ttft_s for model, objective in judged.items()})
     itl_bound_s = _by_model({model: objective.itl_s for model, objective in judged.items()})
     is_served = usage.c.outcome == Outcome.OK.value
-    # an answer without tokens, as those of pooling models, has come when the call ends
+    # an answer without tokens, such as a pooling model's, arrives when the call ends
     first_s = func.coalesce(usage.c.ttft_s, case((is_served, usage.c.duration_s), else_=null()))
     is_late = and_(ttft_bound_s > 0, first_s > ttft_bound_s)
     is_overdue = and_(ttft_bound_s > 0, usage.c.ttft_s.is_(None), usage.c.duration_s > ttft_bound_s)
@@ -72,5 +72,5 @@ def _result(objectives: SloObjectives) -> ColumnElement[str]:
 
 
 def _by_model(bounds_s: dict[str, float]) -> ColumnElement[float]:
-    """Return the SQL expression for the bound of a record's model."""
+    """Return the SQL expression that selects the bound of a record's model from `bounds_s`."""
     return case({model: cast(literal(bound_s), Double) for model, bound_s in bounds_s.items()}, value=usage.c.model)

@@ -28,7 +28,7 @@ _OLD, _NEW = "- two: Köln 🙂\n", '- two: "Köln" 🙂\n- three: 数据\n'
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """The tools of an agent: the call for each action. `edit` takes path, old text and new text."""
+    """The tools of an agent: for each action, the function that makes the call. `edit` takes path, old and new text."""
 
     run: Callable[[str], Call]
     write: Callable[[str, str], Call]
@@ -134,7 +134,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class CodingAgent:
-    """A coding agent. `settings` returns files of its home folder, by path. `command` takes the prompt as well."""
+    """A coding agent. `settings` returns files of its home folder, by path. `command` takes server and prompt."""
 
     name: str
     package: str

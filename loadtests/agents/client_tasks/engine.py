@@ -51,8 +51,8 @@ class PacedEngine(ScriptedEngine):
     ) -> None:
         """Create the engine. `log`: file to which all engines append a JSON object for each request.
 
-        `deaths`: number of tokens of a key's answer after which `kill` is called. `folder`: folder of all engines, in
-        which a file for each death keeps the worker that continues the answer from dying as well.
+        `deaths`: by an answer's key, the number of its tokens after which `kill` is called. `folder`: folder that all
+        engines share; it has a file for each death, so that the worker that continues the answer does not die too.
         """
         super().__init__(scripts, seed=seed, max_model_len=max_model_len)
         self._kill = kill
@@ -79,7 +79,7 @@ class PacedEngine(ScriptedEngine):
             self._at.pop(request_id, None)
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Return the next tokens of every request after the pace; or die with them, if they reach a chosen token."""
+        """Wait `pace_s`, and return the next tokens of every request. Calls `kill` at a chosen token."""
         outputs = await super().step()
         await asyncio.sleep(self._pace_s)
         for output in outputs:

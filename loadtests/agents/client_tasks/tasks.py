@@ -207,7 +207,7 @@ class Requests:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a task. `wrong`: everything that is not as in the script, in words; empty if all is right."""
+    """The outcome of a task. `wrong`: a message for each deviation from the script."""
 
     calls_right: int
     calls: int

@@ -1,6 +1,6 @@
-"""Commands for adapters (LoRA): check the files of one against a base model, and load, unload and list them.
+"""Commands for adapters (LoRA): check an adapter's files against its base model; load, unload and list adapters.
 
-The controller executes the changes. The states of adapters are those on the workers of the gateway that answers.
+The controller executes the changes. The listed states are those on the workers that are linked to the asked gateway.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def load(
 
 
 def _wait(api: Admin, wanted: pb.Adapter, timeout_s: float) -> pb.Adapter:
-    """Return the adapter once each worker has loaded it or failed to, or after `timeout_s` as it is then."""
+    """Wait, at most `timeout_s`, until each worker has loaded the adapter or failed. Returns the adapter's state."""
     until = time.monotonic() + timeout_s
     while True:
         adapters = _adapters(api, wanted.model)

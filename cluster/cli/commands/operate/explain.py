@@ -1,4 +1,4 @@
-"""Command explain request, which shows where a call went, why, and what came of the prediction."""
+"""Command explain request, which shows where a call went and why, and compares predicted and found cached tokens."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _show(call: pb.ExplainedCall) -> None:
 
 
 def _result(route: pb.ExplainedRoute) -> str:
-    """Return the prediction, and what came of it, as a line."""
+    """Return one line with the predicted and the actual number of cached tokens."""
     if route.prediction:
         predicted = f"predicted {route.predicted_cached_tokens} cached tokens ({route.prediction})"
     else:

@@ -1,4 +1,4 @@
-"""Command models and its subcommand list: the models that a caller may use, for operators with their replicas."""
+"""Commands `models` and `models list`: the models that a caller may use. Operators also see the replicas."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def _nodes(row: Mapping[str, Any]) -> str:
 def _replicas(target: ClusterTarget) -> dict[str, dict[str, Any]]:
     """Return the replicas and nodes of each model from the admin API.
 
-    The result is empty if no admin address is known. It is also empty if the admin API refuses or does not answer,
-    which a note says: callers need not be operators.
+    The result is empty if no admin address is known. If the admin API refuses or does not answer, a note is printed and
+    the result is empty too, because callers need not be operators.
     """
     if target.admin is None and (target.is_named or local_run() is None):
         return {}

@@ -29,7 +29,7 @@ AnyModelArgument = Annotated[
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit log.")]
 NEGLIGIBLE = 1e-9
-"""Numbers that are nearer to zero are shown as 0."""
+"""Numbers with a smaller absolute value are shown as 0."""
 
 
 @with_admin

@@ -99,7 +99,7 @@ def _about(now_s: float, hash_names: bool, rules: Rules) -> dict[str, Any]:
 
 
 def _collect_files(parts: Parts, rules: Rules, file: Path | None, values: Sequence[Path], logs: Sequence[Path]) -> None:
-    """Collect what lies on this machine."""
+    """Collect the parts from this machine: its description, the configuration, the chart's values and the logs."""
     parts.document("machine.json", sources.machine)
     if file is None:
         parts.left_out[CONFIGURATION] = "no configuration is known here: give it with -f"
@@ -118,7 +118,7 @@ def _collect_files(parts: Parts, rules: Rules, file: Path | None, values: Sequen
 
 
 def _collect_state(parts: Parts, access: Access) -> None:
-    """Collect what the gateway says of the cluster."""
+    """Collect the parts that a gateway's admin API returns."""
     with closing(Admin(access)) as api:
         gateway = sources.GatewaySource(api, access, parts)
         catalog = parts.document(CATALOG, gateway.catalog)
@@ -134,7 +134,7 @@ def _collect_state(parts: Parts, access: Access) -> None:
 
 
 def _collect_metrics(parts: Parts, addresses: Iterable[str]) -> None:
-    """Collect the pages of metrics, each address once."""
+    """Collect the metrics page of each address, once."""
     names = list(dict.fromkeys(addresses))
     for at, address in enumerate(names):
         parts.text(f"metrics-{at}.prom", partial(_page, parts, address))
@@ -147,8 +147,8 @@ def _page(parts: Parts, address: str) -> str:
 
 
 def _metrics_addresses(given: Sequence[str], run: RunFolder | None, config: Any) -> list[str]:
-    """Return the addresses of metrics: those that the user gave, and those of the local cluster, else of the
-    configuration. A controller's address must be given."""
+    """Return the addresses of metrics pages: the given ones and those of the local cluster. Without a local cluster and
+    given addresses, the configuration's is used. A controller's address is found only if it is given."""
     if run is not None:
         return [*given, *(each["metrics"] for each in (run.endpoints(), *run.siblings()) if each.get("metrics"))]
     gateway = config.get("gateway") if isinstance(config, Mapping) else None
@@ -162,7 +162,7 @@ def _logs(run: RunFolder | None) -> list[Path]:
 
 
 def _tenants(parts: Parts) -> set[str]:
-    """Return the names of the tenants that the parts have."""
+    """Return the names of tenants that occur in the parts."""
     names = {name for document in parts.documents.values() for name in tenant_names(document)}
     names |= {name for text in parts.texts.values() for name in tenant_labels(text)}
     return names - {"default", ""}

@@ -1,4 +1,4 @@
-"""Command top, which shows the cluster as it is now, again and again, in a terminal."""
+"""Command top, which shows the cluster's current state in a terminal and refreshes it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cluster.cli.top.screen import Picture, plain_picture, screen
 from cluster.client.errors import from_rpc
 
 KEYS_S = 0.25
-"""Longest time until a key that was pressed, or a new size of the terminal, is shown."""
+"""Longest time until a pressed key or a new size of the terminal takes effect."""
 
 
 @with_admin_target
@@ -51,7 +51,7 @@ def top(
 
 
 def _overview(api: Admin) -> dict[str, Any]:
-    """Return the first document. A gateway of an older release ends the command."""
+    """Return the first overview document. If the gateway's release has no overview, the command ends."""
     try:
         return api.overview()
     except grpc.RpcError as error:
@@ -63,7 +63,7 @@ def _overview(api: Admin) -> dict[str, Any]:
 
 
 def _run(console: SafeConsole, poller: Poller) -> None:
-    """Show pictures and follow keys until the user quits. Ctrl-C ends the command with exit code 130."""
+    """Show pictures and react to keys until the user quits. Ctrl-C ends the command with exit code 130."""
     state, shown = TopState(), None
     with (
         keyboard() as keys,
@@ -81,9 +81,9 @@ def _run(console: SafeConsole, poller: Poller) -> None:
 
 
 class Poller:
-    """Asks for the overview in a thread, so that a slow gateway does not hold up the keys. Used as a context manager.
+    """Reads the overview in a thread, so that a slow gateway does not delay the keys. Used as a context manager.
 
-    A failed question keeps the last document; the picture then has the error and the document's age.
+    After a failed read, the picture has the last document with its age, and the error.
     """
 
     def __init__(

@@ -119,7 +119,7 @@ def controller(
     if not dial:
         fail("link.gateways: empty: set it, or give --gateway HOST:PORT", USAGE)
     log.configure(config.observe.log_level, {"cluster": config.name, "part": "controller"})
-    os.environ.setdefault("HEADRACE_LOG_LEVEL", config.observe.log_level)  # of the replicas that its driver deploys
+    os.environ.setdefault("HEADRACE_LOG_LEVEL", config.observe.log_level)  # for replicas
     raise_descriptor_limit()
     exported, gauges = controller_metrics(config)
     gauges.leads = True

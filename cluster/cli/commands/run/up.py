@@ -295,7 +295,7 @@ def _say_ready(
 
 
 def _local_option() -> str:
-    """Return the option with which commands use the local cluster although a context or a variable names another."""
+    """Return ` --context local` if a context or a variable names another cluster, else ""."""
     with suppress(ContextError):
         if not select_target(TypedOptions(), os.environ, read_contexts(contexts_file())).is_named:
             return ""
