@@ -16,7 +16,8 @@ from cluster.gateway.links.link_renders import RenderedPrompt
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.chat_renders import ids_in_vocabulary
-from cluster.gateway.text.tokenizer import ANY_LENGTH, TextModel
+from cluster.gateway.text.text_codec import ANY_LENGTH
+from cluster.gateway.text.tokenizer import TextModel
 from cluster.policy.tenants.identity import Principal
 
 FEW_IDS = 4096
