@@ -195,7 +195,7 @@ class Rig:
         order = scheduler.charges.fair.order("sim").statistics()
         return (
             link.running,
-            link.prefill_tokens,
+            link.slots.prefill_tokens,
             (link.pacing.resumed_tokens, link.pacing.new_tokens),
             scheduler.queues.waiting("sim"),
             scheduler.breakers.open,

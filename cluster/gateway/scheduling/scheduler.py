@@ -18,7 +18,8 @@ from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.calls.life import WAITING, State
 from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.adapter_checks import AdapterChecks
 from cluster.gateway.scheduling.canary_statistics import CanaryStatistics
@@ -401,13 +402,13 @@ class Scheduler:
         self.breakers.retain(link.identity.incarnation for model in models for link in model.links.values())
         for model in models:
             for link in list(model.links.values()):
-                if now >= link.move_requests_at or model.quarantined(link):
+                if now >= link.move_requests_at or model.versions.is_quarantined(link):
                     self._move(link, now)
 
     def _move(self, link: WorkerLink, now: float) -> None:
         """Move sequences from a draining worker to other workers, as many as the other workers have capacity for now.
         The remaining sequences are moved by later calls."""
-        sequences = {sink.key: sink for sink in link.sinks if isinstance(sink, OutputSequence)}
+        sequences = {sink.key: sink for sink in link.slots.sinks if isinstance(sink, OutputSequence)}
         running = [self.queues.resuming(sequence) for sequence in sequences.values()]
         for key in self.policy.movable(running, link.identity.worker_id, now):
             try:
