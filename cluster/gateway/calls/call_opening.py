@@ -91,7 +91,7 @@ class CallOpening:
             "arrived": self.arrived,
             "deadline": meta.deadline,
             "clock": clock,
-            "events": scheduler,
+            "events": scheduler.events,
             "request_id": meta.request_id,
             "api": meta.api,
             "counted": meta.counted,

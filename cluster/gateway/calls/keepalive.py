@@ -56,7 +56,7 @@ class KeepAlives:
         while True:
             await asyncio.sleep(min(keepalive_s / 4, 0.25))
             try:
-                self._scheduler.expire()
+                self._scheduler.upkeep.expire()
             except Exception:  # the next pass and all other calls must still run
                 log.exception("call.expiry_failed")
             now = self._clock()

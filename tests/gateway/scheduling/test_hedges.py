@@ -115,7 +115,7 @@ class Gateway(RuleBasedStateMachine):
     def enter(self) -> None:
         """Open a call."""
         policy = TenantPolicy("a", handle="a")
-        call = Call(f"c{next(self.serial)}", "m", policy, 0, self.now, None, self.clock, self.scheduler)
+        call = Call(f"c{next(self.serial)}", "m", policy, 0, self.now, None, self.clock, self.scheduler.events)
         call.trace = self.tracer.begin("", "", self.now)
         assert call.trace is not None
         call.trace.queued()
@@ -139,7 +139,7 @@ class Gateway(RuleBasedStateMachine):
         after = {call.id for call in self.calls if call.sequences[0].hedge is not None}
         assert before <= after
         self.hedges += len(after - before)
-        self.scheduler.expire()
+        self.scheduler.upkeep.expire()
 
     def slots(self) -> list[tuple[WorkerLink, int, OutputSequence[Any]]]:
         """Return everything that runs on a worker: the link, the slot and the sequence."""
