@@ -23,6 +23,7 @@ class SequencePump:
         directory: Callable[[], ModelDirectory],
         clock: Callable[[], float],
     ) -> None:
+        """`backlogs` is notified after each change of a model's queues. `directory` returns the gateway's models."""
         self._policy = policy
         self._executor = executor
         self._backlogs = backlogs

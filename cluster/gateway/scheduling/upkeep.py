@@ -44,6 +44,7 @@ class Upkeep:
         renders: ChatRenders,
         clock: Callable[[], float],
     ) -> None:
+        """`directory` returns the gateway's models."""
         self._directory = directory
         self._policy = policy
         self._queues = queues
