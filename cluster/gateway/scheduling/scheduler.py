@@ -73,8 +73,9 @@ class SchedulerHost(Protocol):
 
 
 class Scheduler:
-    """The scheduler of one gateway, for all models: takes calls in and out of the queues. Its parts do the rest: `pump`
-    sends waiting sequences, `events` handles the events of sequences, `upkeep` does what depends on time."""
+    """The scheduler of one gateway, for all models. It queues the sequences of calls and removes them again. Its parts
+    do the rest: `pump` sends waiting sequences, `events` handles the events of sequences, and `upkeep` does the
+    periodic work."""
 
     def __init__(
         self,

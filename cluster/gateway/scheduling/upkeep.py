@@ -1,5 +1,5 @@
-"""The scheduler's work that depends on time: it ends calls that have waited too long, moves sequences away from
-draining workers, and forgets what is no longer needed."""
+"""The scheduler's periodic work: end calls that have waited too long, move sequences away from draining workers, and
+forget state that is no longer needed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The texts of one model in the gateway process, which must not block its event loop: long texts are tokenized in a
-thread or in a helper process. Made from the model's tokenizer bundle."""
+"""A model's tokenizer and chat templates as the gateway's event loop uses them. So that the loop is not blocked, long
+texts are tokenized in a thread or in a helper process."""
 
 from __future__ import annotations
 
