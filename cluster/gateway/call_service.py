@@ -30,7 +30,8 @@ from cluster.gateway.calls.records.end_metrics import EndMetrics
 from cluster.gateway.calls.records.trace_facts import call_facts
 from cluster.gateway.calls.tokenization import RenderChat, Tokenization
 from cluster.gateway.links.link_renders import RenderedPrompt
-from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.chat_renders import ChatToRender, needs_worker
 from cluster.gateway.scheduling.scheduler import Scheduler

@@ -19,7 +19,8 @@ from cluster.gateway.config_state import ConfigState
 from cluster.gateway.links.hub import Hub
 from cluster.gateway.links.starting_workers import StartingWorker
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.quotas.local_limits import LimitsPort
 from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.scheduler import Scheduler
@@ -147,4 +148,4 @@ def fairness_unit(model: KnownModel) -> float:
     """Return the fairness unit U of docs/tenancy.md, in weighted tokens: the cost of the longest prompt or of outputs
     that fill one worker's KV cache, whichever is larger. An output token counts 2."""
     kv_tokens = max((link.info.kv_tokens for link in model.links.values()), default=0)
-    return max(2.0 * kv_tokens, float(model.max_model_len), 1.0)
+    return max(2.0 * kv_tokens, float(model.capabilities.max_model_len), 1.0)

@@ -20,7 +20,7 @@ from cluster.gateway.apis.http.server import HttpServer
 from cluster.gateway.auth.tls import NewestContext
 from cluster.gateway.call_service import CallService
 from cluster.gateway.links.listener import bind_failure
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.policy.limits.request_bytes import ByteBounds, RequestBytes
 from cluster.process.descriptors import raise_descriptor_limit
 

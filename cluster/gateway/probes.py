@@ -15,7 +15,7 @@ from cluster.api.types import ModelState
 from cluster.process.descriptors import raise_descriptor_limit
 
 if TYPE_CHECKING:
-    from cluster.gateway.models import KnownModel
+    from cluster.gateway.models.known_model import KnownModel
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 LIMITS = http2.ServerLimits(max_message_bytes=1 << 16, max_calls=16)

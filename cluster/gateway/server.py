@@ -36,7 +36,7 @@ from cluster.gateway.gauges import GatewayGauges
 from cluster.gateway.links.hub import Hub, hub_server
 from cluster.gateway.listeners import Listeners, admin_server, client_server, ledger_services
 from cluster.gateway.metrics_page import MetricsPage
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.probes import SERVING, ModelHealth, probe_server
 from cluster.gateway.quotas.local_limits import LocalLimits
 from cluster.gateway.quotas.reservations import QuotaReservations

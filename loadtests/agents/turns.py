@@ -104,12 +104,12 @@ class FrontEnd:
     async def from_scratch(self, body: bytes) -> Sequence[int]:
         """Return the token ids of a body whose whole prompt is tokenized at once."""
         prompt = await self._parsed(body)
-        return self.text.encode_chat(prompt.messages, **prompt.template_options)
+        return self.text.codec.encode_chat(prompt.messages, **prompt.template_options)
 
     async def remember(self, body: bytes, tenant: str) -> None:
         """Tokenize a body in this process, so that the prompt memory has it."""
         prompt = await self._parsed(body)
-        self.text.chat_ids(tenant, prompt.messages, **prompt.template_options)
+        self.text.codec.chat_ids(tenant, prompt.messages, **prompt.template_options)
 
     async def _parsed(self, body: bytes) -> ChatPrompt:
         prompt = (await self.bodies.http("chat", body)).requests[0].prompt

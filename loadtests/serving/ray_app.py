@@ -97,7 +97,7 @@ class Simulated:
             self._started = asyncio.Event()
             self._stepping = asyncio.create_task(self._run())
         await self._started.wait()
-        ids = self._text.encode_chat([{"role": m.role, "content": m.content} for m in request.messages])
+        ids = self._text.codec.encode_chat([{"role": m.role, "content": m.content} for m in request.messages])
         call, tokens = f"{os.getpid()}-{uuid.uuid4().hex}", 0
         outputs = self._outputs[call] = asyncio.Queue()
         sampling = Sampling(

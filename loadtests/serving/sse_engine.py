@@ -94,11 +94,11 @@ class Server:
         """Begin a call and return the id of the call in the engine. Raises ValueError or EngineRefused."""
         if chat:
             messages = body["messages"]
-            ids = await _encoded(self.text.encode_chat, messages, sum(len(m["content"]) for m in messages))
+            ids = await _encoded(self.text.codec.encode_chat, messages, sum(len(m["content"]) for m in messages))
         else:
             prompt = body["prompt"]
             is_text = isinstance(prompt, str)
-            ids = await _encoded(self.text.encode_prompt, prompt, len(prompt)) if is_text else list(prompt)
+            ids = await _encoded(self.text.codec.encode_prompt, prompt, len(prompt)) if is_text else list(prompt)
         sampling = Sampling(
             max_tokens=int(body.get("max_tokens") or body.get("max_completion_tokens") or 16),
             temperature=float(body.get("temperature", 1.0)),

@@ -8,7 +8,7 @@ from cluster.controller.links import _worker
 from cluster.gateway.links.controller import worker_to_pb
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models.known_model import KnownModel
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.codecs import codec
 from tests.support.links import NoListener
@@ -47,13 +47,15 @@ def test_workers_override_the_catalog() -> None:
     """A model's tasks are those of its workers, then of its last worker, then of the catalog; without any they are
     unknown."""
     model = KnownModel(CatalogEntry("m"), True)
-    unknown = model.tasks
+    unknown = model.capabilities.tasks
     assert unknown is None
     model.update(CatalogEntry("m", engine_class="c", tasks=(PoolingTask.SCORE,)))
-    assert model.tasks == frozenset({PoolingTask.SCORE})
+    assert model.capabilities.tasks == frozenset({PoolingTask.SCORE})
     link = link_of("pools:embed")
     model.add_link(link)
-    assert model.tasks == frozenset({PoolingTask.EMBED})
+    assert model.capabilities.tasks == frozenset({PoolingTask.EMBED})
     model.remove_link(link, ModelState.LOADING)
-    assert model.tasks == frozenset({PoolingTask.EMBED})
-    assert KnownModel(CatalogEntry("m", engine_class="c"), True).tasks == frozenset(), "its workers generate"
+    assert model.capabilities.tasks == frozenset({PoolingTask.EMBED})
+    assert KnownModel(CatalogEntry("m", engine_class="c"), True).capabilities.tasks == frozenset(), (
+        "its workers generate"
+    )

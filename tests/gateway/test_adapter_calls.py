@@ -14,7 +14,7 @@ import pytest
 
 from cluster.api.adapters import AdapterSpec, AdapterState
 from cluster.api.types import CatalogEntry, ModelState, VersionShare
-from cluster.gateway.adapters import AdapterView
+from cluster.gateway.models.adapters import AdapterView
 from cluster.ledger.rows import UsageQuery
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
@@ -214,7 +214,7 @@ async def test_old_workers_get_neither_adapters_nor_their_calls(bed: Bed) -> Non
     await bed.until_ready(1)
     await asyncio.gather(*(bed.text("sim:a") for _ in range(20)))
     (link,) = [link for link in bed.cluster.gateway.hub.links if link.identity == old.identity]
-    assert (link.takes_adapters, link._adapters_sent, link.last_sent) == (False, None, 0.0)
+    assert (link.adapters.supported, link.adapters._sent, link.last_sent) == (False, None, 0.0)
     await asyncio.gather(*(bed.text("sim") for _ in range(20)))
     assert link.last_sent > 0
 

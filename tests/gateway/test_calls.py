@@ -51,7 +51,7 @@ async def test_tokens_are_the_engines(cluster: TestCluster, checkpoint: Path, bu
     ids = [t.token_id for t in logprobs.choices[0].logprobs]
     assert len(ids) == 30
     assert all(len(t.top_logprobs) >= 2 and t.logprob <= 0 for t in logprobs.choices[0].logprobs)
-    prompt = text.encode_prompt("Once upon a time")
+    prompt = text.codec.encode_prompt("Once upon a time")
     detokenizer = text.detokenizer(prompt)
     detokenizer.push(ids)
     assert logprobs.choices[0].text == detokenizer.pop_text(True)
@@ -113,12 +113,12 @@ async def test_tokenize_and_detokenize(cluster: TestCluster, checkpoint: Path, b
     await cluster.add_worker(sim_engine(checkpoint, max_model_len=512), bundle)
     text = TextModel.from_bundle(bundle)
     plain = await cluster.stub.Tokenize(pb.TokenizeRequest(model="sim", text="Grüße, 世界"))
-    assert list(plain.token_ids) == text.encode_prompt("Grüße, 世界")
+    assert list(plain.token_ids) == text.codec.encode_prompt("Grüße, 世界")
     assert plain.max_model_len == 512
     messages = await cluster.stub.Tokenize(
         pb.TokenizeRequest(model="sim", messages=[pb.Message(role="user", content="Hi")])
     )
-    assert list(messages.token_ids) == text.encode_chat([{"role": "user", "content": "Hi"}])
+    assert list(messages.token_ids) == text.codec.encode_chat([{"role": "user", "content": "Hi"}])
     back = await cluster.stub.Detokenize(pb.DetokenizeRequest(model="sim", token_ids=plain.token_ids))
     assert back.text.endswith("Grüße, 世界")
 

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.config_state import ConfigState
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.v1 import inference_pb2 as pb
 from tests.support.cluster import LOOPBACK, until
 from tests.support.gateway_process import gateway_process

@@ -151,7 +151,7 @@ class Rig:
     def call(self, poison: Poison, ids: Sequence[int] = (11, 12, 13)) -> Call:
         """Create a call with this fault, in the same way as CallService creates calls."""
         scheduler = self.cluster.gateway.scheduler
-        events = SimpleNamespace(**{**{name: getattr(scheduler, name) for name in EVENTS}, **poison.call})
+        events = SimpleNamespace(**{**{name: getattr(scheduler.events, name) for name in EVENTS}, **poison.call})
         call = Call(
             id=f"poison-{id(poison)}-{id(object())}",
             model="sim",
@@ -195,7 +195,7 @@ class Rig:
         order = scheduler.charges.fair.order("sim").statistics()
         return (
             link.running,
-            link.prefill_tokens,
+            link.slots.prefill_tokens,
             (link.pacing.resumed_tokens, link.pacing.new_tokens),
             scheduler.queues.waiting("sim"),
             scheduler.breakers.open,

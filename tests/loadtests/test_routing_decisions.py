@@ -83,7 +83,7 @@ class Both:
         """Open a call whose prompt begins with these blocks."""
         key = f"c{next(self.serial)}"
         prompt = self.prompts[key] = Prompt("t", tokens, MAX_TOKENS, tuple(blocks))
-        call = Call(key, "m", TenantPolicy("t", handle="t"), 0, self.now, None, lambda: self.now, self.scheduler)
+        call = Call(key, "m", TenantPolicy("t", handle="t"), 0, self.now, None, lambda: self.now, self.scheduler.events)
         request = EngineRequest("", self.ids(prompt), Sampling(max_tokens=MAX_TOKENS))
         call.sequences.append(OutputSequence(call, 0, request, PlainText()))
         self.calls[key] = call
@@ -168,7 +168,7 @@ async def test_both_decide_alike(seed: int) -> None:
             both.report(chance.randrange(WORKERS), chance.choice(bases)[: chance.randint(0, 12)])
         elif operation == "wait":
             both.now += 6.0
-            both.scheduler.expire()
+            both.scheduler.upkeep.expire()
             both.simulated.index.maintain(both.now, 1000)
             if both.simulated.policy.aside.models:
                 both.simulated.pump(both.now)

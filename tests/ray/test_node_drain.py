@@ -118,12 +118,12 @@ async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
             await until(lambda: len(open_links(gateway)) == 2, "another replica has dialled in", 240)
             (other,) = [link for link in open_links(gateway) if link is not leaving]
             assert other.identity.node != leaving.identity.node
-            other.command(link_pb.Command(cordon=link_pb.Cordon()))
+            other.box.command(link_pb.Command(cordon=link_pb.Cordon()))
             await until(lambda: open_links(gateway) == [leaving], "all streams begin on the node that goes")
             streams = [cluster.stub.StreamChat(ask) for ask in ASKS]
             begun = [await stream.read() for stream in streams]
             assert leaving.running == 20
-            other.command(link_pb.Command(uncordon=link_pb.Uncordon()))
+            other.box.command(link_pb.Command(uncordon=link_pb.Uncordon()))
             process, asked_at = ray.terminate("first"), time.monotonic()
             await until(lambda: leaving.drain_state is DrainState.DRAINING, "the replica has begun to drain")
             ended = await asyncio.gather(*map(rest_of, streams))

@@ -262,7 +262,7 @@ async def test_controller_tells_catalog_and_hears_the_fleet(
     await until(lambda: cluster.gateway.hub.statistics().controllers == 0, "the controller is gone")
     assert (await cluster.stub.Chat(chat(model="default"))).choices, "everything serves without it"
     async with running_cluster(tmp_path) as later:
-        assert later.gateway.directory.resolve("default").name == "sim"
+        assert later.gateway.directory.lookup.resolve("default").name == "sim"
         missing = await refused(later.stub.Chat(chat(model="nope")))
         assert missing.reason == "MODEL_NOT_FOUND"
 

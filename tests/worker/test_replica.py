@@ -128,7 +128,7 @@ async def test_a_node_that_ends_drains_its_replica(door: Door) -> None:
     await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
     leaving = asyncio.create_task(replica.leave(20.0))
     await eventually(lambda: not link.takes_new_requests, "the gateway knows")
-    link.command(link_pb.Command(uncordon=link_pb.Uncordon()))
+    link.box.command(link_pb.Command(uncordon=link_pb.Uncordon()))
     assert len(await running) == 600
     await leaving
     await eventually(lambda: link.drain_state is DrainState.DRAINED, "it has drained, and takes nothing")

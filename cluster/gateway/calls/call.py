@@ -12,9 +12,9 @@ import structlog
 from cluster.api.adapters import full_name
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
-from cluster.gateway.adapters import name_of
 from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
 from cluster.gateway.calls.tool_call_ids import NUMBERED, numbered_id, tool_call_id
+from cluster.gateway.models.adapters import name_of
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.gateway.tracing.call_trace import CallTrace

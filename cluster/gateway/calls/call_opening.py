@@ -11,7 +11,7 @@ from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.gateway.tracing.call_trace import CallTrace
@@ -58,12 +58,12 @@ class CallOpening:
     @property
     def bundle_digest(self) -> str:
         """Digest of the tokenizer bundle of the call."""
-        return self.model.bundle_digest_of(self.versions.first)
+        return self.model.versions.bundle_digest(self.versions.first)
 
     @property
     def longest_context(self) -> int:
         """Maximum context length of the call in tokens, by its model and its tenant; 0 while the model's is unknown."""
-        longest, of_tenant = self.model.max_model_len, self.meta.principal.tenant.max_context_tokens
+        longest, of_tenant = self.model.capabilities.max_model_len, self.meta.principal.tenant.max_context_tokens
         return min(longest, of_tenant) if of_tenant else longest
 
     def begin_trace(self, tracer: Tracer, traceparent: str) -> None:
@@ -92,7 +92,7 @@ class CallOpening:
             "arrived": self.arrived,
             "deadline": meta.deadline,
             "clock": clock,
-            "events": scheduler,
+            "events": scheduler.events,
             "request_id": meta.request_id,
             "api": meta.api,
             "counted": meta.counted,

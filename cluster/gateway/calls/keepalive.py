@@ -11,7 +11,8 @@ import structlog
 
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.open_calls import OpenCalls
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.start_progress import expected_progress
 from cluster.gateway.scheduling.scheduler import Scheduler
 
 log = structlog.get_logger("calls")
@@ -55,7 +56,7 @@ class KeepAlives:
         while True:
             await asyncio.sleep(min(keepalive_s / 4, 0.25))
             try:
-                self._scheduler.expire()
+                self._scheduler.upkeep.expire()
             except Exception:  # the next pass and all other calls must still run
                 log.exception("call.expiry_failed")
             now = self._clock()
@@ -83,7 +84,7 @@ class KeepAlives:
         queues, model = self._scheduler.queues, self._directory.find(call.model)
         position = queues.position(call)
         if model is not None and not model.links:
-            fraction, eta_s = model.start_progress(time.time())
+            fraction, eta_s = expected_progress(model.entry, time.time())
             return CallProgress(model.state.lower(), position, fraction, eta_s)
         if queues.is_resuming(call):
             return CallProgress("resuming", position)

@@ -19,7 +19,8 @@ from cluster.gateway.calls.life import Life
 from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.tokenization import RendererOf, encode
 from cluster.gateway.calls.tools import with_tools
-from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
@@ -60,22 +61,30 @@ class Opening(CallOpening):
         """Choose the requested model or one of its fallbacks, and the versions on which the call may begin."""
         chain, principal = self.chain, self.meta.principal
         name = self.request.model if chain is None else chain.call_head.model
-        target = directory.target(name, principal, began=chain is not None)
+        target = directory.lookup.target(name, principal, began=chain is not None)
         requested = model = target.model
         adapter = self.adapter = target.adapter
-        if model.tasks:
+        if model.capabilities.tasks:
             raise _only_pools(model)
         if model.entry.fallback and chain is None and not model.serves(adapter):
-            model = directory.fallback_of(model, principal, adapter, lambda other: not other.tasks) or model
+            model = (
+                directory.lookup.fallback_of(model, principal, adapter, lambda other: not other.capabilities.tasks)
+                or model
+            )
         if adapter and chain is None and (refused := model.adapters.refusal_of(model.name, adapter)) is not None:
             raise refused
-        if self.request.output.needs_tools and chain is None and model.links and TOOL_PARSER not in model.parsers:
+        if (
+            self.request.output.needs_tools
+            and chain is None
+            and model.links
+            and TOOL_PARSER not in model.capabilities.parsers
+        ):
             raise _no_tool_parser(model.name)
         self.requested, self.model, self.model_name = requested, model, model.name
         request_id = self.meta.request_id if chain is None else chain.call_head.request_id
         spec = model.adapters.find(adapter) if adapter else None
         bundle_digest = "" if chain is None else chain.bundle_digest
-        self.versions = model.choose_version(request_id, bundle_digest, "" if spec is None else spec.version)
+        self.versions = model.versions.choose(request_id, bundle_digest, "" if spec is None else spec.version)
 
     @property
     def adapter_key(self) -> str:
@@ -172,7 +181,7 @@ class Opening(CallOpening):
             raise not_prepared(self.model)
         return requests.sampling(
             self.request,
-            self.model.default_sampling_of(self.versions.first),
+            self.model.versions.default_sampling(self.versions.first),
             len(self.prompt_ids),
             self.max_model_len,
             self.text.vocab_size,
@@ -208,7 +217,9 @@ def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> Ou
     output = request.output
     if not output.parser_request:
         return None
-    parses = REASONING_PARSER in model.parsers or (output.has_tools and TOOL_PARSER in model.parsers)
+    parses = REASONING_PARSER in model.capabilities.parsers or (
+        output.has_tools and TOOL_PARSER in model.capabilities.parsers
+    )
     if not output.needs_tools and model.links and not parses:
         return None
     if (size := request.options.n * len(output.parser_request)) > MAX_PARSING_CHARS:
@@ -221,7 +232,7 @@ def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> Ou
 
 
 def _only_pools(model: KnownModel) -> CallError:
-    tasks = sorted(model.tasks or ())
+    tasks = sorted(model.capabilities.tasks or ())
     uses = {
         PoolingTask.EMBED: "send texts to /v1/embeddings (gRPC: Embed)",
         PoolingTask.SCORE: "send pairs of texts to /v1/score or /v1/rerank (gRPC: Rerank)",

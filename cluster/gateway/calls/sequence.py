@@ -215,7 +215,7 @@ class OutputSequence(RoutedSequence[Owner]):
             self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
         elif reason == Outcome.ADAPTER_INVALID.name and self.request.adapter:  # it has dropped the adapter just now
             if link is not None:
-                link.lose_adapter(self.request.adapter)
+                link.adapters.lose(self.request.adapter)
             self._retry_or_fail(Outcome.ADAPTER_INVALID, "error", message)
         else:
             self.call.fail(refusal_of(reason, message, field))
@@ -486,7 +486,7 @@ class OutputSequence(RoutedSequence[Owner]):
         self.traced = hedge.traced
         self.set_route(hedge.route)
         self.link, self.slot, self.worker = hedge.link, hedge.slot, hedge.link.identity
-        hedge.link.replace_sink(hedge.slot, self)
+        hedge.link.slots.replace_sink(hedge.slot, self)
         self.life.hedge_ended(hedge.link.identity.incarnation, has_failed)
         self.call.events.hedge_ended(self, True, computed_by)
 

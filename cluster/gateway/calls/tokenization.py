@@ -13,10 +13,12 @@ from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.pooling.pooling_request import IdsInputs, PackedIds
 from cluster.gateway.calls.pooling.pooling_request import too_long as input_too_long
 from cluster.gateway.links.link_renders import RenderedPrompt
-from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.chat_renders import ids_in_vocabulary
-from cluster.gateway.text.tokenizer import ANY_LENGTH, TextModel
+from cluster.gateway.text.text_codec import ANY_LENGTH
+from cluster.gateway.text.tokenizer import TextModel
 from cluster.policy.tenants.identity import Principal
 
 FEW_IDS = 4096
@@ -59,25 +61,27 @@ class Tokenization:
     def longest_context(self, principal: Principal) -> int:
         """Return the longest context, in tokens, of the models that a caller may use; MAX_IDS if the context of one of
         these models is unknown."""
-        lengths = [model.max_model_len for model in self._directory.open_to(principal)]
+        lengths = [model.capabilities.max_model_len for model in self._directory.lookup.models_of(principal)]
         return max(lengths) if lengths and all(lengths) else MAX_IDS
 
     async def tokenize(self, name: str, prompt: requests.Prompt, meta: CallMeta) -> tuple[array[int], int]:
         """Encode a prompt and charge its tokens to the tenant. Returns the token ids and the model's context length.
         Raises CallError."""
-        model = self._directory.resolve(name, meta.principal)
+        model = self._directory.lookup.resolve(name, meta.principal)
         text = await self._directory.text_model(model)
-        render = self._renderer_of(model, text, meta, model.bundle_digest, "")
-        ids = await encode(prompt, text, meta.tenant, model.max_model_len, render=render)
+        render = self._renderer_of(model, text, meta, model.versions.bundle_digest(), "")
+        ids = await encode(prompt, text, meta.tenant, model.capabilities.max_model_len, render=render)
         await self._reservations.charge(meta.principal.tenant, len(ids))
-        return ids, model.max_model_len
+        return ids, model.capabilities.max_model_len
 
     async def detokenize(self, name: str, token_ids: Sequence[int], meta: CallMeta) -> str:
         """Decode token ids into text and charge the ids to the tenant. Raises CallError."""
-        model = self._directory.resolve(name, meta.principal)
+        model = self._directory.lookup.resolve(name, meta.principal)
         text = await self._directory.text_model(model)
-        if model.max_model_len and len(token_ids) > model.max_model_len:
-            raise invalid("token_ids", f"at most {model.max_model_len} (the model's context), got {len(token_ids)}")
+        if model.capabilities.max_model_len and len(token_ids) > model.capabilities.max_model_len:
+            raise invalid(
+                "token_ids", f"at most {model.capabilities.max_model_len} (the model's context), got {len(token_ids)}"
+            )
         ids = _in_vocabulary(token_ids, text.vocab_size, "token_ids") if len(token_ids) else array("I")
         await self._reservations.charge(meta.principal.tenant, len(ids))
         return await text.decode_async(meta.tenant, ids, "token_ids")

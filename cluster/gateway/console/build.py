@@ -20,7 +20,7 @@ from cluster.gateway.console.overview.survey import GatewayParts
 from cluster.gateway.console.peers.peer_answers import PeerAnswers
 from cluster.gateway.console.peers.peers import NO_PEERS, FirstConnected, Peers
 from cluster.gateway.links.hub import Hub
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.worker_events import WorkerEvents
 from cluster.observe.metrics import Metrics
@@ -135,4 +135,4 @@ def _models_of(
     if entry is None:
         return {}
     principal = Principal(entry.policy, model_aliases=entry.model_aliases)
-    return {model.name: directory.aliases(model, principal) for model in directory.open_to(principal)}
+    return {model.name: directory.lookup.aliases(model, principal) for model in directory.lookup.models_of(principal)}

@@ -162,7 +162,7 @@ class CallGuards:
         (filtered_text,) = await self._check_texts([decoded], prompt)
         if filtered_text == decoded:
             return prompt
-        ids: array[int] = await _run_by_size(len(filtered_text), lambda: text.encode_raw(filtered_text))
+        ids: array[int] = await _run_by_size(len(filtered_text), lambda: text.codec.encode_raw(filtered_text))
         return replace(prompt, token_ids=tuple(ids))
 
     async def inputs(self, inputs: PoolingInputs, text: TextModel) -> PoolingInputs:
@@ -176,7 +176,7 @@ class CallGuards:
             return inputs
         if not isinstance(inputs, IdsInputs):
             return inputs.with_texts(kept)
-        ids = await _run_by_size(sum(map(len, kept)), lambda: [text.encode_raw(one) for one in kept])
+        ids = await _run_by_size(sum(map(len, kept)), lambda: [text.codec.encode_raw(one) for one in kept])
         return IdsInputs(ids, inputs.field)
 
     async def _check_texts(self, texts: Sequence[str], prompt: Prompt | None, field: str = "") -> Sequence[str]:

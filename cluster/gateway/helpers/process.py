@@ -32,10 +32,11 @@ def serve(connection: socket.socket) -> None:
 
 def _worker(kind: str, setup: bytes | bytearray) -> object:
     if kind == "text":
-        from cluster.gateway.text.tokenizer import TextModel
+        from cluster.gateway.text.bundle_files import BundleFiles
+        from cluster.gateway.text.text_codec import TextCodec
         from cluster.wire.bundle import Bundle
 
-        return TextModel.from_bundle(Bundle.unpack(bytes(setup)), in_helper=True)
+        return TextCodec(BundleFiles(Bundle.unpack(bytes(setup))))
     from cluster.gateway.apis.body_parser import BodyReader
 
     return BodyReader()

@@ -197,7 +197,7 @@ class Hub(pb_grpc.LinkServicer):
         if link is not None and (link.identity.incarnation, link.epoch) == (hello.incarnation, hello.epoch):
             if not self._peer_identity.may_serve(certificate, link.identity.model):
                 await self._refuse_peer(context, "its worker's model")
-            link.send_blobs_to(blobs)
+            link.bulk.open(blobs)
         elif not self._peer_identity.may_control(certificate):
             await self._refuse_peer(context, "a worker that is linked, or the controller")
         writer = asyncio.create_task(_write_blobs(blobs, context))

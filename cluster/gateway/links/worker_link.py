@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from cluster.api.adapters import ADAPTERS, AdapterSpec, AdapterState, AdapterStatus
+from cluster.api.adapters import ADAPTERS
 from cluster.api.demand import ComputedWork
 from cluster.api.pooling import pooling_tasks
 from cluster.api.types import (
@@ -22,15 +21,16 @@ from cluster.api.types import (
     EngineRequest,
     WorkerIdentity,
 )
+from cluster.gateway.links.bulk_sender import BulkSender
+from cluster.gateway.links.link_adapters import LinkAdapters
 from cluster.gateway.links.link_renders import LinkRenders
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import PrefillPacing
-from cluster.gateway.links.slots import PrefillSample, Sink, SlotTable
+from cluster.gateway.links.slots import Sink, SlotTable
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.wire.codecs import codec
-from cluster.wire.codecs.adapter_codec import AdapterSet, adapter_report_from_pb, adapter_set_to_pb
 from cluster.wire.codecs.demand_codec import work_from_pb
 from cluster.wire.codecs.fairness_codec import (
     FlowBacklog,
@@ -40,13 +40,9 @@ from cluster.wire.codecs.fairness_codec import (
     served_from_pb,
 )
 from cluster.wire.credit import Capacity, CreditBalance
-from cluster.wire.dial import CHUNK_BYTES
 from cluster.wire.ended_requests import EndedUsage
 from cluster.wire.outbox import CommandBox
-from cluster.wire.rendering import INLINE_CHAT_BYTES
 
-# Prompts with more bytes are sent in chunks on the Bulk stream, so that no large message delays a token.
-TURN_PROMPT_BYTES = 32_768
 MAX_REASON_CHARS = 2_000
 """Number of characters that are kept of the reason why a worker's engine has ended."""
 
@@ -111,14 +107,12 @@ class WorkerLink:
         """The kinds of parsers that the worker has: TOOL_PARSER, REASONING_PARSER."""
         self.tasks = frozenset(pooling_tasks(info.capabilities))
         """The worker's pooling tasks; empty if it generates."""
-        self.takes_adapters = ADAPTERS in info.capabilities
-        """Whether the worker loads the adapters that its gateways name."""
-        self.adapters: Mapping[str, AdapterStatus] = {}
-        """The worker's last report of its adapters, by name."""
-        self._adapters_sent: tuple[AdapterSpec, ...] | None = None
-        self._revision_sent = 0
-        self._reports_adapters = False
+        words = (word for word in info.capabilities if word.startswith(RENDERER))
+        self.renderer = next(words, RENDERER).removeprefix(RENDERER)
+        """Name of the worker's renderer of chats; "" if it has none."""
         self.epoch = epoch
+        self.name = f"{identity.worker_id}/{identity.incarnation}/{epoch}"
+        """Name of the link, unique among all links that the gateway has had."""
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.unseeded_key = self.compatibility_key.unseeded
         self.liveness = liveness
@@ -129,12 +123,19 @@ class WorkerLink:
         self.move_requests_at = float("inf")
         """Monotonic time at which the requests on a draining worker must move to other workers; else infinity."""
         self.box = CommandBox()
-        self._blobs: asyncio.Queue[pb.Blob] | None = None
+        self.bulk = BulkSender()
+        self.adapters = LinkAdapters(
+            supported=ADAPTERS in info.capabilities,
+            send=self.box.adapters,
+            mark_changed=self.mark_changed,
+            states_changed=lambda: listener.adapters_changed(self),
+        )
         self._credit = CreditBalance()
         self.pacing = PrefillPacing(info.max_num_batched_tokens)
         """Prefill pacing of the requests that this gateway sends to the worker."""
         gaps = listener.token_gaps(identity.model)
-        self._slots = SlotTable(identity.worker_id, self.pacing, self.box.aborts, gaps)
+        self.slots = SlotTable(identity.worker_id, self.pacing, self.box.aborts, gaps)
+        """This gateway's requests that run on the worker."""
         self._numbers = itertools.count(1)
         self.last_sent = 0.0
         """Monotonic time of the last request that was sent to the worker."""
@@ -148,20 +149,13 @@ class WorkerLink:
         """Reason why the worker's engine has ended; "" until the worker reports an end."""
         self.ended = False
         """Whether the link has ended, so that nothing more can be sent to the worker."""
-        self.changes: set[str] = set()
-        """Set to which the worker's id is added when something changes that routing reads. The model's links share
-        it, so that a decision reads only the workers that have changed."""
+        self._changes: set[str] = set()
 
     def __repr__(self) -> str:
         return (
             f"<WorkerLink {self.identity.worker_id} epoch {self.epoch} {self.identity.model} "
             f"running {self.running} free {self.free.sequences}>"
         )
-
-    @property
-    def name(self) -> str:
-        """Name of the link, unique among all links that the gateway has had."""
-        return f"{self.identity.worker_id}/{self.identity.incarnation}/{self.epoch}"
 
     @property
     def draining(self) -> bool:
@@ -176,34 +170,17 @@ class WorkerLink:
     @property
     def running(self) -> int:
         """Number of this gateway's requests that run on the worker."""
-        return len(self._slots)
+        return len(self.slots)
 
-    @property
-    def prefill_tokens(self) -> int:
-        """Number of tokens that the worker is likely to compute for this gateway's requests without output."""
-        return self._slots.prefill_tokens
-
-    @property
-    def unanswered(self) -> int:
-        """Number of this gateway's requests on the worker that have no output yet."""
-        return self._slots.unanswered
-
-    def pop_prefill_samples(self) -> Sequence[PrefillSample]:
-        """Return how long the worker has taken for prompts since the last time."""
-        return self._slots.pop_prefill_samples()
-
-    def unfinished(self, now: float) -> PrefillSample:
-        """Return the prompts that the worker has not finished, and for how long it has computed on them."""
-        return self._slots.unfinished(now)
+    def report_changes_to(self, changed_workers: set[str]) -> None:
+        """Add the worker's id to a set, now and whenever something changes that routing reads. The links of a model
+        share the set, so that a decision reads only the workers that have changed."""
+        self._changes = changed_workers
+        self.mark_changed()
 
     def mark_changed(self) -> None:
         """Record that something has changed that routing reads."""
-        self.changes.add(self.identity.worker_id)
-
-    @property
-    def sinks(self) -> Sequence[Sink]:
-        """Sinks of the requests that run on the worker."""
-        return self._slots.sinks
+        self._changes.add(self.identity.worker_id)
 
     def submit(
         self,
@@ -237,9 +214,9 @@ class WorkerLink:
         self.last_sent = self._clock()
         tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         expected = tokens - turn.value.cached_tokens if turn is not None else tokens
-        blobs = () if self._blobs is None else _move_prompt(message)
+        chunks = self.bulk.extract_prompt(message)
         # Nothing below can fail, so a request is either sent and fully counted, or neither.
-        self._slots.add(
+        self.slots.add(
             slot,
             sink,
             tokens,
@@ -250,9 +227,8 @@ class WorkerLink:
         )
         self._credit.spend(tokens)
         self.mark_changed()
-        if self._blobs is not None:
-            for blob in blobs:
-                self._blobs.put_nowait(blob)
+        if chunks:
+            self.bulk.send(chunks)
         self.box.submit(message)
         return slot
 
@@ -261,69 +237,15 @@ class WorkerLink:
         """Whether the worker takes new requests."""
         return self.drain_state is DrainState.SERVING
 
-    @property
-    def renderer(self) -> str:
-        """Name of the worker's renderer of chats; "" if it has none."""
-        words = (word for word in self.info.capabilities if word.startswith(RENDERER))
-        return next(words, RENDERER).removeprefix(RENDERER)
-
     def _send_render(self, render: pb.Render) -> None:
-        if self._blobs is not None and len(render.chat) > INLINE_CHAT_BYTES:
-            key, data = f"chat:{render.number}", render.chat
-            render.ClearField("chat")
-            render.chat_blob = key
-            for blob in _chunks(key, data):
-                self._blobs.put_nowait(blob)
+        self.bulk.send_chat(render)
         self.box.render(render)
-
-    def send_adapters(self, revision: int, adapters: tuple[AdapterSpec, ...]) -> None:
-        """Send the adapters that the worker is to have, if they are others than were sent before, or if the worker
-        reports others: it may follow a gateway that ended before it had the newest catalog. `revision`: that of the
-        catalog. Does nothing for a worker that loads no adapters."""
-        if not self.takes_adapters:
-            return
-        sent = self._adapters_sent
-        is_known = adapters is sent or adapters == sent
-        if not is_known or (revision != self._revision_sent and self._has_others(adapters)):
-            self._adapters_sent, self._revision_sent = adapters, revision
-            self.box.adapters(adapter_set_to_pb(AdapterSet(revision, adapters)))
-
-    def _has_others(self, adapters: tuple[AdapterSpec, ...]) -> bool:
-        """Return whether the worker has last reported other adapters, by name, than these."""
-        if not self._reports_adapters:
-            return False
-        return len(adapters) != len(self.adapters) or any(spec.name not in self.adapters for spec in adapters)
-
-    def lose_adapter(self, digest: str) -> None:
-        """Send no call for an adapter there before the worker's next report, because the worker has refused one."""
-        self._set_adapters(
-            replace(status, state=AdapterState.LOADING) if status.digest == digest else status
-            for status in self.adapters.values()
-        )
-
-    def _set_adapters(self, statuses: Iterable[AdapterStatus]) -> bool:
-        """Set the states of the worker's adapters. Returns whether more has changed than which are in a slot."""
-        before = {name: (status.digest, status.state) for name, status in self.adapters.items()}
-        self.adapters, self._reports_adapters = {status.name: status for status in statuses}, True
-        self.mark_changed()
-        if {name: (status.digest, status.state) for name, status in self.adapters.items()} == before:
-            return False
-        self._listener.adapters_changed(self)
-        return True
-
-    def command(self, command: pb.Command) -> None:
-        """Send an operator's command to the worker."""
-        self.box.command(command)
 
     def abort(self, slot: int) -> None:
         """Abort the request in a slot. No further method of the request's sink is called. Does nothing if the request
         has ended."""
-        self._slots.abort(slot)
+        self.slots.abort(slot)
         self.mark_changed()
-
-    def replace_sink(self, slot: int, sink: Sink) -> None:
-        """Deliver the further events of a slot to another sink. Does nothing if the request has ended."""
-        self._slots.replace_sink(slot, sink)
 
     def close(self, why: str, reason: str = "closed") -> None:
         """End this link from the gateway's side. `reason`: one word, used as a metric label."""
@@ -336,16 +258,16 @@ class WorkerLink:
         """Apply a message from the worker. Returns whether the worker's credit, drain state or adapters have changed,
         or whether it takes another chat to render. Raises ValueError for a message that cannot be applied."""
         now = self._clock()
-        running, prefill_tokens = len(self._slots), self._slots.prefill_tokens
+        running, prefill_tokens = len(self.slots), self.slots.prefill_tokens
         changed = False
-        if message.HasField("adapters") and self.takes_adapters:  # before refusals, whose calls are routed again
-            changed = self._set_adapters(adapter_report_from_pb(message.adapters))
+        if message.HasField("adapters"):  # before refusals, whose calls are routed again
+            changed = self.adapters.apply(message.adapters)
         for accepted in message.accepted:
-            self._slots.accept(accepted.slot)
+            self.slots.accept(accepted.slot)
         for refused in message.refused:
-            self._slots.refuse(refused)
+            self.slots.refuse(refused)
         if message.HasField("step"):
-            self._slots.apply_step(message.step, now)
+            self.slots.apply_step(message.step, now)
             before = self.pacing.resumed_tokens
             if self.pacing.begin_step():
                 self._listener.step_begun(self, self.pacing.resumed_tokens < before)
@@ -376,7 +298,7 @@ class WorkerLink:
             self.move_requests_at = now + stays_s if self.drain_state is DrainState.DRAINING else float("inf")
             self._listener.drain_state_changed(self)
             changed = True
-        if changed or len(self._slots) != running or self._slots.prefill_tokens != prefill_tokens:
+        if changed or len(self.slots) != running or self.slots.prefill_tokens != prefill_tokens:
             self.mark_changed()
         return changed
 
@@ -390,28 +312,9 @@ class WorkerLink:
         self._set_load(codec.load_from_pb(beat.load))
         self.liveness.record_beat(self.load, beat.acked_seq, beat.sent_seq, now)
 
-    def send_blobs_to(self, blobs: asyncio.Queue[pb.Blob]) -> None:
-        """Use a queue for blobs to the worker, since the worker has opened its Bulk stream."""
-        self._blobs = blobs
-
     def end(self, why: str) -> None:
         """End the link: call `lost` once on the sink of every slot."""
         self.ended = True  # first, because a sink looks for another worker at once
         self.mark_changed()
-        self._slots.lose(why)
+        self.slots.lose(why)
         self.renders.lose()
-
-
-def _move_prompt(message: pb.Submit) -> Sequence[pb.Blob]:
-    """Move a long prompt from the Submit into chunks for the Bulk stream. Returns the chunks."""
-    if len(message.prompt_ids) <= TURN_PROMPT_BYTES:
-        return ()
-    key, data = f"prompt:{message.slot}:{message.attempt}", message.prompt_ids
-    message.ClearField("prompt_ids")
-    message.prompt_blob = key
-    return _chunks(key, data)
-
-
-def _chunks(key: str, data: bytes) -> Sequence[pb.Blob]:
-    starts = range(0, len(data), CHUNK_BYTES)
-    return [pb.Blob(key=key, data=data[at : at + CHUNK_BYTES], last=at + CHUNK_BYTES >= len(data)) for at in starts]

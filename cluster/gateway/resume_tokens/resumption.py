@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.gateway.adapters import name_of
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.request import GenerationRequest
+from cluster.gateway.models.adapters import name_of
 from cluster.gateway.resume_tokens.claim import TAKEN, ResumeClaims
 from cluster.gateway.resume_tokens.first_claims import FirstClaims
 from cluster.gateway.resume_tokens.token_chain import CallHead, InvalidToken, TokenChain

@@ -1,8 +1,9 @@
-"""Checks of the queued calls for adapters, made again after each change of the adapters.
+"""The queued calls for adapters, looked at again after each change of the adapters.
 
 Problem: while a thousand adapters are loaded on many workers, there are many changes a second, and twenty thousand
-sequences may be queued. Invariants: at most MOST sequences are checked at each change and at each tick of the
-scheduler's clock; after the last change, every sequence is checked once more. Until then it waits as before.
+sequences may be queued. Invariants: at most MOST sequences are looked at for one change and in one turn of the
+scheduler's clock; after the last change, every sequence is looked at once more. Sequences that are not looked at yet
+wait on, as before the change.
 """
 
 from __future__ import annotations
@@ -12,32 +13,38 @@ from typing import Final
 
 from cluster.gateway.calls.call import CallSequence
 from cluster.gateway.calls.life import State
+from cluster.gateway.models.known_model import KnownModel
+from cluster.gateway.scheduling import queue_errors
+from cluster.gateway.scheduling.queues import Queues
+from cluster.gateway.scheduling.worker_caches import WorkerCaches
 
 MOST: Final = 1024
-"""Maximum number of sequences that are checked together, which takes about 4 ms."""
+"""Maximum number of sequences that are looked at together, which takes about 4 ms."""
 
 
 class AdapterChecks:
-    """The sequences that are still to be checked since the adapters have changed."""
+    """Looks at the queued sequences of calls for adapters, in slices, after each change of the adapters."""
 
     def __init__(
         self, queued: Callable[[], Sequence[CallSequence]], check: Callable[[CallSequence], None], most: int = MOST
     ) -> None:
-        """`queued` returns the queued sequences. `check` checks one of them. `most`: see MOST."""
+        """`queued` returns the queued sequences; `check` looks at one of them."""
         self._queued = queued
         self._check = check
         self._most = most
         self._left: list[CallSequence] = []
+        """The sequences that are still to be looked at, the next one last."""
         self._is_stale = False
 
     def changed(self) -> None:
-        """Begin to check all sequences. If the checks for an earlier change are not finished, begin after these."""
+        """Look at the first sequences now and at the others a little later. If sequences are left of an earlier change,
+        all are looked at after them."""
         self._is_stale = True
         if not self._left:
             self.go_on()
 
     def go_on(self) -> None:
-        """Check the next sequences. Called a few times a second."""
+        """Look at the next sequences. Called a few times a second."""
         if self._is_stale and not self._left:
             self._is_stale = False
             self._left = [sequence for sequence in self._queued() if sequence.call.adapter]
@@ -47,3 +54,36 @@ class AdapterChecks:
         for sequence in reversed(some):
             if sequence.state is State.QUEUED and sequence.call.error is None:
                 self._check(sequence)
+
+
+class QueuedAdapters:
+    """Applies a change of the adapters to queued sequences."""
+
+    def __init__(self, queues: Queues, caches: WorkerCaches, find: Callable[[str], KnownModel | None]) -> None:
+        """`find` returns a model by name."""
+        self._queues = queues
+        self._caches = caches
+        self._find = find
+
+    def check(self, sequence: CallSequence) -> None:
+        """End the call of a sequence if no worker could load its adapter, or if the adapter is gone; else give the
+        sequence the adapter's digest that counts now."""
+        call, model = sequence.call, self._find(sequence.call.model)
+        if model is None:
+            return
+        try:
+            if (refused := queue_errors.not_servable(model, call.adapter)) is not None:
+                call.fail(refused)
+            elif (key := current_adapter(sequence, model)) is not None:
+                self._queues.set_adapter(sequence, key)
+                self._caches.forget_prompt(sequence.key)
+        except Exception as error:
+            call.fail_unexpectedly(error)
+
+
+def current_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
+    """Return the key of the adapter that a sequence without output should use in place of the one in its request, which
+    no worker has; None if it should keep that one."""
+    now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
+    is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
+    return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None

@@ -18,7 +18,7 @@ from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.gateway.demand import DemandTally
 from cluster.gateway.links.link_renders import RenderedPrompt, RendererLost
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling import queue_errors
 from cluster.policy.fairness.fair_queue import FairOrder, FairOrders
 from cluster.policy.fairness.order import WaitingSequence
@@ -173,7 +173,7 @@ class ChatRenders:
         ask, timeout_s = wait.ask, RENDER_S
         if ask.deadline is not None:
             timeout_s = min(timeout_s, max(ask.deadline - self._clock(), 0.0))
-        most = ask.max_tokens or model.max_model_len or ANY_TOKENS
+        most = ask.max_tokens or model.capabilities.max_model_len or ANY_TOKENS
         answer = link.renders.start(ask.chat, most, timeout_s)
         no_answer = CallError(Outcome.SHED, "the worker did not render the chat in time; retry after the given delay")
         wait.timer = asyncio.get_running_loop().call_later(timeout_s + GRACE_S, wait.fail, no_answer)

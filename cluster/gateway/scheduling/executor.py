@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.outcomes import CallError
-from cluster.gateway.adapters import name_of
 from cluster.gateway.calls.call import Call, CallSequence
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.adapters import name_of
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.hedges import Hedges
 from cluster.gateway.scheduling.queues import Queues

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import ModelState
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models.known_model import KnownModel
 
 _REFUSED = {
     Outcome.QUEUE_FULL: "the cluster's queue is full; retry after the given delay",

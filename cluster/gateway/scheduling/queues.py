@@ -100,6 +100,12 @@ class Queues:
             sequence.lost_node,
         )
 
+    def settle(self, sequence: CallSequence) -> None:
+        """Settle the service account of a sequence that has ended, and count its output as demand. Idempotent."""
+        if (place := self._charges.place(sequence)) is not None:
+            self.tally.ended(place, len(sequence.emitted), sequence.computed)
+        self._charges.settle(sequence)
+
     def versions_changed(self, call: Call) -> None:
         """Apply a change of the versions on which the call's queued sequences may begin."""
         for sequence in call.sequences:

@@ -15,27 +15,27 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from cluster.gateway.calls.call import Call, CallSequence
-from cluster.gateway.calls.life import WAITING, State
-from cluster.gateway.calls.sequence import OutputSequence
-from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling import queue_errors
-from cluster.gateway.scheduling.adapter_checks import AdapterChecks
+from cluster.gateway.scheduling.adapter_checks import AdapterChecks, QueuedAdapters
 from cluster.gateway.scheduling.canary_statistics import CanaryStatistics
 from cluster.gateway.scheduling.chat_renders import ChatRenders, small_room
 from cluster.gateway.scheduling.executor import Executor
 from cluster.gateway.scheduling.hedges import Hedges
 from cluster.gateway.scheduling.peer_backlog import BacklogReports
+from cluster.gateway.scheduling.pump import SequencePump, UnservedModels
 from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.routes import Routes
+from cluster.gateway.scheduling.sequence_events import SequenceEvents
 from cluster.gateway.scheduling.service_charges import ServiceCharges
+from cluster.gateway.scheduling.upkeep import Upkeep
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.gateway.scheduling.workers import LinkedWorkers
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import Order, WaitingRoom
 from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.cost import RoutingSettings
-from cluster.policy.routing.version_split import Versions
 from cluster.policy.scheduling.hedging import HedgingPolicy
 from cluster.policy.scheduling.instructions import ResumingSequence
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy, Workers
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("dispatch")
 
-SWEEP_S = 1.0
 SLICE = 64
 """Number of sequences of one call that are queued at once, which takes about 3 ms."""
 
@@ -74,7 +73,9 @@ class SchedulerHost(Protocol):
 
 
 class Scheduler:
-    """The scheduler of one gateway, for all models. Implements calls.call.CallEvents."""
+    """The scheduler of one gateway, for all models. It queues the sequences of calls and removes them again. Its parts
+    do the rest: `pump` sends waiting sequences, `events` handles the events of sequences, and `upkeep` does the
+    periodic work."""
 
     def __init__(
         self,
@@ -101,17 +102,18 @@ class Scheduler:
         workers = LinkedWorkers(
             host, self.breakers, self.worker_caches, lambda key: self.queues.sequence(key).request, routing
         )
+        self._links = workers.links
         self.routes = Routes(metrics, workers.count, clock)
         self.policy = policy_of(room, workers, resume_wait_s, WorkerLosses(max_silent_losses))
         self.queues = Queues(self.policy, charges, clock)
-        self._adapter_checks = AdapterChecks(self.queues.queued, self._check_adapter)
+        self._unserved = UnservedModels(host.model_unserved)
         self.renders = ChatRenders(
             render_room_of,
             charges.weight_of,
             self.queues.tally,
             lambda name: host.directory.find(name),
             clock,
-            self._note_unserved,
+            self._unserved.note,
         )
         self.hedges = Hedges(
             HedgingPolicy(hedging_share),
@@ -125,7 +127,7 @@ class Scheduler:
             lambda: host.accounting,
             clock,
         )
-        self._executor = Executor(
+        executor = Executor(
             self.queues,
             workers,
             self.worker_caches,
@@ -137,15 +139,41 @@ class Scheduler:
             lambda: host.accounting,
             clock,
         )
-        self.links, self._age_workers = workers.links, workers.age
         self.backlogs = BacklogReports(charges, self.queues.waiting, self.policy.resuming, workers.links, clock)
-        self._metrics = metrics
-        self._clock = clock
-        self._unserved: set[str] = set()
-        """Names of models that no worker serves and for which calls wait."""
-        self._swept = clock()
-
-    # ---- calls
+        self.pump = SequencePump(self.policy, executor, self.backlogs, lambda: host.directory, clock)
+        self.events = SequenceEvents(
+            lambda name: host.directory.find(name),
+            self.queues,
+            charges,
+            self.pump,
+            self._unserved,
+            self.worker_caches,
+            self.routes,
+            self.hedges,
+            self.breakers,
+            workers.links,
+            metrics,
+            lambda: host.accounting,
+            clock,
+        )
+        queued = QueuedAdapters(self.queues, self.worker_caches, lambda name: host.directory.find(name))
+        self.adapter_checks = AdapterChecks(self.queues.queued, queued.check)
+        self.upkeep = Upkeep(
+            lambda: host.directory,
+            self.policy,
+            self.queues,
+            executor,
+            self.pump,
+            self._unserved,
+            self.adapter_checks,
+            workers,
+            self.worker_caches,
+            self.breakers,
+            charges,
+            self.hedges,
+            self.renders,
+            clock,
+        )
 
     async def enter_in_slices(self, call: Call, model: KnownModel) -> None:
         """Queue the sequences of a call with many, as `enter` does, in slices between which other tasks run."""
@@ -188,15 +216,15 @@ class Scheduler:
                 self.leave(call)
                 raise queue_errors.refused(admitted.refusal)
         if len(resumed) < len(sequences):
-            self.pump(model.name)
+            self.pump.send_waiting(model.name)
         else:
-            self._send_resumed(model, resumed)
-        self._note_unserved(model)
+            self.pump.send_resumed(model.name, resumed)
+        self._unserved.note(model)
 
     def count_missed(self, call: Call, model: KnownModel) -> None:
         """Count a call as demand for the requested model, although a fallback model serves the call."""
         self.queues.count(model.name, call.sequences)
-        self._note_unserved(model)
+        self._unserved.note(model)
 
     def leave(self, call: Call) -> None:
         """End the sequences of a call, remove the sequences from the queues, and settle their service accounts."""
@@ -204,7 +232,7 @@ class Scheduler:
         call.release()
         for sequence in call.sequences:
             try:
-                self._settle(sequence)
+                self.queues.settle(sequence)
             except Exception:  # settle the other sequences' accounts all the same
                 log.exception("call.sequence_not_settled", **call.log_fields)
             self.hedges.forget(sequence)
@@ -226,191 +254,14 @@ class Scheduler:
             return
         for sequence in call.sequences:
             if sequence.finish_reason:
-                self._settle(sequence)
+                self.queues.settle(sequence)
             elif sequence.emitted:
                 if (place := self.charges.place(sequence)) is not None:
                     self.queues.tally.record_output(place, len(sequence.emitted))
                 self.charges.grew(sequence)
 
-    def _settle(self, sequence: CallSequence) -> None:
-        if (place := self.charges.place(sequence)) is not None:
-            self.queues.tally.ended(place, len(sequence.emitted), sequence.computed)
-        self.charges.settle(sequence)
-
     def take_over(self, call: Call, generation: int) -> None:
         """Send all workers the new generation of a call that was resumed at this gateway, so that they end the call's
         sequences of earlier generations."""
-        for link in self.links(call.model):
+        for link in self._links(call.model):
             link.box.takeover(call.shown_id, generation)
-
-    # ---- calls.call.CallEvents
-
-    def requeue(self, sequence: CallSequence) -> None:
-        """Queue a sequence that has left its worker. A sequence that starts over is put at the head of its tenant's
-        queue, any other sequence into the resume queue."""
-        if sequence.state not in WAITING:  # the call has ended in the meantime
-            return
-        model = self.host.directory.find(sequence.call.model)
-        if sequence.state is State.RESUMING:
-            resumed = self.queues.resume(sequence)
-            if model is not None:
-                self._send_resumed(model, (resumed,))
-        else:
-            self._choose_versions(sequence.call)
-            try:
-                if model is not None and (key := self._new_adapter(sequence, model)) is not None:
-                    sequence.call.set_adapter(sequence, key)
-                    self.worker_caches.forget_prompt(sequence.key)
-            except Exception as error:
-                sequence.call.fail_unexpectedly(error)
-                return
-            self.queues.put_back(sequence)
-            self.pump(sequence.call.model)
-        if model is not None:
-            self._note_unserved(model)
-
-    def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Correct the charge of a sequence when its first output has arrived, and count its prediction."""
-        self.charges.began(sequence, cached_tokens)
-        self.routes.began(sequence, cached_tokens)
-        self.hedges.answered(sequence, cached_tokens)
-
-    def answered(self, link: WorkerLink) -> None:
-        """Record a success of a worker, which has sent the first output of a sequence."""
-        self.breakers.record_success(link.identity.incarnation)
-
-    def worker_failed(self, link: WorkerLink) -> None:
-        """Record a failure of a worker whose engine could not continue a sequence."""
-        others = (other.identity.incarnation for other in self.links(link.identity.model) if other is not link)
-        self.breakers.record_failure(link.identity.incarnation, others, self._clock())
-
-    def resumed(self, model: str, reason: str, gap_s: float) -> None:
-        """Count a resume that came `gap_s` seconds after the sequence's last token."""
-        self._metrics.count("resumes_total", model, reason)
-        self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
-
-    def submission_refused(self, sequence: CallSequence) -> None:
-        """Stop waiting for the usage of a Submit that a worker refused. A refused Submit costs nothing."""
-        if self.host.accounting is not None:
-            self.host.accounting.refused(sequence)
-
-    def finished(self, sequence: CallSequence) -> None:
-        """Settle the service account of one of many sequences of a call, since its call may go on for long."""
-        self._settle(sequence)
-
-    def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
-        """Record that one of the two workers of a hedged sequence is out."""
-        self.hedges.ended(sequence, won, computed_by)
-
-    def adapters_changed(self) -> None:
-        """End the queued calls for adapters that no worker could load or that are gone, and have the others use the
-        digests that count now. If many are queued, the last ones follow a little later."""
-        self._adapter_checks.changed()
-
-    def _check_adapter(self, sequence: CallSequence) -> None:
-        call, model = sequence.call, self.host.directory.find(sequence.call.model)
-        if model is None:
-            return
-        try:
-            if (refused := queue_errors.not_servable(model, call.adapter)) is not None:
-                call.fail(refused)
-            elif (key := self._new_adapter(sequence, model)) is not None:
-                self.queues.set_adapter(sequence, key)
-                self.worker_caches.forget_prompt(sequence.key)
-        except Exception as error:
-            call.fail_unexpectedly(error)
-
-    @staticmethod
-    def _new_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
-        """Return the adapter that a sequence without output should use in place of the one in its request, which no
-        worker has; None if it should keep that one."""
-        now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
-        is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
-        return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None
-
-    def _choose_versions(self, call: Call) -> None:
-        """Allow a call that has delivered nothing to begin on any version with the same tokenizer, because the call's
-        own version may have lost its last worker."""
-        model = self.host.directory.find(call.model)
-        begun = any(sequence.emitted or sequence.link or sequence.finish_reason for sequence in call.sequences)
-        if model is None or not call.versions.all or begun:
-            return
-        links = [link for link in model.links.values() if model.takes_calls(link)]
-        same = frozenset(link.identity.version for link in links if link.identity.bundle_digest == call.bundle_digest)
-        if same:
-            call.set_versions(Versions(call.versions.first if call.versions.first in same else "", same))
-            self.queues.versions_changed(call)
-
-    def _note_unserved(self, model: KnownModel) -> None:
-        """If no worker serves a model, report the demand for the model at once, not with the next periodic report."""
-        if model.name not in self._unserved and not model.served:
-            self._unserved.add(model.name)
-            self.host.model_unserved()
-
-    # ---- sending
-
-    def pump(self, name: str) -> None:
-        """Send waiting sequences of a model as long as a worker has capacity."""
-        if self.host.directory.find(name) is None:
-            return
-        self._executor.carry_out(self.policy.assign(name, self._clock()))
-        self.backlogs.changed(name)
-
-    def _send_resumed(self, model: KnownModel, sequences: Sequence[ResumingSequence]) -> None:
-        """Try to send only `sequences`, since nothing else has changed. After the loss of a gateway or worker many
-        sequences are requeued. If the whole queue were tried for each of these sequences, the cost would be the square
-        of their number."""
-        self._executor.carry_out(self.policy.assign_resumed(model.name, sequences, self._clock()))
-        self.backlogs.changed(model.name)
-
-    def step_begun(self, model: str, resumed: bool) -> None:
-        """Send further sequences after a worker's step has begun, since prefill pacing now allows more. `resumed`:
-        whether the step computes resumed sequences. New sequences may have waited behind these."""
-        if resumed or self.policy.resuming.waiting(model)[0]:
-            self.pump(model)
-
-    # ---- time
-
-    def expire(self) -> None:
-        """End calls that have waited too long. Called a few times a second."""
-        now, directory = self._clock(), self.host.directory
-        if now - self._swept >= SWEEP_S:
-            self._swept = now
-            self._sweep(now)
-        self.worker_caches.maintain(now)
-        self._adapter_checks.go_on()
-        self._executor.carry_out(self.policy.expire(now, directory.starts_in_s))
-        self.renders.expire()
-        # A sequence may have waited long enough for the worker that holds its KV blocks.
-        for name in {*self.policy.resuming.models, *self.policy.aside.models}:
-            self.pump(name)
-        if self.breakers.open:  # a worker's pause may be over
-            for model in directory.models:
-                for link in model.links.values():
-                    self.breakers.record_steps(link.identity.incarnation, now, link.load.steps)
-                self.pump(model.name)
-
-    def _sweep(self, now: float) -> None:
-        models = self.host.directory.models
-        self.queues.tally.retain_models(model.name for model in models)
-        self._unserved &= {model.name for model in models if not model.served}
-        self.renders.sweep((model.name for model in models), now)
-        self.hedges.policy.retain_models(model.name for model in models)
-        self._age_workers(now)
-        self.charges.sweep({model.name: bool(model.links) for model in models}, now)
-        self.breakers.retain(link.identity.incarnation for model in models for link in model.links.values())
-        for model in models:
-            for link in list(model.links.values()):
-                if now >= link.move_requests_at or model.quarantined(link):
-                    self._move(link, now)
-
-    def _move(self, link: WorkerLink, now: float) -> None:
-        """Move sequences from a draining worker to other workers, as many as the other workers have capacity for now.
-        The remaining sequences are moved by later calls."""
-        sequences = {sink.key: sink for sink in link.sinks if isinstance(sink, OutputSequence)}
-        running = [self.queues.resuming(sequence) for sequence in sequences.values()]
-        for key in self.policy.movable(running, link.identity.worker_id, now):
-            try:
-                sequences[key].move()
-            except Exception as error:
-                sequences[key].call.fail_unexpectedly(error)

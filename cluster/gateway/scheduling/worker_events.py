@@ -56,7 +56,7 @@ class WorkerEvents:
         scheduler.policy.losses.returned(identity.incarnation)
         self._host.directory.add_link(link)
         scheduler.backlogs.joined(identity.model)
-        scheduler.pump(identity.model)
+        scheduler.pump.send_waiting(identity.model)
         scheduler.renders.pump(identity.model)
         for observer in self.observers:
             observer.link_up(link)
@@ -76,13 +76,13 @@ class WorkerEvents:
             self._scheduler.breakers.record_stall(identity.incarnation, now, link.reason in PROVEN_BY_STEPS)
         for observer in self.observers:
             observer.link_down(link, why, now)
-        self._scheduler.pump(identity.model)
+        self._scheduler.pump.send_waiting(identity.model)
         self._scheduler.renders.pump(identity.model)
         self._host.state_changed()
 
     def link_changed(self, link: WorkerLink) -> None:
         """Handle a change of a worker's credit or drain state: send waiting sequences."""
-        self._scheduler.pump(link.identity.model)
+        self._scheduler.pump.send_waiting(link.identity.model)
         self._scheduler.renders.pump(link.identity.model)
 
     def apply_catalog(self, entries: Sequence[CatalogEntry], revision: int = 0) -> None:
@@ -91,13 +91,13 @@ class WorkerEvents:
         directory.apply_catalog(entries, revision)
         self._scheduler.canaries.catalog(entries)
         for model in directory.models:  # quarantined workers may take calls again
-            self._scheduler.pump(model.name)
+            self._scheduler.pump.send_waiting(model.name)
         for sequence in self._queues.queued():  # if the model has failed, end the call now, not at its deadline
             known = directory.find(sequence.call.model)
             not_servable = None if known is None else queue_errors.not_servable(known)
             if not_servable is not None:
                 sequence.call.fail(not_servable)
-        self._scheduler.adapters_changed()
+        self._scheduler.adapter_checks.changed()
         self._scheduler.renders.end_unservable()
         self._host.state_changed()
 
@@ -144,7 +144,7 @@ class WorkerEvents:
 
     def step_begun(self, link: WorkerLink, resumed: bool) -> None:
         """Handle the beginning of a worker's step that computes prompts of this gateway: send further sequences."""
-        self._scheduler.step_begun(link.identity.model, resumed)
+        self._scheduler.pump.step_begun(link.identity.model, resumed)
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
         """Handle a worker's report of the usage of ended requests."""
@@ -171,4 +171,4 @@ class WorkerEvents:
     def adapters_changed(self, link: WorkerLink) -> None:
         """Handle a worker's report of its adapters: calls for an adapter that no worker could load end now."""
         self._host.directory.adapters_changed(link)
-        self._scheduler.adapters_changed()
+        self._scheduler.adapter_checks.changed()

@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 from cluster.api.types import TOOL_PARSER, CompatibilityKey, EngineRequest
 from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.cost import RoutingSettings
@@ -87,7 +88,7 @@ class LinkedWorkers:
                     fleet.remove(worker_id)
                     state.times.forget(worker_id)
                     continue
-                for sample in link.pop_prefill_samples():
+                for sample in link.slots.pop_prefill_samples():
                     state.times.record(worker_id, *sample)
                 fleet.put(self._row(known, link, state.times.slowdown(worker_id, now)))
             known.changed_workers.clear()
@@ -99,7 +100,7 @@ class LinkedWorkers:
         state = None if known is None else self._models.get(known)
         link = None if known is None else known.links.get(worker_id)
         if state is not None and link is not None:
-            state.times.record_unfinished(worker_id, *link.unfinished(now))
+            state.times.record_unfinished(worker_id, *link.slots.unfinished(now))
             link.mark_changed()
 
     def record_late_lost(self, model: str, worker_id: str, now: float) -> None:
@@ -166,7 +167,7 @@ class LinkedWorkers:
         """Return whether a worker runs a suspect sequence to which it has not added a token yet."""
         known = self._owner.directory.find(model)
         link = None if known is None else known.by_incarnation.get(incarnation)
-        return link is not None and any(isinstance(sink, OutputSequence) and sink.suspect for sink in link.sinks)
+        return link is not None and any(isinstance(sink, OutputSequence) and sink.suspect for sink in link.slots.sinks)
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether a sequence with this key can no longer resume. See KnownModel.is_replaced."""
@@ -215,13 +216,13 @@ class LinkedWorkers:
             resumed_prefill=link.pacing.resumed_tokens,
             new_prefill=link.pacing.new_tokens,
             prefill_budget=link.pacing.budget() if resumed or link.pacing.resumed_tokens else 0,
-            prefill_tokens=link.prefill_tokens,
+            prefill_tokens=link.slots.prefill_tokens,
             retired=known.retired(link),
             node=identity.node,
             block_size=link.info.block_size,
             parses_tools=TOOL_PARSER in link.parsers,
             last_sent=link.last_sent,
-            unanswered=link.unanswered,
+            unanswered=link.slots.unanswered,
             slots=link.info.max_num_seqs,
             slowdown=slowdown,
             adapters=adapters,

@@ -12,7 +12,7 @@ from cluster.gateway.console.build import _charger
 from cluster.gateway.console.overview.parts import Limits, LimitUses
 from cluster.gateway.console.overview.recent_calls import RecentCalls
 from cluster.gateway.console.overview.scaling_reasons import MAX_ASKED, REFRESH_S, ScalingReasons
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models.known_model import KnownModel
 from cluster.ledger.usage.records import UsageRecord
 from cluster.policy.limits.budgets import BudgetUse
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy

@@ -18,7 +18,7 @@ from cluster.api.types import CatalogEntry, EngineInfo, ModelState, WorkerIdenti
 from cluster.gateway.demand import DemandTally
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling.chat_renders import MAX_ATTEMPTS, ChatRenders, ChatToRender, small_room
 from cluster.gateway.text.chat.chat_json import chat_json
 from cluster.link.v1 import link_pb2 as pb

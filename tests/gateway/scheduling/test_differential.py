@@ -18,7 +18,7 @@ from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.worker_events import WorkerEvents
@@ -168,7 +168,7 @@ class Gateway(RuleBasedStateMachine):
         """Open a call."""
         policy = TenantPolicy(tenant, handle=tenant, weight=WEIGHTS[tenant])
         deadline = None if wait_s is None else self.now + wait_s
-        call = Call(f"c{next(self.serial)}", "m", policy, rank, self.now, deadline, self.clock, self.scheduler)
+        call = Call(f"c{next(self.serial)}", "m", policy, rank, self.now, deadline, self.clock, self.scheduler.events)
         request = EngineRequest("", [1] * 20, Sampling(max_tokens=TOKENS))
         call.sequences += [OutputSequence(call, index, request, PlainText()) for index in range(outputs)]
         model = self.scheduler.host.directory.find("m")
@@ -208,7 +208,7 @@ class Gateway(RuleBasedStateMachine):
         self.now += seconds
         for call in self.calls:
             self.scheduler.follow(call)
-        self.scheduler.expire()
+        self.scheduler.upkeep.expire()
 
     def teardown(self) -> None:
         """Replay the journal on a policy that is made as the simulator makes it. Afterwards nothing is left."""

@@ -115,7 +115,7 @@ class Gateway(RuleBasedStateMachine):
     def enter(self) -> None:
         """Open a call."""
         policy = TenantPolicy("a", handle="a")
-        call = Call(f"c{next(self.serial)}", "m", policy, 0, self.now, None, self.clock, self.scheduler)
+        call = Call(f"c{next(self.serial)}", "m", policy, 0, self.now, None, self.clock, self.scheduler.events)
         call.trace = self.tracer.begin("", "", self.now)
         assert call.trace is not None
         call.trace.queued()
@@ -139,13 +139,13 @@ class Gateway(RuleBasedStateMachine):
         after = {call.id for call in self.calls if call.sequences[0].hedge is not None}
         assert before <= after
         self.hedges += len(after - before)
-        self.scheduler.expire()
+        self.scheduler.upkeep.expire()
 
     def slots(self) -> list[tuple[WorkerLink, int, OutputSequence[Any]]]:
         """Return everything that runs on a worker: the link, the slot and the sequence."""
         found: list[tuple[WorkerLink, int, OutputSequence[Any]]] = []
         for link in self.links.values():
-            for sink in link.sinks:
+            for sink in link.slots.sinks:
                 if isinstance(sink, Hedge):
                     assert isinstance(sink.sequence, OutputSequence)
                     assert sink.sequence.hedge is sink
@@ -275,7 +275,7 @@ class Gateway(RuleBasedStateMachine):
         assert len(self.scheduler.hedges.policy) == 0
         assert self.scheduler.queues.waiting("m") == (0, 0)
         for link in self.links.values():
-            assert (link.running, link.prefill_tokens, link.pacing.new_tokens) == (0, 0, 0)
+            assert (link.running, link.slots.prefill_tokens, link.pacing.new_tokens) == (0, 0, 0)
 
 
 Gateway.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

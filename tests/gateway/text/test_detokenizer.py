@@ -116,7 +116,7 @@ def test_text_is_whole_again(kind: Kind) -> None:
     """Every sample text is restored token by token, with all characters and the first space."""
     from tests.support.corpus import SAMPLES
 
-    prompt = kind.ours.encode_prompt("Once upon a time")
+    prompt = kind.ours.codec.encode_prompt("Once upon a time")
     for text in SAMPLES:
         ids = kind.theirs.encode("Once upon a time " + text, add_special_tokens=True)[len(prompt) :]
         detokenizer = kind.ours.detokenizer(prompt)

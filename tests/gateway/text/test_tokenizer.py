@@ -25,7 +25,7 @@ LAW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthChe
 @given(text=TEXTS)
 def test_prompt_ids_equal_transformers(kind: Kind, text: str) -> None:
     """The token ids of a plain prompt equal those of transformers, BOS included."""
-    assert kind.ours.encode_prompt(text) == kind.theirs(text, add_special_tokens=True)["input_ids"]
+    assert kind.ours.codec.encode_prompt(text) == kind.theirs(text, add_special_tokens=True)["input_ids"]
 
 
 def test_what_a_model_is(kinds: dict[str, Kind]) -> None:
@@ -49,9 +49,9 @@ async def test_long_texts_leave_the_loop_free(kinds: dict[str, Kind]) -> None:
         turns += 1
         await asyncio.sleep(0)
     assert turns > 10
-    assert list(task.result()) == model.encode_prompt(text)
+    assert list(task.result()) == model.codec.encode_prompt(text)
     messages = [{"role": "user", "content": text}]
-    assert list(await model.chat_ids_async("t", messages)) == model.encode_chat(messages)
+    assert list(await model.chat_ids_async("t", messages)) == model.codec.encode_chat(messages)
 
 
 async def test_short_texts_stay_on_the_loop(kinds: dict[str, Kind]) -> None:
@@ -59,13 +59,13 @@ async def test_short_texts_stay_on_the_loop(kinds: dict[str, Kind]) -> None:
     model = kinds["mistral"].ours
     with pytest.raises(StopIteration) as done:
         model.prompt_ids_async("t", "short").send(None)
-    assert list(done.value.value) == model.encode_prompt("short")
+    assert list(done.value.value) == model.codec.encode_prompt("short")
 
 
 def test_a_lone_surrogate_is_refused(kinds: dict[str, Kind]) -> None:
     """A prompt with a lone surrogate gets an error that names the field."""
     with pytest.raises(CallError) as error:
-        kinds["llama"].ours.encode_prompt("a\ud800b")
+        kinds["llama"].ours.codec.encode_prompt("a\ud800b")
     assert error.value.outcome is Outcome.INVALID_FIELD
     assert error.value.violations[0].field == "prompt"
 
@@ -94,7 +94,7 @@ def test_a_big_vocabulary_loads_without_training(tmp_path_factory: pytest.TempPa
 
     folder = big_tokenizer(tmp_path_factory.mktemp("big"))
     model = TextModel.from_bundle(build_bundle(folder))
-    ids = model.encode_prompt("hello wörld")
+    ids = model.codec.encode_prompt("hello wörld")
     assert model.vocab_size == 128_000
     assert max(ids) == ids[0] == 128_000 - 8
     assert model.decode(ids) == "hello wörld"

@@ -207,12 +207,12 @@ def test_prompts_equal_vllms(kinds: dict[str, Kind], name: str) -> None:
     for title, fields in CONVERSATIONS.items():
         body = {"model": "m", **fields}
         expected = theirs(body, kind.theirs, SOURCES[name])
-        assert ours(body, model.render_chat) == expected, title
+        assert ours(body, model.codec.render_chat) == expected, title
         if expected is not None:
             prompt = parse_chat(read_object(json.dumps(body).encode())).requests[0].prompt
             ids = kind.theirs.encode(expected, add_special_tokens=False)
             assert isinstance(prompt, ChatPrompt)
-            assert model.encode_chat(prompt.messages, **prompt.template_options) == ids, title
+            assert model.codec.encode_chat(prompt.messages, **prompt.template_options) == ids, title
             rendered += 1
     assert rendered >= 4
 
@@ -284,12 +284,12 @@ def test_a_late_system_message_is_rendered(kinds: dict[str, Kind], name: str) ->
     fields = {"model": "m", "messages": [*turns, {"role": "user", "content": "Go on"}]}
     body = {**fields, "max_tokens": 9, "system": "Be brief.", "tools": MESSAGES_TOOLS}
     model = with_template(kind, {"default": source})
-    prompt = ours(body, model.render_chat)
+    prompt = ours(body, model.codec.render_chat)
     assert prompt == theirs_of_messages(body, kind.theirs, source)
     assert prompt is not None
     assert ("Be brief.Now in French." in prompt) == (name in MERGED)
     if name == "qwen3.5":
-        assert ours(fields, model.render_chat) is None
+        assert ours(fields, model.codec.render_chat) is None
 
 
 MERGED = {"gpt-oss", "mistral-nemo", "mistral-small-3.2", "phi3-training", "qwen3-training", "qwen3.5"}

@@ -80,7 +80,7 @@ async def test_a_call_is_followed_from_its_caller_to_the_ledger_over_a_resume(
         with capture_logs() as lines:
             call = cluster.stub.StreamChat(request, metadata=metadata)
             chunks = [await read(call) for _ in range(5)]
-            (link,) = [link for link in cluster.gateway.hub.links if link.sinks]
+            (link,) = [link for link in cluster.gateway.hub.links if link.slots.sinks]
             first = link.identity.worker_id
             await kill(places[first][0])
             chunks += await rest_of(call)

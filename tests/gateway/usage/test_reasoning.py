@@ -23,7 +23,7 @@ from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.sequence import CallEvents, OutputSequence
 from cluster.gateway.demand import DemandTally
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.text.parsed_text import ParsedText
 from cluster.gateway.usage.accounting import Accounting, CallAccount
 from cluster.ledger.usage.records import OpenRecord, UsageRecord

@@ -23,7 +23,8 @@ from cluster.gateway.console.overview.live import LiveOverview
 from cluster.gateway.console.overview.rows import worker_state
 from cluster.gateway.links.hub import Hub
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.link.v1 import link_pb2 as link_pb
 from cluster.wire.codecs.admin_adapters import admin_adapter
@@ -94,7 +95,7 @@ class FleetAdmin:
             unknown = f"no worker, node or pod of this gateway is called {target[:128]!r}; ListWorkers lists them"
             raise invalid("target", unknown if target else "is empty: name a worker or a node, or a pod")
         for link in targets:
-            link.command(command)
+            link.box.command(command)
         self._authorizer.audit(
             caller, "admin", action, target, details={"workers": [link.identity.worker_id for link in targets]}
         )
@@ -181,14 +182,14 @@ class CatalogAdmin:
 
     async def Get(self, request: pb.GetRequest, caller: AdminCaller) -> pb.CatalogEntry:
         """Look up one model by name or alias."""
-        return self._entry(self._directory.resolve(request.name, began=True))
+        return self._entry(self._directory.lookup.resolve(request.name, began=True))
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, caller: AdminCaller
     ) -> adapters_pb2.ListAdaptersResponse:
         """List the adapters of all models, or of one, with their state on this gateway's workers."""
         directory, name = self._directory, request.name
-        models = [directory.resolve(name, began=True)] if name else directory.models
+        models = [directory.lookup.resolve(name, began=True)] if name else directory.models
         known = {full_name(model.name, spec.name): (model, spec) for model in models for spec in model.adapters.specs}
         page, token = paginate(sorted(known), request.page_size, request.page_token)
         return adapters_pb2.ListAdaptersResponse(
@@ -208,9 +209,9 @@ class CatalogAdmin:
             replicas_desired=entry.replicas_desired,
             version=entry.version,
             revision=entry.revision,
-            max_model_len=model.max_model_len,
+            max_model_len=model.capabilities.max_model_len,
             weight_digest=link.identity.weight_digest if link else next(iter(entry.weight_digests), ""),
-            bundle_digest=model.bundle_digest,
+            bundle_digest=model.versions.bundle_digest(),
             ready_workers=sum(link.takes_new_requests for link in model.links.values()),
             waiting=waiting,
             note="" if model.in_catalog else "not in the catalog: known only from its workers",

@@ -29,7 +29,7 @@ from cluster.policy.tenants.identity import may_manage_keys
 if TYPE_CHECKING:
     from cluster.config.schema import Config
     from cluster.gateway.auth.tenants import TenantAuthenticator
-    from cluster.gateway.models import KnownModel
+    from cluster.gateway.models.known_model import KnownModel
     from cluster.ledger.rows import StoredTenant
 
 log = structlog.get_logger("admin")

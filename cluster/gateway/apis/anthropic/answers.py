@@ -12,7 +12,7 @@ from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic.content import TOOL_ID_PREFIX
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.models import Target
+from cluster.gateway.models.target import Target
 
 ToolId = Callable[[OutputPart], str]
 """Function that returns the shown id of a tool call. The argument is the part with the name of the function."""
@@ -174,8 +174,8 @@ def model_info(target: Target, created: float) -> dict[str, Any]:
         "display_name": target.name,
         "created_at": datetime.fromtimestamp(int(created), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "lifecycle": LIFECYCLE,
-        "max_input_tokens": model.max_model_len or None,
-        "max_tokens": model.max_model_len or None,
+        "max_input_tokens": model.capabilities.max_model_len or None,
+        "max_tokens": model.capabilities.max_model_len or None,
     }
 
 

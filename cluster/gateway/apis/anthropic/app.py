@@ -106,13 +106,13 @@ class AnthropicApi:
     async def _models(self, exchange: Exchange) -> None:
         query = _query(exchange.scope.get("query_string", b""))
         limit, after, before = _page(query)
-        open_models = self._service.directory.targets_open_to(exchange.principal) if _lists_active(query) else ()
+        open_models = self._service.directory.lookup.targets_of(exchange.principal) if _lists_active(query) else ()
         infos = await in_slices(answers.model_info(target, self._created) for target in open_models)
         await exchange.respond(200, body(answers.page_of(infos, limit, after, before)))
 
     async def _model(self, exchange: Exchange) -> None:
         name = exchange.scope["path_params"]["name"]
-        target = self._service.directory.target(name, exchange.principal)
+        target = self._service.directory.lookup.target(name, exchange.principal)
         await exchange.respond(200, body(answers.model_info(target, self._created)))
 
 

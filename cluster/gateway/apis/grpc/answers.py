@@ -14,7 +14,7 @@ from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import CallProgress
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
 from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.models import Target
+from cluster.gateway.models.target import Target
 from cluster.gateway.text.logprobs import TokenLogprob
 from cluster.v1 import inference_pb2 as pb
 
@@ -275,7 +275,7 @@ def model_pb(target: Target, aliases: Sequence[str], adapters: Sequence[str]) ->
     link = next(iter(links), None)
     capabilities = common_capabilities([worker.info.capabilities for worker in links])
     if link is None:
-        capabilities = pooling_capabilities(sorted(model.tasks or ()))
+        capabilities = pooling_capabilities(sorted(model.capabilities.tasks or ()))
     return pb.Model(
         name=entry.name,
         aliases=aliases,
@@ -284,7 +284,7 @@ def model_pb(target: Target, aliases: Sequence[str], adapters: Sequence[str]) ->
         revision=entry.revision,
         weight_digest=link.identity.weight_digest if link else next(iter(entry.weight_digests), ""),
         license=entry.license,
-        max_model_len=model.max_model_len,
+        max_model_len=model.capabilities.max_model_len,
         adapters=adapters,
         capabilities=capabilities,
         state=pb.Model.State.Value(f"STATE_{model.state.value}"),
@@ -300,7 +300,7 @@ def _adapter_pb(target: Target) -> pb.Model:
         version=spec.version if spec is not None else "",
         weight_digest=model.adapters.digest(target.adapter),
         license=spec.license if spec is not None else "",
-        max_model_len=model.max_model_len,
+        max_model_len=model.capabilities.max_model_len,
         state=pb.Model.State.Value(f"STATE_{target.state.value}"),
         state_reason=target.state_reason,
     )

@@ -27,7 +27,8 @@ from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.pooling.pooling_request import ParsedPooling
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter
-from cluster.gateway.models import ModelDirectory, Target
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.target import Target
 from cluster.observe.log import CallFields
 from cluster.policy.tenants.identity import Principal
 from cluster.v1 import inference_pb2 as pb
@@ -225,19 +226,19 @@ class InferenceApi:
 
     async def _list_models(self, request: pb.ListModelsRequest, meta: CallMeta) -> pb.ListModelsResponse:
         directory, principal = self._service.directory, meta.principal
-        known = {target.name: target for target in directory.targets_open_to(principal)}
+        known = {target.name: target for target in directory.lookup.targets_of(principal)}
         page, token = paginate(list(known), request.page_size, request.page_token)
         models = await in_slices(_model_pb(directory, known[name], principal) for name in page)
         return pb.ListModelsResponse(models=models, next_page_token=token)
 
     async def _get_model(self, request: pb.GetModelRequest, meta: CallMeta) -> pb.Model:
         directory = self._service.directory
-        return _model_pb(directory, directory.target(request.name, meta.principal), meta.principal)
+        return _model_pb(directory, directory.lookup.target(request.name, meta.principal), meta.principal)
 
 
 def _model_pb(directory: ModelDirectory, target: Target, principal: Principal) -> pb.Model:
-    adapters = [] if target.adapter else [spec.name for spec in target.model.adapters_open_to(principal)]
-    return codec.model_pb(target, directory.aliases(target.model, principal), adapters)
+    adapters = [] if target.adapter else [spec.name for spec in target.model.access.adapters_of(principal)]
+    return codec.model_pb(target, directory.lookup.aliases(target.model, principal), adapters)
 
 
 def paginate(names: Sequence[str], page_size: int, page_token: str) -> tuple[Sequence[str], str]:

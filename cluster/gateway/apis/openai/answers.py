@@ -18,7 +18,7 @@ from cluster.api.output_parts import PartKind
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import CallProgress, ProgressOf
 from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.models import Target
+from cluster.gateway.models.target import Target
 from cluster.gateway.text.logprobs import TokenLogprob
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -345,7 +345,7 @@ def _answer(
 def model_card(target: Target, aliases: Sequence[str], created: int) -> dict[str, Any]:
     """Return a model or adapter in the shape of /v1/models. The fields that OpenAI's API does not have come last.
     `aliases`: the aliases of the model that the caller may use."""
-    tasks = target.model.tasks
+    tasks = target.model.capabilities.tasks
     adapter = {"parent": target.model.name, "root": target.adapter} if target.adapter else {}
     return {
         "id": target.name,
@@ -353,7 +353,7 @@ def model_card(target: Target, aliases: Sequence[str], created: int) -> dict[str
         "created": created,
         "owned_by": "headrace",
         **adapter,
-        "max_model_len": target.model.max_model_len or None,
+        "max_model_len": target.model.capabilities.max_model_len or None,
         "aliases": [] if target.adapter else list(aliases),
         "state": target.state.value,
         **({"state_reason": target.state_reason} if target.adapter and target.state_reason else {}),

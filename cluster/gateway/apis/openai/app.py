@@ -161,15 +161,15 @@ class OpenAiApi:
     async def _models(self, exchange: Exchange) -> None:
         directory, principal = self._service.directory, exchange.principal
         cards = await in_slices(
-            answers.body(answers.model_card(target, directory.aliases(target.model, principal), self._created))
-            for target in directory.targets_open_to(principal)
+            answers.body(answers.model_card(target, directory.lookup.aliases(target.model, principal), self._created))
+            for target in directory.lookup.targets_of(principal)
         )
         await exchange.respond_in_parts(200, [b'{"object":"list","data":[', *with_commas(cards), b"]}"])
 
     async def _model(self, exchange: Exchange) -> None:
         directory, principal = self._service.directory, exchange.principal
-        target = directory.target(exchange.scope["path_params"]["name"], principal)
-        card = answers.model_card(target, directory.aliases(target.model, principal), self._created)
+        target = directory.lookup.target(exchange.scope["path_params"]["name"], principal)
+        card = answers.model_card(target, directory.lookup.aliases(target.model, principal), self._created)
         await exchange.respond(200, answers.body(card))
 
     async def _health(self, exchange: Exchange) -> None:

@@ -26,7 +26,9 @@ from cluster.gateway.calls.pooling.pooling_request import (
     check_chars,
 )
 from cluster.gateway.calls.tokenization import ids_of_inputs
-from cluster.gateway.models import KnownModel, ModelDirectory, Target
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.known_model import KnownModel
+from cluster.gateway.models.target import Target
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.observe.trace_context import unsampled
@@ -58,7 +60,7 @@ class PoolingOpening(CallOpening):
     def choose_model(self, directory: ModelDirectory) -> None:
         """Choose the requested model or one of its fallbacks, the task, and the versions on which the call may
         begin."""
-        target = directory.target(self.request.model, self.meta.principal)
+        target = directory.lookup.target(self.request.model, self.meta.principal)
         requested = model = target.model
         self.model_name = model.name
         task = self._task_of(model)
@@ -67,14 +69,14 @@ class PoolingOpening(CallOpening):
         if target.adapter:
             raise _no_adapter(target)
         if model.entry.fallback and not model.served:
-            model = directory.fallback_of(model, self.meta.principal, suits=self._suits) or model
+            model = directory.lookup.fallback_of(model, self.meta.principal, suits=self._suits) or model
             task = self._task_of(model) or task
         self.requested, self.model, self.model_name, self.task = requested, model, model.name, task
-        self.versions = model.choose_version(self.meta.request_id)
+        self.versions = model.versions.choose(self.meta.request_id)
         inputs = self.request.inputs
         self.inputs = inputs.apart() if isinstance(inputs, PairInputs) and task is PoolingTask.EMBED else inputs
         if self.request.dimensions is not None:
-            self._check_dimensions(self.request.dimensions, model.pooling)
+            self._check_dimensions(self.request.dimensions, model.capabilities.pooling)
 
     def _suits(self, model: KnownModel) -> bool:
         return self._task_of(model) is not None
@@ -82,7 +84,7 @@ class PoolingOpening(CallOpening):
     def _task_of(self, model: KnownModel) -> PoolingTask | None:
         """Return the task by which a model answers the request; None if it has no such task. While a model's tasks are
         unknown, texts are embedded, but pairs are refused, since how they are encoded depends on the task."""
-        tasks, is_pairs = model.tasks, isinstance(self.request.inputs, PairInputs)
+        tasks, is_pairs = model.capabilities.tasks, isinstance(self.request.inputs, PairInputs)
         if tasks is None:
             if is_pairs:
                 raise not_prepared(model)
@@ -93,7 +95,11 @@ class PoolingOpening(CallOpening):
 
     def _no_task(self, model: KnownModel) -> CallError:
         wanted = PoolingTask.SCORE if isinstance(self.request.inputs, PairInputs) else PoolingTask.EMBED
-        has = f"its tasks are {', '.join(sorted(model.tasks))}" if model.tasks else "it generates text"
+        has = (
+            f"its tasks are {', '.join(sorted(model.capabilities.tasks))}"
+            if model.capabilities.tasks
+            else "it generates text"
+        )
         return CallError(
             Outcome.UNSUPPORTED_FEATURE,
             f"model: {model.name} has no task {wanted.value}, {has}: "
@@ -199,7 +205,7 @@ class PoolingOpening(CallOpening):
         wanted = self.request.dimensions
         if wanted is None or self.task is PoolingTask.SCORE:
             return None
-        info = self.model.pooling
+        info = self.model.capabilities.pooling
         return None if info is not None and wanted == info.dimensions else wanted
 
     def _engine_request(self, first: EngineRequest, i: int) -> EngineRequest:

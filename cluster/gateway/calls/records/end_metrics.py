@@ -9,7 +9,7 @@ from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.call_opening import CallOpening
 from cluster.gateway.calls.reasoning import new_reasoning_tokens
 from cluster.gateway.demand import DemandTally, within_slo
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.observe.metrics import Metrics
 
 

@@ -15,7 +15,8 @@ from cluster.gateway.calls.life import State
 from cluster.gateway.console.overview.recent_calls import MAX_CHARS, EndedCall, total_tokens
 from cluster.gateway.links.starting_workers import StartingWorker
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models.known_model import KnownModel
+from cluster.gateway.models.start_progress import expected_progress
 
 Row = dict[str, Any]
 
@@ -176,7 +177,7 @@ def start_progress(model: KnownModel, starting: StartingWorker | None, epoch_s: 
     of earlier starts; None if nothing is known."""
     if starting is not None and 0 < starting.fetched_bytes < starting.total_bytes:
         return {"stage": "downloading weights", "fraction": round(starting.fetched_bytes / starting.total_bytes, 3)}
-    fraction, left_s = model.start_progress(epoch_s)
+    fraction, left_s = expected_progress(model.entry, epoch_s)
     if not left_s or not (model.entry.starting_since_s or starting):
         return None
     return {"stage": "starting", "fraction": round(fraction, 3)}

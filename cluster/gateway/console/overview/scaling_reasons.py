@@ -14,7 +14,7 @@ from typing import Any, Final
 from cluster.admin.v1 import scaling_pb2 as pb
 from cluster.api.outcomes import CallError
 from cluster.gateway.console.overview.rows import MAX_REASON_CHARS, Row
-from cluster.gateway.models import KnownModel
+from cluster.gateway.models.known_model import KnownModel
 
 REFRESH_S: Final = 5.0
 MAX_ASKED: Final = 4

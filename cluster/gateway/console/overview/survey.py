@@ -19,7 +19,7 @@ from cluster.gateway.console.overview.recent_calls import CallSums, RecentCalls
 from cluster.gateway.console.overview.rows import Row, call_state, model_row, worker_row
 from cluster.gateway.gauges import fairness_unit
 from cluster.gateway.links.hub import Hub
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.observe.metrics import Metrics
 from cluster.policy.limits.budgets import BudgetUse

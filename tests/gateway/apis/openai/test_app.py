@@ -69,7 +69,7 @@ async def test_the_official_client_chats(busy: TestCluster) -> None:
 async def test_the_official_client_completes(busy: TestCluster, bundle: Bundle) -> None:
     """Complete and streamed completions for a prompt of text or of token ids equal the answer over gRPC."""
     expected = (await busy.stub.Complete(complete(max_tokens=30, ignore_eos=True))).choices[0].text
-    ids = TextModel.from_bundle(bundle).encode_prompt("Once upon a time")
+    ids = TextModel.from_bundle(bundle).codec.encode_prompt("Once upon a time")
     async with client(busy) as ai:
         for prompt in ("Once upon a time", ids):
             body = completion_body(prompt, max_tokens=30, extra_body={"ignore_eos": True})

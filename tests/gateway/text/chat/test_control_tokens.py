@@ -80,7 +80,7 @@ def test_contents_never_become_control_tokens(kind: Kind) -> None:
         parts = [{"type": "text", "text": content} for content in contents]
         messages: list[dict[str, Any]] = [{"role": "user", "content": "".join(contents)}]
         messages += [{"role": "assistant", "content": "x"}, {"role": "user", "content": parts}]
-        return Counter(token_id for token_id in text.encode_chat(messages) if token_id in kind.special_ids)
+        return Counter(token_id for token_id in text.codec.encode_chat(messages) if token_id in kind.special_ids)
 
     @given(hostile, hostile)
     def check(first: str, second: str) -> None:

@@ -114,7 +114,7 @@ def test_public_templates_give_transformers_ids(kinds: dict[str, Kind], name: st
                 theirs = outcome_of(
                     kind.theirs.apply_chat_template, plain, chat_template=source, return_dict=False, **given
                 )
-                ours = outcome_of(model.encode_chat, messages, **given)
+                ours = outcome_of(model.codec.encode_chat, messages, **given)
                 assert ours == theirs, title
                 rendered += isinstance(ours, list)
     assert rendered >= 8
@@ -123,7 +123,7 @@ def test_public_templates_give_transformers_ids(kinds: dict[str, Kind], name: st
 def test_own_templates_have_one_bos(kind: Kind) -> None:
     """The template of each family yields the same ids as with transformers, with exactly one BOS."""
     messages = CONVERSATIONS["one question"]
-    ids = kind.ours.encode_chat(messages)
+    ids = kind.ours.codec.encode_chat(messages)
     assert ids == kind.theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     if kind.theirs.bos_token_id is not None:
         assert ids.count(kind.theirs.bos_token_id) == 1
@@ -159,8 +159,8 @@ def test_named_templates(kinds: dict[str, Kind], tmp_path: Path) -> None:
     messages = CONVERSATIONS["several turns"]
     for tools in (None, [WEATHER]):
         expected = theirs.apply_chat_template(messages, tools, add_generation_prompt=True, return_dict=False)
-        assert model.encode_chat(messages, tools=tools) == expected
-    assert model.encode_chat(messages, tools=[]) == model.encode_chat(messages)
+        assert model.codec.encode_chat(messages, tools=tools) == expected
+    assert model.codec.encode_chat(messages, tools=[]) == model.codec.encode_chat(messages)
 
 
 @pytest.mark.parametrize("final", ["The capital is", "The capital is ", " Paris,\n\n and", "{"])
@@ -174,7 +174,7 @@ def test_continues_the_final_message(kinds: dict[str, Kind], name: str, final: s
     theirs = kind.theirs.apply_chat_template(
         messages, chat_template=source, continue_final_message=True, return_dict=False
     )
-    assert with_template(kind, {"default": source}).encode_chat(messages, continue_final_message=True) == theirs
+    assert with_template(kind, {"default": source}).codec.encode_chat(messages, continue_final_message=True) == theirs
 
 
 def test_template_kwargs_reach_the_template(kinds: dict[str, Kind]) -> None:
@@ -184,13 +184,13 @@ def test_template_kwargs_reach_the_template(kinds: dict[str, Kind]) -> None:
     source = (PUBLIC / "qwen3.5.jinja").read_text()
     model = with_template(kind, {"default": source})
     messages = CONVERSATIONS["one question"]
-    plain, without = (model.render_chat(messages, template_kwargs=k) for k in (None, {"enable_thinking": False}))
+    plain, without = (model.codec.render_chat(messages, template_kwargs=k) for k in (None, {"enable_thinking": False}))
     assert plain != without
     assert without == kind.theirs.apply_chat_template(
         messages, chat_template=source, add_generation_prompt=True, tokenize=False, enable_thinking=False
     )
     with pytest.raises(CallError, match="messages is set by the request") as error:
-        model.render_chat(messages, template_kwargs={"messages": []})
+        model.codec.render_chat(messages, template_kwargs={"messages": []})
     assert error.value.violations[0].field == "chat_template_kwargs_json"
 
 

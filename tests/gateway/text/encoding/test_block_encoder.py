@@ -93,7 +93,9 @@ def test_turns_equal_those_from_scratch(kind: Kind, template: str) -> None:
     def law(messages: list[dict[str, Any]]) -> None:
         for end in range(1, len(messages) + 1):
             turn = messages[:end]
-            assert model.chat_ids("acme", turn, tools=TOOLS).tolist() == model.encode_chat(turn, tools=TOOLS)
+            assert model.codec.chat_ids("acme", turn, tools=TOOLS).tolist() == model.codec.encode_chat(
+                turn, tools=TOOLS
+            )
 
     law()
 

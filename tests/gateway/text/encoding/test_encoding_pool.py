@@ -99,7 +99,7 @@ async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
     """Many prompts that are tokenized in helpers cost the gateway's own threads little CPU time, which would hold the
     GIL, and no pass of its event loop takes as long as a prompt."""
     began_s = time.thread_time()
-    expected = model.encode_prompt(PROMPT)
+    expected = model.codec.encode_prompt(PROMPT)
     prompt_s = time.thread_time() - began_s
     tenants = itertools.count()  # a new tenant each time, so that nothing comes from the cache
 
@@ -107,7 +107,7 @@ async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
         return await model.prompt_ids_async(f"{next(tenants)}", PROMPT)
 
     async def by_threads(_: int) -> Sequence[int]:
-        return await asyncio.to_thread(model.encode_prompt, PROMPT)
+        return await asyncio.to_thread(model.codec.encode_prompt, PROMPT)
 
     helpers, threads = [], []
     for _ in range(RUNS):
@@ -154,7 +154,7 @@ async def test_messages_are_rendered_there_too(model: TextModel) -> None:
     """Long chat messages are tokenized in helpers too, and the options apply."""
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
     ids = await model.chat_ids_async(TENANT, messages, continue_final_message=True)
-    assert ids.tolist() == model.encode_chat(messages, continue_final_message=True)
+    assert ids.tolist() == model.codec.encode_chat(messages, continue_final_message=True)
 
 
 def _exploding(kinds: dict[str, Kind], pattern: str) -> Bundle:
@@ -176,7 +176,7 @@ async def test_an_expression_that_explodes_is_an_error(kinds: dict[str, Kind], p
         with pytest.raises(CallError) as error:
             await asyncio.wait_for(model.prompt_ids_async(TENANT, text), READY_S)
         assert [v.field for v in error.value.violations] == ["prompt"]
-    assert (await model.prompt_ids_async(TENANT, "plain")).tolist() == model.encode_prompt("plain")
+    assert (await model.prompt_ids_async(TENANT, "plain")).tolist() == model.codec.encode_prompt("plain")
     assert model.pool.failures == 0
     model.pool.close()
 
@@ -233,14 +233,14 @@ async def test_errors_are_the_callers_own(model: TextModel) -> None:
     with pytest.raises(CallError) as error:
         await model.prompt_ids_async(TENANT, PROMPT + "\ud800")
     assert error.value.outcome is Outcome.INVALID_FIELD
-    assert (await model.prompt_ids_async(TENANT, PROMPT)).tolist() == model.encode_prompt(PROMPT)
+    assert (await model.prompt_ids_async(TENANT, PROMPT)).tolist() == model.codec.encode_prompt(PROMPT)
 
 
 async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
     """The jobs of a helper that is killed are still done, and a new helper starts."""
     pool = model.pool
     assert pool is not None
-    expected = model.encode_prompt(PROMPT)
+    expected = model.codec.encode_prompt(PROMPT)
     calls = [asyncio.create_task(model.prompt_ids_async(TENANT, PROMPT)) for _ in range(8)]
     await asyncio.sleep(0)  # the first has its helper, the others wait
     for pid in pool.pids:
@@ -259,7 +259,7 @@ async def test_what_was_sent_outlives_its_helper(kinds: dict[str, Kind]) -> None
     model.pool.patience_s = PATIENT_S
     pool = model.pool
     messages = [{"role": "user", "content": PROMPT}]
-    assert (await model.chat_ids_async(TENANT, messages)).tolist() == model.encode_chat(messages)
+    assert (await model.chat_ids_async(TENANT, messages)).tolist() == model.codec.encode_chat(messages)
     held, killed = memory.bytes, pool.pids
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
@@ -267,7 +267,7 @@ async def test_what_was_sent_outlives_its_helper(kinds: dict[str, Kind]) -> None
         with contextlib.suppress(JobLost):
             await pool.run(("prompt_ids", (TENANT, "a"), {}))
     messages += [{"role": "assistant", "content": "It does."}, {"role": "user", "content": "And then? " * 100}]
-    assert (await model.chat_ids_async(TENANT, messages)).tolist() == model.encode_chat(messages)
+    assert (await model.chat_ids_async(TENANT, messages)).tolist() == model.codec.encode_chat(messages)
     assert 0 < memory.bytes - held < held / 20
     pool.close()
 
@@ -332,7 +332,7 @@ async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> N
 
 async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
     """Calls that are cancelled while they wait or run do not change the answers to other calls."""
-    expected = model.encode_prompt(PROMPT)
+    expected = model.codec.encode_prompt(PROMPT)
     others = ["other " * (n + ENCODE_HELPER_CHARS) for n in range(6)]
     doomed = [asyncio.create_task(model.prompt_ids_async(TENANT, text)) for text in others]
     await asyncio.sleep(0)
@@ -353,7 +353,7 @@ async def test_without_helpers_threads_do_it(kinds: dict[str, Kind]) -> None:
     assert model.pool is not None
     model.pool.close()
     assert not await model.pool.ready()
-    assert (await model.prompt_ids_async(TENANT, PROMPT)).tolist() == model.encode_prompt(PROMPT)
+    assert (await model.prompt_ids_async(TENANT, PROMPT)).tolist() == model.codec.encode_prompt(PROMPT)
 
 
 async def test_helpers_that_cannot_read_are_given_up(kinds: dict[str, Kind]) -> None:

@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.calls.pooling.pooling_request import InputField, PairInputs, TextInputs
+from cluster.gateway.text.encoding.length_check import SURELY_FEW
 from cluster.gateway.text.encoding.reach import Reach
 from cluster.gateway.text.encoding.word_encoder import QWEN2, WORD_PATTERNS
 from cluster.gateway.text.expressions import expressions_of, may_explode
-from cluster.gateway.text.tokenizer import SURELY_FEW, TextModel
+from cluster.gateway.text.tokenizer import TextModel
 from tests.gateway.text.kinds import TEXTS, Kind
 from tests.support.checkpoints import FAMILIES
 from tests.support.cpu import cpu_within
@@ -29,16 +30,16 @@ LONG = TEXTS | st.lists(TEXTS, max_size=8).map("".join) | st.builds(
 def test_the_bound_is_never_above_the_tokens(kinds: dict[str, Kind], data: st.DataObject, family: str) -> None:
     """For each family and any text, the lower bound is at most the number of token ids."""
     model = kinds[family].ours
-    reach = Reach.of(model._tokenizer, model._layout)
+    reach = model.codec._lengths._reach
     if reach is None:
         return
     text = data.draw(LONG)
-    assert reach.fewest(text) <= len(model.encode_raw(text))
+    assert reach.fewest(text) <= len(model.codec.encode_raw(text))
 
 
 def test_some_families_have_a_bound(kinds: dict[str, Kind]) -> None:
     """At least two families have a bound. If no family had a bound, the test above would prove nothing."""
-    bounded = [f for f, kind in kinds.items() if Reach.of(kind.ours._tokenizer, kind.ours._layout) is not None]
+    bounded = [f for f, kind in kinds.items() if kind.ours.codec._lengths._reach is not None]
     assert {"llama", "qwen2"} <= set(bounded) or len(bounded) >= 2, bounded
 
 
@@ -93,12 +94,12 @@ def test_a_text_beyond_the_context_is_refused_at_once(kinds: dict[str, Kind]) ->
     text = "a" * 15_000_000
     with cpu_within(6.0):
         with pytest.raises(CallError, match="at least") as raised:
-            model.prompt_ids("t", text, 1000)
+            model.codec.prompt_ids("t", text, 1000)
         assert raised.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
         with pytest.raises(CallError, match="at least") as raised:
-            model.chat_ids("t", [{"role": "user", "content": text}], 1000)
+            model.codec.chat_ids("t", [{"role": "user", "content": text}], 1000)
         assert raised.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
-    assert len(model.prompt_ids("t", "a " * 200, 1000)) < 1000 * SURELY_FEW
+    assert len(model.codec.prompt_ids("t", "a " * 200, 1000)) < 1000 * SURELY_FEW
 
 
 @pytest.mark.parametrize(
@@ -135,10 +136,10 @@ def test_models_of_all_families_are_quick(kind: Kind) -> None:
 
 def test_inputs_that_are_surely_too_long_are_not_tokenized(kinds: dict[str, Kind]) -> None:
     """An input of a pooling request that certainly has too many tokens is refused by name before any is tokenized."""
-    model = next(kind.ours for kind in kinds.values() if kind.ours._reach is not None)
+    model = next(kind.ours for kind in kinds.values() if kind.ours.codec._lengths._reach is not None)
     long = "e" * (1 << 20) + " e" * (1 << 20)
-    assert model._reach is not None
-    assert model._reach.fewest(long) > 512
+    assert model.codec._lengths._reach is not None
+    assert model.codec._lengths._reach.fewest(long) > 512
     where = (InputField("query", False), InputField("documents"))
     with cpu_within(0.05):
         for inputs, name in (
@@ -148,6 +149,6 @@ def test_inputs_that_are_surely_too_long_are_not_tokenized(kinds: dict[str, Kind
             (PairInputs(["a"], ["b", long], *where).apart(), r"documents\[1\]"),
         ):
             with pytest.raises(CallError, match=f"^{name}: has at least [0-9]+ tokens") as refused:
-                model.encode_inputs(inputs, 512)
+                model.codec.encode_inputs(inputs, 512)
             assert refused.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
-    assert len(model.encode_inputs(TextInputs([long], InputField("input")), 512, 512).ids[0]) == 512
+    assert len(model.codec.encode_inputs(TextInputs([long], InputField("input")), 512, 512).ids[0]) == 512

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
@@ -41,7 +41,7 @@ def work_of(directory: ModelDirectory, name: str, who: Principal) -> list[tuple[
         gc.disable()  # a collection would run other code among these lines
         sys.settrace(trace)
         try:
-            directory.resolve(name, who)
+            directory.lookup.resolve(name, who)
         finally:
             sys.settrace(before)
             gc.enable()
@@ -74,12 +74,12 @@ def test_what_a_caller_may_use_follows_the_catalog(tmp_path: Path) -> None:
     directory = ModelDirectory(tmp_path, no_bundle)
     directory.apply_catalog([CatalogEntry("a", ("x",), state=ModelState.READY)])
     one, other = caller("x"), caller("b*")
-    assert directory.resolve("a", one).name == directory.resolve("x", one).name == "a"
+    assert directory.lookup.resolve("a", one).name == directory.lookup.resolve("x", one).name == "a"
     with pytest.raises(CallError):
-        directory.resolve("a", other)
+        directory.lookup.resolve("a", other)
     directory.apply_catalog(
         [CatalogEntry("a", state=ModelState.READY), CatalogEntry("b", ("x",), state=ModelState.READY)]
     )
-    assert directory.resolve("x", one).name == directory.resolve("b", other).name == "b"
+    assert directory.lookup.resolve("x", one).name == directory.lookup.resolve("b", other).name == "b"
     with pytest.raises(CallError):
-        directory.resolve("a", one)
+        directory.lookup.resolve("a", one)

@@ -15,12 +15,12 @@ from cluster.api.types import CatalogEntry, EngineInfo, ModelState, WorkerIdenti
 from cluster.gateway.apis.grpc.inference import _model_pb
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import ModelDirectory
+from cluster.gateway.models.directory import ModelDirectory
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.codecs.adapter_codec import adapter_report_to_pb
-from tests.gateway.test_models import no_bundle, work_of
+from tests.gateway.models.test_lookup import no_bundle, work_of
 from tests.support.cpu import cpu_within
 from tests.support.links import NoListener
 
@@ -59,13 +59,13 @@ def test_who_may_use_an_adapter(tmp_path: Path, who: Principal, allowed: set[str
     directory = directory_with(tmp_path, SHARED, PRIVATE)
     for name in ("m:shared", "x:shared", "m:private", "x:private"):
         if name in allowed:
-            target = directory.target(name, who)
+            target = directory.lookup.target(name, who)
             assert (target.model.name, f"m:{target.adapter}") == ("m", name.replace("x:", "m:"))
         else:
             with pytest.raises(CallError, match="does not exist") as refused:
-                directory.target(name, who)
+                directory.lookup.target(name, who)
             assert refused.value.outcome is Outcome.MODEL_NOT_FOUND
-    listed = {target.name for target in directory.targets_open_to(who)}
+    listed = {target.name for target in directory.lookup.targets_of(who)}
     assert {name for name in allowed if name.startswith("m:")} == listed - {"m"}
 
 
@@ -98,13 +98,13 @@ def test_lists_have_what_can_be_called(
     catalog."""
     names = {name: AdapterSpec(name, "/s", tenants=(tenant,) if tenant else ()) for tenant, name in adapters}
     directory, who = directory_with(tmp_path_factory.mktemp("law"), SHARED), caller("acme", *patterns)
-    directory.adapters_open_to(who)
+    directory.lookup.adapters_of(who)
     directory.apply_catalog([CatalogEntry("m", ("x",), state=ModelState.READY, adapters=tuple(names.values()))], 8)
     (model,) = directory.models
-    expected = [f"m:{name}" for name in sorted(names) if model.adapter_open_to(name, who)]
-    assert [target.name for target in directory.adapters_open_to(who)] == expected
+    expected = [f"m:{name}" for name in sorted(names) if model.access.allows_adapter(name, who)]
+    assert [target.name for target in directory.lookup.adapters_of(who)] == expected
     for name in expected:
-        assert directory.target(name, who).name == name
+        assert directory.lookup.target(name, who).name == name
 
 
 def test_a_list_costs_the_adapters_once(tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_a_list_costs_the_adapters_once(tmp_path: Path) -> None:
     directory = directory_with(tmp_path, *(AdapterSpec(f"a{i}", "/s") for i in range(1000)))
     who = caller("rival", "m:*", *(f"other-{i}-*" for i in range(64)))
     with cpu_within(0.02):
-        assert len(directory.targets_open_to(who)) == 1000
+        assert len(directory.lookup.targets_of(who)) == 1000
     with cpu_within(0.02):
-        assert all(_model_pb(directory, target, who).name for target in directory.targets_open_to(who))
+        assert all(_model_pb(directory, target, who).name for target in directory.lookup.targets_of(who))
 
 
 @pytest.mark.parametrize("is_reported_first", [True, False])
@@ -126,7 +126,7 @@ async def test_a_worker_that_follows_a_lost_gateway_is_told(tmp_path: Path, is_r
     mine = AdapterStatus("shared", A, AdapterState.READY)
     others = (mine, AdapterStatus("loaded", B, AdapterState.READY))
     sent: list[int] = []
-    link.box.adapters = lambda message: sent.append(message.revision)  # type: ignore[method-assign, assignment]
+    link.adapters._send = lambda message: sent.append(message.revision)
     report(link, mine)
     if is_reported_first:
         report(link, *others)
@@ -165,7 +165,7 @@ def test_aliases_of_a_tenant_name_adapters_too(tmp_path: Path) -> None:
     """A tenant's alias may stand for an adapter, and for the model before the colon."""
     directory = directory_with(tmp_path, SHARED)
     who = caller("t", "m", aliases={"support": "m:shared", "mine": "x"})
-    assert {directory.target(name, who).name for name in ("support", "mine:shared")} == {"m:shared"}
+    assert {directory.lookup.target(name, who).name for name in ("support", "mine:shared")} == {"m:shared"}
 
 
 async def test_a_fallback_needs_the_adapter_too(tmp_path: Path) -> None:
@@ -174,14 +174,14 @@ async def test_a_fallback_needs_the_adapter_too(tmp_path: Path) -> None:
     entries = [CatalogEntry("n", fallback=("m",)), CatalogEntry("m", adapters=(SHARED, PRIVATE))]
     directory.apply_catalog(entries, 8)
     (link,) = linked(directory, "one")
-    model, who = directory.resolve("n"), caller("rival", "*")
+    model, who = directory.lookup.resolve("n"), caller("rival", "*")
     report(link, AdapterStatus("private", A, AdapterState.READY))
-    assert directory.fallback_of(model, who) is not None
-    assert directory.fallback_of(model, who, "shared") is None, "it is not ready"
-    assert directory.fallback_of(model, who, "private") is None, "it is another tenant's"
-    assert directory.fallback_of(model, caller("acme", "*"), "private") is not None
+    assert directory.lookup.fallback_of(model, who) is not None
+    assert directory.lookup.fallback_of(model, who, "shared") is None, "it is not ready"
+    assert directory.lookup.fallback_of(model, who, "private") is None, "it is another tenant's"
+    assert directory.lookup.fallback_of(model, caller("acme", "*"), "private") is not None
     report(link, AdapterStatus("shared", A, AdapterState.READY))
-    assert directory.fallback_of(model, who, "shared") is not None
+    assert directory.lookup.fallback_of(model, who, "shared") is not None
 
 
 def report(link: WorkerLink, *statuses: AdapterStatus) -> None:
@@ -267,7 +267,7 @@ async def test_the_state_of_an_adapter(tmp_path: Path) -> None:
     assert "no space left; rank 128" in refused.message
     report(two, AdapterStatus("a", A, AdapterState.READY))
     assert (adapters.view("a").state, adapters.view("a").ready) == (AdapterState.READY, 1)
-    assert directory.target("m:a").state is ModelState.READY
+    assert directory.lookup.target("m:a").state is ModelState.READY
     report(two, AdapterStatus("a", B, AdapterState.READY))
     assert adapters.view("a").ready == 0, "other files than the pinned ones do not count"
     directory.remove_link(two)
@@ -320,7 +320,7 @@ def test_counts_are_those_of_the_reports(
         ready = [
             (status.name, status.digest)
             for link in links.values()
-            for status in link.adapters.values()
+            for status in link.adapters.statuses.values()
             if status.state is AdapterState.READY
         ]
         for digest in (A, B):

@@ -119,7 +119,7 @@ class ModelAdapters:
     def report(self, link: WorkerLink, *, is_gone: bool = False) -> bool:
         """Apply a worker's report of its adapters, or the loss of the worker. Returns whether the digest of any adapter
         has changed."""
-        worker_id, statuses = link.identity.worker_id, () if is_gone else link.adapters.values()
+        worker_id, statuses = link.identity.worker_id, () if is_gone else link.adapters.statuses.values()
         ready = {status.name: status.digest for status in statuses if status.state is AdapterState.READY}
         before, changed = self._reported.pop(worker_id, {}), set[str]()
         self._keys.pop(worker_id, None)
@@ -185,10 +185,10 @@ class ModelAdapters:
         failures: list[tuple[str, str]] = []
         for worker_id in sorted(self._links):
             link = self._links[worker_id]
-            if not link.takes_adapters or not self._takes_calls(link) or not _belongs(spec, link):
+            if not link.adapters.supported or not self._takes_calls(link) or not _belongs(spec, link):
                 continue
             workers += 1
-            status = link.adapters.get(spec.name)
+            status = link.adapters.statuses.get(spec.name)
             if status is None:
                 continue
             if status.state is AdapterState.FAILED:
@@ -212,20 +212,20 @@ class ModelAdapters:
     def keys_on(self, link: WorkerLink) -> Keys:
         """Return all keys of the adapters whose calls a worker takes, and all keys of those adapters that lie in a slot
         of its engine."""
-        if not link.adapters:
+        if not link.adapters.statuses:
             return _NONE, _NONE
         worker_id = link.identity.worker_id
         known = self._keys.get(worker_id)
-        if known is not None and known[0] is link.adapters:
+        if known is not None and known[0] is link.adapters.statuses:
             return known[1]
         keys = self._find_keys(link)
         if self._links.get(worker_id) is link:
-            self._keys[worker_id] = link.adapters, keys
+            self._keys[worker_id] = link.adapters.statuses, keys
         return keys
 
     def _find_keys(self, link: WorkerLink) -> Keys:
         ready, resident = set[str](), set[str]()
-        for status in link.adapters.values():
+        for status in link.adapters.statuses.values():
             if status.state is not AdapterState.READY:
                 continue
             keys = [status.digest]

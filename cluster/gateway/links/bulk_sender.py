@@ -1,0 +1,55 @@
+"""The large data that a gateway sends to one worker: long prompts and chats, in chunks on the Bulk stream, so that no
+large message delays a token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+from cluster.link.v1 import link_pb2 as pb
+from cluster.wire.dial import CHUNK_BYTES
+from cluster.wire.rendering import INLINE_CHAT_BYTES
+
+TURN_PROMPT_BYTES: Final = 32_768
+"""Size in bytes above which a prompt is sent on the Bulk stream."""
+
+
+class BulkSender:
+    """The Bulk stream of one link. Until the worker has opened it, everything is sent in the link's messages."""
+
+    def __init__(self) -> None:
+        self._blobs: asyncio.Queue[pb.Blob] | None = None
+
+    def open(self, blobs: asyncio.Queue[pb.Blob]) -> None:
+        """Use a queue whose blobs are sent to the worker, since the worker has opened its Bulk stream."""
+        self._blobs = blobs
+
+    def extract_prompt(self, message: pb.Submit) -> Sequence[pb.Blob]:
+        """Replace a long prompt in a Submit by the key of its chunks. Returns the chunks, which the caller must `send`
+        before the message."""
+        if self._blobs is None or len(message.prompt_ids) <= TURN_PROMPT_BYTES:
+            return ()
+        key, data = f"prompt:{message.slot}:{message.attempt}", message.prompt_ids
+        message.ClearField("prompt_ids")
+        message.prompt_blob = key
+        return _chunks(key, data)
+
+    def send_chat(self, render: pb.Render) -> None:
+        """Send a long chat in chunks, and replace it in its Render by the key of the chunks."""
+        if self._blobs is not None and len(render.chat) > INLINE_CHAT_BYTES:
+            key, data = f"chat:{render.number}", render.chat
+            render.ClearField("chat")
+            render.chat_blob = key
+            self.send(_chunks(key, data))
+
+    def send(self, chunks: Sequence[pb.Blob]) -> None:
+        """Send chunks that were extracted from a message."""
+        if self._blobs is not None:
+            for chunk in chunks:
+                self._blobs.put_nowait(chunk)
+
+
+def _chunks(key: str, data: bytes) -> Sequence[pb.Blob]:
+    starts = range(0, len(data), CHUNK_BYTES)
+    return [pb.Blob(key=key, data=data[at : at + CHUNK_BYTES], last=at + CHUNK_BYTES >= len(data)) for at in starts]

@@ -1,0 +1,75 @@
+"""The adapters of one worker: those that the gateway has sent it to load, and the states that it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from cluster.api.adapters import AdapterSpec, AdapterState, AdapterStatus
+from cluster.link.v1 import link_pb2 as pb
+from cluster.wire.codecs.adapter_codec import AdapterSet, adapter_report_from_pb, adapter_set_to_pb
+
+
+class LinkAdapters:
+    """The adapters of the worker of one link."""
+
+    def __init__(
+        self,
+        *,
+        supported: bool,
+        send: Callable[[pb.AdapterSet], None],
+        mark_changed: Callable[[], None],
+        states_changed: Callable[[], None],
+    ) -> None:
+        """`send` sends the adapters to the worker. `mark_changed` is called when routing must read the adapters again.
+        `states_changed` is called after it when more has changed than which adapters are in a slot of the engine."""
+        self.supported = supported
+        """Whether the worker loads the adapters that its gateways send."""
+        self.statuses: Mapping[str, AdapterStatus] = {}
+        """The worker's last report, by the names of its adapters."""
+        self._send = send
+        self._mark_changed = mark_changed
+        self._states_changed = states_changed
+        self._sent: tuple[AdapterSpec, ...] | None = None
+        self._revision_sent = 0
+        self._has_reported = False
+
+    def send(self, revision: int, adapters: tuple[AdapterSpec, ...]) -> None:
+        """Send the adapters that the worker should load, if they differ from those sent before. `revision`: that of the
+        catalog. Adapters of a new revision are also sent again if the worker reports others, because another gateway
+        may have sent it an older catalog. Does nothing if the worker loads no adapters."""
+        if not self.supported:
+            return
+        sent = self._sent
+        is_known = adapters is sent or adapters == sent
+        if not is_known or (revision != self._revision_sent and self._has_others(adapters)):
+            self._sent, self._revision_sent = adapters, revision
+            self._send(adapter_set_to_pb(AdapterSet(revision, adapters)))
+
+    def _has_others(self, adapters: tuple[AdapterSpec, ...]) -> bool:
+        """Return whether the names in the worker's last report differ from the names of `adapters`."""
+        if not self._has_reported:
+            return False
+        return len(adapters) != len(self.statuses) or any(spec.name not in self.statuses for spec in adapters)
+
+    def lose(self, digest: str) -> None:
+        """Mark an adapter as not loaded until the worker's next report, because the worker has refused a call for
+        it."""
+        self._set(
+            replace(status, state=AdapterState.LOADING) if status.digest == digest else status
+            for status in self.statuses.values()
+        )
+
+    def apply(self, report: pb.AdapterReport) -> bool:
+        """Apply a worker's report. Returns whether more has changed than which adapters are in a slot of the engine.
+        Raises ValueError for a report that cannot be read. A report of a worker that loads no adapters is ignored."""
+        return self.supported and self._set(adapter_report_from_pb(report))
+
+    def _set(self, statuses: Iterable[AdapterStatus]) -> bool:
+        before = {name: (status.digest, status.state) for name, status in self.statuses.items()}
+        self.statuses, self._has_reported = {status.name: status for status in statuses}, True
+        self._mark_changed()
+        if {name: (status.digest, status.state) for name, status in self.statuses.items()} == before:
+            return False
+        self._states_changed()
+        return True

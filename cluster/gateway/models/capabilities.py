@@ -1,0 +1,70 @@
+"""The capabilities of one model, as its workers report them, else its last worker, else the catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.api.pooling import PoolingInfo, PoolingTask, pooling_tasks
+from cluster.api.types import CatalogEntry, EngineInfo
+from cluster.gateway.links.worker_link import WorkerLink
+
+
+class ModelCapabilities:
+    """The parsers, pooling tasks and context length of one model."""
+
+    def __init__(self, entry: CatalogEntry, links: Mapping[str, WorkerLink]) -> None:
+        """`links`: the model's workers, a mapping that the owner changes before it calls `joined` or `left`."""
+        self._entry = entry
+        self._links = links
+        self.parsers: frozenset[str] = frozenset()
+        """The kinds of parsers that any linked worker has: TOOL_PARSER, REASONING_PARSER. Kept here because each call
+        asks, and a model may have a thousand workers."""
+        self._linked_tasks: frozenset[PoolingTask] = frozenset()
+        """The pooling tasks of any linked worker, kept here for the same reason."""
+        self.last_info: EngineInfo | None = None
+        """Engine info of the last worker that left. While no worker is linked, this info is used for fields that the
+        catalog lacks."""
+
+    def update(self, entry: CatalogEntry) -> None:
+        """Apply a new catalog entry."""
+        self._entry = entry
+
+    def joined(self, link: WorkerLink) -> None:
+        """Add what a new worker can do."""
+        self.parsers |= link.parsers
+        self._linked_tasks |= link.tasks
+
+    def left(self, link: WorkerLink) -> None:
+        """Remove what only a worker that has left could do."""
+        self.parsers = frozenset().union(*(other.parsers for other in self._links.values()))
+        self._linked_tasks = frozenset().union(*(other.tasks for other in self._links.values()))
+        if not self._links:
+            self.last_info = link.info
+
+    @property
+    def tasks(self) -> frozenset[PoolingTask] | None:
+        """Pooling tasks of the model: those of its workers, else of its last worker, else of the catalog. Empty for a
+        model that generates; None while no worker has ever reported."""
+        if self._links:
+            return self._linked_tasks
+        if self.last_info is not None:
+            return frozenset(pooling_tasks(self.last_info.capabilities))
+        return frozenset(self._entry.tasks) if self._entry.tasks or self._entry.engine_class else None
+
+    @property
+    def pooling(self) -> PoolingInfo | None:
+        """What the model's vectors are, as one of its workers reports; None while that is not known."""
+        infos = (link.info for link in self._links.values())
+        last = () if self.last_info is None else (self.last_info,)
+        return next((info.pooling for info in (*infos, *last) if info.pooling is not None), None)
+
+    @property
+    def max_model_len(self) -> int:
+        """Context length of the model in tokens; 0 if unknown. The smallest length of all workers is used, so that a
+        call fits every worker.
+
+        Workers that do not report a length are ignored."""
+        lengths = [length for link in self._links.values() if (length := link.info.max_model_len)]
+        if lengths:
+            return min(lengths)
+        return self._entry.max_model_len or (self.last_info.max_model_len if self.last_info is not None else 0)

@@ -1,0 +1,124 @@
+"""One model as a gateway knows it, from the controller's catalog and from the Hellos of the model's workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.api.types import CatalogEntry, CompatibilityKey, ModelState
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.models.access import ModelAccess
+from cluster.gateway.models.adapters import ModelAdapters
+from cluster.gateway.models.capabilities import ModelCapabilities
+from cluster.gateway.models.retired_generations import RetiredGenerations
+from cluster.gateway.models.versions import ModelVersions
+
+
+class KnownModel:
+    """This gateway's knowledge of one model: its catalog entry, its workers, and the state that follows from both."""
+
+    def __init__(self, entry: CatalogEntry, in_catalog: bool) -> None:
+        self.entry = entry
+        self.in_catalog = in_catalog
+        self.links: dict[str, WorkerLink] = {}
+        """The links of the model's workers by worker id."""
+        self.by_incarnation: dict[str, WorkerLink] = {}
+        """The same links by the worker's incarnation."""
+        self.adapters = ModelAdapters(self.links, self.takes_calls)
+        self.adapters.replace(entry.adapters)
+        self.access = ModelAccess(entry, self.adapters)
+        self.capabilities = ModelCapabilities(entry, self.links)
+        self.versions = ModelVersions(entry, self.links, self.takes_calls, self.capabilities)
+        self.changed_workers: set[str] = set()
+        """Ids of the workers that have joined, left or changed since the router has read them."""
+        self._retired = RetiredGenerations()
+
+    @property
+    def name(self) -> str:
+        """Name of the model in the catalog, not an alias."""
+        return self.entry.name
+
+    @property
+    def served(self) -> bool:
+        """Whether at least one worker takes new calls for the model."""
+        return any(map(self.takes_calls, self.links.values()))
+
+    def serves(self, adapter: str) -> bool:
+        """Return whether at least one worker takes new calls for the model, or for one of its adapters by name."""
+        return self.served if not adapter else self.adapters.view(adapter).ready > 0
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the model is being removed from the catalog. Meanwhile accepted calls are served and new calls are
+        refused."""
+        return self.in_catalog and self.entry.state is ModelState.DRAINING
+
+    @property
+    def state(self) -> ModelState:
+        """State of the model: DRAINING while the model is being removed, READY while a worker takes its calls, else the
+        state in the catalog."""
+        if self.leaving:
+            return ModelState.DRAINING
+        if self.served:
+            return ModelState.READY
+        if self.entry.state is ModelState.READY:  # the catalog is older than the loss of the last worker
+            return ModelState.LOADING
+        return self.entry.state
+
+    def takes_calls(self, link: WorkerLink) -> bool:
+        """Return whether a worker gets new calls: the worker takes new requests, is not retired, and its version is not
+        quarantined."""
+        return link.takes_new_requests and not self.retired(link)
+
+    def retired(self, link: WorkerLink) -> bool:
+        """Return whether a worker must get no new calls, because the catalog has retired its generation or quarantined
+        its version. Running calls may continue."""
+        generation, retired = link.identity.generation, self.entry.retired
+        return (bool(retired) and bool(generation) and generation in retired) or self.versions.is_quarantined(link)
+
+    def update(self, entry: CatalogEntry) -> None:
+        """Apply a new catalog entry."""
+        self.in_catalog = True
+        self._set_entry(entry)
+        self.adapters.replace(entry.adapters)
+        self.adapters.refresh()
+        self.changed_workers.update(self.links)  # a version may be quarantined, a generation retired
+        self._retired.update(entry.retired, self.links.values())
+
+    def _set_entry(self, entry: CatalogEntry) -> None:
+        self.entry = entry
+        self.access.update(entry)
+        self.capabilities.update(entry)
+        self.versions.update(entry)
+
+    def add_link(self, link: WorkerLink) -> None:
+        """Add the link of a worker that has connected."""
+        if (older := self.links.get(link.identity.worker_id)) is not None:
+            self.by_incarnation.pop(older.identity.incarnation, None)
+        self.links[link.identity.worker_id] = self.by_incarnation[link.identity.incarnation] = link
+        link.report_changes_to(self.changed_workers)
+        self.capabilities.joined(link)
+        self.adapters.report(link)
+        self._retired.joined(link)
+
+    def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
+        """Remove a link that has ended. `gone`: new state if this was the last link and the model is in no catalog."""
+        del self.links[link.identity.worker_id], self.by_incarnation[link.identity.incarnation]
+        link.mark_changed()
+        if self.adapters.report(link, is_gone=True):
+            self.changed_workers.update(self.links)
+        self.capabilities.left(link)
+        self._retired.left(link)
+        if not self.links and not self.in_catalog:
+            self._set_entry(replace(self.entry, state=gone, state_reason="its last worker left"))
+
+    def leave_catalog(self) -> None:
+        """Mark the model as missing from the catalog and drop its aliases. Its workers still serve it by its name."""
+        self.in_catalog = False
+        self._set_entry(replace(self.entry, aliases=()))
+
+    def is_replaced(self, key: CompatibilityKey | None) -> bool:
+        """Return whether a sequence with this compatibility key can no longer resume: its compatible workers were
+        retired and have left, and only incompatible workers serve the model. False for None."""
+        if key is None or not self.served or not self._retired.had_compatible(key):
+            return False
+        return not any(link.compatibility_key.can_resume(key) for link in self.links.values())

@@ -1,0 +1,57 @@
+"""The deployment generations of one model's workers that the catalog has retired, and what their workers were
+compatible with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, TypeVar
+
+from cluster.api.types import CompatibilityKey
+from cluster.gateway.links.worker_link import WorkerLink
+
+_T = TypeVar("_T")
+
+MAX_REMEMBERED: Final = 64
+"""Upper bound, for each model, on the remembered retired generations and on the remembered compatibility keys of
+departed workers."""
+
+
+class RetiredGenerations:
+    """Remembers the retired generations of one model, to end sequences that can no longer resume."""
+
+    def __init__(self) -> None:
+        self._retired: dict[str, None] = {}
+        """Deployment generations of workers (WorkerIdentity.generation) that the catalog has retired, oldest first."""
+        self._departed: dict[CompatibilityKey, None] = {}
+        """Compatibility keys of workers of retired generations that have left, oldest first."""
+
+    def update(self, retired: Iterable[str], links: Iterable[WorkerLink]) -> None:
+        """Remember the generations that a new catalog retires. A generation that it retires no longer is forgotten if a
+        worker of it takes new requests, since the replacement was rolled back. `links`: the model's workers."""
+        retired = tuple(retired)
+        _remember(self._retired, *retired)
+        for link in links:
+            if link.takes_new_requests and link.identity.generation not in retired:
+                self._retired.pop(link.identity.generation, None)
+
+    def joined(self, link: WorkerLink) -> None:
+        """Forget the compatibility key of a new worker, with which sequences can resume again."""
+        self._departed.pop(link.compatibility_key, None)
+
+    def left(self, link: WorkerLink) -> None:
+        """Remember the compatibility key of a worker that has left, if its generation was retired."""
+        if link.identity.generation in self._retired:
+            _remember(self._departed, link.compatibility_key)
+
+    def had_compatible(self, key: CompatibilityKey) -> bool:
+        """Return whether a worker on which a sequence with this key could resume was retired and has left."""
+        return any(departed.can_resume(key) for departed in self._departed)
+
+
+def _remember(past: dict[_T, None], *items: _T) -> None:
+    """Append items to `past`, or move known items to its end. Forget the oldest items beyond MAX_REMEMBERED."""
+    for item in items:
+        past.pop(item, None)
+        past[item] = None
+    for oldest in list(past)[:-MAX_REMEMBERED]:
+        del past[oldest]

@@ -1,0 +1,96 @@
+"""The versions of one model: their shares in the catalog, and the choice of a version for a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.api.types import CatalogEntry, VersionShare
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.models.capabilities import ModelCapabilities
+from cluster.policy.routing.version_split import Versions, choose_version
+
+
+class ModelVersions:
+    """The versions of one model. A version of "" stands for any version."""
+
+    def __init__(
+        self,
+        entry: CatalogEntry,
+        links: Mapping[str, WorkerLink],
+        takes_calls: Callable[[WorkerLink], bool],
+        capabilities: ModelCapabilities,
+    ) -> None:
+        """`links`: the model's workers, a mapping that the owner changes. `takes_calls`: see KnownModel."""
+        self._entry = entry
+        self._links = links
+        self._takes_calls = takes_calls
+        self._capabilities = capabilities
+
+    def update(self, entry: CatalogEntry) -> None:
+        """Apply a new catalog entry."""
+        self._entry = entry
+
+    def share(self, version: str) -> VersionShare | None:
+        """Return the catalog's entry for a version; None if the catalog does not have the version."""
+        return next((share for share in self._entry.versions if share.version == version), None)
+
+    def is_quarantined(self, link: WorkerLink) -> bool:
+        """Return whether a worker's version is quarantined. The running calls of such a worker move to other workers if
+        possible."""
+        share = self.share(link.identity.version) if self._entry.versions else None
+        return share is not None and share.quarantined
+
+    def choose(self, call_id: str, bundle_digest: str = "", only: str = "") -> Versions:
+        """Choose a version for a call, and alternatives with the same tokenizer in case the chosen version is full.
+
+        `bundle_digest`: for a resumed call, digest of the tokenizer with which the call began. `only`: the version to
+        which the call's adapter belongs, if it belongs to one. Raises CallError."""
+        shares = [share for share in self._entry.versions if not share.quarantined]
+        if only and any(share.version == only for share in shares):
+            return Versions(only, frozenset((only,)))
+        if len(shares) == len(self._entry.versions) <= 1:
+            return Versions()
+        if not shares:
+            raise CallError(Outcome.NO_WORKER, f"model {self._entry.name}: every version of it is quarantined")
+        ready = {link.identity.version for link in self._links.values() if self._takes_calls(link)}
+        usable = [share for share in shares if share.version in ready] or shares
+        if bundle_digest:
+            usable = [share for share in usable if self.bundle_digest(share.version) == bundle_digest] or usable
+        weights = [(share.version, share.weight) for share in usable]
+        first = choose_version(call_id, weights) or usable[0].version
+        digest = self.bundle_digest(first)
+        others = [
+            share.version
+            for share in usable
+            if share.weight > 0 and share.version != first and self.bundle_digest(share.version) == digest
+        ]
+        return Versions(first, frozenset((first, *others)))
+
+    def _link_of(self, version: str) -> WorkerLink | None:
+        """Return the link of a worker of this version, preferably of a worker that gets new calls."""
+        other = None
+        for link in self._links.values():
+            if version in ("", link.identity.version):
+                if self._takes_calls(link):
+                    return link
+                other = other or link
+        return other
+
+    def bundle_digest(self, version: str = "") -> str:
+        """Return the digest of a version's tokenizer bundle; "" while unknown."""
+        link = self._link_of(version)
+        if link is not None:
+            return link.identity.bundle_digest
+        share = self.share(version)
+        return share.bundle_digest if share is not None and share.bundle_digest else self._entry.bundle_digest
+
+    def default_sampling(self, version: str = "") -> Mapping[str, object]:
+        """Return the sampling defaults of a version, which come from the version's generation config."""
+        link = self._link_of(version)
+        if link is not None:
+            return link.info.default_sampling
+        last_info = self._capabilities.last_info
+        if not self._entry.default_sampling and last_info is not None:
+            return last_info.default_sampling
+        return self._entry.default_sampling

@@ -1,0 +1,71 @@
+"""The sending of waiting sequences, whenever something has changed that may let a worker take more of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.models.known_model import KnownModel
+from cluster.gateway.scheduling.executor import Executor
+from cluster.gateway.scheduling.peer_backlog import BacklogReports
+from cluster.policy.scheduling.instructions import ResumingSequence
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
+
+
+class SequencePump:
+    """Asks the policy which waiting sequences to send now, and has the executor send them."""
+
+    def __init__(
+        self,
+        policy: SchedulingPolicy,
+        executor: Executor,
+        backlogs: BacklogReports,
+        directory: Callable[[], ModelDirectory],
+        clock: Callable[[], float],
+    ) -> None:
+        """`backlogs` is notified after each change of a model's queues. `directory` returns the gateway's models."""
+        self._policy = policy
+        self._executor = executor
+        self._backlogs = backlogs
+        self._directory = directory
+        self._clock = clock
+
+    def send_waiting(self, name: str) -> None:
+        """Send waiting sequences of a model as long as a worker has capacity."""
+        if self._directory().find(name) is None:
+            return
+        self._executor.carry_out(self._policy.assign(name, self._clock()))
+        self._backlogs.changed(name)
+
+    def send_resumed(self, name: str, sequences: Sequence[ResumingSequence]) -> None:
+        """Try to send only `sequences` of a model, since nothing else has changed. After the loss of a gateway or
+        worker many sequences are requeued. If the whole queue were tried for each of these sequences, the cost would be
+        the square of their number."""
+        self._executor.carry_out(self._policy.assign_resumed(name, sequences, self._clock()))
+        self._backlogs.changed(name)
+
+    def step_begun(self, name: str, resumed: bool) -> None:
+        """Send further sequences after a worker's step has begun, since prefill pacing now allows more. `resumed`:
+        whether the step computes resumed sequences. New sequences may have waited behind these."""
+        if resumed or self._policy.resuming.waiting(name)[0]:
+            self.send_waiting(name)
+
+
+class UnservedModels:
+    """The models that no worker serves and for which calls wait. The demand for each is reported at once, not with the
+    next periodic report."""
+
+    def __init__(self, report: Callable[[], None]) -> None:
+        """`report` is called for the first waiting call of a model."""
+        self._report = report
+        self._names: set[str] = set()
+
+    def note(self, model: KnownModel) -> None:
+        """Report the demand for a model of which a call waits, if no worker serves the model."""
+        if model.name not in self._names and not model.served:
+            self._names.add(model.name)
+            self._report()
+
+    def retain(self, models: Iterable[KnownModel]) -> None:
+        """Forget the models that are served now or that are not among `models`."""
+        self._names &= {model.name for model in models if not model.served}

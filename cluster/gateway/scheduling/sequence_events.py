@@ -1,0 +1,130 @@
+"""The scheduler's handler of the events of sequences, from a sequence's first output to its end or its return to a
+queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from cluster.gateway.calls.call import Call, CallSequence
+from cluster.gateway.calls.life import WAITING, State
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.models.known_model import KnownModel
+from cluster.gateway.scheduling.adapter_checks import current_adapter
+from cluster.gateway.scheduling.hedges import Hedges
+from cluster.gateway.scheduling.pump import SequencePump, UnservedModels
+from cluster.gateway.scheduling.queues import Queues
+from cluster.gateway.scheduling.routes import Routes
+from cluster.gateway.scheduling.service_charges import ServiceCharges
+from cluster.gateway.scheduling.worker_caches import WorkerCaches
+from cluster.observe.metrics import Metrics
+from cluster.policy.routing.breaker import Breakers
+from cluster.policy.routing.version_split import Versions
+
+if TYPE_CHECKING:
+    from cluster.gateway.usage.accounting import Accounting
+
+
+class SequenceEvents:
+    """The handler of one gateway, for all models. Implements calls.sequence.CallEvents."""
+
+    def __init__(
+        self,
+        find: Callable[[str], KnownModel | None],
+        queues: Queues,
+        charges: ServiceCharges,
+        pump: SequencePump,
+        unserved: UnservedModels,
+        caches: WorkerCaches,
+        routes: Routes,
+        hedges: Hedges,
+        breakers: Breakers,
+        links: Callable[[str], Sequence[WorkerLink]],
+        metrics: Metrics,
+        accounting: Callable[[], Accounting | None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`find` returns a model by name, `links` the links of a model's workers. `accounting` returns the gateway's
+        accounts, or None if the gateway keeps no accounts."""
+        self._find = find
+        self._queues = queues
+        self._charges = charges
+        self._pump = pump
+        self._unserved = unserved
+        self._caches = caches
+        self._routes = routes
+        self._hedges = hedges
+        self._breakers = breakers
+        self._links = links
+        self._metrics = metrics
+        self._accounting = accounting
+        self._clock = clock
+
+    def requeue(self, sequence: CallSequence) -> None:
+        """Queue a sequence that has left its worker. A sequence that starts over is put at the head of its tenant's
+        queue, any other sequence into the resume queue."""
+        if sequence.state not in WAITING:  # the call has ended in the meantime
+            return
+        model = self._find(sequence.call.model)
+        if sequence.state is State.RESUMING:
+            resumed = self._queues.resume(sequence)
+            if model is not None:
+                self._pump.send_resumed(model.name, (resumed,))
+        else:
+            self._choose_versions(sequence.call, model)
+            try:
+                if model is not None and (key := current_adapter(sequence, model)) is not None:
+                    sequence.call.set_adapter(sequence, key)
+                    self._caches.forget_prompt(sequence.key)
+            except Exception as error:
+                sequence.call.fail_unexpectedly(error)
+                return
+            self._queues.put_back(sequence)
+            self._pump.send_waiting(sequence.call.model)
+        if model is not None:
+            self._unserved.note(model)
+
+    def _choose_versions(self, call: Call, model: KnownModel | None) -> None:
+        """Allow a call that has delivered nothing to begin on any version with the same tokenizer, because the call's
+        own version may have lost its last worker."""
+        begun = any(sequence.emitted or sequence.link or sequence.finish_reason for sequence in call.sequences)
+        if model is None or not call.versions.all or begun:
+            return
+        links = [link for link in model.links.values() if model.takes_calls(link)]
+        same = frozenset(link.identity.version for link in links if link.identity.bundle_digest == call.bundle_digest)
+        if same:
+            call.set_versions(Versions(call.versions.first if call.versions.first in same else "", same))
+            self._queues.versions_changed(call)
+
+    def began(self, sequence: CallSequence, cached_tokens: int) -> None:
+        """Correct the charge of a sequence when its first output has arrived, and count its prediction."""
+        self._charges.began(sequence, cached_tokens)
+        self._routes.began(sequence, cached_tokens)
+        self._hedges.answered(sequence, cached_tokens)
+
+    def answered(self, link: WorkerLink) -> None:
+        """Record a success of a worker, which has sent the first output of a sequence."""
+        self._breakers.record_success(link.identity.incarnation)
+
+    def worker_failed(self, link: WorkerLink) -> None:
+        """Record a failure of a worker whose engine could not continue a sequence."""
+        others = (other.identity.incarnation for other in self._links(link.identity.model) if other is not link)
+        self._breakers.record_failure(link.identity.incarnation, others, self._clock())
+
+    def resumed(self, model: str, reason: str, gap_s: float) -> None:
+        """Count a resume that came `gap_s` seconds after the sequence's last token."""
+        self._metrics.count("resumes_total", model, reason)
+        self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
+
+    def submission_refused(self, sequence: CallSequence) -> None:
+        """Stop waiting for the usage of a Submit that a worker refused. A refused Submit costs nothing."""
+        if (accounting := self._accounting()) is not None:
+            accounting.refused(sequence)
+
+    def finished(self, sequence: CallSequence) -> None:
+        """Settle the service account of one of many sequences of a call, since its call may go on for long."""
+        self._queues.settle(sequence)
+
+    def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
+        """Record that one of the two workers of a hedged sequence is out. See CallEvents."""
+        self._hedges.ended(sequence, won, computed_by)
