@@ -16,7 +16,8 @@ from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import CallEvents, OutputSequence
+from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.sequences.owner import CallEvents
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.tokenizer import TextModel
@@ -160,7 +161,7 @@ class Rig:
             arrived=self.cluster.gateway.service.clock(),
             deadline=None,
             clock=self.cluster.gateway.service.clock,
-            events=cast(CallEvents, events),
+            events=cast("CallEvents[Any]", events),
             request_id="poison",
         )
         request = EngineRequest("", list(ids), poison.sampling)

@@ -13,7 +13,9 @@ from cluster.api.adapters import full_name
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
 from cluster.gateway.adapters import name_of
-from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
+from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.sequences.owner import CallEvents
+from cluster.gateway.calls.sequences.pieces import Piece
 from cluster.gateway.calls.tool_call_ids import NUMBERED, numbered_id, tool_call_id
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
@@ -62,7 +64,7 @@ class Call:
     arrived: float
     deadline: float | None
     clock: Callable[[], float]
-    events: CallEvents
+    events: CallEvents[CallSequence]
     itl: Histogram | None = None
     """Histogram of the time between tokens."""
     request_id: str = ""
@@ -341,7 +343,12 @@ class Call:
         """Return the new pieces of all sequences. Once all text before the call's error has been returned, raises that
         error."""
         try:
-            pieces = [piece for sequence in self.sequences if (piece := sequence.pop_piece()) is not None]
+            pieces = []
+            for sequence in self.sequences:
+                if (piece := sequence.pieces.pop()) is not None:
+                    pieces.append(piece)
+                    if piece.finish_reason and piece.finish_reason != sequence.finish_reason:
+                        sequence.finish(piece.finish_reason)  # a guard has refused text that was held back to the end
         except Exception:
             if self.error is not None:  # reading the text may be what failed
                 raise self.error from None
@@ -367,7 +374,7 @@ class Call:
         sequences = self.sequences
         if len(sequences) != 1 or self.error is not None or self._silent:
             return None
-        return sequences[0].pop_text()
+        return sequences[0].pieces.pop_text()
 
     @property
     def finished(self) -> bool:
@@ -377,7 +384,7 @@ class Call:
     @property
     def end_delivered(self) -> bool:
         """Whether the last piece of every sequence has been returned, so that nothing more follows."""
-        return all(sequence.end_delivered for sequence in self.sequences)
+        return all(sequence.pieces.end_popped for sequence in self.sequences)
 
     def release(self) -> None:
         """End all sequences that have not ended, and abort them in their engines."""

@@ -16,7 +16,7 @@ import structlog
 
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.calls.life import WAITING, State
-from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling import queue_errors
@@ -407,7 +407,7 @@ class Scheduler:
     def _move(self, link: WorkerLink, now: float) -> None:
         """Move sequences from a draining worker to other workers, as many as the other workers have capacity for now.
         The remaining sequences are moved by later calls."""
-        sequences = {sink.key: sink for sink in link.sinks if isinstance(sink, OutputSequence)}
+        sequences = {sink.key: sink for sink in link.sinks if isinstance(sink, LinkedSequence)}
         running = [self.queues.resuming(sequence) for sequence in sequences.values()]
         for key in self.policy.movable(running, link.identity.worker_id, now):
             try:

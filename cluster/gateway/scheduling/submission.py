@@ -16,8 +16,8 @@ import structlog
 from cluster.api.outcomes import invalid
 from cluster.api.types import EngineRequest
 from cluster.gateway.calls.call import CallSequence
-from cluster.gateway.calls.hedge import Hedge
-from cluster.gateway.calls.sequence import CALLER_FIELDS
+from cluster.gateway.calls.sequences.engine_errors import CALLER_FIELDS
+from cluster.gateway.calls.sequences.hedge import Hedge
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.tracing.call_trace import Attempt
 from cluster.policy.fairness.order import WaitingSequence

@@ -11,7 +11,7 @@ from typing import Any, Final
 from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic.content import TOOL_ID_PREFIX
 from cluster.gateway.calls.call import Call, CallUsage
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 from cluster.gateway.models import Target
 
 ToolId = Callable[[OutputPart], str]

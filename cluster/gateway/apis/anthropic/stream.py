@@ -16,7 +16,7 @@ from cluster.gateway.apis.anthropic import answers
 from cluster.gateway.apis.openai.answers import keep_alive
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import CallProgress, ProgressOf
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 
 PING: Final = b'event: ping\ndata: {"type":"ping"}\n\n'
 STOP: Final = 'event: message_stop\ndata: {"type":"message_stop"}\n\n'

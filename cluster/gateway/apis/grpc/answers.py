@@ -13,7 +13,7 @@ from cluster.gateway.apis.pooling_scores import Ranked
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import CallProgress
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 from cluster.gateway.models import Target
 from cluster.gateway.text.logprobs import TokenLogprob
 from cluster.v1 import inference_pb2 as pb

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from cluster.gateway.apis.grpc import answers as codec
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.keepalive import ProgressOf
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 from cluster.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:

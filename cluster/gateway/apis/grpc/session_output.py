@@ -201,4 +201,4 @@ class SessionWriter:
     @property
     def pending_chars(self) -> int:
         """Upper bound on the number of characters that the call has not written."""
-        return sum(sequence.pending_chars for sequence in self._call.sequences)
+        return sum(sequence.pieces.pending_chars for sequence in self._call.sequences)

@@ -17,7 +17,7 @@ from cluster.api.outcomes import OUTCOME_STATUS, CallError
 from cluster.api.output_parts import PartKind
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.keepalive import CallProgress, ProgressOf
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 from cluster.gateway.models import Target
 from cluster.gateway.text.logprobs import TokenLogprob
 

@@ -29,7 +29,7 @@ from cluster.gateway.apis.openai.requests import ParsedRequest, with_caller_name
 from cluster.gateway.apis.slices import in_slices, with_commas
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 
 
 class OpenAiForm:

@@ -58,7 +58,8 @@ class PoolingCall(Call):
             self.first_token_at = now
             self.usage.ttft_s = now - self.arrived
         self._answered += 1
-        self.events.finished(sequence)
+        own: Any = sequence
+        self.events.finished(own)
         if self._answered == len(self.sequences):
             self.wake()
 
@@ -81,4 +82,5 @@ class PoolingCall(Call):
             await self.news()
         if self.error is not None:
             raise self.error
-        return [sequence.vector for sequence in self.sequences if isinstance(sequence, PooledSequence)]
+        sequences: list[Any] = self.sequences
+        return [sequence.vector for sequence in sequences]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.openai.answers import ChatStream
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 
 
 class _Call:
