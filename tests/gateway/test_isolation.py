@@ -170,7 +170,7 @@ class Rig:
             text = FaultyText(text, poison.text, poison.error)
         call.sequences.append(OutputSequence(call, 0, replace(request, **poison.request), text))
         if poison.listener:
-            call.listen(breaks)
+            call.output.listen(breaks)
         return call
 
     @asynccontextmanager
@@ -228,7 +228,7 @@ async def rig_of(cluster: TestCluster, bundle: Bundle, engine: Engine) -> AsyncI
 
 def ended(call: Call) -> bool:
     """Return whether a call has ended."""
-    return call.error is not None or call.finished
+    return call.error is not None or call.output.finished
 
 
 @pytest.mark.parametrize("places", [8, 1], ids=["unqueued", "queued"])
@@ -297,7 +297,7 @@ async def test_every_step_of_a_calls_end_is_taken(cluster: TestCluster, checkpoi
         async with rig.entered([call]):
             await until(lambda: bool(call.sequences[0].emitted), "it has a token")
             with pytest.raises(Broken):
-                call.pop_pieces()
+                call.output.pop_pieces()
 
 
 @dataclass

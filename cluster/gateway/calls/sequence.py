@@ -17,7 +17,7 @@ from cluster.api.types import CompatibilityKey, FinishReason, TokenOutput
 from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.calls.sequences.engine_errors import FAILED
 from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
-from cluster.gateway.calls.sequences.owner import SequenceOwner
+from cluster.gateway.calls.sequences.owner import Notifier, SequenceOwner
 from cluster.gateway.calls.sequences.parsers import WorkerParsers
 from cluster.gateway.calls.sequences.pieces import PieceBuffer
 from cluster.gateway.text.detokenizer import TextSource
@@ -47,12 +47,15 @@ class OutputSequence(LinkedSequence[Owner]):
     """The same for a parsed output: function that gets the content of each further token that brings only content."""
     parsers: WorkerParsers = field(init=False, default_factory=WorkerParsers)
     """The parsers of the output's workers."""
+    call_output: Notifier = field(init=False)
+    """The output of the call, which is notified of updates."""
     pieces: PieceBuffer = field(init=False)
     """What the API has not popped yet."""
 
     def __post_init__(self) -> None:
         RoutedSequence.__post_init__(self)  # `super()` does not work in a dataclass with slots
         self.emitted = self.detokenizer.token_ids
+        self.call_output = self.call.output
         self.pieces = PieceBuffer(self.index, self.detokenizer, self.logprob_texts, self.parsed_text)
 
     # ---- from a resume token
@@ -122,7 +125,7 @@ class OutputSequence(LinkedSequence[Owner]):
             call.progressed(self, added, now)
             self.last_token_at = now
         else:
-            call.wake()
+            self.call_output.wake()
 
     def _accept_parsers(self, parsed_text: ParsedText, output: TokenOutput) -> bool:
         """Return whether the worker of a first output parses the output as the workers before it did, if any did. If
@@ -172,7 +175,7 @@ class OutputSequence(LinkedSequence[Owner]):
             self._stopped(stop)
         elif self.parsed_text is not None and self.parsed_text.is_parsed:
             return  # the parser has made nothing of this token yet
-        self.call.wake()
+        self.call_output.wake()
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
         """Handle a step's only token and its parts, as a fast path of `output`. Never called for the first token."""
@@ -190,7 +193,7 @@ class OutputSequence(LinkedSequence[Owner]):
         self.direct_content = None
         if (stop := parsed_text.push_parsed((token_id,), ParsedOutput(parts), False, False)) is not None:
             self._stopped(stop)
-        self.call.wake()
+        self.call_output.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
         """Pass the text of each further token to `direct`, if a piece has been delivered and further tokens bring only
@@ -230,6 +233,11 @@ class OutputSequence(LinkedSequence[Owner]):
             has_call = self.parsed_text is not None and self.parsed_text.has_tool_call
             self.finish("tool_calls" if has_call else "stop", stop)
         self.leave_engine()
+
+    def unlink_call(self) -> None:
+        """See RoutedSequence."""
+        RoutedSequence.unlink_call(self)
+        del self.call_output
 
     # ---- records
 

@@ -19,6 +19,7 @@ from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.opening import Opening
 from cluster.gateway.calls.reasoning import new_reasoning_tokens, reasoning_in_part
 from cluster.gateway.calls.records.end_metrics import EndMetrics
+from cluster.gateway.calls.records.token_times import new_tokens
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.sequences.owner import CallEvents
@@ -117,7 +118,7 @@ def test_reasoning_is_a_part_of_each_record(call_outputs: list[tuple[int, int, i
         assert 0 <= record.reasoning_tokens <= record.completion_tokens == tokens
         assert record.reasoning_tokens == 0 or reasoning is not None, "of a part of an output nothing is known"
     reported = [reasoning or 0 for _, _, reasoning in call_outputs]
-    assert counted == new_reasoning_tokens(call) <= min(call.new_tokens, sum(reported))
+    assert counted == new_reasoning_tokens(call) <= min(new_tokens(call), sum(reported))
     if all(not restored and (reasoning or 0) <= tokens for restored, tokens, reasoning in call_outputs):
         assert counted == sum(reported)
 

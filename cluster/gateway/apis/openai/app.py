@@ -137,7 +137,7 @@ class OpenAiApi:
             pieces: list[Piece] = []
             for i, call in enumerate(calls):
                 try:
-                    for piece in await call.all_pieces():
+                    for piece in await call.output.all_pieces():
                         piece.index += i * parsed.requests[0].options.n
                         pieces.append(piece)
                 except CallError as error:

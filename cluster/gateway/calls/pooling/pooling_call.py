@@ -61,7 +61,7 @@ class PoolingCall(Call):
         own: Any = sequence
         self.events.finished(own)
         if self._answered == len(self.sequences):
-            self.wake()
+            self.output.wake()
 
     @property
     def charged_prompt_tokens(self) -> int:
@@ -79,7 +79,7 @@ class PoolingCall(Call):
         """Wait for the end of the call and return the vectors in the order of the inputs, each as little-endian float32
         values. Raises the call's error."""
         while self._answered < len(self.sequences) and self.error is None:
-            await self.news()
+            await self.output.news()
         if self.error is not None:
             raise self.error
         sequences: list[Any] = self.sequences

@@ -43,6 +43,13 @@ class CallEvents(Protocol[AnySequence]):
         second. `computed_by`: incarnation of the worker that is out; "" if it has refused the sequence."""
 
 
+class Notifier(Protocol):
+    """The part of a call that its API reads."""
+
+    def wake(self) -> None:
+        """Notify the call's API of an update."""
+
+
 class SequenceOwner(Protocol):
     """Interface of a call that a sequence needs. The methods run in a link's reader, so every method must be short and
     cannot await."""
@@ -64,8 +71,9 @@ class SequenceOwner(Protocol):
     def fail_unexpectedly(self, error: BaseException) -> None:
         """End the call with INTERNAL, because work for the call raised `error`."""
 
-    def wake(self) -> None:
-        """Notify the call's API of an update."""
+    @property
+    def output(self) -> Notifier:
+        """What the call's API reads."""
 
     def progressed(self, sequence: Any, tokens: int, now: float) -> None:
         """Handle the tokens of a step, if the output is more than one plain token."""

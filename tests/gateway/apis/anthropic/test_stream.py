@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic.answers import page_of, stop_of, whole_message
 from cluster.gateway.apis.anthropic.stream import PING, MessageEvents, ping
-from cluster.gateway.calls.call import CallUsage
+from cluster.gateway.calls.call_usage import CallUsage
 from cluster.gateway.calls.keepalive import CallProgress
 from cluster.gateway.calls.sequences.pieces import Piece
 
