@@ -16,8 +16,8 @@ from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.sequences.owner import CallEvents
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.tokenizer import TextModel

@@ -15,8 +15,8 @@ from cluster.gateway.adapters import name_of
 from cluster.gateway.calls.call_output import CallOutput
 from cluster.gateway.calls.call_usage import CallUsage
 from cluster.gateway.calls.prompt_payment import PromptPayment
-from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.sequences.owner import CallEvents
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.gateway.tracing.call_trace import CallTrace

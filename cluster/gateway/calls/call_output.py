@@ -9,8 +9,8 @@ from typing import Any
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.calls.call_usage import CallUsage
-from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.sequences.pieces import Piece
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 
 
 class CallOutput:

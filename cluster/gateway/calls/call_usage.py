@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.gateway.calls.routed_sequence import RoutedSequence
+from cluster.gateway.calls.sequences.routed_sequence import RoutedSequence
 
 
 @dataclass(slots=True)

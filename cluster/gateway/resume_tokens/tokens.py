@@ -7,8 +7,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.sequences.pieces import Piece
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.links.worker_link import LinkStream
 from cluster.gateway.resume_tokens.token_chain import (
     CallHead,

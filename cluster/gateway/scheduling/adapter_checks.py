@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from cluster.gateway.calls.call import CallSequence
-from cluster.gateway.calls.life import State
+from cluster.gateway.calls.sequences.life import State
 
 MOST: Final = 1024
 """Maximum number of sequences that are looked at together, which takes about 4 ms."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from cluster.gateway.calls.call import Call, CallSequence
-from cluster.gateway.calls.life import WAITING, State
+from cluster.gateway.calls.sequences.life import WAITING, State
 from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory

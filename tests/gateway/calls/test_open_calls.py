@@ -12,8 +12,8 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import EngineRequest, Sampling
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.open_calls import OpenCalls
-from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.sequences.owner import CallEvents
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.policy.tenants.policy import TenantPolicy

@@ -21,8 +21,8 @@ from cluster.gateway.calls.reasoning import new_reasoning_tokens, reasoning_in_p
 from cluster.gateway.calls.records.end_metrics import EndMetrics
 from cluster.gateway.calls.records.token_times import new_tokens
 from cluster.gateway.calls.request import GenerationRequest
-from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.calls.sequences.owner import CallEvents
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.demand import DemandTally
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import ModelDirectory

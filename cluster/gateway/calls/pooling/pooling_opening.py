@@ -13,7 +13,6 @@ from cluster.api.pooling import POOLS, PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.types import POOLING_SAMPLING, EngineRequest
 from cluster.gateway.auth.authenticator import Authenticator
 from cluster.gateway.calls.call_opening import CallOpening, not_prepared
-from cluster.gateway.calls.life import Life
 from cluster.gateway.calls.pooling.pooled_sequence import PooledSequence
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling.pooling_request import (
@@ -25,6 +24,7 @@ from cluster.gateway.calls.pooling.pooling_request import (
     PoolingRequest,
     check_chars,
 )
+from cluster.gateway.calls.sequences.life import Life
 from cluster.gateway.calls.tokenization import ids_of_inputs
 from cluster.gateway.models import KnownModel, ModelDirectory, Target
 from cluster.gateway.scheduling.scheduler import Scheduler

@@ -1,1 +1,1 @@
-"""Parts of a sequence, one output of a call: its workers, a second worker, and the pieces that wait for the API."""
+"""A sequence, one output of a call: its life, its workers, a second worker, its text, and the pieces that wait for the API."""

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from cluster.api.output_parts import OutputPart
 from cluster.api.types import EngineRequest, TokenOutput
-from cluster.gateway.calls.life import Life
 from cluster.gateway.calls.sequences.engine_errors import FAILED
+from cluster.gateway.calls.sequences.life import Life
 from cluster.gateway.calls.sequences.owner import SequenceOwner
 from cluster.gateway.links.slots import Sink
 from cluster.gateway.links.worker_link import WorkerLink

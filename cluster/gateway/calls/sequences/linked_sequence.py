@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import FinishReason, TokenOutput
-from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.calls.sequences.engine_errors import format_error, refusal_of
 from cluster.gateway.calls.sequences.hedge import Hedge
 from cluster.gateway.calls.sequences.owner import SequenceOwner
+from cluster.gateway.calls.sequences.routed_sequence import RoutedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 
 Owner = TypeVar("Owner", bound=SequenceOwner)

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from cluster.api.types import DrainState
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.life import State
 from cluster.gateway.calls.records.token_times import mean_gap_s
+from cluster.gateway.calls.sequences.life import State
 from cluster.gateway.console.overview.recent_calls import MAX_CHARS, EndedCall, total_tokens
 from cluster.gateway.links.starting_workers import StartingWorker
 from cluster.gateway.links.worker_link import WorkerLink

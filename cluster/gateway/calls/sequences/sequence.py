@@ -14,12 +14,12 @@ from typing import TypeVar
 from cluster.api.outcomes import Outcome
 from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind
 from cluster.api.types import CompatibilityKey, FinishReason, TokenOutput
-from cluster.gateway.calls.routed_sequence import RoutedSequence
 from cluster.gateway.calls.sequences.engine_errors import FAILED
 from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
 from cluster.gateway.calls.sequences.owner import Notifier, SequenceOwner
 from cluster.gateway.calls.sequences.parsers import WorkerParsers
 from cluster.gateway.calls.sequences.pieces import PieceBuffer
+from cluster.gateway.calls.sequences.routed_sequence import RoutedSequence
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.logprobs import LogprobSource
 from cluster.gateway.text.parsed_text import ParsedText

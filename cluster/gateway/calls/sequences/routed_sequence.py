@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from cluster.api.types import CompatibilityKey, EngineRequest, WorkerIdentity
-from cluster.gateway.calls.life import Event, Life, State
+from cluster.gateway.calls.sequences.life import Event, Life, State
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.tracing.call_trace import FINISHED, Attempt
 from cluster.policy.routing.route_history import Route
