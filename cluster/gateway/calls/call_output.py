@@ -86,18 +86,18 @@ class CallOutput:
     def pop_pieces(self) -> list[Piece]:
         """Return the new pieces of all sequences. Once all text before the call's error has been returned, raises that
         error."""
-        pieces: list[Piece] = []
+        sequences = self._sequences
         try:
-            for sequence in self._sequences:
-                if (piece := sequence.pieces.pop()) is not None:
-                    pieces.append(piece)
-                    if piece.finish_reason and piece.finish_reason != sequence.finish_reason:
-                        sequence.finish(piece.finish_reason)  # a guard has refused text that was held back to the end
+            pieces = [piece for sequence in sequences if (piece := sequence.pieces.pop()) is not None]
+            for piece in pieces:
+                if piece.finish_reason and piece.finish_reason != sequences[piece.index].finish_reason:
+                    # a guard has refused text that was held back to the end
+                    sequences[piece.index].finish(piece.finish_reason)
         except Exception:
             if self.error is not None:  # reading the text may be what failed
                 raise self.error from None
             raise
-        self._usage.count_tokens(self._sequences)  # not earlier: a guard that refuses at the very end removes tokens
+        self._usage.count_tokens(sequences)  # not earlier: a guard that refuses at the very end removes tokens
         if self.error is not None and not any(piece.text or piece.parts for piece in pieces):
             raise self.error
         return pieces

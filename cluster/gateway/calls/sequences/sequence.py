@@ -110,16 +110,17 @@ class OutputSequence(LinkedSequence[Owner]):
                 self._engine_ended(output.finish, link)
                 return
             self.finish(_FINISH_WORDS[output.finish])
-        before = len(self.emitted)
+        emitted = self.emitted
+        before = len(emitted)
         if self.parsed_text is None:
             stop = self.detokenizer.push(output.token_ids, output.finish is FinishReason.STOP)
         else:
             stop = self._push_parsed(self.parsed_text, output)
         if stop is not None:
             self._stopped(stop)
-        added = max(len(self.emitted) - before, 0)  # a guard's refusal also removes tokens of earlier steps
-        if output.logprobs and self.logprob_texts is not None:
-            self.pieces.logprobs.extend(self.logprob_texts.push(output.logprobs[:added]))
+        added = max(len(emitted) - before, 0)  # a guard's refusal also removes tokens of earlier steps
+        if output.logprobs and (logprob_texts := self.logprob_texts) is not None:
+            self.pieces.logprobs.extend(logprob_texts.push(output.logprobs[:added]))
         if added:
             now = call.clock()
             call.progressed(self, added, now)
