@@ -207,13 +207,12 @@ class OutputSequence(LinkedSequence[Owner]):
             self.direct_content = direct
 
     def stop_direct(self) -> None:
-        """Stop passing text to `direct`, and keep all further text for the next
-        piece."""
+        """Stop passing text to `direct`, and keep all further text for the next piece."""
         self.direct = self.direct_content = None
 
     def give_back(self, text: str) -> None:
-        """Put back the text that was just passed to `direct`. This text and all further text is kept for
-        `pop_piece`."""
+        """Put back the text that was just passed to `direct`. This text and all further text is kept for the next
+        piece."""
         self.stop_direct()
         self.detokenizer.push_back(text)
 
