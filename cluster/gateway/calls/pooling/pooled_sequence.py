@@ -70,7 +70,8 @@ class PooledSequence(LinkedSequence[Owner]):
             return
         self.vector = output.vector or b""
         self.finish("stop")
-        call.pooled(self, call.clock())
+        self.last_token_at = call.clock()
+        call.pooled(self, self.last_token_at)
 
     def token(self, token_id: int, now: float) -> None:
         """Handle a token, which a worker of an older release generates."""

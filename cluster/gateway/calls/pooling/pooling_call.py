@@ -53,7 +53,6 @@ class PoolingCall(Call):
 
     def pooled(self, sequence: PooledSequence[Any], now: float) -> None:
         """Handle the vector of a sequence. `first_token_at` is the time of the first one."""
-        sequence.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
             self.usage.ttft_s = now - self.arrived

@@ -45,6 +45,9 @@ class HedgedSequence(Sink, Protocol):
     def last_worker(self) -> str:
         """Incarnation of the first worker."""
 
+    def bind_hedge(self, hedge: Hedge) -> None:
+        """Record that the request was also sent to the second worker."""
+
     def switch_to_hedge(self, hedge: Hedge, why: str) -> None:
         """Leave the first worker, and continue in the slot of the hedge. `why`: see RoutedSequence.end_attempt."""
 
@@ -61,12 +64,17 @@ class Hedge:
     link: WorkerLink
     route: Route
     """The decision for the second worker."""
-    slot: int = 0
     traced: Attempt | None = None
     """Record of the attempt on the second worker, if the call is sampled."""
+    slot: int = field(init=False, default=0)
     last_token_at: float = field(init=False, default=0.0)
     _is_over: bool = field(init=False, default=False)
     """Whether one of the two workers is out."""
+
+    def bind(self, slot: int) -> None:
+        """Record the slot on the second worker to which the request was sent, and begin the hedge."""
+        self.slot = slot
+        self.sequence.bind_hedge(self)
 
     # ---- Sink
 

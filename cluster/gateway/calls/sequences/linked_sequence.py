@@ -136,7 +136,7 @@ class LinkedSequence(RoutedSequence[Owner]):
     # ---- the second worker of a hedged sequence: sequences.hedge.HedgedSequence
 
     def bind_hedge(self, hedge: Hedge) -> None:
-        """Record the second worker and the slot to which the request was sent."""
+        """See HedgedSequence."""
         self.life.hedged()
         self.hedge = hedge
 
