@@ -18,7 +18,6 @@ from cluster.gateway.calls.call_context import CallContext
 from cluster.gateway.calls.call_opening import CallOpening
 from cluster.gateway.calls.cleanup import Cleanup
 from cluster.gateway.calls.keepalive import KeepAlives
-from cluster.gateway.calls.life import Life
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.open_calls import OpenCalls
 from cluster.gateway.calls.opening import Opening
@@ -28,6 +27,7 @@ from cluster.gateway.calls.pooling.pooling_request import PoolingRequest
 from cluster.gateway.calls.records.access_log import AccessLog
 from cluster.gateway.calls.records.end_metrics import EndMetrics
 from cluster.gateway.calls.records.trace_facts import call_facts
+from cluster.gateway.calls.sequences.life import Life
 from cluster.gateway.calls.tokenization import RenderChat, Tokenization
 from cluster.gateway.links.link_renders import RenderedPrompt
 from cluster.gateway.models.directory import ModelDirectory

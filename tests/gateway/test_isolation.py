@@ -16,7 +16,8 @@ from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import CallEvents, OutputSequence
+from cluster.gateway.calls.sequences.owner import CallEvents
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.tokenizer import TextModel
@@ -160,7 +161,7 @@ class Rig:
             arrived=self.cluster.gateway.service.clock(),
             deadline=None,
             clock=self.cluster.gateway.service.clock,
-            events=cast(CallEvents, events),
+            events=cast("CallEvents[Any]", events),
             request_id="poison",
         )
         request = EngineRequest("", list(ids), poison.sampling)
@@ -169,7 +170,7 @@ class Rig:
             text = FaultyText(text, poison.text, poison.error)
         call.sequences.append(OutputSequence(call, 0, replace(request, **poison.request), text))
         if poison.listener:
-            call.listen(breaks)
+            call.output.listen(breaks)
         return call
 
     @asynccontextmanager
@@ -227,7 +228,7 @@ async def rig_of(cluster: TestCluster, bundle: Bundle, engine: Engine) -> AsyncI
 
 def ended(call: Call) -> bool:
     """Return whether a call has ended."""
-    return call.error is not None or call.finished
+    return call.error is not None or call.output.finished
 
 
 @pytest.mark.parametrize("places", [8, 1], ids=["unqueued", "queued"])
@@ -296,7 +297,7 @@ async def test_every_step_of_a_calls_end_is_taken(cluster: TestCluster, checkpoi
         async with rig.entered([call]):
             await until(lambda: bool(call.sequences[0].emitted), "it has a token")
             with pytest.raises(Broken):
-                call.pop_pieces()
+                call.output.pop_pieces()
 
 
 @dataclass

@@ -22,7 +22,7 @@ import pytest
 
 from cluster.api.types import EngineRequest
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from tests.support.calls import chat

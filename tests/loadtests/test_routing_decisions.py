@@ -11,7 +11,7 @@ import pytest
 
 from cluster.api.types import KV_EVENTS, EngineInfo, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.scheduler import Scheduler

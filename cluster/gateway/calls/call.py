@@ -1,8 +1,7 @@
-"""The state of a call from arrival to end: the sequences, the counts, and the notification of the call's API."""
+"""A call from arrival to end: what is known of the call, its sequences, and the events of its sequences."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
@@ -12,8 +11,11 @@ import structlog
 from cluster.api.adapters import full_name
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
-from cluster.gateway.calls.sequence import CallEvents, OutputSequence, Piece
-from cluster.gateway.calls.tool_call_ids import NUMBERED, numbered_id, tool_call_id
+from cluster.gateway.calls.call_output import CallOutput
+from cluster.gateway.calls.call_usage import CallUsage
+from cluster.gateway.calls.prompt_payment import PromptPayment
+from cluster.gateway.calls.sequences.owner import CallEvents
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.models.adapters import name_of
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
@@ -27,25 +29,6 @@ from cluster.process.call_errors import is_call_failure
 log = structlog.get_logger("calls")
 
 CallSequence: TypeAlias = "OutputSequence[Call]"
-
-
-@dataclass(slots=True)
-class CallUsage:
-    """Usage of a call: the token counts as the engine reports them, and the queue time and the time to first token in
-    seconds."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    reasoning_tokens: int = 0
-    """Of the completion tokens, those of reasoning. Known at the end of the call."""
-    queue_s: float = 0.0
-    ttft_s: float = 0.0
-    resumed: int = 0
-    """Number of resumes on another worker, over all sequences of the call."""
-    resume: str = ""
-    """The weakest resume capability (RESUME_CAPABILITIES) of all workers that resumed a sequence of the call; "" if no
-    sequence was resumed."""
 
 
 @dataclass(eq=False, slots=True)  # slots: with this many attributes, each access through a dictionary would be slower
@@ -62,7 +45,7 @@ class Call:
     arrived: float
     deadline: float | None
     clock: Callable[[], float]
-    events: CallEvents
+    events: CallEvents[CallSequence]
     itl: Histogram | None = None
     """Histogram of the time between tokens."""
     request_id: str = ""
@@ -92,7 +75,6 @@ class Call:
     """The worker that got the call's first Submit."""
     sequences: list[CallSequence] = field(default_factory=list)
     usage: CallUsage = field(default_factory=CallUsage)
-    error: CallError | None = None
     headers: Sequence[tuple[str, str]] = ()
     """Response headers, including the state of the tenant's limits at admission."""
     resume_tokens: ResumeTokens | None = None
@@ -100,20 +82,21 @@ class Call:
     is_resumed: bool = False
     """Whether the call began at another gateway. That gateway has counted the prompt and the tokens that it
     delivered."""
-    terms: ResumeTerms = ResumeTerms.FREE
-    """Terms of the call's resume, which decide who pays if the prompt is computed again."""
     blamed: bool = False
     """Whether the call may have crashed its workers. A blamed call must not be resumed."""
     first_token_at: float | None = None
-    _silent_since: float = 0.0
-    """Time of the last keep-alive."""
-    _silent: bool = False
-    """Whether a keep-alive is due on the caller's connection."""
-    _listener: Callable[[], None] | None = None
-    _pays_again: bool = False
-    _origin_lost: bool | None = None
-    _waiter: asyncio.Future[None] | None = None
-    _news: bool = False
+    output: CallOutput = field(init=False)
+    """What the call's API reads."""
+    payment: PromptPayment = field(init=False, default_factory=PromptPayment)
+    """Who pays if the prompt is computed again."""
+
+    def __post_init__(self) -> None:
+        self.output = CallOutput(self.sequences, self.usage, self.arrived)
+
+    @property
+    def error(self) -> CallError | None:
+        """The error with which the call has ended; None if the call goes on or has ended well."""
+        return self.output.error
 
     @property
     def shown_model(self) -> str:
@@ -124,14 +107,6 @@ class Call:
     def shown_id(self) -> str:
         """Call id that the caller knows. For a resumed call this is the id from the first gateway."""
         return self.resume_tokens.head.call_id if self.is_resumed and self.resume_tokens is not None else self.id
-
-    def tool_call_id(self, index: int, call: int, name: str) -> str:
-        """Return the id of a tool call in the answer. `index`: the choice. `call`: the tool call in the choice, from 0.
-        `name`: the called function. The id depends only on these, on the request and on the call's id, so it is the
-        same after a resume at another gateway."""
-        if self.sequences[index].tool_parser in NUMBERED:
-            return numbered_id(name, self.tool_calls_before + call)
-        return tool_call_id(self.shown_id, index, call)
 
     @property
     def tenant(self) -> str:
@@ -149,26 +124,21 @@ class Call:
         return self.policy.handle or self.policy.name
 
     @property
-    def prompt_computed(self) -> bool:
-        """Whether an engine has computed the call's prompt. If the worker was lost before any token, the prompt is not
-        charged."""
-        return self.first_token_at is not None or (
-            self.error is None and any(sequence.computed for sequence in self.sequences)
-        )
-
-    @property
     def charged_prompt_tokens(self) -> int:
-        """Number of prompt tokens that are charged to the tenant's limits."""
-        return self.usage.prompt_tokens if self.prompt_computed and self.pays_prompt else 0
+        """Number of prompt tokens that are charged to the tenant's limits. If the worker was lost before any token, the
+        prompt is not charged."""
+        is_computed = self.first_token_at is not None or self._may_be_computed
+        return self.usage.prompt_tokens if is_computed and self.pays_prompt else 0
 
     @property
     def pays_prompt(self) -> bool:
-        """Whether this gateway charges the prompt. If a client ended a resumed call before any token arrived, the
-        prompt may have been computed again."""
-        if not self.is_resumed or self._pays_again:
-            return True
-        unknown = self._origin_lost is None and self.terms is not ResumeTerms.FREE
-        return unknown and self.error is None and any(sequence.computed for sequence in self.sequences)
+        """Whether this gateway charges the prompt."""
+        return self.payment.is_due(self._may_be_computed)
+
+    @property
+    def _may_be_computed(self) -> bool:
+        """Whether the call has no error and an engine computes or has computed its prompt."""
+        return self.error is None and any(sequence.computed for sequence in self.sequences)
 
     # ---- operations of the service, the scheduler and the APIs
 
@@ -179,11 +149,8 @@ class Call:
     def continue_from(self, request_id: str) -> None:
         """Mark the call as one that began at another gateway under this request id."""
         self.is_resumed = True
+        self.payment.resume(ResumeTerms.FREE)
         self.request_id = self.request_id and request_id
-
-    def claim(self, terms: ResumeTerms) -> None:
-        """Set the terms on which the call's resume tokens were claimed."""
-        self.terms = terms
 
     def set_versions(self, versions: Versions) -> None:
         """Set the model versions on which the call may begin."""
@@ -217,21 +184,6 @@ class Call:
         """Add headers to the response of the call."""
         self.headers = (*self.headers, *headers)
 
-    def fall_silent(self, now: float) -> None:
-        """Make the call's API send a keep-alive."""
-        self._silent_since, self._silent = now, True
-        self.wake()
-
-    def pop_keepalive(self) -> bool:
-        """Return whether a keep-alive is due, which the API then sends."""
-        due, self._silent = self._silent, False
-        return due
-
-    def listen(self, listener: Callable[[], None] | None) -> None:
-        """Set the function that is called at every update, for an API that batches the updates of many calls. With
-        None, updates wake `news` again."""
-        self._listener = listener
-
     # ---- reports of its sequences
 
     def began(self, sequence: CallSequence, output: TokenOutput) -> None:
@@ -245,20 +197,16 @@ class Call:
             self.events.began(sequence, cached)
         if sequence.link is not None:
             self.events.answered(sequence.link)
-        self._origin_lost = output.origin_lost
-        if self.is_resumed and (
-            self.terms is ResumeTerms.PAID or (self.terms is ResumeTerms.IF_ALIVE and not output.origin_lost)
-        ):
-            self._pays_again = True  # the client pays for the second computation of the prompt
+        self.payment.record_output(output.origin_lost)
 
     def progressed(self, sequence: CallSequence, tokens: int, now: float) -> None:
         """Handle the tokens of a step, if the output is more than one plain token."""
         if self.first_token_at is None:
             self.first_token_at = now
             self.usage.ttft_s = now - self.arrived
-        elif self.itl is not None and sequence.last_token_at:
-            self.itl.observe((now - sequence.last_token_at) / tokens)
-        self.wake()
+        elif self.itl is not None and (last := sequence.last_token_at):
+            self.itl.observe((now - last) / tokens)
+        self.output.wake()
 
     def resumed(self, sequence: CallSequence, reason: str) -> None:
         """Handle the first token of a sequence after its resume on another worker."""
@@ -273,37 +221,13 @@ class Call:
         """Count reasoning tokens of a sequence that has ended."""
         self.usage.reasoning_tokens += tokens
 
-    def silent_s(self, now: float) -> float:
-        """Return the seconds since the call's last token, last keep-alive or arrival, whichever is latest."""
-        return now - max(self.arrived, self._silent_since, *(sequence.last_token_at for sequence in self.sequences))
-
-    def count(self) -> None:
-        """Update `usage` with the number of tokens received so far."""
-        self.usage.completion_tokens = sum(len(sequence.emitted) for sequence in self.sequences)
-
-    @property
-    def mean_gap_s(self) -> float:
-        """Mean seconds between the tokens of the call's first sequence, as this gateway received them; 0 with fewer
-        than two tokens."""
-        first = self.sequences[0]
-        tokens = len(first.emitted) - first.restored
-        if self.first_token_at is None or tokens < 2:
-            return 0.0
-        return max(first.last_token_at - self.first_token_at, 0.0) / (tokens - 1)
-
-    @property
-    def new_tokens(self) -> int:
-        """Number of tokens that this gateway has received for the call."""
-        return sum(len(sequence.emitted) - sequence.restored for sequence in self.sequences)
-
     def fail(self, error: CallError) -> None:
         """End the call with this error and abort the running sequences. The method never raises, because the code that
         calls it serves other calls too."""
-        if self.error is None:
-            self.error = error
+        self.output.fail(error)
         try:
             self.release()
-            self.wake()
+            self.output.wake()
         except Exception:
             log.exception("call.not_notified", **self.log_fields)
 
@@ -316,68 +240,6 @@ class Call:
             log.error("call.failed", **self.log_fields, exc_info=error)
         message = f"unexpected failure; quote request id {self.request_id}"
         self.fail(CallError(Outcome.INTERNAL, message))
-
-    def wake(self) -> None:
-        """Notify the call's API of an update."""
-        self._news = True
-        if self._listener is not None:
-            self._listener()
-            return
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    async def news(self) -> None:
-        """Wait for an update."""
-        if not self._news:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        self._news = False
-
-    def pop_pieces(self) -> list[Piece]:
-        """Return the new pieces of all sequences. Once all text before the call's error has been returned, raises that
-        error."""
-        try:
-            pieces = [piece for sequence in self.sequences if (piece := sequence.pop_piece()) is not None]
-        except Exception:
-            if self.error is not None:  # reading the text may be what failed
-                raise self.error from None
-            raise
-        self.count()  # not earlier: a guard that refuses at the very end removes tokens
-        if self.error is not None and not any(piece.text or piece.parts for piece in pieces):
-            raise self.error
-        return pieces
-
-    async def all_pieces(self) -> list[Piece]:
-        """Wait for the end of the call and return all pieces. Raises the call's error, even if the call had produced
-        text before the error."""
-        while not self.finished and self.error is None:
-            await self.news()
-        pieces = self.pop_pieces()
-        if self.error is not None:
-            raise self.error
-        return pieces
-
-    def pop_text(self) -> str | None:
-        """Return the new text of a call with one sequence, as a fast path of `pop_pieces`. The text is "" while text is
-        held back. None if there is more to deliver than text."""
-        sequences = self.sequences
-        if len(sequences) != 1 or self.error is not None or self._silent:
-            return None
-        return sequences[0].pop_text()
-
-    @property
-    def finished(self) -> bool:
-        """Whether every sequence has finished without an error."""
-        return all(sequence.finish_reason for sequence in self.sequences)
-
-    @property
-    def end_delivered(self) -> bool:
-        """Whether the last piece of every sequence has been returned, so that nothing more follows."""
-        return all(sequence.end_delivered for sequence in self.sequences)
 
     def release(self) -> None:
         """End all sequences that have not ended, and abort them in their engines."""

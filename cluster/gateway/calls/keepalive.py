@@ -68,9 +68,9 @@ class KeepAlives:
 
     def _update(self, call: Call, now: float, keepalive_s: float) -> None:
         self._scheduler.follow(call)
-        silent_s = call.silent_s(now)
+        silent_s = call.output.silent_s(now)
         if silent_s >= keepalive_s or (silent_s >= START_PROGRESS_S and self._waits_for_start(call)):
-            call.fall_silent(now)
+            call.output.fall_silent(now)
 
     def _waits_for_start(self, call: Call) -> bool:
         """Return whether the call waits for a model that no worker serves."""

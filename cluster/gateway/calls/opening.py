@@ -13,10 +13,11 @@ from cluster.api.pooling import PoolingTask
 from cluster.api.types import REASONING_PARSER, TOOL_PARSER, EngineRequest, Sampling
 from cluster.gateway.auth.authenticator import Authenticator
 from cluster.gateway.calls import request as requests
-from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.call_opening import CallOpening, not_prepared
-from cluster.gateway.calls.life import Life
-from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.call_usage import CallUsage
+from cluster.gateway.calls.sequences.life import Life
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.calls.tokenization import RendererOf, encode
 from cluster.gateway.calls.tools import with_tools
 from cluster.gateway.models.directory import ModelDirectory

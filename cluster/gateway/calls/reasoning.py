@@ -17,7 +17,8 @@ def reasoning_in_part(reasoning: int, first: int, end: int) -> int:
 
 
 def new_reasoning_tokens(call: Call) -> int:
-    """Return the number of reasoning tokens that this gateway has received for the call."""
+    """Return the number of reasoning tokens that this gateway has received for the call, at most as many as
+    `token_times.new_tokens` returns."""
     return sum(
         reasoning_in_part(sequence.reasoning_tokens, sequence.restored, len(sequence.emitted))
         for sequence in call.sequences

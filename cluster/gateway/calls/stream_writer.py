@@ -71,7 +71,7 @@ class StreamWriter:
 
     async def run(self) -> None:
         """Write chunks until the call ends. Raises the call's error."""
-        self._call.listen(self.mark)
+        self._call.output.listen(self.mark)
         try:
             self.mark()
             while not await self._paused:
@@ -80,7 +80,7 @@ class StreamWriter:
                 self._open = True
                 self.mark()
         finally:
-            self._call.listen(None)
+            self._call.output.listen(None)
             self._open = False
             for sequence in self._call.sequences:
                 sequence.stop_direct()

@@ -6,6 +6,8 @@ from hashlib import blake2b
 from string import ascii_letters, digits
 from typing import Final
 
+from cluster.gateway.calls.call import Call
+
 LENGTH = 9
 """Number of characters of an id. Mistral's templates accept ids of exactly nine letters and digits, and most other
 templates accept these ids too."""
@@ -13,6 +15,15 @@ NUMBERED: Final = frozenset({"kimi_k2", "kimi_k3"})
 """Parsers of models whose templates show ids as the model writes them: `functions.NAME:NUMBER`. The name and the number
 are part of the prompt, so other ids would be a format that the model was not trained on."""
 _ALPHABET = ascii_letters + digits
+
+
+def id_in_answer(call: Call, index: int, number: int, name: str) -> str:
+    """Return the id of a tool call in the answer to `call`. `index`: the choice. `number`: the tool call in the choice,
+    from 0. `name`: the called function. The id depends only on these, on the request and on the call's id, so it is the
+    same after a resume at another gateway."""
+    if call.sequences[index].tool_parser in NUMBERED:
+        return numbered_id(name, call.tool_calls_before + number)
+    return tool_call_id(call.shown_id, index, number)
 
 
 def tool_call_id(call_id: str, index: int, call: int) -> str:

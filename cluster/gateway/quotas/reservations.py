@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from cluster.api.outcomes import CallError, Violation
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.records.token_times import new_tokens
 from cluster.gateway.quotas.local_limits import LimitsPort
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.output_lengths import LearntOutputs
@@ -115,7 +116,7 @@ class QuotaReservations:
         Idempotent."""
         if self._held.pop(call.id, None) is None:
             return
-        settling = self._limits.settle(call.id, call.charged_prompt_tokens, call.new_tokens)
+        settling = self._limits.settle(call.id, call.charged_prompt_tokens, new_tokens(call))
         await (settling if self._limits.synchronous else asyncio.shield(self._spawn(settling)))
 
     async def watch(self) -> None:
@@ -157,7 +158,7 @@ class QuotaReservations:
     def _is_due(self, held: _Reservation) -> bool:
         """Return whether a reservation must be topped up now. The reservation is topped up early if the call gained
         more than half a quantum of tokens since the last pass."""
-        tokens = held.call.new_tokens
+        tokens = new_tokens(held.call)
         gained, held.seen = tokens - held.seen, tokens
         return tokens + max(gained - QUANTUM_TOKENS // 2, 0) >= held.due
 

@@ -208,7 +208,7 @@ class ResumeService:
             earlier.fail(CallError(Outcome.CANCELLED, TAKEN_OVER))
         self._live[call_id] = call
         tokens.generation, tokens.silent, tokens.begun_at = claim.generation, claim.silent, claim.origin
-        call.claim(claim.terms)
+        call.payment.resume(claim.terms)
         for sequence in call.sequences:
             sequence.restore_losses((CARRIED,) * claim.silent)
         self._on_taken_over(call, claim.generation)

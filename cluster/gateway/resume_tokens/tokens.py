@@ -7,7 +7,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.gateway.calls.sequence import OutputSequence, Piece
+from cluster.gateway.calls.sequences.pieces import Piece
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.links.worker_link import LinkStream
 from cluster.gateway.resume_tokens.token_chain import (
     CallHead,
@@ -115,7 +116,7 @@ class ResumeTokens:
     def text(self, text: str) -> bytes:
         """Return the token for a chunk that holds only this text, of choice 0."""
         sequence = self._sequences[0]
-        ids, shown, delivered = sequence.emitted, sequence.shown, self._delivered[0]
+        ids, shown, delivered = sequence.emitted, sequence.pieces.shown, self._delivered[0]
         if (
             shown - delivered != 1
             or not self.begun
@@ -139,7 +140,7 @@ class ResumeTokens:
         for piece in pieces:
             index = piece.index
             sequence = self._sequences[index]
-            shown = sequence.shown
+            shown = sequence.pieces.shown
             self._chars[index] += piece.chars
             self._finishes[index] = piece.finish_reason
             ids = sequence.emitted[self._delivered[index] : shown]

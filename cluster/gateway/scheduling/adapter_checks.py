@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from cluster.gateway.calls.call import CallSequence
-from cluster.gateway.calls.life import State
+from cluster.gateway.calls.sequences.life import State
 from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.queues import Queues

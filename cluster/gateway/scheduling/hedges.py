@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cluster.gateway.calls.call import CallSequence
-from cluster.gateway.calls.life import State
+from cluster.gateway.calls.sequences.life import State
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.routes import Routes

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from cluster.api.outcomes import Outcome
 from cluster.gateway.calls.call import Call, CallSequence
+from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
 from cluster.gateway.demand import DemandTally
 from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.policy.fairness.order import WaitingSequence
@@ -64,7 +65,7 @@ class Queues:
         self._policy.put_back(entry, self._clock(), sequence.call.versions)
         self.tally.enqueue(entry)
 
-    def _entry(self, sequence: CallSequence) -> WaitingSequence:
+    def _entry(self, sequence: LinkedSequence[Call]) -> WaitingSequence:
         """Return the waiting room's entry for a sequence that has been queued before, with the current key of its
         adapter."""
         entry, adapter = self._charges.waiting(sequence), sequence.request.adapter
@@ -85,7 +86,7 @@ class Queues:
         self.tally.enqueue(replace(entry.entry, arrived=now))
         return entry
 
-    def resuming(self, sequence: CallSequence) -> ResumingSequence:
+    def resuming(self, sequence: LinkedSequence[Call]) -> ResumingSequence:
         """Return the resume queue's entry for a sequence, without queueing the sequence."""
         return ResumingSequence(
             self._entry(sequence),

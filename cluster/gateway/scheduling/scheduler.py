@@ -245,7 +245,7 @@ class Scheduler:
         for sequence in call.sequences:
             self.queues.remove(sequence)
             sequence.cut()
-        call.wake()
+        call.output.wake()
 
     def follow(self, call: Call) -> None:
         """Update the charges and the demand of a running call. Called a few times a second. A pooling call's sequences

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cluster.gateway.calls.call import Call, CallSequence
-from cluster.gateway.calls.life import WAITING, State
+from cluster.gateway.calls.sequences.life import WAITING, State
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling.adapter_checks import current_adapter
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class SequenceEvents:
-    """The handler of one gateway, for all models. Implements calls.sequence.CallEvents."""
+    """The handler of one gateway, for all models. Implements calls.sequences.owner.CallEvents."""
 
     def __init__(
         self,

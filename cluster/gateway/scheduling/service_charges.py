@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from cluster.api.types import WorkerIdentity
 from cluster.gateway.calls.call import Call, CallSequence
+from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.fair_queue import FairOrder, FairOrders
 from cluster.policy.fairness.order import WaitingSequence
@@ -81,7 +82,7 @@ class ServiceCharges:
 
     # ---- one sequence
 
-    def waiting(self, sequence: CallSequence) -> WaitingSequence:
+    def waiting(self, sequence: LinkedSequence[Call]) -> WaitingSequence:
         """Return the waiting room's entry for a sequence. A sequence that is put back keeps its first entry and its
         charge."""
         if (place := self.place(sequence)) is not None:
@@ -107,10 +108,10 @@ class ServiceCharges:
         self._charges[sequence.key] = _Charge(place)
         return place
 
-    def _expected_output(self, flow: str, sequence: CallSequence) -> int:
+    def _expected_output(self, flow: str, sequence: LinkedSequence[Call]) -> int:
         return self.learnt.expected(flow, sequence.call.model, sequence.request.sampling.max_tokens)
 
-    def place(self, sequence: CallSequence) -> WaitingSequence | None:
+    def place(self, sequence: LinkedSequence[Call]) -> WaitingSequence | None:
         """Return the waiting room's entry for a sequence; None if the sequence was never queued."""
         charge = self._charges.get(sequence.key)
         return None if charge is None else charge.place

@@ -16,8 +16,8 @@ import structlog
 from cluster.api.outcomes import invalid
 from cluster.api.types import EngineRequest
 from cluster.gateway.calls.call import CallSequence
-from cluster.gateway.calls.hedge import Hedge
-from cluster.gateway.calls.sequence import CALLER_FIELDS
+from cluster.gateway.calls.sequences.engine_errors import CALLER_FIELDS
+from cluster.gateway.calls.sequences.hedge import Hedge
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.tracing.call_trace import Attempt
 from cluster.policy.fairness.order import WaitingSequence
@@ -82,9 +82,8 @@ def submit(
         return False
     if traced is not None:
         traced.submitted()
-        sequence.traced = traced
     call.submitted(sequence, link.identity, now)
-    sequence.bind(link, slot)
+    sequence.bind(link, slot, traced)
     return True
 
 
@@ -94,27 +93,27 @@ def submit_hedge(
     """Send a sequence that has no output yet to a second worker too. `route`: the decision for this worker. Returns
     False if the sequence could not be sent; then it stays on its first worker only. The second Submit adds no service
     charge, because the first Submit carries the charge for the prompt."""
-    call, hedge = sequence.call, Hedge(sequence, link, route)
-    hedge.traced = _traced(sequence, route, link, is_hedge=True)
+    call, traced = sequence.call, _traced(sequence, route, link, is_hedge=True)
+    hedge = Hedge(sequence, link, route, traced)
     weighted = WeightedValue(replace(waiting, output_tokens=0), call.policy.weight)
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
     sealed = b"" if accounting is None else accounting.hedged(sequence)
     try:
         # Of an attempt with a number above 1, the worker counts only changes of the charge.
-        request = _with_context(sequence.submission(), hedge.traced)
-        hedge.slot = link.submit(request, hedge, sequence.attempt + 1, sealed, weighted, stream=stream)
+        request = _with_context(sequence.submission(), traced)
+        slot = link.submit(request, hedge, sequence.attempt + 1, sealed, weighted, stream=stream)
     except BaseException as error:
         if accounting is not None:
             accounting.refused(sequence)
-        if hedge.traced is not None:
-            hedge.traced.end("error")
+        if traced is not None:
+            traced.end("error")
         if not is_call_failure(error):
             raise
         log.warning("call.hedge_failed", **call.log_fields, exc_info=error)
         return False
-    if hedge.traced is not None:
-        hedge.traced.submitted()
-    sequence.bind_hedge(hedge)
+    if traced is not None:
+        traced.submitted()
+    hedge.bind(slot)
     return True
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.scheduling.adapter_checks import AdapterChecks
@@ -99,7 +99,7 @@ class Upkeep:
     def _move(self, link: WorkerLink, now: float) -> None:
         """Move sequences from a worker to other workers, as many as the other workers have capacity for now. The
         remaining sequences are moved by later calls."""
-        sequences = {sink.key: sink for sink in link.slots.sinks if isinstance(sink, OutputSequence)}
+        sequences = {sink.key: sink for sink in link.slots.sinks if isinstance(sink, LinkedSequence)}
         running = [self._queues.resuming(sequence) for sequence in sequences.values()]
         for key in self._policy.movable(running, link.identity.worker_id, now):
             try:

@@ -8,7 +8,7 @@ from typing import Final, Protocol, overload
 from weakref import WeakKeyDictionary
 
 from cluster.api.types import TOOL_PARSER, CompatibilityKey, EngineRequest
-from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.models.known_model import KnownModel
@@ -167,7 +167,7 @@ class LinkedWorkers:
         """Return whether a worker runs a suspect sequence to which it has not added a token yet."""
         known = self._owner.directory.find(model)
         link = None if known is None else known.by_incarnation.get(incarnation)
-        return link is not None and any(isinstance(sink, OutputSequence) and sink.suspect for sink in link.slots.sinks)
+        return link is not None and any(isinstance(sink, LinkedSequence) and sink.suspect for sink in link.slots.sinks)
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether a sequence with this key can no longer resume. See KnownModel.is_replaced."""

@@ -268,7 +268,7 @@ class Accounting:
 
     def _opened(self, sequence: CallSequence, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
         call, now = sequence.call, self._clock()
-        pays = call.terms is ResumeTerms.PAID or not call.is_resumed
+        pays = call.payment.terms is ResumeTerms.PAID or not call.is_resumed
         has_own_prompt = call.is_pooling or not sequence.index
         return OpenRecord(
             record_id=f"{self._incarnation}.{next(self._numbers)}.{sequence.index}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -12,7 +12,8 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import EngineRequest, Sampling
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.open_calls import OpenCalls
-from cluster.gateway.calls.sequence import CallEvents, OutputSequence
+from cluster.gateway.calls.sequences.owner import CallEvents
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.policy.tenants.policy import TenantPolicy
@@ -37,7 +38,7 @@ def open_call(
         arrived=0.0,
         deadline=None,
         clock=time.monotonic,
-        events=cast(CallEvents, None),
+        events=cast("CallEvents[Any]", None),
         request_id=f"request-{number}",
     )
     request = EngineRequest("", [1, 2, 3], Sampling(max_tokens=max_tokens))

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.calls.life import State
+from cluster.gateway.calls.sequences.life import State
 from cluster.gateway.scheduling.adapter_checks import AdapterChecks
 
 

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from cluster.api.outcomes import CallError
 from cluster.api.types import EngineInfo, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models.directory import ModelDirectory

@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cluster.api.outcomes import CallError
 from cluster.api.types import DrainState, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.hedge import Hedge
-from cluster.gateway.calls.life import State
-from cluster.gateway.calls.sequence import OutputSequence
+from cluster.gateway.calls.sequences.hedge import Hedge
+from cluster.gateway.calls.sequences.life import State
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.scheduler import Scheduler

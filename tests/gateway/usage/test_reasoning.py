@@ -19,8 +19,10 @@ from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.opening import Opening
 from cluster.gateway.calls.reasoning import new_reasoning_tokens, reasoning_in_part
 from cluster.gateway.calls.records.end_metrics import EndMetrics
+from cluster.gateway.calls.records.token_times import new_tokens
 from cluster.gateway.calls.request import GenerationRequest
-from cluster.gateway.calls.sequence import CallEvents, OutputSequence
+from cluster.gateway.calls.sequences.owner import CallEvents
+from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.demand import DemandTally
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models.directory import ModelDirectory
@@ -55,7 +57,7 @@ class Link:
 def parsed_call(call_id: str, restored: Sequence[int]) -> Call:
     """Return a running call with a parsed output for each of these numbers of tokens that another gateway has
     delivered."""
-    call = Call(call_id, "sim", TenantPolicy("acme"), 0, 1.0, None, lambda: 2.0, cast(CallEvents, Events()))
+    call = Call(call_id, "sim", TenantPolicy("acme"), 0, 1.0, None, lambda: 2.0, cast("CallEvents[Any]", Events()))
     for index, tokens in enumerate(restored):
         text = ParsedText(PlainText())
         request = EngineRequest("", [1, 2, 3], Sampling(max_tokens=1000))
@@ -74,7 +76,7 @@ def send(sequence: CallSequence, tokens: int, reasoning: int | None) -> None:
     finish = None if reasoning is None else FinishReason.STOP
     parsed = ParsedOutput(reasoning_tokens=reasoning or 0)
     sequence.output(TokenOutput("", tuple(range(tokens)), finish, prompt_tokens=3, parsed=parsed))
-    sequence.pop_piece()
+    sequence.pieces.pop()
 
 
 def usage_records(call: Call) -> list[UsageRecord]:
@@ -116,7 +118,7 @@ def test_reasoning_is_a_part_of_each_record(call_outputs: list[tuple[int, int, i
         assert 0 <= record.reasoning_tokens <= record.completion_tokens == tokens
         assert record.reasoning_tokens == 0 or reasoning is not None, "of a part of an output nothing is known"
     reported = [reasoning or 0 for _, _, reasoning in call_outputs]
-    assert counted == new_reasoning_tokens(call) <= min(call.new_tokens, sum(reported))
+    assert counted == new_reasoning_tokens(call) <= min(new_tokens(call), sum(reported))
     if all(not restored and (reasoning or 0) <= tokens for restored, tokens, reasoning in call_outputs):
         assert counted == sum(reported)
 

@@ -10,8 +10,10 @@ from typing import Any, Final
 
 from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic.content import TOOL_ID_PREFIX
-from cluster.gateway.calls.call import Call, CallUsage
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.call_usage import CallUsage
+from cluster.gateway.calls.sequences.pieces import Piece
+from cluster.gateway.calls.tool_call_ids import id_in_answer
 from cluster.gateway.models.target import Target
 
 ToolId = Callable[[OutputPart], str]
@@ -34,7 +36,7 @@ def message_id(call: Call) -> str:
 
 def tool_ids(call: Call) -> ToolId:
     """Return the function that makes the tool call ids of a call with one choice."""
-    return lambda part: TOOL_ID_PREFIX + call.tool_call_id(0, part.call, part.text)
+    return lambda part: TOOL_ID_PREFIX + id_in_answer(call, 0, part.call, part.text)
 
 
 def parts_of(piece: Piece) -> Sequence[OutputPart]:

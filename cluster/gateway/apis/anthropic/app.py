@@ -83,7 +83,7 @@ class AnthropicApi:
         try:
             async with self._service.open(parsed.requests[0], meta) as call:
                 exchange.limit_headers = as_headers(call.headers)
-                (piece,) = await call.all_pieces()
+                (piece,) = await call.output.all_pieces()
         except CallError as error:
             raise with_messages_names(error, parsed.names) from None
         message = answers.whole_message(answers.message_head(call), call.usage, answers.tool_ids(call), piece)

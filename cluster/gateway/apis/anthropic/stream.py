@@ -14,9 +14,10 @@ from typing import Any, Final
 from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic import answers
 from cluster.gateway.apis.openai.answers import keep_alive
-from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.call_usage import CallUsage
 from cluster.gateway.calls.keepalive import CallProgress, ProgressOf
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 
 PING: Final = b'event: ping\ndata: {"type":"ping"}\n\n'
 STOP: Final = 'event: message_stop\ndata: {"type":"message_stop"}\n\n'
@@ -163,11 +164,12 @@ class MessageEvents:
 class MessageEncoder:
     """Encodes the pieces of a call as the events of one answer. Implements calls.stream_writer.ChunkEncoder."""
 
-    __slots__ = ("_call", "_events", "_progress", "encode_text", "end", "ended")
+    __slots__ = ("_call", "_events", "_output", "_progress", "encode_text", "end", "ended")
 
     def __init__(self, call: Call, progress: ProgressOf) -> None:
         self.ended = False
         self._call = call
+        self._output = call.output
         self._progress = progress
         self._events = MessageEvents(answers.message_head(call), lambda: call.usage, answers.tool_ids(call))
         self.encode_text = self._events.text
@@ -180,15 +182,15 @@ class MessageEncoder:
 
     def encode_new(self) -> bytes:
         """See ChunkEncoder."""
-        call = self._call
-        if self.plain and (text := call.pop_text()) is not None:
+        output = self._output
+        if self.plain and (text := output.pop_text()) is not None:
             return self.encode_text(text) if text else b""
-        pieces = call.pop_pieces()
+        pieces = output.pop_pieces()
         if pieces:
-            self.ended = call.end_delivered
+            self.ended = output.end_delivered
             return self._events.pieces(pieces)
-        if call.pop_keepalive():
-            return ping(self._progress(call))
+        if output.pop_keepalive():
+            return ping(self._progress(self._call))
         return b""
 
 

@@ -10,10 +10,12 @@ from cluster.api.output_parts import PartKind
 from cluster.api.pooling import pooling_capabilities
 from cluster.api.types import RESUME_CAPABILITIES, weakest_resume_capability
 from cluster.gateway.apis.pooling_scores import Ranked
-from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.call_usage import CallUsage
 from cluster.gateway.calls.keepalive import CallProgress
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
+from cluster.gateway.calls.tool_call_ids import id_in_answer
 from cluster.gateway.models.target import Target
 from cluster.gateway.text.logprobs import TokenLogprob
 from cluster.v1 import inference_pb2 as pb
@@ -55,7 +57,7 @@ def message_pb(call: Call, piece: Piece, role: str) -> pb.Message:
         if part.kind is PartKind.REASONING:
             message.reasoning_content += part.text
         elif part.kind is PartKind.TOOL_NAME:
-            tool_id = call.tool_call_id(piece.index, part.call, part.text)
+            tool_id = id_in_answer(call, piece.index, part.call, part.text)
             message.tool_calls.add(index=part.call, id=tool_id, name=part.text)
         elif part.kind is PartKind.TOOL_ARGUMENTS:
             last = message.tool_calls[-1] if message.tool_calls else None
@@ -80,7 +82,7 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
             )
             for piece in pieces
         ],
-        usage=usage_pb(call.usage) if call.end_delivered else None,
+        usage=usage_pb(call.usage) if call.output.end_delivered else None,
     )
 
 
@@ -170,7 +172,7 @@ def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.Compl
         model=call.shown_model,
         offset=offset,
         choices=_choices(pieces),
-        usage=usage_pb(call.usage) if call.end_delivered else None,
+        usage=usage_pb(call.usage) if call.output.end_delivered else None,
     )
 
 

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from cluster.gateway.apis.grpc import answers as codec
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.keepalive import ProgressOf
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 from cluster.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -50,12 +50,13 @@ COMPLETE = Kind(
 class GrpcEncoder:
     """Encodes the pieces of a call as serialized chunks. Implements calls.stream_writer.ChunkEncoder."""
 
-    __slots__ = ("_call", "_head", "_kind", "_offset", "_progress", "ended", "plain")
+    __slots__ = ("_call", "_head", "_kind", "_offset", "_output", "_progress", "ended", "plain")
 
     def __init__(self, kind: Kind, call: Call, progress: ProgressOf) -> None:
         self.ended = False
         self._kind = kind
         self._call = call
+        self._output = call.output
         self._progress = progress
         head = pb.ChatChunk(id=call.shown_id, model=call.shown_model)
         self._head = head.SerializeToString()  # same bytes in CompleteChunk
@@ -74,19 +75,19 @@ class GrpcEncoder:
 
     def encode_new(self) -> bytes:
         """See ChunkEncoder."""
-        call = self._call
-        if (text := call.pop_text()) is not None:
+        output = self._output
+        if (text := output.pop_text()) is not None:
             return self.encode_text(text) if text else b""
-        pieces = call.pop_pieces()
+        pieces = output.pop_pieces()
         if pieces:
             return self._pieces_chunk(pieces)
-        if call.pop_keepalive():  # after keepalive_s without text that can be sent
+        if output.pop_keepalive():  # after keepalive_s without text that can be sent
             return self._progress_chunk()
         return b""
 
     def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
         self._offset += 1
-        self.ended = self._call.end_delivered
+        self.ended = self._output.end_delivered
         return self._kind.chunk(self._call, pieces, self._offset).SerializeToString()
 
     def _progress_chunk(self) -> bytes:

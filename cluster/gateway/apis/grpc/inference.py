@@ -201,7 +201,7 @@ class InferenceApi:
 
     async def _answer_unary(self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta) -> Message:
         async with self._service.open(request, meta) as call:
-            pieces = await call.all_pieces()
+            pieces = await call.output.all_pieces()
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             return kind.response(call, pieces)
 

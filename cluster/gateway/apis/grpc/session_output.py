@@ -130,12 +130,23 @@ class SessionOutput:
 class SessionWriter:
     """Writer of one call's events. `run` returns when the end of the call is written, or raises the call's error."""
 
-    __slots__ = ("_call", "_call_id", "_encode_new", "_encode_text", "_encoder", "_ended", "_open", "_output")
+    __slots__ = (
+        "_call",
+        "_call_id",
+        "_call_output",
+        "_encode_new",
+        "_encode_text",
+        "_encoder",
+        "_ended",
+        "_open",
+        "_output",
+    )
 
     def __init__(self, output: SessionOutput, call_id: int, call: Call, encoder: GrpcEncoder) -> None:
         self._call_id = call_id
         self._output = output
         self._call = call
+        self._call_output = call.output
         self._encoder = encoder
         self._encode_new = encoder.encode_new
         self._encode_text = encoder.encode_text
@@ -146,12 +157,12 @@ class SessionWriter:
         """Write events until the call ends. Raises the call's error."""
         if self._call.is_resumed:
             self._output.parts.append(self._encoder.begin())
-        self._call.listen(self._mark)
+        self._call.output.listen(self._mark)
         self._mark()
         try:
             await self._ended.wait()
         finally:
-            self._call.listen(None)
+            self._call.output.listen(None)
             self._output.dirty.pop(self._call_id, None)
         if self._call.error is not None:
             raise self._call.error
@@ -179,7 +190,7 @@ class SessionWriter:
         if not self._open:
             return
         try:
-            if text := self._call.pop_text():  # the most frequent case, which needs no `encode_new`
+            if text := self._call_output.pop_text():  # the most frequent case, which needs no `encode_new`
                 self._output.parts.append(self._encode_text(text))
             elif text is None and (data := self._encode_new()):
                 self._output.parts.append(data)
@@ -201,4 +212,4 @@ class SessionWriter:
     @property
     def pending_chars(self) -> int:
         """Upper bound on the number of characters that the call has not written."""
-        return sum(sequence.pending_chars for sequence in self._call.sequences)
+        return sum(sequence.pieces.pending_chars for sequence in self._call.sequences)

@@ -71,7 +71,7 @@ class HttpCalls:
     async def stream(self, call: Call, encoder: ChunkEncoder, exchange: Exchange) -> None:
         """Stream the pieces of a call until the end of the call has been sent. Raises the call's error."""
         while not exchange.started:
-            await call.news()
+            await call.output.news()
             if data := encoder.encode_new():
                 await exchange.write(data)
                 if encoder.ended:

@@ -15,9 +15,11 @@ from typing import Any, Final
 
 from cluster.api.outcomes import OUTCOME_STATUS, CallError
 from cluster.api.output_parts import PartKind
-from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.call_usage import CallUsage
 from cluster.gateway.calls.keepalive import CallProgress, ProgressOf
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
+from cluster.gateway.calls.tool_call_ids import id_in_answer
 from cluster.gateway.models.target import Target
 from cluster.gateway.text.logprobs import TokenLogprob
 
@@ -94,7 +96,7 @@ def _tool_calls(call: Call, piece: Piece, *, stream: bool) -> list[dict[str, Any
             continue
         shown = calls.setdefault(part.call, {"index": part.call} if stream else {})
         if part.kind is PartKind.TOOL_NAME:
-            shown |= {"id": call.tool_call_id(piece.index, part.call, part.text), "type": "function"}
+            shown |= {"id": id_in_answer(call, piece.index, part.call, part.text), "type": "function"}
             shown["function"] = {"name": part.text, "arguments": ""}
         else:
             function = shown.setdefault("function", {"arguments": ""})
@@ -261,12 +263,13 @@ def keep_alive(progress: CallProgress) -> bytes:
 class SseEncoder:
     """Encodes the pieces of a call as server-sent events. Implements calls.stream_writer.ChunkEncoder."""
 
-    __slots__ = ("_call", "_progress", "_shift", "_stream", "ended", "plain")
+    __slots__ = ("_call", "_output", "_progress", "_shift", "_stream", "ended", "plain")
 
     def __init__(self, call: Call, stream: SseStream, shift: int, progress: ProgressOf) -> None:
         self._progress = progress
         self.ended = False
         self._call = call
+        self._output = call.output
         self._stream = stream
         self._shift = shift
         self.plain = len(call.sequences) == 1 and not stream.continuous_usage
@@ -277,15 +280,15 @@ class SseEncoder:
 
     def encode_new(self) -> bytes:
         """See ChunkEncoder."""
-        call = self._call
-        if self.plain and (text := call.pop_text()) is not None:
+        output = self._output
+        if self.plain and (text := output.pop_text()) is not None:
             return self.encode_text(text) if text else b""
-        pieces = call.pop_pieces()
+        pieces = output.pop_pieces()
         if pieces:
-            self.ended = call.end_delivered
-            return self._stream.events(call, pieces, self._shift)
-        if call.pop_keepalive():
-            return keep_alive(self._progress(call))
+            self.ended = output.end_delivered
+            return self._stream.events(self._call, pieces, self._shift)
+        if output.pop_keepalive():
+            return keep_alive(self._progress(self._call))
         return b""
 
 

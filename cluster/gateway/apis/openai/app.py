@@ -29,7 +29,7 @@ from cluster.gateway.apis.openai.requests import ParsedRequest, with_caller_name
 from cluster.gateway.apis.slices import in_slices, with_commas
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 
 
 class OpenAiForm:
@@ -137,7 +137,7 @@ class OpenAiApi:
             pieces: list[Piece] = []
             for i, call in enumerate(calls):
                 try:
-                    for piece in await call.all_pieces():
+                    for piece in await call.output.all_pieces():
                         piece.index += i * parsed.requests[0].options.n
                         pieces.append(piece)
                 except CallError as error:

@@ -8,55 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.output_parts import OutputPart
 from cluster.api.pooling import PoolingTask
 from cluster.api.types import FinishReason, TokenOutput
-from cluster.gateway.calls.hedge import FAILED
-from cluster.gateway.calls.sequence import OutputSequence, SequenceOwner, refusal_of
+from cluster.gateway.calls.sequences.engine_errors import FAILED, refusal_of
+from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
+from cluster.gateway.calls.sequences.owner import SequenceOwner
 
 FLOAT_BYTES = 4
-
-
-class NoText:
-    """The text of a sequence without tokens. Implements TextSource."""
-
-    __slots__ = ("token_ids",)
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-
-    searches_text = refused = False
-    pending_chars = 0
-
-    def pending_tokens(self) -> int:
-        """See TextSource."""
-        return 0
-
-    def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """See TextSource. Tokens are ignored."""
-        return None
-
-    def text_of(self, token_id: int) -> str:
-        """See TextSource."""
-        return ""
-
-    def push_back(self, text: str) -> None:
-        """See TextSource."""
-
-    def pop_text(self, finished: bool) -> str:
-        """See TextSource."""
-        return ""
-
-    def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """See TextSource."""
-        if token_ids:
-            raise ValueError("a pooling request has no tokens")
-
-
-NO_TEXT = NoText()
 
 
 class PoolingOwner(SequenceOwner, Protocol):
@@ -73,9 +35,13 @@ Owner = TypeVar("Owner", bound=PoolingOwner)
 
 
 @dataclass(eq=False, repr=False, slots=True)
-class PooledSequence(OutputSequence[Owner]):
-    """Sequence of one input of a pooling call. Implements the Sink of worker_link.py."""
+class PooledSequence(LinkedSequence[Owner]):
+    """Sequence of one input of a pooling call. Implements the Sink of slots.py."""
 
+    delivered: ClassVar[int] = 0
+    """See OutputSequence. Records of ended calls read the constants of a sequence without tokens and tool calls."""
+    reasoning_tokens: ClassVar[int] = 0
+    tool_parser: ClassVar[str] = ""
     vector: bytes = field(init=False, default=b"")
     """Little-endian float32 values; b"" until the sequence has finished."""
 
@@ -88,7 +54,7 @@ class PooledSequence(OutputSequence[Owner]):
         """Handle the vector, or an error of the engine."""
         call = self.call
         if self.hedge is not None and output.finish not in FAILED:
-            self._leave_hedge(self.hedge)
+            self.hedge.leave()
         if output.token_ids or (output.finish not in (None, FinishReason.STOP, *FAILED)):
             self._generates()
             return
@@ -104,7 +70,8 @@ class PooledSequence(OutputSequence[Owner]):
             return
         self.vector = output.vector or b""
         self.finish("stop")
-        call.pooled(self, call.clock())
+        self.last_token_at = call.clock()
+        call.pooled(self, self.last_token_at)
 
     def token(self, token_id: int, now: float) -> None:
         """Handle a token, which a worker of an older release generates."""
@@ -114,15 +81,8 @@ class PooledSequence(OutputSequence[Owner]):
         """See `token`."""
         self._generates()
 
-    def refused(self, reason: str, message: str, field: str) -> None:
-        """See OutputSequence. The error names the input."""
-        if reason == "NO_ROOM" or not field:
-            OutputSequence.refused(self, reason, message, field)
-            return
-        self.link = None
-        self.end_attempt("refused")
-        self.life.submission_refused(0)
-        self.call.events.submission_refused(self)
+    def _reject(self, reason: str, message: str, field: str) -> None:
+        """See LinkedSequence. The error names the input."""
         error = refusal_of(reason, message, field)
         if field not in ("prompt_token_ids", "prompt"):
             self.call.fail(error)

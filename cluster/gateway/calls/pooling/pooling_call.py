@@ -54,14 +54,14 @@ class PoolingCall(Call):
 
     def pooled(self, sequence: PooledSequence[Any], now: float) -> None:
         """Handle the vector of a sequence. The time of the first vector is recorded as `first_token_at`."""
-        sequence.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
             self.usage.ttft_s = now - self.arrived
         self._answered += 1
-        self.events.finished(sequence)
+        own: Any = sequence
+        self.events.finished(own)
         if self._answered == len(self.sequences):
-            self.wake()
+            self.output.wake()
 
     @property
     def charged_prompt_tokens(self) -> int:
@@ -79,7 +79,8 @@ class PoolingCall(Call):
         """Wait for the end of the call and return the vectors in the order of the inputs, each as little-endian float32
         values. Raises the call's error."""
         while self._answered < len(self.sequences) and self.error is None:
-            await self.news()
+            await self.output.news()
         if self.error is not None:
             raise self.error
-        return [sequence.vector for sequence in self.sequences if isinstance(sequence, PooledSequence)]
+        sequences: list[Any] = self.sequences
+        return [sequence.vector for sequence in sequences]

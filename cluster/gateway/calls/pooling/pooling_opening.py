@@ -13,8 +13,7 @@ from cluster.api.pooling import POOLS, PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.types import POOLING_SAMPLING, EngineRequest
 from cluster.gateway.auth.authenticator import Authenticator
 from cluster.gateway.calls.call_opening import CallOpening, not_prepared
-from cluster.gateway.calls.life import Life
-from cluster.gateway.calls.pooling.pooled_sequence import NO_TEXT, PooledSequence
+from cluster.gateway.calls.pooling.pooled_sequence import PooledSequence
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling.pooling_request import (
     WHOLE_CONTEXT,
@@ -25,6 +24,7 @@ from cluster.gateway.calls.pooling.pooling_request import (
     PoolingRequest,
     check_chars,
 )
+from cluster.gateway.calls.sequences.life import Life
 from cluster.gateway.calls.tokenization import ids_of_inputs
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.models.known_model import KnownModel
@@ -195,7 +195,7 @@ class PoolingOpening(CallOpening):
             if at:
                 await asyncio.sleep(0)
             call.add_inputs(
-                PooledSequence(call, i, self._engine_request(first, i), NO_TEXT, life=life())
+                PooledSequence(call, i, self._engine_request(first, i), life=life())
                 for i in range(at, min(at + SLICE, len(self.ids)))
             )
 

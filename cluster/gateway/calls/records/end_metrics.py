@@ -8,6 +8,7 @@ from cluster.api.outcomes import SHORT_OF_CAPACITY, Outcome
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.call_opening import CallOpening
 from cluster.gateway.calls.reasoning import new_reasoning_tokens
+from cluster.gateway.calls.records.token_times import mean_gap_s, new_tokens
 from cluster.gateway.demand import DemandTally, within_slo
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.observe.metrics import Metrics
@@ -35,8 +36,8 @@ class EndMetrics:
             if outcome not in (Outcome.OK, Outcome.CANCELLED):
                 metrics.count("rejected_total", model, outcome.value)
             return
-        call.count()
         usage = call.usage
+        usage.count_tokens(call.sequences)
         traced = "" if opening.trace is None and meta.is_unsampled else opening.trace_id
         metrics.histogram("request_duration_seconds", model).observe_traced(self._clock() - opening.arrived, traced)
         metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
@@ -48,7 +49,7 @@ class EndMetrics:
         if call.pays_prompt:
             metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
-        metrics.count("generation_tokens_total", model, meta.tenant, by=call.new_tokens)
+        metrics.count("generation_tokens_total", model, meta.tenant, by=new_tokens(call))
         if reasoning := new_reasoning_tokens(call):
             metrics.count("reasoning_tokens_total", model, meta.tenant, by=reasoning)
 
@@ -63,7 +64,7 @@ class EndMetrics:
         late = entry.slo_ttft_s and self._clock() - call.arrived > entry.slo_ttft_s and ttft_s is None
         if not served and not late and outcome not in SHORT_OF_CAPACITY:
             return
-        met = served and within_slo(ttft_s, call.mean_gap_s, entry.slo_ttft_s, entry.slo_itl_s)
+        met = served and within_slo(ttft_s, mean_gap_s(call), entry.slo_ttft_s, entry.slo_itl_s)
         self._tally.count_slo(call.model, call.policy.priority_class, call.rank, met)
         if met:
             result = "met"

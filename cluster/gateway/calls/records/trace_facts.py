@@ -49,7 +49,7 @@ def _operation(opening: Opening | PoolingOpening) -> str:
 
 def _with_call(facts: CallFacts, call: Call) -> CallFacts:
     usage = call.usage
-    call.count()
+    usage.count_tokens(call.sequences)
     sequences = tuple(
         SequenceFacts(len(sequence.emitted), sequence.finish_reason, sequence.tool_parser)
         for sequence in call.sequences[:MAX_ATTEMPTS]

@@ -22,6 +22,7 @@ from cluster.api.outcomes import Outcome
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.opening import Opening
 from cluster.gateway.calls.pooling.pooling_opening import PoolingOpening
+from cluster.gateway.calls.records.token_times import mean_gap_s, new_tokens
 
 MAX_CALLS: Final = 2000
 """Maximum number of ended calls that are kept. Even with the longest ids they take less than 4 MiB."""
@@ -166,7 +167,7 @@ class RecentCalls:
             ended = EndedCall(*of_caller, None, None, 0, 0.0, None, None, "", "", 0, trace_id)
             self.calls.add(ended)
             return
-        usage, tokens = call.usage, call.new_tokens
+        usage, tokens = call.usage, new_tokens(call)
         sums.tokens += tokens
         sums.prompt_tokens += usage.prompt_tokens
         sums.cached_tokens += usage.cached_tokens
@@ -193,7 +194,7 @@ class RecentCalls:
             None if worker is None else usage.queue_s,
             usage.ttft_s if has_token else None,
             total_tokens(call),
-            0.0 if call.is_pooling or first is None else call.mean_gap_s,
+            0.0 if call.is_pooling or first is None else mean_gap_s(call),
             usage.prompt_tokens,
             usage.cached_tokens if has_token else None,
             "" if worker is None else worker.worker_id,

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from cluster.api.types import DrainState
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.life import State
+from cluster.gateway.calls.records.token_times import mean_gap_s
+from cluster.gateway.calls.sequences.life import State
 from cluster.gateway.console.overview.recent_calls import MAX_CHARS, EndedCall, total_tokens
 from cluster.gateway.links.starting_workers import StartingWorker
 from cluster.gateway.links.worker_link import WorkerLink
@@ -82,7 +83,7 @@ def running_call_row(call: Call, now: float, epoch_s: float, gateway: str) -> Ro
     first = sequences[0] if sequences else None
     link = None if first is None else first.link
     has_token = call.first_token_at is not None
-    gap_s = call.mean_gap_s if has_token and not call.is_pooling else 0.0
+    gap_s = mean_gap_s(call) if has_token and not call.is_pooling else 0.0
     route = None if first is None else first.route
     return {
         "id": call.shown_id,

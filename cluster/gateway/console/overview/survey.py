@@ -14,6 +14,7 @@ from typing import Final
 from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.call_service import CallService
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.records.token_times import new_tokens
 from cluster.gateway.console.overview.lost_workers import LostWorkers
 from cluster.gateway.console.overview.recent_calls import CallSums, RecentCalls
 from cluster.gateway.console.overview.rows import Row, call_state, model_row, worker_row
@@ -134,7 +135,7 @@ class Survey:
             model = shot.models.get(call.model)
             if model is None:
                 model = shot.models[call.model] = Tally()
-            tokens = 0 if call.is_pooling else call.new_tokens
+            tokens = 0 if call.is_pooling else new_tokens(call)
             tenant.tokens += tokens
             model.tokens += tokens
             if call_state(call) == "queued":

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from cluster.api.output_parts import OutputPart, PartKind
 from cluster.gateway.apis.anthropic.answers import page_of, stop_of, whole_message
 from cluster.gateway.apis.anthropic.stream import PING, MessageEvents, ping
-from cluster.gateway.calls.call import CallUsage
+from cluster.gateway.calls.call_usage import CallUsage
 from cluster.gateway.calls.keepalive import CallProgress
-from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.calls.sequences.pieces import Piece
 
 HEAD = {"id": "msg_1", "type": "message", "role": "assistant", "model": "sim"}
 USAGE = CallUsage(prompt_tokens=10, completion_tokens=7, cached_tokens=4, reasoning_tokens=2)

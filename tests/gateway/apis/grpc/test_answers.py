@@ -32,7 +32,7 @@ def test_text_chunks_by_hand(call_id: str, model: str, text: str, offset: int) -
 @given(st.integers(0, 2**32 - 1), texts)
 def test_session_events_by_hand(call_id: int, text: str) -> None:
     """Events of a session that are serialized by hand equal protobuf's byte for byte, as elements of SessionEvents."""
-    call: Any = SimpleNamespace(shown_id="c", shown_model="m", sequences=[None])
+    call: Any = SimpleNamespace(shown_id="c", shown_model="m", sequences=[None], output=None)
     encoder = SessionEncoder(CHAT, call, cast(Any, None), call_id, bytes)
     event = pb.SessionEvent(call_id=call_id, text=text)
     assert encoder.encode_text(text) == pb.SessionEvents(events=[event]).SerializeToString()

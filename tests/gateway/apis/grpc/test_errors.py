@@ -13,7 +13,7 @@ import pytest
 from cluster.api.outcomes import CallError
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.apis.grpc.inference import paginate
-from cluster.gateway.calls.sequence import refusal_of
+from cluster.gateway.calls.sequences.engine_errors import refusal_of
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from tests.support.calls import chat, complete, refused, text_of

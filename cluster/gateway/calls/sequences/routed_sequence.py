@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from cluster.api.types import CompatibilityKey, EngineRequest, WorkerIdentity
-from cluster.gateway.calls.life import Event, Life, State
+from cluster.gateway.calls.sequences.life import Event, Life, State
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.tracing.call_trace import FINISHED, Attempt
 from cluster.policy.routing.route_history import Route
@@ -161,9 +161,10 @@ class RoutedSequence(Generic[Owner]):
         """Set the digest of the adapter, before the request is sent."""
         self.request = replace(self.request, adapter=digest)
 
-    def bind(self, link: WorkerLink, slot: int) -> None:
-        """Record the worker and the slot to which the request was sent."""
-        self.link, self.slot, self.worker = link, slot, link.identity
+    def bind(self, link: WorkerLink, slot: int, traced: Attempt | None = None) -> None:
+        """Record the worker and the slot to which the request was sent. `traced`: record of the attempt, if the call is
+        sampled."""
+        self.link, self.slot, self.worker, self.traced = link, slot, link.identity, traced
         key = None
         if not self.emitted:
             key = link.compatibility_key if self.request.sampling.is_seeded else link.unseeded_key

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.calls.life import ENDED, MOVES, WAITING, Event, IllegalSequenceMove, Life, State
+from cluster.gateway.calls.sequences.life import ENDED, MOVES, WAITING, Event, IllegalSequenceMove, Life, State
 
 PAIRS = list(itertools.product(State, Event))
 NOW = 100.0

@@ -9,8 +9,8 @@ from typing import cast
 import pytest
 
 from cluster.api.types import CompatibilityKey, EngineRequest, Sampling
-from cluster.gateway.calls.life import State
-from cluster.gateway.calls.routed_sequence import RoutedSequence
+from cluster.gateway.calls.sequences.life import State
+from cluster.gateway.calls.sequences.routed_sequence import RoutedSequence
 from cluster.gateway.links.worker_link import WorkerLink
 
 KEY = CompatibilityKey("weights", "bundle", "class")

@@ -144,6 +144,10 @@ class Life:
         sequence left its worker for another reason."""
         return self.last_worker if self.reason == "gateway" else ""
 
+    def exclude(self, incarnation: str) -> None:
+        """Never send the sequence to this worker again."""
+        self.excluded |= {incarnation}
+
     def suspect(self, tokens: int) -> bool:
         """Return whether the sequence is suspect: it has lost so many workers in a row that it may be the cause.
         `tokens`: number of tokens emitted so far."""

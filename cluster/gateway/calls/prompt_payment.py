@@ -1,0 +1,38 @@
+"""Who pays for the prompt of a call that was resumed, if an engine computes the prompt again. resume_tokens/claim.py
+decides the terms of a resume."""
+
+from __future__ import annotations
+
+from cluster.gateway.resume_tokens.claim import ResumeTerms
+
+
+class PromptPayment:
+    """Decides whether this gateway charges a call's prompt to the call's tenant. A call that began at this gateway pays
+    always."""
+
+    __slots__ = ("_origin_lost", "_pays_again", "terms")
+
+    def __init__(self) -> None:
+        self.terms: ResumeTerms | None = None
+        """Terms of the call's resume; None if the call began at this gateway."""
+        self._pays_again = False
+        self._origin_lost: bool | None = None
+        """Whether the gateway from which the call was resumed is lost; None as long as no worker has reported it."""
+
+    def resume(self, terms: ResumeTerms) -> None:
+        """Record that the call began at another gateway, and the terms of its resume."""
+        self.terms = terms
+
+    def record_output(self, origin_lost: bool | None) -> None:
+        """Record the first output of a worker, which has computed the prompt. `origin_lost`: whether the gateway from
+        which the call was resumed is lost; None if the worker does not report it."""
+        self._origin_lost = origin_lost
+        if self.terms is ResumeTerms.PAID or (self.terms is ResumeTerms.IF_ALIVE and not origin_lost):
+            self._pays_again = True  # the client pays for the second computation of the prompt
+
+    def is_due(self, may_be_computed: bool) -> bool:
+        """Return whether the prompt is charged. `may_be_computed`: whether an engine may compute the prompt although no
+        output has arrived, since the client has ended the call."""
+        if self.terms is None or self._pays_again:
+            return True
+        return may_be_computed and self._origin_lost is None and self.terms is not ResumeTerms.FREE

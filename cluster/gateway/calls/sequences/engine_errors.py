@@ -1,0 +1,36 @@
+"""Errors for the caller, made of what an engine reports about a request."""
+
+from __future__ import annotations
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.api.types import EngineRequest, FinishReason
+
+FAILED = (FinishReason.ERROR, FinishReason.ABORT)
+"""Reasons for which an engine ends a sequence that another engine may continue."""
+
+CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
+"""Names of request fields as callers know them, by the name of the engine field."""
+
+
+def refusal_of(reason: str, message: str, field: str) -> CallError:
+    """Translate an engine's refusal into the error for the caller. An engine's message begins with the engine's name of
+    the field."""
+    outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
+    if not field:
+        return CallError(outcome, message)
+    name, message = CALLER_FIELDS.get(field, field), message.removeprefix(f"{field}: ")
+    return CallError(outcome, f"{name}: {message}", violations=[Violation(name, message)])
+
+
+def format_error(request: EngineRequest, finish: FinishReason) -> CallError | None:
+    """Return the error for a request whose output must have a format, if an engine has ended the output with ERROR,
+    because the format allows no further token. None for any other end: then the engine is at fault."""
+    parsing = request.parsing
+    field = "tools" if parsing is not None and parsing.needs_tools else "response_format"
+    if finish is not FinishReason.ERROR or (request.sampling.grammar is None and field != "tools"):
+        return None
+    return invalid(
+        field,
+        "no further token fits this format together with the call's other fields "
+        "(nothing fits the format, or it needs one of stop_token_ids); change one of them",
+    )

@@ -1,0 +1,157 @@
+"""The second Submit of a sequence whose first worker is late. policy/scheduling/hedging.py decides when there is one.
+
+The sink of the first worker's slot is the sequence itself, and the sink of the second worker's slot is a `Hedge`. If
+the second worker answers first or the first worker fails, the sequence replaces the hedge as the sink, so that later
+tokens cost no more than those of other sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster.api.output_parts import OutputPart
+from cluster.api.types import EngineRequest, TokenOutput
+from cluster.gateway.calls.sequences.engine_errors import FAILED
+from cluster.gateway.calls.sequences.life import Life
+from cluster.gateway.calls.sequences.owner import SequenceOwner
+from cluster.gateway.links.slots import Sink
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.tracing.call_trace import Attempt
+from cluster.policy.routing.route_history import Route
+
+
+class HedgedSequence(Sink, Protocol):
+    """Interface of a sequence that a hedge needs."""
+
+    @property
+    def call(self) -> SequenceOwner:
+        """The call of the sequence."""
+
+    @property
+    def life(self) -> Life:
+        """The state of the sequence."""
+
+    @property
+    def request(self) -> EngineRequest:
+        """The request for the engines."""
+
+    @property
+    def emitted(self) -> Sequence[int]:
+        """Tokens emitted so far."""
+
+    @property
+    def last_worker(self) -> str:
+        """Incarnation of the first worker."""
+
+    def bind_hedge(self, hedge: Hedge) -> None:
+        """Record that the request was also sent to the second worker."""
+
+    def switch_to_hedge(self, hedge: Hedge, why: str) -> None:
+        """Leave the first worker, and continue in the slot of the hedge. `why`: see RoutedSequence.end_attempt."""
+
+    def drop_hedge(self) -> None:
+        """Continue on the first worker, without the hedge."""
+
+
+@dataclass(eq=False, slots=True)
+class Hedge:
+    """The slot of a sequence on its second worker, until one of the two workers is out. Implements the Sink of
+    slots.py until the first output."""
+
+    sequence: HedgedSequence
+    link: WorkerLink
+    route: Route
+    """The decision for the second worker."""
+    traced: Attempt | None = None
+    """Record of the attempt on the second worker, if the call is sampled."""
+    slot: int = field(init=False, default=0)
+    last_token_at: float = field(init=False, default=0.0)
+    _is_over: bool = field(init=False, default=False)
+    """Whether one of the two workers is out."""
+
+    def bind(self, slot: int) -> None:
+        """Record the slot on the second worker to which the request was sent, and begin the hedge."""
+        self.slot = slot
+        self.sequence.bind_hedge(self)
+
+    # ---- Sink
+
+    def accepted(self) -> None:
+        """See Sink."""
+        self.sequence.accepted()
+
+    def refused(self, reason: str, message: str, field: str) -> None:
+        """See Sink. The first worker decides whether the request is valid."""
+        if not self._is_over:
+            self.sequence.call.events.submission_refused(self.sequence)
+            self._stay("", has_failed=False, why="refused")
+
+    def token(self, token_id: int, now: float) -> None:
+        """Never called, since the first output ends the hedge."""
+        raise AssertionError("a token came before the first output")
+
+    def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
+        """Never called, since the first output ends the hedge."""
+        raise AssertionError("a token came before the first output")
+
+    def output(self, output: TokenOutput) -> None:
+        """See Sink. The second worker keeps the sequence unless its engine could not begin the sequence."""
+        if self._is_over:
+            return
+        sequence = self.sequence
+        if output.finish not in FAILED:
+            self.keep(sequence.last_worker, has_failed=False, why="hedged")
+            sequence.output(output)
+            return
+        if sequence.request.sampling.grammar is None:  # else the grammar may have allowed no token
+            sequence.life.exclude(self._incarnation)
+            sequence.call.events.worker_failed(self.link)
+        self._stay(self._incarnation, has_failed=True, why="error")
+
+    def lost(self, why: str) -> None:
+        """See Sink."""
+        if self._is_over:
+            return
+        sequence, link = self.sequence, self.link
+        if not link.draining:
+            sequence.life.lost(link.name, link.identity.node, len(sequence.emitted), sequence.call.clock())
+        self._stay(self._incarnation, has_failed=True, why="lost")
+
+    def failed(self, error: BaseException) -> None:
+        """See Sink."""
+        if self._is_over:  # the sequence has taken over the slot
+            self.sequence.failed(error)
+        else:
+            self.sequence.call.fail_unexpectedly(error)
+
+    # ---- the end of the hedge
+
+    def keep(self, computed_by: str, *, has_failed: bool, why: str) -> None:
+        """Continue the sequence on the second worker alone. `computed_by`: see CallEvents.hedge_ended. `has_failed`:
+        whether the first worker has failed the sequence. `why`: see RoutedSequence.end_attempt."""
+        sequence, self._is_over = self.sequence, True
+        sequence.switch_to_hedge(self, why)
+        self.link.slots.replace_sink(self.slot, sequence)
+        sequence.life.hedge_ended(self._incarnation, has_failed)
+        sequence.call.events.hedge_ended(sequence, True, computed_by)
+
+    def leave(self) -> None:
+        """Abort the sequence in the second engine, and continue on the first worker."""
+        self.link.abort(self.slot)
+        self._stay(self._incarnation, has_failed=False, why="hedged")
+
+    def _stay(self, computed_by: str, *, has_failed: bool, why: str) -> None:
+        """Continue the sequence on the first worker alone. The parameters are those of `keep`, for the second
+        worker."""
+        sequence, self._is_over = self.sequence, True
+        sequence.drop_hedge()
+        if self.traced is not None:
+            self.traced.end(why)
+        sequence.life.hedge_ended(sequence.last_worker, has_failed)
+        sequence.call.events.hedge_ended(sequence, False, computed_by)
+
+    @property
+    def _incarnation(self) -> str:
+        return self.link.identity.incarnation

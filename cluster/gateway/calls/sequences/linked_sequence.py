@@ -1,0 +1,154 @@
+"""A sequence as the links to its workers see it: what happens if a worker accepts, refuses, loses or fails it.
+
+A sequence that leaves its worker continues on another worker after the tokens emitted so far, or its call ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.api.types import FinishReason, TokenOutput
+from cluster.gateway.calls.sequences.engine_errors import format_error, refusal_of
+from cluster.gateway.calls.sequences.hedge import Hedge
+from cluster.gateway.calls.sequences.owner import SequenceOwner
+from cluster.gateway.calls.sequences.routed_sequence import RoutedSequence
+from cluster.gateway.links.worker_link import WorkerLink
+
+Owner = TypeVar("Owner", bound=SequenceOwner)
+
+
+@dataclass(eq=False, repr=False, slots=True)
+class LinkedSequence(RoutedSequence[Owner]):
+    """A sequence with the events of its workers. A subclass handles the outputs, and so implements the Sink of
+    slots.py."""
+
+    hedge: Hedge | None = field(init=False, default=None)
+    """The slot on a second worker, while the sequence is hedged."""
+
+    # ---- Sink
+
+    def accepted(self) -> None:
+        """Record that an engine has accepted the sequence, which is charged from now on."""
+        self.admitted = True
+
+    def refused(self, reason: str, message: str, field: str) -> None:
+        """Handle a refusal by the engine. If the engine had no room, or no longer has the adapter, the sequence is
+        queued again. Otherwise the request is invalid."""
+        link, self.link = self.link, None
+        self.life.submission_refused(len(self.emitted))
+        self.call.events.submission_refused(self)
+        if reason == "NO_ROOM" and self.hedge is not None:
+            self.hedge.keep("", has_failed=False, why="refused")
+            return
+        self.end_attempt("refused")
+        if reason == "NO_ROOM":
+            self.life.wait(len(self.emitted))
+            self.call.events.requeue(self)
+        elif reason == Outcome.ADAPTER_INVALID.name and self.request.adapter:  # it has dropped the adapter just now
+            if link is not None:
+                link.adapters.lose(self.request.adapter)
+            self._retry_or_fail(Outcome.ADAPTER_INVALID, "error", message)
+        else:
+            self._reject(reason, message, field)
+
+    def _reject(self, reason: str, message: str, field: str) -> None:
+        """End the call, because the engine has refused the request as invalid."""
+        self.call.fail(refusal_of(reason, message, field))
+
+    def lost(self, why: str) -> None:
+        """Handle the loss of the worker. The sequence continues on another worker after the tokens emitted so far."""
+        link, self.link = self.link, None
+        if link is not None and not link.draining:
+            self.life.lost(link.name, link.identity.node, len(self.emitted), self.call.clock())
+        if not self.finish_reason:
+            message = f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
+            self._retry_or_fail(Outcome.WORKER_LOST, "lost", message)
+
+    def failed(self, error: BaseException) -> None:
+        """End the call, because the handling of a message for the call raised `error`."""
+        self.link = None
+        self.call.fail_unexpectedly(error)
+
+    # ---- steps of a subclass that handles an output
+
+    def _record_first_output(self, output: TokenOutput) -> None:
+        """Record the first output that a worker sends for the sequence."""
+        cached = output.cached_tokens or 0
+        if not self.emitted:
+            self.cached_tokens = cached
+        elif self.restored == len(self.emitted):
+            self.cached_tokens = min(cached, len(self.request.prompt_token_ids))
+        reason = self.life.answered()
+        self.call.began(self, output)
+        if reason:
+            self.call.resumed(self, reason)
+
+    def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
+        """Handle an output that finishes with ERROR or ABORT. If no token fits the format of the request, the call
+        ends. Otherwise the engine is at fault, and another engine may continue."""
+        if (error := format_error(self.request, finish)) is not None:
+            self.call.fail(error)
+            return
+        if link is not None:
+            self.life.exclude(link.identity.incarnation)
+            self.call.events.worker_failed(link)
+        message = "the engine could not continue this call; it is safe to retry"
+        self._retry_or_fail(Outcome.INTERNAL, "error", message)
+
+    def _retry_or_fail(self, outcome: Outcome, reason: str, message: str) -> None:
+        """Continue on another worker, or end the call with this outcome and message if too many workers have failed the
+        sequence. `reason`: see `end_attempt`."""
+        if self.hedge is not None:
+            self.hedge.keep(self.last_worker, has_failed=True, why=reason)
+            return
+        self.end_attempt(reason)
+        if self.life.fail_worker(reason, len(self.emitted)):
+            self.call.events.requeue(self)
+        else:
+            self.call.fail(CallError(outcome, message))
+
+    # ---- the scheduler
+
+    def move(self) -> None:
+        """Leave the draining worker. Another worker continues after the tokens emitted so far."""
+        if self.hedge is not None:
+            self.hedge.keep(self.last_worker, has_failed=False, why="moved")
+        elif self.link is not None and not self.finish_reason:
+            self.end_attempt("moved")
+            self.leave_engine()
+            self.life.leave("moved", len(self.emitted))
+            self.call.events.requeue(self)
+
+    def cut(self) -> None:
+        """Finish the sequence with the tokens emitted so far and the finish reason "length"."""
+        if not self.finish_reason:
+            self.finish("length")
+            self.leave_engine()
+
+    def leave_engine(self) -> None:
+        """Abort the sequence in the engines where it runs."""
+        if self.hedge is not None:
+            self.hedge.leave()
+        RoutedSequence.leave_engine(self)
+
+    # ---- the second worker of a hedged sequence: sequences.hedge.HedgedSequence
+
+    def bind_hedge(self, hedge: Hedge) -> None:
+        """See HedgedSequence."""
+        self.life.hedged()
+        self.hedge = hedge
+
+    def switch_to_hedge(self, hedge: Hedge, why: str) -> None:
+        """See HedgedSequence."""
+        RoutedSequence.leave_engine(self)
+        self.hedge = None
+        self.end_attempt(why)
+        self.traced = hedge.traced
+        self.set_route(hedge.route)
+        self.link, self.slot, self.worker = hedge.link, hedge.slot, hedge.link.identity
+
+    def drop_hedge(self) -> None:
+        """See HedgedSequence."""
+        self.hedge = None

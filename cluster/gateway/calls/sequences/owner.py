@@ -1,0 +1,88 @@
+"""What a sequence needs of its call, and the events of which it notifies the gateway's other parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from cluster.api.outcomes import CallError
+from cluster.api.types import TokenOutput
+from cluster.gateway.links.worker_link import WorkerLink
+
+AnySequence = TypeVar("AnySequence", contravariant=True)
+
+
+class CallEvents(Protocol[AnySequence]):
+    """Receiver of the events of sequences, for the gateway's scheduler, accounts and metrics. The methods run in a
+    link's reader, so every method must be short and cannot await."""
+
+    def requeue(self, sequence: AnySequence) -> None:
+        """Queue the sequence again. The state of the sequence decides between the waiting room and the resume queue."""
+
+    def began(self, sequence: AnySequence, cached_tokens: int) -> None:
+        """Handle a sequence's first output. `cached_tokens`: number of prompt tokens that were in the worker's
+        cache."""
+
+    def answered(self, link: WorkerLink) -> None:
+        """Handle the first output that a worker sends for a sequence."""
+
+    def worker_failed(self, link: WorkerLink) -> None:
+        """Handle a worker whose engine could not continue a sequence."""
+
+    def resumed(self, model: str, reason: str, gap_s: float) -> None:
+        """Handle the resume of a sequence on another worker. `gap_s`: seconds since the sequence's last token."""
+
+    def submission_refused(self, sequence: AnySequence) -> None:
+        """Handle a worker's refusal of a sequence."""
+
+    def finished(self, sequence: AnySequence) -> None:
+        """Handle the end of one of many sequences of a call that goes on."""
+
+    def hedge_ended(self, sequence: AnySequence, won: bool, computed_by: str) -> None:
+        """Handle that one of the two workers of a hedged sequence is out: the first if the hedge has `won`, else the
+        second. `computed_by`: incarnation of the worker that is out; "" if it has refused the sequence."""
+
+
+class Notifier(Protocol):
+    """The part of a call that its API reads."""
+
+    def wake(self) -> None:
+        """Notify the call's API of an update."""
+
+
+class SequenceOwner(Protocol):
+    """Interface of a call that a sequence needs. The methods run in a link's reader, so every method must be short and
+    cannot await."""
+
+    id: str
+    arrived: float
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Clock that returns monotonic seconds."""
+
+    @property
+    def events(self) -> CallEvents[Any]:
+        """Receiver of the events of the sequence."""
+
+    def fail(self, error: CallError) -> None:
+        """End the call with this error."""
+
+    def fail_unexpectedly(self, error: BaseException) -> None:
+        """End the call with INTERNAL, because work for the call raised `error`."""
+
+    @property
+    def output(self) -> Notifier:
+        """What the call's API reads."""
+
+    def progressed(self, sequence: Any, tokens: int, now: float) -> None:
+        """Handle the tokens of a step, if the output is more than one plain token."""
+
+    def began(self, sequence: Any, output: TokenOutput) -> None:
+        """Handle the first output that a worker sends for the sequence."""
+
+    def resumed(self, sequence: Any, reason: str) -> None:
+        """Handle the first token after a resume on another worker."""
+
+    def reasoned(self, tokens: int) -> None:
+        """Count the reasoning tokens of the sequence, which has ended."""

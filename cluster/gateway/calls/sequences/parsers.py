@@ -1,0 +1,32 @@
+"""The parsers with which the workers of a sequence parse the sequence's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cluster.api.types import PARSER_KINDS, TOOL_PARSER
+
+
+class WorkerParsers:
+    """The parsers of the worker that began to parse an output. Other parsers would make other parts of the same tokens,
+    so the output may continue only on a worker with equal parsers."""
+
+    __slots__ = ("_capabilities",)
+
+    def __init__(self) -> None:
+        self._capabilities: tuple[str, ...] = ()
+        """The capabilities of the worker that name a parser; empty if the worker does not parse the output."""
+
+    def accept(self, capabilities: Iterable[str], is_parsed: bool) -> bool:
+        """Return whether a worker parses the output as the workers before it did, and record the parsers of the first
+        such worker. `capabilities`: those of the worker; none if the worker does not parse the output. `is_parsed`:
+        whether a worker before has parsed the output."""
+        parsers = tuple(word for word in capabilities if word.startswith(PARSER_KINDS))
+        if not is_parsed:
+            self._capabilities = parsers
+        return parsers == self._capabilities
+
+    @property
+    def tool_parser(self) -> str:
+        """The parser of tool calls, by vLLM's name; "" if there is none."""
+        return next((word.removeprefix(TOOL_PARSER) for word in self._capabilities if word.startswith(TOOL_PARSER)), "")

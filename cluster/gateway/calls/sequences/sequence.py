@@ -1,0 +1,252 @@
+"""Output of a call, one of n. The tokens arrive from the link, become text, and wait for the API or go directly to the
+API.
+
+Tokens become text when they arrive, not when the client reads. So a stop string ends the engine's work at once, even if
+the client is slow. A slow client gets several tokens in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from cluster.api.outcomes import Outcome
+from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind
+from cluster.api.types import CompatibilityKey, FinishReason, TokenOutput
+from cluster.gateway.calls.sequences.engine_errors import FAILED
+from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
+from cluster.gateway.calls.sequences.owner import Notifier, SequenceOwner
+from cluster.gateway.calls.sequences.parsers import WorkerParsers
+from cluster.gateway.calls.sequences.pieces import PieceBuffer
+from cluster.gateway.calls.sequences.routed_sequence import RoutedSequence
+from cluster.gateway.text.detokenizer import TextSource
+from cluster.gateway.text.logprobs import LogprobSource
+from cluster.gateway.text.parsed_text import ParsedText
+
+_FINISH_WORDS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.REPETITION: "stop"}
+
+_NO_SUCH_PARSER = "no worker is left that parses the output as its first worker did; send a new call"
+
+Owner = TypeVar("Owner", bound=SequenceOwner)
+
+
+@dataclass(eq=False, repr=False, slots=True)
+class OutputSequence(LinkedSequence[Owner]):
+    """Output of a call, one of n. Implements the Sink of slots.py."""
+
+    detokenizer: TextSource
+    logprob_texts: LogprobSource | None = None
+    parsed_text: ParsedText | None = None
+    """The `detokenizer`, if the worker may parse the output."""
+    reasoning_tokens: int = field(init=False, default=0)
+    """Number of reasoning tokens in the whole output, known when the output ends."""
+    direct: Callable[[str], None] | None = field(init=False, default=None)
+    """Function that gets the text of each further token that brings nothing but text; None to keep the text."""
+    direct_content: Callable[[str], None] | None = field(init=False, default=None)
+    """The same for a parsed output: function that gets the content of each further token that brings only content."""
+    parsers: WorkerParsers = field(init=False, default_factory=WorkerParsers)
+    """The parsers of the output's workers."""
+    call_output: Notifier = field(init=False)
+    """The output of the call, which is notified of updates."""
+    pieces: PieceBuffer = field(init=False)
+    """What the API has not popped yet."""
+
+    def __post_init__(self) -> None:
+        RoutedSequence.__post_init__(self)  # `super()` does not work in a dataclass with slots
+        self.emitted = self.detokenizer.token_ids
+        self.call_output = self.call.output
+        self.pieces = PieceBuffer(self.index, self.detokenizer, self.logprob_texts, self.parsed_text)
+
+    # ---- from a resume token
+
+    def restore(
+        self, token_ids: Sequence[int], chars: int, finish_reason: str, worker: str, key: CompatibilityKey | None
+    ) -> None:
+        """Continue the sequence after these tokens, which another gateway has received. `chars`: number of characters
+        of their text that were delivered. Raises ValueError if the tokens have less text."""
+        self.pieces.restore(token_ids, chars, bool(finish_reason))
+        self.restored, self.last_token_at = len(token_ids), self.call.arrived
+        self.life.restore(worker, key, len(token_ids))
+        if finish_reason:
+            self.finish(finish_reason)
+        elif len(token_ids) >= self.request.sampling.max_tokens:
+            self.finish("length")  # the last token was delivered, the end was not
+
+    def take_over_tokens(self, older: OutputSequence[Owner]) -> None:
+        """Take over the further tokens that this gateway has received for an earlier reader of the same sequence, so
+        that these tokens are not computed again. A sequence with log probabilities or with a parsed output takes no
+        tokens over, because log probabilities and parts are not kept."""
+        more = older.emitted[len(self.emitted) :]
+        keeps_more = self.logprob_texts is not None or self.parsed_text is not None
+        if self.finish_reason or older.finish_reason or keeps_more or not more:
+            return
+        stop = self.detokenizer.push(more)
+        self.restored = len(self.emitted)
+        self.life.restore(older.last_worker, older.compatibility, len(self.emitted))
+        if stop is not None:
+            self._stopped(stop)
+        elif len(self.emitted) >= self.request.sampling.max_tokens:
+            self.finish("length")
+
+    # ---- Sink
+
+    def output(self, output: TokenOutput) -> None:
+        """Handle the output of one engine step."""
+        call = self.call
+        if self.hedge is not None and output.finish not in FAILED:
+            self.hedge.leave()
+        if output.times is not None and self.traced is not None:
+            self.traced.add_times(output.times)
+        if output.prompt_tokens is not None and self.hedge is None:
+            if self.parsed_text is not None and not self._accept_parsers(self.parsed_text, output):
+                return
+            self._record_first_output(output)
+        self.stop_direct()
+        if output.finish is not None:
+            link = self.link
+            self.link = None
+            if output.finish in FAILED:
+                self._engine_ended(output.finish, link)
+                return
+            self.finish(_FINISH_WORDS[output.finish])
+        emitted = self.emitted
+        before = len(emitted)
+        if self.parsed_text is None:
+            stop = self.detokenizer.push(output.token_ids, output.finish is FinishReason.STOP)
+        else:
+            stop = self._push_parsed(self.parsed_text, output)
+        if stop is not None:
+            self._stopped(stop)
+        added = max(len(emitted) - before, 0)  # a guard's refusal also removes tokens of earlier steps
+        if output.logprobs and (logprob_texts := self.logprob_texts) is not None:
+            self.pieces.logprobs.extend(logprob_texts.push(output.logprobs[:added]))
+        if added:
+            now = call.clock()
+            call.progressed(self, added, now)
+            self.last_token_at = now
+        else:
+            self.call_output.wake()
+
+    def _accept_parsers(self, parsed_text: ParsedText, output: TokenOutput) -> bool:
+        """Return whether the worker of a first output parses the output as the workers before it did, if any did. If
+        not, the sequence leaves the worker, and another worker continues."""
+        link = self.link
+        capabilities = link.info.capabilities if link is not None and output.parsed is not None else ()
+        if self.parsers.accept(capabilities, parsed_text.is_parsed):
+            return True
+        if output.finish is None:
+            self.leave_engine()
+        self.link = None
+        if link is not None:
+            self.life.exclude(link.identity.incarnation)
+        self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
+        return False
+
+    def _reject(self, reason: str, message: str, field: str) -> None:
+        """See LinkedSequence. A worker that refuses the tools of an output that is parsed already has other parsers
+        than the worker before; another worker may continue."""
+        if field == "tools" and self.parsed_text is not None and self.parsed_text.is_parsed:
+            self.life.exclude(self.last_worker)
+            self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
+        else:
+            LinkedSequence._reject(self, reason, message, field)
+
+    def _push_parsed(self, parsed_text: ParsedText, output: TokenOutput) -> str | None:
+        """Add the tokens of one engine step to the text. Returns what has ended the text, None while it goes on."""
+        ends = output.finish is FinishReason.STOP
+        stop = parsed_text.push_parsed(output.token_ids, output.parsed, ends, output.prompt_tokens is not None)
+        if output.parsed is not None and output.parsed.reasoning_tokens:
+            self.reasoning_tokens = output.parsed.reasoning_tokens
+            self.call.reasoned(self.reasoning_tokens)
+        if self.finish_reason == "stop" and parsed_text.has_tool_call:
+            self.finish("tool_calls")
+        return stop
+
+    def token(self, token_id: int, now: float) -> None:
+        """Handle a step's only token, as a fast path of `output`. Never called for the first token."""
+        self.last_token_at = now
+        direct = self.direct
+        if direct is not None:
+            text = self.detokenizer.text_of(token_id)
+            if text:
+                direct(text)
+            return
+        if (stop := self.detokenizer.push((token_id,))) is not None:
+            self._stopped(stop)
+        elif self.parsed_text is not None and self.parsed_text.is_parsed:
+            return  # the parser has made nothing of this token yet
+        self.call_output.wake()
+
+    def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
+        """Handle a step's only token and its parts, as a fast path of `output`. Never called for the first token."""
+        parsed_text = self.parsed_text
+        if parsed_text is None:  # no parts were asked for
+            self.token(token_id, now)
+            return
+        self.last_token_at = now
+        direct = self.direct_content
+        if direct is not None and len(parts) == 1 and parts[0].kind is PartKind.CONTENT:
+            text = parts[0].text
+            parsed_text.pass_content(token_id, text)
+            direct(text)
+            return
+        self.direct_content = None
+        if (stop := parsed_text.push_parsed((token_id,), ParsedOutput(parts), False, False)) is not None:
+            self._stopped(stop)
+        self.call_output.wake()
+
+    def go_direct(self, direct: Callable[[str], None]) -> None:
+        """Pass the text of each further token to `direct`, if a piece has been delivered and further tokens bring only
+        text."""
+        if self.logprob_texts is not None or not self.pieces.more_text:
+            return
+        if not self.detokenizer.searches_text:
+            self.direct = direct
+        elif self.parsed_text is not None and self.parsed_text.passes_content:
+            self.direct_content = direct
+
+    def stop_direct(self) -> None:
+        """Stop passing text to `direct`, and keep all further text for the next piece."""
+        self.direct = self.direct_content = None
+
+    def give_back(self, text: str) -> None:
+        """Put back the text that was just passed to `direct`. This text and all further text is kept for the next
+        piece."""
+        self.stop_direct()
+        self.detokenizer.push_back(text)
+
+    # ---- the end
+
+    def finish(self, reason: str, stop_string: str = "") -> None:
+        """Finish the sequence, which keeps its tokens. `reason`: the finish reason. `stop_string`: the stop string that
+        has ended the sequence."""
+        RoutedSequence.finish(self, reason)
+        self.stop_direct()
+        self.pieces.finish(reason, stop_string)
+
+    def _stopped(self, stop: str) -> None:
+        """Finish the sequence because of a stop string or a guard's refusal, and abort the engine's work."""
+        if self.detokenizer.refused:
+            self.finish("content_filter")
+        else:
+            has_call = self.parsed_text is not None and self.parsed_text.has_tool_call
+            self.finish("tool_calls" if has_call else "stop", stop)
+        self.leave_engine()
+
+    def unlink_call(self) -> None:
+        """See RoutedSequence."""
+        RoutedSequence.unlink_call(self)
+        del self.call_output
+
+    # ---- records
+
+    @property
+    def delivered(self) -> int:
+        """Number of tokens whose text was delivered at least in part."""
+        return self.pieces.delivered
+
+    @property
+    def tool_parser(self) -> str:
+        """The parser of tool calls that the worker parses the output with, by vLLM's name; "" if there is none."""
+        return self.parsers.tool_parser

@@ -1,0 +1,31 @@
+"""The parsers of a sequence's workers: an output continues only on a worker that parses it as before."""
+
+from __future__ import annotations
+
+from cluster.api.types import REASONING_PARSER, TOOL_PARSER
+from cluster.gateway.calls.sequences.parsers import WorkerParsers
+
+FIRST = (f"{TOOL_PARSER}hermes", "resume:exact", f"{REASONING_PARSER}qwen3")
+OTHER = (f"{TOOL_PARSER}mistral",)
+
+
+def test_a_worker_with_other_parsers_is_not_accepted() -> None:
+    """Once an output is parsed, only workers with the same parsers may continue it."""
+    parsers = WorkerParsers()
+    assert parsers.tool_parser == ""
+    assert parsers.accept(FIRST, False)
+    assert parsers.tool_parser == "hermes"
+    assert not parsers.accept(OTHER, True)
+    assert not parsers.accept((), True)
+    assert parsers.accept((FIRST[0], FIRST[2], "resume:seeded"), True), "other capabilities do not matter"
+    assert parsers.tool_parser == "hermes"
+
+
+def test_any_worker_may_begin_to_parse() -> None:
+    """While no worker has parsed the output, the parsers of the last worker count."""
+    parsers = WorkerParsers()
+    assert parsers.accept(OTHER, False)
+    assert parsers.accept((), False)
+    assert parsers.tool_parser == ""
+    assert parsers.accept(FIRST, False)
+    assert parsers.tool_parser == "hermes"
