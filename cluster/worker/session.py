@@ -33,7 +33,8 @@ from cluster.wire.tls import TlsFiles
 from cluster.worker.accounts.gpu_meter import GpuMeter
 from cluster.worker.accounts.served_reports import ServedReports
 from cluster.worker.accounts.usage import WorkerUsage
-from cluster.worker.adapters import AdapterFiles, WorkerAdapters
+from cluster.worker.adapters.port import AdapterFiles
+from cluster.worker.adapters.worker_adapters import WorkerAdapters
 from cluster.worker.drain_state import Drains, DrainStates
 from cluster.worker.engine_runner import EngineRunner
 from cluster.worker.kv_events.reports import KvReports
@@ -138,12 +139,12 @@ class WorkerSession:
             self._usage,
             self._is_gateway_lost,
             self._runner.parser.close,
-            self._adapters.release,
+            self._adapters.loads.release,
         )
         self._drain_state = DrainStates()
         self._drains = Drains(self._drain_state, self._requests.idle, self._usage.flush)
         self._credit = LinkCredit(self._requests.capacity, self._requests.count_cached, self._drain_state)
-        self._submits = Submits(self._runner, self._requests, self._served, self._credit, self._adapters)
+        self._submits = Submits(self._runner, self._requests, self._served, self._credit, self._adapters.loads)
         self._closed = asyncio.Event()
         self._engine_ended = ""
         self._unlinked = asyncio.Event()
