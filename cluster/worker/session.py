@@ -167,8 +167,8 @@ class WorkerSession:
         """Serve until `close`. Raises EngineDead once the engine is lost, after every link is closed."""
         work: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._runner.wait_dead()),
-            asyncio.create_task(self._runner.run(self._requests, self._credit)),
-            asyncio.create_task(self._runner.run_parsed(self._requests, self._credit)),
+            asyncio.create_task(self._runner.run(self._requests.outputs, self._credit)),
+            asyncio.create_task(self._runner.run_parsed(self._requests.outputs, self._credit)),
             asyncio.create_task(self._runner.parser.run()),
             asyncio.create_task(self._closed.wait() if (own := self._renders.renderer) is None else own.run()),
             asyncio.create_task(self._closed.wait()),
@@ -291,7 +291,7 @@ class WorkerSession:
                 raise LinkEnded("the gateway does not read; its outbox is full")
             if self._credit.unacked_s(link.credit_order) > self._timing.silence_s:
                 raise LinkEnded("the gateway sends beats but does not acknowledge its grants")
-            link.outbox.work(self._runner.work(self._requests))
+            link.outbox.work(self._runner.work(self._requests.outputs))
             if link.outbox.sent_seq == sent:  # otherwise a step has sent the load
                 link.outbox.load(self._engine.load())
                 link.outbox.flush()

@@ -24,8 +24,9 @@ from cluster.worker.adapters.loads import AdapterLoads
 from cluster.worker.engine_runner import EngineRunner
 from cluster.worker.link import Link
 from cluster.worker.link_credit import LinkCredit
+from cluster.worker.request_outputs import RunningRequest
 from cluster.worker.resume_generations import ResumeGenerations, call_of
-from cluster.worker.running_requests import RunningRequest, RunningRequests
+from cluster.worker.running_requests import RunningRequests
 
 log = structlog.get_logger("worker")
 
