@@ -178,7 +178,8 @@ class StepState:
 
 
 class RequestOutputs:
-    """The outputs of all running requests of one worker. Methods return the engine request ids to abort."""
+    """The outputs of all running requests of one worker. Methods return the engine request ids that the caller must
+    abort."""
 
     def __init__(
         self,

@@ -13,8 +13,8 @@ log = structlog.get_logger("worker")
 
 
 class AdapterTasks:
-    """The running tasks of one worker's adapters. Errors that nobody handles are logged, except those of the engine,
-    which the tasks report themselves."""
+    """The running tasks of one worker's adapters. An error of a task is logged, unless it is EngineRefused or
+    EngineDead: the task has reported those itself."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()

@@ -16,7 +16,7 @@ from cluster.worker.engine.vllm.requests import RequestBounds
 
 @dataclass(frozen=True, slots=True)
 class EngineProperties:
-    """The properties of a started engine: what gateways learn of it, which requests it accepts, and its adapters."""
+    """The properties of a started engine: its info for gateways, the bounds of requests, and its adapters."""
 
     info: EngineInfo
     bounds: RequestBounds
