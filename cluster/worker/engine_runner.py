@@ -14,7 +14,7 @@ from cluster.api.demand import ComputedWork, EngineCounts
 from cluster.api.ports import Engine, EngineDead
 from cluster.worker.link_credit import LinkCredit
 from cluster.worker.parsing.port import NoParsers, OutputParsers
-from cluster.worker.running_requests import RunningRequests
+from cluster.worker.request_outputs import RequestOutputs
 
 log = structlog.get_logger("worker")
 
@@ -37,13 +37,13 @@ class EngineRunner:
         self._tasks: set[asyncio.Task[None]] = set()
         self._deaths: asyncio.Queue[EngineDead] = asyncio.Queue()
 
-    async def run(self, requests: RunningRequests, credit: LinkCredit) -> None:
+    async def run(self, request_outputs: RequestOutputs, credit: LinkCredit) -> None:
         """Run steps until cancelled; put their outputs into the links' outboxes and renew credit. Raises EngineDead."""
         while True:
             outputs = await self.engine.step()
             self.steps += 1
             outputs, diverted = self.parser.divert(outputs)
-            touched, to_abort = requests.apply_step(outputs, diverted)
+            touched, to_abort = request_outputs.apply_step(outputs, diverted)
             if to_abort:
                 await self.abort(to_abort)
             load = self.engine.load()
@@ -53,20 +53,20 @@ class EngineRunner:
                 link.outbox.load(load)
                 link.outbox.flush()
 
-    async def run_parsed(self, requests: RunningRequests, credit: LinkCredit) -> None:
+    async def run_parsed(self, request_outputs: RequestOutputs, credit: LinkCredit) -> None:
         """Put parsed outputs into the links' outboxes until cancelled. No output waits for the engine's next step."""
         while True:
-            touched, to_abort = requests.apply_parsed(await self.parser.parsed())
+            touched, to_abort = request_outputs.apply_parsed(await self.parser.parsed())
             if to_abort:
                 await self.abort(to_abort)
                 credit.regrant()
             for link in touched:
                 link.outbox.flush()
 
-    def work(self, requests: RunningRequests) -> ComputedWork:
+    def work(self, request_outputs: RequestOutputs) -> ComputedWork:
         """Return the work that the engine has computed so far."""
         return ComputedWork(
-            self.steps, self._busy_s, requests.prefilled_tokens, requests.decoded_tokens, *self._counts()
+            self.steps, self._busy_s, request_outputs.prefilled_tokens, request_outputs.decoded_tokens, *self._counts()
         )
 
     async def abort(self, request_ids: Sequence[str]) -> None:

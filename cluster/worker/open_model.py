@@ -24,7 +24,7 @@ from cluster.worker.settings import ReplicaSettings
 from cluster.worker.weights.model_card import Card, read_card
 
 if TYPE_CHECKING:
-    from cluster.worker.adapters import AdapterFiles
+    from cluster.worker.adapters.port import AdapterFiles
     from cluster.worker.weights.fetching import Progress
     from cluster.worker.weights.sources import SourceRules
 

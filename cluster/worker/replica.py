@@ -35,7 +35,7 @@ from cluster.process.core_dumps import disable_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.interpreter import shorten_switch_interval
 from cluster.wire.bundle import Bundle
-from cluster.worker.adapters import AdapterFiles
+from cluster.worker.adapters.port import AdapterFiles
 from cluster.worker.engine.golden_check import CheckedEngine
 from cluster.worker.engine.vllm import repairs
 from cluster.worker.parsing.model_parser import with_parsers

@@ -20,12 +20,9 @@ from cluster.api.demand import EngineCounts
 from cluster.api.ports import AdapterEngine, Engine, EngineDead, KvEventSource
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.http2.client import ClientCall
-from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.routing.gateway_subset import GatewaySubset
 from cluster.wire.addresses import GatewayAddresses
-from cluster.wire.bulk import send_bundle
 from cluster.wire.bundle import Bundle
-from cluster.wire.codecs.adapter_codec import adapter_set_from_pb
 from cluster.wire.credit import Capacity
 from cluster.wire.dial import LinkEnded, Timing, read, wait_first
 from cluster.wire.ended_requests import UsageKeeper
@@ -33,9 +30,11 @@ from cluster.wire.tls import TlsFiles
 from cluster.worker.accounts.gpu_meter import GpuMeter
 from cluster.worker.accounts.served_reports import ServedReports
 from cluster.worker.accounts.usage import WorkerUsage
-from cluster.worker.adapters import AdapterFiles, WorkerAdapters
+from cluster.worker.adapters.port import AdapterFiles
+from cluster.worker.adapters.worker_adapters import WorkerAdapters
 from cluster.worker.drain_state import Drains, DrainStates
 from cluster.worker.engine_runner import EngineRunner
+from cluster.worker.gateway_messages import GatewayMessages
 from cluster.worker.kv_events.reports import KvReports
 from cluster.worker.link import Link, LinkOpener
 from cluster.worker.link_credit import LinkCredit
@@ -113,9 +112,7 @@ class WorkerSession:
         `adapter_engine`, `adapter_files`: loader and store of adapters; None for an engine that takes none.
         `engine_counts` returns the engine's own counts.
         """
-        self._identity = identity
         self._engine = engine
-        self._bundle = bundle
         self._gateways = GatewayAddresses(gateways, choose=tuple if subset is None else subset.of)
         self._timing = timing or Timing()
         self._opener = LinkOpener(identity, engine, info, tls, self._timing, outbox_tokens, self._gateways)
@@ -138,12 +135,22 @@ class WorkerSession:
             self._usage,
             self._is_gateway_lost,
             self._runner.parser.close,
-            self._adapters.release,
+            self._adapters.loads.release,
         )
         self._drain_state = DrainStates()
         self._drains = Drains(self._drain_state, self._requests.idle, self._usage.flush)
         self._credit = LinkCredit(self._requests.capacity, self._requests.count_cached, self._drain_state)
-        self._submits = Submits(self._runner, self._requests, self._served, self._credit, self._adapters)
+        self._messages = GatewayMessages(
+            identity=identity,
+            bundle=bundle,
+            credit=self._credit,
+            usage=self._usage,
+            served=self._served,
+            adapters=self._adapters,
+            submits=Submits(self._runner, self._requests, self._served, self._credit, self._adapters.loads),
+            renders=self._renders,
+            drains=self._drains,
+        )
         self._closed = asyncio.Event()
         self._engine_ended = ""
         self._unlinked = asyncio.Event()
@@ -166,8 +173,8 @@ class WorkerSession:
         """Serve until `close`. Raises EngineDead once the engine is lost, after every link is closed."""
         work: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._runner.wait_dead()),
-            asyncio.create_task(self._runner.run(self._requests, self._credit)),
-            asyncio.create_task(self._runner.run_parsed(self._requests, self._credit)),
+            asyncio.create_task(self._runner.run(self._requests.outputs, self._credit)),
+            asyncio.create_task(self._runner.run_parsed(self._requests.outputs, self._credit)),
             asyncio.create_task(self._runner.parser.run()),
             asyncio.create_task(self._closed.wait() if (own := self._renders.renderer) is None else own.run()),
             asyncio.create_task(self._closed.wait()),
@@ -290,7 +297,7 @@ class WorkerSession:
                 raise LinkEnded("the gateway does not read; its outbox is full")
             if self._credit.unacked_s(link.credit_order) > self._timing.silence_s:
                 raise LinkEnded("the gateway sends beats but does not acknowledge its grants")
-            link.outbox.work(self._runner.work(self._requests))
+            link.outbox.work(self._runner.work(self._requests.outputs))
             if link.outbox.sent_seq == sent:  # otherwise a step has sent the load
                 link.outbox.load(self._engine.load())
                 link.outbox.flush()
@@ -304,40 +311,9 @@ class WorkerSession:
     async def _read(self, link: Link, call: ClientCall) -> None:
         while (message := await read(call)) is not None:
             try:
-                await self._apply(link, message)
+                await self._messages.apply(link, message)
             except (ValueError, LookupError) as error:  # the gateway's fault: end only its link
                 raise LinkEnded(f"the gateway sent an invalid message: {error}") from error
-
-    async def _apply(self, link: Link, message: pb.GatewayTurn) -> None:
-        has_backlog = message.HasField("backlog")
-        if message.grant_ack:
-            self._credit.acknowledge(link.credit_order, message.grant_ack)
-        if message.usage_acks:
-            self._usage.acked(message.usage_acks)
-        if message.HasField("adapters"):  # before the Submits that name them
-            self._adapters.receive(link.number, adapter_set_from_pb(message.adapters))
-        for takeover in message.takeovers:  # before the Submits of the gateway that resumed the call
-            await self._submits.take_over(takeover.call, takeover.generation)
-        for submit in message.submits:
-            await self._submits.accept(link, submit)
-        if has_backlog:  # sequences that still wait after these Submits
-            self._credit.set_backlog(link.credit_order, message.backlog)
-            self._served.forward_backlog(link.number, message.backlog)
-        if message.aborts:
-            await self._submits.abort(link, message.aborts)
-        for render in message.renders:
-            self._renders.accept(link, render)
-        if message.HasField("fetch_bundle"):
-            digest = message.fetch_bundle.digest
-            bundle = self._bundle if digest == self._identity.bundle_digest else None
-            link.spawn(send_bundle(link.blobs, digest, bundle))
-        for command in message.commands:
-            log.info("worker.command_received", verb=command.WhichOneof("verb"), worker=self._identity.worker_id)
-            if self._drains.apply(command):
-                self._credit.regrant()
-        link.outbox.acked_seq = message.seq
-        if message.grant_ack or has_backlog:
-            self._credit.regrant()
 
 
 async def _write(link: Link, call: ClientCall) -> None:

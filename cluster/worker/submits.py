@@ -20,12 +20,13 @@ from cluster.process.call_errors import is_call_failure
 from cluster.wire.codecs import codec
 from cluster.wire.dial import LinkEnded
 from cluster.worker.accounts.served_reports import ServedReports
-from cluster.worker.adapters import WorkerAdapters
+from cluster.worker.adapters.loads import AdapterLoads
 from cluster.worker.engine_runner import EngineRunner
 from cluster.worker.link import Link
 from cluster.worker.link_credit import LinkCredit
+from cluster.worker.request_outputs import RunningRequest
 from cluster.worker.resume_generations import ResumeGenerations, call_of
-from cluster.worker.running_requests import RunningRequest, RunningRequests
+from cluster.worker.running_requests import RunningRequests
 
 log = structlog.get_logger("worker")
 
@@ -41,7 +42,7 @@ class Submits:
     requests: RunningRequests
     served: ServedReports
     credit: LinkCredit
-    adapters: WorkerAdapters
+    adapters: AdapterLoads
     _generations: ResumeGenerations = field(default_factory=ResumeGenerations)
 
     async def accept(self, link: Link, submit: pb.Submit) -> None:

@@ -25,7 +25,7 @@ class AdapterMemory:
         self.capacity = capacity
         self.pinned: Set[str] = frozenset()
         """Adapters that are never dropped for others. A pin has no effect until the adapter is held, so there may be
-        more pins than `capacity`."""
+        more pins than `capacity`. `pin` sets them."""
         self._held: dict[str, None] = {}
         self._uses: Counter[str] = Counter()
         self._recent: dict[str, None] = {}
@@ -50,6 +50,11 @@ class AdapterMemory:
     def residents(self) -> Set[str]:
         """The held adapters among the last `slots` distinct ones that were used: they lie in the engine's slots."""
         return set(list(self._recent)[-self.slots :]) if self.slots else frozenset()
+
+    def pin(self, digests: Set[str]) -> None:
+        """Set the adapters that are never dropped for others. Pins above `capacity` have no effect before they are
+        held."""
+        self.pinned = digests
 
     def uses(self, digest: str) -> int:
         """Return the number of requests that use the adapter or wait for it."""

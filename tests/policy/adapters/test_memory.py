@@ -43,7 +43,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(pinned=st.sets(DIGESTS, max_size=3))
     def pin(self, pinned: set[str]) -> None:
-        self.memory.pinned = pinned
+        self.memory.pin(pinned)
 
     @rule(digest=DIGESTS)
     def load(self, digest: str) -> None:
@@ -90,7 +90,7 @@ def test_a_memory_of_pinned_adapters_has_no_place(capacity: int, digests: set[st
     for digest in names[:capacity]:
         memory.add(digest)
     assert memory.has_place_for(names[capacity])
-    memory.pinned = set(names)
+    memory.pin(set(names))
     assert memory.victim() is None
     assert not memory.has_place_for(names[capacity])
     assert all(memory.has_place_for(digest) for digest in names[:capacity])

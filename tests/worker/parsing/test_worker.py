@@ -91,8 +91,8 @@ class Served:
 
     def work(self) -> tuple[int, int]:
         """Return the counts of prefilled and of decoded tokens."""
-        requests = self.end._requests
-        return requests.prefilled_tokens, requests.decoded_tokens
+        outputs = self.end._requests.outputs
+        return outputs.prefilled_tokens, outputs.decoded_tokens
 
     async def ask(self, **changes: Any) -> Answer:
         """Run a request to its end and return the answer."""

@@ -85,8 +85,8 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 class FastPath:
     """An engine core client and an input processor, built as AsyncLLM's constructor builds them."""
 
-    def __init__(self, vllm_config: Any) -> None:
-        """Start the engine core. Blocks until the model is loaded.
+    def __init__(self, vllm_config: Any, stats: StepStats) -> None:
+        """Start the engine core. Blocks until the model is loaded. `stats` is updated after each step.
 
         Call the constructor in a thread, so that the client's sockets and tasks bind later, to the event loop that
         reads them.
@@ -101,7 +101,7 @@ class FastPath:
         from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
         maybe_register_config_serialize_by_value()
-        self.stats = StepStats()
+        self._stats = stats
         self._dead_error: type[Exception] = EngineDeadError
         self._preempted = EngineCoreEventType.PREEMPTED
         self._renderer = renderer_from_config(vllm_config)
@@ -191,14 +191,14 @@ class FastPath:
             step = await self._core.get_output_async()
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
-        self.stats.stepped(time.monotonic(), step.scheduler_stats)
+        self._stats.stepped(time.monotonic(), step.scheduler_stats)
         poisoned = [o.request_id for o in step.outputs if o.num_nans_in_logits and o.request_id in live]
         if poisoned:  # before the loop: other requests may be aborted during the await
             await self.abort(poisoned)
         outputs = []
         for given in step.outputs:
             if given.events is not None:
-                self.stats.preempted(sum(event.type == self._preempted for event in given.events))
+                self._stats.preempted(sum(event.type == self._preempted for event in given.events))
             record = live.get(given.request_id)
             if record is None:  # aborted during the step
                 continue

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.api.demand import EngineCounts
-from cluster.api.types import TokenOutput
+from cluster.api.types import EngineRequest, TokenOutput
+from cluster.observe.trace_context import is_sampled
 from cluster.worker.engine.processes import fork_server
 from cluster.worker.engine.step_times import StepTimes
 
@@ -17,7 +18,7 @@ END_WITHIN_S = 1.0
 
 @dataclass(slots=True)
 class LiveRequest:
-    """A request that vLLM holds."""
+    """A request that vLLM holds, or that is being prepared for it."""
 
     prompt_tokens: int
     logprobs: int | None
@@ -33,24 +34,35 @@ class LiveRequest:
     """Whether the request's call is sampled."""
     first: bool = True
     """True until the path has made the first output of the request."""
-    waits: bool = True
-    """True until VllmEngine has handled the first output. `first` becomes False earlier, within `collect`."""
+
+    @classmethod
+    def from_request(cls, request: EngineRequest) -> LiveRequest:
+        """Return the record of a new request."""
+        sampling, is_pooling = request.sampling, request.pooling is not None
+        return cls(
+            prompt_tokens=len(request.prompt_token_ids),
+            logprobs=sampling.logprobs,
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            grammar=sampling.grammar is not None and not is_pooling,
+            pooling=is_pooling,
+            emitted_tokens=len(request.emitted_token_ids),
+            adapter=request.adapter,
+            is_traced=bool(request.traceparent) and is_sampled(request.traceparent),
+        )
 
 
 @dataclass(slots=True)
 class StepStats:
-    """The scheduler's statistics of the last step, the number of steps, and the durations of steps."""
+    """The scheduler's statistics of the last step, the number and the durations of steps, and the live requests."""
 
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
     steps: int = 0
     live: int = 0
+    """Number of live requests."""
     prefill_tokens: int = 0
-    """Number of prompt and emitted tokens of live requests without an output.
-
-    VllmEngine updates this field and `live`.
-    """
+    """Number of prompt and emitted tokens of live requests without an output."""
     pace: StepTimes = field(default_factory=StepTimes)
     counts: EngineCounts = field(default_factory=EngineCounts)
 
@@ -79,6 +91,23 @@ class StepStats:
         if requests:
             self.counts = self.counts._replace(preemptions=self.counts.preemptions + requests)
 
+    def record_submit(self, tokens: int, now: float) -> None:
+        """Count a new live request with this number of prompt and emitted tokens."""
+        if not self.live:
+            self.pace.began(now)
+        self.live += 1
+        self.prefill_tokens += tokens
+
+    def record_first_output(self, tokens: int) -> None:
+        """Count the first output, or the end without any output, of a request with this number of tokens."""
+        self.prefill_tokens -= tokens
+
+    def record_end(self) -> None:
+        """Count the end of a live request."""
+        self.live -= 1
+        if not self.live:
+            self.pace.mark_idle()
+
 
 def end(client: Any, shutdown: Callable[..., None]) -> None:
     """Call vLLM's `shutdown` and wait until the core's process is gone. `client`: vLLM's client of the core.
@@ -104,9 +133,11 @@ def core_exit(client: Any) -> int | None:
 
 
 class EnginePath(Protocol):
-    """A way to drive the engine core. Methods raise EngineDead if the core is dead; `prepare` raises vLLM's errors."""
+    """A way to drive the engine core. Methods raise EngineDead if the core is dead; `prepare` raises vLLM's errors.
 
-    stats: StepStats
+    An implementation is created with the StepStats that it updates after each step.
+    """
+
     tasks: Sequence[str]
     """vLLM's names of the tasks that the core supports, known after `ready`."""
 

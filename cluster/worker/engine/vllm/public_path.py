@@ -43,13 +43,12 @@ def _stat_logger(stats: StepStats) -> Any:
 class PublicPath:
     """An AsyncLLM with one task for each request and one queue for all outputs."""
 
-    def __init__(self, vllm_config: Any) -> None:
-        """Start the engine. Blocks until the model is loaded."""
+    def __init__(self, vllm_config: Any, stats: StepStats) -> None:
+        """Start the engine. Blocks until the model is loaded. `stats` is updated after each step."""
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
         from vllm.v1.executor import Executor
 
-        self.stats = StepStats()
         self._dead_error: type[Exception] = EngineDeadError
         self.tasks: Sequence[str] = ()
         self._llm: Any = AsyncLLM(
@@ -57,7 +56,7 @@ class PublicPath:
             executor_class=Executor.get_class(vllm_config),
             log_stats=False,  # no loggers of vLLM's; the logger below turns the statistics on
             log_requests=False,
-            stat_loggers=[_stat_logger(self.stats)],
+            stat_loggers=[_stat_logger(stats)],
         )
         self._queue: asyncio.Queue[tuple[str, Any] | EngineDead] = asyncio.Queue()
         self._readers: dict[str, asyncio.Task[None]] = {}

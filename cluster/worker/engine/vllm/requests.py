@@ -6,6 +6,7 @@ it all streams of the replica. So the bounds that protect the process are checke
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from array import array
@@ -19,6 +20,7 @@ from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.worker.engine.vllm.grammar.grammars import FIELD, check_grammar, structured_outputs
 from cluster.worker.engine.vllm.grammar.structural_tags import STRUCTURAL_TAG, check_structural_tag, structural_tag
 from cluster.worker.engine.vllm.packed_ids import MIN_IDS
+from cluster.worker.engine.vllm.paths import EnginePath
 from cluster.worker.engine.vllm.pooling import PoolingBounds, check_pooling, check_task, pooling_params
 from cluster.worker.engine.vllm.resume import extra_args
 
@@ -222,6 +224,25 @@ def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
             raise refused(
                 field, "a call with this parameter cannot be resumed exactly on this engine", Outcome.RESUME_UNSUPPORTED
             )
+
+
+async def prepare(path: EnginePath, request: EngineRequest, limits: RequestBounds, adapter: Any) -> Any:
+    """Convert a checked request, let vLLM validate it, and return its form for `path.add`. Raises EngineRefused.
+
+    A thread validates a request that takes long. `adapter`: vLLM's LoRARequest, or None.
+    """
+    from vllm.exceptions import VLLMError
+
+    def convert() -> Any:
+        params = engine_params(request, limits)
+        prompt = prompt_of(request, limits)
+        reasoning = reasoning_arguments(request)
+        return path.prepare(request.request_id, prompt, params, request.priority, reasoning, adapter)
+
+    try:
+        return await asyncio.to_thread(convert) if is_heavy(request) else convert()
+    except (VLLMError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise refusal(error, request.sampling.grammar.field if request.sampling.grammar else "") from error
 
 
 def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:

@@ -24,7 +24,7 @@ from cluster.wire.codecs import codec
 from cluster.wire.codecs.adapter_codec import AdapterSet, adapter_report_from_pb, adapter_set_to_pb
 from cluster.wire.dial import read
 from cluster.wire.outbox import Outbox
-from cluster.worker.adapters import WorkerAdapters
+from cluster.worker.adapters.worker_adapters import WorkerAdapters
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.session import WorkerSession
 from cluster.worker.weights.adapter_store import StoredAdapter
@@ -180,10 +180,10 @@ async def test_a_slow_load_holds_nobody_up() -> None:
         await subject.all_ready()
         subject.want("a", "slow")
         await until(lambda: subject.status("slow").digest != "", "the slow one loads")
-        assert subject.adapters.is_held("")
-        assert subject.adapters.is_held(digest_of("a"))
-        waiting = asyncio.create_task(subject.adapters.hold(digest_of("slow")))
-        await subject.adapters.hold(digest_of("a"))
+        assert subject.adapters.loads.is_held("")
+        assert subject.adapters.loads.is_held(digest_of("a"))
+        waiting = asyncio.create_task(subject.adapters.loads.hold(digest_of("slow")))
+        await subject.adapters.loads.hold(digest_of("a"))
         assert not waiting.done()
         gate.set()
         await waiting
@@ -197,14 +197,14 @@ async def test_more_adapters_than_memory_are_loaded_on_demand() -> None:
         await subject.all_ready()
         assert len(subject.engine.loaded) == CAPACITY
         for name in "abc":
-            await subject.adapters.hold(digest_of(name))
+            await subject.adapters.loads.hold(digest_of(name))
             subject.engine.in_use.append(digest_of(name))
-        waiting = asyncio.create_task(subject.adapters.hold(digest_of("d")))
+        waiting = asyncio.create_task(subject.adapters.loads.hold(digest_of("d")))
         for _ in range(20):
             await asyncio.sleep(0)
         assert not waiting.done(), "all three are in use"
         subject.engine.in_use.remove(digest_of("b"))
-        subject.adapters.release(digest_of("b"))
+        subject.adapters.loads.release(digest_of("b"))
         await waiting
         assert subject.engine.loaded == {digest_of(name) for name in "acd"}
         assert {status.name for status in subject.adapters.statuses() if status.resident} == {"c", "d"}
@@ -215,17 +215,17 @@ async def test_what_is_gone_serves_its_requests_to_the_end() -> None:
     async with Subject() as subject:
         subject.want("a", "b")
         await subject.all_ready()
-        await subject.adapters.hold(digest_of("a"))
+        await subject.adapters.loads.hold(digest_of("a"))
         subject.engine.in_use.append(digest_of("a"))
         subject.want("b")
         with pytest.raises(EngineRefused) as refusal:
-            await subject.adapters.hold(digest_of("a"))
+            await subject.adapters.loads.hold(digest_of("a"))
         assert (refusal.value.reason, refusal.value.field) == ("ADAPTER_INVALID", "adapter")
         for _ in range(20):
             await asyncio.sleep(0)
         assert digest_of("a") in subject.engine.loaded
         subject.engine.in_use.clear()
-        subject.adapters.release(digest_of("a"))
+        subject.adapters.loads.release(digest_of("a"))
         await until(lambda: subject.engine.loaded == {digest_of("b")}, "a has left the engine")
 
 
@@ -237,7 +237,7 @@ async def test_a_digest_that_the_catalog_learns_changes_nothing() -> None:
         spec = AdapterSpec("a", "a", digest_of("a"), tenants=("t",), pinned=True)
         subject.adapters.receive(1, AdapterSet(9, (spec,)))
         assert subject.status("a").state is AdapterState.READY
-        assert subject.adapters.is_held(digest_of("a"))
+        assert subject.adapters.loads.is_held(digest_of("a"))
         assert subject.files.fetched == ["a"]
         subject.adapters.receive(1, AdapterSet(10, (AdapterSpec("a", "a", "f" * 64),)))
         assert subject.status("a").state is AdapterState.LOADING, "another digest is another adapter"
@@ -260,7 +260,7 @@ async def test_pinned_adapters_stay_and_what_finds_no_place_says_so() -> None:
         assert subject.engine.loaded == {digest_of("p"), digest_of("q")}
         subject.want("p", "q", "a", pinned="p")
         await subject.all_ready()
-        await subject.adapters.hold(digest_of("a"))
+        await subject.adapters.loads.hold(digest_of("a"))
         assert subject.engine.loaded == {digest_of("p"), digest_of("a")}
 
 
@@ -273,11 +273,11 @@ async def test_what_the_engine_refuses_has_failed() -> None:
         name = "b" if held == digest_of("a") else "a"
         subject.engine.faults[digest_of(name)] = EngineRefused("ADAPTER_INVALID", "adapter: bad", "adapter")
         with pytest.raises(EngineRefused, match="adapter: bad"):
-            await subject.adapters.hold(digest_of(name))
+            await subject.adapters.loads.hold(digest_of(name))
         await until(lambda: subject.files.fetched.count(name) > 1, "it is tried again")
         subject.engine.faults.clear()
         await subject.all_ready()
-        await subject.adapters.hold(digest_of(name))
+        await subject.adapters.loads.hold(digest_of(name))
         assert not subject.deaths
 
 
@@ -298,11 +298,11 @@ async def test_a_worker_without_adapters_refuses_them() -> None:
     adapters.attach(1, outbox)
     adapters.receive(1, AdapterSet(1, (AdapterSpec("a", "a"),)))
     assert report_in(outbox)() == {}
-    await adapters.hold("")
+    await adapters.loads.hold("")
     for digest in (digest_of("a"), "x" * 10_000):
-        assert not adapters.is_held(digest)
+        assert not adapters.loads.is_held(digest)
         with pytest.raises(EngineRefused, match="is not ready on this worker") as refusal:
-            await adapters.hold(digest)
+            await adapters.loads.hold(digest)
         assert len(refusal.value.message) < 200
 
 
@@ -312,14 +312,14 @@ async def test_waiting_requests_that_are_cut_hold_nothing() -> None:
         await subject.all_ready()
         (held,) = subject.engine.loaded
         other = digest_of("a") if held == digest_of("b") else digest_of("b")
-        await subject.adapters.hold(held)
-        waiting = asyncio.create_task(subject.adapters.hold(other))
+        await subject.adapters.loads.hold(held)
+        waiting = asyncio.create_task(subject.adapters.loads.hold(other))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        subject.adapters.release(held)
+        subject.adapters.loads.release(held)
         await until(lambda: subject.engine.loaded == {other}, "the load goes on")
-        await subject.adapters.hold(held)
+        await subject.adapters.loads.hold(held)
         assert subject.engine.loaded == {held}, "the cut request holds nothing"
 
 
@@ -333,19 +333,19 @@ async def test_requests_cause_few_reports() -> None:
         subject.want(*names)
         await subject.all_ready()
         await until(lambda: set(report_in(outbox)().values()) == {AdapterState.READY}, "all is reported")
-        await until(lambda: subject.adapters._timer is None, "no report is due")
-        outbox._adapters, subject.adapters._report_s = [], 60.0
+        await until(lambda: subject.adapters._reports._timer is None, "no report is due")
+        outbox._adapters, subject.adapters._reports._report_s = [], 60.0
         for name in names:
-            await subject.adapters.hold(digest_of(name))
-            subject.adapters.release(digest_of(name))
+            await subject.adapters.loads.hold(digest_of(name))
+            subject.adapters.loads.release(digest_of(name))
             await asyncio.sleep(0)
-            assert not subject.adapters._changed.is_set()
-        timer = subject.adapters._timer
+            assert not subject.adapters._reports._changed.is_set()
+        timer = subject.adapters._reports._timer
         assert timer is not None
         assert timer.when() > asyncio.get_running_loop().time() + 60.0
         timer.cancel()
-        subject.adapters._timer, subject.adapters._report_s = None, 0.0
-        await subject.adapters.hold(digest_of("a7"))
+        subject.adapters._reports._timer, subject.adapters._reports._report_s = None, 0.0
+        await subject.adapters.loads.hold(digest_of("a7"))
         await until(lambda: bool(report_in(outbox)()), "the slots are reported")
         assert {status.name for status in subject.adapters.statuses() if status.resident} == {"a99", "a7"}
 
@@ -358,18 +358,18 @@ async def test_a_request_waits_for_memory_for_a_bounded_time() -> None:
         await subject.all_ready()
         (held,) = subject.engine.loaded
         name, other = ("a", digest_of("a")) if held == digest_of("b") else ("b", digest_of("b"))
-        await subject.adapters.hold(held)
+        await subject.adapters.loads.hold(held)
         for _ in range(3):  # the first waits, the others find that the load is overdue
             with pytest.raises(EngineRefused, match=r"memory, whose 1 adapters \(engine.max_cpu_loras\)") as refusal:
-                await subject.adapters.hold(other)
+                await subject.adapters.loads.hold(other)
             assert refusal.value.reason == "ADAPTER_INVALID"
         assert subject.status(name).state is AdapterState.LOADING
         assert "are in use" in subject.status(name).reason
-        subject.adapters.release(held)
+        subject.adapters.loads.release(held)
         await subject.all_ready()
         assert subject.engine.loaded == {other}
-        await subject.adapters.hold(other)
-        subject.adapters.release(other)
+        await subject.adapters.loads.hold(other)
+        subject.adapters.loads.release(other)
 
 
 async def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None:
@@ -384,10 +384,10 @@ async def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None
             if subject.status(name).state is not AdapterState.READY:  # the gateway would not send it
                 return
             with suppress(EngineRefused):
-                await subject.adapters.hold(digest_of(name))
+                await subject.adapters.loads.hold(digest_of(name))
                 served[name] += 1
                 await asyncio.sleep(0.005)
-                subject.adapters.release(digest_of(name))
+                subject.adapters.loads.release(digest_of(name))
 
         async def steady(name: str) -> None:
             async with asyncio.TaskGroup() as calls:
@@ -398,7 +398,7 @@ async def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None
         async with asyncio.timeout(60):
             await asyncio.gather(steady("a"), steady("b"))
         await subject.all_ready()
-        assert not subject.adapters._closing
+        assert not subject.adapters.loads._closing
 
 
 @settings(max_examples=60, deadline=None)
@@ -414,7 +414,7 @@ def test_any_order_of_sets_and_requests_keeps_the_rules(seed: int, capacity: int
 
             async def call(name: str) -> None:
                 try:
-                    await subject.adapters.hold(digest_of(name))
+                    await subject.adapters.loads.hold(digest_of(name))
                 except EngineRefused:
                     return
                 subject.engine.in_use.append(digest_of(name))
@@ -424,7 +424,7 @@ def test_any_order_of_sets_and_requests_keeps_the_rules(seed: int, capacity: int
                         await asyncio.sleep(0)
                 finally:  # also of a cancelled call
                     subject.engine.in_use.remove(digest_of(name))
-                    subject.adapters.release(digest_of(name))
+                    subject.adapters.loads.release(digest_of(name))
 
             calls = []
             for _ in range(40):
@@ -565,7 +565,7 @@ async def test_an_abort_ends_the_wait_for_memory() -> None:
     """A request that waits until an adapter is no longer in use counts as one that runs, and an abort ends it at once.
     What is aborted leaves nothing behind."""
     async with serving(max_cpu_loras=1, decode_ms=50.0) as (gateway, session):
-        session._adapters._hold_s = 60.0
+        session._adapters.loads._hold_s = 60.0
         specs = tuple(AdapterSpec(name, name) for name in "ab")
         gateway.to_send.put_nowait(pb.GatewayTurn(adapters=adapter_set_to_pb(AdapterSet(3, specs))))
         await until(
@@ -575,12 +575,12 @@ async def test_an_abort_ends_the_wait_for_memory() -> None:
         await until(lambda: 1 in gateway.tokens, "a is in use")
         before, adapters = session._requests.capacity(), session._adapters
         gateway.submit(2, digest_of("b"))
-        await until(lambda: bool(adapters._memory.uses(digest_of("b"))), "the request waits")
+        await until(lambda: bool(adapters.loads.memory.uses(digest_of("b"))), "the request waits")
         (capacity, slots), (capacity_before, slots_before) = session._requests.capacity(), before
         assert slots == slots_before - 1
         assert capacity.tokens <= capacity_before.tokens - 2
         gateway.to_send.put_nowait(pb.GatewayTurn(aborts=[2]))
-        await until(lambda: not adapters._memory.uses(digest_of("b")), "the wait has ended")
+        await until(lambda: not adapters.loads.memory.uses(digest_of("b")), "the wait has ended")
         await until(lambda: 2 in gateway.refused, "the gateway knows")
         assert gateway.refused[2].reason == "CANCELLED"
         assert session.statistics().running == 1, "a is still in use"

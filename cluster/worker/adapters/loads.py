@@ -1,0 +1,226 @@
+"""The adapters in the memory of a worker's engine: which are loaded, which make room, and which requests hold them.
+
+The first request for an adapter that is not in memory loads it, in place of the least recently used one, and only this
+request waits. If it has waited for HOLD_S, it is refused, and the adapter waits for its turn until it is loaded: its
+requests wait at the gateways, where they hold up no others. Meanwhile the adapter whose turn it is to be replaced takes
+no further requests, so that steady requests for some adapters do not keep others out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Set
+from typing import Final
+
+import structlog
+
+from cluster.api.outcomes import Outcome
+from cluster.api.ports import AdapterEngine, EngineCorrupt, EngineDead, EngineRefused
+from cluster.policy.adapters.memory import AdapterMemory
+from cluster.worker.adapters.reports import AdapterReports
+from cluster.worker.adapters.tasks import AdapterTasks
+
+log = structlog.get_logger("worker")
+
+HOLD_S: Final = 2.0
+"""Longest time in seconds for which a request waits here until its adapter is in the engine's memory."""
+
+
+class AdapterLoads:
+    """The adapters in one engine's memory. Without `engine` there are none, and requests for them are refused."""
+
+    def __init__(
+        self,
+        engine: AdapterEngine | None,
+        memory: AdapterMemory,
+        reports: AdapterReports,
+        tasks: AdapterTasks,
+        *,
+        report_dead: Callable[[EngineDead], None],
+        mark_corrupting: Callable[[str, str], None],
+        mark_refused: Callable[[str, str], None],
+        hold_s: float = HOLD_S,
+    ) -> None:
+        """Create the loads of an empty memory.
+
+        `report_dead`: is called if the engine must be replaced. `mark_corrupting(digest, reason)`: is called in a
+        thread with the adapter whose load has corrupted the engine. `mark_refused(digest, reason)`: is called if the
+        engine refuses an adapter. `hold_s`: longest time for which a request waits.
+        """
+        self.memory = memory
+        self._engine = engine
+        self._reports = reports
+        self._tasks = tasks
+        self._report_dead = report_dead
+        self._mark_corrupting = mark_corrupting
+        self._mark_refused = mark_refused
+        self._hold_s = hold_s
+        self._folders: Mapping[str, str] = {}
+        """Folders of the adapters for which requests are accepted, by digest."""
+        self._wanted: Set[str] = frozenset()
+        """Digests of the adapters that stay in memory until they must make room."""
+        self._changing = asyncio.Lock()  # held while the engine's memory changes
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._overdue: set[str] = set()
+        """Adapters whose load takes longer than a request may wait for it."""
+        self._closing = ""
+        """The adapter in memory that takes no further requests, so that it can be replaced."""
+        self._unused = asyncio.Event()
+
+    def set_wanted(self, folders: Mapping[str, str], pinned: Set[str], wanted: Set[str]) -> None:
+        """Set the adapters that are to be served. The digests in `wanted` that are not in `folders` are not ready.
+
+        `folders`: folders of the adapters for which requests are accepted, by digest. `pinned`: those that are never
+        dropped for others.
+        """
+        self._folders, self._wanted = folders, wanted
+        self.memory.pin(pinned)
+        self._unused.set()  # a load that waits for memory looks again
+
+    # ---- requests
+
+    def is_held(self, digest: str) -> bool:
+        """Return whether `hold` returns without waiting: the engine has the adapter in memory."""
+        return not digest or digest in self.memory
+
+    async def hold(self, digest: str) -> None:
+        """Make sure that the engine holds the adapter until `release`, and load it first if need be.
+
+        Does nothing for the base model (""). Raises EngineRefused ADAPTER_INVALID for an adapter that is not ready
+        here or has not been loaded in HOLD_S seconds, and EngineDead.
+        """
+        if not digest:
+            return
+        if digest not in self._folders:
+            raise adapter_refused(f"{digest[:80]!r} is not ready on this worker")
+        if why := self.why_waiting(digest):
+            raise adapter_refused(why)
+        if self.memory.begin_use(digest):
+            self._reports.mark_moved()
+        try:
+            async with asyncio.timeout(self._hold_s):
+                while digest not in self.memory:
+                    await asyncio.shield(self.load(digest))
+        except TimeoutError:
+            self.release(digest)
+            if digest in self._loads:
+                self._overdue.add(digest)
+                self._unused.set()  # the load closes an adapter
+                self._reports.mark_changed()
+            raise adapter_refused(self._all_in_use) from None
+        except BaseException:
+            self.release(digest)
+            raise
+
+    def why_waiting(self, digest: str) -> str:
+        """Return why no request may use an adapter that is ready: it waits for its turn; "" if one may."""
+        waits = digest in self._overdue or (bool(digest) and digest == self._closing)
+        return self._all_in_use if waits else ""
+
+    @property
+    def _all_in_use(self) -> str:
+        return (
+            f"the adapter waits for the engine's memory, whose {self.memory.capacity} adapters (engine.max_cpu_loras) "
+            "are in use"
+        )
+
+    def release(self, digest: str) -> None:
+        """End one use of an adapter, after its request has ended or was refused."""
+        if digest and self.memory.end_use(digest):
+            self._unused.set()
+            if digest not in self._folders:
+                self._tasks.spawn(self.drop_unwanted())
+
+    # ---- the engine's memory
+
+    def load(self, digest: str) -> asyncio.Task[None]:
+        """Return the task that loads an adapter; it goes on if all who wait for it end."""
+        task = self._loads.get(digest)
+        if task is None:
+            self._loads[digest] = task = self._tasks.spawn(self._load(digest))
+            task.add_done_callback(lambda _: self._load_ended(digest))
+        return task
+
+    def _load_ended(self, digest: str) -> None:
+        del self._loads[digest]
+        if digest in self._overdue:
+            self._overdue.remove(digest)
+            self._reports.mark_changed()
+
+    async def _load(self, digest: str) -> None:
+        engine = self._engine
+        assert engine is not None
+        try:
+            async with self._changing:
+                if digest in self.memory:
+                    return
+                await self._make_room(engine, digest)
+                folder = self._folders.get(digest)
+                if folder is None:
+                    raise adapter_refused(f"{digest!r} is no longer wanted on this worker")
+                await engine.load_adapter(digest, folder, pinned=digest in self.memory.pinned)
+                self.memory.add(digest)
+                self._reports.mark_moved()
+        except EngineCorrupt as corrupt:
+            await asyncio.to_thread(self._mark_corrupting, digest, str(corrupt))
+            self._report_dead(corrupt)
+            raise
+        except EngineDead as dead:
+            self._report_dead(dead)
+            raise
+        except EngineRefused as refused:
+            self._mark_refused(digest, refused.message)
+            raise
+
+    async def _make_room(self, engine: AdapterEngine, digest: str) -> None:
+        """Wait until the memory has a place, and drop an adapter for it if need be."""
+        try:
+            while self.memory.is_full:
+                self.check_place(digest)
+                victim = self.memory.victim()
+                if victim is None:
+                    if digest in self._overdue and not self._closing:
+                        self._close(self.memory.oldest() or "")
+                    self._unused.clear()
+                    await self._unused.wait()
+                    continue
+                self.memory.remove(victim)
+                await engine.unload_adapter(victim)
+        finally:
+            if self._closing:
+                self._close("")
+
+    def check_place(self, digest: str) -> None:
+        """Raise EngineRefused if pinned adapters leave no place in memory for this one."""
+        if not self.memory.has_place_for(digest):
+            capacity = self.memory.capacity
+            raise adapter_refused(
+                f"the engine's memory is full of {capacity} pinned adapters: raise engine.max_cpu_loras, or pin fewer"
+            )
+
+    def _close(self, digest: str) -> None:
+        """Let an adapter in memory take no further requests; "" for none."""
+        self._closing = digest
+        self._reports.mark_changed()
+
+    async def drop_unwanted(self) -> None:
+        """Remove the adapters in memory that are neither wanted nor in use."""
+        engine = self._engine
+        assert engine is not None
+        async with self._changing:
+            for digest in list(self.memory.held):
+                if digest in self._wanted or self.memory.uses(digest):
+                    continue
+                self.memory.remove(digest)
+                try:
+                    await engine.unload_adapter(digest)
+                except EngineDead as dead:
+                    self._report_dead(dead)
+                    return
+                log.info("adapter.dropped", digest=digest)
+        self._unused.set()
+
+
+def adapter_refused(message: str) -> EngineRefused:
+    """Return the refusal of a request's adapter."""
+    return EngineRefused(Outcome.ADAPTER_INVALID.name, f"adapter: {message}", "adapter")

@@ -1,0 +1,79 @@
+"""Reports of the states of a worker's adapters to its gateways.
+
+A change is reported at once, but for a change of the adapters that lie in the engine's slots: each request may cause
+one, and so they are reported together after a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from cluster.api.adapters import AdapterStatus
+from cluster.wire.outbox import Outbox
+
+REPORT_S: Final = 0.1
+"""Least time in seconds between two reports to the gateways."""
+REPORT_S_EACH: Final = 0.0005
+"""Least time in seconds between two reports, for each adapter: a report has all adapters, and costs a gateway a
+hundredth of that time for each."""
+MOVES: Final = 4
+"""Factor by which a report waits longer if only the adapters in the engine's slots have changed."""
+
+
+class AdapterReports:
+    """The reports to all links of one worker. `statuses` returns the states of all adapters."""
+
+    def __init__(self, statuses: Callable[[], Sequence[AdapterStatus]], report_s: float = REPORT_S) -> None:
+        """Create the reports without links; `run` sends them. `report_s`: least time between two reports."""
+        self._statuses = statuses
+        self._report_s = report_s
+        self._links: dict[int, Outbox] = {}
+        self._adapters = 0
+        """Number of adapters in the last report."""
+        self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def attach(self, link: int, outbox: Outbox) -> None:
+        """Report to a new link, now and at each change."""
+        self._links[link] = outbox
+        outbox.adapters(self._statuses())
+
+    def detach(self, link: int) -> None:
+        """Forget a link that has ended."""
+        self._links.pop(link, None)
+
+    def mark_changed(self) -> None:
+        """Report soon that a state has changed."""
+        self._changed.set()
+
+    def mark_moved(self) -> None:
+        """Report after a while that other adapters lie in the engine's slots."""
+        if self._timer is None and not self._changed.is_set():
+            self._timer = asyncio.get_running_loop().call_later(MOVES * self._pause_s, self._changed.set)
+
+    async def run(self) -> None:
+        """Report changes to all links until cancelled."""
+        try:
+            while True:
+                await self._changed.wait()
+                self._changed.clear()
+                self._cancel_timer()
+                statuses = self._statuses()
+                self._adapters = len(statuses)
+                for outbox in self._links.values():
+                    outbox.adapters(statuses)
+                await asyncio.sleep(self._pause_s)
+        finally:
+            self._cancel_timer()
+
+    @property
+    def _pause_s(self) -> float:
+        """Seconds between two reports."""
+        return max(self._report_s, REPORT_S_EACH * self._adapters)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,203 @@
+"""The adapters that a worker's gateways want, from their set to the states that are reported.
+
+Each adapter is prepared in a task of its own: fetched and checked in a thread, then loaded into the engine while there
+is room. An adapter that is checked and finds no room is ready, too: its next request loads it (loads.py). A failed
+adapter is tried again after a while and reported with the reason. An adapter that is no longer wanted refuses new
+requests, and leaves the engine when its last request has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import structlog
+
+from cluster.api.adapters import AdapterSpec, AdapterState, AdapterStatus
+from cluster.api.ports import AdapterEngine, EngineDead, EngineRefused
+from cluster.api.types import EngineInfo
+from cluster.policy.adapters.desired import DesiredSet
+from cluster.policy.adapters.memory import AdapterMemory
+from cluster.wire.codecs.adapter_codec import AdapterSet
+from cluster.wire.outbox import Outbox
+from cluster.worker.adapters.loads import HOLD_S, AdapterLoads
+from cluster.worker.adapters.port import AdapterFiles
+from cluster.worker.adapters.reports import REPORT_S, AdapterReports
+from cluster.worker.adapters.tasks import AdapterTasks
+
+log = structlog.get_logger("worker")
+
+RETRY_S: Final = 5.0
+"""Seconds before a failed adapter is tried again. Doubled after each failure, up to MAX_RETRY_S."""
+MAX_RETRY_S: Final = 300.0
+PARALLEL_FETCHES: Final = 2
+"""Fetches at a time. Each occupies one of the few threads that also validate long prompts."""
+
+
+@dataclass(eq=False, slots=True)
+class WantedAdapter:
+    """An adapter that the worker is to have, and how far it is. `digest`: "" until its files are checked."""
+
+    spec: AdapterSpec
+    digest: str = ""
+    folder: str = ""
+    state: AdapterState = AdapterState.LOADING
+    reason: str = ""
+    failures: int = 0
+    work: asyncio.Task[None] | None = None
+
+    def is_same(self, spec: AdapterSpec) -> bool:
+        """Return whether `spec` needs no other files. It may name the digest that this worker has found."""
+        plain = {"pinned": False, "tenants": (), "digest": ""}
+        is_other = replace(self.spec, **plain) != replace(spec, **plain)  # type: ignore[arg-type]
+        return not is_other and spec.digest in ("", self.digest or self.spec.digest)
+
+
+class WorkerAdapters:
+    """The adapters of one worker. Without `engine` and `files` the worker has none, and refuses requests for them."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        engine: AdapterEngine | None,
+        files: AdapterFiles | None,
+        report_dead: Callable[[EngineDead], None],
+        *,
+        version: str = "",
+        retry_s: float = RETRY_S,
+        report_s: float = REPORT_S,
+        hold_s: float = HOLD_S,
+    ) -> None:
+        """`report_dead`: is called if the engine must be replaced. `version`: the model's version that runs here."""
+        has_adapters = bool(info.adapter_slots) and engine is not None and files is not None
+        self._files = files if has_adapters else None
+        self._version = version
+        self._retry_s = retry_s
+        self._desired: DesiredSet[tuple[AdapterSpec, ...]] = DesiredSet(())
+        self._wanted: dict[str, WantedAdapter] = {}
+        self._fetches = asyncio.Semaphore(PARALLEL_FETCHES)
+        self._tasks = AdapterTasks()
+        self._reports = AdapterReports(self.statuses, report_s)
+        self.loads = AdapterLoads(
+            engine if has_adapters else None,
+            AdapterMemory(info.adapter_slots, info.adapter_capacity),
+            self._reports,
+            self._tasks,
+            report_dead=report_dead,
+            mark_corrupting=self._mark_corrupting,
+            mark_refused=self._retry_refused,
+            hold_s=hold_s,
+        )
+        """The adapters in the engine's memory, which requests hold."""
+
+    def attach(self, link: int, outbox: Outbox) -> None:
+        """Report to a new link, now and at each change."""
+        if self._files is not None:
+            self._reports.attach(link, outbox)
+
+    def detach(self, link: int) -> None:
+        """Forget a link that has ended. Its set stays in effect until another gateway sends one."""
+        self._reports.detach(link)
+        self._desired.forget(link)
+
+    def receive(self, link: int, adapters: AdapterSet) -> None:
+        """Apply the set of adapters that a gateway has sent, if it is the newest."""
+        if self._files is not None and self._desired.receive(link, adapters.revision, adapters.adapters):
+            self._apply(self._desired.value)
+
+    def statuses(self) -> Sequence[AdapterStatus]:
+        """Return the states of all wanted adapters."""
+        residents = self.loads.memory.residents
+        return [self._status(name, adapter, residents) for name, adapter in self._wanted.items()]
+
+    def _status(self, name: str, adapter: WantedAdapter, residents: Collection[str]) -> AdapterStatus:
+        digest, is_ready = adapter.digest or adapter.spec.digest, adapter.state is AdapterState.READY
+        if is_ready and (why := self.loads.why_waiting(digest)):
+            return AdapterStatus(name, digest, AdapterState.LOADING, why)
+        return AdapterStatus(name, digest, adapter.state, adapter.reason, is_ready and digest in residents)
+
+    async def run(self) -> None:
+        """Report changes to all links until cancelled."""
+        try:
+            await self._reports.run()
+        finally:
+            await self._tasks.cancel()
+
+    def _apply(self, specs: Sequence[AdapterSpec]) -> None:
+        wanted = {spec.name: spec for spec in specs if spec.version in ("", self._version)}
+        for name, adapter in list(self._wanted.items()):
+            if name in wanted and adapter.is_same(wanted[name]):
+                adapter.spec = wanted[name]
+            else:
+                del self._wanted[name]
+                if adapter.work is not None:
+                    adapter.work.cancel()
+        for name, spec in wanted.items():
+            if name not in self._wanted:
+                self._wanted[name] = adapter = WantedAdapter(spec)
+                adapter.work = self._tasks.spawn(self._prepare(adapter))
+        self._wanted = {name: self._wanted[name] for name in wanted}
+        log.info("adapter.list_received", adapters=len(wanted), revision=self._desired.revision)
+        self._index()
+        self._tasks.spawn(self.loads.drop_unwanted())
+
+    def _index(self) -> None:
+        """Derive what the loads need to know from the wanted adapters, after a change of one."""
+        adapters = self._wanted.values()
+        served = [adapter for adapter in adapters if adapter.folder]
+        self.loads.set_wanted(
+            {adapter.digest: adapter.folder for adapter in served},
+            {adapter.digest for adapter in served if adapter.spec.pinned},
+            {digest for adapter in adapters for digest in (adapter.digest, adapter.spec.digest)},
+        )
+        self._reports.mark_changed()
+
+    async def _prepare(self, adapter: WantedAdapter, delay_s: float = 0.0) -> None:
+        """Fetch, check and load an adapter, and try again after each failure."""
+        files = self._files
+        assert files is not None
+        while True:
+            await asyncio.sleep(delay_s)
+            try:
+                async with self._fetches:
+                    stored = await asyncio.to_thread(files.fetch, adapter.spec)
+                adapter.digest, adapter.folder = stored.digest, str(stored.folder)
+                self._index()
+                self.loads.check_place(stored.digest)
+                if adapter.spec.pinned or not self.loads.memory.is_full:
+                    await asyncio.shield(self.loads.load(stored.digest))
+                adapter.state, adapter.reason, adapter.failures = AdapterState.READY, "", 0
+                log.info("adapter.ready", adapter=adapter.spec.name, digest=stored.digest)
+                self._reports.mark_changed()
+                return
+            except EngineDead:  # reported by the load
+                return
+            except EngineRefused as refused:
+                reason = refused.message
+            except (ValueError, OSError) as error:
+                reason = str(error)
+            except Exception as error:  # whatever a source's library raises: other adapters go on
+                log.exception("adapter.failed", adapter=adapter.spec.name)
+                reason = f"{type(error).__name__}: {error}"
+            delay_s = self._fail(adapter, reason)
+
+    def _fail(self, adapter: WantedAdapter, reason: str) -> float:
+        """Record why an adapter is not served; return the seconds until the next try."""
+        delay_s = min(self._retry_s * 2.0 ** min(adapter.failures, 20), MAX_RETRY_S)
+        adapter.state, adapter.reason, adapter.folder = AdapterState.FAILED, reason, ""
+        adapter.failures += 1
+        log.warning("adapter.failed", adapter=adapter.spec.name, reason=reason[:500], retry_s=delay_s)
+        self._index()
+        return delay_s
+
+    def _retry_refused(self, digest: str, reason: str) -> None:
+        """Prepare the adapters again that were ready and have this digest, which the engine has refused."""
+        for adapter in self._wanted.values():  # the tasks of adapters that are not ready try again themselves
+            if adapter.digest == digest and adapter.state is AdapterState.READY:
+                adapter.work = self._tasks.spawn(self._prepare(adapter, self._fail(adapter, reason)))
+
+    def _mark_corrupting(self, digest: str, reason: str) -> None:
+        assert self._files is not None
+        self._files.mark_refused(digest, reason)

@@ -1,0 +1,130 @@
+"""The engine core and its ranks as processes: their start, their sockets on this host, and why they ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+from cluster.api.ports import EngineDead
+from cluster.api.types import ModelSpec
+from cluster.worker.engine.processes import end_causes, exit_status, fork_server, sockets, watchdog
+from cluster.worker.engine.vllm import arguments, fast_path, kv_events, repairs
+from cluster.worker.engine.vllm.cpu import lone_rank
+from cluster.worker.engine.vllm.fast_path import FastPath
+from cluster.worker.engine.vllm.paths import EnginePath, StepStats
+from cluster.worker.engine.vllm.private_names import missing
+from cluster.worker.engine.vllm.public_path import PublicPath
+
+
+def why_not_fast() -> str:
+    """Return why this vLLM cannot be driven over the fast path; "" if it can."""
+    lacking = missing(fast_path.SYMBOLS)
+    return f"this vLLM lacks {', '.join(lacking)}" if lacking else ""
+
+
+class CoreProcesses:
+    """The processes of one engine. They are started once."""
+
+    def __init__(
+        self, spec: ModelSpec, model_folder: Path, executor: str, reasoning_parser: str, tokenizer_mode: str
+    ) -> None:
+        """Create the object; `start` starts the processes. For the arguments see VllmEngine."""
+        self._spec = spec
+        self._folder = model_folder
+        self._executor = executor
+        self._reasoning_parser = reasoning_parser
+        self._tokenizer_mode = tokenizer_mode
+        self._others: Set[int] = frozenset()
+        """Children that this process had before the engine."""
+        self._has_sockets = False
+        self._notes_name = ""
+        self._end_reason = ""
+        self.kv_events: kv_events.KvEventSocket | None = None
+        """The socket of the engine's KV events; None before `start` and for an engine without events."""
+
+    def start(self, stats: StepStats, *, fast: bool) -> tuple[Any, EnginePath]:
+        """Start the engine core and its ranks; return vLLM's VllmConfig and the path to the core. Blocks.
+
+        Raises ValueError for an invalid entry, EngineDead if the core does not start.
+        """
+        self._others = watchdog.children() - fork_server.server_pids()
+        arguments.prepare_environment(self._spec, self._executor)
+        self._has_sockets = sockets.OURS.acquire()
+        if self._has_sockets and kv_events.has_events(self._spec):
+            self.kv_events = kv_events.KvEventSocket(Path(os.environ[sockets.ENV]))
+        config = self._config()
+        in_core = lone_rank.settle(config)
+        fork_server.install(rank_in_core=in_core)
+        try:
+            with (
+                end_causes.name_engine() as self._notes_name,
+                lone_rank.environment(config) if in_core else contextlib.nullcontext(),
+            ):
+                return config, FastPath(config, stats) if fast else PublicPath(config, stats)
+        except Exception as error:
+            why = end_causes.find_cause(self._notes_name) or end_causes.with_log(
+                _start_error(str(error)), end_causes.log_of("stdout")
+            )
+            raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {why}") from error
+
+    def _config(self) -> Any:
+        """Return vLLM's VllmConfig for the entry, after the repairs of vLLM are applied. Raises ValueError."""
+        args = arguments.engine_arguments(
+            self._spec,
+            self._folder,
+            self._executor,
+            self._reasoning_parser,
+            self._tokenizer_mode,
+            None if self.kv_events is None else self.kv_events.config(),
+        )
+        try:
+            config = args.create_engine_config()
+        except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+            raise ValueError(f"models[{self._spec.name}]: vLLM refuses this entry: {error}") from error
+        repairs.apply()
+        if config.lora_config is not None and (why := repairs.why_no_adapters()):
+            raise ValueError(f"models[{self._spec.name}].engine.enable_lora: {why}")
+        return config
+
+    def forget_names(self) -> Set[int]:
+        """Unlink the names in /dev/shm of the engine, which must be up; return the ids of its processes on this host
+        and of this process. Blocks."""
+        watchdog.forget_names(self._others)
+        return watchdog.own_processes(self._others)
+
+    def end_error(self, dead: EngineDead, path: EnginePath | None) -> EngineDead:
+        """Return an EngineDead with the reason why the engine ended. The first reason found is used for all errors.
+
+        `dead`: the error that a method of `path` has raised. `path`: None if it is closed.
+        """
+        self._end_reason = self._end_reason or self._find_end_reason(dead, path)
+        return EngineDead(self._end_reason)
+
+    def _find_end_reason(self, dead: EngineDead, path: EnginePath | None) -> str:
+        if why := end_causes.find_cause(self._notes_name, recent=True):
+            return why
+        code = None if path is None else path.core_exit()
+        cause = (
+            f"{end_causes.CORE} {exit_status.describe(code)}"
+            if code is not None
+            else str(dead).partition(". See stack trace")[0]
+        )
+        return end_causes.with_log(cause, end_causes.log_of("stdout"))
+
+    def release_sockets(self) -> None:
+        """Close the engine's sockets and remove their folder after this process's last engine. Idempotent."""
+        if self.kv_events is not None:
+            self.kv_events.close()
+        has_sockets, self._has_sockets = self._has_sockets, False
+        if has_sockets:
+            sockets.OURS.release()
+
+
+def _start_error(error: str) -> str:
+    """Return how vLLM's processes ended, in words, if vLLM's start error has their exit codes; otherwise the error."""
+    failed = re.findall(r"'(\w+)': (-?\d+)", error.partition("Failed core proc(s):")[2])
+    return " and ".join(f"{end_causes.CORE} {exit_status.describe(int(code))}" for _, code in failed) or error

@@ -1,0 +1,75 @@
+"""The live requests of an engine: their counts, and ids that are refused as duplicates. Tested without an engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.api.pooling import PoolingOptions, PoolingTask
+from cluster.api.types import EngineRequest, Grammar, Sampling
+from cluster.worker.engine.vllm import live_requests
+from cluster.worker.engine.vllm.live_requests import LiveRequests
+from cluster.worker.engine.vllm.paths import LiveRequest, StepStats
+
+GRAMMAR = Sampling(max_tokens=4, grammar=Grammar("json_object", ""))
+
+
+def live_request(prompt: int = 3, emitted: int = 0, sampling: Sampling | None = None) -> LiveRequest:
+    """Return the record of a request with this number of prompt and emitted tokens."""
+    sampling = sampling or Sampling(max_tokens=4)
+    return LiveRequest.from_request(
+        EngineRequest("r", range(1, prompt + 1), sampling, emitted_token_ids=range(1, emitted + 1))
+    )
+
+
+def test_counts_follow_the_requests() -> None:
+    """Prompts and emitted tokens count until the first output or the end, each request until its end."""
+    stats = StepStats()
+    live = LiveRequests(stats)
+    live.add("a", live_request(3, 2))
+    live.add("b", live_request(10))
+    assert (stats.live, stats.prefill_tokens, len(live)) == (2, 15, 2)
+    assert live.finish_prefill("a") == 5
+    assert stats.prefill_tokens == 10
+    assert live.finish_prefill("a") == 5, "a second call counts nothing"
+    assert stats.prefill_tokens == 10
+    live.remove("b")
+    assert (stats.live, stats.prefill_tokens) == (1, 0)
+    assert live.remove("b") is None
+    assert stats.pace.age_s(float("inf")) > 0, "the engine is busy"
+    ended = live.remove("a")
+    assert ended is not None
+    assert ended.prompt_tokens == 3
+    assert (stats.live, stats.prefill_tokens, len(live)) == (0, 0, 0)
+    assert stats.pace.age_s(float("inf")) == 0, "the engine is idle"
+
+
+def test_grammars_count_until_the_first_output() -> None:
+    """A request with a grammar counts until its first output or its end. A pooling request has no grammar."""
+    live = LiveRequests(StepStats())
+    live.add("a", live_request(sampling=GRAMMAR))
+    live.add("b", live_request(sampling=GRAMMAR))
+    live.add("c", live_request())
+    live.add(
+        "d", LiveRequest.from_request(EngineRequest("r", (1,), GRAMMAR, pooling=PoolingOptions(PoolingTask.EMBED)))
+    )
+    assert live.awaiting_grammar == 2
+    live.finish_prefill("a")
+    live.finish_prefill("c")
+    assert live.awaiting_grammar == 1
+    for name in "abcd":
+        live.remove(name)
+    assert live.awaiting_grammar == 0
+
+
+def test_ids_are_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids of live requests and of the last ended ones were used; the id of a refused request was not."""
+    monkeypatch.setattr(live_requests, "REMEMBERED_IDS", 2)
+    live = LiveRequests(StepStats())
+    for name in ("a", "b", "c", "refused", "live"):
+        assert not live.was_used(name)
+        live.add(name, live_request())
+        assert live.was_used(name)
+    for name in ("a", "b", "c"):
+        live.remove(name)
+    live.remove("refused", remember=False)
+    assert [name for name in ("a", "b", "c", "refused", "live") if live.was_used(name)] == ["b", "c", "live"]
