@@ -136,12 +136,16 @@ class AdapterLoads:
     def load(self, digest: str) -> asyncio.Task[None]:
         """Return the task that loads an adapter; it goes on if all who wait for it end."""
         task = self._loads.get(digest)
-        if task is None:
+        # A task that is done stays here until its callback runs. To await it would not let the event loop run, so that
+        # a request would wait for ever if the adapter was dropped meanwhile.
+        if task is None or task.done():
             self._loads[digest] = task = self._tasks.spawn(self._load(digest))
-            task.add_done_callback(lambda _: self._load_ended(digest))
+            task.add_done_callback(lambda ended: self._load_ended(digest, ended))
         return task
 
-    def _load_ended(self, digest: str) -> None:
+    def _load_ended(self, digest: str, task: asyncio.Task[None]) -> None:
+        if self._loads.get(digest) is not task:  # the adapter is loaded again
+            return
         del self._loads[digest]
         if digest in self._overdue:
             self._overdue.remove(digest)
