@@ -113,8 +113,8 @@ class CallOutput:
         return pieces
 
     def pop_text(self) -> str | None:
-        """Return the new text of a call with one sequence, as a fast path of `pop_pieces`. The text is "" while text is
-        held back. None if there is more to deliver than text."""
+        """Return the new text of a call with one sequence, as a fast path of `pop_pieces`. Returns "" while text is
+        held back, and None if `pop_pieces` must be called, because there is more to deliver than text."""
         sequences = self._sequences
         if len(sequences) != 1 or self.error is not None or self._is_silent:
             return None
