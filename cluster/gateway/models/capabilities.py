@@ -53,7 +53,8 @@ class ModelCapabilities:
 
     @property
     def pooling(self) -> PoolingInfo | None:
-        """What the model's vectors are, as one of its workers reports; None while that is not known."""
+        """Pooling tasks and vector lengths of the model, as one of its workers reports them; None while they are
+        unknown."""
         infos = (link.info for link in self._links.values())
         last = () if self.last_info is None else (self.last_info,)
         return next((info.pooling for info in (*infos, *last) if info.pooling is not None), None)
