@@ -42,7 +42,7 @@ class CallContext(Generic[AnyOpening, Opened]):
         clock: Callable[[], float],
     ) -> None:
         """`begin`: takes the steps from the request to a queued call; each step registers its undo step. `at_end`:
-        functions that are called in this order when the call has ended. `clock`: the clock of deadlines."""
+        functions that are called in this order when the call has ended. `clock`: the clock of the call's deadline."""
         self._opening = opening
         self._begin = begin
         self._clock = clock

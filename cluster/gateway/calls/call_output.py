@@ -19,8 +19,8 @@ class CallOutput:
     __slots__ = ("_is_silent", "_listener", "_news", "_sequences", "_silent_since", "_usage", "_waiter", "error")
 
     def __init__(self, sequences: Sequence[OutputSequence[Any]], usage: CallUsage, arrived: float) -> None:
-        """`sequences`: the call's list of sequences, which may still be empty. `usage`: the call's, in which the tokens
-        are counted. `arrived`: time of the call's arrival."""
+        """`sequences`: the call's list of sequences, which may still be empty. `usage`: the usage of the call, in which
+        the tokens are counted. `arrived`: time of the call's arrival."""
         self._sequences = sequences
         self._usage = usage
         self.error: CallError | None = None

@@ -63,9 +63,9 @@ class LinkAdapters:
         )
 
     def apply(self, report: pb.AdapterReport) -> bool:
-        """Apply a worker's report. Returns whether adapters, digests or states have changed; slots of the engine do not
-        count. Raises ValueError for a report that cannot be read. A report of a worker that loads no adapters is
-        ignored."""
+        """Apply a worker's report. Returns whether the adapters, their digests or their states have changed; a change
+        of the engine's slots alone does not count. Raises ValueError for a report that cannot be read. A report of a
+        worker that loads no adapters is ignored."""
         return self.supported and self._set(adapter_report_from_pb(report))
 
     def _set(self, statuses: Iterable[AdapterStatus]) -> bool:

@@ -309,7 +309,7 @@ class WorkerLink:
         self.load = load
 
     def apply_beat(self, beat: pb.WorkerBeat, now: float) -> None:
-        """Apply a heartbeat. `now`: time of liveness.Waking."""
+        """Apply a heartbeat. `now`: the waking time of the gateway, see liveness.Waking."""
         self._set_load(codec.load_from_pb(beat.load))
         self.liveness.record_beat(self.load, beat.acked_seq, beat.sent_seq, now)
 

@@ -30,12 +30,13 @@ class ModelCapabilities:
         self._entry = entry
 
     def joined(self, link: WorkerLink) -> None:
-        """Add what a new worker can do."""
+        """Add the capabilities of a new worker."""
         self.parsers |= link.parsers
         self._linked_tasks |= link.tasks
 
     def left(self, link: WorkerLink) -> None:
-        """Remove what only a worker that has left could do."""
+        """Remove the capabilities of a worker that has left, unless another worker has them too. The engine info of the
+        last worker is kept."""
         self.parsers = frozenset().union(*(other.parsers for other in self._links.values()))
         self._linked_tasks = frozenset().union(*(other.tasks for other in self._links.values()))
         if not self._links:

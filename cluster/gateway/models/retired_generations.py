@@ -1,4 +1,5 @@
-"""The deployment generations of one model that the catalog has retired, and the compatibility keys of their workers."""
+"""The deployment generations of one model that the catalog has retired, and the compatibility keys of their workers
+that have left."""
 
 from __future__ import annotations
 

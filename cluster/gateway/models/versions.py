@@ -12,7 +12,7 @@ from cluster.policy.routing.version_split import Versions, choose_version
 
 
 class ModelVersions:
-    """The versions of one model. A version of "" stands for any version."""
+    """The versions of one model. The version "" means any version."""
 
     def __init__(
         self,

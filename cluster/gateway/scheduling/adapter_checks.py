@@ -82,8 +82,8 @@ class QueuedAdapters:
 
 
 def current_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
-    """Return the new key of a sequence's adapter if no worker has the adapter with the key in the sequence's request,
-    and the sequence has no output. Returns None if the sequence keeps its key."""
+    """Return the key to which the adapter of a sequence has changed. Returns None if the sequence keeps the key in its
+    request, because it has output or a worker has the adapter with this key."""
     now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
     is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
     return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None

@@ -155,8 +155,8 @@ class TextModel:
 
 
 def _chars_of_packed(prompt: PackedPrompt) -> int:
-    """Return the number of characters for which a packed prompt is placed: at least so many that the prompt is unpacked
-    and tokenized in a helper process."""
+    """Return a length in characters for a packed prompt, by which TextJobs decides where to tokenize it. The length is
+    always large enough for a helper process, since the prompt must be unpacked there."""
     return max(memoryview(prompt.packed).nbytes, ENCODE_HELPER_CHARS + 1)
 
 
