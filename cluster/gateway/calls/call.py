@@ -125,8 +125,8 @@ class Call:
 
     @property
     def charged_prompt_tokens(self) -> int:
-        """Number of prompt tokens that are charged to the tenant's limits. If the worker was lost before any token, the
-        prompt is not charged."""
+        """Number of prompt tokens that are charged to the tenant's limits. If the worker was lost before the first
+        token, the prompt is not charged."""
         is_computed = self.first_token_at is not None or self._may_be_computed
         return self.usage.prompt_tokens if is_computed and self.pays_prompt else 0
 
@@ -165,8 +165,8 @@ class Call:
             self.versions = Versions(identity.version, frozenset((identity.version,)))
 
     def set_adapter(self, sequence: CallSequence, digest: str) -> None:
-        """Set the digest of the adapter in the request of a sequence without output, which was made before the digest
-        was known or before it has changed."""
+        """Set the adapter's digest in the request of a sequence without output. The request was made before the digest
+        was known, or the digest has changed since."""
         sequence.set_adapter(digest)
         if (tokens := self.resume_tokens) is not None and not self.is_resumed:
             tokens.head = replace(tokens.head, adapter_digest="" if name_of(digest) else digest)
@@ -200,7 +200,7 @@ class Call:
         self.payment.record_output(output.origin_lost)
 
     def progressed(self, sequence: CallSequence, tokens: int, now: float) -> None:
-        """Handle the tokens of a step, if the output is more than one plain token."""
+        """Handle the new tokens of an engine step. The fast paths for a single token do not call this method."""
         if self.first_token_at is None:
             self.first_token_at = now
             self.usage.ttft_s = now - self.arrived

@@ -1,4 +1,5 @@
-"""The context in which a call is open. Its end runs the cleanup of the call, with the outcome of the context.
+"""The context in which a call is open. The end of the context determines the call's outcome and runs the call's
+cleanup.
 
 The context is a class and not a generator, because a class is faster and every call has a context.
 """
@@ -41,7 +42,7 @@ class CallContext(Generic[AnyOpening, Opened]):
         clock: Callable[[], float],
     ) -> None:
         """`begin`: takes the steps from the request to a queued call; each step registers its undo step. `at_end`:
-        functions that are called in this order when the call has ended. `clock`: the clock of deadlines."""
+        functions that are called in this order when the call has ended. `clock`: the clock of the call's deadline."""
         self._opening = opening
         self._begin = begin
         self._clock = clock
@@ -67,7 +68,8 @@ class CallContext(Generic[AnyOpening, Opened]):
             raise CallError(Outcome.INTERNAL, message) from error  # an Exception is answered by the API
 
     def _outcome_of(self, error: BaseException) -> Outcome:
-        """Return the outcome of a context that has raised `error`; OK for an error that ends the process."""
+        """Return the outcome of a call whose context has raised `error`. An error that ends the process is not counted
+        against the call: the outcome stays OK."""
         if isinstance(error, CallError):
             return error.outcome
         if isinstance(error, asyncio.CancelledError):

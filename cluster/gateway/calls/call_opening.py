@@ -62,13 +62,14 @@ class CallOpening:
 
     @property
     def longest_context(self) -> int:
-        """Maximum context length of the call in tokens, by its model and its tenant; 0 while the model's is unknown."""
+        """Maximum context length of the call in tokens: the model's or, if it is smaller, the tenant's. 0 while the
+        model's is unknown."""
         longest, of_tenant = self.model.capabilities.max_model_len, self.meta.principal.tenant.max_context_tokens
         return min(longest, of_tenant) if of_tenant else longest
 
     def begin_trace(self, tracer: Tracer, traceparent: str) -> None:
-        """Begin the record of the call's spans if the call is sampled, and set its trace id. `traceparent`: the context
-        of the caller, or of the call at its first gateway."""
+        """Begin the record of the call's spans if the call is sampled, and set its trace id. `traceparent`: the
+        caller's trace context or, for a resumed call, the trace context of the call at its first gateway."""
         self.trace = tracer.begin(traceparent, self.meta.trace_state, self.arrived)
         if self.trace is not None:
             self.trace_id = self.trace.trace_id
@@ -81,8 +82,8 @@ class CallOpening:
         scheduler: Scheduler,
         clock: Callable[[], float],
     ) -> dict[str, Any]:
-        """Return the fields of the call. `kind`: the beginning of the call's id. `priority_class` and `metadata`: those
-        of the request."""
+        """Return the fields of the call. `kind`: prefix of the call's id. `priority_class`, `metadata`: as in the
+        request."""
         meta, policy = self.meta, _policy_of(self.meta, priority_class, scheduler)
         return {
             "id": f"{kind}-{random_id()}",

@@ -19,8 +19,8 @@ class CallOutput:
     __slots__ = ("_is_silent", "_listener", "_news", "_sequences", "_silent_since", "_usage", "_waiter", "error")
 
     def __init__(self, sequences: Sequence[OutputSequence[Any]], usage: CallUsage, arrived: float) -> None:
-        """`sequences`: the call's list of sequences, which may still be empty. `usage`: the call's, in which the tokens
-        are counted. `arrived`: time of the call's arrival."""
+        """`sequences`: the call's list of sequences, which may still be empty. `usage`: the usage of the call, in which
+        the tokens are counted. `arrived`: time of the call's arrival."""
         self._sequences = sequences
         self._usage = usage
         self.error: CallError | None = None
@@ -113,8 +113,8 @@ class CallOutput:
         return pieces
 
     def pop_text(self) -> str | None:
-        """Return the new text of a call with one sequence, as a fast path of `pop_pieces`. The text is "" while text is
-        held back. None if there is more to deliver than text."""
+        """Return the new text of a call with one sequence, as a fast path of `pop_pieces`. Returns "" while text is
+        held back, and None if `pop_pieces` must be called, because there is more to deliver than text."""
         sequences = self._sequences
         if len(sequences) != 1 or self.error is not None or self._is_silent:
             return None

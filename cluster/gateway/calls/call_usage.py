@@ -1,4 +1,4 @@
-"""The usage of a call, as the answer's caller sees it and as logs and metrics record it."""
+"""The usage of a call, for the answer to the caller, for logs and for metrics."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ class Cleanup:
         self._steps: list[Undo] = []
 
     def add(self, undo: Undo) -> None:
-        """Register an undo step. An idempotent step must be registered before the acquisition, any other step after the
-        acquisition."""
+        """Register an undo step. A step that may run without its acquisition is registered before the acquisition, any
+        other step after it."""
         self._steps.append(undo)
 
     async def run(self) -> None:

@@ -1,4 +1,4 @@
-"""The open calls of one gateway, which an operator, a suspension or the end of the gateway may end."""
+"""The open calls of one gateway. An operator, the suspension of the tenant, or the end of the gateway may end them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class OpenCalls:
         self._calls[call.id] = call
 
     def remove(self, call: Call) -> None:
-        """Remove a call that has ended. Its sequences no longer refer to the call. Idempotent."""
+        """Remove a call that has ended, and drop the references from its sequences to the call. Idempotent."""
         self._calls.pop(call.id, None)
         for sequence in call.sequences:
             sequence.unlink_call()

@@ -147,7 +147,7 @@ class Opening(CallOpening):
         clock: Callable[[], float],
         life: Callable[[], Life],
     ) -> Call:
-        """Create the call and its sequences, without queueing them. `life` returns the life of a new sequence."""
+        """Create the call and its sequences, without queueing them. `life` returns the initial state of a sequence."""
         sampling = self._sampling()
         request, meta = self.request, self.meta
         kind = "chatcmpl" if requests.is_chat(request.prompt) else "cmpl"
@@ -214,7 +214,7 @@ def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> Ou
     The output of a chat is parsed if the chat may call tools, or if the model has a parser of reasoning. A chat with
     tools that must not be called is parsed by a tool parser, too, so that tool calls are not shown as content. While a
     model has no worker, its parsers are unknown, and every chat is parsed; a worker without a parser ignores the
-    request. Raises CallError for tools that are too long for the number of outputs."""
+    request. Raises CallError if the tools are too long, since they are sent once for each of the call's outputs."""
     output = request.output
     if not output.parser_request:
         return None

@@ -7,8 +7,8 @@ from cluster.gateway.resume_tokens.claim import ResumeTerms
 
 
 class PromptPayment:
-    """Decides whether this gateway charges a call's prompt to the call's tenant. A call that began at this gateway pays
-    always."""
+    """Decides whether this gateway charges a call's prompt to the call's tenant. A call that began at this gateway
+    always pays."""
 
     __slots__ = ("_origin_lost", "_pays_again", "terms")
 
@@ -31,8 +31,8 @@ class PromptPayment:
             self._pays_again = True  # the client pays for the second computation of the prompt
 
     def is_due(self, may_be_computed: bool) -> bool:
-        """Return whether the prompt is charged. `may_be_computed`: whether an engine may compute the prompt although no
-        output has arrived, since the client has ended the call."""
+        """Return whether the prompt is charged. `may_be_computed`: whether an engine has accepted the call, so that it
+        may compute the prompt even if the client ends the call before the first output."""
         if self.terms is None or self._pays_again:
             return True
         return may_be_computed and self._origin_lost is None and self.terms is not ResumeTerms.FREE

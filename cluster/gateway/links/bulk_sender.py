@@ -22,7 +22,7 @@ class BulkSender:
         self._blobs: asyncio.Queue[pb.Blob] | None = None
 
     def open(self, blobs: asyncio.Queue[pb.Blob]) -> None:
-        """Use a queue whose blobs are sent to the worker, since the worker has opened its Bulk stream."""
+        """Send all further chunks through this queue, because the worker has opened its Bulk stream."""
         self._blobs = blobs
 
     def extract_prompt(self, message: pb.Submit) -> Sequence[pb.Blob]:

@@ -61,8 +61,7 @@ class BundleFetches:
                 self._request(digest)
 
     def receive(self, parts: dict[str, bytearray], blob: pb.Blob) -> None:
-        """Apply a blob from a Bulk stream. `parts`: the incomplete bundles of that stream, by the key of their
-        blobs."""
+        """Apply a blob from a Bulk stream. `parts`: the bytes received so far on this stream, by blob key."""
         digest = blob.key.removeprefix("bundle:")
         waiting = self._bundles.get(digest)
         if waiting is None or waiting.done():

@@ -38,7 +38,8 @@ class _Stream:
 
 
 class CurrentController:
-    """The connected controller (of several streams, the newest), and the last catalog that a controller has sent."""
+    """The connected controller, and the last catalog that a controller has sent. Of several controllers' streams the
+    newest counts."""
 
     def __init__(
         self,

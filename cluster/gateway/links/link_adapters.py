@@ -1,4 +1,5 @@
-"""The adapters of one worker: those that the gateway has sent it to load, and the states that it reports."""
+"""The adapters of one worker: the adapters that the gateway has sent to be loaded, and the states that the worker
+reports."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class LinkAdapters:
         states_changed: Callable[[], None],
     ) -> None:
         """`send` sends the adapters to the worker. `mark_changed` is called when routing must read the adapters again.
-        `states_changed` is called after it when more has changed than which adapters are in a slot of the engine."""
+        `states_changed` is called after `mark_changed` if the worker's adapters, their digests or their states have
+        changed. It is not called if an adapter has only entered or left a slot of the engine."""
         self.supported = supported
         """Whether the worker loads the adapters that its gateways send."""
         self.statuses: Mapping[str, AdapterStatus] = {}
@@ -35,9 +37,9 @@ class LinkAdapters:
         self._has_reported = False
 
     def send(self, revision: int, adapters: tuple[AdapterSpec, ...]) -> None:
-        """Send the adapters that the worker should load, if they differ from those sent before. `revision`: that of the
-        catalog. Adapters of a new revision are also sent again if the worker reports others, because another gateway
-        may have sent it an older catalog. Does nothing if the worker loads no adapters."""
+        """Send the adapters that the worker should load, if they differ from those sent before. They are also sent if
+        the catalog's `revision` is new and the worker reports other adapters, because another gateway may have sent the
+        worker an older catalog. Does nothing if the worker loads no adapters."""
         if not self.supported:
             return
         sent = self._sent
@@ -61,8 +63,9 @@ class LinkAdapters:
         )
 
     def apply(self, report: pb.AdapterReport) -> bool:
-        """Apply a worker's report. Returns whether more has changed than which adapters are in a slot of the engine.
-        Raises ValueError for a report that cannot be read. A report of a worker that loads no adapters is ignored."""
+        """Apply a worker's report. Returns whether the adapters, their digests or their states have changed; a change
+        of the engine's slots alone does not count. Raises ValueError for a report that cannot be read. A report of a
+        worker that loads no adapters is ignored."""
         return self.supported and self._set(adapter_report_from_pb(report))
 
     def _set(self, statuses: Iterable[AdapterStatus]) -> bool:

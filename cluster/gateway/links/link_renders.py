@@ -21,8 +21,8 @@ class RendererLost(Exception):
 
 @dataclass(slots=True, eq=False)
 class RenderedPrompt:
-    """A prompt that a worker has rendered, with `tokens` tokens. `max_tokens`: the limit that the gateway requested.
-    `ids` is empty if the prompt is longer."""
+    """A prompt that a worker has rendered. `tokens`: its length. `max_tokens`: the limit that the gateway requested. If
+    the prompt is longer than this limit, `ids` is empty."""
 
     ids: array[int]
     tokens: int

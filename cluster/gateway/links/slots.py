@@ -62,8 +62,8 @@ MAX_SAMPLES = 64
 
 
 class PrefillSample(NamedTuple):
-    """A measurement of prefill: the engine has computed on `tokens` prompt tokens for `seconds`. `at`: monotonic time
-    at which this was measured."""
+    """A measurement of prefill: the engine has worked for `seconds` on `tokens` prompt tokens. `at`: monotonic time of
+    the measurement."""
 
     tokens: int
     seconds: float
@@ -120,9 +120,9 @@ class SlotTable:
     def add(
         self, slot: int, sink: Sink, tokens: int, paced: int, resumed: bool, to_compute: int = 0, now: float = 0.0
     ) -> None:
-        """Add a request that is being sent. `tokens`: number of its tokens. `paced`: number of tokens that count for
-        prefill pacing. `to_compute`: number of tokens that the engine is likely to compute, 0 for `paced`. `now`:
-        monotonic time."""
+        """Add a request that is being sent. `tokens`: number of the request's tokens. `paced`: number of tokens that
+        count for prefill pacing. `to_compute`: number of tokens that the engine is likely to compute; 0 means that it
+        equals `paced`. `now`: monotonic time."""
         prompt = _Prompt(tokens, to_compute or paced, now)
         self._sinks[slot], self._prefilling[slot] = sink, prompt
         self.prefill_tokens += prompt.to_compute
@@ -136,7 +136,7 @@ class SlotTable:
 
     def unfinished(self, now: float) -> PrefillSample:
         """Return the number of prompt tokens that the engine is likely to compute for the requests without output, and
-        for how many seconds it has computed on them."""
+        how long it has worked on them so far."""
         since = next((prompt.sent_at for prompt in self._prefilling.values()), now)
         return PrefillSample(self.prefill_tokens, max(now - max(since, self._first_at), 0.0), now)
 
@@ -231,8 +231,8 @@ class SlotTable:
     def _record_prefill(self, firsts: Iterable[pb.First], now: float) -> None:
         """Record how long the engine has taken for the prompts whose first output has arrived.
 
-        Prompts are computed in the order of their arrival, so the engine has begun with these when they were sent, or
-        when the prompts before them had their first output."""
+        The engine computes prompts in the order of their arrival. It began with these prompts when they were sent or,
+        if that was later, when the prompts before them had their first output."""
         computed, since = 0, math.inf
         for first in firsts:
             if (prompt := self._prefilling.get(first.slot)) is not None:
@@ -245,8 +245,8 @@ class SlotTable:
     def _apply_tokens(
         self, step: pb.StepOutputs, without: Container[int], parts: Mapping[int, Sequence[OutputPart]], now: float
     ) -> float:
-        """Deliver tokens to the slots that got one token, perhaps with `parts`, and nothing else. Slots in `without`
-        are skipped.
+        """Deliver the tokens of a step to the slots that got exactly one token. `parts`: the parts of a slot's token,
+        if its worker parses the output. Slots in `without` are skipped.
 
         Returns the duration of the step in seconds, measured at slots that also got a token in the previous step; 0 if
         there are no such slots."""

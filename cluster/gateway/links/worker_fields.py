@@ -1,5 +1,5 @@
-"""Fields of a gateway's log lines that name a worker and its place. The fields `pod` and `node` of such a line name the
-gateway's place."""
+"""Fields of a gateway's log lines that name a worker and its place. In the same lines, the fields `pod` and `node` name
+the place of the gateway."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class LinkListener(Protocol):
         """Handle a change of the worker's drain state."""
 
     def adapters_changed(self, link: WorkerLink) -> None:
-        """Handle a worker's report of its adapters with other digests or states than before."""
+        """Handle a report of the worker's adapters in which adapters, digests or states have changed."""
 
 
 class WorkerLink:
@@ -256,7 +256,8 @@ class WorkerLink:
 
     def apply(self, message: pb.WorkerTurn) -> bool:
         """Apply a message from the worker. Returns whether the worker's credit, drain state or adapters have changed,
-        or whether it takes another chat to render. Raises ValueError for a message that cannot be applied."""
+        or whether the worker has room for another chat to render. Raises ValueError for a message that cannot be
+        applied."""
         now = self._clock()
         running, prefill_tokens = len(self.slots), self.slots.prefill_tokens
         changed = False
@@ -308,7 +309,7 @@ class WorkerLink:
         self.load = load
 
     def apply_beat(self, beat: pb.WorkerBeat, now: float) -> None:
-        """Apply a heartbeat. `now`: waking time."""
+        """Apply a heartbeat. `now`: the waking time of the gateway, see liveness.Waking."""
         self._set_load(codec.load_from_pb(beat.load))
         self.liveness.record_beat(self.load, beat.acked_seq, beat.sent_seq, now)
 

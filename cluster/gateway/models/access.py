@@ -78,8 +78,8 @@ class ModelAccess:
         return self.allows(principal) or any(True for _ in self._likely_patterns(principal.tenant))
 
     def _likely_patterns(self, tenant: TenantPolicy) -> Iterator[tuple[str, str]]:
-        """Yield (`model:`, pattern) for each of the model's names and each pattern of the policy that an adapter's full
-        name with this beginning could match."""
+        """Yield pairs of a prefix and a pattern. The prefix is one of the model's names with `:`. The pattern is from
+        the tenant's policy and could match an adapter's full name with this prefix."""
         for name in self._names:
             start = f"{name}{SEPARATOR}"
             yield from ((start, pattern) for pattern in tenant.models if _may_match(pattern, start))

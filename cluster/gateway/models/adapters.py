@@ -210,8 +210,8 @@ class ModelAdapters:
         return digest in (self._ready.get(name, ()) if name else self._ready_digests)
 
     def keys_on(self, link: WorkerLink) -> Keys:
-        """Return all keys of the adapters whose calls a worker takes, and all keys of those adapters that lie in a slot
-        of its engine."""
+        """Return two sets of adapter keys: of the adapters whose calls the worker takes, and of those adapters among
+        them that are in a slot of its engine. An adapter can have two keys, its digest and its pending key."""
         if not link.adapters.statuses:
             return _NONE, _NONE
         worker_id = link.identity.worker_id
@@ -237,7 +237,7 @@ class ModelAdapters:
         return frozenset(ready), frozenset(resident)
 
     def wanted_on(self, link: WorkerLink) -> tuple[AdapterSpec, ...]:
-        """Return the adapters that a worker should load: those of its version."""
+        """Return the adapters that a worker should load, which are the adapters of the worker's version."""
         version = link.identity.version
         wanted = self._of_version.get(version)
         if wanted is None:

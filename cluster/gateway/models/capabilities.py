@@ -30,12 +30,13 @@ class ModelCapabilities:
         self._entry = entry
 
     def joined(self, link: WorkerLink) -> None:
-        """Add what a new worker can do."""
+        """Add the capabilities of a new worker."""
         self.parsers |= link.parsers
         self._linked_tasks |= link.tasks
 
     def left(self, link: WorkerLink) -> None:
-        """Remove what only a worker that has left could do."""
+        """Remove the capabilities of a worker that has left, unless another worker has them too. The engine info of the
+        last worker is kept."""
         self.parsers = frozenset().union(*(other.parsers for other in self._links.values()))
         self._linked_tasks = frozenset().union(*(other.tasks for other in self._links.values()))
         if not self._links:
@@ -53,7 +54,8 @@ class ModelCapabilities:
 
     @property
     def pooling(self) -> PoolingInfo | None:
-        """What the model's vectors are, as one of its workers reports; None while that is not known."""
+        """Pooling tasks and vector lengths of the model, as one of its workers reports them; None while they are
+        unknown."""
         infos = (link.info for link in self._links.values())
         last = () if self.last_info is None else (self.last_info,)
         return next((info.pooling for info in (*infos, *last) if info.pooling is not None), None)

@@ -69,7 +69,8 @@ class ModelLookup:
         return [*(name for name in model.entry.aliases if name not in own), *of_tenant]
 
     def resolve(self, name: str, principal: Principal = DEFAULT_PRINCIPAL, *, began: bool = False) -> KnownModel:
-        """Return the model of `target`: for the name of an adapter, its base model. Raises CallError."""
+        """Return the model with this name or alias. For the name of an adapter, return the adapter's base model. Raises
+        CallError. See `target`."""
         return self.target(name, principal, began=began).model
 
     def target(self, name: str, principal: Principal = DEFAULT_PRINCIPAL, *, began: bool = False) -> Target:
@@ -139,9 +140,9 @@ class ModelLookup:
         adapter: str = "",
         suits: Callable[[KnownModel], bool] = lambda other: True,
     ) -> KnownModel | None:
-        """Return the first of the model's fallbacks that is served, that the caller may use and that `suits` the call;
-        None if there is no such fallback. `adapter`: name of the call's adapter, else ""; the fallback must serve an
-        adapter of the same name."""
+        """Return the first of the model's fallbacks that is served, that the caller may use and for which `suits`
+        returns True; None if there is no such fallback. `adapter`: name of the call's adapter, else ""; the fallback
+        must serve an adapter of the same name."""
         for name in model.entry.fallback:
             other = self.find(name)
             if other is None or other.leaving or not suits(other):

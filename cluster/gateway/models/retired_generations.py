@@ -1,5 +1,5 @@
-"""The deployment generations of one model's workers that the catalog has retired, and what their workers were
-compatible with."""
+"""The deployment generations of one model that the catalog has retired, and the compatibility keys of their workers
+that have left."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class RetiredGenerations:
         """Compatibility keys of workers of retired generations that have left, oldest first."""
 
     def update(self, retired: Iterable[str], links: Iterable[WorkerLink]) -> None:
-        """Remember the generations that a new catalog retires. A generation that it retires no longer is forgotten if a
-        worker of it takes new requests, since the replacement was rolled back. `links`: the model's workers."""
+        """Remember the generations that a new catalog retires. Forget a generation that the new catalog does not retire
+        if one of its workers takes new requests: its replacement was rolled back. `links`: the model's workers."""
         retired = tuple(retired)
         _remember(self._retired, *retired)
         for link in links:
@@ -35,7 +35,7 @@ class RetiredGenerations:
                 self._retired.pop(link.identity.generation, None)
 
     def joined(self, link: WorkerLink) -> None:
-        """Forget the compatibility key of a new worker, with which sequences can resume again."""
+        """Forget the compatibility key of a new worker, since sequences with this key can resume on this worker."""
         self._departed.pop(link.compatibility_key, None)
 
     def left(self, link: WorkerLink) -> None:

@@ -1,4 +1,4 @@
-"""What a caller's model name stands for: a model, or one of its adapters."""
+"""The model or adapter that a caller's model name denotes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.gateway.models.known_model import KnownModel
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a caller's model name stands for: a model, or one of its adapters by name."""
+    """The model, or the adapter of a model, that a caller's model name denotes."""
 
     model: KnownModel
     adapter: str = ""

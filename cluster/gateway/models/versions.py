@@ -12,7 +12,7 @@ from cluster.policy.routing.version_split import Versions, choose_version
 
 
 class ModelVersions:
-    """The versions of one model. A version of "" stands for any version."""
+    """The versions of one model. The version "" means any version."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class ModelVersions:
         """Choose a version for a call, and alternatives with the same tokenizer in case the chosen version is full.
 
         `bundle_digest`: for a resumed call, digest of the tokenizer with which the call began. `only`: the version to
-        which the call's adapter belongs, if it belongs to one. Raises CallError."""
+        which the call's adapter belongs; "" if the adapter does not belong to one version. Raises CallError."""
         shares = [share for share in self._entry.versions if not share.quarantined]
         if only and any(share.version == only for share in shares):
             return Versions(only, frozenset((only,)))

@@ -79,8 +79,8 @@ class ResumeClaims:
         raise CallError(Outcome.RESUME_EXPIRED, f"the call {TOO_OFTEN}")
 
     def _terms(self, maker: Maker, first: bool, given_up: bool) -> ResumeTerms:
-        """Return the terms of a resume from the tokens of `maker`. `first`: whether this is the first resume from the
-        tokens of this generation."""
+        """Return the terms of a resume. `maker`: the origin of the presented tokens. `first`: whether this is the first
+        resume from the tokens of this generation. `given_up`: whether the gateway in `maker` has given the call up."""
         if not maker.gateway:
             return ResumeTerms.FREE
         if not first:

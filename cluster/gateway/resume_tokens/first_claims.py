@@ -110,7 +110,7 @@ class StoreFirstClaims:
 
     def __init__(self, first: Callable[[str, float], Awaitable[bool | None]], otherwise: FirstClaims) -> None:
         """`first(name, expires_s)` claims a name in the limits store, and returns None if that store does not answer.
-        `otherwise`: the other store."""
+        `otherwise`: the store that is used then."""
         self._first = first
         self._otherwise = otherwise
 

@@ -14,10 +14,10 @@ back; the ids of such text belong to the next resume token.
 
 Layout, little-endian: number (8 bytes), expiry in seconds since the epoch (8), digest of the previous token (16), count
 of choices (2); for each choice: index (2), finish (1), chars (8), count of ids (4), the ids (4 each); then, if needed,
-a JSON object. Its fields: `call`, in the first token; `likeness`, a compatibility key by choice index, with a choice's
-first ids; `homes`, a worker by choice index, whenever the worker has changed; `maker`, in the first token that a
-gateway makes for a call. A whole token has `whole`, all of these fields, and all ids of its choices. Older releases
-neither make nor read `maker`.
+a JSON object. Its fields: `call`, in the first token; `likeness`, a compatibility key by choice index, in the token
+with the first ids of a choice; `homes`, a worker by choice index, in the first token after a change of the worker;
+`maker`, in the first token that a gateway makes for a call. A whole token has `whole`, all of these fields, and all ids
+of its choices. Older releases neither make nor read `maker`.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def digest_of(sealed: bytes) -> bytes:
 
 
 def encode_one(number: int, expires_s: int, before: bytes, chars: int, token_id: int) -> bytes:
-    """Return the content of a resume token that adds one id to choice 0, without a finish. This is a fast path of
+    """Return the content of a resume token that adds one id to choice 0, which goes on. This is a fast path of
     `encode`."""
     return _SINGLE_ID.pack(number, expires_s, before, 1, 0, 0, chars, 1, token_id)
 
@@ -193,7 +193,8 @@ def encode_one(number: int, expires_s: int, before: bytes, chars: int, token_id:
 def encode(
     number: int, expires_s: int, before: bytes, choices: Sequence[Choice], more: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Return the content of a resume token, which must then be sealed."""
+    """Return the content of a resume token, which must then be sealed. `before`: digest of the previous token. `more`:
+    the fields of the JSON object."""
     parts = [_HEAD.pack(number, expires_s, before, len(choices))]
     for choice in choices:
         count = len(choice.token_ids)

@@ -1,9 +1,9 @@
-"""The queued calls for adapters, looked at again after each change of the adapters.
+"""The check of the queued calls for adapters after each change of the adapters.
 
 Problem: while a thousand adapters are loaded on many workers, there are many changes a second, and twenty thousand
-sequences may be queued. Invariants: at most MOST sequences are looked at for one change and in one turn of the
-scheduler's clock; after the last change, every sequence is looked at once more. Sequences that are not looked at yet
-wait on, as before the change.
+sequences may be queued. Invariants: at most MOST sequences are checked at once, after a change or in one period of the
+scheduler's upkeep. After the last change, every sequence is checked once more. Until its check, a sequence waits as
+before the change.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MOST: Final = 1024
 
 
 class AdapterChecks:
-    """Looks at the queued sequences of calls for adapters, in slices, after each change of the adapters."""
+    """Checks the queued sequences of calls for adapters, in slices, after each change of the adapters."""
 
     def __init__(
         self, queued: Callable[[], Sequence[CallSequence]], check: Callable[[CallSequence], None], most: int = MOST
     ) -> None:
-        """`queued` returns the queued sequences; `check` looks at one of them."""
+        """`queued` returns the queued sequences; `check` checks one of them."""
         self._queued = queued
         self._check = check
         self._most = most
@@ -37,14 +37,14 @@ class AdapterChecks:
         self._is_stale = False
 
     def changed(self) -> None:
-        """Look at the first sequences now and at the others a little later. If sequences are left of an earlier change,
-        all are looked at after them."""
+        """Check the first sequences now and the others a little later. If the checks after an earlier change are not
+        finished, they are finished first, and then all sequences are checked again."""
         self._is_stale = True
         if not self._left:
             self.go_on()
 
     def go_on(self) -> None:
-        """Look at the next sequences. Called a few times a second."""
+        """Check the next sequences. Called a few times a second."""
         if self._is_stale and not self._left:
             self._is_stale = False
             self._left = [sequence for sequence in self._queued() if sequence.call.adapter]
@@ -66,8 +66,8 @@ class QueuedAdapters:
         self._find = find
 
     def check(self, sequence: CallSequence) -> None:
-        """End the call of a sequence if no worker could load its adapter, or if the adapter is gone; else give the
-        sequence the adapter's digest that counts now."""
+        """End the call of a sequence if no worker could load its adapter, or if the adapter is gone. Otherwise update
+        the adapter's digest in the sequence."""
         call, model = sequence.call, self._find(sequence.call.model)
         if model is None:
             return
@@ -82,8 +82,8 @@ class QueuedAdapters:
 
 
 def current_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
-    """Return the key of the adapter that a sequence without output should use in place of the one in its request, which
-    no worker has; None if it should keep that one."""
+    """Return the key to which the adapter of a sequence has changed. Returns None if the sequence keeps the key in its
+    request, because it has output or a worker has the adapter with this key."""
     now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
     is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
     return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None

@@ -1,10 +1,11 @@
-"""Reports of a gateway's queues to workers: its claim on capacity to every worker, its tenants' backlogs to some.
+"""Reports of a gateway's queues to workers. Every worker gets the gateway's claim on capacity, and some workers also
+get the backlogs of the gateway's tenants.
 
 A claim is the gateway's share of the next turns (FairOrder.claimed_turns); workers divide their capacity by the claims.
 So a queue that becomes empty or non-empty is reported at once, and other changes a few times a second. Workers forward
 the backlogs to the other gateways. Two forwarding workers suffice, since the next report replaces a lost report. If
-workers connect to some gateways only, more workers forward, other ones with each report. Backlogs are repeated every
-half second, since gateways forget the backlogs of a gateway that does not report.
+workers connect to some gateways only, each report is forwarded by more workers, and the next report by others. Backlogs
+are repeated every half second, since gateways forget the backlogs of a gateway that does not report.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class BacklogReports:
             self._report(model, self._clock())
 
     def joined(self, model: str) -> None:
-        """Report everything again, because a worker has joined that has not had a report yet."""
+        """Report a model's queues again in full, because a new worker has had no report yet."""
         self._reported.pop(model, None)
         self.changed(model)
 

@@ -61,7 +61,8 @@ class UnservedModels:
         self._names: set[str] = set()
 
     def note(self, model: KnownModel) -> None:
-        """Report the demand for a model of which a call waits, if no worker serves the model."""
+        """Report the demand for a model for which a call waits, if no worker serves the model and the demand was not
+        reported yet."""
         if model.name not in self._names and not model.served:
             self._names.add(model.name)
             self._report()

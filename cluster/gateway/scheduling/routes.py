@@ -59,8 +59,8 @@ class Routes:
             self.on_resent(links[-1])
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Count the prediction of a sequence whose first output has arrived. `cached_tokens`: number of tokens that the
-        engine found in its KV cache."""
+        """Count the predicted cached tokens of a sequence whose first output has arrived, and the error of the
+        prediction. `cached_tokens`: number of tokens that the engine found in its KV cache."""
         route = sequence.route
         predicted = None if route is None else route.predicted_cached_tokens
         if route is None or predicted is None:
@@ -87,7 +87,8 @@ def _route(
     again: str,
     now: float,
 ) -> Route:
-    """Return a route to a worker. A worker that reports no KV blocks gets no prediction."""
+    """Return a route to a worker. Cached tokens are predicted only for a worker that reports its KV blocks. `again`:
+    the reason of a further Submit; "" for the first."""
     capabilities = link.info.capabilities
     return Route(
         sequence.index,

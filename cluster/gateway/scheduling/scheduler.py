@@ -92,7 +92,7 @@ class Scheduler:
         hedging_share: float = 0.0,
     ) -> None:
         """`resume_wait_s`: longest wait, in seconds, of a sequence for a compatible worker. `max_silent_losses`: see
-        policy/scheduling/worker_losses.py. `policy_of` creates the policy; a test may record what the policy does.
+        policy/scheduling/worker_losses.py. `policy_of` creates the policy, so that a test can wrap it.
         `render_room_of`: see ChatRenders. `routing`: the policy for new calls. `hedging_share`: see HedgingPolicy."""
         self.host = host
         self.charges = charges
@@ -176,7 +176,8 @@ class Scheduler:
         )
 
     async def enter_in_slices(self, call: Call, model: KnownModel) -> None:
-        """Queue the sequences of a call with many, as `enter` does, in slices between which other tasks run."""
+        """Queue the sequences of a call as `enter` does, but in slices between which other tasks run. For calls with
+        many sequences."""
         starts_in_s = 0.0 if call.deadline is None else self.charges.starts_in_s(call)
         for at in range(0, len(call.sequences), SLICE):
             if at:
@@ -248,8 +249,8 @@ class Scheduler:
         call.output.wake()
 
     def follow(self, call: Call) -> None:
-        """Update the charges and the demand of a running call. Called a few times a second. A pooling call's sequences
-        do not grow."""
+        """Update the charges and the demand of a running call. Called a few times a second. Does nothing for a pooling
+        call, whose sequences do not grow."""
         if call.is_pooling:
             return
         for sequence in call.sequences:

@@ -97,7 +97,8 @@ class SequenceEvents:
             self._queues.versions_changed(call)
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Correct the charge of a sequence when its first output has arrived, and count its prediction."""
+        """Handle the first output of a sequence: correct the sequence's charge, compare the predicted cached tokens
+        with `cached_tokens`, and stop watching the sequence for a hedge."""
         self._charges.began(sequence, cached_tokens)
         self._routes.began(sequence, cached_tokens)
         self._hedges.answered(sequence, cached_tokens)
@@ -126,5 +127,5 @@ class SequenceEvents:
         self._queues.settle(sequence)
 
     def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
-        """Record that one of the two workers of a hedged sequence is out. See CallEvents."""
+        """Record that only one of the two workers of a hedged sequence still has the sequence. See CallEvents."""
         self._hedges.ended(sequence, won, computed_by)

@@ -193,8 +193,8 @@ class ServiceCharges:
         return self.fair.order(call.model).service_ahead(call.flow, call.rank) / speed.per_s
 
     def sweep(self, models: Mapping[str, bool], now: float) -> None:
-        """Update the speeds and spreads, and forget workers that left GONE_S ago. Called once a second. `models`: for
-        each model, whether a worker is linked."""
+        """Update the models' speeds and `spreads`, and forget workers that left GONE_S ago. Called once a second.
+        `models`: for each model, whether a worker is linked."""
         for (model, worker), when in list(self._gone.items()):
             if now - when >= GONE_S:
                 del self._gone[model, worker]

@@ -147,7 +147,8 @@ class WorkerCaches:
         index.store(worker, change.stored)
 
     def _apply_small(self, model: str) -> None:
-        """Apply the small reports of some workers of a model now, and all other reports of its workers soon."""
+        """Apply the small reports of some workers of a model now, and let the next passes of the event loop apply the
+        model's other reports."""
         if "numpy" not in sys.modules:
             return
         waiting = [each for each in self._unapplied.values() if each.link.identity.model == model]

@@ -1,5 +1,5 @@
 """Events of the links that the scheduler handles: workers that connect and disconnect, workers' reports, and new
-catalogs. The demand for the controller is also made here."""
+catalogs. The demand that is reported to the controller is computed here too."""
 
 from __future__ import annotations
 

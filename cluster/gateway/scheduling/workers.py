@@ -112,7 +112,7 @@ class LinkedWorkers:
             known.changed_workers.add(worker_id)
 
     def age(self, now: float) -> None:
-        """Have routing read each worker again whose slowdown has changed only because time has passed. Called once a
+        """Mark the workers whose slowdown has changed with time alone, so that routing reads them again. Called once a
         second."""
         for known, state in self._models.items():
             for worker_id in state.times.known():
@@ -190,7 +190,8 @@ class LinkedWorkers:
         return [] if known is None else [known.links[worker] for worker in sorted(known.links)]
 
     def _candidate(self, known: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:
-        """Return a worker as it is now, with its circuit breaker. The speed of workers counts for new calls only."""
+        """Return the present state of a worker, with its circuit breaker. Its slowdown is set for a new sequence
+        only."""
         row = None if resumed else self._fleet(known, now).find(link.identity.worker_id)
         healthy = self._breakers.allows(link.identity.incarnation, now)
         return self._row(known, link, 1.0 if row is None else row.slowdown, healthy, resumed)

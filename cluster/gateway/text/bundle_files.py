@@ -61,12 +61,14 @@ class BundleFiles:
 
     @property
     def renderer(self) -> str:
-        """Name of the renderer with which workers make the prompts of chats; "" if only the chat template does."""
+        """Name of the renderer with which workers make the prompts of chats; "" if chats are rendered only with the
+        chat template."""
         return str(self.config.get(RENDERER, ""))
 
     @property
     def vocab_size(self) -> int:
-        """Size of the model's vocabulary, else of the tokenizer's."""
+        """Size of the vocabulary according to the model's configuration, else the size of the tokenizer's
+        vocabulary."""
         return int(self._model_config.get("vocab_size") or self.tokenizer.get_vocab_size())
 
     @property

@@ -143,7 +143,7 @@ class ParsedText:
         return "".join(part.text for part in self._last_popped if part.kind is PartKind.CONTENT)
 
     def pop_parts(self) -> Sequence[OutputPart]:
-        """Return the parts to which the text that `pop_text` returned last belongs; empty if the output is not
+        """Return all parts of the output that belong to the last call of `pop_text`; empty if the output is not
         parsed."""
         parts, self._last_popped = self._last_popped, []
         return parts

@@ -67,8 +67,8 @@ class TextCodec:
         return array("I", self.prompts.encode(text, "prompt_token_ids", add_special_tokens=False))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Render messages with the chat template and tokenize the result. `options`: as of render_chat. Raises
-        CallError as ChatTemplate.render does."""
+        """Render messages with the chat template and tokenize the result. `options`: the further arguments of
+        render_chat. Raises CallError as ChatTemplate.render does."""
         return self.prompts.encode(self.render_chat(messages, **options), "messages", add_special_tokens=False)
 
     def render_chat(
@@ -92,7 +92,8 @@ class TextCodec:
         )
 
     def chat_json(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> bytes:
-        """Return a chat as the JSON that a worker's renderer gets. `options`: as of render_chat. Raises CallError."""
+        """Return a chat as the JSON that a worker's renderer gets. `options`: the further arguments of render_chat.
+        Raises CallError."""
         if self._control_tokens is not None:
             messages = self._control_tokens.in_messages(messages)
             arguments = dict(options.get("template_kwargs") or {})
@@ -123,25 +124,25 @@ class TextCodec:
         cache_salt: str = "",
         **options: Any,
     ) -> array[int]:
-        """Return the token ids of messages, as encode_chat does, but as a packed array. Memory and limit: see
-        `prompt_ids`."""
+        """Return the token ids of messages, as encode_chat does, but as a packed array. Known blocks are reused and
+        `max_tokens` is checked as in `prompt_ids`."""
         return self.prompts.ids(self.chat_text(messages, max_tokens, **options), tenant, cache_salt)
 
     def prompt_text(self, text: str, max_tokens: int = ANY_LENGTH) -> PromptText:
-        """Return a plain prompt as it is tokenized. Raises CallError as `prompt_ids` does."""
+        """Return the text to be tokenized for a plain prompt. Raises CallError as `prompt_ids` does."""
         self._lengths.refuse_long(text, max_tokens, chat=False)
         return PromptText(text, "prompt")
 
     def chat_text(
         self, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
     ) -> PromptText:
-        """Return messages as they are tokenized. Raises CallError as `prompt_ids` does."""
+        """Return the text to be tokenized for the messages of a chat. Raises CallError as `prompt_ids` does."""
         text = self.render_chat(messages, **options)
         self._lengths.refuse_long(text, max_tokens, chat=True)
         return PromptText(text, "messages")
 
     def packed_text(self, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> PromptText:
-        """Return a packed prompt as it is tokenized. Raises CallError as `prompt_ids` does."""
+        """Return the text to be tokenized for a packed prompt. Raises CallError as `prompt_ids` does."""
         unpacked = prompt.unpacked()
         if isinstance(unpacked, TextPrompt):
             return self.prompt_text(unpacked.text, max_tokens)

@@ -135,7 +135,8 @@ class TextModel:
         recall = prompts.recall(tenant, cache_salt, field)
 
         def missing(answer: bytes | array[int]) -> Job | None:
-            """Return the second job for a prompt of which the helper process has sent the digests."""
+            """Return the job that encodes the prompt's missing blocks, given the digests of all blocks. None if
+            `answer` already holds the prompt's ids."""
             return ("finish", (recall.missing(answer), field), {}) if recall and isinstance(answer, bytes) else None
 
         def here() -> array[int]:
@@ -154,7 +155,8 @@ class TextModel:
 
 
 def _chars_of_packed(prompt: PackedPrompt) -> int:
-    """Return a number of characters with which a packed prompt is unpacked and tokenized in a helper process."""
+    """Return a length in characters for a packed prompt, by which TextJobs decides where to tokenize it. The length is
+    always large enough for a helper process, since the prompt must be unpacked there."""
     return max(memoryview(prompt.packed).nbytes, ENCODE_HELPER_CHARS + 1)
 
 

@@ -30,8 +30,8 @@ _TOKEN: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "sp
 
 
 def read_tokenizer(data: bytes, whole: Callable[[bytes], Tokenizer] = Tokenizer.from_buffer) -> Tokenizer:
-    """Return the tokenizer for the contents of a tokenizer.json. `whole`: reads contents that are unusual. Raises the
-    library's Exception for invalid contents."""
+    """Return the tokenizer for the contents of a tokenizer.json. `whole`: function of the library that reads unusual
+    contents. Raises the library's Exception for invalid contents."""
     try:
         tokenizer = from_parts(from_json(data, cache_strings="none"))
     except Exception:  # the library's error message is better

@@ -62,7 +62,8 @@ class Attempt:
             self.times.update(times)
 
     def end(self, reason: str, last_token_at: float = 0.0) -> None:
-        """Record the end of the attempt. `last_token_at`: 0 for the present. Further calls change nothing."""
+        """Record the end of the attempt. `last_token_at`: time of the attempt's last token; 0 means now. Further calls
+        change nothing."""
         if self.ended_at is None:
             self.ended_at, self.end_reason = self.clock(), reason
             self.last_token_at = last_token_at or self.ended_at

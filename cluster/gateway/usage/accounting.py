@@ -243,15 +243,15 @@ class Accounting:
         return account.sealed
 
     def hedged(self, sequence: CallSequence) -> bytes:
-        """Wait for the counts of one more Submit, to the second worker of a sequence that is hedged. Returns the sealed
-        record for the Submit. Raises KeyError for a sequence without an open account."""
+        """Expect the counts of one more Submit, because a sequence is also sent to a second worker. Returns the sealed
+        record for this Submit. Raises KeyError for a sequence without an open account."""
         account = self._by_sequence[sequence.key]
         account.awaited += 1
         return account.sealed
 
     def hedge_ended(self, sequence: CallSequence, computed_by: str) -> None:
-        """Record that one of the two workers of a hedged sequence is out. `computed_by`: incarnation of that worker, ""
-        if it has refused the sequence."""
+        """Record that only one of the two workers of a hedged sequence still has the sequence. `computed_by`:
+        incarnation of the other worker, "" if it has refused the sequence."""
         account = self._by_sequence.get(sequence.key)
         if account is not None and sequence.link is not None:
             account.worker = sequence.link.identity

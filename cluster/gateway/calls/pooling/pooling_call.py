@@ -16,8 +16,7 @@ from cluster.policy.routing.version_split import Versions
 
 @dataclass(eq=False, slots=True)
 class PoolingCall(Call):
-    """A pooling call from arrival to end. `inputs`: the caller's inputs, or those into which a guard has changed
-    them."""
+    """A pooling call from arrival to end. `inputs`: the caller's inputs after the changes that guards have made."""
 
     is_pooling: ClassVar[bool] = True
     inputs: PoolingInputs = field(kw_only=True)

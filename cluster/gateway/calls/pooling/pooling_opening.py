@@ -178,7 +178,7 @@ class PoolingOpening(CallOpening):
 
     async def create_sequences(self, authenticator: Authenticator, life: Callable[[], Life]) -> None:
         """Create the sequences of the call, one for each input, in slices between which other tasks run. `life` returns
-        the life of a new sequence."""
+        the initial state of a sequence."""
         call, request = self.call, self.request
         assert isinstance(call, PoolingCall)
         first = EngineRequest(
@@ -209,8 +209,8 @@ class PoolingOpening(CallOpening):
         return None if info is not None and wanted == info.dimensions else wanted
 
     def _engine_request(self, first: EngineRequest, i: int) -> EngineRequest:
-        """Return the engine request of an input. `first`: the engine request of the first input, without the mark of
-        its second text."""
+        """Return the engine request of input `i`. `first`: the engine request from which all fields that the inputs
+        share are copied. It has no start of a second text."""
         pooling, second = first.pooling, self.second_text(i)
         assert pooling is not None
         if not i and not second:

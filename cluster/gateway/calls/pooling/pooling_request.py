@@ -236,7 +236,7 @@ class PairInputs:
 
     @property
     def all_texts(self) -> Sequence[str]:
-        """All texts that the caller has written: the first ones, then the second ones."""
+        """All texts that the caller has written: first the texts of `first`, then those of `second`."""
         return joined(self.first, self.second)
 
     def path_of_text(self, i: int) -> str:
@@ -285,7 +285,8 @@ PoolingInputs = TextInputs | IdsInputs | PairInputs
 
 
 def joined(first: Sequence[str], second: Sequence[str]) -> Sequence[str]:
-    """Return the texts of both sequences in one, packed if one of them is packed."""
+    """Return one sequence with all texts of `first`, then all texts of `second`. It is packed if `first` or `second` is
+    packed."""
     if isinstance(first, PackedTexts) or isinstance(second, PackedTexts):
         return _packed(first) + _packed(second)
     return [*first, *second]

@@ -40,7 +40,7 @@ def is_sampled(trace_id: str, request_id: str, ratio: float) -> bool:
 
 
 class LineBudget:
-    """A limit on log lines: on average `per_s` lines a second, and at most as many at once."""
+    """A limit on log lines: `per_s` lines a second on average, and `per_s` lines in one burst."""
 
     def __init__(self, per_s: int) -> None:
         self._per_s = per_s

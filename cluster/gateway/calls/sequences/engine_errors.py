@@ -23,8 +23,9 @@ def refusal_of(reason: str, message: str, field: str) -> CallError:
 
 
 def format_error(request: EngineRequest, finish: FinishReason) -> CallError | None:
-    """Return the error for a request whose output must have a format, if an engine has ended the output with ERROR,
-    because the format allows no further token. None for any other end: then the engine is at fault."""
+    """Return the error for a request whose output must have a format, if its output has ended because the format allows
+    no further token: the engine then ends the output with ERROR. Returns None for any other end, which is the engine's
+    fault."""
     parsing = request.parsing
     field = "tools" if parsing is not None and parsing.needs_tools else "response_format"
     if finish is not FinishReason.ERROR or (request.sampling.grammar is None and field != "tools"):

@@ -57,8 +57,8 @@ class HedgedSequence(Sink, Protocol):
 
 @dataclass(eq=False, slots=True)
 class Hedge:
-    """The slot of a sequence on its second worker, until one of the two workers is out. Implements the Sink of
-    slots.py until the first output."""
+    """The slot of a sequence on its second worker, until only one of the two workers has the sequence. Implements the
+    Sink of slots.py until the first output."""
 
     sequence: HedgedSequence
     link: WorkerLink
@@ -143,8 +143,8 @@ class Hedge:
         self._stay(self._incarnation, has_failed=False, why="hedged")
 
     def _stay(self, computed_by: str, *, has_failed: bool, why: str) -> None:
-        """Continue the sequence on the first worker alone. The parameters are those of `keep`, for the second
-        worker."""
+        """Continue the sequence on the first worker alone. The parameters are those of `keep`, but `has_failed` is
+        about the second worker."""
         sequence, self._is_over = self.sequence, True
         sequence.drop_hedge()
         if self.traced is not None:

@@ -171,8 +171,8 @@ class Life:
         self.attempt += 1
 
     def hedge_ended(self, last_worker: str, has_failed: bool) -> None:
-        """Record that one of two workers is out. `last_worker`: incarnation of the worker that keeps the sequence.
-        `has_failed`: whether the worker that is out has failed the sequence."""
+        """Record that only one of two workers still has the sequence. `last_worker`: incarnation of this worker.
+        `has_failed`: whether the other worker has failed the sequence."""
         self.apply(Event.HEDGE_ENDED)
         self.last_worker, self.computed = last_worker, True
         self.failures += has_failed

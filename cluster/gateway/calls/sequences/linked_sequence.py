@@ -1,4 +1,5 @@
-"""A sequence as the links to its workers see it: what happens if a worker accepts, refuses, loses or fails it.
+"""A sequence as the links to its workers see it: what happens when a worker accepts or refuses the sequence, fails it,
+or is lost.
 
 A sequence that leaves its worker continues on another worker after the tokens emitted so far, or its call ends.
 """

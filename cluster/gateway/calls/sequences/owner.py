@@ -1,4 +1,5 @@
-"""What a sequence needs of its call, and the events of which it notifies the gateway's other parts."""
+"""The interface of a call that its sequences need, and the receiver of the sequences' events in the other parts of the
+gateway."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class CallEvents(Protocol[AnySequence]):
         """Handle the end of one of many sequences of a call that goes on."""
 
     def hedge_ended(self, sequence: AnySequence, won: bool, computed_by: str) -> None:
-        """Handle that one of the two workers of a hedged sequence is out: the first if the hedge has `won`, else the
-        second. `computed_by`: incarnation of the worker that is out; "" if it has refused the sequence."""
+        """Handle that one of the two workers of a hedged sequence no longer has it: the first worker if the hedge has
+        `won`, else the second. `computed_by`: incarnation of this worker; "" if it has refused the sequence."""
 
 
 class Notifier(Protocol):
@@ -76,7 +77,7 @@ class SequenceOwner(Protocol):
         """What the call's API reads."""
 
     def progressed(self, sequence: Any, tokens: int, now: float) -> None:
-        """Handle the tokens of a step, if the output is more than one plain token."""
+        """Handle the new tokens of an engine step. The fast paths for a single token do not call this method."""
 
     def began(self, sequence: Any, output: TokenOutput) -> None:
         """Handle the first output that a worker sends for the sequence."""

@@ -18,9 +18,9 @@ class WorkerParsers:
         """The capabilities of the worker that name a parser; empty if the worker does not parse the output."""
 
     def accept(self, capabilities: Iterable[str], is_parsed: bool) -> bool:
-        """Return whether a worker parses the output as the workers before it did, and record the parsers of the first
-        such worker. `capabilities`: those of the worker; none if the worker does not parse the output. `is_parsed`:
-        whether a worker before has parsed the output."""
+        """Return whether a worker has the parsers of the earlier workers of the output. The parsers of the first worker
+        are recorded. `capabilities`: the worker's capabilities; empty if the worker does not parse the output.
+        `is_parsed`: whether an earlier worker has begun to parse the output."""
         parsers = tuple(word for word in capabilities if word.startswith(PARSER_KINDS))
         if not is_parsed:
             self._capabilities = parsers

@@ -36,8 +36,8 @@ class Piece:
 
 
 class PieceBuffer:
-    """Buffer of one sequence's next piece. `index`: index of the sequence in its call. `parsed_text`: the `text`, if
-    the worker may parse the output."""
+    """Buffer of one sequence's next piece. `index`: index of the sequence in its call. `parsed_text`: the same object
+    as `text` if the worker may parse the output, else None."""
 
     __slots__ = (
         "_finish_reason",
@@ -74,8 +74,8 @@ class PieceBuffer:
     # ---- from the sequence
 
     def restore(self, token_ids: Sequence[int], chars: int, is_finished: bool) -> None:
-        """Continue after these tokens, of whose text another gateway has delivered `chars` characters. `is_finished`:
-        whether that gateway has delivered the end. Raises ValueError if the tokens have less text."""
+        """Continue after these tokens. `chars`: number of characters of their text that another gateway has delivered.
+        `is_finished`: whether that gateway has delivered the end. Raises ValueError if the tokens have less text."""
         self._text.restore(token_ids, chars)
         if self._logprob_texts is not None:
             self._logprob_texts.restore(token_ids)

@@ -26,7 +26,8 @@ Owner = TypeVar("Owner", bound=Identified)
 
 @dataclass(eq=False, repr=False, slots=True)
 class RoutedSequence(Generic[Owner]):
-    """The request of one sequence, its slot on the link to a worker (no link between two workers), and its life."""
+    """The request of one sequence, its life, and its slot on the link to a worker. Between two workers the sequence has
+    no link."""
 
     call: Owner
     index: int

@@ -1,5 +1,5 @@
-"""Output of a call, one of n. The tokens arrive from the link, become text, and wait for the API or go directly to the
-API.
+"""One of the n outputs of a call. The tokens arrive from the link and become text, which waits for the API or goes
+directly to it.
 
 Tokens become text when they arrive, not when the client reads. So a stop string ends the engine's work at once, even if
 the client is slow. A slow client gets several tokens in one piece.
@@ -33,7 +33,7 @@ Owner = TypeVar("Owner", bound=SequenceOwner)
 
 @dataclass(eq=False, repr=False, slots=True)
 class OutputSequence(LinkedSequence[Owner]):
-    """Output of a call, one of n. Implements the Sink of slots.py."""
+    """One of the n outputs of a call. Implements the Sink of slots.py."""
 
     detokenizer: TextSource
     logprob_texts: LogprobSource | None = None
@@ -74,9 +74,9 @@ class OutputSequence(LinkedSequence[Owner]):
             self.finish("length")  # the last token was delivered, the end was not
 
     def take_over_tokens(self, older: OutputSequence[Owner]) -> None:
-        """Take over the further tokens that this gateway has received for an earlier reader of the same sequence, so
-        that these tokens are not computed again. A sequence with log probabilities or with a parsed output takes no
-        tokens over, because log probabilities and parts are not kept."""
+        """Take over the tokens that this gateway has received for the same sequence after those of the resume tokens,
+        so that they are not computed again. `older`: the sequence in the call's earlier stream. If the output is parsed
+        or has log probabilities, nothing is taken over, because parts and log probabilities are not kept."""
         more = older.emitted[len(self.emitted) :]
         keeps_more = self.logprob_texts is not None or self.parsed_text is not None
         if self.finish_reason or older.finish_reason or keeps_more or not more:
@@ -129,8 +129,8 @@ class OutputSequence(LinkedSequence[Owner]):
             self.call_output.wake()
 
     def _accept_parsers(self, parsed_text: ParsedText, output: TokenOutput) -> bool:
-        """Return whether the worker of a first output parses the output as the workers before it did, if any did. If
-        not, the sequence leaves the worker, and another worker continues."""
+        """Return whether the worker that sent a first output has the parsers of the earlier workers of the sequence. If
+        not, the sequence leaves this worker, and another worker continues."""
         link = self.link
         capabilities = link.info.capabilities if link is not None and output.parsed is not None else ()
         if self.parsers.accept(capabilities, parsed_text.is_parsed):
@@ -153,7 +153,8 @@ class OutputSequence(LinkedSequence[Owner]):
             LinkedSequence._reject(self, reason, message, field)
 
     def _push_parsed(self, parsed_text: ParsedText, output: TokenOutput) -> str | None:
-        """Add the tokens of one engine step to the text. Returns what has ended the text, None while it goes on."""
+        """Add the tokens of one engine step to the text. Returns the stop string or guard that has ended the text, None
+        while the text goes on."""
         ends = output.finish is FinishReason.STOP
         stop = parsed_text.push_parsed(output.token_ids, output.parsed, ends, output.prompt_tokens is not None)
         if output.parsed is not None and output.parsed.reasoning_tokens:

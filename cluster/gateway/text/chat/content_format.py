@@ -27,8 +27,8 @@ def takes_parts(tree: nodes.Template) -> bool:
 
 
 def _reads(node: nodes.Node, variable: str, key: str = "") -> bool:
-    """Return whether an expression reads the variable or, with `key`, this member of the variable. An expression that
-    applies filters, tests or slices to it counts too."""
+    """Return whether an expression is the variable or, with `key`, this member of the variable. Filters, tests and
+    slices around it are ignored."""
     match node:
         case nodes.Filter() | nodes.Test():
             return node.node is not None and _reads(node.node, variable, key)

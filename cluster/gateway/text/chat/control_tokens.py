@@ -61,8 +61,8 @@ class ControlTokens:
         return out
 
     def _in_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Escape the texts of parts. A template may join them, so if they form a token together, they become one
-        part."""
+        """Escape the texts of a message's parts. A template may join the texts. If the joined texts contain a control
+        token, the parts are replaced by one part with the whole text."""
         texts = [self.escaped(part["text"]) for part in parts]
         together = "".join(texts)
         if (escaped := self.escaped(together)) != together:

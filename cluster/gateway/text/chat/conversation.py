@@ -33,8 +33,8 @@ def conversation(messages: Sequence[Message], *, in_parts: bool, knows_developer
 
 
 def merged_system(messages: Sequence[Message]) -> list[Message]:
-    """Return messages of Anthropic's API with all system messages merged into one at the beginning, as vLLM's server
-    does for a template that allows no other place. The texts are joined without separator."""
+    """Return messages of Anthropic's API with all system messages merged into one at the beginning. vLLM's server does
+    so for a template that allows a system message only there. The texts are joined without separator."""
     system = [message["content"] for message in messages if message["role"] == "system"]
     others = (message for message in messages if message["role"] != "system")
     return [{"role": "system", "content": "".join(system)}, *others]
@@ -74,7 +74,7 @@ def _as_system(message: Message) -> Message:
 
 
 def _with_one_system(messages: Sequence[Message]) -> list[Message]:
-    """Merge all system messages into one at the beginning, because many templates allow no other place."""
+    """Merge all system messages into one at the beginning, because many templates allow a system message only there."""
     system = [message for message in messages if message.get("role") == "system"]
     if len(system) == 1 and messages[0] is system[0]:
         return list(messages)

@@ -92,8 +92,9 @@ def _environment(now: Callable[[], datetime]) -> Environment:
 def _allows_late_system(source: str) -> bool:
     """Return whether a template renders a system message after the beginning.
 
-    The test is vLLM's, so that prompts equal those of vLLM. It renders without the additions of transformers, so it
-    fails for a template that needs one of them for such messages.
+    The test is vLLM's, so that prompts equal those of vLLM. It renders the template without the Jinja extensions and
+    functions that transformers adds. A template that needs one of them for a late system message is taken to allow
+    none.
     """
     try:
         template = Environment([jinja2.ext.loopcontrols], {}).guarded(source)
@@ -134,10 +135,9 @@ class ChatTemplate:
         now: Callable[[], datetime] = datetime.now,
         render_s: float = MAX_RENDER_S,
     ) -> None:
-        """`sources`: the Jinja text of each template by name; a single template has the name `default`. `render_s`:
-        CPU limit of one render, in seconds.
-        `special_tokens`: the text of each special token by name, such as bos_token. `control_tokens`: tokens that are
-        escaped in texts of users, tools and documents; None if no tokens are.
+        """`sources`: the Jinja text of each template by name; a single template has the name `default`. `render_s`: CPU
+        limit of one render, in seconds. `special_tokens`: the text of each special token by name, such as bos_token.
+        `control_tokens`: tokens that are escaped in texts of users, tools and documents; None to escape nothing.
 
         A template that does not compile raises its error in `render`, so that the model can still serve completions.
         """
@@ -172,11 +172,10 @@ class ChatTemplate:
         """Return the text of the prompt, special tokens included.
 
         `tools`: None and an empty list are equivalent. `template_kwargs`: further template arguments, such as
-        `documents`.
-        `continue_final_message`: leave the last message open; no generation prompt is added then.
-        `merges_system`: merge later system messages into the first one, if the model has a template that does not
-        allow them. Raises CallError: INVALID_FIELD on `messages` with the error text of the template, or
-        UNSUPPORTED_FEATURE if the model has no usable template.
+        `documents`. `continue_final_message`: leave the last message open; no generation prompt is added then.
+        `merges_system`: merge all system messages into the first one, if one of the model's templates allows no later
+        one. Raises CallError: INVALID_FIELD on `messages` with the error text of the template, or UNSUPPORTED_FEATURE
+        if the model has no usable template.
         """
         if not messages:
             raise invalid("messages", "at least one message is needed")

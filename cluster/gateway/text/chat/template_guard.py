@@ -177,8 +177,8 @@ def _round(_context: object, _: object) -> None:
 
 
 class _Instrument(NodeTransformer):
-    """Adds a tick to each loop iteration, and replaces each `~` by a filter that charges the result. Both are filters,
-    since filters cost less than calls."""
+    """Inserts the filter `_round` into each loop body, to count the iterations, and replaces each `~` by a filter that
+    charges the result. Filters are used because they cost less than calls."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
         self.generic_visit(node)

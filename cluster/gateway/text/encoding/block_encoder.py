@@ -2,8 +2,8 @@
 
 A text is cut at added tokens (token_cuts.py) and, within long stretches, before spaces (word_encoder.py), wherever the
 tokenizer allows it. The ids of a block depend on the block alone, so the ids of all blocks together equal those of the
-whole text. After a change in the text, the blocks are the same again from the end of the next long message on. So if a
-template changes earlier messages, little more than these messages is tokenized again.
+whole text. A change in a text changes only the blocks up to the end of the next long message. So if a template changes
+earlier messages, little more than these messages is tokenized again.
 
 A helper process cuts a text and returns the digests of the blocks (`begin`). The gateway process answers which blocks
 are missing in its memory (`Recall`), and the same helper encodes these (`finish`). `encode` does all of this in one
@@ -108,7 +108,8 @@ class BlockEncoder:
         return [*blocks, text[at:]]
 
     def _cut_words(self, text: str, at: int, end: int, blocks: list[str]) -> int:
-        """Append the blocks of text[at:end] that end at a word to `blocks`. Returns the position of the rest."""
+        """Cut text[at:end] before spaces, and append the blocks to `blocks`. Returns the position after the last
+        block."""
         if self._words is None:
             return at
         while (cut := WORD_CUT.search(text, at + self._word_cut_chars, end)) is not None:

@@ -62,8 +62,8 @@ class PromptEncoder:
         return self._blocks.recall(self._memory, tenant, cache_salt, add_special_tokens=field == "prompt")
 
     def begin(self, prompt: PromptText) -> bytes | array[int]:
-        """Return the digests of the prompt's blocks, after which `finish` encodes those that the caller lacks; or the
-        ids of the whole prompt, if it cannot be cut into blocks."""
+        """Begin to encode a prompt, and return the digests of its blocks; `finish` then encodes the blocks that the
+        caller lacks. If the prompt cannot be cut into blocks, return the ids of the whole prompt."""
         with field_in_errors(prompt.field):
             digests = self._blocks.begin(prompt.text) if self._blocks is not None else b""
         return digests or self._whole(prompt)

@@ -7,8 +7,8 @@ of the bytes, about a nanosecond per byte.
 
 The bound holds if every byte of the text is covered by a token. That is the case for byte-level BPE, and for BPE with
 byte fallback, if no normalizer shortens the text. The normalizer NFC leaves ASCII unchanged. It shortens other text to
-no less than 1/NFC_SHORTENS of the bytes and may change their values. A byte of such text therefore counts as the least
-weight of all, divided by NFC_SHORTENS. For any other tokenizer `of` returns None.
+no less than 1/NFC_SHORTENS of the bytes and may change their values. A byte of such text therefore gets the least
+weight of all byte values, divided by NFC_SHORTENS. For any other tokenizer `of` returns None.
 """
 
 from __future__ import annotations

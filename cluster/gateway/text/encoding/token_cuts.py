@@ -3,8 +3,8 @@
 Theory. A tokenizer first finds the added tokens that its normalizer does not apply to: from left to right, the longest
 where several begin at one position. It normalizes, splits and merges each text between two of these tokens separately.
 So the ids before the start of an added token do not depend on the text from there on. The ids from there on do not
-depend on the text before, since the texts after the start of that token are no longer the first text, which is the
-only text that a tokenizer treats differently (Metaspace with the scheme `first`).
+depend on the text before: a tokenizer treats at most the first of the texts differently (Metaspace with the scheme
+`first`), and no text after an added token is the first.
 
 Two kinds of tokens are found but are no cut: a token that takes the white space before it (`lstrip`), and a token that
 is found only at the borders of words (`single_word`). A token is also no cut if it begins with white space or a word

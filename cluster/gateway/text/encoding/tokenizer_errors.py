@@ -1,4 +1,4 @@
-"""The errors of the Rust tokenizer, as errors of the callers whose texts cause them."""
+"""Conversion of the Rust tokenizer's errors into CallErrors, if the text of a caller has caused them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def field_in_errors(field: str) -> Iterator[None]:
 
 
 def caller_error(error: BaseException, field: str) -> BaseException:
-    """Return the CallError for a lone surrogate, for which the Rust tokenizer raises TypeError, and for a panic of the
-    tokenizer, which is not an Exception. Any other error is returned unchanged."""
+    """Return the CallError for an error that a text causes in the Rust tokenizer: a TypeError for a lone surrogate, or
+    a panic, which is not an Exception. Any other error is returned unchanged."""
     if isinstance(error, TypeError):
         return _no_unicode(field)
     if type(error).__name__ != "PanicException":
