@@ -116,8 +116,8 @@ class Bodies:
 
 
 def _read_in_thread(method: str, data: bytes | bytearray, *more: Any) -> Any:
-    """Parse a body in this process as a helper process would. The import is deferred because a gateway does not need
-    the imported module to start."""
+    """Parse a body in a thread of this process instead of a helper process. The parser is imported here, since a
+    gateway can start without it."""
     from cluster.gateway.apis.body_parser import BodyReader
 
     return getattr(BodyReader(), method)(data, *more)
@@ -128,7 +128,8 @@ def _unreadable() -> CallError:
 
 
 def _is_small_json(body: bytes | bytearray) -> bool:
-    """Return whether a body of more than SMALL_JSON_BYTES has few values."""
+    """Return whether a body above SMALL_JSON_BYTES may be parsed on the event loop: it has at most LARGE_BYTES and few
+    values."""
     return len(body) <= LARGE_BYTES and _has_few_values(body)
 
 

@@ -141,8 +141,8 @@ class BodyReader:
 
 
 def check_request(request: GenerationRequest, names: Mapping[str, str]) -> None:
-    """Check a parsed request in the helper process, before its prompt is packed and sent to the gateway process.
-    Raises CallError."""
+    """Check the options, the metadata and the model name of a parsed request. Called in the helper process, before the
+    prompt is packed and sent to the gateway process. `names`: see ParsedRequest. Raises CallError."""
     try:
         check_options(request.options)
         check_metadata(request.metadata)
@@ -227,8 +227,8 @@ def _count_messages(raw: bytes) -> None:
 
 
 def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc_requests.DetokenizeCall | None:
-    """Parse a message with many token ids, reading the ids from its bytes as an array. Returns None for any other
-    message."""
+    """Parse a message that has at least MANY_IDS token ids. The ids are read directly from `data` into an array.
+    Returns None for a message with fewer ids or of another kind."""
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
         return None
@@ -269,7 +269,8 @@ def _too_many_ids(field: str, count: int) -> CallError:
 
 
 def _message(kind: type[Message], data: bytes | bytearray, max_ids: int = MAX_IDS) -> Any:
-    """Decode a protobuf message. Raises CallError, also for a message that exceeds a bound of this module."""
+    """Decode a protobuf message. Raises CallError for an invalid message, and for one with too many fields, elements or
+    numbers."""
     if len(data) <= UNSCANNED_BYTES:  # decoding a short message takes no longer than a scan
         return grpc_requests.decoded(kind, data)
     scanned = scan(kind.DESCRIPTOR, data, MAX_ELEMENTS, members=MAX_MEMBERS, count_numbers=True)

@@ -3,7 +3,7 @@
 Python writes a float32 as the float64 that it equals, in up to 17 digits. orjson writes the short text of a numpy
 array's values at 20 ns each.
 
-Not imported at the start: deferred_imports.py.
+The gateway imports this module after its start, because of numpy and orjson (deferred_imports.py).
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import orjson
 
 
 def floats_json(values: bytes | memoryview | np.ndarray[Any, Any]) -> bytes:
-    """Return little-endian float32 values, which must be finite, as a JSON array of their shortest texts."""
+    """Return little-endian float32 values as a JSON array with the shortest text of each value. The values must be
+    finite."""
     return orjson.dumps(np.frombuffer(values, "<f4"), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def short_floats(values: bytes | memoryview | np.ndarray[Any, Any]) -> list[float]:
-    """Return little-endian float32 values, which must be finite, as floats with the same short text in JSON."""
+    """Return little-endian float32 values as Python floats. The JSON text of each float is the shortest text of its
+    float32 value. The values must be finite."""
     numbers: list[float] = orjson.loads(floats_json(values))
     return numbers

@@ -60,7 +60,7 @@ class NotText(CallError):
 
 
 class NotJson(CallError):
-    """Raised for a text that is valid Unicode and not JSON."""
+    """Raised for a text that is valid Unicode but not JSON."""
 
     def __init__(self, path: str, why: object) -> None:
         error = invalid(path or "body", f"is not JSON: {why}")

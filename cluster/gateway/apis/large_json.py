@@ -1,4 +1,7 @@
-"""Quick counts and a quick parser for large JSON texts. Not imported at the start: deferred_imports.py."""
+"""Quick counts and a quick parser for large JSON texts.
+
+The gateway imports this module after its start, because of numpy and msgspec (deferred_imports.py).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import numpy as np
 
 
 def count_of(characters: bytes, text: bytes | bytearray) -> int:
-    """Return how often any of the ASCII characters occurs in a text. Takes a tenth of the time of `bytes.count`."""
+    """Return the number of bytes of a text that are one of the ASCII `characters`. Takes a tenth of the time of
+    `bytes.count`."""
     codes = np.frombuffer(text, np.uint8)
     return sum(int(np.count_nonzero(codes == character)) for character in characters)
 

@@ -32,8 +32,8 @@ class Ranked:
 
 
 async def scores_of(call: PoolingCall, vectors: Sequence[bytes]) -> list[float]:
-    """Return the score of each pair of a call, in order, as floats with the short text of a float32 in JSON
-    (float_json.py)."""
+    """Return the score of each pair of a call, in the order of the pairs. The JSON text of a score is the shortest text
+    of its float32 value (float_json.py)."""
     import numpy as np  # not at the start: deferred_imports.py
 
     from cluster.gateway.apis.float_json import short_floats
@@ -59,7 +59,8 @@ async def scores_of(call: PoolingCall, vectors: Sequence[bytes]) -> list[float]:
 
 
 def ranked(parsed: ParsedPooling, scores: Sequence[float]) -> list[Ranked]:
-    """Return the documents of a request by score, the best first and equal ones in the order of the request."""
+    """Return the documents of a request, the highest score first. Documents with equal scores keep their order in the
+    request."""
     inputs = parsed.request.inputs
     assert isinstance(inputs, PairInputs)
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: parsed.top_n or None]

@@ -25,7 +25,7 @@ def request_id(value: object) -> str:
 
 
 def traceparent(value: object) -> str:
-    """Return a valid W3C traceparent as one of version 00, and "" for any other value."""
+    """Return a valid W3C traceparent in the form of version 00, and "" for any other value."""
     if not isinstance(value, str) or not value or len(value) > _LONGEST_TRACE:
         return ""
     context = parse_traceparent(value)

@@ -1,4 +1,4 @@
-"""Long lists of an answer, made in slices between which other tasks of the event loop run."""
+"""Long lists of an answer, made in slices. Other tasks of the event loop run between two slices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _T = TypeVar("_T")
 
 
 async def in_slices(items: Iterable[_T]) -> list[_T]:
-    """Return the items, and let other tasks run after each SLICE_S."""
+    """Return the items as a list. Other tasks of the event loop run every SLICE_S seconds while the items are made."""
     loop = asyncio.get_running_loop()
     out: list[_T] = []
     until = loop.time() + SLICE_S

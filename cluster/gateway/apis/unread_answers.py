@@ -1,9 +1,10 @@
 """A bound on the memory of large answers that clients have not read yet.
 
-Problem: an answer with vectors may have 100 MB, costs few tokens, and holds no slot of its tenant any more while the
-client reads it, so slow clients of one tenant could fill the gateway's memory. Invariant: the answers of a tenant that
-are being made or sent have at most `most_bytes` together, unless there is only one. Further calls keep their slots and
-wait.
+Problem: an answer with vectors may have 100 MB and costs few tokens. While the client reads the answer, the call no
+longer holds a slot of its tenant, so slow clients of one tenant could fill the gateway's memory.
+
+Invariant: the answers of a tenant that are being made or sent have at most `most_bytes` together, unless there is only
+one. Further calls keep their slots and wait.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class UnreadAnswers:
         self._freed = asyncio.Event()
 
     def answer(self, tenant: str) -> UnreadAnswer:
-        """Return the context manager of an answer. The answer counts from `hold` until the context ends."""
+        """Return the context manager of one answer."""
         return UnreadAnswer(self, tenant)
 
     async def hold(self, tenant: str, size: int) -> None:
@@ -42,7 +43,7 @@ class UnreadAnswers:
 
 
 class UnreadAnswer:
-    """The context manager of one answer."""
+    """Context manager that counts one answer of a tenant from the call of `hold` to the end of the context."""
 
     __slots__ = ("_answers", "_size", "_tenant")
 

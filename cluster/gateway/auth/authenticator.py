@@ -43,7 +43,8 @@ class Caller:
         self.refused: CallError | None = None
 
     async def authenticate(self, authenticate: Callable[[Credentials], Awaitable[Principal]]) -> None:
-        """Authenticate the caller again. The caller's next call is refused if this fails with a CallError."""
+        """Authenticate the caller again. `authenticate`: returns the principal of credentials. If it raises CallError,
+        the caller's calls are refused until a later authentication succeeds."""
         try:
             self.principal, self.refused = await authenticate(self.credentials), None
         except CallError as error:

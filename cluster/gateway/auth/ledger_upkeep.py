@@ -38,7 +38,8 @@ class LedgerUpkeep:
 
     @property
     def may_be_prepared(self) -> bool:
-        """Whether the database may have been prepared before. False only for an SQLite file that does not exist."""
+        """Whether the database may already have been prepared by an earlier run. False only if the database is an
+        SQLite file that does not exist."""
         return not self._url.startswith("sqlite:///") or Path(self._url.removeprefix("sqlite:///")).exists()
 
     async def prepare(self, tried: asyncio.Event, *, serving: bool) -> None:

@@ -106,7 +106,8 @@ class TenantAuthenticator:
     # ---- start and stop
 
     async def start(self) -> None:
-        """Start the background work. Without a snapshot of an earlier run, wait up to FIRST_ANSWER_S for a new one."""
+        """Start the background work. If there is no snapshot of tenants and keys from an earlier run, wait up to
+        FIRST_ANSWER_S for the first one."""
         self._loop = asyncio.get_running_loop()
         tried = asyncio.Event()
         waits = self._watcher.statistics().age_s == float("inf")

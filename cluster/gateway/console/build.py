@@ -55,7 +55,8 @@ class Sources:
 
 
 def live_overview(sources: Sources) -> LiveOverview:
-    """Return the live overview of a gateway. Ended calls and lost workers are reported to the overview from now on."""
+    """Return the live overview of a gateway. From now on, the gateway records ended calls and lost workers for the
+    overview."""
     service, hub, config = sources.service, sources.hub, sources.config
     recent, lost = RecentCalls(service.clock), LostWorkers()
     service.call_at_end(recent.record)
@@ -108,7 +109,8 @@ def _peers(sources: Sources, answer: PeerAnswers) -> Peers:
 
 def _charger(recent: RecentCalls, gpu_hour: Mapping[str, float]) -> Callable[[UsageRecord], None]:
     def charge(record: UsageRecord) -> None:
-        """Add the cost of a usage record. The record costs nothing if its accelerator has no price."""
+        """Add the cost of a usage record to the sums over ended calls. The record costs nothing if its accelerator has
+        no price."""
         if rate := gpu_hour.get(record.gpu):
             recent.charge(record.tenant, record.model, record.gpu_seconds * rate / 3600)
 

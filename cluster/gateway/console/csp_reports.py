@@ -1,5 +1,5 @@
-"""Browsers' reports of violations of the content security policy. All are counted, and LINES_PER_S are logged each
-second."""
+"""Browsers' reports of violations of the content security policy. All reports are counted, and at most LINES_PER_S of
+them are logged each second."""
 
 from __future__ import annotations
 

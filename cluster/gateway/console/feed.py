@@ -33,7 +33,7 @@ _NO_STORE: Final = [(b"cache-control", b"no-store")]
 
 
 def always() -> bool:
-    """Return True, for callers that end the stream themselves when the session ends."""
+    """Return True. Used as `is_valid` if the caller of `events` ends the stream itself when the session ends."""
     return True
 
 

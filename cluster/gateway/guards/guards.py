@@ -260,8 +260,8 @@ class CallGuards:
         return text, None if logprobs is None else GuardedLogprobs(logprobs, text)
 
     def parts(self) -> GuardedParts | None:
-        """Return the output guards of a sequence whose worker parses the output; None without such guards. Raises
-        CallError as `output` does."""
+        """Return the output guards for a sequence whose output the worker parses; None if the call has no output
+        guards. Raises CallError as `output` does."""
         first = self._stages()
         if not first:
             return None

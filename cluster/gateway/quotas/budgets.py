@@ -1,5 +1,5 @@
-"""Watch over the budgets of all tenants in the ledger. The watch updates the metric, calls the webhook, and provides
-the token sums from which a restarted gateway continues.
+"""Watch over the budgets of all tenants in the ledger. The watch updates the metric `budget_used_ratio`, calls the
+webhook, and provides the token sums from which a restarted gateway continues.
 
 Calls never wait for the watch: a thread queries the database every INTERVAL_S, or less often if queries are slow. While
 the database is unreachable, the metric keeps its last ratios and no notices are sent. Notices of thresholds that are

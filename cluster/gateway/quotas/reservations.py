@@ -59,8 +59,9 @@ class QuotaReservations:
         clock: Callable[[], float] = time.monotonic,
         max_tenants: int = 500,
     ) -> None:
-        """`cut` ends a call whose tenant's budget is spent; the call keeps its output so far. `max_tenants`: number of
-        tenants in the metrics."""
+        """`learnt`: the lengths of earlier outputs, from which the size of a reservation is estimated. `cut` ends a
+        call whose tenant's budget is spent; the call keeps its output so far. `max_tenants`: number of tenants in the
+        metrics."""
         self._limits = limits
         self._learnt = learnt
         self._metrics = metrics

@@ -344,8 +344,8 @@ def _in_order(limits: TenantLimits) -> list[int]:
 
 
 def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None, LimitUse | None]:
-    """Return the use of the two limits per minute. `sums`: used requests, seconds until they are reset, used tokens,
-    seconds until they are reset."""
+    """Return the use of the limits of requests and of tokens per minute. `sums`: the used requests and the seconds
+    until they are reset, then the used tokens and the seconds until they are reset."""
 
     def use(limit: int | None, used: float, reset_s: float) -> LimitUse | None:
         return None if limit is None else LimitUse(limit, max(limit - int(used), 0), reset_s)
@@ -355,7 +355,8 @@ def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None,
 
 def _refusal(limits: TenantLimits, reply: Sequence[float], plain: int, weighted: int, epoch_s: float) -> LimitRefusal:
     """Return the refusal that the script's reply describes. `reply`: number of the limit, its use, seconds until a
-    retry, seconds until the reset, then the `sums` of `_uses`."""
+    retry, seconds until the reset, then the `sums` of `_uses`. `plain`: the number of tokens of the call. `weighted`:
+    the same with the weights of prompt and output tokens."""
     name = _ORDER[int(reply[0]) - 1]
     limit = cast(int, getattr(limits, name.value))
     used, retry_s, reset_s = int(reply[1]), reply[2], reply[3]

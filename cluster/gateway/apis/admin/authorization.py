@@ -47,10 +47,10 @@ _SECRET_HOLDER = Principal(TenantPolicy("default"), role="operator", by="secret"
 class Verb:
     """The authorization rule of an admin method.
 
-    `grant`: the grant that a caller needs (policy/tenants/identity.py). `field`: the request field that names the
-    tenant. `cluster_wide`: whether the method concerns the whole cluster. `any_tenant`: whether `field` may be empty.
-    `of_key`: whether `field` holds a key's name. `object`: the request field that names the object of the audit event;
-    set for methods that the controller answers."""
+    `grant`: the grant that a caller needs (policy/tenants/identity.py). `cluster_wide`: whether the method concerns the
+    whole cluster. `field`: the request field that names the tenant. `any_tenant`: whether that field may be empty.
+    `of_key`: whether that field holds the name of a key. `object`: the request field whose value is the object of the
+    audit event; set for methods that the controller answers."""
 
     grant: str
     field: str = ""
@@ -121,8 +121,9 @@ Method = Callable[[Any, AdminCaller], Awaitable[Message]]
 
 @dataclass(frozen=True, slots=True)
 class AdminMethod:
-    """A method of the admin API with its rule. `act`: a coroutine function `(request, caller)` that returns the answer,
-    or for a stream an asynchronous generator of answers."""
+    """A method of the admin API with its rule. `act`: the function `(request, caller)` that carries out the method. It
+    is a coroutine function that returns the answer, or for a stream an asynchronous generator function that yields the
+    answers."""
 
     descriptor: MethodDescriptor
     verb: Verb
@@ -160,7 +161,7 @@ class AdminAuthorizer:
         return await loop.run_in_executor(self._threads, partial(function, *arguments, **named))
 
     def handlers(self, methods: Iterable[AdminMethod]) -> Sequence[grpc.GenericRpcHandler]:
-        """Return the gRPC handlers of methods, one for each service."""
+        """Return gRPC handlers that serve the methods: one handler for each service."""
         services: dict[str, dict[str, Any]] = {}
         for method in methods:
             service = services.setdefault(method.descriptor.containing_service.full_name, {})
@@ -242,7 +243,8 @@ class AdminAuthorizer:
 
     def authorize(self, principal: Principal, method: AdminMethod, request: Message, peer: str) -> AdminCaller:
         """Check a request against the rule of its method, and return its caller. `peer`: the caller's address. Raises
-        CallError: PERMISSION_DENIED, NOT_FOUND for another tenant."""
+        CallError PERMISSION_DENIED if the caller's role does not allow the method, and NOT_FOUND if the request names
+        another tenant."""
         verb, own_tenant = method.verb, principal.tenant.name
         all_tenants = is_allowed(principal, verb.grant)
         caller = AdminCaller(principal, peer, "" if all_tenants else own_tenant)
@@ -293,7 +295,8 @@ class AdminAuthorizer:
 
 
 def details_of(caller: AdminCaller) -> dict[str, str]:
-    """Return the caller's role and tenant (`of`, "" for none), as details of an audit event."""
+    """Return details of an audit event: the caller's role in `role` and the caller's tenant in `of`, which is "" for an
+    operator without a tenant."""
     has_tenant = caller.principal not in (LOOPBACK_OPERATOR, _SECRET_HOLDER)
     return {"role": caller.principal.role, "of": caller.principal.tenant.name if has_tenant else ""}
 

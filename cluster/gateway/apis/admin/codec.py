@@ -86,7 +86,7 @@ def seconds_or_none(message: Message, field: str) -> float | None:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """Return a message's set fields as plain values, by the field names of the configuration."""
+    """Return the set fields of a message as Python values, keyed by the field names of the configuration."""
     return {_config_name(message, field): _value(field, value) for field, value in message.ListFields()}
 
 
@@ -132,8 +132,8 @@ def stored_tenant(message: pb.Tenant) -> StoredTenant:
 
 
 def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that the Create request sets for a new tenant. `unset`: paths of fields that stay empty in the
-    new tenant instead of getting their defaults."""
+    """Return the values that a Create request gives for a new tenant, by field. `unset`: paths of fields that stay
+    empty in the new tenant instead of getting their defaults; their value is None."""
     own = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     for path in unset:
         _set_path(own, *_split_path(path, "unset_mask"), None)
@@ -141,9 +141,11 @@ def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
 
 
 def changes(tenant: pb.Tenant, mask: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """Return the fields that an update changes, and the names of the map fields that the update replaces as a whole.
+    """Return the new values of an Update request by field, and the names of the map fields that are replaced as a
+    whole.
 
-    The value None removes a field. An empty mask means all set fields."""
+    The value None removes the field from the tenant. `mask`: paths of the fields to update; if it is empty, all fields
+    that the request sets are updated."""
     values = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     if not mask:
         return values, set()
@@ -162,8 +164,8 @@ def changes(tenant: pb.Tenant, mask: Sequence[str]) -> tuple[dict[str, Any], set
 
 
 def _split_path(path: str, field: str) -> tuple[str, str]:
-    """Split a path like `limits.daily_tokens` into its two parts. Raises CallError for a field that callers cannot
-    set."""
+    """Split a path like `limits.daily_tokens` into its two parts. Raises CallError for a field that callers cannot set.
+    `field`: the request field that holds the path, for the error."""
     head, _, rest = path.partition(".")
     head = "class" if head == "priority_class" else head
     if head in OUTPUT_ONLY or head == "name":
@@ -188,7 +190,7 @@ def _set_path(into: dict[str, Any], head: str, rest: str, value: Any) -> None:
 
 
 def tenant_and_paths(name: str, given: Mapping[str, Any]) -> tuple[pb.Tenant, list[str], list[str]]:
-    """Build the Tenant message of a request from plain values, which are keyed by the configuration's field names.
+    """Build the Tenant message of a request from Python values, which are keyed by the configuration's field names.
 
     Returns the message, the paths of all given values, and the paths of the empty values (None or an empty map). Raises
     LedgerError, which names the field, for an invalid value.
@@ -251,7 +253,7 @@ def stored_key(message: pb.Key) -> StoredKey:
 
 
 def slo_pb(slo_sum: SloSum) -> usage_pb2.SloSum:
-    """Return a sum of judged calls as a message."""
+    """Return an SloSum as a message. An SloSum counts the calls of a tenant and model that met and missed the SLO."""
     counts = {name: getattr(slo_sum, name) for name in (*COUNTED, *NOT_COUNTED)}
     message = usage_pb2.SloSum(tenant=slo_sum.tenant, model=slo_sum.model, **counts)
     if slo_sum.objective is not None:
@@ -261,7 +263,7 @@ def slo_pb(slo_sum: SloSum) -> usage_pb2.SloSum:
 
 
 def slo_sum(message: usage_pb2.SloSum) -> SloSum:
-    """Return a sum of judged calls from its message."""
+    """Return the SloSum that a message holds; the inverse of `slo_pb`."""
     is_known = message.HasField("ttft_s")
     objective = SloObjective(message.ttft_s, message.itl_s, message.target) if is_known else None
     counts = {name: int(getattr(message, name)) for name in (*COUNTED, *NOT_COUNTED)}

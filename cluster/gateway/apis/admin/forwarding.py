@@ -25,7 +25,8 @@ class ForwardedVerbs:
         self._authorizer = authorizer
 
     def __call__(self, method: MethodDescriptor, verb: Verb) -> Method:
-        """Return a method that forwards requests to the controller. Every change is audited, even a refused one."""
+        """Return a method that forwards requests to the controller. Every request for a change is audited, even if it
+        is refused."""
         name = f"{method.containing_service.name}.{method.name}"
         action = f"{method.containing_service.name.lower()}.{_snake(method.name)}"
         kind = GetMessageClass(method.output_type)
@@ -52,7 +53,8 @@ class ForwardedVerbs:
 
 
 def details(request: Message, excluded: str = "") -> Mapping[str, Any]:
-    """Return the scalar fields of a request for an audit event. Long texts are cut to MAX_DETAIL characters."""
+    """Return the scalar fields of a request for an audit event. Long texts are cut to MAX_DETAIL characters.
+    `excluded`: name of a field to leave out."""
     kept = {}
     for field, value in request.ListFields():
         if field.message_type is not None or field.is_repeated or field.name in (excluded, "reason"):

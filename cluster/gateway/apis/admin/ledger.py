@@ -53,7 +53,8 @@ class TenantServices:
         self._rates = Prices(config.cost.currency, dict(config.cost.gpu_hour)) if config.cost else None
 
     async def run(self, caller: AdminCaller, act: Callable[[LedgerTenantService], T]) -> T:
-        """Run `act` on a tenant service that acts for the caller, off the event loop. Raises CallError."""
+        """Call `act` with a LedgerTenantService that records the caller as the actor, and return the result of `act`.
+        Runs in a thread. Raises CallError."""
         by = Actor(caller.actor, caller.source, details_of(caller))
         service = LedgerTenantService(
             self._tenants.ledger,
@@ -319,7 +320,8 @@ def _query(
 
 
 def _tenant(parent: str, caller: AdminCaller) -> str:
-    """Return the tenant whose rows are read, "" for the rows of all tenants."""
+    """Return the tenant to whose rows a query is restricted, "" for the rows of all tenants. `parent`: the tenant that
+    the request names, or empty."""
     return codec.tenant_name(parent, "parent") if parent else caller.scope
 
 

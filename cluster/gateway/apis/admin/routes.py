@@ -1,7 +1,8 @@
 """Explanations of routing decisions: which workers got the sequences of a call, why, and what came of it.
 
-A caller that may access only one tenant sees the calls of that tenant, without the names and scores of workers and
-without the gateway, as in usage records. The sentences are made after this removal, so that they cannot name a worker.
+A caller that may access only one tenant sees the calls of that tenant. As in usage records, the gateway and the names
+and scores of workers are removed from the answers to this caller. Each decision is explained in sentences, which are
+made after this removal, so that they cannot name a worker.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class RouteExplainer:
         """The other processes of this gateway, if any."""
 
     def find(self, request: pb.ExplainRequestRequest) -> pb.ExplainRequestResponse:
-        """Return the calls that this process remembers. `request.parent` is the name of a tenant, "" for all."""
+        """Return the calls with the requested request id that this process remembers. `request.parent`: the tenant of
+        the calls, "" for the calls of all tenants."""
         found = self._history.find(request.request_id, request.parent)
         return pb.ExplainRequestResponse(calls=map(self._call, found))
 
@@ -177,7 +179,8 @@ def _holds(route: pb.ExplainedRoute) -> str:
 
 
 def _more_cached(route: pb.ExplainedRoute, others: Iterable[pb.RouteCandidate]) -> Sequence[str]:
-    """Return a sentence on the other worker that held most of the prompt, if that is more than the chosen worker."""
+    """Return a sentence about the worker among `others` that held the largest part of the prompt. Returns no sentence
+    if that worker held no more of the prompt than the chosen worker."""
     most = max(others, key=lambda each: each.cached_tokens, default=None)
     if most is None or most.cached_tokens <= route.predicted_cached_tokens:
         return ()

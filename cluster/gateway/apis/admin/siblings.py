@@ -1,5 +1,5 @@
-"""Requests to the other gateway processes of this host: aborts and explanations of calls, and questions of the console.
-The requests go to the link ports of these processes, since the processes have no admin port.
+"""Requests to the other gateway processes of this host: aborts and explanations of calls, and requests for the
+console's data. The requests go to the link ports of these processes, since the processes have no admin port.
 
 Each request carries a tag that is derived from the cluster's secret. A tag is valid for one request, for at most two
 minutes. So a program that has taken the port of a dead process cannot make other requests with the tags it receives.
@@ -44,8 +44,8 @@ tenants."""
 class Siblings:
     """Sends and answers admin requests between the gateway processes of a host.
 
-    `answers`: function of this process for each of METHODS. `secrets`: empty without `auth`; requests then carry no
-    tag, since links are trusted.
+    `answers`: for each of METHODS, the function with which this process answers requests. `secrets`: empty without
+    `auth`; requests then carry no tag, since links are trusted.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Siblings:
         return answer
 
     async def _forget(self, address: str) -> None:
-        """Close the kept connection to a process that has not answered, so that the next question connects at once,
+        """Close the open connection to a process that has not answered. The next request then opens a new connection,
         with the certificate files as they are then."""
         channel = self._channels.pop(address, None)
         if channel is not None:

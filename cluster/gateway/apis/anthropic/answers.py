@@ -35,22 +35,25 @@ def message_id(call: Call) -> str:
 
 
 def tool_ids(call: Call) -> ToolId:
-    """Return the function that makes the tool call ids of a call with one choice."""
+    """Return a function for a call with one choice. The function returns the id of the tool call to which a part
+    belongs."""
     return lambda part: TOOL_ID_PREFIX + id_in_answer(call, 0, part.call, part.text)
 
 
 def parts_of(piece: Piece) -> Sequence[OutputPart]:
-    """Return the parts of a piece. The text of a piece without parts is content."""
+    """Return the parts of a piece. A piece without parts is returned as one part that holds its text as content."""
     if piece.parts or not piece.text:
         return piece.parts
     return (OutputPart(PartKind.CONTENT, piece.text),)
 
 
 def stop_of(piece: Piece, last_arguments: Sequence[str] = ()) -> tuple[str, str | None]:
-    """Return the stop reason of a sequence's last piece, and the stop sequence that has ended the answer.
+    """Return the stop reason of an answer, and the stop sequence that has ended the answer or None. `piece`: the last
+    piece.
 
-    `last_arguments`: the fragments of the last tool call's arguments. A client runs the tool calls of an answer that
-    ends with tool_use, so an answer whose last tool call was cut by a stop sequence must not end with tool_use.
+    `last_arguments`: the fragments of the last tool call's arguments. A client runs the tool calls of an answer with
+    the stop reason `tool_use`, so an answer whose last tool call was cut by a stop sequence must have another stop
+    reason.
     """
     if piece.stop_string and piece.finish_reason == "stop":
         return "stop_sequence", piece.stop_string

@@ -117,15 +117,15 @@ class AnthropicApi:
 
 
 def _query(query: bytes) -> Mapping[str, Sequence[str]]:
-    """Return the values in the query of a list, by name. Raises CallError."""
+    """Return the parameters in the query string of a list request, by name. Raises CallError."""
     if len(query) > _MAX_QUERY_BYTES:
         raise invalid("query", f"must not be longer than {_MAX_QUERY_BYTES} bytes")
     return parse_qs(query.decode("latin-1"))
 
 
 def _lists_active(query: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether the query of a list includes the lifecycle `active`, in which all models here are. Raises
-    CallError."""
+    """Return whether a list request asks for models in the lifecycle stage `active`. All models of this server are in
+    that stage. Raises CallError."""
     wanted = [*query.get("lifecycle", ()), *query.get("lifecycle[]", ())]
     for stage in wanted:
         if stage not in LIFECYCLES:
@@ -134,7 +134,7 @@ def _lists_active(query: Mapping[str, Sequence[str]]) -> bool:
 
 
 def _page(query: Mapping[str, Sequence[str]]) -> tuple[int, str, str]:
-    """Return the values of `limit`, `after_id` and `before_id` in the query of a list. Raises CallError."""
+    """Return the parameters `limit`, `after_id` and `before_id` of a list request. Raises CallError."""
     limit, after, before = (query.get(name, [""])[-1] for name in ("limit", "after_id", "before_id"))
     if not limit:
         return DEFAULT_PAGE, after, before

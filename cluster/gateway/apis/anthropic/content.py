@@ -39,7 +39,7 @@ def without_header(text: str) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a message holds only a text of the user or the assistant."""
+    """Return whether a message has only a role, user or assistant, and one text as its content."""
     if type(value) is not dict or len(value) != 2:
         return False
     return type(value.get("content")) is str and value.get("role") in ("user", "assistant")
@@ -69,7 +69,7 @@ def _text(block: Fields) -> str:
 
 
 def _tool_id(block: Fields, name: str) -> str:
-    """Return the id of a tool call as templates and OpenAI's API have it."""
+    """Return the id of a tool call without TOOL_ID_PREFIX, as OpenAI's API and chat templates use it."""
     tool_id = _required(block, name)
     if not tool_id:
         raise invalid(block.path(name), "must not be empty")
@@ -118,7 +118,7 @@ class _Conversation:
             self.messages.append({"role": "system", "content": text})
 
     def _add_user(self, message: Fields) -> None:
-        """Add a message for each tool result, then one with the texts."""
+        """Translate a message of the user: add a message for each tool result, then one message with all texts."""
         texts = []
         for block in _blocks(message, "content", ("text", "tool_result")):
             if block.values["type"] == "text":

@@ -82,8 +82,8 @@ def _refuse_unserved(body: Fields) -> None:
 
 
 def parse_count(body: Fields) -> ParsedRequest:
-    """Parse a body of /v1/messages/count_tokens. The same body has the same prompt at /v1/messages. Raises
-    CallError."""
+    """Parse a body of /v1/messages/count_tokens. The prompt is the same as that of a /v1/messages request with this
+    body. Raises CallError."""
     prompt, _ = _chat(body, is_whole=True)
     return ParsedRequest([GenerationRequest(_model(body), prompt, RequestOptions())], names=NAMES)
 
@@ -112,7 +112,8 @@ def _check_metadata(body: Fields) -> None:
 
 
 def _chat(body: Fields, *, is_whole: bool) -> tuple[ChatPrompt, OutputOptions]:
-    """Return the prompt, and the options for the parsing of the output."""
+    """Return the prompt, and the options for the parsing of the output. `is_whole`: whether the caller gets the answer
+    as a whole."""
     messages = _messages(body)
     tools = _tools(body)
     choice, parallel = _tool_choice(body, tools)

@@ -37,12 +37,14 @@ _DELTA_END: Final = "}}\n\n"
 
 
 def event(name: str, **fields: Any) -> str:
-    """Return an event. The data has the event's name as its type."""
+    """Return a server-sent event. `name`: the name of the event and the `type` in its data. `fields`: the other fields
+    of the data."""
     return f"event: {name}\ndata: {_encode({'type': name, **fields})}\n\n"
 
 
 def _delta_start(kind: PartKind, index: int) -> str:
-    """Return the text of a delta event before the text of the part. `index`: position of the content block."""
+    """Return the beginning of a delta event, up to the place where the text of the part is inserted. `index`: position
+    of the content block."""
     type_, field = _DELTAS[kind]
     data = _encode({"type": "content_block_delta", "index": index, "delta": {"type": type_, field: ""}})
     return "event: content_block_delta\ndata: " + data.removesuffix('""}}')
@@ -195,6 +197,6 @@ class MessageEncoder:
 
 
 def ping(progress: CallProgress) -> bytes:
-    """Return the event that shows that a call is alive, after a comment with the progress of a model that is
-    starting."""
+    """Return the event that shows that a call is alive. If the model is still starting, a comment with the progress of
+    the start comes before the event."""
     return PING if not progress.eta_s else keep_alive(progress).removesuffix(b"\n") + PING

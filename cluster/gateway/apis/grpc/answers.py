@@ -51,7 +51,7 @@ def logprobs_pb(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
 
 
 def message_pb(call: Call, piece: Piece, role: str) -> pb.Message:
-    """Return a piece as a message or as the delta of a message."""
+    """Return a piece as a Message: the delta of a streamed answer, or the whole message of a complete answer."""
     message = pb.Message(role=role, content=piece.text)
     for part in piece.parts:
         if part.kind is PartKind.REASONING:
@@ -68,7 +68,8 @@ def message_pb(call: Call, piece: Piece, role: str) -> pb.Message:
 
 
 def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk:
-    """Return pieces as a ChatChunk. The last chunk of a call carries the usage of the call."""
+    """Return pieces as a ChatChunk. The last chunk of a call carries the usage of the call. `offset`: number of the
+    chunk in the stream."""
     return pb.ChatChunk(
         id=call.shown_id,
         model=call.shown_model,
@@ -121,7 +122,8 @@ def resumed(is_chat: bool, chunk: bytes) -> bytes:
 
 
 def event_chunk(call_id: int, is_chat: bool, chunk: bytes) -> bytes:
-    """Return a SessionEvent that holds a serialized chunk. The event is serialized as an element of SessionEvents."""
+    """Return a SessionEvent that holds a chunk, which is serialized already. The event is serialized as an element of
+    SessionEvents."""
     head = b"\x08" + varint(call_id) if call_id else b""
     body = head + (b"\x1a" if is_chat else b"\x22") + varint(len(chunk)) + chunk
     return b"\x0a" + varint(len(body)) + body
@@ -235,8 +237,8 @@ def rerank_response(call: PoolingCall, results: Sequence[Ranked]) -> bytes:
 
 
 def event_answer(call_id: int, is_embed: bool, answer: bytes) -> bytes:
-    """Return a SessionEvent that holds a serialized EmbedResponse or RerankResponse, serialized as an element of
-    SessionEvents."""
+    """Return a SessionEvent that holds `answer`, a serialized EmbedResponse or RerankResponse. The event is serialized
+    as an element of SessionEvents."""
     head = b"\x08" + varint(call_id) if call_id else b""
     head += (b"\x32" if is_embed else b"\x3a") + varint(len(answer))
     return b"".join((b"\x0a", varint(len(head) + len(answer)), head, answer))
@@ -259,8 +261,8 @@ def progress_pb(progress: CallProgress) -> pb.Progress:
 
 
 def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
-    """Return the capabilities that all workers of a model have in common, in the order of the first worker, followed by
-    the weakest resume capability of any worker. `each`: the capabilities of each worker."""
+    """Return the capabilities that all workers of a model have in common, in the order of the first worker. The last
+    element is the weakest resume capability of any worker, if any has one. `each`: the capabilities of each worker."""
     first, *others = each or [()]
     words = [word for word in first if word not in RESUME_CAPABILITIES and all(word in other for other in others)]
     resume = weakest_resume_capability([word for words_of_worker in each for word in words_of_worker])

@@ -96,8 +96,8 @@ class GrpcEncoder:
 
 
 class SessionEncoder(GrpcEncoder):
-    """Encodes the pieces of a call in a session as events of the session. A piece that holds only a text is an event of
-    its own kind, without a chunk."""
+    """Encodes the pieces of a call in a session as events of the session. For a piece that holds only a text, the event
+    holds the text itself; for other pieces the event holds a chunk."""
 
     __slots__ = ("_event_head", "_wrap")
 

@@ -45,8 +45,8 @@ arrives later, or if the snapshot of callers has changed since the headers came,
 
 
 class AdmittedCaller(NamedTuple):
-    """An authenticated caller. `at`: the time of the authentication. `snapshot`: the snapshot of callers that the
-    authentication used (`Authenticator.knows`)."""
+    """An authenticated caller. `at`: the time of the authentication. `snapshot`: identifies the state of the tenants
+    and keys at that time (`Authenticator.knows`)."""
 
     principal: Principal
     snapshot: object
@@ -94,7 +94,7 @@ class InferenceApi:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def admit(self, call: Any) -> str | None:
-        """Authenticate a call before more of the request is read (rpc.server.Gate). Returns the tenant, or None for
+        """Authenticate a call before its messages are read (rpc.server.Gate). Returns the tenant's name, or None for
         health checks and reflection, which need no credentials."""
         if not call.path.startswith(f"/{SERVICE}/"):
             return None
@@ -113,8 +113,8 @@ class InferenceApi:
         return str(principal.tenant.name)
 
     async def _session(self, request_iterator: object, context: Any) -> None:
-        """Serve a session. The caller is authenticated when the session starts, and again whenever the snapshot of
-        callers changes."""
+        """Serve a session. The caller is authenticated when the session starts, and again whenever tenants or keys
+        change."""
         authenticator = self._service.authenticator
         try:
             caller = await authenticator.register(self._credentials(context))

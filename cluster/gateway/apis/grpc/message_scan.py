@@ -60,9 +60,9 @@ def scan(
 ) -> Scanned:
     """Count the fields and list elements of a message at all levels of nesting.
 
-    The scan ends once there are more than `most` elements in all, or more than `members` elements of one top-level
-    field. `count_numbers`: whether packed numbers are counted one by one, apart from the elements; if not, packed
-    numbers count as elements, one for each BYTES_PER_ELEMENT bytes.
+    The scan ends once it has counted more than `most` fields and elements in all, or more than `members` elements of
+    one top-level field. `count_numbers`: whether packed numbers are counted one by one, in a count of their own.
+    Otherwise BYTES_PER_ELEMENT bytes of packed numbers count as one element.
     """
     state = _Scan(data, most, members or most, count_numbers)
     layout = _layout(descriptor)

@@ -24,7 +24,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def unsupported(field: str, what: str) -> CallError:
-    """Return the error for a known field that this release does not support."""
+    """Return the error for a known field that this release does not support. `what`: the feature with its
+    verb, for example "images are"."""
     return CallError(
         Outcome.UNSUPPORTED_FEATURE,
         f"{field}: {what} not in this release; leave it out",

@@ -1,8 +1,8 @@
 """The output of a session. All output of a tick is sent in one message.
 
 A tick is one pass of the event loop. The output of a tick is everything that one worker message brings, or everything
-that has gathered while the client did not read. A busy session thus costs one write for each engine step instead of
-one write for each token, and a slow client gets larger messages instead of later messages.
+that has gathered while the client did not read. A busy session thus costs one write for each engine step instead of one
+write for each token, and a slow client gets fewer and larger messages.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class SessionOutput:
     """The serialized events for a session's next message, and the calls that have more to write."""
 
     def __init__(self, context: Any, over: asyncio.Future[None]) -> None:
-        """`over`: ends the session. Its result is set once everything is sent after `finish`, or once the client has
-        read nothing for too long."""
+        """`over`: a future whose result ends the session. The result is set once everything is sent after `finish`, or
+        once the client has read nothing for too long."""
         self._context = context
         self._over = over
         self._loop = asyncio.get_running_loop()
@@ -51,7 +51,7 @@ class SessionOutput:
         """Whether the session must be closed because the client has read nothing for too long."""
 
     def wake(self) -> None:
-        """Schedule a pass, because there is output."""
+        """Schedule the pass that sends the new output, unless the client does not read."""
         if not self.pass_scheduled and not self.halted:
             self.pass_scheduled = True
             self._loop.call_soon(self._pass)
@@ -62,8 +62,8 @@ class SessionOutput:
         self.wake()
 
     async def send_whole(self, event: bytes) -> None:
-        """Send a serialized event. A large event is sent when the client reads, and the method returns when the client
-        has read most of it."""
+        """Send a serialized event that is not part of a stream. A large event is sent only when the client reads, and
+        the method then waits until the client has read most of the event."""
         is_large = len(event) > MAX_UNREAD_CHARS // 4
         while is_large and self.halted:
             await self.client_reads.wait()
@@ -85,8 +85,8 @@ class SessionOutput:
             await asyncio.gather(self._halt, return_exceptions=True)
 
     def _pass(self) -> None:
-        """Append the output of all marked calls to the message, at most one event for each call, and send the message.
-        Events that were appended directly stay first."""
+        """Append the output of each marked call to the next message as at most one event, and send the message. Events
+        that are already in the message stay before this output."""
         self.pass_scheduled = False
         if self._over.done():
             return

@@ -17,8 +17,8 @@ def grpc_code(error: CallError) -> grpc.StatusCode:
 
 
 def details(error: CallError) -> status_pb2.Status:
-    """Return the google.rpc.Status of an error. The status always holds ErrorInfo, and where they apply BadRequest for
-    wrong fields, QuotaFailure for exceeded limits, and RetryInfo if a retry makes sense."""
+    """Return the google.rpc.Status of an error. The status always holds ErrorInfo. It also holds BadRequest if fields
+    are wrong, QuotaFailure if limits are exceeded, and RetryInfo if a retry makes sense."""
     parts = [error_details_pb2.ErrorInfo(reason=error.outcome.name, domain=DOMAIN)]
     packed = [_pack(part) for part in parts]
     if error.violations:

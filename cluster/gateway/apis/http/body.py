@@ -44,7 +44,7 @@ class RequestBodies:
     async def read(
         self, receive: Receive, connection: HttpConnection, declared: bytes, tenant: str
     ) -> AsyncIterator[bytes | bytearray]:
-        """Read a whole body. The bytes of the body count against the budget until the context ends.
+        """Read a whole body. The body counts against the budget of request bytes until the context is left.
 
         `declared`: the value of the content-length header, or empty. Raises Refused, and ConnectionResetError if the
         client disconnects before the body ends.

@@ -81,7 +81,7 @@ class HttpConnection:
             self._on_lost = None
 
     def lose(self) -> None:
-        """Notify the watcher after the connection was lost."""
+        """Record that the connection is lost, and call the function that `watch` has set."""
         self._lost, self.full = True, False
         if self._on_lost is not None:
             self._on_lost()

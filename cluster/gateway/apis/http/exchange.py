@@ -122,8 +122,8 @@ class Exchange:
         return Credentials(self._authorization(), names, f"{host}:{port}")
 
     def _authorization(self) -> tuple[str, ...]:
-        """Return the values of `authorization`, and an API key in the API's own header as a further value if it
-        differs. Several values are refused later."""
+        """Return the values of the header `authorization`. If the API's own key header holds a different key, this key
+        is a further value. A request with several values is refused later."""
         headers, key_header = self.scope["headers"], self._form.key_header
         values = [value.decode("latin-1") for name, value in headers if name == b"authorization"]
         if not key_header:
@@ -266,8 +266,8 @@ def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
 
 
 def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an error: the rate limits, the retry delay in whole seconds, and for clients that read it
-    the retry delay in milliseconds."""
+    """Return the headers of an error: the rate limits, the retry delay in whole seconds, and the retry delay in
+    milliseconds, which some clients read."""
     headers = as_headers(error.headers)
     if error.retry_after_s is None:
         return headers

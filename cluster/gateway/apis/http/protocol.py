@@ -130,7 +130,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     @property
     def stage(self) -> ConnectionStage:
-        """The stage that the connection has reached."""
+        """The stage of the connection: SILENT before the first request, CALLING while a request is being answered, else
+        GREETED."""
         calling = self.cycle is not None and not self.cycle.response_complete
         return (
             ConnectionStage.CALLING if calling else ConnectionStage.GREETED if self.requests else ConnectionStage.SILENT
@@ -339,7 +340,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 def body_length(headers: list[tuple[bytes, bytes]]) -> int:
-    """Return the length of the body by the headers; 0 if they do not tell it."""
+    """Return the length of the body according to the headers; 0 if the headers state no length."""
     lengths = [value for name, value in headers if name == b"content-length"]
     if len(lengths) != 1 or any(name == b"transfer-encoding" for name, _ in headers):
         return 0

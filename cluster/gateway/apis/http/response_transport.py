@@ -20,8 +20,8 @@ class Response(Protocol):
 
 
 class ResponseTransport:
-    """The methods of a transport that uvicorn's RequestResponseCycle uses. The head is held back until the body begins,
-    so the body must follow at once."""
+    """The part of a transport's interface that uvicorn's RequestResponseCycle uses. The head of a response is held back
+    until the first part of the body is written, so the application must write that part without delay."""
 
     __slots__ = ("_head", "_response", "_transport")
 

@@ -17,8 +17,8 @@ def routed(endpoints: Mapping[str, Application], not_found: Application) -> Appl
     router = Router(routes, redirect_slashes=False, default=not_found)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        """Look up the path in `endpoints`, and only then in the router. The router tries one regular expression after
-        the other, so it has only the paths with parameters."""
+        """Look up the path in `endpoints`, then in the router. The router holds only the paths with parameters, because
+        it tries one regular expression after the other."""
         endpoint = endpoints.get(scope.get("path", "")) if scope["type"] == "http" else None
         await (endpoint or router)(scope, receive, send)
 

@@ -2,9 +2,10 @@
 
 Problem: a connection that sends nothing, or one byte now and then, holds a descriptor and memory for as long as the
 client likes.
-Method: the owner reports events and calls `overdue` every `check_s` seconds. The owner also passes the time. The rate
-of a body is measured between two checks, and only if the gateway was reading all the time, so that pauses of the
-gateway do not count against the client.
+
+Method: the connection reports its events with their times, and calls `overdue` every `check_s` seconds. The rate of a
+body is measured between two checks, and only if the gateway was reading all the time, so that pauses of the gateway do
+not count against the client.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ class HttpTimeouts:
         self._paused = True
 
     def answered(self, now: float, *, complete: bool) -> None:
-        """Record the end of the response, or of the rest of a body after it. `complete`: whether the whole body has
-        arrived."""
+        """Record the end of the response. If the request's body has not arrived completely by then, `complete` is
+        False, and the method is called again with True at the end of the body."""
         self._part = Part.IDLE if complete else Part.LEFTOVER
         self._since = now
 

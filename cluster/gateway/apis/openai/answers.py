@@ -157,7 +157,8 @@ class SseStream(ABC):
         self._starts: dict[int, str] = {}
 
     def events(self, call: Call, pieces: Sequence[Piece], shift: int = 0) -> bytes:
-        """Return one event for each piece. `shift`: the index in the answer of the call's first choice."""
+        """Return one event for each piece. `shift`: the index that the first choice of `call` has in the answer, which
+        may hold the choices of several calls."""
         parts = []
         for piece in pieces:
             if piece.finish_reason or piece.first or piece.logprobs or self.continuous_usage:
@@ -169,8 +170,8 @@ class SseStream(ABC):
         return b"".join(parts)
 
     def text(self, index: int, text: str) -> bytes:
-        """Return the event of a piece that holds only a text. Not for the first piece of a choice, and not with
-        continuous usage."""
+        """Return the event of a piece that holds only a text. Must not be used for the first piece of a choice, nor if
+        the caller has requested continuous usage."""
         start = self._starts.get(index)
         if start is None:
             start = self._starts[index] = f'{self._head}{{"index":{index},{self.before_text}'

@@ -146,7 +146,8 @@ class OpenAiApi:
         await exchange.respond(200, answer, exchange.limit_headers)
 
     async def _open(self, parsed: ParsedRequest, meta: CallMeta, stack: AsyncExitStack) -> list[Call]:
-        """Open one call for each prompt of a request. Raises CallError, which names the prompt."""
+        """Open one call for each prompt of a request. Each call ends when `stack` is closed. Raises CallError, which
+        names the prompt."""
         calls = []
         for i, request in enumerate(parsed.requests):
             try:

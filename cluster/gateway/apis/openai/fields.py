@@ -14,8 +14,8 @@ INT64 = (1 << 63) - 1
 
 
 def read_object(body: bytes, bounds: JsonBounds | None = BODY) -> Fields:
-    """Parse the body of a request as a JSON object. Raises CallError. `bounds`: None if the values in the body have
-    been counted."""
+    """Parse the body of a request as a JSON object. Raises CallError. `bounds`: the largest allowed numbers of values;
+    None if the values have been counted before."""
     value = parse("", body, bounds)
     if not isinstance(value, dict):
         raise invalid("body", f"must be a JSON object, got {kind(value)}")

@@ -1,6 +1,6 @@
 """Encoding of vectors, scores and rankings as the JSON of OpenAI's and vLLM's answers.
 
-An answer may have 100 MB. It is made in parts, between which other tasks of the event loop run.
+An answer may have 100 MB. It is encoded in parts, and other tasks of the event loop run between the parts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Parsing of the bodies of /v1/embeddings, /rerank and /score into pooling requests.
 
-/v1/embeddings has the fields of OpenAI's API. The other paths have those of vLLM 0.32 (`entrypoints/pooling`), which
-Jina's and Cohere's rerankers have, too. Fields that would change the answer and are not supported are refused by name.
+/v1/embeddings has the fields of OpenAI's API. /rerank and /score have the fields of vLLM 0.32 (`entrypoints/pooling`),
+which are also those of Jina's and Cohere's rerankers. A field that would change the answer and is not supported is
+refused; the error names the field.
 """
 
 from __future__ import annotations
@@ -146,8 +147,8 @@ def _ids(path: str, value: object) -> Sequence[int]:
 
 
 def _texts(body: Fields, name: str) -> tuple[Sequence[str], bool]:
-    """Return the texts in a field, which holds a text or an array of texts, and whether it holds an array. A text may
-    be an object with the field `text`."""
+    """Return the texts in a field, and whether the field holds an array. A field holds one text or an array of texts. A
+    text is a string, or an object with the field `text`."""
     value = body.values.get(name)
     if isinstance(value, str | dict):
         return _strings(name, [value], is_list=False), False

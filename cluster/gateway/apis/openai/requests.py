@@ -240,8 +240,8 @@ def salt_of(body: Fields) -> str:
 
 
 def refuse_unserved(body: Fields, unserved: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise CallError for a field of `unserved` with a value at which it has an effect. `unserved`: the values without
-    effect, by field."""
+    """Raise CallError if the body has a field of `unserved` with a value that would change the answer. `unserved`: the
+    fields that are not supported, each with the values that change nothing and are therefore allowed."""
     for name in sorted(body.values.keys() & unserved.keys()):
         value = body.values[name]
         if value is not None and not any(value == other and type(value) is type(other) for other in unserved[name]):

@@ -68,7 +68,8 @@ def _function_name(choice: Fields) -> str:
 
 
 def documents_of(body: Fields) -> tuple[dict[str, str], ...]:
-    """Return the documents for the template: objects of texts. Raises CallError."""
+    """Return the documents for the chat template. Each document is an object whose values are strings. Raises
+    CallError."""
     if body.values.get("documents") is None:
         return ()
     body.at_most(MAX_MESSAGES, "documents", "documents")

@@ -1,6 +1,6 @@
 """JSON of the vectors in the answer of /v1/embeddings.
 
-Not imported at the start: deferred_imports.py.
+The gateway imports this module after its start, because of numpy and orjson (deferred_imports.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from cluster.gateway.apis.float_json import floats_json
 
 
 def embeddings(vectors: Sequence[bytes], is_base64: bool = False) -> Iterator[bytes]:
-    """Yield vectors as the JSON of an answer, without commas between them. `is_base64`: as base64 of their
-    little-endian float32 values."""
+    """Yield the JSON of each vector in an answer. The caller adds the commas. `is_base64`: whether a vector is written
+    as the base64 text of its little-endian float32 values instead of an array of numbers."""
     for index, vector in enumerate(vectors):
         values = b'"%b"' % b64encode(vector) if is_base64 else floats_json(vector)
         yield b'{"object":"embedding","index":%d,"embedding":%b}' % (index, values)

@@ -99,13 +99,13 @@ class ConsoleAccess:
 
     @staticmethod
     def check_token(exchange: Exchange, session: ConsoleSession) -> None:
-        """Raises Refused if a request does not hold the CSRF token of its session."""
+        """Raise Refused if a request does not hold the CSRF token of its session."""
         if not hmac.compare_digest(exchange.header(b"x-csrf-token").encode(), session.csrf.encode()):
             raise Refused(403, "csrf", "the header x-csrf-token must hold the session's token (GET /console/session)")
 
     def session(self, exchange: Exchange) -> ConsoleSession | None:
-        """Return the session in a request's cookie, None without a valid one. The session may have ended: see
-        `check`."""
+        """Return the session in a request's cookie; None if there is no valid cookie. `check` checks whether the
+        session has ended."""
         return self._cookie.open(cookie_in(exchange.header(b"cookie"), self._cookie.name), self._wall())
 
     def check(self, session: ConsoleSession) -> Viewer:
@@ -128,7 +128,7 @@ class ConsoleAccess:
         return Viewer(session, principal, principal)
 
     def check_role(self, role: str) -> None:
-        """Raises CallError if the role may not sign in."""
+        """Raise CallError if the role may not sign in."""
         if role not in ALWAYS and not self._settings.tenants:
             text = f"the role {role} may not sign in: gateway.console.tenants is false; ask the cluster's operators"
             raise CallError(Outcome.PERMISSION_DENIED, text)
@@ -136,7 +136,8 @@ class ConsoleAccess:
     # ---- sessions
 
     def begin(self, by: str, principal: Principal, digest: bytes = b"") -> ConsoleSession:
-        """Return a new session. `digest`: the stored digest of the key that signed in."""
+        """Return a new session. `by`: the kind of credential, see ConsoleSession. `digest`: the stored digest of the
+        key, if a key signed in."""
         expires_at_s = self._wall() + self._settings.session_s
         return ConsoleSession.begin(
             by,
@@ -156,7 +157,8 @@ class ConsoleAccess:
         return self.begin("nobody", self._anyone)
 
     def cookie(self, session: ConsoleSession | None) -> tuple[bytes, bytes]:
-        """Return the response header that stores a session in the browser, or with None removes it."""
+        """Return the response header that stores a session in the browser. With None, the header removes the stored
+        session."""
         value = self._cookie.seal(session) if session is not None else ""
         max_age_s = self.seconds_left(session) if session is not None else 0.0
         return b"set-cookie", set_cookie(self._cookie.name, value, max_age_s=max_age_s, is_secure=self.is_secure)

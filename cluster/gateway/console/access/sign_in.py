@@ -1,8 +1,8 @@
 """Sign-in with a key, and sign-out.
 
 Failed sign-ins are limited for each source address; the limit is checked before the key is looked up. Each failure is
-recorded in the audit log, as on the other ports. The limit need not protect keys, which have 256 random bits: it bounds
-the work and the size of the audit log.
+recorded in the audit log, as on the other ports. The limit bounds the work and the size of the audit log. Keys need no
+such protection, because they have 256 random bits.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ OIDC_CALLBACK: Final = f"{OIDC_START}/callback"
 
 
 class FailureLimits:
-    """The limits of failed sign-ins, one for each source: an IPv4 address, or the network of an IPv6 address. `now` is
-    in seconds that never decrease."""
+    """The limits of failed sign-ins, one for each source. A source is an IPv4 address, or the network of an IPv6
+    address. `now`: monotonic seconds."""
 
     def __init__(self) -> None:
         self._buckets: dict[str, Bucket] = {}
 
     def check(self, address: str, now: float) -> None:
-        """Raises CallError RATE_LIMITED if the source has failed too often."""
+        """Raise CallError RATE_LIMITED if the source has failed too often."""
         bucket = self._buckets.get(_source(address))
         if bucket is not None and (left := bucket.charge(0, now)) < 1:
             delay_s = (1 - left) / FAILURES_PER_S

@@ -7,13 +7,14 @@ The value of a step lies at the step's number modulo STEPS. For times to first t
 buckets are kept instead of percentiles, since the counts of several gateways can be added. A missing value is NaN in an
 array, and null in an answer.
 
-Invariants: at most MAX_MODELS models and MAX_TENANTS tenants have series; when one more is added, the key whose last
-value is the oldest is forgotten. The arrays of 1,000 tenants and 100 models take 30 MiB (test_history.py measures them
-with tracemalloc): 7 numbers a tenant and 32 a model, for 720 steps of 5 s.
+Invariants: at most MAX_MODELS models and MAX_TENANTS tenants have series; when one more is added, the model or tenant
+whose last value is the oldest is forgotten. The arrays of 1,000 tenants and 100 models take 30 MiB (test_history.py
+measures them with tracemalloc): 7 numbers a tenant and 32 a model, for 720 steps of 5 s.
 
-Units: `tokens` and `requests` in 1/s, `streams` and `queue` as numbers of calls and sequences, `cost` per hour in the
-currency of the configuration, `cache_hits` as a part of the prompt tokens, `fairness_gap` in units of docs/tenancy.md,
-`ttft_p50` and `ttft_p99` in seconds, `replicas_wanted` and `replicas_had` as numbers.
+Units: `tokens` and `requests` in 1/s, `streams` as a number of calls, `queue` as a number of a tenant's calls or of a
+model's sequences, `cost` per hour in the currency of the configuration, `cache_hits` as a fraction of the prompt
+tokens, `fairness_gap` in units of docs/tenancy.md, `ttft_p50` and `ttft_p99` in seconds, `replicas_wanted` and
+`replicas_had` as numbers.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ class Table:
         return sum(block.nbytes for block in self._blocks)
 
     def put(self, key: str, step: int, values: Sequence[float]) -> None:
-        """Set the values of a key at a step, in the order of the columns. A step before the key's last one is
-        ignored."""
+        """Set the values of a key at a step, in the order of the columns. Ignored if the key has values of a later
+        step."""
         row = self._rows.get(key)
         if row is None:
             row = self._add(key, step)
@@ -133,7 +134,8 @@ class Table:
         return out
 
     def sum_all(self, columns: Sequence[str], first: int, last: int, out: Values) -> Iterator[None]:
-        """Add the values of all keys to `out`, one key per item of the iterator. The caller fills `out` with NaN."""
+        """Add the values of all keys to `out`, which the caller has filled with NaN. The iterator yields None after
+        each key."""
         for key in list(self._rows):
             add(columns, out, self.read(key, columns, first, last))
             yield None
@@ -161,7 +163,7 @@ class History:
         self, names: Iterable[str], model: str, tenant: str, first: int, last: int
     ) -> dict[str, list[float]]:
         """Return columns by name, for one model or tenant, or for the cluster if both are "". Unknown values are NaN.
-        The values of a cluster's models are added in slices, between which other tasks run."""
+        For the cluster, the values of all models are added in slices, and other tasks run between the slices."""
         table = self.tenants if tenant else self.models
         needed = [name for name in dict.fromkeys(names) if name in table.columns]
         if tenant or model:
@@ -178,16 +180,16 @@ def columns_of(series: Iterable[str]) -> list[str]:
 
 
 def add(columns: Sequence[str], out: Values, values: Values) -> None:
-    """Add `values` to `out`, column by column and step by step; in the columns LARGEST, keep the larger value. If one
-    of two values is NaN, the other one is kept."""
+    """Add `values` to `out`, column by column and step by step. In the columns LARGEST the larger value is kept instead
+    of the sum. If one of the two values is NaN, the result is the other value."""
     both = np.fmax(out, values)  # if one of two values is NaN, the other
     is_sum = np.array([name not in LARGEST for name in columns])[:, None] & ~np.isnan(out) & ~np.isnan(values)
     np.copyto(out, np.where(is_sum, out + values, both))
 
 
 async def add_columns(parts: Sequence[Mapping[str, Sequence[float | None]]], steps: int) -> dict[str, Values]:
-    """Return the merged columns of several gateways. A column that no gateway has is left out, and one whose length is
-    not `steps` is ignored."""
+    """Return the columns of several gateways, merged by `add`. `parts`: the columns of each gateway, by name. Columns
+    that do not have `steps` values are ignored."""
     out: dict[str, Values] = {}
 
     def add_each() -> Iterator[None]:
@@ -224,7 +226,7 @@ def _series(name: str, columns: Mapping[str, Values], steps: int) -> list[float 
 
 def quantiles(counts: Values, part: float) -> Values:
     """Return a quantile of each step's histogram, computed as in overview.quantile; NaN for a step without counts.
-    `counts`: one row per bucket, one column per step."""
+    `counts`: one row per bucket, one column per step. `part`: which quantile, for example 0.99."""
     sums = np.cumsum(counts, axis=0, dtype=np.float64)
     total = sums[-1]
     rank = part * total

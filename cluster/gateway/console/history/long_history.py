@@ -1,8 +1,9 @@
 """Plots of more than an hour, from the Prometheus in `gateway.console.prometheus_url`.
 
 A request names series and a model or a tenant, never an expression: the gateway writes the query, restricted to the
-tenant that the viewer may see. The answer has the same form as for the last hour (feed.py). Of a tenant, Prometheus has
-tokens, requests and cache hits, if the tenant is among the first `observe.max_tenant_series`; other values are null.
+tenant that the viewer may see. The answer has the same form as for the last hour (feed.py). For a tenant, Prometheus
+has only tokens, requests and cache hits, and only if the tenant is among the first `observe.max_tenant_series`. All
+other values are null.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ Fetch = Callable[[str], Awaitable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A series as an expression of Prometheus. `{s}` is replaced with the label selector, and `{w}` with the window of
-    rates.
+    """The Prometheus expression of a series. `{s}` in it is replaced with the label selector, and `{w}` with the window
+    of rates.
 
-    `of_tenants`: whether the metrics have the label `tenant`."""
+    `of_tenants`: whether the metrics in the expression have the label `tenant`."""
 
     expression: str
     of_tenants: bool = False
@@ -101,7 +102,8 @@ class Range:
         return self.first_s + (self.points - 1) * self.step_s
 
     def values(self, pairs: Sequence[Sequence[Any]]) -> list[float | None]:
-        """Return the values in Prometheus' pairs (time, value as text); None for a time without a value."""
+        """Return one value for each time of the range; None for a time without a value. `pairs`: times and values as
+        Prometheus returns them, the values as texts."""
         out: list[float | None] = [None] * self.points
         for at_s, text in pairs:
             place, value = round((float(at_s) - self.first_s) / self.step_s), float(text)

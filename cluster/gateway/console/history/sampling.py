@@ -31,8 +31,8 @@ class HistorySampler:
         return self._history
 
     async def sample(self, shot: Snapshot) -> None:
-        """Add a sample of the time since the last snapshot, at most one in each step of the history. Nothing is added
-        before numpy is imported (deferred_imports.py)."""
+        """Add a sample that covers the time since the last sample, at most one in each step of the history. Nothing is
+        added before numpy is imported (deferred_imports.py)."""
         step = int(shot.epoch_s // STEP_S)
         if step == self._step:
             return

@@ -29,8 +29,8 @@ def index_of(document: Document) -> Index:
 
 
 async def difference(before: Document, old: Index, after: Document, new: Index) -> Document:
-    """Return the changes from one document to another, with the time `at`. `old` and `new`: the two documents' rows
-    (`index_of`). A list without a change is left out."""
+    """Return the changes from the document `before` to the document `after`. `old` and `new`: the rows of `before` and
+    of `after`, see `index_of`. A list without a change is left out; the time `at` is always included."""
     changes: Document = {"at": after["at"]}
     for name in LISTS:
         past, present = old[name], new[name]
@@ -64,7 +64,8 @@ def apply(document: Document, changes: Document) -> Document:
 
 
 async def encode(document: Mapping[str, Any]) -> bytes:
-    """Return a document or a difference as JSON. Long lists are encoded in parts between which other tasks run."""
+    """Return a document or a difference as JSON. Long lists are encoded in parts, and other tasks run between the
+    parts."""
     parts: list[bytes] = []
     for name, value in document.items():
         key = orjson.dumps(name)

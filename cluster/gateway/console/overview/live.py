@@ -1,9 +1,9 @@
 """The live overview of one gateway process: one snapshot per second while there are subscribers, who share the result.
 
-Invariants: while no subscriber, no other process and no request needs the overview, only one sample of the history is
-computed every STEP_S. Each tick takes one snapshot of the gateway, makes one document, and computes and encodes the
-changes once for each tenant with subscribers. A subscriber holds at most MAX_PENDING unread events; one that does not
-read is disconnected.
+Invariants: while there are no subscribers and no requests for the overview, the only work is one sample of the history
+every STEP_S. Each tick takes one snapshot of the gateway, makes one document, and computes and encodes the changes once
+for each tenant with subscribers. A subscriber holds at most MAX_PENDING unread events; one that does not read is
+disconnected.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _View:
 class LiveOverview:
     """Makes the documents of one gateway process and sends them to the subscribers.
 
-    Requests that wait for a document or a part at the same time get the same one."""
+    All requests that wait for a document at the same time get the same document. The same holds for parts."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class LiveOverview:
                 subscriber.push(END, b'{"reason":"stopping"}')
 
     async def document(self, tenant: str) -> Document:
-        """Return the present document as a viewer of a tenant sees it, "" for all tenants."""
+        """Return the present document. `tenant`: the only tenant that the viewer may see, "" for all tenants."""
         document = self._document
         if document is None or self._clock() - self._made_at > self._fresh_s:
             document = await self._wait(self._waiters)
@@ -184,12 +184,12 @@ class LiveOverview:
 
     @property
     def _fresh_s(self) -> float:
-        """Age in seconds up to which the last document and the last part are returned again. While there are
-        subscribers, new ones are made every second anyway."""
+        """Age in seconds up to which the last document and the last part are returned again. With subscribers it is one
+        tick, since every tick then makes new ones."""
         return TICK_S if self._views else FRESH_S
 
     async def part(self) -> Part:
-        """Return the present part of this process, for another process."""
+        """Return what this process adds to the overview now. Other processes request it."""
         part = self._part
         if part is None or self._clock() - self._made_at > self._fresh_s:
             part = await self._wait(self._part_waiters)

@@ -1,5 +1,5 @@
-"""Workers whose links have ended unexpectedly, kept for a minute with the number of their sequences that other workers
-have resumed."""
+"""Workers whose links have ended unexpectedly. Each is kept for a minute, together with the number of its sequences
+that other workers have resumed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LostWorkers:
         self._workers.pop(link.identity.worker_id, None)
 
     def resent(self, lost_link: str) -> None:
-        """Record that a sequence that had lost this link was sent to another worker."""
+        """Record that a sequence that was lost with the link `lost_link` was sent to another worker."""
         lost = self._workers.get(lost_link.rsplit("/", 2)[0])
         if lost is not None and lost.link == lost_link:
             lost.resumed += 1

@@ -2,9 +2,9 @@
 may see of it.
 
 Invariants of `merge`: the order of the parts does not matter, and of several parts of one gateway only the newest
-counts. A worker has one row, however many gateways report it: a row of a gateway that is linked to the worker is
-preferred to one of a gateway that has lost it, then the newest row is used. A call has one row, from the gateway where
-it arrived last, since a call may resume at another gateway under the same id.
+counts. A worker has one row, however many gateways report it. Rows from gateways that are linked to the worker are
+preferred to rows from gateways that have lost it; among these, the newest row is used. A call has one row, from the
+gateway where it arrived last, since a call may resume at another gateway under the same id.
 
 Invariant of `view_of`: a viewer of one tenant gets no name of another tenant, of a worker or of a gateway, and no
 number that counts other tenants' calls. Only the fields that this module lists are shown, so a new field is hidden
@@ -106,8 +106,8 @@ def _sum_counts(counts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def quantile(counts: Sequence[float], part: float, bounds: Sequence[float] = TTFT_BUCKETS) -> float | None:
-    """Return a quantile of a histogram, interpolated within its bucket; None without values. Values above the last
-    bound are shown as that bound."""
+    """Return a quantile of a histogram, interpolated within its bucket; None without values. `part`: which quantile,
+    for example 0.99. Values above the last bound are shown as that bound."""
     total = sum(counts)
     if not total:
         return None

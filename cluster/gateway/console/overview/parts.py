@@ -1,4 +1,5 @@
-"""The part of one gateway process in the overview: a JSON object that other processes can add to theirs.
+"""The part of one gateway process in the overview: a JSON object. The overview is merged from the parts of all
+processes.
 
 A part holds rates, each computed from two snapshots. Numbers that cannot be added, such as percentiles, are sent as the
 counts from which overview.py computes them.
@@ -190,7 +191,7 @@ class PartMaker:
         return round(known.per_h, 4)
 
     def _calls(self, shot: Snapshot) -> Iterator[Row]:
-        """Yield the rows of open calls, then those of ended ones. The rows of ended calls are made once."""
+        """Yield the rows of open calls, then those of ended calls. The row of an ended call is made once and kept."""
         for call in fair_choice(shot.calls, MAX_OPEN):
             if call.sequences and _is_open(call):
                 yield running_call_row(call, shot.now, shot.epoch_s, self._gateway)
@@ -228,8 +229,8 @@ def fair_choice(calls: Sequence[Call], most: int) -> Sequence[Call]:
 
 
 def _is_open(call: Call) -> bool:
-    """Return whether a call is still open. A call that ended since the snapshot has sequences that no longer refer to
-    it."""
+    """Return whether a call of a snapshot is still open. When a call ends, its sequences lose their references to the
+    call."""
     return hasattr(call.sequences[0], "call")
 
 

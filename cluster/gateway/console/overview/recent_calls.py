@@ -1,7 +1,7 @@
 """The newest calls that have ended at one gateway process, and sums over all calls that have ended.
 
-Problem: the console shows calls after their end, and rates by tenant and model, while an ended call may cost the
-gateway a few microseconds only, and one tenant's calls must not push out those of all others.
+Problem: the console shows calls after their end, and rates by tenant and model. Recording an ended call may cost only a
+few microseconds, and the calls of one tenant must not push out the calls of all others.
 
 Invariants: at most `max_calls` calls are kept. When one more ends, the oldest call of the tenant with most calls is
 dropped, so a tenant with fewer calls than the others keeps all. A call is kept as one tuple of numbers and short texts,
@@ -35,9 +35,9 @@ MAX_CHARS: Final = 128
 
 
 class EndedCall(NamedTuple):
-    """A call that has ended, or that was refused. `number`: counts the calls of this process. `id`: the id of the
-    answer, "" for a refused call. `arrived` and `ended` are monotonic seconds. None means that a value is not known or
-    does not exist."""
+    """A call that has ended, or that was refused. `number`: serial number of the call in this process. `id`: the id of
+    the answer, "" for a refused call. `arrived` and `ended` are monotonic seconds. None means that a value is not known
+    or does not exist."""
 
     number: int
     id: str
@@ -106,7 +106,7 @@ class FairRing:
             self._drop(next(iter(self._by_count[self._longest])))
 
     def drop_older(self, than: float) -> None:
-        """Drop the calls that ended before `than`."""
+        """Drop the calls that ended before the time `than`."""
         for tenant, calls in list(self._calls.items()):
             while calls and calls[0].ended < than:
                 self._drop(tenant)

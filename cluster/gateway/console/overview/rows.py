@@ -117,8 +117,8 @@ def call_state(call: Call) -> str:
 
 
 def ended_call_row(call: EndedCall, now: float, epoch_s: float, gateway: str, prefix: str) -> Row:
-    """Return the row of an ended call. `prefix`: the beginning of the ids of calls without an answer, different in each
-    process."""
+    """Return the row of an ended call. `prefix`: a text that differs between processes. A call without an answer id
+    gets an id of this prefix and its number."""
     return {
         "id": call.id or f"{prefix}{call.number}",
         "request_id": call.request_id,
@@ -174,8 +174,8 @@ def model_row(model: KnownModel, starting: Mapping[str, StartingWorker], epoch_s
 
 
 def start_progress(model: KnownModel, starting: StartingWorker | None, epoch_s: float) -> Row | None:
-    """Return how far a model without a worker has started: by the downloaded bytes of its weights, else by the duration
-    of earlier starts; None if nothing is known."""
+    """Return how far the start of a model without a worker has come; None if nothing is known. The progress is measured
+    by the downloaded bytes of the weights, or after the download by the duration of earlier starts."""
     if starting is not None and 0 < starting.fetched_bytes < starting.total_bytes:
         return {"stage": "downloading weights", "fraction": round(starting.fetched_bytes / starting.total_bytes, 3)}
     fraction, left_s = expected_progress(model.entry, epoch_s)

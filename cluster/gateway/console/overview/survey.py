@@ -1,4 +1,5 @@
-"""Snapshots of a gateway process: its open calls, workers and models, read in slices between which other tasks run.
+"""Snapshots of a gateway process: its open calls, workers and models. They are read in slices, and other tasks run
+between the slices.
 
 Nothing is added to the path of a token: the number of tokens so far is read from each open call, and rates are the
 differences of two snapshots.
@@ -51,7 +52,7 @@ class Tally:
     replicas_had: int = 0
 
     def add(self, sums: CallSums) -> None:
-        """Add the sums over ended calls."""
+        """Add the sums over ended calls to these numbers."""
         self.requests += sums.requests
         self.tokens += sums.tokens
         self.prompt_tokens += sums.prompt_tokens
@@ -124,7 +125,7 @@ class Survey:
         return shot
 
     def _calls(self, shot: Snapshot) -> Iterator[None]:
-        """Count the open calls."""
+        """Add each open call to the snapshot, and count it for its tenant and its model."""
         for call in self._parts.service.calls:
             if not call.sequences:
                 continue
@@ -146,7 +147,8 @@ class Survey:
             yield None
 
     def _tenants(self, shot: Snapshot) -> Iterator[None]:
-        """Add each tenant's sums over ended calls, and the tenants without calls."""
+        """Complete the tenants of a snapshot: add the sums over their ended calls, and include the tenants without open
+        calls."""
         parts, tenants = self._parts, shot.tenants
         shot.policies = policies = parts.policies()
         for name, sums in list(parts.recent.tenants.items()):
@@ -165,7 +167,8 @@ class Survey:
             yield None
 
     def _models(self, shot: Snapshot) -> Iterator[None]:
-        """Add the sums over ended calls, the queues and the catalog's numbers of each known model."""
+        """Complete the models of a snapshot: add the sums over ended calls, the lengths of the queues, the times to
+        first token and the numbers of replicas. Models that are no longer known are removed."""
         parts, scheduler = self._parts, self._parts.scheduler
         known = {model.name for model in parts.directory.models}
         shot.models = {name: tally for name, tally in shot.models.items() if name in known}

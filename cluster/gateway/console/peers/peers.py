@@ -34,7 +34,8 @@ Answer = Callable[[Question], Awaitable[Mapping[str, Any] | None]]
 
 
 class Peers(Protocol):
-    """The other gateway processes: those of this host, or those of all hosts."""
+    """The other gateway processes with which the console's data is exchanged: those of this host, or those of all
+    hosts."""
 
     def start(self) -> None:
         """Begin to answer questions."""
@@ -132,7 +133,7 @@ class _Unfinished:
 
 
 class PartAssembler:
-    """Joins the pieces of parts from several sources. The pieces of one source arrive in order."""
+    """Joins pieces to parts of the overview, for several sources. The pieces of one source arrive in order."""
 
     def __init__(self) -> None:
         self._unfinished: dict[str, _Unfinished] = {}

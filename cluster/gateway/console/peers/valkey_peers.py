@@ -1,8 +1,8 @@
 """The other gateway processes of a cluster, reached through publish/subscribe of Valkey or Redis.
 
-All processes listen for questions on one channel, which costs nothing while there are none. Parts are sent on a channel
-of their own, and history on the channel of the process that asks. Nothing is stored. If several processes ask for parts
-within a second, each part is sent once. While the store is unreachable, no other process is known.
+All processes listen for questions on one channel, which costs nothing while no process asks. Parts are sent on a
+channel of their own, and history on the channel of the process that asks. Nothing is stored. If several processes ask
+for parts within a second, each part is sent once. While the store is unreachable, no other process is known.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class ValkeyPeers:
         return self._parts.current(self._clock())
 
     async def _wait_for_first(self, now: float) -> None:
-        """Wait until all other processes have sent a part, but not for long."""
+        """Wait until all other processes have sent a part, at most FIRST_ANSWER_S."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_ANSWER_S):
                 while len(self._parts) < self._others:
