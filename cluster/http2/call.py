@@ -43,8 +43,8 @@ class CallTask:
         limit_s: float | None,
         on_unsent: Callable[[], None],
     ) -> None:
-        """`on_unsent`: called at the time limit if the handler has ended and the status is not sent, because the client
-        does not read."""
+        """`on_unsent`: called at the time limit if the handler has ended, but the status could not be sent because the
+        client does not read."""
         self._loop = loop
         self._on_unsent = on_unsent
         self.timed_out = False
@@ -77,9 +77,9 @@ class CallTask:
 class ServerCall(ResponseWriter):
     """A gRPC call on the server. Handlers may use the methods that have a counterpart in grpc.aio.ServicerContext.
 
-    `send` accepts a serialized message at once, even if the client's flow-control window is closed. While `full` is
-    true, the client must read before a writer sends more; `wait_until_writable` waits for the client to read. So a call
-    buffers at most the messages that a writer sends between two checks of `full`.
+    `send` accepts a serialized message at once, even if the client's flow-control window is closed. A writer must not
+    send more while `full` is true; `wait_until_writable` waits until the client has read enough. So a call buffers at
+    most the messages that a writer sends between two checks of `full`.
     """
 
     def __init__(self, core: ConnectionCore, owner: OpenStreams, stream: H2Stream, head: RequestHead) -> None:
@@ -251,7 +251,7 @@ class CallTable:
 
 
 class OpenStreams:
-    """The open calls of one connection. Opens and ends calls as the client's frames demand, within the limits."""
+    """The open calls of one connection. Calls are opened and ended as the client's frames arrive, within the limits."""
 
     def __init__(
         self,
@@ -363,8 +363,8 @@ class OpenStreams:
         self.charge_refusal(CLIENT_FAULT)
 
     def end_open_requests(self) -> None:
-        """End the calls whose clients may still send requests, because the connection is too old. Such calls, for
-        example sessions, may never end by themselves. All other calls may finish."""
+        """End each call whose client may still send requests, after the connection has reached its age limit. Such a
+        call, for example a session, may never end by itself. All other calls may finish."""
         for call in list(self.by_stream.values()):
             if not call.request.half_closed:
                 call.interrupt(grpc.StatusCode.UNAVAILABLE, "the connection has reached its age limit; connect again")

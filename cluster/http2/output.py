@@ -141,7 +141,8 @@ class BlockedAnswers:
         self._by_stream: dict[int, Callable[[], None]] = {}
 
     def add(self, stream_id: int, push: Callable[[], None], *, of_stream: bool) -> None:
-        """Call `push` when the window of the stream (`of_stream`) or of the connection grows."""
+        """Register `push`, which is called when a window grows: the stream's window if `of_stream`, else the
+        connection's."""
         (self._by_stream if of_stream else self._by_connection)[stream_id] = push
 
     def discard(self, stream_id: int) -> None:

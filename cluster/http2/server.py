@@ -65,7 +65,7 @@ class CallRunner:
         self._handlers += handlers
 
     def stop(self) -> None:
-        """Let the calls that are cancelled from now on end with the status UNAVAILABLE."""
+        """Give every call that is cancelled from now on the status UNAVAILABLE."""
         self.stopping = True
 
     def start(self, call: ServerCall, head: RequestHead) -> None:

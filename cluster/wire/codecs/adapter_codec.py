@@ -66,7 +66,8 @@ def adapter_set_from_pb(m: pb.AdapterSet) -> AdapterSet:
 
 
 def adapter_report_to_pb(statuses: Iterable[AdapterStatus]) -> pb.AdapterReport:
-    """Encode the states of a worker's adapters. Long reasons are cut, and characters that protobuf rejects replaced."""
+    """Encode the states of a worker's adapters. Long reasons are cut, and characters that protobuf rejects are
+    replaced."""
     return pb.AdapterReport(
         adapters=[
             pb.AdapterStatus(
