@@ -1,4 +1,6 @@
-"""The messages of a worker's gateways, applied in an order in which each part finds what it depends on."""
+"""The messages that a worker's gateways send, applied in the required order: for example, adapters before the Submits
+that name them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ log = structlog.get_logger("worker")
 
 @dataclass(frozen=True, slots=True)
 class GatewayMessages:
-    """The parts of one worker to which messages of gateways apply."""
+    """The parts of one worker that handle the gateways' messages."""
 
     identity: WorkerIdentity
     bundle: Bundle

@@ -25,7 +25,7 @@ class ParserProgress:
         self._count = 0
 
     def record(self, session: int) -> None:
-        """Record that the work on a session begins; NONE: that the process works on no session."""
+        """Record that the work on a session begins. `session`: NONE if the process works on no session."""
         self._count += 1
         _FIELDS.pack_into(self._memory, 0, session, self._count)
 

@@ -106,7 +106,8 @@ class SessionRecord:
     def _new_parts(self, given: Sequence[OutputPart]) -> Sequence[OutputPart]:
         """Return the parts without the text that was delivered before the session began anew.
 
-        Equal tokens give equal characters, but perhaps in other pieces.
+        The repeated tokens give the same text, but it may be divided into parts in another way. So characters are
+        counted.
         """
         if not self.repeated_chars:
             for _, text, _ in given:

@@ -99,7 +99,8 @@ class StepStats:
         self.prefill_tokens += tokens
 
     def record_first_output(self, tokens: int) -> None:
-        """Count the first output, or the end without any output, of a request with this number of tokens."""
+        """Record that a request with this number of prompt and emitted tokens has had its first output, or has ended
+        without one."""
         self.prefill_tokens -= tokens
 
     def record_end(self) -> None:

@@ -46,7 +46,8 @@ class TooCostly(Exception):
 def count_problem(pattern: str) -> str:
     """Return why an expression costs too much to compile, with the remedy; empty if it does not.
 
-    The reason can be read after "the expression". Syntax is not checked. Time is linear in the expression's length.
+    The returned text continues a sentence that begins with "the expression". Syntax is not checked. Time is linear in
+    the expression's length.
     """
     counts = Counts()
     try:

@@ -17,7 +17,8 @@ FORMATS = frozenset(
 """Formats of strings that the grammar compiler enforces."""
 MAX_COUNT = (1 << 31) - 1
 MAX_COUNTED_PROPERTIES = 64
-"""Greatest number of properties beside `minProperties` or `maxProperties`. The grammar grows with their square."""
+"""Greatest number of properties in a schema with `minProperties` or `maxProperties`. The grammar's size grows with the
+square of this number."""
 _MAX_BOUND = 1 << 53
 
 _NAMES_MAY_HAVE = frozenset({"type", "pattern", "minLength", "maxLength", "format", "enum", "const"})
