@@ -218,7 +218,7 @@ class CallTable:
         self._header_bytes = self._anonymous = self._anonymous_bytes = 0
 
     def admit(self) -> None:
-        """Replace the limits by the limits of an authenticated connection."""
+        """Raise the limits to those of an authenticated connection."""
         self._max_calls = self._limits.max_calls
         self._max_header_bytes = UNAUTHENTICATED_HEADER_BYTES * AUTHENTICATED_FACTOR
 

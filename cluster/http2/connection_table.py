@@ -73,7 +73,7 @@ class ConnectionStage(IntEnum):
 
 
 class Managed(Protocol):
-    """The part of a connection that the connection table uses."""
+    """The interface of a connection that the connection table uses."""
 
     @property
     def stage(self) -> ConnectionStage:
@@ -114,7 +114,8 @@ class ConnectionSlot:
         self._pool.release(self)
 
     def stage(self, now: float) -> ConnectionStage:
-        """The connection's stage; at least GREETED for a new connection, whose bytes may be unread."""
+        """The connection's stage. A new connection has at least the stage GREETED, since its received bytes may be
+        unread."""
         stage = ConnectionStage.SILENT if self.connection is None else self.connection.stage
         old = now - self.since > UNREAD_S and self._pool.passes - self.since_pass > UNREAD_PASSES
         return stage if old else max(stage, ConnectionStage.GREETED)

@@ -181,7 +181,8 @@ Abort = Callable[[grpc.StatusCode, str], Awaitable[NoReturn]]
 
 
 class RequestStream:
-    """The request of one call, as the call's handler reads it: decompressed, and parsed if there are many messages."""
+    """The request of one call, as the call's handler reads it: decompressed, and also parsed if the handler reads
+    several messages."""
 
     def __init__(
         self, connection: ConnectionCore, stream_id: int, encoding: str, abort: Abort, too_slow: Callable[[], None]

@@ -73,8 +73,8 @@ class WorkerStatistics:
 
 
 class WorkerSession:
-    """A session that serves one started engine to the gateways in `gateways` and the gateways' siblings: to all, or if
-    they are many, to those that `subset` chooses.
+    """A session that serves one started engine to gateways: to those in `gateways` and their siblings, or if these are
+    many, to the ones that `subset` chooses.
 
     `gateways` are `host:port` addresses or `srv://` names. The session lasts until it is closed.
     """

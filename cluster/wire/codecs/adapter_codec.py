@@ -30,7 +30,8 @@ _STATE_OF = {value: state for state, value in _STATES.items()}
 
 @dataclass(frozen=True, slots=True)
 class AdapterSet:
-    """The adapters that a worker should have. Of the sets that its gateways send, the highest `revision` counts."""
+    """The adapters that a worker should have. If its gateways send different sets, the set with the highest `revision`
+    applies."""
 
     revision: int
     adapters: tuple[AdapterSpec, ...] = ()

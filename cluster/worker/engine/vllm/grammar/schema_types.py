@@ -198,7 +198,8 @@ class DisjointBranches:
         return True
 
     def _fixed(self, target: object) -> dict[str, Sequence[object]]:
-        """Return the required properties of an object schema that allow only listed values, each with these values."""
+        """Return the required properties of an object schema for which it lists the allowed values, each with these
+        values."""
         if not isinstance(target, Mapping) or winner(target) or self._types.of(target) != NAMED["object"]:
             return {}
         properties, required = target.get("properties"), target.get("required")
