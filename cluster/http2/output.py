@@ -73,8 +73,8 @@ class ConnectionOutput:
         self._must_reset_table = True
 
     def write_goaway(self, last: int) -> None:
-        """Queue a GOAWAY that is not made by h2: h2 sends nothing after its own GOAWAY. `last`: the id of the last
-        stream that is accepted."""
+        """Queue a GOAWAY that is not made by h2, because h2 sends nothing after its own GOAWAY. `last`: the id of the
+        last stream that is accepted."""
         self.write(GoAwayFrame(0, last_stream_id=last, error_code=0).serialize())
 
     def reset_stream(self, stream_id: int, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:

@@ -40,7 +40,8 @@ class GatewayMessages:
     drains: Drains
 
     async def apply(self, link: Link, message: pb.GatewayTurn) -> None:
-        """Apply a message that came over a link. Raises ValueError or LookupError if it is invalid, and LinkEnded."""
+        """Apply a message that came over a link. Raises ValueError or LookupError if it is invalid, LinkEnded if the
+        link must end."""
         has_backlog = message.HasField("backlog")
         if message.grant_ack:
             self.credit.acknowledge(link.credit_order, message.grant_ack)

@@ -1,8 +1,8 @@
-"""The way of the engine's outputs to the links of their requests.
+"""Delivery of the engine's outputs to the links of their requests.
 
-An output goes into the outbox of its request's link, and counts for the request and for the step. Outputs that are
-being parsed count in the step that computed them, and are sent when they are parsed. A request that has ended is
-forgotten, and can be resumed for a moment (detached_requests.py).
+An output is put into the outbox of its request's link, and counted for the request and for the step. An output that
+must be parsed is counted in the step that computed it, and sent when it is parsed. A request that has ended is removed,
+but can be resumed for a moment (detached_requests.py).
 """
 
 from __future__ import annotations

@@ -139,7 +139,8 @@ _POOLING_SAMPLING = sampling_to_pb(POOLING_SAMPLING)
 
 
 def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
-    """Encode a request with its prompt ids. `slot`: its number on the link. `attempt`: 1 for its first Submit."""
+    """Encode a request with its prompt ids. `slot`: the request's number on the link. `attempt`: 1 for the request's
+    first Submit."""
     return pb.Submit(
         slot=slot,
         attempt=attempt,

@@ -41,7 +41,7 @@ class ReplacedProcess(ABC):
 
     @abstractmethod
     def _apply(self, connection: ParserConnection, reply: wire.Reply) -> None:
-        """Apply a message of the process."""
+        """Handle a message from the process."""
 
     @abstractmethod
     def _fail_hung(self, number: int) -> None:

@@ -94,7 +94,7 @@ def _lowers(folder: Path) -> bool:
 
 def _backend_json(tokenizer: Any, beyond: frozenset[int], *, lowers: bool = False) -> str:
     """Return the Rust tokenizer's JSON without truncation, padding, or added tokens with ids in `beyond`. `lowers`:
-    whether it makes texts lower-case first."""
+    whether the returned tokenizer makes texts lower-case first."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()

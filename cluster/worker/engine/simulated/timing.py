@@ -30,7 +30,7 @@ class SimTiming:
                     self._scheduled.setdefault(request_id, now)
 
     def add_times(self, outputs: Iterable[TokenOutput], now: float) -> None:
-        """Set the times of the first output of each request whose call is sampled."""
+        """Set `times` of each output that is the first of its request, if the request's call is sampled."""
         if self._submitted:
             for output in outputs:
                 submitted = self._submitted.pop(output.request_id, None)

@@ -176,7 +176,7 @@ class EnginePath(Protocol):
         """Remove the adapter with this number; an unknown number is ignored."""
 
     def eos_token_id(self) -> int | None:
-        """Return the tokenizer's EOS id, which ends a request as the EOS ids of the generation config do."""
+        """Return the tokenizer's EOS id. It ends a request like the EOS ids of the generation config."""
 
     def dead(self) -> bool:
         """Return whether the engine core is known to be dead."""

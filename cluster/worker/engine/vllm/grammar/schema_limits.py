@@ -154,7 +154,7 @@ def _counted(schema: Json, properties: Json, is_open: bool) -> Iterator[str]:
 
 
 def combinations(schema: Json, types: frozenset[str]) -> Iterator[str]:
-    """Yield which keywords of a schema that has these types exclude each other."""
+    """Yield what is wrong with combinations of keywords that exclude each other, in a schema that has these types."""
     if NAMED["string"] <= types and (problem := string_combinations(schema)):
         yield problem
     if NAMED["object"] <= types:
