@@ -302,7 +302,7 @@ class OpenStreams:
         self._start(call, head)
 
     def received(self, event: events.DataReceived) -> None:
-        """Give the data of a DATA frame, which h2 has already processed, to the frame's call."""
+        """Pass the data of a DATA frame to the frame's call. h2 has already processed the frame."""
         call = self.by_stream.get(event.stream_id)
         if call is None:
             self._connection.windows.grow(event.flow_controlled_length)

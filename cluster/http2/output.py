@@ -54,7 +54,8 @@ class ConnectionOutput:
             self._loop.call_soon(self._flush)
 
     def write_h2(self) -> None:
-        """Add the bytes that h2 has prepared to the send of this event-loop pass, after the bytes already queued."""
+        """Queue the bytes that h2 has prepared, after the bytes already queued; all are sent in this event-loop
+        pass."""
         data = self._h2.output()
         if data:
             self._control_bytes += len(data)

@@ -129,7 +129,7 @@ class Outbox:
         self.flush()
 
     def engine_ended(self, why: str) -> None:
-        """Set the reason why the worker's engine has ended, which the next and last message reports."""
+        """Set the reason why the worker's engine has ended. The next message reports the reason and is the last."""
         self._engine_ended = why
         self.flush()
 

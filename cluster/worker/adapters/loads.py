@@ -175,7 +175,7 @@ class AdapterLoads:
             raise
 
     async def _make_room(self, engine: AdapterEngine, digest: str) -> None:
-        """Wait until the memory has a place, and drop an adapter for it if need be."""
+        """Wait until the memory has a place for this adapter, and drop another adapter if necessary."""
         try:
             while self.memory.is_full:
                 self.check_place(digest)

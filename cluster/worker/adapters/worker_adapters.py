@@ -1,4 +1,4 @@
-"""The adapters that a worker's gateways want, from their set to the states that are reported.
+"""The adapters that a worker's gateways want: they are prepared and loaded, and their states are reported.
 
 Each adapter is prepared in a task of its own: fetched and checked in a thread, then loaded into the engine while there
 is room. An adapter that is checked and finds no room is ready, too: its next request loads it (loads.py). A failed

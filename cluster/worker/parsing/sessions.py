@@ -1,4 +1,6 @@
-"""The sessions of a worker's parsed requests, as the worker records them: enough to begin each one anew elsewhere."""
+"""The worker's records of the sessions of its parsed requests, from which each session can begin anew in another
+process.
+"""
 
 from __future__ import annotations
 

@@ -101,7 +101,8 @@ def fetch(
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, for which other processes wait. If this process dies, the kernel releases the lock."""
+    """Hold a lock file while the context is open; other processes wait for it. If this process dies, the kernel
+    releases the lock."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -210,7 +210,7 @@ def file_of(descriptor: int) -> str:
 
 
 class Members:
-    """The processes of an engine on this host, except the engine core, which notes how they end.
+    """The processes of an engine on this host, without the engine core. The core watches them and notes how they end.
 
     Problem: a dying rank closes its connections before its process has ended. The core then fails at once, and the
     owner reads the notes as soon as it gets the core's error. So the core delays its error (`settle`) until the rank's

@@ -85,8 +85,8 @@ class KvCache:
         return True
 
     def commit(self, block: int) -> bool:
-        """Turn a private block that is now full into a shared block with this hash. Returns whether the block was not
-        cached before."""
+        """Turn a private block that is now full into a shared block. `block`: its hash. Returns whether no block with
+        this hash was cached before."""
         self._private -= 1
         if block in self._shared:
             self._shared[block] += 1
