@@ -43,8 +43,8 @@ class CallTask:
         limit_s: float | None,
         on_unsent: Callable[[], None],
     ) -> None:
-        """`on_unsent`: called at the time limit if the handler has ended and the status is not sent, because the client
-        does not read."""
+        """`on_unsent`: called at the time limit if the handler has ended, but the status could not be sent because the
+        client does not read."""
         self._loop = loop
         self._on_unsent = on_unsent
         self.timed_out = False
@@ -77,9 +77,9 @@ class CallTask:
 class ServerCall(ResponseWriter):
     """A gRPC call on the server. Handlers may use the methods that have a counterpart in grpc.aio.ServicerContext.
 
-    `send` accepts a serialized message at once, even if the client's flow-control window is closed. While `full` is
-    true, the client must read before a writer sends more; `wait_until_writable` waits for the client to read. So a call
-    buffers at most the messages that a writer sends between two checks of `full`.
+    `send` accepts a serialized message at once, even if the client's flow-control window is closed. A writer must not
+    send more while `full` is true; `wait_until_writable` waits until the client has read enough. So a call buffers at
+    most the messages that a writer sends between two checks of `full`.
     """
 
     def __init__(self, core: ConnectionCore, owner: OpenStreams, stream: H2Stream, head: RequestHead) -> None:
@@ -218,7 +218,7 @@ class CallTable:
         self._header_bytes = self._anonymous = self._anonymous_bytes = 0
 
     def admit(self) -> None:
-        """Replace the limits by the limits of an authenticated connection."""
+        """Raise the limits to those of an authenticated connection."""
         self._max_calls = self._limits.max_calls
         self._max_header_bytes = UNAUTHENTICATED_HEADER_BYTES * AUTHENTICATED_FACTOR
 
@@ -251,7 +251,7 @@ class CallTable:
 
 
 class OpenStreams:
-    """The open calls of one connection. Opens and ends calls as the client's frames demand, within the limits."""
+    """The open calls of one connection. Calls are opened and ended as the client's frames arrive, within the limits."""
 
     def __init__(
         self,
@@ -302,7 +302,7 @@ class OpenStreams:
         self._start(call, head)
 
     def received(self, event: events.DataReceived) -> None:
-        """Give the data of a DATA frame, which h2 has already processed, to the frame's call."""
+        """Pass the data of a DATA frame to the frame's call. h2 has already processed the frame."""
         call = self.by_stream.get(event.stream_id)
         if call is None:
             self._connection.windows.grow(event.flow_controlled_length)
@@ -363,8 +363,8 @@ class OpenStreams:
         self.charge_refusal(CLIENT_FAULT)
 
     def end_open_requests(self) -> None:
-        """End the calls whose clients may still send requests, because the connection is too old. Such calls, for
-        example sessions, may never end by themselves. All other calls may finish."""
+        """End each call whose client may still send requests, after the connection has reached its age limit. Such a
+        call, for example a session, may never end by itself. All other calls may finish."""
         for call in list(self.by_stream.values()):
             if not call.request.half_closed:
                 call.interrupt(grpc.StatusCode.UNAVAILABLE, "the connection has reached its age limit; connect again")

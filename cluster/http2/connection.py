@@ -97,7 +97,7 @@ class Connection:
         self.core.output.write_h2()
 
     def _raise_limits(self) -> None:
-        """Replace the limits of the connection by the limits of an authenticated connection."""
+        """Raise the limits of the connection to those of an authenticated connection."""
         limits, h2 = self.core.limits, self.core.h2
         self._table.admit()
         self._charges.admit(self.core.loop.time())

@@ -39,8 +39,8 @@ MEAN_LIFETIME_S: Final = 0.2
 replace others; further connections wait in the socket's queue."""
 UNREAD_S: Final = 0.1
 UNREAD_PASSES: Final = 10
-"""Two age limits, in seconds and in accept passes. If a connection is younger than either limit, its received bytes may
-not have been read yet."""
+"""Two age limits of a connection: UNREAD_S in seconds, UNREAD_PASSES in accept passes. The received bytes of a
+connection that is younger than either limit may not have been read yet."""
 BURST_PART: Final = 4
 """Divisor of a port's cap: a quarter of the connections may be replaced at once."""
 MAX_CHECKS: Final = 16
@@ -73,7 +73,7 @@ class ConnectionStage(IntEnum):
 
 
 class Managed(Protocol):
-    """The part of a connection that the connection table uses."""
+    """The interface of a connection that the connection table uses."""
 
     @property
     def stage(self) -> ConnectionStage:
@@ -114,7 +114,8 @@ class ConnectionSlot:
         self._pool.release(self)
 
     def stage(self, now: float) -> ConnectionStage:
-        """The connection's stage; at least GREETED for a new connection, whose bytes may be unread."""
+        """The connection's stage. A new connection has at least the stage GREETED, since its received bytes may be
+        unread."""
         stage = ConnectionStage.SILENT if self.connection is None else self.connection.stage
         old = now - self.since > UNREAD_S and self._pool.passes - self.since_pass > UNREAD_PASSES
         return stage if old else max(stage, ConnectionStage.GREETED)
@@ -264,7 +265,8 @@ class Pool:
 
 
 def _earliest_stage(unauthenticated: dict[ConnectionSlot, None], now: float) -> ConnectionSlot | None:
-    """Among the oldest connections, the first connection at the earliest stage."""
+    """Return the connection at the earliest stage among the oldest unauthenticated connections; of several, the
+    oldest."""
     return min(islice(unauthenticated, MAX_CHECKS), key=lambda held: held.stage(now), default=None)
 
 

@@ -38,10 +38,12 @@ _RESETS = (StreamClosedBy.SEND_RST_STREAM, StreamClosedBy.RECV_RST_STREAM)
 
 
 class EndedStreams(OrderedDict[int, StreamClosedBy | None]):
-    """A replacement for h2's notes of ended streams. Only the last `most` streams that were reset are kept.
+    """A replacement for h2's notes of ended streams. It keeps only the notes of the last `most` streams that were
+    reset.
 
-    h2 needs a stream's note when a late frame arrives for the ended stream. For a stream that ended normally, the note
-    only decides which error ends the connection."""
+    h2 reads a stream's note when a frame arrives after the stream's end. Notes of streams that ended normally are not
+    kept: they would only decide which error ends the connection.
+    """
 
     def __init__(self, most: int) -> None:
         super().__init__()

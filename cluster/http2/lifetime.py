@@ -1,5 +1,6 @@
-"""The end of a connection: the client is asked to reconnect, running calls finish, and the connection is closed. Or the
-connection is closed at once, for a client that violated the protocol or exceeded a limit."""
+"""The end of a connection. Normally the client is asked to reconnect, running calls finish, and the connection is
+closed. If the client has violated the protocol or exceeded a limit, the connection is closed at once.
+"""
 
 from __future__ import annotations
 

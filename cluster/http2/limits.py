@@ -95,12 +95,14 @@ class Budget(Protocol):
     """The budget in which request bytes are reserved."""
 
     def full(self, tenant: str) -> bool:
-        """Whether so many requests of this tenant wait that a further request must be refused."""
+        """Whether to refuse a further request of this tenant, because too many of the tenant's requests wait
+        already."""
 
     def reserve(
         self, tenant: str, connection: Hashable, size: int, on_grant: Callable[[], None], too_slow: Callable[[], None]
     ) -> BodyReservation:
-        """Reserve `size` bytes. Calls `on_grant` at a later grant, and `too_slow` if the bytes arrive too slowly."""
+        """Reserve `size` bytes. Calls `on_grant` if the bytes are granted later, and `too_slow` if they arrive too
+        slowly."""
 
 
 class Bucket:

@@ -44,7 +44,7 @@ sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES  # asyncio's 256 KiB would take
 
 
 class _SecureTransport(Protocol):
-    """An asyncio TLS transport, which has a method that other transports lack."""
+    """An asyncio TLS transport. Unlike other transports, it has the method `set_read_buffer_limits`."""
 
     def set_read_buffer_limits(self, high: int) -> None:
         """Pause reading while more than `high` bytes wait to be decrypted."""
@@ -218,7 +218,8 @@ class _PendingConnection:
         self._held = held
 
     def evict(self, passes: int = 3) -> None:
-        """Drop the connection after three event-loop passes: a task cancelled earlier leaves its socket open."""
+        """Drop the connection after `passes` event-loop passes, because a task that is cancelled earlier leaves its
+        socket open."""
         if passes:
             self._loop.call_soon(self.evict, passes - 1)
         elif self.task is not None:

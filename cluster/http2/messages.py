@@ -46,10 +46,11 @@ class Assembler:
         self._max_bytes = max_bytes
 
     def add(self, data: bytes) -> Iterator[tuple[bytes | bytearray, int, bool]]:
-        """Yield each message that `data` completes, the message's size on the wire in bytes, and whether the message is
-        compressed.
+        """Yield a tuple for each message that `data` completes: the message, its size on the wire in bytes, and whether
+        it is compressed.
 
-        Raises BadMessage."""
+        Raises BadMessage.
+        """
         self._buffer += data
         while len(self._buffer) >= PREFIX_BYTES:
             end = self.message_bytes

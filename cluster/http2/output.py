@@ -54,7 +54,8 @@ class ConnectionOutput:
             self._loop.call_soon(self._flush)
 
     def write_h2(self) -> None:
-        """Add the bytes that h2 has prepared to the send of this event-loop pass, after the bytes already queued."""
+        """Queue the bytes that h2 has prepared, after the bytes already queued; all are sent in this event-loop
+        pass."""
         data = self._h2.output()
         if data:
             self._control_bytes += len(data)
@@ -73,8 +74,8 @@ class ConnectionOutput:
         self._must_reset_table = True
 
     def write_goaway(self, last: int) -> None:
-        """Queue a GOAWAY that is not made by h2: h2 sends nothing after its own GOAWAY. `last`: the id of the last
-        stream that is accepted."""
+        """Queue a GOAWAY that is not made by h2, because h2 sends nothing after its own GOAWAY. `last`: the id of the
+        last stream that is accepted."""
         self.write(GoAwayFrame(0, last_stream_id=last, error_code=0).serialize())
 
     def reset_stream(self, stream_id: int, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
@@ -141,7 +142,8 @@ class BlockedAnswers:
         self._by_stream: dict[int, Callable[[], None]] = {}
 
     def add(self, stream_id: int, push: Callable[[], None], *, of_stream: bool) -> None:
-        """Call `push` when the window of the stream (`of_stream`) or of the connection grows."""
+        """Register `push`, which is called when a window grows: the stream's window if `of_stream`, else the
+        connection's."""
         (self._by_stream if of_stream else self._by_connection)[stream_id] = push
 
     def discard(self, stream_id: int) -> None:

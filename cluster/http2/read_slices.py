@@ -42,7 +42,8 @@ class ReadTurns:
         self._used_s = 0.0
 
     def parse_now(self, reader: Reader) -> bool:
-        """Parse a slice if recent reads left time. Returns whether bytes are left; the caller then calls `put`."""
+        """Parse a slice at once if recent reads have used less than their share of time. Returns whether bytes are
+        left, which the caller then queues by `put`."""
         begin = self._clock()
         if begin - self._window_at >= WINDOW_S:
             self._window_at, self._used_s = begin, 0.0

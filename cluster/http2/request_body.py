@@ -116,7 +116,8 @@ class RequestBody:
         self._grow_connection_window(self._connection_growth)
 
     def settle(self) -> None:
-        """Reserve the incomplete message, unless it is reserved, and grow the windows. Raises BadMessage."""
+        """Reserve the incomplete message if it has no reservation yet, and enlarge the receive windows. Raises
+        BadMessage."""
         if not self._allowed_size and self._assembler.held_bytes:
             self._start_message()
         self.settle_connection()
@@ -124,7 +125,8 @@ class RequestBody:
             self._grow_stream_window()
 
     def settle_connection(self) -> None:
-        """Return received bytes to the connection's window, except bytes that a streaming handler must read."""
+        """Enlarge the connection's receive window by the received bytes, except bytes that a streaming handler has not
+        read."""
         if self._connection.windows.admitted:
             self._grow_connection_window(self._connection_growth - (self._unread if self.streaming else 0))
 
@@ -179,7 +181,8 @@ Abort = Callable[[grpc.StatusCode, str], Awaitable[NoReturn]]
 
 
 class RequestStream:
-    """The request of one call, as the call's handler reads it: decompressed, and parsed if there are many messages."""
+    """The request of one call, as the call's handler reads it: decompressed, and also parsed if the handler reads
+    several messages."""
 
     def __init__(
         self, connection: ConnectionCore, stream_id: int, encoding: str, abort: Abort, too_slow: Callable[[], None]

@@ -51,7 +51,7 @@ class Gate(Protocol):
 
 
 class CallRunner:
-    """The handlers of a server, each of which runs in one task per call."""
+    """The handlers of a server. Each call runs its handler in a task of its own."""
 
     def __init__(self, request_s: float, gate: Gate | None) -> None:
         """`request_s`: time limit to receive the request of a call that takes one message."""
@@ -65,7 +65,7 @@ class CallRunner:
         self._handlers += handlers
 
     def stop(self) -> None:
-        """Let the calls that are cancelled from now on end with the status UNAVAILABLE."""
+        """Give every call that is cancelled from now on the status UNAVAILABLE."""
         self.stopping = True
 
     def start(self, call: ServerCall, head: RequestHead) -> None:

@@ -88,8 +88,8 @@ class GatewayAddresses:
         return tuple(addresses)
 
     def _is_dialled_by_other_name(self, address: str, addresses: dict[str, None]) -> bool:
-        """Return whether `addresses` has another address of the gateway process at `address`. That address must not be
-        dialled too, because two links of one worker to one process would end each other."""
+        """Return whether `addresses` has another address of the gateway process at `address`. Only one of the addresses
+        may be dialled, because two links of one worker to one process would end each other."""
         last_welcome = self._welcomes.get(address)
         return last_welcome is not None and any(
             welcome.incarnation == last_welcome.incarnation

@@ -34,7 +34,7 @@ class LinkFiles(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CertificateExpiry:
-    """Expiry of the certificates in some files, which are read again when they change.
+    """The times at which the certificates in a set of files expire. A file is read again when it changes.
 
     A chain expires with the first of its certificates. A file of authorities expires with the last of them, because a
     rotation keeps the old authority in the file for a while."""

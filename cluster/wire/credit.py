@@ -93,8 +93,9 @@ class CreditGranter:
     def new_grants(self, room: Capacity, places: int = 0) -> list[Grant]:
         """Return the new limits to send, for the links whose limits change.
 
-        `room`: free capacity, including capacity already promised. `places`: limit on the promised sequences, perhaps
-        above `room`. The excess is only for calls whose KV blocks are here, since they start at almost no cost."""
+        `room`: free capacity, including capacity already promised. `places`: limit on the promised sequences. If it is
+        above `room`, the additional sequences are only for calls whose KV blocks this worker holds, since such calls
+        start at almost no cost."""
         if not self._accounts:
             return []
         kept = {link: account.kept for link, account in self._accounts.items()}
@@ -143,8 +144,9 @@ def _by_remainder(weights: Mapping[int, int], total: int, weight_sum: int) -> li
 
 
 def _worth_sending(old: Capacity, new: Capacity, room_tokens: int) -> bool:
-    """Return whether to send a changed limit: always if the sequences change. A change of tokens alone must exceed a
-    tenth of `room_tokens`, because every decoded token changes the token limit a little."""
+    """Return whether to send a changed limit: always if the number of sequences changes. If only the number of tokens
+    changes, the change must exceed a tenth of `room_tokens`, because every decoded token changes this number a
+    little."""
     if old.sequences != new.sequences:
         return True
     return abs(old.tokens - new.tokens) * 10 > max(room_tokens, 1)

@@ -96,11 +96,11 @@ async def read(call: Any) -> Any:
 
 
 async def wait_first(parts: list[asyncio.Task[None]]) -> None:
-    """Wait until the first of the tasks ends, and raise the exception of that task.
+    """Wait until the first of the tasks in `parts` ends, and raise that task's exception, if any.
 
-    An exception refers to the frames that it passes through. A frame that refers to the failed task would make a
-    reference cycle, which keeps connections open until the garbage collector runs. So this function deletes its
-    references to the tasks, and the caller must clear `parts` afterwards.
+    An exception refers to the frames through which it has passed. If such a frame refers to the failed task, there is a
+    reference cycle, which keeps connections open until the garbage collector runs. So this function deletes its own
+    references to the tasks, and the caller must empty the list `parts` afterwards.
     """
     done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     try:

@@ -26,8 +26,8 @@ class EndedUsage:
     """Usage of one ended request, with times in seconds. `sealed`: the open record, which only gateways can decrypt.
 
     `written_tokens`: generated tokens that were sent to the request's gateway. `earlier_tokens`: tokens of the same
-    record that other workers generated before. A record with an `idle_id` belongs to no call: it is the replica's idle
-    time since `idle_since_s` (epoch).
+    record that other workers generated before. A record with an `idle_id` belongs to no call: it counts the replica's
+    idle time since `idle_since_s` (epoch).
     """
 
     sealed: bytes

@@ -90,7 +90,7 @@ def from_pb(lost: Iterable[pb.LostEngine]) -> list[LostEngine]:
 
 
 def merge_reports(reports: Iterable[Iterable[LostEngine]]) -> list[LostEngine]:
-    """Merge the reports of several gateways: each engine once, by its earliest report, in the order of time."""
+    """Merge the reports of several gateways: each engine once, by its earliest report, in chronological order."""
     ends: dict[str, LostEngine] = {}
     for engine in sorted((engine for report in reports for engine in report), key=lambda engine: engine.at_s):
         ends.setdefault(engine.incarnation, engine)

@@ -69,7 +69,7 @@ class Outbox:
         self._steps[-1].add(slot, output)
 
     def accepted(self, slot: int) -> None:
-        """Add a report that the engine accepted a Submit. Does not wake the writer, so it is sent with the next
+        """Add a report that the engine accepted a Submit. The writer is not woken: the report is sent with the next
         message."""
         self._accepted.append(pb.Accepted(slot=slot))
 
@@ -97,8 +97,8 @@ class Outbox:
         self.flush()
 
     def served(self, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Set the served totals, in place of unsent totals of equal flows. For empty `totals` an empty report is sent,
-        unless other totals are unsent."""
+        """Set the served totals, in place of unsent totals of the same flows. If `totals` is empty and no others are
+        unsent, an empty report is sent."""
         if self._served is None:
             self._served = {}
         for total in totals:
@@ -129,7 +129,7 @@ class Outbox:
         self.flush()
 
     def engine_ended(self, why: str) -> None:
-        """Set the reason why the worker's engine has ended, which the next and last message reports."""
+        """Set the reason why the worker's engine has ended. The next message reports the reason and is the last."""
         self._engine_ended = why
         self.flush()
 

@@ -59,7 +59,7 @@ class JoinedPieces:
         self._ids = bytearray()
 
     def add(self, piece: pb.Rendered) -> None:
-        """Add a piece. Raises ValueError if there are more than `max_tokens` ids, or for a part of an id."""
+        """Add a piece. Raises ValueError if there are more than `max_tokens` ids, or if the piece ends within an id."""
         self._ids += piece.token_ids
         if len(self._ids) > self._max_bytes or len(piece.token_ids) % 4:
             raise ValueError(f"{len(self._ids)} bytes of ids for a prompt of at most {self._max_bytes}")

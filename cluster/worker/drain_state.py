@@ -52,7 +52,7 @@ class DrainStates:
     def drain(self, now: float, timeout_s: float, leaving: bool) -> None:
         """Take no new sequences. Let running sequences end by themselves for STAY_PART of `timeout_s` seconds.
 
-        A second drain sets this time anew. In a process that is about to end, it can only shorten the time.
+        A second drain replaces this time. If the process is about to end, a second drain can only shorten the time.
         """
         stays_until = now + timeout_s * STAY_PART
         self._stays_until = min(self._stays_until, stays_until) if self.leaving else stays_until

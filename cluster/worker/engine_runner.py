@@ -28,7 +28,7 @@ class EngineRunner:
         parser: OutputParsers | None = None,
         counts: Callable[[], EngineCounts] = EngineCounts,
     ) -> None:
-        """`counts` returns the counts that the engine keeps itself."""
+        """`counts` returns the engine's own counts of preemptions and of the prefix cache."""
         self.engine = engine
         self.parser: OutputParsers = parser or NoParsers()
         self.steps = 0

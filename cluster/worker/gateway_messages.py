@@ -1,4 +1,6 @@
-"""The messages of a worker's gateways, applied in an order in which each part finds what it depends on."""
+"""The messages that a worker's gateways send, applied in the required order: for example, adapters before the Submits
+that name them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ log = structlog.get_logger("worker")
 
 @dataclass(frozen=True, slots=True)
 class GatewayMessages:
-    """The parts of one worker to which messages of gateways apply."""
+    """The parts of one worker that handle the gateways' messages."""
 
     identity: WorkerIdentity
     bundle: Bundle
@@ -38,7 +40,8 @@ class GatewayMessages:
     drains: Drains
 
     async def apply(self, link: Link, message: pb.GatewayTurn) -> None:
-        """Apply a message that came over a link. Raises ValueError or LookupError if it is invalid, and LinkEnded."""
+        """Apply a message that came over a link. Raises ValueError or LookupError if it is invalid, LinkEnded if the
+        link must end."""
         has_backlog = message.HasField("backlog")
         if message.grant_ack:
             self.credit.acknowledge(link.credit_order, message.grant_ack)

@@ -31,8 +31,8 @@ TURN_METHOD = "/cluster.link.v1.Link/Turn"
 
 @dataclass(eq=False, slots=True)
 class Link:
-    """A link that is up. An abort that arrives while its Submit is in progress is kept until the Submit finishes, and
-    cancels the Submit's wait for its adapter."""
+    """A link that is up. If an abort arrives while its Submit is in progress, the abort ends the Submit's wait for an
+    adapter, and is applied when the Submit finishes."""
 
     number: int
     credit_order: int
@@ -71,8 +71,8 @@ class Link:
         return slot in self._submitting
 
     async def wait(self, slot: int, work: Coroutine[None, None, None]) -> None:
-        """Await work on which a Submit in progress depends. An abort of the Submit cancels the work, and raises
-        EngineRefused. Raises what the work raises."""
+        """Wait for work on which a Submit in progress depends. If the Submit is aborted, the work is cancelled and
+        EngineRefused is raised. An error of the work is raised, too."""
         task = self._waits[slot] = asyncio.create_task(work)
         try:
             await task

@@ -87,7 +87,7 @@ class OpenedModel:
     adapter_files: AdapterFiles | None = None
     """The store of adapters on this node; None if adapters are not enabled."""
     engine_counts: Callable[[], EngineCounts] = EngineCounts
-    """Function that returns the counts that the engine keeps itself."""
+    """Function that returns the engine's own counts of preemptions and of the prefix cache."""
 
 
 class ModelOpener(Protocol):

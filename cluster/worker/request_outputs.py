@@ -1,8 +1,8 @@
-"""The way of the engine's outputs to the links of their requests.
+"""Delivery of the engine's outputs to the links of their requests.
 
-An output goes into the outbox of its request's link, and counts for the request and for the step. Outputs that are
-being parsed count in the step that computed them, and are sent when they are parsed. A request that has ended is
-forgotten, and can be resumed for a moment (detached_requests.py).
+An output is put into the outbox of its request's link, and counted for the request and for the step. An output that
+must be parsed is counted in the step that computed it, and sent when it is parsed. A request that has ended is removed,
+but can be resumed for a moment (detached_requests.py).
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ class RunningRequest:
 
 
 def _merged(first: RequestTimes | None, rest: RequestTimes) -> RequestTimes:
-    """Return the times of an output that may be a request's first and last one."""
+    """Return a request's times up to its first output and its later times as one record. `first`: None if the output is
+    not the request's first."""
     if first is None:
         return rest
     first.update(rest)
@@ -170,7 +171,7 @@ class StepState:
 
     touched: dict[int, Link] = field(default_factory=dict)
     firsts: list[tuple[GpuShare, int, int]] = field(default_factory=list)
-    """Share, computed tokens and emitted tokens of each request with its first output."""
+    """Share, computed tokens and emitted tokens of each request that had its first output in this step."""
     finished: list[tuple[RunningRequest, TokenOutput]] = field(default_factory=list)
     tokens: int = 0
     detached_tokens: int = 0

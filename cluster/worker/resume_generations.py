@@ -2,10 +2,10 @@
 
 Problem: a client may resume a stream at another gateway, from any chunk, while the first gateway still serves the
 stream. Each resume gets a higher generation, but gateways have no connections to each other, so the first gateway does
-not learn of the resume. Workers, however, are linked to all gateways, or to several of many. So a gateway that resumes
-a call reports the generation to every worker that it is linked to, and each worker ends the call's older requests.
-Invariant: after a report has arrived, no request of a lower generation of that call runs or starts here. Beyond MOST
-calls the oldest are forgotten. Pure: no clock, no I/O.
+not learn of the resume. Workers, however, are linked to all gateways, or to several if there are many. So a gateway
+that resumes a call reports the generation to every worker that it is linked to, and each worker ends the call's older
+requests. Invariant: after a report has arrived, no request of a lower generation of that call runs or starts here.
+Beyond MOST calls the oldest are forgotten. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ log = structlog.get_logger("worker")
 
 REPORT_S = 0.1
 GATEWAY_SILENT_S = 1.0
-"""Seconds without a beat (of ten a second) after which a gateway counts as lost when a call is resumed from it."""
+"""Seconds without a beat after which a gateway counts as lost when a call is resumed from it. A gateway sends ten beats
+a second."""
 END_REASON_S = 0.5
 """Seconds that a worker with an ended engine waits for its gateways to read the reason and close their links.
 
@@ -58,7 +59,8 @@ If the worker closed a link first, the reset of the connection could arrive befo
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatistics:
-    """The counts of a worker session. `tokens`: of running requests, with prompts. `promised`: credit of all links."""
+    """The counts of a worker session. `tokens`: number of tokens of the running requests, with their prompts.
+    `promised`: capacity that is granted to all links together."""
 
     links: int
     running: int
@@ -71,8 +73,8 @@ class WorkerStatistics:
 
 
 class WorkerSession:
-    """A session that serves one started engine to the gateways in `gateways` and the gateways' siblings: to all, or if
-    they are many, to those that `subset` chooses.
+    """A session that serves one started engine to gateways: to those in `gateways` and their siblings, or if these are
+    many, to the ones that `subset` chooses.
 
     `gateways` are `host:port` addresses or `srv://` names. The session lasts until it is closed.
     """

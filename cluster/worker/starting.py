@@ -1,4 +1,4 @@
-"""Reports of a starting worker to the gateways, which say how many bytes of the model's weights are fetched."""
+"""Reports that a starting worker sends to the gateways: how many bytes of the model's weights it has fetched."""
 
 from __future__ import annotations
 

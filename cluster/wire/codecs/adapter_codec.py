@@ -30,7 +30,8 @@ _STATE_OF = {value: state for state, value in _STATES.items()}
 
 @dataclass(frozen=True, slots=True)
 class AdapterSet:
-    """The adapters that a worker should have. Of the sets that its gateways send, the highest `revision` counts."""
+    """The adapters that a worker should have. If its gateways send different sets, the set with the highest `revision`
+    applies."""
 
     revision: int
     adapters: tuple[AdapterSpec, ...] = ()
@@ -66,7 +67,8 @@ def adapter_set_from_pb(m: pb.AdapterSet) -> AdapterSet:
 
 
 def adapter_report_to_pb(statuses: Iterable[AdapterStatus]) -> pb.AdapterReport:
-    """Encode the states of a worker's adapters. Long reasons are cut, and characters that protobuf rejects replaced."""
+    """Encode the states of a worker's adapters. Long reasons are cut, and characters that protobuf rejects are
+    replaced."""
     return pb.AdapterReport(
         adapters=[
             pb.AdapterStatus(

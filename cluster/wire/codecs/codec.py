@@ -139,7 +139,8 @@ _POOLING_SAMPLING = sampling_to_pb(POOLING_SAMPLING)
 
 
 def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
-    """Encode a request with its prompt ids. `slot`: its number on the link. `attempt`: 1 for its first Submit."""
+    """Encode a request with its prompt ids. `slot`: the request's number on the link. `attempt`: 1 for the request's
+    first Submit."""
     return pb.Submit(
         slot=slot,
         attempt=attempt,
@@ -166,7 +167,8 @@ def _parsing_from_pb(m: pb.OutputParsing) -> OutputParsing:
 
 
 def max_submit_bytes(request: EngineRequest) -> int:
-    """Return a cheap upper bound for the sum of `submit_bytes`. Nearly all requests are so small that it suffices."""
+    """Return an upper bound for the sum of `submit_bytes`. It takes less time to compute, and suffices for nearly all
+    requests."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
     if sampling.grammar is not None:
@@ -310,8 +312,8 @@ def _parsed_to_pb(slot: int, parsed: ParsedOutput, *, with_parts: bool) -> pb.Sl
 
 
 def parts_by_slot(step: pb.StepOutputs) -> dict[int, list[OutputPart]]:
-    """Return the parts of each slot that has parts in the columns. Parts of an unknown kind are left out. Raises
-    ValueError if the columns differ in length."""
+    """Decode the parts in a step's columns; return a list of parts for each slot that has any. Parts of an unknown kind
+    are left out. Raises ValueError if the columns differ in length."""
     out: dict[int, list[OutputPart]] = {}
     for slot, tag, text in zip(step.part_slots, step.part_tags, step.part_texts, strict=True):
         kind = _KIND_OF.get(tag & _KIND_MASK)
@@ -327,7 +329,8 @@ def parts_by_slot(step: pb.StepOutputs) -> dict[int, list[OutputPart]]:
 def _parsed_from_pb(
     messages: Iterable[pb.SlotParts], columns: Mapping[int, Sequence[OutputPart]]
 ) -> dict[int, ParsedOutput]:
-    """Return the parsed output of each slot, merged over the slot's messages. `columns`: see parts_by_slot."""
+    """Return the parsed output of each slot, merged over the slot's messages. `columns`: the result of
+    parts_by_slot."""
     out = {slot: ParsedOutput(tuple(parts)) for slot, parts in columns.items()}
     for m in messages:
         before = out.get(m.slot, ParsedOutput())
@@ -356,7 +359,8 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
 
 
 def check_kv_blocks(message: pb.KvBlocks) -> int:
-    """Return the size in bytes of a report's hashes. Raises ValueError for a report that no worker would send."""
+    """Check a report of KV blocks and return the size of its hashes in bytes. Raises ValueError for a report that no
+    worker would send."""
     stored, removed = len(message.stored), len(message.removed)
     if stored % 8 or removed % 8 or stored + removed > 8 * MAX_KV_BLOCKS:
         raise ValueError(f"kv_blocks: must be lists of 64-bit hashes, at most {MAX_KV_BLOCKS} in a message")
@@ -364,9 +368,9 @@ def check_kv_blocks(message: pb.KvBlocks) -> int:
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Return the slots that have more than a token: a First, a Finish, log probabilities, SlotParts or a vector. If any
-    slot has several entries, all slots with parts are included, because parts must stay with their tokens. None if the
-    message has `counts`: then any slot may have no token or several."""
+    """Return the slots that have other data besides one token: a First, a Finish, log probabilities, SlotParts or a
+    vector. If any slot has several entries, all slots with parts are included, because parts must stay with their
+    tokens. Returns None for a message with `counts`, in which any slot may have no token or several."""
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}
@@ -388,11 +392,11 @@ def outputs_from_pb(
     only: Container[int] | None = None,
     columns: Mapping[int, Sequence[OutputPart]] | None = None,
 ) -> Iterator[tuple[int, TokenOutput]]:
-    """Yield (slot, output) once for each slot, or for each slot in `only`, in the order of the slots' last entries.
+    """Yield (slot, output) once for each slot, or once for each slot in `only`.
 
-    A slot's entries are merged into one output, with the slot's First, Finish, log probabilities, parts and vector.
-    `columns`: the result of parts_by_slot(step), if the caller has it. Raises ValueError for a malformed vector, before
-    the first output.
+    A slot may have several entries in the message. They are merged into one output, with the slot's First, Finish, log
+    probabilities, parts and vector. Slots are yielded in the order of their last entries. `columns`: the result of
+    parts_by_slot(step), if the caller has it. Raises ValueError for a malformed vector, before the first output.
     """
     if columns is None:
         columns = parts_by_slot(step)
@@ -672,7 +676,7 @@ def drain_state_from_pb(standing: pb.Standing) -> DrainState:
 
 def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
     """Decode a catalog entry, the inverse of `entry_to_pb`. Raises ValueError for an unknown state, and for adapters
-    outside of the bounds."""
+    that exceed the limits."""
     return CatalogEntry(
         name=m.name,
         aliases=tuple(m.aliases),

@@ -32,8 +32,8 @@ class FlowBacklog(NamedTuple):
 
 
 def add_charge(message: pb.Submit, turn: WeightedValue[WaitingSequence]) -> None:
-    """Set the tenant of a sequence and its expected tokens in a Submit. The rank of the priority class is already
-    there, as the request's priority."""
+    """Set in a Submit the sequence's tenant, the tenant's weight, and the numbers of tokens that are expected to be
+    cached and generated. The priority class is already in the Submit, as the request's priority."""
     waiting = turn.value
     message.tenant_handle, message.tenant_weight = waiting.tenant, turn.weight
     message.expected_cached_tokens, message.expected_output_tokens = waiting.cached_tokens, waiting.output_tokens

@@ -105,7 +105,8 @@ class WorkerUsage:
                     await self._acked.wait()
 
     def _report_idle(self) -> None:
-        """Keep a usage record of the GPU time since the last report for which no request is charged."""
+        """Keep a usage record of the idle time since the last report, which is the GPU time that is charged to no
+        request."""
         gpu_seconds = self.meter.idle(time.monotonic(), list(self._running()))
         now_s = time.time()
         if gpu_seconds > 0:

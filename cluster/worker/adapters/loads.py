@@ -1,9 +1,10 @@
-"""The adapters in the memory of a worker's engine: which are loaded, which make room, and which requests hold them.
+"""The adapters in the memory of a worker's engine: their loading, their removal to make room, and the requests that use
+them.
 
-The first request for an adapter that is not in memory loads it, in place of the least recently used one, and only this
-request waits. If it has waited for HOLD_S, it is refused, and the adapter waits for its turn until it is loaded: its
-requests wait at the gateways, where they hold up no others. Meanwhile the adapter whose turn it is to be replaced takes
-no further requests, so that steady requests for some adapters do not keep others out.
+The first request for an adapter that is not in memory loads it, in place of the least recently used adapter. Only this
+request waits, and after HOLD_S it is refused. Further requests for the adapter then stay at the gateways until the
+adapter is loaded, and delay no other requests there. Meanwhile the adapter that is to be replaced takes no new
+requests, so that steady requests for the adapters in memory do not keep others out.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ class AdapterLoads:
         self._unused = asyncio.Event()
 
     def set_wanted(self, folders: Mapping[str, str], pinned: Set[str], wanted: Set[str]) -> None:
-        """Set the adapters that are to be served. The digests in `wanted` that are not in `folders` are not ready.
+        """Set the adapters that are to be served.
 
-        `folders`: folders of the adapters for which requests are accepted, by digest. `pinned`: those that are never
-        dropped for others.
+        `folders`: folders of the adapters that are ready, by digest; only for these are requests accepted. `pinned`:
+        digests of the adapters that are never dropped to make room. `wanted`: digests of all adapters, ready or not.
         """
         self._folders, self._wanted = folders, wanted
         self.memory.pin(pinned)
@@ -113,7 +114,8 @@ class AdapterLoads:
             raise
 
     def why_waiting(self, digest: str) -> str:
-        """Return why no request may use an adapter that is ready: it waits for its turn; "" if one may."""
+        """Return why a ready adapter takes no requests now: it waits to be loaded, or to be replaced; "" if it takes
+        requests."""
         waits = digest in self._overdue or (bool(digest) and digest == self._closing)
         return self._all_in_use if waits else ""
 
@@ -134,7 +136,7 @@ class AdapterLoads:
     # ---- the engine's memory
 
     def load(self, digest: str) -> asyncio.Task[None]:
-        """Return the task that loads an adapter; it goes on if all who wait for it end."""
+        """Return the task that loads an adapter. The task continues even if all requests that wait for it end."""
         task = self._loads.get(digest)
         # A task that is done stays here until its callback runs. To await it would not let the event loop run, so that
         # a request would wait for ever if the adapter was dropped meanwhile.
@@ -177,7 +179,7 @@ class AdapterLoads:
             raise
 
     async def _make_room(self, engine: AdapterEngine, digest: str) -> None:
-        """Wait until the memory has a place, and drop an adapter for it if need be."""
+        """Wait until the memory has a place for this adapter, and drop another adapter if necessary."""
         try:
             while self.memory.is_full:
                 self.check_place(digest)
@@ -195,7 +197,7 @@ class AdapterLoads:
                 self._close("")
 
     def check_place(self, digest: str) -> None:
-        """Raise EngineRefused if pinned adapters leave no place in memory for this one."""
+        """Raise EngineRefused if the memory is full of pinned adapters and this adapter is not one of them."""
         if not self.memory.has_place_for(digest):
             capacity = self.memory.capacity
             raise adapter_refused(
@@ -203,7 +205,8 @@ class AdapterLoads:
             )
 
     def _close(self, digest: str) -> None:
-        """Let an adapter in memory take no further requests; "" for none."""
+        """Refuse new requests for this adapter in memory, so that it can be replaced; "" to refuse them for no
+        adapter."""
         self._closing = digest
         self._reports.mark_changed()
 
@@ -226,5 +229,5 @@ class AdapterLoads:
 
 
 def adapter_refused(message: str) -> EngineRefused:
-    """Return the refusal of a request's adapter."""
+    """Return the error that refuses a request because of its adapter."""
     return EngineRefused(Outcome.ADAPTER_INVALID.name, f"adapter: {message}", "adapter")

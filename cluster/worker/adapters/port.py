@@ -12,7 +12,7 @@ class AdapterFiles(Protocol):
     """The adapters on this node's disk. weights/adapter_store.py implements it."""
 
     def fetch(self, spec: AdapterSpec) -> StoredAdapter:
-        """Fetch an adapter unless it is here, and check it. Blocks. Raises ValueError or OSError."""
+        """Fetch an adapter unless it is on this node's disk, and check it. Blocks. Raises ValueError or OSError."""
 
     def mark_refused(self, digest: str, reason: str) -> None:
         """Record that the engine failed when it loaded this adapter."""

@@ -1,7 +1,7 @@
 """Reports of the states of a worker's adapters to its gateways.
 
-A change is reported at once, but for a change of the adapters that lie in the engine's slots: each request may cause
-one, and so they are reported together after a while.
+A change of a state is reported at once. Which adapters are in the engine's slots may change with each request, so such
+changes are collected and reported later.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cluster.wire.outbox import Outbox
 REPORT_S: Final = 0.1
 """Least time in seconds between two reports to the gateways."""
 REPORT_S_EACH: Final = 0.0005
-"""Least time in seconds between two reports, for each adapter: a report has all adapters, and costs a gateway a
-hundredth of that time for each."""
+"""Least time in seconds between two reports, for each adapter in a report. A gateway needs about a hundredth of this
+time for each adapter."""
 MOVES: Final = 4
 """Factor by which a report waits longer if only the adapters in the engine's slots have changed."""
 
@@ -36,7 +36,7 @@ class AdapterReports:
         self._timer: asyncio.TimerHandle | None = None
 
     def attach(self, link: int, outbox: Outbox) -> None:
-        """Report to a new link, now and at each change."""
+        """Report the adapters' states to a new link, now and at each change."""
         self._links[link] = outbox
         outbox.adapters(self._statuses())
 
@@ -45,16 +45,16 @@ class AdapterReports:
         self._links.pop(link, None)
 
     def mark_changed(self) -> None:
-        """Report soon that a state has changed."""
+        """Record that the state of an adapter has changed, which `run` then reports at once."""
         self._changed.set()
 
     def mark_moved(self) -> None:
-        """Report after a while that other adapters lie in the engine's slots."""
+        """Record that other adapters are in the engine's slots, which `run` then reports after a while."""
         if self._timer is None and not self._changed.is_set():
             self._timer = asyncio.get_running_loop().call_later(MOVES * self._pause_s, self._changed.set)
 
     async def run(self) -> None:
-        """Report changes to all links until cancelled."""
+        """Report changes of the adapters' states to all links until cancelled."""
         try:
             while True:
                 await self._changed.wait()

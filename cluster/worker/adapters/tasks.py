@@ -13,8 +13,8 @@ log = structlog.get_logger("worker")
 
 
 class AdapterTasks:
-    """The running tasks of one worker's adapters. An error of a task is logged, unless it is EngineRefused or
-    EngineDead: the task has reported those itself."""
+    """The running tasks of one worker's adapters. Errors of a task are logged, except EngineRefused and EngineDead,
+    which the task itself reports."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()

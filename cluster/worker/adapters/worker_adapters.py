@@ -1,4 +1,4 @@
-"""The adapters that a worker's gateways want, from their set to the states that are reported.
+"""The adapters that a worker's gateways want: they are prepared and loaded, and their states are reported.
 
 Each adapter is prepared in a task of its own: fetched and checked in a thread, then loaded into the engine while there
 is room. An adapter that is checked and finds no room is ready, too: its next request loads it (loads.py). A failed
@@ -38,7 +38,8 @@ PARALLEL_FETCHES: Final = 2
 
 @dataclass(eq=False, slots=True)
 class WantedAdapter:
-    """An adapter that the worker is to have, and how far it is. `digest`: "" until its files are checked."""
+    """An adapter that the worker is to have, and the progress of its preparation. `digest`: "" until its files are
+    checked."""
 
     spec: AdapterSpec
     digest: str = ""
@@ -49,7 +50,8 @@ class WantedAdapter:
     work: asyncio.Task[None] | None = None
 
     def is_same(self, spec: AdapterSpec) -> bool:
-        """Return whether `spec` needs no other files. It may name the digest that this worker has found."""
+        """Return whether this adapter's files also serve `spec`: only pinning and tenants may differ, and `spec` may
+        name the digest that was found here."""
         plain = {"pinned": False, "tenants": (), "digest": ""}
         is_other = replace(self.spec, **plain) != replace(spec, **plain)  # type: ignore[arg-type]
         return not is_other and spec.digest in ("", self.digest or self.spec.digest)
@@ -93,12 +95,13 @@ class WorkerAdapters:
         """The adapters in the engine's memory, which requests hold."""
 
     def attach(self, link: int, outbox: Outbox) -> None:
-        """Report to a new link, now and at each change."""
+        """Report the adapters' states to a new link, now and at each change."""
         if self._files is not None:
             self._reports.attach(link, outbox)
 
     def detach(self, link: int) -> None:
-        """Forget a link that has ended. Its set stays in effect until another gateway sends one."""
+        """Forget a link that has ended. The adapters that its gateway wanted stay in effect until another gateway sends
+        a set."""
         self._reports.detach(link)
         self._desired.forget(link)
 
@@ -119,7 +122,7 @@ class WorkerAdapters:
         return AdapterStatus(name, digest, adapter.state, adapter.reason, is_ready and digest in residents)
 
     async def run(self) -> None:
-        """Report changes to all links until cancelled."""
+        """Report changes of the adapters' states to all links until cancelled."""
         try:
             await self._reports.run()
         finally:
@@ -144,7 +147,7 @@ class WorkerAdapters:
         self._tasks.spawn(self.loads.drop_unwanted())
 
     def _index(self) -> None:
-        """Derive what the loads need to know from the wanted adapters, after a change of one."""
+        """Update `loads` and the reports after a wanted adapter has changed."""
         adapters = self._wanted.values()
         served = [adapter for adapter in adapters if adapter.folder]
         self.loads.set_wanted(
@@ -193,7 +196,7 @@ class WorkerAdapters:
         return delay_s
 
     def _retry_refused(self, digest: str, reason: str) -> None:
-        """Prepare the adapters again that were ready and have this digest, which the engine has refused."""
+        """Prepare the ready adapters with this digest again, because the engine has refused to load them."""
         for adapter in self._wanted.values():  # the tasks of adapters that are not ready try again themselves
             if adapter.digest == digest and adapter.state is AdapterState.READY:
                 adapter.work = self._tasks.spawn(self._prepare(adapter, self._fail(adapter, reason)))

@@ -2,11 +2,12 @@
 
 Problem: an engine on a GPU with a broken memory cell, or with a half-loaded checkpoint, keeps serving nonsense.
 `CheckedEngine` wraps an engine. At start it runs a fixed prompt greedily and keeps the answer as the reference. If the
-engine can resume requests with their output in place (`resume:exact` or `resume:state`), the wrapper also cuts the
-answer at a few positions and lets the engine continue it. This detects a rank without the resume plugin before any
-call. If an engine with `resume:exact` continues with different tokens (greedy or seeded), its capability becomes
-`resume:state`. After the start, every request that ends in ERROR (for example by NaN logits) starts another check
-beside the running requests. A wrong answer raises EngineCorrupt from `step`, which ends the worker like a dead engine.
+engine can resume a request with the emitted tokens installed as its output (`resume:exact` or `resume:state`), the
+wrapper also cuts the answer at a few positions and lets the engine continue it. This detects a rank without the resume
+plugin before any call. If an engine with `resume:exact` continues with different tokens (greedy or seeded), its
+capability becomes `resume:state`. After the start, every request that ends in ERROR (for example by NaN logits) starts
+another check while other requests run. A wrong answer raises EngineCorrupt from `step`, which ends the worker like a
+dead engine.
 
 The golden prompt of a pooling model is a pooling request, whose vector is compared (golden_vectors.py).
 
@@ -40,7 +41,8 @@ PROMPT_TOKENS = 12
 ANSWER_TOKENS = 8
 """Number of tokens in the answer. Prompt and answer are shorter than a KV block, so each answer is computed anew."""
 TOPS: tuple[int, ...] = (20, 5, 1, 0)
-"""Numbers of log probabilities to try to request for each position. The first that the engine allows is used."""
+"""Numbers of log probabilities to request for each position, in the order in which they are tried. The first number
+that the engine allows is used."""
 PREFIX = "headrace-golden-"
 FIRST_PRIORITY = -(1 << 31)
 TOLERANCES = {"float32": 0.02, "sim": 0.02}
@@ -209,7 +211,10 @@ class CheckedEngine:
         return next(iter(differences), "")
 
     async def _run_golden(self, variants: Sequence[tuple[Sequence[int], int | None]]) -> list[GoldenAnswer]:
-        """Run the golden prompt for all pairs of emitted tokens and seed at once; return the answers in this order."""
+        """Run the golden prompt for all variants at once; return the answers in the order of the variants.
+
+        A variant is a pair: the tokens that count as already emitted, and the seed (None: greedy).
+        """
         answers, waiting = [], dict[str, GoldenAnswer]()
         for emitted, seed in variants:
             answers.append(answer := GoldenAnswer())

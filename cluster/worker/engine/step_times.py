@@ -71,7 +71,8 @@ class Quantile:
 class StepTimes:
     """The step durations of one engine.
 
-    One thread calls `began`, `step`, `prefilled` and `mark_idle` as these events happen; any thread may read the rest.
+    One thread calls `began`, `step`, `prefilled` and `mark_idle` as these events happen; any thread may call the other
+    methods.
     """
 
     __slots__ = ("_most_tokens", "_per_token", "_since", "last_s", "times")

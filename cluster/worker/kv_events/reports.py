@@ -5,8 +5,9 @@ message per step would cost each gateway more than the reports are worth. The ga
 blocks anyway and needs no early report. So changes wait for a message that is sent in any case, with outputs of a step
 or after a heartbeat.
 
-All blocks of a large engine are sent in pieces, between which other work runs. A piece holds the blocks that the engine
-holds when the piece is made, so it is right after all changes that were sent before it.
+All blocks of a large engine are sent in pieces, between which other work runs. A piece contains only blocks that the
+engine still holds when the piece is made. So a gateway has the right blocks if it applies pieces and changes in the
+order in which they were sent.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class KvReports:
             task.cancel()
 
     async def run(self) -> None:
-        """Report until cancelled."""
+        """Report changes of the blocks to all links until cancelled."""
         if self._source is None:
             await asyncio.Event().wait()
             return
@@ -56,7 +57,7 @@ class KvReports:
             await asyncio.sleep(INTERVAL_S)
 
     async def _send_snapshot(self, number: int, outbox: Outbox) -> None:
-        """Send all blocks on a new link, after the reset."""
+        """Send all blocks on a new link, on which `attach` has sent a reset."""
         block_ids = self._mirror.block_ids()
         for at in range(0, len(block_ids), BLOCKS_PER_MESSAGE):
             hashes = self._mirror.hashes_of(block_ids[at : at + BLOCKS_PER_MESSAGE])

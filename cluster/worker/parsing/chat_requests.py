@@ -108,7 +108,8 @@ def is_forced(request: Any) -> bool:
 
 
 def adjust(parser: Any, request: Any) -> None:
-    """Let vLLM's parser adjust the request in place, if vLLM's server would: `skip_special_tokens` and the grammar.
+    """Let vLLM's parser change the request in place (`skip_special_tokens` and the grammar) if vLLM's server would do
+    so.
 
     Raises WrongRequest.
     """

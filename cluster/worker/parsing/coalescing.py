@@ -65,7 +65,8 @@ REPLAYED_TOGETHER = frozenset(
 
 @dataclass(slots=True)
 class Coalescing:
-    """The decision of one session when to parse. `long_call`: see LONG_CALL; 0 to parse after every token."""
+    """The state from which one session decides when to parse. `long_call`: see LONG_CALL; 0 to parse after every
+    token."""
 
     long_call: int = LONG_CALL
     _began: int = -1

@@ -1,4 +1,4 @@
-"""Hanging parses: whether a parser process works on one session for too long.
+"""Detection of hanging parses: whether a parser process works on one session for too long.
 
 A process that waits for a core does not hang, so the CPU time of the process decides. A process that sleeps uses no CPU
 time, so there is also a bound on the wall time. The bound is so long that a busy machine does not reach it.

@@ -1,6 +1,6 @@
 """The session on which a parser process works, in memory that it shares with its worker.
 
-The worker must find out which request makes a parse hang or ends the process. The process itself can then no longer
+The worker must find out at which request a parse hangs or the process ends. The process itself can then no longer
 report the request. So it records each session before the work on the session begins.
 """
 
@@ -25,7 +25,7 @@ class ParserProgress:
         self._count = 0
 
     def record(self, session: int) -> None:
-        """Record that the work on a session begins; NONE: that the process works on no session."""
+        """Record that the work on a session begins. `session`: NONE if the process works on no session."""
         self._count += 1
         _FIELDS.pack_into(self._memory, 0, session, self._count)
 

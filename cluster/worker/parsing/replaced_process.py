@@ -28,7 +28,8 @@ class _Hung(Exception):
 
 
 class ReplacedProcess(ABC):
-    """A process with a connection, and its replacement. A subclass has the work, and repeats it in a new process."""
+    """A process with a connection, which is replaced when it ends or hangs. A subclass defines the work, and repeats
+    unfinished work in the new process."""
 
     def __init__(self, start: Callable[[], ParserHost], watch: Callable[[ParserHost], HangWatch]) -> None:
         """`start` starts a process and blocks until it exists. `watch` returns the HangWatch of a process."""
@@ -40,7 +41,7 @@ class ReplacedProcess(ABC):
 
     @abstractmethod
     def _apply(self, connection: ParserConnection, reply: wire.Reply) -> None:
-        """Apply a message of the process."""
+        """Handle a message from the process."""
 
     @abstractmethod
     def _fail_hung(self, number: int) -> None:

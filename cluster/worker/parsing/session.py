@@ -26,7 +26,7 @@ long output would take seconds, in which no other output is parsed."""
 _CONTENT, _REASONING, _TOOL_NAME, _TOOL_ARGUMENTS = map(
     int, (PartKind.CONTENT, PartKind.REASONING, PartKind.TOOL_NAME, PartKind.TOOL_ARGUMENTS)
 )
-"""Plain numbers: a member of an enum takes several times as long to compare and to encode."""
+"""The kinds of parts as plain numbers. A member of an enum takes several times as long to compare and to encode."""
 
 
 class ParserSession:

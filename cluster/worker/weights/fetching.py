@@ -71,8 +71,9 @@ def fetch(
 ) -> Path:
     """Fetch the files of `source` that match a pattern; return their folder below `root`. Blocks. Raises FetchError.
 
-    `needed`: the file without which the source is useless. `web_names`: the files to try on a web server, instead of
-    the files of a model. `most_bytes`: largest allowed size of a file, by name; none is fetched if one is larger.
+    `needed`: the file without which the source is useless. `web_names`: the names of the files to try on a web server;
+    empty for the files of a model. `most_bytes`: largest allowed size of a file, by name; none is fetched if one is
+    larger.
     """
     target = root / hashlib.sha256(source.encode()).hexdigest()[:32]
     target.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,8 @@ def fetch(
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, for which other processes wait. If this process dies, the kernel releases the lock."""
+    """Hold a lock file while the context is open; other processes wait for it. If this process dies, the kernel
+    releases the lock."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,8 @@
 """Modules of embedding models in sentence-transformers' layout: modules.json, and a folder for each module.
 
-Problem: vLLM reads how a model pools from these folders (`1_Pooling/config.json`). Without them it pools in another
-way, and every vector is wrong without an error. So they are fetched, counted in the digest, and required.
+Problem: the settings in these folders (`1_Pooling/config.json`) determine how vLLM pools. Without them vLLM pools in
+another way, and every vector is wrong without an error. So the folders are fetched, included in the digest, and
+required.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ MODULES = "modules.json"
 FILES = ("config.json", "model.safetensors")
 """Files that a module's folder may have."""
 SETTINGS = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
-"""Files beside config.json that concern how an embedding model treats texts."""
+"""Files besides config.json that determine how an embedding model treats texts."""
 MAX_MODULES = 16
 _CONFIGURED = ("Pooling", "Dense")
 """Kinds of modules that need a config.json. Without it, the vectors are wrong."""

@@ -67,11 +67,12 @@ def build_bundle(
 
 
 def escaping(added: Iterable[Any]) -> dict[str, Any]:
-    """Return the entries of tokenizer_config.json for escapes. `added`: the tokenizer's `tokenizers.AddedToken`s.
+    """Return the entries of tokenizer_config.json with which a gateway escapes control tokens. `added`: the tokenizer's
+    `tokenizers.AddedToken`s.
 
-    Control tokens are the special tokens, and tokens in brackets such as `<tool_call>`. A token of one character is
-    left out, since it cannot be divided. Raises ValueError for a token that is searched in normalized text, where the
-    normalizer could undo an escape, and for tokens that contain all separators.
+    Control tokens are the special tokens, and tokens in brackets such as `<tool_call>`. An escape puts a separator into
+    a token, so tokens of one character are left out. Raises ValueError for a token that is searched in normalized text,
+    since the normalizer could remove the separator, and if each separator occurs in a control token.
     """
     control = [token for token in added if token.special or token.content[:1] + token.content[-1:] in ("<>", "[]")]
     if token := next((token for token in control if token.normalized), None):
@@ -93,7 +94,7 @@ def _lowers(folder: Path) -> bool:
 
 def _backend_json(tokenizer: Any, beyond: frozenset[int], *, lowers: bool = False) -> str:
     """Return the Rust tokenizer's JSON without truncation, padding, or added tokens with ids in `beyond`. `lowers`:
-    whether it makes texts lower-case first."""
+    whether the returned tokenizer makes texts lower-case first."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()

@@ -5,9 +5,9 @@ process registers in the folder of the engine's sockets (from watchdog.watch) an
 notes file there. The engine core watches the ranks on this host (exit_status.py) and notes how they end. The owner
 reads the notes file.
 
-The first note counts: a failed rank makes its core fail later, with a less useful error. Only a killed rank takes
-precedence over errors of the same second, which are the other ranks' reactions. A rank on another host does not have
-the folder; its error is part of the core's error.
+The first note counts: a failed rank makes its core fail later, with a less useful error. There is one exception: the
+note of a killed rank takes precedence over errors noted less than a second before it, which are reactions of other
+processes. A rank on another host does not have the folder; its error is part of the core's error.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def file_of(descriptor: int) -> str:
 
 
 class Members:
-    """The processes of an engine on this host, except the engine core, which notes how they end.
+    """The processes of an engine on this host, without the engine core. The core watches them and notes how they end.
 
     Problem: a dying rank closes its connections before its process has ended. The core then fails at once, and the
     owner reads the notes as soon as it gets the core's error. So the core delays its error (`settle`) until the rank's

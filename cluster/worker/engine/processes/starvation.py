@@ -28,8 +28,8 @@ gateway/links/liveness.py."""
 SHARE = 0.3
 """Fraction of a step's age that must be lost before starvation explains the age."""
 IDLE_SHARE = 0.2
-"""Fraction of the time between two readings. A thread that was runnable at both, and ran for a smaller fraction, counts
-as waiting for a core in the rest of the time."""
+"""Fraction of the time between two readings. A thread that was runnable at both readings and ran for less than this
+fraction counts as waiting for a core during the rest of the time."""
 
 
 class Task(NamedTuple):

@@ -53,7 +53,7 @@ def _pid_scope() -> str:
 
 
 def mark(pid: int) -> str:
-    """Return a name of a process that is unique across hosts; empty if there is no /proc."""
+    """Return a text that identifies a process across hosts; empty if there is no /proc."""
     start, here = _start_time(pid), _pid_scope()
     return f"{pid}@{start}@{here}" if start and here else ""
 

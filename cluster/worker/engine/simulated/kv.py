@@ -85,8 +85,8 @@ class KvCache:
         return True
 
     def commit(self, block: int) -> bool:
-        """Turn a private block that is now full into a shared block with this hash. Returns whether the block was not
-        cached before."""
+        """Turn a private block that is now full into a shared block. `block`: its hash. Returns whether no block with
+        this hash was cached before."""
         self._private -= 1
         if block in self._shared:
             self._shared[block] += 1
@@ -116,7 +116,8 @@ class SequenceBlocks:
     __slots__ = ("_cache", "_hashes", "_held", "_private", "_root", "_salt", "_size")
 
     def __init__(self, cache: KvCache, size: int, root: int, salt: tuple[str, str] = ("", "")) -> None:
-        """Create without blocks. `size`: tokens in a block. `salt`: cache salt and adapter. `root`: their hash."""
+        """Create the record of a sequence without blocks. `size`: tokens in a block. `salt`: cache salt and adapter.
+        `root`: hash of `salt`, with which the first block's hash is computed."""
         self._salt = salt
         self._cache = cache
         self._size = size

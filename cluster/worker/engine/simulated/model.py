@@ -212,7 +212,8 @@ class SimModel:
         return len(self._live) - len(self._running)
 
     def load(self, busy: str = "", age_s: float = 0.0, p99_s: float = 0.0) -> EngineLoad:
-        """Return the current load. SimEngine passes `busy`, `age_s` (age of the step) and `p99_s` (of durations)."""
+        """Return the current load. `busy`: the work that explains a long step. `age_s`: age of the current step.
+        `p99_s`: p99 of step durations."""
         return EngineLoad(
             running=len(self._running),
             waiting=self._waiting,

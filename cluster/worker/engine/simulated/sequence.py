@@ -38,7 +38,8 @@ def check_request(request: EngineRequest, c: SimConfig) -> None:
 
 
 def _wrong_sampling(request: EngineRequest, c: SimConfig) -> tuple[tuple[bool, str, str], ...]:
-    """Return whether each sampling field is wrong, with its name and its range."""
+    """Check the sampling fields. Each element of the result is one check: whether the field is wrong, its name, and the
+    rule."""
     s = request.sampling
     return (
         (s.max_tokens < 1, "max_tokens", "must be 1 or more"),
@@ -88,7 +89,7 @@ class SimSequence:
         return self.output_from + len(self.request.emitted_token_ids)
 
     def is_last(self, outputs: int) -> bool:
-        """Return whether the sequence ends with its output number `outputs`."""
+        """Return whether the sequence ends after this number of outputs, unless a token ends it earlier."""
         return self.request.pooling is not None or outputs == self.request.sampling.max_tokens
 
     def pool(self, corrupt: bool) -> TokenOutput:

@@ -10,7 +10,8 @@ from cluster.observe.trace_context import is_sampled
 
 
 class SimTiming:
-    """The times at which the requests of sampled calls were submitted and first scheduled, until their first output."""
+    """The times at which each request of a sampled call was submitted and first scheduled. They are kept until its
+    first output."""
 
     def __init__(self) -> None:
         self._submitted: dict[str, float] = {}
@@ -29,7 +30,7 @@ class SimTiming:
                     self._scheduled.setdefault(request_id, now)
 
     def add_times(self, outputs: Iterable[TokenOutput], now: float) -> None:
-        """Set the times of the first output of each request whose call is sampled."""
+        """Set `times` of each output that is the first of its request, if the request's call is sampled."""
         if self._submitted:
             for output in outputs:
                 submitted = self._submitted.pop(output.request_id, None)

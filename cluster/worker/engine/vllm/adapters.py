@@ -1,11 +1,13 @@
 """The adapters (LoRA) in a vLLM engine's memory.
 
-Problem: vLLM loads an adapter that it does not hold within the step of the request that names it, and an error there
-ends the engine; and it drops the least recently used adapter silently when its memory is full. Invariants: a request
-names only an adapter that the engine has acknowledged and still holds; at most `capacity` adapters are held, so that
-vLLM never drops one; an adapter is removed only after its last request has ended; a number in a LoRARequest is never
-used twice. vLLM's pins are not used: they also occupy a slot of the step, and a step that needs more other adapters
-than slots are left replaces an adapter of its own.
+Problem: if a request names an adapter that vLLM does not hold, vLLM loads the adapter within the request's step, and an
+error of the load ends the engine. If its memory is full, vLLM silently drops the least recently used adapter.
+Invariants: a request names only an adapter that the engine has acknowledged and still holds; at most `capacity`
+adapters are held, so that vLLM never drops one; an adapter is removed only after its last request has ended; a number
+in a LoRARequest is never used twice.
+
+vLLM's pins are not used, since a pinned adapter also occupies a slot in every step. If a step then needs more adapters
+than there are free slots, vLLM replaces an adapter that the step itself needs.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from cluster.api.ports import EngineCorrupt, EngineDead, EngineRefused
 from cluster.worker.engine.vllm.paths import EnginePath
 
 FIRST_NUMBER = 1 << 20
-"""Smallest number of an adapter. vLLM's own adapters of the start have small numbers."""
+"""Smallest number given to an adapter here. Adapters that vLLM loads by itself at its start have smaller numbers."""
 MAX_MESSAGE_CHARACTERS = 300
 
 
@@ -31,14 +33,14 @@ class HeldAdapter:
 
     request: Any
     live: int = 0
-    """Number of requests that vLLM holds for it."""
+    """Number of requests that vLLM holds for this adapter."""
     leaving: bool = False
     idle: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while no request uses it."""
+    """Set while no request uses this adapter."""
 
 
 class EngineAdapters(Container[str]):
-    """The adapters of one engine, by digest. A digest is contained while requests for it can be submitted."""
+    """The adapters of one engine, by digest. It contains a digest while requests for the adapter can be submitted."""
 
     def __init__(self, slots: int = 0, capacity: int = 0, ranks: int = 1) -> None:
         """`slots`: number of adapters that one step can compute. `ranks`: number of the engine's ranks."""

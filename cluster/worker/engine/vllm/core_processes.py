@@ -91,8 +91,8 @@ class CoreProcesses:
         return config
 
     def forget_names(self) -> Set[int]:
-        """Unlink the names in /dev/shm of the engine, which must be up; return the ids of its processes on this host
-        and of this process. Blocks."""
+        """Unlink the engine's names in /dev/shm. The engine must be up. Returns the ids of this process and of the
+        engine's processes on this host. Blocks."""
         watchdog.forget_names(self._others)
         return watchdog.own_processes(self._others)
 

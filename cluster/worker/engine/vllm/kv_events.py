@@ -168,7 +168,7 @@ class KvEventSocket:
 
 
 def _number(frames: Sequence[bytes]) -> int:
-    """Return the number of a batch."""
+    """Return the number of a batch, given the ZeroMQ frames of its message."""
     return int.from_bytes(frames[1], "big")
 
 

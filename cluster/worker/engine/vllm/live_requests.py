@@ -11,9 +11,9 @@ REMEMBERED_IDS = 65_536
 
 
 class LiveRequests(dict[str, LiveRequest]):
-    """The live requests of one engine, by request id, and their counts in `stats`. `add` and `remove` change it.
+    """The live requests of one engine, by request id. Only `add` and `remove` change the requests; both update `stats`.
 
-    A dict, since an engine path looks up each output's request here.
+    The class is a dict, because the engine path looks up the request of every output here.
     """
 
     def __init__(self, stats: StepStats) -> None:

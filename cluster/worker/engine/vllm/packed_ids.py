@@ -1,7 +1,7 @@
 """Token ids of long prompts for the engine core, without an object for each id.
 
-Problem: vLLM's request has a list of integers. To make the list of a prompt of 142,000 ids, and to encode it, takes
-4 ms of the worker's event loop, all of it for objects that nothing reads.
+Problem: vLLM's request has a list of integers. To make the list of a prompt of 142,000 ids, and to encode it, takes 4
+ms of the worker's event loop, all of it spent on objects that nothing reads.
 
 Method: the ids are encoded as the core expects them, as an array of MessagePack integers, with numpy. `msgspec.Raw`
 makes vLLM's encoder copy the result as it is.
@@ -31,8 +31,8 @@ def packed(ids: array[int]) -> Any:
 
 
 def takes_packed(request: type, encoder: type, decoder: type) -> bool:
-    """Return whether packed ids of a request arrive as a list in this vLLM's engine core. The arguments are vLLM's
-    classes of the request, its encoder and its decoder."""
+    """Return whether this vLLM's engine core receives packed ids as a list. `request`, `encoder`, `decoder`: vLLM's
+    classes for a request, for its encoder and for its decoder."""
     ids = [0, 1, 255, 256, 65_535, 70_000]
     try:
         given = request("r", packed(array("I", ids)), None, None, None, 0.0, None, None, None)

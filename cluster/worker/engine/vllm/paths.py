@@ -99,7 +99,8 @@ class StepStats:
         self.prefill_tokens += tokens
 
     def record_first_output(self, tokens: int) -> None:
-        """Count the first output, or the end without any output, of a request with this number of tokens."""
+        """Record that a request with this number of prompt and emitted tokens has had its first output, or has ended
+        without one."""
         self.prefill_tokens -= tokens
 
     def record_end(self) -> None:
@@ -175,7 +176,7 @@ class EnginePath(Protocol):
         """Remove the adapter with this number; an unknown number is ignored."""
 
     def eos_token_id(self) -> int | None:
-        """Return the tokenizer's EOS id, which ends a request as the EOS ids of the generation config do."""
+        """Return the tokenizer's EOS id. It ends a request like the EOS ids of the generation config."""
 
     def dead(self) -> bool:
         """Return whether the engine core is known to be dead."""

@@ -69,7 +69,8 @@ def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBound
 
 
 def _has_token_types(model: Any) -> bool:
-    """Return whether vLLM's class of the model accepts token types. With other classes they would end the core."""
+    """Return whether vLLM's class of the model accepts token types. A class that does not accept them would end the
+    core."""
     if int(getattr(model.hf_config, "type_vocab_size", 0) or 0) < 2:
         return False
     from vllm import ModelRegistry

@@ -18,7 +18,7 @@ the same with its semaphore. The repair ignores a missing name.
 and a killed engine leaves the file behind. The repair creates the file in the folder of the engine's sockets, which is
 removed with the engine or swept later.
 
-**Core beside several Ray nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver, and Ray looks for the driver's
+**Core among several Ray nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver, and Ray looks for the driver's
 node among all processes that it sees, the head first. Where nodes with different addresses share a process table (pods
 with hostPID), Ray may find another node than the replica's, and the core then listens on an address that is not its
 own. The repair passes the address of the replica's node to Ray.
@@ -27,9 +27,9 @@ own. The repair passes the address of the replica's node to Ray.
 profiling run creates. Without compilation the CPU runner creates no such tensors, so the first step ends the engine.
 The repair creates the tensors in the first step.
 
-**Base model beside adapters on CPU (vLLM 0.32.0).** The operations of adapters choose each row's adapter by its index,
-and rows without an adapter have the index -1, which in PyTorch selects the last slot. So when every slot holds an
-adapter, the base model's rows are computed with the adapter of the last slot. The repair gives such rows the first
+**Base model together with adapters on CPU (vLLM 0.32.0).** The operations of adapters choose each row's adapter by its
+index, and rows without an adapter have the index -1, which in PyTorch selects the last slot. So when every slot holds
+an adapter, the base model's rows are computed with the adapter of the last slot. The repair gives such rows the first
 adapter and an input of zeros, to which every adapter adds nothing.
 
 **Strings that are no JSON (xgrammar 0.2.8).** A grammar allows control characters in strings with a length bound, and
@@ -354,7 +354,7 @@ def apply() -> None:
 
 
 def why_no_adapters() -> str:
-    """Return why this vLLM cannot serve adapters beside the base model on this platform; empty if it can."""
+    """Return why this vLLM cannot serve adapters together with the base model on this platform; empty if it can."""
     if not _on_cpu():
         return ""
     if _version() not in VERSIONS:

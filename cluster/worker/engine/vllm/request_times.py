@@ -3,7 +3,7 @@
 vLLM's own request tracing (`otlp_traces_endpoint`) works in AsyncLLM's output processor, which the fast path bypasses,
 and needs an exporter in the process. The durations here go to the gateway, which makes the spans.
 
-All names are optional: a release without them has no times, and nothing else changes.
+A release of vLLM may lack the attributes that are read here. Its requests then have no times, and nothing else changes.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
 async def prepare(path: EnginePath, request: EngineRequest, limits: RequestBounds, adapter: Any) -> Any:
     """Convert a checked request, let vLLM validate it, and return its form for `path.add`. Raises EngineRefused.
 
-    A thread validates a request that takes long. `adapter`: vLLM's LoRARequest, or None.
+    A request whose validation takes long is validated in a thread. `adapter`: vLLM's LoRARequest, or None.
     """
     from vllm.exceptions import VLLMError
 

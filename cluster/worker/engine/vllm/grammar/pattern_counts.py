@@ -1,8 +1,8 @@
 """Bounds on counted repetitions in regular expressions: in patterns of JSON schemas, and in grammars of kind `regex`.
 
-The grammar compiler unrolls `?` and {m,n} into states, each of which may follow all others before it, and nested counts
-multiply. Such an expression compiles for minutes, or delays the first steps that it constrains, and with them all
-requests of the engine.
+The grammar compiler unrolls `?` and {m,n} into states. Each state may follow all earlier states, and nested counts
+multiply. An expression with many such states takes minutes to compile, or slows down the first steps in which it is
+applied, which delays all requests of the engine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class TooCostly(Exception):
 def count_problem(pattern: str) -> str:
     """Return why an expression costs too much to compile, with the remedy; empty if it does not.
 
-    The reason can be read after "the expression". Syntax is not checked. Time is linear in the expression's length.
+    The returned text continues a sentence that begins with "the expression". Syntax is not checked. Time is linear in
+    the expression's length.
     """
     counts = Counts()
     try:

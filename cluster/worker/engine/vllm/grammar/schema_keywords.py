@@ -1,9 +1,10 @@
 """Refusal of JSON schemas with keywords that the grammar compiler does not enforce. The error names the keyword.
 
-xgrammar reads one keyword of a schema that combines several: `$ref`, else `const`, `enum`, `anyOf`, `oneOf`, `allOf`,
-`type`. It drops what is beside that keyword, every keyword of a schema without `type`, and each unknown keyword. The
-output is then not valid by the schema, and no error says so. check_schema accepts a schema only if each of its keywords
-is enforced; the tests draw outputs of accepted schemas from compiled grammars and validate them.
+If a schema has several of the keywords `$ref`, `const`, `enum`, `anyOf`, `oneOf`, `allOf` and `type`, xgrammar reads
+only the first in this order. With any of them except `type`, it ignores all other keywords of the schema. It also
+ignores constraints in a schema without `type`, and unknown keywords. The output may then violate the schema without an
+error. check_schema accepts a schema only if each of its keywords is enforced; the tests draw outputs of accepted
+schemas from compiled grammars and validate them.
 """
 
 from __future__ import annotations
@@ -178,7 +179,8 @@ class _Walk:
         self._waiting += reversed(list(self._children(path, schema, chosen, types)))
 
     def _beside(self, schema: Json, keyword: str, chosen: str) -> str:
-        """Return why a keyword is ignored beside the keyword that the compiler chose."""
+        """Return why the compiler ignores a keyword of a schema, with the remedy; empty if it does not ignore the
+        keyword. `chosen`: the keyword of WINNERS that the compiler reads in this schema; "" if the schema has none."""
         if keyword == "type":
             return self._type_problem(schema, chosen)
         if not chosen:

@@ -17,7 +17,8 @@ FORMATS = frozenset(
 """Formats of strings that the grammar compiler enforces."""
 MAX_COUNT = (1 << 31) - 1
 MAX_COUNTED_PROPERTIES = 64
-"""Greatest number of properties beside `minProperties` or `maxProperties`. The grammar grows with their square."""
+"""Greatest number of properties in a schema with `minProperties` or `maxProperties`. The grammar's size grows with the
+square of this number."""
 _MAX_BOUND = 1 << 53
 
 _NAMES_MAY_HAVE = frozenset({"type", "pattern", "minLength", "maxLength", "format", "enum", "const"})
@@ -37,7 +38,8 @@ def string_problem(keyword: str, value: object) -> str:
 
 
 def number_problem(value: object, is_whole: bool) -> str:
-    """Return what is wrong with a bound of numbers; empty if it is enforced. `is_whole`: whether it bounds integers."""
+    """Return what is wrong with the value of a keyword that bounds numbers; empty if it is enforced. `is_whole`:
+    whether it bounds integers."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "must be a number"
     if is_whole and value != int(value):
@@ -153,7 +155,7 @@ def _counted(schema: Json, properties: Json, is_open: bool) -> Iterator[str]:
 
 
 def combinations(schema: Json, types: frozenset[str]) -> Iterator[str]:
-    """Yield which keywords of a schema that has these types exclude each other."""
+    """Yield what is wrong with combinations of keywords that exclude each other, in a schema that has these types."""
     if NAMED["string"] <= types and (problem := string_combinations(schema)):
         yield problem
     if NAMED["object"] <= types:

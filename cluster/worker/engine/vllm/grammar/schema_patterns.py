@@ -3,7 +3,7 @@
 xgrammar matches a pattern against the text between a JSON string's quotes. It ignores anchors inside an expression and
 look-ahead, and reads some escapes as letters. If it cannot compile the expression to an automaton without quotes,
 backslashes and control characters, it compiles the expression with these characters, and the output is then no JSON. In
-some expressions it mixes up a `*` with a great count behind it. All such expressions are refused here.
+some expressions it confuses a `*` with a large count that follows. All such expressions are refused here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class _Refused(Exception):
 def pattern_problem(pattern: str) -> str:
     """Return why the compiler does not enforce the expression, with the remedy; empty if it does.
 
-    The reasons can be read after "the expression". Time is linear in the length of the expression.
+    The returned text continues a sentence that begins with "the expression". Time is linear in the length of the
+    expression.
     """
     try:
         wide = _Reader(pattern).is_wide()
@@ -81,7 +82,7 @@ class _Reader:
         self._counts = Counts()
 
     def is_wide(self) -> bool:
-        """Return whether the expression matches quotes, backslashes or control characters besides other characters.
+        """Return whether the expression matches quotes, backslashes or control characters, and also other characters.
 
         Raises _Refused for syntax that is not enforced.
         """
@@ -186,7 +187,8 @@ _SPECIAL = (
 
 
 def _members(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the members of a class as ranges of code points. A set yields one range, which is wide if the set is."""
+    """Yield the members of a class as ranges of code points. A set (an escape such as `w`) yields one range: all code
+    points if it includes quotes, backslashes or control characters, otherwise only the letter a."""
     tokens = _MEMBER.findall(text)
     at = 0
     while at < len(tokens):

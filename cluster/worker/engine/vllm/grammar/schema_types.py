@@ -46,7 +46,8 @@ def _plain(value: object) -> object:
 
 
 def int64_problem(value: object) -> str:
-    """Return what is wrong with a value of `const` or `enum`: integers of more than 64 bits are rounded."""
+    """Return what is wrong with a value of `const` or `enum`; empty if nothing is. The compiler rounds integers of more
+    than 64 bits."""
     if isinstance(value, list):
         return next(filter(None, map(int64_problem, value)), "")
     if isinstance(value, Mapping):
@@ -70,7 +71,7 @@ class SchemaTypes:
         self._open: set[int] = set()
 
     def of(self, schema: object) -> frozenset[str]:
-        """Return the types of the values that the schema allows; if unsure, more types than these.
+        """Return the types of the values that the schema allows; if these are not certain, further types are included.
 
         Raises UnusableReference for references that cannot be followed, and for a schema that is part of itself.
         """
@@ -198,7 +199,8 @@ class DisjointBranches:
         return True
 
     def _fixed(self, target: object) -> dict[str, Sequence[object]]:
-        """Return the required properties of an object schema that allow only listed values, each with these values."""
+        """Return the required properties of an object schema for which it lists the allowed values, each with these
+        values."""
         if not isinstance(target, Mapping) or winner(target) or self._types.of(target) != NAMED["object"]:
             return {}
         properties, required = target.get("properties"), target.get("required")
