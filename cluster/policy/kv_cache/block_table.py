@@ -10,8 +10,8 @@ the next bit of the hash (extendible hashing, Fagin et al., 1979): each entry ke
 some ten microseconds, and the table never grows as a whole. Hashes are multiplied by a random odd number first, so that
 no caller can choose hashes that fall into one row.
 
-Two hashes are confused if they have the same 32 bits and a row in common. For a random hash that is not in the table,
-the probability is about 1 in 25,000 at ten million entries, and a tenth of that at one million. Users of the table must
+Two hashes are confused if they have the same mark and a row in common. For a random hash that is not in the table, the
+probability is about 1 in 25,000 at ten million entries, and a tenth of that at one million. Users of the table must
 tolerate such errors, as cache routing does.
 
 The number of numpy calls determines the time of a lookup of some hundred hashes. So the code computes both rows at once

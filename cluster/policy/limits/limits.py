@@ -152,8 +152,8 @@ class _HeldAmounts:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Amounts requested of the limits. `plain`: tokens of the budgets; `weighted`: tokens per minute. A limit is not
-    checked if the requested amount is 0."""
+    """Amounts to check against the limits. `plain`: tokens for the budgets; `weighted`: tokens for the limit per
+    minute. An amount of 0 is not checked."""
 
     plain: int
     running: int

@@ -67,11 +67,11 @@ class CostWeights:
 class RoutingSettings:
     """The policy for new calls.
 
-    `cost`: the worker with the lowest cost. The others are plain policies, for comparison and as fallbacks.
-    `least_load`: the worker with the smallest share of used slots. `round_robin`: the worker that this gateway has sent
-    nothing for the longest time. `power_of_two`: the less loaded of two workers that are drawn by the call's id
-    (Mitzenmacher 2001). `consistent_hash`: the worker with the highest rendezvous hash of the affinity key, or else of
-    the beginning of the prompt (Thaler and Ravishankar 1998)."""
+    `policy` says which worker gets a call. `cost`: the worker with the lowest cost. The other policies are simpler
+    ones, for comparison and as fallbacks. `least_load`: the worker with the smallest share of used slots.
+    `round_robin`: the worker that this gateway has sent nothing for the longest time. `power_of_two`: the less loaded
+    of two workers that are drawn by the call's id (Mitzenmacher 2001). `consistent_hash`: the worker with the highest
+    rendezvous hash of the affinity key, or else of the beginning of the prompt (Thaler and Ravishankar 1998)."""
 
     policy: PolicyName = "cost"
     weights: CostWeights = CostWeights()
@@ -112,8 +112,8 @@ def standing_parts(settings: RoutingSettings, c: Candidate) -> tuple[tuple[str, 
 
 
 def own_wait(settings: RoutingSettings, c: Candidate, uncached: float) -> float:
-    """Return the time to the first token of a call at a worker, in prompt tokens of a usual worker. `uncached`: number
-    of tokens of the call that the worker must compute."""
+    """Return the predicted time to the first token of a call at a worker. One unit is the time in which a usual worker
+    computes one prompt token. `uncached`: number of tokens of the call that the worker must compute."""
     return c.slowdown * (c.prefill_tokens + settings.weights.queued * _foreign_queue(c) + uncached)
 
 

@@ -98,15 +98,15 @@ class PrefillTimes:
         sums.usual_s = KEPT * sums.usual_s + self.usual_s(tokens)
 
     def record_unfinished(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
-        """Record that a worker has computed for `seconds` on late prompts with `tokens` tokens in all, and has not
-        finished them. The record counts for another `seconds`, or until the worker's next sample or report of
-        unfinished prompts."""
+        """Record that a worker has worked for `seconds` on late prompts without finishing them. `tokens`: number of
+        tokens of these prompts together. The record counts for another `seconds`, or until the worker's next sample or
+        report of unfinished prompts."""
         sums = self._workers.setdefault(worker_id, _Sums(now))
         sums.late_tokens, sums.late_s, sums.late_until = tokens, seconds, now + seconds
 
     def record_unfinished_lost(self, worker_id: str, now: float) -> None:
-        """Record that a worker no longer has the unfinished prompts that were reported last. They count like a sample,
-        since the worker would have needed longer."""
+        """Record that a worker no longer has the prompts of the last `record_unfinished`. Their tokens and seconds
+        become a sample, although the worker would have needed even longer."""
         sums = self._workers.get(worker_id)
         if sums is not None and now < sums.late_until:
             self.record(worker_id, sums.late_tokens, sums.late_s, now)
