@@ -1,4 +1,4 @@
-"""Types of adapters (LoRA): small sets of weights that change a base model, and that its workers load without a
+"""Types of adapters (LoRA): small sets of weights that change a base model, and that the model's workers load without a
 restart.
 
 An adapter is named by its digest everywhere below the gateway: on the link, in the engine and in the cache index.

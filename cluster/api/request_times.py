@@ -27,7 +27,7 @@ class RequestTimes:
         return self.wait_s + self.queue_s + self.prefill_s
 
     def update(self, later: RequestTimes) -> None:
-        """Replace each duration by that in `later`, unless the duration in `later` is 0."""
+        """Overwrite each duration with the one in `later`, unless that one is 0."""
         self.wait_s = later.wait_s or self.wait_s
         self.queue_s = later.queue_s or self.queue_s
         self.prefill_s = later.prefill_s or self.prefill_s

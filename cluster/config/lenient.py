@@ -93,7 +93,8 @@ def _without_wrong_entries(
     document: Document, entries: Sequence[Any], without_models: Config, problems: tuple[str, ...]
 ) -> PartialConfig:
     """Return the configuration without invalid model entries. Entries with problems are removed and the rest is checked
-    again, until the rest is valid. `without_models`: the configuration to return if a problem is in no single entry."""
+    again, until the rest is valid. `without_models`: the configuration to return if a problem cannot be traced to an
+    entry."""
     left_out = {*_with_duplicate_keys(document), *_conflicting(entries)}
     while True:
         staying = [at for at in range(len(entries)) if at not in left_out]

@@ -71,7 +71,7 @@ def placement(spec: ModelSpec) -> Placement:
 
 
 def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> str:
-    """Reason why these nodes cannot hold one replica even if all nodes are idle, or "" if the nodes can.
+    """Reason why these nodes cannot hold one replica even if all nodes are idle, or "" if they can.
 
     `nodes` has the total resources of each node. Bundles of a packed group are placed greedily, the largest node first.
     The greedy choice is exact here, because all GPU bundles of a group are alike.

@@ -5,8 +5,8 @@ lengths is therefore too low for a call with a larger max_tokens. The expectatio
 Kaplan-Meier estimate: the area under the survival curve up to max_tokens. If all outputs of a tenant run to their
 max_tokens, the next outputs are expected to do so too.
 
-A (tenant, model) pair without observations uses the outputs of other tenants for the model, then all outputs, then a
-default.
+If a (tenant, model) pair has no observations, its expectation comes from all outputs of the model, else from all
+outputs, else from a default.
 
 Invariant: memory is bounded, in outputs per pair and in number of pairs. The least recently used pair is dropped first.
 

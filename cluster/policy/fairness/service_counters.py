@@ -6,8 +6,8 @@ of counters.
 Method: flows are kept in buckets by their counters, each bucket QUANTUM wide. A flow is moved to another bucket only
 when its counter falls, or when the lookup finds that its counter has risen.
 
-Invariant: `least` returns a flow from the lowest bucket by current counters, as if every flow were always moved at
-once. So the counter of the returned flow is at most QUANTUM above the least counter.
+Invariant: `least` returns a flow from the lowest bucket, as if every flow were moved at once whenever its counter
+changes. So the counter of the returned flow is at most QUANTUM above the least counter.
 
 Source: the calendar queue (Brown, CACM 1988). The counters of VTC (Sheng et al., OSDI 2024) take the place of the times
 in a calendar queue.

@@ -88,7 +88,7 @@ class BlockTable:
         return len(self._depths) * SEGMENT * BYTES_PER_PLACE + self._directory.nbytes
 
     def find(self, hashes: Hashes) -> Places:
-        """Return the place of each hash."""
+        """Return the place of each hash; -1 for a hash that is not in the table."""
         return self._find(*self._keys(hashes))
 
     def words(self, hashes: Hashes) -> Words:

@@ -3,8 +3,8 @@
 Problem. Each turn of a conversation is sent with all earlier turns, and hashing 128,000 tokens takes a gateway about a
 quarter of a millisecond. Comparing the tokens with those of the turn before takes a fraction of that time.
 
-Method. The key of a remembered prompt consists of the 64 tokens before a position in it: the last multiple of STEP. In
-a new prompt, an earlier prompt may have ended anywhere, so the 64 tokens before each of the last multiples of STEP are
+Method. The key of a remembered prompt consists of the 64 tokens before a position in it: the last multiple of STEP. A
+new prompt may continue an earlier prompt of any length, so the 64 tokens before each of its last multiples of STEP are
 looked up as a key. The prompt that is found is compared token by token with the new one, so the hashes are always
 right. Memory is bounded by the number of tokens; the oldest prompts are forgotten first.
 """

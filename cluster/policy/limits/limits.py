@@ -397,7 +397,8 @@ class Limiter:
 
 
 def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:
-    """Return two times in seconds: until `over` of the use has expired, and until the whole limit is free."""
+    """Return two times in seconds: until the amount `over` of the use has expired, and until the whole limit is
+    free."""
     if name is Limit.MONTHLY or name is Limit.DAILY:
         ends_in_s = month_ends_in_s(epoch_s) if name is Limit.MONTHLY else day_ends_in_s(epoch_s)
         return ends_in_s, ends_in_s

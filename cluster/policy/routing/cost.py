@@ -11,14 +11,14 @@ the time that a usual worker needs for a prompt token:
                        + memory * kv_usage^2 + adapter)  -  affinity
 
 - `waiting`: prompt tokens of the sequences of this gateway that have no output there yet. The call waits for them.
-- `uncached`: prompt tokens of the call that the worker must compute. The call waits for each of them once. All running
-  sequences wait too, since they share the engine's steps, and so do the prompts that come next. `computed` is one plus
-  the number of these sequences and prompts, so it is the price of a computed token in tokens of waiting.
-  Tokens that another worker holds count only in part, because computing them here also serves the recent calls with the
-  same prefix, see hot_prefixes.py.
-- `running / slots`: decoding. The step time grows with each sequence, and one more sequence delays all that run: its
-  price is proportional to their number. `full` is the cost of a worker without a free slot. The slots are those of the
-  engine, not the credit, which the engine's admission of prompts keeps small.
+- `uncached`: prompt tokens of the call that the worker must compute. The call waits while they are computed. All
+  running sequences wait too, since they share the engine's steps, and so do the prompts that come next. `computed` is
+  the number of all that wait: the call, the running sequences and the next prompts. Tokens that another worker holds
+  count only in part, because computing them here also serves the recent calls with the same prefix, see
+  hot_prefixes.py.
+- `running / slots`: decoding. Each further sequence makes the engine's steps longer and delays all running sequences,
+  so its cost is proportional to their number. `full` is the cost of a worker without a free slot. `slots` are the slots
+  of the engine. The granted credit is no measure of load, since the engine's admission of prompts keeps it small.
 - `queue`: sequences of other gateways in the engine's queue. Their prompts are not known here, so each counts `queued`
   tokens. A sequence of this gateway without output is already part of `waiting`.
 - `kv_usage`: the fuller the KV memory, the sooner sequences are preempted and cached blocks are evicted, and their

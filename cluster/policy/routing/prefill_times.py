@@ -10,10 +10,10 @@ of slow workers have a small weight in the fit. A worker's slowdown is the sum o
 seconds that the line predicts. The seconds of PRIOR usual samples, at least PRIOR_S, are added to both sums. A sample
 counts with at most CLIP times the seconds that the slowdown so far predicts, so that a single pause changes little.
 
-Prompts that are late and not finished show a slow worker before its next sample, so until then they count as a sample
-with the time so far. The sums decay with each sample, so that a few prompts show a change. They also decay with time: a
-worker that gets no calls because it was slow soon counts as a usual worker again, and its next calls show whether it is
-one. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
+Late prompts that are not finished show that a worker is slow before its next sample comes. Until then they count as a
+sample with the time that they have taken so far. The sums decay with each sample, so that a few prompts show a change.
+They also decay with time: a worker that gets no calls because it was slow soon counts as a usual worker again, and its
+next calls show whether it is one. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become equally
 slower, the slowdowns change for a short time only.

@@ -146,7 +146,7 @@ class RouteHistory:
         self.max_bytes = max_bytes
         self._calls: dict[str, RoutedCall] = {}
         self._kept_at = -math.inf
-        """Time of the last decision in a large fleet of which the scores were kept."""
+        """Time of the last decision whose scores were kept, among decisions in large fleets."""
         self.size = 0
         """Estimated size in bytes of all calls."""
 

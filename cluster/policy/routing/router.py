@@ -68,7 +68,7 @@ class Candidate:
     adapters: frozenset[str] = frozenset()
     """Adapters whose calls the worker takes, under the names that RouteCall.adapter may have."""
     resident: frozenset[str] = frozenset()
-    """Those of `adapters` that lie in a slot of the engine."""
+    """The part of `adapters` that lies in slots of the engine."""
 
 
 @dataclass(frozen=True, slots=True)

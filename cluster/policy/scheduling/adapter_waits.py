@@ -45,7 +45,7 @@ class AdapterWaits:
         self._by_model: dict[str, dict[str, dict[str, AdapterWait]]] = {}
         """By model, adapter and key."""
         self._counts: dict[tuple[str, str], int] = {}
-        """Number of sequences by model and tenant; the tenant "" stands for all."""
+        """Number of sequences by model and tenant; the tenant "" has the number of all tenants."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key

@@ -1,7 +1,7 @@
 """Learnt times to the first token, by model and by the number of prompt tokens that the worker has to compute.
 
 Problem: a first token counts as late after a time that only 1 % of the calls on an ordinary worker exceed. Slow workers
-must not raise this time, since their calls are to be found late.
+must not raise this time, since their calls must still count as late.
 
 Method: the workers of a model are spread over GROUPS groups. Each group has a sketch (latency_sketch.py) for each size
 class of prompts. The time is the lower median of the groups' quantiles, so that slow workers in a minority of the
@@ -26,7 +26,7 @@ HALF_LIFE_S = 600.0
 MIN_COUNT = 50.0
 """Number of observations from which a group's quantile counts."""
 RELEARNT_S = 1.0
-"""Age in seconds at which the answer for a size class is computed anew."""
+"""Age in seconds at which the time for a size class is computed anew."""
 SIZES = 24
 """Number of size classes: class i has the prompts of 2**(i - 1) to 2**i - 1 tokens; the last class has larger ones
 too."""

@@ -31,7 +31,7 @@ from cluster.policy.scheduling.first_token_times import FirstTokenTimes
 BURST = 10.0
 """Number of hedges that a model may save up."""
 GROWTH = 1.5
-"""Factor by which the wait of a late sequence grows until the next look at the sequence."""
+"""Factor by which the wait of a late sequence grows until the sequence is checked again."""
 MIN_FREE = 0.2
 """Smallest free part of the other workers' capacity in sequences. Below it, the model counts as overloaded."""
 SHORTEST_S = 0.05
@@ -155,8 +155,7 @@ class HedgingPolicy:
 
     def hedge_ended(self, key: str, won: bool, now: float) -> int:
         """Record that only one of a sequence's two workers keeps the sequence: the second one if the hedge has `won`,
-        else the first one. Returns the number of prompt tokens that the worker without the sequence was expected to
-        compute."""
+        else the first one. Returns the number of prompt tokens that the losing worker was expected to compute."""
         sent = self._sent.get(key)
         if sent is None or sent.hedge is None:
             return 0

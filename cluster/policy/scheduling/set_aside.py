@@ -10,8 +10,8 @@ the queue.
 
 A sequence waits for the worker with the lowest cost (cost.py) on two conditions. First, its cost is lower than that of
 the best worker with room. Second, its first token is expected no later than that of the best worker with room, or
-within the time of `patience` prompt tokens. For both conditions, the sequences that are set aside for a worker count as
-if they were sent to it.
+within the time in which a usual worker computes `patience` prompt tokens. For both conditions, the sequences that are
+set aside for a worker count as if they were sent to it.
 
 Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once, for at most
 MAX_WAIT_S, and only while the worker takes new sequences. After that, it is sent to any worker, or returns to the head
@@ -48,7 +48,7 @@ class Aside:
     until: float
 
     def wait(self, now: float) -> HolderWait:
-        """Return the wait until `now`."""
+        """Return how long the sequence has waited at the time `now`."""
         return HolderWait(self.worker_id, now - self.since)
 
 

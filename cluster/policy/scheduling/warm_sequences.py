@@ -45,7 +45,7 @@ class HolderView(Protocol):
 
 
 class WarmSequences:
-    """Remembers for one gateway which workers hold the prompts of waiting sequences. Times are monotonic seconds."""
+    """A gateway's memory of which workers hold the prompts of waiting sequences. Times are monotonic seconds."""
 
     def __init__(self, workers: HolderView) -> None:
         self._workers = workers

@@ -69,8 +69,7 @@ class WorkerLosses:
 
     def verdict(self, own: Sequence[str], since: float, now: float) -> LossVerdict:
         """Return the verdict on a sequence. `own`: the losses of the sequence, the oldest first, each as the name of
-        the ended link, or as CARRIED for a loss at another gateway. `since`: time at which the last of these links
-        ended."""
+        the ended link, or as CARRIED for a loss at another gateway. `since`: time of the last of these losses."""
         if now - since < SETTLE_S:
             return LossVerdict.WAIT
         self._forget(now)

@@ -377,7 +377,7 @@ def admin_token(secret: bytes) -> str:
 def derive(secret: bytes, purpose: str, *parts: str | bytes) -> bytes:
     """Derive 32 bytes for one purpose from a secret.
 
-    Each part is prefixed with its length, so that different lists of parts never collide.
+    `parts` are further inputs. Each is prefixed with its length, so that different lists of parts never collide.
     """
     message = bytearray()
     for part in (f"headrace/{purpose}", *parts):
