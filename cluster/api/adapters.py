@@ -1,4 +1,5 @@
-"""Types of adapters (LoRA): small sets of weights that change a base model, loaded while its workers serve.
+"""Types of adapters (LoRA): small sets of weights that change a base model, and that the model's workers load without a
+restart.
 
 An adapter is named by its digest everywhere below the gateway: on the link, in the engine and in the cache index.
 """
@@ -21,8 +22,8 @@ def full_name(model: str, adapter: str) -> str:
 
 
 class AdapterState(enum.StrEnum):
-    """State of an adapter on a worker. A list of adapters shows one state over all workers. The names are those of
-    link.v1 AdapterStatus.State."""
+    """State of an adapter on a worker. A list of adapters shows one state for each adapter, combined from all workers.
+    The names are those of link.v1 AdapterStatus.State."""
 
     LOADING = "LOADING"
     READY = "READY"
@@ -36,8 +37,8 @@ class AdapterSpec:
 
     `source`: place of the files, in the same form as the source of a model's weights. `digest`: SHA-256 of the
     adapter's files as lower-case hex; empty until a worker or the controller has seen the files. `tenants`: the tenants
-    that may use the adapter; empty for every tenant that may use the model. `pinned`: the engine never drops it for
-    another one. `version`: the model's version to which it belongs; empty for all versions.
+    that may use the adapter; empty for every tenant that may use the model. `pinned`: the engine never drops this
+    adapter to load another one. `version`: the only version of the model that has the adapter; empty for all versions.
     """
 
     name: str
@@ -51,8 +52,8 @@ class AdapterSpec:
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
-    """An adapter on one worker. `reason`: why it failed. `resident`: whether it lies in one of the engine's slots, so
-    that a request does not wait for it to be copied there."""
+    """State of an adapter on one worker. `reason`: why the adapter could not be loaded. `resident`: whether the adapter
+    lies in a slot of the engine, so that a request need not wait until it is copied into one."""
 
     name: str
     digest: str

@@ -64,11 +64,13 @@ class CatalogService(Protocol):
         """Stop sending calls to a version, or with `lift` resume sending calls to the version."""
 
     def load_adapter(self, name: str, adapter: AdapterSpec) -> tuple[str, AdapterSpec]:
-        """Add an adapter to a model. It replaces an adapter of the same name that this method has added. Returns the
+        """Add an adapter to a model, or replace an adapter of the same name that this method has added. Returns the
         model's name and the adapter.
 
-        The adapter is kept beside the model's entry, so `apply` does not remove it. The name of an adapter in the entry
-        is refused here. If an adapter of the same name is added to the entry later, it replaces this one."""
+        The adapter does not become part of the model's entry, so `apply` does not remove it. A name that an adapter in
+        the entry has is refused. If the entry later gets an adapter of the same name, the entry's adapter replaces the
+        added one.
+        """
 
     def unload_adapter(self, name: str, adapter: str) -> tuple[str, AdapterSpec]:
         """Remove an adapter that `load_adapter` has added. Returns the model's name and the adapter."""

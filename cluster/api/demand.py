@@ -52,7 +52,7 @@ class ComputedWork:
     """Work of one engine since the engine's start: steps, seconds spent in steps, prompt tokens that were computed and
     generated tokens.
 
-    The other counts are the engine's own (EngineCounts), 0 if it does not report them.
+    The other counts are those of EngineCounts; they are 0 if the engine does not report them.
     """
 
     steps: int = 0

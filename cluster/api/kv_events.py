@@ -25,7 +25,7 @@ class BlocksStored:
 
 @dataclass(frozen=True, slots=True)
 class BlocksRemoved:
-    """A copy of each of these blocks has been removed."""
+    """One copy of each of these blocks has been removed. The engine may still hold further copies."""
 
     blocks: Sequence[BlockId]
 

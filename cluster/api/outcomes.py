@@ -92,7 +92,8 @@ SHORT_OF_CAPACITY = (
 
 @dataclass(frozen=True, slots=True)
 class OutcomeStatus:
-    """Answer of the APIs to an outcome. `retry_after_s`: default delay before a retry, or None for no delay hint."""
+    """How the APIs report an outcome. `retry_after_s`: default delay before a retry; None if the answer suggests no
+    delay."""
 
     grpc: str
     http: int

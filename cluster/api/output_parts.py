@@ -44,11 +44,11 @@ class OutputPart(NamedTuple):
 
 @dataclass(slots=True)
 class ParsedOutput:
-    """Parts and end of one TokenOutput's text, as the worker's parser found them. Not frozen, since an instance is
-    created for each token.
+    """The parts that the worker's parser found in one TokenOutput's text, and the stop string that ended the text, if
+    any. Not frozen, since an instance is created for each token.
 
-    The parts of all outputs of a request, joined, depend only on the request's tokens, not on how the tokens were
-    distributed over steps. The first parsed output of a resumed request also repeats the parts of the emitted tokens.
+    The joined parts of all outputs of a request depend only on the request's tokens, not on the steps in which the
+    tokens came. The first parsed output of a resumed request also repeats the parts of the emitted tokens.
     """
 
     parts: Sequence[OutputPart] = ()
@@ -60,10 +60,10 @@ class ParsedOutput:
 
 
 def merge_parts(parts: Iterable[tuple[int, str, int]]) -> list[OutputPart]:
-    """Return the parts, with neighbours of the same kind and tool call joined. The name of a tool call is never joined,
+    """Return the parts after joining neighbours of the same kind and tool call. Names of tool calls are never joined,
     since each name begins a call.
 
-    Each item of `parts` is an OutputPart, or the kind, text and call of one.
+    Each item of `parts` is an OutputPart, or a tuple of its kind, text and call.
     """
     out: list[OutputPart] = []
     for kind, text, call in parts:

@@ -27,7 +27,7 @@ class PoolingTask(enum.StrEnum):
 class PoolingOptions:
     """Parameters of a pooling request, in place of sampling parameters.
 
-    `dimensions`: length of the vector, for models that declare such lengths; None for the model's own.
+    `dimensions`: length of the vector that the caller asks for; None for the model's default length.
     """
 
     task: PoolingTask

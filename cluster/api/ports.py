@@ -80,10 +80,10 @@ class KvEventSource(Protocol):
 
 
 class AdapterEngine(Protocol):
-    """The part of an engine that loads adapters, if EngineInfo.adapter_slots is above 0.
+    """The methods of an engine that loads adapters. They are called only if EngineInfo.adapter_slots is above 0.
 
-    The files were checked against the base model before (worker/weights/adapter.py), and stay in place while the
-    adapter is loaded.
+    The caller has checked the files against the base model (worker/weights/adapter.py), and keeps the files in place
+    while the adapter is loaded.
     """
 
     async def load_adapter(self, digest: str, folder: str, *, pinned: bool) -> None:

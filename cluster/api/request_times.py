@@ -9,9 +9,10 @@ from dataclasses import dataclass
 class RequestTimes:
     """Durations in seconds; 0 if unknown. Durations, not points in time, since two machines' clocks differ.
 
-    `wait_s`: on the worker outside the engine before the first output, mostly from the arrival to the engine's queue.
-    `queue_s`: in the engine's queue. `prefill_s`: from the request's first step to the first output. `decode_s`: from
-    the first output to the last. `parse_s`: from the engine's last output to the parsed one.
+    `wait_s`: time before the first output that the request spends on the worker but outside the engine, mostly between
+    its arrival and the engine's queue. `queue_s`: time in the engine's queue. `prefill_s`: from the request's first
+    step to the first output. `decode_s`: from the first output to the last. `parse_s`: from the engine's last output
+    until this output is parsed.
     """
 
     wait_s: float = 0.0
@@ -26,7 +27,7 @@ class RequestTimes:
         return self.wait_s + self.queue_s + self.prefill_s
 
     def update(self, later: RequestTimes) -> None:
-        """Take the durations that are not 0 in `later`, and keep the others."""
+        """Overwrite each duration with the one in `later`, unless that one is 0."""
         self.wait_s = later.wait_s or self.wait_s
         self.queue_s = later.queue_s or self.queue_s
         self.prefill_s = later.prefill_s or self.prefill_s

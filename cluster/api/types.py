@@ -83,7 +83,8 @@ not know pooling, generates one token at most."""
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """Request to the engine for one sequence. `emitted_token_ids`: output tokens of a resumed sequence so far.
+    """Request to the engine for one sequence. `emitted_token_ids`: output tokens that a resumed sequence has emitted
+    before.
 
     `request_id` must be unique during the life of the engine. The engine refuses a duplicate id.
     """
@@ -216,8 +217,8 @@ class EngineLoad:
     """Current load of an engine. `steps` never decreases; `kv_usage` is in [0, 1]; `step_s`: seconds of the last step.
 
     `busy` names work that explains a long current step: `start`, `prefill`, `grammar`, `adapter`, or `cpu` (the engine
-    gets no CPU core). `busy` becomes "" when the step lasts longer than the work can explain. An engine with requests
-    hangs if `busy` is "", `steps` does not grow and `step_age_s` is far above `step_p99_s`.
+    gets no CPU core). `busy` is "" once the step has lasted longer than such work can take. An engine with requests
+    counts as hanging if `busy` is "", `steps` does not grow and `step_age_s` is far above `step_p99_s`.
     """
 
     running: int = 0
@@ -281,7 +282,8 @@ class CompatibilityKey:
 
     @property
     def unseeded(self) -> CompatibilityKey:
-        """The key for calls without a seed, which do not depend on the sampling noise."""
+        """The key to compare for a call without a seed: this key without the sampling noise, which matters only with a
+        seed."""
         return CompatibilityKey(self.weight_digest, self.bundle_digest, without_seed_noise(self.engine_class))
 
     def can_resume(self, begun: CompatibilityKey) -> bool:

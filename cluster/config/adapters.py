@@ -78,8 +78,8 @@ def checked_name(value: str) -> str:
 
 
 def as_list(value: Any) -> Any:
-    """Return the adapters as a list, if they are given as a mapping from the name to the other keys, or to the source.
-    Other values are returned unchanged."""
+    """Convert adapters from a mapping to a list. The mapping has, for each adapter name, the other keys of the adapter
+    or only its source. Values of other types are returned unchanged."""
     if not isinstance(value, Mapping):
         return value
     return [

@@ -1,4 +1,5 @@
-"""Rules between the models of cluster.yaml, and between models and other sections. Pure; each rule yields problems.
+"""Rules that compare the models of cluster.yaml with each other and with other sections. Pure; each rule yields
+problems.
 
 A process that reads a configuration refuses the configuration if a rule yields a problem. `headrace config check` adds
 warnings about probable mistakes.
@@ -80,8 +81,8 @@ def _hub_problem(source: str, name: str) -> str:
 def engine_of(path: Path, source: str, engine: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield a problem for each argument of an `engine:` section that vLLM or Headrace refuses.
 
-    Of a simulated engine, which has other arguments, only the parsers are checked. `whole`: all arguments with which
-    the section's engine is started.
+    For a simulated engine, which has other arguments, only the names of parsers are checked. `whole`: all arguments
+    with which the engine is started, including those from outside the section.
     """
     if source.startswith("sim://"):
         for key, text in parser_problems(engine):
@@ -137,8 +138,8 @@ def fallbacks(models: Sequence[Entry], absent: Collection[str] = ()) -> Iterator
 
 
 def _cycle(start: str, model: Entry, owner: Mapping[str, Entry], path: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names on a path of fallbacks that leads from a model back to `start`; empty if there is no such
-    path."""
+    """Follow the fallbacks of `model`. Return the names on the way from `model` back to `start`; empty if no fallback
+    leads there. `owner`: models by name and alias. `path`: names that were followed before `model`."""
     if model.name == start:
         return (*path, start)
     if model.name in path:

@@ -173,7 +173,8 @@ class GatewaySettings(Section):
     console: Console = Console()
 
     def siblings(self, process: int) -> tuple[str, ...]:
-        """Return the link addresses of the other processes, each as `:port` without the host, which is this host."""
+        """Return the link address of each other process as `:port`, without a host since all processes run on this
+        host."""
         others = (self.listen.of(i).link for i in range(self.processes) if i != process)
         return tuple(":" + address.rsplit(":", 1)[1] for address in others)
 

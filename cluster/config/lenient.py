@@ -92,8 +92,9 @@ def for_controller(text: str, where: str = "configuration") -> PartialConfig:
 def _without_wrong_entries(
     document: Document, entries: Sequence[Any], without_models: Config, problems: tuple[str, ...]
 ) -> PartialConfig:
-    """Return the configuration without invalid model entries. Entries with problems are removed, and the rest is
-    checked again, until the rest is valid."""
+    """Return the configuration without invalid model entries. Entries with problems are removed and the rest is checked
+    again, until the rest is valid. `without_models`: the configuration to return if a problem cannot be traced to an
+    entry."""
     left_out = {*_with_duplicate_keys(document), *_conflicting(entries)}
     while True:
         staying = [at for at in range(len(entries)) if at not in left_out]
@@ -146,8 +147,8 @@ def _conflicting(entries: Sequence[Any]) -> set[int]:
 
 
 def _held(entries: Sequence[Any], beside: Config | None = None) -> tuple[HeldModel, ...]:
-    """Return the models that these entries name, without duplicates and without names of the valid models in
-    `beside`."""
+    """Return the models that these invalid entries name, each model once. Models whose names belong to the valid
+    configuration `beside` are left out."""
     taken = {name for model in beside.models for name in (model.name, *model.aliases)} if beside is not None else set()
     held: dict[str, HeldModel] = {}
     for entry in entries:

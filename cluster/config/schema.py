@@ -1,8 +1,8 @@
 """The schema of cluster.yaml. The file is read once, checked completely, then frozen.
 
-Unknown keys are refused, also the sections of later releases, since a limit that is accepted and not enforced is worse
-than an error. The error names the path of the key. tenants.py has the sections about tenants, and gateway.py has the
-`gateway` section.
+Unknown keys are refused, including sections that only later releases know, since a limit that is accepted and not
+enforced is worse than an error. The error names the path of the key. tenants.py has the sections about tenants, and
+gateway.py has the `gateway` section.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class Canary(Section):
         return value
 
     def own(self) -> dict[str, Any]:
-        """Return the canary's values that replace values of the model, by the model's keys."""
+        """Return the model's keys that the canary overrides, with the canary's values."""
         set_keys = self.model_dump(exclude_unset=True, exclude={"weight", "rollback"})
         return {key: value for key, value in set_keys.items() if value is not None} | {"digest": self.digest}
 
@@ -450,7 +450,7 @@ class Model(Section):
     def versions(self) -> tuple[Model, ...]:
         """Return the model without the canary, followed by the canary (if there is one) as a separate Model.
 
-        specs() adds the weights of the versions.
+        The result does not say which share of the calls each version gets; specs() adds it.
         """
         plain = self.model_copy(update={"canary": None})
         if self.canary is None:
@@ -458,8 +458,8 @@ class Model(Section):
         return plain, plain.model_copy(update=self.canary.own())
 
     def specs(self) -> tuple[ModelSpec, ...]:
-        """Return one ModelSpec for each version and GPU type: the stable version first, and the preferred GPU type
-        first."""
+        """Return one ModelSpec for each version and GPU type. The stable version comes first; within a version, the
+        preferred GPU type comes first."""
         canary_weight = self.canary.weight if self.canary is not None else 0.0
         rollback = self.canary.rollback if self.canary is not None else Rollback(error_ratio=0, ttft_ratio=0)
         specs: list[ModelSpec] = []
@@ -476,7 +476,8 @@ class Model(Section):
         return tuple(specs)
 
     def spec(self) -> ModelSpec:
-        """Return the entry as a ModelSpec, without the canary and without the settings of a listed GPU type."""
+        """Return the entry as a ModelSpec. The canary, and settings that apply to one GPU type only, are left out;
+        specs() adds them."""
         return ModelSpec(
             name=self.name,
             source=self.source,
@@ -736,7 +737,7 @@ def _duplicate_problem(key: Duplicate) -> Problem:
 
 
 def _follows(problem: Problem, removed: Sequence[KeyPath]) -> bool:
-    """Return whether the removal of other keys may have caused a problem."""
+    """Return whether a problem may be only a consequence of the removal of the keys in `removed`."""
     if problem.missing and problem.path in removed:
         return True
     section = problem.path[0] if problem.path else ""
@@ -807,7 +808,8 @@ def read_text(path: Path) -> str:
 
 
 def secret_files(config: Config) -> Mapping[str, Path]:
-    """Return the secret files of `auth`, by setting. A file that is not configured is in the cache folder."""
+    """Return the path of each secret file of `auth`, by the name of its setting. A path that is not configured is in
+    the cache folder."""
     if config.auth is None:
         return {}
     files = {"auth.cluster_secret_file": config.auth.cluster_secret_file or cache_dir() / "cluster-secret"}

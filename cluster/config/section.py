@@ -27,7 +27,7 @@ def url_parts(value: str) -> urllib.parse.SplitResult:
 
 
 def is_this_host(host: str) -> bool:
-    """Return whether a host name or an IP address stands for this host only."""
+    """Return whether a host is `localhost` or a loopback address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

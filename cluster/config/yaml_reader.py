@@ -118,7 +118,8 @@ def _duplicates_in(
 ) -> Iterator[Duplicate]:
     """Yield the duplicate keys below a node, and add the line of each path to `lines`.
 
-    The keys of a node are yielded once, even if YAML aliases repeat the node.
+    `seen`: ids of the nodes that were read already; a node that YAML aliases repeat is read once. `around`: ids of the
+    nodes that contain this node.
     """
     if isinstance(node, yaml.ScalarNode):
         return

@@ -48,12 +48,12 @@ class AdapterMemory:
 
     @property
     def residents(self) -> Set[str]:
-        """The held adapters among the last `slots` distinct ones that were used: they lie in the engine's slots."""
+        """The held adapters that lie in the engine's slots: the `slots` most recently used ones."""
         return set(list(self._recent)[-self.slots :]) if self.slots else frozenset()
 
     def pin(self, digests: Set[str]) -> None:
-        """Set the adapters that are never dropped for others. Pins above `capacity` have no effect before they are
-        held."""
+        """Set the adapters that are never dropped for others. A pin has no effect until the adapter is held, so there
+        may be more pins than `capacity`."""
         self.pinned = digests
 
     def uses(self, digest: str) -> int:
@@ -61,12 +61,12 @@ class AdapterMemory:
         return self._uses[digest]
 
     def begin_use(self, digest: str) -> bool:
-        """Count a use; return whether `residents` has changed."""
+        """Record that one more request uses the adapter; return whether `residents` has changed."""
         self._uses[digest] += 1
         return self._touch(digest)
 
     def end_use(self, digest: str) -> bool:
-        """End a use that was counted; return whether it was the last one."""
+        """Record that a request no longer uses the adapter; return whether no other request uses it."""
         self._uses[digest] -= 1
         if self._uses[digest] > 0:
             return False
@@ -94,8 +94,8 @@ class AdapterMemory:
         return next((digest for digest in self._held if digest not in self.pinned), None)
 
     def has_place_for(self, digest: str) -> bool:
-        """Return whether the adapter can be held once no other adapter is in use; False if pinned adapters fill the
-        memory."""
+        """Return whether the adapter is held, or can be held once the other adapters are not in use. False if pinned
+        adapters fill the memory."""
         kept = sum(held in self.pinned for held in self._held)
         return digest in self._held or kept < self.capacity
 

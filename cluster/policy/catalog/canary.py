@@ -64,8 +64,8 @@ class CanaryVerdict:
 
 
 def log_evidence(losses: int, wins: int, chance: float) -> float:
-    """Natural logarithm of the evidence, after these losses and wins, against the hypothesis "each loss has a
-    probability of at most `chance`".
+    """Natural logarithm of the evidence that these losses and wins give against the hypothesis "each trial is lost with
+    a probability of at most `chance`".
 
     `chance` is in (0, 1). The evidence is the wealth of a bet that starts with 1. If the hypothesis is true, the
     probability that the logarithm ever exceeds log(1/a) is at most a.

@@ -71,7 +71,7 @@ def placement(spec: ModelSpec) -> Placement:
 
 
 def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> str:
-    """Reason why these nodes cannot hold one replica even if all nodes are idle, or "" if the nodes can.
+    """Reason why these nodes cannot hold one replica even if all nodes are idle, or "" if they can.
 
     `nodes` has the total resources of each node. Bundles of a packed group are placed greedily, the largest node first.
     The greedy choice is exact here, because all GPU bundles of a group are alike.
@@ -101,9 +101,9 @@ def capacity(
 ) -> int:
     """Estimated number of replicas that fit on the GPUs of the type in `spec`.
 
-    `others`: other models with their numbers of replicas. Only models with the same `gpu` as `spec` take GPUs
-    away. So if `spec` names a type, models that accept any type are assumed to run elsewhere. Fragmentation of GPUs
-    over nodes is ignored.
+    `others`: other models with their numbers of replicas. Only GPUs of models with the same `gpu` as `spec` are
+    subtracted. So if `spec` names a type, models that accept any type are assumed to run elsewhere. Fragmentation of
+    GPUs over nodes is ignored.
     """
     if is_simulated(spec):
         return 1_000_000

@@ -189,7 +189,7 @@ def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
     """Return the applications that replace `old`. `wanted`: the wanted applications of the same model.
 
     The replacements have the version of `old`, or the first wanted version if the version of `old` is no longer wanted.
-    If one of them is for the GPU type of `old` and is to have replicas, it replaces `old` alone.
+    If one of these applications has the GPU type of `old` and wants replicas, it alone replaces `old`.
     """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")

@@ -1,4 +1,4 @@
-"""Versions of one model beside each other: which versions run, their shares of the calls, and their replicas. Pure.
+"""The versions of one model: which versions run, their shares of the calls, and their numbers of replicas. Pure.
 
 A mark overrides what the file says about a version. An operator sets a mark to roll back a canary or to change the
 canary's share of the calls. A canary that performs badly gets a mark automatically. The digest of a version covers

@@ -68,8 +68,9 @@ class FlowTable:
         return sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
 
     def head(self, loss_of: LossOf | None = None) -> WaitingSequence | None:
-        """The next sequence of the flow with the least counter in the highest waiting class, or None. Without
-        `loss_of`, the first sequence of the flow; see warm_order.py."""
+        """The next sequence, or None if nothing waits. It belongs to the flow with the least counter in the highest
+        waiting class. With `loss_of`, warm_order.py chooses among the flow's sequences; without it, the first one is
+        next."""
         for rank in self._ranks:
             flow = self._classes[rank].here.least()
             if flow is not None:

@@ -19,7 +19,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class HolderWait:
-    """Wait for the worker that holds the sequence's prompt, in seconds; see policy/scheduling/set_aside.py."""
+    """How long a sequence has waited for the worker that holds its prompt; see policy/scheduling/set_aside.py."""
 
     worker_id: str
     wait_s: float
@@ -33,8 +33,8 @@ class WaitingSequence:
     cache of a worker. `output_tokens` is the expected number of output tokens. `deadline` and `arrived` are times;
     `deadline` is None without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed
     last. `needs_tools`: whether the worker must have a parser for tool calls. `affinity`: hash of the tenant and the
-    affinity key, in [1, 2**64), or 0 for none. `holder_wait`: an earlier wait, in vain, for the worker that holds the
-    prompt; None without such a wait. `adapter`: see RouteCall.
+    affinity key, in [1, 2**64), or 0 for none. `holder_wait`: how long the sequence has waited in vain for the worker
+    that holds its prompt; None if it has not. `adapter`: see RouteCall.
     """
 
     call_id: str

@@ -5,8 +5,8 @@ lengths is therefore too low for a call with a larger max_tokens. The expectatio
 Kaplan-Meier estimate: the area under the survival curve up to max_tokens. If all outputs of a tenant run to their
 max_tokens, the next outputs are expected to do so too.
 
-A (tenant, model) pair without observations uses the outputs of other tenants for the model, then all outputs, then a
-default.
+If a (tenant, model) pair has no observations, its expectation comes from all outputs of the model, else from all
+outputs, else from a default.
 
 Invariant: memory is bounded, in outputs per pair and in number of pairs. The least recently used pair is dropped first.
 
@@ -53,7 +53,7 @@ class _Lengths:
         self._new_since_curve += 1
 
     def expected(self, default_tokens: int, max_tokens: int) -> float:
-        """Area under the survival curve up to `max_tokens`.
+        """Expected length of the next output: the area under the survival curve up to `max_tokens`.
 
         Beyond the longest observed length the curve is taken as flat, for at most `default_tokens`.
         """
@@ -116,7 +116,7 @@ class LearntOutputs:
         self._all.add(tokens, cut)
 
     def _lengths_of(self, kept: OrderedDict[Key, _Lengths], key: Key) -> _Lengths:
-        """Return the lengths for a key, and mark the key as the most recently used."""
+        """Return the lengths that `kept` has for a key, and mark the key as the most recently used."""
         lengths = kept.get(key)
         if lengths is None:
             lengths = kept[key] = _Lengths()

@@ -1,12 +1,13 @@
-"""Slots kept free for tenants that send little, beside tenants that always have something waiting.
+"""Slots kept free for tenants that send little, while other tenants always have sequences waiting.
 
-Problem: in a full cluster, each slot that becomes free is filled at once by a tenant that always waits. Even with the
-next turn, a call of a quiet tenant must wait until a worker grants a free slot to the call's gateway. If there are G
-gateways, each is granted only one in G of the free slots.
+Problem: in a full cluster, each slot that becomes free is filled at once by a tenant that always has sequences waiting.
+Even when its turn is next, a call of a quiet tenant must wait until a worker grants a free slot to the call's gateway.
+If there are G gateways, each is granted only one in G of the free slots.
 
 Invariants: slots are kept free only if a guest was seen in the last GUEST_S seconds. A guest is a tenant that has had
-no more than its share and now waits nowhere. Slots are kept only from tenants that have waited without a pause for at
-least `idle_s` of FairOrder. At most one slot per KEPT_OF running calls of this gateway is kept, and at most KEPT_MOST.
+no more than its share and has no sequence waiting now. Slots are withheld only from tenants that have waited without a
+pause for at least `idle_s` of FairOrder. At most one slot per KEPT_OF running calls of this gateway is kept, and at
+most KEPT_MOST.
 
 Source: trunk reservation (Kelly, Loss Networks, 1991): a few circuits that are kept for the rarer class cost the other
 class little.

@@ -6,11 +6,11 @@ of counters.
 Method: flows are kept in buckets by their counters, each bucket QUANTUM wide. A flow is moved to another bucket only
 when its counter falls, or when the lookup finds that its counter has risen.
 
-Invariant: `least` returns a flow from the lowest bucket by current counters, as if every flow were always moved at
-once. So the counter of the returned flow is at most QUANTUM above the least counter.
+Invariant: `least` returns a flow from the lowest bucket, as if every flow were moved at once whenever its counter
+changes. So the counter of the returned flow is at most QUANTUM above the least counter.
 
-Source: the calendar queue (Brown, CACM 1988). The time in that queue is here a counter of VTC (Sheng et al., OSDI
-2024).
+Source: the calendar queue (Brown, CACM 1988). The counters of VTC (Sheng et al., OSDI 2024) take the place of the times
+in a calendar queue.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class FifoQueue:
     def _skip(self, gone: list[int]) -> None:
         """Drop removed entries from the front, so that the first entry is a waiting entry.
 
-        Used serial numbers are cut from `gone` only when they are the larger part, so that few calls copy the list.
+        Serial numbers of dropped entries are cut from `gone` only when they are more than half of it, so that few calls
+        copy the list.
         """
         while self._skipped < len(gone) and gone[self._skipped] == self._first:
             self._line.popleft()
@@ -107,8 +108,9 @@ class FifoQueue:
 class Flow(FifoQueue):
     """Queue of one tenant for one model and class. `counter`: weighted tokens served, divided by the tenant's weight.
 
-    `elsewhere` and `elsewhere_service` are like `here` and `here_service`, for all other gateways together. Queue and
-    counter are one object, so that a turn among ten thousand tenants touches little uncached memory.
+    `here` and `here_service`: number and expected cost of the sequences that wait on this gateway. `elsewhere` and
+    `elsewhere_service`: the same for all other gateways together. Queue and counter are one object, so that a turn
+    among ten thousand tenants touches little uncached memory.
     """
 
     __slots__ = (

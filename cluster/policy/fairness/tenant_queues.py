@@ -68,7 +68,8 @@ class TenantQueues:
             del queues[waiting.tenant]
 
     def last_of_longest(self, below: WaitingSequence) -> WaitingSequence | None:
-        """Return the sequence to shed in favour of `below`, the new sequence, or None if none may be shed for it."""
+        """Return the waiting sequence to shed so that the new sequence `below` can enter; None if `below` must not
+        replace any sequence."""
         longest = self._longest = self._longest if self._longest is not None else self._all_lengths()
         self._adds_unasked = 0
         for rank in sorted(longest, reverse=True):

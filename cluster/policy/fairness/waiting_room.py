@@ -5,8 +5,8 @@ wait must be bounded in number, tokens and time, or overload ends in congestion 
 
 Invariants: a sequence that enters leaves exactly once: it is bound by `pop_next`, cancelled by `cancel`, returned by
 `pop_expired`, or shed for another sequence. Only the head of an order may be bound, so shorter prompts cannot overtake
-a long prompt for ever. A sequence is shed only for a sequence of a higher class, or of its own class whose tenant has a
-shorter queue by weight.
+a long prompt for ever. A sequence is shed only to admit a sequence of a higher class, or a sequence of the same class
+whose tenant has a shorter queue relative to its weight.
 
 Source: late binding as in Pegasus/Sparrow (Ousterhout et al., SOSP 2013); shedding from the longest queue as in longest
 queue drop (McKenney, Stochastic Fairness Queueing, 1990).

@@ -1,25 +1,27 @@
-"""Order within the turn of one tenant: a sequence whose prompt is in a worker's KV cache may go before older ones.
+"""Order within the turn of one tenant: a sequence whose prompt is in a worker's KV cache may be sent before older
+sequences.
 
-Problem: while calls wait, the workers evict the KV blocks of prompts that will soon be sent. With first come, first
-served, each prompt is sent to whichever worker is free, mostly not the one that holds its blocks, and is computed
-again.
+Problem: while calls wait, the workers evict the KV blocks of prompts that will soon be sent. If sequences are sent in
+the order of arrival, each goes to whichever worker is free. Mostly this is not the worker that holds the blocks of its
+prompt, so the prompt is computed again.
 
 Method: among the tenant's first MAX_CHOICES sequences, the one with the greatest expected loss goes first. The loss is
-the number of tokens that must be computed again if their worker evicts them, times the probability of the eviction. The
-caller passes a function for it (policy/scheduling/warm_sequences.py).
+the number of cached tokens that must be computed again if the worker evicts them, times the probability of the
+eviction. The caller passes a function that computes the loss (policy/scheduling/warm_sequences.py).
 
-Invariants: the tenant is chosen first, and then a sequence of its queue. So the bounds for other tenants are those of
-any order within queues. While two tenants wait, their counters differ by at most the largest charge divided by its
-tenant's weight, plus the corrections of charges whose predictions were wrong. Between two turns of a waiting tenant,
-each other tenant is served at most the charge of the first of these turns plus one charge of its own.
+Invariants: the tenant is chosen first, and then a sequence of its queue. So other tenants have the same bounds as with
+any other order within the queues. While two tenants wait, their counters differ by at most the largest charge divided
+by its tenant's weight, plus the corrections of charges whose predictions were wrong. Between two turns of a waiting
+tenant, each other tenant is served at most as much as the waiting tenant was charged in the first of these turns, plus
+one charge of its own.
 
 The first sequence of a queue is overtaken at most MAX_OVERTAKEN times. So a sequence with p sequences ahead is sent in
 one of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant. Only the chosen sequence may be sent: if it fits on
 no worker, all others wait.
 
 Source: the bound on the counters is that of VTC (Sheng et al., OSDI 2024), whose proof takes any order within a tenant.
-The choice of a sequence by the place of its data is that of delay scheduling (Zaharia et al., EuroSys 2010), without
-its delay: no capacity is left idle.
+Choosing a sequence by the place of its data is the idea of delay scheduling (Zaharia et al., EuroSys 2010). There is no
+delay here: no capacity is left idle.
 """
 
 from __future__ import annotations

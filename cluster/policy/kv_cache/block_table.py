@@ -10,8 +10,8 @@ the next bit of the hash (extendible hashing, Fagin et al., 1979): each entry ke
 some ten microseconds, and the table never grows as a whole. Hashes are multiplied by a random odd number first, so that
 no caller can choose hashes that fall into one row.
 
-Two hashes are confused if they have the same 32 bits and a row in common. For a random hash that is not in the table,
-the probability is about 1 in 25,000 at ten million entries, and a tenth of that at one million. Users of the table must
+Two hashes are confused if they have the same mark and a row in common. For a random hash that is not in the table, the
+probability is about 1 in 25,000 at ten million entries, and a tenth of that at one million. Users of the table must
 tolerate such errors, as cache routing does.
 
 The number of numpy calls determines the time of a lookup of some hundred hashes. So the code computes both rows at once
@@ -88,7 +88,7 @@ class BlockTable:
         return len(self._depths) * SEGMENT * BYTES_PER_PLACE + self._directory.nbytes
 
     def find(self, hashes: Hashes) -> Places:
-        """Return the place of each hash."""
+        """Return the place of each hash; -1 for a hash that is not in the table."""
         return self._find(*self._keys(hashes))
 
     def words(self, hashes: Hashes) -> Words:

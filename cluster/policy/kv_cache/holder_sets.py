@@ -74,7 +74,8 @@ class HolderSets:
         return self._changed(words, added)
 
     def remove(self, words: Words, worker: int, only_expected: bool = False) -> Words:
-        """Return the sets without a worker. `only_expected`: the worker stays in the sets of blocks that it holds."""
+        """Return the sets without a worker. `only_expected`: the worker is removed only from sets in which it is an
+        expected holder."""
         bit = 1 << worker
 
         def removed(members: Members) -> Members:

@@ -41,7 +41,7 @@ class _Expectation:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Worker number, and hash of the first block."""
+        """Number of the worker, and hash of the first expected block."""
         return self.worker, int(self.hashes[0])
 
 
@@ -78,12 +78,12 @@ class CacheIndex:
 
     @property
     def dropped(self) -> int:
-        """Number of blocks for which there was no room."""
+        """Number of blocks that were not recorded because the index was full."""
         return self._table.dropped
 
     def add_worker(self, worker_id: str) -> None:
-        """Add a worker that holds nothing yet. All blocks of a known worker are forgotten. Raises OverflowError if
-        there are more workers than numbers."""
+        """Add a worker that holds nothing yet. All blocks of a known worker are forgotten. Raises OverflowError if all
+        worker numbers are in use."""
         self.remove_worker(worker_id)
         taken = self._live | self._departed | self._leaving | 1
         for number, _ in self._alike:  # expectations of a departed worker must not end those of this one
@@ -111,7 +111,7 @@ class CacheIndex:
             self._add(number, hashes, expected=False)
 
     def remove(self, worker_id: str, hashes: Hashes) -> None:
-        """Record that a worker holds blocks no longer. Unknown workers and blocks are ignored."""
+        """Record that a worker no longer holds these blocks. Unknown workers and blocks are ignored."""
         number = self._numbers.get(worker_id)
         if number is not None:
             self._remove(number, hashes, only_expected=False)
@@ -177,12 +177,12 @@ class CacheIndex:
         return starts[:first], kinds[:first], starts[first]
 
     def _sampled(self, hashes: Hashes) -> tuple[npt.NDArray[np.int64], Words]:
-        """Return the positions of some blocks of a long prompt, and the words of these blocks; 0 for a block that no
-        worker holds. A block that is left out has the same word as the block before it.
+        """Look up some blocks of a long prompt. Return their positions and their words, where 0 is the word of a block
+        that no worker holds. Each block that is not looked up has the same word as the block before it.
 
-        Each 16th block is looked up first, up to the first one that no worker holds. Where two neighbours differ in
-        their words, the blocks between them are looked up as well. Blocks between equal words have the same word, since
-        an engine evicts the last blocks of a prefix first.
+        Every 16th block is looked up first, up to the first one that no worker holds. Where two of these neighbours
+        differ in their words, all blocks between them are looked up too. Otherwise the blocks between them have the
+        same word, since an engine evicts the last blocks of a prefix first.
         """
         count = len(hashes)
         coarse = np.append(np.arange(0, count - 1, _STRIDE), count - 1)
@@ -217,8 +217,9 @@ class CacheIndex:
             self._table.set(places, self._sets.remove(self._table.get(places), number, only_expected))
 
     def _expired(self, expectation: _Expectation) -> Hashes:
-        """Forget an expectation, and return its blocks that no later expectation has. Prompts that share a block share
-        all blocks before it."""
+        """Forget an expectation, and return its blocks that no later expectation for the same worker contains. Only
+        expectations with the same first block are compared, since prompts that share a block share all blocks before
+        it."""
         others = self._alike[expectation.key]
         others.popleft()
         if not others:

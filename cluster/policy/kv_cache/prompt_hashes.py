@@ -3,9 +3,10 @@
 Problem. Each turn of a conversation is sent with all earlier turns, and hashing 128,000 tokens takes a gateway about a
 quarter of a millisecond. Comparing the tokens with those of the turn before takes a fraction of that time.
 
-Method. The key of a remembered prompt has the 64 tokens before the last multiple of STEP. For a new prompt, an earlier
-prompt is looked up by the tokens before each of the last multiples of STEP. Both prompts are compared token by token,
-so the hashes are always right. Memory is bounded by the number of tokens; the oldest prompts are forgotten first.
+Method. The key of a remembered prompt consists of the 64 tokens before a position in it: the last multiple of STEP. A
+new prompt may continue an earlier prompt of any length, so the 64 tokens before each of its last multiples of STEP are
+looked up as a key. The prompt that is found is compared token by token with the new one, so the hashes are always
+right. Memory is bounded by the number of tokens; the oldest prompts are forgotten first.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class PromptHashes:
         return hashes
 
     def _known(self, ids: _Ids, block_size: int, seed: int) -> Hashes:
-        """Return the hashes of the first blocks that an earlier prompt had too."""
+        """Return the hashes of the leading blocks that the prompt shares with a remembered prompt."""
         last = len(ids) // STEP
         for number in range(last, max(last - _TRIES, 0), -1):
             key = _key(ids, number * STEP, block_size, seed)

@@ -152,8 +152,8 @@ class _HeldAmounts:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Amounts requested of the limits. `plain`: tokens of the budgets; `weighted`: tokens per minute. A limit is not
-    checked if the requested amount is 0."""
+    """Amounts to check against the limits. `plain`: tokens for the budgets; `weighted`: tokens for the limit per
+    minute. An amount of 0 is not checked."""
 
     plain: int
     running: int
@@ -397,7 +397,8 @@ class Limiter:
 
 
 def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:
-    """Return two times in seconds: until `over` of the use has expired, and until the whole limit is free."""
+    """Return two times in seconds: until the amount `over` of the use has expired, and until the whole limit is
+    free."""
     if name is Limit.MONTHLY or name is Limit.DAILY:
         ends_in_s = month_ends_in_s(epoch_s) if name is Limit.MONTHLY else day_ends_in_s(epoch_s)
         return ends_in_s, ends_in_s

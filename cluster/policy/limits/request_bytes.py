@@ -206,8 +206,8 @@ class RequestBytes:
     def slow(self) -> list[Reservation]:
         """Granted reservations whose bodies arrive too slowly. The list is empty if no reservation waits.
 
-        A body is too slow if its mean rate since GRACE_S after the grant is below MIN_BYTES_PER_S. The caller must call
-        `too_slow` of each returned reservation.
+        A body is too slow if it has received fewer than MIN_BYTES_PER_S bytes for each second after the first GRACE_S.
+        The caller must call `too_slow` of each returned reservation.
         """
         if not self._waiting:
             return []

@@ -96,8 +96,9 @@ class Breakers:
         breaker.unseen = unseen
 
     def record_steps(self, incarnation: str, now: float, steps: int) -> None:
-        """Close the breaker if it opened because the engine could not be observed, and the engine steps again. `steps`:
-        the engine's step count, as reported on the new link; 0 before the first report."""
+        """Record the step count of an engine. If the worker's breaker opened because the engine could not be observed,
+        it closes once the pause is over and the engine has done some steps. `steps`: the count reported on the new
+        link; 0 before the first report."""
         breaker = self._breakers.get(incarnation)
         if breaker is None or not breaker.unseen:
             return

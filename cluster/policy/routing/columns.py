@@ -122,7 +122,8 @@ class Columns:
         return costs
 
     def _of_adapter(self, adapter: str) -> tuple[npt.NDArray[np.bool_], Floats]:
-        """Return which workers have an adapter, and what copying it into a slot costs at each worker."""
+        """Return for each worker whether it has the adapter, and the cost of copying the adapter into a slot of its
+        engine."""
         known = self._with_adapter.get(adapter)
         if known is None:
             if len(self._with_adapter) >= MAX_ADAPTERS:
@@ -158,7 +159,7 @@ class Columns:
         return preferences
 
     def _first(self, best: npt.NDArray[np.intp]) -> int:
-        """Return which of the workers with equal costs is chosen."""
+        """Return the position of the worker that is chosen among workers with equal costs."""
         if len(best) > 1:
             free = self._fields[_FREE][best]
             best = best[free == free.max()]

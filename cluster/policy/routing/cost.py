@@ -11,14 +11,14 @@ the time that a usual worker needs for a prompt token:
                        + memory * kv_usage^2 + adapter)  -  affinity
 
 - `waiting`: prompt tokens of the sequences of this gateway that have no output there yet. The call waits for them.
-- `uncached`: prompt tokens of the call that the worker must compute. The call waits for each of them once. All running
-  sequences wait too, since they share the engine's steps, and so do the prompts that come next. `computed` is one plus
-  the number of these sequences and prompts, so it is the price of a computed token in tokens of waiting.
-  Tokens that another worker holds count only in part, because computing them here also serves the recent calls with the
-  same prefix, see hot_prefixes.py.
-- `running / slots`: decoding. The step time grows with each sequence, and one more sequence delays all that run: its
-  price is proportional to their number. `full` is the cost of a worker without a free slot. The slots are those of the
-  engine, not the credit, which the engine's admission of prompts keeps small.
+- `uncached`: prompt tokens of the call that the worker must compute. The call waits while they are computed. All
+  running sequences wait too, since they share the engine's steps, and so do the prompts that come next. `computed` is
+  the number of all that wait: the call, the running sequences and the next prompts. Tokens that another worker holds
+  count only in part, because computing them here also serves the recent calls with the same prefix, see
+  hot_prefixes.py.
+- `running / slots`: decoding. Each further sequence makes the engine's steps longer and delays all running sequences,
+  so its cost is proportional to their number. `full` is the cost of a worker without a free slot. `slots` are the slots
+  of the engine. The granted credit is no measure of load, since the engine's admission of prompts keeps it small.
 - `queue`: sequences of other gateways in the engine's queue. Their prompts are not known here, so each counts `queued`
   tokens. A sequence of this gateway without output is already part of `waiting`.
 - `kv_usage`: the fuller the KV memory, the sooner sequences are preempted and cached blocks are evicted, and their
@@ -67,11 +67,11 @@ class CostWeights:
 class RoutingSettings:
     """The policy for new calls.
 
-    `cost`: the worker with the lowest cost. The others are plain policies, for comparison and as fallbacks.
-    `least_load`: the worker with the smallest share of used slots. `round_robin`: the worker that this gateway has sent
-    nothing for the longest time. `power_of_two`: the less loaded of two workers that are drawn by the call's id
-    (Mitzenmacher 2001). `consistent_hash`: the worker with the highest rendezvous hash of the affinity key, or else of
-    the beginning of the prompt (Thaler and Ravishankar 1998)."""
+    `policy` says which worker gets a call. `cost`: the worker with the lowest cost. The other policies are simpler
+    ones, for comparison and as fallbacks. `least_load`: the worker with the smallest share of used slots.
+    `round_robin`: the worker that this gateway has sent nothing for the longest time. `power_of_two`: the less loaded
+    of two workers that are drawn by the call's id (Mitzenmacher 2001). `consistent_hash`: the worker with the highest
+    rendezvous hash of the affinity key, or else of the beginning of the prompt (Thaler and Ravishankar 1998)."""
 
     policy: PolicyName = "cost"
     weights: CostWeights = CostWeights()
@@ -112,8 +112,8 @@ def standing_parts(settings: RoutingSettings, c: Candidate) -> tuple[tuple[str, 
 
 
 def own_wait(settings: RoutingSettings, c: Candidate, uncached: float) -> float:
-    """Return the time to the first token of a call at a worker, in prompt tokens of a usual worker. `uncached`: number
-    of tokens of the call that the worker must compute."""
+    """Return the predicted time to the first token of a call at a worker. One unit is the time in which a usual worker
+    computes one prompt token. `uncached`: number of tokens of the call that the worker must compute."""
     return c.slowdown * (c.prefill_tokens + settings.weights.queued * _foreign_queue(c) + uncached)
 
 

@@ -44,7 +44,7 @@ class Fleet:
     """The workers of one model."""
 
     def __init__(self, settings: RoutingSettings | None = None, vector_from: int = VECTOR_FROM) -> None:
-        """`vector_from`: number of workers from which numpy is used, if it is imported."""
+        """`vector_from`: number of workers from which decisions use numpy, provided that numpy is imported."""
         self.settings = settings or RoutingSettings()
         self._vector_from = vector_from
         self._rows: list[Row] = []
@@ -139,8 +139,8 @@ class Fleet:
         return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), full)
 
     def _full_holders(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> Sequence[FullHolder]:
-        """Return workers without room that cost less than the chosen one. Only MAX_HOLDERS of the workers that hold at
-        least as much of the prompt as the chosen one are looked at."""
+        """Return workers without room that cost less than the chosen worker. At most MAX_HOLDERS workers are
+        considered: workers that hold at least as much of the prompt as the chosen one."""
         here = call.cached.get(chosen.worker_id, 0)
         if self.settings.policy != "cost":
             return ()
@@ -203,7 +203,7 @@ class Fleet:
         return (min(entries, key=order)[0] if entries else -1), passed
 
     def _preferred(self, call: RouteCall, places: Iterable[int]) -> int:
-        """Return which of these workers the call's affinity key prefers."""
+        """Return the position of the worker that the call's affinity key prefers among the workers at `places`."""
         return max(places, key=lambda at: (preference(call.affinity, self._rows[at].hashed), -at))
 
     def _reason(self, call: RouteCall, at: int, passed: int) -> str:

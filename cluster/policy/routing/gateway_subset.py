@@ -5,7 +5,7 @@ connects to some gateways only. Every gateway still needs workers of each model.
 
 Invariants. Each worker chooses by itself, from the names of the gateways alone. All gateways get about the same number
 of workers. A gateway that comes or goes changes at most one link of a worker, apart from links that are added because
-the number of links grows. A gateway gets LEAST_WORKERS workers of a model on average, or all workers of a model that
+each worker gets more links. A gateway gets LEAST_WORKERS workers of a model on average, or all workers of a model that
 has fewer.
 
 Source: rendezvous hashing, see rendezvous.py.
@@ -27,15 +27,16 @@ LEAST_WORKERS: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class GatewaySubset:
-    """The rule for one worker. `most`: number of gateways to which it connects. `replicas`: least number of workers of
-    its model; if they are few, they connect to more than `most` gateways."""
+    """The rule by which one worker chooses its gateways. `most`: usual number of gateways to which a worker connects.
+    `replicas`: least number of workers of its model. If a model has few workers, each connects to more than `most`
+    gateways."""
 
     worker_id: str
     most: int = ALL_UP_TO
     replicas: int = 1
 
     def links(self, gateways: int) -> int:
-        """Return the number of links if there are this many gateways."""
+        """Return the number of gateways to connect to if there are `gateways` in all."""
         return min(gateways, max(self.most, -(-gateways * LEAST_WORKERS // max(self.replicas, 1))))
 
     def of(self, gateways: Sequence[str]) -> tuple[str, ...]:

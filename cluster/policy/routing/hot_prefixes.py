@@ -1,7 +1,7 @@
 """Counts of recent calls by cached prefix.
 
-Problem: if many calls with one prefix come together and one worker holds it, all of them are cheapest there, and that
-worker becomes a hot spot. Computing the prefix on another worker costs once and serves many calls.
+Problem: if many calls share a prefix that one worker holds, this worker has the lowest cost for all of them and becomes
+a hot spot. Another worker would have to compute the prefix only once to serve many of the calls.
 
 Method: each prefix has a count of its calls, which falls to 1/e within MEMORY_S. The cost of computing the prefix
 elsewhere is divided by one plus the count, see cost.py. Memory is bounded: the prefixes that were not sent for the

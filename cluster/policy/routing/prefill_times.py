@@ -10,10 +10,10 @@ of slow workers have a small weight in the fit. A worker's slowdown is the sum o
 seconds that the line predicts. The seconds of PRIOR usual samples, at least PRIOR_S, are added to both sums. A sample
 counts with at most CLIP times the seconds that the slowdown so far predicts, so that a single pause changes little.
 
-Prompts that are late and not finished show a slow worker before its next sample, so until then they count as a sample
-with the time so far. The sums decay with each sample, so that a few prompts show a change. They also decay with time: a
-worker that gets no calls because it was slow soon counts as a usual worker again, and its next calls show whether it is
-one. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
+Late prompts that are not finished show that a worker is slow before its next sample comes. Until then they count as a
+sample with the time that they have taken so far. The sums decay with each sample, so that a few prompts show a change.
+They also decay with time: a worker that gets no calls because it was slow soon counts as a usual worker again, and its
+next calls show whether it is one. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become equally
 slower, the slowdowns change for a short time only.
@@ -98,15 +98,15 @@ class PrefillTimes:
         sums.usual_s = KEPT * sums.usual_s + self.usual_s(tokens)
 
     def record_unfinished(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
-        """Record that a worker has computed for `seconds` on late prompts with `tokens` tokens in all, and has not
-        finished them. The record counts for another `seconds`, or until the worker's next sample or report of
-        unfinished prompts."""
+        """Record that a worker has worked for `seconds` on late prompts without finishing them. `tokens`: number of
+        tokens of these prompts together. The record counts for another `seconds`, or until the worker's next sample or
+        report of unfinished prompts."""
         sums = self._workers.setdefault(worker_id, _Sums(now))
         sums.late_tokens, sums.late_s, sums.late_until = tokens, seconds, now + seconds
 
     def record_unfinished_lost(self, worker_id: str, now: float) -> None:
-        """Record that a worker no longer has the unfinished prompts that were reported last. They count like a sample,
-        since the worker would have needed longer."""
+        """Record that a worker no longer has the prompts of the last `record_unfinished`. Their tokens and seconds
+        become a sample, although the worker would have needed even longer."""
         sums = self._workers.get(worker_id)
         if sums is not None and now < sums.late_until:
             self.record(worker_id, sums.late_tokens, sums.late_s, now)

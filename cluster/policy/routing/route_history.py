@@ -1,8 +1,8 @@
 """Bounded memory of a gateway's routing decisions, for explanations of single calls.
 
-Problem: an operator asks why a call went to a worker after the call was sent, often after its end. Each decision has a
-score for each worker, so keeping all of them would fill the memory, and formatting them would cost each call more than
-the routing itself.
+Problem: an operator asks only afterwards why a call was sent to a worker, often when the call has ended. Each decision
+has a score for each worker, so keeping all of them would fill the memory, and formatting them would cost each call more
+than the routing itself.
 
 Invariants: the estimated size of the memory never exceeds `max_bytes`, and the oldest calls are forgotten first. In a
 fleet of up to MAX_CANDIDATES workers, the scores of a decision are read only when its call is explained. In a larger
@@ -56,11 +56,11 @@ class Candidates:
 class Route:
     """One decision to send a sequence to a worker, and what came of it. Times are monotonic seconds.
 
-    `sequence`: number of the sequence in its call. `tokens`: number of prompt tokens and of tokens emitted before.
-    `cached`: number of leading tokens that workers were expected to hold in their KV caches, by worker id; None if
-    there is no prediction. `is_exact`: whether the prediction is exact, if all events of the worker have arrived.
-    `again`: why the sequence left its previous worker, or `late` if it was sent to a second worker; "" for its first
-    route.
+    `sequence`: number of the sequence in its call. `tokens`: number of prompt tokens plus tokens that the sequence had
+    emitted before. `cached`: number of leading tokens that workers were expected to hold in their KV caches, by worker
+    id; None if there is no prediction. `is_exact`: whether the prediction is exact, provided that all KV events of the
+    worker have arrived. `again`: why the sequence left its previous worker, or `late` if it was sent to a second worker
+    because its first token was late; "" for its first route.
     """
 
     sequence: int
@@ -99,7 +99,8 @@ class Route:
         return Candidates.of(() if decision is None else decision.scores)
 
     def keep(self, candidates: Candidates) -> None:
-        """Replace the decision by these candidates, and keep only their cached tokens."""
+        """Keep only these candidates of the decision, and the numbers of cached tokens of the best candidates and the
+        chosen worker."""
         self.decision = candidates
         if self.cached is not None:
             kept = {self.worker_id, *(score.worker_id for score in candidates.best)}
@@ -145,7 +146,7 @@ class RouteHistory:
         self.max_bytes = max_bytes
         self._calls: dict[str, RoutedCall] = {}
         self._kept_at = -math.inf
-        """Time of the last decision in a large fleet of which the scores were kept."""
+        """Time of the last decision whose scores were kept, among decisions in large fleets."""
         self.size = 0
         """Estimated size in bytes of all calls."""
 
@@ -158,8 +159,8 @@ class RouteHistory:
         return self._calls.get(call_id)
 
     def add(self, call: RoutedCall, route: Route, workers: int) -> None:
-        """Add a route to a call. Older calls are forgotten. `call`: the call as it is remembered, or a new one.
-        `workers`: number of workers of the model."""
+        """Add a route to a call. Older calls are forgotten. `call`: the remembered call, or a new one if this is its
+        first route. `workers`: number of workers of the model."""
         if workers > MAX_CANDIDATES:
             self._shorten(route, workers)
         route.size = ROUTE_BYTES + CANDIDATE_BYTES * min(workers, MAX_CANDIDATES)

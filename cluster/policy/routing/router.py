@@ -68,7 +68,7 @@ class Candidate:
     adapters: frozenset[str] = frozenset()
     """Adapters whose calls the worker takes, under the names that RouteCall.adapter may have."""
     resident: frozenset[str] = frozenset()
-    """Those of `adapters` that lie in a slot of the engine."""
+    """The part of `adapters` that lies in slots of the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,8 @@ class RouteCall:
 
 @dataclass(frozen=True, slots=True)
 class FullHolder:
-    """A worker without room that has a lower cost for a call than the chosen one, since it holds more of the prompt.
+    """A worker without room whose cost for a call is lower than that of the chosen worker, since it holds more of the
+    prompt.
 
     `gain`: how much lower the cost is. `per_sequence`: how much each further sequence on the worker adds to its cost.
     `wait`: time to the call's first token on the worker, in prompt tokens of a usual worker. `limit`: the same time on

@@ -14,8 +14,8 @@ class Row(NamedTuple):
 
     `is_open`: whether the worker passes the filters that are equal for all calls. `is_serving`: the same, without the
     filter for free sequences. `max_tokens`: the largest prompt that fits. `standing` and `per_token`: see cost.py.
-    `hashed`: hash of the worker's id. `shared_slots`: free sequences that a fleet adds up to keep slots free for other
-    tenants."""
+    `hashed`: hash of the worker's id. `shared_slots`: free sequences of the worker that count towards
+    RouteCall.reserved_slots."""
 
     candidate: Candidate
     worker_id: str

@@ -23,11 +23,11 @@ from cluster.api.demand import ComputedWork
 from cluster.policy.scaling.portfolio import Rates
 
 LEAST_BUSY_S = 0.05
-"""Minimum time in steps of a span, in seconds. A shorter span is extended to the next report."""
+"""Minimum number of seconds in steps within a span. A shorter span is extended to the next report."""
 FADE_S = 600.0
-"""Time in steps, in seconds, after which the weight of a span has fallen to 1/e."""
+"""Number of seconds in steps after which the weight of a span has fallen to 1/e."""
 TRUSTED_S = 2.0
-"""Time in steps, in seconds, that must be observed before costs are returned."""
+"""Number of seconds in steps that must be observed before costs are returned."""
 BEYOND_SEEN = 4.0
 
 

@@ -7,10 +7,10 @@ Method: when its turn comes, such a sequence leaves the queue, waits here, and c
 sent. Once a worker with the adapter has room, sequences that wait here are sent in the order of their turns, before
 those in the queue.
 
-Invariants: a sequence waits here only if a worker without the adapter would have had room for it; otherwise all
-sequences wait for room alike. No other sequence waits for a sequence that waits here. At most MAX_PER_MODEL sequences
-of a model wait, at most MAX_PER_TENANT of them of one tenant; further sequences are ended. A sequence waits here once,
-and no longer than it may wait in a queue.
+Invariants: a sequence waits here only if a worker without the adapter would have had room for it; if no worker has
+room, it stays in the queue like all others. A sequence that waits here holds back no other sequence. At most
+MAX_PER_MODEL sequences of a model wait, at most MAX_PER_TENANT of them of one tenant; the calls of further sequences
+are ended. A sequence waits here once, and no longer than it may wait in a queue.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class AdapterWaits:
         self._by_model: dict[str, dict[str, dict[str, AdapterWait]]] = {}
         """By model, adapter and key."""
         self._counts: dict[tuple[str, str], int] = {}
-        """Number of sequences by model and tenant; the tenant "" stands for all."""
+        """Number of sequences by model and tenant; the tenant "" has the number of all tenants."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key

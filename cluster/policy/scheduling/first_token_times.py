@@ -1,10 +1,10 @@
 """Learnt times to the first token, by model and by the number of prompt tokens that the worker has to compute.
 
-Problem: which time to the first token do only 1 % of the calls exceed on an ordinary worker? Slow workers must not
-raise the answer, since their calls are the ones that should be found late.
+Problem: a first token counts as late after a time that only 1 % of the calls on an ordinary worker exceed. Slow workers
+must not raise this time, since their calls must still count as late.
 
 Method: the workers of a model are spread over GROUPS groups. Each group has a sketch (latency_sketch.py) for each size
-class of prompts. The answer is the lower median of the groups' quantiles, so that slow workers in a minority of the
+class of prompts. The time is the lower median of the groups' quantiles, so that slow workers in a minority of the
 groups do not change it. A size class with too few observations uses the next larger class, whose first tokens come
 later.
 
@@ -26,7 +26,7 @@ HALF_LIFE_S = 600.0
 MIN_COUNT = 50.0
 """Number of observations from which a group's quantile counts."""
 RELEARNT_S = 1.0
-"""Age in seconds at which the answer for a size class is computed anew."""
+"""Age in seconds at which the time for a size class is computed anew."""
 SIZES = 24
 """Number of size classes: class i has the prompts of 2**(i - 1) to 2**i - 1 tokens; the last class has larger ones
 too."""

@@ -2,13 +2,13 @@
 keeps the sequence.
 
 Problem: a worker may be slow without failing any check. A caller should not wait for such a worker while another one is
-free, and the second Submits must not become a load of their own.
+free, and the Submits to second workers must add little load.
 
 Method: a sequence is late once it has waited longer than the QUANTILE of the model's times to the first token for
-prompts of its size (first_token_times.py). A late sequence that is not hedged is looked at again each time its wait has
-grown by the factor GROWTH. At the first look, a sequence is hedged only if half of BURST is saved up; the rest is for
-sequences that have waited longer. A sequence that is a little late is likely to be answered soon, but a sequence on a
-slow worker is not.
+prompts of its size (first_token_times.py). A late sequence that is not hedged is checked again each time its wait has
+grown by the factor GROWTH. At the first check, a sequence is hedged only if at least BURST / 2 hedges are saved up; the
+rest is for sequences that have waited longer. A sequence that is a little late is likely to be answered soon, but a
+sequence on a slow worker is not.
 
 Invariants: the hedges of a model never exceed `share` of the model's sequences that were sent so far, and at most BURST
 hedges are saved up. A sequence is hedged at most once before its first output. No sequence is hedged while sequences of
@@ -31,7 +31,7 @@ from cluster.policy.scheduling.first_token_times import FirstTokenTimes
 BURST = 10.0
 """Number of hedges that a model may save up."""
 GROWTH = 1.5
-"""Factor by which the wait of a late sequence grows until the next look at the sequence."""
+"""Factor by which the wait of a late sequence grows until the sequence is checked again."""
 MIN_FREE = 0.2
 """Smallest free part of the other workers' capacity in sequences. Below it, the model counts as overloaded."""
 SHORTEST_S = 0.05
@@ -47,8 +47,8 @@ class _Hedge:
 
 @dataclass(slots=True)
 class _Sent:
-    """A sequence that was sent and has no output. `wait_s`: seconds after `sent_at` at which it is late, or is looked
-    at again. `hedge`: its Submit to a second worker, while two workers have it."""
+    """A sequence that was sent and has no output yet. `wait_s`: seconds from `sent_at` until the sequence is late, or
+    is checked again. `hedge`: the Submit to a second worker, while both workers have the sequence."""
 
     model: str
     worker: str
@@ -129,7 +129,7 @@ class HedgingPolicy:
         return sent.worker if (sent := self._sent.get(key)) is not None else ""
 
     def may_hedge(self, key: str, waiting: int) -> bool:
-        """Return whether a sequence may be hedged now, if there is a second worker for it. `waiting`: number of
+        """Return whether a sequence may be hedged now. The caller must still find a second worker. `waiting`: number of
         sequences of its model that wait for a worker."""
         sent = self._sent.get(key)
         if sent is None or sent.was_hedged or waiting:
@@ -154,8 +154,8 @@ class HedgingPolicy:
         sent.was_hedged, sent.hedge = True, _Hedge(worker_id, uncached_tokens, now)
 
     def hedge_ended(self, key: str, won: bool, now: float) -> int:
-        """Record that only one of the two workers of a sequence goes on: the second if the hedge has `won`, else the
-        first. Returns the number of prompt tokens that the other worker was expected to compute."""
+        """Record that only one of a sequence's two workers keeps the sequence: the second one if the hedge has `won`,
+        else the first one. Returns the number of prompt tokens that the losing worker was expected to compute."""
         sent = self._sent.get(key)
         if sent is None or sent.hedge is None:
             return 0

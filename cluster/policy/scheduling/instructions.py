@@ -64,12 +64,12 @@ class Ending(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a sequence, which has left its queue, to a worker. `reason` and `cached_tokens`: see RoutingDecision; the
-    latter is set for new sequences only. `uncached_tokens`: number of tokens of a resumed sequence that the worker is
-    likely to compute; 0 means all tokens. `decision`: the decision, for explanations. `cached`: number of leading
-    tokens of a new sequence that workers hold in their KV caches, by worker id; None if the caches were not looked up.
-    `holder_wait`: the wait of a new sequence for the worker that held its prompt, which need not be `worker_id`; None
-    without a wait."""
+    """Send a sequence, which has left its queue, to a worker. `reason` and `cached_tokens`: see RoutingDecision;
+    `cached_tokens` is set for new sequences only. `uncached_tokens`: number of tokens of a resumed sequence that the
+    worker is likely to compute; 0 means all tokens. `decision`: the decision, for explanations. `cached`: number of
+    leading tokens of a new sequence that workers hold in their KV caches, by worker id; None if the caches were not
+    looked up. `holder_wait`: how long a new sequence has waited for the worker that holds its prompt, even if it is now
+    sent to another worker; None if it has not waited."""
 
     entry: WaitingSequence
     worker_id: str

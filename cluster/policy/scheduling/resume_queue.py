@@ -89,8 +89,8 @@ class ResumeQueue:
         return sorted((place.sequence for place in places.values()), key=lambda sequence: sequence.entry.rank)
 
     def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[str]:
-        """Remove the sequences that have waited too long, and return their keys. `longer_s(model)`: seconds added to
-        `max_wait_s` for a model's sequences, at most `max_wait_s`."""
+        """Remove the sequences that have waited too long, and return their keys. `longer_s(model)`: seconds that a
+        model's sequences may wait beyond `max_wait_s`. At most another `max_wait_s` is added."""
         longest_s = {model: min(longer_s(model), self._max_wait_s) for model in self._places}
         gone = [
             key

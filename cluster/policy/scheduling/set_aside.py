@@ -8,9 +8,10 @@ Method: when its turn comes, such a sequence is set aside, and counts in the fai
 goes on. Once the worker has room, the sequences that wait for it are sent in the order of their turns, before those in
 the queue.
 
-A sequence waits for the worker with the lowest cost (cost.py) on two conditions: that cost is lower than the cost of
-the best worker with room, and the first token takes no longer than on the best worker with room, or than `patience`
-prompt tokens. For both conditions, the sequences that are set aside for a worker count as if they were sent to it.
+A sequence waits for the worker with the lowest cost (cost.py) on two conditions. First, its cost is lower than that of
+the best worker with room. Second, its first token is expected no later than that of the best worker with room, or
+within the time in which a usual worker computes `patience` prompt tokens. For both conditions, the sequences that are
+set aside for a worker count as if they were sent to it.
 
 Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once, for at most
 MAX_WAIT_S, and only while the worker takes new sequences. After that, it is sent to any worker, or returns to the head
@@ -47,7 +48,7 @@ class Aside:
     until: float
 
     def wait(self, now: float) -> HolderWait:
-        """Return the wait until `now`."""
+        """Return how long the sequence has waited at the time `now`."""
         return HolderWait(self.worker_id, now - self.since)
 
 
@@ -88,7 +89,8 @@ class SetAside:
         return len(asides), sum(aside.entry.tokens for aside in asides)
 
     def best(self, entry: WaitingSequence, holders: Iterable[FullHolder]) -> FullHolder | None:
-        """Return the holder for which a sequence should wait; None if it should wait for none of `holders`."""
+        """Return the worker for which a sequence should wait; None if it should wait for none. `holders`: workers
+        without room that hold its prompt."""
         if entry.holder_wait is not None or len(self._by_model.get(entry.model, ())) >= MAX_PER_MODEL:
             return None
         most, best = 0.0, None

@@ -6,9 +6,10 @@ first, so the probability of a loss grows with the wait. It is assumed to be pro
 simulation of loadtests/sim/sessions.py this does about as well as the true order of eviction, which a gateway does not
 know.)
 
-While all workers are full, the queues are read again and again, and only the workers' room changes fast. So the holders
-of a prompt are looked up once in FRESH_S, and the room each time. One decision looks up at most MAX_LOOKUPS prompts;
-for the other prompts it uses the remembered holders.
+While all workers are full, the queues are read again and again, and only the free room of the workers changes fast. So
+the free room is read for each decision, but the workers that hold a prompt (its holders) are looked up only once in
+FRESH_S seconds. One decision looks up at most MAX_LOOKUPS prompts; for the other prompts it uses the remembered
+holders.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class HolderView(Protocol):
 
 
 class WarmSequences:
-    """The remembered holders of the prompts of waiting sequences, for one gateway. Times are monotonic seconds."""
+    """A gateway's memory of which workers hold the prompts of waiting sequences. Times are monotonic seconds."""
 
     def __init__(self, workers: HolderView) -> None:
         self._workers = workers

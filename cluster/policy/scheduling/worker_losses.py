@@ -5,11 +5,11 @@ Problem: a request that crashes or blocks every engine would be passed from work
 on these workers. The gateway sees that a worker is lost, but not why.
 
 Invariant: the call of a sequence ends if the sequence lost `most` workers unexpectedly, with no token in between. Two
-exceptions. First, the sequence resumes if, within WINDOW_S, the gateway lost even more workers that did not run the
-sequence. The verdict is given SETTLE_S after the sequence's last loss, since the losses of one host or network are
-detected one after the other. Second, if several sequences lost their last `most` workers together, only one of them may
-be the cause. Each is then sent once more, to a worker that runs no other suspect sequence. So the sequence that causes
-the losses takes down one more worker, and no other sequence fails with it.
+exceptions. First, the sequence resumes if, within WINDOW_S, the gateway lost more workers that did not run the sequence
+than workers that did. The verdict is given SETTLE_S after the sequence's last loss, since the losses of one host or
+network are detected one after the other. Second, if several sequences lost their last `most` workers together, only one
+of these sequences may be the cause. Each of them is then sent once more, to a worker that runs no other suspect
+sequence. So the sequence that causes the losses takes down one more worker, and no other sequence fails with it.
 
 A loss is expected, and does not count, in two cases: the worker was draining, or the worker was only unreachable and
 the same process has reconnected before the verdict.
@@ -68,8 +68,8 @@ class WorkerLosses:
         self._forget(now)
 
     def verdict(self, own: Sequence[str], since: float, now: float) -> LossVerdict:
-        """Return the verdict on a sequence. `own`: names of the ended links on which the sequence ran, and CARRIED, the
-        oldest first. `since`: time at which the last of these links ended."""
+        """Return the verdict on a sequence. `own`: the losses of the sequence, the oldest first, each as the name of
+        the ended link, or as CARRIED for a loss at another gateway. `since`: time of the last of these losses."""
         if now - since < SETTLE_S:
             return LossVerdict.WAIT
         self._forget(now)

@@ -4,11 +4,11 @@ salt.
 Problem: tenants do not trust each other, and guessing a key must reveal nothing, not even by timing.
 
 Method: every key is looked up in the same way: HMAC-SHA256(pepper, SHA-256(whole key)) for each pepper, one table
-lookup, and one decision over flags. An unknown key is replaced by an entry that can never pass, so that unknown,
-expired, revoked and suspended keys run the same statements. Only the reason in the audit log differs. The caller gets
-the reason only for a suspended tenant, because the caller has then presented a valid key. The pepper keeps the table
-position of a key unpredictable. The inner SHA-256 allows the import of keys from systems that store only a key's
-SHA-256.
+lookup, and one decision that combines the results of all checks. An unknown key is replaced by an entry that can never
+pass, so that unknown, expired, revoked and suspended keys run the same statements. Only the reason in the audit log
+differs. The caller gets the reason only for a suspended tenant, because the caller has then presented a valid key. The
+pepper keeps the table position of a key unpredictable. The inner SHA-256 allows the import of keys from systems that
+store only a key's SHA-256.
 
 This module uses no clock and no randomness: `now_s` (seconds since the epoch) and random bytes are arguments.
 """
@@ -58,7 +58,7 @@ def make_key(key_id: str, secret: bytes) -> str:
 
 
 def key_id_of(token: str) -> str:
-    """Key id in a token, unverified, for humans and logs.
+    """Return the key id that a token names, for humans and logs. The key is not verified.
 
     Returns "" if the token has another format or is cut short.
     """
@@ -313,9 +313,9 @@ def owner_of_certificate(names: Iterable[str], rules: Sequence[CertificateRule])
     """Owner of a verified certificate with the subject alternative names `names`, or None.
 
     Each name has its kind as a prefix: `URI:...` or `DNS:...`. The owner is None if no rule matches, or if the matching
-    rules name different owners. A name matches only rules of its own kind, because an authority that checks DNS
-    names may let certificate holders choose their URIs. URIs are compared exactly, DNS names without case. Wildcards
-    are not supported, because a wildcard certificate would then stand for every tenant below the wildcard.
+    rules name different owners. A name matches only rules of its own kind, because an authority that checks DNS names
+    may let certificate holders choose their URIs. URIs are compared exactly, DNS names without case. Wildcards are not
+    supported, because a wildcard certificate would then belong to every tenant below the wildcard.
     """
     owners = {_canonical(_with_kind(rule.san)): (rule.tenant, rule.role) for rule in rules}
     matches = [name for name in map(_canonical, names) if name in owners]
@@ -377,7 +377,7 @@ def admin_token(secret: bytes) -> str:
 def derive(secret: bytes, purpose: str, *parts: str | bytes) -> bytes:
     """Derive 32 bytes for one purpose from a secret.
 
-    Each part is prefixed with its length, so that different lists of parts never collide.
+    `parts` are further inputs. Each is prefixed with its length, so that different lists of parts never collide.
     """
     message = bytearray()
     for part in (f"headrace/{purpose}", *parts):

@@ -40,8 +40,8 @@ MEMORY = 120.0
 class Backtest:
     """Sums of a backtest. All sums fade.
 
-    Arrays are by rule: `cost` in replica-seconds held, `late` in late calls, `waiting` in replica-seconds of work in
-    the queue. `calls` is the number of calls.
+    The arrays have one value for each rule. `cost`: replica-seconds held. `late`: late calls. `waiting`: work in the
+    queue, in replica-seconds. `calls` is the number of calls.
     """
 
     cost: Floats
@@ -95,8 +95,8 @@ def replay(
 ) -> Backtest:
     """Return the backtest with one more stretch of demand.
 
-    `wanted` and `ready`: numbers of held and of ready replicas by rule. The load is multiplied by `doubt`. `passed_s`:
-    seconds of the stretch.
+    `wanted`: number of replicas that each rule holds. `ready`: how many of them have started. The load is multiplied by
+    `doubt`. `passed_s`: seconds of the stretch.
     """
     fade = float(np.exp(-passed_s / (MEMORY * cold_start_s)))
     waiting, late = queue_after(ready, before.waiting, arrivals, doubt, passed_s, cold_start_s)
@@ -139,7 +139,8 @@ def cheapest_rules(backtest: Backtest, late_budget: float, ahead: float) -> tupl
     The price of a rule is its cost divided by its share of timely calls. If the rule's late calls exceed the budget,
     the price is also multiplied by late calls / budget. So if no rule is within the budget, as after a sudden surge,
     GPUs are neither added without end nor saved by serving no calls. The budget is `late_budget`, a share of the calls,
-    times `ahead`. An `ahead` above 1 spares rules that spent the budget of the whole SLO window on one surge.
+    times `ahead`. With an `ahead` above 1, a rule that has used up the budget of the whole SLO window in one surge may
+    keep its price.
     """
     allowed = late_budget * backtest.calls * ahead
     served = np.maximum(1.0 - backtest.late / max(backtest.calls, 1e-9), 1e-9)

@@ -35,7 +35,7 @@ EDGE = 1.3
 HORIZON = 5.0
 """Time over which the gain of a choice is counted, in cold starts."""
 CLEARED = 30.0
-"""Time to work off the queue, in cold starts, that halves the gain of a number of replicas."""
+"""Time in cold starts: replicas that need this time to work off the queue count with half their gain."""
 KNOWN = 1.0
 """Weight of the gain that is guessed from the mean load, relative to one cold start of replayed demand."""
 LEAST_GAIN = 1e-30

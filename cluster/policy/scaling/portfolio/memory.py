@@ -15,7 +15,7 @@ from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """Values at `at_s`, the end of a learning step during the last cold start.
+    """Values at the end of an earlier learning step, at the time `at_s`.
 
     A plan is the maximum of a signal during the patience (replica_target.PATIENCE). Rules hold replicas for the plan
     and not for the signal, so that a falling signal does not remove replicas at once.
