@@ -38,7 +38,11 @@ def trees(spans: Sequence[SpanRecord]) -> Iterator[str]:
 def _lines(
     span: SpanRecord, root: SpanRecord, below: dict[str, list[SpanRecord]], first: str, rest: str
 ) -> Iterable[str]:
-    """Yield the line of a span and the lines of the spans below it. `first` and `rest`: what is drawn before them."""
+    """Yield the line of a span, and the lines of the spans below it.
+
+    `first`: branch of the tree, drawn before the span's name. `rest`: branches, drawn before the names of the spans
+    below it.
+    """
     at, lasts = _duration(span.start_s - root.start_s), _duration(span.end_s - span.start_s)
     parts = [f"{words}{span.attributes[name]}" for name, words in _SHOWN.items() if name in span.attributes]
     parts += [f"{event.name} +{_duration(event.at_s - root.start_s)}" for event in span.events]

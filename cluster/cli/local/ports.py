@@ -42,7 +42,11 @@ def choose_ports(config: Config) -> Config:
 
 
 def _choose_port(held: contextlib.ExitStack, listen: Listen, name: str, last: int, tries: int) -> Listen:
-    """Return `listen` with a free port for the listener `name`. `held` keeps the sockets open that hold the ports."""
+    """Return `listen` with a free port for the listener `name`, after at most `tries` attempts.
+
+    The ports that follow from it for the processes 1 to `last` are free too. All these ports stay bound until `held`
+    is closed.
+    """
     address = getattr(listen, name)
     for remaining in reversed(range(tries)):
         with contextlib.ExitStack() as bound:

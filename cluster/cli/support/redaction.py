@@ -64,7 +64,8 @@ _FORMS = (
 class Rules:
     """Keeps only the harmless values of a document, and collects the secrets that it leaves out.
 
-    `known`: all keys that a configuration may have. Below any other key that matches _SECRET, numbers are left out too.
+    `known`: all keys that a configuration may have. A key that is not among these and has the name of a secret
+    (_SECRET) may contain a secret number, so numbers below it are left out too.
     """
 
     known: frozenset[str] = frozenset()
