@@ -125,9 +125,10 @@ class ChannelOptions:
         return grpc.ssl_channel_credentials() if self.tls else None
 
     def resumption(self, request: Request, timeout_s: float | None) -> Resumption:
-        """Return the state that resumes a stream. If `timeout_s` is None, the default deadline applies.
+        """Return the state from which a stream of `request` can be resumed.
 
-        If `resume` is on and the caller has not set `resumable` in the request, sets `resumable`.
+        `timeout_s`: seconds until the stream's deadline; None means the default deadline of the client. If `resume` is
+        on, sets `resumable` in the request, unless the caller has set this field.
         """
         if self.resume and not request.HasField("resumable"):
             request.resumable = True

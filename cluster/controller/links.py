@@ -118,12 +118,15 @@ class ControllerLinks:
         self._notify_all()
 
     def set_operator_state(self, state: pb.OperatorState | None) -> None:
-        """Send the gateways the operators' changes, which they keep for the next controller. None: there are none."""
+        """Send the operators' changes to every gateway, which keeps them for the next controller.
+
+        None means that operators have changed nothing.
+        """
         self._operator_state = state
         self._notify_all()
 
     def _notify_all(self) -> None:
-        """Have the catalog sent to every gateway. Called when the catalog or the number of linked gateways changes."""
+        """Wake the task of each link, which then sends the catalog to its gateway."""
         for event in self._changed:
             event.set()
 

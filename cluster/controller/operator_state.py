@@ -75,8 +75,8 @@ async def recover(
 ) -> bool:
     """Replace the files in `folder` if a gateway has a newer state. Returns whether the files were replaced.
 
-    `gateways`: link addresses, as for ControllerLinks. `wait_s`: longest time to wait for a first answer, if the folder
-    has no state.
+    `gateways`: link addresses, as for ControllerLinks. If the folder has no state, the function waits at most `wait_s`
+    until a gateway answers.
     """
     own = _revision(folder)
     until = time.monotonic() + (0.0 if own else wait_s)
@@ -105,7 +105,7 @@ async def recover(
 
 
 async def _answers(gateways: Sequence[str], tls: TlsFiles | None, resolve: dns.Resolve) -> list[pb.OperatorState]:
-    """Return the states of the gateways that answer."""
+    """Return the operators' changes that each gateway has, for the gateways that answer."""
     addresses: dict[str, None] = {}
     for gateway in gateways:
         if not dns.is_dns_name(gateway):
