@@ -78,14 +78,15 @@ def dropped_lines() -> int:
 
 
 def add_flush(waits: Callable[[float], object]) -> None:
-    """Register a function that `flush` calls with the timeout, after the lines of this process are written."""
+    """Register a function that `flush` calls, with its timeout, after it has written the lines of this process."""
     _at_flush.append(waits)
 
 
 class CallFields:
-    """Context manager within which `call_fields` returns `fields` to code of the same task.
+    """Context manager in which `call_fields` returns `fields` to code of the same task.
 
-    Each call enters one, and a context manager made of a generator would take three times as long."""
+    It is a class because every call enters one, and a generator with `contextmanager` would take three times as long.
+    """
 
     __slots__ = ("_fields", "_token")
     _token: Token[Mapping[str, str]]

@@ -137,8 +137,11 @@ class OutputCopy:
         return json.dumps({**self._fields, **event, "timestamp": stamp}).encode() + b"\n"
 
     def _write(self, data: bytes, patience_s: float) -> bool:
-        """Write all bytes, without a time limit except at the end of the process. Returns False if the output fails, or
-        at the end of the process accepts nothing for `patience_s`; the other bytes are then lost."""
+        """Write all bytes. Returns False if the output fails; the bytes that are not written yet are then lost.
+
+        While the process runs, there is no time limit. When the process ends, an output that accepts nothing for
+        `patience_s` counts as failed.
+        """
         view = memoryview(data)
         while view:
             try:
@@ -179,9 +182,9 @@ def _is_event(line: bytes) -> bool:
 def copy_output(path: str, fields: Mapping[str, str], file_of: Callable[[int], str]) -> OutputCopy | None:
     """Copy this process's standard output and error to `path` from now on, if they are files.
 
-    `path`: the output to copy to; "" for no copy. `fields`: see OutputCopy. `file_of` returns the file to which a
-    descriptor of this process is redirected, "" if it is none. Returns None if nothing is copied. An output that cannot
-    be opened is logged."""
+    `path`: the output to copy to; "" for no copy. `fields`: added to lines that are not Headrace's. `file_of` returns
+    the file to which a descriptor of this process is redirected, or "" if it is redirected to no file. Returns None if
+    nothing is copied. An output that cannot be opened is logged."""
     files = {name: file for name, number in (("stdout", STDOUT), ("stderr", STDERR)) if (file := file_of(number))}
     if not path or not files:
         return None

@@ -1,7 +1,7 @@
 """Export of spans to a collector, by OTLP over gRPC. The module is imported only if tracing is on.
 
-Problem: a collector that is slow or away must not slow a call. Invariants: `add` never waits. At most `max_queued`
-spans wait; each span is counted once, as exported, dropped or failed.
+Problem: a collector that is slow or unreachable must not delay a call. Invariants: `add` never waits. At most
+`max_queued` spans wait; each span is counted once, as exported, dropped or failed.
 
 OpenTelemetry's BatchSpanProcessor counts neither the spans that it drops nor those that the exporter gives up, so a
 thread of this module calls the exporter.

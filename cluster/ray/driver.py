@@ -39,7 +39,8 @@ def carry_out(apps: ServeApps, request: Mapping[str, Any]) -> object:
 
 
 def answer_all(apps: ServeApps, requests: Iterable[str], out: TextIO, mark: str = "") -> int:
-    """Answer the request in each line, and return the number of requests that failed."""
+    """Carry out the request in each line, write the answer to `out` as a line that begins with `mark`, and return the
+    number of failed requests."""
     failed = 0
     for line in requests:
         try:
