@@ -40,7 +40,7 @@ WIDTH = 120
 
 
 def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Return the chart's schema, with the program's schema inserted as `config`."""
+    """Return the chart's schema, with the schema of cluster.yaml inserted as `config`."""
     config = dict(config)
     definitions = config.pop("$defs", {})
     own = {name: value for name, value in chart["$defs"].items() if not name.startswith("Config.")}
@@ -58,7 +58,7 @@ def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 
 def checked_part(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of the chart's values that the program reads: the configuration and the worker groups."""
+    """Return the part of the chart's values that `config check` reads: the configuration and the worker groups."""
     return {"config": values["config"], "ray": {"clusters": values["ray"]["clusters"]}}
 
 
@@ -70,7 +70,8 @@ def resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str,
 
 
 def is_leaf(name: str, node: Mapping[str, Any]) -> bool:
-    """Return whether the chart's documents show no keys below a value. `config` and pod templates never have any."""
+    """Return whether the documentation of the chart lists a value without the keys below it. This is so for values
+    without keys, and for `config` and pod templates, which are described elsewhere."""
     return name in ("config", "podTemplate") or not (node.get("properties") or node.get("items", {}).get("properties"))
 
 
