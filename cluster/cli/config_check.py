@@ -111,7 +111,7 @@ def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Re
 
 
 def _in_wrong_model(problem: Problem, wrong: list[Problem]) -> bool:
-    """Return whether a problem is in a model that has schema errors. The errors may be its only cause."""
+    """Return whether a problem is in a model that has schema errors, which may be the only cause of the problem."""
     return any(other.path[:2] == problem.path[:2] or other.path == ("models",) for other in wrong)
 
 

@@ -29,8 +29,7 @@ def add_pods(app: typer.Typer) -> None:
 
 
 def app_of(name: str) -> typer.Typer:
-    """Build a command line with the commands that run processes. `name`: the command to run, which selects either the
-    group `pod` or the processes that `up` starts."""
+    """Build the command line that runs the command `name`: the group `pod`, or the processes that `up` starts."""
     app = typer.Typer(name="headrace", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     if name == POD:
         add_pods(app)

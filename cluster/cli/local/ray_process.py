@@ -43,7 +43,7 @@ class RayProcess:
         self._up.set()
 
     async def stop_starting(self, starting: asyncio.Future[None]) -> None:
-        """Stop a Ray that is still starting. `starting`: the call of `start`.
+        """Stop a Ray that is still starting. `starting`: the future of the running call of `start`.
 
         The start runs in a thread, and the thread ends only when the Ray process ends.
         """

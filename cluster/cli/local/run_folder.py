@@ -29,7 +29,7 @@ def runs_dir() -> Path:
 class ProcessId:
     """A process id and the process's start time (Unix seconds).
 
-    The start time tells the process from a later process that reuses the process id.
+    The start time distinguishes the process from a later process with the same process id.
     """
 
     pid: int

@@ -110,8 +110,9 @@ class Rules:
 def without_credentials(address: str) -> tuple[str, set[str]]:
     """Return an address without password, query and fragment, and the secrets that were in it.
 
-    A user name without a password is removed too, because some services accept a token as the user name; PostgreSQL
-    does not, so it stays there. A text that cannot be parsed as an address is redacted as a whole.
+    A user name without a password is removed too, because some services accept a token as the user name. In addresses
+    of PostgreSQL, which accepts no token, the user name stays. A text that cannot be parsed as an address is redacted
+    as a whole.
     """
     try:
         parts = urlsplit(address)
@@ -219,7 +220,10 @@ def hashed(name: str, salt: bytes) -> str:
 
 
 def _any_of(texts: Collection[str], before: str = "", after: str = "") -> re.Pattern[str] | None:
-    """Return a regular expression that matches any of the texts, the longest first; None without texts."""
+    """Return a regular expression that matches any of the texts, the longest first. Returns None if there are no texts.
+
+    `before`, `after`: regular expressions that must match before and after the text.
+    """
     if not texts:
         return None
     longest_first = sorted(texts, key=lambda text: (-len(text), text))

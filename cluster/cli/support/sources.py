@@ -104,8 +104,8 @@ def _secret_files(value: Any) -> Iterable[Path]:
 
 
 def _secrets_of(file: Path) -> set[str]:
-    """Return the secrets in a file. The result is empty if this user cannot read the file; then the bundle cannot
-    contain these secrets either."""
+    """Return the secrets in a file. Returns none if this user cannot read the file, because then the bundle cannot
+    contain them either."""
     try:
         return secrets_in_file(read_file(file, MAX_SECRET_BYTES))
     except (LeftOut, ValueError):

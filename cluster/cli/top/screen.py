@@ -1,4 +1,4 @@
-"""The screen of `headrace top`, made of an overview document, the document's age, and the state that keys change."""
+"""The screen of `headrace top`, computed from an overview document, its age, and the state that keys change."""
 
 from __future__ import annotations
 
