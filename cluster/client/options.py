@@ -20,7 +20,7 @@ DEFAULT_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_ATTEMPTS = 5  # gRPC's own upper bound
 KEEPALIVE_INTERVAL_S, KEEPALIVE_TIMEOUT_S = 2.0, 2.0
-"""Silence after which the client sends an HTTP/2 ping, and the time in which the gateway must acknowledge the ping.
+"""Time without received data after which the client sends an HTTP/2 ping, and time limit for the acknowledgement.
 
 Both times are in seconds. Pings are sent only while calls are running. Without an acknowledgement the client closes the
 connection. After a pulled cable or the loss of a node, only the missing acknowledgement shows that the peer is gone.

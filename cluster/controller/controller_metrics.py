@@ -33,7 +33,7 @@ class ControllerGauges:
 
 
 def controller_metrics(config: Config) -> tuple[Metrics, ControllerGauges]:
-    """Return the metrics of a controller process, and their gauges.
+    """Return the metrics of a controller process, and the object that computes their gauges.
 
     Call this function only once in a process, even if the process runs the controller several times.
     """

@@ -28,7 +28,7 @@ class DesiredModels:
         self.overrides: Mapping[str, Mapping[str, VersionOverride]] = {}
         """Overrides of the configuration, by model and version. Operators and automatic rollbacks set overrides."""
         self.adapters: Mapping[str, tuple[AdapterSpec, ...]] = {}
-        """Adapters of the wanted models; models without adapters may be absent. No replica restarts for a change."""
+        """Adapters of the wanted models; models without adapters may be absent. A change restarts no replica."""
         self._leaving: dict[str, ModelSpec] = {}
         self._held: dict[str, ModelSpec] = {}
         self._hold_all = False

@@ -89,8 +89,8 @@ class ControllerLinks:
         idle_s: float = 10.0,
     ) -> None:
         """`bundles`: function that returns a tokenizer bundle by digest. `verbs`: handlers of the admin verbs that the
-        controller answers, by names such as `Catalog.Scale`. `wall_s`: seconds since the epoch. `idle_s`: time
-        without a change of the catalog after which an empty frame is sent."""
+        controller answers, by names such as `Catalog.Scale`. `wall_s` returns seconds since the epoch. After `idle_s`
+        seconds without a change of the catalog, an empty frame is sent."""
         self._idle_s = idle_s
         self._controller_id = controller_id
         self._incarnation = uuid.uuid4().hex[:12]

@@ -2,8 +2,8 @@
 
 Problem: a controller stores the changes in files in its folder, and a folder may be lost with its pod.
 Method: every catalog that a controller sends carries the content of these files, with the time of the last change.
-Every gateway keeps the newest. Before a controller starts, `recover` asks the gateways, and replaces the files if a
-gateway has a newer state than the folder. Without any gateway the controller starts from its folder.
+Every gateway keeps the newest state. Before a controller starts, `recover` asks the gateways, and replaces the files if
+a gateway has a newer state than the folder. Without any gateway the controller starts from its folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class OperatorState:
     """The stored changes in a controller's folder, as a message for the gateways."""
 
     def __init__(self, folder: Path, wall_s: Callable[[], float] = time.time) -> None:
-        """`wall_s`: seconds since the epoch."""
+        """`folder`: the controller's folder. `wall_s` returns seconds since the epoch."""
         self._folder = folder
         self._wall_s = wall_s
         self._revision = _revision(folder)

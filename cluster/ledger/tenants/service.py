@@ -193,7 +193,10 @@ class LedgerTenantService:
         request_id: str = "",
         validate_only: bool = False,
     ) -> StoredTenant:
-        """See TenantService. With `request_id`, an existing tenant with the same policy is returned, as for a retry."""
+        """See TenantService.
+
+        With `request_id`, the request may be a retry: if the tenant exists already with the same policy, return it.
+        """
 
         def operation() -> StoredTenant:
             policy = self._policy_of(name, own)
@@ -225,7 +228,7 @@ class LedgerTenantService:
         return self.ledger.tenants.get(name)
 
     def tenants(self, after: str = "") -> Iterator[StoredTenant]:
-        """See TenantService. Returns only the tenants that follow `after` in the order of names."""
+        """Return the tenants in the order of their names, beginning after the name `after`."""
         while page := self.ledger.tenants.list(after=after, limit=PAGE):
             yield from page
             after = page[-1].policy.name

@@ -27,7 +27,7 @@ class SloTable:
     def query(self, usage_query: UsageQuery, objectives: SloObjectives) -> list[SloSum]:
         """Return how many of the query's calls met or missed the SLO, sorted by tenant and model.
 
-        Each call is judged by one record: its first output, up to a resume if there was one. `usage_query.group_by` is
+        Each call is judged by one usage record: that of its first output before any resume. `usage_query.group_by` is
         ignored. Raises StoreUnavailable.
         """
         result = _result(objectives)
