@@ -95,7 +95,7 @@ def comment(text: str, indent: int) -> list[str]:
 
 
 def described(name: str, node: Mapping[str, Any], value: Any, schema: Mapping[str, Any], indent: int) -> list[str]:
-    """Return the lines of one value, with a comment above each key below it."""
+    """Return the lines of one value. Each key below the value has a comment above it."""
     node, space = resolved(node, schema), " " * indent
     if not value or is_leaf(name, {**node, "items": resolved(node.get("items", {}), schema)}):
         return [f"{space}{name}: {flow(value)}"]
@@ -164,7 +164,7 @@ def with_table(readme: str, schema: Mapping[str, Any], values: Mapping[str, Any]
 
 
 def plain_rules(rules: str, values: Mapping[str, Any]) -> str:
-    """Return the rules with values in place of `${...}`, as helm/templates/rules.yaml does for a release."""
+    """Replace `${...}` in the rules by values, as helm/templates/rules.yaml does when the chart is installed."""
     name = values["fullnameOverride"]
     known = {**values["monitoring"]["alerts"], "cluster": values["config"]["name"], "namespace": name, "name": name}
     for key, value in known.items():

@@ -42,7 +42,7 @@ def build(root: Path, out: Path, *, offline: bool) -> str:
 
 
 def chart_version(version: str) -> str:
-    """Return the version of a Python package as one of SemVer: `0.2.dev3+gabc` becomes `0.2.0-dev.3+gabc`.
+    """Convert the version of a Python package to SemVer: `0.2.dev3+gabc` becomes `0.2.0-dev.3+gabc`.
 
     Raises ValueError for versions that releases do not have, such as post-releases.
     """

@@ -12,7 +12,7 @@ LEVELS = ("debug", "info", "warning", "error", "exception", "critical")
 CALL_FIELDS = ("request_id", "trace_id")
 """Fields that `log_fields` of a call and `call_fields()` add to a line."""
 NOTES = ("peer", "reason", "not_logged_before")
-"""Fields of the events that `_note(event, reason)` of LIFETIME logs at most once a second."""
+"""Fields of the events that the method `_note` in the file LIFETIME logs."""
 WORKER_FIELDS = ("worker", "worker_node", "worker_pod", "worker_gpu")
 """Fields that cluster/gateway/links/worker_fields.py adds to a line."""
 LIFETIME = "cluster/http2/lifetime.py"

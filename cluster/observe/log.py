@@ -73,7 +73,8 @@ def flush(timeout_s: float = END_S) -> None:
 
 
 def dropped_lines() -> int:
-    """Return the number of lines that this process has dropped, because their reader was too slow or its disk full."""
+    """Return the number of lines that this process has dropped, because the log's reader was too slow or the disk was
+    full."""
     return sum(writer.dropped for writer in _writers)
 
 
@@ -102,8 +103,10 @@ class CallFields:
 
 
 def call_fields() -> Mapping[str, str]:
-    """Return the request id and trace id of the call whose task runs; empty outside of calls. Use this function only in
-    the call's own task: a task that several calls share has the fields of the call that started the task."""
+    """Return the request id and trace id of the call to which the current task belongs; empty outside of calls.
+
+    In a task that serves several calls, these are the ids of the call that started the task, so do not use them there.
+    """
     return _CALL.get(_NO_CALL)
 
 
@@ -118,7 +121,7 @@ def _stamp(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[s
 
 
 def _as_argument(_: Any, __: str, event: MutableMapping[str, Any]) -> tuple[tuple[MutableMapping[str, Any]], Event]:
-    """Return the arguments with which structlog calls the method of the writer."""
+    """Return the arguments with which structlog calls the writer: only the event."""
     return (event,), {}
 
 
@@ -127,7 +130,7 @@ def _dropped_event(dropped: int) -> Event:
 
 
 def _render(fields: Mapping[str, str], event: Event) -> str:
-    """Return the line of an event: a JSON object with the fields of the process, in which long texts are cut."""
+    """Return the line of an event: a JSON object, which also has the fields in `fields`. Long texts are cut."""
     whole = {**fields, **event}
     for name, value in whole.items():
         if type(value) is str and len(value) > MAX_FIELD_CHARS:
@@ -143,7 +146,7 @@ def _render(fields: Mapping[str, str], event: Event) -> str:
 def keep_handlers_open(logger: logging.Logger) -> None:
     """Make the handlers of a logger ignore `close` until the process ends.
 
-    vLLM calls logging.dictConfig, which closes all handlers, including the one of Ray Serve's log file. A restarted
-    Serve controller would then replace this replica, because the replica could not name its log file."""
+    vLLM calls logging.dictConfig, which closes all handlers, including the handler of Ray Serve's log file. Without it,
+    this replica could not report its log file to a restarted Serve controller, which would then replace the replica."""
     for handler in logger.handlers:
         handler.close = handler.flush  # type: ignore[method-assign]

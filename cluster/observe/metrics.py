@@ -1,4 +1,7 @@
-"""Values and pages of all metrics. Values are plain dicts and lists until a scrape; definitions.py has their names."""
+"""The values of all metrics, and the /metrics page. The values are plain dicts and lists until a scrape.
+
+definitions.py has the names of the metrics.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ class Histogram:
         self.sum += value * times
 
     def observe_traced(self, value: float, trace_id: str) -> None:
-        """Count a value of a call. `trace_id`: its trace, which becomes the exemplar of the bucket; "" for none."""
+        """Count a value of a call. `trace_id`: id of the call's trace, which becomes the exemplar of the bucket; "" for
+        no exemplar."""
         self.observe(value)
         if trace_id:
             self._exemplars[bisect_left(self._bounds, value)] = (trace_id, value, time.time())
@@ -70,7 +74,7 @@ class Metrics(Collector):
     """All metrics of one process. Its methods take names without the prefix `headrace_`."""
 
     def __init__(self, cluster: str, max_tenants: int = 500) -> None:
-        """`max_tenants`: greatest number of tenants with series of their own; further tenants are counted as `other`."""
+        """`max_tenants`: greatest number of tenants with their own series; further tenants are counted as `other`."""
         self._cluster = cluster
         self._max_tenants = max_tenants
         self._tenants: set[str] = set()

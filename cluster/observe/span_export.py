@@ -82,7 +82,7 @@ class SpanExport:
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         """`endpoint`: URL of the collector; https:// means TLS. `count(outcome, number)` counts spans: `exported`,
-        `failed` and `dropped`; the first two are called in the thread. Raises ValueError for an unusable file."""
+        `failed` and `dropped`. The thread counts the first two. Raises ValueError for an unusable file."""
         self._endpoint = endpoint
         self._count = count
         self._ca_file = ca_file

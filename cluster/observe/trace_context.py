@@ -48,7 +48,7 @@ def parse_traceparent(text: str) -> TraceContext | None:
 
 
 def unsampled(traceparent: str) -> str:
-    """Return a traceparent without the flag `sampled`. The traceparent must be of version 00, or empty."""
+    """Return `traceparent`, which is of version 00 or empty, without the flag `sampled`."""
     return f"{traceparent[:53]}00" if traceparent else ""
 
 

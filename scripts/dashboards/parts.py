@@ -20,7 +20,7 @@ CLUSTER = 'headrace_cluster="$cluster"'
 MODEL = f'{CLUSTER},model=~"$model"'
 """Matcher for series that have a model."""
 RUNBOOKS = "docs/runbooks"
-"""Place of the runbooks. The chart replaces it by `monitoring.alerts.runbookUrl`."""
+"""Folder of the runbooks. In links, the chart replaces this path by `monitoring.alerts.runbookUrl`."""
 BOARDS = {
     "overview": "Overview",
     "model": "Model",
