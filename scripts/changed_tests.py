@@ -23,7 +23,7 @@ def module_of(path: str) -> str:
 
 
 def imported_by(source: str) -> set[str]:
-    """Return the dotted names of the modules, and of the names in modules, that a source file imports."""
+    """Return the dotted names of everything that a source file imports: modules, and objects in modules."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -40,7 +40,7 @@ WIDTH = 120
 
 
 def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Return the chart's schema, with the program's schema inserted as `config`."""
+    """Return the chart's schema, with the schema of cluster.yaml inserted as `config`."""
     config = dict(config)
     definitions = config.pop("$defs", {})
     own = {name: value for name, value in chart["$defs"].items() if not name.startswith("Config.")}
@@ -58,7 +58,7 @@ def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 
 def checked_part(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of the chart's values that the program reads: the configuration and the worker groups."""
+    """Return the part of the chart's values that `config check` reads: the configuration and the worker groups."""
     return {"config": values["config"], "ray": {"clusters": values["ray"]["clusters"]}}
 
 
@@ -70,7 +70,8 @@ def resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str,
 
 
 def is_leaf(name: str, node: Mapping[str, Any]) -> bool:
-    """Return whether the chart's documents show no keys below a value. `config` and pod templates never have any."""
+    """Return whether the documentation of the chart lists a value without the keys below it. This is so for values
+    without keys, and for `config` and pod templates, which are described elsewhere."""
     return name in ("config", "podTemplate") or not (node.get("properties") or node.get("items", {}).get("properties"))
 
 
@@ -94,7 +95,7 @@ def comment(text: str, indent: int) -> list[str]:
 
 
 def described(name: str, node: Mapping[str, Any], value: Any, schema: Mapping[str, Any], indent: int) -> list[str]:
-    """Return the lines of one value, with a comment above each key below it."""
+    """Return the lines of one value. Each key below the value has a comment above it."""
     node, space = resolved(node, schema), " " * indent
     if not value or is_leaf(name, {**node, "items": resolved(node.get("items", {}), schema)}):
         return [f"{space}{name}: {flow(value)}"]
@@ -163,7 +164,7 @@ def with_table(readme: str, schema: Mapping[str, Any], values: Mapping[str, Any]
 
 
 def plain_rules(rules: str, values: Mapping[str, Any]) -> str:
-    """Return the rules with values in place of `${...}`, as helm/templates/rules.yaml does for a release."""
+    """Replace `${...}` in the rules by values, as helm/templates/rules.yaml does when the chart is installed."""
     name = values["fullnameOverride"]
     known = {**values["monitoring"]["alerts"], "cluster": values["config"]["name"], "namespace": name, "name": name}
     for key, value in known.items():

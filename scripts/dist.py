@@ -1,8 +1,8 @@
 """Build the files of a release in dist/: wheel, sdist, the chart's package and SHA256SUMS. `make dist` runs this.
 
-The version is that of the tag (pyproject.toml, setuptools-scm). The build's requirements are installed with the hashes
-of requirements/build.txt; with --offline those of this environment are used. Times in the archives are those of the
-commit, so that two builds of one commit have the same checksums.
+The version is taken from the git tag (pyproject.toml, setuptools-scm). The build tools are installed with the hashes of
+requirements/build.txt; with --offline, the build tools of this environment are used. All files in the archives have the
+time of the commit, so that two builds of one commit have the same checksums.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def build(root: Path, out: Path, *, offline: bool) -> str:
 
 
 def chart_version(version: str) -> str:
-    """Return the version of a Python package as one of SemVer: `0.2.dev3+gabc` becomes `0.2.0-dev.3+gabc`.
+    """Convert the version of a Python package to SemVer: `0.2.dev3+gabc` becomes `0.2.0-dev.3+gabc`.
 
     Raises ValueError for versions that releases do not have, such as post-releases.
     """
@@ -55,9 +55,10 @@ def chart_version(version: str) -> str:
 
 
 def package_chart(root: Path, out: Path, version: str) -> bool:
-    """Package the chart with the version. Returns False if Helm is not there. Raises CalledProcessError.
+    """Package the chart with the version. Returns False if Helm is not installed. Raises CalledProcessError.
 
-    The images of a version that is not a release have no tag of that version, so the chart keeps its own appVersion.
+    appVersion selects the tag of the images. Images with this version's tag exist only if the version is a release;
+    otherwise, the chart keeps the appVersion in Chart.yaml.
     """
     helm = shutil.which("helm")
     if helm is None:

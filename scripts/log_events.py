@@ -12,7 +12,7 @@ LEVELS = ("debug", "info", "warning", "error", "exception", "critical")
 CALL_FIELDS = ("request_id", "trace_id")
 """Fields that `log_fields` of a call and `call_fields()` add to a line."""
 NOTES = ("peer", "reason", "not_logged_before")
-"""Fields of the events that `_note(event, reason)` of LIFETIME logs at most once a second."""
+"""Fields of the events that the method `_note` in the file LIFETIME logs."""
 WORKER_FIELDS = ("worker", "worker_node", "worker_pod", "worker_gpu")
 """Fields that cluster/gateway/links/worker_fields.py adds to a line."""
 LIFETIME = "cluster/http2/lifetime.py"
@@ -23,7 +23,7 @@ MORE = "..."
 
 @dataclass(frozen=True, slots=True)
 class LoggedEvent:
-    """One place that logs. `name` is None if the event's name is not written there as a literal."""
+    """A place in the code that logs an event. `name` is None if the event's name is not a literal in this place."""
 
     name: str | None
     level: str
@@ -32,7 +32,7 @@ class LoggedEvent:
 
     @property
     def concerns_call(self) -> bool:
-        """Whether the line names its call."""
+        """Whether the event has the request id of a call."""
         return CALL_FIELDS[0] in self.fields
 
 
@@ -63,7 +63,8 @@ def events_in(text: str, file: str) -> Iterator[LoggedEvent]:
 
 
 def _written_by_hand(node: ast.Dict, place: str) -> Iterator[LoggedEvent]:
-    """Yield the event of a line that cluster/observe makes without structlog: a dict with `event` and `level`."""
+    """Yield the event in a dict literal with the keys `event` and `level`: cluster/observe logs such dicts without
+    structlog."""
     items = {
         key.value: value for key, value in zip(node.keys, node.values, strict=True) if isinstance(key, ast.Constant)
     }

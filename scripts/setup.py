@@ -139,8 +139,9 @@ class Wheel:
 def torch_for_pip(found: Sequence[Wheel], known: str) -> str | None:
     """Return the pins with which pip may install torch's CPU build, or None if pip must not install it.
 
-    The result is `known` (the text of torch.txt) if that has the hashes of all wheels that pip found. Otherwise, if all
-    these wheels are on a local disk, it is pins with the wheels' own hashes.
+    `found`: the wheels that pip found. `known`: the text of torch.txt, which is returned if it has the hashes of all
+    these wheels. Otherwise, if all of them are on a local disk, the returned pins have the hashes of the wheels as
+    found.
     """
     if not found or not all(wheel.version.endswith("+cpu") for wheel in found):
         return None

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".suites"
 PINS = ROOT / "requirements" / "suites.txt"
 STAMP = FOLDER / PINS.name
-"""Copy of the pins of what is installed."""
+"""Copy of the pins of the installed packages."""
 SOURCES = ("anthropic", "openai")
 """Libraries whose tests are in the source package. langchain-tests' wheel contains its tests."""
 
@@ -31,7 +31,7 @@ def pin(name: str, pins: str) -> str:
 
 
 def unpack(archive: Path, to: Path) -> None:
-    """Unpack a source package. `to`: the new folder for the package's only top-level folder."""
+    """Unpack a source package, which has one top-level folder. This folder becomes `to`."""
     scratch = to.with_name(f"{to.name}.new")
     with tarfile.open(archive) as file:
         file.extractall(scratch, filter="data")

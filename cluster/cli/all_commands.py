@@ -50,7 +50,7 @@ def headrace(
         typer.Option("--version", callback=version.print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Read the options that stand before the command's name. The command itself reads `--context` (target_of)."""
+    """Declare the options that stand before the command's name. `target_of` reads the value of `--context`."""
 
 
 app.command()(up.up)

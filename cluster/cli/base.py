@@ -42,7 +42,8 @@ def read_config(file: Path) -> Config:
 
 
 def read_leniently(file: Path, lenient: Callable[[Path], PartialConfig]) -> PartialConfig:
-    """Load a configuration file and tolerate invalid models. Any other error ends the process with exit code 2."""
+    """Load a configuration file by `lenient`, which leaves out invalid models. Any other error in the file ends the
+    process with exit code 2."""
     try:
         return lenient(file)
     except ConfigError as error:

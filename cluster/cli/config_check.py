@@ -111,7 +111,7 @@ def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Re
 
 
 def _in_wrong_model(problem: Problem, wrong: list[Problem]) -> bool:
-    """Return whether a problem is in a model that has schema errors. The errors may be its only cause."""
+    """Return whether a problem is in a model that has schema errors, which may be the only cause of the problem."""
     return any(other.path[:2] == problem.path[:2] or other.path == ("models",) for other in wrong)
 
 
@@ -282,8 +282,8 @@ def _warnings(config: Config) -> Iterator[Problem]:
 def _unknown_models(config: Config, names: list[str]) -> Iterator[Problem]:
     """Yield a warning for each pattern in a tenant's `models` that matches no model.
 
-    A warning is also yielded if no pattern at all in `models` of tenant_defaults matches a model. Callers of such
-    tenants get MODEL_NOT_FOUND.
+    For `models` of tenant_defaults, a warning is yielded only if none of the patterns matches a model. Then callers of
+    tenants without `models` of their own would always get MODEL_NOT_FOUND.
     """
     from_defaults = False
     for at, tenant in enumerate(config.tenants):

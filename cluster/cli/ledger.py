@@ -59,8 +59,8 @@ RequiredReasonOption = Annotated[str, typer.Option("--reason", help="Why, for th
 class Settings:
     """The settings that a ledger command reads from the configuration.
 
-    `local`: the database is the SQLite file in the cache folder. `made_here`: the database is that file or the SQLite
-    file of the configuration. If the file is missing, a command creates it.
+    `local`: the database is the SQLite file in the cache folder. `made_here`: the database is a SQLite file, in the
+    cache folder or named in the configuration, that a command creates if it is missing.
     """
 
     database_url: str
@@ -107,8 +107,8 @@ def read_settings(file: Path | None, database_url: str | None, pepper_file: Path
 
 
 def configured_slos(file: Path | None) -> dict[str, SloObjective]:
-    """Return the SLOs of the models in a configuration file, by the models' names; without a file, in the file of the
-    local cluster that is up. An invalid file ends the command with exit code 2."""
+    """Return the SLO of each model in a configuration file, by the model's name. If `file` is None, read the file of
+    the local cluster that is up. An invalid file ends the command with exit code 2."""
     if file is None and (run := local_run()) is not None and run.config_file.exists():
         file = run.config_file
     if file is None:

@@ -1,4 +1,4 @@
-"""The command line for processes only, such as `headrace gateway` and `headrace pod ...`.
+"""The commands that run a process of the cluster, such as `headrace gateway` and `headrace pod ...`.
 
 This module does not import what only other commands need, so that processes start fast. The pod commands are imported
 only for `headrace pod`.
@@ -15,7 +15,7 @@ PROCESSES = (processes.gateway, processes.controller, processes.prepare)
 
 
 def add_processes(app: typer.Typer) -> None:
-    """Add the processes as commands: those that `up` starts as hidden commands, those of a pod under `pod`."""
+    """Add a hidden command for each process that `up` starts, and the group `pod` with the processes of a pod."""
     for process in PROCESSES:
         app.command(hidden=True)(process)
     add_pods(app)
@@ -29,7 +29,7 @@ def add_pods(app: typer.Typer) -> None:
 
 
 def app_of(name: str) -> typer.Typer:
-    """Build the command line interface to which the process with the given name belongs."""
+    """Build the command line that runs the command `name`: the group `pod`, or the processes that `up` starts."""
     app = typer.Typer(name="headrace", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     if name == POD:
         add_pods(app)

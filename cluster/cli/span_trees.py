@@ -26,7 +26,7 @@ _SHOWN = {
 
 
 def trees(spans: Sequence[SpanRecord]) -> Iterator[str]:
-    """Yield one text for each call among the spans, and for each span whose parent is not among them."""
+    """Yield one tree as text for each span whose parent is not in `spans`, such as the first span of a call."""
     ids = {span.span_id for span in spans}
     below: dict[str, list[SpanRecord]] = {}
     for span in spans:
@@ -38,7 +38,10 @@ def trees(spans: Sequence[SpanRecord]) -> Iterator[str]:
 def _lines(
     span: SpanRecord, root: SpanRecord, below: dict[str, list[SpanRecord]], first: str, rest: str
 ) -> Iterable[str]:
-    """Yield the line of a span and the lines of the spans below it. `first` and `rest`: what is drawn before them."""
+    """Yield the line of a span, and the lines of the spans below it.
+
+    `first`: tree branches that are drawn before the span's name. `rest`: tree branches for the spans below it.
+    """
     at, lasts = _duration(span.start_s - root.start_s), _duration(span.end_s - span.start_s)
     parts = [f"{words}{span.attributes[name]}" for name, words in _SHOWN.items() if name in span.attributes]
     parts += [f"{event.name} +{_duration(event.at_s - root.start_s)}" for event in span.events]

@@ -20,7 +20,7 @@ DEFAULT_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_ATTEMPTS = 5  # gRPC's own upper bound
 KEEPALIVE_INTERVAL_S, KEEPALIVE_TIMEOUT_S = 2.0, 2.0
-"""Silence after which the client sends an HTTP/2 ping, and the time in which the gateway must acknowledge the ping.
+"""Time without received data after which the client sends an HTTP/2 ping, and time limit for the acknowledgement.
 
 Both times are in seconds. Pings are sent only while calls are running. Without an acknowledgement the client closes the
 connection. After a pulled cable or the loss of a node, only the missing acknowledgement shows that the peer is gone.
@@ -125,9 +125,10 @@ class ChannelOptions:
         return grpc.ssl_channel_credentials() if self.tls else None
 
     def resumption(self, request: Request, timeout_s: float | None) -> Resumption:
-        """Return the state that resumes a stream. If `timeout_s` is None, the default deadline applies.
+        """Return the state from which a stream of `request` can be resumed.
 
-        If `resume` is on and the caller has not set `resumable` in the request, sets `resumable`.
+        `timeout_s`: seconds until the stream's deadline; None means the default deadline of the client. If `resume` is
+        on, sets `resumable` in the request, unless the caller has set this field.
         """
         if self.resume and not request.HasField("resumable"):
             request.resumable = True

@@ -110,7 +110,10 @@ def _common(params: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _known_fields(data: Mapping[str, Any], where: str, *keys: str) -> dict[str, Any]:
-    """Return the entries of `data` with a value other than None. Raises ValueError for a key that is not in `keys`."""
+    """Return the entries of `data` with a value other than None.
+
+    Raises ValueError for a key that is not in `keys`. `where`: path of `data` in the request, for the error message.
+    """
     for key in data:
         if key not in keys:
             raise ValueError(f"{where}.{key}: unknown key; known are {', '.join(keys)}")

@@ -33,7 +33,7 @@ class ToolCall:
 
 
 class Tool(Mapping[str, Any]):
-    """A tool that is a Python function. Its value as a mapping is its definition in OpenAI's format.
+    """A Python function that a model may call. As a mapping, it has the keys of a tool definition in OpenAI's format.
 
     The schema of the arguments comes from the annotations of the function's parameters, and the description from the
     docstring. Arguments are validated before the function is called.
@@ -117,7 +117,8 @@ class ToolCallDeltas:
         self._calls: dict[int, tuple[str, str, list[str]]] = {}
 
     def add(self, deltas: Iterable[pb.ToolCall]) -> None:
-        """Add the deltas of a chunk. A delta with an id begins a call, and the others continue the arguments."""
+        """Add the deltas of a chunk. A delta with an id begins the call at its index; a delta without an id continues
+        the arguments of the call at its index."""
         for delta in deltas:
             if delta.id or delta.index not in self._calls:
                 self._calls[delta.index] = (delta.id, delta.name, [])

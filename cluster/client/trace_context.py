@@ -1,4 +1,4 @@
-"""The trace context of calls: that of the program's current OpenTelemetry span, if the program uses OpenTelemetry."""
+"""The trace context that calls carry: the program's current OpenTelemetry span, if the program uses OpenTelemetry."""
 
 from __future__ import annotations
 

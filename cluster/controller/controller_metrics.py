@@ -1,4 +1,4 @@
-"""The metrics of a controller process, beside the counters that its parts update."""
+"""The metrics of a controller process. The gauges among them are computed at each scrape."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ class ControllerGauges:
 
 
 def controller_metrics(config: Config) -> tuple[Metrics, ControllerGauges]:
-    """Return the metrics of a controller process. Call it once in a process, also if the controller runs several
-    times."""
+    """Return the metrics of a controller process, and the object that computes their gauges.
+
+    Call this function only once in a process, even if the process runs the controller several times.
+    """
     metrics = Metrics(config.name)
     gauges = ControllerGauges(CertificateExpiry.of_link(config.link.tls))
     metrics.add_process_metrics()

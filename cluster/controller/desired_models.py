@@ -28,7 +28,7 @@ class DesiredModels:
         self.overrides: Mapping[str, Mapping[str, VersionOverride]] = {}
         """Overrides of the configuration, by model and version. Operators and automatic rollbacks set overrides."""
         self.adapters: Mapping[str, tuple[AdapterSpec, ...]] = {}
-        """Adapters of the wanted models; models without adapters may be absent. No replica restarts for a change."""
+        """Adapters of the wanted models; models without adapters may be absent. A change restarts no replica."""
         self._leaving: dict[str, ModelSpec] = {}
         self._held: dict[str, ModelSpec] = {}
         self._hold_all = False
@@ -36,7 +36,10 @@ class DesiredModels:
     def want(
         self, settings: Sequence[ReplicaSettings], adapters: Mapping[str, tuple[AdapterSpec, ...]] | None = None
     ) -> None:
-        """Set the replicas that should run, and the models' adapters. `settings` are ordered as the variants are."""
+        """Set the replicas that should run, and the adapters of each model.
+
+        `settings`: of each model the stable version first, and of each version the preferred GPU type first.
+        """
         self.adapters = adapters or {}
         wanted: dict[str, tuple[ReplicaSettings, ...]] = {}
         for variant in settings:
@@ -100,9 +103,9 @@ class DesiredModels:
         )
 
     def held(self, on_ray: Collection[str]) -> Mapping[str, ModelSpec]:
-        """Return the specs of the held models, by name, also of held models without a replica.
+        """Return the specs of the held models by name, whether or not they have replicas.
 
-        `on_ray`: names of the models that have an application on Ray.
+        `on_ray`: names of the models that have an application on Ray. If everything is held, these are held too.
         """
         names = self._held.keys() | (set(on_ray) if self._hold_all else set())
         return {name: self._held.get(name) or ModelSpec(name, "") for name in names - self.variants.keys()}

@@ -14,7 +14,8 @@ LOCAL = "local"
 
 
 def ray_samples(backend: Backend, controller: Controller) -> Iterator[Sample]:
-    """Yield whether each Ray cluster answers. A cluster that has not been asked yet has no value."""
+    """Yield one sample for each Ray cluster: 1 if it answers, else 0. A cluster that has not been observed yet has no
+    sample."""
     if isinstance(backend, MultiClusterBackend):
         for name, answers in backend.answers().items():
             yield "ray_up", (name,), float(answers)

@@ -20,7 +20,7 @@ FILE = "last-good-models.json"
 
 
 def with_last_good(found: PartialConfig, folder: Path) -> PartialConfig:
-    """Replace each invalid model entry by the model's last valid entry, if that entry is still valid beside the others.
+    """Replace each invalid model entry by the model's last valid entry, if it is valid together with the other entries.
 
     Stores the valid entries for the next start. A model without a usable last entry stays held (see HeldModel).
     """
@@ -63,7 +63,10 @@ def _restored(found: PartialConfig, before: Mapping[str, Any]) -> PartialConfig:
 def _config_with(
     config: Config, entries: Sequence[Mapping[str, Any]], absent: set[str] | tuple[str, ...]
 ) -> Config | None:
-    """Return `config` with the models in `entries`, or None if the result is invalid. `absent`: see with_models."""
+    """Return `config` with the models in `entries`, or None if the result is invalid.
+
+    `absent`: names of models without an entry, which fallbacks may nevertheless name.
+    """
     try:
         return with_models(config, entries, absent)
     except CallError:

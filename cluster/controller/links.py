@@ -89,8 +89,8 @@ class ControllerLinks:
         idle_s: float = 10.0,
     ) -> None:
         """`bundles`: function that returns a tokenizer bundle by digest. `verbs`: handlers of the admin verbs that the
-        controller answers, by names such as `Catalog.Scale`. `wall_s`: seconds since the epoch. `idle_s`: time
-        without a change of the catalog after which an empty frame is sent."""
+        controller answers, by names such as `Catalog.Scale`. `wall_s` returns seconds since the epoch. After `idle_s`
+        seconds without a change of the catalog, an empty frame is sent."""
         self._idle_s = idle_s
         self._controller_id = controller_id
         self._incarnation = uuid.uuid4().hex[:12]
@@ -118,12 +118,15 @@ class ControllerLinks:
         self._notify_all()
 
     def set_operator_state(self, state: pb.OperatorState | None) -> None:
-        """Send the gateways the operators' changes, which they keep for the next controller. None: there are none."""
+        """Send the operators' changes to every gateway, which keeps them for the next controller.
+
+        None means that operators have changed nothing.
+        """
         self._operator_state = state
         self._notify_all()
 
     def _notify_all(self) -> None:
-        """Have the catalog sent to every gateway. Called when the catalog or the number of linked gateways changes."""
+        """Wake the task of each link, which then sends the catalog to its gateway."""
         for event in self._changed:
             event.set()
 

@@ -2,8 +2,8 @@
 
 Problem: a controller stores the changes in files in its folder, and a folder may be lost with its pod.
 Method: every catalog that a controller sends carries the content of these files, with the time of the last change.
-Every gateway keeps the newest. Before a controller starts, `recover` asks the gateways, and replaces the files if a
-gateway has a newer state than the folder. Without any gateway the controller starts from its folder.
+Every gateway keeps the newest state. Before a controller starts, `recover` asks the gateways, and replaces the files if
+a gateway has a newer state than the folder. Without any gateway the controller starts from its folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class OperatorState:
     """The stored changes in a controller's folder, as a message for the gateways."""
 
     def __init__(self, folder: Path, wall_s: Callable[[], float] = time.time) -> None:
-        """`wall_s`: seconds since the epoch."""
+        """`folder`: the controller's folder. `wall_s` returns seconds since the epoch."""
         self._folder = folder
         self._wall_s = wall_s
         self._revision = _revision(folder)
@@ -75,8 +75,8 @@ async def recover(
 ) -> bool:
     """Replace the files in `folder` if a gateway has a newer state. Returns whether the files were replaced.
 
-    `gateways`: link addresses, as for ControllerLinks. `wait_s`: longest time to wait for a first answer, if the folder
-    has no state.
+    `gateways`: link addresses, as for ControllerLinks. If the folder has no state, the function waits at most `wait_s`
+    until a gateway answers.
     """
     own = _revision(folder)
     until = time.monotonic() + (0.0 if own else wait_s)
@@ -105,7 +105,7 @@ async def recover(
 
 
 async def _answers(gateways: Sequence[str], tls: TlsFiles | None, resolve: dns.Resolve) -> list[pb.OperatorState]:
-    """Return the states of the gateways that answer."""
+    """Return the operators' changes that each gateway has, for the gateways that answer."""
     addresses: dict[str, None] = {}
     for gateway in gateways:
         if not dns.is_dns_name(gateway):

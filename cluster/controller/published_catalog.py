@@ -172,7 +172,7 @@ class PublishedCatalog:
 
 
 def _engine_ends(lost: Sequence[LostEngine], model: str, version: str, generations: Sequence[str]) -> str:
-    """Return a summary of the engines of a version that ended recently, as reported by the version's workers."""
+    """Return a summary of when and why engines of a version ended recently."""
     return lifecycle.summarize_ends(
         [
             (engine.at_s, engine.reason)

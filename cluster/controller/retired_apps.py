@@ -33,7 +33,8 @@ class RetiredApps:
     ) -> frozenset[str]:
         """Return the applications that may be deleted: those without calls, and those whose drain timeout is over.
 
-        `awaited`: leaving models for which calls still wait. `linked`: whether at least one gateway reports loads.
+        `awaited`: models for which calls still wait, so their applications are kept until the drain timeout. `linked`:
+        whether a gateway reports loads; otherwise no application is known to have no calls.
         """
         busy = {worker.generation for worker in fleet if worker.running}
         deletable = set()

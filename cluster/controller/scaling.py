@@ -49,10 +49,10 @@ def on_ray(apps: Iterable[Observed]) -> dict[Kind, RayReplicas]:
 def requested_on_ray(
     models: DesiredModels, snapshot: RaySnapshot, retired: Container[str]
 ) -> Mapping[Kind, RayReplicas]:
-    """Return the replica counts on Ray, each with the number of replicas that the scaler has requested as the target.
+    """Return the replica counts on Ray. The target in each is the number of replicas that the scaler has requested.
 
-    Ray's own target may be higher: a canary may have more replicas than its share of the calls, and a rollout adds
-    replacements. Retired applications are left out.
+    Ray's target may be higher, because a canary may have more replicas than its share of the calls, and because a
+    rollout adds replacements. Retired applications are left out.
     """
     counts = on_ray(seen for app, seen in snapshot.apps.items() if app not in retired)
     for model, variants in models.variants.items():
@@ -69,8 +69,8 @@ def requested_on_ray(
 
 
 def room(models: DesiredModels, snapshot: RaySnapshot) -> Mapping[Kind, int]:
-    """Return, by model and GPU type, how many replicas fit on the nodes of that type beside other models' replicas.
-    Only models with several GPU types are included."""
+    """Return, by model and GPU type, how many replicas of the model fit on the nodes of this type together with the
+    replicas that other models have there. Only models with several GPU types are included."""
     free: dict[Kind, int] = {}
     for model in models.variants:
         types = models.stable(model)
@@ -87,8 +87,10 @@ def room(models: DesiredModels, snapshot: RaySnapshot) -> Mapping[Kind, int]:
 
 
 def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = None) -> list[WorkerSeen]:
-    """Convert workers to WorkerSeen, the scaler's type. `gpus`: GPU type by the digest of the replica's settings, which
-    a worker reports as its `generation`."""
+    """Convert workers to the scaler's type WorkerSeen.
+
+    `gpus`: GPU type by digest of replica settings. A worker reports the digest of its settings as its `generation`.
+    """
     types = gpus or {}
     return [
         WorkerSeen(
@@ -167,7 +169,7 @@ class OperatorRequestFile:
 
 
 class Counters:
-    """The controller's counters in the process's metrics. The scaler's own counts are copied there after each pass."""
+    """The controller's counters in the metrics of the process. After each pass, the scaler's counts are added."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -178,7 +180,7 @@ class Counters:
         self._metrics.count("canary_rollbacks_total", model)
 
     def count(self, scaler: Scaler) -> None:
-        """Add the growth of the scaler's counters since the last call of this method to the metrics."""
+        """Add to the metrics what the scaler has counted since the last call of this method."""
         for model, (actions, gpu_seconds) in scaler.counters().items():
             actions_before, gpu_seconds_before = self._before.get(model, ({}, 0.0))
             for action, count in actions.items():

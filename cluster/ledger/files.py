@@ -64,7 +64,7 @@ def read_secrets(path: Path, setting: str) -> tuple[bytes, ...]:
 def make_secret(path: Path) -> None:
     """Create a file with one new secret, for a local cluster. Raises OSError.
 
-    An existing file stays unchanged, also if another process creates the file at the same time.
+    An existing file stays unchanged, even if another process creates it at the same time.
     """
     make_missing_folders(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")

@@ -1,7 +1,7 @@
 """Attainment of service level objectives by tenant and model. This module imports no SQLAlchemy.
 
-The attainment is computed from usage records, so it covers calls that a worker has accepted. A call that was refused
-before, for example because the queue was full, has no record; the metric `headrace_slo_calls_total` counts it.
+The attainment is computed from usage records, so it covers only calls that a worker has accepted. A call that was
+refused earlier, for example because the queue was full, has no record; the metric `headrace_slo_calls_total` counts it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class SloObjective:
 
 @dataclass(frozen=True, slots=True)
 class SloSum:
-    """Numbers of the calls of one tenant to one model that met or missed the model's SLO.
+    """How many calls of a tenant to a model met or missed the model's SLO.
 
-    `objective` is None for a model that is not in the catalog; none of its calls is judged. `not_judged` counts these
-    calls, calls that their callers cancelled in time, and invalid calls. `unknown` counts the calls of a lost gateway,
-    whose times are not recorded.
+    `objective` is None for a model that is not in the catalog. Calls of such a model are not judged, nor are invalid
+    calls and calls that their callers cancelled in time; `not_judged` counts all of these. `unknown` counts calls of
+    lost gateways, whose times are not recorded.
     """
 
     tenant: str
@@ -63,8 +63,8 @@ class SloSum:
 
     @property
     def budget_left(self) -> float | None:
-        """Part of the error budget that is left: 1 if no call missed the SLO, 0 if as many did as the target allows,
-        below 0 if more did. None without a judged call or without a target."""
+        """Part of the error budget that is left: 1 if no call missed the SLO, 0 if as many calls missed it as the
+        target allows, negative if more did. None if no call was judged, or if the SLO has no target."""
         if self.objective is None or not self.calls or not 0 < self.objective.target < 1:
             return None
         return 1 - (self.calls - self.met) / (self.calls * (1 - self.objective.target))

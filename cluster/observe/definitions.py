@@ -217,8 +217,8 @@ ENGINE_DEFINITIONS: Mapping[str, Definition] = {
         "counter", "Tokens that the engine has generated.", ("model_name", "worker")
     ),
 }
-"""vLLM's own series, under vLLM's names. vLLM's front end exports them, and the fast path runs without it. So workers
-report the numbers over the link, and each gateway exports those of its workers."""
+"""vLLM's own series, under vLLM's names. vLLM's AsyncLLM, which exports these series, does not run on the fast path. So
+workers report the values over the link, and each gateway exports the values of its workers."""
 
 ENGINE_HISTOGRAMS: Mapping[str, str] = {
     "vllm:time_to_first_token_seconds": "time_to_first_token_seconds",
@@ -226,4 +226,4 @@ ENGINE_HISTOGRAMS: Mapping[str, str] = {
     "vllm:e2e_request_latency_seconds": "request_duration_seconds",
     "vllm:request_queue_time_seconds": "queue_time_seconds",
 }
-"""vLLM's names of histograms that this gateway measures in the place of vLLM's front end, with the label model_name."""
+"""vLLM's names of histograms that the gateway measures instead of vLLM's AsyncLLM, with the label model_name."""

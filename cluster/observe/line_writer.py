@@ -2,10 +2,10 @@
 descriptor.
 
 Problem: a process writes its log to a pipe whose reader may be slow or stopped, or to a disk that may be full. A direct
-write would then block the event loop. Rendering is left to the thread too: it renders several lines in a row,
-which takes a third of the CPU time that each takes between other work. Invariants: `write` never waits for the output;
-events of at most about `max_bytes` wait; events beyond that are dropped and their number is written once there is room;
-lines stay whole and in order.
+write would then block the event loop. The thread also renders the events, because rendering several lines in a row
+takes a third of the CPU time of rendering each line between other work. Invariants: `write` never waits for the output.
+The waiting events take at most about `max_bytes`; further events are dropped, and their number is logged once there is
+room. Lines stay whole and in order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_FAILURES = 3
 
 
 class LineWriter:
-    """Writes events to one file descriptor. As structlog's logger, it has a method for each level."""
+    """Writes events to one file descriptor. It has a method for each level, because structlog uses it as its logger."""
 
     def __init__(
         self,
@@ -55,7 +55,8 @@ class LineWriter:
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        """Forget the waiting lines and the thread, which a fork does not have."""
+        """Begin with an empty queue and without a thread. A forked process does so too, because it has no copy of the
+        thread."""
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Event | threading.Event] = queue.SimpleQueue()
         self._pending_bytes = 0
@@ -110,7 +111,8 @@ class LineWriter:
             self._hurry.clear()
 
     def _next_batch(self) -> tuple[list[Event], list[threading.Event]]:
-        """Wait for an event. Returns the waiting events, and a flag to set for each `flush` that waits for them."""
+        """Wait for an event or a `flush`. Returns the waiting events, and for each waiting `flush` the flag to set when
+        these events are written."""
         batch: list[Event] = []
         reached: list[threading.Event] = []
         size, item = 0, self._queue.get()

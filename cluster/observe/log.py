@@ -73,19 +73,21 @@ def flush(timeout_s: float = END_S) -> None:
 
 
 def dropped_lines() -> int:
-    """Return the number of lines that this process has dropped, because their reader was too slow or its disk full."""
+    """Return the number of lines that this process has dropped, because the log's reader was too slow or the disk was
+    full."""
     return sum(writer.dropped for writer in _writers)
 
 
 def add_flush(waits: Callable[[float], object]) -> None:
-    """Register a function that `flush` calls with the timeout, after the lines of this process are written."""
+    """Register a function that `flush` calls, with its timeout, after it has written the lines of this process."""
     _at_flush.append(waits)
 
 
 class CallFields:
-    """Context manager within which `call_fields` returns `fields` to code of the same task.
+    """Context manager in which `call_fields` returns `fields` to code of the same task.
 
-    Each call enters one, and a context manager made of a generator would take three times as long."""
+    It is a class because every call enters one, and a generator with `contextmanager` would take three times as long.
+    """
 
     __slots__ = ("_fields", "_token")
     _token: Token[Mapping[str, str]]
@@ -101,8 +103,10 @@ class CallFields:
 
 
 def call_fields() -> Mapping[str, str]:
-    """Return the request id and trace id of the call whose task runs; empty outside of calls. Use this function only in
-    the call's own task: a task that several calls share has the fields of the call that started the task."""
+    """Return the request id and trace id of the call to which the current task belongs; empty outside of calls.
+
+    In a task that serves several calls, these are the ids of the call that started the task, so do not use them there.
+    """
     return _CALL.get(_NO_CALL)
 
 
@@ -117,7 +121,7 @@ def _stamp(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[s
 
 
 def _as_argument(_: Any, __: str, event: MutableMapping[str, Any]) -> tuple[tuple[MutableMapping[str, Any]], Event]:
-    """Return the arguments with which structlog calls the method of the writer."""
+    """Return the arguments with which structlog calls the writer: only the event."""
     return (event,), {}
 
 
@@ -126,7 +130,7 @@ def _dropped_event(dropped: int) -> Event:
 
 
 def _render(fields: Mapping[str, str], event: Event) -> str:
-    """Return the line of an event: a JSON object with the fields of the process, in which long texts are cut."""
+    """Return the line of an event: a JSON object, which also has the fields in `fields`. Long texts are cut."""
     whole = {**fields, **event}
     for name, value in whole.items():
         if type(value) is str and len(value) > MAX_FIELD_CHARS:
@@ -142,7 +146,7 @@ def _render(fields: Mapping[str, str], event: Event) -> str:
 def keep_handlers_open(logger: logging.Logger) -> None:
     """Make the handlers of a logger ignore `close` until the process ends.
 
-    vLLM calls logging.dictConfig, which closes all handlers, including the one of Ray Serve's log file. A restarted
-    Serve controller would then replace this replica, because the replica could not name its log file."""
+    vLLM calls logging.dictConfig, which closes all handlers, including the handler of Ray Serve's log file. Without it,
+    this replica could not report its log file to a restarted Serve controller, which would then replace the replica."""
     for handler in logger.handlers:
         handler.close = handler.flush  # type: ignore[method-assign]

@@ -1,4 +1,7 @@
-"""Values and pages of all metrics. Values are plain dicts and lists until a scrape; definitions.py has their names."""
+"""The values of all metrics, and the /metrics page. The values are plain dicts and lists until a scrape.
+
+definitions.py has the names of the metrics.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ class Histogram:
         self.sum += value * times
 
     def observe_traced(self, value: float, trace_id: str) -> None:
-        """Count a value of a call. `trace_id`: its trace, which becomes the exemplar of the bucket; "" for none."""
+        """Count a value of a call. `trace_id`: id of the call's trace, which becomes the exemplar of the bucket; "" for
+        no exemplar."""
         self.observe(value)
         if trace_id:
             self._exemplars[bisect_left(self._bounds, value)] = (trace_id, value, time.time())
@@ -70,7 +74,7 @@ class Metrics(Collector):
     """All metrics of one process. Its methods take names without the prefix `headrace_`."""
 
     def __init__(self, cluster: str, max_tenants: int = 500) -> None:
-        """`max_tenants`: greatest number of tenants with counters of their own; the others share the tenant `other`."""
+        """`max_tenants`: greatest number of tenants with their own series; further tenants are counted as `other`."""
         self._cluster = cluster
         self._max_tenants = max_tenants
         self._tenants: set[str] = set()
@@ -91,7 +95,8 @@ class Metrics(Collector):
         series[labels] = series.get(labels, 0) + by
 
     def _tenant_label(self, tenant: str) -> str:
-        """Return the value of the label `tenant`: the tenant's name, or `other` if enough tenants are named already."""
+        """Return the value of the label `tenant`: the tenant's name, or `other` if `max_tenants` other tenants have a
+        label of their own already."""
         if tenant in self._tenants:
             return tenant
         if len(self._tenants) < self._max_tenants:
@@ -104,7 +109,8 @@ class Metrics(Collector):
     def _capped_gauges(
         self, samples: Iterable[tuple[tuple[str, ...], float]], at: int
     ) -> list[tuple[tuple[str, ...], float]]:
-        """Return gauges of tenants; those of all unnamed tenants become one, `other`, with their largest value."""
+        """Return the samples of a gauge by tenant. All tenants without a label of their own share the sample `other`,
+        whose value is the largest of theirs. `at`: index of the tenant in the labels."""
         largest: dict[tuple[str, ...], float] = {}
         for labels, value in samples:
             labels = (*labels[:at], self._tenant_label(labels[at]), *labels[at + 1 :])

@@ -1,11 +1,12 @@
-"""Copy of a process's output, which Ray redirects into files of its session folder, to another output.
+"""Copy a process's output to another output, such as the container's, because Ray redirects it to files.
 
-Problem: a replica's standard output and error are files on the pod's disk. `kubectl logs` does not show these files,
-and they are lost with the pod. Ray 2.60 redirects the output in its core worker (RedirectStdoutOncePerProcess). With
-RAY_LOG_TO_STDERR=1 a node would write no files, but Ray's dashboard, `ray logs` and end_causes.py, which finds out why
-an engine ended, need them. So a thread copies the whole lines that this process and its children append to the files.
-Lines of Headrace's log are copied unchanged; every other line, such as vLLM's, becomes the text of the event
-`worker.output`. If the output is slow, the thread lags; if it lags more than MAX_LAG_BYTES, it skips lines.
+Problem: a replica's standard output and error are files in Ray's session folder on the pod's disk. `kubectl logs` does
+not show these files, and they are lost with the pod. Ray 2.60 redirects the output in its core worker
+(RedirectStdoutOncePerProcess). With RAY_LOG_TO_STDERR=1 a node would write no files, but Ray's dashboard, `ray logs`
+and end_causes.py, which finds out why an engine ended, need them. So a thread copies the whole lines that this process
+and its children append to the files. Lines of Headrace's log are copied unchanged; every other line, such as vLLM's,
+becomes the text of the event `worker.output`. If the output is slow, the thread lags; if it lags more than
+MAX_LAG_BYTES, it skips lines.
 """
 
 from __future__ import annotations
@@ -137,8 +138,11 @@ class OutputCopy:
         return json.dumps({**self._fields, **event, "timestamp": stamp}).encode() + b"\n"
 
     def _write(self, data: bytes, patience_s: float) -> bool:
-        """Write all bytes, without a time limit except at the end of the process. Returns False if the output fails, or
-        at the end of the process accepts nothing for `patience_s`; the other bytes are then lost."""
+        """Write all bytes. Returns False if the output fails; the bytes that are not written yet are then lost.
+
+        While the process runs, there is no time limit. When the process ends, an output that accepts nothing for
+        `patience_s` counts as failed.
+        """
         view = memoryview(data)
         while view:
             try:
@@ -179,9 +183,9 @@ def _is_event(line: bytes) -> bool:
 def copy_output(path: str, fields: Mapping[str, str], file_of: Callable[[int], str]) -> OutputCopy | None:
     """Copy this process's standard output and error to `path` from now on, if they are files.
 
-    `path`: the output to copy to; "" for no copy. `fields`: see OutputCopy. `file_of` returns the file to which a
-    descriptor of this process is redirected, "" if it is none. Returns None if nothing is copied. An output that cannot
-    be opened is logged."""
+    `path`: the output to copy to; "" for no copy. `fields`: added to lines that are not Headrace's. `file_of` returns
+    the file to which a descriptor of this process is redirected, or "" if it is redirected to no file. Returns None if
+    nothing is copied. An output that cannot be opened is logged."""
     files = {name: file for name, number in (("stdout", STDOUT), ("stderr", STDERR)) if (file := file_of(number))}
     if not path or not files:
         return None

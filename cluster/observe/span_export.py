@@ -1,7 +1,7 @@
 """Export of spans to a collector, by OTLP over gRPC. The module is imported only if tracing is on.
 
-Problem: a collector that is slow or away must not slow a call. Invariants: `add` never waits. At most `max_queued`
-spans wait; each span is counted once, as exported, dropped or failed.
+Problem: a collector that is slow or unreachable must not delay a call. Invariants: `add` never waits. At most
+`max_queued` spans wait; each span is counted once, as exported, dropped or failed.
 
 OpenTelemetry's BatchSpanProcessor counts neither the spans that it drops nor those that the exporter gives up, so a
 thread of this module calls the exporter.
@@ -82,7 +82,7 @@ class SpanExport:
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         """`endpoint`: URL of the collector; https:// means TLS. `count(outcome, number)` counts spans: `exported`,
-        `failed` and `dropped`; the first two are called in the thread. Raises ValueError for an unusable file."""
+        `failed` and `dropped`. The thread counts the first two. Raises ValueError for an unusable file."""
         self._endpoint = endpoint
         self._count = count
         self._ca_file = ca_file

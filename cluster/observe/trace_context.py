@@ -1,6 +1,6 @@
 """W3C trace context: the trace to which a call belongs, and whether the call is sampled. Pure.
 
-Source: https://www.w3.org/TR/trace-context/ (traceparent version 00, and the parts of later versions that 00 has).
+Source: https://www.w3.org/TR/trace-context/ (traceparent version 00; of later versions only the fields of version 00).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def parse_traceparent(text: str) -> TraceContext | None:
 
 
 def unsampled(traceparent: str) -> str:
-    """Return a traceparent of version 00, or "", without the flag `sampled`."""
+    """Return `traceparent`, which is of version 00 or empty, without the flag `sampled`."""
     return f"{traceparent[:53]}00" if traceparent else ""
 
 
@@ -61,11 +61,12 @@ def checked_tracestate(text: str) -> str:
 
 
 def is_sampled(traceparent: str) -> bool:
-    """Return whether a traceparent belongs to a sampled call. An invalid one does not."""
+    """Return whether a traceparent belongs to a sampled call; False for an invalid traceparent."""
     context = parse_traceparent(traceparent) if traceparent else None
     return context is not None and context.is_sampled
 
 
 def is_in_ratio(trace_id: str, ratio: float) -> bool:
-    """Return whether a trace id is among the share `ratio` of all trace ids. All gateways decide alike."""
+    """Return whether to sample a trace if the share `ratio` of all traces is sampled. The decision depends only on the
+    trace id, so that all gateways decide alike."""
     return int(trace_id[-(_RATIO_BITS // 4) :], 16) < ratio * (1 << _RATIO_BITS)

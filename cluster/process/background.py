@@ -29,8 +29,8 @@ def run_when_idle(pid: int) -> None:
     """Let a child process run only when nothing else wants the core (SCHED_IDLE), for work that can wait or that
     another process can do.
 
-    The kernel treats a core that runs only SCHED_IDLE processes as idle, and moves a waking event loop there. A core
-    that runs a merely nice process counts as busy, and an event loop then waits up to 20 ms on another core."""
+    The kernel treats a core that runs only SCHED_IDLE processes as idle, so a waking event loop can run there at once.
+    A core that runs a process with a high nice value counts as busy, and the event loop may then wait up to 20 ms."""
     lower_priority(pid)
     with suppress(OSError, AttributeError):  # the child has ended, a sandbox forbids it, or this is not Linux
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))

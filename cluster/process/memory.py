@@ -51,10 +51,12 @@ async def keep_returning_free_pages(
     check_s: float = CHECK_S,
     give: Callable[[], bool] = return_free_pages,
 ) -> None:
-    """Return free pages about every `every_s` seconds, as soon as `idle()` is true; the first time soon after the call.
+    """Return free pages to the system about every `every_s` seconds; the first time soon after the call.
 
-    The process must be idle, because allocations in all threads wait meanwhile. The coroutine ends only if `give`
-    returns False (not glibc)."""
+    Each time, the coroutine waits until `idle` returns True, because allocations in all threads wait while pages are
+    returned. `idle` is called every `check_s` seconds. The coroutine ends only if `give`, which returns the pages,
+    returns False because the C library is not glibc.
+    """
     due = time.monotonic() + min(every_s, FIRST_S)
     while True:
         await asyncio.sleep(check_s)

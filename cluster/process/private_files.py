@@ -36,7 +36,7 @@ def make_missing_folders(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file that only its owner can read. Readers see either the old or the new content, also after a crash of
+    """Write a file that only its owner can read. Readers see either the old or the new content, even after a crash of
     this process. Raises OSError."""
     draft = path.with_suffix(".new")
     draft.unlink(missing_ok=True)  # left by a crashed process, perhaps with wider permissions

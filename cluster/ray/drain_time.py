@@ -1,4 +1,4 @@
-"""Division of a node's drain time between running calls and the end of the processes. Pure; does not import Ray."""
+"""Division of a node's drain time into time for running calls and time to end the processes. Does not import Ray."""
 
 from __future__ import annotations
 

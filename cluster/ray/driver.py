@@ -1,9 +1,9 @@
 """The driver process, which joins Ray in place of the controller: `python -m cluster.ray.driver`.
 
 The controller itself never joins Ray. A process that has joined a Ray exits when that Ray ends, and waits without limit
-when that Ray hangs. It can never change the token with which it joined. For a local Ray, the driver is a child process
-of the controller and reads one request per line from standard input until standard input closes. On an external
-cluster, the driver is a Ray job that gets the requests as an argument. A request is JSON, `{"do": observe |
+when that Ray hangs. Such a process can never change the token with which it joined. For a local Ray, the driver is a
+child process of the controller and reads one request per line from standard input until standard input closes. On an
+external cluster, the driver is a Ray job that gets the requests as an argument. A request is JSON, `{"do": observe |
 deploy | scale | delete | shutdown, ...}`. The answer is `{"ok": ...}` or `{"error": text}`.
 """
 
@@ -39,7 +39,8 @@ def carry_out(apps: ServeApps, request: Mapping[str, Any]) -> object:
 
 
 def answer_all(apps: ServeApps, requests: Iterable[str], out: TextIO, mark: str = "") -> int:
-    """Answer the request in each line, and return the number of requests that failed."""
+    """Carry out the request in each line, write the answer to `out` as a line that begins with `mark`, and return the
+    number of failed requests."""
     failed = 0
     for line in requests:
         try:

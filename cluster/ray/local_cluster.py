@@ -176,7 +176,7 @@ class LocalRay:
         """End Ray and every process of this cluster except the caller, and return the number of processes found.
         Idempotent.
 
-        Shut down Serve before (Backend.shutdown), so that Serve's replicas drain.
+        Call Backend.shutdown first, so that Serve's replicas drain.
         """
         self._signal(signal.SIGTERM)
         ended = reaper.end(self._settings.instance, self._folder, grace_s=grace_s)
@@ -227,7 +227,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def _without_other_ray(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without the variables of another Ray and of an engine in the calling process.
+    """Return `environment` without the variables that another Ray or an engine has set in the calling process.
 
     An engine passes names, such as those of its sockets, to its ranks in environment variables. Variables of the Ray
     node take precedence in the ranks, so names of a foreign engine must not be in the node's environment.

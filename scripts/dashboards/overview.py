@@ -26,8 +26,8 @@ SHORT = (
 
 
 def process(query: str) -> str:
-    """Return the query for this cluster's processes, for a metric such as process_*, which has no label with the
-    cluster's name."""
+    """Restrict a query to the processes of the selected cluster. It is for metrics such as process_*, which have no
+    label with the cluster's name."""
     own = f"max by (instance) (headrace_tenants_capped{{{CLUSTER}}} * 0 + 1)"
     return f"max by (instance) ({query}) * on (instance) {own}"
 

@@ -20,7 +20,7 @@ CLUSTER = 'headrace_cluster="$cluster"'
 MODEL = f'{CLUSTER},model=~"$model"'
 """Matcher for series that have a model."""
 RUNBOOKS = "docs/runbooks"
-"""Place of the runbooks. The chart replaces it by `monitoring.alerts.runbookUrl`."""
+"""Folder of the runbooks. In links, the chart replaces this path by `monitoring.alerts.runbookUrl`."""
 BOARDS = {
     "overview": "Overview",
     "model": "Model",
@@ -60,7 +60,8 @@ def quantiles(metric: str, by: str = "model", matcher: str = MODEL) -> list[Quer
 
 
 def thresholds(steps: Steps) -> builders.ThresholdsConfig:
-    """Return thresholds. Each step is a value, None in the first one, and the colour from this value on."""
+    """Return the thresholds of a panel. Each step is a value, and the colour of this and greater values. The value of
+    the first step is None: its colour is that of all smaller values."""
     made = [dashboard.Threshold(value, color) for value, color in steps]
     return builders.ThresholdsConfig().mode(dashboard.ThresholdsMode.ABSOLUTE).steps(made)
 
@@ -93,7 +94,8 @@ def runbook_of_row() -> builders.DashboardLink:
 
 
 def to_board(name: str, variable: str = "", label: str = "") -> builders.DashboardLink:
-    """Return a link to another dashboard. If given, its `variable` gets the label `label` of the clicked series."""
+    """Return a link to the dashboard `name`. `variable`: a variable that the link sets there, to the value of the label
+    `label` (default: the variable's name) of the clicked series; "" for none."""
     address = f"/d/headrace-{name}?var-datasource=${{datasource}}&var-cluster=${{cluster}}"
     if variable:
         address += f"&var-{variable}=${{__data.fields.{label or variable}}}"
@@ -102,7 +104,7 @@ def to_board(name: str, variable: str = "", label: str = "") -> builders.Dashboa
 
 @dataclass
 class Board:
-    """A dashboard in the making. Panels are placed from left to right, in the order in which they are added."""
+    """Builder of a dashboard. Panels are placed from left to right, in the order in which they are added."""
 
     name: str
     description: str

@@ -19,7 +19,10 @@ def of_engine(metric: str) -> str:
 
 
 def with_place(metric: str) -> str:
-    """Return the query for a gauge of workers, with their pod, node and GPU. Several gateways export the same place."""
+    """Return the query for a gauge of workers, with the labels `pod`, `node` and `gpu` of each worker.
+
+    Several gateways export these labels for the same worker; the query takes one of them.
+    """
     place = f"topk by (worker) (1, headrace_worker_info{{{CLUSTER}}})"
     return f"{of_worker(metric)} * on (worker) group_left (pod, node, gpu) {place}"
 

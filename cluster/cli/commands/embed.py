@@ -87,7 +87,7 @@ def rerank(
 
 
 def _texts(given: list[str]) -> list[str]:
-    """Return the texts of the arguments; a single - stands for the lines of standard input."""
+    """Return the texts of the arguments. If the only argument is `-`, return the lines of standard input instead."""
     if given != ["-"]:
         return given
     lines = [line for line in sys.stdin.read().splitlines() if line]

@@ -18,8 +18,8 @@ TIMEOUT_S = 120
 
 
 async def served_tasks(endpoint: str, model: str) -> Sequence[PoolingTask]:
-    """Return the pooling tasks of a model; empty for a model that generates text, and if the gateway returns an error.
-    `endpoint`: host:port of a gateway's gRPC API."""
+    """Return the pooling tasks of a model. The result is empty if the model generates text, or if the gateway returns
+    an error. `endpoint`: host:port of a gateway's gRPC API."""
     async with AsyncClient(endpoint, timeout_s=TIMEOUT_S) as client:
         try:
             return pooling_tasks((await client.model(model)).capabilities)
@@ -55,7 +55,7 @@ async def _text(client: AsyncClient, model: str) -> str:
 
 
 async def _vectors(client: AsyncClient, model: str) -> str:
-    """Embed FIRST_TEXTS; return how near the first text is to the others, in words. Raises HeadraceError."""
+    """Embed FIRST_TEXTS, and describe how similar the first text is to each other text. Raises HeadraceError."""
     began = time.monotonic()
     vectors = list(await client.embed(model, list(FIRST_TEXTS)))
     took_s = time.monotonic() - began
@@ -67,7 +67,7 @@ async def _vectors(client: AsyncClient, model: str) -> str:
 
 
 async def _ranking(client: AsyncClient, model: str) -> str:
-    """Rank FIRST_TEXTS; return the best one, in words. Raises HeadraceError."""
+    """Rank FIRST_TEXTS by their relevance to FIRST_QUERY, and describe the result. Raises HeadraceError."""
     began = time.monotonic()
     best = next(iter(await client.rerank(model, FIRST_QUERY, list(FIRST_TEXTS))))
     took_s = time.monotonic() - began

@@ -1,6 +1,6 @@
 """Gateway figures for `status`, read from the /metrics endpoint of each local gateway process.
 
-The admin API lacks figures of the other processes, because only the first gateway process serves the admin API.
+The admin API has the figures of the first gateway process only, because no other process serves the admin API.
 """
 
 from __future__ import annotations

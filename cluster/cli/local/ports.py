@@ -15,7 +15,7 @@ from cluster.config.schema import Config
 
 TRIES = 50
 PORTS, MIN_PORT = 12_000, 10_000
-"""Number of ports from which one is chosen for port 0, and a lower limit of these ports."""
+"""Number of ports from which a free port is chosen, and the number below which no chosen port may be."""
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -42,7 +42,11 @@ def choose_ports(config: Config) -> Config:
 
 
 def _choose_port(held: contextlib.ExitStack, listen: Listen, name: str, last: int, tries: int) -> Listen:
-    """Return `listen` with a free port for the listener `name`. `held` keeps the sockets open that hold the ports."""
+    """Return `listen` with a free port for the listener `name`, after at most `tries` attempts.
+
+    The ports of the processes 1 to `last`, which follow from the chosen port, are free too. All these ports stay bound
+    until `held` is closed.
+    """
     address = getattr(listen, name)
     for remaining in reversed(range(tries)):
         with contextlib.ExitStack() as bound:

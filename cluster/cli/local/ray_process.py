@@ -43,7 +43,7 @@ class RayProcess:
         self._up.set()
 
     async def stop_starting(self, starting: asyncio.Future[None]) -> None:
-        """Stop a Ray that is still starting. `starting`: the call of `start`.
+        """Stop a Ray that is still starting. `starting`: the future of the running call of `start`.
 
         The start runs in a thread, and the thread ends only when the Ray process ends.
         """
@@ -71,7 +71,8 @@ class RayProcess:
         """Start a new Ray whenever the current Ray's head has ended. Runs until cancelled.
 
         Before the start, all processes of the cluster except `others` are ended, since engines cannot outlive the head.
-        This includes the controller, which `keep_alive` restarts. `is_unused`: whether no worker is linked.
+        This includes the controller, which `keep_alive` restarts. `is_unused` returns whether no worker is linked; a
+        Ray that is unused while it drains is killed.
         """
         while True:
             await asyncio.sleep(WATCH_S)

@@ -29,7 +29,7 @@ def runs_dir() -> Path:
 class ProcessId:
     """A process id and the process's start time (Unix seconds).
 
-    The start time tells the process from a later process that reuses the process id.
+    The start time distinguishes the process from a later process with the same process id.
     """
 
     pid: int
@@ -106,7 +106,7 @@ class RunFolder:
         return dict(endpoints) if isinstance(endpoints, dict) else {}
 
     def siblings(self) -> list[dict[str, str]]:
-        """Return the endpoints of the other gateway processes, by listener name."""
+        """Return the addresses of each gateway process except the first, by listener name."""
         siblings = self.state().get("siblings")
         return [dict(endpoints) for endpoints in siblings] if isinstance(siblings, list) else []
 

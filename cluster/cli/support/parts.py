@@ -21,7 +21,7 @@ class LeftOut(Exception):
 class Parts:
     """The parts that were collected, by the name of their file, and what was left out, with the reasons.
 
-    `deadline_s` is a time of `clock`, after which nothing more is collected.
+    `deadline_s`: time of `clock` after which nothing more is collected.
     """
 
     deadline_s: float

@@ -64,7 +64,8 @@ _FORMS = (
 class Rules:
     """Keeps only the harmless values of a document, and collects the secrets that it leaves out.
 
-    `known`: all keys that a configuration may have. Below any other key that matches _SECRET, numbers are left out too.
+    `known`: all keys that a configuration may have. A key that is not among these and has the name of a secret
+    (_SECRET) may contain a secret number, so numbers below it are left out too.
     """
 
     known: frozenset[str] = frozenset()
@@ -109,8 +110,9 @@ class Rules:
 def without_credentials(address: str) -> tuple[str, set[str]]:
     """Return an address without password, query and fragment, and the secrets that were in it.
 
-    A user name without a password is removed too, because some services accept a token as the user name; PostgreSQL
-    does not, so it stays there. A text that cannot be parsed as an address is redacted as a whole.
+    A user name without a password is removed too, because some services accept a token as the user name. In addresses
+    of PostgreSQL, which accepts no token, the user name stays. A text that cannot be parsed as an address is redacted
+    as a whole.
     """
     try:
         parts = urlsplit(address)
@@ -218,7 +220,10 @@ def hashed(name: str, salt: bytes) -> str:
 
 
 def _any_of(texts: Collection[str], before: str = "", after: str = "") -> re.Pattern[str] | None:
-    """Return a regular expression that matches any of the texts, the longest first; None without texts."""
+    """Return a regular expression that matches any of the texts, the longest first. Returns None if there are no texts.
+
+    `before`, `after`: regular expressions that must match before and after the text.
+    """
     if not texts:
         return None
     longest_first = sorted(texts, key=lambda text: (-len(text), text))

@@ -78,7 +78,7 @@ def read_file(file: Path, most_bytes: int) -> str:
 def configuration(file: Path, rules: Rules) -> Any:
     """Return the harmless values of a configuration file or of the chart's values. Raises LeftOut.
 
-    `rules` collects the secrets in it, and in the secret files that it names.
+    Adds to `rules.secrets` the secrets that the file contains, and those in the secret files that the file names.
     """
     text = read_file(file, MAX_CONFIG_BYTES)
     try:
@@ -104,7 +104,8 @@ def _secret_files(value: Any) -> Iterable[Path]:
 
 
 def _secrets_of(file: Path) -> set[str]:
-    """Return the secrets in a file; none if this user cannot read the file, since then no part has its contents."""
+    """Return the secrets in a file. Returns none if this user cannot read the file, because then the bundle cannot
+    contain them either."""
     try:
         return secrets_in_file(read_file(file, MAX_SECRET_BYTES))
     except (LeftOut, ValueError):

@@ -53,7 +53,8 @@ class Access:
 def admin_access(target: ClusterTarget) -> Access:
     """Return the access to the admin port of a command's target. An unreadable file ends the command with exit code 2.
 
-    If the address is that of the local cluster, its credential and certificate are used where the target has none.
+    If the address belongs to the local cluster, the local cluster's credential and certificate are used, unless the
+    target has its own.
     """
     address = admin_endpoint(target.endpoint, target.admin)
     run = local_run()

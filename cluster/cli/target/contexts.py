@@ -177,7 +177,7 @@ class ClusterTarget:
 def select_target(typed: TypedOptions, environment: Mapping[str, str], contexts: Contexts) -> ClusterTarget:
     """Decide which cluster and credentials a command uses. Raises ContextError.
 
-    The address is from the first of these that names one: the options, `--context`, HEADRACE_ENDPOINT or
+    The address comes from the first of these that names an address: the options, `--context`, HEADRACE_ENDPOINT or
     HEADRACE_CONTEXT, the current context. Options for the key and the CA replace those of the context.
     """
     name = _context_name(typed, environment, contexts)

@@ -69,7 +69,7 @@ def typed_names(ctx: typer.Context, names: Iterable[str]) -> frozenset[str]:
 
 
 def root_of(ctx: typer.Context) -> typer.Context:
-    """Return the context of the options before the command's name."""
+    """Return typer's context of the whole command line, which has the options before the command's name."""
     return cast(typer.Context, ctx.find_root())
 
 

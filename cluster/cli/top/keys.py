@@ -29,7 +29,7 @@ _ARROWS = {"\x1b[A": "k", "\x1b[B": "j", "\x1bOA": "k", "\x1bOB": "j", "\x1b[5~"
 
 @dataclass(frozen=True, slots=True)
 class TopState:
-    """State of the screen. `sorts`: for each view, the index of the sort column and whether its order rises.
+    """State of the screen. `sorts`: for each view, the index of the sort column and whether the order is ascending.
 
     `wanted`: the applied filter. `typed`: the filter that the user is typing, or None. `top`: index of the first row
     shown.
@@ -51,7 +51,7 @@ class TopState:
 
     @property
     def sort(self) -> tuple[int, bool]:
-        """The sort column of the shown view, and whether its order rises."""
+        """Index of the sort column of the shown view, and whether the order is ascending."""
         return self.sorts[self.view]
 
 

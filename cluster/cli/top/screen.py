@@ -1,4 +1,4 @@
-"""The screen of `headrace top`, made of an overview document, the document's age, and the state that keys change."""
+"""The screen of `headrace top`, computed from an overview document, its age, and the state that keys change."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def head(picture: Picture, state: TopState) -> list[Text]:
 
 
 def _state_line(picture: Picture, state: TopState) -> Text:
-    """Return a line with the error, or without one with the state of the controller and the gateways."""
+    """Return a line about the last error. If there is none, return a line about the controller and the gateways."""
     document = picture.document
     line = Text(no_wrap=True, overflow="ellipsis")
     if picture.error:

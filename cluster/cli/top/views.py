@@ -37,7 +37,7 @@ class Column:
 class View:
     """A page of the screen: the list of the document that it shows, its columns, and the index of the sort column.
 
-    `sort` and `is_rising` (whether the order rises) apply until the user changes the order.
+    `sort` and `is_rising` (whether the order is ascending) apply until the user changes the order.
     """
 
     name: str
@@ -115,7 +115,7 @@ def _model_state(row: Row) -> str:
 
 
 def _progress(row: Row) -> str:
-    """Return why a model is in its state, or how far its start is."""
+    """Return the stage and the progress of a model that starts, otherwise the reason for the model's state."""
     progress = row.get("progress")
     if isinstance(progress, Mapping):
         return f"{text_of(progress.get('stage'))} {percent(progress.get('fraction'))}"
@@ -123,7 +123,7 @@ def _progress(row: Row) -> str:
 
 
 def _limits(row: Row) -> str:
-    """Return the limits of a tenant that are used most, as `name used/limit`."""
+    """Return the two limits of a tenant with the highest utilization, as `name used/limit`."""
     limits = row.get("limits")
     if not isinstance(limits, Mapping):
         return UNKNOWN
@@ -248,7 +248,10 @@ def clock_of(at_s: Any) -> str:
 
 
 def selected(document: Document, view: View, sort: int, is_rising: bool, wanted: str) -> list[Row]:
-    """Return the rows of a view that contain the text `wanted` in a cell, sorted by a column; missing values last."""
+    """Return the rows of a view that contain the text `wanted` in a cell.
+
+    `sort`: index of the column by which the rows are sorted. Rows without a value in this column come last.
+    """
     column = view.columns[sort]
     rows = items_of(document, view.items)
     if wanted:
@@ -269,9 +272,9 @@ def _rank(value: str | int | float) -> tuple[int, float, str]:
 
 
 def fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Return the indices of the columns that fit into a width, in order. The first column stays.
+    """Return the indices of the columns that fit into a width, in order. The first column is never left out.
 
-    Columns without `keep` are left out first. The others follow, each time from right to left.
+    First the columns without `keep` are left out, from right to left, then the columns with `keep`, from right to left.
     """
     widths = [max([len(column.title) + 2, *(len(row[at]) for row in cells)]) + GAP for at, column in enumerate(columns)]
     shown = list(range(len(columns)))
@@ -285,6 +288,7 @@ def fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: in
 
 
 def _is_last_text(columns: Sequence[Column], at: int, shown: Sequence[int], widths: Sequence[int], width: int) -> bool:
-    """Return whether the column `at` is the last one, has texts, and may stay cut because 16 of its characters fit."""
+    """Return whether the column `at` may be cut instead of left out: the last shown column, if it has texts and at
+    least 16 of its characters fit."""
     others = sum(widths[each] for each in shown if each != at)
     return not columns[at].is_number and at == shown[-1] and width - others >= 16

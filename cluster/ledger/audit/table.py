@@ -37,7 +37,7 @@ class AuditTable:
         before: tuple[float, str] | None = None,
         limit: int = 100,
     ) -> list[dict[str, Any]]:
-        """Return a page of events, newest first. `since_s` is in seconds since the epoch.
+        """Return a page of the events since `since_s` (seconds since the epoch), newest first.
 
         `equal` maps columns to required values. `before` is the (at_s, event_id) of the previous page's last event.
         """

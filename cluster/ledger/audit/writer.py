@@ -1,9 +1,9 @@
 """Asynchronous writer of audit events to the audit file and the audit table, with a rate limit.
 
 A caller that guesses keys causes one failure event per request. So `write` does not block, and the list of waiting
-events is bounded. In each second, at most `per_second` authentication failures and policy decisions are written
-individually. The others of that second are counted in one summary event per kind, action and outcome.
-Admin actions are never rate-limited.
+events is bounded. At most `per_second` authentication failures and policy decisions are written per second. Further
+events of the same second are only counted, in one summary event per kind, action and outcome. Admin actions are never
+rate-limited.
 """
 
 from __future__ import annotations

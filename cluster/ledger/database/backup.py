@@ -128,10 +128,10 @@ def _insert(connection: Connection, table: Table, columns: Sequence[str], rows: 
 
 
 def _advance_sequence(connection: Connection) -> None:
-    """Continue the change sequence far above every number in the backup, and make all readers reload.
+    """Continue the change sequence far above every number in the backup, and make readers read all rows again.
 
-    A reader may have seen higher numbers in the lost database than the backup contains. No new change may reuse such
-    a number.
+    A reader may have seen numbers in the lost database that are higher than all numbers in the backup. No new change
+    may get one of these numbers.
     """
     newest = 1
     for table in (tenants, keys):

@@ -19,7 +19,8 @@ def next_change(connection: Connection) -> int:
 
 
 def require_reload(connection: Connection, number: int) -> None:
-    """Make readers of snapshots older than change `number` reload all tenants and keys. Needed after a deletion."""
+    """Make each reader that has not seen change `number` read all tenants and keys again, as is needed after a
+    deletion."""
     connection.execute(update(change_sequence).where(change_sequence.c.id == 1).values(reload_from=number))
 
 

@@ -1,4 +1,4 @@
-"""Retention of usage and audit. A number of days in a tenant's policy overrides the cluster's number of days."""
+"""Retention of usage and audit rows. A tenant's policy may override the cluster's number of days."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Keys:
             return [_stored(row) for row in connection.execute(query)]
 
     def get(self, tenant: str, key_id: str) -> StoredKey:
-        """Return a key of a tenant. Raises NotFound, also if the key belongs to another tenant."""
+        """Return a key of a tenant. Raises NotFound, even if another tenant has a key with this id."""
         with reading(self._engine) as connection:
             return _stored(_row(connection, tenant, key_id))
 

@@ -1,7 +1,7 @@
 """The tenant service: operations on tenants, keys, usage and audit for the admin API and the command line.
 
 `TenantService` is the interface. `LedgerTenantService` implements the interface on a database. The CLI's
-`RemoteTenantService` implements the interface over the admin API. Every attempted change is audited, also if the
+`RemoteTenantService` implements the interface over the admin API. Every attempted change is audited, even if the
 change fails. Suspending a tenant, deleting a tenant and revoking a key need a reason.
 """
 
@@ -31,7 +31,7 @@ PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 class TenantService(Protocol):
     """Operations on tenants, keys, usage and audit. Every operation may raise LedgerError or a subclass of LedgerError.
 
-    `changes` and `own` have the configuration's field names as keys. A value of None removes the field's value.
+    `changes` and `own` have field names of the configuration as keys. The value None removes a field.
     """
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
@@ -78,9 +78,9 @@ class TenantService(Protocol):
         """Return usage records in order of time."""
 
     def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
-        """Return by tenant and model how many calls met or missed their model's SLO. `group_by` is not used.
+        """Return by tenant and model how many calls met or missed the model's SLO. `wanted.group_by` is ignored.
 
-        `objectives`: the SLOs by model; None means those that the service knows.
+        `objectives`: the SLO of each model; None means the SLOs that the service has.
         """
 
     def audit(
@@ -193,7 +193,10 @@ class LedgerTenantService:
         request_id: str = "",
         validate_only: bool = False,
     ) -> StoredTenant:
-        """See TenantService. With `request_id`, an existing tenant with the same policy is returned, as for a retry."""
+        """See TenantService.
+
+        With `request_id`, the request may be a retry: if the tenant exists already with the same policy, return it.
+        """
 
         def operation() -> StoredTenant:
             policy = self._policy_of(name, own)
@@ -225,7 +228,7 @@ class LedgerTenantService:
         return self.ledger.tenants.get(name)
 
     def tenants(self, after: str = "") -> Iterator[StoredTenant]:
-        """See TenantService. Returns only the tenants that follow `after` in the order of names."""
+        """Return the tenants in the order of their names, beginning after the name `after`."""
         while page := self.ledger.tenants.list(after=after, limit=PAGE):
             yield from page
             after = page[-1].policy.name

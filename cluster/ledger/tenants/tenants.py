@@ -43,7 +43,7 @@ class Tenants:
     ) -> StoredTenant:
         """Create a tenant.
 
-        Raises AlreadyExists, also if a deleted tenant with the same name still has usage.
+        Raises AlreadyExists, even if the tenant with this name is deleted but still has usage.
         """
         now = self._clock()
         with writing(self._engine) as connection:

@@ -73,7 +73,7 @@ class WatchStatistics:
 class Watcher:
     """Poller of the newest snapshot. `read` is `Ledger.snapshots.read`.
 
-    `declared` has the tenants of the configuration file. Declared tenants override the database's tenants, also while
+    `declared` has the tenants of the configuration file. Declared tenants override the database's tenants, even while
     the database is unreachable. `on_change` is called in the poller's thread.
     """
 

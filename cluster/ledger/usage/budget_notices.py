@@ -1,4 +1,4 @@
-"""Budget notices to send to a webhook. The first gateway that finds a notice stores the notice.
+"""Budget notices to send to a webhook. The first gateway that sees a budget cross a threshold stores the notice.
 
 Only one gateway at a time sends a notice: before each attempt, the gateway claims the notice by moving `next_try_at`.
 If a gateway dies while sending, another gateway sends the notice later. The receiver may then get the notice twice,

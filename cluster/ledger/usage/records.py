@@ -82,8 +82,8 @@ class OpenRecord:
 class UsageRecord:
     """The counts of an admitted call that has ended. Times are in seconds; `opened_at_s` counts from the epoch.
 
-    `cached_tokens` are the prompt tokens that the engine found in its prefix cache; `predicted_cached_tokens` are those
-    that the call's gateway expected there, None without a prediction and in records of older releases.
+    `cached_tokens` is the number of prompt tokens that the engine found in its prefix cache. `predicted_cached_tokens`
+    is the number that the call's gateway expected; None without a prediction and in records of older releases.
     `completion_tokens` were delivered and are billed; `generated_tokens` came from the engine. `reasoning_tokens` is
     the number of completion tokens that are reasoning. It is 0 in records of older releases, for outputs that did not
     end, and with `delivered_unknown`. `gpu` is the accelerator's type and determines the price of

@@ -21,9 +21,9 @@ class ResumedSegments:
         self._engine = engine
 
     def claim(self, names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
-        """Claim names in one transaction. Each entry of `names` is a (name, expires_at_s), in seconds since the epoch.
+        """Claim names in one transaction. Returns one value per entry of `names`: True if the name was unclaimed.
 
-        Returns one value per entry: True if the name was unclaimed. Raises StoreUnavailable.
+        Each entry is a (name, expires_at_s); times are in seconds since the epoch. Raises StoreUnavailable.
         """
         first: dict[str, int] = {}
         for at, (name, _) in enumerate(names):

@@ -25,9 +25,10 @@ class SloTable:
         self._engine = engine
 
     def query(self, usage_query: UsageQuery, objectives: SloObjectives) -> list[SloSum]:
-        """Return the results of the query's calls by tenant and model, sorted. `group_by` is not used.
+        """Return how many of the query's calls met or missed the SLO, sorted by tenant and model.
 
-        Only the first output of a call is judged, and no part after a resume. Raises StoreUnavailable.
+        Each call is judged by one usage record: that of its first output before any resume. `usage_query.group_by` is
+        ignored. Raises StoreUnavailable.
         """
         result = _result(objectives)
         counts = [func.sum(case((result == name, 1), else_=0)).label(name) for name in (*COUNTED, *NOT_COUNTED)]
@@ -46,7 +47,7 @@ def _sum(row: dict[str, Any], objectives: SloObjectives) -> SloSum:
 
 
 def _result(objectives: SloObjectives) -> ColumnElement[str]:
-    """Return the SQL expression for the result of a record, one of COUNTED and NOT_COUNTED."""
+    """Return the SQL expression for the result of a record, which is one of the names in COUNTED and NOT_COUNTED."""
     judged = {model: objective for model, objective in objectives.items() if objective.ttft_s or objective.itl_s}
     if not judged:
         return case((usage.c.delivered_unknown, literal("unknown")), else_=literal("not_judged"))

@@ -82,7 +82,7 @@ class UsageTable:
     def tokens_since(
         self, since_day: str, tenants: Iterable[str] | None = None, *, before_day: str = ""
     ) -> dict[str, int]:
-        """Return the sum of prompt and completion tokens by tenant, as budgets count tokens.
+        """Return the sum of prompt and completion tokens by tenant, which is what a budget limits.
 
         The sums include `since_day` and exclude `before_day` ("" means no end). `tenants` None means all tenants.
         """

@@ -1,6 +1,6 @@
 """Commands for adapters (LoRA): check an adapter's files against its base model; load, unload and list adapters.
 
-The controller executes the changes. The listed states are those on the workers that are linked to the asked gateway.
+The controller executes the changes. `list` shows the state of an adapter on the workers that are linked to the gateway.
 """
 
 from __future__ import annotations

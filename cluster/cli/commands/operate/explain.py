@@ -1,4 +1,4 @@
-"""Command explain request, which shows where a call went and why, and compares predicted and found cached tokens."""
+"""Command explain request, which shows where a call went and why, and its predicted and actual cached tokens."""
 
 from __future__ import annotations
 

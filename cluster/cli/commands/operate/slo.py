@@ -20,9 +20,9 @@ _MONTH = re.compile(r"(\d{4})-(0[1-9]|1[0-2])")
 
 
 def days_of(month: str, now_s: float) -> tuple[str, str]:
-    """Return the first and the last day of a month like 2026-10; of the present month (UTC) for "".
+    """Return the first and the last day of `month`, such as 2026-10. "" means the current month (UTC).
 
-    Raises ValueError for another form, and for a month that has not begun.
+    Raises ValueError for a text of another form, and for a month that has not begun.
     """
     present = time.strftime("%Y-%m", time.gmtime(now_s))
     month = month or present
@@ -80,7 +80,7 @@ def _row(each: SloSum) -> dict[str, Any]:
 
 
 def _objective(objective: SloObjective | None) -> str:
-    """Return an objective as words. A controller of an older release sends no target."""
+    """Describe an objective in words. The target is unknown if the controller is of an older release."""
     if objective is None:
         return "-"
     target = f"{objective.target:.4g}" if objective.target else "unknown share"

@@ -147,8 +147,11 @@ def _page(parts: Parts, address: str) -> str:
 
 
 def _metrics_addresses(given: Sequence[str], run: RunFolder | None, config: Any) -> list[str]:
-    """Return the addresses of metrics pages: the given ones and those of the local cluster. Without a local cluster and
-    given addresses, the configuration's is used. A controller's address is found only if it is given."""
+    """Return the addresses of metrics pages: the given addresses, and those of the gateways of the local cluster.
+
+    If no address is given and no local cluster is up, return the metrics address in the configuration. The address of a
+    controller is included only if it is given.
+    """
     if run is not None:
         return [*given, *(each["metrics"] for each in (run.endpoints(), *run.siblings()) if each.get("metrics"))]
     gateway = config.get("gateway") if isinstance(config, Mapping) else None

@@ -63,7 +63,7 @@ def _overview(api: Admin) -> dict[str, Any]:
 
 
 def _run(console: SafeConsole, poller: Poller) -> None:
-    """Show pictures and react to keys until the user quits. Ctrl-C ends the command with exit code 130."""
+    """Show the overview and react to keys until the user quits. Ctrl-C ends the command with exit code 130."""
     state, shown = TopState(), None
     with (
         keyboard() as keys,
@@ -83,7 +83,7 @@ def _run(console: SafeConsole, poller: Poller) -> None:
 class Poller:
     """Reads the overview in a thread, so that a slow gateway does not delay the keys. Used as a context manager.
 
-    After a failed read, the picture has the last document with its age, and the error.
+    After a failed read, `picture` returns the last document together with its age and the error.
     """
 
     def __init__(

@@ -142,7 +142,7 @@ async def run_pod_controller(
 
     If `lease` names a Lease, the controller runs only while this pod holds the Lease. `account` is the folder of the
     pod's service account. `loaded` is the result of reading the configuration file, which may have invalid models.
-    `metrics`, `gauges`: those of this process.
+    The metrics in `metrics` and `gauges` are updated while the controller runs.
     Raises ValueError if a Lease is named outside a pod.
     """
     from cluster.controller.process import run_controller
@@ -209,7 +209,7 @@ def _load(file: Path, check: bool, lenient: Callable[[Path], PartialConfig]) -> 
 
 
 def _refuse_lacks(lacks: Iterator[str], file: Path, check: bool) -> None:
-    """Exit with code 2 if anything is missing. With `check`, exit with code 0 if nothing is missing."""
+    """Exit with code 2 if `lacks` yields a message. Otherwise, exit with code 0 if `check` is set."""
     messages = [f"{file}: {lack}" for lack in lacks]
     if messages:
         fail("\n".join(messages), USAGE)

@@ -4,11 +4,11 @@
 Secrets with certificates, for a renewal.
 
 The key pepper, the cluster secret, the database password and Ray's token are printed only for a first install. These
-four are in one immutable Secret, which Kubernetes protects against changes. `--authority FOLDER` keeps the files that
-renewals need:
+four are in one immutable Secret, which Kubernetes protects against changes. With `--authority FOLDER`, the files that a
+renewal needs are stored in FOLDER:
 
     FOLDER/ca.crt, ca.key            the link's authority, with the same files as from `headrace certs ca`
-    FOLDER/clients/ca.crt, ca.key    the authority of the client ports' certificate; clients pin it
+    FOLDER/clients/ca.crt, ca.key    the authority of the client ports' certificate; clients trust only this one
     FOLDER/clients/hosts             additional host names of the client ports, one per line
     FOLDER/issued, clients/issued    serial numbers of issued certificates, for `headrace certs revoke`
 """

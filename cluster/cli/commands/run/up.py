@@ -295,7 +295,7 @@ def _say_ready(
 
 
 def _local_option() -> str:
-    """Return ` --context local` if a context or a variable names another cluster, else ""."""
+    """Return ` --context local` if the current context or an environment variable selects a cluster, else ""."""
     with suppress(ContextError):
         if not select_target(TypedOptions(), os.environ, read_contexts(contexts_file())).is_named:
             return ""
@@ -328,9 +328,9 @@ def _commands_to_try(command: str, name: str, where: Mapping[str, str], tasks: S
 
 
 def _command_to_type(tool: str) -> str:
-    """Return what a user must type to run a tool of this Python's folder.
+    """Return what a user must type to run the program `tool` in the folder of this Python.
 
-    The result is the tool's name if PATH leads to that tool, else the tool's path.
+    The result is the program's name if the shell finds this program on PATH, else the program's path.
     """
     here = Path(sys.executable).parent / tool
     on_path = shutil.which(tool)

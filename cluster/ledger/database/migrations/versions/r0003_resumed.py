@@ -1,4 +1,4 @@
-"""Table of resume claims: names that gateways have claimed in order to resume broken streams."""
+"""Table of resume claims. A gateway resumes a broken stream only if it can claim the names of the stream."""
 
 from __future__ import annotations
 
