@@ -149,7 +149,7 @@ class Charges:
         self._fields = Bucket(limits.unauthenticated_header_bytes_per_s, limits.unauthenticated_header_bytes_burst, now)
 
     def admit(self, now: float) -> None:
-        """Replace the buckets by the full buckets of an authenticated connection."""
+        """Give the connection, which is authenticated now, the larger token buckets, which begin full."""
         limits = self._limits
         self._frames = Bucket(limits.resets_per_s, limits.resets_burst, now)
         self._fields = Bucket(limits.header_bytes_per_s, limits.header_bytes_burst, now)

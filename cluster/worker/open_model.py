@@ -35,7 +35,7 @@ VLLM_MAX_LORA_RANK = 16
 def open_model(settings: ReplicaSettings, progress: Progress | None = None) -> OpenedModel:
     """Find or fetch the model, build its bundle and create its engine (not started). Blocks. Raises ValueError.
 
-    `progress`: called with the bytes of the weights while they are fetched."""
+    `progress`: called during a fetch with the number of bytes of the weights so far, of all, and the file."""
     if is_simulated(settings.spec):
         return _open_simulated(settings)
     _refuse_code(settings)

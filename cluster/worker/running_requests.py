@@ -44,7 +44,7 @@ class RunningRequests:
         close_session: Callable[[str], None] = lambda _: None,
         release_adapter: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Create an empty set. `is_lost(incarnation)`: whether this worker has no working link to that gateway.
+        """Create an empty set. `is_lost(incarnation)`: whether the gateway process has no working link here.
         `close_session`: ends a request's session of the output parser. `release_adapter`: ends a request's use of its
         adapter."""
         self._info = info

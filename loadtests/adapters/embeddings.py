@@ -1,4 +1,4 @@
-"""Part embeddings: what a vector costs, against vLLM's own server on the same model.
+"""The part `embeddings`: what a vector costs, compared with vLLM's own server on the same model.
 
 64 concurrent callers ask both servers for the vector of one text each, by OpenAI's API; Headrace also by gRPC. The part
 measures the CPU time of everything but the engine core, the embeddings a second, and the largest difference of a vector

@@ -48,7 +48,7 @@ NOTICED_S = 5.0
 
 
 def source(model: Path, seed: int) -> str:
-    """Return the source of all four workers. Tokens come from the whole vocabulary, so that bytes of broken characters
+    """Return the model source (`sim://...`) of all four workers. Tokens come from the whole vocabulary, so that bytes of broken characters
     occur.
     """
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"

@@ -63,7 +63,7 @@ def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[WholeEngine, 
 
 
 def adapter_files(arguments: argparse.Namespace) -> AdapterStore | None:
-    """Return the store of adapters, beside the file --ready; None if the engine takes none."""
+    """Return the store of adapters, in the folder of the file `--ready`; None if the engine takes no adapters."""
     engine = json.loads(arguments.engine)
     if not engine.get("enable_lora"):
         return None

@@ -62,7 +62,7 @@ class Parts:
 
 
 def as_text(document: Any) -> str:
-    """Return a JSON document as text. Values that JSON does not have become texts."""
+    """Return a JSON document as text. Values of types unknown to JSON are written as strings."""
     return json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n"
 
 

@@ -95,7 +95,7 @@ class PatternStage:
         return out, self._decided_marks(last and not self.refused)
 
     def _filtered(self, limit: int) -> str:
-        """Decide all positions before `limit`. Returns the filtered text up to the last decided position."""
+        """Decide for each character before `limit` whether it passes. Returns the filtered text that is final now."""
         text, at, out = self._text, self._at, []
         for start, end in self._patterns.find(text, at):
             if start >= limit:

@@ -87,7 +87,7 @@ class GuardedText:
         return GUARD if self.refused else stop
 
     def text_of(self, token_id: int) -> str:
-        """Add one token and return the decided text."""
+        """Add one token and return the text that the guards have cleared since, "" while they wait for more."""
         self.push((token_id,))
         return self.pop_text(False)
 

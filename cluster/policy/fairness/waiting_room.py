@@ -111,9 +111,9 @@ class WaitingRoom:
     def admit(self, waiting: WaitingSequence, now: float, starts_in_s: float = 0.0) -> RoomAdmission:
         """Admit a sequence, or return the reason of the refusal. A full room may shed other sequences first.
 
-        Sequences in `shed` no longer wait, even if the new sequence is refused. `starts_in_s`: seconds until the
-        earliest possible start; a sequence with an earlier deadline is refused at once. Raises ValueError for a call id
-        that already waits.
+        The result names the sequences that were shed, which wait no longer even if the new one is refused.
+        `starts_in_s`: seconds until the earliest possible start; a sequence with an earlier deadline is refused at
+        once. Raises ValueError for a call id that already waits.
         """
         outcome = self._check_tenant_bounds(waiting)
         if outcome is None and waiting.deadline is not None and now + starts_in_s >= waiting.deadline:

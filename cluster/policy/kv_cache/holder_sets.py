@@ -27,7 +27,8 @@ Members = tuple[int, int]
 
 
 def members_of_word(word: int) -> Members:
-    """Return the workers in the fields of a word. The word must not be a number in the table."""
+    """Return the workers that a word holds, one in each bit field. Not for a word that is a number in the table of
+    larger sets."""
     held = expected = 0
     while word:
         field = word & _FIELD

@@ -37,8 +37,7 @@ class TextJobs:
         self.is_quick = is_quick
 
     def is_short(self, chars: int) -> bool:
-        """Return whether a text of `chars` characters is tokenized on the event loop, since that takes a millisecond at
-        most."""
+        """Return whether a text of `chars` characters is short enough for the event loop: a millisecond at most."""
         return chars <= ENCODE_OFFLOAD_CHARS and self.is_quick
 
     async def run(

@@ -143,7 +143,8 @@ def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[Replic
 
 
 def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
-    """Whether the replicas are worth the wanted number, or the maximum number of replicas is reached."""
+    """Whether the capacity of the replicas, in replicas of the usual kind, reaches the wanted number, or their count
+    its maximum."""
     settings = claim.seen.settings
     if len(settings.gpus) > 1 and sum(mine.values()) >= settings.max_replicas:
         return True

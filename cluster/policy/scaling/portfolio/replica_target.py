@@ -227,7 +227,8 @@ def _update_fidelity(
 
 
 def target(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, now_s: float) -> tuple[ReplicaTarget, ModelMemory]:
-    """Return the replica target of the model, with patience for scaling down, and the memory with the new target."""
+    """Return the replica target of the model, and the memory for the next pass. The target falls only after the demand
+    has been low for some time."""
     settings, have = seen.settings, sum(r.state != "draining" for r in seen.replicas)
     cold_s = max(settings.cold_start_s, 1.0)
     levels, rule = memory.levels, memory.rules[0] if memory.rules else None
