@@ -167,8 +167,8 @@ class Pool:
         )
 
     def wait_s(self, now: float) -> float:
-        """Seconds until the next connection may be accepted. Positive if too many connections were closed lately to make
-        room for new ones."""
+        """Seconds until the next connection may be accepted. Positive if too many connections were closed lately to
+        make room for new ones."""
         self._tokens = min(self._tokens + (now - self._tokens_at) * self._per_s, self._burst)
         self._tokens_at = now
         return max(1.0 - self._tokens, 0.0) / self._per_s

@@ -109,8 +109,8 @@ class ServerState(Http2State):
         return True
 
     def receive_window_of(self, holder: H2Stream | ServerState, size: int) -> bool:
-        """Apply a WINDOW_UPDATE of `size` bytes to the send window of a stream or of the connection. Returns False, with
-        nothing changed, if the size is wrong and receive_frame must handle the frame."""
+        """Apply a WINDOW_UPDATE of `size` bytes to the send window of a stream or of the connection. Returns False,
+        with nothing changed, if the size is wrong and receive_frame must handle the frame."""
         window = holder.outbound_flow_control_window + size
         if not size or window > MAX_WINDOW:
             return False

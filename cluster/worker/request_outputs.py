@@ -192,8 +192,8 @@ class RequestOutputs:
         is_lost: Callable[[str], bool],
         forget: Callable[[str, Outcome], None],
     ) -> None:
-        """`running`: the running requests by engine request id. `is_lost(incarnation)`: whether this worker has no
-        working link to that gateway. `forget(request_id, outcome)`: removes an ended request from `running`."""
+        """`running`: the running requests by engine request id. `is_lost(incarnation)`: whether a gateway process has
+        no working link here. `forget(request_id, outcome)`: removes an ended request from `running`."""
         self._running = running
         self._detached = detached
         self._window = window
