@@ -2,7 +2,7 @@
 
 TPOT is (last piece - first piece) / (tokens - 1) with the server's own token count, so coalescing several tokens into a
 piece cannot improve TPOT. ITL is the gap between two pieces of text. Coalescing makes ITL longer, never shorter. Two
-more figures are reported beside ITL: the share of pieces with one token, and the longest silent gap.
+more figures are reported together with ITL: the share of pieces with one token, and the longest silent gap.
 """
 
 from __future__ import annotations

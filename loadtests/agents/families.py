@@ -1,7 +1,7 @@
 """Three families of tokenizers with their chat templates, trained on real code and prose.
 
-Their vocabularies have 32,000 pieces, so that a token covers about as many characters as in a published model. Their
-kinds are those of tests/support/tokenizer_kinds.py, whose vocabularies are too small for that.
+Their vocabularies have 32,000 pieces, so that a token covers about as many characters as in a published model. The
+tokenizers are of the same kinds as in tests/support/tokenizer_kinds.py, where the vocabularies are smaller.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def bundle(family: str) -> Bundle:
-    """Return the bundle of a family, trained anew: that takes some seconds."""
+    """Train the tokenizer of a family, which takes some seconds, and return the family's bundle."""
     config = {"model_type": family, "max_position_embeddings": 262_144}
     if family == "metaspace":
         tokenizer, template = _metaspace(), checkpoints.TEMPLATES / "mistral.jinja"

@@ -1,4 +1,5 @@
-"""Part cost: CPU of a gateway with 20 open consoles against the same gateway with none, in paired rounds.
+"""The part `cost`: CPU time of a gateway with 20 open consoles, compared with the same gateway without consoles, in
+paired rounds.
 
 Each round runs the same calls twice, once with the consoles open and once without; the order alternates. The consoles
 are read by this process, whose CPU is not counted.
@@ -29,7 +30,7 @@ ROWS: Mapping[str, Bound | None] = {SHARE: Bound("<=", 3.0), RATIO: None}
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the rounds, and return the rows. Raises DidNotStart, RuntimeError."""
+    """Run the rounds, and return the report's rows. Raises DidNotStart, RuntimeError."""
     options = stage.options
     bed = await beds.start(stage, "cost", WORKERS, STREAMS)
     stage.report.settings["cores of cost"] = bind(options.pin, [bed.gateway.pid], [bed.pool.pid])

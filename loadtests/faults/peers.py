@@ -36,7 +36,7 @@ BEGUN_S, ENDS_S, BACK_S = 30.0, 120.0, 60.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Return the source of every backend."""
+    """Return the model source of the simulated engines, the same for all backends."""
     room = f"max_num_seqs={2 * STREAMS}&max_num_batched_tokens=4096&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=100000&{room}&seed={seed}&{plain}"
 

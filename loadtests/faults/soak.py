@@ -30,7 +30,7 @@ DRAWS, BLOCKS = 500, 15
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Return the source of every worker. The engine answers as fast as a caller can read."""
+    """Return the workers' model source. The engine answers as fast as a caller can read."""
     return f"sim://{model}?decode_ms=2&prefill_tokens_per_s=1000000&max_model_len=2048&seed={seed}&{plain}"
 
 

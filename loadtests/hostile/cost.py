@@ -38,7 +38,7 @@ ROWS: Mapping[str, Bound] = {TITLE.format(api): BOUND for api in (GRPC, HTTP, SE
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run both checkouts alternately and return the rows."""
+    """Run both checkouts alternately and return the report's rows."""
     against = stage.options.against
     if against is None:
         return [missing(row, bound, "no other checkout was named (--against)") for row, bound in ROWS.items()]

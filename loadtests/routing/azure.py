@@ -1,4 +1,5 @@
-"""Part azure: Azure's conversation trace, in which nothing can be reused, compared with the policy "least load"."""
+"""The part `azure`: Azure's conversation trace, in which nothing can be reused, compared with the policy "least
+load"."""
 
 from __future__ import annotations
 

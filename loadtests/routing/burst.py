@@ -1,4 +1,5 @@
-"""Part burst: 64 calls with one prefix within a millisecond, on eight workers, all or one of which hold the prefix.
+"""The part `burst`: 64 calls with one prefix within a millisecond, on eight workers, all or one of which hold the
+prefix.
 
 Load is the number of calls that were sent to a worker, 5 s after the burst.
 """

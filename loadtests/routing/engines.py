@@ -1,11 +1,12 @@
-"""Part engines: multi-turn chats on two vLLM workers, beside one pooled LRU cache and vllm-router on the same engines.
+"""The part `engines`: multi-turn chats on two vLLM workers, compared with one pooled LRU cache, and with vllm-router on
+the same engines.
 
 `python -m loadtests.routing.engines` runs it alone. The gateway runs in this process, so that each call's prediction is
 read when the call is sent to its worker. All chats begin with the same text, but half of them have another cache_salt.
 
 A prediction differs from what the engine found if blocks were evicted or stored between the worker's last report and
-the call's start. A difference is traced if, after the decision, the worker has reported the block at which they differ
-as removed or as stored.
+the call's start. A difference is traced if the worker has reported, after the decision, that it removed or stored the
+first block for which the prediction was wrong.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class Decision:
 
 @dataclass(slots=True)
 class Journal:
-    """What a gateway decided, and what its workers reported."""
+    """A record of a gateway's routing decisions and of its workers' reports of blocks."""
 
     caches: WorkerCaches
     decisions: dict[int, Decision] = field(default_factory=dict)
@@ -196,7 +197,7 @@ class Journal:
     """Time, worker, stored and removed blocks."""
 
     def install(self) -> None:
-        """Record the gateway's calls of its cache index."""
+        """Wrap the methods of `caches`, so that the journal records the gateway's calls."""
         expect, report = self.caches.expect, self.caches.report
 
         def observed_expect(link: WorkerLink, key: str, request: EngineRequest, now: float) -> None:

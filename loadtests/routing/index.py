@@ -1,4 +1,4 @@
-"""Part index: the gateway's cache index with a thousand workers and ten million pairs of block and worker.
+"""The part `index`: the gateway's cache index with a thousand workers and ten million pairs of block and worker.
 
 `python -m loadtests.routing.index` runs it alone. Times of the index are CPU times of the thread that uses it, since
 other programs run on the same machine. Peers: a dict of sets, and the index of Dynamo's router through its Python

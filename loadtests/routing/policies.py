@@ -33,7 +33,7 @@ _NONE = RoutingDecision(None, "no_free_sequence", ())
 
 
 def _chosen(choose: Callable[[RouteCall, list[Candidate]], Candidate]) -> Picker:
-    """Return a policy that applies a choice to the candidates with free capacity."""
+    """Return a policy that calls `choose` with the candidates that have capacity for the call."""
 
     def picker(call: RouteCall, candidates: Sequence[Candidate]) -> RoutingDecision:
         fitting = [candidate for candidate in candidates if _fits(call, candidate)]
@@ -43,7 +43,8 @@ def _chosen(choose: Callable[[RouteCall, list[Candidate]], Candidate]) -> Picker
 
 
 def _load(candidate: Candidate) -> tuple[float, float, str]:
-    """Order of least load: waiting prompt tokens, with 2,000 for each running sequence."""
+    """Sort key of the load: prompt tokens to compute, plus 2,000 for each running sequence. Ties go to the worker that
+    has waited longest for a call."""
     return candidate.prefill_tokens + 2000.0 * candidate.running, candidate.last_sent, candidate.worker_id
 
 

@@ -1,6 +1,6 @@
 """Simulated worker with a prefix cache, in virtual time without steps.
 
-Prompts are computed one after the other, in chunks, beside the running sequences. A step takes
+Prompts are computed one after the other, in chunks, in the same steps as the running sequences. A step takes
 
     step_s + per_sequence_s * running + chunk / prefill_tokens_per_s
 
@@ -225,7 +225,7 @@ class PrefixWorker:
         self._reported_steps = whole
 
     def _go_on(self) -> None:
-        """Begin the next prompt if one fits, plan the next event, and grant what is free."""
+        """Begin the next prompt if one fits, plan the next event, and grant the free capacity."""
         if self._prefilling is None and self._queue and len(self._running) < self._model.max_running:
             job = self._queue[0]
             prompt = job.prompt

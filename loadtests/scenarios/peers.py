@@ -1,4 +1,4 @@
-"""Peers: our stack beside other serving stacks, on one tiny model with one set of engine settings, alternating.
+"""Peers: our stack compared with other serving stacks, on one tiny model with one set of engine settings, in turn.
 
 vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d). Ray Serve's own gRPC proxy
 and its direct ingress (e) run in front of a plain vLLM deployment. Our stack (f, g, h) is a gateway process and a
@@ -351,8 +351,8 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
 
 
 def _renamed(stage: Stage, contestant: Contestant, part: str) -> Arm:
-    """Return the arm under which a contestant is measured in `part`. Our arm gets a new name, since it runs a second
-    time beside the late arm.
+    """Return the arm under which a contestant is measured in `part`. Our gRPC arm gets a new name, since it runs again
+    in this part.
     """
     if contestant.arm.name != GRPC:
         return contestant.arm

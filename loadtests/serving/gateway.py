@@ -31,8 +31,8 @@ grow.
 
 class Stalls:
     """Lateness of the event loop. `cpu_s`: the loop thread's own CPU time within the worst stall. If this time is much
-    shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: the largest
-    lateness that the CPU time of the process accounts for.
+    shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: like the worst
+    lateness, but each lateness counts at most the CPU time that the process used meanwhile.
     """
 
     def __init__(self, path: Path, begins_later: bool = False) -> None:
