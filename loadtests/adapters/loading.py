@@ -3,7 +3,7 @@ added.
 
 Callers ask the base model and a loaded adapter all the time. The part measures the time until every linked replica
 takes calls for all adapters, once from the declaration of a second adapter, and twice from the link of a replica that
-has just started. A simulated engine takes 50 ms to load an adapter. The part real_loading does the same with two vLLM
+has just started. A simulated engine takes 50 ms to load an adapter. The part `real_loading` does the same with two vLLM
 replicas.
 """
 

@@ -24,7 +24,8 @@ ENGINE: Mapping[str, object] = {
     "distributed_executor_backend": EXECUTOR,
     "enable_prefix_caching": False,
 }
-"""Engine arguments of both sides. Without a cache of prefixes the core, which is not measured, need not hash them."""
+"""Engine arguments of both sides. Prefix caching is off, since it would only make the core hash prompts, and the core
+is not measured."""
 
 
 async def write_models(children: Children, folder: Path, texts: Mapping[str, Mapping[str, str]]) -> Path:

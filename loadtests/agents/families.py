@@ -28,7 +28,8 @@ FAMILIES: Final = {
 }
 """Names of the families, each with its kind in words."""
 SCALES: Final = {"byte-level": 1.185, "metaspace": 0.827, "gpt-2": 1.006}
-"""By family, the factor for a conversation's lengths with which it has 142,000 tokens at the end."""
+"""For each family, the factor by which a conversation's lengths are multiplied so that its last prompt has 142,000
+tokens."""
 HAS_TOOLS: Final = ("byte-level",)
 """Families whose template renders tool calls and tool results."""
 TEMPLATES: Final = Path(__file__).parents[2] / "tests" / "data" / "chat_templates"

@@ -40,7 +40,8 @@ from loadtests.serving import ours as serving
 SAMPLED = (1, 11, 22, 33, 43)
 """Numbers of the turns that the other side gets too, the first turn being 1."""
 ANSWER_TOKENS = 4
-"""Tokens of an answer: a turn's cost is that of its prompt. The part tool_tokens measures streamed tokens."""
+"""Tokens of an answer. They are few, so that the cost of a turn is that of its prompt. The part tool_tokens measures
+streamed tokens."""
 SETTLE_S = 0.005
 WARM_CHARS = 100_000
 IDLE_S, IDLE_SHARE, IDLE_WITHIN_S = 0.5, 0.1, 60.0

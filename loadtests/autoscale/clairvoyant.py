@@ -31,7 +31,7 @@ recursion does not know that a stream of a leaving replica is computed again on 
 NEAR = 0.1
 """Largest miss of the SLO target at which a plan is retried with lingering replicas."""
 BESIDE = 30.0
-"""Number of running sequences assumed beside a prompt when the prefill time of the prompt is estimated."""
+"""Number of running sequences that is assumed when the prefill time of a prompt is estimated."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ LIMITS = Limits(call_s=60.0, run_s=120.0)
 RATIO = "gateway CPU per token with them against without"
 SHARE = f"gateway CPU of {CONSOLES} open consoles, {STREAMS} streams and {WORKERS} workers, % of a core"
 ROWS: Mapping[str, Bound | None] = {SHARE: Bound("<=", 3.0), RATIO: None}
-"""The share has the bound. The ratio depends on how much else the gateway does."""
+"""Only the share has a bound, because the ratio depends on how much else the gateway does."""
 
 
 async def measure(stage: Stage) -> list[Figure]:

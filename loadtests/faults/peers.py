@@ -1,9 +1,10 @@
-"""Streams that finish despite a lost backend: ours, vllm-router and Ray Serve's gRPC proxy, each with two backends.
+"""Streams that finish despite a lost backend, behind our gateway, vllm-router and Ray Serve's gRPC proxy, each with two
+backends.
 
 All backends use the same simulated engine: our workers, plain OpenAI servers, and replicas of a plain deployment. In a
 round all streams begin together; when each stream has received some pieces, one backend gets SIGKILL. A stream finishes
 when all its tokens arrive, with exactly the text that the same arm gave undisturbed. Each peer retries as by default.
-Rounds of vllm-router have their own engines and router; ours and Ray's backends are restarted automatically.
+Each round of vllm-router starts its own engines and router; our backends and Ray's are restarted automatically.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ WORKERS, STREAMS, FRESH = 4, 32, 4
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 WORDS, TOKENS, FRESH_TOKENS = 100, 60, 10
 GROWN_WORDS = 8
-"""Number of extra words in the prompts of fresh calls. They stand for the emitted tokens of an interrupted call, which
-must be computed, too.
+"""Number of extra words in the prompts of new calls: as many as an interrupted call has emitted, since its emitted
+tokens must be computed, too.
 """
 BEGUN_CHUNKS = 12
 CALM = "calm"
@@ -66,7 +66,7 @@ class Episode:
     not cause.
     """
     fresh_s: list[float] = field(default_factory=list)
-    """TTFT of fresh calls before the fault. In a calm episode: TTFT of the crowd of fresh calls."""
+    """TTFT of new calls before the fault. In a calm episode: TTFT of the crowd of new calls."""
     before_s: list[float] = field(default_factory=list)
     during_s: list[float] = field(default_factory=list)
     """Gaps between the chunks of the survivors: `before_s` before the fault, `during_s` from the fault until the last

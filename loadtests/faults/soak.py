@@ -95,8 +95,8 @@ def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0
 
 
 async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[CallResult]]:
-    """Warm up, rest, count, run, rest, count; return the results and the calls. `told_file` is the file that the
-    gateway's witness writes.
+    """Warm up, run the calls, and count the resources at rest before and after; return the results and the calls.
+    `told_file` is the file that the gateway's witness writes.
     """
     process = psutil.Process(fleet.gateway_pid)
     caller = Caller(fleet.grpc, fleet.metadata, "soak")

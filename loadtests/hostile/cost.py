@@ -2,7 +2,7 @@
 another checkout.
 
 Both checkouts serve the same requests over a simulated engine, alternating (`relay` has the set-up). The value is the
-geometric mean of the rounds' ratios. The bound applies to the mean; the interval is reported beside the mean.
+geometric mean of the rounds' ratios. The bound applies to the mean; the interval is reported together with the mean.
 """
 
 from __future__ import annotations

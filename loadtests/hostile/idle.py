@@ -2,8 +2,8 @@
 still served.
 
 Meanwhile each port is tried every second on a new connection: health over gRPC and HTTP, a tenant's call over gRPC and
-HTTP, the admin API and the metrics page. A second worker tries the link port: its link must come up although the first
-worker has one.
+HTTP, the admin API and the metrics page. A second worker dials the link port; the gateway must then have the links of
+both workers.
 """
 
 from __future__ import annotations

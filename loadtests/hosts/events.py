@@ -51,7 +51,7 @@ class Episode:
     capacity_s: float | None = None
     """Seconds from the loss of a node until every gateway has a link to every worker again."""
     engines_s: float | None = None
-    """Seconds from the loss of a node until the last engine had started. Ray needs this part of the time."""
+    """Seconds from the loss of a node until the last engine had started: the time that Ray's restart needs."""
     moved: float | None = None
     """Wall-clock time at which the last worker on the previous Ray cluster was gone."""
     notes: dict[str, Any] = field(default_factory=dict)

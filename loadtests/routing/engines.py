@@ -76,7 +76,8 @@ SYSTEM_WORDS, USER_WORDS, ASSISTANT_WORDS = 300, 40, 40
 """Words of the messages. Every prompt has more than MIN_TOKENS tokens, so each call is predicted."""
 READY_S, CALL_S, LATER_S = 180.0, 120.0, 2.0
 ROOMY, FULL, CROWDED = 0.4, 0.75, 1.5
-"""KV tokens of all chats, as parts of the engines' sum: without evictions, as measured, and with many evictions."""
+"""KV tokens of all chats as a share of the KV tokens of all engines, for three runs: one without evictions, the one
+that the report compares, and one with many evictions."""
 
 POOLED = "two vLLM workers: hit tokens against one pooled LRU of the summed size"
 ROUND_ROBIN = "two vLLM workers: hit tokens against round robin"
@@ -128,7 +129,7 @@ class Tokens:
 
     @property
     def rate(self) -> float:
-        """Part of the prompt tokens that was cached."""
+        """Share of the prompt tokens that was cached."""
         return self.cached / max(self.prompt, 1)
 
 
@@ -163,7 +164,7 @@ class PooledLru:
         self._held: OrderedDict[int, None] = OrderedDict()
 
     def hit(self, hashes: Sequence[int], whole: int) -> int:
-        """Return the number of leading blocks that are held, at most `whole`, and hold all blocks of a prompt."""
+        """Store all blocks of a prompt. Returns how many leading blocks, at most `whole`, were in the cache before."""
         count = 0
         while count < whole and hashes[count] in self._held:
             count += 1

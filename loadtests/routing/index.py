@@ -78,7 +78,7 @@ class Times:
 
     @property
     def note(self) -> str:
-        """The median, for a row with the p99."""
+        """The median in words, as the note of a row whose value is the p99."""
         return f"median {self.p50:.0f} us"
 
 

@@ -43,7 +43,7 @@ class SessionsConfig:
     sub_agents: int = 3
     sub_turns: int = 3
     adapters: AdapterMix | None = None
-    """The sessions whose calls name an adapter; None for none."""
+    """The sessions whose calls name an adapter; None if no call names one."""
 
 
 class Sessions:

@@ -1,4 +1,4 @@
-"""The part `slow`: at any time one of eight workers is ten times slower and passes its checks.
+"""The part `slow`: at any time one of eight workers is ten times slower, but still passes its checks.
 
 Three configurations are compared: routing by the workers' measured rates, the same with hedging, and neither. Every
 EPISODE_S another worker becomes slow. The measured rates keep nearly all new calls away from a slow worker. Hedging

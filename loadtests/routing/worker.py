@@ -60,7 +60,7 @@ class _Job:
     left: float = 0.0
     chunk: float = 1.0
     copy_s: float = 0.0
-    """Time of the adapter's copy into a slot, for each step of the prompt."""
+    """Time of the adapter's copy into a slot, divided equally among the steps that compute the prompt."""
     is_cancelled: bool = False
 
 
@@ -78,8 +78,8 @@ class PrefixWorker:
         pool: BlockCache | None = None,
         adapters: AdapterMix | None = None,
     ) -> None:
-        """`adapters`: None if no call names one. `pool`: a cache as large as those of all workers together, on which
-        each worker repeats its operations. It is the reference for hits with the same calls at the same times."""
+        """`adapters`: None if no call names one. `pool`: one cache as large as all workers' caches together. Each
+        worker repeats its cache operations on it, to compute RoutedCall.in_pool."""
         self.number = number
         self._slots = None if adapters is None else AdapterSlots(adapters)
         self.cache = BlockCache(blocks)

@@ -101,7 +101,7 @@ Start = Callable[[], Awaitable[tuple[Face, list[tuple[int, str]]]]]
 
 
 def value_of(kind: str) -> Callable[[Round], float | None]:
-    """Return a function that returns, for a round, the value that a row compares."""
+    """Return a function that computes, from a round, the value for rows of this kind."""
     if kind in ("p50", "p99"):
         return lambda round_: round_.run.quantile("ttft_s", float(kind[1:]))
 
@@ -127,7 +127,7 @@ class TestBed:
         self.engine: Mapping[str, object] = ENGINE_ARGUMENTS if setup is None else setup.engine
         share = stage.options.adapters
         self.mix = None if share is None else AdapterMix(share, ADAPTERS)
-        """The calls that name adapters; None for none."""
+        """The share of calls that name adapters, and these adapters; None if no call names one."""
         self.adapters: Path | None = None
         """Folder of the base model and its adapters, as rig.prepare writes it; None if no call names one."""
         self.gpus = 0 if setup is None else setup.gpus

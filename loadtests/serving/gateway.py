@@ -24,8 +24,8 @@ from pathlib import Path
 
 TICK_S = 0.004
 BIN_S, BINS = 0.00005, 20_000
-"""Lateness is counted in bins; the last bin is for a second and more. A list of single ticks would itself make memory
-grow.
+"""Width in seconds and number of the histogram bins in which lateness is counted; the last bin is for a second and
+more. A list of all values would itself make memory grow.
 """
 
 

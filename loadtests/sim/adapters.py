@@ -18,8 +18,8 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class AdapterMix:
-    """A share of calls that name an adapter. `count`: number of adapters; their popularity follows Zipf's law.
-    `slots`: adapters that lie in an engine at a time. `copy_s`: time of a copy into a slot, in seconds."""
+    """The share of calls that name an adapter, and the adapters. `count`: number of adapters; their popularity follows
+    Zipf's law. `slots`: adapters that lie in an engine at a time. `copy_s`: time of a copy into a slot, in seconds."""
 
     share: float
     count: int = 64

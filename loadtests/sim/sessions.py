@@ -121,7 +121,7 @@ class SessionWorker:
         self.tokens = self.most_tokens = 0
         """Tokens of the running calls with their whole outputs: now, and the most so far."""
         self.reported = 0.0
-        """Time at which the gateway has the last report."""
+        """Time at which the worker's latest report reaches the gateway."""
         self._held: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
