@@ -37,8 +37,8 @@ class Subject:
 
 
 def page(subject: Subject, reports: Sequence[tuple[str, Report]], notes: Sequence[str] = ()) -> str:
-    """Return the page. `reports`: each report with its heading. The hardware and versions of the first report stand for
-    all reports.
+    """Return the page. `reports`: each report with its heading. The page gives the hardware and versions of the first
+    report only.
     """
     first = reports[0][1]
     title = "Load test on GPUs" if subject.devices else "Trial of the GPU load test, on CPU"

@@ -79,7 +79,7 @@ def _draw_scaling(pyplot: Any, path: Path, title: str, line: Mapping[str, Sequen
 
 
 def _draw_gaps(pyplot: Any, path: Path, scenario: str, around: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draw each gap between two chunks of any stream, at the end of the gap as a time after the fault."""
+    """Draw each gap between two chunks of any stream as a dot: its end in seconds after the fault, and its length."""
     figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
     for kind, gaps in around.items():
         axes.plot([at for at, _ in gaps], [gap * 1000 for _, gap in gaps], ".", markersize=2, label=kind)
@@ -91,7 +91,7 @@ def _draw_gaps(pyplot: Any, path: Path, scenario: str, around: Mapping[str, Sequ
 
 
 def _parts(report: Report) -> dict[str, list[tuple[str, Arm]]]:
-    """Return the arms by the part of the arm's name before the colon. Each part gets one picture."""
+    """Return the arms, grouped by the part of their names before the colon. Each group gets one picture."""
     parts: dict[str, list[tuple[str, Arm]]] = {}
     for arm in report.arms:
         part, colon, label = arm.name.partition(": ")

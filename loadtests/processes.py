@@ -57,7 +57,7 @@ class Usage:
         return sum(s for kind, s in self.cpu_s.items() if kind not in ENGINE | NOBODY)
 
     def whole_s(self) -> float:
-        """Return the CPU seconds of all processes that count."""
+        """Return the CPU seconds of all processes except simulated engines."""
         return sum(s for kind, s in self.cpu_s.items() if kind not in NOBODY)
 
 

@@ -2,7 +2,7 @@
 
 TPOT is (last piece - first piece) / (tokens - 1) with the server's own token count, so coalescing several tokens into a
 piece cannot improve TPOT. ITL is the gap between two pieces of text. Coalescing makes ITL longer, never shorter. Two
-more figures are reported beside ITL: the share of pieces with one token, and the longest silent gap.
+more figures are reported together with ITL: the share of pieces with one token, and the longest silent gap.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Run:
 
 
 def same_texts(one: Run, other: Run) -> tuple[int, int]:
-    """Return (equal, compared): the numbers of texts in two runs of the same requests."""
+    """Compare the texts of two runs of the same requests; return (number of equal texts, number of compared texts)."""
     texts = {record.key: record.text_digest for record in one.good}
     pairs: Mapping[str, tuple[str, str]] = {r.key: (texts[r.key], r.text_digest) for r in other.good if r.key in texts}
     return sum(1 for a, b in pairs.values() if a == b), len(pairs)

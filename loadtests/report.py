@@ -49,7 +49,7 @@ class Round:
 
 @dataclass(slots=True)
 class Arm:
-    """A server under one protocol, and the rounds of this server."""
+    """An arm: one server, measured over one protocol, with its rounds."""
 
     name: str
     description: str

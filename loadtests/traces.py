@@ -1,4 +1,4 @@
-"""Recorded workloads: arrival times and lengths from public traces. The traces lie in a folder beside the checkout."""
+"""Recorded workloads: arrival times and lengths from public traces. The traces lie in a folder next to the checkout."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Parts of the scenario adapters: pooling models and adapters, beside vLLM's own server."""
+"""Parts of the scenario `adapters`: pooling models and adapters, compared with vLLM's own server."""

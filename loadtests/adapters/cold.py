@@ -1,9 +1,9 @@
-"""Part cold: time to first token of calls whose adapter must be loaded first.
+"""The part `cold`: time to first token of calls whose adapter must be loaded first.
 
 An engine with 8 slots and memory for 64 adapters gets calls for 200 adapters, distributed by Zipf's law. A call is cold
 if its adapter is not among the 64 different adapters that were called last, because the worker drops the adapter that
-was used least recently. The time to load an adapter is measured first, without other calls: the longest time to first
-token of 20 cold calls, less the median of calls to a loaded adapter.
+was used least recently. The time to load an adapter is measured first, without other calls. It is the longest time to
+first token of 20 cold calls, less the median time to first token of calls to a loaded adapter.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def request(key: str, adapter: int) -> Request:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure the time to load, then the mix, and return the rows. Raises DidNotStart."""
+    """Measure the time to load, then the mix, and return the report's rows. Raises DidNotStart."""
     folder = await rig.prepare(stage, ADAPTERS)
     async with rig.running(stage, folder, rig.names(ADAPTERS), ENGINE) as ours:
         arm = Contestant(
@@ -87,7 +87,8 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _load_s(arm: Contestant) -> float:
-    """Return the time to load an adapter, in seconds. Afterwards, the adapters that are called most are not loaded."""
+    """Return the time to load an adapter, in seconds. Loads the least popular adapters only, so that the mix begins
+    without the most popular ones."""
     numbers = [ADAPTERS - 1 - number for number in range(LOADS + MEMORY)]
     requests = [request(f"load/{number}", number) for number in numbers]
     loads = await drive(arm.face, requests, concurrency=1, limits=LIMITS)

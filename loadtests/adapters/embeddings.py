@@ -1,8 +1,8 @@
-"""The part `embeddings`: what a vector costs, compared with vLLM's own server on the same model.
+"""The part `embeddings`: the cost of a vector, compared with vLLM's own server on the same model.
 
 64 concurrent callers ask both servers for the vector of one text each, by OpenAI's API; Headrace also by gRPC. The part
-measures the CPU time of everything but the engine core, the embeddings a second, and the largest difference of a vector
-from that of transformers. The model is all-MiniLM-L6-v2, with float32.
+measures the CPU time of all processes but the engine core, the embeddings a second, and the largest difference between
+a vector and the one that transformers computes for the same text. The model is all-MiniLM-L6-v2, with float32.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def requests(round_: int) -> list[Request]:
 
 
 async def reference(stage: Stage, model: Path, texts: Sequence[str]) -> np.ndarray:
-    """Return transformers' vectors of some texts. Raises DidNotStart."""
+    """Return the vectors that transformers computes for some texts. Raises DidNotStart."""
     given, out = stage.folder / "texts.json", stage.folder / "vectors.npy"
     given.write_text(json.dumps(list(texts)))
     command = [sys.executable, "-m", "loadtests.adapters.reference", str(model), str(given), str(out)]
@@ -71,7 +71,7 @@ async def reference(stage: Stage, model: Path, texts: Sequence[str]) -> np.ndarr
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Alternate the servers and return the rows. Raises DidNotStart."""
+    """Measure the servers in turn and return the report's rows. Raises DidNotStart."""
     model, bundle = await serving.prepare(stage.children, "minilm", stage.folder)
     texts = [request.prompt for request in requests(0)[:COMPARED]]
     expected = await reference(stage, model, texts)
@@ -112,7 +112,7 @@ def rate(round_: Round) -> float | None:
 
 
 def figures(theirs: Contestant, *ours: Contestant) -> list[Figure]:
-    """Return the rows of cost and rate, by API."""
+    """Return the report's rows: cost and rate, each for HTTP and for gRPC."""
     rows: dict[str, Figure] = {}
     for arm, suffix in zip(ours, ("", GRPC), strict=True):
         for name, value, bound, scale, unit in (

@@ -1,10 +1,9 @@
-"""Program that compares the rows of a full batch with merged weights: python -m loadtests.adapters.engine_rows MODEL
-FOLDER RANKS OUT
+"""Program that checks each row of a full batch: python -m loadtests.adapters.engine_rows MODEL FOLDER RANKS OUT
 
 The program starts vLLM's engine with eight slots for adapters on RANKS ranks, loads eight adapters, and computes
 batches in which the base model and all adapters have rows. Then the same rows are cut after some tokens and resumed.
-Each row is compared with the greedy tokens of transformers' model with the adapter's weights merged. OUT gets the
-counts as JSON.
+Each row is compared with the greedy tokens of transformers' model into which the adapter's weights are merged. The
+program writes the counts of rows to OUT, as JSON.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ ENGINE = {
 
 @dataclass(slots=True)
 class RowCounts:
-    """Counts of rows. `differ`: rows whose tokens differ from those of the merged weights. `together`: the largest
-    number of rows with an output in one step. `engine_class`: see EngineInfo."""
+    """Counts of rows. `differ`: rows whose tokens differ from the greedy tokens of the merged weights. `together`: the
+    largest number of rows with an output in one step. `engine_class`: see EngineInfo."""
 
     engine_class: str = ""
     rows: int = 0
@@ -47,7 +46,8 @@ class RowCounts:
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """A row of a batch. `adapter`: its digest, "" for the base model. `expected`: the tokens of the merged weights."""
+    """A row of a batch. `adapter`: digest of its adapter, "" for the base model. `expected`: the greedy tokens of the
+    merged weights."""
 
     adapter: str
     prompt: tuple[int, ...]
@@ -84,7 +84,7 @@ class Rows:
 
 
 async def count(model: Path, folder: Path, ranks: int) -> RowCounts:
-    """Return the counts of all batches."""
+    """Compute all batches and return the counts of rows."""
     adapters, rng, counts = MergedAdapters(model, folder, rank=8), random.Random(ranks), RowCounts()
     spec = ModelSpec(
         "rows", "unused", dtype="float32", max_model_len=1024, tensor_parallel_size=ranks, engine=ENGINE
@@ -122,7 +122,7 @@ def _differences(batch: Sequence[BatchRow], found: Sequence[tuple[int, ...]]) ->
 
 
 def main(model: Path, folder: Path, ranks: int, out: Path) -> None:
-    """Count and write the counts."""
+    """Compute all batches and write the counts of rows."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = asyncio.run(count(model, folder, ranks))
     part = out.with_suffix(".part")

@@ -1,8 +1,8 @@
-"""Part hostile: 280 adapters with broken, forged or huge files are declared at once, beside a good one. Calls for
-the base model and for the good adapter go on meanwhile.
+"""The part `hostile`: 280 adapters with broken, forged or huge files are declared at once, while callers use the base
+model and a good adapter.
 
-An engine that ends (another worker then replaces its worker) counts as harm, and so does a call for the base model or
-the good adapter that fails or gets another text than before. All hostile adapters must end as FAILED, with the reason.
+Two things count as harm: an engine that ends, and a call for the base model or the good adapter that fails or gets a
+different text than before. All hostile adapters must end as FAILED, with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ENDED = ("FAILED", "READY")
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Declare the hostile adapters beside running calls, and return the rows. Raises DidNotStart, TimeoutError."""
+    """Declare the hostile adapters while calls run, and return the report's rows. Raises DidNotStart, TimeoutError."""
     folder = await rig.prepare(stage, 1)
     hostile = await asyncio.to_thread(write_hostile_adapters, folder / "adapters", folder / "model")
     async with rig.running(stage, folder, [GOOD], ENGINE, later=hostile) as ours:
@@ -62,7 +62,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _text(face: rig.ModelsClient, model: str) -> str:
-    """Return the text of a call, or the error."""
+    """Make a call and return its text, or the error as text."""
     pieces: list[str] = []
     try:
         await face.run(Request("text", "The river", TOKENS, model=model), pieces.append)

@@ -1,8 +1,10 @@
-"""Part loading: adapters that are declared while four simulated replicas serve; one of them restarts, another is added.
+"""The part `loading`: adapters that are declared while four simulated replicas serve; one of them restarts, another is
+added.
 
 Callers ask the base model and a loaded adapter all the time. The part measures the time until every linked replica
-takes calls for all adapters: after the declaration of a second adapter, and after the link of a replica that has just
-started. A simulated engine takes 50 ms to load an adapter. The part real_loading does the same with two vLLM replicas.
+takes calls for all adapters, once from the declaration of a second adapter, and twice from the link of a replica that
+has just started. A simulated engine takes 50 ms to load an adapter. The part `real_loading` does the same with two vLLM
+replicas.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ BOUND, NONE = Bound("<=", 2.0), Bound("<=", 0.0)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaKind:
-    """The replicas of a part. `kind`: a word for the rows' names. `source_of`: the source of their engines, by the base
-    model's folder. `starts_s`: longest time of a start, in seconds."""
+    """The replicas of a part. `kind`: a word for the names of the report's rows. `source_of`: returns the replicas'
+    model source for a folder with the base model. `starts_s`: longest time of a start, in seconds."""
 
     kind: str
     count: int
@@ -51,7 +53,7 @@ class ReplicaKind:
 
     @property
     def titles(self) -> tuple[str, str, str, str]:
-        """Names of the rows: an adapter is declared, a replica restarts, a replica is added, failed calls."""
+        """Names of the report's rows: an adapter is declared, a replica restarts, a replica is added, failed calls."""
         return (
             f"an adapter declared while {self.count} {self.kind}replicas serve: until all serve it",
             f"a {self.kind}replica restarts: until it serves all adapters",
@@ -61,7 +63,7 @@ class ReplicaKind:
 
     @property
     def rows(self) -> Mapping[str, Bound | None]:
-        """The rows with their bounds."""
+        """The bounds of the report's rows, by name."""
         return dict(zip(self.titles, (BOUND, BOUND, BOUND, NONE), strict=True))
 
 
@@ -132,7 +134,8 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def play(stage: Stage, kind: ReplicaKind) -> list[Figure]:
-    """Make the changes with replicas of the given kind, and return the rows. Raises DidNotStart, TimeoutError."""
+    """Declare, restart and add with replicas of the given kind, and return the report's rows. Raises DidNotStart,
+    TimeoutError."""
     folder, name = await rig.prepare(stage, 2), f"loading-{kind.count}"
     ours = await serving.start(
         stage.children, stage.folder, bundle=folder / "bundle", source=kind.source_of(folder / "model"),

@@ -1,8 +1,8 @@
-"""Part mixed: throughput with a mix of adapters relative to one adapter, compared with vLLM's own server.
+"""The part `mixed`: throughput with a mix of adapters relative to one adapter, compared with vLLM's own server.
 
-There are 32 concurrent callers, and each call has 64 tokens. In the mixed rounds the calls name eight adapters in turn,
-in the other rounds the same one. Both sides have the same engine with eight slots, in which all adapters stay. On each
-side the ratio of the two throughputs is computed; the ratios are compared.
+There are 32 concurrent callers, and each call has 64 tokens. In the mixed rounds the calls name eight adapters in turn;
+in the other rounds all calls name the same adapter. Both sides have the same engine with eight slots, in which all
+adapters stay. On each side the ratio of the two throughputs is computed; the ratios are compared.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def requests(round_: int, adapters: int) -> list[Request]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Alternate the four arms and return the row. Raises DidNotStart."""
+    """Run the four arms in turn and return the report's row. Raises DidNotStart."""
     folder = await rig.prepare(stage, ADAPTERS)
     server = await rig.start_server(stage, folder, ADAPTERS, ENGINE)
     async with rig.running(stage, folder, rig.names(ADAPTERS), ENGINE) as ours:
@@ -65,7 +65,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _play(stage: Stage, arms: Mapping[tuple[str, int], Contestant]) -> None:
-    """Warm up each arm, then run all arms in turn, in the opposite order in each second round."""
+    """Warm up each arm, then run all arms in every round. Every second round has the opposite order."""
     for key, arm in arms.items():
         if await first_call(arm, requests(0, key[1])[0]):
             await run_round(arm, stage.screen, 0, requests(0, key[1]), concurrency=CALLERS, limits=LIMITS, keep=False)
@@ -84,7 +84,7 @@ def throughput(round_: Round) -> float | None:
 
 
 def figure(arms: Mapping[tuple[str, int], Contestant]) -> Figure:
-    """Return the row."""
+    """Return the report's row: our ratio of mixed to single-adapter throughput, divided by the server's ratio."""
     if problem := next((arm.arm.problem for arm in arms.values() if arm.arm.problem), ""):
         return missing(TITLE, BOUND, problem)
     ours, theirs = (

@@ -15,7 +15,7 @@ RANK = 8
 
 
 def main(folder: Path, count: int) -> None:
-    """Write the files. Adapters change the model little, so that texts stay plain."""
+    """Write the files. The adapters' weights are small, so that the model emits ordinary text with any of them."""
     prepare.main("llama", folder)
     for number in range(count):
         write_adapter(folder / "adapters" / f"a{number}", folder / "model", RANK, number, spread=0.01)

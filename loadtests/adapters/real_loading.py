@@ -1,4 +1,4 @@
-"""Part real_loading: the part loading with two vLLM replicas in place of four simulated ones."""
+"""The part `real_loading`: the part `loading` with two vLLM replicas in place of four simulated ones."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def names(count: int) -> list[str]:
 
 
 def modules(folder: Path, count: int) -> list[str]:
-    """Return the adapters as vLLM's argument lora_modules, by the names that they have on our side."""
+    """Return vLLM's argument lora_modules for the adapters, with the same names as on our side."""
     return [f"{full_name(serving.MODEL, name)}={folder / 'adapters' / name}" for name in names(count)]
 
 
@@ -79,8 +79,8 @@ async def start_server(stage: Stage, folder: Path, count: int, engine: Mapping[s
 async def running(
     stage: Stage, folder: Path, adapters: Sequence[str], engine: Mapping[str, object], later: Sequence[str] = ()
 ) -> AsyncIterator[serving.Ours]:
-    """Run a gateway with a worker, and this process as their controller. In the context, all `adapters` are ready, and
-    those in `later` were declared after that. Raises DidNotStart."""
+    """Run a gateway with a worker, and this process as their controller. The context begins when all `adapters` are
+    ready; the adapters in `later` have then just been declared. Raises DidNotStart."""
     ours = await serving.start(
         stage.children, stage.folder, bundle=folder / "bundle", source=str(folder / "model"),
         engine={**ENGINE, **engine}, environment={**ENVIRONMENT, **THREADS},

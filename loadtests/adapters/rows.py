@@ -1,4 +1,4 @@
-"""Part rows: whether each row of a batch gets its own adapter, with all slots of the engine full.
+"""The part `rows`: whether each row of a batch gets its own adapter, with all slots of the engine full.
 
 The base model and eight adapters have rows in one batch of vLLM's engine with eight slots, on one rank and on two.
 Then the same rows are cut and resumed. `--runner v2` takes vLLM's V2 model runner, whose kernels are interpreted.
@@ -27,7 +27,7 @@ ROWS_IN_BATCH = 10
 
 
 def titles(ranks: int) -> tuple[str, str]:
-    """Return the names of the rows for an engine with `ranks` ranks."""
+    """Return the names of the report's two rows for an engine with `ranks` ranks."""
     engine = f"{ranks} rank{'s' if ranks > 1 else ''}"
     return (
         f"base model and 8 adapters in one batch, {engine}: sequences that differ from merged weights",
@@ -39,7 +39,7 @@ ROWS: Mapping[str, Bound | None] = {title: NONE for ranks in RANKS for title in 
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the engines one after the other and return the rows. Raises DidNotStart, RuntimeError."""
+    """Run the engines one after the other and return the report's rows. Raises DidNotStart, RuntimeError."""
     folder = await rig.prepare(stage, 1)
     figures: list[Figure] = []
     for ranks in RANKS:
@@ -56,7 +56,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _counts(stage: Stage, model: str, ranks: int) -> dict[str, Any]:
-    """Run the program for an engine with `ranks` ranks and return its counts. Raises DidNotStart."""
+    """Run the program engine_rows on an engine with `ranks` ranks and return its counts. Raises DidNotStart."""
     folder = stage.folder / f"rows-{ranks}"
     out = stage.folder / f"rows-{ranks}.json"
     command = [sys.executable, "-m", "loadtests.adapters.engine_rows", model, str(folder), str(ranks), str(out)]

@@ -1,9 +1,10 @@
-"""Part bfcl: BFCL's cases over scripted tokens, on vLLM's own servers and on Headrace; all answers must be equal.
+"""The part `bfcl`: the cases of BFCL (cases.py) on vLLM's own servers and on Headrace, with scripted tokens; all
+answers must be equal.
 
-An engine behind both sides emits the same tokens: the expected calls of a case, in the format of one of ten families,
-some with text and reasoning before them; for cases without a call, text with the beginnings of calls. vLLM's servers
-get one token a step, as from greedy decoding without speculation, since some of vLLM's parsers give other parts for
-larger steps. Headrace's engine gives 1 to 5 tokens a step.
+The engines of both sides emit the same tokens: the expected calls of a case, in the format of one of ten families, some
+with text and reasoning before the calls. For a case without a call they emit text in which calls seem to begin. vLLM's
+servers get one token a step, as from greedy decoding without speculation, since some of vLLM's parsers give other parts
+for larger steps. Headrace's engine gives 1 to 5 tokens a step.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Compared:
 
     @property
     def other_finish(self) -> str:
-        """CUT or NAMED_END if the finish reasons differ in this way, else "". See known_finish."""
+        """The known way in which the finish reasons differ: CUT, NAMED_END or "", as known_finish returns it."""
         trial = self.trial
         return known_finish(self.theirs, self.ours, is_cut=trial.is_cut, is_named=trial.choice == NAMED)
 
@@ -82,7 +83,7 @@ class Compared:
 
     @property
     def is_unexpected(self) -> bool:
-        """Whether vLLM's own answer lacks the calls of an uncut trial."""
+        """Whether the trial is not cut and vLLM's own answer still lacks the calls of the case."""
         return not self.trial.is_cut and not self.trial.is_as_written(self.theirs)
 
     @property
@@ -105,7 +106,7 @@ def mixed(all_cases: Sequence[Case], count: int | None, seed: int) -> list[Case]
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the comparison and return the rows. Raises NoData if BFCL's data is missing, or DidNotStart."""
+    """Run the comparison and return the report's rows. Raises NoData if BFCL's data is missing, or DidNotStart."""
     chosen = mixed(cases.load(), stage.options.cases, stage.options.seed)
     trials = plan(chosen)
     stage.screen.say(f"{len(trials)} cases: writing models and scripts")
@@ -125,7 +126,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def compare(trials: Sequence[Trial], theirs: servers.Side, ours: servers.Side) -> list[Compared]:
-    """Ask both sides for every trial in every mode."""
+    """Send every trial to both sides in every mode and return the answers."""
     out = []
     for mode, stream in MODES.items():
         plain = [trial.body(stream=stream) for trial in trials]

@@ -1,4 +1,4 @@
-"""Client of calls whose bodies are prepared: the same bytes for every server."""
+"""Client that sends prepared request bodies, so that every server gets the same bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loadtests.faces.openai_sse import OpenAiSse
 
 
 class PreparedBodies(OpenAiSse):
-    """OpenAI's API as server-sent events; the body of a call is found by the key of the request."""
+    """Client of OpenAI's API with server-sent events. It looks up the body of a call by the key of the request."""
 
     def __init__(self, url: str, bodies: Mapping[str, bytes], *, api_key: str = "") -> None:
         """Store the address and the bodies. A caller may add and remove bodies at any time."""
@@ -17,5 +17,5 @@ class PreparedBodies(OpenAiSse):
         self._bodies = bodies
 
     def body(self, request: Request) -> bytes:
-        """Return the prepared body. Raises KeyError if there is none."""
+        """Return the prepared body of a request. Raises KeyError if there is none."""
         return self._bodies[request.key]

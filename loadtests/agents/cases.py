@@ -82,7 +82,7 @@ def public_name(name: str) -> str:
 
 
 def _is_given(values: Any) -> bool:
-    """Return whether an argument belongs into the call: a first allowed value of "" means that it may be left out."""
+    """Return whether an argument must be in the call. It may be left out if its first allowed value is ""."""
     return not isinstance(values, list) or (bool(values) and values[0] != "")
 
 

@@ -1,9 +1,10 @@
-"""Part clients: real clients finish a task of twelve turns with tools, while workers are killed in mid-stream.
+"""The part `clients`: real clients finish a task of twelve turns with tools, while workers are killed in mid-stream.
 
 Agent loops of libraries and coding agents, unmodified, work on a scripted model behind a gateway with four workers.
 Three times a task the worker that generates the answer dies by SIGKILL: half-way through the arguments of a tool call,
-through a text, and through the reasoning. Another worker continues, and a new one takes the place. Each tool must get
-the script's arguments once, each prompt must hold all texts and results, and no client may need to repeat a request.
+through a text, and through the reasoning. Another worker continues the answer, and a new worker replaces the dead one.
+Each tool must get the script's arguments once, each prompt must hold all texts and results, and no client may need to
+repeat a request.
 """
 
 from __future__ import annotations
@@ -140,10 +141,10 @@ class Row:
 
 
 class Workers:
-    """Workers of which `WORKERS` are kept alive: a new one takes the place of each that dies."""
+    """A set of `WORKERS` workers. Each worker that dies is replaced by a new one."""
 
     def __init__(self, children: Children, folder: Path, given: Mapping[str, Any]) -> None:
-        """Create the set. `given`: settings of the worker's program."""
+        """Create the set without starting workers. `given`: settings of the worker's program."""
         self._children, self._folder, self._given = children, folder, given
         self._started = 0
         self.died = 0
@@ -177,8 +178,8 @@ class Workers:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the clients and return the rows. Raises NoData if the clients are not installed, ValueError for the name of
-    an unknown client, or DidNotStart."""
+    """Run the clients and return the report's rows. Raises NoData if the clients are not installed, ValueError for the
+    name of an unknown client, or DidNotStart."""
     chosen = stage.options.clients or NAMES
     if unknown := sorted(set(chosen) - set(NAMES)):
         raise ValueError(f"--client {unknown[0]}: no such client; the clients are {', '.join(NAMES)}")

@@ -1,5 +1,5 @@
-"""Start of both sides over vLLM's own engine core with a scripted executor (scripted_core.py): vLLM's OpenAI server,
-and a gateway with a worker."""
+"""Functions that start both sides of a comparison: vLLM's OpenAI server, and a gateway with a worker. Both use vLLM's
+own engine core with a scripted executor (scripted_core.py)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ ENGINE: Mapping[str, object] = {
     "distributed_executor_backend": EXECUTOR,
     "enable_prefix_caching": False,
 }
-"""Engine arguments of both sides. Without a cache of prefixes the core, which is not measured, need not hash them."""
+"""Engine arguments of both sides. Prefix caching is off, since it would only make the core hash prompts, and the core
+is not measured."""
 
 
 async def write_models(children: Children, folder: Path, texts: Mapping[str, Mapping[str, str]]) -> Path:
-    """Write the models of large families, with a script for each text by key; return their folder. Raises DidNotStart.
+    """Write the models of the families in families.py, and a script for each text; return their folder. Raises
+    DidNotStart.
 
-    `texts`: by name of a family, the text of each answer by key; empty for a family without scripts.
+    `texts`: for each family's name, the text of each answer by key, or nothing for a family without scripts.
     """
     # A folder of its own, since another part may have written models of the same families with other scripts.
     made, words = Path(tempfile.mkdtemp(prefix="large-models-", dir=folder)), []
@@ -50,8 +52,8 @@ async def write_models(children: Children, folder: Path, texts: Mapping[str, Map
 
 
 def environment(model: Path, step_ms: float) -> dict[str, str]:
-    """Return the environment of a side's processes. `model`: folder of a family, in which write_models may have
-    written scripts."""
+    """Return the environment variables for the processes of one side. `model`: the folder of a family, with or without
+    `scripts.json`."""
     scripts = model / "scripts.json"
     return {
         **ENVIRONMENT, "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

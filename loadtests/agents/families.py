@@ -1,7 +1,7 @@
 """Three families of tokenizers with their chat templates, trained on real code and prose.
 
-Their vocabularies have 32,000 pieces, so that a token covers about as many characters as in a published model. Their
-kinds are those of tests/support/tokenizer_kinds.py, whose vocabularies are too small for that.
+Their vocabularies have 32,000 pieces, so that a token covers about as many characters as in a published model. The
+tokenizers are of the same kinds as in tests/support/tokenizer_kinds.py, where the vocabularies are smaller.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FAMILIES: Final = {
 }
 """Names of the families, each with its kind in words."""
 SCALES: Final = {"byte-level": 1.185, "metaspace": 0.827, "gpt-2": 1.006}
-"""By family, the factor for a conversation's lengths with which it has 142,000 tokens at the end."""
+"""For each family, the factor by which a conversation's lengths are multiplied so that its last prompt has 142,000
+tokens."""
 HAS_TOOLS: Final = ("byte-level",)
 """Families whose template renders tool calls and tool results."""
 TEMPLATES: Final = Path(__file__).parents[2] / "tests" / "data" / "chat_templates"
@@ -36,7 +37,7 @@ _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def bundle(family: str) -> Bundle:
-    """Return the bundle of a family, trained anew: that takes some seconds."""
+    """Train the tokenizer of a family, which takes some seconds, and return the family's bundle."""
     config = {"model_type": family, "max_position_embeddings": 262_144}
     if family == "metaspace":
         tokenizer, template = _metaspace(), checkpoints.TEMPLATES / "mistral.jinja"

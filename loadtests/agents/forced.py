@@ -1,4 +1,4 @@
-"""Part forced: a real model that must call a tool, on vLLM's own server and on Headrace; the calls must be equal.
+"""The part `forced`: a real model that must call a tool, on vLLM's own server and on Headrace; the calls must be equal.
 
 SmolLM2-135M in float32 at temperature 0 gets cases of BFCL with a required and with a named tool choice. The grammar
 that both sides make of the tools forces the call, so this part shows that the grammars are the same.
@@ -60,7 +60,8 @@ def bodies(chosen: Sequence[Case]) -> list[tuple[str, dict[str, Any]]]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the comparison and return the rows. Raises NoData if BFCL's data or the model is missing, or DidNotStart."""
+    """Run the comparison and return the report's rows. Raises NoData if BFCL's data or the model is missing, or
+    DidNotStart."""
     count = min(CASES, stage.options.cases or CASES)
     with_calls = [case for case in mixed(cases.load(), None, stage.options.seed) if case.calls]
     short = sorted(with_calls, key=lambda case: len(str(case.tools)))  # long schemas would not end within TOKENS

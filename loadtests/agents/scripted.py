@@ -170,7 +170,7 @@ class ScriptedEngine:
             self._running.pop(request_id, None)
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Return the next tokens of every request, once there is a request."""
+        """Wait until there is a request, then return the next tokens of every request."""
         await asyncio.sleep(0)
         while not self._running:
             if self._closed:
@@ -209,6 +209,7 @@ class ScheduledRequest:
         self._tokens = tokens
 
     def tokens(self, scheduled: int) -> list[int]:
-        """Count the scheduled tokens as computed; return the token that follows, or [] within the prompt."""
+        """Count the scheduled tokens as computed; return the next token, or [] while part of the prompt is not
+        computed."""
         self._left -= scheduled
         return [] if self._left > 0 else [next(self._tokens)]

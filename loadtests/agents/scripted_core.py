@@ -1,11 +1,11 @@
 """An executor for vLLM's engine core that emits prepared tokens and computes nothing.
 
-Engine core, scheduler and everything in front of them are vLLM's own, on both sides of a comparison: vLLM's server
-takes `--distributed-executor-backend` EXECUTOR, Headrace's worker the same engine argument, with IN_CORE in its
-environment. So each side uses its own client of the core, and the core itself is a separate process.
+Engine core, scheduler and everything in front of them are vLLM's own, on both sides of a comparison. vLLM's server gets
+the option `--distributed-executor-backend` EXECUTOR. Headrace's worker gets the same engine argument, and IN_CORE in
+its environment. Each side uses its own client of the core, and the core is a separate process on both sides.
 
-A step takes STEP_MS. The tokens of a request are the script whose mark is in its prompt (scripted.py), or, without
-scripts, the token PLAIN_TOKEN until max_tokens.
+A step takes STEP_MS. A request gets the tokens of the script whose mark is in its prompt (scripted.py). Without scripts
+it gets PLAIN_TOKEN until max_tokens.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Part served_turns: what a turn of an agent costs in the whole front end, compared with vllm-router and vLLM's server.
+"""The part `served_turns`: the cost of an agent's turn in the whole front end, compared with vllm-router and vLLM's
+server.
 
 The conversations are those of the part turns, of four tenants. A driver process sends their turns over HTTP, one at a
 time, in rotation. Both sides have vLLM's own engine core in a separate process, whose executor computes nothing
 (scripted_core.py). The part measures the CPU time of all other processes: gateway, helpers and worker on Headrace's
-side, router and server on the other side. A turn is measured until the next body is made, so it includes what a server
-does after its answer. The other side gets the same bodies, but only SAMPLED turns of some conversations, because its
-turns take long and earlier turns do not make them cheaper.
+side, router and server on the other side. The time of a turn ends when the next body is made, so it includes what a
+server does after its answer. The other side gets the same bodies, but only SAMPLED turns of some conversations, because
+its turns take long and earlier turns do not make them cheaper.
 
 Then some conversations take further turns at once, and the longest stall of the gateway's event loop is read. Stalls
 are watched only from then on, because the watching takes CPU time that would count for the turns.
@@ -39,7 +40,8 @@ from loadtests.serving import ours as serving
 SAMPLED = (1, 11, 22, 33, 43)
 """Numbers of the turns that the other side gets too, the first turn being 1."""
 ANSWER_TOKENS = 4
-"""Tokens of an answer: a turn's cost is that of its prompt. The part tool_tokens measures streamed tokens."""
+"""Tokens of an answer. They are few, so that the cost of a turn is that of its prompt. The part tool_tokens measures
+streamed tokens."""
 SETTLE_S = 0.005
 WARM_CHARS = 100_000
 IDLE_S, IDLE_SHARE, IDLE_WITHIN_S = 0.5, 0.1, 60.0
@@ -66,7 +68,8 @@ and vLLM's server has no parsers by default."""
 
 @dataclass
 class ServedTurns:
-    """The figures of one family, in milliseconds. `sampled_*`: mean of SAMPLED turns, one value a conversation."""
+    """The figures of one family, in milliseconds. `sampled_*`: mean over SAMPLED turns, one value for each
+    conversation."""
 
     family: str
     tokens: int = 0
@@ -89,7 +92,7 @@ class ServedTurns:
 
 
 class Side:
-    """A side: a client for each tenant, and the clocks of its front end."""
+    """One side of the comparison: a client for each tenant, and the CPU clocks of the side's front end."""
 
     def __init__(self, url: str, keys: Sequence[str], roots: Sequence[tuple[int, str]]) -> None:
         self._bodies: dict[str, bytes] = {}
@@ -130,7 +133,7 @@ def body_of(messages: Messages) -> bytes:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure all families and return the rows. Raises DidNotStart."""
+    """Measure all families and return the report's rows. Raises DidNotStart."""
     folder = await cores.write_models(stage.children, stage.folder, {family: {} for family in FAMILIES})
     rows = []
     for family in FAMILIES:
@@ -197,7 +200,7 @@ class Family:
         return side
 
     def _bodies(self) -> Iterator[tuple[int, int, bytes]]:
-        """Yield the number of the turn, the number of the conversation, and the body."""
+        """Yield the bodies of all turns, each as (number of the turn, number of the conversation, body)."""
         for number in range(len(self._talks[0])):
             for i, talk in enumerate(self._talks):
                 yield number, i, body_of(talk[number])

@@ -1,4 +1,5 @@
-"""Start of both sides: vLLM's own servers over scripted tokens, and a gateway with workers over the same tokens."""
+"""Functions that start both sides of a comparison: vLLM's own servers, and a gateway with workers. The engines of both
+sides emit the same scripted tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class Side:
 
 
 async def prepare(children: Children, folder: Path, texts: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Write model, bundle and scripts of each family; return the families' entries for both sides."""
+    """Write model, bundle and scripts of each family; return the families' entries for vllm_server.py and worker.py."""
     file, made = folder / "texts.json", folder / "families"
     file.write_text(json.dumps(texts))
     return await prepare_models(children, "loadtests.agents.prepare", file, made)

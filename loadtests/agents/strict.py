@@ -1,4 +1,4 @@
-"""Part strict: a small real model must call strict tools with random schemas; the arguments must be valid.
+"""The part `strict`: a small real model must call strict tools with random schemas; the arguments must be valid.
 
 SmolLM2-135M samples at temperature 1, so that its answers differ and it would often leave the schema. All strings are
 bounded, since a small model may fill an unbounded one up to `max_tokens`. Half of the calls run undisturbed on two
@@ -100,7 +100,7 @@ def body(chance: random.Random) -> dict[str, Any]:
 
 
 def why_wrong(answer: Answer, request: Mapping[str, Any]) -> str:
-    """Return why an answer that did not end by `length` is wrong; "" if it is right."""
+    """Return why an answer is wrong; "" if it is right. Not for answers with the finish reason `length`."""
     if answer.error or answer.finish != "tool_calls" or len(answer.calls) != 1:
         return answer.error or f"finish {answer.finish!r} with {len(answer.calls)} calls: {answer.content[:100]!r}"
     (call,) = answer.calls
@@ -115,7 +115,7 @@ def why_wrong(answer: Answer, request: Mapping[str, Any]) -> str:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the calls and return the rows. Raises NoData if the model is missing, or DidNotStart."""
+    """Run the calls and return the report's rows. Raises NoData if the model is missing, or DidNotStart."""
     count = stage.options.cases or CALLS
     chance = random.Random(stage.options.seed)
     requests = [body(chance) for _ in range(count)]

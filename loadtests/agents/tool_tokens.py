@@ -1,10 +1,10 @@
-"""Part tool_tokens: what a streamed token costs with tools on, against vLLM's own server with tools on.
+"""The part `tool_tokens`: the cost of a streamed token when requests have tools, compared with vLLM's own server.
 
-64 streams at once. Both sides have vLLM's own engine core, in a process of its own, whose executor emits the same
+64 streams run at once. Both sides have vLLM's own engine core, in a process of its own, whose executor emits the same
 tokens every 20 ms: some text, then the expected calls of a case of BFCL, in Hermes' and Qwen's format. Every request
-has the case's tools and the tool choice auto. The part measures all CPU time except the core's: on vLLM's side
-its server process with parser and detokenizer, without a router; on Headrace's side the gateway, its helpers, the
-worker and its parser process.
+has the case's tools and the tool choice auto. The part measures all CPU time except the core's: on vLLM's side its
+server process with parser and detokenizer, without a router; on Headrace's side the gateway, its helpers, the worker
+and its parser process.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LIMITS = Limits(call_s=120.0, run_s=240.0)
 
 
 def texts(chosen: Sequence[Case]) -> dict[str, str]:
-    """Return what the engine emits for each case, by key: prose, then the case's calls."""
+    """Return the text that the engine emits for each case, by key: prose, then the case's calls."""
     return {
         str(number): prose(f"said/{number}", ANSWER_CHARS) + "\n" + FORMAT.write(case.calls)
         for number, case in enumerate(chosen)
@@ -77,7 +77,8 @@ def body(number: int, case: Case) -> bytes:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Alternate the two sides and return the row. Raises NoData if BFCL's data is missing, or DidNotStart."""
+    """Measure the two sides in turn and return the report's row. Raises NoData if BFCL's data is missing, or
+    DidNotStart."""
     streams, rounds = stage.options.concurrency or STREAMS, rounds_of(stage.options)
     chosen = mixed(cases.load(categories=CATEGORIES), streams, stage.options.seed)
     spoken = texts(chosen)
@@ -131,7 +132,7 @@ def bind(stage: Stage, arms: Sequence[Contestant]) -> str:
 
 
 def figure(ours: Contestant, theirs: Contestant) -> Figure:
-    """Return the row."""
+    """Return the report's row."""
     for arm in (ours, theirs):
         if not arm.arm.rounds:
             return missing(TITLE, BOUND, f"{arm.arm.name} did not run: {arm.arm.problem}")

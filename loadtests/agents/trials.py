@@ -1,4 +1,4 @@
-"""Trials of the scripted comparison: which case is answered in which family, and what the model is made to say."""
+"""Trials of the scripted comparison: the case and the family of each trial, and the text that the engine emits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Trial:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the answer ends before the text does."""
+        """Whether `max_tokens` or a stop string ends the answer before the end of `text`."""
         return "max_tokens" in self.options or "stop" in self.options
 
     def body(self, *, stream: bool, seed: int | None = None) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _answer(number: int, case: Case, family: Family, thought: str | None) -> tup
 
 
 def _history(number: int, case: Case, family: Family) -> list[dict[str, Any]]:
-    """Return a turn before the question: an answer with two calls of the case's first tool, and their results."""
+    """Return the messages of an earlier turn: an answer with two calls of the case's first tool, and their results."""
     name = case.tools[0]["function"]["name"]
     made = [Call(name, {"text": 'Köln "🙂"\n', "number": number}), Call(name, {})]
     calls = [

@@ -1,13 +1,13 @@
-"""What a turn of an agent costs in the gateway's front end: parsing the body, rendering, tokenizing.
+"""The cost of an agent's turn in the gateway's front end: parsing the body, rendering, tokenizing.
 
 `python -m loadtests.agents.turns [--json FILE]`
 
 Many conversations of four tenants take their turns in rotation, one at a time, so that the CPU time of each turn is
 known exactly: that of this process, which does the work of a gateway, and that of its helper processes. Then several
-conversations take their turns at once, and the longest stall of the event loop is measured, also in CPU time of the
-event loop itself, since on a busy machine it waits for a core. The token ids of some turns are compared with
-those of the whole prompt, tokenized at once. With --memory, many conversations of half the length follow, and the
-oldest of them take a turn.
+conversations take their turns at once, and the longest stall of the event loop is measured, in wall-clock time and in
+CPU time of the loop's thread, because on a busy machine the thread also waits for a core. The token ids of some turns
+are compared with those of the whole prompt, tokenized at once. With --memory, many conversations of half the length
+follow, and the oldest of them take a turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from loadtests.scenarios.parts import exact
 CONVERSATIONS, TENANTS, AT_ONCE, LAST_TURNS = 64, 4, 8, 5
 MAX_MODEL_LEN: Final = 262_144
 CHECK_EVERY: Final = 97
-"""One of so many turns has its token ids compared with those of the whole prompt, tokenized at once."""
+"""Of this many turns, one has its token ids compared with those of the whole prompt, tokenized at once."""
 Messages = list[dict[str, Any]]
 P50 = "CPU of an agent's turn in the front end, p50"
 LAST = "the same, mean of the last five turns"
@@ -59,7 +59,7 @@ ROWS: Mapping[str, Bound] = {
 
 @dataclass
 class Turns:
-    """The figures of one family. Times are in milliseconds; `stall_ms` is the longest with AT_ONCE turns at once."""
+    """The figures of one family. Times are in milliseconds; `stall_ms` is the longest stall while AT_ONCE turns run."""
 
     family: str
     tokens: int = 0
@@ -220,7 +220,7 @@ class Remembered:
 
 async def remember(count: int, family: str = "byte-level", sample: int = 20) -> Remembered:
     """Remember the first half of each conversation, one after the other, then let the oldest take their next turn. The
-    first halves are tokenized in this process, which has the prompt memory with or without helpers."""
+    first halves are tokenized in this process, since the prompt memory is always in this process."""
     front, half = FrontEnd(family), conversations.TURNS // 2
     await front.start()
     figures, process = Remembered(count), psutil.Process()

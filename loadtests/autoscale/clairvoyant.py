@@ -5,7 +5,7 @@ leaves out two effects: decoding yields to prefills, and calls arrive unevenly w
 effects, plans are replayed call by call in the simulation; the cheapest plan that meets the SLO there is the optimum
 used for comparison. The recursion assumes slightly less slack and more work than there is, and spreads decoding in two
 ways (`TRIED`), since a plan without late calls in the fluid model may have some in the simulation. `bound_s` is the
-lower bound that the recursion itself gives; the bound holds for the fluid model.
+recursion's own lower bound, which holds for the fluid model only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ recursion does not know that a stream of a leaving replica is computed again on 
 NEAR = 0.1
 """Largest miss of the SLO target at which a plan is retried with lingering replicas."""
 BESIDE = 30.0
-"""Number of running sequences assumed beside a prompt when the prefill time of the prompt is estimated."""
+"""Number of running sequences that is assumed when the prefill time of a prompt is estimated."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,8 @@ def from_trace(name: str, times: int = TIMES, seed: int = 1, within_s: float = 1
 
 
 def synthetic(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tuple[float, float], seed: int) -> Demand:
-    """Return Gamma arrivals at a rate that changes every `step_s`. Lengths are lognormal; `lengths` holds the two
-    means.
+    """Return Gamma arrivals at a rate that changes every `step_s`. Lengths are lognormal; `lengths` are the means of
+    prompt and output.
     """
     rng = np.random.default_rng(seed)
     at = renewal(np.asarray(rate_per_s, dtype=float), step_s, np.full(len(rate_per_s), cv), rng)
@@ -50,7 +50,8 @@ def synthetic(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tu
 
 
 def renewal(rate: Floats, window_s: float, cv: Floats, rng: np.random.Generator) -> Floats:
-    """Return arrival times. Each window has rate x window calls, with Gamma gaps of coefficient of variation `cv`."""
+    """Return arrival times. Each window has rate x `window_s` calls, with Gamma gaps of coefficient of variation
+    `cv`."""
     out = []
     for number, (per_s, variation) in enumerate(zip(rate, cv, strict=True)):
         count = int(per_s * window_s + rng.random())
@@ -63,8 +64,8 @@ def renewal(rate: Floats, window_s: float, cv: Floats, rng: np.random.Generator)
 
 
 def _counts(mean: Floats, cv: Floats, rng: np.random.Generator) -> Floats:
-    """Return the number of calls in each bin: `mean` on average, with the dispersion (cv squared) of a renewal process
-    that has the coefficient of variation `cv`.
+    """Draw the number of calls in each time interval. The numbers have the mean `mean`, and the dispersion (cv squared)
+    of a renewal process with the coefficient of variation `cv`.
     """
     dispersion = np.maximum(cv**2, 0.05)
     drawn = rng.gamma(np.maximum(mean / dispersion, 1e-12)) * dispersion
@@ -73,7 +74,8 @@ def _counts(mean: Floats, cv: Floats, rng: np.random.Generator) -> Floats:
 
 
 def client_rates(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats]:
-    """Return the calls per second and the coefficient of variation of one client of m-small, per window of 600 s."""
+    """Return calls per second and coefficient of variation of one client of ServeGen's data set m-small, for each
+    window of 600 s."""
     path = traces.data_file(folder, f"servegen/m-small/chunk-{number}-trace.csv")
     rows = [line.split(",") for line in path.read_text().split()]
     return np.array([float(r[1]) for r in rows]), np.array([float(r[2]) for r in rows])
@@ -119,8 +121,8 @@ def servegen(
     bin_s: float = 1.0,
     folder: Path = traces.DEFAULT_FOLDER,
 ) -> Demand:
-    """Return the demand of clients of m-small at `scale` times the clients' own rates. The calls of a bin arrive
-    together and have mean lengths.
+    """Return the demand of clients of ServeGen's data set m-small, at `scale` times the clients' own rates. All calls
+    of an interval of `bin_s` arrive at the same time, with the same lengths: the means over the interval.
     """
     rng = np.random.default_rng(seed)
     first, last = round(begin_s / WINDOW_S), round((begin_s + duration_s) / WINDOW_S)

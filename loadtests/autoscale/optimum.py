@@ -1,12 +1,12 @@
 """The clairvoyant optimum of one model: the fewest GPU-seconds that serve a demand known in advance.
 
-The plant here is the fluid of loadtests/sim/fleet.py in slots: in slot t, work w[t] (replica-seconds) and c[t] calls
-arrive evenly; n[t] replicas serve at most n[t] x slot of the work, first come first served; the rest of the work waits.
-A call is late when n[t] replicas need longer for the work ahead of it than its class of calls may wait (a long prompt
-may wait less than a short one, since its prefill takes part of the same time to first token). With a known future each
-start begins one cold start before it is needed, so a start only has a price: `cold_start_s` GPU-seconds for each
-replica that n[t] has more than n[t-1], and n may take any value in any slot. The first slot's replicas already exist
-(as they do for the policies compared).
+The model of the replicas is loadtests/sim/fleet.py as a fluid, with time in slots. In slot t, work w[t]
+(replica-seconds) and c[t] calls arrive evenly; n[t] replicas serve at most n[t] x slot of the work, first come first
+served; the rest of the work waits. A call is late when n[t] replicas need longer for the work ahead of it than its
+class of calls may wait (a long prompt may wait less than a short one, since its prefill takes part of the same time to
+first token). With a known future each start begins one cold start before it is needed, so a start only has a price:
+`cold_start_s` GPU-seconds for each replica that n[t] has more than n[t-1], and n may take any value in any slot. The
+first slot's replicas already exist (as they do for the policies compared).
 
 Objective: min sum n[t] x slot + cold x sum (n[t] - n[t-1])+ with at most `budget` of the calls late.
 

@@ -194,8 +194,8 @@ def compare(name: str, seed: int, with_ray: bool) -> CaseResults:
 
 
 def shared_models(seed: int) -> dict[str, Demand]:
-    """Return the demand of twenty clients of m-small over half a day. All clients have one scale, chosen so that the
-    peak of the summed demand takes all GPUs.
+    """Return the demand of twenty clients of ServeGen's data set m-small over half a day. One factor scales all clients
+    so that the peak of the summed demand takes all GPUs.
     """
     rng = np.random.default_rng(seed)
     begin_s = 86_400.0 * int(rng.integers(1, 12)) + 6 * 3600.0

@@ -44,8 +44,8 @@ PROMPT_TOKENS = 30
 MOST_TOKENS = 8192
 """Upper bound on the tokens of a stream. Streams of 300 s have 6,000 tokens."""
 DAYS = 6
-"""Upper bound on the number of days of changes. A version that ends with its streams takes as long as the longest
-stream.
+"""Upper bound on the number of days of changes. Changes take long, because an old version serves until its longest
+stream has ended.
 """
 
 

@@ -1,9 +1,10 @@
-"""`python -m loadtests.autoscale_live.choice`: a small model of the saving from choosing which replica to remove.
+"""`python -m loadtests.autoscale_live.choice`: estimates how many fewer streams must move if the replica with the
+fewest streams is removed, and not a random one.
 
-Calls come at random, each to the replica with the fewest streams; lengths are exponential. At random moments the model
-counts the streams of a replica chosen blindly and of the replica with the fewest streams. The model also counts how
-many of these streams outlast the time to stay (half of the drain time), so that they must move. Prefix affinity is left
-out: affinity makes replicas less alike.
+Calls come at random, each to the replica with the fewest streams; lengths are exponential. At random moments the
+program counts the streams of a random replica and of the replica with the fewest streams. It also counts how many of
+these streams outlast the time to stay (half of the drain time), so that they must move. Prefix affinity is left out:
+affinity makes replicas less alike.
 """
 
 from __future__ import annotations

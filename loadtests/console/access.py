@@ -1,4 +1,5 @@
-"""Part access: what axe finds wrong on every page of the console, light and dark, at 360 and 1920 pixels."""
+"""The part `access`: errors that the accessibility checker axe finds on every page of the console, light and dark, at
+360 and 1920 pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ ROWS: Mapping[str, Bound | None] = {ROW: Bound("<=", 0)}
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Look at every page, and return the row. Raises RuntimeError."""
+    """Check every page, and return the report's row. Raises RuntimeError."""
     found: list[str] = []
     looked = 0
     async with chromium() as browser, filled(stage, browser) as pages:

@@ -1,4 +1,4 @@
-"""A cluster with tenants, calls and usage to look at, in this process, and the console in front of it."""
+"""A cluster in this process, with a console whose pages have tenants, calls and usage to show."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def log_warnings_only() -> None:
 
 @dataclass(frozen=True, slots=True)
 class FilledConsole:
-    """The console, and what is in it: the id of an answered call, and of a key of TENANT."""
+    """The console, and ids that its pages show: of an answered call, and of a key of TENANT."""
 
     console: ConsolePages
     call: str
@@ -42,8 +42,8 @@ class FilledConsole:
 
 @asynccontextmanager
 async def filled(stage: Stage, browser: Browser) -> AsyncIterator[FilledConsole]:
-    """Run a gateway with workers on four nodes. TENANT's calls are quick, those of OTHER have slow first tokens; OTHER
-    used most yesterday."""
+    """Run a gateway with workers on four nodes. The first tokens come fast for TENANT's calls and slowly for OTHER's
+    calls. OTHER used the most tokens yesterday."""
     log_warnings_only()
     folder = stage.folder / f"console-{time.monotonic_ns()}"
     folder.mkdir()

@@ -1,4 +1,5 @@
-"""Part cost: CPU of a gateway with 20 open consoles against the same gateway with none, in paired rounds.
+"""The part `cost`: CPU time of a gateway with 20 open consoles, compared with the same gateway without consoles, in
+paired rounds.
 
 Each round runs the same calls twice, once with the consoles open and once without; the order alternates. The consoles
 are read by this process, whose CPU is not counted.
@@ -25,11 +26,11 @@ LIMITS = Limits(call_s=60.0, run_s=120.0)
 RATIO = "gateway CPU per token with them against without"
 SHARE = f"gateway CPU of {CONSOLES} open consoles, {STREAMS} streams and {WORKERS} workers, % of a core"
 ROWS: Mapping[str, Bound | None] = {SHARE: Bound("<=", 3.0), RATIO: None}
-"""The share has the bound. The ratio depends on how much else the gateway does."""
+"""Only the share has a bound, because the ratio depends on how much else the gateway does."""
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the rounds, and return the rows. Raises DidNotStart, RuntimeError."""
+    """Run the rounds, and return the report's rows. Raises DidNotStart, RuntimeError."""
     options = stage.options
     bed = await beds.start(stage, "cost", WORKERS, STREAMS)
     stage.report.settings["cores of cost"] = bind(options.pin, [bed.gateway.pid], [bed.pool.pid])

@@ -1,4 +1,4 @@
-"""Part hostile: script payloads in every text that the pages show, and their effects.
+"""The part `hostile`: script payloads in every text that the pages show, and their effects.
 
 The overview, the admin API's answers and answers of a model hold the payloads in place of names, reasons, errors and
 texts. The effects are foreign elements, active attributes, calls of the payloads' script, requests to other hosts,
@@ -47,7 +47,7 @@ async (texts) => {
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Show the payloads, and return the rows. Raises RuntimeError."""
+    """Show the payloads, and return the report's rows. Raises RuntimeError."""
     effects: list[str] = []
     looked = 0
     async with chromium() as browser, filled(stage, browser) as pages:
@@ -123,7 +123,8 @@ async def _chats(stage: Stage, browser: Browser) -> tuple[list[str], int]:
 
 
 async def effects_in(watched: Watched) -> list[str]:
-    """Return the elements on a page that no page of the console has, and the effects of scripts in data."""
+    """Return the effects of the payloads on a page: elements that belong to no page of the console, and faults that the
+    browser recorded."""
     await watched.page.evaluate("new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 0)))")
     strange: list[str] = await watched.page.evaluate(STRANGE, FOREIGN)
     return [*strange, *await watched.faults()]

@@ -1,4 +1,5 @@
-"""Part memory: memory of the hour of history at 1,000 tenants and 100 models, in a process of its own.
+"""The part `memory`: memory of one hour of the console's history, with 1,000 tenants and 100 models, in a process of
+its own.
 
     python -m loadtests.console.memory
 
@@ -30,7 +31,7 @@ ROWS: Mapping[str, Bound | None] = {ROW: Bound("<=", 64.0)}
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the program, and return the row. Raises RuntimeError, TimeoutError."""
+    """Run the program, and return the report's row. Raises RuntimeError, TimeoutError."""
     stage.screen.say("an hour of history is filled")
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtests.console.memory", stdout=asyncio.subprocess.PIPE
@@ -45,7 +46,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 def fill(tenant_count: int = TENANTS, model_count: int = MODELS) -> dict[str, int]:
-    """Fill a history, and return the growth of memory and the size of its arrays, in bytes."""
+    """Fill a history, and return the growth of the process's memory and the size of the history's arrays, in bytes."""
     tenants = [f"tenant-{at:04}" for at in range(tenant_count)]
     models = [f"model-{at:03}" for at in range(model_count)]
     gc.collect()

@@ -1,8 +1,8 @@
-"""Part pages: times in Chromium, while 64 streams run and 20 workers report.
+"""The part `pages`: loading and update times in Chromium, while 64 streams run and 20 workers report.
 
-The first view counts from the navigation of a signed-in browser with an empty cache until the fleet is shown with live
-data. The live update counts from an admin request that cordons a worker, or lifts that, until the page shows it. The
-longest frame is the longest time between two animation frames on the pages fleet and calls.
+The first view takes from the navigation of a signed-in browser with an empty cache until the fleet is shown with live
+data. The live update takes from an admin request that cordons or uncordons a worker until the page shows the change.
+The longest frame is the longest time between two animation frames on the pages fleet and calls.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ HAS_STATE = """
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Start the processes and the browser, and return the rows. Raises DidNotStart, RuntimeError."""
+    """Start the processes and the browser, and return the report's rows. Raises DidNotStart, RuntimeError."""
     rounds = rounds_of(stage.options)
     bed = await beds.start(stage, "pages", WORKERS, ROOM)
     async with beds.streams(bed, STREAMS, TOKENS), chromium() as browser:

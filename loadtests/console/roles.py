@@ -1,8 +1,8 @@
-"""Part roles: requests that a role must not make, and names of other tenants that the console sends to a role.
+"""The part `roles`: requests that a role must not make, and names of other tenants that the console sends to a role.
 
 Each role calls each admin method through the console, for its own tenant and for another one. The console must refuse
-what the admin port refuses (tests/gateway/apis/admin/test_roles.py). Then the data that the console sends to roles of
-one tenant is searched for names of another tenant, workers and gateways.
+what the admin port refuses (tests/gateway/apis/admin/test_roles.py). Some roles may see one tenant only. The data that
+the console sends to these roles is searched for the names of another tenant, of workers and of gateways.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROWS: Mapping[str, Bound | None] = {REFUSED: Bound("<=", 0), SHOWN: Bound("<=", 
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Make the requests of all roles, and return the rows."""
+    """Make the requests of all roles, and return the report's rows."""
     log_warnings_only()
     folder = stage.folder / "roles"
     checkpoint = await asyncio.to_thread(build_checkpoint, "llama", folder / "checkpoint")
@@ -102,7 +102,7 @@ async def _unrefused(world: World, browsers: Mapping[str, Browser]) -> tuple[lis
 
 
 async def _explained(browsers: Mapping[str, Browser], answer: str) -> list[str]:
-    """Return the roles of one tenant that may read another tenant's call by its id."""
+    """Return the roles that may see one tenant only and that could still read another tenant's call by its id."""
     found = []
     for role in SCOPED:
         reply = await browsers[role].admin("Fleet.ExplainRequest", request_id=answer)
@@ -112,7 +112,8 @@ async def _explained(browsers: Mapping[str, Browser], answer: str) -> list[str]:
 
 
 async def _shown(keyed: Keyed, browsers: Mapping[str, Browser]) -> list[str]:
-    """Return the foreign names in the events, models and history that the console sends to roles of one tenant."""
+    """Return the foreign names in the events, models and history that the console sends to roles that may see one
+    tenant only."""
     hub = keyed.gateway.hub
     foreign = {OTHER, "fixed", hub.gateway_id, *(worker.identity.worker_id for worker in keyed.cluster.workers)}
     found = []

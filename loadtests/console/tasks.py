@@ -1,7 +1,7 @@
-"""Part tasks: clicks that an operator needs for five tasks, each from the fleet page.
+"""The part `tasks`: clicks that an operator needs for five tasks, each from the fleet page.
 
-A click is a pressed pointer button. A typed reason is not one. Each task ends with a check that the page shows, or that
-the cluster has done, what was wanted.
+A click is a pressed pointer button; typing a reason does not count. Each task ends with a check of its result on the
+page or in the cluster.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Client of cluster.v1's StreamChat and StreamComplete, for our gateway or Ray Serve's gRPC proxy.
 
-Ray Serve's proxy takes the same messages: the application is named in the metadata, and the path of the method names
-the method of the deployment that runs.
+Ray Serve's proxy takes the same messages: the metadata names the application, and the last part of the gRPC path names
+the method of the deployment that Ray Serve calls.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Connection(asyncio.Protocol):
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Handle the end of the connection: fail a running request, unless the connection's end ends the body."""
+        """Handle the end of the connection: fail a running request, unless its body lasts until the connection ends."""
         self._transport = None
         if self._state == self._until_closed and error is None:
             self._finish()

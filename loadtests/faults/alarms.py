@@ -1,7 +1,7 @@
 """Two checks of hang detection: a stopped engine must be detected, and hours of prefills must not be taken for a hang.
 
-The hours of prefills are a sum over workers that run side by side: the same gateway watches each worker separately, and
-could take each worker for stuck.
+The hours of prefills are the sum over several workers that run at the same time: the gateway watches each worker
+separately, and could wrongly find any of them stuck.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ CREDIT_S = 0.2
 
 
 def hanging_sources(model: Path, plain: str, seed: int) -> list[str]:
-    """Return the sources of two workers: the first has an engine that hangs after a few steps, the second takes over
-    the calls.
+    """Return the model sources of two workers. The first worker's engine hangs after a few steps; the second worker
+    takes over the calls.
     """
     common = (
         f"sim://{model}?decode_ms={HANG_STEP_MS}&max_model_len=4096&prefill_tokens_per_s=100000&seed={seed}&{plain}"
@@ -42,7 +42,7 @@ def hanging_sources(model: Path, plain: str, seed: int) -> list[str]:
 
 
 def prefilling_source(model: Path, plain: str, seed: int) -> str:
-    """Return the source of a worker with steps of up to four seconds."""
+    """Return the model source of a worker whose engine has steps of up to four seconds."""
     room = "max_num_seqs=4&max_num_batched_tokens=65536&kv_blocks=16384&max_model_len=131072"
     return f"sim://{model}?decode_ms=20&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}&{room}&seed={seed}&{plain}"
 

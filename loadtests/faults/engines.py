@@ -122,7 +122,8 @@ class Proof:
     seconds: float = 0.0
 
     def exact(self, *kinds: str) -> tuple[int, int]:
-        """Return (exact, all): the numbers of calls of these kinds that lost a worker or failed."""
+        """Count the calls of these kinds that lost a worker or failed; return (calls with the undisturbed answer, all
+        these calls)."""
         hit = [result for result in self.calls if result.request.kind in kinds and (result.resumed or result.error)]
         return sum(result.request_id not in self.differences for result in hit), len(hit)
 
@@ -174,7 +175,7 @@ class Engines:
         await self.fleet.until_all_up(STARTS_S)
 
     async def running(self) -> dict[int, int]:
-        """Return the number of sequences that each linked worker runs, from the last beat of the worker."""
+        """Return the number of sequences that each linked worker runs, from the worker's last heartbeat."""
         samples = await self._scrape()
         ids = {worker.id: number for number, worker in enumerate(self.fleet.workers)}
         return {

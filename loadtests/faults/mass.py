@@ -48,8 +48,8 @@ NOTICED_S = 5.0
 
 
 def source(model: Path, seed: int) -> str:
-    """Return the model source (`sim://...`) of all four workers. Tokens come from the whole vocabulary, so that
-    bytes of broken characters occur.
+    """Return the model source, which is the same for all four workers. Tokens come from the whole vocabulary, so that
+    some tokens are parts of characters.
     """
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=40000&{room}&seed={seed}&token_lo=0&token_hi=760"

@@ -36,7 +36,7 @@ SHED = "short of room"
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Return the source of every worker, with a number of sequences that gives a known rate of calls."""
+    """Return the workers' model source, with a number of sequences that gives a known rate of calls."""
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=4096&max_model_len=2048"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=200000&{room}&seed={seed}&{plain}"
 
@@ -55,8 +55,8 @@ class Load:
         return sum(met(result) for _, result in self.calls) / self.seconds
 
     def refused_s(self, shed: bool) -> list[float]:
-        """Return the time to refusal of each refused call in seconds: calls refused at admission, or with `shed` calls
-        shed while waiting.
+        """Return the seconds until refusal for each call that was shed while it waited (`shed` true) or refused at
+        admission (`shed` false).
         """
         return [
             result.ended - result.sent
@@ -103,7 +103,7 @@ class OverloadResults:
         return max(load.goodput_per_s for load in self.sweep)
 
     def refused_s(self, shed: bool) -> list[float]:
-        """Return the times to refusal in seconds, over all rates of the sweep and of the overload."""
+        """Return the seconds until refusal, over all rates of the sweep and of the overload; see Load.refused_s."""
         return [s for load in (*self.sweep, *self.overs.values()) for s in load.refused_s(shed)]
 
     def refusals_p99_ms(self, shed: bool) -> float:

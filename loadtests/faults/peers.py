@@ -1,9 +1,10 @@
-"""Streams that finish despite a lost backend: ours, vllm-router and Ray Serve's gRPC proxy, each with two backends.
+"""Streams that finish despite a lost backend, behind our gateway, vllm-router and Ray Serve's gRPC proxy, each with two
+backends.
 
 All backends use the same simulated engine: our workers, plain OpenAI servers, and replicas of a plain deployment. In a
 round all streams begin together; when each stream has received some pieces, one backend gets SIGKILL. A stream finishes
 when all its tokens arrive, with exactly the text that the same arm gave undisturbed. Each peer retries as by default.
-Rounds of vllm-router have their own engines and router; ours and Ray's backends are restarted automatically.
+Each round of vllm-router starts its own engines and router; our backends and Ray's are restarted automatically.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BEGUN_S, ENDS_S, BACK_S = 30.0, 120.0, 60.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Return the source of every backend."""
+    """Return the model source of the simulated engines, the same for all backends."""
     room = f"max_num_seqs={2 * STREAMS}&max_num_batched_tokens=4096&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=100000&{room}&seed={seed}&{plain}"
 

@@ -1,12 +1,12 @@
 """Single faults: detection time, waiting time of callers, and the effect on calls that were not hit.
 
-An episode is a set of streams that begin together on all workers. Fresh calls of the same length run beside the streams
-throughout the episode. When all streams have begun, one worker is killed or stopped. Streams that report a resume were
-hit; the other streams are the survivors.
+An episode is a set of streams that begin together on all workers. Throughout the episode further callers make new
+calls, one after the other. When all streams have begun, one worker is killed or stopped. Streams that report a resume
+were hit; the other streams are the survivors.
 
-In calm episodes one worker is away from the beginning, and each other worker has as many streams as it has survivors in
-an episode with a fault. Then as many fresh calls come at once as a worker has streams. The wait of this crowd of new
-calls is the allowed wait of a crowd of resumed calls on the same workers.
+In calm episodes one worker is away from the beginning, and the other workers have as many streams as the survivors of a
+fault. Then a crowd of new calls comes at once, as many calls as a worker has streams. After a fault, the crowd of
+resumed calls may wait as long as this crowd of new calls waits.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ WORKERS, STREAMS, FRESH = 4, 32, 4
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 WORDS, TOKENS, FRESH_TOKENS = 100, 60, 10
 GROWN_WORDS = 8
-"""Number of extra words in the prompts of fresh calls. They stand for the emitted tokens of an interrupted call, which
-must be computed, too.
+"""Number of extra words in the prompts of new calls: as many as an interrupted call has emitted, since its emitted
+tokens must be computed, too.
 """
 BEGUN_CHUNKS = 12
 CALM = "calm"
@@ -46,7 +46,7 @@ BEFORE_S = 1.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Return the source of every worker. Each token has a different text, so that each step is a chunk."""
+    """Return the workers' model source. Each token has a different text, so that each step gives a chunk."""
     room = "max_num_seqs=64&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=4096"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
     return f"sim://{model}?{speed}&{room}&seed={seed}&{plain}"
@@ -66,7 +66,7 @@ class Episode:
     not cause.
     """
     fresh_s: list[float] = field(default_factory=list)
-    """TTFT of fresh calls before the fault. In a calm episode: TTFT of the crowd of fresh calls."""
+    """TTFT of new calls before the fault. In a calm episode: TTFT of the crowd of new calls."""
     before_s: list[float] = field(default_factory=list)
     during_s: list[float] = field(default_factory=list)
     """Gaps between the chunks of the survivors: `before_s` before the fault, `during_s` from the fault until the last
@@ -87,7 +87,7 @@ class Findings:
     """Number of links that ended though the worker was not disturbed."""
 
     def of(self, *kinds: str) -> list[Episode]:
-        """Return the episodes of these kinds."""
+        """Return the episodes whose kind is one of `kinds`."""
         return [episode for episode in self.episodes if episode.kind in kinds]
 
     def noticed_s(self, *kinds: str) -> list[float]:
@@ -95,9 +95,9 @@ class Findings:
         return [float("inf") if episode.noticed_s is None else episode.noticed_s for episode in self.of(*kinds)]
 
     def silence(self, crowd: bool, *, whole: bool = True) -> list[float]:
-        """Return the silence of each hit stream as a multiple of the fault's allowed silence. The allowed silence is
-        the p99 TTFT of fresh calls (alone, or with `crowd` in a crowd) plus the detection time of the fault. Without
-        `whole`, a silence counts from the fault on.
+        """Return, for each hit stream, its silence divided by the allowed silence: the fault's detection time plus the
+        p99 TTFT of new calls. `crowd`: new calls that come in a crowd, else single ones. `whole`: a silence counts from
+        its last chunk before the fault, else from the fault.
         """
         calm = self.of(CALM) if crowd else [episode for episode in self.episodes if episode.kind != CALM]
         fresh = percentile([s for episode in calm for s in episode.fresh_s], 99)

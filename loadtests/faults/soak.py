@@ -30,7 +30,7 @@ DRAWS, BLOCKS = 500, 15
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Return the source of every worker. The engine answers as fast as a caller can read."""
+    """Return the workers' model source. The engine answers as fast as a caller can read."""
     return f"sim://{model}?decode_ms=2&prefill_tokens_per_s=1000000&max_model_len=2048&seed={seed}&{plain}"
 
 
@@ -95,8 +95,8 @@ def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0
 
 
 async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[CallResult]]:
-    """Warm up, rest, count, run, rest, count; return the results and the calls. `told_file` is the file that the
-    gateway's witness writes.
+    """Warm up, run the calls, and count the resources at rest before and after; return the results and the calls.
+    `told_file` is the file that the gateway's witness writes.
     """
     process = psutil.Process(fleet.gateway_pid)
     caller = Caller(fleet.grpc, fleet.metadata, "soak")

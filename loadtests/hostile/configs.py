@@ -51,7 +51,7 @@ class Count:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Make the mutants, check them, and try the mutants that pass on the processes."""
+    """Make the mutants, check them, and give those that pass to the processes' constructors."""
     return await asyncio.to_thread(_measure, stage)
 
 

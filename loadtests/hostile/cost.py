@@ -2,7 +2,7 @@
 another checkout.
 
 Both checkouts serve the same requests over a simulated engine, alternating (`relay` has the set-up). The value is the
-geometric mean of the rounds' ratios. The bound applies to the mean; the interval is reported beside the mean.
+geometric mean of the rounds' ratios. The bound applies to the mean; the interval is reported together with the mean.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROWS: Mapping[str, Bound] = {TITLE.format(api): BOUND for api in (GRPC, HTTP, SE
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run both checkouts alternately and return the rows."""
+    """Run both checkouts alternately and return the report's rows."""
     against = stage.options.against
     if against is None:
         return [missing(row, bound, "no other checkout was named (--against)") for row, bound in ROWS.items()]

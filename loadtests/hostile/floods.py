@@ -110,7 +110,7 @@ def flood(gateway: Attacked, kind: str, key: str) -> tuple[bool, float]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run each kind of flood, once without and once with a key; return the rows."""
+    """Run each kind of flood, once without and once with a key; return the report's rows."""
     gateway = await attacked(stage, "floods-gateway")
     missed, costs = [], []
     for kind in KINDS:

@@ -2,8 +2,8 @@
 still served.
 
 Meanwhile each port is tried every second on a new connection: health over gRPC and HTTP, a tenant's call over gRPC and
-HTTP, the admin API and the metrics page. A second worker tries the link port: its link must come up beside the link of
-the first worker.
+HTTP, the admin API and the metrics page. A second worker dials the link port; the gateway must then have the links of
+both workers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Probe = Callable[[], Awaitable[None]]
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Start all processes, attack, and make the calls; return the rows."""
+    """Start all processes, attack, and make the calls; return the report's rows."""
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     source = f"sim://{model}?decode_ms=5&{serving.plain_tokens(model)}"
     ours = await serving.start(

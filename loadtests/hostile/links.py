@@ -54,7 +54,7 @@ HEAD: Final = "POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\
 
 @dataclass(slots=True)
 class AttackResults:
-    """Results of the hostile calls and of the streams beside them."""
+    """Results of the hostile calls, and of the other tenant's streams meanwhile."""
 
     answers: Counter[str] = field(default_factory=Counter)
     touched: list[str] = field(default_factory=list)
@@ -311,7 +311,7 @@ async def real(stage: Stage, calls: int) -> tuple[AttackResults, int]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Attack simulated engines, then the real engine; return the rows."""
+    """Attack simulated engines, then the real engine; return the report's rows."""
     figures = []
     for part, calls, links, streams in (
         (simulated, CALLS, LINKS, STREAMS),

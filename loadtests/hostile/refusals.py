@@ -279,7 +279,7 @@ async def attack_all(stage: Stage, name: str, source: str, bundle: Path, witness
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure CPU time on one gateway, and pieces of event-loop work on another gateway; return the rows."""
+    """Measure CPU time on one gateway, and pieces of event-loop work on another gateway; return the report's rows."""
     model, bundle = await ours.prepare(stage.children, "tokenizer", stage.folder)
     source = f"sim://{model}"
     costs: dict[tuple[str, str], dict[int, float]] = {}

@@ -145,7 +145,7 @@ def broken_streams(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Make the calls undisturbed, then again with SIGTERM while the streams run; return the rows."""
+    """Make the calls undisturbed, then again with SIGTERM while the streams run; return the report's rows."""
     from loadtests.scenarios.parts import exact
 
     checkpoint = build_checkpoint("llama", stage.folder / "sigterm-llama")

@@ -62,8 +62,8 @@ def strangers(address: str, pid: int) -> float:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Alternate the cases while a quiet tenant calls; return the rows. The attacker runs in a separate process, so that
-    the attacker delays no caller.
+    """Measure the cases in turn while a quiet tenant calls; return the report's rows. The attacker runs in a separate
+    process, so that the attacker delays no caller.
     """
     gateway = await attacked(stage, "streams-gateway")
     loop, pid = asyncio.get_running_loop(), gateway.process.pid

@@ -148,13 +148,13 @@ class Cluster:
         return self.pod(f"{ray}-head-0")
 
     def whole(self, beside: Collection[str] = ()) -> bool:
-        """Return whether every gateway has a link to every simulated worker. The leaving workers in `beside` do not
+        """Return whether every gateway has a link to every simulated worker. `beside`: leaving workers, which do not
         count.
         """
         return self.linked(MASS, beside) >= self.size.workers
 
     def linked(self, model: str, beside: Collection[str] = ()) -> int:
-        """Return the number of workers of a model that have links to every gateway."""
+        """Return the number of workers of a model that have links to every gateway, without those in `beside`."""
         ups = [self.timeline.up(pod.spec.name) - set(beside) for pod in self.gateways]
         return min(sum(worker.startswith(f"{model}-") for worker in up) for up in ups)
 
@@ -168,17 +168,19 @@ class Cluster:
         return True
 
     def ray_runs(self) -> bool:
-        """Return whether the dashboard of the first Ray answers and reports every application as running. Blocks."""
+        """Return whether the dashboard of the first Ray cluster answers and reports every application as running.
+        Blocks."""
         applications = self._ask_ray(self.rays[0], "/api/serve/applications/").get("applications", {})
         return bool(applications) and all(application["status"] == "RUNNING" for application in applications.values())
 
     def ray_nodes(self, ray: str) -> int:
-        """Return the number of living nodes, including the head, from the dashboard of a Ray. Blocks."""
+        """Return the number of living nodes of a Ray cluster, including the head, as its dashboard reports it.
+        Blocks."""
         nodes = self._ask_ray(ray, "/api/v0/nodes?limit=100&detail=true")
         return sum(row.get("state") == "ALIVE" for row in nodes.get("data", {}).get("result", {}).get("result", []))
 
     def _ask_ray(self, ray: str, path: str) -> Mapping[str, Any]:
-        """Return the JSON answer of a Ray's dashboard; {} if the dashboard does not answer."""
+        """Return the JSON answer of a Ray cluster's dashboard; {} if the dashboard does not answer."""
         token = self.release.files("Secret", f"{RELEASE}-secrets")["auth_token"]
         request = urllib.request.Request(
             f"http://{self.head_of(ray).place.address}:8265{path}", headers={"Authorization": f"Bearer {token}"}
@@ -222,8 +224,8 @@ class Cluster:
 
 
 def mass_source(model: Path, seed: int, size: Size) -> str:
-    """Return the source of the simulated workers, as a path in the pods. Each token has a different text, so each step
-    is a chunk.
+    """Return the model source of the simulated workers; its path is valid in the pods. Each token has a different text,
+    so each step gives a chunk.
     """
     room = f"max_num_seqs={size.max_num_seqs}&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=8192"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"

@@ -51,7 +51,7 @@ class Episode:
     capacity_s: float | None = None
     """Seconds from the loss of a node until every gateway has a link to every worker again."""
     engines_s: float | None = None
-    """Seconds from the loss of a node until the last engine had started. Ray needs this part of the time."""
+    """Seconds from the loss of a node until the last engine had started: the time that Ray's restart needs."""
     moved: float | None = None
     """Wall-clock time at which the last worker on the previous Ray cluster was gone."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -232,8 +232,8 @@ class Play:
             episode.notes[f"{worker_id} replaced after s"] = round(time.time() - ended, 1)
 
     async def move(self, episode: Episode) -> None:
-        """Move the model's entry from one Ray cluster to a new Ray cluster that was started beside it, and remove the
-        first. This is the way to upgrade Ray, Python, CUDA or vLLM. The event strikes with the changed entry.
+        """Start a second Ray cluster, change the model's entry to run there, and remove the first Ray cluster. This is
+        the way to upgrade Ray, Python, CUDA or vLLM. The event strikes when the entry changes.
         """
         cluster, timeline = self._cluster, self._cluster.timeline
         began = time.time()

@@ -32,7 +32,7 @@ PATH = f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/us
 POSTGRESQL = "/usr/lib/postgresql/*/bin"
 """Folder of PostgreSQL's programs on Debian. Images have these programs on PATH."""
 JOIN = 'echo 0 > "$1/cgroup.procs"; shift; exec "$@"'
-"""Shell command that joins a cgroup and then runs a program. The 0 written to cgroup.procs stands for the writing
+"""Shell command that joins a cgroup and then runs a program. The kernel takes a 0 in cgroup.procs as the writing
 process.
 """
 LAST = 10

@@ -1,4 +1,4 @@
-"""Part agents: 200 sessions of 43 turns with tool pauses and sub-agents, of three tenants of unequal weight.
+"""The part `agents`: 200 sessions of 43 turns with tool pauses and sub-agents, of three tenants of unequal weight.
 
 The fairness gap is defined as in the scenario fairness: the most service, divided by weight, that one tenant gained
 over another, in units of U. U is the longest prompt or the most tokens that a worker held at once, whichever is more

@@ -1,4 +1,5 @@
-"""Part azure: Azure's conversation trace, in which nothing can be reused, compared with the policy "least load"."""
+"""The part `azure`: the gateways' policy compared with the policy "least load" on Azure's conversation trace, in which
+no prompt shares a block with another."""
 
 from __future__ import annotations
 

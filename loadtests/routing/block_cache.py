@@ -112,16 +112,16 @@ class BlockCache:
 
 
 class PooledLru:
-    """One LRU cache as large as those of all workers together: the reference for hits. A prompt is stored when it
-    arrives, so that no delay costs a hit, and no call pins blocks."""
+    """One LRU cache as large as all workers' caches together. Its hits are the reference for the workers' hits: a
+    prompt is stored when it arrives, so that no delay costs a hit, and no call pins blocks."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._names: OrderedDict[int, None] = OrderedDict()
 
     def use(self, names: Sequence[int], most: int = 0) -> int:
-        """Store a prompt's blocks as the last used ones. Returns how many of its first `most` blocks were held before,
-        counted up to the first one that was not."""
+        """Store a prompt's blocks as the most recently used ones. Returns how many leading blocks, at most `most`, were
+        in the cache before."""
         matched = 0
         for name in names[:most]:
             if name not in self._names:

@@ -1,6 +1,7 @@
-"""Part burst: 64 calls with one prefix within a millisecond, on eight workers, all or one of which hold the prefix.
+"""The part `burst`: 64 calls with the same prefix come within a millisecond to eight workers; either all workers hold
+the prefix, or one.
 
-Load is the number of calls that were sent to a worker, 5 s after the burst.
+A worker's load is the number of calls that were sent to it, 5 s after the burst.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ BLOCK_TOKENS = 512
 class Prompt:
     """One call to make.
 
-    `blocks`: a number for the content of each whole block of the prompt and of the named output. Equal numbers after
-    equal blocks mean equal text. The first `prompt_tokens // BLOCK_TOKENS` blocks belong to the prompt. For the hashes,
-    each block counts as one token, which is faster and changes nothing else.
+    `blocks`: a number for the content of each whole block of the prompt, and of the output if a later prompt can
+    contain it. Equal numbers after equal blocks mean equal text. The first `prompt_tokens // BLOCK_TOKENS` blocks
+    belong to the prompt. For the hashes, each block counts as one token, which is faster and changes nothing else.
     """
 
     tenant: str
@@ -63,9 +63,9 @@ class Prompt:
 class RoutedCall:
     """State of a call. Times are in virtual seconds, -1 before the event.
 
-    `predicted`: cached tokens that the gateway expected on the worker; `cached`: those that the engine found. `pooled`:
-    those that the pooled LRU found; `in_pool`: those that a pooled cache found with the same calls at the same times.
-    `ends`: how often the call has ended.
+    Four numbers of cached prompt tokens. `predicted`: as the gateway expected on the worker. `cached`: as the engine
+    found. `pooled`: in PooledLru. `in_pool`: in one large BlockCache that gets the calls of all workers at the same
+    times. `ends`: how often the call has ended.
     """
 
     call_id: str

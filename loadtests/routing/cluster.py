@@ -59,7 +59,7 @@ class ClusterConfig:
     engine: ReplicaModel = ENGINE
     link_s: float = 0.001
     adapters: AdapterMix | None = None
-    """The adapters that calls name; None for none."""
+    """The adapters that calls name; None if no call names one."""
     lateness: Lateness = field(default_factory=Lateness)
     slow: tuple[tuple[int, float], ...] = ()
     picker_of: Callable[[Prefix, Random], Picker] | None = None

@@ -1,11 +1,12 @@
-"""Part engines: multi-turn chats on two vLLM workers, beside one pooled LRU cache and vllm-router on the same engines.
+"""The part `engines`: multi-turn chats on two vLLM workers, compared with one pooled LRU cache, and with vllm-router on
+the same engines.
 
 `python -m loadtests.routing.engines` runs it alone. The gateway runs in this process, so that each call's prediction is
 read when the call is sent to its worker. All chats begin with the same text, but half of them have another cache_salt.
 
 A prediction differs from what the engine found if blocks were evicted or stored between the worker's last report and
-the call's start. A difference is traced if, after the decision, the worker has reported the block at which they differ
-as removed or as stored.
+the call's start. A difference is traced if the worker has reported, after the decision, that it removed or stored the
+first block for which the prediction was wrong.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ SYSTEM_WORDS, USER_WORDS, ASSISTANT_WORDS = 300, 40, 40
 """Words of the messages. Every prompt has more than MIN_TOKENS tokens, so each call is predicted."""
 READY_S, CALL_S, LATER_S = 180.0, 120.0, 2.0
 ROOMY, FULL, CROWDED = 0.4, 0.75, 1.5
-"""KV tokens of all chats, as parts of the engines' sum: without evictions, as measured, and with many evictions."""
+"""KV tokens of all chats as a share of the KV tokens of all engines, for three runs: one without evictions, the one
+that the report compares, and one with many evictions."""
 
 POOLED = "two vLLM workers: hit tokens against one pooled LRU of the summed size"
 ROUND_ROBIN = "two vLLM workers: hit tokens against round robin"
@@ -127,7 +129,7 @@ class Tokens:
 
     @property
     def rate(self) -> float:
-        """Part of the prompt tokens that was cached."""
+        """Share of the prompt tokens that was cached."""
         return self.cached / max(self.prompt, 1)
 
 
@@ -162,7 +164,7 @@ class PooledLru:
         self._held: OrderedDict[int, None] = OrderedDict()
 
     def hit(self, hashes: Sequence[int], whole: int) -> int:
-        """Return the number of leading blocks that are held, at most `whole`, and hold all blocks of a prompt."""
+        """Store all blocks of a prompt. Returns how many leading blocks, at most `whole`, were in the cache before."""
         count = 0
         while count < whole and hashes[count] in self._held:
             count += 1
@@ -187,7 +189,7 @@ class Decision:
 
 @dataclass(slots=True)
 class Journal:
-    """What a gateway decided, and what its workers reported."""
+    """A record of a gateway's routing decisions and of its workers' reports of blocks."""
 
     caches: WorkerCaches
     decisions: dict[int, Decision] = field(default_factory=dict)
@@ -196,7 +198,7 @@ class Journal:
     """Time, worker, stored and removed blocks."""
 
     def install(self) -> None:
-        """Record the gateway's calls of its cache index."""
+        """Wrap the methods of `caches`, so that the journal records the gateway's calls."""
         expect, report = self.caches.expect, self.caches.report
 
         def observed_expect(link: WorkerLink, key: str, request: EngineRequest, now: float) -> None:

@@ -33,8 +33,8 @@ INDEX_BLOCKS = 1 << 18
 
 @dataclass(eq=False, slots=True)
 class _Link:
-    """What a gateway knows of one worker. `prefill` and `sent_at`: prompt tokens to compute, and time of the Submit, by
-    call without output. `last_first`: time of the last first token."""
+    """What a gateway knows of one worker. For each call without output, `prefill` has the prompt tokens to compute and
+    `sent_at` the time of the Submit. `last_first`: time of the latest first token of any call."""
 
     balance: CreditBalance = field(default_factory=CreditBalance)
     running: int = 0
@@ -199,7 +199,7 @@ class RoutingGateway:
         self._cancel(call, loser)
 
     def _computed(self, worker: int, call_id: str, uncached: int, now: float) -> None:
-        """Record how long a worker took for a prompt, as gateway.links.slots does."""
+        """Record how long a worker took for a prompt, as the production code in gateway.links.slots does."""
         link = self._links[worker]
         since = max(link.sent_at.pop(call_id), link.last_first)
         link.last_first = now

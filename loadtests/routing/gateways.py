@@ -1,4 +1,4 @@
-"""Part gateways: one to eight gateways, each with its own index and its share of the workers' credit."""
+"""The part `gateways`: one to eight gateways, each with its own index and its share of the workers' credit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part index: the gateway's cache index with a thousand workers and ten million pairs of block and worker.
+"""The part `index`: the gateway's cache index with a thousand workers and ten million pairs of block and worker.
 
 `python -m loadtests.routing.index` runs it alone. Times of the index are CPU times of the thread that uses it, since
 other programs run on the same machine. Peers: a dict of sets, and the index of Dynamo's router through its Python
@@ -78,7 +78,7 @@ class Times:
 
     @property
     def note(self) -> str:
-        """The median, for a row with the p99."""
+        """The median in words, as the note of a row whose value is the p99."""
         return f"median {self.p50:.0f} us"
 
 

@@ -69,7 +69,7 @@ class KvFeed:
         self._notice(number)
 
     def _notice(self, before: int) -> None:
-        """Ask for all batches below a number that have not arrived."""
+        """Request again all batches with numbers below `before` that have not arrived."""
         for number in range(self._next, before):
             if number not in self._arrived and number not in self._asked:
                 self._asked.add(number)

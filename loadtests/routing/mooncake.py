@@ -1,7 +1,7 @@
-"""Part mooncake: Mooncake's conversation trace on eight workers with small and with large caches, by each policy.
+"""The part `mooncake`: Mooncake's conversation trace on eight workers with small and with large caches, by each policy.
 
-The reference for hits is one pooled LRU of the summed size, which stores a prompt when it arrives. The reference for
-times is the best plain policy of the same run, chosen for mean and p99 separately.
+The reference for hits is one LRU cache as large as all workers' caches together, which stores a prompt when it arrives.
+The reference for times is the best plain policy of the same run, chosen for mean and p99 separately.
 """
 
 from __future__ import annotations

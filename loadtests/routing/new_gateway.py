@@ -1,7 +1,7 @@
-"""Part new_gateway: of two gateways one is killed under load, and another starts in its place.
+"""The part `new_gateway`: one of two gateways is killed under load, and another starts in its place.
 
-Each worker sends the new gateway a snapshot of its blocks. The hit rate counts as back at the first time after which
-the new gateway knows at least ENOUGH of the cached tokens. This is a share over the calls of the next WINDOW_S.
+Each worker sends the new gateway a snapshot of its blocks. The hit rate counts as back at the first time at which, over
+the calls of the next WINDOW_S, the new gateway knows at least the share ENOUGH of the tokens that workers have cached.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ ROWS: Mapping[str, Bound] = {BACK: Bound("<=", 2.0)}
 
 class Known(NamedTuple):
     """A call at the new gateway. `after_s`: its arrival, in seconds after the gateway started. `held`: leading tokens
-    of its prompt that the best worker holds. `known`: those of them that the gateway knows of at one worker."""
+    of its prompt that the best worker holds. `known`: how many of these tokens the gateway's index finds on one
+    worker."""
 
     after_s: float
     held: int
@@ -39,7 +40,8 @@ class Known(NamedTuple):
 
 
 def run(seed: int, kill_s: float = KILL_S, for_s: float = FOR_S) -> list[Known]:
-    """Replay Mooncake's trace, and kill a gateway at `kill_s`; return the calls at the new one for `for_s`."""
+    """Replay Mooncake's trace, and kill a gateway at `kill_s`; return the calls that the new gateway gets within
+    `for_s`."""
     cluster = Cluster(ClusterConfig(OURS, blocks=BLOCKS, gateways=2, seed=seed))
     rng = Random(seed)
     for at_s, prompt in mooncake(SPEED):
@@ -64,7 +66,8 @@ def run(seed: int, kill_s: float = KILL_S, for_s: float = FOR_S) -> list[Known]:
 
 
 def replace_gateway(cluster: Cluster, number: int) -> list[RoutedCall]:
-    """Kill a gateway and start another, to which the callers of waiting calls turn. Returns these calls."""
+    """Kill a gateway, start a new one, and send the calls that waited at the killed gateway to it. Returns these
+    calls."""
     waiting = cluster.kill_gateway(number)
     new = cluster.add_gateway()
     for call in waiting:

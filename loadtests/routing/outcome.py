@@ -23,10 +23,9 @@ QUANTILES = tuple(range(0, 101, 2))
 class Outcome:
     """Measurements of a simulation. Tokens are sums over all calls, times are in seconds.
 
-    `pooled`: tokens that one pooled LRU found; `in_pool`: those that one
-    pooled cache found, with the same calls at the same times. `exact`: share of the calls for which the gateway
-    predicted the cached tokens exactly. `load`: prompt tokens that each worker computed. `quantiles_s`: the QUANTILES
-    of the times to first token.
+    `cached`, `pooled`, `in_pool`: see RoutedCall. `exact`: share of the calls for which the gateway predicted the
+    cached tokens exactly. `load`: prompt tokens that each worker computed. `quantiles_s`: the QUANTILES of the times to
+    first token.
     """
 
     label: str
@@ -45,12 +44,12 @@ class Outcome:
 
     @property
     def hits(self) -> float:
-        """Cached tokens relative to those of the pooled LRU."""
+        """Cached tokens relative to `pooled`."""
         return self.cached / max(self.pooled, 1)
 
     @property
     def hits_alike(self) -> float:
-        """Cached tokens relative to those of the pooled cache with the same calls at the same times."""
+        """Cached tokens relative to `in_pool`."""
         return self.cached / max(self.in_pool, 1)
 
     @property

@@ -33,7 +33,7 @@ _NONE = RoutingDecision(None, "no_free_sequence", ())
 
 
 def _chosen(choose: Callable[[RouteCall, list[Candidate]], Candidate]) -> Picker:
-    """Return a policy that applies a choice to the candidates with free capacity."""
+    """Return a policy that calls `choose` with the candidates that have capacity for the call."""
 
     def picker(call: RouteCall, candidates: Sequence[Candidate]) -> RoutingDecision:
         fitting = [candidate for candidate in candidates if _fits(call, candidate)]
@@ -43,7 +43,8 @@ def _chosen(choose: Callable[[RouteCall, list[Candidate]], Candidate]) -> Picker
 
 
 def _load(candidate: Candidate) -> tuple[float, float, str]:
-    """Order of least load: waiting prompt tokens, with 2,000 for each running sequence."""
+    """Sort key of the load: prompt tokens to compute, plus 2,000 for each running sequence. Ties go to the worker that
+    has waited longest for a call."""
     return candidate.prefill_tokens + 2000.0 * candidate.running, candidate.last_sent, candidate.worker_id
 
 
@@ -74,7 +75,8 @@ def _power_of_two(prefix: Prefix, rng: Random) -> Picker:
 
 
 def _consistent_hash(prefix: Prefix, rng: Random) -> Picker:
-    """Return rendezvous hashing of the first blocks. Prompts without a whole block go to the least load."""
+    """Return a policy that picks by rendezvous hashing of the first blocks. Prompts without a whole block go to the
+    worker with the least load."""
 
     def choose(call: RouteCall, fitting: list[Candidate]) -> Candidate:
         first = prefix()
@@ -86,13 +88,14 @@ def _consistent_hash(prefix: Prefix, rng: Random) -> Picker:
 
 
 def _longest_prefix(prefix: Prefix, rng: Random) -> Picker:
-    """Return the precise policy without a load term: the longest cached prefix, and among equal ones the least load."""
+    """Return the policy that picks the worker with the longest cached prefix, and among equal ones that with the least
+    load."""
     return _chosen(lambda call, fitting: min(fitting, key=lambda c: (-call.cached.get(c.worker_id, 0), _load(c))))
 
 
 def _prefix_or_load(prefix: Prefix, rng: Random) -> Picker:
-    """Return a precise policy with a threshold, as in SGLang's router: the longest prefix if it is at least half of the
-    prompt and loads are balanced, else the least load."""
+    """Return a policy as in SGLang's router: the worker with the longest cached prefix, if it is at least half of the
+    prompt and loads are balanced, else the worker with the least load."""
 
     def choose(call: RouteCall, fitting: list[Candidate]) -> Candidate:
         longest = min(fitting, key=lambda c: (-call.cached.get(c.worker_id, 0), _load(c)))

@@ -30,7 +30,7 @@ class AgentTenant:
 class SessionsConfig:
     """Lengths in tokens and times in seconds. `new_tokens`: median of the tokens that a turn adds to its prompt.
     `output_tokens`: median length of an output. `start_s`: time within which the sessions begin. `spawns`: share of the
-    turns after which sub-agents start. Each time `sub_agents` start, each with `sub_turns` turns."""
+    turns after which sub-agents start: `sub_agents` of them, each with `sub_turns` turns."""
 
     tenants: Sequence[AgentTenant]
     turns: int = 43
@@ -43,7 +43,7 @@ class SessionsConfig:
     sub_agents: int = 3
     sub_turns: int = 3
     adapters: AdapterMix | None = None
-    """The sessions whose calls name an adapter; None for none."""
+    """The sessions whose calls name an adapter; None if no call names one."""
 
 
 class Sessions:

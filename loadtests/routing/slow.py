@@ -1,9 +1,9 @@
-"""Part slow: at any time one of eight workers is ten times slower and passes its checks.
+"""The part `slow`: at any time one of eight workers is ten times slower, but still passes its checks.
 
-Compared are the measured rates, rates with hedging, and neither. Every EPISODE_S another worker is slow. While one
-stays slow, the measured rates alone keep nearly all calls away from it. Hedging helps the calls that a worker already
-has when it becomes slow. The calls are those of Azure's conversation trace, whose prompts are so short that the slow
-worker, not the longest prompt, decides the p99 of the time to first token.
+Three configurations are compared: routing by the workers' measured rates, the same with hedging, and neither. Every
+EPISODE_S another worker becomes slow. The measured rates keep nearly all new calls away from a slow worker. Hedging
+helps the calls that a worker already has when it becomes slow. The calls are those of Azure's conversation trace, whose
+prompts are so short that the slow worker, not the longest prompt, decides the p99 of the time to first token.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Simulated worker with a prefix cache, in virtual time without steps.
 
-Prompts are computed one after the other, in chunks, beside the running sequences. A step takes
+Prompts are computed one after the other, in chunks, in the same steps as the running sequences. A step takes
 
     step_s + per_sequence_s * running + chunk / prefill_tokens_per_s
 
@@ -60,7 +60,7 @@ class _Job:
     left: float = 0.0
     chunk: float = 1.0
     copy_s: float = 0.0
-    """Time of the adapter's copy into a slot, for each step of the prompt."""
+    """Time of the adapter's copy into a slot, divided equally among the steps that compute the prompt."""
     is_cancelled: bool = False
 
 
@@ -78,8 +78,8 @@ class PrefixWorker:
         pool: BlockCache | None = None,
         adapters: AdapterMix | None = None,
     ) -> None:
-        """`adapters`: None if no call names one. `pool`: a cache as large as those of all workers together, on which
-        each worker repeats its operations. It is the reference for hits with the same calls at the same times."""
+        """`adapters`: None if no call names one. `pool`: one cache as large as all workers' caches together. Each
+        worker repeats its cache operations on it, to compute RoutedCall.in_pool."""
         self.number = number
         self._slots = None if adapters is None else AdapterSlots(adapters)
         self.cache = BlockCache(blocks)
@@ -225,7 +225,7 @@ class PrefixWorker:
         self._reported_steps = whole
 
     def _go_on(self) -> None:
-        """Begin the next prompt if one fits, plan the next event, and grant what is free."""
+        """Begin the next prompt if one fits, plan the next event, and grant the free capacity."""
         if self._prefilling is None and self._queue and len(self._running) < self._model.max_running:
             job = self._queue[0]
             prompt = job.prompt

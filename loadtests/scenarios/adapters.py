@@ -1,4 +1,4 @@
-"""Adapters: embedding models and adapters, beside vLLM's own server. `--only PART` runs some of the parts."""
+"""Adapters: embedding models and adapters, compared with vLLM's own server. `--only PART` runs some of the parts."""
 
 from __future__ import annotations
 

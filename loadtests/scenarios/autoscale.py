@@ -3,8 +3,8 @@ placement.
 
 The production policy drives simulated replicas on public traces at the traces' own times. The cold start takes 60 s.
 Optimum, policy and baselines run on the same replicas and begin with the same number of replicas; the policy sees only
-what a controller sees. `--rounds` is the number of seeds (of the copies' offsets, of ServeGen's arrivals, of the choice
-of clients).
+what a controller sees. `--rounds` is the number of seeds. A seed determines how copied calls are spread, when
+ServeGen's calls arrive, and which clients are chosen.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Options:
     """Names of the arms to run; empty for all arms."""
     peers: Path = PEERS
     setup: Setup | None = None
-    """For `peers`: model and hardware. None stands for the tiny model, followed by the rows without an engine."""
+    """For `peers`: model and hardware. None: the tiny model, and then the rows that need no engine."""
     points: int | None = None
     """For `faults`: number of faults."""
     runner: str = "v1"
@@ -74,7 +74,7 @@ class Options:
 
     @property
     def adapter_mix(self) -> AdapterMix | None:
-        """The simulated calls that name adapters; None for none."""
+        """The share of simulated calls that name adapters, and these adapters; None if no call names one."""
         return None if self.adapters is None else AdapterMix(self.adapters)
 
     def selects(self, arm: str) -> bool:

@@ -1,4 +1,4 @@
-"""Fairness between tenants: gap, shares, a quiet tenant beside a loud tenant, and the cost of fairness.
+"""Fairness between tenants: gap, shares, a quiet tenant while a loud tenant sends, and the cost of fairness.
 
 Eight simulated workers and one, two or eight gateways run in virtual time. Waiting room, fair queue, credits, accounts
 and routing are the production code (loadtests/sim). Reports come 100 ms late. The tenants' lengths are from public
@@ -206,8 +206,8 @@ def crowd(seed: int, gateways: int, fair: bool, adapters: AdapterMix | None = No
 
 
 def quiet_ttft(seed: int, adapters: AdapterMix | None = None) -> tuple[QuietTenant, QuietTenant, QuietTenant]:
-    """Return the results of a quiet tenant in three worlds: alone, beside a loud tenant with fairness, and beside the
-    loud tenant first come first served.
+    """Return the results of a quiet tenant in three worlds: alone; with a loud tenant, in fair order; with the loud
+    tenant, first come first served.
     """
     quiet = SimTenant("quiet", lengths("azure-conv", seed), rate_s=5.0)
     loud = SimTenant("loud", lengths("vtc", seed), backlog=1000)

@@ -60,13 +60,13 @@ def prose_requests(seed: int, number: int, tokens: int, calls: int = CALLS) -> l
 
 
 def sim_source(model: Path, seed: int) -> str:
-    """Return the source of an engine with capacity for every prompt at once. A prefill takes a millisecond."""
+    """Return the model source of an engine with capacity for every prompt at once. A prefill takes a millisecond."""
     room = "max_model_len=131072&max_num_seqs=64&max_num_batched_tokens=16777216&kv_blocks=16384&block_size=1024"
     return f"sim://{model}?decode_ms=5&prefill_tokens_per_s=1e9&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
 
 async def play(stage: Stage) -> None:
-    """Start both sides, alternate the arms, and compute the rows."""
+    """Start both sides, alternate the arms, and compute the report's rows."""
     options, report = stage.options, stage.report
     concurrency, tokens, rounds = options.concurrency or CONCURRENCY, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)

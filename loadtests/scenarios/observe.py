@@ -1,12 +1,12 @@
-"""Cost of metrics, traces and logs in the gateway: CPU per token with all of them on against all off, and memory with
-many tenants. `--only PART` runs some of the parts.
+"""Cost of metrics, traces and logs in the gateway: CPU per token with all of them on, compared with all off, and memory
+with many tenants. `--only PART` runs some of the parts.
 
 `streams` and `calls`: two gateways, each with a simulated engine, alternate. One has counters and histograms that count
 nothing, logs errors only and no calls, and is not scraped. The other runs with the default log and metrics, is scraped
 every few seconds, and traces 1 % of the calls to a collector. `streams` has long answers, `calls` short ones, where the
 cost per call weighs more.
 
-`tenants`: a gateway that has served ten tenants, and one that has served ten thousand with as many calls.
+`tenants`: a gateway that has served ten tenants, and one that has served as many calls of ten thousand tenants.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ OBSERVE_OFF = {"log_level": "error", "access_log": {"sample_ratio": 0}}
 
 
 async def play(stage: Stage) -> None:
-    """Run the parts, and compute the rows."""
+    """Run the parts, and compute the report's rows."""
     if any(stage.options.selects(part) for part in WORKLOADS):
         await _play_cpu(stage)
     if stage.options.selects(TENANTS):
@@ -124,7 +124,7 @@ async def _play_cpu(stage: Stage) -> None:
 
 
 async def _cpu_figure(stage: Stage, part: str, workload: Workload, pairs: dict[str, serving.Ours]) -> Figure:
-    """Alternate both gateways with the calls of a part, and return the row of the part."""
+    """Run the calls of a part on the two gateways in turn, and return the row of the part."""
     options, arms = stage.options, {}
     for name, description in (("on", ON), ("off", OFF)):
         ours = pairs[name]
@@ -177,7 +177,8 @@ async def _scraped(address: str) -> AsyncIterator[None]:
 
 
 async def _tenant_figures(stage: Stage) -> Sequence[Figure]:
-    """Serve as many calls of few and of many tenants, and return the rows of memory and series."""
+    """Serve the same number of calls for few and for many tenants, and return the report's rows: memory, and tenants in
+    the metrics."""
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     source = f"sim://{model}?decode_ms=1&prefill_tokens_per_s=100000000&max_num_seqs=64&{serving.plain_tokens(model)}"
     memory_mb: dict[int, float] = {}

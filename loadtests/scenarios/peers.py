@@ -1,4 +1,4 @@
-"""Peers: our stack beside other serving stacks, on one tiny model with one set of engine settings, alternating.
+"""Peers: our stack compared with other serving stacks, on one tiny model with one set of engine settings, in turn.
 
 vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d). Ray Serve's own gRPC proxy
 and its direct ingress (e) run in front of a plain vLLM deployment. Our stack (f, g, h) is a gateway process and a
@@ -101,7 +101,7 @@ Start = Callable[[], Awaitable[tuple[Face, list[tuple[int, str]]]]]
 
 
 def value_of(kind: str) -> Callable[[Round], float | None]:
-    """Return a function that returns, for a round, the value that a row compares."""
+    """Return a function that computes, from a round, the value for rows of this kind."""
     if kind in ("p50", "p99"):
         return lambda round_: round_.run.quantile("ttft_s", float(kind[1:]))
 
@@ -127,7 +127,7 @@ class TestBed:
         self.engine: Mapping[str, object] = ENGINE_ARGUMENTS if setup is None else setup.engine
         share = stage.options.adapters
         self.mix = None if share is None else AdapterMix(share, ADAPTERS)
-        """The calls that name adapters; None for none."""
+        """The share of calls that name adapters, and these adapters; None if no call names one."""
         self.adapters: Path | None = None
         """Folder of the base model and its adapters, as rig.prepare writes it; None if no call names one."""
         self.gpus = 0 if setup is None else setup.gpus
@@ -351,8 +351,8 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
 
 
 def _renamed(stage: Stage, contestant: Contestant, part: str) -> Arm:
-    """Return the arm under which a contestant is measured in `part`. Our arm gets a new name, since it runs a second
-    time beside the late arm.
+    """Return the arm under which a contestant is measured in `part`. Our gRPC arm gets a new name, since it runs again
+    in this part.
     """
     if contestant.arm.name != GRPC:
         return contestant.arm

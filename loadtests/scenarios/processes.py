@@ -3,7 +3,7 @@
 256 streams of a simulated engine at 20 ms a step are served over gRPC by one gateway process and by two processes that
 share the port, alternating. Gateways are bound to one core, engines and driver to another core. Each arm has its own
 worker, which links to every gateway process: with two processes, one step is sent as two messages of half the tokens
-each. The CPU time that a process spends on a step, a beat and the wake-up of a sleeping client is the same for one
+each. The CPU time that a process spends on a step, a heartbeat and the wake-up of a sleeping client is the same for one
 token as for a hundred. So the one process is also measured with half the streams. Then each process has the same load,
 which is the purpose of a second process.
 """
@@ -35,7 +35,7 @@ BOUND = Bound("<=", 1.1)
 
 
 async def play(stage: Stage) -> None:
-    """Start both arms, alternate the arms, and compute the row."""
+    """Start both arms, alternate the arms, and compute the report's row."""
     options, report = stage.options, stage.report
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)

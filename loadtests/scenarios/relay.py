@@ -46,7 +46,7 @@ CLIENT_BOUND = Bound("<=", 0.4)
 
 
 def sim_source(model: Path, seed: int) -> str:
-    """Return the source of the engine of both sides: capacity for every stream, and negligible prefill time."""
+    """Return the model source of both sides' engines, with capacity for every stream and negligible prefill time."""
     room = f"max_num_seqs={STREAMS}&max_num_batched_tokens=65536&kv_blocks=65536"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s=100000000"
     return f"sim://{model}?{speed}&max_model_len=4096&{room}&seed={seed}&{serving.plain_tokens(model)}"
@@ -99,7 +99,7 @@ async def start_router(stage: Stage, port: int) -> Contestant | None:
 
 
 async def play(stage: Stage) -> None:
-    """Start both sides, alternate the arms, and compute the rows."""
+    """Start both sides, alternate the arms, and compute the report's rows."""
     options, report = stage.options, stage.report
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)

@@ -1,6 +1,6 @@
 """Routing by cached prefix, over simulated workers in virtual time and over two vLLM workers.
 
-The parts replay traces and agents' sessions, and measure the cache index beside its peers.
+The parts replay traces and agents' sessions, and compare the cache index with those of its peers.
 
 Scheduling policy, waiting room, router, fair queue, cache index, prefix hashes, credit and admission window are the
 production code. KV events come late, and some batches are lost and sent again. `--only PART` runs some of the parts.

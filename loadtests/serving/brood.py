@@ -38,7 +38,7 @@ def run_worker(arguments: Sequence[str]) -> NoReturn:
 
 
 class WorkerPool:
-    """Parent of the workers. The parent forks before any thread or channel exists in this process, and makes none."""
+    """Parent of the workers. The parent has no threads or channels, so that it can fork at any time."""
 
     def __init__(self, folder: Path, workers: Sequence[Sequence[str]], restart_s: float) -> None:
         self._folder = folder

@@ -121,8 +121,8 @@ class SimWorker:
         return pid
 
     def cut_direction(self, down: bool, *, beats: bool) -> None:
-        """Block one direction on all connections. Without `beats`, block it only on the first connection, which carries
-        the calls.
+        """Block one direction, to the worker (`down`) or from it. With `beats`, block it on all connections, else only
+        on the first one, which carries the calls but not the heartbeats.
         """
         ways = [pair[down] for pair in self.relay.ways]
         self.cut = ways if beats else ways[:1]

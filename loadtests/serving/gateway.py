@@ -24,15 +24,15 @@ from pathlib import Path
 
 TICK_S = 0.004
 BIN_S, BINS = 0.00005, 20_000
-"""Lateness is counted in bins; the last bin is for a second and more. A list of single ticks would itself make memory
-grow.
+"""Width in seconds and number of the histogram bins in which lateness is counted; the last bin is for a second and
+more. A list of all values would itself make memory grow.
 """
 
 
 class Stalls:
     """Lateness of the event loop. `cpu_s`: the loop thread's own CPU time within the worst stall. If this time is much
-    shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: the largest
-    lateness that the CPU time of the process accounts for.
+    shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: like the worst
+    lateness, but each lateness counts at most the CPU time that the process used meanwhile.
     """
 
     def __init__(self, path: Path, begins_later: bool = False) -> None:

@@ -50,10 +50,9 @@ async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Pa
 
 
 def plain_tokens(model: Path) -> str:
-    """Return source parameters that limit a simulated engine to tokens with a text of their own: the longest run of
-    pieces of ASCII letters. With other tokens a server rightly holds text back, so that pieces hold two tokens on
-    either side. The parameters also hold a salt, which only our side has. The salt shapes no text, so the two sides
-    stay comparable.
+    """Return source parameters that limit a simulated engine to tokens of ASCII letters, from the longest run of such
+    ids. For other tokens a server may have to hold text back until the next token. The parameters also have a salt,
+    which only our side uses. It changes no text, so the two sides stay comparable.
     """
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     letters = {i for piece, i in vocabulary.items() if (word := piece.lstrip("Ġ▁")).isascii() and word.isalpha()}

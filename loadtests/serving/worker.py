@@ -32,7 +32,7 @@ from cluster.worker.weights.sources import SourceRules
 
 
 def spec_of(arguments: argparse.Namespace) -> ModelSpec:
-    """Return the model's entry."""
+    """Return the model's specification, from the command line."""
     given = json.loads(arguments.engine)
     return ModelSpec(
         arguments.name,
@@ -63,7 +63,8 @@ def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[WholeEngine, 
 
 
 def adapter_files(arguments: argparse.Namespace) -> AdapterStore | None:
-    """Return the store of adapters, in the folder of the file `--ready`; None if the engine takes no adapters."""
+    """Return the store of adapters, with its cache in the folder of the file --ready; None if the engine takes no
+    adapters."""
     engine = json.loads(arguments.engine)
     if not engine.get("enable_lora"):
         return None

@@ -1,7 +1,9 @@
-"""Adapters of a simulated cluster: which calls name one, and which of them lie in the slots of a worker's engine.
+"""Adapters of a simulated cluster: which calls name an adapter, and which adapters lie in the slots of a worker's
+engine.
 
-All adapters are loaded on all workers. An engine computes an adapter from one of a few slots. A call whose adapter lies
-in none drops the least recently used one there, and the engine stands still while the adapter is copied.
+All adapters are loaded on all workers. An engine computes with an adapter that lies in one of a few slots. For a call
+whose adapter lies in no slot, the adapter is copied in place of the least recently used one, and the engine stops
+meanwhile.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class AdapterMix:
-    """A share of calls that name an adapter. `count`: number of adapters; their popularity follows Zipf's law.
-    `slots`: adapters that lie in an engine at a time. `copy_s`: time of a copy into a slot, in seconds."""
+    """The share of calls that name an adapter, and the adapters. `count`: number of adapters; their popularity follows
+    Zipf's law. `slots`: adapters that lie in an engine at a time. `copy_s`: time of a copy into a slot, in seconds."""
 
     share: float
     count: int = 64

@@ -29,12 +29,14 @@ class ReplicaModel:
     kv_tokens: int = 524_288
 
     def most_prefill(self, running: float) -> float:
-        """Prompt tokens per second if every step computes `chunk_tokens` prompt tokens beside `running` sequences."""
+        """Prompt tokens per second if every step computes `chunk_tokens` prompt tokens and one token of each of
+        `running` sequences."""
         chunk_s = self.chunk_tokens / self.prefill_tokens_per_s
         return self.chunk_tokens / (self.step_s + self.per_sequence_s * running + chunk_s)
 
     def steps_per_s(self, running: float, prefill_tokens_per_s: float) -> float:
-        """Steps per second beside this rate of prefill, if each step computes a token of `running` sequences."""
+        """Steps per second if each step computes one token of each of `running` sequences, and prompts are computed at
+        this rate."""
         left = max(1.0 - prefill_tokens_per_s / self.prefill_tokens_per_s, 0.0)
         return left / (self.step_s + self.per_sequence_s * running)
 
@@ -53,8 +55,8 @@ class ReplicaModel:
         return prompt_tokens / self.prefill_at(itl_s) + output_tokens / self.decode_tokens_per_s(itl_s)
 
     def prefill_at(self, itl_s: float) -> float:
-        """Prompt tokens per second beside a few decoding sequences that are kept exactly at the pace `itl_s`: one step
-        per token."""
+        """Prompt tokens per second that a replica can compute while it makes exactly one step every `itl_s`, for a few
+        decoding sequences."""
         return self.prefill_tokens_per_s * (1.0 - self.step_s / itl_s)
 
 

@@ -57,10 +57,10 @@ class SessionTenant:
 class SessionsConfig:
     """Configuration of a run. Lengths in tokens, times in seconds.
 
-    `shared_tokens`: first tokens that all sessions of a tenant share. `first_tokens`: tokens of the first turn beside
-    these. `new_tokens`: median of the tokens that a turn adds to its prompt. `output_tokens`: median length of an
-    output. Sessions begin within `start_s`. `kv_blocks`: blocks of BLOCK_TOKENS of each worker. `warm` False: within a
-    tenant, first come, first served.
+    `shared_tokens`: first tokens that all sessions of a tenant share. `first_tokens`: further tokens of the first turn.
+    `new_tokens`: median of the tokens that a turn adds to its prompt. `output_tokens`: median length of an output.
+    Sessions begin within `start_s`. `kv_blocks`: blocks of BLOCK_TOKENS of each worker. `warm` False: within a tenant,
+    first come, first served.
     """
 
     tenants: Sequence[SessionTenant]
@@ -121,7 +121,7 @@ class SessionWorker:
         self.tokens = self.most_tokens = 0
         """Tokens of the running calls with their whole outputs: now, and the most so far."""
         self.reported = 0.0
-        """Time at which the gateway has the last report."""
+        """Time at which the worker's latest report reaches the gateway."""
         self._held: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
@@ -132,8 +132,8 @@ class SessionWorker:
 
     @property
     def free_sequences(self) -> int:
-        """Number of calls that the gateway may send: free slots, as far as few prompts wait in the engine (see
-        worker/admission_window.py)."""
+        """Number of calls that the gateway may send: the free slots, but fewer if prompts already wait in the engine
+        (see worker/admission_window.py)."""
         window = LOOKAHEAD_SEQUENCES - self.pending if self.pending else 1 + LOOKAHEAD_SEQUENCES
         return max(min(self.config.slots - self.running, window), 0)
 
@@ -359,7 +359,7 @@ class SessionWorld:
         return {worker: blocks * BLOCK_TOKENS for worker, blocks in matched.items()}
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same as `cached_tokens`; nothing without warm order."""
+        """Return the same as `cached_tokens`, or nothing if the run has no warm order."""
         return self.cached_tokens(model, key) if self.config.warm else {}
 
     def free_tokens(self, model: str, worker_id: str) -> int:

@@ -33,7 +33,8 @@ VOCAB = 32_000
 @dataclass(frozen=True, slots=True)
 class WorldConfig:
     """Configuration of a simulation; times in seconds. `link_s` is the delay of messages, `report_late_s` of reports.
-    `engine` must use VOCAB and set `max_model_len`. `adapters`: the calls that name adapters; None for none."""
+    `engine` must use VOCAB and set `max_model_len`. `adapters`: share of calls that name adapters, and these adapters;
+    None if no call names one."""
 
     tenants: Sequence[SimTenant]
     workers: int = 8

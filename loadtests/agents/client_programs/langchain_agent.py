@@ -1,4 +1,4 @@
-"""An agent of LangChain on a task."""
+"""Program that runs an agent of LangChain on a task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An agent of OpenAI's Agents SDK on a task, over the chat completions API."""
+"""Program that runs an agent of OpenAI's Agents SDK on a task, over the chat completions API."""
 
 from __future__ import annotations
 

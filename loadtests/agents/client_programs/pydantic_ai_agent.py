@@ -1,4 +1,4 @@
-"""An agent of Pydantic AI on a task."""
+"""Program that runs an agent of Pydantic AI on a task."""
 
 from __future__ import annotations
 

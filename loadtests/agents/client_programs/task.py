@@ -1,4 +1,4 @@
-"""The task of a program, and its record: a JSON object a line."""
+"""The task that a client program gets, and the record that it writes: a file with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Task:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the file. The record is written to the file that `record` names."""
+        """Read the task's file, whose key `record` names the file for the record."""
         given: dict[str, Any] = json.loads(path.read_text())
         self.base_url: str = given["base_url"]
         self.key: str = given["key"]

@@ -1,4 +1,5 @@
-"""The task of coding agents, in the tools of each agent: write, read, edit files and run commands in an empty folder.
+"""The task of coding agents, written for the tools of each agent: write, read and edit files in an empty folder, and
+run commands.
 
 Every command appends a line to TRACE, so the files at the end show which calls were made and how often.
 """
@@ -95,7 +96,7 @@ def coding_task(name: str, tools: Tools, folder: Path) -> Task:
 
 
 def expected_files() -> dict[str, list[str]]:
-    """Return the files at the end, each as its lines. TRACE's lines may come in another order within a turn."""
+    """Return the files at the end, each as its lines. Calls of one turn may add their lines to TRACE in any order."""
     lines = [f'turn {turn} "🙂"\n' for turn in ("1", "5", "5 again", "8", "9", "11")]
     texts = {
         "greet.py": _PYTHON.replace(_OLD_TITLE, _NEW_TITLE),
@@ -134,7 +135,8 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class CodingAgent:
-    """A coding agent. `settings` returns files of its home folder, by path. `command` takes server and prompt."""
+    """A coding agent. `settings` returns the files of its home folder, by path. `command` returns the command line for
+    a server and a prompt."""
 
     name: str
     package: str

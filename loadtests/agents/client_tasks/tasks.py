@@ -64,7 +64,7 @@ class Task:
 
     @property
     def mark(self) -> str:
-        """Text by which the engine knows the task. It must be in the first message."""
+        """Text by which the engine recognizes the task. It must be in the first message."""
         return MARK.format(self.name)
 
     @property
@@ -95,7 +95,8 @@ _THOUGHTS = re.compile(r"<\|im_start\|>assistant\n<think>\n(.*?)\n</think>", re.
 def key_of_prompt(prompt: str) -> str:
     """Return the key of the answer to a prompt in the format of Qwen 3's template.
 
-    The turn follows from the number of earlier answers with a call. A prompt without a task or without tools is SIDE.
+    The number of earlier answers with a call gives the turn. The key is SIDE for a prompt without a task or without
+    tools.
     """
     _, found, rest = prompt.partition(_MARK_BEGINS)
     if not found or "<tools>" not in prompt:
@@ -197,7 +198,7 @@ class Submitted:
 @dataclass(frozen=True, slots=True)
 class Requests:
     """Counts of the requests of a run. `turns`: turns that were asked for. `repeated`: requests that ask for a turn
-    again. `side`: requests that are no turn. `resumed`: answers that another worker continued."""
+    again. `side`: other requests of the client, e.g. for a title. `resumed`: answers that another worker continued."""
 
     turns: int = 0
     repeated: int = 0
@@ -218,8 +219,8 @@ class Outcome:
 def judge_requests(task: Task, submitted: Sequence[Submitted]) -> tuple[Requests, list[str]]:
     """Return the counts of a run's requests, and what is wrong with them.
 
-    Each turn must have been asked for, and its prompt must hold all earlier texts and results of calls once,
-    and no other reasoning.
+    Each turn must have been asked for. Its prompt must hold each earlier text and each result of a call once, and no
+    reasoning but that of the script.
     """
     new = Counter(one.key for one in submitted if not one.emitted)
     side = new.pop(SIDE, 0)
@@ -250,8 +251,8 @@ def _wrong_history(task: Task, one: Submitted) -> list[str]:
 
 
 def judge_calls(expected: Sequence[Call], made: Sequence[Call]) -> tuple[int, list[str]]:
-    """Return the number of expected calls that were made, and what is wrong. Calls of one turn may be made in any
-    order; the order of turns follows from the prompts."""
+    """Return the number of expected calls that were made, and what is wrong. The order of the calls is not judged here;
+    judge_requests checks the order of the turns by the prompts."""
     left, missed = list(made), []
     for call in expected:
         if call in left:

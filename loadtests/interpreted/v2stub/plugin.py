@@ -1,4 +1,5 @@
-"""Changes that vLLM's processes need beside the interpreter: a replaced kernel, and asynchronous scheduling on CPUs."""
+"""Changes to vLLM that its processes need to run kernels in the interpreter: a replaced kernel, and asynchronous
+scheduling on CPUs."""
 
 from __future__ import annotations
 
