@@ -14,10 +14,12 @@ from cluster.config.lenient import PartialConfig
 from cluster.config.schema import Config
 from cluster.controller import scaling
 from cluster.controller.bundling import BundleBuilder
-from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
+from cluster.controller.catalog_overlay import CatalogOverlayFile
+from cluster.controller.catalog_service import StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller
 from cluster.controller.desired_models import DesiredModels
+from cluster.controller.editable_catalog import EditableCatalog
 from cluster.controller.gauges import ray_samples
 from cluster.controller.last_good import held_names, with_last_good
 from cluster.controller.links import ControllerLinks
@@ -111,11 +113,10 @@ def _parts(
     models.hold(
         [ModelSpec(model.name, "", model.aliases, fallback=model.fallback) for model in found.held], found.all_held
     )
-    catalog = StoredCatalogService(
+    catalog = EditableCatalog(
         config,
         models,
-        published,
-        StoredCatalogFile(run_folder / CATALOG_FILE, instance if local else "", lambda: on_stored()),
+        CatalogOverlayFile(run_folder / CATALOG_FILE, instance if local else "", lambda: on_stored()),
         lambda config: settings_of(config, gateways=gateways, local=local),
         by_file=not local,
         held=held_names(found.held),
@@ -138,12 +139,15 @@ def _parts(
         tls=link_tls(config, local=local),
         bundles=builder.bundle,
         listener=scaling.DemandRecorder(scaler, models.changed.set),
-        verbs={**scaling_verbs(ScalingRequests(scaler, on_scaling_request)), **catalog_verbs(catalog)},
+        verbs={
+            **scaling_verbs(ScalingRequests(scaler, on_scaling_request)),
+            **catalog_verbs(StoredCatalogService(catalog, models, published)),
+        },
     )
     links.set_operator_state(state.message)
     retired = RetiredApps(config.gateway.drain_timeout_s)
     counters = scaling.Counters(metrics) if metrics is not None else None
-    return links, Controller(backend, links, models, published, retired, scaler, counters, catalog.keep), builder
+    return links, Controller(backend, links, models, published, retired, scaler, counters, catalog.store), builder
 
 
 async def _wait_for_stop(stopped: asyncio.Task[bool], tasks: Sequence[asyncio.Task[None]]) -> None:

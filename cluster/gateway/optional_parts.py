@@ -15,7 +15,7 @@ from cluster.observe.metrics import Metrics
 
 if TYPE_CHECKING:
     from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminMethod
-    from cluster.gateway.apis.admin.routes import RouteExplainer
+    from cluster.gateway.apis.admin.routes import RememberedRoutes
     from cluster.gateway.apis.admin.siblings import Siblings
     from cluster.gateway.auth.tenants import TenantAuthenticator
     from cluster.gateway.call_service import CallService
@@ -187,10 +187,11 @@ def siblings(
     process: int,
     tenants: TenantAuthenticator | None,
     abort: Callable[[str, str], list[str]],
-    explainer: RouteExplainer,
+    remembered: RememberedRoutes,
 ) -> Siblings | None:
     """Return the object that aborts and explains calls of the other gateway processes of this host, since only process
-    0 has an admin port. None with a single process. `abort`: ends calls of this process (CallService.abort)."""
+    0 has an admin port. None with a single process. `abort`: ends calls of this process (CallService.abort).
+    `remembered`: the routes of this process, which the other processes ask for."""
     if config.gateway.processes == 1:
         return None
     from cluster.gateway.apis.admin.siblings import Siblings
@@ -199,6 +200,5 @@ def siblings(
         ended = abort(request.request_id, request.parent)
         return admin_pb2.AbortRequestResponse(aborted=len(ended), tenants=ended)
 
-    answers: dict[str, Callable[[Any], Message]] = {"AbortRequest": aborted, "ExplainRequest": explainer.find}
-    explainer.siblings = Siblings(config.gateway, process, () if tenants is None else tenants.secrets, answers)
-    return explainer.siblings
+    answers: dict[str, Callable[[Any], Message]] = {"AbortRequest": aborted, "ExplainRequest": remembered.find}
+    return Siblings(config.gateway, process, () if tenants is None else tenants.secrets, answers)

@@ -54,7 +54,7 @@ async def pair(
 
 def kill(gateway: Gateway) -> None:
     """Reset all client connections of a gateway and close the listener, which is what a killed process leaves."""
-    clients = gateway.clients
+    clients = gateway.ports.clients
     assert clients._listener is not None
     clients._listener.close()
     for connection in list(clients.connections):
@@ -160,7 +160,7 @@ async def test_the_next_connection_is_there_before_it_is_needed(pair: Pair) -> N
 
     Both gateways are addresses of the same name.
     """
-    clients = pair.second.gateway.clients
+    clients = pair.second.gateway.ports.clients
     async with AsyncClient(["ipv4:" + ",".join(pair.endpoints)]) as client:
         wanted = (await client.complete("sim", "Once", max_tokens=300, ignore_eos=True, temperature=0.0)).text
         assert not clients.connections

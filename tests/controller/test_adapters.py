@@ -72,7 +72,7 @@ async def test_a_loaded_adapter_survives_apply_and_a_restart(tmp_path: Path) -> 
     assert await published(later) == [("a", "/entry")]
     await later.apply({**ENTRY, "adapters": {"own": "/own"}})
     assert await published(later) == [("own", "/own"), ("a", "/a")]
-    assert "a" not in [adapter.name for adapter in (await reborn(tmp_path)).service.config.models[0].adapters or ()]
+    assert "a" not in [adapter.name for adapter in (await reborn(tmp_path)).catalog.config.models[0].adapters or ()]
     await later.apply({"name": "m", "source": "/m"}, prune=True)
     await later.apply({"name": "m", "source": "/m"}, ENTRY)
     assert await published(later) == [("own", "/own")]

@@ -11,10 +11,12 @@ import pytest
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.outcomes import CallError, Outcome
 from cluster.config.schema import parse
-from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
+from cluster.controller.catalog_overlay import CatalogOverlayFile
+from cluster.controller.catalog_service import StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller
 from cluster.controller.desired_models import DesiredModels
+from cluster.controller.editable_catalog import EditableCatalog
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.controller.replica_settings import settings_of
 from tests.controller.test_controller import FakeGateways
@@ -39,19 +41,18 @@ class CatalogBed:
     ) -> None:
         self.ray = ray or FakeRay()
         self.gateways = FakeGateways(linked=0)
-        models, catalog = DesiredModels(), PublishedCatalog()
-        self.service = StoredCatalogService(
+        models, published = DesiredModels(), PublishedCatalog()
+        self.catalog = EditableCatalog(
             parse(text),
             models,
-            catalog,
-            StoredCatalogFile(folder / "catalog.json", life),
+            CatalogOverlayFile(folder / "catalog.json", life),
             lambda config: settings_of(config, gateways=["g:1"], local=True),
             by_file=by_file,
         )
         self.controller = Controller(
-            self.ray, self.gateways, models, catalog, keep_overrides=self.service.keep, wall_s=lambda: 0.0
+            self.ray, self.gateways, models, published, keep_overrides=self.catalog.store, wall_s=lambda: 0.0
         )
-        self.verbs = catalog_verbs(self.service)
+        self.verbs = catalog_verbs(StoredCatalogService(self.catalog, models, published))
 
     async def apply(self, *entries: dict[str, Any], **options: Any) -> pb.ApplyResponse:
         """Send an Apply request as the admin API does."""
@@ -137,10 +138,10 @@ async def test_what_was_applied_outlives_the_controller_and_not_the_cluster(tmp_
     await bed.apply({"name": "o", "source": "/o"})
     await bed.apply({"name": "m", "source": "/m2"})
     successor = CatalogBed(tmp_path)
-    assert {model.name: model.source for model in successor.service.config.models} == {"m": "/m2", "n": "/n", "o": "/o"}
-    assert [model.name for model in CatalogBed(tmp_path, life="two").service.config.models] == ["m", "n"]
+    assert {model.name: model.source for model in successor.catalog.config.models} == {"m": "/m2", "n": "/n", "o": "/o"}
+    assert [model.name for model in CatalogBed(tmp_path, life="two").catalog.config.models] == ["m", "n"]
     (tmp_path / "catalog.json").write_text("{")
-    assert [model.name for model in CatalogBed(tmp_path).service.config.models] == ["m", "n"]
+    assert [model.name for model in CatalogBed(tmp_path).catalog.config.models] == ["m", "n"]
 
 
 async def test_models_of_a_file_are_the_files(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ async def test_models_of_a_file_are_the_files(tmp_path: Path) -> None:
     error = await refused(bed.apply({"name": "o", "source": "/o"}, prune=True))
     assert error.outcome is Outcome.MANAGED_BY_FILE
     successor = CatalogBed(tmp_path, life="", by_file=True)
-    assert [model.name for model in successor.service.config.models] == ["m", "n", "o"]
+    assert [model.name for model in successor.catalog.config.models] == ["m", "n", "o"]
 
 
 async def test_a_diff_shows_models_of_a_file_too(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ async def test_a_diff_shows_models_of_a_file_too(tmp_path: Path) -> None:
     ]
     assert await diff(*same) == []
     assert await diff({**same[0], "source": "/else"}) == [("m", "change"), ("n", "remove")]
-    assert [model.source for model in bed.service.config.models] == ["/m", "/n"]
+    assert [model.source for model in bed.catalog.config.models] == ["/m", "/n"]
 
 
 async def test_weights_rollback_and_promotion(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from cluster.admin.v1.scaling_pb2 import FreezeRequest
 from cluster.api.types import CatalogEntry
 from cluster.config.lenient import PartialConfig
 from cluster.config.schema import parse
-from cluster.controller.catalog_service import StoredCatalogFile
+from cluster.controller.catalog_overlay import CatalogOverlayFile
 from cluster.controller.links import ControllerLinks
 from cluster.controller.operator_state import CATALOG_FILE, FILES, SCALING_FILE, OperatorState, recover
 from cluster.controller.process import _parts
@@ -196,7 +196,7 @@ async def test_a_request_of_an_operator_reaches_the_gateways(tmp_path: Path) -> 
         await asyncio.gather(running, return_exceptions=True)
         assert await recover([address], None, second)
         assert OperatorRequestFile(second / SCALING_FILE).read().frozen == {"m"}
-        stored = StoredCatalogFile(second / CATALOG_FILE, "").read()
+        stored = CatalogOverlayFile(second / CATALOG_FILE, "").read()
         assert stored is not None
         assert stored.overrides["m"]["v2"].quarantined
 

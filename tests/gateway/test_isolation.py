@@ -276,14 +276,14 @@ async def test_a_record_that_cannot_be_sealed_ends_its_call(
             incarnation="g", sealer=sealer, folder=tmp_path / f"spool{number}", insert=written.extend
         )
         async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2)) as rig:
-            cluster.gateway.accounting = accounting
+            cluster.gateway.dispatch.accounting = accounting
             call = rig.call(Poison(request={"cache_salt": "\ud800"}))
             async with rig.entered([call]):
                 await until(lambda: call.error is not None, "it has ended")  # noqa: B023
                 assert call.error is not None
                 assert call.error.outcome is Outcome.INTERNAL
             assert accounting.open_accounts == 0
-            cluster.gateway.accounting = None
+            cluster.gateway.dispatch.accounting = None
         await cluster.workers.pop().stop()
         await accounting.stop()
     assert written == []

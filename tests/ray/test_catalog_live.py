@@ -21,10 +21,12 @@ import pytest
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.types import CatalogEntry
 from cluster.config.schema import parse
-from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
+from cluster.controller.catalog_overlay import CatalogOverlayFile
+from cluster.controller.catalog_service import StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller
 from cluster.controller.desired_models import DesiredModels
+from cluster.controller.editable_catalog import EditableCatalog
 from cluster.controller.links import ControllerLinks
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.controller.replica_settings import settings_of
@@ -136,16 +138,16 @@ async def operating(cluster: TestCluster, backend: Backend, folder: Path) -> Asy
     """Run a controller with a catalog service, linked to the gateway."""
     address = cluster.gateway.endpoints["link"]
     links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
-    models, catalog = DesiredModels(), PublishedCatalog()
-    service = StoredCatalogService(
+    models, published = DesiredModels(), PublishedCatalog()
+    catalog = EditableCatalog(
         parse(FILE),
         models,
-        catalog,
-        StoredCatalogFile(folder / "catalog.json", "one"),
+        CatalogOverlayFile(folder / "catalog.json", "one"),
         lambda config: settings_of(config, gateways=[address], local=True),
         by_file=False,
     )
-    controller = Controller(backend, links, models, catalog, RetiredApps(60.0), keep_overrides=service.keep)
+    service = StoredCatalogService(catalog, models, published)
+    controller = Controller(backend, links, models, published, RetiredApps(60.0), keep_overrides=catalog.store)
     tasks = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]
     try:
         yield Operator(cluster, service, build_checkpoint("llama", folder / "llama"))

@@ -54,20 +54,21 @@ class BacklogReports:
         waiting: Callable[[str], tuple[int, int]],
         resumed: ResumeQueue,
         links: Callable[[str], Sequence[WorkerLink]],
+        gateways: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`waiting` returns the number of a model's waiting sequences and the number of their tokens. The sequences in
-        the queue `resumed` are included. `links` returns the links to a model's workers, ordered by worker id."""
+        the queue `resumed` are included. `links` returns the links to a model's workers, ordered by worker id.
+        `gateways` returns the number of gateways; 0 if it is unknown."""
         self._charges = charges
         self._waiting = waiting
         self._resumed = resumed
         self._links = links
+        self._gateways = gateways
         self._clock = clock
         self._reported: dict[str, _Reported] = {}
         self._forwarded = 0
         """Index of the first worker that forwards the next report, if workers connect to some gateways only."""
-        self.gateways: Callable[[], int] = lambda: 0
-        """Function that returns the number of gateways; 0 if it is unknown."""
 
     def changed(self, model: str) -> None:
         """Handle a change of a model's queues. A report is sent at once if the queues became empty or non-empty, or if
@@ -112,7 +113,7 @@ class BacklogReports:
         reported.claim, reported.cached = claim, cached
         links = self._links(model)
         first, forwarding = 0, FORWARDING_WORKERS
-        if flows is not None and (gateways := self.gateways()) > ALL_UP_TO:
+        if flows is not None and (gateways := self._gateways()) > ALL_UP_TO:
             forwarding = FORWARDED_TIMES * gateways // ALL_UP_TO
             first, self._forwarded = self._forwarded % max(len(links), 1), self._forwarded + forwarding
         for number, link in enumerate(links):

@@ -61,6 +61,9 @@ class SchedulerHost(Protocol):
     def directory(self) -> ModelDirectory:
         """Directory of the models that the gateway knows."""
 
+    def gateway_count(self) -> int:
+        """Return the number of the cluster's gateways; 0 if it is unknown."""
+
     def model_unserved(self) -> None:
         """Handle the first waiting call for a model that no worker serves. The controller may have to start the
         model."""
@@ -139,7 +142,9 @@ class Scheduler:
             lambda: host.accounting,
             clock,
         )
-        self.backlogs = BacklogReports(charges, self.queues.waiting, self.policy.resuming, workers.links, clock)
+        self.backlogs = BacklogReports(
+            charges, self.queues.waiting, self.policy.resuming, workers.links, host.gateway_count, clock
+        )
         self.pump = SequencePump(self.policy, executor, self.backlogs, lambda: host.directory, clock)
         self.events = SequenceEvents(
             lambda name: host.directory.find(name),

@@ -37,7 +37,7 @@ def test_gpu_seconds_have_prices() -> None:
 async def test_each_ended_sequence_is_charged_once(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """With prices, the record of each sequence that has ended is charged."""
     async with keyed_cluster(tmp_path, "cost: {currency: EUR, gpu_hour: {H100: 3.0}}\n") as keyed:
-        accounting = keyed.gateway.accounting
+        accounting = keyed.gateway.dispatch.accounting
         assert accounting is not None
         assert accounting.on_record is not None
         seen: list[UsageRecord] = []

@@ -337,7 +337,7 @@ async def test_usage_has_the_tokens_of_every_input(
         count = 1100
         ids = [pb.TokenIds(ids=[7] * (1 + i % 3)) for i in range(count)]
         answer = await cluster.stub.Embed(pb.EmbedRequest(model="sim", token_ids=ids, metadata={"team": "x"}))
-        accounting = cluster.gateway.accounting
+        accounting = cluster.gateway.dispatch.accounting
         assert accounting is not None
         await until(lambda: accounting.open_accounts == 0, "every account is closed")
         await until(lambda: accounting.statistics().pending == 0, "every record is in the database")

@@ -85,6 +85,10 @@ class Host:
     async def _fetch(self, digest: str) -> Bundle:
         raise NotImplementedError
 
+    def gateway_count(self) -> int:
+        """The number of gateways is unknown."""
+        return 0
+
     def model_unserved(self) -> None:
         """Do nothing."""
 

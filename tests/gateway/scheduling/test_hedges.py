@@ -348,7 +348,7 @@ async def test_a_late_first_token_comes_from_a_second_worker(
             assert second.again == "late"
             assert second.first_output_at is not None
 
-        accounting = gateway.accounting
+        accounting = gateway.dispatch.accounting
         assert accounting is not None
         await until(lambda: accounting.open_accounts == 0, "every account is closed")
         await until(lambda: accounting.statistics().pending == 0, "every record is in the database")

@@ -68,8 +68,8 @@ async def test_a_call_is_followed_from_its_caller_to_the_ledger_over_a_resume(
     the usage record."""
     async with keyed_cluster(tmp_path, tracing(collector)) as keyed:
         cluster, places = keyed.cluster, {}
-        assert keyed.gateway.accounting is not None
-        keyed.gateway.accounting._grace_s = 0.1  # the killed worker never reports its counts
+        assert keyed.gateway.dispatch.accounting is not None
+        keyed.gateway.dispatch.accounting._grace_s = 0.1  # the killed worker never reports its counts
         for pod in ("pod-a", "pod-b"):
             engine = sim_engine(checkpoint, decode_ms=5)
             worker = await cluster.add_worker(engine, bundle, pod=pod, host=f"node-of-{pod}")
@@ -301,7 +301,7 @@ async def test_a_collector_that_is_away_slows_no_call(
     async with traced_cluster(tmp_path, collector, max_queued_spans=512) as cluster:
         collector.refusal = grpc.StatusCode.PERMISSION_DENIED
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.1), bundle)
-        export = cluster.gateway._span_export
+        export = cluster.gateway.foundation.span_export
         assert export is not None
         await asyncio.gather(*(cluster.stub.Chat(chat(max_tokens=2)) for _ in range(200)))
         assert len(export._queue) <= 512

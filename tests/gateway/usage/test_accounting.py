@@ -48,7 +48,7 @@ async def linked(cluster: TestCluster) -> None:
 
 async def settled(cluster: TestCluster, *workers: AccountedWorker) -> None:
     """Wait until every record is in the database and is acknowledged to the worker."""
-    accounting = cluster.gateway.accounting
+    accounting = cluster.gateway.dispatch.accounting
     assert accounting is not None
     await until(lambda: accounting.open_accounts == 0, "every account is closed")
     await until(lambda: accounting.statistics().pending == 0, "every record is in the database")
@@ -167,7 +167,7 @@ async def test_counts_wait_while_the_database_is_away(
             await cluster.stub.Chat(chat(f"{number}", max_tokens=3, ignore_eos=True, metadata=labels))
         wrong = await refused(cluster.stub.Chat(chat(metadata={"team": "x" * 300})))
         assert wrong.fields == ["metadata.team"]
-        accounting = cluster.gateway.accounting
+        accounting = cluster.gateway.dispatch.accounting
         assert accounting is not None
         await until(lambda: accounting.statistics().pending == 5, "the spool has them")
         assert worker.end.statistics().unacked_usage == 5
@@ -202,7 +202,7 @@ async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
         await linked(other)
         lost.gateway.hub.links[0].close("as if its host were gone")
         await until(lambda: second.end.statistics().running == 0, "the worker has dropped it")
-        await lost.gateway.link_server.stop(0)
+        await lost.gateway.ports.links.stop(0)
         await settled(other, second)
         (one,) = records(ledger)
         assert one.delivered_unknown
@@ -232,7 +232,7 @@ async def test_a_lost_gateways_calls_are_told_to_another(
                 await read(stream)
             lost.gateway.hub.links[0].close("as if its host were gone")
             await until(lambda: worker.end.statistics().running == 0, "the worker has dropped it")
-            await lost.gateway.link_server.stop(0)
+            await lost.gateway.ports.links.stop(0)
             await settled(other, worker)
             ended, running = records(ledger)
             assert (ended.completion_tokens, ended.delivered_unknown) == (4, True)
@@ -240,7 +240,7 @@ async def test_a_lost_gateways_calls_are_told_to_another(
             assert running.generated_tokens >= running.completion_tokens >= 2
         again = Switch(ledger.usage.insert)
         async with accounting_cluster(tmp_path / "a", again.insert) as back:
-            accounting = back.gateway.accounting
+            accounting = back.gateway.dispatch.accounting
             assert accounting is not None
             await until(lambda: accounting.statistics().pending == 0, "its spool is replayed")
         exact = records(ledger)

@@ -30,8 +30,8 @@ _AGAIN = {
 }
 
 
-class RouteExplainer:
-    """Answers requests for explanations from the memory of one gateway process and of its siblings."""
+class RememberedRoutes:
+    """The routes that this gateway process remembers, as messages."""
 
     def __init__(
         self,
@@ -45,8 +45,6 @@ class RouteExplainer:
         self._gateway = gateway
         self._clock = clock
         self._wall = wall
-        self.siblings: Siblings | None = None
-        """The other processes of this gateway, if any."""
 
     def find(self, request: pb.ExplainRequestRequest) -> pb.ExplainRequestResponse:
         """Return the calls with the requested request id that this process remembers. `request.parent`: the tenant of
@@ -54,40 +52,9 @@ class RouteExplainer:
         found = self._history.find(request.request_id, request.parent)
         return pb.ExplainRequestResponse(calls=map(self._call, found))
 
-    async def explain(self, request: pb.ExplainRequestRequest, caller: AdminCaller) -> pb.ExplainRequestResponse:
-        """Explain the calls with a request id that the caller may see. Raises CallError NOT_FOUND."""
-        if not request.request_id:
-            raise invalid("request_id", "must name a call by its x-request-id or by the id of its answer")
-        tenant = caller.scope
-        if request.parent:
-            from cluster.gateway.apis.admin.codec import tenant_name
-
-            tenant = tenant_name(request.parent, "parent")
-        wanted = pb.ExplainRequestRequest(request_id=request.request_id, parent=tenant)
-        calls, unanswered = list(self.find(wanted).calls), 0
-        if self.siblings is not None:
-            answers, unanswered = await self.siblings.ask("ExplainRequest", wanted)
-            calls += [call for answer in answers for call in answer.calls]
-        if not calls:
-            raise self._unknown(request.request_id, unanswered, caller)
-        calls.sort(key=lambda call: call.arrived_at_s)
-        for call in calls:
-            if caller.scope:
-                _hide_places(call)
-            for route in call.routes:
-                route.why = why(route)
-        return pb.ExplainRequestResponse(calls=calls)
-
-    def _unknown(self, request_id: str, unanswered: int, caller: AdminCaller) -> CallError:
-        silent = f" ({unanswered} of its processes did not answer)" if unanswered else ""
-        # The span of the memory would show the other tenants' traffic.
-        span = "" if caller.scope else f", now those of the last {self._history.span_s(self._clock()):.0f} s"
-        return CallError(
-            Outcome.NOT_FOUND,
-            f"this gateway remembers no call with request id {request_id[:128]!r}{silent}; it keeps the newest calls "
-            f"that were sent to a worker, up to {MAX_BYTES >> 20} MiB a process{span}; try the other gateways, if any: "
-            "the call's usage record names its gateway and worker",
-        )
+    def span_s(self) -> float:
+        """Return the seconds since the arrival of the oldest remembered call; 0 if there is none."""
+        return self._history.span_s(self._clock())
 
     def _call(self, call: RoutedCall) -> pb.ExplainedCall:
         now = self._clock()
@@ -103,6 +70,50 @@ class RouteExplainer:
             duration_s=ended_at - call.arrived_at,
             routes=[_route(route, call.arrived_at) for route in call.routes],
             omitted_routes=call.omitted_routes,
+        )
+
+
+class RouteExplainer:
+    """Answers requests for explanations from the memory of one gateway process and of its siblings."""
+
+    def __init__(self, remembered: RememberedRoutes, siblings: Siblings | None = None) -> None:
+        """`siblings`: the other processes of this gateway, if any."""
+        self._remembered = remembered
+        self._siblings = siblings
+
+    async def explain(self, request: pb.ExplainRequestRequest, caller: AdminCaller) -> pb.ExplainRequestResponse:
+        """Explain the calls with a request id that the caller may see. Raises CallError NOT_FOUND."""
+        if not request.request_id:
+            raise invalid("request_id", "must name a call by its x-request-id or by the id of its answer")
+        tenant = caller.scope
+        if request.parent:
+            from cluster.gateway.apis.admin.codec import tenant_name
+
+            tenant = tenant_name(request.parent, "parent")
+        wanted = pb.ExplainRequestRequest(request_id=request.request_id, parent=tenant)
+        calls, unanswered = list(self._remembered.find(wanted).calls), 0
+        if self._siblings is not None:
+            answers, unanswered = await self._siblings.ask("ExplainRequest", wanted)
+            calls += [call for answer in answers for call in answer.calls]
+        if not calls:
+            raise self._unknown(request.request_id, unanswered, caller)
+        calls.sort(key=lambda call: call.arrived_at_s)
+        for call in calls:
+            if caller.scope:
+                _hide_places(call)
+            for route in call.routes:
+                route.why = why(route)
+        return pb.ExplainRequestResponse(calls=calls)
+
+    def _unknown(self, request_id: str, unanswered: int, caller: AdminCaller) -> CallError:
+        silent = f" ({unanswered} of its processes did not answer)" if unanswered else ""
+        # The span of the memory would show the other tenants' traffic.
+        span = "" if caller.scope else f", now those of the last {self._remembered.span_s():.0f} s"
+        return CallError(
+            Outcome.NOT_FOUND,
+            f"this gateway remembers no call with request id {request_id[:128]!r}{silent}; it keeps the newest calls "
+            f"that were sent to a worker, up to {MAX_BYTES >> 20} MiB a process{span}; try the other gateways, if any: "
+            "the call's usage record names its gateway and worker",
         )
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from cluster.config.schema import parse
-from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
+from cluster.controller.catalog_overlay import CatalogOverlayFile
+from cluster.controller.catalog_service import StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller
 from cluster.controller.desired_models import DesiredModels
+from cluster.controller.editable_catalog import EditableCatalog
 from cluster.controller.links import ControllerLinks
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.controller.replica_settings import settings_of
@@ -50,12 +52,11 @@ class Site:
 async def site(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Site]:
     """Provide a site whose model has the adapter `own` in its entry."""
     async with running_cluster(tmp_path / "gateway", TEXT) as cluster:
-        models, catalog = DesiredModels(), PublishedCatalog()
-        service = StoredCatalogService(
+        models, published = DesiredModels(), PublishedCatalog()
+        catalog = EditableCatalog(
             parse(TEXT),
             models,
-            catalog,
-            StoredCatalogFile(tmp_path / "catalog.json", "one"),
+            CatalogOverlayFile(tmp_path / "catalog.json", "one"),
             lambda config: settings_of(config, gateways=["g:1"], local=True),
             by_file=False,
         )
@@ -64,9 +65,9 @@ async def site(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterato
             gateways=[cluster.gateway.endpoints["link"]],
             tls=None,
             bundles=lambda digest: None,
-            verbs=catalog_verbs(service),
+            verbs=catalog_verbs(StoredCatalogService(catalog, models, published)),
         )
-        controller = Controller(FakeRay(), links, models, catalog)
+        controller = Controller(FakeRay(), links, models, published)
         parts = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]
         site = Site(cluster, (NamedFiles(), NamedFiles()))
         try:

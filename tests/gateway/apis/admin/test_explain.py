@@ -12,7 +12,7 @@ import pytest
 from cluster.admin.v1 import admin_pb2, usage_pb2
 from cluster.admin.v1 import routing_pb2 as pb
 from cluster.api.types import PREFIX_EXACT
-from cluster.gateway.apis.admin.routes import RouteExplainer, _hide_places, why
+from cluster.gateway.apis.admin.routes import RememberedRoutes, _hide_places, why
 from cluster.policy.routing.route_history import Route, RoutedCall, RouteHistory
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
@@ -220,11 +220,11 @@ def test_a_wait_for_the_holder_in_words() -> None:
     """The explanation says how long a call waited for the worker with its prompt, and whether in vain. A caller of one
     tenant sees the wait and no worker."""
     history = RouteHistory()
-    explainer = RouteExplainer(history, "g", clock=lambda: 2.0)
+    remembered = RememberedRoutes(history, "g", clock=lambda: 2.0)
     call = RoutedCall("c", "c", "r", "t", "m", 0.0)
     for sequence, worker in enumerate(("w1", "w2")):
         history.add(call, Route(sequence, 1.5, worker, "least_loaded", 700, awaited="w1", wait_s=1.25), 2)
-    found = explainer.find(pb.ExplainRequestRequest(request_id="r")).calls[0]
+    found = remembered.find(pb.ExplainRequestRequest(request_id="r")).calls[0]
     held = "The call waited 1.25 s for w1, which held its prompt but had no room"
     assert [why(route).partition(". ")[0] for route in found.routes] == [held, f"{held}, in vain"]
     _hide_places(found)

@@ -130,9 +130,9 @@ async def test_a_body_that_never_comes(cluster: TestCluster) -> None:
     """A client that disconnects within a request leaves no running request behind, and no error in the log."""
     wire = await Wire.open(cluster)
     wire.ask(CHAT, b'{"model"', content_length="1000")
-    await until(lambda: bool(cluster.gateway.http._state.tasks), "the request is being read")
+    await until(lambda: bool(cluster.gateway.ports.http._state.tasks), "the request is being read")
     await wire.close()
-    await until(lambda: not cluster.gateway.http._state.tasks, "its task has ended")
+    await until(lambda: not cluster.gateway.ports.http._state.tasks, "its task has ended")
 
 
 async def test_stopping_lets_streams_end(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
@@ -144,7 +144,7 @@ async def test_stopping_lets_streams_end(tmp_path: Path, checkpoint: Path, bundl
         await idle.reply()
         busy.ask(CHAT, chat_body(max_tokens=60, ignore_eos=True, stream=True))
         await busy.head()
-        stopping = asyncio.create_task(cluster.gateway.http.stop(20))
+        stopping = asyncio.create_task(cluster.gateway.ports.http.stop(20))
         assert await idle.reader.read() == b""
         with pytest.raises(ConnectionRefusedError):
             await Wire.open(cluster)
@@ -166,7 +166,7 @@ async def test_stopping_does_not_wait_for_ever(tmp_path: Path, bundle: Bundle) -
         wire = await Wire.open(cluster)
         wire.ask(CHAT, chat_body(stream=True))
         await until(lambda: bool(cluster.gateway.service.statistics()), "the call waits")
-        await cluster.gateway.http.stop(0.01)
+        await cluster.gateway.ports.http.stop(0.01)
         assert await wire.reader.read() == b""
         assert cluster.gateway.service.statistics() == {}
         await wire.close()

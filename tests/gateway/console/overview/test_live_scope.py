@@ -127,4 +127,4 @@ async def test_open_events_do_not_delay_a_stop(keyed: Keyed) -> None:
         async with asyncio.timeout(60):
             while await wire.chunk():
                 pass
-            await keyed.gateway.http.stop(3600)
+            await keyed.gateway.ports.http.stop(3600)

@@ -1,0 +1,85 @@
+"""The file with the operators' changes to the catalog of the configuration file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from cluster.api.adapters import AdapterSpec
+from cluster.policy.catalog.versions import VersionOverride
+from cluster.process.private_files import replace_file
+
+log = structlog.get_logger("catalog")
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogOverlay:
+    """Changes to the catalog of the configuration file: entries of models, overrides by model and version, and adapters
+    that were loaded at run time, by model."""
+
+    models: Sequence[Mapping[str, Any]] = ()
+    overrides: Mapping[str, Mapping[str, VersionOverride]] = field(default_factory=dict)
+    adapters: Mapping[str, tuple[AdapterSpec, ...]] = field(default_factory=dict)
+
+
+class CatalogOverlayFile:
+    """The file with the overlay. The next controller of the same cluster continues from this file.
+
+    `life`: the instance of a local cluster, else empty. A file of another instance is ignored. `on_stored` is called
+    after each change of the file.
+    """
+
+    def __init__(self, path: Path, life: str, on_stored: Callable[[], None] = lambda: None) -> None:
+        self._path = path
+        self._life = life
+        self._on_stored = on_stored
+
+    def read(self) -> CatalogOverlay | None:
+        """Return the stored overlay, or None if the file is missing, unreadable or from another instance."""
+        try:
+            values = json.loads(self._path.read_text())
+            if values["life"] != self._life:
+                return None
+            overrides = {
+                model: {version: VersionOverride.from_json(override) for version, override in versions.items()}
+                for model, versions in values["marks"].items()
+            }
+            adapters = {
+                model: tuple(_adapter_from_json(adapter) for adapter in of_model)
+                for model, of_model in values.get("adapters", {}).items()  # older releases write none
+            }
+            return CatalogOverlay(values["models"], overrides, adapters)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            log.warning("catalog.copy_not_read", path=str(self._path), reason=str(error))
+            return None
+
+    def keep(self, overlay: CatalogOverlay) -> None:
+        """Replace the content of the file atomically with `overlay`. Raises OSError."""
+        overrides = {
+            model: {version: override.as_json() for version, override in versions.items()}
+            for model, versions in overlay.overrides.items()
+        }
+        values: dict[str, Any] = {
+            "life": self._life,
+            "models": [dict(entry) for entry in overlay.models],
+            "marks": overrides,
+        }
+        if overlay.adapters:
+            values["adapters"] = {
+                model: [dataclasses.asdict(adapter) for adapter in adapters]
+                for model, adapters in overlay.adapters.items()
+            }
+        replace_file(self._path, json.dumps(values, indent=1))
+        self._on_stored()
+
+
+def _adapter_from_json(values: Mapping[str, Any]) -> AdapterSpec:
+    return AdapterSpec(**{**values, "tenants": tuple(values["tenants"])})
