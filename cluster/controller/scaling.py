@@ -19,9 +19,10 @@ from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.placement import capacity
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.catalog.versions import total_for
+from cluster.policy.scaling.inputs import Kind, OperatorRequest, RayReplicas, ScalingSettings, WorkerSeen
 from cluster.policy.scaling.operator_requests import requests_from_json, requests_to_json
 from cluster.policy.scaling.replica_rates import ReplicaLimits
-from cluster.policy.scaling.scaler import Kind, OperatorRequest, RayReplicas, Scaler, ScalingSettings, WorkerSeen
+from cluster.policy.scaling.scaler import Scaler
 from cluster.process.private_files import replace_file
 from cluster.ray.backend import RaySnapshot
 

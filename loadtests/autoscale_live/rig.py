@@ -24,8 +24,9 @@ from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import ControllerLinks
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.policy.catalog.reconcile import Observed
+from cluster.policy.scaling.inputs import RayReplicas, ScalingSettings
 from cluster.policy.scaling.operator_requests import ScalingRequests
-from cluster.policy.scaling.scaler import RayReplicas, Scaler, ScalingSettings
+from cluster.policy.scaling.scaler import Scaler
 from cluster.ray.backend import ChildBackend
 from cluster.ray.local_cluster import LocalRay, LocalRaySettings
 from cluster.worker.settings import ReplicaSettings

@@ -263,7 +263,7 @@ class RoutingGateway:
         self.index.remove(name, change.removed)
         self.index.store(name, change.stored)
 
-    # ---- policy.scheduling.scheduling_policy.Workers
+    # ---- policy.scheduling.workers.Workers
 
     def candidates(self, model: str, now: float, resumed: bool) -> list[Candidate]:
         """Return all workers."""

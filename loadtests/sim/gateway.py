@@ -146,7 +146,7 @@ class SimGateway:
         self._callbacks.submit(self.number, worker, SimSubmit(call.request, flow, charge))
         self._callbacks.bound(self.number, call)
 
-    # ---- policy.scheduling.scheduling_policy.Workers
+    # ---- policy.scheduling.workers.Workers
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
         """Pick a worker."""

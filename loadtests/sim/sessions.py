@@ -339,7 +339,7 @@ class SessionWorld:
         self.order.sweep(self.event_queue.now)
         self._index.maintain(self.event_queue.now, 16)
 
-    # ---- policy.scheduling.scheduling_policy.Workers
+    # ---- policy.scheduling.workers.Workers
 
     def candidates(self, model: str, now: float, resumed: bool) -> list[Candidate]:
         """Return all workers."""

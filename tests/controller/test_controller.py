@@ -15,7 +15,7 @@ from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.controller.controller import Controller
 from cluster.controller.links import FleetWorker
 from cluster.controller.retired_apps import QUIET_S
-from cluster.policy.scaling.scaler import OperatorRequest
+from cluster.policy.scaling.inputs import OperatorRequest
 from cluster.ray.backend import Backend, RayAway
 from cluster.ray.several_clusters import MultiClusterBackend
 from cluster.wire.lost_engines import LostEngine
@@ -384,11 +384,11 @@ async def test_frozen_models_stay_as_they_are() -> None:
     ray, gateways = FakeRay(), FakeGateways()
     loop = controller(ray, gateways, settings("m"))
     await loop.step()
-    loop.scaler.operator_requests = OperatorRequest(frozen=frozenset({"m"}))
+    loop.scaler.set_operator_requests(OperatorRequest(frozen=frozenset({"m"})))
     loop.models.want([settings("m", revision="b")])
     await loop.step()
     assert ray.journal == ["deploy m"]
-    loop.scaler.operator_requests = OperatorRequest()
+    loop.scaler.set_operator_requests(OperatorRequest())
     await loop.step()
     assert ray.journal == ["deploy m", "deploy m"]
 

@@ -10,7 +10,8 @@ from cluster.controller import scaling
 from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.reconcile import Observed
-from cluster.policy.scaling.scaler import OperatorRequest, RayReplicas, Scaler
+from cluster.policy.scaling.inputs import OperatorRequest, RayReplicas
+from cluster.policy.scaling.scaler import Scaler
 
 
 def test_what_ray_has_is_summed_by_model() -> None:

@@ -26,7 +26,10 @@ from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
 from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import RouteCall
 from cluster.policy.scheduling.hedging import HedgingPolicy
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.warm_sequences import FRESH_S
+from cluster.policy.scheduling.worker_losses import WorkerLosses
+from cluster.policy.scheduling.workers import Workers
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.codecs.codec import StepColumns
 from cluster.wire.codecs.kv_codec import kv_blocks_to_pb
@@ -51,7 +54,7 @@ class Both:
         metrics = Metrics("test")
         self.charges = ServiceCharges({"standard": 0}, metrics)
         room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=self.charges.fair.order)
-        self.scheduler = Scheduler(Host(), room, self.charges, metrics, lambda: self.now, 1e9)
+        self.scheduler = Scheduler(Host(), room, self.charges, metrics, lambda: self.now, 1e9, policy_of=self.policy_of)
         events = self.events = WorkerEvents(self.scheduler, metrics, lambda: self.now)
         self.links: list[WorkerLink] = []
         for number in range(WORKERS):
@@ -78,6 +81,13 @@ class Both:
         self.calls: dict[str, Call] = {}
         self.prompts: dict[str, Prompt] = {}
         self.granted = [(0, 0)] * WORKERS
+
+    def policy_of(
+        self, room: WaitingRoom, workers: Workers, resume_wait_s: float, losses: WorkerLosses
+    ) -> SchedulingPolicy:
+        """Return the gateway's policy, and keep its workers."""
+        self.workers = workers
+        return SchedulingPolicy(room, workers, resume_wait_s, losses)
 
     def enter(self, blocks: Sequence[int], tokens: int) -> None:
         """Open a call whose prompt begins with these blocks."""
@@ -141,7 +151,7 @@ class Both:
         gateway reads all at each decision."""
         for link in self.links:
             link.mark_changed()
-        self.scheduler.policy._workers.route(RouteCall("m", 1), self.now)
+        self.workers.route(RouteCall("m", 1), self.now)
 
     def decisions(self) -> dict[str, int]:
         """Return the worker of each open call that the gateway has sent."""

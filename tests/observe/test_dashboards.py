@@ -31,7 +31,8 @@ from cluster.ledger.store import Ledger
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.lifecycle import SourceFacts
 from cluster.policy.routing.version_split import choose_version
-from cluster.policy.scaling.scaler import Scaler, ScalingSettings
+from cluster.policy.scaling.inputs import ScalingSettings
+from cluster.policy.scaling.scaler import Scaler
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.ray.several_clusters import MultiClusterBackend
 from cluster.wire.bundle import Bundle

@@ -15,8 +15,9 @@ from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import ControllerLinks
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.policy.catalog.lifecycle import SourceFacts
+from cluster.policy.scaling.inputs import RayReplicas, ScalingSettings
 from cluster.policy.scaling.operator_requests import ScalingRequests
-from cluster.policy.scaling.scaler import RayReplicas, Scaler, ScalingSettings
+from cluster.policy.scaling.scaler import Scaler
 from cluster.ray.backend import ChildBackend
 from cluster.wire.dial import read
 from cluster.worker.settings import ReplicaSettings

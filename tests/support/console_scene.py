@@ -29,8 +29,9 @@ from cluster.gateway.console.overview.parts import STEP_S
 from cluster.gateway.server import Gateway
 from cluster.ledger.usage.records import UsageRecord
 from cluster.policy.catalog.lifecycle import SourceFacts
+from cluster.policy.scaling.inputs import ScalingSettings
 from cluster.policy.scaling.operator_requests import ScalingRequests
-from cluster.policy.scaling.scaler import Scaler, ScalingSettings
+from cluster.policy.scaling.scaler import Scaler
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.worker.engine.simulated.engine import SimEngine

@@ -16,8 +16,9 @@ from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.routing.version_split import ANY_VERSION, Versions
 from cluster.policy.scheduling.instructions import End, Instruction, ResumingSequence
-from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy, Workers
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
+from cluster.policy.scheduling.workers import Workers
 
 
 @dataclass

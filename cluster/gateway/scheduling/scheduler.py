@@ -38,8 +38,9 @@ from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.cost import RoutingSettings
 from cluster.policy.scheduling.hedging import HedgingPolicy
 from cluster.policy.scheduling.instructions import ResumingSequence
-from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy, Workers
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import MOST_SILENT, WorkerLosses
+from cluster.policy.scheduling.workers import Workers
 
 if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting

@@ -43,7 +43,7 @@ class DirectoryOwner(Protocol):
 
 
 class LinkedWorkers:
-    """The linked workers of one gateway. Implements policy.scheduling.scheduling_policy.Workers."""
+    """The linked workers of one gateway. Implements policy.scheduling.workers.Workers."""
 
     def __init__(
         self,

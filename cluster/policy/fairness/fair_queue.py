@@ -30,9 +30,14 @@ from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.warm_order import LossOf
 
 IDLE_S = 2.0
+"""Time in seconds after which a tenant without waiting sequences counts as idle."""
 DEFICIT_TOKENS = 16_384.0
+"""Weighted tokens, divided by a tenant's weight, by which its counter may start below the least one after a short idle
+time."""
 CLAIM_PICKS = 8
+"""Number of turns for which a gateway reports its share."""
 CLAIM_SCALE = 16
+"""Number of units of a reported share for each turn."""
 
 
 def equal(tenant: str) -> float:
@@ -232,7 +237,7 @@ class FairOrder:
     def sweep(self, now: float) -> None:
         """Forget gateways that are silent for `idle_s`, and idle tenants whose counters are at the floor.
 
-        The caller runs this method once a second. The method also notes the guests for which slots are reserved
+        The caller runs this method once a second. It also records for which guests slots are reserved
         (reserved_slots.py).
         """
         self._flows.advance(now)
@@ -319,4 +324,4 @@ class FairOrders:
                 del self._orders[model]
 
     def __repr__(self) -> str:
-        return f"FairTurns({len(self._orders)} models)"
+        return f"FairOrders({len(self._orders)} models)"

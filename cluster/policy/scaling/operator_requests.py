@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.scaling import ModelScaling, ScalingExplanation
 from cluster.api.types import ModelSpec
-from cluster.policy.scaling.scaler import OperatorRequest, Scaler
+from cluster.policy.scaling.inputs import OperatorRequest
+from cluster.policy.scaling.scaler import Scaler
 
 
 class ScalingRequests:
@@ -64,8 +65,7 @@ class ScalingRequests:
 
     def _ask(self, asked: OperatorRequest) -> None:
         if asked != self._scaler.operator_requests:
-            self._scaler.operator_requests = asked
-            self._scaler.decide_next_pass()
+            self._scaler.set_operator_requests(asked)
             self._changed()
 
 

@@ -34,7 +34,7 @@ MAX_PROMPTS: Final = 1024
 
 
 class HolderView(Protocol):
-    """The workers as this module needs them; see scheduling_policy.Workers."""
+    """The workers as this module needs them; see workers.Workers."""
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """Return how many leading tokens of a waiting sequence's prompt the workers hold, by worker id."""

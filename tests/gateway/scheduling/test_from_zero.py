@@ -23,7 +23,8 @@ from cluster.controller.published_catalog import PublishedCatalog
 from cluster.gateway.apis.openai.answers import KEEP_ALIVE, keep_alive
 from cluster.gateway.calls.keepalive import CallProgress
 from cluster.policy.catalog.lifecycle import SourceFacts
-from cluster.policy.scaling.scaler import DECIDE_S, Scaler, ScalingSettings
+from cluster.policy.scaling.inputs import ScalingSettings
+from cluster.policy.scaling.scaler import DECIDE_S, Scaler
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read

@@ -12,9 +12,11 @@ from cluster.api.demand import ClassCounts, ComputedWork, ModelDemand
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.scaling import ScalingDecision
 from cluster.api.types import CatalogEntry, ModelSpec
+from cluster.policy.scaling.decision_log import KEPT
+from cluster.policy.scaling.inputs import Kind, OperatorRequest, RayReplicas, ScalingSettings, WorkerSeen
 from cluster.policy.scaling.operator_requests import ScalingRequests, requests_from_json, requests_to_json
 from cluster.policy.scaling.replica_rates import ReplicaLimits
-from cluster.policy.scaling.scaler import KEPT, Kind, OperatorRequest, RayReplicas, Scaler, ScalingSettings, WorkerSeen
+from cluster.policy.scaling.scaler import Scaler
 
 LIMITS = ReplicaLimits(8, 512, 10_000)
 
@@ -324,7 +326,7 @@ def test_by_hand_over_types_while_no_gateway_tells() -> None:
     scaler = Scaler(ScalingSettings(), 0.0, OperatorRequest(manual={"m": 5}))
     scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, blind=True, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 3)
-    scaler.operator_requests = OperatorRequest(manual={"m": 1})
+    scaler.set_operator_requests(OperatorRequest(manual={"m": 1}))
     scaler.run_pass([FAST, SLOW], {}, [], 2.0, 1e9, blind=True, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (1, 0)
 

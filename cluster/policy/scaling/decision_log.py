@@ -1,0 +1,59 @@
+"""Decisions on one model that are kept for explanations, and counts of all its decisions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from cluster.api.scaling import ScalingDecision
+
+KEPT = 200
+"""Number of decisions that are kept for each model, for explanations."""
+
+
+class DecisionLog:
+    """The newest decisions on one model. Equal decisions to hold, one after the other, are kept as one."""
+
+    def __init__(self) -> None:
+        self._decisions: deque[ScalingDecision] = deque(maxlen=KEPT)
+        self._counts: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        return f"DecisionLog({self._counts})"
+
+    def add(self, decision: ScalingDecision) -> None:
+        """Count a decision of the policy and keep it."""
+        self._counts[decision.action] = self._counts.get(decision.action, 0) + 1
+        last = self._decisions[-1] if self._decisions else None
+        if decision.action == "hold" and last is not None and (last.action, last.why) == ("hold", decision.why):
+            self._decisions[-1] = dataclasses.replace(last, numbers=decision.numbers, passes=last.passes + 1)
+        else:
+            self._decisions.append(decision)
+
+    def add_uncounted(self, decision: ScalingDecision) -> None:
+        """Keep a decision that was made without the policy."""
+        self._decisions.append(decision)
+
+    def newest(self, limit: int = 0) -> Sequence[ScalingDecision]:
+        """Return up to `limit` decisions, the newest last; with 0 all that are kept."""
+        return list(self._decisions)[-limit if limit else 0 :]
+
+    @property
+    def why(self) -> str:
+        """Reason of the newest decision; empty before the first."""
+        return self._decisions[-1].why if self._decisions else ""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Number of the policy's decisions by action, since creation."""
+        return dict(self._counts)
+
+
+def action_of(before: int, after: int) -> str:
+    """Return the action of a decision that changes the number of replicas from `before` to `after`."""
+    if after == before:
+        return "hold"
+    if after > before:
+        return "up" if before else "from_zero"
+    return "down" if after else "to_zero"

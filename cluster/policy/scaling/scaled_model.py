@@ -1,0 +1,203 @@
+"""One model as the scaler knows it: the decided number of replicas, the learnt rates, and the reasons of decisions.
+
+A model may have several types of GPU, each with its own spec. Rates are learnt, and numbers of replicas are decided,
+for each type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from cluster.api.scaling import ModelScaling, ScalingDecision, ScalingExplanation
+from cluster.api.types import CatalogEntry, ModelSpec
+from cluster.policy.catalog.placement import world_size
+from cluster.policy.catalog.versions import over_types
+from cluster.policy.scaling.decision_log import DecisionLog, action_of
+from cluster.policy.scaling.inputs import ModelInputs, OperatorRequest, RayReplicas
+from cluster.policy.scaling.learnt_rates import LearntRates
+from cluster.policy.scaling.portfolio import ClassDemand, ModelSeen, ModelSettings, ReplicaDecision, ReplicaSeen, Slo
+from cluster.policy.scaling.replica_states import ReplicaStates
+
+PLENTY = 1_000_000
+"""Assumed number of replicas that fit on a type of GPU whose capacity is unknown."""
+
+
+class ScaledModel:
+    """One model. Call `observe` in each pass; then, if there is a decision, `apply`, or without demand `hold`.
+
+    `now` is monotonic, in seconds; `wall_s` is the same time in seconds since the epoch. In requests of operators,
+    `all_frozen` is also set if the configuration freezes all models.
+    """
+
+    def __init__(self, inputs: ModelInputs, cold_start_s: float) -> None:
+        """`cold_start_s`: assumed cold-start time until one is learnt."""
+        self._inputs = inputs
+        self._assumed_cold_start_s = cold_start_s
+        self._desired: dict[str, int] | None = None
+        """Decided number of replicas by GPU type; None before the first pass."""
+        self._states = ReplicaStates()
+        self._rates = LearntRates()
+        self._log = DecisionLog()
+        self._numbers: Mapping[str, float] = {}
+        """Numbers of the policy's newest decision."""
+        self._gpu_seconds = 0.0
+        self._scaling = ModelScaling(self._spec.name)
+
+    def __repr__(self) -> str:
+        return f"ScaledModel({self._spec.name} {self.total})"
+
+    # ---- a pass
+
+    def observe(
+        self,
+        inputs: ModelInputs,
+        demand: Mapping[str, ClassDemand],
+        requests: OperatorRequest,
+        passed_s: float,
+        now: float,
+        wall_s: float,
+    ) -> ModelSeen:
+        """Return the observation of the model for the policy. `passed_s`: seconds since the previous pass."""
+        self._inputs = inputs
+        self._desired = self._first_desired()
+        self._rates.observe(inputs.workers)
+        replicas = self._states.observe(inputs, self._desired, now, wall_s)
+        for spec in inputs.types:
+            ray = inputs.rays.get(spec.gpu, RayReplicas())
+            held = max(ray.running + ray.placed + ray.leaving, len(inputs.workers[spec.gpu]))
+            self._gpu_seconds += passed_s * held * world_size(spec)
+        self._scaling = self._scaling_of(replicas, requests)
+        return ModelSeen(
+            settings=self._settings(requests),
+            demand=demand,
+            replicas=replicas,
+            rates={spec.gpu: self._rates.rates(spec) for spec in inputs.types},
+            room=inputs.room,
+        )
+
+    def apply(self, decision: ReplicaDecision, requests: OperatorRequest, now: float, wall_s: float) -> ScalingDecision:
+        """Apply a decision of the policy, but keep the number of replicas of a frozen model. Returns the decision as it
+        was applied."""
+        last = self._desired or {}
+        desired = last
+        if not requests.is_frozen(decision.model):
+            desired = {gpu: decision.replicas.get(gpu, 0) for gpu in last}
+        changes = [count - last[gpu] for gpu, count in desired.items()]
+        self._desired = desired
+        self._states.record_change(changes, now)
+        self._numbers = dict(decision.numbers)
+        before, wanted = self._scaling.desired, self.total
+        action = action_of(before, wanted) if wanted != before or not any(changes) else "move"
+        made = ScalingDecision(wall_s, before, wanted, action, decision.why, dict(decision.numbers))
+        self._scaling = dataclasses.replace(self._scaling, desired=wanted, why=decision.why)
+        self._log.add(made)
+        return made
+
+    def hold(self, requests: OperatorRequest, wall_s: float) -> ScalingDecision | None:
+        """Keep the number of replicas while the demand is unknown; only bounds and operators' requests change it.
+
+        Returns the change, or None.
+        """
+        spec, before, decision = self._spec, self._scaling.desired, None
+        within = min(max(before, spec.min_replicas), max(spec.max_replicas, spec.min_replicas))
+        wanted = before if requests.is_frozen(spec.name) else requests.manual.get(spec.name, within)
+        if wanted != before:
+            self._desired = _spread(self._inputs, wanted, self._desired or {})
+            why = "manual" if spec.name in requests.manual else "bounds"
+            decision = ScalingDecision(wall_s, before, wanted, action_of(before, wanted), why)
+            self._log.add_uncounted(decision)
+        self._scaling = dataclasses.replace(self._scaling, desired=wanted, why="no gateway is linked")
+        return decision
+
+    @property
+    def _spec(self) -> ModelSpec:
+        """Spec of the preferred type of GPU."""
+        return self._inputs.types[0]
+
+    def _first_desired(self) -> dict[str, int]:
+        """Return the number of replicas at the beginning of a pass, for each current type of GPU.
+
+        This is the last decision, or else the target on Ray, or else (a new model) the initial number in the entry.
+        """
+        types, rays, last = self._inputs.types, self._inputs.rays, self._desired
+        if last is None and rays:
+            last = {gpu: ray.target for gpu, ray in rays.items()}
+        gpus = [spec.gpu for spec in types]
+        if last is not None and set(last) <= set(gpus):
+            return {gpu: last.get(gpu, 0) for gpu in gpus}
+        return _spread(self._inputs, types[0].replicas if last is None else sum(last.values()), last or {})
+
+    def _settings(self, requests: OperatorRequest) -> ModelSettings:
+        spec = self._spec
+        return ModelSettings(
+            min_replicas=spec.min_replicas,
+            max_replicas=max(spec.max_replicas, spec.min_replicas),
+            idle_s=spec.idle_s,
+            slo=Slo(spec.slo_ttft_s, spec.slo_itl_s, spec.slo_target),
+            gpus=tuple(of_type.gpu for of_type in self._inputs.types),
+            cold_start_s=self._states.cold_start_s or self._assumed_cold_start_s,
+            manual=requests.manual.get(spec.name),
+            frozen=spec.name in requests.frozen,
+        )
+
+    def _scaling_of(self, replicas: list[ReplicaSeen], requests: OperatorRequest) -> ModelScaling:
+        spec = self._spec
+        return ModelScaling(
+            name=spec.name,
+            target=sum(ray.target for ray in self._inputs.rays.values()),
+            running=sum(replica.state == "ready" for replica in replicas),
+            starting=sum(replica.state == "starting" for replica in replicas),
+            desired=self.total,
+            min_replicas=spec.min_replicas,
+            max_replicas=max(spec.max_replicas, spec.min_replicas),
+            idle_s=spec.idle_s,
+            by="frozen" if requests.is_frozen(spec.name) else "manual" if spec.name in requests.manual else "demand",
+            why=self._log.why,
+            cold_start_s=self._states.cold_start_s,
+        )
+
+    # ---- reading
+
+    @property
+    def total(self) -> int:
+        """Decided number of replicas on all types of GPU; 0 before the first pass."""
+        return sum((self._desired or {}).values())
+
+    @property
+    def scaling(self) -> ModelScaling:
+        """Current scaling state."""
+        return self._scaling
+
+    def replicas(self, spec: ModelSpec) -> int:
+        """Return the number of replicas that the model should have on the type of GPU in `spec`."""
+        return spec.replicas if self._desired is None else self._desired.get(spec.gpu, 0)
+
+    def with_scaling_fields(self, entry: CatalogEntry) -> CatalogEntry:
+        """Return the model's catalog entry with the scaling fields."""
+        spec = self._spec
+        return dataclasses.replace(
+            entry,
+            replicas_desired=sum(self.replicas(of_type) for of_type in self._inputs.types),
+            cold_start_s=round(self._states.cold_start_s, 1) or entry.cold_start_s or self._assumed_cold_start_s,
+            slo_ttft_s=spec.slo_ttft_s,
+            slo_itl_s=spec.slo_itl_s,
+            slo_target=spec.slo_target,
+            starting_since_s=self._states.starting_since_s,
+        )
+
+    def explain(self, limit: int = 0) -> ScalingExplanation:
+        """Return the current scaling state and the newest decisions; with `limit` 0 all that are kept."""
+        return ScalingExplanation(self._scaling, self._log.newest(limit), {**self._numbers, **self._rates.numbers()})
+
+    def counters(self) -> tuple[Mapping[str, int], float]:
+        """Return the number of decisions by action, and the GPU-seconds held. Both count since creation."""
+        return self._log.counts, self._gpu_seconds
+
+
+def _spread(inputs: ModelInputs, replicas: int, there: Mapping[str, int]) -> dict[str, int]:
+    """Spread replicas over the types of GPU. Existing replicas (`there`) stay on their type where possible."""
+    gpus = [spec.gpu for spec in inputs.types]
+    room = [inputs.room.get(gpu, PLENTY) for gpu in gpus]
+    counts = over_types(replicas, room, [there.get(gpu, 0) for gpu in gpus])
+    return dict(zip(gpus, counts, strict=True))

@@ -1,0 +1,163 @@
+"""The assignment of new sequences: which waiting sequence is sent to which worker.
+
+Sequences that were set aside come first, then sequences that wait for adapters, then the others in the order of the
+waiting room. A sequence whose turn has come is sent if a worker has room for it. Otherwise it may wait for its adapter
+or for the worker that holds its prompt, and then holds back nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.routing.router import FullHolder, RouteCall, RoutingDecision
+from cluster.policy.routing.version_split import ANY_VERSION
+from cluster.policy.scheduling.instructions import End, Ending, Fail, Instruction, Send
+from cluster.policy.scheduling.new_sequences import NewSequences
+from cluster.policy.scheduling.set_aside import Aside
+from cluster.policy.scheduling.warm_sequences import WarmSequences
+from cluster.policy.scheduling.workers import Workers
+
+
+class NewAssignment:
+    """Assigns the new sequences of one gateway, for all models. `now` is monotonic, in seconds."""
+
+    def __init__(self, queues: NewSequences, workers: Workers) -> None:
+        self._queues = queues
+        self._room = queues.room
+        self._aside = queues.aside
+        self._adapter_waits = queues.adapter_waits
+        self._versions = queues.versions
+        self._workers = workers
+        self._warm = WarmSequences(workers)
+
+    def assign(self, model: str, now: float) -> Iterator[Instruction]:
+        """Yield the instructions for new sequences: those that were set aside, those that wait for adapters, then the
+        others in the order of the waiting room. A sequence at the head that fits on no worker holds back those behind
+        it."""
+        for aside in self._aside.in_order(model):
+            yield from self._assign_aside(aside, now)
+        yield from self._assign_with_adapters(model, now)
+        decision: RoutingDecision | Exception | None = None
+        cached: Mapping[str, int] | None = None
+        call: RouteCall | None = None
+        lacks_adapter = False
+
+        def fits(entry: WaitingSequence) -> bool:
+            nonlocal decision, cached, call, lacks_adapter
+            lacks_adapter = False
+            try:
+                cached = self._workers.cached_tokens(entry.model, entry.call_id)
+                call = self._call(entry, cached or {})
+                decision = self._route(call, entry, now)
+                if decision.worker_id is None and call.adapter:
+                    lacks_adapter = self._route(replace(call, adapter=""), entry, now).worker_id is not None
+            except Exception as error:
+                decision = error
+                return True
+            return decision.worker_id is not None or lacks_adapter
+
+        while (entry := self._room.pop_next(model, fits, now, self._warm.loss_of(model, now))) is not None:
+            if isinstance(decision, Exception):
+                self._queues.forget_versions(entry.call_id)
+                yield Fail(entry.call_id, decision)
+                continue
+            if lacks_adapter and call is not None:
+                if not self._adapter_waits.add(entry, call, now, self._room.latest(entry, now)):
+                    self._queues.forget_versions(entry.call_id)
+                    self._room.put_back(entry, now)  # so that its charge is given back
+                    self._room.cancel(entry.call_id)
+                    yield End(entry.call_id, Ending.NO_ADAPTER)
+                continue
+            if decision is not None and call is not None and (holder := self._awaited(decision, entry)):
+                self._aside.add(entry, call, holder, now)
+                continue
+            self._queues.forget_versions(entry.call_id)
+            if decision is not None and decision.worker_id is not None:
+                there, where = decision.cached_tokens, decision.worker_id
+                yield Send(entry, where, decision.reason, 0, there, decision, cached, entry.holder_wait)
+
+    def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
+        """Return the worker without room for which a sequence should wait, or None. A sequence with a choice of
+        versions does not wait, because all sequences of its call must begin on one version."""
+        has_choice = len(self._versions.get(entry.call_id, ANY_VERSION).all) > 1
+        return None if has_choice else self._aside.best(entry, decision.full_holders)
+
+    def _assign_aside(self, aside: Aside, now: float) -> Iterator[Instruction]:
+        """Yield the instruction for a sequence that is set aside; none if it goes on waiting."""
+        entry, key = aside.entry, aside.entry.call_id
+        if key not in self._aside:
+            return
+        free = self._workers.free_tokens(entry.model, aside.worker_id)
+        is_over = now >= aside.until or free is None
+        if not is_over and free is not None and free < entry.tokens:
+            return
+        try:
+            cached = self._workers.cached_tokens(entry.model, key)
+            decision = self._workers.route(replace(aside.call, cached=cached or {}), now)
+        except Exception as error:
+            self._leave_aside(key)
+            yield Fail(key, error)
+            return
+        if decision.worker_id is not None:
+            self._leave_aside(key)
+            there, where, wait = decision.cached_tokens, decision.worker_id, aside.wait(now)
+            yield Send(entry, where, decision.reason, 0, there, decision, cached, wait)
+        elif is_over:
+            self._aside.pop(key)
+            self._room.put_back(replace(entry, holder_wait=aside.wait(now)), now)
+
+    def _assign_with_adapters(self, model: str, now: float) -> Iterator[Instruction]:
+        """Yield the instructions for sequences that wait for adapters. A sequence that fits on no worker with its
+        adapter holds back those behind it that wait for the same adapter."""
+        for adapter in self._adapter_waits.adapters(model):
+            if not self._workers.has_adapter(model, adapter):
+                continue
+            for wait in self._adapter_waits.in_order(model, adapter):
+                entry, key = wait.entry, wait.entry.call_id
+                if key not in self._adapter_waits:  # an earlier instruction has ended its call
+                    continue
+                try:
+                    cached = self._workers.cached_tokens(model, key)
+                    decision = self._route(replace(wait.call, cached=cached or {}), entry, now)
+                except Exception as error:
+                    self._adapter_waits.pop(key)
+                    self._queues.forget_versions(key)
+                    yield Fail(key, error)
+                    continue
+                if decision.worker_id is None:
+                    break
+                self._adapter_waits.pop(key)
+                self._queues.forget_versions(key)
+                there, where = decision.cached_tokens, decision.worker_id
+                yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
+
+    def _leave_aside(self, key: str) -> None:
+        self._aside.pop(key)
+        self._queues.forget_versions(key)
+
+    def _call(self, entry: WaitingSequence, cached: Mapping[str, int]) -> RouteCall:
+        """Return the routing request of a new sequence. `cached`: see RouteCall."""
+        keep_free, versions = self._room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
+        first = frozenset((versions.first,)) if versions.first else versions.all
+        return RouteCall(
+            entry.model,
+            entry.tokens,
+            keep_free,
+            versions=first,
+            needs_tools=entry.needs_tools,
+            cached=cached,
+            affinity=entry.affinity,
+            call_id=entry.call_id,
+            adapter=entry.adapter,
+        )
+
+    def _route(self, call: RouteCall, entry: WaitingSequence, now: float) -> RoutingDecision:
+        """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
+        all versions on which the sequence may begin."""
+        versions = self._versions.get(entry.call_id, ANY_VERSION)
+        decision = self._workers.route(call, now)
+        if decision.worker_id is None and len(versions.all) > 1:
+            decision = self._workers.route(replace(call, versions=versions.all), now)
+        return decision

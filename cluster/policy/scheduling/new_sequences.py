@@ -1,0 +1,100 @@
+"""The new sequences of one gateway, from their admission until they are sent.
+
+A new sequence waits in the waiting room. After its turn, it may also be set aside (set_aside.py) or wait for its
+adapter (adapter_waits.py); the fair order then counts it as sent. A sequence that leaves the queues in any other way
+returns to the waiting room first, so that its charge is given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.waiting_room import RoomAdmission, WaitingRoom
+from cluster.policy.routing.version_split import ANY_VERSION, Versions
+from cluster.policy.scheduling.adapter_waits import AdapterWaits
+from cluster.policy.scheduling.set_aside import SetAside
+
+
+class NewSequences:
+    """Queues of the new sequences, and the versions on which each sequence may begin. `now` is monotonic, in
+    seconds."""
+
+    def __init__(self, room: WaitingRoom) -> None:
+        self.room = room
+        self.aside = SetAside()
+        self.adapter_waits = AdapterWaits()
+        self._versions: dict[str, Versions] = {}
+
+    @property
+    def versions(self) -> Mapping[str, Versions]:
+        """Versions on which the queued sequences may begin, by key; without an entry, any version. The mapping follows
+        later changes."""
+        return self._versions
+
+    def admit(
+        self, entry: WaitingSequence, now: float, starts_in_s: float = 0.0, versions: Versions = ANY_VERSION
+    ) -> RoomAdmission:
+        """Queue a new sequence if the waiting room admits the sequence; see WaitingRoom.admit. `versions`: versions of
+        the model on which the sequence may begin."""
+        admission = self.room.admit(entry, now, starts_in_s)
+        for other in admission.shed:
+            self._versions.pop(other.call_id, None)
+        if admission.outcome is None:
+            self.set_versions(entry.call_id, versions)
+        return admission
+
+    def put_back(self, entry: WaitingSequence, now: float, versions: Versions = ANY_VERSION) -> None:
+        """Queue a sequence that starts over, at the head of its tenant's queue."""
+        self.room.put_back(entry, now)
+        self.set_versions(entry.call_id, versions)
+
+    def set_versions(self, key: str, versions: Versions) -> None:
+        """Set the versions on which a queued sequence may begin. Once a sequence of a call has begun, the other
+        sequences of the call may begin only on its version."""
+        self._return_to_room(key)
+        if versions.all:
+            self._versions[key] = versions
+        else:
+            self._versions.pop(key, None)
+
+    def forget_versions(self, key: str) -> None:
+        """Forget the versions of a sequence that leaves the queues."""
+        self._versions.pop(key, None)
+
+    def remove(self, key: str) -> bool:
+        """Remove a sequence from its queue. Returns False if the sequence was not queued."""
+        self._versions.pop(key, None)
+        self._return_to_room(key)
+        return self.room.cancel(key)
+
+    def _return_to_room(self, key: str) -> None:
+        """Put a sequence back into the waiting room if it has had its turn and was not sent."""
+        if (turn := self.aside.pop(key) or self.adapter_waits.pop(key)) is not None:
+            self.room.put_back(turn.entry, turn.since)
+
+    def position(self, key: str) -> int | None:
+        """Return the number of the tenant's new sequences ahead of a queued new sequence; None if it is not queued."""
+        return 0 if key in self.aside or key in self.adapter_waits else self.room.position(key)
+
+    def waiting(self, model: str) -> tuple[int, int]:
+        """Return the number of a model's new sequences, and the number of their prompt tokens."""
+        sequences, tokens = self.room.waiting(model)
+        for queue in (self.aside, self.adapter_waits):
+            if queue:
+                more_sequences, more_tokens = queue.waiting(model)
+                sequences, tokens = sequences + more_sequences, tokens + more_tokens
+        return sequences, tokens
+
+    def pop_expired(self, now: float) -> list[str]:
+        """Remove the sequences that have waited too long, and return their keys."""
+        late = [entry.call_id for entry in self.room.pop_expired(now)]
+        for wait in self.adapter_waits.expired(now):
+            self.remove(wait.entry.call_id)
+            late.append(wait.entry.call_id)
+        for key in late:
+            self._versions.pop(key, None)
+        return late
+
+    def __repr__(self) -> str:
+        return f"NewSequences({self.room}, {self.aside}, {self.adapter_waits})"

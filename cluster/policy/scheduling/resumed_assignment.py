@@ -1,0 +1,106 @@
+"""The assignment of resumed sequences: each goes to a compatible worker, waits, or ends.
+
+A sequence waits for the worker that holds its KV blocks as long as the resume queue says, and then takes any compatible
+worker. A suspect sequence, which may have stopped its worker, is resumed only as worker_losses.py allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from cluster.policy.routing.router import Candidate, RouteCall, may_take_resumed, pick, uncached_tokens_at
+from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
+from cluster.policy.scheduling.resume_queue import ResumeQueue
+from cluster.policy.scheduling.resume_route import resumed_request
+from cluster.policy.scheduling.worker_losses import LossVerdict, WorkerLosses
+from cluster.policy.scheduling.workers import Workers
+from cluster.policy.scheduling.workers_view import WorkersView
+
+FEW = 32
+"""If a model has at most this many workers, all of them are tried for a sequence at once. If it has more, a sample is
+tried first."""
+
+
+class ResumedAssignment:
+    """Assigns the resumed sequences of one gateway, for all models. `now` is monotonic, in seconds."""
+
+    def __init__(self, queue: ResumeQueue, losses: WorkerLosses, workers: Workers) -> None:
+        self._queue = queue
+        self._losses = losses
+        self._workers = workers
+
+    def assign(self, model: str, sequences: Iterable[ResumingSequence], now: float) -> Iterator[Instruction]:
+        """Yield the instructions for `sequences`, which are sequences of the model in the resume queue."""
+        view = WorkersView(self._workers, model, now)
+        for sequence in sequences:
+            if sequence.key not in self._queue:  # an earlier instruction has ended its call
+                continue
+            try:
+                yield from self._resume(sequence, view, now)
+            except Exception as error:
+                self._queue.remove(sequence.key)
+                yield Fail(sequence.key, error)
+
+    def _resume(self, sequence: ResumingSequence, view: WorkersView, now: float) -> Iterator[Instruction]:
+        """Yield the instructions for one sequence; none if the sequence must wait."""
+        is_suspect = sequence.suspect
+        for candidates in self._offered(sequence, view, now):
+            if not any(map(may_take_resumed, candidates)):
+                continue
+            if is_suspect:
+                verdict = self._losses.verdict(sequence.lost_links, sequence.lost_at, now)
+                if verdict is LossVerdict.WAIT:
+                    return
+                if verdict is LossVerdict.END:
+                    self._queue.remove(sequence.key)
+                    yield End(sequence.key, Ending.BLAMED)
+                    return
+                if verdict is LossVerdict.ALONE:
+                    candidates = [one for one in candidates if not view.runs_suspect(one)]
+                else:
+                    self._queue.acquit(sequence.key)
+                    yield Acquit(sequence.key)
+                    is_suspect = False
+            request = resumed_request(sequence, candidates, now)
+            decision = pick(request, candidates)
+            if decision.worker_id is not None:
+                self._queue.remove(sequence.key)
+                worker = next(one for one in candidates if one.worker_id == decision.worker_id)
+                uncached = uncached_tokens_at(request, worker)
+                yield Send(sequence.entry, worker.worker_id, decision.reason, uncached, decision=decision)
+                view.refresh(worker, is_suspect)
+                return
+        if self._workers.is_replaced(sequence.model, sequence.compatibility):
+            self._queue.remove(sequence.key)
+            yield End(sequence.key, Ending.REPLACED)
+
+    def _offered(self, sequence: ResumingSequence, view: WorkersView, now: float) -> Iterator[Sequence[Candidate]]:
+        """Yield the groups of workers to try: only the worker that holds the KV blocks while the sequence must wait for
+        it; else a few workers if there are many, and then all workers."""
+        holder = view.one(sequence.cached_on) if sequence.cached_on else None
+        cached_on = self._queue.waits_for(sequence.key, now)
+        waits = cached_on and cached_on not in sequence.excluded
+        if waits and holder is not None and holder.healthy and not holder.draining:
+            yield (holder,)
+            return
+        if len(view) > FEW and (sample := view.sample(sequence, now)):
+            others = [worker for worker in sample if worker.incarnation != sequence.cached_on]
+            yield others if holder is None else [holder, *others]
+        yield view.all()
+
+    def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
+        """Yield the keys of the sequences for which another worker has capacity. `sequences` run on the draining worker
+        `worker_id`. The caller must move each sequence before it takes the next key."""
+        for sequence in sequences:
+            view = WorkersView(self._workers, sequence.model, now)
+            request = RouteCall(
+                sequence.model,
+                sequence.tokens,
+                compatibility_key=sequence.compatibility,
+                needs_tools=sequence.entry.needs_tools,
+                adapter=sequence.entry.adapter,
+            )
+            for candidates in (view.sample(sequence, now) if len(view) > FEW else (), view.all()):
+                if pick(request, [one for one in candidates if one.worker_id != worker_id]).worker_id is not None:
+                    yield sequence.key
+                    break

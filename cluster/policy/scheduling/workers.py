@@ -1,0 +1,43 @@
+"""The workers that are linked to a gateway, as the scheduling policy sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from cluster.api.types import CompatibilityKey
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
+
+
+class Workers(Protocol):
+    """The linked workers of one gateway. A gateway and the simulators implement this protocol."""
+
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """Pick a worker for a new sequence, see policy/routing/fleet.py."""
+
+    def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
+        """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes. The state of a
+        worker may be read only when the caller looks at the worker."""
+
+    def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
+        """Return one worker of a model for a sequence that resumes, or None if the worker is not linked."""
+
+    def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
+        """Return how many leading tokens of a new sequence's prompt the workers of a model hold in their KV caches, by
+        worker id. Workers that hold none are left out. None if this is not known or makes no difference."""
+
+    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
+        """Return the same numbers as `cached_tokens`, also if there is only one worker to choose from."""
+
+    def free_tokens(self, model: str, worker_id: str) -> int | None:
+        """Return the number of tokens of the largest prompt that a worker can take now; 0 if it can take no sequence
+        now, None if the worker is not linked or takes no new sequences."""
+
+    def has_adapter(self, model: str, adapter: str) -> bool:
+        """Return whether any worker of a model takes calls for an adapter, see RouteCall. The call is cheap."""
+
+    def runs_suspect(self, model: str, incarnation: str) -> bool:
+        """Return whether a worker runs a suspect sequence that has got no token there yet, see worker_losses.py."""
+
+    def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
+        """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""
