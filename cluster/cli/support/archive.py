@@ -64,7 +64,7 @@ def write_archive(file: Path, files: Mapping[str, bytes], folder: str, at_s: flo
                 entry.size, entry.mode, entry.mtime = len(data), 0o600, int(at_s)
                 archive.addfile(entry, io.BytesIO(data))
         Path(scratch).replace(file)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: it must leave no scratch file
         with contextlib.suppress(OSError):
             Path(scratch).unlink()
         raise

@@ -15,7 +15,6 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.outcomes import Outcome
 from cluster.controller.links import ControllerLinks
 from cluster.ledger.rows import UsageQuery
 from cluster.v1 import inference_pb2 as pb
@@ -334,22 +333,21 @@ async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
 async def _handed_on_one_by_one(pair: Pair, drain_s: float) -> None:
     lengths = [1400, 1800, 1600, 2000]
     requests = [chat(max_tokens=length, ignore_eos=True, resumable=True) for length in lengths]
-    ended: dict[int, float] = {}
-
-    def record(opening: Any, outcome: Outcome) -> None:
-        ended[opening.request.options.max_tokens] = time.monotonic() - begin
-
-    pair.first.gateway.service.call_at_end(record)
     calls = [pair.first.stub.StreamChat(request) for request in requests]
-    stays = pair.first.stub.StreamChat(chat(max_tokens=1999, ignore_eos=True))
-    begun = [[await read(call)] for call in [*calls, stays]]
+    stays = pair.first.stub.StreamChat(chat(max_tokens=2000, ignore_eos=True))
+    begun = [[await read(call)] for call in calls]
+    last = [await read(stays)]
     begin = time.monotonic()
     stopping = asyncio.create_task(pair.first.gateway.stop(drain_s))
+
+    async def time_of_end(call: Any, chunks: list[Any]) -> float:
+        answer = await broken(call, chunks)
+        assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
+        return time.monotonic() - begin
+
     async with LoopClock() as clock:
-        answers = await asyncio.gather(*map(broken, [*calls, stays], begun))
-    assert {(answer.code, answer.reason) for answer in answers} == {(grpc.StatusCode.UNAVAILABLE, "NO_WORKER")}
-    at_last = ended.pop(1999)
-    in_order = [ended[length] for length in sorted(lengths, reverse=True)]
+        *ends, at_last = await asyncio.gather(*map(time_of_end, [*calls, stays], [*begun, last]))
+    in_order = [end for _, end in sorted(zip(lengths, ends, strict=True), reverse=True)]
     least_s = drain_s / 2 / 4 / 2 - clock.longest_stall_s  # a stall delays a stream's end, but not the one after it
     assert drain_s / 2 <= in_order[0]
     assert all(later - sooner > least_s for sooner, later in itertools.pairwise(in_order))

@@ -73,7 +73,7 @@ async def streams(pages: ConsolePages, number: int) -> AsyncIterator[None]:
         await pages.cluster.until_idle()
 
 
-async def within(bound_s: float, measure: Callable[[], Awaitable[float]], tries: int = 5) -> float:
+async def within(bound_s: float, measure: Callable[[], Awaitable[float]], tries: int = 3) -> float:
     """Return the least of some measured times. It must be within the bound, which grows on a slow or busy machine."""
     least = allowed = 0.0
     for _ in range(tries):
