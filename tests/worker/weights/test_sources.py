@@ -15,6 +15,7 @@ from cluster.api.types import ModelSpec
 from cluster.worker.weights import demo_model
 from cluster.worker.weights.checkpoint import check_weights
 from cluster.worker.weights.digests import weight_digest
+from cluster.worker.weights.fetching import Progress
 from cluster.worker.weights.sentence_modules import MAX_MODULES
 from cluster.worker.weights.sources import SourceError, SourceRules, resolve
 from tests.support.pooling_models import minilm
@@ -228,6 +229,25 @@ def test_the_embedding_model_is_copied_once(tmp_path: Path) -> None:
     check_weights(spec, folder)
     stamp = folder.stat().st_mtime_ns
     assert (resolve(spec, rules), folder.stat().st_mtime_ns) == (folder, stamp)
+
+
+def test_the_last_report_of_a_demo_model_is_its_total(tmp_path: Path) -> None:
+    """The sizes that a thread reports during the creation end before the report of the total, also on a slow disk."""
+    reports: list[tuple[int, int, str]] = []
+    size_reported = threading.Event()
+
+    def report(done: int, total: int, what: str) -> None:
+        reports.append((done, total, what))
+        size_reported.set()
+
+    def make(package: Path, folder: Path, progress: Progress) -> None:
+        (folder / "model.safetensors").write_bytes(b"12345")
+        assert size_reported.wait(10)
+
+    slow = dataclasses.replace(demo_model.MINILM, package="pytest", bytes=6, make=make)
+    demo_model.make_demo_model(slow, tmp_path, report)
+    assert reports[0] == (5, 6, "writing the checkpoint")
+    assert reports[-1] == (6, 6, "done")
 
 
 def test_a_missing_package_is_named_with_the_remedy(tmp_path: Path) -> None:
