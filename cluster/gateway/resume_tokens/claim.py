@@ -62,18 +62,23 @@ class ResumeClaims:
         """Claim the call's continuation after `chain`, for `lasts_s` seconds. Raises CallError if the call was resumed
         after the same tokens before, or too often."""
         call_id, maker = chain.call_head.call_id, chain.maker
-        if not await self._first_claims.claim_first(f"{call_id}.{chain.last.hex()}", lasts_s):
-            raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
-        given_up = self._first_claims.claim_first(_given_up_name(call_id, maker.generation), lasts_s)
-        generation, not_given_up = await asyncio.gather(
-            self._next_generation(call_id, maker.generation, lasts_s), given_up
+        first_claims, after = self._first_claims, maker.generation
+        # All at once, since each waits for the store, and a lost gateway's streams all come at the same moment. Tokens
+        # that were presented before change nothing here, for their generation was claimed then.
+        is_new, is_next, not_given_up = await asyncio.gather(
+            first_claims.claim_first(f"{call_id}.{chain.last.hex()}", lasts_s),
+            first_claims.claim_first(_generation_name(call_id, after + 1), lasts_s),
+            first_claims.claim_first(_given_up_name(call_id, after), lasts_s),
         )
-        terms = self._terms(maker, generation == maker.generation + 1, not not_given_up)
+        if not is_new:
+            raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
+        generation = after + 1 if is_next else await self._next_generation(call_id, after + 1, lasts_s)
+        terms = self._terms(maker, is_next, not not_given_up)
         silent = maker.silent + 1 if maker.generation and not maker.progressed else 0
         return ResumeClaim(generation, terms, silent, maker.gateway if terms is ResumeTerms.IF_ALIVE else "")
 
     async def _next_generation(self, call_id: str, after: int, lasts_s: float) -> int:
-        for generation in range(after + 1, after + 1 + MOST_RESUMPTIONS):
+        for generation in range(after + 1, after + MOST_RESUMPTIONS):
             if await self._first_claims.claim_first(_generation_name(call_id, generation), lasts_s):
                 return generation
         raise CallError(Outcome.RESUME_EXPIRED, f"the call {TOO_OFTEN}")
