@@ -261,6 +261,43 @@ async def test_who_pays() -> None:
     assert (await mine.claim(chain(4, Maker("")), 60.0)).terms is ResumeTerms.FREE, "an older release's"
 
 
+class Held(Kept):
+    """Store of first claims that answers only once three names have been sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0
+        self._enough = asyncio.Event()
+
+    async def claim_first(self, name: str, expires_s: float) -> bool:
+        """See FirstClaims."""
+        self.sent += 1
+        if self.sent == 3:
+            self._enough.set()
+        await self._enough.wait()
+        return await super().claim_first(name, expires_s)
+
+
+async def test_a_claim_waits_for_the_store_once() -> None:
+    """All names that the first resume of a generation claims are sent to the store before it answers."""
+    store = Held()
+    async with asyncio.timeout(10):
+        assert (await ResumeClaims(store, "a").claim(chain(1, Maker("b")), 60.0)).generation == 1
+    assert store.sent == 3
+
+
+async def test_tokens_that_were_presented_before_claim_nothing() -> None:
+    """A second resume with the same tokens is refused and changes neither the generations nor who pays."""
+    kept = Kept()
+    claims = ResumeClaims(kept, "a")
+    await claims.claim(chain(1, Maker("b")), 60.0)
+    names = set(kept.names)
+    for _ in range(3):
+        with pytest.raises(Exception, match="resumed from here already"):
+            await claims.claim(chain(1, Maker("b")), 60.0)
+    assert kept.names == names
+
+
 async def test_it_cannot_be_resumed_for_ever() -> None:
     """The number of resumes per generation is bounded, and a call that may have crashed workers is never resumed."""
     claims = ResumeClaims(Kept(), "a")
