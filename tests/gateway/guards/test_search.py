@@ -8,7 +8,7 @@ import time
 import pytest
 
 from cluster.api.outcomes import CallError
-from cluster.gateway.calls.request import TextPrompt
+from cluster.gateway.calls.request import Prompt, TextPrompt
 from cluster.gateway.guards.guards import CallGuards, GuardDecision, Guards
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
@@ -28,19 +28,21 @@ def _guards(timeout_s: float, decided: list[GuardDecision]) -> CallGuards:
 async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
     """The matches in a long prompt are counted in the thread of the search, and take almost no time on the event
     loop."""
-    model = TextModel.from_bundle(bundle)
+    model, prompt = TextModel.from_bundle(bundle), TextPrompt("a@b " * MATCHES)
+    decided: list[GuardDecision] = []
+    guarded: list[Prompt] = []
 
     async def search() -> None:
-        decided: list[GuardDecision] = []
         guards = _guards(60.0, decided)
-        kept = await guards.prompt(TextPrompt("a@b " * MATCHES), model)
-        assert isinstance(kept, TextPrompt)
-        assert "a@b" not in kept.text
+        guarded.append(await guards.prompt(prompt, model))
         guards.close()
-        assert decided[0].matches == {"mail": MATCHES}
-        assert set(decided[0].texts) == {"a@b"}
 
     assert await least_cpu_s(search) < 0.05
+    for kept, decision in zip(guarded, decided, strict=True):
+        assert isinstance(kept, TextPrompt)
+        assert "a@b" not in kept.text
+        assert decision.matches == {"mail": MATCHES}
+        assert set(decision.texts) == {"a@b"}
 
 
 def test_a_search_that_took_too_long_ends(bundle: Bundle) -> None:
