@@ -28,6 +28,7 @@ from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.index import CacheIndex
 from cluster.policy.kv_cache.prefix_hashes import Hashes, prefix_hashes
 from cluster.policy.kv_cache.prompt_hashes import PromptHashes
+from cluster.process.memory import freeze_objects
 from cluster.wire.codecs.kv_codec import kv_blocks_to_pb
 from loadtests.figures import Bound, Figure, missing
 from loadtests.scenarios.common import Stage
@@ -202,7 +203,8 @@ class _Link:
 
 async def longest_stall_ms(seed: int, workers: int = 100, seconds: float = 3.0) -> float:
     """Report 100,000 blocks a second to a gateway's WorkerCaches, from workers that each report ten times a second, and
-    100,000 blocks of one worker at once. Returns the longest CPU time of one pass of the event loop in milliseconds."""
+    100,000 blocks of one worker at once. Returns the longest CPU time of one pass of the event loop in milliseconds.
+    The garbage collector is set as in a gateway that serves."""
     rng, caches = np.random.default_rng(seed), WorkerCaches()
     links = [_Link(f"w{number}") for number in range(workers)]
     blocks = 100_000 // workers // 10
@@ -216,6 +218,8 @@ async def longest_stall_ms(seed: int, workers: int = 100, seconds: float = 3.0) 
     await asyncio.sleep(0.1)
     large = _Link("large")
     snapshot = list(kv_blocks_to_pb(KvChange(True, rng.integers(1, 1 << 63, 100_000, np.uint64))))
+    thresholds = gc.get_threshold()
+    freeze_objects()
     begun, next_report, longest = time.monotonic(), 0, 0.0
     while next_report < len(steady):
         last = time.thread_time()
@@ -226,6 +230,7 @@ async def longest_stall_ms(seed: int, workers: int = 100, seconds: float = 3.0) 
             caches.report(large, snapshot.pop(0))  # type: ignore[arg-type]
         await asyncio.sleep(0)
         longest = max(longest, time.thread_time() - last)
+    gc.set_threshold(*thresholds)
     return longest * 1000
 
 
