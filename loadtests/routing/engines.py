@@ -56,7 +56,7 @@ models:
   - {name: bench, source: "sim:///worker-of-the-load-test"}
 routing: {hedging: {share: 0}}  # a hedge would be a second decision for a call
 """
-BLOCK = 16
+BLOCK = 32
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
     "max_model_len": 4096,
