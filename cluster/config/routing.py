@@ -20,7 +20,8 @@ class RoutingWeights(Section):
     """Cost of each prompt token that the worker must compute: 1 for the wait of the call itself, and more for the
     waits of others. Higher: calls follow cached prefixes, lower: calls follow load."""
     full_worker_tokens: Tokens = DEFAULT.full
-    """Cost of a worker whose slots are all in use, in proportion to the used share."""
+    """Cost of a worker whose slots are all in use, in proportion to the used share. Lower in proportion for a model
+    whose workers all have fewer than 64 slots."""
     queued_request_tokens: Tokens = DEFAULT.queued
     """Cost of each request of another gateway that waits in the worker's engine."""
     full_memory_tokens: Tokens = DEFAULT.memory

@@ -71,9 +71,10 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
-WORKERS, TURNS, CONCURRENCY, TOKENS = 2, 8, 4, 8
-SYSTEM_WORDS, USER_WORDS, ASSISTANT_WORDS = 300, 40, 40
-"""Words of the messages. Every prompt has more than MIN_TOKENS tokens, so each call is predicted."""
+WORKERS, TURNS, CONCURRENCY, TOKENS = 2, 12, 4, 8
+SYSTEM_WORDS, FIRST_WORDS, USER_WORDS, ASSISTANT_WORDS = 60, 640, 20, 20
+"""Words of the messages. The first message of a user is a document, so that the chats need most of their KV tokens from
+the first turn on. Every prompt has more than MIN_TOKENS tokens, so each call is predicted."""
 READY_S, CALL_S, LATER_S = 180.0, 120.0, 2.0
 ROOMY, FULL, CROWDED = 0.4, 0.75, 1.5
 """KV tokens of all chats as a share of the KV tokens of all engines, for three runs: one without evictions, the one
@@ -113,7 +114,7 @@ class Chat:
         messages = [{"role": "system", "content": words(f"{self.seed}/system", SYSTEM_WORDS)}]
         for turn in range(self.turn + 1):
             name = f"{self.seed}/{self.number}/{turn}"
-            messages.append({"role": "user", "content": words(f"{name}/user", USER_WORDS)})
+            messages.append({"role": "user", "content": words(f"{name}/user", USER_WORDS if turn else FIRST_WORDS)})
             if turn < self.turn:
                 messages.append({"role": "assistant", "content": words(f"{name}/assistant", ASSISTANT_WORDS)})
         sampling = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}

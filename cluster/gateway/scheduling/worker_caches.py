@@ -179,6 +179,7 @@ class WorkerCaches:
             if name == model:
                 out = {} if out is None else out
                 hashes = self._prompt_hashes(key, block_size, request)
+                hashes = hashes[: (len(request.prompt_token_ids) - 1) // block_size]
                 matched = index.match(hashes)
                 for worker, blocks in matched.items():
                     out[worker] = blocks * block_size
@@ -222,13 +223,15 @@ class WorkerCaches:
             index.maintain(now, SEGMENTS)
 
     def _prompt_hashes(self, key: str, block_size: int, request: EngineRequest) -> Hashes:
+        """Return the hashes of all whole blocks of a prompt. If the last token ends a block, the worker will hold that
+        block, too, although it cannot use it for this prompt."""
         from cluster.policy.kv_cache.prefix_hashes import seed_of  # not at the start: deferred_imports.py
         from cluster.policy.kv_cache.prompt_hashes import PromptHashes
 
         known = self._hashes.get((key, block_size))
         if known is None:
             ids = request.prompt_token_ids
-            whole = (len(ids) - 1) // block_size * block_size
+            whole = len(ids) // block_size * block_size
             if self._earlier is None:
                 self._earlier = PromptHashes()
             known = self._earlier.hashes(ids[:whole], block_size, seed_of(request.cache_salt, request.adapter))

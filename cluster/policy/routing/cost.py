@@ -19,6 +19,9 @@ the time that a usual worker needs for a prompt token:
 - `running / slots`: decoding. Each further sequence makes the engine's steps longer and delays all running sequences,
   so its cost is proportional to their number. `full` is the cost of a worker without a free slot. `slots` are the slots
   of the engine. The granted credit is no measure of load, since the engine's admission of prompts keeps it small.
+  Engines with more slots are faster, so a sequence costs less there. But engines with few slots are not slower than
+  others, they mostly have little memory: if no worker of a model has MIN_SLOTS slots, `full` is smaller, see
+  `settings_for`.
 - `queue`: sequences of other gateways in the engine's queue. Their prompts are not known here, so each counts `queued`
   tokens. A sequence of this gateway without output is already part of `waiting`.
 - `kv_usage`: the fuller the KV memory, the sooner sequences are preempted and cached blocks are evicted, and their
@@ -34,10 +37,15 @@ setup costs: the work that is ahead, plus the work that the call adds to others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
 from cluster.policy.routing.router import Candidate
+
+MIN_SLOTS: Final = 64
+"""Number of slots below which `full` is lower, if no worker of the model has more. Otherwise, with 8 slots, one running
+sequence would cost as much as computing a prompt of 2,000 tokens, and calls would leave the workers that hold their
+prompts."""
 
 PolicyName = Literal["cost", "least_load", "round_robin", "power_of_two", "consistent_hash"]
 
@@ -49,7 +57,7 @@ class CostWeights:
     computed: float = 16.0
     """Cost of a prompt token that must be computed."""
     full: float = 256_000.0
-    """Cost of a worker whose slots are all in use."""
+    """Cost of a worker whose slots are all in use, if the model has workers with at least MIN_SLOTS slots."""
     queued: float = 2_048.0
     """Cost of a sequence of another gateway in the engine's queue."""
     memory: float = 8_000.0
@@ -75,6 +83,15 @@ class RoutingSettings:
 
     policy: PolicyName = "cost"
     weights: CostWeights = CostWeights()
+
+
+def settings_for(settings: RoutingSettings, largest: int) -> RoutingSettings:
+    """Return the settings for a model whose largest worker has `largest` slots: with fewer than MIN_SLOTS, a running
+    sequence costs as much as at a worker with MIN_SLOTS."""
+    if largest >= MIN_SLOTS:
+        return settings
+    weights = settings.weights
+    return replace(settings, weights=replace(weights, full=weights.full * largest / MIN_SLOTS))
 
 
 def _load_share(c: Candidate) -> float:

@@ -18,13 +18,21 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
-from cluster.policy.routing.cost import RoutingSettings, own_wait, sequence_cost, standing_parts
+from cluster.policy.routing.cost import (
+    MIN_SLOTS,
+    RoutingSettings,
+    own_wait,
+    sequence_cost,
+    settings_for,
+    standing_parts,
+)
 from cluster.policy.routing.rendezvous import preference
 from cluster.policy.routing.router import Candidate, FullHolder, RouteCall, RoutingDecision, Score, dropped_by
 from cluster.policy.routing.rows import Row, cost_of, row_of, switch_of, two_of
@@ -45,8 +53,11 @@ class Fleet:
 
     def __init__(self, settings: RoutingSettings | None = None, vector_from: int = VECTOR_FROM) -> None:
         """`vector_from`: number of workers from which decisions use numpy, provided that numpy is imported."""
-        self.settings = settings or RoutingSettings()
+        self.settings = self._given_settings = settings or RoutingSettings()
+        """The settings for the sizes of the current workers."""
         self._vector_from = vector_from
+        self._sizes: Counter[int] = Counter()
+        """Number of workers by their slots. Workers of older releases do not report theirs and count as MIN_SLOTS."""
         self._rows: list[Row] = []
         self._is_shared = False
         """Whether a decision has a reference to the list of rows, so that a change needs a new list."""
@@ -78,6 +89,11 @@ class Fleet:
         """Add a worker, or replace its state."""
         at = self._position(candidate.worker_id)
         old = None if at is None else self._rows[at]
+        if old is None or old.candidate.slots != candidate.slots:
+            self._count_size(candidate, 1)
+            if old is not None:
+                self._count_size(old.candidate, -1)
+            self._fit_settings()
         row = row_of(candidate, self.settings, None if old is None else old.hashed)
         self._own_rows()
         if at is None or old is None:
@@ -100,9 +116,26 @@ class Fleet:
         if at is None:
             return
         self._own_rows()
-        self._count(self._rows.pop(at), -1)
+        row = self._rows.pop(at)
+        self._count(row, -1)
         self._columns = None
         self.busy.discard(worker_id)
+        self._count_size(row.candidate, -1)
+        self._fit_settings()
+
+    def _count_size(self, candidate: Candidate, sign: int) -> None:
+        slots = candidate.slots or MIN_SLOTS
+        self._sizes[slots] += sign
+        if not self._sizes[slots]:
+            del self._sizes[slots]
+
+    def _fit_settings(self) -> None:
+        """Compute all rows anew if the size of the largest worker changes the settings."""
+        settings = settings_for(self._given_settings, max(self._sizes, default=MIN_SLOTS))
+        if settings != self.settings:
+            self.settings = settings
+            self._rows, self._is_shared = [row_of(row.candidate, settings, row.hashed) for row in self._rows], False
+            self._columns = None
 
     def _own_rows(self) -> None:
         if self._is_shared:

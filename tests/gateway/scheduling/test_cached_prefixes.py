@@ -135,6 +135,24 @@ async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
     assert passes >= workers * pieces
 
 
+@pytest.mark.parametrize("after", [0, 1, BLOCK - 1])
+async def test_all_whole_blocks_of_a_sent_prompt_are_expected(after: int) -> None:
+    """Before a worker's next report, the next turn finds all whole blocks of the prompt that was sent there, also if
+    its last token ends a block. The prompt itself would find those before its last token."""
+    caches, link, ids = WorkerCaches(), _Link(0), prompt(0, 40 * BLOCK + after)
+    (message,) = kv_blocks_to_pb(KvChange(True))
+    caches.report(link, message)  # type: ignore[arg-type]
+
+    def found(key: str, token_ids: list[int]) -> dict[str, int]:
+        request = EngineRequest("", token_ids, Sampling(max_tokens=1))
+        return dict(caches.cached_tokens("sim", key, request) or {})
+
+    assert found("a", ids) == {}
+    caches.expect(link, "a", EngineRequest("", ids, Sampling(max_tokens=1)), 0.0)  # type: ignore[arg-type]
+    assert found("b", [*ids, *range(100)]) == {"w0": 40 * BLOCK}
+    assert found("c", ids) == {"w0": (40 if after else 39) * BLOCK}
+
+
 async def test_a_warm_call_goes_before_an_older_cold_one(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """When a slot becomes free, a tenant's call whose prompt the worker holds is sent before its older calls."""
     async with running_cluster(tmp_path) as cluster:

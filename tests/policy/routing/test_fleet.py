@@ -57,6 +57,7 @@ workers = st.builds(
     prefill_budget=st.sampled_from([150, 2000]),
     last_sent=st.sampled_from([0.0, 1.0, 2.0]),
     slowdown=st.sampled_from([1.0, 1.0, 0.7, 10.0]),
+    slots=st.sampled_from([0, 8, 8, 32, 128]),
     adapters=st.frozensets(st.sampled_from("xy")),
     resident=st.frozensets(st.sampled_from("xy")),
 )
@@ -217,6 +218,27 @@ def test_calls_spread_by_size(vector_from: int) -> None:
         vector_from,
     )
     assert _send_all(fleet, RouteCall("m", 1), 50, to_compute=0) == {"s": 5, "m": 10, "l": 35}
+
+
+@pytest.mark.parametrize("vector_from", [0, 99])
+def test_small_engines_keep_their_prompts(vector_from: int) -> None:
+    """A call stays with the worker that holds its 1,000 tokens although three more sequences run there, whether the
+    engines have 8 slots or 64. A larger worker makes the sequences of the smaller ones dearer, and leaves again."""
+    call = RouteCall("m", 1032, cached={"holder": 1000})
+    for slots in (8, 64):
+        fleet = fleet_of(
+            [
+                worker("holder", slots=slots, free_sequences=slots - 3, running=3),
+                worker("other", slots=slots, free_sequences=slots),
+            ],
+            RoutingSettings(),
+            vector_from,
+        )
+        assert fleet.pick(call).worker_id == "holder"
+        fleet.put(worker("large", slots=512, free_sequences=1))
+        assert (fleet.pick(call).worker_id == "holder") is (slots == 64)
+        fleet.remove("large")
+        assert fleet.pick(call).worker_id == "holder"
 
 
 def _send_all(fleet: Fleet, call: RouteCall, count: int, to_compute: int) -> Counter[str]:
