@@ -14,6 +14,8 @@ Late prompts that are not finished show that a worker is slow before its next sa
 sample with the time that they have taken so far. The sums decay with each sample, so that a few prompts show a change.
 They also decay with time: a worker that gets no calls because it was slow soon counts as a usual worker again, and its
 next calls show whether it is one. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
+Up to NOISE squared they count in part: a jump at NOISE would drive all new calls away from a worker that is as fast as
+the others.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become equally
 slower, the slowdowns change for a short time only.
@@ -135,7 +137,8 @@ class PrefillTimes:
             taken_s = KEPT * sums.taken_s + sums.late_s
             usual_s = KEPT * sums.usual_s + self.usual_s(sums.late_tokens)
             ratio = max(ratio, (taken_s + prior_s) / (usual_s + prior_s))
-        return 1.0 if 1 / NOISE <= ratio <= NOISE else min(max(ratio, FASTEST), SLOWEST)
+        shown = _without_noise(ratio) if ratio >= 1 else 1 / _without_noise(1 / ratio)
+        return min(max(shown, FASTEST), SLOWEST)
 
     def known(self) -> Iterable[str]:
         """Return the ids of the workers with samples."""
@@ -144,3 +147,11 @@ class PrefillTimes:
     def forget(self, worker_id: str) -> None:
         """Forget a worker. Unknown workers are ignored."""
         self._workers.pop(worker_id, None)
+
+
+def _without_noise(ratio: float) -> float:
+    """Return 1 for ratios up to NOISE, the ratio itself from NOISE squared on, and values on a line in between. `ratio`
+    is at least 1."""
+    if ratio >= NOISE * NOISE:
+        return ratio
+    return max(1 + (ratio - NOISE) * (NOISE * NOISE - 1) / (NOISE * NOISE - NOISE), 1.0)

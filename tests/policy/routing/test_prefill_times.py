@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import pytest
@@ -55,6 +56,20 @@ def test_a_slow_worker_is_known_after_a_few_prompts(seed: int, slow: float) -> N
         times.record("a", tokens, slow * (0.01 + 1e-4 * tokens), now)
     assert times.slowdown("a", now) > slow / 4
     assert all(times.slowdown(name, now) == pytest.approx(1.0, abs=0.3) for name in "bcdefgh")
+
+
+def test_a_slowdown_rises_without_a_jump() -> None:
+    """The slower a worker, the larger its slowdown; a worker that is slower by a hundredth has nearly the same one."""
+    found = []
+    for slow in range(100, 300):
+        times = PrefillTimes()
+        for at in range(40):
+            for name in "abcdefgh":
+                times.record(name, 1000, 0.1 * (slow / 100 if name == "a" else 1.0), float(at))
+        found.append(times.slowdown("a", 40.0))
+    assert (found[0], found[20]) == (1.0, 1.0)
+    assert found[-1] > 2
+    assert all(0 <= after - before < 0.05 for before, after in itertools.pairwise(found))
 
 
 @given(st.integers(0, 2**32), st.integers(1000, 4000), st.floats(8.0, 20.0))
