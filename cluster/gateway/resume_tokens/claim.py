@@ -63,8 +63,10 @@ class ResumeClaims:
         after the same tokens before, or too often."""
         call_id, maker = chain.call_head.call_id, chain.maker
         first_claims, after = self._first_claims, maker.generation
-        # All at once, since each waits for the store, and a lost gateway's streams all come at the same moment. Tokens
-        # that were presented before change nothing here, for their generation was claimed then.
+        # All three claims at once: each of them waits for the store, and all streams of a lost gateway resume at the
+        # same moment. Tokens that were resumed before claim nothing new, because the generation was claimed with them.
+        # If the same tokens are presented twice at the same moment, the resume that is refused may have taken the next
+        # generation: the served one then gets the generation after it, and the client pays for the prompt.
         is_new, is_next, not_given_up = await asyncio.gather(
             first_claims.claim_first(f"{call_id}.{chain.last.hex()}", lasts_s),
             first_claims.claim_first(_generation_name(call_id, after + 1), lasts_s),

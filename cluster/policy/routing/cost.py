@@ -19,9 +19,8 @@ the time that a usual worker needs for a prompt token:
 - `running / slots`: decoding. Each further sequence makes the engine's steps longer and delays all running sequences,
   so its cost is proportional to their number. `full` is the cost of a worker without a free slot. `slots` are the slots
   of the engine. The granted credit is no measure of load, since the engine's admission of prompts keeps it small.
-  Engines with more slots are faster, so a sequence costs less there. But engines with few slots are not slower than
-  others, they mostly have little memory: if no worker of a model has MIN_SLOTS slots, `full` is smaller, see
-  `settings_for`.
+  Engines with more slots are faster, so a sequence costs less there. Engines with few slots are not slower than others;
+  most of them have little memory. So if no worker of a model has MIN_SLOTS slots, `full` is lower: see `settings_for`.
 - `queue`: sequences of other gateways in the engine's queue. Their prompts are not known here, so each counts `queued`
   tokens. A sequence of this gateway without output is already part of `waiting`.
 - `kv_usage`: the fuller the KV memory, the sooner sequences are preempted and cached blocks are evicted, and their
@@ -43,9 +42,9 @@ from typing import Final, Literal
 from cluster.policy.routing.router import Candidate
 
 MIN_SLOTS: Final = 64
-"""Number of slots below which `full` is lower, if no worker of the model has more. Otherwise, with 8 slots, one running
-sequence would cost as much as computing a prompt of 2,000 tokens, and calls would leave the workers that hold their
-prompts."""
+"""Number of slots that the largest worker of a model needs for `full` to be the cost of a worker without a free slot.
+Models of smaller workers have a lower one. Otherwise, with 8 slots, one running sequence would cost as much as
+computing a prompt of 2,000 tokens, and calls would leave the workers that hold their prompts."""
 
 PolicyName = Literal["cost", "least_load", "round_robin", "power_of_two", "consistent_hash"]
 

@@ -53,11 +53,13 @@ class Fleet:
 
     def __init__(self, settings: RoutingSettings | None = None, vector_from: int = VECTOR_FROM) -> None:
         """`vector_from`: number of workers from which decisions use numpy, provided that numpy is imported."""
-        self.settings = self._given_settings = settings or RoutingSettings()
-        """The settings for the sizes of the current workers."""
+        self._model_settings = settings or RoutingSettings()
+        self.settings = self._model_settings
+        """`_model_settings`, changed for the size of the largest worker by `settings_for`."""
         self._vector_from = vector_from
         self._sizes: Counter[int] = Counter()
         """Number of workers by their slots. Workers of older releases do not report theirs and count as MIN_SLOTS."""
+        self._largest = MIN_SLOTS
         self._rows: list[Row] = []
         self._is_shared = False
         """Whether a decision has a reference to the list of rows, so that a change needs a new list."""
@@ -89,11 +91,6 @@ class Fleet:
         """Add a worker, or replace its state."""
         at = self._position(candidate.worker_id)
         old = None if at is None else self._rows[at]
-        if old is None or old.candidate.slots != candidate.slots:
-            self._count_size(candidate, 1)
-            if old is not None:
-                self._count_size(old.candidate, -1)
-            self._fit_settings()
         row = row_of(candidate, self.settings, None if old is None else old.hashed)
         self._own_rows()
         if at is None or old is None:
@@ -105,6 +102,7 @@ class Fleet:
             if self._columns is not None:
                 self._changed.add(row.worker_id)
         self._count(row, 1)
+        self._fit_settings()
         if candidate.resumed_prefill:
             self.busy.add(row.worker_id)
         else:
@@ -116,26 +114,19 @@ class Fleet:
         if at is None:
             return
         self._own_rows()
-        row = self._rows.pop(at)
-        self._count(row, -1)
+        self._count(self._rows.pop(at), -1)
+        self._fit_settings()
         self._columns = None
         self.busy.discard(worker_id)
-        self._count_size(row.candidate, -1)
-        self._fit_settings()
-
-    def _count_size(self, candidate: Candidate, sign: int) -> None:
-        slots = candidate.slots or MIN_SLOTS
-        self._sizes[slots] += sign
-        if not self._sizes[slots]:
-            del self._sizes[slots]
 
     def _fit_settings(self) -> None:
-        """Compute all rows anew if the size of the largest worker changes the settings."""
-        settings = settings_for(self._given_settings, max(self._sizes, default=MIN_SLOTS))
-        if settings != self.settings:
-            self.settings = settings
-            self._rows, self._is_shared = [row_of(row.candidate, settings, row.hashed) for row in self._rows], False
-            self._columns = None
+        """If the largest worker has another size now, compute all rows with the settings for that size."""
+        largest = max(self._sizes, default=MIN_SLOTS)
+        if largest == self._largest:
+            return
+        self._largest, self.settings = largest, settings_for(self._model_settings, largest)
+        self._rows = [row_of(row.candidate, self.settings, row.hashed) for row in self._rows]
+        self._is_shared, self._columns = False, None
 
     def _own_rows(self) -> None:
         if self._is_shared:
@@ -144,6 +135,10 @@ class Fleet:
     def _count(self, row: Row, sign: int) -> None:
         self._shared_slots += sign * row.shared_slots
         self._parsers += sign * row.candidate.parses_tools
+        slots = row.candidate.slots or MIN_SLOTS
+        self._sizes[slots] += sign
+        if not self._sizes[slots]:
+            del self._sizes[slots]
 
     def _position(self, worker_id: str) -> int | None:
         at = bisect_left(self._rows, worker_id, key=_BY_ID)
