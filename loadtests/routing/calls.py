@@ -34,6 +34,11 @@ class Prompt:
         """Prefix hashes of the blocks that may be found in a cache: at least the last token is always computed."""
         return self._all[: self.reusable]
 
+    @property
+    def stored_hashes(self) -> Hashes:
+        """Prefix hashes of all whole blocks of the prompt, which its worker will hold."""
+        return self._all[: self.whole]
+
     @cached_property
     def names(self) -> list[int]:
         """Names of all blocks, for the engines."""

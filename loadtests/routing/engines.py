@@ -15,31 +15,23 @@ import argparse
 import asyncio
 import itertools
 import json
-import random
 import sys
 import tempfile
-import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from cluster.api.types import EngineRequest
 from cluster.config.schema import parse
-from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.scheduling.worker_caches import MIN_TOKENS, WorkerCaches
+from cluster.gateway.scheduling.worker_caches import MIN_TOKENS
 from cluster.gateway.server import Gateway
-from cluster.link.v1 import link_pb2 as pb
-from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
-from cluster.wire.codecs.kv_codec import kv_blocks_from_pb
 from loadtests import peers
 from loadtests.children import Child, Children, DidNotStart
-from loadtests.datasets import words
 from loadtests.figures import Bound, Figure, missing
+from loadtests.routing.chats.predictions import BLOCK, Compared, Journal, PooledLru
+from loadtests.routing.chats.turns import TOKENS, TURNS, Chat, Tokens, play
 from loadtests.scenarios.common import PEERS, Stage
 from loadtests.scenarios.parts import exact
 from loadtests.serving import ours as serving
@@ -56,7 +48,6 @@ models:
   - {name: bench, source: "sim:///worker-of-the-load-test"}
 routing: {hedging: {share: 0}}  # a hedge would be a second decision for a call
 """
-BLOCK = 32
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
     "max_model_len": 4096,
@@ -71,10 +62,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
-WORKERS, TURNS, CONCURRENCY, TOKENS = 2, 12, 4, 8
-SYSTEM_WORDS, FIRST_WORDS, USER_WORDS, ASSISTANT_WORDS = 60, 640, 20, 20
-"""Words of the messages. The first message of a user is a document, so that the chats need most of their KV tokens from
-the first turn on. Every prompt has more than MIN_TOKENS tokens, so each call is predicted."""
+WORKERS = 2
 READY_S, CALL_S, LATER_S = 180.0, 120.0, 2.0
 ROOMY, FULL, CROWDED = 0.4, 0.75, 1.5
 """KV tokens of all chats as a share of the KV tokens of all engines, for three runs: one without evictions, the one
@@ -96,151 +84,6 @@ ROWS: Mapping[str, Bound | None] = {
     EXACT_EVICTED: Bound(">=", 0.99),
     UNTRACED: Bound("<=", 0.0),
 }
-
-Post = Callable[[Mapping[str, object]], Awaitable[Mapping[str, Any]]]
-
-
-@dataclass(slots=True)
-class Chat:
-    """A chat with scripted answers, so that its prompts are equal on every engine."""
-
-    number: int
-    seed: int
-    salt: str
-    turn: int = 0
-
-    def body(self) -> Mapping[str, object]:
-        """Return the request of the current turn."""
-        messages = [{"role": "system", "content": words(f"{self.seed}/system", SYSTEM_WORDS)}]
-        for turn in range(self.turn + 1):
-            name = f"{self.seed}/{self.number}/{turn}"
-            messages.append({"role": "user", "content": words(f"{name}/user", USER_WORDS if turn else FIRST_WORDS)})
-            if turn < self.turn:
-                messages.append({"role": "assistant", "content": words(f"{name}/assistant", ASSISTANT_WORDS)})
-        sampling = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
-        return {"model": MODEL, "messages": messages, "cache_salt": self.salt, **sampling}
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Prompt tokens and cached tokens of calls."""
-
-    prompt: int = 0
-    cached: int = 0
-
-    @property
-    def rate(self) -> float:
-        """Share of the prompt tokens that was cached."""
-        return self.cached / max(self.prompt, 1)
-
-
-async def play(chats: Sequence[Chat], seed: int, post: Post) -> Tokens:
-    """Play all turns of chats, CONCURRENCY calls at a time; the next chat is drawn among those without a call."""
-    rng, idle, running = random.Random(seed), list(chats), set[asyncio.Task[None]]()
-    prompt = cached = 0
-
-    async def turn(chat: Chat) -> None:
-        nonlocal prompt, cached
-        usage = (await post(chat.body()))["usage"]
-        prompt += usage["prompt_tokens"]
-        cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        chat.turn += 1
-        if chat.turn < TURNS:
-            idle.append(chat)
-
-    while idle or running:
-        while idle and len(running) < CONCURRENCY:
-            running.add(asyncio.create_task(turn(idle.pop(rng.randrange(len(idle))))))
-        done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    return Tokens(prompt, cached)
-
-
-class PooledLru:
-    """One prefix cache with the blocks of all engines, evicting the block that was used longest ago."""
-
-    def __init__(self, blocks: int) -> None:
-        self._blocks = blocks
-        self._held: OrderedDict[int, None] = OrderedDict()
-
-    def hit(self, hashes: Sequence[int], whole: int) -> int:
-        """Store all blocks of a prompt. Returns how many leading blocks, at most `whole`, were in the cache before."""
-        count = 0
-        while count < whole and hashes[count] in self._held:
-            count += 1
-        for value in reversed(hashes):  # the end of a prompt is evicted first
-            self._held[value] = None
-            self._held.move_to_end(value)
-        while len(self._held) > self._blocks:
-            self._held.popitem(last=False)
-        return count
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """A call that was sent to a worker. `predicted`: tokens that the gateway believed cached there."""
-
-    at: float
-    worker: str
-    predicted: int
-    hashes: Sequence[int]
-    tokens: int
-
-
-@dataclass(slots=True)
-class Journal:
-    """A record of a gateway's routing decisions and of its workers' reports of blocks."""
-
-    caches: WorkerCaches
-    decisions: dict[int, Decision] = field(default_factory=dict)
-    """Decisions by the call's seed, which numbers the call and has no effect at temperature 0."""
-    reports: list[tuple[float, str, frozenset[int], frozenset[int]]] = field(default_factory=list)
-    """Time, worker, stored and removed blocks."""
-
-    def install(self) -> None:
-        """Wrap the methods of `caches`, so that the journal records the gateway's calls."""
-        expect, report = self.caches.expect, self.caches.report
-
-        def observed_expect(link: WorkerLink, key: str, request: EngineRequest, now: float) -> None:
-            self._decided(link, key, request)
-            expect(link, key, request, now)
-
-        def observed_report(link: WorkerLink, message: pb.KvBlocks) -> None:
-            change = kv_blocks_from_pb(message)
-            stored, removed = frozenset(change.stored.tolist()), frozenset(change.removed.tolist())
-            self.reports.append((time.monotonic(), link.identity.worker_id, stored, removed))
-            report(link, message)
-
-        self.caches.expect = observed_expect  # type: ignore[method-assign]
-        self.caches.report = observed_report  # type: ignore[method-assign]
-
-    def _decided(self, link: WorkerLink, key: str, request: EngineRequest) -> None:
-        worker, ids = link.identity.worker_id, request.prompt_token_ids
-        predicted = self.caches.cached_tokens(link.identity.model, key, request) or {}
-        hashes = prefix_hashes(ids, BLOCK, seed_of(request.cache_salt, request.adapter)).tolist()
-        decision = Decision(time.monotonic(), worker, predicted.get(worker, 0), hashes, len(ids))
-        self.decisions[request.sampling.seed or 0] = decision
-
-    def is_traced(self, decision: Decision, cached: int) -> bool:
-        """Return whether the worker, after the decision, reported the block at which prediction and engine differ."""
-        at = min(decision.predicted, cached) // BLOCK
-        block, is_lost = decision.hashes[at], decision.predicted > cached
-        return any(
-            block in (removed if is_lost else stored)
-            for when, worker, stored, removed in self.reports
-            if worker == decision.worker and when > decision.at
-        )
-
-
-@dataclass(slots=True)
-class Compared:
-    """Calls whose prediction was compared with the engine's count; short prompts are not predicted."""
-
-    calls: int = 0
-    equal: int = 0
-    traced: int = 0
-    evictions: int = 0
 
 
 class OurFleet:

@@ -154,7 +154,7 @@ class RoutingGateway:
         link.prefill_tokens += uncached
         link.sent_at[call.call_id] = now
         if self._knows_blocks:
-            self.index.expect(str(worker), call.prompt.hashes, now + EXPECTED_S)
+            self.index.expect(str(worker), call.prompt.stored_hashes, now + EXPECTED_S)
         self._carry_out(call, worker)
         return uncached
 

@@ -13,20 +13,9 @@ from hypothesis import strategies as st
 
 from loadtests.children import Children
 from loadtests.routing import engines
-from loadtests.routing.engines import (
-    BLOCK,
-    CONCURRENCY,
-    CROWDED,
-    ROOMY,
-    TURNS,
-    Chat,
-    PooledLru,
-    Tokens,
-    chats_of,
-    compare,
-    our_fleet,
-    play,
-)
+from loadtests.routing.chats.predictions import BLOCK, PooledLru
+from loadtests.routing.chats.turns import CONCURRENCY, TURNS, Chat, Tokens, play
+from loadtests.routing.engines import CROWDED, ROOMY, chats_of, compare, our_fleet
 from loadtests.serving import ours as serving
 
 
