@@ -105,7 +105,7 @@ async def test_a_new_gateway_knows_all_blocks_of_its_workers(tmp_path: Path, che
 
 
 class _Link:
-    """What a gateway's index reads of a link."""
+    """Stand-in for a link, with the attributes that WorkerCaches reads."""
 
     def __init__(self, number: int) -> None:
         self.name = f"w{number}#1"
@@ -114,8 +114,8 @@ class _Link:
 
 
 async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
-    """Of the reports of many workers that connect at once, each pass of the event loop applies one batch, and calls see
-    what has been applied."""
+    """Each pass of the event loop applies one batch of the reports of many workers that connect at once. Calls see the
+    batches that have been applied."""
     caches, workers, pieces = WorkerCaches(), 20, 4
     ids = prompt(0, pieces * BLOCKS_PER_MESSAGE * BLOCK)
     change = KvChange(True, prefix_hashes(ids, BLOCK, seed_of("")))
@@ -137,8 +137,8 @@ async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
 
 @pytest.mark.parametrize("after", [0, 1, BLOCK - 1])
 async def test_all_whole_blocks_of_a_sent_prompt_are_expected(after: int) -> None:
-    """Before a worker's next report, the next turn finds all whole blocks of the prompt that was sent there, also if
-    its last token ends a block. The prompt itself would find those before its last token."""
+    """A prompt that was sent to a worker counts as cached there before the worker's next report: for the next turn with
+    all whole blocks, even if the prompt's last token ends a block; for the same prompt without that block."""
     caches, link, ids = WorkerCaches(), _Link(0), prompt(0, 40 * BLOCK + after)
     (message,) = kv_blocks_to_pb(KvChange(True))
     caches.report(link, message)  # type: ignore[arg-type]

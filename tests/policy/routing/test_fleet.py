@@ -223,7 +223,7 @@ def test_calls_spread_by_size(vector_from: int) -> None:
 @pytest.mark.parametrize("vector_from", [0, 99])
 def test_small_engines_keep_their_prompts(vector_from: int) -> None:
     """A call stays with the worker that holds its 1,000 tokens although three more sequences run there, whether the
-    engines have 8 slots or 64. A larger worker makes the sequences of the smaller ones dearer, and leaves again."""
+    engines have 8 slots or 64. While the model also has a worker of 512 slots, the call leaves an engine of 8 slots."""
     call = RouteCall("m", 1032, cached={"holder": 1000})
     for slots in (8, 64):
         fleet = fleet_of(
@@ -264,7 +264,7 @@ def _send_all(fleet: Fleet, call: RouteCall, count: int, to_compute: int) -> Cou
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.9])
 def test_a_slow_worker_gets_few_calls(load: float) -> None:
-    """Of eight workers, one that needs ten times as long gets at most a tenth of a usual worker's calls, at any load.
+    """A worker that needs ten times as long as the seven others gets at most a tenth of a usual worker's calls.
 
     `load`: share of the capacity of all workers that is used. The workers compute one prompt after the other.
     """
@@ -361,7 +361,7 @@ def test_explain_names_every_candidate() -> None:
     ],
 )
 def test_each_kind_of_load_counts(load: dict[str, object], part: str) -> None:
-    """Of two workers that differ in one kind of load, the one with less load is chosen because of that part."""
+    """If two workers differ in one kind of load only, the worker with less of it is chosen because of that part."""
     decision = choose(RouteCall("m", 100), [worker("a", **load), worker("b")])
     assert (decision.worker_id, decision.reason) == ("b", "least_loaded")
     best, other = (dict(score.parts) for score in decision.scores)
@@ -370,8 +370,8 @@ def test_each_kind_of_load_counts(load: dict[str, object], part: str) -> None:
 
 
 def test_a_worker_with_the_adapter_in_a_slot_is_preferred() -> None:
-    """Of two workers that have an adapter, the one that need not copy it into a slot is chosen. One without the adapter
-    is dropped, and more load outvotes the copy."""
+    """A worker that has the call's adapter in a slot is chosen before one that must copy it there, unless it has much
+    more load. A worker without the adapter is dropped."""
     call, has = RouteCall("m", 100, adapter="x"), frozenset("x")
     fleet = [worker("a", adapters=has), worker("b", adapters=has, resident=has), worker("c", resident=has)]
     decision = choose(call, fleet)
@@ -385,7 +385,7 @@ def test_a_worker_with_the_adapter_in_a_slot_is_preferred() -> None:
 
 @pytest.mark.parametrize("cached", [64, 4096, 100_000])
 def test_the_worker_that_holds_most_of_a_prompt_gets_it(cached: int) -> None:
-    """Of equal workers, the one that holds most of the prompt is chosen."""
+    """The worker that holds most of the prompt is chosen among equal workers."""
     call = RouteCall("m", 100_000, cached={"b": cached, "c": cached // 2})
     decision = choose(call, [worker("a"), worker("b"), worker("c")])
     assert (decision.worker_id, decision.reason) == ("b", "cached_prefix")

@@ -59,7 +59,8 @@ def test_a_slow_worker_is_known_after_a_few_prompts(seed: int, slow: float) -> N
 
 
 def test_a_slowdown_rises_without_a_jump() -> None:
-    """The slower a worker, the larger its slowdown; a worker that is slower by a hundredth has nearly the same one."""
+    """A worker's slowdown never falls when its prompts take longer. If they take a hundredth longer, it rises by less
+    than 0.05."""
     found = []
     for slow in range(100, 300):
         times = PrefillTimes()
@@ -115,7 +116,7 @@ def test_short_prompts_do_not_look_slow(short: int, long: int, fixed_s: float, t
 
 @given(st.integers(0, 2**32), st.floats(0.5, 1e4))
 def test_a_single_pause_decides_little(seed: int, pause_s: float) -> None:
-    """One prompt that takes much longer, for whatever reason, raises a worker's slowdown to at most 2.5."""
+    """A single prompt that takes much longer, for whatever reason, raises a worker's slowdown to at most 2.5."""
     times = PrefillTimes()
     now = served(dict.fromkeys("abcdefgh", 1.0), seed, 20, times)
     times.record("a", 1000, pause_s, now)
