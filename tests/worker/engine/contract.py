@@ -8,6 +8,7 @@ empty.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,7 +21,7 @@ import pytest
 
 from cluster.api.demand import EngineCounts
 from cluster.api.outcomes import Outcome
-from cluster.api.ports import Engine, EngineRefused, KvEventSource
+from cluster.api.ports import Engine, EngineDead, EngineRefused, KvEventSource
 from cluster.api.types import (
     KV_EVENTS,
     PREFIX_EXACT,
@@ -39,6 +40,7 @@ from cluster.worker.kv_events.mirror import KvMirror
 MAX_PLACES = 16
 CUTS = 28
 _serial = itertools.count()
+_drivers: list[Driver] = []
 
 _SCHEMA = {
     "type": "object",
@@ -158,6 +160,7 @@ class Driver:
         self.subject = subject
         self.engine = subject.engine
         self.answers: dict[str, Answer] = {}
+        _drivers.append(self)
 
     async def submit(self, request: EngineRequest) -> str:
         """Submit a request; return the id of the request."""
@@ -202,7 +205,7 @@ class Driver:
         return [self.answers[i] for i in ids]
 
     async def empty(self) -> None:
-        """Check that, two steps after the last request has ended or was aborted, no request runs and none waits."""
+        """Check that no request runs and none waits, at the latest once two later requests have ended."""
         for _ in range(2):
             load = self.engine.load()
             if load.running == load.waiting == 0:
@@ -210,6 +213,16 @@ class Driver:
             await self.run(request(self.subject.prompt(1), max_tokens=1))
         load = self.engine.load()
         assert (load.running, load.waiting) == (0, 0)
+
+
+async def abort_unfinished() -> None:
+    """Abort what the drivers of a test have not finished, so that a failed test fails alone on a shared engine."""
+    drivers, _drivers[:] = list(_drivers), []
+    for driver in drivers:
+        unfinished = [key for key, answer in driver.answers.items() if answer.finish is None]
+        if unfinished:
+            with contextlib.suppress(EngineDead):
+                await driver.engine.abort(unfinished)
 
 
 def request(prompt: Sequence[int], max_tokens: int = 6, **changes: object) -> EngineRequest:
@@ -358,8 +371,8 @@ class EngineContract:
         (answer,) = await Driver(engine).run(request(engine.prompt(10), max_tokens=2))
         assert all(output.logprobs is None for output in answer.outputs)
 
-    async def test_abort_frees_within_two_steps(self, engine: Subject) -> None:
-        """Two steps after its abort a request is gone without further output, and other requests continue unchanged."""
+    async def test_an_abort_frees_the_slot(self, engine: Subject) -> None:
+        """A request is gone without further output once a later request has ended; other requests are unchanged."""
         driver = Driver(engine)
         prompts = [engine.prompt(11), engine.prompt(12)]
         (undisturbed,) = await driver.run(request(prompts[0], max_tokens=12))
@@ -367,8 +380,8 @@ class EngineContract:
         goes = await driver.submit(request(prompts[1], max_tokens=64))
         await driver.until(lambda: len(driver.answers[goes].outputs) >= 2)
         await driver.abort([goes, "never-submitted"])
-        for _ in range(2):
-            await driver.step()
+        # Not two steps: an engine in another process may be many steps ahead of what this process has read.
+        await driver.run(request(engine.prompt(18), max_tokens=1))
         assert driver.engine.load().running <= 1
         await driver.until(lambda: driver.answers[stays].finish is not None)
         assert driver.answers[stays].token_ids == undisturbed.token_ids
