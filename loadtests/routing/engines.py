@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -129,7 +130,7 @@ async def our_fleet(
             command = [sys.executable, "-m", "loadtests.serving.worker", "--name", MODEL, "--id", f"w{number}"]
             command += ["--link", gateway.endpoints["link"], "--bundle", str(bundle), "--source", source]
             command += ["--ready", str(ready), "--engine", json.dumps(dict(ENGINE))]
-            workers.append(children.start(f"worker-{number}", serving.WORKER, command, ENVIRONMENT))
+            workers.append(children.start(f"worker-{number}", serving.WORKER, command, environment_of(number)))
 
         async def linked() -> bool:
             return len(gateway.hub.links) == WORKERS and all(link.free.sequences > 0 for link in gateway.hub.links)
@@ -140,6 +141,13 @@ async def our_fleet(
         for worker in workers:
             await worker.stop()
         await gateway.stop(0)
+
+
+def environment_of(number: int) -> Mapping[str, str]:
+    """Return the environment of an engine, which computes on one processor of its own. Two engines on the same
+    processors would slow each other down, and the one with fewer calls would seem the slower one."""
+    processors = sorted(os.sched_getaffinity(0))
+    return {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": str(processors[number % len(processors)])}
 
 
 def chats_of(kv_tokens: int, share: float, tokens_a_chat: int, seed: int, name: str) -> list[Chat]:
@@ -209,7 +217,7 @@ async def run(children: Children, folder: Path, environment: Path, seed: int = 1
         try:
             ports = []
             for _ in range(WORKERS):
-                peer, port = await peers.vllm_server(children, MODEL, model, options, ENVIRONMENT)
+                peer, port = await peers.vllm_server(children, MODEL, model, options, environment_of(len(servers)))
                 servers.append(peer.child)
                 ports.append(port)
             for row, policy in arms.items():

@@ -55,7 +55,8 @@ class Tokens:
 
 
 async def play(chats: Sequence[Chat], seed: int, post: Post) -> Tokens:
-    """Play all turns of chats, CONCURRENCY calls at a time; the next chat is drawn among those without a call."""
+    """Play all turns of chats, CONCURRENCY calls at a time. People take similar pauses, so the next chat is drawn among
+    the quarter of the chats without a call that have waited longest."""
     rng, idle, running = random.Random(seed), list(chats), set[asyncio.Task[None]]()
     prompt = cached = 0
 
@@ -70,7 +71,7 @@ async def play(chats: Sequence[Chat], seed: int, post: Post) -> Tokens:
 
     while idle or running:
         while idle and len(running) < CONCURRENCY:
-            running.add(asyncio.create_task(turn(idle.pop(rng.randrange(len(idle))))))
+            running.add(asyncio.create_task(turn(idle.pop(rng.randrange(max(len(idle) // 4, 1))))))
         done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
