@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, cast
 
-from loadtests.children import DidNotStart
-from loadtests.faces.base import CallFailed
 from loadtests.figures import Bound, Figure, missing
 from loadtests.scenarios.common import Stage
-from loadtests.traces import NoData
 
 NOT_ASKED = "not selected (--only)"
 
@@ -24,9 +22,7 @@ class Part(Protocol):
     ROWS: Mapping[str, Bound | None]
     """Rows of the part, with the bound of each row; None for a row without a bound."""
     measure: Callable[[Stage], Awaitable[list[Figure]]]
-    """Function that returns one figure for each row. Raises RuntimeError, DidNotStart, CallFailed, TimeoutError,
-    or NoData if something that the part needs was not fetched.
-    """
+    """Function that returns one figure for each row. The report names an error that it raises."""
 
 
 def exact(name: str, value: float, bound: Bound | None, unit: str = "", note: str = "") -> Figure:
@@ -36,17 +32,20 @@ def exact(name: str, value: float, bound: Bound | None, unit: str = "", note: st
 
 
 async def play_parts(stage: Stage, package: str, names: Sequence[str]) -> None:
-    """Run the selected parts, and report the rows of all parts. `package`: the package of the parts' modules. The child
-    processes that a part has started are stopped at its end."""
+    """Run the selected parts, and report the rows of all parts. `package`: the package of the parts' modules. Each part
+    has a folder of its own, so that none finds the tenants and files of another. The child processes that a part has
+    started are stopped at its end. If a part fails, the others still run."""
     for name in names:
         part = cast(Part, importlib.import_module(f"{package}.{name}"))
         if not stage.options.selects(name):
             stage.report.figures += [missing(row, bound, NOT_ASKED) for row, bound in part.ROWS.items()]
             continue
         stage.screen.say(f"part {name}")
+        folder = stage.folder / name
+        folder.mkdir()
         try:
-            stage.report.figures += await part.measure(stage)
-        except (RuntimeError, DidNotStart, CallFailed, TimeoutError, NoData) as error:
+            stage.report.figures += await part.measure(replace(stage, folder=folder))
+        except Exception as error:  # the figures of the other parts must not be lost
             stage.report.problems.append(f"{name}: {error!r}")
             stage.report.figures += [missing(row, bound, f"part {name} failed") for row, bound in part.ROWS.items()]
         finally:
