@@ -12,8 +12,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from cluster.cli.terminal import safe
+from cluster.config.document import ConfigError, load
 from cluster.config.lenient import PartialConfig
-from cluster.config.schema import Config, ConfigError, load
+from cluster.config.schema import Config
 
 OK, FAILED, USAGE, UNREACHABLE_CODE, DIFFERS = 0, 1, 2, 3, 4
 EXIT_CODES = "Exit codes: 0 ok, 1 failed, 2 bad usage or configuration, 3 unreachable, 4 differs."

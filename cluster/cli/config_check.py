@@ -1,6 +1,6 @@
 """The checks of `headrace config check`. Errors are settings that a process would refuse; warnings are likely mistakes.
 
-Rules that need only the text of the file are in cluster/config/schema.py. The rules in this module need more: a model
+Rules that need only the text of the file are in cluster/config. The rules in this module need more: a model
 folder on this machine, the files that the configuration names, the restrictions of pods, or a chart's values.
 """
 
@@ -16,8 +16,11 @@ from typing import Any
 
 from cluster.api.types import ModelSpec
 from cluster.cli.config_inputs import Input, NoConfiguration, read_input, worker_group_problems
+from cluster.config.document import without_invalid_keys
+from cluster.config.model import Model
+from cluster.config.paths import secret_files
 from cluster.config.problems import Problem
-from cluster.config.schema import Config, Model, secret_files, without_invalid_keys
+from cluster.config.schema import Config
 
 DEMO_SHAPES: Mapping[str, Mapping[str, int]] = {
     "demo://smollm2": {

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, local_run, out, read_config
-from cluster.config.schema import cache_dir
+from cluster.config.paths import cache_dir
 from cluster.config.tenants import Auth, Cost, Store, TenantDefaults
 from cluster.config.yaml_reader import NotYaml, load
 from cluster.ledger.rows import Prices

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.config.document import ConfigError, examine, line, names_of, read_document, read_text
 from cluster.config.problems import Problem
-from cluster.config.schema import Config, ConfigError, examine, line, names_of, read_document, read_text
+from cluster.config.schema import Config
 from cluster.config.yaml_reader import Document
 
 GATEWAY_OPTIONAL_SECTIONS = ("models", "weights", "ray")

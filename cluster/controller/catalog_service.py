@@ -23,7 +23,9 @@ from cluster.api.adapters import AdapterSpec
 from cluster.api.catalog import Change
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import CatalogEntry
-from cluster.config.schema import Config, Model, entry_of
+from cluster.config.document import entry_of
+from cluster.config.model import Model
+from cluster.config.schema import Config
 from cluster.controller.desired_models import DesiredModels
 from cluster.controller.editable_catalog import EditableCatalog
 from cluster.controller.published_catalog import PublishedCatalog

@@ -9,7 +9,9 @@ import structlog
 
 from cluster.api.adapters import AdapterSpec
 from cluster.api.outcomes import CallError, Outcome
-from cluster.config.schema import Config, Model, entry_of, with_models
+from cluster.config.document import entry_of, with_models
+from cluster.config.model import Model
+from cluster.config.schema import Config
 from cluster.controller.catalog_overlay import CatalogOverlay, CatalogOverlayFile
 from cluster.controller.desired_models import DesiredModels
 from cluster.worker.settings import ReplicaSettings

@@ -11,8 +11,9 @@ from typing import Any
 import structlog
 
 from cluster.api.outcomes import CallError
+from cluster.config.document import entry_of, with_models
 from cluster.config.lenient import HeldModel, PartialConfig
-from cluster.config.schema import Config, entry_of, with_models
+from cluster.config.schema import Config
 from cluster.process.private_files import replace_file
 
 log = structlog.get_logger("controller")

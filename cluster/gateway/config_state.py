@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from cluster.config.schema import ConfigError, load
+from cluster.config.document import ConfigError, load
 
 log = structlog.get_logger("gateway")
 

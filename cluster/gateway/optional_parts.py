@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from google.protobuf.message import Message
 
 from cluster.admin.v1 import admin_pb2
-from cluster.config.schema import Config, cache_dir
+from cluster.config.paths import cache_dir
+from cluster.config.schema import Config
 from cluster.observe.metrics import Metrics
 
 if TYPE_CHECKING:

@@ -141,6 +141,6 @@ def _source_rules(settings: ReplicaSettings) -> SourceRules:
 
 def _cache_dir(settings: ReplicaSettings) -> Path:
     """Return the configured cache folder, or the user's own cache folder on this node if none is configured."""
-    from cluster.config.schema import cache_dir
+    from cluster.config.paths import cache_dir
 
     return Path(settings.cache_dir) if settings.cache_dir else cache_dir()

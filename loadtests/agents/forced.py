@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.config.schema import cache_dir
+from cluster.config.paths import cache_dir
 from cluster.worker.weights.demo_model import DemoModelError, ensure_demo_model
 from loadtests import peers
 from loadtests.agents import cases, servers

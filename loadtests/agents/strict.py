@@ -15,7 +15,7 @@ from typing import Any
 
 import jsonschema
 
-from cluster.config.schema import cache_dir
+from cluster.config.paths import cache_dir
 from cluster.worker.weights.demo_model import DemoModelError, ensure_demo_model
 from loadtests.agents import servers
 from loadtests.agents.compare import Answer, Server

@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.gateway.scheduling.worker_caches import MIN_TOKENS
 from cluster.gateway.server import Gateway
 from loadtests import peers

@@ -16,7 +16,7 @@ import yaml
 
 from cluster.cli.local.gateway_metrics import gateway_rows
 from cluster.cli.local.ports import choose_ports
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.children import ROOT, Child, Children

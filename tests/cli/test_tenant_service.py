@@ -18,7 +18,7 @@ from cluster.admin.v1 import admin_pb2
 from cluster.cli.local.run_folder import ProcessId, RunFolder
 from cluster.cli.remote_tenant_service import RemoteTenantService
 from cluster.cli.target.access import Access
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, UsageQuery
 from cluster.ledger.tenants.service import Actor, LedgerTenantService, TenantService

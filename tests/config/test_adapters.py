@@ -6,7 +6,8 @@ import pytest
 
 from cluster.api.adapters import AdapterSpec
 from cluster.config.adapters import ENGINE_DEFAULTS
-from cluster.config.schema import ConfigError, Model, entry_of, parse
+from cluster.config.document import ConfigError, entry_of, parse
+from cluster.config.model import Model
 
 DIGEST = "a" * 64
 HEAD = "api_version: headrace/v1\nname: test\n"

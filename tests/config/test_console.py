@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.config.console import Console, ConsoleOidc
-from cluster.config.schema import ConfigError, parse
+from cluster.config.document import ConfigError, parse
 
 TEXT = """
 api_version: headrace/v1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cluster.config.document import ConfigError, parse
 from cluster.config.engine import (
     CODE,
     OWNED_ENGINE_ARGS,
@@ -20,7 +21,6 @@ from cluster.config.engine import (
     engine_problems,
     together_problems,
 )
-from cluster.config.schema import ConfigError, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SUSPICIOUS = re.compile(r"(_cls|_class|class_overrides|plugin|processors|module_path|_path|_file|inductor_passes)$")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.config.document import ConfigError
 from cluster.config.lenient import HeldModel, for_controller, for_gateway
-from cluster.config.schema import ConfigError
 
 HEAD = "api_version: headrace/v1\nname: c\n"
 GOOD = "{name: good, source: hf://o/m, aliases: [default], fallback: [bad]}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import ModelSpec
-from cluster.config import schema
+from cluster.config import document, paths
 from cluster.config.gateway import is_loopback
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ TLS = "{cert_file: /a, key_file: /b, ca_file: /c}"
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy").glob("*.yaml")), ids=lambda f: f.name)
 def test_shipped_files_load(file: Path) -> None:
     """Every configuration in deploy/ is valid."""
-    assert schema.load(file).models
+    assert document.load(file).models
 
 
 @pytest.mark.parametrize(
@@ -79,24 +79,24 @@ def test_shipped_files_load(file: Path) -> None:
 )
 def test_wrong_files_are_refused_by_path(text: str, words: str) -> None:
     """The error for an invalid file names the file, the key's path and the remedy."""
-    with pytest.raises(schema.ConfigError) as caught:
-        schema.parse(text, "f.yaml")
+    with pytest.raises(document.ConfigError) as caught:
+        document.parse(text, "f.yaml")
     assert words in str(caught.value)
     assert str(caught.value).startswith("f.yaml: ")
 
 
 def test_a_missing_file_is_one_line() -> None:
     """The error for a missing file is one line."""
-    with pytest.raises(schema.ConfigError, match="cannot be read"):
-        schema.load(Path("/nowhere/cluster.yaml"))
+    with pytest.raises(document.ConfigError, match="cannot be read"):
+        document.load(Path("/nowhere/cluster.yaml"))
 
 
 @pytest.mark.parametrize("listener", ["grpc", "http", "admin"])
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "gateway.example.com:1"])
 def test_client_ports_stay_on_loopback(listener: str, address: str) -> None:
     """Client ports without authentication may listen on loopback only."""
-    with pytest.raises(schema.ConfigError, match=rf"listen\.{listener}.*without auth"):
-        schema.parse(HEAD + f"gateway: {{listen: {{{listener}: '{address}'}}}}\n" + MODEL)
+    with pytest.raises(document.ConfigError, match=rf"listen\.{listener}.*without auth"):
+        document.parse(HEAD + f"gateway: {{listen: {{{listener}: '{address}'}}}}\n" + MODEL)
 
 
 @pytest.mark.parametrize("listener", ["grpc", "http", "admin"])
@@ -104,11 +104,11 @@ def test_ports_open_with_auth_and_tls_together(listener: str) -> None:
     """A client or admin port off loopback needs both auth and TLS, and the error names the section that is missing."""
     wide = f"listen: {{{listener}: '0.0.0.0:1'}}"
     tls = "tls: {cert_file: /tls/tls.crt, key_file: /tls/tls.key}"
-    with pytest.raises(schema.ConfigError, match=r"without auth:.*use every model"):
-        schema.parse(HEAD + f"gateway: {{{wide}, {tls}}}\n" + MODEL)
-    with pytest.raises(schema.ConfigError, match=r"without gateway\.tls: API keys would be sent unencrypted"):
-        schema.parse(HEAD + KEYS + f"gateway: {{{wide}}}\n" + MODEL)
-    assert schema.parse(HEAD + KEYS + f"gateway: {{{wide}, {tls}}}\n" + MODEL).auth is not None
+    with pytest.raises(document.ConfigError, match=r"without auth:.*use every model"):
+        document.parse(HEAD + f"gateway: {{{wide}, {tls}}}\n" + MODEL)
+    with pytest.raises(document.ConfigError, match=r"without gateway\.tls: API keys would be sent unencrypted"):
+        document.parse(HEAD + KEYS + f"gateway: {{{wide}}}\n" + MODEL)
+    assert document.parse(HEAD + KEYS + f"gateway: {{{wide}, {tls}}}\n" + MODEL).auth is not None
 
 
 def test_tenants_stand_over_the_defaults() -> None:
@@ -117,18 +117,18 @@ def test_tenants_stand_over_the_defaults() -> None:
     Secret files are in the cache folder by default.
     """
     text = "tenant_defaults: {class: batch, models: [m]}\ntenants: [{name: acme, weight: 4}]\n"
-    found = schema.parse(HEAD + KEYS + text + MODEL)
+    found = document.parse(HEAD + KEYS + text + MODEL)
     (policy,) = found.policies()
     assert (policy.name, policy.priority_class, policy.weight, policy.models) == ("acme", "batch", 4.0, ("m",))
-    assert schema.secret_files(found)["auth.api_keys.pepper_file"] == schema.cache_dir() / "key-pepper"
+    assert paths.secret_files(found)["auth.api_keys.pepper_file"] == paths.cache_dir() / "key-pepper"
 
 
 def test_the_link_port_opens_with_certificates_only() -> None:
     """The link port off loopback needs link_tls, while the metrics port does not."""
     wide = "gateway: {listen: {link: '0.0.0.0:1', metrics: '0.0.0.0:2'}"
-    with pytest.raises(schema.ConfigError, match="link_tls"):
-        schema.parse(HEAD + wide + "}\n" + MODEL)
-    assert schema.parse(HEAD + wide + f", link_tls: {TLS}}}\n" + MODEL).gateway.link_tls is not None
+    with pytest.raises(document.ConfigError, match="link_tls"):
+        document.parse(HEAD + wide + "}\n" + MODEL)
+    assert document.parse(HEAD + wide + f", link_tls: {TLS}}}\n" + MODEL).gateway.link_tls is not None
 
 
 @pytest.mark.parametrize(
@@ -143,14 +143,14 @@ def test_loopback(address: str, loopback: bool) -> None:
 def test_what_gateway_processes_share() -> None:
     """Gateway processes share the client ports, and each process has separate link and metrics ports and lists the link
     ports of the other processes."""
-    gateway = schema.parse(HEAD + "gateway: {processes: 3}\n" + MODEL).gateway
+    gateway = document.parse(HEAD + "gateway: {processes: 3}\n" + MODEL).gateway
     first, second, third = (gateway.listen.of(process) for process in range(3))
     assert (second.link, third.link) == ("127.0.0.1:50061", "127.0.0.1:50062")
     assert (second.metrics, third.metrics) == ("127.0.0.1:9411", "127.0.0.1:9412")
     assert (first.grpc, first.http) == (third.grpc, third.http)
     assert gateway.siblings(0) == (":50061", ":50062")
     assert gateway.siblings(2) == (":50052", ":50061")
-    assert not schema.parse(HEAD + MODEL).gateway.siblings(0)
+    assert not document.parse(HEAD + MODEL).gateway.siblings(0)
 
 
 def test_an_entry_as_the_packages_see_it() -> None:
@@ -170,7 +170,7 @@ models:
     engine: {max_num_seqs: 7}
     allow_cross_node_tensor_parallel: true
 """
-    (model,) = schema.parse(HEAD + text).models
+    (model,) = document.parse(HEAD + text).models
     spec = model.spec()
     assert spec == ModelSpec(
         name="m",

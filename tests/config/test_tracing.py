@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.config.schema import ConfigError, parse
+from cluster.config.document import ConfigError, parse
 
 HEAD = "api_version: headrace/v1\nname: test\nmodels: []\nobserve: {tracing: {"
 

@@ -7,8 +7,8 @@ import dataclasses
 from pathlib import Path
 
 from cluster.api.types import ModelSpec, ModelState
+from cluster.config.document import parse
 from cluster.config.lenient import for_controller
-from cluster.config.schema import parse
 from cluster.controller.last_good import with_last_good
 from cluster.controller.links import FleetWorker
 from cluster.controller.replica_settings import settings_of

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from cluster.admin.v1.catalog_pb2 import QuarantineRequest
 from cluster.admin.v1.scaling_pb2 import FreezeRequest
 from cluster.api.types import CatalogEntry
+from cluster.config.document import parse
 from cluster.config.lenient import PartialConfig
-from cluster.config.schema import parse
 from cluster.controller.catalog_overlay import CatalogOverlayFile
 from cluster.controller.links import ControllerLinks
 from cluster.controller.operator_state import CATALOG_FILE, FILES, SCALING_FILE, OperatorState, recover

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.controller.replica_settings import settings_of
 
 CONFIG = """

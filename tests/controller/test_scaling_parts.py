@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.api.types import DrainState, ModelSpec
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.controller import scaling
 from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics

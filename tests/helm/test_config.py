@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from cluster.cli.all_commands import app
 from cluster.cli.commands.run.pod_secrets import manifests
-from cluster.config.schema import Config, parse
+from cluster.config.document import parse
+from cluster.config.schema import Config
 from cluster.policy.catalog.placement import is_simulated, why_unplaceable, world_size
 from tests.support import helm
 from tests.support.helm import NAMESPACE, ROOT, Rendered
@@ -132,9 +133,7 @@ def test_the_notes_command_lines_are_known() -> None:
 
 
 def test_the_schema_of_config_is_the_programs() -> None:
-    """The chart's schema of config equals the program's schema (scripts/chart_schema.py, from
-    cluster/config/schema.py).
-    """
+    """The chart's schema of config equals the program's schema (scripts/chart_schema.py, from cluster/config)."""
     command = [sys.executable, "scripts/chart_schema.py", "--check"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}

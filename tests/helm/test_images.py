@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.config.schema import load
+from cluster.config.document import load
 from tests.support.helm import CHART, ROOT
 
 DOCKER = ROOT / "deploy" / "docker"

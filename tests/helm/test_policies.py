@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.cli.commands.run.pod_secrets import manifests
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.gateway.apis.grpc.inference import SERVICE
 from tests.support import helm
 from tests.support.helm import NAMESPACE, Rendered

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from tests.helm.test_policies import INTERNET, network, peers, pods
 from tests.support import helm
 from tests.support.helm import Rendered

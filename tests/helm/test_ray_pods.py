@@ -9,7 +9,7 @@ import pytest
 from ray._private.ray_constants import OBJECT_STORE_MINIMUM_MEMORY_BYTES
 from ray._private.utils import resolve_object_store_memory
 
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.ray.drain_time import TIMEOUT_ENV, ray_timeout_s, usable_s
 from tests.helm.test_policies import containers, pods, size
 from tests.support import helm

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from tests.support import helm
 from tests.support import kubernetes_schemas as schemas
 

@@ -12,7 +12,7 @@ import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as pb_grpc
 
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from loadtests.scenarios.observe import OBSERVE_OFF, observe_on
 from loadtests.serving import otlp_sink
 from loadtests.serving.ours import configuration

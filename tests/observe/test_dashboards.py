@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from cluster.api.types import ModelSpec, WorkerIdentity
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.controller import scaling
 from cluster.controller.controller import Controller
 from cluster.controller.controller_metrics import controller_metrics

@@ -20,7 +20,7 @@ import pytest
 
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.types import CatalogEntry
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.controller.catalog_overlay import CatalogOverlayFile
 from cluster.controller.catalog_service import StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import ModelState
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.controller.process import run_controller
 from cluster.ray import reaper
 from tests.ray.conftest import end_local_ray, new_local_ray

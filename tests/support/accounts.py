@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cluster.api.ports import Engine
 from cluster.api.types import WorkerIdentity
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.gateway.optional_parts import UsageStore
 from cluster.gateway.server import Gateway
 from cluster.ledger.errors import StoreUnavailable

@@ -16,7 +16,8 @@ import grpc
 from cluster.api.demand import EngineCounts
 from cluster.api.ports import AdapterEngine, Engine, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
-from cluster.config.schema import Config, parse
+from cluster.config.document import parse
+from cluster.config.schema import Config
 from cluster.gateway.server import Gateway
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.bundle import Bundle

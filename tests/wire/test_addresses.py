@@ -10,7 +10,8 @@ import grpc
 
 from cluster.api.types import WorkerIdentity
 from cluster.cli.local.ports import choose_ports
-from cluster.config.schema import Config, parse
+from cluster.config.document import parse
+from cluster.config.schema import Config
 from cluster.controller.links import ControllerLinks
 from cluster.gateway.server import Gateway
 from cluster.policy.routing.gateway_subset import GatewaySubset

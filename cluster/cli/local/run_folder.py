@@ -12,7 +12,7 @@ from typing import IO, Any
 import psutil
 
 from cluster.cli.base import replace_file
-from cluster.config.schema import cache_dir
+from cluster.config.paths import cache_dir
 from cluster.process.private_files import make_private_folder
 
 

@@ -23,7 +23,8 @@ from cluster.cli.support.redaction import Rules, secrets_in_file
 from cluster.cli.target.access import Access
 from cluster.cli.target.admin_client import Admin, plain
 from cluster.client.errors import from_rpc
-from cluster.config.schema import Config, ConfigError, load
+from cluster.config.document import ConfigError, load
+from cluster.config.schema import Config
 from cluster.config.yaml_reader import NotYaml
 from cluster.config.yaml_reader import load as load_yaml
 from cluster.observe.events import EVENTS

@@ -16,7 +16,9 @@ import grpc
 from cluster.cli.common import USAGE, admin_endpoint, api_key, fail, local_run
 from cluster.cli.target.contexts import ClusterTarget
 from cluster.client.options import ChannelOptions
-from cluster.config.schema import Config, ConfigError, load, secret_files
+from cluster.config.document import ConfigError, load
+from cluster.config.paths import secret_files
+from cluster.config.schema import Config
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import structlog
 
-from cluster.config.schema import Config, database_url
+from cluster.config.paths import database_url
+from cluster.config.schema import Config
 from cluster.ledger.database.bring_up import prepare_database, prepare_database_in_process
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.store import Ledger

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.config.schema import Config, cache_dir, database_url, secret_files
+from cluster.config.paths import cache_dir, database_url, secret_files
+from cluster.config.schema import Config
 from cluster.config.tenants import Auth
 from cluster.gateway.auth.authenticator import Caller, Credentials, RegisteredCallers
 from cluster.gateway.auth.credentials import CredentialChecker

@@ -16,7 +16,7 @@ from typer.testing import Result
 from cluster.cli.config_check import check
 from cluster.cli.config_inputs import CHART_VALUES, merge_values
 from cluster.config.checks import source_problem
-from cluster.config.schema import parse
+from cluster.config.document import parse
 
 ROOT = Path(__file__).resolve().parents[3]
 Run = Callable[..., Result]

@@ -16,7 +16,7 @@ from cluster import __version__
 from cluster.cli.commands import doctor
 from cluster.cli.local.run_folder import RunFolder
 from cluster.cli.local.step_lines import duration
-from cluster.config.schema import load
+from cluster.config.document import load
 
 ROOT = Path(__file__).resolve().parents[3]
 Run = Callable[..., Result]

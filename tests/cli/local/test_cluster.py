@@ -16,7 +16,7 @@ from cluster.cli.local.cluster import LocalCluster
 from cluster.cli.local.ports import choose_ports, split
 from cluster.cli.local.run_folder import RunFolder
 from cluster.cli.local.step_lines import StepLine
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.process.private_files import make_private_folder
 from tests.support.serving import eventually
 

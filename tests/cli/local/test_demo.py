@@ -16,7 +16,7 @@ import pytest
 
 from cluster.cli.local.run_folder import RunFolder
 from cluster.client import Client
-from cluster.config.schema import cache_dir
+from cluster.config.paths import cache_dir
 from cluster.ray import reaper
 from tests.support.shell import headrace, status, until
 

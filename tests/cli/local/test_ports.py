@@ -9,7 +9,8 @@ import socket
 import pytest
 
 from cluster.cli.local.ports import EPHEMERAL, PortTaken, choose_ports
-from cluster.config.schema import Config, ConfigError, parse
+from cluster.config.document import ConfigError, parse
+from cluster.config.schema import Config
 
 
 def config(processes: int = 1, **listen: str) -> Config:

@@ -12,7 +12,7 @@ from cluster.api.types import CatalogEntry, ModelState
 from cluster.cli.commands.run.up import make_secrets
 from cluster.cli.local.cluster import LocalCluster
 from cluster.cli.local.run_folder import RunFolder
-from cluster.config.schema import load, parse
+from cluster.config.document import load, parse
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from tests.support.calls import chat, refused

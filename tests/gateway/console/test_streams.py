@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.gateway.apis.http.exchange import Endpoint, Exchange, Receive, Scope, Send
 from cluster.gateway.apis.http.server import HttpServer
 from cluster.gateway.console.access.access import ConsoleAccess, Viewer

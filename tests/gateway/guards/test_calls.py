@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from cluster.api.output_parts import OutputPart, PartKind
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.gateway.guards.remote import on_this_host
 from cluster.gateway.server import Gateway
 from cluster.guard.v1 import guard_pb2, guard_pb2_grpc

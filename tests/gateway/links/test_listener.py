@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from cluster import http2
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.gateway.links.hub import LIMITS
 from cluster.gateway.links.listener import bind_link
 

@@ -29,7 +29,8 @@ from cluster.cli.commands.run.processes import (
 )
 from cluster.config.gateway import ClientTls, Tls, is_loopback
 from cluster.config.lenient import PartialConfig, load_for_controller, load_for_gateway
-from cluster.config.schema import Config, secret_files
+from cluster.config.paths import secret_files
+from cluster.config.schema import Config
 from cluster.kube.api import ACCOUNT, KubeLease
 from cluster.observe import log
 from cluster.process import memory

@@ -20,7 +20,8 @@ import typer
 
 from cluster.cli.base import USAGE, FileOption, fail, read_config, read_leniently, replace_file
 from cluster.config.lenient import load_for_controller, load_for_gateway
-from cluster.config.schema import Config, cache_dir
+from cluster.config.paths import cache_dir
+from cluster.config.schema import Config
 from cluster.observe import log
 from cluster.process import memory
 from cluster.process.core_dumps import disable_core_dumps

@@ -37,7 +37,8 @@ from cluster.cli.local.ports import PortTaken, choose_ports
 from cluster.cli.local.run_folder import AlreadyUp, RunFolder
 from cluster.cli.local.step_lines import StepLine, duration, say
 from cluster.cli.target.contexts import LOCAL, ContextError, TypedOptions, contexts_file, read_contexts, select_target
-from cluster.config.schema import Config, secret_files
+from cluster.config.paths import secret_files
+from cluster.config.schema import Config
 from cluster.ledger.files import make_secret
 from cluster.process.private_files import make_private_folder
 from cluster.ray import reaper

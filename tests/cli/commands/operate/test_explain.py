@@ -9,7 +9,7 @@ from typer.testing import Result
 
 from cluster.admin.v1 import routing_pb2 as pb
 from cluster.cli.target.access import console_url
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from tests.support.scripted_gateway import ScriptedGateway
 
 Run = Callable[..., Result]

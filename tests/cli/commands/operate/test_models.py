@@ -11,7 +11,7 @@ from typer.testing import Result
 
 from cluster.admin.v1 import admin_pb2
 from cluster.admin.v1 import catalog_pb2 as pb
-from cluster.config.schema import load
+from cluster.config.document import load
 from tests.support.scripted_gateway import ScriptedGateway
 
 Run = Callable[..., Result]

@@ -29,7 +29,8 @@ from cluster.cli.commands.run import pod
 from cluster.cli.commands.run.pod_secrets import manifests
 from cluster.cli.commands.run.processes import metrics_page
 from cluster.client import Client
-from cluster.config.schema import Config, parse
+from cluster.config.document import parse
+from cluster.config.schema import Config
 from cluster.controller.controller_metrics import controller_metrics
 from cluster.gateway.links.peer_identity import ANY_MODEL, CONTROLLER
 from cluster.kube.api import KubeLease

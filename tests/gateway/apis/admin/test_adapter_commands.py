@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.controller.catalog_overlay import CatalogOverlayFile
 from cluster.controller.catalog_service import StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs

@@ -15,7 +15,7 @@ import pytest
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.admin.v1 import admin_pb2_grpc, routing_pb2
 from cluster.cli.local.ports import choose_ports
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.gateway.apis.admin.siblings import SERVICE, TAG, Siblings
 from cluster.gateway.server import Gateway
 from cluster.policy.tenants.identity import admin_token

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.cli.local.ports import choose_ports
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.gateway.console.feed import FeedEndpoints
 from cluster.gateway.console.peers.peers import FirstConnected, PartAssembler, pieces_of
 from cluster.gateway.console.peers.valkey_peers import ValkeyPeers

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.schema import parse
+from cluster.config.document import parse
 from cluster.gateway.server import Gateway
 from cluster.http2 import listening_socket
 from cluster.ray.local_cluster import free_ports
