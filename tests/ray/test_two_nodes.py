@@ -112,6 +112,7 @@ def two_nodes() -> Iterator[TwoNodes]:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 async def test_one_rank_on_each_node(two_nodes: TwoNodes, tmp_path: Path) -> None:
     """A model with TP 2 over two nodes is FAILED with the reason.
 

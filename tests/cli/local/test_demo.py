@@ -132,6 +132,7 @@ def test_a_cancel_reaches_the_real_engine(demo: Demo) -> None:
 
 
 @pytest.mark.needs("chromium")
+@pytest.mark.long
 async def test_a_chat_in_the_console_survives_its_worker(demo: Demo, tmp_path: Path) -> None:
     """The demo prints the console's address. A chat with the real model in the playground goes on after its worker was
     killed, with the same text as undisturbed, and the fleet page shows the lost worker."""

@@ -40,7 +40,7 @@ async def linked_to_both(cluster: TestCluster, other: GatewayProcess, checkpoint
     return worker
 
 
-@pytest.mark.parametrize("long", [False, True], ids=["for-a-moment", "for-long"])
+@pytest.mark.parametrize("long", [pytest.param(False, marks=pytest.mark.long), True], ids=["for-a-moment", "for-long"])
 async def test_a_stopped_gateway_slows_nobody(
     cluster: TestCluster, other: GatewayProcess, checkpoint: Path, bundle: Bundle, long: bool
 ) -> None:

@@ -143,7 +143,7 @@ def _with_records(file: Path, count: int) -> Ledger:
     return source
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_million_records(tmp_path: Path) -> None:
     """A million records are summed in less than 30 s."""
     source = _with_records(tmp_path / "a.db", 1_000_000)

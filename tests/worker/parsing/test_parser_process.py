@@ -55,7 +55,7 @@ asyncio.run(main(Path(sys.argv[1])))
 """
 
 
-@pytest.fixture(params=["fork-server", "spawn"])
+@pytest.fixture(params=["fork-server", pytest.param("spawn", marks=pytest.mark.long)])
 def owner(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process that has started a parser process in one of the two ways."""
     environment = {**os.environ, fork_server.START: request.param, "PYTHONPATH": os.getcwd()}

@@ -261,7 +261,10 @@ def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("rank", "cache_bytes", "why"),
-    [("core", 1 << 12, "No available memory for the cache blocks"), ("process", 1 << 60, "Available memory on node")],
+    [
+        ("core", 1 << 12, "No available memory for the cache blocks"),
+        pytest.param("process", 1 << 60, "Available memory on node", marks=pytest.mark.long),
+    ],
 )
 async def test_a_real_engine_says_why(
     llama_folder: Path, rank: str, cache_bytes: int, why: str, monkeypatch: pytest.MonkeyPatch

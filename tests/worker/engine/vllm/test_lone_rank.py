@@ -46,7 +46,7 @@ def test_this_vllm_has_what_it_needs() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("bind", ["nobind", "0"])
+@pytest.mark.parametrize("bind", [pytest.param("nobind", marks=pytest.mark.long), "0"])
 async def test_an_engine_is_one_process(llama_folder: Path, bind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The core has no rank process, and its threads are bound if requested.
 
