@@ -100,6 +100,13 @@ def usage_between(before: Snapshot, after: Snapshot) -> Usage:
     return Usage(cpu, rss)
 
 
+def own_processor(number: int) -> Mapping[str, str]:
+    """Return the environment of an engine that computes on one processor only, as far as there are enough. Engines on
+    the same processors make each other many times slower, since their threads wait for one another in loops."""
+    processors = sorted(os.sched_getaffinity(0))
+    return {"VLLM_CPU_OMP_THREADS_BIND": str(processors[number % len(processors)])}
+
+
 def pin(pid: int, cpus: Iterable[int]) -> None:
     """Bind a process, its threads and all its descendants to `cpus`. Processes that have ended are skipped."""
     try:

@@ -21,6 +21,7 @@ from loadtests.agents import servers
 from loadtests.agents.compare import Answer, Server
 from loadtests.children import Child
 from loadtests.figures import Bound, Figure
+from loadtests.processes import own_processor
 from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 from loadtests.serving import ours as serving
@@ -38,9 +39,6 @@ ENGINE: Mapping[str, object] = {
     "block_size": 32,
     "kv_cache_memory_bytes": 1 << 30,
 }
-UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""Environment that binds no thread to a core. Otherwise each of the two engines would bind all its threads to the first
-core, and one of them could wait there for minutes."""
 MADE = "calls of strict tools, SmolLM2, half of them while a worker is killed"
 INVALID = "answers among them that did not end by `length` and are no valid call by the schema"
 LENGTH = "share of them that ended by `length`"
@@ -130,10 +128,10 @@ async def measure(stage: Stage) -> list[Figure]:
     given = {"link": gateway.endpoints["link"], "seed": stage.options.seed, "prompts": stage.folder / "strict.prompts"}
     workers = [
         await servers.start_program(
-            stage.children, stage.folder, f"strict-{name}", "loadtests.agents.worker",
-            {**given, "models": [{**entry, "worker": name}]}, UNBOUND,
+            stage.children, stage.folder, f"strict-w{number + 1}", "loadtests.agents.worker",
+            {**given, "models": [{**entry, "worker": f"w{number + 1}"}]}, own_processor(number),
         )
-        for name in ("w1", "w2")
+        for number in range(2)
     ]  # fmt: skip
     server = Server(gateway.port, gateway.key)
     try:

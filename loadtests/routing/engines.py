@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from cluster.gateway.server import Gateway
 from loadtests import peers
 from loadtests.children import Child, Children, DidNotStart
 from loadtests.figures import Bound, Figure, missing
+from loadtests.processes import own_processor
 from loadtests.routing.chats.predictions import BLOCK, Compared, Journal, PooledLru
 from loadtests.routing.chats.turns import TOKENS, TURNS, Chat, Tokens, play
 from loadtests.scenarios.common import PEERS, Stage
@@ -130,7 +130,8 @@ async def our_fleet(
             command = [sys.executable, "-m", "loadtests.serving.worker", "--name", MODEL, "--id", f"w{number}"]
             command += ["--link", gateway.endpoints["link"], "--bundle", str(bundle), "--source", source]
             command += ["--ready", str(ready), "--engine", json.dumps(dict(ENGINE))]
-            workers.append(children.start(f"worker-{number}", serving.WORKER, command, environment_of(number)))
+            environment = {**ENVIRONMENT, **own_processor(number)}
+            workers.append(children.start(f"worker-{number}", serving.WORKER, command, environment))
 
         async def linked() -> bool:
             return len(gateway.hub.links) == WORKERS and all(link.free.sequences > 0 for link in gateway.hub.links)
@@ -141,13 +142,6 @@ async def our_fleet(
         for worker in workers:
             await worker.stop()
         await gateway.stop(0)
-
-
-def environment_of(number: int) -> Mapping[str, str]:
-    """Return the environment of an engine, which computes on one processor of its own. Two engines on the same
-    processors would slow each other down, and the one with fewer calls would seem the slower one."""
-    processors = sorted(os.sched_getaffinity(0))
-    return {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": str(processors[number % len(processors)])}
 
 
 def chats_of(kv_tokens: int, share: float, tokens_a_chat: int, seed: int, name: str) -> list[Chat]:
@@ -217,7 +211,8 @@ async def run(children: Children, folder: Path, environment: Path, seed: int = 1
         try:
             ports = []
             for _ in range(WORKERS):
-                peer, port = await peers.vllm_server(children, MODEL, model, options, environment_of(len(servers)))
+                own = {**ENVIRONMENT, **own_processor(len(servers))}
+                peer, port = await peers.vllm_server(children, MODEL, model, options, own)
                 servers.append(peer.child)
                 ports.append(port)
             for row, policy in arms.items():
