@@ -25,6 +25,11 @@ _CONFIGURATION = tempfile.TemporaryDirectory(prefix="headrace-tests-")
 os.environ["XDG_CONFIG_HOME"] = _CONFIGURATION.name
 """Commands that tests run do not read the contexts of the user, which may name a real cluster."""
 
+# One thread an engine: the threads of several engines on the same processors wait for one another in loops. vLLM's own
+# choice of processors would bind the engines of all test processes to the same one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
 settings.register_profile("patient", deadline=None)  # other work on the machine changes the duration of an example
 settings.load_profile("patient")
 

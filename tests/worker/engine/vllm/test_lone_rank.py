@@ -53,6 +53,7 @@ async def test_an_engine_is_one_process(llama_folder: Path, bind: str, monkeypat
     The environment variables of this process are unchanged.
     """
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     me = psutil.Process()
     before, variables = me.children(), {name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_"))}
     engine = VllmEngine(tiny_spec(), llama_folder)
