@@ -55,7 +55,7 @@ class CostWeights:
 
     computed: float = 16.0
     """Cost of a prompt token that must be computed."""
-    full: float = 256_000.0
+    full: float = 128_000.0
     """Cost of a worker whose slots are all in use, if the model has workers with at least MIN_SLOTS slots."""
     queued: float = 2_048.0
     """Cost of a sequence of another gateway in the engine's queue."""

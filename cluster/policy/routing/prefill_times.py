@@ -15,7 +15,7 @@ sample with the time that they have taken so far. The sums decay with each sampl
 They also decay with time: a worker that gets no calls because it was slow soon counts as a usual worker again, and its
 next calls show whether it is one. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
 Up to NOISE squared they count in part: a jump at NOISE would drive all new calls away from a worker that is as fast as
-the others.
+the others. The ratio of late prompts counts in whole from NOISE on.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become equally
 slower, the slowdowns change for a short time only.
@@ -133,11 +133,13 @@ class PrefillTimes:
         sums.decay(now)
         prior_s = max(PRIOR * self._seconds / self._count, PRIOR_S)
         ratio = (sums.taken_s + prior_s) / (sums.usual_s + prior_s)
+        shown = _without_noise(ratio) if ratio >= 1 else 1 / _without_noise(1 / ratio)
         if now < sums.late_until:
             taken_s = KEPT * sums.taken_s + sums.late_s
             usual_s = KEPT * sums.usual_s + self.usual_s(sums.late_tokens)
-            ratio = max(ratio, (taken_s + prior_s) / (usual_s + prior_s))
-        shown = _without_noise(ratio) if ratio >= 1 else 1 / _without_noise(1 / ratio)
+            late = (taken_s + prior_s) / (usual_s + prior_s)
+            if late > NOISE:  # counts in whole: equal workers do not differ by as much as late prompts are late
+                shown = max(shown, late)
         return min(max(shown, FASTEST), SLOWEST)
 
     def known(self) -> Iterable[str]:

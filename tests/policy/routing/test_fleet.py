@@ -344,8 +344,8 @@ def test_explain_names_every_candidate() -> None:
     fleet = [worker("busy", running=16, free_sequences=48), worker("idle"), worker("leaving", draining=True)]
     text = choose(RouteCall("m", 100, cached={"busy": 100}), fleet).explain()
     assert text == (
-        "to idle, least_loaded: idle 5600.000 (waiting_prefill 0.000, load 4000.000, queue 0.000, memory 0.000, "
-        "uncached_tokens 1600.000); busy 68000.000 (waiting_prefill 0.000, load 68000.000, queue 0.000, memory 0.000, "
+        "to idle, least_loaded: idle 3600.000 (waiting_prefill 0.000, load 2000.000, queue 0.000, memory 0.000, "
+        "uncached_tokens 1600.000); busy 34000.000 (waiting_prefill 0.000, load 34000.000, queue 0.000, memory 0.000, "
         "uncached_tokens 0.000); leaving draining"
     )
     assert choose(RouteCall("m", 100), []).explain() == "nowhere, no_worker: no candidates"

@@ -6,7 +6,7 @@ import itertools
 from random import Random
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from cluster.policy.routing.prefill_times import FASTEST, MEMORY_S, SLOWEST, PrefillTimes
@@ -74,6 +74,7 @@ def test_a_slowdown_rises_without_a_jump() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1000, 4000), st.floats(8.0, 20.0))
+@example(244, 1000, 8.0)
 def test_a_late_prompt_shows_a_slow_worker_before_its_sample(seed: int, tokens: int, late: float) -> None:
     """A worker on which prompts are several times late is slow at once, and a usual one again when they are finished
     in time after all, or when nothing more is reported of them."""
