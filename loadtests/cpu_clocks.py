@@ -1,4 +1,5 @@
-"""CPU time of the front end between two moments, in nanoseconds of the kernel's clock of each process.
+"""CPU time of the front end between two moments, from the kernel's CPU clock of each process, with nanosecond
+resolution.
 
 processes.py counts in steps of 10 ms, which is too coarse for a single call. These clocks also count threads that have
 ended.

@@ -48,7 +48,7 @@ def _worker(number: int, chance: Random) -> Candidate:
 
 
 def measure(case: Case, rounds: int = ROUNDS) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the quantiles of the seconds of CPU for a decision, and for the decision with the changes before it."""
+    """Return the quantiles of CPU seconds: for a decision alone, and for a decision with the preceding changes."""
     chance, fleet = Random(SEED), Fleet()
     workers = [_worker(number, chance) for number in range(case.workers)]
     for worker in workers:

@@ -67,9 +67,9 @@ class CatalogService(Protocol):
         """Add an adapter to a model, or replace an adapter of the same name that this method has added. Returns the
         model's name and the adapter.
 
-        The adapter does not become part of the model's entry, so `apply` does not remove it. A name that an adapter in
-        the entry has is refused. If the entry later gets an adapter of the same name, the entry's adapter replaces the
-        added one.
+        The adapter does not become part of the model's entry, so `apply` does not remove it. Refuses the name of an
+        adapter that is in the entry. If the entry later gets an adapter of the same name, the entry's adapter replaces
+        the added one.
         """
 
     def unload_adapter(self, name: str, adapter: str) -> tuple[str, AdapterSpec]:

@@ -1,4 +1,4 @@
-"""Parts of an output that a worker parses into content, reasoning and tool calls, and the request to parse it."""
+"""The parts into which a worker parses an output (content, reasoning, tool calls), and the request for parsing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class OutputParsing:
-    """A request to parse the output of a chat at the worker into reasoning, content and tool calls."""
+    """A request to the worker: parse the output of a chat into reasoning, content and tool calls."""
 
     request: str
     """JSON object with the fields on which parsers depend, by OpenAI's names: `tools`, `tool_choice`,

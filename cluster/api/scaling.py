@@ -27,7 +27,7 @@ class ScalingDecision:
 
 @dataclass(frozen=True, slots=True)
 class ModelScaling:
-    """Scaling state of one model. `desired`: decided number of replicas. `target`: number that Ray was asked for.
+    """Scaling state of one model. `desired`: decided number of replicas. `target`: number requested from Ray.
 
     `by`: what sets the number of replicas (demand, manual or frozen). `cold_start_s`: 0 if not yet known.
     """

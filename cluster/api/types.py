@@ -35,7 +35,7 @@ class Grammar:
     kind: str
     value: str | tuple[str, ...]
     field: str = "response_format"
-    """Field of the caller's request from which the constraint comes, for errors."""
+    """Field of the caller's request that contains the constraint. Error messages name this field."""
     reasoning_ended: bool | None = None
     """Whether the constraint holds from the first token (True) or after the reasoning (False). None: the engine
     decides. Set by a worker's output parser."""
@@ -77,8 +77,8 @@ class Sampling:
 
 
 POOLING_SAMPLING: Final = Sampling(max_tokens=1, temperature=0.0)
-"""Sampling parameters of all pooling requests, which no pooling worker reads. A worker of an older release, which does
-not know pooling, generates one token at most."""
+"""Sampling parameters of all pooling requests. Pooling workers do not read these parameters. They limit a worker of an
+older release, which does not know pooling, to one generated token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +165,8 @@ KV_EVENTS = "kv_events:v1"
 """Capability: the worker reports the KV blocks that it holds, by the prefix hashes of policy/kv_cache."""
 
 PREFIX_EXACT = "prefix:exact"
-"""Capability: the engine finds exactly the reported KV blocks in its cache, since each block holds all layers of full
-attention. Other engines need more than these blocks, so the number of tokens that they find can only be estimated."""
+"""Capability: the engine finds exactly the reported KV blocks in its cache, since all layers have full attention. An
+engine without this capability may find fewer blocks, so the number of cached tokens can only be estimated."""
 
 RESUME_CAPABILITIES = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
 """Resume capabilities from the weakest to the strongest. Each engine has one of these capabilities."""
@@ -450,7 +450,7 @@ class CatalogEntry:
     """SLO for the time to first token, in seconds; 0: no SLO. `slo_itl_s` is the SLO for the time between tokens."""
     slo_itl_s: float = 0.0
     slo_target: float = 0.0
-    """Share of the calls that should meet both SLOs; 0 without an SLO, and from a controller of an older release."""
+    """Share of the calls that should meet both SLOs; 0 if there is no SLO or the controller is of an older release."""
     starting_since_s: float = 0.0
     """Time at which the model's first replica began to start, in seconds since the epoch; 0 while no first replica is
     starting."""

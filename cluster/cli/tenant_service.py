@@ -2,7 +2,7 @@
 
 --database-url, -f and --pepper-file select the database. --admin, --endpoint, --context, --api-key-file and --tls-ca
 select a gateway's admin API. Options on the command line take precedence over environment variables, and these over the
-current context. Without all of these, the local ledger is selected.
+current context. If none of these selects a service, the local ledger is used.
 """
 
 from __future__ import annotations

@@ -338,7 +338,7 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[PoolingParams],
     ) -> RerankAnswer:
-        """Return documents by their relevance to a query, the best first. `top_n`: return only the best so many."""
+        """Return documents by their relevance to a query, the best first. `top_n`: maximum number of documents."""
         request_id = request_id or new_request_id()
         request = rerank_request(model, query, documents, top_n, return_documents, params)
         raw = await self._unary(lambda stub: stub.Rerank, request, timeout_s, request_id, headers)

@@ -1,4 +1,4 @@
-"""The calls of one stream of either client: the first call, and the calls that resume the stream."""
+"""The calls of one stream of a Client or AsyncClient: the first call, and the calls that resume the stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The key `models[].adapters`: the adapters that a model's workers load, and the engine arguments that they need."""
+"""The key `models[].adapters`: the adapters that a model's workers load, and the engine arguments for adapters."""
 
 from __future__ import annotations
 

@@ -170,9 +170,10 @@ A model has one Need for each GPU type on which the model may run.
 
 
 def budgets(needs: Sequence[Need], budget: Mapping[str, int]) -> Iterator[Problem]:
-    """Yield a problem for each GPU budget in `scaling.gpu_budget` that is too small.
+    """Yield the problems of the GPU budgets in `scaling.gpu_budget`.
 
-    A budget is too small for one replica of a model, or for the minimum replicas of all models together.
+    There is a problem for each model of which one replica exceeds the budgets of all GPU types of the model, and for
+    each budget that is too small for the minimum replicas of the models that can use no other GPU type.
     """
     by_model: dict[int, list[Need]] = {}
     for need in needs:

@@ -22,7 +22,7 @@ PARSERS = Path(__file__).with_name("vllm_parsers.json")
 PARSER_KEYS = ("tool_call_parser", "reasoning_parser")
 """Keys of an `engine:` section that name the parsers of a model's output. Without a key, the model's family decides."""
 NO_PARSER = "none"
-"""Value of a key in PARSER_KEYS for no parser, even if the model's family has one."""
+"""Value of a key in PARSER_KEYS that switches the parser off, even if the model's family has one."""
 Problem = tuple[str, str]
 """Path of the key below `engine`, and text of the problem."""
 

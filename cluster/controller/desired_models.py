@@ -38,7 +38,8 @@ class DesiredModels:
     ) -> None:
         """Set the replicas that should run, and the adapters of each model.
 
-        `settings`: of each model the stable version first, and of each version the preferred GPU type first.
+        `settings` must have this order: the stable version of a model comes before the canary, and the preferred GPU
+        type of a version comes first.
         """
         self.adapters = adapters or {}
         wanted: dict[str, tuple[ReplicaSettings, ...]] = {}

@@ -224,7 +224,7 @@ class ControllerLinks:
         return pb.Blob(worker_id=f"controller:{self._controller_id}", incarnation=self._incarnation)
 
     async def _send_catalog(self, call: Any, changed: asyncio.Event, write_lock: asyncio.Lock) -> None:
-        """Send the catalog at each change, and in between empty frames, which show that the controller runs."""
+        """Send the catalog at each change. Between changes, send empty frames, which show that the controller runs."""
         while True:
             try:
                 async with asyncio.timeout(self._idle_s):

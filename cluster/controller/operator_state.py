@@ -105,7 +105,7 @@ async def recover(
 
 
 async def _answers(gateways: Sequence[str], tls: TlsFiles | None, resolve: dns.Resolve) -> list[pb.OperatorState]:
-    """Return the operators' changes that each gateway has, for the gateways that answer."""
+    """Return one OperatorState from each gateway that answers; an empty one from a gateway without the changes."""
     addresses: dict[str, None] = {}
     for gateway in gateways:
         if not dns.is_dns_name(gateway):
@@ -136,7 +136,7 @@ async def _ask(address: str, tls: TlsFiles | None) -> pb.OperatorState | None:
 
 
 def _files(document: bytes) -> dict[str, str]:
-    """Return the files in a document. Raises ValueError."""
+    """Return the text of each file in a document, by file name. Raises ValueError."""
     values = json.loads(document)
     if not isinstance(values, dict) or not all(isinstance(values.get(name, ""), str) for name in FILES):
         raise ValueError("not an object of files")

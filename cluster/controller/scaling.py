@@ -70,8 +70,8 @@ def requested_on_ray(
 
 
 def room(models: DesiredModels, snapshot: RaySnapshot) -> Mapping[Kind, int]:
-    """Return, by model and GPU type, how many replicas of the model fit on the nodes of this type together with the
-    replicas that other models have there. Only models with several GPU types are included."""
+    """Return, by model and GPU type, how many replicas of the model fit on the nodes of this type beside the replicas
+    of other models. Only models with several GPU types are included."""
     free: dict[Kind, int] = {}
     for model in models.variants:
         types = models.stable(model)

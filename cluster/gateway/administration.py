@@ -62,7 +62,7 @@ class Administration:
                 self.siblings,
             )
         )
-        """What the console shows of the cluster."""
+        """The cluster's state, as the console shows it."""
         self.authorizer = AdminAuthorizer(tenants)
         services: dict[str, object] = {
             "Fleet": FleetAdmin(

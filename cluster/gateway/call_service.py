@@ -72,8 +72,8 @@ class CallService:
         """`max_attempts`: number of workers that may fail a sequence before its call fails. `max_silent_losses`: number
         of workers that a sequence may lose in a row without a token in between. `guards`: required if policies name
         guards. `resumes`: the resume service, None if streams cannot be resumed. `prompts`: the prompt log for tenants
-        whose policy asks for prompt logging. `access_log`: None for no lines about calls that have ended.
-        `tracer`: None if calls are not traced."""
+        whose policy asks for prompt logging. `access_log`: None if ended calls are not logged. `tracer`: None if calls
+        are not traced."""
         self.authenticator: Authenticator = authenticator if authenticator is not None else NoAuthentication()
         self.directory = directory
         self.bodies = Bodies()
@@ -99,14 +99,15 @@ class CallService:
         self._access_log = access_log
         self._tracer = tracer
         self._at_end: list[Callable[[Opening | PoolingOpening, Outcome], None]] = [self._end_metrics.count]
-        """Functions that get each call that has ended, in this order."""
+        """Functions that are called in this order for each call that has ended or could not begin."""
         if access_log is not None:
             self._at_end.append(access_log.record)
         if tracer is not None:
             self._at_end.append(self._end_trace)
 
     def call_at_end(self, function: Callable[[Opening | PoolingOpening, Outcome], None]) -> None:
-        """Call a function, after the others, for each call that has ended or could not begin. It must be short."""
+        """Register a function that is called for each call that has ended or could not begin, after the functions that
+        were registered before. The function must be short."""
         self._at_end.append(function)
 
     @property

@@ -2,7 +2,7 @@
 
 Importing numpy takes about 60 ms, and importing msgspec and orjson 10 ms, together a twentieth of a start. They are
 usually imported before the first large request. A large request that arrives earlier imports the modules where it uses
-them. A new gateway whose workers already hold KV blocks needs them at once.
+them. A new gateway whose workers already hold KV blocks needs the modules at once.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ LAG_S = 0.1
 SLOW_BODIES_S = 1.0
 """Interval in seconds of the search for request bodies that arrive too slowly."""
 HAND_OVER = 0.5
-"""Last fraction of the drain time, in which a stopping gateway hands resumable streams over to other gateways."""
+"""Final fraction of the drain time, in which a stopping gateway hands resumable streams over to other gateways."""
 FINAL_STATUS_S = 0.5
 """Seconds after the drain time in which calls that still run can send their final status."""
 

@@ -1,4 +1,4 @@
-"""The gRPC calls of a server connection. A call is a servicer context like grpc.aio's, whose `send` does not block."""
+"""The gRPC calls of a server connection. A call is a servicer context like grpc.aio's, but `send` does not block."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ token. h2 makes all other frames.
 The reader returns one frame at a time, with limits that apply before bytes are buffered. It replaces h2's FrameBuffer,
 which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
 
-Response headers are literals that enter no table (RFC 7541, 6.2.2), so encoding needs no state. The first header block
-of a connection sets the table's size to zero, and so does the first block after the client has changed the limit of the
-table's size.
+Response headers are literals that are not added to the dynamic header table (RFC 7541, 6.2.2), so encoding needs no
+state. The first header block of a connection sets the size of this table to zero. The first block after the client has
+changed the table's size limit does so again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MAX_STREAM_ID = 2**31 - 1
 _HEAD = struct.Struct("!HBBBL")
 MAX_CONTINUATIONS = 16
 MAX_SIZE_UPDATES = 2
-"""Maximum number of changes of the header table's size at the start of a block: first the smallest size, then the final
-size (RFC 7541, 4.2)."""
+"""Maximum number of changes of the header table's size at the start of a block. RFC 7541, 4.2, allows two: one to the
+smallest size, then one to the final size."""
 NO_TABLE = b"\x20"
 """An update of the dynamic table's size to zero, which must come first in a header block."""
 
@@ -47,7 +47,7 @@ def data_frame(id_bytes: bytes, data: bytes) -> bytes:
 
 
 def literal(name: bytes, value: bytes) -> bytes:
-    """A header field that enters no table and is not compressed."""
+    """Encode a header field as a literal that is neither compressed nor added to the dynamic header table."""
     return b"\x00" + _length(name) + name + _length(value) + value
 
 
@@ -170,7 +170,8 @@ class FrameReader:
         return not self._preface
 
     def _add_to_block(self, frame: Frame) -> Frame | None:
-        """Add a frame to the header block. Returns the HEADERS frame with the whole block at the block's end."""
+        """Add a frame to the header block. Returns the HEADERS frame with the whole block once the block is complete,
+        else None. Raises ProtocolError."""
         block = self._block
         if block is None:
             if not isinstance(frame, HeadersFrame):

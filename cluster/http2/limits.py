@@ -68,7 +68,8 @@ class ServerLimits:
     age_s: float = 0.0
     """Age in seconds at which the server asks the client to reconnect; 0: never."""
     age_grace_s: float = 300.0
-    """Time from the age limit to the end of calls whose client may still send requests. All other calls may finish."""
+    """Time in seconds after the age limit at which the server ends the calls whose client may still send requests. All
+    other calls may finish."""
 
 
 class BodyReservation(Protocol):
@@ -149,7 +150,7 @@ class Charges:
         self._fields = Bucket(limits.unauthenticated_header_bytes_per_s, limits.unauthenticated_header_bytes_burst, now)
 
     def admit(self, now: float) -> None:
-        """Give the connection, which is authenticated now, the larger token buckets, which begin full."""
+        """Replace the token buckets with the larger ones of an authenticated connection. The new buckets begin full."""
         limits = self._limits
         self._frames = Bucket(limits.resets_per_s, limits.resets_burst, now)
         self._fields = Bucket(limits.header_bytes_per_s, limits.header_bytes_burst, now)

@@ -25,8 +25,8 @@ from cluster.http2.connection_table import MAX_CONNECTIONS, ConnectionSlot, Conn
 log = structlog.get_logger("connections")
 
 ACCEPTS_A_PASS: Final = 8
-"""Maximum number of connections accepted in one event-loop pass. This number of descriptors may be in use beyond the
-cap, because a replaced connection is closed in the next pass."""
+"""Maximum number of connections accepted in one event-loop pass. The number of descriptors in use may exceed the cap by
+this number, because a replaced connection is closed in the next pass."""
 PAUSE_S: Final = 0.5
 """Pause before the next accept in seconds, when no descriptor or memory is left."""
 HANDSHAKE_S: Final = 10.0

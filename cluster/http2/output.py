@@ -17,7 +17,7 @@ from cluster.http2.h2_state import EndedStreams, Http2State, ServerState
 from cluster.http2.limits import FIRST_WINDOW_BYTES, Budget, ServerLimits
 
 UNAUTHENTICATED_UNSENT_BYTES: Final = 1 << 20
-"""Maximum number of bytes that wait for a client to read, before a call was admitted."""
+"""Maximum number of bytes that may wait for the client on a connection without an admitted call."""
 UNAUTHENTICATED_RESETS_NOTED: Final = 128
 
 
@@ -47,7 +47,7 @@ class ConnectionOutput:
         """Whether the connection is being closed. Received bytes are ignored from then on."""
 
     def write(self, data: bytes) -> None:
-        """Add bytes to the one send of this event-loop pass."""
+        """Queue bytes. All bytes that are queued in one event-loop pass are sent together."""
         self._unsent.append(data)
         if not self._flushing:
             self._flushing = True

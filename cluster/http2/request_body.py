@@ -54,8 +54,8 @@ class RequestBody:
         self._too_slow = too_slow
         self._reservation: BodyReservation | None = None
         self._allowed_size = 0
-        """Size in bytes of the incomplete message with its prefix, once its reservation was requested or is not needed;
-        else 0."""
+        """Size in bytes of the incomplete message with its prefix. 0 while there is no such message, or while its
+        reservation is needed but not requested yet."""
         self._stream_growth = 0
         """Bytes by which the stream's receive window is to grow."""
         self._connection_growth = 0

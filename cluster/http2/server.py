@@ -46,8 +46,8 @@ class Gate(Protocol):
     async def admit(self, call: ServerCall) -> str | None:
         """Return the tenant whose budget the request counts against; None for a method that needs no credential.
 
-        The gate refuses a call by `call.abort`. The server calls `admit` again if the request arrived later than the
-        headers."""
+        The gate refuses a call by `call.abort`. The server calls `admit` a second time, once the request is
+        complete, if the request was still incomplete after the first call."""
 
 
 class CallRunner:

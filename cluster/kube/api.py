@@ -37,8 +37,8 @@ class LeaseStore(Protocol):
         """Return the record; None if the store has none."""
 
     def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
-        """Write `holder` ("" for none) over the record `over`, as last read; return the new record. `over` None: create
-        it. Raises Conflict if the stored record is no longer `over`."""
+        """Replace the record `over`, as last read, with a record of `holder` ("" for none). Returns the new record.
+        If `over` is None, create the record. Raises Conflict if the stored record is no longer `over`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,9 +36,9 @@ class SloObjective:
 class SloSum:
     """How many calls of a tenant to a model met or missed the model's SLO.
 
-    `objective` is None for a model that is not in the catalog. Calls of such a model are not judged, nor are invalid
-    calls and calls that their callers cancelled in time; `not_judged` counts all of these. `unknown` counts calls of
-    lost gateways, whose times are not recorded.
+    `objective` is None for a model that is not in the catalog. `not_judged` counts the calls of such a model, invalid
+    calls, and calls that their callers cancelled before the first token was late. `unknown` counts calls of lost
+    gateways, because the times of these calls are not recorded.
     """
 
     tenant: str

@@ -1,1 +1,1 @@
-"""The wire between a gateway (hub) and those who dial in: workers and the controller."""
+"""The link protocol, which gateways speak with the workers and controllers that connect to them."""

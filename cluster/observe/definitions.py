@@ -226,4 +226,5 @@ ENGINE_HISTOGRAMS: Mapping[str, str] = {
     "vllm:e2e_request_latency_seconds": "request_duration_seconds",
     "vllm:request_queue_time_seconds": "queue_time_seconds",
 }
-"""vLLM's names of histograms that the gateway measures instead of vLLM's AsyncLLM, with the label model_name."""
+"""The gateway's own histograms that are also exported under vLLM's names with the label model_name: our name by vLLM's
+name. The gateway measures these values instead of vLLM's AsyncLLM."""

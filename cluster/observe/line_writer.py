@@ -55,7 +55,7 @@ class LineWriter:
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        """Begin with an empty queue and without a thread. A forked process does so too, because it has no copy of the
+        """Begin with an empty queue and without a thread. Also called in a forked process, which has no copy of the
         thread."""
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Event | threading.Event] = queue.SimpleQueue()
@@ -68,7 +68,7 @@ class LineWriter:
         return f"<LineWriter to {self._descriptor} pending {self._pending_bytes} bytes>"
 
     def write(self, event: Event) -> None:
-        """Queue an event, which must not change any more. The event is dropped if too many wait."""
+        """Queue an event, which must not change any more. The event is dropped if too many events wait."""
         size = _size(event)
         with self._lock:
             if self._pending_bytes + size > self._max_bytes:

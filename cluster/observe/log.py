@@ -79,7 +79,7 @@ def dropped_lines() -> int:
 
 
 def add_flush(waits: Callable[[float], object]) -> None:
-    """Register a function that `flush` calls, with its timeout, after it has written the lines of this process."""
+    """Register a function that `flush` calls with the timeout, after the lines of this process are written."""
     _at_flush.append(waits)
 
 
@@ -105,7 +105,7 @@ class CallFields:
 def call_fields() -> Mapping[str, str]:
     """Return the request id and trace id of the call to which the current task belongs; empty outside of calls.
 
-    In a task that serves several calls, these are the ids of the call that started the task, so do not use them there.
+    Do not use these ids in a task that serves several calls: they are the ids of the call that started the task.
     """
     return _CALL.get(_NO_CALL)
 
@@ -146,7 +146,8 @@ def _render(fields: Mapping[str, str], event: Event) -> str:
 def keep_handlers_open(logger: logging.Logger) -> None:
     """Make the handlers of a logger ignore `close` until the process ends.
 
-    vLLM calls logging.dictConfig, which closes all handlers, including the handler of Ray Serve's log file. Without it,
-    this replica could not report its log file to a restarted Serve controller, which would then replace the replica."""
+    vLLM calls logging.dictConfig, which closes all handlers, including the handler of Ray Serve's log file. With
+    that handler closed, this replica could not report its log file to a restarted Serve controller, and the controller
+    would replace the replica."""
     for handler in logger.handlers:
         handler.close = handler.flush  # type: ignore[method-assign]

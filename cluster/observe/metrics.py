@@ -26,7 +26,7 @@ _TENANT_AT = {name: d.labels.index("tenant") for name, d in DEFINITIONS.items() 
 
 
 class Histogram:
-    """A histogram series: the counts by bucket, the sum of the values, and by bucket the last value with a trace."""
+    """A histogram series: the sum of the values, and for each bucket the count and the last value that has a trace."""
 
     __slots__ = ("_bounds", "_exemplars", "counts", "sum")
 
@@ -110,7 +110,7 @@ class Metrics(Collector):
         self, samples: Iterable[tuple[tuple[str, ...], float]], at: int
     ) -> list[tuple[tuple[str, ...], float]]:
         """Return the samples of a gauge by tenant. All tenants without a label of their own share the sample `other`,
-        whose value is the largest of theirs. `at`: index of the tenant in the labels."""
+        whose value is the largest value of these tenants. `at`: index of the tenant in the labels."""
         largest: dict[tuple[str, ...], float] = {}
         for labels, value in samples:
             labels = (*labels[:at], self._tenant_label(labels[at]), *labels[at + 1 :])
@@ -131,12 +131,12 @@ class Metrics(Collector):
         return () if series is None else tuple(series.counts)
 
     def add_gauges(self, gauges: Callable[[], Iterable[Sample]]) -> None:
-        """Register a function that returns values of gauges and counters. It runs in the scraping thread and must only
-        read."""
+        """Register a function that returns values of gauges and counters. The function runs in the scraping thread and
+        must change nothing."""
         self._gauges.append(gauges)
 
     def remove_gauges(self, gauges: Callable[[], Iterable[Sample]]) -> None:
-        """Undo `add_gauges` for a part that ends before its process."""
+        """Undo `add_gauges`, for a part of the process that ends before the process does."""
         self._gauges = [other for other in self._gauges if other is not gauges]
 
     def add_process_metrics(self) -> None:

@@ -1,4 +1,4 @@
-"""Copy a process's output to another output, such as the container's, because Ray redirects it to files.
+"""Copy a process's output, which Ray redirects to files, to another output such as the container's.
 
 Problem: a replica's standard output and error are files in Ray's session folder on the pod's disk. `kubectl logs` does
 not show these files, and they are lost with the pod. Ray 2.60 redirects the output in its core worker

@@ -81,8 +81,9 @@ class SpanExport:
         interval_s: float = INTERVAL_S,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """`endpoint`: URL of the collector; https:// means TLS. `count(outcome, number)` counts spans: `exported`,
-        `failed` and `dropped`. The thread counts the first two. Raises ValueError for an unusable file."""
+        """`endpoint`: URL of the collector; https:// means TLS. `count(outcome, number)` counts spans. The outcome is
+        `exported` or `failed` in calls from the export thread, and `dropped` in calls from `add` and `stop`. Raises
+        ValueError for an unusable file."""
         self._endpoint = endpoint
         self._count = count
         self._ca_file = ca_file
@@ -190,7 +191,7 @@ _SUCCESS = SpanExportResult.SUCCESS
 
 
 class _LastReason(logging.Filter):
-    """Keeps the exporter's messages out of the log, which they would fill, and remembers the last one."""
+    """Keeps the exporter's many messages out of the log, and remembers the last message."""
 
     text = ""
 

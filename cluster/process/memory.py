@@ -7,9 +7,9 @@ it walks all objects, including modules, tokenizers and tables that live as long
 streams, one such walk took 30 ms. So the objects that a start or a load has created are frozen (never walked again),
 and young objects are walked less often. Objects of ended calls are freed by reference counting, except for rare cycles.
 
-glibc keeps freed memory between pieces that are in use. In an hour of 100 calls a second, a gateway whose objects in
-use did not grow gained 3 MB of such holes. So whole free pages are returned to the system now and then, when no calls
-are running.
+glibc keeps freed memory between pieces that are in use. In an hour of 100 calls a second, such holes grew by 3 MB in a
+gateway, although its objects in use did not grow. So whole free pages are returned to the system now and then, when no
+calls are running.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class ServedReplica:
 
 def _configure_log(replica: Replica) -> None:
     """Write the log as JSON to the standard output, with the worker's place in every line. If the node's environment
-    names another output, such as the container's, copy the standard output and error to it."""
+    names another output, such as the container's, copy the standard output and error to that output."""
     settings, place = replica.settings, replica.place
     gpu = {"gpu": settings.spec.gpu or "unknown"} if place.gpus else {}
     if gpu and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
@@ -177,5 +177,6 @@ PASSED_ON = (
     "RAY_AUTH_MODE",
 )
 """Environment variables that replicas inherit from the deploying process. No secret may be listed, since Ray's
-dashboard shows the variables. No network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) may be listed: a
-replica gets its name from the environment of its own node, and the names may differ between worker groups."""
+dashboard shows the variables. No name of a network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) may be
+listed: a replica gets this name from the environment of its own node, and the names may differ between worker
+groups."""

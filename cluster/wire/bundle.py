@@ -17,10 +17,10 @@ from pathlib import Path
 
 MAX_BUNDLE_BYTES = 256 * 1024 * 1024
 ESCAPED_TOKENS, ESCAPE_SEPARATOR = "escaped_tokens", "escape_separator"
-"""Names in the bundle's tokenizer_config.json: the control tokens that a gateway escapes in the contents of messages,
-and the character that it inserts to do so. Absent if the model's `control_tokens_in_content` is `keep`."""
+"""Keys in the bundle's tokenizer_config.json: the control tokens that a gateway escapes in the contents of messages,
+and the character that it inserts to escape them. Absent if the model's `control_tokens_in_content` is `keep`."""
 RENDERER = "renderer"
-"""Name in the bundle's tokenizer_config.json: the renderer of vLLM that makes prompts of chats. It runs only in workers
+"""Key in the bundle's tokenizer_config.json: the renderer of vLLM that makes prompts of chats. It runs only in workers
 (worker/rendering). Absent if the model has a chat template, which a gateway renders itself."""
 _PLAIN_SAMPLING = {
     "repetition_penalty": 1.0,

@@ -6,7 +6,7 @@ link may ever send (as in QUIC's MAX_STREAMS, RFC 9000 section 4.6), so that a l
 limit can be lowered, to move unused capacity to a link with a longer queue. Until the gateway has acknowledged the
 lower limit, the worker counts the higher limit as promised.
 
-Both classes are pure: no clock, no I/O.
+CreditGranter and CreditBalance are pure: no clock, no I/O.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ def is_dns_name(gateway: str) -> bool:
 async def resolve(
     name: str, resolver: dns.asyncresolver.Resolver | None = None, answer_s: float = ANSWER_S
 ) -> tuple[str, ...]:
-    """Resolve a name (without `srv://`) to the sorted `host:port` of its gateways, with the machine's search domains.
+    """Resolve a name (without `srv://`) to the sorted `host:port` of its gateways.
 
-    Raises NoAnswer.
+    The machine's search domains apply. Raises NoAnswer.
     """
     try:
         resolver = resolver or dns.asyncresolver.Resolver()

@@ -26,16 +26,16 @@ from cluster.wire.rendering import RenderedPieces
 MESSAGE_BYTES = 4 << 20
 """Maximum size in bytes of the Submits in one message to a worker; a worker accepts far larger messages."""
 STEP_VECTOR_BYTES = 1 << 20
-"""Size in bytes of a message's vectors from which further outputs go into the next message."""
+"""Total size in bytes of the vectors in one message. Once it is reached, further outputs go into the next message."""
 MAX_VECTOR_BYTES = 256 << 20
 """Size in bytes of unsent vectors above which an outbox is full."""
 MAX_KV_MESSAGES = 4096
-"""Maximum number of unsent reports of KV blocks. To report all blocks of a large engine takes a few hundred."""
+"""Maximum number of unsent reports of KV blocks. All blocks of a large engine fit in a few hundred reports."""
 
 
 class Outbox:
-    """A worker's outgoing messages for one gateway. The outbox is `full` when more than `max_tokens` token ids, or more
-    than MAX_VECTOR_BYTES of vectors, wait."""
+    """A worker's outgoing messages for one gateway. The outbox is `full` if more than `max_tokens` token ids,
+    MAX_VECTOR_BYTES bytes of vectors or MAX_KV_MESSAGES reports of KV blocks wait to be sent."""
 
     def __init__(self, max_tokens: int = 65_536) -> None:
         self._max_tokens = max_tokens
@@ -129,7 +129,7 @@ class Outbox:
         self.flush()
 
     def engine_ended(self, why: str) -> None:
-        """Set the reason why the worker's engine has ended. The next message reports the reason and is the last."""
+        """Set the reason why the worker's engine has ended. The last message, sent after all outputs, reports it."""
         self._engine_ended = why
         self.flush()
 

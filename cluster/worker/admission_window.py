@@ -2,10 +2,9 @@
 
 Problem: a sequence sent too early waits in the engine's own queue, where fair order no longer applies. A sequence sent
 too late leaves a slot empty for a round trip. So the window is the number of prompts that the engine will probably
-start in the next step, and at most the number of free slots. Invariants: if a slot is free and no prompt is pending,
-capacity is granted. Beyond the slots, as many sequences are admitted as end per step on average, at most
-LOOKAHEAD_SEQUENCES. Source: the remaining work is a fluid model of chunked prefill (Sarathi-Serve, Agrawal et al., OSDI
-2024).
+start in the next step, and at most the number of free slots. The sequences that end per step on average, at most
+LOOKAHEAD_SEQUENCES, count as additional free slots. Invariant: if a slot is free and no prompt is pending, capacity is
+granted. Source: the remaining work is a fluid model of chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024).
 
 The engine does not report the progress of a prompt, so the progress is estimated: each step computes as many tokens as
 it can, and a request's first output means that all prompts before this request are done. Pure: no clock.

@@ -35,7 +35,7 @@ VLLM_MAX_LORA_RANK = 16
 def open_model(settings: ReplicaSettings, progress: Progress | None = None) -> OpenedModel:
     """Find or fetch the model, build its bundle and create its engine (not started). Blocks. Raises ValueError.
 
-    `progress`: called during a fetch with the number of bytes of the weights so far, of all, and the file."""
+    `progress`: called during a fetch with the bytes fetched so far, the bytes in all, and the file's name."""
     if is_simulated(settings.spec):
         return _open_simulated(settings)
     _refuse_code(settings)

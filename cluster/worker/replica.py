@@ -118,7 +118,7 @@ class Replica:
     opener: ModelOpener
     on_engine_death: Callable[[int], None] = end_process
     fetching: FetchProgress = field(default_factory=FetchProgress)
-    """Progress of the weights, which `opener` reports."""
+    """Progress of fetching the weights, as reported by `opener`."""
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     engine: Engine | None = None
     info: EngineInfo | None = None

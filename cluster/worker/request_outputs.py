@@ -54,7 +54,7 @@ class RunningRequest:
     stream: str = ""
     parameters: object = None
     generation: int = 0
-    """Number of times that the call had been resumed when it was submitted."""
+    """Number of times that the call had been resumed when this request was submitted."""
     resumed_from: str = ""
     """Incarnation of the gateway that issued the resume token; "" if the call was not resumed with a token."""
     name: str = ""

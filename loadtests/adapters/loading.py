@@ -1,5 +1,5 @@
-"""The part `loading`: adapters that are declared while four simulated replicas serve; one of them restarts, another is
-added.
+"""The part `loading`: adapters that are declared while four simulated replicas serve, one replica restarts, and another
+replica is added.
 
 Callers ask the base model and a loaded adapter all the time. The part measures the time until every linked replica
 takes calls for all adapters, once from the declaration of a second adapter, and twice from the link of a replica that
@@ -134,8 +134,10 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def play(stage: Stage, kind: ReplicaKind) -> list[Figure]:
-    """Declare, restart and add with replicas of the given kind, and return the report's rows. Raises DidNotStart,
-    TimeoutError."""
+    """Start replicas of the given kind, declare adapters, restart a replica and add one; return the report's rows.
+
+    Raises DidNotStart, TimeoutError.
+    """
     folder, name = await rig.prepare(stage, 2), f"loading-{kind.count}"
     ours = await serving.start(
         stage.children, stage.folder, bundle=folder / "bundle", source=kind.source_of(folder / "model"),

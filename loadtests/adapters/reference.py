@@ -1,7 +1,7 @@
 """Program that writes transformers' vectors of some texts: python -m loadtests.adapters.reference MODEL TEXTS OUT
 
 MODEL is the folder of all-MiniLM-L6-v2, TEXTS a JSON list, OUT a file for numpy's array (texts, dimensions). A vector
-is the mean over the tokens of the last hidden state, with length 1, as the model's card says.
+is the mean of the last hidden states of all tokens, normalized to norm 1, as the model's card says.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _turn(seed: str, number: int, scale: float) -> list[dict[str, Any]]:
 
 
 def body(messages: list[dict[str, Any]], **more: object) -> bytes:
-    """Return the body of a request of OpenAI's API, as clients in Python write it. `more`: further or other fields."""
+    """Return the body of a request of OpenAI's API, as clients in Python write it. `more`: fields to add or replace."""
     value = {"model": "agent", "messages": messages, "stream": True, "max_tokens": 444, **more}
     return json.dumps(value).encode()
 

@@ -41,7 +41,7 @@ from loadtests.scenarios.parts import exact
 CONVERSATIONS, TENANTS, AT_ONCE, LAST_TURNS = 64, 4, 8, 5
 MAX_MODEL_LEN: Final = 262_144
 CHECK_EVERY: Final = 97
-"""Of this many turns, one has its token ids compared with those of the whole prompt, tokenized at once."""
+"""Number of turns per check. A check compares a turn's token ids with those of the whole prompt, tokenized at once."""
 Messages = list[dict[str, Any]]
 P50 = "CPU of an agent's turn in the front end, p50"
 LAST = "the same, mean of the last five turns"

@@ -1,11 +1,11 @@
 """Compute the clairvoyant optimum (optimum.py) for a demand and a plant, and replay the plan in the common simulation.
 
-A call may wait for the target time to first token less the call's own prefill time. The fluid model of the recursion
-leaves out two effects: decoding yields to prefills, and calls arrive unevenly within a slot. To correct for these
-effects, plans are replayed call by call in the simulation; the cheapest plan that meets the SLO there is the optimum
-used for comparison. The recursion assumes slightly less slack and more work than there is, and spreads decoding in two
-ways (`TRIED`), since a plan without late calls in the fluid model may have some in the simulation. `bound_s` is the
-recursion's own lower bound, which holds for the fluid model only.
+The longest time that a call may wait is the target time to first token minus the call's prefill time. The fluid model
+of the recursion leaves out two effects: decoding yields to prefills, and calls arrive unevenly within a slot. To
+correct for these effects, plans are replayed call by call in the simulation; the cheapest plan that meets the SLO there
+is the optimum used for comparison. A plan without late calls in the fluid model may have some in the simulation. The
+recursion therefore assumes less slack and more work than there is, and one of two paces of decoding (`TRIED`).
+`bound_s` is the recursion's own lower bound, which holds for the fluid model only.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Clairvoyant:
 def slots_of(
     demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, quanta: int, more: float, pace_s: float
 ) -> Slots:
-    """Return the demand in slots: the work of a prompt falls into the slot where the call arrives, the work of the
-    output is spread over the stream, which takes `pace_s` for each token.
+    """Return the demand in slots. The work of a prompt falls into the slot where the call arrives. The work of an
+    output is spread over the duration of the stream: `pace_s` for each token.
     """
     count = int(np.ceil(demand.duration_s / slot_s))
     at = np.minimum((demand.at_s / slot_s).astype(int), count - 1)
@@ -80,7 +80,7 @@ def slacks_of(ttft_s: float, slot_s: float, share: float) -> tuple[float, ...]:
 
 
 def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
-    """Return the amount that falls into each slot, for items that come at `rate` a slot from `begin` to `end`."""
+    """Return the amount that falls into each slot. Each item adds `rate` a slot from `begin` to `end`, in slots."""
     edges = np.arange(count + 1)
     total = np.zeros(count + 1)
     for times, sign in ((begin, 1.0), (end, -1.0)):

@@ -15,17 +15,17 @@ Objective: min sum n[t] x slot + cold x sum (n[t] - n[t-1])+ with at most `budge
 J[t](n, b) = n slot + price late[t](n, b) + min over m of [ cold (m - n)+ + J[t+1](m, b') ], b' = (b + w - n slot)+
 
 Proof sketch. (1) The cost of a plan from slot t on depends on the past through n[t] and the waiting work b alone:
-lateness and b' in a slot are functions of (n, b, w, c), the price of starts of (n, m). So Bellman's principle holds and
-J[0] is the minimum over all plans, by induction from the last slot. (2) Work is counted in quanta of slot / `quanta`,
-and served in multiples of them, so b' lies on the grid: no rounding in the recursion (the demand is rounded once, with
-its error carried on, so that it never differs from the true one by more than a quantum). Above the grid's end work is
-forgotten, which only makes plans cheaper. (3) min over m splits into m <= n, the running minimum of J, and m > n, the
-running minimum of J + cold m from above, less cold n: O(1) for each state.
+lateness and b' in a slot are functions of (n, b, w, c), and the price of starts is a function of (n, m). So Bellman's
+principle holds and J[0] is the minimum over all plans, by induction from the last slot. (2) Work is counted in quanta
+of slot / `quanta`, and served in multiples of them, so b' lies on the grid: no rounding in the recursion (the demand is
+rounded once, with its error carried on, so that it never differs from the true one by more than a quantum). Above the
+grid's end work is forgotten, which only makes plans cheaper. (3) min over m splits into m <= n, the running minimum of
+J, and m > n, the running minimum of J + cold m from above, less cold n: O(1) for each state.
 
 For every price, J less price x allowed late calls is at most the constrained optimum (weak duality: the constrained
-optimum's plan is one of those over which J is the minimum, and its late calls are at most the allowed). The largest of
-these bounds over the prices tried is `Optimum.bound`. The cheapest plan found that keeps the budget is `Optimum.plan`;
-the gap between the two is reported.
+optimum's plan is one of those over which J is the minimum, and has at most the allowed number of late calls). The
+largest of these bounds over the prices tried is `Optimum.bound`. The cheapest plan found that keeps the budget is
+`Optimum.plan`; the gap between the two is reported.
 """
 
 from __future__ import annotations

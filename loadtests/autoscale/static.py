@@ -1,5 +1,5 @@
-"""The best static placement of many models on a number of GPUs: an exact knapsack over the goodput for each number of
-replicas.
+"""The best static placement of many models on a number of GPUs: an exact knapsack over the goodput that each model has
+with each number of replicas.
 """
 
 from __future__ import annotations

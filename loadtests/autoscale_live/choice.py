@@ -29,8 +29,8 @@ class PolicySweep:
 
 
 def sweep_policies(use: float, mean_s: float, stay_s: float, chance: random.Random) -> PolicySweep:
-    """Simulate replicas with a mean stream length of `mean_s`. `use` is the used fraction of each replica's PLACES
-    streams.
+    """Simulate replicas with a mean stream length of `mean_s`. `use`: mean number of streams of a replica, as a
+    fraction of PLACES.
     """
     now_s, looks = 0.0, []
     ends: list[list[float]] = [[] for _ in range(REPLICAS)]

@@ -40,7 +40,7 @@ SAMPLE_S = 0.25
 
 
 class Watch:
-    """Recorder of the number of replicas over time: replicas that start or serve, and replicas that leave."""
+    """Recorder of the numbers of replicas over time: running, starting and desired replicas."""
 
     def __init__(self, scaler: Scaler) -> None:
         self._scaler = scaler

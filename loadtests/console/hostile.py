@@ -91,8 +91,8 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _chats(stage: Stage, browser: Browser) -> tuple[list[str], int]:
-    """Send the payloads as prompts to a model that answers with them, also as reasoning and as calls of tools. Returns
-    the effects, and the number of answers."""
+    """Send the payloads as prompts to a model that answers with the payloads: first as text, then as reasoning and tool
+    calls. Returns the effects, and the number of answers."""
     folder = stage.folder / "echo"
     checkpoint = await asyncio.to_thread(build_checkpoint, "llama", folder / "checkpoint")
     bundle, engine = bundle_of(checkpoint), EchoEngine(768)

@@ -1,8 +1,8 @@
 """The part `pages`: loading and update times in Chromium, while 64 streams run and 20 workers report.
 
-The first view takes from the navigation of a signed-in browser with an empty cache until the fleet is shown with live
-data. The live update takes from an admin request that cordons or uncordons a worker until the page shows the change.
-The longest frame is the longest time between two animation frames on the pages fleet and calls.
+The first view is the time from the navigation of a signed-in browser with an empty cache until the page shows the fleet
+with live data. The live update is the time from an admin request that cordons or uncordons a worker until the page
+shows the change. The longest frame is the longest time between two animation frames on the pages fleet and calls.
 """
 
 from __future__ import annotations

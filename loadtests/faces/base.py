@@ -40,7 +40,9 @@ class Answer:
 
 
 class CallFailed(Exception):
-    """Raised for a call without a complete answer. `kind` is a word to count errors by; `message` is the error text."""
+    """Raised for a call without a complete answer. `kind`: word under which the error is counted; `message`: error
+    text.
+    """
 
     UNREACHABLE = "unreachable"
     BROKEN = "broken"

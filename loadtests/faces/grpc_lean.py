@@ -1,8 +1,9 @@
-"""Client of cluster.v1's StreamChat and StreamComplete on the driver's own loop: one call per kept-alive connection.
+"""Client of cluster.v1's StreamChat and StreamComplete on the driver's own loop. A connection carries one call at a
+time and is kept for later calls.
 
-The reason for this client is the same as for http1.py: grpc.aio's client passes a call through threads and a completion
-queue. At one stream that detour takes a measurable time, which belongs to no server. Callers that use grpcio see the
-same time too, with any server.
+As with http1.py, the driver must cost less than the servers that it measures. grpc.aio's client passes a call through
+threads and a completion queue. With a single stream, this takes a measurable time that no server causes. Callers that
+use grpcio spend the same time with any server.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class OpenAiSse:
         return self._post(f"/v1/{'chat/' if request.chat else ''}completions", self.body(request))
 
     def _post(self, path: str, data: bytes) -> bytes:
-        """Return the bytes of a POST. `path`: below the root."""
+        """Return the bytes of an HTTP POST request. `path`: below the root; `data`: the body."""
         head = (
             f"POST {self._root}{path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
             f"Accept: text/event-stream\r\n{self._key}Content-Length: {len(data)}\r\n\r\n"

@@ -179,8 +179,8 @@ def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
 
 
 SEEN = 12
-"""Number of equal characters after a difference. So many equal characters make the difference a duplicate or a gap, and
-not another text.
+"""Number of characters, from the first difference on, that are searched for in the other text. If they occur in it, the
+difference is a duplicate or a gap, else another text.
 """
 
 

@@ -2,7 +2,7 @@
 the middle.
 
 Sixteen calls begin together. When each call has received a drawn number of pieces, the worker that runs most of the
-calls is cut off, stopped or killed; in half of the batches the other worker follows, so that calls lose two workers.
+calls is cut off, stopped or killed; in half of the batches a second fault follows, so that calls lose two workers.
 The gateway's metrics say how many sequences were resumed after a fault. A fault that hit no sequence, because all calls
 had just ended, does not count. A killed engine needs half a minute to return. Meanwhile the other worker serves alone:
 faults on that worker are cuts or stops, after which its calls resume on the same worker.
@@ -56,8 +56,8 @@ LOGPROBS = 1e-4
 """Tolerance of log probabilities. A prefill and decode steps round differently."""
 BLOCK_TOKENS = 32
 KILLS_OF = 8
-"""Share of SIGKILL among the faults: one fault in this many. A SIGKILL waits until both engines serve; if two SIGKILLs
-are due, both wait.
+"""One fault in this many is a SIGKILL. A SIGKILL waits until both engines serve. If two SIGKILLs are due, the next
+batch waits until both engines serve.
 """
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
@@ -163,7 +163,7 @@ class Engines:
         self._processes[number] = self._children.start(name, "worker replica", self._commands[number], environment)
 
     async def linked_workers(self) -> list[int]:
-        """Return the numbers of the workers that have links, once at most one worker is still restarting."""
+        """Wait until every worker that is not restarting has a link; return the numbers of the linked workers."""
         link_log, ids = self.fleet.link_log, [worker.id for worker in self.fleet.workers]
         self._starting = {number for number in self._starting if ids[number] not in link_log.up}
         wanted = {worker for number, worker in enumerate(ids) if number not in self._starting}
@@ -196,7 +196,9 @@ class Engines:
         await asyncio.gather(*(child.stop() for child in self._processes if child is not None))
 
     async def apply_fault(self, kind: str, number: int) -> None:
-        """Apply one fault to a worker; return when the gateway has noticed the fault and the worker may return."""
+        """Apply one fault to a worker and wait until the gateway has noticed it. Then let the worker continue, or start
+        its replacement.
+        """
         worker, since = self.fleet.workers[number], time.time()
         if kind == KILL:
             await self._kill(number)
@@ -299,7 +301,7 @@ class Batch:
 
 
 class Prover:
-    """Runner of batches over two engines, with the faults that hit them."""
+    """Runner of batches over two engines, and of the faults that hit the batches."""
 
     def __init__(self, engines: Engines, seed: int) -> None:
         fleet = engines.fleet
@@ -311,8 +313,9 @@ class Prover:
         self.proof = Proof()
 
     async def prove(self, points: int) -> Proof:
-        """Run batches until `points` faults have hit a sequence; compare each answer with the undisturbed answer.
-        Raises RuntimeError if calls fail undisturbed, TimeoutError if a batch hangs.
+        """Run batches until `points` faults have hit a sequence, or MOST_MISSES faults have hit none; compare each
+        answer with the undisturbed answer. Raises RuntimeError if calls fail undisturbed, TimeoutError if a batch
+        hangs.
         """
         proof, began = self.proof, time.monotonic()
         try:

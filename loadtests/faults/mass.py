@@ -1,4 +1,4 @@
-"""Thousands of faults: 64 streams of every kind on four simulated workers, some of which are always failing.
+"""Thousands of faults: 64 streams, of all kinds, on four simulated workers. At any time some workers are failing.
 
 Every call is compared with the undisturbed answer, obtained before from the same cluster. The simulated engine computes
 each token as a function of all tokens so far and of every request field that shapes content. So one token lost, doubled
@@ -38,7 +38,7 @@ time.
 """
 PREFILL_S = 0.01
 LEAST_UP = 1
-"""Number of other workers that must serve before a fault is applied."""
+"""Number of workers besides the victim that must serve before a fault is applied."""
 END_S = 60.0
 MAX_ATTEMPTS = 16
 """Bound for both max_attempts and max_silent_losses. Faults are so dense that five losses of one call are normal, and

@@ -1,8 +1,8 @@
 """Overload: a sweep finds the best goodput, then two and five times that rate is offered.
 
-Goodput counts the calls that met the SLO. The SLO is fixed here, before anything is measured. The gateway's queue is as
-long as what can be served within the SLO's time to first token. A call beyond that length is refused at once; a waiting
-call may be shed for a call of a higher class.
+Goodput counts the calls that met the SLO. The SLO is fixed here, before anything is measured. The gateway's queue holds
+only as many calls as can be served within the SLO's time to first token. A call beyond that number is refused at once;
+a waiting call may be shed for a call of a higher class.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@ backends.
 
 All backends use the same simulated engine: our workers, plain OpenAI servers, and replicas of a plain deployment. In a
 round all streams begin together; when each stream has received some pieces, one backend gets SIGKILL. A stream finishes
-when all its tokens arrive, with exactly the text that the same arm gave undisturbed. Each peer retries as by default.
-Each round of vllm-router starts its own engines and router; our backends and Ray's are restarted automatically.
+when all its tokens arrive, with exactly the text that the same arm gave undisturbed. Each peer uses its default
+retries. Each round of vllm-router starts its own engines and router; our backends and Ray's are restarted
+automatically.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Single faults: detection time, waiting time of callers, and the effect on calls that were not hit.
 
 An episode is a set of streams that begin together on all workers. Throughout the episode further callers make new
-calls, one after the other. When all streams have begun, one worker is killed or stopped. Streams that report a resume
-were hit; the other streams are the survivors.
+calls, one after the other. When all streams have begun, one worker is killed, stopped or cut off. Streams that report a
+resume were hit; the other streams are the survivors.
 
-In calm episodes one worker is away from the beginning, and the other workers have as many streams as the survivors of a
-fault. Then a crowd of new calls comes at once, as many calls as a worker has streams. After a fault, the crowd of
-resumed calls may wait as long as this crowd of new calls waits.
+In calm episodes one worker is away from the beginning, and the other workers run as many streams as survive a fault.
+Then a crowd of new calls comes at once, as many calls as a worker has streams. After a fault, the crowd of resumed
+calls may wait as long as this crowd of new calls waits.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ WORKERS, STREAMS, FRESH = 4, 32, 4
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 WORDS, TOKENS, FRESH_TOKENS = 100, 60, 10
 GROWN_WORDS = 8
-"""Number of extra words in the prompts of new calls: as many as an interrupted call has emitted, since its emitted
-tokens must be computed, too.
+"""Number of extra words in the prompts of new calls: as many as an interrupted call has emitted. A resumed call must
+compute its emitted tokens again, so both kinds of calls compute equally long prompts.
 """
 BEGUN_CHUNKS = 12
 CALM = "calm"
@@ -96,8 +96,8 @@ class Findings:
 
     def silence(self, crowd: bool, *, whole: bool = True) -> list[float]:
         """Return, for each hit stream, its silence divided by the allowed silence: the fault's detection time plus the
-        p99 TTFT of new calls. `crowd`: new calls that come in a crowd, else single ones. `whole`: a silence counts from
-        its last chunk before the fault, else from the fault.
+        p99 TTFT of new calls. `crowd`: the new calls come in a crowd, else one by one. `whole`: a silence begins at the
+        last chunk before the fault, else at the fault.
         """
         calm = self.of(CALM) if crowd else [episode for episode in self.episodes if episode.kind != CALM]
         fresh = percentile([s for episode in calm for s in episode.fresh_s], 99)

@@ -74,7 +74,9 @@ class Soak:
 
 
 def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0) -> tuple[float, float, float]:
-    """Return the least-squares slope over the last part, and the ends of the interval from a block bootstrap."""
+    """Return the least-squares slope over the last part of the samples, and the ends of its interval from a block
+    bootstrap.
+    """
     at = np.array([when for when, _ in samples])
     mb = np.array([rss for _, rss in samples]) / 1e6
     kept = at >= at[0] + (at[-1] - at[0]) * (1 - LAST_PART)

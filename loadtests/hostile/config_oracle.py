@@ -196,7 +196,7 @@ def _restore_variable(name: str, value: str | None) -> None:
 
 
 def _may_be_fetched(source: str) -> bool:
-    """Return whether only the network, or the disk of another node, could show that a source does not exist."""
+    """Return whether a source may exist where this check does not look: on the network or on another node's disk."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return source.startswith(("/", "~"))

@@ -235,4 +235,4 @@ FIELDS: Final[Mapping[str, Callable[[Generator], Any]]] = {
     "priority": Generator.text,
     "metadata": lambda values: {values.text(): values.text()},
 }
-"""Generators by the field names of inference.proto. A request without such a field skips the field."""
+"""Functions that generate a value, by field name of inference.proto. A request type that lacks a field skips it."""

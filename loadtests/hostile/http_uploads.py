@@ -3,10 +3,10 @@
     python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 20 --key KEY
     python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 1000
 
-With a key every connection sends a body without the last byte; every second connection sends a chunked body. Without a
-key the connections alternate: a body of 16 MB without its last byte, 10,000 pipelined requests whose answers are not
-read, and a head that does not end. Once the server reads no more, the number of bytes sent is written, and the
-connections stay open.
+With a key, every connection sends a body without its last byte, and every second one of these bodies is chunked.
+Without a key, the connections alternate: a body of 16 MB without its last byte, 10,000 pipelined requests whose answers
+are not read, and a head that does not end. Once the server reads no more, the number of bytes sent is written to FILE,
+and the connections stay open.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@ is affected.
 
 The calls come from a seeded generator (generator.py). They are made over gRPC as single calls and in sessions, and over
 HTTP. On simulated engines half of the calls come while there is capacity. The other half come while all capacity is in
-use, so that these calls wait and are sent from the reader of a link. On the real engine all calls come while there is
-capacity. A stream of the other tenant is affected if the stream fails, has a text that differs from the undisturbed
-text, or was resumed on another worker.
+use, so that these calls wait, and the code that reads a link's messages sends them later. On the real engine all calls
+come while there is capacity. A stream of the other tenant is affected if the stream fails, has a text that differs from
+the undisturbed text, or was resumed on another worker.
 """
 
 from __future__ import annotations

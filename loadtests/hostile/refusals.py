@@ -57,12 +57,12 @@ class Attack:
 
 
 def repeated(before: bytes, part: bytes, after: bytes) -> Callable[[int], bytes]:
-    """Return a function that makes a body with as many copies of `part` as fit."""
+    """Return a function that makes a body of at most a given size, with as many copies of `part` as possible."""
     return lambda size: before + part * ((size - len(before) - len(after)) // len(part)) + after
 
 
 def numbered(before: bytes, part: Callable[[int], bytes], after: bytes) -> Callable[[int], bytes]:
-    """Return a function that makes a body with as many parts as fit. Each part is made from its number."""
+    """Return a function that makes a body of about a given size. `part` makes each part from the part's number."""
 
     def body(size: int) -> bytes:
         parts, remaining, number = [before], size - len(before) - len(after), 0
@@ -132,7 +132,9 @@ def attacks_over_http() -> Sequence[Attack]:
 
 
 def wire(before: Any, part: bytes) -> Callable[[int], bytes]:
-    """Return a function that makes a serialized message followed by as many copies of `part` as fit."""
+    """Return a function that makes a body of at most a given size: the serialized message `before`, then as many copies
+    of `part` as possible.
+    """
     return repeated(before.SerializeToString(), part, b"")
 
 

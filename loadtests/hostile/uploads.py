@@ -6,7 +6,7 @@
 The client respects flow control. Every request announces `--bytes` bytes and never sends the last byte. `--strange`:
 calls of a method that needs no credential and of a method that needs one, with a header field of 3 KB each, and finally
 half a header block. `--tls`: any certificate is accepted. Once the server accepts no more, the number of bytes sent is
-written, and the connections stay open.
+written to FILE, and the connections stay open.
 """
 
 from __future__ import annotations

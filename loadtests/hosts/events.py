@@ -77,13 +77,13 @@ class EpisodeResults:
 
     @property
     def ratio(self) -> float:
-        """The longest silence as a multiple of the detection time plus the time of one prefill."""
+        """The longest gap, divided by the sum of the detection time and the time of one prefill."""
         return self.longest_gap_s / (self.episode.detected_s + self.prefill_s)
 
     @property
     def beyond_s(self) -> float | None:
-        """Seconds without full capacity beyond Ray's restart and the start of the engines; None if either was not
-        measured.
+        """Seconds from the start of the last engine until full capacity, at least 0. Ray's restart and the start of the
+        engines do not explain this time. None if one of the two times was not measured.
         """
         episode = self.episode
         return (

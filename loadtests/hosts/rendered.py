@@ -61,7 +61,7 @@ class Spec:
     ready_port: int = 0
     ready_service: str = ""
     """Name of the service that the readiness probe checks with grpc.health.v1. If the probe is
-    absent, the port is 0.
+    absent, `ready_port` is 0.
     """
     ready_period_s: float = 5.0
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -161,7 +161,7 @@ class Containers:
         return spec
 
     def ray(self, cluster: str, group: str = "", ordinal: int = 0) -> Spec:
-        """Return the container of a RayCluster's head, or with `group` of a node in that group."""
+        """Return the container of a RayCluster's head; with `group`, the container of a node in that group."""
         manifest = self._release.find("RayCluster", f"{RELEASE}-{cluster}")
         spec = manifest["spec"]
         part = (

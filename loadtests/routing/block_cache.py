@@ -1,8 +1,8 @@
 """KV blocks of one simulated engine: a prefix cache with reference counts and LRU eviction, and the pooled LRU.
 
-Blocks are named by prefix hashes, so equal names mean equal prefixes. The order of eviction is that of vLLM: a block
-without references is evicted, the one released longest ago first, and of one call the last block of the prompt first.
-Blocks without a name (of prompts being computed, and of outputs) take room until they are released.
+Blocks are named by prefix hashes, so equal names mean equal prefixes. Blocks without references are evicted in vLLM's
+order: those released longest ago first, and among the blocks of one call, the last block of the prompt first. Blocks of
+outputs, and of prompts that are being computed, have no name; they take room until they are released.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class BlockCache:
         return matched
 
     def commit(self, names: Iterable[int]) -> None:
-        """Name computed blocks of a call. A block that is held already is shared instead, and its copy is freed."""
+        """Name computed blocks of a call. If the cache holds an equal block already, the call shares it, and the call's
+        own copy is freed."""
         for name in names:
             self._unnamed -= 1
             if name not in self._references and name not in self._evictable:

@@ -1,7 +1,7 @@
 """The part `burst`: 64 calls with the same prefix come within a millisecond to eight workers; either all workers hold
 the prefix, or one.
 
-A worker's load is the number of calls that were sent to it, 5 s after the burst.
+A worker's load is the number of calls that were sent to it within 5 s of the burst.
 """
 
 from __future__ import annotations

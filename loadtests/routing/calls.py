@@ -31,7 +31,9 @@ class Prompt:
 
     @cached_property
     def hashes(self) -> Hashes:
-        """Prefix hashes of the blocks that may be found in a cache: at least the last token is always computed."""
+        """Prefix hashes of the blocks that may be found in a cache, without the block of the last prompt token. That
+        token is always computed.
+        """
         return self._all[: self.reusable]
 
     @property
@@ -68,9 +70,9 @@ class Prompt:
 class RoutedCall:
     """State of a call. Times are in virtual seconds, -1 before the event.
 
-    Four numbers of cached prompt tokens. `predicted`: as the gateway expected on the worker. `cached`: as the engine
-    found. `pooled`: in PooledLru. `in_pool`: in one large BlockCache that gets the calls of all workers at the same
-    times. `ends`: how often the call has ended.
+    Four fields are numbers of cached prompt tokens. `predicted`: what the gateway expected on the worker. `cached`:
+    what the engine found. `pooled`: what PooledLru held. `in_pool`: what one large BlockCache held, which gets the
+    calls of all workers at the same times. `ends`: how often the call has ended.
     """
 
     call_id: str

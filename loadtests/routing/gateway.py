@@ -27,7 +27,7 @@ from loadtests.routing.policies import Picker, Prefix
 
 MODEL = "m"
 EXPECTED_S = 10.0
-"""As gateway.scheduling.worker_caches.EXPECTED_S."""
+"""Same value as gateway.scheduling.worker_caches.EXPECTED_S."""
 INDEX_BLOCKS = 1 << 18
 
 
@@ -166,7 +166,7 @@ class RoutingGateway:
         return self._hedger.next_due
 
     def hedge(self, now: float) -> None:
-        """Send the calls whose first token is late to a second worker, where the hedging policy allows it."""
+        """Send each call with a late first token also to a second worker, where the hedging policy allows it."""
         for key in list(self._hedger.late(now)):
             link = self._links[self.calls[key].worker]
             since = max(next(iter(link.sent_at.values()), now), link.last_first)

@@ -202,9 +202,9 @@ class _Link:
 
 
 async def longest_stall_ms(seed: int, workers: int = 100, seconds: float = 3.0) -> float:
-    """Report 100,000 blocks a second to a gateway's WorkerCaches, from workers that each report ten times a second, and
-    100,000 blocks of one worker at once. Returns the longest CPU time of one pass of the event loop in milliseconds.
-    The garbage collector is set as in a gateway that serves."""
+    """Return the longest CPU time of one pass of the event loop, in milliseconds, while workers report blocks to a
+    gateway's WorkerCaches. Together the workers report 100,000 blocks a second, each worker ten times a second. One
+    further worker reports 100,000 blocks at once. The garbage collector is set as in a gateway that serves."""
     rng, caches = np.random.default_rng(seed), WorkerCaches()
     links = [_Link(f"w{number}") for number in range(workers)]
     blocks = 100_000 // workers // 10

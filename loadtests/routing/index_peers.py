@@ -2,7 +2,7 @@
 
     python index_peers.py dict|dynamo SEED WORKERS PAIRS
 
-Runs with the Python of the peers' environment, and so imports nothing of this repository.
+The program runs with the Python of the peers' environment, so it imports nothing of this repository.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The part `new_gateway`: one of two gateways is killed under load, and another starts in its place.
 
-Each worker sends the new gateway a snapshot of its blocks. The hit rate counts as back at the first time at which, over
-the calls of the next WINDOW_S, the new gateway knows at least the share ENOUGH of the tokens that workers have cached.
+Each worker sends the new gateway a snapshot of its blocks. The hit rate counts as back at the beginning of the first
+window of WINDOW_S that meets this condition: for the calls of the window, the new gateway knows at least the share
+ENOUGH of the tokens that workers have cached.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ BLOCKS, SPEED = 3000, 1.0
 KILL_S, FOR_S, WINDOW_S, GRID_S = 600.0, 60.0, 5.0, 0.05
 ENOUGH = 0.98
 STAMP_S = 3.0
-"""Resolution of the trace's times. Calls with equal times are spread over this time, so that none of it is without
-calls."""
+"""Resolution of the trace's times. Calls with equal times are spread over this time, so that calls arrive
+throughout it."""
 BACK = "a gateway killed, another started under load: hit rate back after"
 ROWS: Mapping[str, Bound] = {BACK: Bound("<=", 2.0)}
 
@@ -66,7 +67,7 @@ def run(seed: int, kill_s: float = KILL_S, for_s: float = FOR_S) -> list[Known]:
 
 
 def replace_gateway(cluster: Cluster, number: int) -> list[RoutedCall]:
-    """Kill a gateway, start a new one, and send the calls that waited at the killed gateway to it. Returns these
+    """Kill a gateway, start a new one, and send the new gateway the calls that waited at the killed one. Returns these
     calls."""
     waiting = cluster.kill_gateway(number)
     new = cluster.add_gateway()

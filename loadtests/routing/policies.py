@@ -88,8 +88,8 @@ def _consistent_hash(prefix: Prefix, rng: Random) -> Picker:
 
 
 def _longest_prefix(prefix: Prefix, rng: Random) -> Picker:
-    """Return the policy that picks the worker with the longest cached prefix, and among equal ones that with the least
-    load."""
+    """Return the policy that picks the worker with the longest cached prefix. Among workers with equally long prefixes,
+    it picks the one with the least load."""
     return _chosen(lambda call, fitting: min(fitting, key=lambda c: (-call.cached.get(c.worker_id, 0), _load(c))))
 
 

@@ -79,7 +79,7 @@ class PrefixWorker:
         adapters: AdapterMix | None = None,
     ) -> None:
         """`adapters`: None if no call names one. `pool`: one cache as large as all workers' caches together. Each
-        worker repeats its cache operations on it, to compute RoutedCall.in_pool."""
+        worker repeats its cache operations on this cache, to compute RoutedCall.in_pool."""
         self.number = number
         self._slots = None if adapters is None else AdapterSlots(adapters)
         self.cache = BlockCache(blocks)

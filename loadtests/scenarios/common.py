@@ -52,7 +52,7 @@ class Options:
     """Names of the arms to run; empty for all arms."""
     peers: Path = PEERS
     setup: Setup | None = None
-    """For `peers`: model and hardware. None: the tiny model, and then the rows that need no engine."""
+    """For `peers`: model and hardware. If None, the tiny model is used, and then the rows without an engine follow."""
     points: int | None = None
     """For `faults`: number of faults."""
     runner: str = "v1"

@@ -2,8 +2,8 @@
 tokens.
 
 The engine's prefill takes no time, so the measurement shows the work before the prefill: reading, tokenizing and
-forwarding. Both sides tokenize in threads: our side in the gateway, the peer in the server behind the peer. No process
-is bound to cores.
+forwarding. Both sides tokenize in threads: on our side the gateway, on the peer's side the server behind the peer. No
+process is bound to cores.
 
 The prompts are drawn from a hundred words, as in all load tests. This favours a tokenizer that encodes each distinct
 word once. So the measurement is repeated with prose: Python's language reference, from a different position for each

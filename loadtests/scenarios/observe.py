@@ -146,7 +146,7 @@ async def _cpu_figure(stage: Stage, part: str, workload: Workload, pairs: dict[s
 
 
 def scrape(address: str) -> list[tuple[str, dict[str, str], float]]:
-    """Return the samples of a gateway's metrics page. The page is asked for as Prometheus asks."""
+    """Return the samples of a gateway's metrics page, which is fetched without compression."""
     request = urllib.request.Request(f"http://{address}/metrics", headers={"Accept-Encoding": "identity"})
     with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310 - loopback
         return samples(answer.read().decode())

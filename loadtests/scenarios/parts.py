@@ -22,7 +22,7 @@ class Part(Protocol):
     ROWS: Mapping[str, Bound | None]
     """Rows of the part, with the bound of each row; None for a row without a bound."""
     measure: Callable[[Stage], Awaitable[list[Figure]]]
-    """Function that returns one figure for each row. The report names an error that it raises."""
+    """Function that returns one figure for each row. If the function raises an error, the report names the error."""
 
 
 def exact(name: str, value: float, bound: Bound | None, unit: str = "", note: str = "") -> Figure:

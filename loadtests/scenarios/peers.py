@@ -53,7 +53,7 @@ LIMITS = Limits(call_s=120.0, run_s=300.0)
 NOT_ASKED = "not selected, or out of time"
 SINGLES_SHARE = 0.35
 """Share of the remaining time, if the time is bounded, for the rounds with one stream. These rounds come before the
-rounds with 64.
+rounds with 64 streams.
 """
 COOLDOWN_S = 1.5
 """Pause between two arms in seconds. vLLM's rank processes poll at full speed for a second after their last step, on

@@ -4,8 +4,8 @@
 share the port, alternating. Gateways are bound to one core, engines and driver to another core. Each arm has its own
 worker, which links to every gateway process: with two processes, one step is sent as two messages of half the tokens
 each. The CPU time that a process spends on a step, a heartbeat and the wake-up of a sleeping client is the same for one
-token as for a hundred. So the one process is also measured with half the streams. Then each process has the same load,
-which is the purpose of a second process.
+token as for a hundred. So the single process is also measured with half the streams. Its load is then the load of each
+of the two processes: the purpose of a second process is to serve more streams at the same load.
 """
 
 from __future__ import annotations
@@ -94,5 +94,5 @@ def figure(title: str, arms: dict[str, Contestant], ours: str, theirs: str, boun
         return ratio_figure(title, *pairs, bound, scale=1e6, difference_unit="µs/token")
     lacking = next((name for name in (ours, theirs) if name not in arms or not arms[name].arm.rounds), ours)
     return missing(
-        FLAT, BOUND, f"{lacking} did not run: {arms[lacking].arm.problem if lacking in arms else 'not asked'}"
+        title, bound, f"{lacking} did not run: {arms[lacking].arm.problem if lacking in arms else 'not asked'}"
     )

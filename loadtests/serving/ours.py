@@ -50,9 +50,9 @@ async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Pa
 
 
 def plain_tokens(model: Path) -> str:
-    """Return source parameters that limit a simulated engine to tokens of ASCII letters, from the longest run of such
-    ids. For other tokens a server may have to hold text back until the next token. The parameters also have a salt,
-    which only our side uses. It changes no text, so the two sides stay comparable.
+    """Return source parameters that limit a simulated engine to tokens of ASCII letters: the longest run of consecutive
+    ids of such tokens. With other tokens, a server may have to hold back text until the next token. The parameters also
+    have a salt, which only our side uses. The salt changes no text, so the two sides stay comparable.
     """
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     letters = {i for piece, i in vocabulary.items() if (word := piece.lstrip("Ġ▁")).isascii() and word.isalpha()}

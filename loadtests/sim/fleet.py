@@ -1,9 +1,10 @@
 """Simulated replicas of one model, in ticks of virtual time.
 
 Calls wait in one queue, are served first come, first served, and enter a replica when its KV cache has room for their
-tokens. All replicas are alike, compute prompts before decoding, and share prefill and running sequences evenly. One
-replica computes the prompt of a call. When a replica leaves, its streams move to the other replicas, which compute the
-tokens so far again, ahead of the queue. A call that waits longer than MAX_WAIT_S is refused and counts as late.
+tokens. All replicas are alike, compute prompts before decoding, and share prefill and running sequences evenly. A
+single replica computes the whole prompt of a call. When a replica leaves, its streams move to the other replicas. These
+compute the streams' tokens so far again, before the prompts in the queue. A call that waits longer than MAX_WAIT_S is
+refused and counts as late.
 
 Invariants: every call is waiting, running or judged. A fleet without ready replicas serves nothing.
 """

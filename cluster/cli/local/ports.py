@@ -15,7 +15,7 @@ from cluster.config.schema import Config
 
 TRIES = 50
 PORTS, MIN_PORT = 12_000, 10_000
-"""Number of ports from which a free port is chosen, and the number below which no chosen port may be."""
+"""Number of ports from which a free port is chosen, and a lower bound: all these ports must be above MIN_PORT."""
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -72,8 +72,8 @@ def split(address: str) -> tuple[str, int]:
 
 
 def _bind_any(name: str, address: str) -> socket.socket:
-    """Bind an address. Port 0 becomes a port below the kernel's range for outgoing connections, because a connection
-    could take a port of that range before the listener's process binds it."""
+    """Bind an address. Port 0 becomes, if possible, a port below the kernel's range for outgoing connections, because a
+    connection could take a port of that range before the listener's process binds it."""
     host, port = address.rsplit(":", 1)
     high = _first_ephemeral_port()
     if int(port) == 0 and high - PORTS > MIN_PORT:

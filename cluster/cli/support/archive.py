@@ -1,4 +1,7 @@
-"""The archive of a support bundle: the redacted parts, limited in size, and a manifest. Only its owner can read it."""
+"""The archive of a support bundle: the redacted parts, limited in size, and a manifest.
+
+Only the owner of the archive file can read the file.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a support bundle, before redaction, and the bounds of their size and time."""
+"""The parts of a support bundle, before redaction, and limits on their size and on the time to collect them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LeftOut(Exception):
 
 @dataclass
 class Parts:
-    """The parts that were collected, by the name of their file, and what was left out, with the reasons.
+    """The collected parts by file name, and `left_out`: the reason for each part that was left out, by file name.
 
     `deadline_s`: time of `clock` after which nothing more is collected.
     """

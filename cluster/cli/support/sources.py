@@ -105,8 +105,8 @@ def _secret_files(value: Any) -> Iterable[Path]:
 
 
 def _secrets_of(file: Path) -> set[str]:
-    """Return the secrets in a file. Returns none if this user cannot read the file, because then the bundle cannot
-    contain them either."""
+    """Return the secrets in a file. The result is empty for a file that this user cannot read, since then the bundle
+    cannot contain the file's secrets either, and for a file that is too large for secrets."""
     try:
         return secrets_in_file(read_file(file, MAX_SECRET_BYTES))
     except (LeftOut, ValueError):

@@ -39,7 +39,7 @@ class Admin:
         self._channel.close()
 
     def console_link(self, page: str, item: str = "") -> str:
-        """Return the URL of a page of the cluster's console, and of an item on it; "" if the console is not known."""
+        """Return the URL of a page of the console, or of an item on that page; "" if the console is not known."""
         if not self._console:
             return ""
         return f"{self._console}/#/{page}" + (f"/{quote(item, safe='')}" if item else "")

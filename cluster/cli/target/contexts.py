@@ -155,7 +155,8 @@ class TypedOptions:
 class ClusterTarget:
     """The cluster that a command uses.
 
-    Without `endpoint` and `admin` it is the local cluster that is up; if none is, it is the default endpoint.
+    A target without `endpoint` and `admin` stands for the local cluster that is up. If no local cluster is up, the
+    target stands for the default endpoint.
     `tls_ca_is_general`: the CA is from HEADRACE_TLS_CA, which a local cluster does not use.
     """
 

@@ -43,7 +43,7 @@ STYLES = {
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """The newest document, and how long ago it came. `error`: why there is no newer one; "" if there is."""
+    """The newest document, and its age. `error`: why the last read failed; "" if the last read succeeded."""
 
     document: Document
     age_s: float = 0.0

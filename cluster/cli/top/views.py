@@ -21,7 +21,7 @@ GAP = 2
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column: its title, the field of a row that it is sorted by, and the text of a row's cell.
+    """A column: its title, the field of a row that is compared for sorting, and the text of a row's cell.
 
     `keep`: in a narrow terminal, the column is left out only after all columns without `keep`.
     """
@@ -35,7 +35,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A page of the screen: the list of the document that it shows, its columns, and the index of the sort column.
+    """A page of the screen. The page shows the list `items` of the document. `sort`: index of the sort column.
 
     `sort` and `is_rising` (whether the order is ascending) apply until the user changes the order.
     """
@@ -288,7 +288,7 @@ def fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: in
 
 
 def _is_last_text(columns: Sequence[Column], at: int, shown: Sequence[int], widths: Sequence[int], width: int) -> bool:
-    """Return whether the column `at` may be cut instead of left out: the last shown column, if it has texts and at
-    least 16 of its characters fit."""
+    """Return whether the column `at` may be cut instead of left out. This is true for the last shown column if the
+    column has texts and at least 16 characters fit."""
     others = sum(widths[each] for each in shown if each != at)
     return not columns[at].is_number and at == shown[-1] and width - others >= 16

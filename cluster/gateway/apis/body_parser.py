@@ -228,7 +228,8 @@ def _count_messages(raw: bytes) -> None:
 
 def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc_requests.DetokenizeCall | None:
     """Parse a message that has at least MANY_IDS token ids. The ids are read directly from `data` into an array.
-    Returns None for a message with fewer ids or of another kind."""
+    Returns None if the type of the message is not in IDS_FIELD, if it has fewer ids, if the ids are not packed, or if
+    the request is resumable."""
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
         return None

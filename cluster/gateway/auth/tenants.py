@@ -108,7 +108,7 @@ class TenantAuthenticator:
 
     async def start(self) -> None:
         """Start the background work. If there is no snapshot of tenants and keys from an earlier run, wait up to
-        FIRST_ANSWER_S for the first one."""
+        FIRST_ANSWER_S for the first snapshot."""
         self._loop = asyncio.get_running_loop()
         tried = asyncio.Event()
         waits = self._watcher.statistics().age_s == float("inf")

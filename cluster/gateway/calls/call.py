@@ -37,7 +37,7 @@ class Call:
     of `clock`."""
 
     is_pooling: ClassVar[bool] = False
-    """Whether the sequences become vectors and no tokens: pooling_call.py."""
+    """Whether the sequences of the call produce vectors instead of tokens (pooling_call.py)."""
     id: str
     model: str
     policy: TenantPolicy
@@ -86,9 +86,9 @@ class Call:
     """Whether the call may have crashed its workers. A blamed call must not be resumed."""
     first_token_at: float | None = None
     output: CallOutput = field(init=False)
-    """What the call's API reads."""
+    """The output of the call, which the call's API reads."""
     payment: PromptPayment = field(init=False, default_factory=PromptPayment)
-    """Who pays if the prompt is computed again."""
+    """Decides whether this gateway charges the prompt, which an engine may compute again after a resume."""
 
     def __post_init__(self) -> None:
         self.output = CallOutput(self.sequences, self.usage, self.arrived)
@@ -125,8 +125,8 @@ class Call:
 
     @property
     def charged_prompt_tokens(self) -> int:
-        """Number of prompt tokens that are charged to the tenant's limits. If the worker was lost before the first
-        token, the prompt is not charged."""
+        """Number of prompt tokens that are charged to the tenant's limits. The number is 0 if the call failed before
+        the first token, if no engine can have computed the prompt, or if `pays_prompt` is False."""
         is_computed = self.first_token_at is not None or self._may_be_computed
         return self.usage.prompt_tokens if is_computed and self.pays_prompt else 0
 
@@ -137,7 +137,7 @@ class Call:
 
     @property
     def _may_be_computed(self) -> bool:
-        """Whether the call has no error and an engine computes or has computed its prompt."""
+        """Whether the call has no error and an engine may have computed its prompt."""
         return self.error is None and any(sequence.computed for sequence in self.sequences)
 
     # ---- operations of the service, the scheduler and the APIs

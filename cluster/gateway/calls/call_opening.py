@@ -62,8 +62,8 @@ class CallOpening:
 
     @property
     def longest_context(self) -> int:
-        """Maximum context length of the call in tokens: the model's or, if it is smaller, the tenant's. 0 while the
-        model's is unknown."""
+        """Maximum context length of the call in tokens: the model's limit, or the tenant's limit if it is smaller. 0
+        while the model's limit is unknown."""
         longest, of_tenant = self.model.capabilities.max_model_len, self.meta.principal.tenant.max_context_tokens
         return min(longest, of_tenant) if of_tenant else longest
 

@@ -26,7 +26,7 @@ class CallOutput:
         self.error: CallError | None = None
         """The error with which the call has ended; None if the call goes on or has ended well."""
         self._silent_since = arrived
-        """Time of the last keep-alive."""
+        """Time of the last keep-alive; before the first keep-alive, the time of the call's arrival."""
         self._is_silent = False
         """Whether a keep-alive is due on the caller's connection."""
         self._listener: Callable[[], None] | None = None

@@ -18,7 +18,7 @@ class CallUsage:
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
-    """Of the completion tokens, those of reasoning. Known at the end of the call."""
+    """Number of completion tokens that are reasoning. Known at the end of the call."""
     queue_s: float = 0.0
     ttft_s: float = 0.0
     resumed: int = 0

@@ -26,8 +26,8 @@ class Cleanup:
         self._steps: list[Undo] = []
 
     def add(self, undo: Undo) -> None:
-        """Register an undo step. A step that may run without its acquisition is registered before the acquisition, any
-        other step after it."""
+        """Register an undo step: before its acquisition if the step may run even though the acquisition has failed,
+        else after the acquisition."""
         self._steps.append(undo)
 
     async def run(self) -> None:

@@ -30,8 +30,8 @@ from cluster.observe.metrics import Metrics
 from cluster.observe.trace_context import unsampled
 
 MAX_PARSING_CHARS = 4 << 20
-"""Upper bound on the characters of the parser requests of all outputs of a call, which may be sent on one link at
-once."""
+"""Upper bound on the characters of a call's parser requests, summed over the call's outputs. All these requests may be
+sent on one link at once."""
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
@@ -209,12 +209,13 @@ class Opening(CallOpening):
 
 
 def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> OutputParsing | None:
-    """Return how the worker is to parse the output of a call; None if there is nothing to parse.
+    """Return the options with which the worker parses the output of a call; None if there is nothing to parse.
 
-    The output of a chat is parsed if the chat may call tools, or if the model has a parser of reasoning. A chat with
-    tools that must not be called is parsed by a tool parser, too, so that tool calls are not shown as content. While a
-    model has no worker, its parsers are unknown, and every chat is parsed; a worker without a parser ignores the
-    request. Raises CallError if the tools are too long, since they are sent once for each of the call's outputs."""
+    The output of a chat is parsed if the chat may call tools, or if the model has a parser of reasoning. If a chat has
+    tools but must not call them, the model's tool parser parses the output, too, so that tool calls are not shown as
+    content. While a model has no worker, its parsers are unknown. Every chat then gets these options, which a worker
+    without a parser ignores. Raises CallError if the tools are too long, since they are sent once for each output of
+    the call."""
     output = request.output
     if not output.parser_request:
         return None

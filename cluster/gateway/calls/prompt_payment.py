@@ -1,5 +1,5 @@
-"""Who pays for the prompt of a call that was resumed, if an engine computes the prompt again. resume_tokens/claim.py
-decides the terms of a resume."""
+"""Decision whether this gateway charges the prompt of a resumed call to the tenant, since an engine may compute the
+prompt again. resume_tokens/claim.py decides the terms of a resume."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class PromptPayment:
             self._pays_again = True  # the client pays for the second computation of the prompt
 
     def is_due(self, may_be_computed: bool) -> bool:
-        """Return whether the prompt is charged. `may_be_computed`: whether an engine has accepted the call, so that it
-        may compute the prompt even if the client ends the call before the first output."""
+        """Return whether the prompt is charged. `may_be_computed`: whether an engine may have computed the prompt, even
+        if the client ends the call before the first output."""
         if self.terms is None or self._pays_again:
             return True
         return may_be_computed and self._origin_lost is None and self.terms is not ResumeTerms.FREE

@@ -1,4 +1,4 @@
-"""Number of reasoning tokens of an ended call, counted for each sequence in the part that this gateway has delivered.
+"""Number of reasoning tokens of an ended call. Of each sequence, only this gateway's own part counts.
 
 A worker reports the number of reasoning tokens when an output ends, for the whole output. Reasoning is taken to be the
 beginning of an output, because models reason first and then answer. So each gateway that delivers a part of a resumed

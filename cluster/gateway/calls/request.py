@@ -125,7 +125,7 @@ class IdsPrompt:
     """A prompt as token ids."""
 
     token_ids: Sequence[int]
-    """The token ids. Many ids are an array."""
+    """The token ids; an array if there are many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +341,7 @@ def sampling(
 
     `max_model_len` and `max_output_tokens` are the caller's limits for context and output, in tokens. Raises CallError
     if the prompt leaves no room for output, if a token id lies outside the vocabulary, if a request with `min_tokens`
-    has too many stop token ids, or if `min_tokens` is above the tokens that the call may produce.
+    has too many stop token ids, or if `min_tokens` exceeds the number of tokens that the call may produce.
     """
     o = request.options
     room = max_model_len - prompt_tokens

@@ -27,8 +27,8 @@ FEW_IDS = 4096
 
 RenderChat = Callable[[bytes, int], Awaitable[RenderedPrompt]]
 """Function that lets a worker render a chat. Its arguments are the chat as JSON (text/chat/chat_json.py), and the
-maximum length of a prompt whose ids are needed, in tokens, 0 for the length of the model's context. It raises
-CallError."""
+maximum prompt length in tokens; 0 for the model's context length. A longer prompt is returned without its token ids.
+Raises CallError."""
 
 
 class RendererOf(Protocol):

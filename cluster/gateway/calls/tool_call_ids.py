@@ -13,7 +13,7 @@ LENGTH = 9
 templates accept these ids too."""
 NUMBERED: Final = frozenset({"kimi_k2", "kimi_k3"})
 """Parsers of models whose templates show ids as the model writes them: `functions.NAME:NUMBER`. The name and the number
-are part of the prompt, so other ids would be a format that the model was not trained on."""
+are part of the prompt, so with other ids the prompt would have a format unknown to the model."""
 _ALPHABET = ascii_letters + digits
 
 
@@ -27,7 +27,8 @@ def id_in_answer(call: Call, index: int, number: int, name: str) -> str:
 
 
 def tool_call_id(call_id: str, index: int, call: int) -> str:
-    """Return the id of tool call `call` in choice `index` of the answer to the call `call_id`."""
+    """Return the id of a tool call. `call_id`: id of the call that is answered. `index`: the choice in the answer.
+    `call`: number of the tool call in the choice."""
     number = int.from_bytes(blake2b(f"{call_id}/{index}/{call}".encode(), digest_size=16).digest())
     letters = []
     for _ in range(LENGTH):

@@ -107,8 +107,8 @@ def template_arguments(given: Mapping[str, Any], reasoning_effort: str) -> dict[
     """Return the arguments of the chat template as vLLM's server passes them. `given`: the caller's
     `chat_template_kwargs`.
 
-    Arguments that are null or "auto" are dropped. A reasoning effort takes precedence over the argument of that name,
-    and sets `enable_thinking` unless the caller has.
+    Arguments that are null or "auto" are dropped. `reasoning_effort` takes precedence over the argument of the same
+    name, and sets `enable_thinking` unless the caller has set it.
     """
     arguments = {name: value for name, value in given.items() if value is not None and value != "auto"}
     if reasoning_effort:
@@ -128,8 +128,8 @@ def parser_request(
 ) -> str:
     """Return the JSON object for OutputParsing.request, without fields that are empty.
 
-    `template_kwargs`: the result of `template_arguments`. Parsers read flags there; an argument that is long or not a
-    plain value is left out. Raises CallError for tools of more than MAX_TOOLS_BYTES.
+    `template_kwargs`: the result of `template_arguments`, from which parsers read flags. An argument that is long or
+    not a plain value is left out. Raises CallError for tools of more than MAX_TOOLS_BYTES.
     """
     plain = tool_choice == "none" and parallel_tool_calls
     if plain and not (tools or template_kwargs or reasoning_effort):
@@ -199,7 +199,7 @@ def with_tools(output: OutputOptions, tools: Sequence[Mapping[str, Any]]) -> Out
 
 class CallArguments(dict[str, Any]):
     """Arguments of a tool call in the history, with the text that the caller sent. Some renderers of vLLM copy the text
-    into the prompt, so an equal object with other spaces would be another prompt."""
+    into the prompt, so an equal object with other spaces would give another prompt."""
 
     _text = ""
 

@@ -1,8 +1,8 @@
 """Extraction and replacement of those texts of a prompt that reach the model.
 
-In a chat prompt these are all texts that a caller writes: contents, names, reasoning, tool calls with the keys of the
-arguments, the values of template arguments, tools and documents. Each text is searched by itself: a template inserts
-other text between two texts, so no match can span two texts.
+In a chat prompt these are all texts that a caller writes: the contents, names, reasoning and tool calls of messages,
+the tools, the documents, and the values of template arguments. The keys of tool call arguments count too. Each text is
+searched by itself: a template inserts other text between two texts, so no match can span two texts.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class GuardedText:
         return GUARD if self.refused else stop
 
     def text_of(self, token_id: int) -> str:
-        """Add one token and return the text that the guards have cleared since, "" while they wait for more."""
+        """Add one token. Returns the decided text since the last call of `pop_text`; "" if the guards hold it back."""
         self.push((token_id,))
         return self.pop_text(False)
 

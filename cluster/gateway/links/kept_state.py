@@ -16,7 +16,7 @@ FILE = "operator-state.bin"
 
 
 class KeptOperatorState:
-    """The newest operator state that any controller has sent. The gateway does not read the document."""
+    """The newest operator state that any controller has sent. The gateway does not parse the state's document."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder`: the gateway's folder; None: keep the state in memory only."""

@@ -30,7 +30,7 @@ class StartingWorker:
 
 class StartingWorkers:
     """The starting workers of one gateway. Each stream of reports has a number, since a restarted worker may report
-    before the stream of its last start has ended."""
+    before the stream of its previous start has ended."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()

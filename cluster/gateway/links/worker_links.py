@@ -27,11 +27,11 @@ LEAST_REST_S = 0.002
 CHECK_S = 0.1
 """Seconds between liveness checks while all workers are active."""
 CALM = 0.6
-"""Fraction of `hang_s`. While more time than this remains until any worker would be suspected, checks run every
-CHECK_S."""
+"""Fraction of `hang_s`. Checks run every CHECK_S while the time until the first worker would be suspected is longer
+than this fraction of `hang_s` and longer than 2 * CHECK_S."""
 NOTICING_S = 0.02
-"""Seconds that the detection itself may take. The time after which an inactive worker is suspected is shorter by these
-seconds."""
+"""Seconds that the detection itself may take. They are subtracted from `hang_s`, the minimum time before an inactive
+worker is suspected."""
 
 
 class HubListener(LinkListener, Protocol):

@@ -18,7 +18,7 @@ from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 
 MAX_LISTS: Final = 64
-"""Maximum number of lists of the adapters that a tenant may use that are cached for each model."""
+"""Maximum number of results of `adapters_of` that are cached for each model."""
 _LITERAL: Final = re.compile(r"[^*?\[]*")
 _NO_ADAPTER: Final = AdapterSpec("", "", tenants=("",))
 """Used in place of an adapter that does not exist; no tenant may use it."""
@@ -74,7 +74,8 @@ class ModelAccess:
         return [spec for spec in own if any(fnmatchcase(start + spec.name, pattern) for start, pattern in likely)]
 
     def may_allow_adapters(self, principal: Principal) -> bool:
-        """Return whether the policy of the caller's tenant allows the model, or could allow an adapter of it."""
+        """Return whether the policy of the caller's tenant allows the model, or could allow one of the model's
+        adapters."""
         return self.allows(principal) or any(True for _ in self._likely_patterns(principal.tenant))
 
     def _likely_patterns(self, tenant: TenantPolicy) -> Iterator[tuple[str, str]]:

@@ -58,12 +58,12 @@ def pending_key(name: str) -> str:
 
 
 def name_of(key: str) -> str:
-    """Return the name of the adapter in a key of `pending_key`; "" for a digest."""
+    """Return the adapter's name from a key that `pending_key` has made; "" if the key is a digest."""
     return key[1:] if key.startswith(SEPARATOR) else ""
 
 
 Keys = tuple[frozenset[str], frozenset[str]]
-"""Keys of the adapters whose calls a worker takes, and the subset of the adapters that lie in a slot of its engine."""
+"""Two sets of adapter keys: the adapters whose calls a worker takes, and the subset that lies in its engine's slots."""
 
 
 class ModelAdapters:
@@ -210,8 +210,8 @@ class ModelAdapters:
         return digest in (self._ready.get(name, ()) if name else self._ready_digests)
 
     def keys_on(self, link: WorkerLink) -> Keys:
-        """Return two sets of adapter keys: of the adapters whose calls the worker takes, and of those adapters among
-        them that are in a slot of its engine. An adapter can have two keys, its digest and its pending key."""
+        """Return two sets of adapter keys: the adapters whose calls the worker takes, and the subset that lies in slots
+        of the worker's engine. An adapter can have two keys, its digest and its pending key."""
         if not link.adapters.statuses:
             return _NONE, _NONE
         worker_id = link.identity.worker_id
@@ -237,7 +237,8 @@ class ModelAdapters:
         return frozenset(ready), frozenset(resident)
 
     def wanted_on(self, link: WorkerLink) -> tuple[AdapterSpec, ...]:
-        """Return the adapters that a worker should load, which are the adapters of the worker's version."""
+        """Return the adapters that a worker should load: those of the worker's version, and those that belong to no
+        particular version."""
         version = link.identity.version
         wanted = self._of_version.get(version)
         if wanted is None:

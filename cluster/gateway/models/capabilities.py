@@ -18,7 +18,7 @@ class ModelCapabilities:
         self._links = links
         self.parsers: frozenset[str] = frozenset()
         """The kinds of parsers that any linked worker has: TOOL_PARSER, REASONING_PARSER. Kept here because each call
-        asks, and a model may have a thousand workers."""
+        reads them, and a model may have a thousand workers."""
         self._linked_tasks: frozenset[PoolingTask] = frozenset()
         """The pooling tasks of any linked worker, kept here for the same reason."""
         self.last_info: EngineInfo | None = None

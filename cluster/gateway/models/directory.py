@@ -43,7 +43,7 @@ class ModelDirectory:
 
     def apply_catalog(self, entries: Sequence[CatalogEntry], revision: int = 0) -> None:
         """Replace the previous catalog, and send changed adapters to the workers. Models with a linked worker stay in
-        the directory. `revision`: number of the catalog, which grows; without one no adapters are sent."""
+        the directory. `revision`: number of the catalog, higher for a newer catalog; 0: send no adapters."""
         self._revision = revision
         self._has_catalog = True
         known = {entry.name: entry for entry in entries}

@@ -32,12 +32,12 @@ class ModelLookup:
         """Cache of the models that a tenant policy allows, by name and alias. Its key is the policy's list of model
         patterns."""
         self._reachable: dict[tuple[str, ...], Mapping[str, KnownModel]] = {}
-        """Cache like `_visible`, of the models that a tenant policy allows or of which it could allow an adapter."""
+        """Cache like `_visible`, of the models that a tenant policy allows or whose adapters it could allow."""
         self._any_known = False
         """Whether a catalog or a model has become known so far."""
 
     def rebuild(self) -> None:
-        """Apply a change of the models, of their aliases or of a model's place in the catalog."""
+        """Rebuild the names after a change of the models or of their aliases, and discard the caches."""
         self._any_known = True
         names = {alias: model.name for model in self._models.values() for alias in model.entry.aliases}
         self._names = names | {name: name for name in self._models}
@@ -121,7 +121,7 @@ class ModelLookup:
         return visible
 
     def _reachable_by(self, principal: Principal) -> Mapping[str, KnownModel]:
-        """Return the models that a caller may use or could use an adapter of, by each model's name and catalog
+        """Return the models for which `ModelAccess.may_allow_adapters` is true, by each model's name and catalog
         aliases."""
         patterns = tuple(principal.tenant.models)
         reachable = self._reachable.get(patterns)

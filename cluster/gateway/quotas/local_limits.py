@@ -36,7 +36,7 @@ class LimitsPort(Protocol):
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
         """Raise each tenant's budget sums to the tokens that the ledger has recorded for this day and this month, if
-        these are more. `epoch_s`: the time of the sums, in seconds since the Unix epoch.
+        the ledger's sums are higher. `epoch_s`: the time of the sums, in seconds since the Unix epoch.
 
         A store that outlives the gateway does not need these sums."""
 

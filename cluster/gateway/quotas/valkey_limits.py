@@ -171,8 +171,8 @@ class ValkeyStore:
 @dataclass(slots=True)
 class _HeldReservation:
     """The reservation of one call. `taken`: pairs (second, weighted tokens) that the store has counted for the call.
-    `day`, `month`: numbers of the day and month that it counts for. `in_store`: False for a reservation that was made
-    while the store was unreachable, until the store is reachable again."""
+    `day`, `month`: numbers of the day and month in which the reservation counts. `in_store`: False for a reservation
+    that was made while the store was unreachable, until the store is reachable again."""
 
     tenant: str
     prompt_tokens: int
@@ -356,7 +356,7 @@ def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None,
 def _refusal(limits: TenantLimits, reply: Sequence[float], plain: int, weighted: int, epoch_s: float) -> LimitRefusal:
     """Return the refusal that the script's reply describes. `reply`: number of the limit, its use, seconds until a
     retry, seconds until the reset, then the `sums` of `_uses`. `plain`: the number of tokens of the call. `weighted`:
-    the same with the weights of prompt and output tokens."""
+    this number after the weights of prompt and output tokens are applied."""
     name = _ORDER[int(reply[0]) - 1]
     limit = cast(int, getattr(limits, name.value))
     used, retry_s, reset_s = int(reply[1]), reply[2], reply[3]

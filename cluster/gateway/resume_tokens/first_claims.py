@@ -47,7 +47,7 @@ def stores_unavailable() -> CallError:
 
 
 class FileFirstClaims:
-    """First claims in a SQLite file, for the gateways of one host without a ledger. Like the resume tokens, the file
+    """First claims in a SQLite file, for gateways of one host that have no ledger. Like the resume tokens, the file
     outlives the gateways."""
 
     def __init__(self, path: Path, wall: Callable[[], float] = time.time) -> None:

@@ -19,7 +19,7 @@ from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 
 MOST: Final = 1024
-"""Maximum number of sequences that are looked at together, which takes about 4 ms."""
+"""Maximum number of sequences that are checked together, which takes about 4 ms."""
 
 
 class AdapterChecks:
@@ -33,7 +33,7 @@ class AdapterChecks:
         self._check = check
         self._most = most
         self._left: list[CallSequence] = []
-        """The sequences that are still to be looked at, the next one last."""
+        """The sequences that are still to be checked, in reverse order."""
         self._is_stale = False
 
     def changed(self) -> None:
@@ -82,8 +82,8 @@ class QueuedAdapters:
 
 
 def current_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
-    """Return the key to which the adapter of a sequence has changed. Returns None if the sequence keeps the key in its
-    request, because it has output or a worker has the adapter with this key."""
+    """Return the new key of a sequence's adapter; None if the sequence keeps the key in its request, because the key
+    has not changed, the sequence has output, a worker takes calls for the old key, or the adapter is gone."""
     now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
     is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
     return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None

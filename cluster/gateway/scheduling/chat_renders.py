@@ -29,7 +29,7 @@ from cluster.wire.rendering import MAX_CHAT_BYTES
 BYTES_A_TOKEN = 4
 """Bytes of JSON that are counted as one token of a chat that is not rendered yet."""
 RENDER_S = 60.0
-"""Maximum number of seconds that a worker may take for one chat, including the chats that it renders before it."""
+"""Time limit in seconds for a worker to render a chat, including the chats that the worker renders first."""
 GRACE_S = 5.0
 """Seconds that the gateway waits for a worker's answer beyond the worker's time limit."""
 MAX_ATTEMPTS = 3
@@ -155,7 +155,7 @@ class ChatRenders:
     # ---- sending
 
     def pump(self, name: str) -> None:
-        """Send waiting chats of a model as long as a worker can take another."""
+        """Send waiting chats of a model while a worker can take another chat."""
         model = self._find(name)
         while model is not None and (head := self._room.head(name)) is not None:
             wait = self._waits[head.call_id]
@@ -192,7 +192,8 @@ class ChatRenders:
             self._retry(wait)
 
     def _retry(self, wait: _Wait) -> None:
-        """Let a chat that lost its worker wait for another one, before all chats that were never sent."""
+        """Queue a chat that lost its worker again, ahead of all chats that were never sent. After MAX_ATTEMPTS lost
+        workers, fail the chat."""
         wait.attempts += 1
         if wait.attempts >= MAX_ATTEMPTS:
             wait.fail(CallError(Outcome.WORKER_LOST, f"{wait.attempts} workers were lost with this chat; retry later"))
@@ -267,7 +268,8 @@ def _no_renderer(model: KnownModel, bundle_digest: str) -> CallError | None:
 
 
 def _free_link(model: KnownModel, bundle_digest: str) -> WorkerLink | None:
-    """Return the link of the worker with the fewest chats to render, preferably of one that takes new calls."""
+    """Return the link of the worker with the fewest chats to render; None if no worker has room. Workers that take new
+    calls are preferred."""
     links = [link for link in model.links.values() if _renders(link, bundle_digest) and link.renders.has_room]
     return min(
         (link for link in links if not link.ended),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting
 
 LOOK_S = 0.01
-"""Shortest interval in seconds of the looks for late sequences, which bounds what they cost."""
+"""Minimum time in seconds between two searches for late sequences, which bounds the cost of the searches."""
 
 
 class Hedges:

@@ -4,8 +4,8 @@ get the backlogs of the gateway's tenants.
 A claim is the gateway's share of the next turns (FairOrder.claimed_turns); workers divide their capacity by the claims.
 So a queue that becomes empty or non-empty is reported at once, and other changes a few times a second. Workers forward
 the backlogs to the other gateways. Two forwarding workers suffice, since the next report replaces a lost report. If
-workers connect to some gateways only, each report is forwarded by more workers, and the next report by others. Backlogs
-are repeated every half second, since gateways forget the backlogs of a gateway that does not report.
+workers connect to some gateways only, each report is forwarded by more workers, and successive reports by different
+workers. Backlogs are repeated every half second, since gateways forget the backlogs of a gateway that does not report.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Queues:
         return QueueAdmission(shed, admission.outcome)
 
     def put_back(self, sequence: CallSequence) -> None:
-        """Queue a sequence that starts over. The sequence is put at the head of its tenant's queue."""
+        """Queue a sequence that starts over. The sequence is put ahead of all sequences that were never sent."""
         entry = self._entry(sequence)
         self._sequences[sequence.key] = sequence
         self._policy.put_back(entry, self._clock(), sequence.call.versions)
@@ -72,8 +72,8 @@ class Queues:
         return entry if entry.adapter == adapter else replace(entry, adapter=adapter)
 
     def set_adapter(self, sequence: CallSequence, key: str) -> None:
-        """Set the adapter of a sequence. If the sequence is in the waiting room, it is put at the head of its tenant's
-        queue, ordered by arrival. `key`: see ModelAdapters."""
+        """Set the adapter of a sequence. If the sequence is in the waiting room, it is queued again as `put_back` does.
+        `key`: see ModelAdapters."""
         sequence.call.set_adapter(sequence, key)
         if self._policy.remove(sequence.key):
             self._policy.put_back(self._entry(sequence), self._clock(), sequence.call.versions)

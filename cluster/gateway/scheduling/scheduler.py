@@ -52,7 +52,7 @@ SLICE = 64
 
 
 class SchedulerHost(Protocol):
-    """Interface of a gateway that the scheduler needs."""
+    """The part of a gateway that the scheduler uses."""
 
     @property
     def accounting(self) -> Accounting | None:

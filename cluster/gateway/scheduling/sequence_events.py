@@ -61,8 +61,8 @@ class SequenceEvents:
         self._clock = clock
 
     def requeue(self, sequence: CallSequence) -> None:
-        """Queue a sequence that has left its worker. A sequence that starts over is put at the head of its tenant's
-        queue, any other sequence into the resume queue."""
+        """Queue a sequence that has left its worker. A sequence that starts over is put ahead of all sequences that
+        were never sent, any other sequence into the resume queue."""
         if sequence.state not in WAITING:  # the call has ended in the meantime
             return
         model = self._find(sequence.call.model)
@@ -123,7 +123,7 @@ class SequenceEvents:
             accounting.refused(sequence)
 
     def finished(self, sequence: CallSequence) -> None:
-        """Settle the service account of one of many sequences of a call, since its call may go on for long."""
+        """Settle the service account of a finished sequence now, since other sequences of its call may run for long."""
         self._queues.settle(sequence)
 
     def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:

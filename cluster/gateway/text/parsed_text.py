@@ -1,5 +1,5 @@
-"""The output of a sequence that its worker parses into content, reasoning and tool calls. The interface is that of the
-detokenizer, and `pop_parts` returns the parts of the text that was popped last.
+"""The output of one sequence, which the worker has parsed into content, reasoning and tool calls. The interface is that
+of the detokenizer, and `pop_parts` returns the parts of the text that was popped last.
 
 A worker without a parser sends no parts. Then the tokens go through the plain detokenizer, and the output is one text.
 The first output of the sequence decides this for the whole sequence.

@@ -94,7 +94,7 @@ class TokenStream:
 
     def _cut(self, tokens: list[int]) -> int:
         """Return an index near the end at which `tokens` can be cut: the texts of the two parts, joined, equal the text
-        of all tokens. If there is none, return the latest index."""
+        of all tokens. If no tried index has this property, return the latest tried index."""
         whole, latest = self.text_of(tokens), len(tokens) - KEPT_TOKENS
         for cut in range(latest, latest - KEPT_TOKENS, -1):
             if self.text_of(tokens[:cut]) + self.text_of(tokens[cut:]) == whole:

@@ -21,7 +21,7 @@ from cluster.gateway.text.text_codec import ANY_LENGTH, TextCodec
 from cluster.wire.bundle import Bundle
 
 CHARS_PER_INPUT: Final = 64
-"""Characters that take as long to tokenize as each input of a pooling request takes besides its text."""
+"""Cost of each input of a pooling request in addition to its text, as a number of characters with the same cost."""
 
 
 class TextModel:

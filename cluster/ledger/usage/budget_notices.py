@@ -21,7 +21,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 3600.0
 KEPT_S = 62 * 86_400.0
 """Time for which notices are kept, in seconds.
 
-Longer than any budget's period, because a threshold must not be reported twice in the same period.
+This time is longer than any budget's period, because a threshold must not be reported twice in the same period.
 """
 
 

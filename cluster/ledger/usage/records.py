@@ -85,8 +85,8 @@ class UsageRecord:
     `cached_tokens` is the number of prompt tokens that the engine found in its prefix cache. `predicted_cached_tokens`
     is the number that the call's gateway expected; None without a prediction and in records of older releases.
     `completion_tokens` were delivered and are billed; `generated_tokens` came from the engine. `reasoning_tokens` is
-    the number of completion tokens that are reasoning. It is 0 in records of older releases, for outputs that did not
-    end, and with `delivered_unknown`. `gpu` is the accelerator's type and determines the price of
+    the number of completion tokens that are reasoning; 0 in records of older releases, in records of outputs that did
+    not end, and in records with `delivered_unknown`. `gpu` is the accelerator's type and determines the price of
     `gpu_seconds`. `outcome` is the value of an Outcome. `worker`, `pod` and `node` are the place where the call ended.
     `gateway` is the gateway that admitted the call. `trace_id` is the id of the call's trace, empty for a call that was
     not sampled and whose caller named no trace. Records of older releases have empty values for `worker`, `pod`,

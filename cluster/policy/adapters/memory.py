@@ -90,12 +90,12 @@ class AdapterMemory:
         return next((digest for digest in self._held if not self._uses[digest] and digest not in self.pinned), None)
 
     def oldest(self) -> str | None:
-        """Return the least recently used adapter that is not pinned, in use or not; None if all are pinned."""
+        """Return the least recently used adapter that is not pinned, even if it is in use; None if all are pinned."""
         return next((digest for digest in self._held if digest not in self.pinned), None)
 
     def has_place_for(self, digest: str) -> bool:
-        """Return whether the adapter is held, or can be held once the other adapters are not in use. False if pinned
-        adapters fill the memory."""
+        """Return whether the adapter is held, or could be held if no other adapter were in use. An adapter that is not
+        held has no place if pinned adapters fill the memory."""
         kept = sum(held in self.pinned for held in self._held)
         return digest in self._held or kept < self.capacity
 

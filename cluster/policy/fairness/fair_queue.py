@@ -32,12 +32,12 @@ from cluster.policy.fairness.warm_order import LossOf
 IDLE_S = 2.0
 """Time in seconds after which a tenant without waiting sequences counts as idle."""
 DEFICIT_TOKENS = 16_384.0
-"""Weighted tokens, divided by a tenant's weight, by which its counter may start below the least one after a short idle
-time."""
+"""Default limit in weighted tokens. After a short idle time, a tenant's counter may start below the least counter by at
+most this limit divided by the tenant's weight."""
 CLAIM_PICKS = 8
-"""Number of turns for which a gateway reports its share."""
+"""Number of next turns of which a gateway reports its share."""
 CLAIM_SCALE = 16
-"""Number of units of a reported share for each turn."""
+"""Number of units in one turn, when a gateway reports its share of the next turns."""
 
 
 def equal(tenant: str) -> float:
@@ -237,8 +237,8 @@ class FairOrder:
     def sweep(self, now: float) -> None:
         """Forget gateways that are silent for `idle_s`, and idle tenants whose counters are at the floor.
 
-        The caller runs this method once a second. It also records for which guests slots are reserved
-        (reserved_slots.py).
+        The caller runs this method once a second. The method also records in which classes there are guests, for which
+        slots are reserved (reserved_slots.py).
         """
         self._flows.advance(now)
         for key, change in self._peer_backlogs.silent_since(now - self._idle_s).items():
@@ -277,7 +277,8 @@ class FairOrder:
         return f"FairOrder({len(self._where)} waiting, {len(self._flows.classes())} classes, {len(self._open)} charged)"
 
     def _remove_waiting(self, call_id: str) -> tuple[Flow, Charge | None]:
-        """Remove a waiting sequence. Returns its flow, and the charge to make, or None if it was charged before."""
+        """Remove a waiting sequence. Returns the sequence's flow, and its pending charge: None if the sequence was
+        charged before."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
             flow.remove(serial)

@@ -26,7 +26,7 @@ class FlowTable:
         self._classes: dict[int, ClassTurns] = {}
         self._ranks: list[int] = []
         self.charged = 0.0
-        """Service that was added to all counters, less refunds, in weighted tokens."""
+        """Sum of the service that was added to the counters, less refunds, in weighted tokens."""
         self.now = float("-inf")
 
     def __len__(self) -> int:

@@ -36,7 +36,7 @@ class _Lengths:
     def __init__(self) -> None:
         self.last: list[tuple[int, bool]] = []
         """The last KEPT pairs of (tokens, cut). `cut` says whether the output ended at max_tokens. The pairs are in a
-        list, because each tenant has one, and an empty deque takes 0.7 KB."""
+        list and not in a deque, because there are many such objects, and an empty deque takes 0.7 KB."""
         self.total = 0
         self._high: int | None = 0
         self._new_since_curve = 0

@@ -4,7 +4,7 @@ Problem: the accounts of tenants must be cluster-wide without another store.
 
 Method: workers see all service, so workers report the service. A report has two numbers for each tenant: the service
 since the worker's start, and the part of that service for calls of the gateway that gets the report. The gateway counts
-its own part itself, more exactly and sooner, so it adds only the growth of the rest.
+its own part itself, more exactly and sooner, so it adds only the growth of the difference between the two.
 
 Invariants: a repeated report changes nothing. The next report makes up for a lost report. Service before the first
 report from a worker to a gateway is not added, because the start of that service is unknown.

@@ -13,7 +13,7 @@ Invariants: the tenant is chosen first, and then a sequence of its queue. So oth
 any other order within the queues. While two tenants wait, their counters differ by at most the largest charge divided
 by its tenant's weight, plus the corrections of charges whose predictions were wrong. Between two turns of a waiting
 tenant, each other tenant is served at most as much as the waiting tenant was charged in the first of these turns, plus
-one charge of its own.
+one charge of that other tenant.
 
 The first sequence of a queue is overtaken at most MAX_OVERTAKEN times. So a sequence with p sequences ahead is sent in
 one of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant. Only the chosen sequence may be sent: if it fits on

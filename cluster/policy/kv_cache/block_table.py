@@ -39,7 +39,7 @@ _LINE_BYTES: Final = 64
 _MAX_DEPTH: Final = 20
 _OWNERS: Final = 1 << 15
 _FULL: Final = int(SEGMENT * 0.85)
-"""Number of entries from which a segment is divided."""
+"""A segment with more entries than this number is divided."""
 _IS_LITTLE: Final = sys.byteorder == "little"
 _HIGH_HALF: Final = 1 if _IS_LITTLE else 0
 _ROW_BYTES: Final = slice(2, 4) if _IS_LITTLE else slice(4, 6)

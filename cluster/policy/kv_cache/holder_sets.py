@@ -27,8 +27,7 @@ Members = tuple[int, int]
 
 
 def members_of_word(word: int) -> Members:
-    """Return the workers that a word holds, one in each bit field. Not for a word that is a number in the table of
-    larger sets."""
+    """Return the workers in the four fields of a word. `word` must not be a number in the table of larger sets."""
     held = expected = 0
     while word:
         field = word & _FIELD

@@ -5,7 +5,8 @@ which blocks they hold, for up to a thousand workers and ten million pairs of bl
 
 Invariants. An entry that is wrong or missing costs a cache miss and nothing else. Memory is bounded by `max_hashes`. A
 worker that has left matches nothing from that moment; its entries are removed later, one segment at a time. Blocks that
-are being computed are expected: they match until their time has passed or the worker's own event confirms them.
+are being computed are expected: they match like held blocks, and are dropped if their time passes before an event of
+the worker confirms them.
 
 All times are monotonic seconds.
 """
@@ -25,7 +26,8 @@ from cluster.policy.kv_cache.holder_sets import MAX_WORKER, HolderSets, Words
 from cluster.policy.kv_cache.prefix_hashes import Hashes
 
 _SHORT: Final = 512
-"""Largest number of blocks of a prompt for which each block is looked up."""
+"""Largest number of blocks of a short prompt. All blocks of a short prompt are looked up, but only some blocks
+of a longer prompt."""
 _STRIDE: Final = 16
 _EXPIRED_AT_ONCE: Final = 512
 """Largest number of expectations that one call of `maintain` ends, in about two milliseconds."""
@@ -60,7 +62,7 @@ class CacheIndex:
         self._leaving = 0
         self._expectations: deque[_Expectation] = deque()
         self._alike: dict[tuple[int, int], deque[_Expectation]] = {}
-        """The same expectations by worker and first block."""
+        """The expectations of `_expectations` by their worker and first block."""
 
     def __len__(self) -> int:
         """Number of different blocks."""

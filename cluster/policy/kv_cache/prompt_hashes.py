@@ -3,10 +3,11 @@
 Problem. Each turn of a conversation is sent with all earlier turns, and hashing 128,000 tokens takes a gateway about a
 quarter of a millisecond. Comparing the tokens with those of the turn before takes a fraction of that time.
 
-Method. The key of a remembered prompt consists of the 64 tokens before a position in it: the last multiple of STEP. A
-new prompt may continue an earlier prompt of any length, so the 64 tokens before each of its last multiples of STEP are
-looked up as a key. The prompt that is found is compared token by token with the new one, so the hashes are always
-right. Memory is bounded by the number of tokens; the oldest prompts are forgotten first.
+Method. The key of a remembered prompt contains the last position in the prompt that is a multiple of STEP, and the 64
+tokens before this position. A new prompt may continue an earlier prompt of any length. So the last _TRIES multiples of
+STEP in the new prompt are looked up, each with the 64 tokens before it. The prompt that is found is compared token by
+token with the new one, so the hashes are always right. Memory is bounded by the number of tokens; the oldest prompts
+are forgotten first.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from cluster.policy.kv_cache.prefix_hashes import Hashes, Prefix, prefix_hashes
 MAX_TOKENS: Final = 4 << 20
 """Largest number of tokens of all remembered prompts, which take about 18 MB."""
 STEP: Final = 1024
-"""Prompts of fewer tokens are not remembered."""
+"""Distance in tokens between the positions at which prompts are looked up. Prompts of fewer tokens are not
+remembered."""
 _WINDOW: Final = 64
 _TRIES: Final = 32
-"""Number of multiples of STEP at which an earlier prompt is looked up. A turn usually adds fewer tokens than they
-span."""
+"""Number of multiples of STEP at which an earlier prompt is looked up. A turn usually adds fewer than _TRIES * STEP
+tokens."""
 
 _Ids = npt.NDArray[np.uint32]
 _Key = tuple[int, int, int, bytes]

@@ -10,7 +10,7 @@ the time that a usual worker needs for a prompt token:
     cost = slowdown * (waiting + computed * uncached + full * (running + 1) / slots + queued * queue
                        + memory * kv_usage^2 + adapter)  -  affinity
 
-- `waiting`: prompt tokens of the sequences of this gateway that have no output there yet. The call waits for them.
+- `waiting`: prompt tokens of this gateway's sequences at the worker that have no output yet. The call waits for them.
 - `uncached`: prompt tokens of the call that the worker must compute. The call waits while they are computed. All
   running sequences wait too, since they share the engine's steps, and so do the prompts that come next. `computed` is
   the number of all that wait: the call, the running sequences and the next prompts. Tokens that another worker holds
@@ -42,9 +42,9 @@ from typing import Final, Literal
 from cluster.policy.routing.router import Candidate
 
 MIN_SLOTS: Final = 64
-"""Number of slots that the largest worker of a model needs for `full` to be the cost of a worker without a free slot.
-Models of smaller workers have a lower one. Otherwise, with 8 slots, one running sequence would cost as much as
-computing a prompt of 2,000 tokens, and calls would leave the workers that hold their prompts."""
+"""Number of slots below which `full` is reduced. If the largest worker of a model has fewer slots, `full` is multiplied
+by that worker's slots / MIN_SLOTS. Otherwise, with 8 slots, one running sequence would cost as much as computing a
+prompt of 1,000 tokens, and calls would leave the workers that hold their prompts."""
 
 PolicyName = Literal["cost", "least_load", "round_robin", "power_of_two", "consistent_hash"]
 

@@ -4,9 +4,9 @@ Problem: a gateway decides for each call, and a model may have a thousand worker
 takes milliseconds. Between two decisions few workers change.
 
 Method: a row for each worker holds what a decision needs: the part of the worker's cost that is equal for all calls,
-its cost of a prompt token, and the largest prompt that fits there. A row is computed when its worker has changed. A
-decision adds the part that depends on the call. From VECTOR_FROM workers on, the rows are also kept as numpy columns,
-see columns.py.
+its cost of a prompt token, and the largest prompt that fits on the worker. A row is computed when its worker has
+changed. A decision adds the part that depends on the call. From VECTOR_FROM workers on, the rows are also kept as numpy
+columns, see columns.py.
 
 Invariants: the chosen worker passes all FILTERS, and no worker that passes has a lower cost (for power_of_two, of the
 two that were drawn). Of workers with equal costs, the one with more free sequences wins, then the one that got nothing

@@ -28,8 +28,8 @@ LEAST_WORKERS: Final = 16
 @dataclass(frozen=True, slots=True)
 class GatewaySubset:
     """The rule by which one worker chooses its gateways. `most`: usual number of gateways to which a worker connects.
-    `replicas`: least number of workers of its model. If a model has few workers, each connects to more than `most`
-    gateways."""
+    `replicas`: minimum number of workers of the worker's model. If a model has few workers, each of them connects to
+    more than `most` gateways."""
 
     worker_id: str
     most: int = ALL_UP_TO

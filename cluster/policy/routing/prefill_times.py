@@ -37,10 +37,10 @@ MODEL_MEMORY_S: Final = 300.0
 KEPT: Final = 0.8
 """Factor by which the weight of a worker's samples falls with each new sample."""
 PRIOR: Final = 1.0
-"""Number of usual samples that are added to those of a worker."""
+"""Number of usual samples that are added to the samples of a worker."""
 PRIOR_S: Final = 0.1
-"""Least number of seconds that are added. Short prompts take one or two engine steps, whose times vary on equal
-workers."""
+"""Minimum number of seconds that the PRIOR samples add. Short prompts take one or two engine steps, whose times vary on
+equal workers."""
 NOISE: Final = 1.3
 """Ratio of times, or its inverse, up to which a worker counts as a usual one."""
 CLIP: Final = 4.0
@@ -101,8 +101,8 @@ class PrefillTimes:
 
     def record_unfinished(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
         """Record that a worker has worked for `seconds` on late prompts without finishing them. `tokens`: number of
-        tokens of these prompts together. The record counts for another `seconds`, or until the worker's next sample or
-        report of unfinished prompts."""
+        tokens of these prompts together. The record counts for the next `seconds` seconds, but at most until the
+        worker's next sample or report of unfinished prompts."""
         sums = self._workers.setdefault(worker_id, _Sums(now))
         sums.late_tokens, sums.late_s, sums.late_until = tokens, seconds, now + seconds
 

@@ -159,8 +159,8 @@ class RouteHistory:
         return self._calls.get(call_id)
 
     def add(self, call: RoutedCall, route: Route, workers: int) -> None:
-        """Add a route to a call. Older calls are forgotten. `call`: the remembered call, or a new one if this is its
-        first route. `workers`: number of workers of the model."""
+        """Add a route to a call. The oldest calls are forgotten while the memory exceeds `max_bytes`. `call`: the
+        remembered call, or a new one if this is its first route. `workers`: number of workers of the model."""
         if workers > MAX_CANDIDATES:
             self._shorten(route, workers)
         route.size = ROUTE_BYTES + CANDIDATE_BYTES * min(workers, MAX_CANDIDATES)

@@ -21,7 +21,7 @@ from cluster.api.types import CompatibilityKey
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Worker as seen by the gateway that chooses.
+    """Worker as seen by the gateway that routes a call.
 
     `free_sequences` and `free_tokens` are the unspent credit that the worker has granted to this gateway. `running`
     counts the sequences of this gateway on the worker; `waiting` counts the sequences in the queue of the engine.
@@ -84,9 +84,8 @@ class RouteCall:
     parser for tool calls. `cached`: number of leading tokens of a new call that workers hold in their KV caches, by
     worker id. `sharing`: number of recent calls whose longest cached prefix was that of this call. `affinity`: hash of
     the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of the prompt, in [0, 2**64).
-    `call_id`: name of a new call, from which a policy that needs chance draws its numbers. `adapter`: digest of the
-    adapter that the worker must have loaded, or another name that the gateway uses while the digest is unknown; "" for
-    the base model.
+    `call_id`: id of a new call, the seed of policies that choose at random. `adapter`: digest of the adapter that the
+    worker must have loaded, or another name that the gateway uses while the digest is unknown; "" for the base model.
     """
 
     model: str
@@ -147,10 +146,9 @@ class Scorer:
 class Score:
     """Result for one candidate.
 
-    `dropped`: reason of the filter that dropped the candidate; "" if it passed all. `total` and `parts` (pairs of name
-    and value): for a new call, the cost and its parts, where the lowest cost is best; for a resumed call, the weighted
-    mean of the scores and the scores, all in [0, 1], where the highest mean is best. `total` is 0 for a dropped
-    candidate.
+    `dropped`: reason of the filter that dropped the candidate; "" if it passed all. `total`: for a new call, its cost,
+    and the lowest is best; for a resumed call, the weighted mean of its scores, in [0, 1], and the highest is best; for
+    a dropped candidate, 0. `parts`: pairs of name and value, the parts of the cost or the single scores.
     """
 
     worker_id: str
@@ -293,7 +291,7 @@ def needs_parser(needs_tools: bool, candidates: Iterable[Candidate]) -> bool:
 
 
 PREFILL_TOKENS = 2048
-"""Number of prompt tokens without output that score as badly as one call in the queue of the engine."""
+"""Number of prompt tokens, in calls without output, that score as badly as one call in the queue of the engine."""
 
 
 FILTERS = (
@@ -337,8 +335,8 @@ the prompts that are not computed yet."""
 ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0), Scorer("kept_blocks", _kept, 16.0))
 """Scorers for resumed calls. `kept_blocks` prefers the worker that holds the KV blocks of the call.
 
-`few_replays` spreads other resumed calls evenly, because the last call of a burst waits for the longest step. Its
-weight exceeds that of the queue lengths, which are as old as the last heartbeat.
+`few_replays` spreads resumed calls without such a worker evenly, because the last call of a burst waits for the longest
+step. The weight of `few_replays` exceeds that of `short_queue`, whose queue lengths are as old as the last heartbeat.
 """
 
 
@@ -356,8 +354,8 @@ class Router:
     def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
         """Pick the candidate with the best score among the candidates that pass all filters.
 
-        Of candidates with equal scores, the one with more free sequences wins, then the one that this gateway has sent
-        nothing for the longest time, so that idle workers fill their caches evenly, then the first by worker_id.
+        Ties are broken in this order: more free sequences; earlier `last_sent`, so that idle workers fill their caches
+        evenly; first by worker_id.
         """
         if call.reserved_slots:
             candidates = list(candidates)

@@ -66,7 +66,8 @@ def switch_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
 def uncached_of(call: RouteCall, cached: float) -> float:
     """Return how many tokens of a call count as uncached at a worker that holds `cached` tokens.
 
-    Tokens that another worker holds are also needed by the recent calls with the same prefix, so they count in part."""
+    Tokens that only other workers hold are divided by 1 + `call.sharing`, because recent calls with the same prefix
+    need the tokens too."""
     uncached = call.tokens - min(cached, call.tokens)
     if not call.sharing or not call.cached:
         return uncached

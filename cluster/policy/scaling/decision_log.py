@@ -13,7 +13,7 @@ KEPT = 200
 
 
 class DecisionLog:
-    """The newest decisions on one model. Equal decisions to hold, one after the other, are kept as one."""
+    """The newest decisions on one model. Consecutive decisions to hold, for the same reason, are kept as one."""
 
     def __init__(self) -> None:
         self._decisions: deque[ScalingDecision] = deque(maxlen=KEPT)

@@ -43,8 +43,8 @@ class OperatorRequest:
 class RayReplicas:
     """Replicas of a model on one type of GPU, as Ray reports them.
 
-    `target`: number that Ray was asked for. `running`, `placed` and `leaving`: numbers of replicas that serve, start
-    and stop.
+    `target`: number of replicas that Ray should run. `running`: number of replicas that serve. `placed`: number of
+    replicas that start. `leaving`: number of replicas that stop.
     """
 
     target: int = 0
@@ -84,8 +84,8 @@ class WorkerSeen:
 class ModelInputs:
     """Inputs of one pass about one model. `types`: specs of the model, one for each type of GPU, the preferred first.
 
-    By type of GPU, `rays`: replicas on Ray; `workers`: connected workers, with an entry for each type; `room`: number
-    of replicas that fit. A type without an entry in `room` has enough capacity.
+    The keys of the mappings are types of GPU. `rays`: replicas on Ray. `workers`: connected workers, with an entry for
+    each type. `room`: number of replicas that fit; a type without an entry has enough capacity.
     """
 
     types: tuple[ModelSpec, ...]

@@ -1,7 +1,7 @@
 """States of the replicas of one model, and the time that a start takes.
 
-Connected replicas are ready. Replicas that are missing to reach the decided number are starting. Replicas beyond the
-decided number are draining.
+Replicas that serve are ready, up to the decided number. If fewer serve, the missing replicas are starting. All other
+connected replicas, and replicas that Ray stops, are draining.
 
 The cold-start time is learnt from the decisions that add replicas: when a replica first serves, it is matched with the
 oldest such decision that has no replica yet.
@@ -41,8 +41,8 @@ class ReplicaStates:
 
     @property
     def starting_since_s(self) -> float:
-        """Time since which the model starts without a replica that serves, in seconds since the epoch; 0 if a replica
-        serves or none starts."""
+        """Time at which the current start of the model began, in seconds since the epoch; 0 if a replica serves or none
+        starts."""
         return self._starting_since_s
 
     def observe(self, inputs: ModelInputs, desired: Mapping[str, int], now: float, wall_s: float) -> list[ReplicaSeen]:
@@ -81,9 +81,9 @@ class ReplicaStates:
         ]
 
     def record_change(self, changes: Sequence[int], now: float) -> None:
-        """Record a decision. `changes`: by how many replicas it changes each type of GPU.
+        """Record a decision. `changes`: change of the number of replicas, for each type of GPU.
 
-        Replicas that a decision takes away are the ones that were ordered last.
+        A decision that removes replicas cancels the newest open orders first.
         """
         fewer = -sum(min(change, 0) for change in changes)
         del self._ordered_at[max(len(self._ordered_at) - fewer, 0) :]

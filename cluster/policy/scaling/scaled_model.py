@@ -24,7 +24,8 @@ PLENTY = 1_000_000
 
 
 class ScaledModel:
-    """One model. Call `observe` in each pass; then, if there is a decision, `apply`, or without demand `hold`.
+    """One model. Call `observe` in each pass. Then call `apply` with the policy's decision, if there is one, or `hold`
+    if the demand is unknown.
 
     `now` is monotonic, in seconds; `wall_s` is the same time in seconds since the epoch. In requests of operators,
     `all_frozen` is also set if the configuration freezes all models.

@@ -121,8 +121,8 @@ class Scaler:
     def _decide(
         self, seen: Mapping[str, ModelSeen], requests: OperatorRequest, now: float, wall_s: float
     ) -> Sequence[tuple[str, ScalingDecision]]:
-        """Let the policy decide, and apply its decisions. Returns those that change something, each with the name of
-        the model."""
+        """Let the policy decide, and apply its decisions. Returns the decisions that change something, each with the
+        name of the model."""
         self._decide_at = now + self._decide_s
         observation = Observation(
             models=seen,

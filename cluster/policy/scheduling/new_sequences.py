@@ -45,7 +45,7 @@ class NewSequences:
         return admission
 
     def put_back(self, entry: WaitingSequence, now: float, versions: Versions = ANY_VERSION) -> None:
-        """Queue a sequence that starts over, at the head of its tenant's queue."""
+        """Queue a sequence that starts over, ahead of all sequences of the model that were never sent."""
         self.room.put_back(entry, now)
         self.set_versions(entry.call_id, versions)
 

@@ -49,7 +49,7 @@ class SchedulingPolicy:
         return self._new.admit(entry, now, starts_in_s, versions)
 
     def put_back(self, entry: WaitingSequence, now: float, versions: Versions = ANY_VERSION) -> None:
-        """Queue a sequence that starts over, at the head of its tenant's queue."""
+        """Queue a sequence that starts over, ahead of all sequences of the model that were never sent."""
         self._new.put_back(entry, now, versions)
 
     def set_versions(self, key: str, versions: Versions) -> None:

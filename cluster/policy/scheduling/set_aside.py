@@ -37,8 +37,8 @@ MAX_PER_MODEL: Final = 64
 class Aside:
     """A sequence that is set aside. `call`: its routing request. `worker_id`: the worker for which it waits.
 
-    `uncached`: number of prompt tokens to compute there. `since` and `until`: monotonic times at which the wait began
-    and must end."""
+    `uncached`: number of prompt tokens that this worker must compute. `since` and `until`: monotonic times at which the
+    wait began and must end."""
 
     entry: WaitingSequence
     call: RouteCall

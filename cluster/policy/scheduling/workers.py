@@ -16,8 +16,8 @@ class Workers(Protocol):
         """Pick a worker for a new sequence, see policy/routing/fleet.py."""
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes. The state of a
-        worker may be read only when the caller looks at the worker."""
+        """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes. The result may
+        be lazy: it then reads the state of a worker when the caller accesses the worker."""
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker of a model for a sequence that resumes, or None if the worker is not linked."""

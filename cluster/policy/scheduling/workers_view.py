@@ -52,8 +52,8 @@ class WorkersView:
         return [worker for worker in newest if worker is not None]
 
     def sample(self, sequence: ResumingSequence, now: float) -> Sequence[Candidate]:
-        """Return up to MAX_SAMPLE workers that suit a sequence, of the LOOKED_AT workers from a position on that a hash
-        of the sequence's key gives."""
+        """Return up to MAX_SAMPLE workers that suit a sequence. Only LOOKED_AT consecutive workers are checked; a hash
+        of the sequence's key selects where they begin."""
         workers, found = self._candidates(), list[Candidate]()
         start = hash64(sequence.key)
         for step in range(min(LOOKED_AT, len(workers))):

@@ -16,13 +16,13 @@ from cluster.link.v1 import link_pb2 as pb
 MAX_ADAPTERS: Final = 1024
 """Maximum number of adapters of one model."""
 MAX_NAME: Final = 128
-"""Maximum number of characters of an adapter's name, of its license and of a version."""
+"""Maximum number of characters of an adapter's name, license and version, and of a tenant's name."""
 MAX_SOURCE: Final = 2048
-"""Maximum number of characters of a source."""
+"""Maximum number of characters of an adapter's source."""
 MAX_REASON: Final = 512
 """Maximum number of characters of the reason why an adapter failed. The sender cuts a longer reason."""
 MAX_TENANTS: Final = 4096
-"""Maximum number of tenants of all adapters in a message."""
+"""Maximum number of tenants in a message, summed over all adapters."""
 _DIGEST = re.compile(r"(?:[0-9a-f]{64})?")
 _STATES = {state: pb.AdapterStatus.State.Value(f"STATE_{state.value}") for state in AdapterState}
 _STATE_OF = {value: state for state, value in _STATES.items()}

@@ -50,8 +50,8 @@ class WantedAdapter:
     work: asyncio.Task[None] | None = None
 
     def is_same(self, spec: AdapterSpec) -> bool:
-        """Return whether this adapter's files also serve `spec`: only pinning and tenants may differ, and `spec` may
-        name the digest that was found here."""
+        """Return whether this adapter's files also serve `spec`: only pinning and tenants may differ, and the digest in
+        `spec` must be empty or that of these files."""
         plain = {"pinned": False, "tenants": (), "digest": ""}
         is_other = replace(self.spec, **plain) != replace(spec, **plain)  # type: ignore[arg-type]
         return not is_other and spec.digest in ("", self.digest or self.spec.digest)

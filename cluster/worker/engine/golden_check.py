@@ -154,7 +154,8 @@ def golden_request(
 
 
 class CheckedEngine:
-    """An engine (cluster.api.ports) that wraps another engine and checks its answers. Errors name `node`."""
+    """An engine (cluster.api.ports) that wraps another engine and checks its answers. EngineCorrupt messages contain
+    `node`."""
 
     def __init__(self, engine: Engine, *, node: str = "") -> None:
         self._engine = engine

@@ -24,7 +24,8 @@ QUANTILE_EVERY = 16
 FIRST_TOKEN_S = 0.05
 """Assumed seconds per prompt token before any time has been measured."""
 PATIENCE = 5.0
-"""Factor by which a step may exceed the 0.9 quantile of the time per prompt token and still count as explained."""
+"""Factor by which a step may exceed its expected duration and still count as explained. The expected duration is the
+number of prompt tokens times the 0.9 quantile of the time per prompt token."""
 LEAST_S = 0.5
 """Step duration in seconds that any positive number of prompt tokens explains."""
 SAMPLE_TOKENS = 8

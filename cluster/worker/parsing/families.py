@@ -105,7 +105,7 @@ def _match(rows: tuple[_Row, ...], model_type: str, template: str) -> str:
 
 
 def _renderer_parsers(bundle: Bundle) -> ParserNames | None:
-    """Return the parsers of a model whose chats vLLM's own code renders; None for a model with a chat template."""
+    """Return the parsers of the renderer that a bundle names; None if gateways render the model's chat template."""
     parsers = PARSERS.get(str(json.loads(bundle.files.get("tokenizer_config.json", b"{}")).get(RENDERER, "")))
     return None if parsers is None else ParserNames(*parsers)
 

@@ -1,6 +1,6 @@
 """Detection of hanging parses: whether a parser process works on one session for too long.
 
-A process that waits for a core does not hang, so the CPU time of the process decides. A process that sleeps uses no CPU
+A process that waits for a CPU does not hang, so the CPU time of the process decides. A process that sleeps uses no CPU
 time, so there is also a bound on the wall time. The bound is so long that a busy machine does not reach it.
 """
 
@@ -29,7 +29,7 @@ class HangWatch:
     wall_limit_s: float = WALL_LIMIT_S
     _seen: tuple[int, int] = (NONE, 0)
     _since: tuple[float, float] = field(default=(0.0, 0.0))
-    """The CPU seconds that the process had used, and the time, when `_seen` was read first."""
+    """State when `_seen` was first read: the CPU seconds used by the process, and the time."""
 
     @classmethod
     def of(cls, host: ParserHost) -> HangWatch:

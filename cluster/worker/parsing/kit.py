@@ -46,8 +46,8 @@ class KitSettings:
     plugin: str = ""
     long_call: int = LONG_CALL
     renderer: str = ""
-    """Renderer of the model's chats (rendering/families.py), whose tokenizer the parsers use; "" for a model with a
-    chat template."""
+    """Renderer of the model's chats (rendering/families.py), whose tokenizer the parsers use; "" if gateways render the
+    model's chat template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ def load_kit(settings: KitSettings) -> ParserKit:
 
 
 def _tokenizer(settings: KitSettings) -> Any:
-    """Return the model's tokenizer with the cache of vLLM's server. Without it, each parser would read the vocabulary
-    anew."""
+    """Return the model's tokenizer with the cache of vLLM's server. Without the cache, each parser would read the
+    vocabulary anew."""
     from cluster.worker.weights.vocabulary import load_tokenizer
 
     try:

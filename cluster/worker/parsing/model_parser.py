@@ -26,7 +26,7 @@ log = structlog.get_logger("parser")
 
 
 def model_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser | None:
-    """Return the output parser of a model for vLLM; None if it has no parsers. Blocks, and imports vLLM's parsers.
+    """Return the output parser of a model on vLLM; None if the model has no parsers. Blocks; imports vLLM's parsers.
 
     A family's parser that cannot be used with the model's tokenizer is left out. Raises ValueError if a parser that the
     entry names cannot be used.
@@ -39,7 +39,7 @@ def model_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser 
 
 
 def model_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRenderer | None:
-    """Return the renderer of a model for vLLM; None if gateways render its chat template. Blocks, and imports vLLM.
+    """Return the renderer of a model on vLLM; None if gateways render its chat template. Blocks, and imports vLLM.
 
     A renderer that cannot be loaded is left out if the model has a chat template, too. Raises ValueError otherwise.
     """
@@ -64,7 +64,7 @@ def requested_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptR
 
 
 def renderer_in(bundle: Bundle) -> str:
-    """Return the name of the renderer in a bundle; "" if the model has a chat template."""
+    """Return the name of the renderer that a bundle names; "" if gateways render the model's chat template."""
     return str(json.loads(bundle.files.get("tokenizer_config.json", b"{}")).get(RENDERER, ""))
 
 

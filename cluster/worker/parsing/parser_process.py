@@ -1,9 +1,9 @@
 """The parser process: one process of a worker that parses the outputs of all its requests. A worker that renders
 chats has a second process of the same kind for them, so that no render delays tokens.
 
-It is a fork of the fork server, which has imported vLLM, or a new interpreter where there is no fork server. It answers
-the worker's messages in order, and ends when the worker closes the connection. If a parse hangs at that time, a thread
-ends the process.
+Each process is a fork of the fork server, which has imported vLLM, or a new interpreter where there is no fork server.
+The process answers the worker's messages in order, and ends when the worker closes the connection. If a parse hangs at
+that time, a thread ends the process.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class ParserSessions:
 
 
 def _place(error: Exception) -> str:
-    """Return an error's type and the line that raised it. Its message may contain a caller's text."""
+    """Return an error's type and the line that raised it, without the message, which may contain a caller's text."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}" if frames else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""The port of the worker to its output parser, and its implementation for a worker without parsers."""
+"""The interface of a worker's output parser, and the implementation for a worker without parsers."""
 
 from __future__ import annotations
 

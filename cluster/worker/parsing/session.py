@@ -1,7 +1,8 @@
 """One request in the parser process: its tokens go through vLLM's detokenizer and parser, one token at a time.
 
-The session does what vLLM's own server does with a stream of one token a step, and with the whole text of an answer
-that is not streamed. So the joined parts depend on the tokens alone, and a resumed request replays its tokens.
+The parts of a streamed answer are those of vLLM's own server with one token a step. An answer that is not streamed is
+parsed as a whole, as in vLLM's own server. So the joined parts depend on the tokens alone, and a resumed request
+replays its tokens.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ class SessionRecord:
     def take(self, output: TokenOutput) -> tuple[int, bytes, int] | None:
         """Record an output of the engine, and return its feed item with all tokens that are not sent yet.
 
-        None if the output needs no parsing yet: the answer is parsed as a whole, has no stop strings and does not end
-        here. `output` is then complete for the gateway.
+        Returns None if the output needs no parsing yet: the answer is parsed as a whole, has no stop strings and does
+        not end with this output. `output` then has no parts and can be sent to the gateway.
         """
         self.ids.extend(output.token_ids)
         if self.parsing.is_whole and not self.parsing.stop and output.finish is None:

@@ -408,8 +408,8 @@ def _check_values(folder: Path, stream: BinaryIO, tensors: Mapping[str, Tensor],
 
 
 def _pieces(stream: BinaryIO, length: int) -> Iterator[bytes]:
-    """Yield the next `length` bytes in pieces, none of which divides a number. Raises AdapterError if the file has
-    become shorter."""
+    """Yield the next `length` bytes in pieces. No number is split between two pieces. Raises AdapterError if the file
+    has become shorter."""
     while length > 0:
         piece = stream.read(min(length, PIECE_BYTES))
         if len(piece) < min(length, PIECE_BYTES):

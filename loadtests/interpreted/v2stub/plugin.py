@@ -21,8 +21,8 @@ def apply() -> None:
 
 
 def _replace_top_k_top_p() -> None:
-    """Replace a kernel that the interpreter cannot run (`to` of a Python int). The kernel keeps no state, and the
-    PyTorch form of the kernel computes the same function.
+    """Replace a kernel that the interpreter cannot run, because the kernel calls `to` on a Python int. The kernel keeps
+    no state, and the PyTorch form of the kernel computes the same function.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 

@@ -40,7 +40,7 @@ class PooledLru:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A call that was sent to a worker. `predicted`: tokens that the gateway believed cached there."""
+    """A call that was sent to a worker. `predicted`: tokens that the gateway believed cached on the worker."""
 
     at: float
     worker: str

@@ -55,8 +55,8 @@ class Tokens:
 
 
 async def play(chats: Sequence[Chat], seed: int, post: Post) -> Tokens:
-    """Play all turns of chats, CONCURRENCY calls at a time. People take similar pauses, so the next chat is drawn among
-    the quarter of the chats without a call that have waited longest."""
+    """Play all turns of chats, CONCURRENCY calls at a time. People take similar pauses. So the next chat is drawn from
+    the idle chats (those without a running call), among the quarter that has waited longest."""
     rng, idle, running = random.Random(seed), list(chats), set[asyncio.Task[None]]()
     prompt = cached = 0
 

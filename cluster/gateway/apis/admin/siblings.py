@@ -63,7 +63,7 @@ class Siblings:
         self._secrets = tuple(secrets)
         self._answers = dict(answers)
         self._channels: dict[str, grpc.aio.Channel] = {}
-        """The kept connections to the other processes, for the console, which asks every second."""
+        """Open connections to the other processes, kept because the console sends a request every second."""
         self._clock = clock
 
     # ---- requests

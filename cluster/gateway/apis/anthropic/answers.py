@@ -20,7 +20,7 @@ ToolId = Callable[[OutputPart], str]
 """Function that returns the shown id of a tool call. The argument is the part with the name of the function."""
 
 LIFECYCLE: Final = "active"
-"""The stage that every model of a model list is in."""
+"""The lifecycle stage of every model in a model list."""
 _STOP_REASONS: Final[Mapping[str, str]] = {
     "stop": "end_turn",
     "length": "max_tokens",

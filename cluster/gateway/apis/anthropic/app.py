@@ -1,4 +1,4 @@
-"""Anthropic's Messages API of a CallService: the endpoints as ASGI applications."""
+"""Anthropic's Messages API: the endpoints as ASGI applications, which make calls to a CallService."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LIMIT_DIGITS: Final = 4
 
 
 class AnthropicApi:
-    """Anthropic's API of a CallService."""
+    """Anthropic's API. Requests become calls to a CallService."""
 
     def __init__(self, calls: HttpCalls) -> None:
         self._service = calls.service

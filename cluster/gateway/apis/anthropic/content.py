@@ -39,14 +39,14 @@ def without_header(text: str) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a message has only a role, user or assistant, and one text as its content."""
+    """Return whether a message has the role user or assistant, one text as its content, and no other fields."""
     if type(value) is not dict or len(value) != 2:
         return False
     return type(value.get("content")) is str and value.get("role") in ("user", "assistant")
 
 
 def _blocks(fields: Fields, name: str, kinds: tuple[str, ...]) -> Iterator[Fields]:
-    """Yield the content blocks in a field, which must be of these kinds."""
+    """Yield the content blocks in a field. Raises CallError for a block whose kind is not in `kinds`."""
     fields.at_most(MAX_MESSAGES, "blocks", name)
     for block in fields.objects(name):
         kind = block.text("type")

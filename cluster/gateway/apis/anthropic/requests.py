@@ -285,4 +285,4 @@ PARSERS: Final[Mapping[str, Callable[[Fields], ParsedRequest]]] = {
     "messages": parse_messages,
     "count_tokens": parse_count,
 }
-"""The parsers by the name that Bodies.http takes."""
+"""The parsers, by the name that is passed to Bodies.http."""

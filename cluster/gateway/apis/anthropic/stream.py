@@ -60,7 +60,7 @@ class BlockEvents:
         self._next = 0
         """Position of the next block."""
         self._start = ""
-        """Text of a delta event of the open block, before the text of the part."""
+        """Beginning of each delta event of the open block, up to the place where the text of the part is inserted."""
         self._of_call: dict[int, int] = {}
         """Position of the block of each tool call."""
         self._last_call = 0

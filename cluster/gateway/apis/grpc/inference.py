@@ -40,8 +40,8 @@ UNCOUNTED = ("ListModels", "GetModel")
 """Methods whose requests do not count against the request limits of a tenant."""
 MAX_PAGE_SIZE = 1000
 RECHECK_S = 1.0
-"""Longest time in seconds between the headers and the body of a request without a second authentication. If the body
-arrives later, or if the snapshot of callers has changed since the headers came, the caller is authenticated again."""
+"""Seconds for which the authentication at the headers of a request also holds for its body. If the body arrives later,
+or if tenants or keys have changed since the headers came, the caller is authenticated again."""
 
 
 class AdmittedCaller(NamedTuple):
@@ -254,7 +254,7 @@ def paginate(names: Sequence[str], page_size: int, page_token: str) -> tuple[Seq
 
 
 def _after(page_token: str) -> str:
-    """Return the name after which the page of a token begins. Raises CallError."""
+    """Return the name that a page token holds. The page begins after this name. Raises CallError."""
     try:
         after = json.loads(bytes.fromhex(page_token[:MAX_PAGE_TOKEN]))["after"]
     except (ValueError, KeyError, TypeError, RecursionError):

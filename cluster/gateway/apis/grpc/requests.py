@@ -54,7 +54,8 @@ MAX_BATCHED_REQUESTS = 1000
 """Upper bound on the number of requests in the field `more` of one session message."""
 MAX_PAGE_TOKEN = 8192
 MAX_SMALL_BYTES = 65_536
-"""Upper bound in bytes on a request with an `only_field`. A longer request is refused before it is parsed."""
+"""Upper bound in bytes on a request of a method with an `only_field` (RequestReader). A longer request is refused
+before it is parsed."""
 
 
 def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
@@ -299,7 +300,8 @@ class RequestReader:
     kind: type[Message]
     read: Callable[[Any], Any]
     only_field: str = ""
-    """The only field that can make a request of this method large; "" if a request may be large."""
+    """The only field that can make a request longer than MAX_SMALL_BYTES. Such a long request is refused. "" if
+    requests of this method may be longer."""
 
 
 def check_name(name: str) -> None:

@@ -85,8 +85,8 @@ class SessionOutput:
             await asyncio.gather(self._halt, return_exceptions=True)
 
     def _pass(self) -> None:
-        """Append the output of each marked call to the next message as at most one event, and send the message. Events
-        that are already in the message stay before this output."""
+        """Send the next message: first the events that already wait for it, then the output of each marked call as at
+        most one event."""
         self.pass_scheduled = False
         if self._over.done():
             return

@@ -31,7 +31,7 @@ millisecond."""
 BODY_PIECE_BYTES: Final = 16_384
 """Bytes parsed at once of a body of unknown length. They may hold thousands of chunks or some hundred requests."""
 LONG_PIECE_BYTES: Final = 1 << 16
-"""Bytes parsed at once where a body of known length goes on for so long. The parser only copies them."""
+"""Upper bound on the bytes that are parsed at once of a body of known length. The parser only copies these bytes."""
 MAX_LENGTH_DIGITS: Final = 18
 _HOST = re.compile(rb"[!-~]*")
 _VERSIONS: Final = ("1.0", "1.1")
@@ -123,7 +123,7 @@ class HttpProtocol(HttpToolsProtocol):
         """The number of requests that have begun."""
         self._in_body = False
         self._body_left = 0
-        """Bytes that the body still has, if its head has the length; otherwise not above 0."""
+        """Number of bytes that the body still lacks, if the head states the body's length; otherwise 0 or less."""
         self._parsing = False
         self._ignoring_input = False
         """Whether all further bytes from the client are ignored."""
@@ -218,7 +218,7 @@ class HttpProtocol(HttpToolsProtocol):
         return bool(self.pipeline) or len(cycle.body) > HIGH_WATER_LIMIT
 
     def _feed(self, piece: bytes) -> None:
-        """Parse a piece of the received bytes, and check the size of the head, which the parser does not."""
+        """Parse a piece of the received bytes. Also check the size of the head, since the parser does not check it."""
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:  # upgrades are not supported: the request is answered as plain HTTP

@@ -1,6 +1,6 @@
 """The transport of one HTTP response, which sends the head of the response together with the first part of its body.
 
-By itself uvicorn writes the two one after the other, which costs a second system call, and often a second wake-up of
+uvicorn alone writes the head and this part separately, which costs a second system call, and often a second wake-up of
 the client.
 """
 

@@ -348,7 +348,7 @@ def _answer(
 
 def model_card(target: Target, aliases: Sequence[str], created: int) -> dict[str, Any]:
     """Return a model or adapter in the shape of /v1/models. The fields that OpenAI's API does not have come last.
-    `aliases`: the aliases of the model that the caller may use."""
+    `aliases`: of the model's aliases, those that the caller may use."""
     tasks = target.model.capabilities.tasks
     adapter = {"parent": target.model.name, "root": target.adapter} if target.adapter else {}
     return {

@@ -56,7 +56,7 @@ EMBEDDINGS_FIELDS: Final = _COMMON | _UNSERVED_EMBEDDINGS.keys() | {"dimensions"
 """The fields that are read from a body of /v1/embeddings; all other fields are ignored."""
 RERANK_FIELDS: Final = _COMMON | _UNSERVED_PAIRS.keys() | {"documents", "query", "return_documents", "top_n"}
 _PAIRS: Final = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents"), ("queries", "items"))
-"""The names of the two fields of /score that hold the texts, as in vLLM."""
+"""Pairs of fields in which /score accepts the texts, as in vLLM. The first pair with both fields present is used."""
 SCORE_FIELDS: Final = _COMMON | _UNSERVED_PAIRS.keys() | {name for names in _PAIRS for name in names}
 INPUT_FIELDS: Final = frozenset({"input", "query", *(name for names in _PAIRS for name in names)})
 """Fields that hold the inputs of a request. Only these fields may be large."""

@@ -39,7 +39,8 @@ class PooledSequence(LinkedSequence[Owner]):
     """Sequence of one input of a pooling call. Implements the Sink of slots.py."""
 
     delivered: ClassVar[int] = 0
-    """See OutputSequence. Records of ended calls read the constants of a sequence without tokens and tool calls."""
+    """See OutputSequence. Records of ended calls read this field and the next two. They are constants, since a pooled
+    sequence has no tokens and no tool calls."""
     reasoning_tokens: ClassVar[int] = 0
     tool_parser: ClassVar[str] = ""
     vector: bytes = field(init=False, default=b"")

@@ -35,8 +35,8 @@ class PoolingCall(Call):
             self.usage.prompt_tokens += len(sequence.request.prompt_token_ids)
 
     def submitted(self, sequence: CallSequence, identity: WorkerIdentity, now: float) -> None:
-        """See Call. The other sequences use the version of the first one in any case, since the vectors of two versions
-        cannot be compared."""
+        """See Call. All other sequences must use the model version of the sequence that was submitted first, since
+        vectors of two versions cannot be compared."""
         Call.submitted(self, sequence, identity, now)
         if identity.version:
             self.versions = Versions(identity.version, frozenset((identity.version,)))

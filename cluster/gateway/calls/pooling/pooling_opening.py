@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 SLICE: Final = 128
 """Number of sequences that are created at once, which takes about 2 ms."""
 SHOWN_LENGTHS: Final = 32
-"""Number of allowed lengths of vectors that an error names."""
+"""Maximum number of vector lengths that an error message lists."""
 
 
 @dataclass(slots=True)
@@ -82,8 +82,8 @@ class PoolingOpening(CallOpening):
         return self._task_of(model) is not None
 
     def _task_of(self, model: KnownModel) -> PoolingTask | None:
-        """Return the task by which a model answers the request; None if it has no such task. While a model's tasks are
-        unknown, texts are embedded, but pairs are refused, since how they are encoded depends on the task."""
+        """Return the task by which a model answers the request; None if the model has no such task. While a model's
+        tasks are unknown, the task is EMBED, but pairs are refused, since the encoding of pairs depends on the task."""
         tasks, is_pairs = model.capabilities.tasks, isinstance(self.request.inputs, PairInputs)
         if tasks is None:
             if is_pairs:
@@ -209,8 +209,8 @@ class PoolingOpening(CallOpening):
         return None if info is not None and wanted == info.dimensions else wanted
 
     def _engine_request(self, first: EngineRequest, i: int) -> EngineRequest:
-        """Return the engine request of input `i`. `first`: the engine request from which all fields that the inputs
-        share are copied. It has no start of a second text."""
+        """Return the engine request of input `i`. `first`: the engine request of input 0, in which `second_text_at` is
+        not set. The fields that all inputs share are copied from `first`."""
         pooling, second = first.pooling, self.second_text(i)
         assert pooling is not None
         if not i and not second:

@@ -124,8 +124,8 @@ class PackedIds(Sequence[Sequence[int]]):
 
 @dataclass(frozen=True, slots=True)
 class InputField:
-    """A field of the caller's body that holds inputs. `is_list`: whether the field holds a list of them. `inner`: path
-    from an input to its token ids."""
+    """A field of the caller's body that holds inputs. `is_list`: whether the field holds a list of inputs instead of
+    one input. `inner`: path from an input to its token ids."""
 
     name: str
     is_list: bool = True
@@ -201,8 +201,8 @@ class IdsInputs:
 
 @dataclass(frozen=True, slots=True)
 class PairInputs:
-    """Pairs of texts, each of which gets a score. `first` has one text, which is paired with each text of `second`, or
-    as many texts as `second`."""
+    """Pairs of texts. Each pair gets a score. `first` has as many texts as `second`, or a single text, which is paired
+    with each text of `second`."""
 
     first: Sequence[str]
     second: Sequence[str]
@@ -256,7 +256,8 @@ class PairInputs:
 
 @dataclass(frozen=True, slots=True)
 class SingleTexts(PairInputs):
-    """The texts of pairs, each of which becomes a vector: first those of `first`, then those of `second`."""
+    """The texts of pairs as single inputs: first the texts of `first`, then those of `second`. Each text becomes a
+    vector."""
 
     def __len__(self) -> int:
         return len(self.first) + len(self.second)
@@ -339,8 +340,8 @@ class PoolingRequest:
     dimensions: int | None = None
     dimensions_field: str = "dimensions"
     truncate_tokens: int | None = None
-    """Number of tokens that are kept of a longer input; WHOLE_CONTEXT for as many as fit. None: a longer input is
-    refused."""
+    """Number of tokens to which a longer input is cut; WHOLE_CONTEXT for the maximum context length. None: an input
+    that exceeds the context is refused."""
     cache_salt: str = ""
     """This and the next three fields: see GenerationRequest."""
     metadata: Mapping[str, str] = field(default_factory=dict)

@@ -2,8 +2,8 @@
 
 Calls that succeeded or were cancelled are sampled by their trace id or, without one, by their request id. So all
 gateways choose the same calls, and so does a caller that samples its traces with the same ratio. Calls that failed or
-were resumed are always chosen. Each of the two kinds has a limit of lines a second, so that the log costs little
-whatever the number of calls; the next line has the number of lines that were left out.
+were resumed are always chosen. The sampled calls and the always chosen calls each have a limit of lines a second, so
+that the log costs little whatever the number of calls. If lines are left out, the next line holds their number.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _DIGITS = 3
 
 
 def is_sampled(trace_id: str, request_id: str, ratio: float) -> bool:
-    """Return whether a call is in the sample. The last 56 bits of its trace id decide, which are random by W3C Trace
-    Context Level 2. Without a trace id, a hash of the request id decides.
+    """Return whether a call is in the sample. The last 56 bits of its trace id decide; these bits are random (W3C Trace
+    Context Level 2). Without a trace id, a hash of the request id decides.
 
     `trace_id`: 32 hex digits or ""."""
     if ratio >= 1:
@@ -65,8 +65,8 @@ class AccessLog:
     """The access log of one gateway process."""
 
     def __init__(self, sample_ratio: float, max_lines_per_s: int, clock: Callable[[], float]) -> None:
-        """`sample_ratio`: share of the calls that are logged, of those that succeeded or were cancelled. `clock`:
-        monotonic seconds, as in the calls."""
+        """`sample_ratio`: share of the succeeded and cancelled calls that is logged. `clock`: monotonic seconds, as in
+        the calls."""
         self._log = log.bind()  # a line costs less than with the lazy logger
         self._ratio = sample_ratio
         self._clock = clock

@@ -1,4 +1,4 @@
-"""Errors for the caller, made of what an engine reports about a request."""
+"""Conversion of an engine's reports about a request into errors for the caller."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import EngineRequest, FinishReason
 
 FAILED = (FinishReason.ERROR, FinishReason.ABORT)
-"""Reasons for which an engine ends a sequence that another engine may continue."""
+"""Finish reasons of an engine after which another engine may continue the sequence."""
 
 CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
 """Names of request fields as callers know them, by the name of the engine field."""
@@ -23,9 +23,8 @@ def refusal_of(reason: str, message: str, field: str) -> CallError:
 
 
 def format_error(request: EngineRequest, finish: FinishReason) -> CallError | None:
-    """Return the error for a request whose output must have a format, if its output has ended because the format allows
-    no further token: the engine then ends the output with ERROR. Returns None for any other end, which is the engine's
-    fault."""
+    """Return the error for the caller if an output has ended because its required format allows no further token. The
+    engine ends such an output with ERROR. Returns None for any other end, which is the engine's fault."""
     parsing = request.parsing
     field = "tools" if parsing is not None and parsing.needs_tools else "response_format"
     if finish is not FinishReason.ERROR or (request.sampling.grammar is None and field != "tools"):

@@ -23,7 +23,7 @@ from cluster.policy.routing.route_history import Route
 
 
 class HedgedSequence(Sink, Protocol):
-    """Interface of a sequence that a hedge needs."""
+    """The part of a sequence's interface that a hedge uses."""
 
     @property
     def call(self) -> SequenceOwner:
@@ -63,13 +63,13 @@ class Hedge:
     sequence: HedgedSequence
     link: WorkerLink
     route: Route
-    """The decision for the second worker."""
+    """The routing decision for the second worker."""
     traced: Attempt | None = None
     """Record of the attempt on the second worker, if the call is sampled."""
     slot: int = field(init=False, default=0)
     last_token_at: float = field(init=False, default=0.0)
     _is_over: bool = field(init=False, default=False)
-    """Whether one of the two workers is out."""
+    """Whether only one of the two workers still has the sequence."""
 
     def bind(self, slot: int) -> None:
         """Record the slot on the second worker to which the request was sent, and begin the hedge."""

@@ -128,7 +128,7 @@ class Life:
     reason: str = ""
     """Reason of the current resume: lost, error, moved or gateway. "" once the next worker has sent output."""
     computed: bool = False
-    """Whether a worker has accepted the sequence or emitted tokens for it."""
+    """Whether the sequence was sent to a worker that has not refused it, or has emitted tokens."""
 
     def apply(self, event: Event) -> State:
         """Apply an event: move to the next state and return that state. Raises IllegalSequenceMove."""

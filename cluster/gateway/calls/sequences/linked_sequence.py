@@ -35,8 +35,9 @@ class LinkedSequence(RoutedSequence[Owner]):
         self.admitted = True
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """Handle a refusal by the engine. If the engine had no room, or no longer has the adapter, the sequence is
-        queued again. Otherwise the request is invalid."""
+        """Handle a refusal by the engine. If the engine had no room, the sequence continues on its second worker, if
+        any, or is queued again. If the engine no longer has the adapter, another worker may continue. Otherwise the
+        request is invalid."""
         link, self.link = self.link, None
         self.life.submission_refused(len(self.emitted))
         self.call.events.submission_refused(self)

@@ -1,5 +1,5 @@
-"""The interface of a call that its sequences need, and the receiver of the sequences' events in the other parts of the
-gateway."""
+"""The part of a call's interface that its sequences use, and the receiver of the sequences' events in the other parts
+of the gateway."""
 
 from __future__ import annotations
 
@@ -37,23 +37,24 @@ class CallEvents(Protocol[AnySequence]):
         """Handle a worker's refusal of a sequence."""
 
     def finished(self, sequence: AnySequence) -> None:
-        """Handle the end of one of many sequences of a call that goes on."""
+        """Handle the end of one of many sequences of a call. The call may go on for long."""
 
     def hedge_ended(self, sequence: AnySequence, won: bool, computed_by: str) -> None:
-        """Handle that one of the two workers of a hedged sequence no longer has it: the first worker if the hedge has
-        `won`, else the second. `computed_by`: incarnation of this worker; "" if it has refused the sequence."""
+        """Handle that only one of the two workers of a hedged sequence still has the sequence: the second worker if the
+        hedge has `won`, else the first. `computed_by`: incarnation of the other worker; "" if that worker has refused
+        the sequence."""
 
 
 class Notifier(Protocol):
-    """The part of a call that its API reads."""
+    """The part of a call's output that the call's sequences use."""
 
     def wake(self) -> None:
         """Notify the call's API of an update."""
 
 
 class SequenceOwner(Protocol):
-    """Interface of a call that a sequence needs. The methods run in a link's reader, so every method must be short and
-    cannot await."""
+    """The part of a call's interface that its sequences use. The methods run in a link's reader, so every method must
+    be short and cannot await."""
 
     id: str
     arrived: float
@@ -74,7 +75,7 @@ class SequenceOwner(Protocol):
 
     @property
     def output(self) -> Notifier:
-        """What the call's API reads."""
+        """The output of the call, which the call's API reads."""
 
     def progressed(self, sequence: Any, tokens: int, now: float) -> None:
         """Handle the new tokens of an engine step. The fast paths for a single token do not call this method."""

@@ -8,8 +8,8 @@ from cluster.api.types import PARSER_KINDS, TOOL_PARSER
 
 
 class WorkerParsers:
-    """The parsers of the worker that began to parse an output. Other parsers would make other parts of the same tokens,
-    so the output may continue only on a worker with equal parsers."""
+    """The parsers of the worker that began to parse an output. Different parsers could split the same tokens into
+    different parts, so the output may continue only on a worker with the same parsers."""
 
     __slots__ = ("_capabilities",)
 
@@ -18,9 +18,9 @@ class WorkerParsers:
         """The capabilities of the worker that name a parser; empty if the worker does not parse the output."""
 
     def accept(self, capabilities: Iterable[str], is_parsed: bool) -> bool:
-        """Return whether a worker has the parsers of the earlier workers of the output. The parsers of the first worker
-        are recorded. `capabilities`: the worker's capabilities; empty if the worker does not parse the output.
-        `is_parsed`: whether an earlier worker has begun to parse the output."""
+        """Return whether a worker has the same parsers as the earlier workers of the output. If no earlier worker has
+        begun to parse the output, the parsers of this worker are recorded. `capabilities`: the worker's capabilities;
+        empty if the worker does not parse the output. `is_parsed`: whether an earlier worker has begun to parse it."""
         parsers = tuple(word for word in capabilities if word.startswith(PARSER_KINDS))
         if not is_parsed:
             self._capabilities = parsers

@@ -1,5 +1,4 @@
-"""What is new in the output of a sequence since the API has popped from it last: text, parts, log probabilities and the
-end.
+"""The new output of a sequence since the API last popped a piece: text, parts, log probabilities and the end.
 
 A piece is popped when the client can read. A slow client therefore gets the text of several tokens in one piece.
 """
@@ -67,7 +66,7 @@ class PieceBuffer:
         self._stop_string = ""
         self._has_popped = False
         self.more_text = False
-        """Whether a piece has been popped and the output has not ended, so that more may come and be only text."""
+        """Whether a piece has been popped and the output has not ended, so that the next output may be only text."""
         self.end_popped = False
         """Whether the last piece has been popped, so that nothing more follows."""
 

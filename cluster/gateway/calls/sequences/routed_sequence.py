@@ -40,7 +40,7 @@ class RoutedSequence(Generic[Owner]):
     link: WorkerLink | None = field(init=False, default=None)
     slot: int = field(init=False, default=0)
     worker: WorkerIdentity | None = field(init=False, default=None)
-    """The worker that got the last Submit, or of two workers the one that has answered."""
+    """The last worker of the sequence. While the sequence is hedged, this is the first worker."""
     restored: int = field(init=False, default=0)
     """Number of tokens that had been emitted when this gateway continued the sequence."""
     admitted: bool = field(init=False, default=False)
@@ -110,7 +110,7 @@ class RoutedSequence(Generic[Owner]):
 
     @property
     def computed(self) -> bool:
-        """Whether a worker has accepted the sequence or emitted tokens for it."""
+        """Whether the sequence was sent to a worker that has not refused it, or has emitted tokens."""
         return self.life.computed
 
     @property

@@ -50,7 +50,7 @@ class OutputSequence(LinkedSequence[Owner]):
     call_output: Notifier = field(init=False)
     """The output of the call, which is notified of updates."""
     pieces: PieceBuffer = field(init=False)
-    """What the API has not popped yet."""
+    """The new output, which the API has not popped yet."""
 
     def __post_init__(self) -> None:
         RoutedSequence.__post_init__(self)  # `super()` does not work in a dataclass with slots
@@ -74,9 +74,9 @@ class OutputSequence(LinkedSequence[Owner]):
             self.finish("length")  # the last token was delivered, the end was not
 
     def take_over_tokens(self, older: OutputSequence[Owner]) -> None:
-        """Take over the tokens that this gateway has received for the same sequence after those of the resume tokens,
-        so that they are not computed again. `older`: the sequence in the call's earlier stream. If the output is parsed
-        or has log probabilities, nothing is taken over, because parts and log probabilities are not kept."""
+        """Take over the tokens of `older` that follow the restored tokens, so that they are not computed again.
+        `older`: the same sequence in the call's earlier stream at this gateway. If the output is parsed or has log
+        probabilities, nothing is taken over, because parts and log probabilities are not kept."""
         more = older.emitted[len(self.emitted) :]
         keeps_more = self.logprob_texts is not None or self.parsed_text is not None
         if self.finish_reason or older.finish_reason or keeps_more or not more:
@@ -144,8 +144,8 @@ class OutputSequence(LinkedSequence[Owner]):
         return False
 
     def _reject(self, reason: str, message: str, field: str) -> None:
-        """See LinkedSequence. A worker that refuses the tools of an output that is parsed already has other parsers
-        than the worker before; another worker may continue."""
+        """See LinkedSequence. If an earlier worker has begun to parse the output and this worker refuses the tools, the
+        parsers of the two workers differ, and another worker may continue."""
         if field == "tools" and self.parsed_text is not None and self.parsed_text.is_parsed:
             self.life.exclude(self.last_worker)
             self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
@@ -249,5 +249,5 @@ class OutputSequence(LinkedSequence[Owner]):
 
     @property
     def tool_parser(self) -> str:
-        """The parser of tool calls that the worker parses the output with, by vLLM's name; "" if there is none."""
+        """vLLM's name of the tool parser with which the worker parses the output; "" if there is none."""
         return self.parsers.tool_parser

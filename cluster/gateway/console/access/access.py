@@ -1,5 +1,5 @@
-"""Access to the console: which session a request belongs to, whether the session is still valid, and what the request
-may do.
+"""Access to the console: the session to which a request belongs, whether this session is still valid, and what the
+request may do.
 
 Every request is checked anew against the current tenants and keys. A request from another site is refused because of
 its headers `origin` and `sec-fetch-site`, before its session is looked up; a POST must also hold the CSRF token of its

@@ -31,12 +31,12 @@ class ConsoleSession:
     """A session. Times are in seconds since the epoch."""
 
     by: str
-    """Kind of credential: `key`, `jwt` or `nobody`, the last at a gateway without `auth`."""
+    """Kind of credential: `key` or `jwt`; `nobody` at a gateway without `auth`."""
     subject: str
     """Id of the key, or the issuer's subject."""
     tenant: str
     role: str
-    """Role of the subject when it signed in. Of a session by key, the key's present role is used instead."""
+    """Role of the subject at sign-in. For a session that began with a key, the key's present role is used instead."""
     digest: str
     """Stored digest of the key in hexadecimal; "" for other credentials."""
     csrf: str

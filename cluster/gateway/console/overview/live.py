@@ -35,8 +35,8 @@ _T = TypeVar("_T")
 TICK_S: Final = 1.0
 """Seconds between two documents."""
 LATE_S: Final = 0.02
-"""Seconds after the beginning of a step of the history at which its sample is due, so that clocks which differ a little
-do not sample a step twice."""
+"""Delay in seconds from the beginning of a history step to its sample. The delay keeps clocks that differ a little from
+sampling a step twice."""
 MAX_SUBSCRIBERS: Final = 32
 """Maximum number of subscribers of one process."""
 MAX_PENDING: Final = 8
@@ -44,7 +44,8 @@ MAX_PENDING: Final = 8
 END: Final = b"end"
 """Name of the event after which a stream ends."""
 FRESH_S: Final = 0.25
-"""Age in seconds below which a document is reused for a request, and is not yet replaced for a new subscriber."""
+"""Minimum seconds between two documents if a request or a new subscriber waits for the second. Without subscribers, a
+request gets the last document if its age is at most FRESH_S."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@ may see of it.
 
 Invariants of `merge`: the order of the parts does not matter, and of several parts of one gateway only the newest
 counts. A worker has one row, however many gateways report it. Rows from gateways that are linked to the worker are
-preferred to rows from gateways that have lost it; among these, the newest row is used. A call has one row, from the
-gateway where it arrived last, since a call may resume at another gateway under the same id.
+preferred to rows from gateways that have lost it; of the preferred rows, the newest is used. A call has one row, from
+the gateway where it arrived last, since a call may resume at another gateway under the same id.
 
 Invariant of `view_of`: a viewer of one tenant gets no name of another tenant, of a worker or of a gateway, and no
 number that counts other tenants' calls. Only the fields that this module lists are shown, so a new field is hidden

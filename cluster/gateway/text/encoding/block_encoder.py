@@ -87,7 +87,7 @@ class BlockEncoder:
         return self._digests(self._blocks)
 
     def finish(self, missing: Sequence[int]) -> list[PackedIds]:
-        """Return the ids of the blocks with the numbers `missing`, of the text that `begin` was last called with."""
+        """Return the ids of blocks of the text that was last passed to `begin`. `missing`: numbers of the blocks."""
         blocks, self._blocks = self._blocks, []
         return self._encoded([blocks[i] for i in missing])
 

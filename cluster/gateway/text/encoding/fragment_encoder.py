@@ -8,7 +8,7 @@ character with a following ASCII character. A fragment is the text between two s
 letters, then letters.
 
 The tokenizer finds added tokens before it splits. A text is therefore cut at the added tokens first, as the tokenizer
-does: from left to right, at the longest token where several begin at one position.
+does: from left to right. If several tokens begin at one position, the longest is taken.
 
 All tenants share one memory of fragments, as they share the library's own cache of pieces. Long fragments are not
 remembered.
@@ -49,9 +49,9 @@ class FragmentEncoder:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, **options: int) -> FragmentEncoder | None:
-        """Return an encoder for a tokenizer for which cuts_are_safe (word_encoder.py) holds; None if the tokenizer
-        treats special tokens as text, or searches the normalized text for some added tokens. `options`: keyword
-        arguments of the constructor."""
+        """Return an encoder for a tokenizer; None if the tokenizer treats special tokens as text, or searches the
+        normalized text for some added tokens. cuts_are_safe (word_encoder.py) must be true for the tokenizer.
+        `options`: keyword arguments of the constructor."""
         added = tokenizer.get_added_tokens_decoder().values()
         if tokenizer.encode_special_tokens or any(token.normalized for token in added):
             return None

@@ -25,8 +25,8 @@ BATCH_CHARS: Final = 1 << 20
 """Maximum numbers of inputs and of characters in one call of the tokenizer, which bound the memory of its results. A
 longer input is encoded alone."""
 CHARS_PER_TOKEN: Final = 8
-"""Number of characters of a text that are tokenized for each token that is kept. If they have too few tokens, GROWTH
-times as many characters are tokenized."""
+"""Number of characters of a text that are first tokenized for each token that is kept. If these characters give too few
+tokens, GROWTH times as many characters are tokenized."""
 GROWTH: Final = 4
 _WITHOUT_TYPES: Final = frozenset({"DistilBertTokenizer", "DistilBertTokenizerFast"})
 """Classes of tokenizers that give the second text of a pair its own token type, though their models take no types."""
@@ -107,8 +107,8 @@ class InputEncoder:
     def _batch(
         self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool, keep: int | None
     ) -> Sequence[Encoding]:
-        """Return the encodings of the inputs with these numbers. Of a text with more than `keep` tokens, only a
-        beginning may be encoded. Raises what the tokenizer raises."""
+        """Return the encodings of the inputs with these numbers. A text with more than `keep` tokens may
+        be encoded only in part, see `_beginnings`. Raises what the tokenizer raises."""
         if is_pair:
             assert isinstance(inputs, PairInputs)
             shared = inputs.first[0] if len(inputs.first) == 1 else None
@@ -123,8 +123,8 @@ class InputEncoder:
         return encoded
 
     def _beginnings(self, texts: Sequence[str], keep: int, chars: int) -> list[Encoding]:
-        """Return the encodings of texts. Of a text with more than `keep` tokens, a beginning may be encoded that also
-        has more than `keep` tokens. `chars`: length in characters of the beginnings that are tried first."""
+        """Return the encodings of texts. A text with more than `keep` tokens may be encoded only in part: a beginning
+        with more than `keep` tokens suffices. `chars`: length in characters of the beginnings that are tried first."""
         begun = [_beginning(text, chars) for text in texts]
         encoded = self._encoded(begun)
         for i, text in enumerate(texts):
@@ -137,7 +137,7 @@ class InputEncoder:
         return types.index(1) if self._has_types and 1 in types else 0
 
     def _kept(self, encoding: Encoding, keep: int) -> list[int]:
-        """Return the indices of the tokens that are kept of an input that is too long."""
+        """Return the indices of the tokens that remain when an input is cut to `keep` tokens."""
         places: tuple[list[int], list[int]] = ([], [])
         kept: list[int] = []
         for at, number in enumerate(encoding.sequence_ids):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cluster.gateway.text.encoding.reach import Reach
 
 SURELY_FEW: Final = 8
-"""Characters for each allowed token up to which a text is tokenized without a check."""
+"""Number of characters per allowed token. A text of at most this number times the allowed tokens is not checked."""
 
 
 class LengthCheck:

@@ -69,8 +69,8 @@ class PromptEncoder:
         return digests or self._whole(prompt)
 
     def finish(self, missing: array[int], field: str) -> list[bytes]:
-        """Return the packed ids of the blocks with the numbers `missing`, of the prompt that `begin` was last called
-        with."""
+        """Return the packed ids of blocks of the prompt that was last passed to `begin`. `missing`: the numbers of the
+        blocks."""
         assert self._blocks is not None
         with field_in_errors(field):
             return self._blocks.finish(missing)

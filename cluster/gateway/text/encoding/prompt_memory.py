@@ -30,8 +30,9 @@ EVICTED_AT_ONCE: Final = 8
 MAX_IDS: Final = 1 << 24
 """Largest vocabulary whose ids can be packed."""
 Planes = tuple[bytes, bytes]
-"""Packed ids: the low bytes of all ids and then the second bytes, and the compressed third bytes, or b"" if all of
-these are 0. An id of a vocabulary of 128,000 thus takes two bytes and about an eighth."""
+"""Packed ids in two parts. The first part has the low bytes of all ids, then the second bytes of all ids. The second
+part has the compressed third bytes, or is b"" if all third bytes are 0. An id of a vocabulary of 128,000 thus takes two
+bytes and about an eighth."""
 
 
 class _Share:

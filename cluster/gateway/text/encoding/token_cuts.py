@@ -1,14 +1,15 @@
-"""Positions where a text can be cut at an added token, so that both sides are tokenized by themselves.
+"""Positions where a text can be cut at an added token, so that both sides are tokenized separately.
 
-Theory. A tokenizer first finds the added tokens that its normalizer does not apply to: from left to right, the longest
-where several begin at one position. It normalizes, splits and merges each text between two of these tokens separately.
-So the ids before the start of an added token do not depend on the text from there on. The ids from there on do not
-depend on the text before: a tokenizer treats at most the first of the texts differently (Metaspace with the scheme
-`first`), and no text after an added token is the first.
+Theory. A tokenizer first finds the added tokens to which its normalizer does not apply. It searches from left to right.
+If several added tokens begin at one position, it takes the longest. Then it normalizes, splits and merges each text
+between two of the found tokens separately. So the ids before the start of an added token do not depend on the text
+after this start. Nor do the ids after this start depend on the text before it: some tokenizers treat the text at the
+beginning of their input differently from all other texts (Metaspace with the scheme `first`), but a text after an added
+token is never at the beginning.
 
-Two kinds of tokens are found but are no cut: a token that takes the white space before it (`lstrip`), and a token that
-is found only at the borders of words (`single_word`). A token is also no cut if it begins with white space or a word
-character, since a token before it may then look at that character.
+Three kinds of added tokens are found but are not cuts: a token that takes the white space before it (`lstrip`), a token
+that is found only at the borders of words (`single_word`), and a token that begins with white space or a word
+character. The first character of this last token may decide whether an added token directly before it is found.
 
 `of` returns None for a tokenizer for which this theory is not known to hold.
 """
@@ -28,7 +29,7 @@ PIECEWISE: Final = frozenset(
         *("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts"),
     }
 )
-"""Types of normalizers and pre-tokenizers that look at one text between added tokens at a time."""
+"""Types of normalizers and pre-tokenizers that process each text between added tokens separately."""
 MAX_PATTERNS: Final = 8
 MAX_TOKEN_CHARS: Final = 256
 _PLAIN_START = re.compile(r"[^\w\s]")

@@ -26,7 +26,7 @@ DISTINCT_SHARE: Final = 0.3
 """Share of distinct words among all words in a text. Above this share, encoding words costs more than encoding
 fragments."""
 LONG_CHARS: Final = 32_768
-"""Length in characters from which words repeat often enough to count the distinct ones."""
+"""Minimum length in characters of texts whose distinct words are counted. In shorter texts, too few words repeat."""
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

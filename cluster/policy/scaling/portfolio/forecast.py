@@ -88,8 +88,8 @@ def update(
 def _regress(before: DemandLevels, x: Floats, became: float, passed: float) -> tuple[Floats, Floats]:
     """Run one step of recursive least squares. Returns the new weights and the new inverse matrix.
 
-    `x`: means of one cold start ago. `became`: load now. Both are divided by the larger load, so that scale does not
-    matter. `passed`: time in cold starts.
+    `x`: means of one cold start ago. `became`: load now. All loads are divided by the largest of them, so that scale
+    does not matter. `passed`: time in cold starts.
     """
     size = max(float(x.max()), became)
     if size <= 0:

@@ -143,8 +143,8 @@ def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[Replic
 
 
 def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
-    """Whether the capacity of the replicas, in replicas of the usual kind, reaches the wanted number, or their count
-    its maximum."""
+    """Whether the model needs no more replicas than `mine`: their worth (gpu_equivalence.py) reaches the wanted number.
+    With several types of GPU, the model's maximum number of replicas is also enough."""
     settings = claim.seen.settings
     if len(settings.gpus) > 1 and sum(mine.values()) >= settings.max_replicas:
         return True
@@ -154,8 +154,8 @@ def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
 def _add_replica(pool: _GpuPool, claim: GpuClaim, mine: dict[str, int]) -> bool:
     """Add one replica, or return False if the budget has no GPUs for the replica.
 
-    The replica goes to a type on which the model already has a replica, else to the first type with capacity, else to
-    the first type.
+    The replica goes to the first of these types for which the budget has GPUs: types with room on which the model runs
+    more replicas than `mine` has; all types with room; the first type.
     """
     types, room = claim.seen.settings.gpus, claim.seen.room
     kept = [gpu for gpu in types if mine.get(gpu, 0) < claim.have.get(gpu, 0)]

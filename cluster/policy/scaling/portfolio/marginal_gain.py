@@ -27,10 +27,10 @@ SPAN = 10.0
 
 @dataclass(frozen=True, slots=True)
 class MarginalGains:
-    """Sums of the replayed demand. `good` and `time_s` fade with time.
+    """Result of replaying past demand: timely calls and queued work, one value for each number of replicas in COUNTS.
 
-    Arrays have one value for each of COUNTS. `good`: timely calls. `waiting`: work in the queue now, in
-    replica-seconds. `time_s`: seconds that `good` covers.
+    `good`: timely calls. `waiting`: work in the queue at the end of the replay, in replica-seconds. `time_s`: seconds
+    that `good` covers. `good` and `time_s` fade with time.
     """
 
     good: Floats

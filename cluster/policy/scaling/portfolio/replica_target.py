@@ -34,9 +34,9 @@ LEAST_MARGIN = 0.2
 square root of the observed time, which is counted in units of WINDOW. Public traces usually move by about this fraction
 within a cold start."""
 SHARE_OF_BUDGET = 0.75
-"""Planned part of the budget of late calls. A late call is unforeseen if the backtest served it in time. The rules may
-spend the planned part less the unforeseen late calls. The correction keeps unforeseen late calls at the planned part.
-"""
+"""Planned part of the budget of late calls. A late call is unforeseen if the backtest served it in time. The budget of
+the rules is the planned part minus the unforeseen late calls. The correction keeps the share of unforeseen late calls
+at the planned part."""
 PACE = 0.12
 """Step size of the correction, a factor on the replicas that the rules ask for. In one cold start the logarithm of the
 correction grows by PACE times (share of unforeseen late calls - SHARE_OF_BUDGET * budget). So while the correction is

@@ -38,7 +38,7 @@ class SimStatistics:
     decode_tokens: int = 0
     cached_tokens: int = 0
     looked_up_tokens: int = 0
-    """Number of tokens of requests that were looked up in the prefix cache; `cached_tokens` were found."""
+    """Number of tokens that were looked up in the prefix cache. `cached_tokens` of them were found."""
     running: int = 0
     waiting: int = 0
     kv_used_blocks: int = 0

@@ -2,7 +2,7 @@
 
 Invariant: equal engine seed, adapter, task and tokens give equal vectors on any engine. A score also depends on where
 the second text begins, so that a test detects a lost position. A shorter vector is the beginning of the longer one,
-scaled to length 1.
+normalized to norm 1.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class HeldAdapter:
 
 
 class EngineAdapters(Container[str]):
-    """The adapters of one engine, by digest. It contains a digest while requests for the adapter can be submitted."""
+    """The adapters of one engine, by digest. A digest is contained while requests for the adapter can be submitted."""
 
     def __init__(self, slots: int = 0, capacity: int = 0, ranks: int = 1) -> None:
         """`slots`: number of adapters that one step can compute. `ranks`: number of the engine's ranks."""
@@ -51,7 +51,7 @@ class EngineAdapters(Container[str]):
         self._numbers: Iterator[int] = itertools.count(FIRST_NUMBER)
         self._changing = asyncio.Lock()
         self.loading = False
-        """Whether the engine loads an adapter, for which its steps wait."""
+        """Whether the engine is loading an adapter. Its steps wait for the end of the load."""
 
     def __contains__(self, digest: object) -> bool:
         held = self._held.get(digest) if isinstance(digest, str) else None

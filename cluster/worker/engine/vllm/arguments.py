@@ -24,8 +24,8 @@ GRAMMAR_BACKEND = "xgrammar"
 """The backend of structured outputs, unless the entry names one. With vLLM's default, `auto`, an engine compiles all
 grammars with the backend that its first request chose: one caller would decide what another's schema enforces."""
 TEKKEN_GRAMMAR_BACKEND = "guidance"
-"""The backend for Mistral's own tokenizer. Its parser of tool calls writes grammars that name special tokens, which
-xgrammar does not know."""
+"""The backend for models with Mistral's own tokenizer. Their parser of tool calls writes grammars that name special
+tokens, which xgrammar does not know."""
 
 
 def on_cpu() -> bool:

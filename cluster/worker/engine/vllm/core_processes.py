@@ -116,7 +116,10 @@ class CoreProcesses:
         return end_causes.with_log(cause, end_causes.log_of("stdout"))
 
     def release_sockets(self) -> None:
-        """Close the engine's sockets and remove their folder after this process's last engine. Idempotent."""
+        """Close the socket of KV events and release the sockets' folder. Idempotent.
+
+        The folder is removed when this process's last engine has released it.
+        """
         if self.kv_events is not None:
             self.kv_events.close()
         has_sockets, self._has_sockets = self._has_sockets, False

@@ -104,7 +104,7 @@ def _pooling(
 
 
 def _sizes(config: Any, why_public: str) -> dict[str, Any]:
-    """Return the arguments of EngineInfo that are equal for generating and pooling models: path, version and sizes."""
+    """Return the arguments of EngineInfo that every kind of model has: the engine's path, its version and its sizes."""
     from vllm import __version__ as version
 
     return {

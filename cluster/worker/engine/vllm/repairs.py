@@ -11,8 +11,8 @@ engine does not start. The repair adds an id of the shared memory to the name; r
 network.
 
 **Names that are gone (vLLM 0.32.0).** A queue between core and ranks unlinks its shared memory when it is freed, and
-prints a traceback if the name is already unlinked, as in every engine that is up (watchdog.py). The ranks' lock does
-the same with its semaphore. The repair ignores a missing name.
+prints a traceback if the name is already unlinked. The ranks' lock does the same with its semaphore. In every engine
+that is up, these names are already unlinked (watchdog.py). The repair ignores a missing name.
 
 **Rendezvous file of the ranks (vLLM 0.32.0).** Each engine creates a file in /tmp by which its ranks find each other,
 and a killed engine leaves the file behind. The repair creates the file in the folder of the engine's sockets, which is

@@ -1,4 +1,4 @@
-"""Table of resume claims. A gateway resumes a broken stream only if it can claim the names of the stream."""
+"""Table of resume claims: the names that gateways claim before they resume broken streams."""
 
 from __future__ import annotations
 

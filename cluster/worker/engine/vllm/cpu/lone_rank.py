@@ -2,9 +2,9 @@
 
 Problem: vLLM's CPU platform gives even a single rank its own process, because the kernels' threads are bound to CPUs by
 environment variables that libgomp reads when a program starts. The extra process costs some hundred megabytes, the time
-of its start, and in each step a round trip over shared memory, for which the rank spins. So the core's process itself
-starts with those variables. If they bind threads, the core must be a new interpreter rather than a fork
-(fork_server.py).
+of its start, and in each step a round trip over shared memory, during which the rank spins. So the core's process
+itself starts with those variables, and runs the rank. If the variables bind threads, the core must be a new interpreter
+rather than a fork (fork_server.py).
 
 `HEADRACE_ENGINE_RANK=process` keeps vLLM's behaviour. Source: vLLM's CpuPlatform.check_and_update_config and
 MultiprocExecutor.

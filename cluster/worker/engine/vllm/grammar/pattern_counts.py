@@ -160,8 +160,8 @@ class Counts:
 
 
 def _bounds(text: str) -> tuple[int, int]:
-    """Return the least and the greatest count of `?` or a counted quantifier. For {m,} both are the number of copies
-    that it is compiled to."""
+    """Return the least and the greatest count of `?` or a counted quantifier. An open quantifier {m,} is compiled to
+    max(1, m) copies, so both counts have this value."""
     if text == "?":
         return 0, 1
     low, comma, high = text[1:-1].partition(",")

@@ -58,7 +58,7 @@ KEYWORDS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("propertyNames", "minProperties", "maxProperties", "unevaluatedProperties"), _OBJECTS),
     **dict.fromkeys(("dependentRequired", "dependentSchemas", "dependencies"), _OBJECTS),
 }
-"""Keywords that constrain values, each with the types of the values. All other keywords are annotations."""
+"""Keywords that constrain values, each with the JSON types that it constrains. All other keywords are annotations."""
 
 _CASES = "list the allowed cases with `anyOf`"
 NOT_ENFORCED: dict[str, str] = {

@@ -1,9 +1,13 @@
 """Regular expressions in JSON schemas: the part of the syntax that the grammar compiler enforces.
 
-xgrammar matches a pattern against the text between a JSON string's quotes. It ignores anchors inside an expression and
-look-ahead, and reads some escapes as letters. If it cannot compile the expression to an automaton without quotes,
-backslashes and control characters, it compiles the expression with these characters, and the output is then no JSON. In
-some expressions it confuses a `*` with a large count that follows. All such expressions are refused here.
+xgrammar matches a pattern against the text between a JSON string's quotes. It ignores look-ahead, and anchors inside
+an expression. It reads some escapes as letters. In some expressions it confuses a `*` with a large count that follows.
+
+A `.` or a class may match quotes, backslashes and control characters. Usually xgrammar excludes these characters from
+the compiled grammar. For some expressions it cannot exclude them: the output may then contain them unescaped, and is
+not JSON.
+
+Expressions with one of these problems are refused here.
 """
 
 from __future__ import annotations
@@ -82,7 +86,8 @@ class _Reader:
         self._counts = Counts()
 
     def is_wide(self) -> bool:
-        """Return whether the expression matches quotes, backslashes or control characters, and also other characters.
+        """Return whether the expression has a `.`, a negated class, or a class or set that includes quotes, backslashes
+        or control characters.
 
         Raises _Refused for syntax that is not enforced.
         """

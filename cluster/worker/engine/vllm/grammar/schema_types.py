@@ -60,8 +60,8 @@ def int64_problem(value: object) -> str:
 class SchemaTypes:
     """The types that the schemas below one root allow. Each schema is examined once.
 
-    `by_standard`: a schema without `type` allows all types, as in the standard. Otherwise it allows objects if it has
-    `properties`, or arrays if it has `items`, as in the compiled grammar.
+    `by_standard`: whether a schema without `type` allows all types, as in the standard. If false, such a schema allows
+    objects if it has `properties`, or arrays if it has `items`, as in the compiled grammar.
     """
 
     def __init__(self, root: Json, by_standard: bool = False) -> None:
