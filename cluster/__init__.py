@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 UNKNOWN_VERSION = "0+unknown"
-"""Version of a source tree that no build or installation has given one."""
+"""Version to report if the package is not installed, for example in a plain source tree."""
 
 
 def __getattr__(name: str) -> str:
-    """Return `__version__`, from the metadata of the installed package, when it is first asked for."""
+    """Compute `__version__` from the metadata of the installed package, at the first access."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import metadata

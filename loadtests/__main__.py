@@ -40,7 +40,7 @@ SCENARIOS = {
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 RUNNER_PARTS = {"faults": "engines", "adapters": "rows"}
-"""The part of a scenario in which vLLM's model runner can be chosen."""
+"""By scenario, the part in which vLLM's model runner can be chosen."""
 ADAPTER_SCENARIOS = ("fairness", "routing", "peers")
 OK, PARTIAL, USAGE = 0, 1, 2
 PLAIN_WIDTH = 160

@@ -101,9 +101,9 @@ def usage_between(before: Snapshot, after: Snapshot) -> Usage:
 
 
 def own_processor(number: int) -> Mapping[str, str]:
-    """Return the environment of an engine that computes on one processor only. Engines of different numbers have
-    different processors, as long as there are enough. Engines on the same processors make each other many times slower,
-    since their threads wait for one another in loops."""
+    """Return the environment of an engine that computes on one processor only. `number`: the engine's number; engines
+    with different numbers get different processors, as long as there are enough. Engines that share processors make
+    each other many times slower, since their threads wait for one another in loops."""
     processors = sorted(os.sched_getaffinity(0))
     return {"VLLM_CPU_OMP_THREADS_BIND": str(processors[number % len(processors)])}
 

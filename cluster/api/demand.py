@@ -49,10 +49,10 @@ class ModelDemand:
 
 @dataclass(frozen=True, slots=True)
 class ComputedWork:
-    """Work of one engine since the engine's start: steps, seconds spent in steps, prompt tokens that were computed and
+    """Work of one engine since the engine's start: number of steps, seconds spent in steps, computed prompt tokens, and
     generated tokens.
 
-    The other counts are those of EngineCounts; they are 0 if the engine does not report them.
+    The last three fields are the fields of EngineCounts; they are 0 if the engine does not report EngineCounts.
     """
 
     steps: int = 0

@@ -13,8 +13,8 @@ class OutputParsing:
     """A request to the worker: parse the output of a chat into reasoning, content and tool calls."""
 
     request: str
-    """JSON object with the fields on which parsers depend, by OpenAI's names: `tools`, `tool_choice`,
-    `parallel_tool_calls`, `chat_template_kwargs`, `reasoning_effort`."""
+    """JSON object with the fields of the chat request that parsers read. The names are OpenAI's: `tools`,
+    `tool_choice`, `parallel_tool_calls`, `chat_template_kwargs`, `reasoning_effort`."""
     stop: tuple[str, ...] = ()
     """Stop strings. The worker searches the output for them, since a parsed output has no plain text."""
     is_whole: bool = False

@@ -73,7 +73,7 @@ class Engine(Protocol):
 
 
 class KvEventSource(Protocol):
-    """The events of an engine's prefix cache. A single reader calls `kv_events`, beginning before the first request."""
+    """The events of an engine's prefix cache. One reader calls `kv_events`, from before the first request on."""
 
     async def kv_events(self) -> Sequence[KvEvent]:
         """Wait for further events and return them in the engine's order. A cancelled wait loses nothing."""
@@ -87,12 +87,15 @@ class AdapterEngine(Protocol):
     """
 
     async def load_adapter(self, digest: str, folder: str, *, pinned: bool) -> None:
-        """Load the adapter's files into the engine's memory; returns when requests for `digest` can be submitted.
+        """Load the adapter's files into the engine's memory. Returns when requests for `digest` can be submitted.
 
         Raises EngineRefused ADAPTER_INVALID if the engine rejects the files and keeps running, EngineCorrupt if the
-        engine must be replaced, and EngineDead.
+        engine must be replaced, and EngineDead if the engine is dead.
         """
 
     async def unload_adapter(self, digest: str) -> None:
-        """Forget the adapter: refuse new requests at once, and return once its last request has ended and its memory is
-        free. Running requests that use it are not interrupted; an unknown digest is ignored. Raises EngineDead."""
+        """Unload an adapter. The engine refuses new requests for the adapter at once; running requests continue.
+
+        Returns when the adapter's last request has ended and the adapter's memory is free. An unknown digest is
+        ignored. Raises EngineDead.
+        """

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class RequestTimes:
     """Durations in seconds; 0 if unknown. Durations, not points in time, since two machines' clocks differ.
 
-    `wait_s`: time on the worker but outside the engine, before the first output; mostly from the request's arrival
-    until the request is in the engine's queue. `queue_s`: time in the engine's queue. `prefill_s`: from the request's
+    `wait_s`: time before the first output that the request spends on the worker but outside the engine, mostly before
+    it enters the engine's queue. `queue_s`: time in the engine's queue. `prefill_s`: from the request's
     first step to the first output. `decode_s`: from the first output to the last. `parse_s`: from the engine's last
     output until this output is parsed.
     """
@@ -27,7 +27,7 @@ class RequestTimes:
         return self.wait_s + self.queue_s + self.prefill_s
 
     def update(self, later: RequestTimes) -> None:
-        """Overwrite each duration with the one in `later`, unless that one is 0."""
+        """Overwrite each duration with the duration in `later`. A duration that is 0 in `later` overwrites nothing."""
         self.wait_s = later.wait_s or self.wait_s
         self.queue_s = later.queue_s or self.queue_s
         self.prefill_s = later.prefill_s or self.prefill_s

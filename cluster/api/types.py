@@ -29,7 +29,7 @@ class Grammar:
     """A constraint on the output of a request. `kind` is json_schema, json_object, regex, choice or grammar.
 
     `value` is the text of the schema, expression or grammar. For choice, `value` holds the allowed strings; for
-    json_object, `value` is "". A worker's output parser also makes the kind structural_tag, which no caller can send.
+    json_object, `value` is "". A sixth kind, structural_tag, comes only from a worker's output parser.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Grammar:
     """Whether the constraint holds from the first token (True) or after the reasoning (False). None: the engine
     decides. Set by a worker's output parser."""
     template_kwargs: str = ""
-    """JSON object: arguments of the chat template, for the engine's own parser of reasoning; "" for none."""
+    """Arguments of the chat template as a JSON object, which the engine's reasoning parser reads; "" for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,7 +455,7 @@ class CatalogEntry:
     """Time at which the model's first replica began to start, in seconds since the epoch; 0 while no first replica is
     starting."""
     tasks: tuple[PoolingTask, ...] = ()
-    """Pooling tasks of the model's workers. Empty: the model generates, or no worker has reported yet, in which case
-    `engine_class` is empty too."""
+    """Pooling tasks of the model's workers. Empty if the model generates, or if no worker has reported yet. Before the
+    first report, `engine_class` is empty too."""
     adapters: tuple[AdapterSpec, ...] = ()
     """Adapters that the model's workers load, in all versions."""

@@ -134,7 +134,11 @@ def _is_same_address(first: str, second: str) -> bool:
 
 
 def api_key(target: ClusterTarget) -> str:
-    """Return the API key for a command's calls, from the target's key file or environment variable, or ""."""
+    """Return the API key for a command's calls; "" for none.
+
+    The key is read from the target's key file, or without a key file from the target's environment variable. An
+    unreadable file, or an unset variable that a context names, ends the command with exit code 2.
+    """
     if target.api_key_file is None:
         key = os.environ.get(target.api_key_env, "")
         if not key and target.api_key_env != KEY_VARIABLE:

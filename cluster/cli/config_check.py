@@ -114,7 +114,7 @@ def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Re
 
 
 def _in_wrong_model(problem: Problem, wrong: list[Problem]) -> bool:
-    """Return whether a problem is in a model that has schema errors, which may be the only cause of the problem."""
+    """Return whether a problem is in a model with an error in `wrong`. The error may have caused the problem."""
     return any(other.path[:2] == problem.path[:2] or other.path == ("models",) for other in wrong)
 
 
@@ -285,8 +285,8 @@ def _warnings(config: Config) -> Iterator[Problem]:
 def _unknown_models(config: Config, names: list[str]) -> Iterator[Problem]:
     """Yield a warning for each pattern in a tenant's `models` that matches no model.
 
-    For `models` of tenant_defaults, a warning is yielded only if none of the patterns matches a model. Then callers of
-    tenants without `models` of their own would always get MODEL_NOT_FOUND.
+    For `models` of tenant_defaults, a warning is yielded only if none of the patterns matches a model. With such
+    defaults, every call of a tenant without `models` of its own would get MODEL_NOT_FOUND.
     """
     from_defaults = False
     for at, tenant in enumerate(config.tenants):

@@ -48,7 +48,7 @@ class Input:
     for_pods: bool = False
     problems: tuple[Problem, ...] = ()
     lines: Document | None = None
-    """The document from which line numbers are taken; None: `document`."""
+    """The document from which line numbers are taken. If it is None, line numbers are taken from `document`."""
 
     def line_of(self, path: KeyPath) -> int:
         """Return the line of a configuration path, or 0 if the path is not in the text."""

@@ -19,10 +19,10 @@ def is_asked(yes: bool) -> bool:
 
 
 def confirm(question: str, yes: bool, *, required: bool = False) -> None:
-    """Ask the user on the terminal; any answer but yes ends the command with exit code 1.
+    """Ask the user on the terminal. Any answer but yes ends the command with exit code 1.
 
-    Does not ask with `yes`, nor if standard input is no terminal. `required`: the command cannot be undone, so without
-    a terminal it needs `--yes`.
+    If `yes` is set, the user is not asked. If standard input is no terminal, the user is not asked either; the command
+    then ends with exit code 2 if `required` is set. `required`: the command cannot be undone.
     """
     if yes:
         return

@@ -51,7 +51,8 @@ class RemoteTenantService:
             raise self._converted(error) from None
 
     def _converted(self, error: grpc.RpcError) -> Exception:
-        """Convert a gRPC error to the LedgerError with the same reason, or to a HeadraceError if there is none."""
+        """Convert a gRPC error to the LedgerError with the same reason, or to a HeadraceError if no LedgerError has
+        this reason."""
         converted = from_rpc(error, endpoint=self._access.address)
         kind = _KINDS.get(converted.reason)
         return converted if kind is None else kind(converted.message)

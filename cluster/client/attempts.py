@@ -24,7 +24,7 @@ class StreamAttempts:
     request_id: str
     metadata: tuple[tuple[str, str], ...]
     call: Any = field(default=None, init=False)
-    """The current call, from `start` on."""
+    """The current call; None before `start` is called."""
     _endpoint: str = field(default="", init=False)
 
     @property

@@ -146,7 +146,8 @@ class ChannelOptions:
         return tuple(pairs.items())
 
     def session_metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return the gRPC metadata of a session, whose calls have request ids and trace contexts of their own."""
+        """Return the gRPC metadata of a session: only the API key. Request ids and trace contexts are sent with each
+        call in the session."""
         return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
 
 

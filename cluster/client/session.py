@@ -1,8 +1,8 @@
 """Concurrent streams share one Inference.Session, so that the gateway can send chunks of several calls in one message.
 
 AsyncClient uses a session for a stream that begins while another stream is running. If the connection is old or the
-gateway stops, a session refuses new calls and ends with the last of its running calls. New and refused calls then go to
-another session. If a gateway does not support sessions, calls are plain streams.
+gateway stops, a session refuses new calls, and ends when its last running call has ended. New and refused calls then go
+to another session. If a gateway does not support sessions, calls are plain streams.
 """
 
 from __future__ import annotations

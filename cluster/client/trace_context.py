@@ -9,9 +9,9 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 
 
 def trace_headers() -> dict[str, str]:
-    """Return the trace context of the current span as headers; empty without a span.
+    """Return the trace context of the current span as headers; empty if there is no current span.
 
-    OpenTelemetry is not imported here: a program that has not imported it has no span.
+    A program that has not imported OpenTelemetry has no current span, so this function does not import OpenTelemetry.
     """
     if "opentelemetry.trace" not in sys.modules:
         return {}

@@ -172,8 +172,8 @@ A model has one Need for each GPU type on which the model may run.
 def budgets(needs: Sequence[Need], budget: Mapping[str, int]) -> Iterator[Problem]:
     """Yield the problems of the GPU budgets in `scaling.gpu_budget`.
 
-    There is a problem for each model of which one replica exceeds the budgets of all GPU types of the model, and for
-    each budget that is too small for the minimum replicas of the models that can use no other GPU type.
+    A model has a problem if one replica does not fit into the budget of any of the model's GPU types. A budget has a
+    problem if it is too small for the minimum replicas of all models that can use only its GPU type.
     """
     by_model: dict[int, list[Need]] = {}
     for need in needs:

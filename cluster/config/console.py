@@ -15,7 +15,8 @@ TRACE_ID = "{trace_id}"
 
 
 def _secure_url(value: str, why: str) -> str:
-    """Return a URL unchanged if it is https, or http on this host. Raises ValueError for any other text."""
+    """Return a URL unchanged. Raises ValueError unless the URL is https, or http on this host. `why`: reason for the
+    error message."""
     parts = url_parts(value)
     if parts.scheme not in ("https", "http") or not parts.hostname:
         raise ValueError(f"{value!r} is no URL of a web server: write https://host")

@@ -173,15 +173,15 @@ class GatewaySettings(Section):
     console: Console = Console()
 
     def siblings(self, process: int) -> tuple[str, ...]:
-        """Return the link address of each other process as `:port`, without a host since all processes run on this
-        host."""
+        """Return the link addresses of all processes except `process`. Each address is `:port` without a host, since
+        all processes run on this host."""
         others = (self.listen.of(i).link for i in range(self.processes) if i != process)
         return tuple(":" + address.rsplit(":", 1)[1] for address in others)
 
     def open_port(self) -> str:
-        """Return the first of `grpc`, `http` and `link` that has port 0, if there are several processes; else "".
+        """Return the first of the listeners `grpc`, `http` and `link` that has port 0; "" if none has port 0.
 
-        With port 0, each process would listen on a different port.
+        With port 0, each of several processes would listen on a different port. With one process, the result is "".
         """
         if self.processes == 1:
             return ""

@@ -1,11 +1,11 @@
 """Reads a partly invalid configuration, so that a restarting process can start with the valid rest.
 
-Problem: models change while gateways and the controller run. An invalid entry is therefore first read by the process
-that restarts next, perhaps hours later. If that process exited, one typing error would end the whole fleet, one restart
-at a time.
+Problem: a change of the file takes effect only when a process restarts. An invalid entry is therefore first used by the
+process that restarts next, perhaps hours later. If that process exited, one typing error would end the whole fleet, one
+restart at a time.
 
-Invariants: An invalid entry changes no running model, and neither do entries that share a name. A problem in a section
-that a process needs still prevents the start of the process.
+Invariants: An invalid entry changes no running model. Entries that share a name change no running model either. A
+problem in a section that a process needs still prevents the start of the process.
 """
 
 from __future__ import annotations

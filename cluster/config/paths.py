@@ -1,4 +1,4 @@
-"""Files that a configuration names, or that have a place in the cache folder if it does not name them."""
+"""Locations of the secret files and of the ledger's database: as configured, else in the cache folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def secret_files(config: Config) -> Mapping[str, Path]:
-    """Return the path of each secret file of `auth`, by the name of its setting. A path that is not configured is in
-    the cache folder."""
+    """Return the paths of the secret files of the section `auth`, by the name of the setting. The default paths are in
+    the cache folder. Without the section, there are no secret files."""
     if config.auth is None:
         return {}
     files = {"auth.cluster_secret_file": config.auth.cluster_secret_file or cache_dir() / "cluster-secret"}
@@ -24,12 +24,12 @@ def secret_files(config: Config) -> Mapping[str, Path]:
 
 
 def database_url(config: Config) -> str:
-    """Return the URL of the ledger's database: the configured URL, else that of SQLite in the cache folder."""
+    """Return the URL of the ledger's database: the configured URL, else the URL of `ledger.db` in the cache folder."""
     return config.store.database_url or f"sqlite:///{cache_dir() / 'ledger.db'}"
 
 
 def cache_dir() -> Path:
-    """Return the cache folder: HEADRACE_CACHE_DIR, else `headrace` in the user's cache folder.
+    """Return the cache folder: the value of HEADRACE_CACHE_DIR, else `headrace` in the user's cache folder.
 
     The cache folder holds models made on this host, tokenizer bundles and the last catalog.
     """

@@ -126,7 +126,8 @@ def _without_other_forms(problems: list[Problem]) -> list[Problem]:
 def _path_and_keys(location: Sequence[int | str], root: type[BaseModel]) -> tuple[Path, Sequence[str]]:
     """Return the path of a pydantic location, and the keys that the schema has at the end of the path.
 
-    Pydantic inserts the members of a union into the location. The path does not contain these members.
+    For a key with a union type, pydantic adds the name of a type of the union to the location. The path leaves out such
+    names.
     """
     path: list[str | int] = []
     models: list[type[BaseModel]] = [root]

@@ -1,8 +1,8 @@
 """The schema of cluster.yaml. The file is read once, checked completely, then frozen.
 
-Unknown keys are refused, including sections that only later releases know, since a limit that is accepted and not
-enforced is worse than an error. The error names the path of the key. Larger sections have modules of their own:
-model.py, gateway.py, tenants.py and routing.py. document.py reads the text of a file.
+Unknown keys are refused, even if a later release knows them. Otherwise this release could accept a limit and not
+enforce it, which is worse than an error. The error names the path of the key. Larger sections have modules of their
+own: model.py, gateway.py, tenants.py and routing.py. document.py reads the text of a file.
 """
 
 from __future__ import annotations

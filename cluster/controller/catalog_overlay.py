@@ -20,8 +20,8 @@ log = structlog.get_logger("catalog")
 
 @dataclass(frozen=True, slots=True)
 class CatalogOverlay:
-    """Changes to the catalog of the configuration file: entries of models, overrides by model and version, and adapters
-    that were loaded at run time, by model."""
+    """Changes to the catalog of the configuration file. `models`: entries of models. `overrides`: overrides by model
+    and version. `adapters`: the adapters that were loaded at run time, by model."""
 
     models: Sequence[Mapping[str, Any]] = ()
     overrides: Mapping[str, Mapping[str, VersionOverride]] = field(default_factory=dict)
@@ -31,8 +31,8 @@ class CatalogOverlay:
 class CatalogOverlayFile:
     """The file with the overlay. The next controller of the same cluster continues from this file.
 
-    `life`: the instance of a local cluster, else empty. A file of another instance is ignored. `on_stored` is called
-    after each change of the file.
+    `life`: the instance id of a local cluster; "" for other clusters. A file with another instance id is ignored.
+    `on_stored` is called after each change of the file.
     """
 
     def __init__(self, path: Path, life: str, on_stored: Callable[[], None] = lambda: None) -> None:

@@ -58,8 +58,8 @@ class EditableCatalog:
             models.restore(stored.overrides)
 
     def _restored(self, config: Config, overlay: CatalogOverlay) -> Config:
-        """Return `config` with the stored models. They replace the models of the file on a local cluster, and are added
-        to the models of the file otherwise."""
+        """Return `config` with the stored models. On a local cluster, the stored models replace the models of the file.
+        On other clusters, the stored models are added. If the result would be invalid, `config` is returned."""
         stored = [entry for entry in overlay.models if entry.get("name") not in self._file_models]
         entries = [entry_of(model) for model in config.models if model.name in self._file_models]
         try:

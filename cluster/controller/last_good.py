@@ -21,9 +21,10 @@ FILE = "last-good-models.json"
 
 
 def with_last_good(found: PartialConfig, folder: Path) -> PartialConfig:
-    """Replace each invalid model entry by the model's last valid entry, if it is valid together with the other entries.
+    """Replace each invalid model entry by the model's last valid entry. Store the valid entries for the next start.
 
-    Stores the valid entries for the next start. A model without a usable last entry stays held (see HeldModel).
+    A model stays held (see HeldModel) if it has no last valid entry, or if that entry would make the
+    configuration invalid.
     """
     path = folder / FILE
     before = _read(path)

@@ -105,7 +105,7 @@ async def recover(
 
 
 async def _answers(gateways: Sequence[str], tls: TlsFiles | None, resolve: dns.Resolve) -> list[pb.OperatorState]:
-    """Return one OperatorState from each gateway that answers; an empty one from a gateway without the changes."""
+    """Return one OperatorState from each gateway that answers. The state of a gateway without changes is empty."""
     addresses: dict[str, None] = {}
     for gateway in gateways:
         if not dns.is_dns_name(gateway):

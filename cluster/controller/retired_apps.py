@@ -33,7 +33,7 @@ class RetiredApps:
     ) -> frozenset[str]:
         """Return the applications that may be deleted: those without calls, and those whose drain timeout is over.
 
-        `awaited`: models for which calls still wait, so their applications are kept until the drain timeout. `linked`:
+        `awaited`: models for which calls still wait; their applications are kept until the drain timeout. `linked`:
         whether a gateway reports loads. Without reports, every application is kept until the drain timeout.
         """
         busy = {worker.generation for worker in fleet if worker.running}

@@ -50,10 +50,10 @@ def on_ray(apps: Iterable[Observed]) -> dict[Kind, RayReplicas]:
 def requested_on_ray(
     models: DesiredModels, snapshot: RaySnapshot, retired: Container[str]
 ) -> Mapping[Kind, RayReplicas]:
-    """Return the replica counts on Ray. The target in each is the number of replicas that the scaler has requested.
+    """Return the replica counts on Ray by model and GPU type. Retired applications are left out.
 
-    Ray's target may be higher, because a canary may have more replicas than its share of the calls, and because a
-    rollout adds replacements. Retired applications are left out.
+    The target in each count is the number of replicas that the scaler has requested, not the target that Ray has. Ray's
+    target may be higher: a canary may have more replicas than its share of the calls, and a rollout adds replacements.
     """
     counts = on_ray(seen for app, seen in snapshot.apps.items() if app not in retired)
     for model, variants in models.variants.items():

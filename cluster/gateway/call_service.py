@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from cluster.gateway.usage.prompt_log import PromptLog
 
 FALLBACK_LABEL = "fallback_for"
-"""Name of the label in a usage record that holds the requested model, if a fallback model served the call."""
+"""Name of a label of usage records. If a fallback model served the call, the label holds the requested model's name."""
 
 
 class CallService:
@@ -216,8 +216,8 @@ class CallService:
     def _renderer_of(
         self, model: KnownModel, text: TextModel, meta: CallMeta, bundle_digest: str, priority_class: str
     ) -> RenderChat | None:
-        """Choose the renderer of a call's chats; implements RendererOf. The chat waits for a worker in the order of the
-        scheduler's `renders`."""
+        """Return the function that lets a worker render a call's chats; None if no worker is needed. Implements
+        RendererOf. The scheduler's `renders` decides in which order waiting chats get a worker."""
         if not needs_worker(model, bundle_digest, text.renderer, has_template=text.has_chat_template):
             return None
         policy, renders = meta.principal.tenant, self._scheduler.renders
@@ -236,8 +236,8 @@ class CallService:
         return self.resumes
 
     async def _guard_prompt(self, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
-        """Apply the tenant's guards to the prompt. Guards search the whole prompt, so they run after the prompt was
-        encoded, which bounds the prompt's length."""
+        """Apply the tenant's guards to the prompt. Guards search the whole prompt. They run after the prompt was
+        encoded, because the encoding bounds the prompt's length."""
         assert self._guards is not None, "a policy names guards, but the service has none"
         guards = opening.create_guards(self._guards)
         cleanup.add(lambda outcome: guards.close())

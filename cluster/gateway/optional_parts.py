@@ -190,9 +190,9 @@ def siblings(
     abort: Callable[[str, str], list[str]],
     remembered: RememberedRoutes,
 ) -> Siblings | None:
-    """Return the object that aborts and explains calls of the other gateway processes of this host, since only process
-    0 has an admin port. None with a single process. `abort`: ends calls of this process (CallService.abort).
-    `remembered`: the routes of this process, which the other processes ask for."""
+    """Return the object that aborts and explains calls of the other gateway processes of this host; None with a single
+    process. The object is needed because only process 0 has an admin port. `abort`: ends calls of this process
+    (CallService.abort). `remembered`: the routes of this process, which the other processes request."""
     if config.gateway.processes == 1:
         return None
     from cluster.gateway.apis.admin.siblings import Siblings

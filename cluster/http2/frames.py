@@ -5,8 +5,8 @@ The reader returns one frame at a time, with limits that apply before bytes are 
 which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
 
 Response headers are literals that are not added to the dynamic header table (RFC 7541, 6.2.2), so encoding needs no
-state. The first header block of a connection sets the size of this table to zero. The first block after the client has
-changed the table's size limit does so again.
+state. The first header block of a connection sets the size of this table to zero. Each time the client has changed
+the table's size limit, the next header block sets the size to zero again.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class FrameReader:
         self.kind = self.length = self.stream_id = 0
         """Type, length in bytes without the head, and stream id of the frame that `peek` has seen."""
         self.plain = self.ends = False
-        """`plain`: no flag except END_STREAM, and outside a header block. `ends`: whether END_STREAM is set."""
+        """`plain`: whether the frame has no flag except END_STREAM and is outside a header block. `ends`: whether
+        END_STREAM is set."""
 
     def allow_frames(self, size: int) -> None:
         """Set the maximum frame size in bytes."""
@@ -213,8 +214,8 @@ def _parsed(head: bytes, body: bytes) -> Frame:
 
 
 def _check_size_updates(block: bytes) -> None:
-    """Raise ProtocolError if a block has more changes of the header table's size than the protocol allows. Each byte of
-    a change costs the decoder microseconds, and no change is charged as a header field."""
+    """Raise ProtocolError if a block has more changes of the header table's size than the protocol allows. The limit
+    is needed because each byte of a change costs the decoder microseconds, but is not charged as a header field."""
     at = updates = 0
     while at < len(block) and block[at] & 0xE0 == 0x20:
         updates += 1

@@ -58,7 +58,7 @@ class EndedStreams(OrderedDict[int, StreamClosedBy | None]):
 
 
 class Http2State(H2Connection):
-    """The h2 state of a connection, on either side."""
+    """The h2 state of a connection, in a server or in a client."""
 
     def output(self) -> bytes:
         """Return the bytes to send, like data_to_send, but at less cost if there are no bytes."""

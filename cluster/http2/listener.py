@@ -218,8 +218,8 @@ class _PendingConnection:
         self._held = held
 
     def evict(self, passes: int = 3) -> None:
-        """Drop the connection after `passes` event-loop passes, because a task that is cancelled earlier leaves its
-        socket open."""
+        """Drop the connection after `passes` event-loop passes. A task that is cancelled earlier would leave its socket
+        open."""
         if passes:
             self._loop.call_soon(self.evict, passes - 1)
         elif self.task is not None:

@@ -37,7 +37,7 @@ class ConnectionOutput:
         self._flushing = False
         """Whether a flush of `_unsent` is scheduled for this event-loop pass."""
         self._control_bytes = self._control_writes = 0
-        """Bytes and writes in `_unsent` that belong to control frames: everything except answers to calls."""
+        """Numbers of bytes and writes in `_unsent` that do not belong to answers to calls, but to control frames."""
         self._must_reset_table = True
         self.payload_bytes = 0
         """Number of bytes sent in answers to calls, without the heads of frames."""
@@ -70,12 +70,12 @@ class ConnectionOutput:
         self.write(frames.header_frames(id_bytes, fields, end_stream=end))
 
     def reset_table(self) -> None:
-        """Let the next header block set the size of the header table again."""
+        """Let the next header block set the size of the header table to zero again."""
         self._must_reset_table = True
 
     def write_goaway(self, last: int) -> None:
-        """Queue a GOAWAY that is not made by h2, because h2 sends nothing after its own GOAWAY. `last`: the id of the
-        last stream that is accepted."""
+        """Queue a GOAWAY without h2. After a GOAWAY of its own, h2 would send nothing more. `last`: the id of the last
+        stream that is accepted."""
         self.write(GoAwayFrame(0, last_stream_id=last, error_code=0).serialize())
 
     def reset_stream(self, stream_id: int, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:

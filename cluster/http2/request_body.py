@@ -1,9 +1,9 @@
 """The messages of one call's request: assembled, reserved in the budget, and queued until the handler reads them.
 
-Flow control follows the budget. A client may send the first `window_bytes` of a message without a reservation. For the
-rest, the whole size of the message is reserved first (policy/limits/request_bytes.py), and then the stream's window
-grows by exactly the size of the rest. So a message with a reservation can always be completed, and each call has at
-most one window of bytes without a reservation.
+Flow control follows the budget. A client may send the first `window_bytes` of a message without a reservation. Before
+the client may send the rest, the whole size of the message is reserved (policy/limits/request_bytes.py). Then the
+stream's window grows by exactly the size of the rest. So a message with a reservation can always be completed, and each
+call has at most one window of bytes without a reservation.
 """
 
 from __future__ import annotations

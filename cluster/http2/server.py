@@ -46,8 +46,8 @@ class Gate(Protocol):
     async def admit(self, call: ServerCall) -> str | None:
         """Return the tenant whose budget the request counts against; None for a method that needs no credential.
 
-        The gate refuses a call by `call.abort`. The server calls `admit` a second time, once the request is
-        complete, if the request was still incomplete after the first call."""
+        The gate refuses a call by `call.abort`. If the request is still incomplete after the first `admit`, the
+        server calls `admit` a second time, once the request is complete."""
 
 
 class CallRunner:
@@ -167,8 +167,9 @@ class Server:
         gate: Gate | None = None,
         budget: Budget | None = None,
     ) -> None:
-        """`admission`: the connection pool of the port, for a process with several ports. `gate`: authorizes calls;
-        without a gate, connections have the full `limits` from the start. `budget`: see request_body.py."""
+        """`admission`: the connection pool of the port, and the log of refused connections; None for new ones. `gate`:
+        authorizes calls; without a gate, connections have the full `limits` from the start. `budget`: the budget for
+        request bytes, see request_body.py."""
         self.limits = limits or ServerLimits()
         self.connections: set[Connection] = set()
         self._runner = runner = CallRunner(self.limits.request_s, gate)

@@ -26,7 +26,7 @@ class ConnectionTimeouts:
     ) -> None:
         """`age_s`: age limit of the connection in seconds, 0 for none."""
         self.greeted = False
-        """Whether the client's settings have arrived, which directly follow the preface."""
+        """Whether the client's settings have arrived. They directly follow the preface."""
         self._core = core
         self._limits = limits = core.limits
         self._lifetime = lifetime

@@ -37,8 +37,10 @@ class LeaseStore(Protocol):
         """Return the record; None if the store has none."""
 
     def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
-        """Replace the record `over`, as last read, with a record of `holder` ("" for none). Returns the new record.
-        If `over` is None, create the record. Raises Conflict if the stored record is no longer `over`."""
+        """Replace the stored record with a record of `holder` ("" for no holder). Returns the new record.
+
+        `over`: the record that the caller has read last and replaces; None to create the first record. Raises Conflict
+        if the stored record has changed since then."""
 
 
 @dataclass(frozen=True, slots=True)

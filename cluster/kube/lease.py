@@ -2,10 +2,10 @@
 
 Problem: two controllers that act at the same time would undo each other's changes. Invariant: a process acts only
 within `yield_s` seconds after its own last write of the record. Another process takes the record only after the record
-has stood unchanged for `lease_s` seconds, which is longer. As in Kubernetes' own leader election, each process measures
-with its own clock how long the record has stood unchanged, so only the rates of the clocks matter. The store refuses a
-write if the record has changed since it was read. Two processes can act at the same time only if one of them pauses for
-longer than `lease_s - yield_s` between checking its clock and acting.
+has stood unchanged for `lease_s` seconds, and `lease_s` is longer than `yield_s`. As in Kubernetes' own leader
+election, each process measures with its own clock how long the record has stood unchanged, so only the rates of the
+clocks matter. The store refuses a write if the record has changed since it was read. Two processes can act at the same
+time only if one of them pauses for longer than `lease_s - yield_s` between checking its clock and acting.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class LeaseCandidate:
     wrote_at_s: float | None = None
 
     def observe(self, record: LeaseRecord | None, now_s: float) -> tuple[LeaseCandidate, LeaseWrite | None]:
-        """Return the state after a read (`record` None: there is none), and the write that the caller must make, if
-        any."""
+        """Return the state after a read, and the write that the caller must make, or None for no write. `record`: the
+        record that was read, or None if the store has none."""
         if record is None:
             return replace(self, seen=None, wrote_at_s=None), LeaseWrite(None)
         known = self if record == self.seen else replace(self, seen=record, seen_at_s=now_s)

@@ -1,7 +1,8 @@
 """Attainment of service level objectives by tenant and model. This module imports no SQLAlchemy.
 
 The attainment is computed from usage records, so it covers only calls that a worker has accepted. A call that was
-refused earlier, for example because the queue was full, has no record; the metric `headrace_slo_calls_total` counts it.
+refused earlier, for example because the queue was full, has no record. The metric `headrace_slo_calls_total` also
+counts such calls.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MISSING = (
 
 @dataclass(frozen=True, slots=True)
 class SloObjective:
-    """The SLO of a model: the times in seconds (0: no bound), and the share of the calls that should meet both."""
+    """The SLO of a model: two time limits in seconds (0: no limit), and the share of calls that should meet both."""
 
     ttft_s: float
     itl_s: float

@@ -226,5 +226,5 @@ ENGINE_HISTOGRAMS: Mapping[str, str] = {
     "vllm:e2e_request_latency_seconds": "request_duration_seconds",
     "vllm:request_queue_time_seconds": "queue_time_seconds",
 }
-"""The gateway's own histograms that are also exported under vLLM's names with the label model_name: our name by vLLM's
-name. The gateway measures these values instead of vLLM's AsyncLLM."""
+"""The gateway's own histograms that are also exported under vLLM's names, with the label model_name. The keys are
+vLLM's names, the values are our names. The gateway measures these times in place of vLLM's AsyncLLM."""

@@ -33,7 +33,7 @@ MAX_FAILURES = 3
 
 
 class LineWriter:
-    """Writes events to one file descriptor. It has a method for each level, because structlog uses it as its logger."""
+    """Writes events to one file descriptor. structlog uses it as a logger, so there is a method for each level."""
 
     def __init__(
         self,

@@ -66,8 +66,8 @@ def configure_as_parent() -> None:
 
 
 def flush(timeout_s: float = END_S) -> None:
-    """Wait until all lines are written, at most `timeout_s` for each output. Call it before a process ends itself
-    without the exit handlers."""
+    """Wait until all lines are written, at most `timeout_s` for each output. Call this
+    function before a process ends itself without the exit handlers."""
     for waits in _at_flush:
         waits(timeout_s)
 

@@ -95,8 +95,8 @@ class Metrics(Collector):
         series[labels] = series.get(labels, 0) + by
 
     def _tenant_label(self, tenant: str) -> str:
-        """Return the value of the label `tenant`: the tenant's name, or `other` if `max_tenants` other tenants have a
-        label of their own already."""
+        """Return the value of the label `tenant`: the tenant's name, or `other` if `max_tenants` tenants already have
+        labels of their own and this tenant is not one of them."""
         if tenant in self._tenants:
             return tenant
         if len(self._tenants) < self._max_tenants:

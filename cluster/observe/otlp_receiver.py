@@ -44,7 +44,7 @@ class OtlpReceiver(pb_grpc.TraceServiceServicer):
         self._server.wait_for_termination()
 
     def Export(self, request: pb.ExportTraceServiceRequest, context: Any) -> pb.ExportTraceServiceResponse:
-        """Receive one message; the method of OTLP's TraceService."""
+        """Receive one message. OTLP's TraceService defines this method."""
         self._receive(tuple(_spans(request)))
         return pb.ExportTraceServiceResponse()
 

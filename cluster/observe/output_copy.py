@@ -2,11 +2,11 @@
 
 Problem: a replica's standard output and error are files in Ray's session folder on the pod's disk. `kubectl logs` does
 not show these files, and they are lost with the pod. Ray 2.60 redirects the output in its core worker
-(RedirectStdoutOncePerProcess). With RAY_LOG_TO_STDERR=1 a node would write no files, but Ray's dashboard, `ray logs`
-and end_causes.py, which finds out why an engine ended, need them. So a thread copies the whole lines that this process
-and its children append to the files. Lines of Headrace's log are copied unchanged; every other line, such as vLLM's,
-becomes the text of the event `worker.output`. If the output is slow, the thread lags; if it lags more than
-MAX_LAG_BYTES, it skips lines.
+(RedirectStdoutOncePerProcess). With RAY_LOG_TO_STDERR=1 a node would write no files, but the files are needed by Ray's
+dashboard, by `ray logs` and by end_causes.py, which finds out why an engine ended. So a thread copies the whole lines
+that this process and its children append to the files. Lines of Headrace's log are copied unchanged; every other line,
+such as vLLM's, becomes the text of the event `worker.output`. If the output is slow, the thread lags; if it lags more
+than MAX_LAG_BYTES, it skips lines.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files and folders that only their owner can read, whatever the umask of the process.
 
 State folders hold secrets, tenant names, the audit log and key hashes. An earlier release or another program may have
-set wider permissions. They are narrowed when this process next opens the file, if the file belongs to its user.
+set wider permissions. They are narrowed when this process next opens the file, if the process's user owns the file.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class LinkFiles(Protocol):
 class CertificateExpiry:
     """The times at which the certificates in a set of files expire. A file is read again when it changes.
 
-    A chain expires with the first of its certificates. A file of authorities expires with the last of them, because a
-    rotation keeps the old authority in the file for a while."""
+    A chain expires when the first of its certificates expires. A file of authorities expires when the last of its
+    certificates expires, because a rotation keeps the old authority in the file for a while."""
 
     chains: Sequence[Path] = ()
     authorities: Sequence[Path] = ()

@@ -93,9 +93,9 @@ class CreditGranter:
     def new_grants(self, room: Capacity, places: int = 0) -> list[Grant]:
         """Return the new limits to send, for the links whose limits change.
 
-        `room`: free capacity, including capacity already promised. `places`: limit on the promised sequences. If it is
-        above `room`, the additional sequences are only for calls whose KV blocks this worker holds, since such calls
-        start at almost no cost."""
+        `room`: free capacity, including capacity already promised. `places`: limit on the promised sequences. If
+        `places` is above the sequences of `room`, the additional sequences are only for calls whose KV blocks this
+        worker holds. Such calls start at almost no cost."""
         if not self._accounts:
             return []
         kept = {link: account.kept for link, account in self._accounts.items()}

@@ -79,7 +79,8 @@ class UsageKeeper:
         return KeeperStatistics(len(self._kept), self._dropped)
 
     def attach(self, link: int) -> None:
-        """Add a link to a gateway that writes to the ledger. The link gets the records that have no link."""
+        """Add a link to a gateway that writes to the ledger. Assign to this link all records that are assigned to no
+        link, because none was attached."""
         self._due[link] = deque()
         self._assign(kept for kept in self._kept.values() if not kept.link)
 
@@ -98,7 +99,7 @@ class UsageKeeper:
 
     def keep(self, usage: EndedUsage, origin: int, slot: int = 0) -> int:
         """Keep an ended request's usage and return its key. The record is assigned to link `origin` if that link is
-        attached, else to any link."""
+        attached, else to any attached link. If no link is attached, the record waits for the next `attach`."""
         self._last_key += 1
         usage.key = self._last_key
         kept = self._kept[usage.key] = _Kept(usage, origin, slot)

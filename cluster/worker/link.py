@@ -31,12 +31,12 @@ TURN_METHOD = "/cluster.link.v1.Link/Turn"
 
 @dataclass(eq=False, slots=True)
 class Link:
-    """A link that is up. If an abort arrives while its Submit is in progress, the abort ends the Submit's wait for an
-    adapter, and is applied when the Submit finishes."""
+    """A link that is up. An abort may arrive while the Submit of its slot is in progress. The abort then ends the
+    Submit's wait for an adapter, and is applied when the Submit finishes."""
 
     number: int
     credit_order: int
-    """Sort key of the links that share capacity (link_credit.py). The first links get the remainder of the division."""
+    """Sort key of the links that share capacity (link_credit.py). The lowest keys get the remainder of the division."""
     gateway: str
     incarnation: str
     """Incarnation of the gateway."""

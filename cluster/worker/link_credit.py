@@ -40,7 +40,7 @@ class LinkCredit:
         """Create the credit without links.
 
         `capacity` returns the capacity free for new calls, and the number of slots free for resumed calls.
-        `count_cached(n)`: of `n` calls whose KV blocks a gateway expects here, the number that can be resumed cheaply.
+        `count_cached(n)` returns how many of `n` calls whose KV blocks a gateway expects here can be resumed cheaply.
         """
         self._capacity = capacity
         self._count_cached = count_cached

@@ -60,7 +60,7 @@ class RunningRequest:
     name: str = ""
     """Name of the request's stream. Unlike `stream`, also set if the request cannot be reattached."""
     is_parsed: bool = False
-    """Whether the request may have a session of the output parser. It can then not be reattached."""
+    """Whether the request may have a session of the output parser. Such a request cannot be reattached."""
     adapter: str = ""
     """Digest of the request's adapter, which the request holds."""
     timing: RequestTiming | None = None
@@ -129,7 +129,7 @@ class RunningRequest:
         self.link.outbox.accepted(self.slot)
 
     def reattach(self, earlier: DetachedRequest) -> None:
-        """Record that the request continues its detached request, whose tokens this engine has computed."""
+        """Record that the request continues the detached request `earlier`, whose tokens this engine has computed."""
         self.reattached, self.expects_cache = True, False
         self.cached_tokens = self.tokens if self.emitted_tokens else earlier.cached_tokens
 

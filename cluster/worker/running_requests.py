@@ -136,8 +136,8 @@ class RunningRequests:
     def start(self, running: RunningRequest, request_id: str, submit: pb.Submit) -> list[str]:
         """Count a request that the caller will submit to the engine. Returns the engine request ids to abort first.
 
-        These are detached requests, which are dropped if the request needs their KV cache, or if the request is resumed
-        and needs their slots.
+        The returned ids are of detached requests that make room for the new request: for its KV cache, and if it is a
+        resumed request, also for its slot.
         """
         self._add_running(
             running, request_id, submit, running.fresh_tokens if self.outputs.caches_kv else running.tokens

@@ -135,7 +135,7 @@ class Submits:
     async def _new_request(
         self, link: Link, submit: pb.Submit, request: EngineRequest, received_at: float
     ) -> RunningRequest:
-        """Return the record of a new request, which holds the request's adapter until it is forgotten."""
+        """Return the record of a new request. The request holds its adapter until the record is forgotten."""
         try:
             await self._hold(link, submit.slot, request)
         except BaseException:

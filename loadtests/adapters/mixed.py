@@ -41,7 +41,7 @@ def requests(round_: int, adapters: int) -> list[Request]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the four arms in turn and return the report's row. Raises DidNotStart."""
+    """Measure each server with one and with eight adapters; return the report's row. Raises DidNotStart."""
     folder = await rig.prepare(stage, ADAPTERS)
     server = await rig.start_server(stage, folder, ADAPTERS, ENGINE)
     async with rig.running(stage, folder, rig.names(ADAPTERS), ENGINE) as ours:

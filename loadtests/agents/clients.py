@@ -111,7 +111,7 @@ NAMES = (*(library.name for library in LIBRARIES), *(agent.name for agent in COD
 class Run:
     """A run of a client on a task: its program, the program's environment, and its working folder.
 
-    `record`: record of the calls that the program writes; None for a coding agent, whose files show them.
+    `record`: file in which the program records its calls; None for a coding agent, whose written files show its calls.
     """
 
     client: str

@@ -124,9 +124,9 @@ CUT, NAMED_END = "cut", "named"
 def known_finish(theirs: Answer, ours: Answer, *, is_cut: bool, is_named: bool) -> str:
     """Return CUT or NAMED_END if the finish reasons differ in a known way; else "".
 
-    CUT: max_tokens or a stop string has cut the answer within a call. vLLM ends it with `length` or `stop` if it is
-    streamed, but with `tool_calls` if it is not, so an agent cannot know that the call is incomplete or missing.
-    NAMED_END: vLLM reports `stop` for a call that the caller has chosen by name, Headrace as for any other call.
+    CUT: max_tokens or a stop string has cut the answer within a call. vLLM ends a streamed answer with `length` or
+    `stop`, but a whole answer with `tool_calls`, so an agent cannot know that the call is incomplete or missing.
+    NAMED_END: the caller has chosen the call by name. vLLM then reports `stop`, Headrace `tool_calls`.
     """
     if (
         is_cut

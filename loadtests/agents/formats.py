@@ -24,7 +24,7 @@ class Family:
     """A tool format. `tokens`: the added tokens that its parsers need, or that make its text realistic.
 
     `reasoning`: vLLM's parser of reasoning, or "". `opens_reasoning`: whether the model itself writes <think>; if not,
-    the output begins within the reasoning. `half_open`: texts that begin like a call, but are none.
+    the output begins within the reasoning. `half_open`: texts that begin like a call, but are not calls.
     `text_before_calls`: whether the format allows text before the calls.
     """
 

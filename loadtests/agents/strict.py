@@ -161,7 +161,7 @@ async def _ask(
     server: Server, requests: Sequence[Mapping[str, Any]], kill: Child | None = None, after: int = 0
 ) -> list[Answer]:
     """Make calls, CONCURRENCY at a time; return the answers in the order of the calls. `kill`: worker that is killed
-    once `after` calls have been answered, while others run."""
+    once `after` calls have been answered, while other calls run."""
     free, answered = asyncio.Semaphore(CONCURRENCY), 0
 
     async def ask(request: Mapping[str, Any]) -> Answer:

@@ -219,7 +219,7 @@ class Remembered:
 
 
 async def remember(count: int, family: str = "byte-level", sample: int = 20) -> Remembered:
-    """Remember the first half of each conversation, one after the other, then let the oldest take their next turn. The
+    """Remember the first half of each conversation in turn, then let the oldest conversations take their next turn. The
     first halves are tokenized in this process, since the prompt memory is always in this process."""
     front, half = FrontEnd(family), conversations.TURNS // 2
     await front.start()

@@ -1,10 +1,12 @@
 """Compute the clairvoyant optimum (optimum.py) for a demand and a plant, and replay the plan in the common simulation.
 
-The longest time that a call may wait is the target time to first token minus the call's prefill time. The fluid model
-of the recursion leaves out two effects: decoding yields to prefills, and calls arrive unevenly within a slot. To
-correct for these effects, plans are replayed call by call in the simulation; the cheapest plan that meets the SLO there
-is the optimum used for comparison. A plan without late calls in the fluid model may have some in the simulation. The
-recursion therefore assumes less slack and more work than there is, and one of two paces of decoding (`TRIED`).
+optimum.py finds plans by a recursion over time slots, in a fluid model. A call's slack, the longest time that it may
+wait, is the target time to first token minus the call's prefill time. The fluid model leaves out two effects: decoding
+yields to prefills, and calls arrive unevenly within a slot. So a plan without late calls in the fluid model may have
+late calls in the simulation. The recursion is therefore run several times, with less slack and more work than there is
+and with one of two paces of decoding: `TRIED` lists the combinations. Each plan is replayed call by call in the
+simulation. The cheapest plan that meets the SLO there is the optimum used for comparison.
+
 `bound_s` is the recursion's own lower bound, which holds for the fluid model only.
 """
 

@@ -1,5 +1,5 @@
 """`python -m loadtests.autoscale_live.choice`: estimates how many fewer streams must move if the replica with the
-fewest streams is removed, and not a random one.
+fewest streams is removed instead of a random replica.
 
 Calls come at random, each to the replica with the fewest streams; lengths are exponential. At random moments the
 program counts the streams of a random replica and of the replica with the fewest streams. It also counts how many of
@@ -20,7 +20,8 @@ SPANS = 2000
 
 @dataclass(frozen=True, slots=True)
 class PolicySweep:
-    """Means over many moments. `blind_moved` and `fewest_moved`: number of streams that outlast the time to stay."""
+    """Means over many moments. `blind_moved` and `fewest_moved`: number of streams that outlast the time to stay, of a
+    random replica and of the replica with the fewest streams."""
 
     blind: float
     fewest: float

@@ -11,7 +11,7 @@ from cluster.cli.commands import doctor
 from tests.support import browser as browsers
 
 LATEST_MS = 60_000
-"""Longest wait for something that a page must show. It only ends a hang."""
+"""Longest wait in milliseconds for something that a page must show. The limit serves only to end a hang."""
 
 
 @asynccontextmanager

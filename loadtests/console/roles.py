@@ -62,7 +62,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _signed_in(keyed: Keyed) -> dict[str, Browser]:
-    """Return a browser for each role. All are signed in, except that of the role nobody."""
+    """Return a browser for each role. All browsers are signed in, except the browser of the role `nobody`."""
     browsers = {role: Browser(keyed.cluster) for role in ROLES}
     await role_key(keyed.ledger, OTHER, "caller")
     for role in ROLES[1:]:

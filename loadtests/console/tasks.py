@@ -37,7 +37,7 @@ async def slowest_tenant(page: Page, pages: FilledConsole) -> None:
 
 
 async def why_a_call_waited(page: Page, pages: FilledConsole) -> None:
-    """Open a call, whose page says how long it waited and why."""
+    """Open the page of a call, which says how long the call waited and why."""
     await page.get_by_role("link", name="Calls", exact=True).click()
     await page.get_by_role("link", name=pages.call).first.click()
     await expect(page.locator(".page-calls .why")).not_to_be_empty()

@@ -179,8 +179,8 @@ def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
 
 
 SEEN = 12
-"""Number of characters, from the first difference on, that are searched for in the other text. If they occur in it, the
-difference is a duplicate or a gap, else another text.
+"""Number of characters of each text, from the first difference on, that are searched for in the other text. If they are
+found, the difference is a duplicate or a gap; otherwise it is `other`.
 """
 
 

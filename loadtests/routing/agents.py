@@ -38,7 +38,10 @@ ROWS: Mapping[str, Bound] = {HITS: Bound(">=", 0.98), TTFT: Bound("<=", 0.9), GA
 
 @dataclass(eq=False)
 class ServiceObserver:
-    """Weighted service of each tenant, sampled every SAMPLE_S: prompts at the first token, outputs at the end."""
+    """Service of each tenant, and the largest gap between two tenants.
+
+    A prompt counts at the first token of its call, an output at the end of its call. The gap is updated every SAMPLE_S.
+    """
 
     cluster: Cluster
     tenants: Mapping[str, float]
@@ -49,7 +52,8 @@ class ServiceObserver:
     longest_prompt: int = 0
     largest_gap: float = 0.0
     _lead: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
-    """Smallest and largest lead of one tenant over the other, while both have calls waiting."""
+    """For each pair of tenants, the smallest and the largest lead of the first tenant over the second, in the current
+    interval in which both have calls waiting. A lead is a difference in service divided by weight."""
 
     def __post_init__(self) -> None:
         self.service = dict.fromkeys(self.tenants, 0.0)

@@ -118,7 +118,10 @@ class Contestant:
 
 
 async def first_call(contestant: Contestant, request: Request, timeout_s: float = FIRST_CALL_S) -> bool:
-    """Wait until the arm answers one call; return whether it does so in time. If not, record the problem in the arm."""
+    """Repeat `request` until the contestant answers; return whether it answers within `timeout_s`.
+
+    If it does not, the problem is recorded in `contestant.arm`.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -142,7 +145,7 @@ async def run_round(
     limits: Limits | None = None,
     keep: bool = True,
 ) -> Run:
-    """Drive the arm once and record the CPU time of the arm's processes before and after; return the run."""
+    """Drive the contestant once, and record the CPU time of its processes before and after; return the run."""
     title = f"{contestant.arm.name}, round {number}" if keep else f"{contestant.arm.name}, warm-up"
     before = snapshot(contestant.roots)
     async with screen.running(title) as on_start:
@@ -193,10 +196,10 @@ async def alternate(
 
 
 def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: bool = True) -> None:
-    """Check that every answer has the requested number of tokens, and that equal requests gave equal texts on every
-    arm.
+    """Check that every answer has the requested number of tokens, and that all arms gave the same text for the same
+    request. Failed checks are added to the problems of the report.
 
-    Without `exact`, differing texts are counted, but are no problem.
+    Without `exact`, texts that differ between arms are counted, but are not added to the problems.
     """
     for contestant in contestants:
         short = sum(1 for run in contestant.runs for r in run.good if r.tokens != r.asked_tokens)

@@ -33,8 +33,8 @@ def exact(name: str, value: float, bound: Bound | None, unit: str = "", note: st
 
 async def play_parts(stage: Stage, package: str, names: Sequence[str]) -> None:
     """Run the selected parts, and report the rows of all parts. `package`: the package of the parts' modules. Each part
-    has a folder of its own, so that none finds the tenants and files of another. The child processes that a part has
-    started are stopped at its end. If a part fails, the others still run."""
+    has a folder of its own, so that no part finds the tenants and files of another. The child processes of a part are
+    stopped when the part ends. If a part fails, the other parts still run."""
     for name in names:
         part = cast(Part, importlib.import_module(f"{package}.{name}"))
         if not stage.options.selects(name):

@@ -1,4 +1,4 @@
-"""Commands context add, use, list, show and remove: named clusters with their addresses and credentials."""
+"""Commands `context add`, `use`, `list`, `show` and `remove`: named clusters with their addresses and credentials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command version, option --version, and command completion."""
+"""The command `version`, the option `--version`, and the command `completion`."""
 
 from __future__ import annotations
 

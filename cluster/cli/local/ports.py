@@ -15,7 +15,8 @@ from cluster.config.schema import Config
 
 TRIES = 50
 PORTS, MIN_PORT = 12_000, 10_000
-"""Number of ports from which a free port is chosen, and a lower bound: all these ports must be above MIN_PORT."""
+"""A free port is chosen among the PORTS ports below the kernel's range for outgoing connections. If these ports would
+reach down to MIN_PORT, the kernel chooses a port instead."""
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -72,8 +73,11 @@ def split(address: str) -> tuple[str, int]:
 
 
 def _bind_any(name: str, address: str) -> socket.socket:
-    """Bind an address. Port 0 becomes, if possible, a port below the kernel's range for outgoing connections, because a
-    connection could take a port of that range before the listener's process binds it."""
+    """Bind an address and return the socket. For port 0, a free port is chosen.
+
+    If possible, the chosen port is below the kernel's range for outgoing connections. An outgoing connection could take
+    a port of that range before the listener's process binds the port.
+    """
     host, port = address.rsplit(":", 1)
     high = _first_ephemeral_port()
     if int(port) == 0 and high - PORTS > MIN_PORT:
@@ -84,7 +88,7 @@ def _bind_any(name: str, address: str) -> socket.socket:
 
 
 def _first_ephemeral_port() -> int:
-    """Return the lowest port of outgoing connections; 0 if it is unknown."""
+    """Return the lowest port that the kernel uses for outgoing connections; 0 if it is unknown."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(EPHEMERAL.read_text().split()[0])
     return 0

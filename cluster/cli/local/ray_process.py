@@ -71,8 +71,8 @@ class RayProcess:
         """Start a new Ray whenever the current Ray's head has ended. Runs until cancelled.
 
         Before the start, all processes of the cluster except `others` are ended, since engines cannot outlive the head.
-        This includes the controller, which `keep_alive` restarts. `is_unused` returns whether no worker is linked; a
-        Ray that is unused while it drains is killed.
+        The controller is ended too, and `keep_alive` restarts it. `is_unused` returns whether no worker is linked.
+        While Ray drains, it is killed as soon as no worker is linked.
         """
         while True:
             await asyncio.sleep(WATCH_S)

@@ -55,9 +55,10 @@ def redacted_files(parts: Parts, redactor: Redactor, about: Mapping[str, Any]) -
 
 
 def write_archive(file: Path, files: Mapping[str, bytes], folder: str, at_s: float) -> None:
-    """Write the files as a .tar.gz with mode 0600, in one folder. A failed write leaves no archive.
+    """Write the files into a .tar.gz archive with mode 0600. A failed write leaves no archive.
 
-    `at_s`: time of all files, in seconds since the epoch. Raises OSError.
+    `folder`: folder in the archive that contains the files. `at_s`: time of all files, in seconds since the epoch.
+    Raises OSError.
     """
     handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")  # created with mode 0600
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 MAX_PART_BYTES = 8 << 20
 MAX_BUNDLE_BYTES = 64 << 20
-"""Maximum sizes of one part and of all parts together, before compression."""
+"""Maximum size of one part, and maximum size of all parts together, in bytes before compression."""
 
 
 class LeftOut(Exception):
@@ -40,7 +40,7 @@ class Parts:
         return min(most_s, left_s)
 
     def document(self, name: str, collect: Callable[[], Any]) -> Any:
-        """Store the JSON document that `collect` returns. Returns it, or None if it is left out."""
+        """Store and return the JSON document that `collect` returns. Returns None if the document is left out."""
         found = self._collected(name, collect)
         if found is not None:
             self.documents[name] = found

@@ -49,7 +49,8 @@ _SECRET = re.compile(
     r"|header|dsn|signature"
 )
 _HARMLESS = re.compile(r"_tokens$|^tokens?_per_|TokensPer|^(existing|tls|gateway|worker|controller)Secret$|_file$")
-"""Keys that match _SECRET, but have a number of tokens, the name of a Kubernetes Secret, or a path as their value."""
+"""Keys that match _SECRET although their values are harmless: a number of tokens, the name of a Kubernetes Secret, or a
+path."""
 _URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)([^\s/@\"'<>]+)@")
 _FORMS = (
     re.compile(r"(hr_[A-Za-z0-9]{1,32}_)[A-Za-z0-9]{8,}()"),
@@ -64,8 +65,8 @@ _FORMS = (
 class Rules:
     """Keeps only the harmless values of a document, and collects the secrets that it leaves out.
 
-    `known`: all keys that a configuration may have. A key that is not among these and has the name of a secret
-    (_SECRET) may contain a secret number, so numbers below it are left out too.
+    Numbers are kept, except below a key that is not in `known` and whose name suggests a secret (_SECRET). `known`: all
+    keys that a configuration may have.
     """
 
     known: frozenset[str] = frozenset()
@@ -201,7 +202,8 @@ class Redactor:
 
 
 def _is_searched(secret: str) -> bool:
-    """Return whether a secret is searched for. Short numbers are not: they would be found in every table."""
+    """Return whether a secret is searched for. Short texts and short numbers are not searched for: they would be found
+    in many places that contain no secret."""
     return len(secret) >= (8 if secret.isdecimal() else MIN_SECRET) and secret not in REDACTED
 
 

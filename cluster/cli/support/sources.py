@@ -105,8 +105,10 @@ def _secret_files(value: Any) -> Iterable[Path]:
 
 
 def _secrets_of(file: Path) -> set[str]:
-    """Return the secrets in a file. The result is empty for a file that this user cannot read, since then the bundle
-    cannot contain the file's secrets either, and for a file that is too large for secrets."""
+    """Return the secrets in a file. The result is empty if the file cannot be read or is too large for a secret file.
+
+    A file that this user cannot read needs no redaction, because the bundle cannot contain the file's secrets.
+    """
     try:
         return secrets_in_file(read_file(file, MAX_SECRET_BYTES))
     except (LeftOut, ValueError):

@@ -55,8 +55,8 @@ class Access:
 def admin_access(target: ClusterTarget) -> Access:
     """Return the access to the admin port of a command's target. An unreadable file ends the command with exit code 2.
 
-    If the address belongs to the local cluster, the local cluster's credential and certificate are used, unless the
-    target has its own.
+    If the address belongs to the local cluster, the local cluster's credential and certificate are used. A credential
+    or a certificate that the target names takes precedence.
     """
     address = admin_endpoint(target.endpoint, target.admin)
     run = local_run()
@@ -78,7 +78,8 @@ def admin_access(target: ClusterTarget) -> Access:
 
 
 def console_url(config: Config, http: str) -> str:
-    """Return the URL of the console of a local cluster; "" without one. `http`: address of its HTTP port."""
+    """Return the URL of a local cluster's console; "" if the cluster has no console. `http`: address of the cluster's
+    HTTP port."""
     gateway = config.gateway
     if not gateway.console.enabled:
         return ""

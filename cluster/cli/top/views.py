@@ -123,7 +123,7 @@ def _progress(row: Row) -> str:
 
 
 def _limits(row: Row) -> str:
-    """Return the two limits of a tenant with the highest utilization, as `name used/limit`."""
+    """Return the two limits of which the tenant has used the largest share, each as `name used/limit`."""
     limits = row.get("limits")
     if not isinstance(limits, Mapping):
         return UNKNOWN
@@ -288,7 +288,7 @@ def fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: in
 
 
 def _is_last_text(columns: Sequence[Column], at: int, shown: Sequence[int], widths: Sequence[int], width: int) -> bool:
-    """Return whether the column `at` may be cut instead of left out. This is true for the last shown column if the
-    column has texts and at least 16 characters fit."""
+    """Return whether the column `at` may stay although its texts are cut. It may stay if it is the last shown column,
+    has texts and not numbers, and has room for at least 16 characters."""
     others = sum(widths[each] for each in shown if each != at)
     return not columns[at].is_number and at == shown[-1] and width - others >= 16

@@ -1,7 +1,8 @@
 """Parsing of request bodies: small bodies on the event loop, large or dense bodies in a helper process.
 
 Parsing 16 MB, or a megabyte of tiny values, holds the interpreter lock for milliseconds to seconds, even in a thread.
-Whether a body is small is decided by its size and by counts of a few characters, which take microseconds.
+Whether a body is small depends on its size and on how often a few characters occur. Counting these characters takes
+microseconds.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Bodies:
         Raises CallError.
 
         `name`: the name of a parser in _PARSERS. `max_ids`: returns the largest allowed number of token ids in a
-        prompt, and is called for large bodies only; a longer prompt is refused before it is parsed.
+        prompt; a prompt with more ids is refused before it is parsed. Called for large bodies only.
         """
         if len(body) <= SMALL_JSON_BYTES:
             with suppress(NotText):  # the helper process finds the field and reports it

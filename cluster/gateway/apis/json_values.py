@@ -20,7 +20,8 @@ from cluster.api.outcomes import CallError, invalid
 MAX_DEPTH: Final = 128
 """Upper bound on the nesting of objects and arrays, since the code that renders and checks values is recursive."""
 COUNTED_BYTES: Final = 16_384
-"""Length in bytes up to which a text is parsed without a count, because it holds too few values to matter."""
+"""Length in bytes above which the values of a text are counted before the text is parsed. A shorter text holds too few
+values to matter."""
 MAX_SEARCHED_BYTES: Final = 32_768
 """Upper bound in bytes on a text that is searched for the path of invalid UTF-8. The search takes a microsecond a
 byte."""

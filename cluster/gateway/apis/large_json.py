@@ -19,11 +19,11 @@ def count_of(characters: bytes, text: bytes | bytearray) -> int:
 
 
 def decode(data: bytes) -> tuple[Any] | None:
-    """Parse a JSON text in half the time of the module `json`. Returns the value in a tuple; None if `json` must parse
-    it.
+    """Parse a JSON text in half the time of the module `json`. Returns the value in a tuple; None if the text must be
+    parsed with `json` instead.
 
-    A returned value equals that of `json`, and has no lone surrogates. msgspec refuses infinite numbers, NaN, lone
-    surrogates and deep nesting, which `json` may accept.
+    A returned value equals the value that `json` returns, and has no lone surrogates. msgspec refuses infinite numbers,
+    NaN, lone surrogates and deep nesting, which `json` may accept.
     """
     try:
         return (msgspec.json.decode(data),)

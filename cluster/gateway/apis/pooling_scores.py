@@ -23,8 +23,8 @@ _EPSILON: Final = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A document in an answer. `index`: its index in the request. `score`: see scores_of. `text`: the document; None if
-    it is not returned."""
+    """A document in an answer. `index`: its index in the request. `score`: see scores_of. `text`: the text of the
+    document; None if the answer holds no texts."""
 
     index: int
     score: float
@@ -59,8 +59,8 @@ async def scores_of(call: PoolingCall, vectors: Sequence[bytes]) -> list[float]:
 
 
 def ranked(parsed: ParsedPooling, scores: Sequence[float]) -> list[Ranked]:
-    """Return the documents of a request, the highest score first. Documents with equal scores keep their order in the
-    request."""
+    """Return the documents that the answer holds, the highest score first. Documents with equal scores keep their order
+    in the request."""
     inputs = parsed.request.inputs
     assert isinstance(inputs, PairInputs)
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: parsed.top_n or None]

@@ -33,8 +33,8 @@ def traceparent(value: object) -> str:
 
 
 def trace_state(value: object) -> str:
-    """Return a valid W3C tracestate unchanged, and "" for any other value. It has a meaning only together with a valid
-    traceparent."""
+    """Return a valid W3C tracestate unchanged, and "" for any other value. A tracestate has a meaning only together
+    with a valid traceparent."""
     return checked_tracestate(value) if isinstance(value, str) else ""
 
 

@@ -3,8 +3,8 @@
 Problem: an answer with vectors may have 100 MB and costs few tokens. While the client reads the answer, the call no
 longer holds a slot of its tenant, so slow clients of one tenant could fill the gateway's memory.
 
-Invariant: the answers of a tenant that are being made or sent have at most `most_bytes` together, unless there is only
-one. Further calls keep their slots and wait.
+Invariant: the answers of a tenant that are being made or sent have at most `most_bytes` together. Only a single answer
+may be larger. A call whose answer must wait keeps its slot.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class RevokedFile:
         self._last = self._read()
 
     def current(self) -> RevocationList:
-        """Return the list that is now in the file. The object stays the same until the file changes."""
+        """Return the last valid list that the file has held. The same object is returned until the file changes."""
         stamp = self._file_stamp()
         if stamp != self._stamp:
             self._stamp = stamp

@@ -80,15 +80,15 @@ class Call:
     resume_tokens: ResumeTokens | None = None
     """Generator of the resume tokens in the call's chunks; None if the call is not resumable."""
     is_resumed: bool = False
-    """Whether the call began at another gateway. That gateway has counted the prompt and the tokens that it
-    delivered."""
+    """Whether the call began at another gateway. The other gateway has already counted the prompt, and the tokens that
+    were delivered there."""
     blamed: bool = False
     """Whether the call may have crashed its workers. A blamed call must not be resumed."""
     first_token_at: float | None = None
     output: CallOutput = field(init=False)
     """The output of the call, which the call's API reads."""
     payment: PromptPayment = field(init=False, default_factory=PromptPayment)
-    """Decides whether this gateway charges the prompt, which an engine may compute again after a resume."""
+    """Decides whether this gateway charges the prompt. After a resume, an engine may compute the prompt again."""
 
     def __post_init__(self) -> None:
         self.output = CallOutput(self.sequences, self.usage, self.arrived)
@@ -165,8 +165,8 @@ class Call:
             self.versions = Versions(identity.version, frozenset((identity.version,)))
 
     def set_adapter(self, sequence: CallSequence, digest: str) -> None:
-        """Set the adapter's digest in the request of a sequence without output. The request was made before the digest
-        was known, or the digest has changed since."""
+        """Set the adapter's digest in the request of a sequence without output. Called if the request was made before
+        the digest was known, or if the digest has changed since."""
         sequence.set_adapter(digest)
         if (tokens := self.resume_tokens) is not None and not self.is_resumed:
             tokens.head = replace(tokens.head, adapter_digest="" if name_of(digest) else digest)

@@ -62,7 +62,7 @@ class CallOpening:
 
     @property
     def longest_context(self) -> int:
-        """Maximum context length of the call in tokens: the model's limit, or the tenant's limit if it is smaller. 0
+        """Maximum context length of the call in tokens: the smaller of the model's limit and the tenant's limit. 0
         while the model's limit is unknown."""
         longest, of_tenant = self.model.capabilities.max_model_len, self.meta.principal.tenant.max_context_tokens
         return min(longest, of_tenant) if of_tenant else longest

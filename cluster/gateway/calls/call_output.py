@@ -57,7 +57,7 @@ class CallOutput:
         return now - max(self._silent_since, *(sequence.last_token_at for sequence in self._sequences))
 
     def fall_silent(self, now: float) -> None:
-        """Record that the call has had no output for a while: the API sends a keep-alive."""
+        """Record that the call has had no output for a while. The API then sends a keep-alive."""
         self._silent_since, self._is_silent = now, True
         self.wake()
 

@@ -26,8 +26,8 @@ class Cleanup:
         self._steps: list[Undo] = []
 
     def add(self, undo: Undo) -> None:
-        """Register an undo step: before its acquisition if the step may run even though the acquisition has failed,
-        else after the acquisition."""
+        """Register the undo step of an acquisition. Call this before the acquisition if the step may also run after a
+        failed acquisition, otherwise after the acquisition."""
         self._steps.append(undo)
 
     async def run(self) -> None:

@@ -14,7 +14,8 @@ class OpenCalls:
     """The open calls of one gateway, by call id."""
 
     def __init__(self, tenant_error: Callable[[str], CallError | None], clock: Callable[[], float]) -> None:
-        """`tenant_error(tenant)` returns the error with which all calls of a suspended tenant must end, else None."""
+        """`tenant_error(tenant)` returns the error with which all calls of the tenant must end; None if the calls may
+        continue."""
         self._tenant_error = tenant_error
         self._clock = clock
         self._calls: dict[str, Call] = {}

@@ -89,7 +89,8 @@ class Opening(CallOpening):
 
     @property
     def adapter_key(self) -> str:
-        """Digest of the call's adapter, or its pending key while the digest is unknown; "" without an adapter."""
+        """Digest of the call's adapter, or the adapter's pending key while the digest is unknown; "" without an
+        adapter."""
         if not self.adapter:
             return ""
         begun = "" if self.chain is None else self.chain.call_head.adapter_digest

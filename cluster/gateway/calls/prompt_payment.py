@@ -1,5 +1,6 @@
-"""Decision whether this gateway charges the prompt of a resumed call to the tenant, since an engine may compute the
-prompt again. resume_tokens/claim.py decides the terms of a resume."""
+"""Decision whether this gateway charges a call's prompt to the tenant. If the call began at another gateway, an engine
+may compute the prompt a second time. The terms of the resume (resume_tokens/claim.py) decide whether the tenant then
+pays again."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from cluster.gateway.resume_tokens.claim import ResumeTerms
 
 
 class PromptPayment:
-    """Decides whether this gateway charges a call's prompt to the call's tenant. A call that began at this gateway
-    always pays."""
+    """Decides whether this gateway charges a call's prompt to the call's tenant. If the call began at this gateway, the
+    answer is always yes."""
 
     __slots__ = ("_origin_lost", "_pays_again", "terms")
 
@@ -17,7 +18,8 @@ class PromptPayment:
         """Terms of the call's resume; None if the call began at this gateway."""
         self._pays_again = False
         self._origin_lost: bool | None = None
-        """Whether the gateway from which the call was resumed is lost; None as long as no worker has reported it."""
+        """Whether the gateway from which the call was resumed is lost; None as long as no worker has reported whether
+        that gateway is lost."""
 
     def resume(self, terms: ResumeTerms) -> None:
         """Record that the call began at another gateway, and the terms of its resume."""
@@ -25,14 +27,14 @@ class PromptPayment:
 
     def record_output(self, origin_lost: bool | None) -> None:
         """Record the first output of a worker, which has computed the prompt. `origin_lost`: whether the gateway from
-        which the call was resumed is lost; None if the worker does not report it."""
+        which the call was resumed is lost; None if the worker does not report whether that gateway is lost."""
         self._origin_lost = origin_lost
         if self.terms is ResumeTerms.PAID or (self.terms is ResumeTerms.IF_ALIVE and not origin_lost):
             self._pays_again = True  # the client pays for the second computation of the prompt
 
     def is_due(self, may_be_computed: bool) -> bool:
-        """Return whether the prompt is charged. `may_be_computed`: whether an engine may have computed the prompt, even
-        if the client ends the call before the first output."""
+        """Return whether the prompt is charged. `may_be_computed`: whether an engine may have computed the prompt. It
+        matters only for a resumed call that has had no output at this gateway."""
         if self.terms is None or self._pays_again:
             return True
         return may_be_computed and self._origin_lost is None and self.terms is not ResumeTerms.FREE

@@ -69,9 +69,10 @@ class OutputOptions:
     parser_request: str = ""
     """JSON object for OutputParsing.request; "" for a completion, which is not parsed."""
     needs_tools: bool = False
-    """Whether the call may answer with tool calls, so that only a worker with a parser for tool calls may serve it."""
+    """Whether the call may answer with tool calls. Only a worker with a parser for tool calls may serve such a call."""
     has_tools: bool = False
-    """Whether the prompt has tools. Then the model may write tool calls even if it must not."""
+    """Whether the prompt has tools. If so, the model may write tool calls even if the caller has forbidden tool
+    calls."""
     include_reasoning: bool = True
     """Whether the answer shows the reasoning."""
     is_whole: bool = False
@@ -85,18 +86,18 @@ class ChatPrompt:
     """Chat messages for the model's chat template. Each message is a plain mapping in OpenAI's format."""
 
     messages: Sequence[Mapping[str, Any]]
-    """The messages. A message has no `content` if the caller gave none. Arguments of tool calls are objects, and
-    `reasoning` of the assistant is also in `reasoning_content`."""
+    """The messages. A message has no `content` if the caller gave none. The arguments of tool calls are objects. The
+    assistant's `reasoning` is repeated in `reasoning_content`."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continue_final_message: bool = False
     add_generation_prompt: bool = True
     tools: Sequence[Mapping[str, Any]] = ()
     """Tools as `function_tool` in calls/tools.py makes them."""
     documents: Sequence[Mapping[str, Any]] = ()
-    """Documents for the template, which can be cited. Each is an object of texts, such as `title` and `text`."""
+    """Documents for the chat template. Each document is an object of texts, such as `title` and `text`."""
     merges_system: bool = False
-    """Whether later system messages become a part of the first one, if the model's template does not allow them. The
-    contents of system messages are texts then."""
+    """Whether later system messages are merged into the first one if the model's template allows no later system
+    messages. If True, the contents of system messages are texts."""
     is_chat: ClassVar = True
 
     @property

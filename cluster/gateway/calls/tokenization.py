@@ -37,7 +37,8 @@ class RendererOf(Protocol):
     def __call__(
         self, model: KnownModel, text: TextModel, meta: CallMeta, bundle_digest: str, priority_class: str
     ) -> RenderChat | None:
-        """Return the function that lets a worker render a chat; None if the gateway renders it with the chat template.
+        """Return the function that lets a worker render a chat; None if the gateway renders the chats with the chat
+        template.
 
         `text`: the tokenizer of the bundle `bundle_digest`. `priority_class`: the class that the request names, "" for
         the tenant's.
@@ -96,8 +97,8 @@ async def encode(
     render: RenderChat | None = None,
 ) -> array[int]:
     """Encode a prompt. A long prompt is encoded outside the event loop. A `max_model_len` of 0 allows any length.
-    `cache_salt`: the ids of text blocks are reused only between prompts of the tenant with the same salt. `render`: the
-    function that lets a worker render a chat; None: chats are rendered with the chat template.
+    `cache_salt`: the ids of text blocks are reused only between the tenant's prompts that have the same salt. `render`:
+    the function that lets a worker render a chat; None if chats are rendered with the chat template.
 
     Raises CallError. A text that certainly leaves no room for output is refused before it is tokenized.
     """

@@ -19,8 +19,8 @@ _ALPHABET = ascii_letters + digits
 
 def id_in_answer(call: Call, index: int, number: int, name: str) -> str:
     """Return the id of a tool call in the answer to `call`. `index`: the choice. `number`: the tool call in the choice,
-    from 0. `name`: the called function. The id depends only on these, on the request and on the call's id, so it is the
-    same after a resume at another gateway."""
+    from 0. `name`: the called function. The id depends only on these arguments, the request and the call's id. The id
+    is therefore the same after a resume at another gateway."""
     if call.sequences[index].tool_parser in NUMBERED:
         return numbered_id(name, call.tool_calls_before + number)
     return tool_call_id(call.shown_id, index, number)

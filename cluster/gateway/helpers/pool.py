@@ -215,8 +215,8 @@ class HelperPool:
 
         `size`: number of bytes that the job works on. `local_fallback`: False if the caller cannot do the work itself;
         `run` then waits even for a helper that gets no core. `then`: makes a second job from the result of the first
-        job, or None. The same helper runs the second job next, and the result of the second job is returned. Raises the
-        job's CallError, TooMuchCpu or JobLost."""
+        job; returns None for no second job. The same helper runs the second job next, and the result of the second job
+        is returned. Raises the job's CallError, TooMuchCpu or JobLost."""
         for _ in range(MAX_LOSSES):
             helper = await self._acquire(tenant)
             if helper is None:

@@ -57,7 +57,7 @@ class Hub(pb_grpc.LinkServicer):
         folder: Path | None = None,
     ) -> None:
         """`siblings`: link addresses of the other gateway processes of this host, which share the client ports.
-        `by_certificate`: whether the port has TLS, so that a peer's certificate must name the peer's role. `folder`:
+        `by_certificate`: whether the port has TLS. With TLS, a peer's certificate must name the peer's role. `folder`:
         the gateway's folder, for the operator state."""
         self.gateway_id = gateway_id
         self._siblings = tuple(siblings)
@@ -234,7 +234,7 @@ class Hub(pb_grpc.LinkServicer):
         await self.controller.serve(first.hello, context)
 
     async def ReadOperatorState(self, request: object, context: Any) -> pb.OperatorState:
-        """Return the operator state that a controller last sent. Only a controller may ask."""
+        """Return the operator state that a controller last sent. Only a controller may read it."""
         if not self._peer_identity.may_control(context.peer_certificate()):
             await self._refuse_peer(context, CONTROLLER)
         return self._operator_state.newest

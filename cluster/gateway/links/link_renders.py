@@ -66,7 +66,8 @@ class LinkRenders:
         return answer
 
     def apply(self, piece: pb.Rendered) -> bool:
-        """Apply a piece of an answer. Returns whether an answer is complete, so that there is room for another chat.
+        """Apply a piece of an answer. Returns whether the answer is now complete. If so, the worker has room for
+        another chat.
 
         Raises ValueError for an answer that does not fit its request.
         """

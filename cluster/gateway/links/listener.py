@@ -14,7 +14,8 @@ from cluster.config.schema import Config
 
 
 def bind_link(config: Config, process: int = 0) -> socket.socket:
-    """Bind the link port and return the listening socket. Raises RuntimeError with a message that names the setting."""
+    """Bind the link port and return the listening socket. Raises RuntimeError if the address cannot be bound. The
+    message names the setting that has the address."""
     address = config.gateway.listen.of(process).link
     host, port = address.rsplit(":", 1)
     try:

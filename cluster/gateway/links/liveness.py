@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from cluster.api.types import EngineLoad
 
 STEPS = 5
-"""Time without a step after which an engine counts as stuck, as a multiple of the engine's longest step (p99)."""
+"""Time without a step after which an engine counts as stuck, as a multiple of the engine's step time. This step time is
+the 99th percentile of the step times or the time of the last step, whichever is longer."""
 LATE_S = 0.01
 """Seconds of oversleeping that count as waking time. Such short oversleeping is no sign of a busy machine, and
 excluding it would delay detection."""

@@ -34,7 +34,7 @@ class PeerIdentity:
     """Checker of the peers at one gateway's link port. The checker remembers the epochs that were accepted."""
 
     def __init__(self, by_certificate: bool) -> None:
-        """`by_certificate`: whether the port has TLS, so that certificates are checked."""
+        """`by_certificate`: whether the port has TLS. Certificates are checked only with TLS."""
         self._by_certificate = by_certificate
         self._epochs: dict[str, int] = {}
 

@@ -1,4 +1,4 @@
-"""Prefill pacing: a count of the prompt tokens that wait for a worker's steps, and an upper bound on them.
+"""Prefill pacing: a count of the prompt tokens that wait for a worker's steps, and an upper bound on this count.
 
 Problem: when a worker dies, its calls move to the other workers all at once, and all tokens of each call must be
 recomputed. If these calls are sent together, one step becomes so long that every sequence's next token is late. The
@@ -6,7 +6,8 @@ prompts of new calls in the same step make the step even longer. If the calls ar
 token of the previous call, every other step has no prefill. Invariants: a request is counted from its submission until
 a step that computes it has begun. Requests that have ended are not counted. A step begins when the previous step ends,
 and computes the requests that the engine has accepted by then, up to the step's token capacity.
-The budget is the number of tokens that makes a step STRETCH times as long as the 95th percentile of the step lengths.
+The upper bound is called the budget. It is the number of tokens that makes a step STRETCH times as long as the 95th
+percentile of the step lengths.
 The budget follows from the cost of a prompt token at this worker, which is learned from steps that produced a first
 token. Before the cost is known, the budget is half a step's token capacity. The prompts of other gateways are invisible
 to this gateway and make its own prompts look more expensive, so the budget has a minimum."""
@@ -49,7 +50,7 @@ class PrefillPacing:
         self._steps_s: deque[float] = deque(maxlen=STEPS)
         self._per_token_s: float | None = None
         self._budget: int | None = None
-        """The budget, until the next step."""
+        """Result of `budget`. None after each step, until `budget` is called."""
         self.resumed_tokens = 0
         """Number of tokens that wait for a step and belong to resumed requests."""
         self.new_tokens = 0

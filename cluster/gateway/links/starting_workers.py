@@ -1,4 +1,4 @@
-"""Workers that start and serve nothing yet, as they report themselves (Link.Starting)."""
+"""Workers that are starting and serve nothing yet. Each worker sends reports about its start (Link.Starting)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class StartingWorker:
 
 
 class StartingWorkers:
-    """The starting workers of one gateway. Each stream of reports has a number, since a restarted worker may report
-    before the stream of its previous start has ended."""
+    """The starting workers of one gateway, by the number of their stream of reports. One worker may have two streams: a
+    restarted worker may report before the stream of its previous start has ended."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()

@@ -49,7 +49,8 @@ MAX_REASON_CHARS = 2_000
 
 class LinkStream(NamedTuple):
     """Name under which a client may resume a sequence. `generation`: number of the last resume, 0 before the first.
-    `begun_at`: the gateway that had the stream before, if its loss decides who pays for the prompt; else ""."""
+    `begun_at`: incarnation of the gateway from which the sequence was resumed, if that gateway's state decides who pays
+    for the prompt; else ""."""
 
     name: str
     generation: int = 0
@@ -106,7 +107,7 @@ class WorkerLink:
         self.parsers = frozenset(kind for kind in PARSER_KINDS if any(c.startswith(kind) for c in info.capabilities))
         """The kinds of parsers that the worker has: TOOL_PARSER, REASONING_PARSER."""
         self.tasks = frozenset(pooling_tasks(info.capabilities))
-        """The worker's pooling tasks; empty if it generates."""
+        """The worker's pooling tasks; empty if the worker's model generates tokens."""
         words = (word for word in info.capabilities if word.startswith(RENDERER))
         self.renderer = next(words, RENDERER).removeprefix(RENDERER)
         """Name of the worker's renderer of chats; "" if it has none."""
@@ -199,8 +200,8 @@ class WorkerLink:
         `sealed_record`: the open record, which the worker returns with the request's usage. `earlier_tokens`: number of
         tokens that other workers have generated under that record; the worker returns this number too. `turn`: the
         sequence's waiting-room entry and its tenant's weight. `fresh_tokens`: number of tokens of a resumed request
-        that are likely to be computed again, 0 for all. `stream`: the name by which another gateway may resume the
-        request. `cached_tokens`: number of tokens of a new request that routing expects in the worker's cache."""
+        that are likely to be computed again; 0 means all tokens. `stream`: the name by which another gateway may resume
+        the request. `cached_tokens`: number of tokens of a new request that routing expects in the worker's cache."""
         slot = next(self._numbers)
         message = codec.submit_to_pb(slot, attempt, request)  # first, so that a failed encoding uses no credit
         if sealed_record:

@@ -1,7 +1,8 @@
 """The adapters of one model as a gateway knows them: what the catalog has, and what the workers report.
 
-An adapter is ready on a worker that reports it as READY with the right digest. The right digest is the catalog's. If
-the catalog has none, it is the first digest that a worker reports as READY, for as long as any worker reports it.
+An adapter is ready on a worker that reports the adapter as READY with the right digest. The right digest is the one in
+the catalog. If the catalog has no digest for the adapter, the right digest is the first that a worker reports as READY.
+When no worker reports this digest any more, another reported digest is chosen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The capabilities of one model, as its workers report them, else its last worker, else the catalog."""
+"""The capabilities of one model. They are taken from the reports of the linked workers. While no worker is linked, they
+are taken from the report of the last worker and from the catalog."""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ class ModelCapabilities:
         """The kinds of parsers that any linked worker has: TOOL_PARSER, REASONING_PARSER. Kept here because each call
         reads them, and a model may have a thousand workers."""
         self._linked_tasks: frozenset[PoolingTask] = frozenset()
-        """The pooling tasks of any linked worker, kept here for the same reason."""
+        """The pooling tasks that any linked worker has, kept here for the same reason as `parsers`."""
         self.last_info: EngineInfo | None = None
-        """Engine info of the last worker that left. While no worker is linked, this info is used for fields that the
-        catalog lacks."""
+        """Engine info of the last worker that left. While no worker is linked, `tasks` and `pooling` are taken from
+        this info. The context length and the sampling defaults are taken from it only if the catalog lacks them."""
 
     def update(self, entry: CatalogEntry) -> None:
         """Apply a new catalog entry."""
@@ -44,8 +45,9 @@ class ModelCapabilities:
 
     @property
     def tasks(self) -> frozenset[PoolingTask] | None:
-        """Pooling tasks of the model: those of its workers, else of its last worker, else of the catalog. Empty for a
-        model that generates; None while no worker has ever reported."""
+        """Pooling tasks of the model: those of the linked workers, else those of the last worker, else those in the
+        catalog. Empty for a model that generates tokens. None if there was no worker yet and the catalog has neither
+        tasks nor an engine class."""
         if self._links:
             return self._linked_tasks
         if self.last_info is not None:

@@ -43,7 +43,8 @@ class KnownModel:
         return any(map(self.takes_calls, self.links.values()))
 
     def serves(self, adapter: str) -> bool:
-        """Return whether at least one worker takes new calls for the model, or for one of its adapters by name."""
+        """Return whether at least one worker takes new calls for an adapter. `adapter`: name of the adapter; "" for the
+        model itself."""
         return self.served if not adapter else self.adapters.view(adapter).ready > 0
 
     @property

@@ -27,7 +27,7 @@ class ModelLookup:
         """`models`: the models by their own names, a mapping that the owner changes before it calls `rebuild`."""
         self._models = models
         self._names: dict[str, str] = {}
-        """The models' own names by name and catalog alias."""
+        """The own name of each model. The keys are the own name and the aliases in the catalog."""
         self._visible: dict[tuple[str, ...], Mapping[str, KnownModel]] = {}
         """Cache of the models that a tenant policy allows, by name and alias. Its key is the policy's list of model
         patterns."""
@@ -77,8 +77,8 @@ class ModelLookup:
         """Return the model with this name or alias, or the adapter `model:adapter` of such a model. The tenant's
         aliases take precedence over the aliases in the catalog.
 
-        Raises CallError. What is missing and what the caller may not use give equal errors. `began`: whether the call
-        began earlier; only such a call gets a model that is being removed."""
+        Raises CallError. A name that does not exist and a name that the caller may not use give equal errors. `began`:
+        whether the call began earlier; only such a call gets a model that is being removed."""
         # The same lookup for forbidden and for missing models, so that timing does not reveal which models exist.
         full = principal.model_aliases.get(name, name)
         model, adapter = self._visible_to(principal).get(full), ""

@@ -1,5 +1,5 @@
-"""The deployment generations of one model that the catalog has retired, and the compatibility keys of their workers
-that have left."""
+"""The deployment generations of one model that the catalog has retired, and the compatibility keys of departed workers
+of these generations."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class RetiredGenerations:
         self._retired: dict[str, None] = {}
         """Deployment generations of workers (WorkerIdentity.generation) that the catalog has retired, oldest first."""
         self._departed: dict[CompatibilityKey, None] = {}
-        """Compatibility keys of workers of retired generations that have left, oldest first."""
+        """Compatibility keys of departed workers whose generation was retired, oldest first."""
 
     def update(self, retired: Iterable[str], links: Iterable[WorkerLink]) -> None:
         """Remember the generations that a new catalog retires. Forget a generation that the new catalog does not retire
-        if one of its workers takes new requests: its replacement was rolled back. `links`: the model's workers."""
+        if one of the generation's workers takes new requests. Such a generation is in use again, because its
+        replacement was rolled back. `links`: the model's workers."""
         retired = tuple(retired)
         _remember(self._retired, *retired)
         for link in links:

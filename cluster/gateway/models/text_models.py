@@ -34,7 +34,7 @@ class TextModels:
         return await asyncio.shield(task)
 
     def prefetch(self, digest: str) -> None:
-        """Begin to load a TextModel before the first call needs it, unless it was loaded or tried before."""
+        """Begin to load a TextModel before the first call needs it. Does nothing if a load was begun before."""
         if digest not in self._tasks:
             task = self._tasks[digest] = asyncio.create_task(self._load(digest))
             task.add_done_callback(lambda t: t.cancelled() or t.exception())

@@ -54,8 +54,8 @@ class BudgetWatch:
         wall: Callable[[], float] = time.time,
     ) -> None:
         """`policies` returns the policies of all tenants and may raise CallError. `on_sums` gets the tokens of the day
-        and of the month, both by tenant, and the time in seconds since the Unix epoch. `max_tenants`: upper bound on
-        the tenants in the metric, those closest to their budgets first."""
+        and of the month, both by tenant, and the time in seconds since the Unix epoch. `max_tenants`: the metric has at
+        most twice as many samples. If there are more budgets, the metric has those with the highest use."""
         self._cluster = cluster
         self._ledger = ledger
         self._policies = policies

@@ -1,10 +1,10 @@
 """First claims. Of all resumes with the same tokens, at whatever gateway, only the first succeeds.
 
-An atomic write decides. It goes to the limits store, if configured. It goes to the ledger's database if there is no
-limits store or the limits store does not answer. Without a ledger, a file in the folder of the secret that sealed the
-tokens is used in place of the database. So every gateway that can open the tokens sees the claims on them. If no store
-answers, nothing is resumed. If a store loses its data, or only one of two gateways reaches it, a second resume may
-succeed.
+An atomic write decides. The write goes to the limits store, if one is configured. The write goes to the ledger's
+database if there is no limits store or the limits store does not answer. Without a ledger, a file in the folder of the
+secret that sealed the tokens is used in place of the database. So every gateway that can open the tokens sees the
+claims on them. If no store answers, nothing is resumed. If a store loses its data, or only one of two gateways reaches
+it, a second resume may succeed.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from cluster.gateway.resume_tokens.token_chain import (
 )
 
 WHOLE_TOKENS, WHOLE_SHARE = 64, 0.25
-"""The next whole token comes after WHOLE_TOKENS tokens, or after WHOLE_SHARE times the number of delivered ids if that
-is more. So repeated ids stay a bounded share of all sealed ids, and a client needs few tokens to resume."""
+"""Number of tokens from one whole token to the next: WHOLE_SHARE times the number of delivered ids, but at least
+WHOLE_TOKENS. So repeated ids stay a bounded share of all sealed ids, and a client needs few tokens to resume."""
 
 
 class ResumeTokens:

@@ -1,4 +1,4 @@
-"""The check of the queued calls for adapters after each change of the adapters.
+"""A check of all queued sequences that use an adapter, after each change of the adapters.
 
 Problem: while a thousand adapters are loaded on many workers, there are many changes a second, and twenty thousand
 sequences may be queued. Invariants: at most MOST sequences are checked at once, after a change or in one period of the
@@ -23,7 +23,7 @@ MOST: Final = 1024
 
 
 class AdapterChecks:
-    """Checks the queued sequences of calls for adapters, in slices, after each change of the adapters."""
+    """Checks the queued sequences that use an adapter, in slices, after each change of the adapters."""
 
     def __init__(
         self, queued: Callable[[], Sequence[CallSequence]], check: Callable[[CallSequence], None], most: int = MOST
@@ -82,8 +82,9 @@ class QueuedAdapters:
 
 
 def current_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
-    """Return the new key of a sequence's adapter; None if the sequence keeps the key in its request, because the key
-    has not changed, the sequence has output, a worker takes calls for the old key, or the adapter is gone."""
+    """Return the new key of a sequence's adapter; None if the sequence keeps the key in its request. A sequence keeps
+    the key in four cases: the adapter's key has not changed, the sequence has output, a worker takes calls for the old
+    key, or the adapter is gone."""
     now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
     is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
     return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None

@@ -29,7 +29,8 @@ from cluster.wire.rendering import MAX_CHAT_BYTES
 BYTES_A_TOKEN = 4
 """Bytes of JSON that are counted as one token of a chat that is not rendered yet."""
 RENDER_S = 60.0
-"""Time limit in seconds for a worker to render a chat, including the chats that the worker renders first."""
+"""Time limit in seconds for a worker to render a chat. The limit includes the time for the chats that the worker
+renders earlier."""
 GRACE_S = 5.0
 """Seconds that the gateway waits for a worker's answer beyond the worker's time limit."""
 MAX_ATTEMPTS = 3

@@ -29,7 +29,8 @@ FORWARDING_WORKERS = 2
 FORWARDED_TIMES = 4
 """Average number of forwarding workers that are linked to a given gateway, if workers connect to some gateways only."""
 FLOWS_A_REPORT = 1000
-"""Number of flows per report interval. With more flows, backlogs are reported less often in proportion."""
+"""Largest number of flows with which backlogs may be reported every REPORT_S. With more flows, the interval grows in
+proportion to their number."""
 
 
 @dataclass(slots=True)

@@ -56,7 +56,8 @@ class UnservedModels:
     next periodic report."""
 
     def __init__(self, report: Callable[[], None]) -> None:
-        """`report` is called for the first waiting call of a model."""
+        """`report` reports the demand. It is called when the first call waits for a model that no worker serves. For
+        the same model it is called again only after `retain` has forgotten the model."""
         self._report = report
         self._names: set[str] = set()
 

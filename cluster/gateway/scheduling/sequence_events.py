@@ -62,7 +62,7 @@ class SequenceEvents:
 
     def requeue(self, sequence: CallSequence) -> None:
         """Queue a sequence that has left its worker. A sequence that starts over is put ahead of all sequences that
-        were never sent, any other sequence into the resume queue."""
+        were never sent. Any other sequence is put into the resume queue."""
         if sequence.state not in WAITING:  # the call has ended in the meantime
             return
         model = self._find(sequence.call.model)

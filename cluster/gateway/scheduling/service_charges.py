@@ -185,8 +185,8 @@ class ServiceCharges:
     # ---- time
 
     def starts_in_s(self, call: Call) -> float:
-        """Return a lower bound on a call's wait in seconds: the service that certainly comes before the call, at the
-        model's best recent speed."""
+        """Return a lower bound on a call's wait in seconds: the service that certainly comes before the call, divided
+        by the model's best recent speed. 0 if no speed is known."""
         speed = self._speeds.get(call.model)
         if speed is None or speed.per_s <= 0:
             return 0.0

@@ -81,7 +81,7 @@ class Upkeep:
                 self._pump.send_waiting(model.name)
 
     def _sweep(self, now: float) -> None:
-        """Forget what concerns models and workers that are gone, and move sequences away from workers that drain or
+        """Forget the state of models and workers that are gone, and move sequences away from workers that drain or
         whose version is quarantined."""
         models = self._directory().models
         self._queues.tally.retain_models(model.name for model in models)

@@ -32,13 +32,14 @@ MAX_BLOCKS: Final = 1 << 24
 """Maximum number of different blocks in an index."""
 BATCH_BYTES: Final = 8 * 1024
 """Total size of a worker's waiting reports at which they are applied. Smaller reports wait and are applied together,
-since each change of an index has a fixed cost. A call that reads the index applies some of them first."""
+since each change of an index has a fixed cost. A call that reads the index first applies some of the
+small reports."""
 APPLIED_AT_ONCE: Final = 16
 """Number of workers whose small reports a call applies before it reads the index, which takes about a millisecond. The
 reports of further workers are applied later, so that the cost of a call does not grow with the number of workers."""
 MAX_WAITING_BYTES: Final = 8 << 20
-"""Maximum total size of a worker's waiting reports. Above it, a batch of the reports is applied at once or, while numpy
-is not imported yet, all of them are dropped."""
+"""Maximum total size of a worker's waiting reports. Above this size, a batch of the reports is applied at once. While
+numpy is not imported yet, all of the worker's waiting reports are dropped instead."""
 SEGMENTS: Final = 16
 """Number of segments of an index from which one call of `maintain` removes departed workers."""
 MIN_TOKENS: Final = 512
@@ -223,8 +224,8 @@ class WorkerCaches:
             index.maintain(now, SEGMENTS)
 
     def _prompt_hashes(self, key: str, block_size: int, request: EngineRequest) -> Hashes:
-        """Return the hashes of all whole blocks of a prompt. If the last token ends a block, the worker will hold that
-        block, too, although it cannot use it for this prompt."""
+        """Return the hashes of all whole blocks of a prompt. If the last token ends a block, that block is included.
+        The worker will hold the block, although the block cannot be reused for this prompt."""
         from cluster.policy.kv_cache.prefix_hashes import seed_of  # not at the start: deferred_imports.py
         from cluster.policy.kv_cache.prompt_hashes import PromptHashes
 

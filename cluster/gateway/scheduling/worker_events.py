@@ -1,5 +1,5 @@
-"""Events of the links that the scheduler handles: workers that connect and disconnect, workers' reports, and new
-catalogs. The demand that is reported to the controller is computed here too."""
+"""The scheduler's handler of link events: workers connect and disconnect, workers send reports, and new catalogs
+arrive. The demand that is reported to the controller is computed here too."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 PREFIX_TOKENS: Final = 256
 """Number of prompt tokens by which the policy consistent_hash chooses a worker."""
 AGED: Final = 0.1
-"""Relative change of a worker's slowdown from which the worker's state is read again."""
+"""Routing reads a worker's state again if the worker's slowdown has changed by more than this fraction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class LinkedWorkers:
         return fleet.pick(call, self._breakers.rejecting(now))
 
     def _fleet(self, known: KnownModel, now: float) -> Fleet:
-        """Return the workers of a model, after reading again those that have changed."""
+        """Read the changed workers of a model again, and return all workers of the model."""
         state = self._models.get(known)
         if state is None:
             state = self._models[known] = _ModelState(Fleet(self._settings))

@@ -1,4 +1,4 @@
-"""The files of a tokenizer bundle that concern texts, parsed."""
+"""The parsed files of a tokenizer bundle: tokenizer, chat templates and settings."""
 
 from __future__ import annotations
 

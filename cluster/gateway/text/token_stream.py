@@ -57,7 +57,8 @@ class TokenStream:
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], unseen: UnseenTokens, *, skip_special_tokens: bool
     ) -> None:
-        """Start after the tokens `prompt_ids`. `unseen` is the table for this tokenizer and `skip_special_tokens`."""
+        """Start after the tokens `prompt_ids`. `unseen`: the UnseenTokens of the same tokenizer and the same
+        `skip_special_tokens`."""
         self._tokenizer = tokenizer
         self._unseen = unseen
         self._skip_special = skip_special_tokens

@@ -41,7 +41,8 @@ class TextModel:
         self.family = files.family
         """The model_type in config.json, for example llama, mistral or falcon."""
         self.renderer = files.renderer
-        """Name of the renderer with which workers make the prompts of chats; "" if only the chat template does."""
+        """Name of the renderer with which workers make the prompts of chats; "" if chats are rendered only with the
+        chat template."""
         self.has_chat_template = bool(codec.template)
         """Whether the model has a chat template, with which this gateway can make the prompts of chats."""
         self._jobs = TextJobs(pool, is_quick=not any(map(may_explode, expressions_of(files.layout))))

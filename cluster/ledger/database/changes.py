@@ -19,8 +19,8 @@ def next_change(connection: Connection) -> int:
 
 
 def require_reload(connection: Connection, number: int) -> None:
-    """Make each reader that has not seen change `number` read all tenants and keys again, as is needed after a
-    deletion."""
+    """Make all readers that have seen only changes below `number` read all tenants and keys again. This is needed after
+    a deletion."""
     connection.execute(update(change_sequence).where(change_sequence.c.id == 1).values(reload_from=number))
 
 

@@ -21,7 +21,7 @@ class Expired:
 def expire(ledger: Ledger, now_s: float, *, usage_days: int, audit_days: int) -> Expired:
     """Remove usage and audit rows that are older than the retention.
 
-    A tenant's `retention` may be shorter or longer than `usage_days` and `audit_days`, the retention of the cluster.
+    `usage_days` and `audit_days`: the retention of the cluster. A tenant's own `retention` overrides these values.
     """
     own: dict[str, Retention] = {}
     after = ""

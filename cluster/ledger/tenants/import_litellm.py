@@ -334,7 +334,7 @@ class _Planner:
         )
 
     def _own_restrictions(self, row: Row) -> list[str]:
-        """Return the columns, such as `models`, in which a key is more restricted than the key's team."""
+        """Return the columns, such as `models`, in which a key has settings of its own."""
         words = []
         if [m for m in _list(row.get("models")) if m not in ALL_MODELS]:
             words.append("models")

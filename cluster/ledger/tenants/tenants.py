@@ -43,7 +43,7 @@ class Tenants:
     ) -> StoredTenant:
         """Create a tenant.
 
-        Raises AlreadyExists, even if the tenant with this name is deleted but still has usage.
+        Raises AlreadyExists if a tenant has this name, even if that tenant was deleted and only its usage is kept.
         """
         now = self._clock()
         with writing(self._engine) as connection:
@@ -82,9 +82,9 @@ class Tenants:
     ) -> StoredTenant:
         """Change fields of a tenant's policy. Raises LedgerError, NotFound, ManagedByFile.
 
-        Fields have the configuration's names, e.g. `class` and `limits`. Null or `{}` removes a field's value. The
-        fields `limits`, `retention` and `labels` are merged key by key, and null removes a key. A field that is named
-        in `whole` is replaced instead of merged.
+        Fields have the configuration's names, e.g. `class` and `limits`. Null removes a field's value. The fields
+        `limits`, `retention` and `labels` are merged key by key, and null removes a key. A field that is named in
+        `whole` is replaced instead of merged.
         """
         if "name" in changes:
             raise LedgerError("name: a tenant cannot be renamed; create another one")

@@ -2,8 +2,8 @@
 
 While the database is unreachable, the gateway uses the last snapshot, so that an outage locks no caller out. The last
 snapshot is used for at most `stale_after_s` seconds, because it still accepts keys that were revoked during the outage.
-The age of a snapshot counts from the last successful poll. Within a process the age is measured by the monotonic clock,
-so a step of the wall clock does not change it; across a restart it is measured by the wall clock. A daemon thread polls
+The age of a snapshot counts from the last successful poll. Within a process, the monotonic clock measures the age, so a
+step of the wall clock does not change the age. Across a restart, the wall clock measures the age. A daemon thread polls
 the database. Readers get a reference to an immutable snapshot.
 """
 
@@ -74,7 +74,7 @@ class Watcher:
     """Poller of the newest snapshot. `read` is `Ledger.snapshots.read`.
 
     `declared` has the tenants of the configuration file. Declared tenants override the database's tenants, even while
-    the database is unreachable. `on_change` is called in the poller's thread.
+    the database is unreachable. `on_change` is called with every changed snapshot, in the poller's thread.
     """
 
     def __init__(

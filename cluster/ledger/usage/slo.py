@@ -27,8 +27,8 @@ class SloTable:
     def query(self, usage_query: UsageQuery, objectives: SloObjectives) -> list[SloSum]:
         """Return how many of the query's calls met or missed the SLO, sorted by tenant and model.
 
-        Each call is judged by one usage record: that of its first output before any resume. `usage_query.group_by` is
-        ignored. Raises StoreUnavailable.
+        Each call is judged by one usage record: the record of the call's first output before any resume.
+        `usage_query.group_by` is ignored. Raises StoreUnavailable.
         """
         result = _result(objectives)
         counts = [func.sum(case((result == name, 1), else_=0)).label(name) for name in (*COUNTED, *NOT_COUNTED)]

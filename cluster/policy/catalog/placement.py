@@ -125,7 +125,7 @@ def _strict_reason(spec: ModelSpec, need: Bundle, nodes: Sequence[Mapping[str, f
 
 
 def why_split(spec: ModelSpec, gpu_nodes: Sequence[str], driver_node: str) -> str:
-    """Reason why the group must not start as Ray placed the bundles, or "" if the group may start.
+    """Reason why the group must not start on the nodes that Ray chose, or "" if the group may start.
 
     `gpu_nodes`: the nodes of the GPU bundles, in the order of the bundles. vLLM orders ranks by node: first the node of
     the driver, then by node id. Every tensor_parallel_size consecutive ranks form a tensor-parallel group.

@@ -5,8 +5,8 @@ other tenants wait, and no capacity may stay idle for the sake of fairness.
 
 Invariants: the next turn goes to the highest class with a waiting sequence on this gateway. Within the class, the turn
 goes to the waiting tenant with the least counter (service divided by weight). A counter falls only when an unused
-charge is refunded. A tenant that returns from idle starts at the least backlogged counter, so being idle earns no
-credit. A call is charged once, however many workers are lost while the call runs.
+charge is refunded. A tenant that returns from idle starts at the least counter of the backlogged tenants, so being idle
+earns no credit. A call is charged once, however many workers are lost while the call runs.
 
 Source: VTC (Sheng et al., OSDI 2024) for the counters and their lift. docs/tenancy.md says how the counters become
 cluster-wide.
@@ -35,7 +35,7 @@ DEFICIT_TOKENS = 16_384.0
 """Default limit in weighted tokens. After a short idle time, a tenant's counter may start below the least counter by at
 most this limit divided by the tenant's weight."""
 CLAIM_PICKS = 8
-"""Number of next turns of which a gateway reports its share."""
+"""Number of turns in a claim: a gateway reports its share of the next CLAIM_PICKS turns."""
 CLAIM_SCALE = 16
 """Number of units in one turn, when a gateway reports its share of the next turns."""
 
@@ -237,8 +237,8 @@ class FairOrder:
     def sweep(self, now: float) -> None:
         """Forget gateways that are silent for `idle_s`, and idle tenants whose counters are at the floor.
 
-        The caller runs this method once a second. The method also records in which classes there are guests, for which
-        slots are reserved (reserved_slots.py).
+        The caller runs this method once a second. The method also records which classes have guests. Slots are
+        reserved for guests (reserved_slots.py).
         """
         self._flows.advance(now)
         for key, change in self._peer_backlogs.silent_since(now - self._idle_s).items():

@@ -1,8 +1,8 @@
 """The flows of one model by class and tenant: which flows wait, and how their counters change.
 
 Invariants: a counter falls only when an unused charge is refunded. A flow that returns from idle starts at the least
-backlogged counter, so being idle earns no credit. A flow that was idle for less than `idle_s` may start below this
-counter, by at most `deficit_tokens` divided by its weight.
+counter of the backlogged flows, so being idle earns no credit. A flow that was idle for less than `idle_s` may start
+below this counter, by at most `deficit_tokens` divided by its weight.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class PeerBacklogs:
         self._reports: dict[str, tuple[float, Mapping[FlowKey, Backlog]]] = {}
 
     def replace(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> dict[FlowKey, Backlog]:
-        """Replace the report of another gateway. Returns by flow the change from its last report."""
+        """Replace the last report of another gateway. Returns the change between the two reports, by flow."""
         _, before = self._reports.get(gateway, (now, {}))
         self._reports[gateway] = (now, dict(waiting))
         none = Backlog(0, 0.0)

@@ -9,19 +9,19 @@ Method: among the tenant's first MAX_CHOICES sequences, the one with the greates
 the number of cached tokens that must be computed again if the worker evicts them, times the probability of the
 eviction. The caller passes a function that computes the loss (policy/scheduling/warm_sequences.py).
 
-Invariants: the tenant is chosen first, and then a sequence of its queue. So other tenants have the same bounds as with
-any other order within the queues. While two tenants wait, their counters differ by at most the largest charge divided
-by its tenant's weight, plus the corrections of charges whose predictions were wrong. Between two turns of a waiting
-tenant, each other tenant is served at most as much as the waiting tenant was charged in the first of these turns, plus
-one charge of that other tenant.
+Invariants: the tenant is chosen first, and then a sequence of its queue. So the order within a queue does not change
+how service is shared among tenants, and two bounds hold as with any other order. (1) While two tenants wait, their
+counters differ by at most the largest charge divided by its tenant's weight, plus the corrections of charges whose
+predictions were wrong. (2) Take two turns of a tenant A that waits all the time, and another tenant B. Between these
+turns B is served at most as much as A was charged in the first of them, plus one charge of B.
 
 The first sequence of a queue is overtaken at most MAX_OVERTAKEN times. So a sequence with p sequences ahead is sent in
 one of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant. Only the chosen sequence may be sent: if it fits on
 no worker, all others wait.
 
 Source: the bound on the counters is that of VTC (Sheng et al., OSDI 2024), whose proof takes any order within a tenant.
-Choosing a sequence by the place of its data is the idea of delay scheduling (Zaharia et al., EuroSys 2010). There is no
-delay here: no capacity is left idle.
+Choosing a sequence by the place of its data is the idea of delay scheduling (Zaharia et al., EuroSys 2010). Unlike
+there, no turn is skipped.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ class CacheIndex:
         return self._table.dropped
 
     def add_worker(self, worker_id: str) -> None:
-        """Add a worker that holds nothing yet. All blocks of a known worker are forgotten. Raises OverflowError if all
-        worker numbers are in use."""
+        """Add a worker that holds nothing yet. If the worker is known already, all of its blocks are forgotten. Raises
+        OverflowError if all worker numbers are in use."""
         self.remove_worker(worker_id)
         taken = self._live | self._departed | self._leaving | 1
         for number, _ in self._alike:  # expectations of a departed worker must not end those of this one

@@ -171,7 +171,7 @@ class RequestBytes:
         """Reserve the whole size of one body.
 
         The returned reservation is already granted if the bounds allow the grant now. Otherwise `on_grant` is called
-        once, from within the release of another reservation. `too_slow`: see slow().
+        once, when another reservation is released or shrunk. `too_slow`: see slow().
         """
         reservation = Reservation(self, tenant, connection, size, on_grant, too_slow)
         if not self._waiting and self._fits(reservation):

@@ -97,8 +97,8 @@ class Breakers:
 
     def record_steps(self, incarnation: str, now: float, steps: int) -> None:
         """Record the step count of an engine. If the worker's breaker opened because the engine could not be observed,
-        it closes once the pause is over and the engine has done some steps. `steps`: the count reported on the new
-        link; 0 before the first report."""
+        the breaker closes once the pause is over and the engine has done SHOWN_STEPS steps. `steps`: the count reported
+        on the new link; 0 before the first report."""
         breaker = self._breakers.get(incarnation)
         if breaker is None or not breaker.unseen:
             return

@@ -21,7 +21,7 @@ from cluster.policy.routing.rows import Row, two_of
 Floats = npt.NDArray[np.float64]
 _STANDING, _PER_TOKEN, _MAX_TOKENS, _FREE, _LAST_SENT, _VERSION, _PARSES, _FIELDS = range(8)
 MAX_ADAPTERS: Final = 256
-"""Largest number of adapters for which the workers are remembered."""
+"""Largest number of adapters for which `Columns` remembers which workers have the adapter."""
 _SHIFTS: Final = [np.uint64(shift) for shift in SHIFTS]
 _MULTIPLIERS: Final = [np.uint64(multiplier) for multiplier in MULTIPLIERS]
 _TO_FRACTION: Final = np.uint64(64 - FRACTION_BITS)

@@ -62,8 +62,8 @@ class CostWeights:
     memory: float = 8_000.0
     """Cost of a worker whose KV memory is full."""
     patience: float = 24_000.0
-    """Longest time to the first token, in prompt tokens, for which a call may wait for a full worker that holds its
-    prompt, even if another worker would be faster. See policy/scheduling/set_aside.py."""
+    """Longest predicted time to the first token, in prompt tokens, at which a call may wait for a full worker that
+    holds the call's prompt, even if another worker would be faster. See policy/scheduling/set_aside.py."""
     adapter: float = 2_000.0
     """Cost of copying an adapter into a slot of the engine."""
     affinity: float = 32_000.0
@@ -76,17 +76,18 @@ class RoutingSettings:
 
     `policy` says which worker gets a call. `cost`: the worker with the lowest cost. The other policies are simpler
     ones, for comparison and as fallbacks. `least_load`: the worker with the smallest share of used slots.
-    `round_robin`: the worker that this gateway has sent nothing for the longest time. `power_of_two`: the less loaded
-    of two workers that are drawn by the call's id (Mitzenmacher 2001). `consistent_hash`: the worker with the highest
-    rendezvous hash of the affinity key, or else of the beginning of the prompt (Thaler and Ravishankar 1998)."""
+    `round_robin`: the worker to which this gateway has sent nothing for the longest time. `power_of_two`: the less
+    loaded of two workers that are drawn by the call's id (Mitzenmacher 2001). `consistent_hash`: the worker with the
+    highest rendezvous hash of the affinity key, or else of the beginning of the prompt (Thaler and Ravishankar
+    1998)."""
 
     policy: PolicyName = "cost"
     weights: CostWeights = CostWeights()
 
 
 def settings_for(settings: RoutingSettings, largest: int) -> RoutingSettings:
-    """Return the settings for a model whose largest worker has `largest` slots: with fewer than MIN_SLOTS, a running
-    sequence costs as much as at a worker with MIN_SLOTS."""
+    """Return the settings for a model whose largest worker has `largest` slots. If `largest` is below MIN_SLOTS,
+    `full` is reduced, so that a sequence at the largest worker costs as much as at one with MIN_SLOTS slots."""
     if largest >= MIN_SLOTS:
         return settings
     weights = settings.weights

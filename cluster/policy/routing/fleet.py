@@ -8,10 +8,10 @@ its cost of a prompt token, and the largest prompt that fits on the worker. A ro
 changed. A decision adds the part that depends on the call. From VECTOR_FROM workers on, the rows are also kept as numpy
 columns, see columns.py.
 
-Invariants: the chosen worker passes all FILTERS, and no worker that passes has a lower cost (for power_of_two, of the
-two that were drawn). Of workers with equal costs, the one with more free sequences wins, then the one that got nothing
-from this gateway for the longest time, so that idle workers fill their caches evenly, then the first by worker id.
-Equal inputs give equal decisions, whatever the order of the changes, with and without numpy.
+Invariants: the chosen worker passes all FILTERS, and no worker that passes has a lower cost. With power_of_two, only
+the two workers that were drawn are compared. Of workers with equal costs, the one with more free sequences wins, then
+the one that got nothing from this gateway for the longest time, so that idle workers fill their caches evenly, then the
+first by worker id. Equal inputs give equal decisions, whatever the order of the changes, with and without numpy.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ class Fleet:
         return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), full)
 
     def _full_holders(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> Sequence[FullHolder]:
-        """Return workers without room that cost less than the chosen worker. At most MAX_HOLDERS workers are
-        considered: workers that hold at least as much of the prompt as the chosen one."""
+        """Return workers without room that cost less than the chosen worker. Only workers that hold at least as much
+        of the prompt as the chosen worker are considered, and at most MAX_HOLDERS of them."""
         here = call.cached.get(chosen.worker_id, 0)
         if self.settings.policy != "cost":
             return ()

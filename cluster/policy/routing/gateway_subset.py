@@ -4,9 +4,9 @@ Problem. A link costs both sides CPU even while nothing runs, so with many worke
 connects to some gateways only. Every gateway still needs workers of each model.
 
 Invariants. Each worker chooses by itself, from the names of the gateways alone. All gateways get about the same number
-of workers. A gateway that comes or goes changes at most one link of a worker, apart from links that are added because
-each worker gets more links. A gateway gets LEAST_WORKERS workers of a model on average, or all workers of a model that
-has fewer.
+of workers. A gateway that comes or goes changes at most one link of a worker, unless the number of links of each
+worker changes with the number of gateways. A gateway gets LEAST_WORKERS workers of a model on average, or all workers
+of a model that has fewer.
 
 Source: rendezvous hashing, see rendezvous.py.
 """
@@ -20,7 +20,7 @@ from typing import Final
 from cluster.policy.routing.rendezvous import hash64, preference
 
 ALL_UP_TO: Final = 8
-"""Default number of gateways up to which each worker connects to all."""
+"""Default of `most`. With at most this number of gateways, each worker connects to all of them."""
 LEAST_WORKERS: Final = 16
 """Number of a model's workers that a gateway gets on average. The probability that it gets none is then e**-16."""
 

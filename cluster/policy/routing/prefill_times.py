@@ -13,9 +13,11 @@ counts with at most CLIP times the seconds that the slowdown so far predicts, so
 Late prompts that are not finished show that a worker is slow before its next sample comes. Until then they count as a
 sample with the time that they have taken so far. The sums decay with each sample, so that a few prompts show a change.
 They also decay with time: a worker that gets no calls because it was slow soon counts as a usual worker again, and its
-next calls show whether it is one. Ratios within NOISE of 1 count as 1, because the times of equal workers vary as well.
-Up to NOISE squared they count in part: a jump at NOISE would drive all new calls away from a worker that is as fast as
-the others. The ratio of late prompts counts in whole from NOISE on.
+next calls show whether it is one.
+
+Ratios up to NOISE count as 1, because the times of equal workers vary as well. Ratios from NOISE to NOISE squared count
+in part, because a jump at NOISE would drive all new calls away from a worker that is as fast as the others. Ratios
+below 1 are treated like their inverses. The ratio of late prompts counts in whole from NOISE on.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become equally
 slower, the slowdowns change for a short time only.
@@ -114,8 +116,7 @@ class PrefillTimes:
             self.record(worker_id, sums.late_tokens, sums.late_s, now)
 
     def usual_s(self, tokens: float) -> float:
-        """Return the seconds that a usual worker needs for a prompt with this many tokens to compute; 0 while
-        unknown."""
+        """Return how many seconds a usual worker needs to compute this many prompt tokens; 0 while this is unknown."""
         if not self._count:
             return 0.0
         mean_tokens, mean_s = self._tokens / self._count, self._seconds / self._count

@@ -27,8 +27,8 @@ class Candidate:
     counts the sequences of this gateway on the worker; `waiting` counts the sequences in the queue of the engine.
     `kv_usage` is in [0, 1].
 
-    `resumed_prefill` and `new_prefill` count prompt tokens that wait on the worker for the next engine step: those of
-    this gateway's resumed calls and of its new calls. While `resumed_prefill` is above 0, their sum must stay within
+    `resumed_prefill` and `new_prefill` count prompt tokens of this gateway's resumed calls and of its new calls that
+    wait on the worker for the next engine step. While `resumed_prefill` is above 0, the sum of both must stay within
     `prefill_budget`.
     """
 
@@ -43,7 +43,7 @@ class Candidate:
     healthy: bool
     draining: bool
     prefill_tokens: int = 0
-    """Number of prompt tokens in this gateway's calls on the worker that have no output yet."""
+    """Number of prompt tokens of those calls of this gateway on the worker that have no output yet."""
     incarnation: str = ""
     compatibility_key: CompatibilityKey | None = None
     resumed_prefill: int = 0
@@ -66,7 +66,7 @@ class Candidate:
     slowdown: float = 1.0
     """Time that the worker needs for a prompt, relative to a usual worker of the model. Above 0."""
     adapters: frozenset[str] = frozenset()
-    """Adapters whose calls the worker takes, under the names that RouteCall.adapter may have."""
+    """Adapters for which the worker takes calls, by the names that RouteCall.adapter may have."""
     resident: frozenset[str] = frozenset()
     """The part of `adapters` that lies in slots of the engine."""
 
@@ -75,7 +75,7 @@ class Candidate:
 class RouteCall:
     """Fields of a call that routing uses.
 
-    `tokens`: number of prompt tokens; for a resumed call, plus the number of emitted tokens. `uncached_tokens`: how
+    `tokens`: number of prompt tokens; for a resumed call, number of prompt and emitted tokens. `uncached_tokens`: how
     many of `tokens` must probably be computed; 0 means all. `reserved_slots`: the call is sent only if more than this
     number of sequences are free in total. `compatibility_key`: key of the worker that began a resumed call; None for a
     new call. `excluded`: incarnations to which the call must not be sent. `versions`: versions on which a new call may
@@ -111,10 +111,11 @@ class FullHolder:
     """A worker without room whose cost for a call is lower than that of the chosen worker, since it holds more of the
     prompt.
 
-    `gain`: how much lower the cost is. `per_sequence`: how much each further sequence on the worker adds to its cost.
-    `wait`: time to the call's first token on the worker, in prompt tokens of a usual worker. `limit`: the same time on
-    the chosen worker, or the patience of CostWeights if that is longer. `uncached`: prompt tokens of the call that this
-    worker must compute. `slowdown`: see Candidate."""
+    `gain`: how much lower the cost is. `per_sequence`: how much each further sequence on this worker adds to the cost.
+    `wait`: expected time to the call's first token on this worker, as the number of prompt tokens that a usual worker
+    computes in this time. `limit`: largest allowed `wait`: the expected time to the first token on the chosen worker,
+    or CostWeights.patience if that is longer. `uncached`: prompt tokens of the call that this worker must compute.
+    `slowdown`: see Candidate."""
 
     worker_id: str
     gain: float
@@ -146,9 +147,10 @@ class Scorer:
 class Score:
     """Result for one candidate.
 
-    `dropped`: reason of the filter that dropped the candidate; "" if it passed all. `total`: for a new call, its cost,
-    and the lowest is best; for a resumed call, the weighted mean of its scores, in [0, 1], and the highest is best; for
-    a dropped candidate, 0. `parts`: pairs of name and value, the parts of the cost or the single scores.
+    `dropped`: reason of the filter that dropped the candidate; "" if it passed all. `total`: for a new call, the cost
+    of the candidate (the lowest is best); for a resumed call, the weighted mean of the candidate's scores, in [0, 1]
+    (the highest is best); for a dropped candidate, 0. `parts`: pairs of name and value, the parts of the cost or the
+    single scores.
     """
 
     worker_id: str
@@ -284,8 +286,8 @@ def is_compatible(call: RouteCall, candidate: Candidate) -> bool:
 def needs_parser(needs_tools: bool, candidates: Iterable[Candidate]) -> bool:
     """Whether a call that needs tools must go to a worker with a parser for tool calls.
 
-    False if no worker has one, so that the call goes to any worker, which refuses it with an error that says why. If
-    the call waited instead, it would stay at the head of its queue and hold back all calls behind it.
+    False if no worker has such a parser. The call then goes to any worker, and that worker refuses it with an error
+    that says why. If the call waited instead, it would stay at the head of its queue and hold back all calls behind it.
     """
     return needs_tools and any(c.parses_tools for c in candidates)
 
@@ -335,8 +337,9 @@ the prompts that are not computed yet."""
 ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0), Scorer("kept_blocks", _kept, 16.0))
 """Scorers for resumed calls. `kept_blocks` prefers the worker that holds the KV blocks of the call.
 
-`few_replays` spreads resumed calls without such a worker evenly, because the last call of a burst waits for the longest
-step. The weight of `few_replays` exceeds that of `short_queue`, whose queue lengths are as old as the last heartbeat.
+`few_replays` spreads resumed calls whose KV blocks no worker holds evenly, because the last call of a burst waits for
+the longest step. The weight of `few_replays` exceeds that of `short_queue`, whose queue lengths are as old as the last
+heartbeat.
 """
 
 

@@ -66,8 +66,8 @@ def switch_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
 def uncached_of(call: RouteCall, cached: float) -> float:
     """Return how many tokens of a call count as uncached at a worker that holds `cached` tokens.
 
-    Tokens that only other workers hold are divided by 1 + `call.sharing`, because recent calls with the same prefix
-    need the tokens too."""
+    The number of tokens that only other workers hold is divided by 1 + `call.sharing`: recent calls with
+    the same prefix need these tokens too, so the call counts only its share."""
     uncached = call.tokens - min(cached, call.tokens)
     if not call.sharing or not call.cached:
         return uncached
@@ -76,7 +76,7 @@ def uncached_of(call: RouteCall, cached: float) -> float:
 
 
 def two_of(call_id: str, count: int) -> tuple[int, int]:
-    """Return two different numbers in [0, count), drawn by the call's id. `count` is at least 2."""
+    """Return two different numbers in [0, count), derived from a hash of the call's id. `count` is at least 2."""
     chance = hash64(call_id)
     first = chance % count
     return first, (first + 1 + mix64(chance) % (count - 1)) % count

@@ -43,7 +43,7 @@ class AdapterWaits:
     def __init__(self) -> None:
         self._by_key: dict[str, AdapterWait] = {}
         self._by_model: dict[str, dict[str, dict[str, AdapterWait]]] = {}
-        """By model, adapter and key."""
+        """The sequences that wait, by model, adapter and key."""
         self._counts: dict[tuple[str, str], int] = {}
         """Number of sequences by model and tenant; the tenant "" has the number of all tenants."""
 

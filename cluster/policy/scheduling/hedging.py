@@ -102,7 +102,7 @@ class HedgingPolicy:
             heapq.heappush(self._due, (now + wait_s, self._numbers, key))
 
     def knows(self, model: str, uncached_tokens: int, now: float) -> bool:
-        """Return whether enough first tokens were observed to decide that one is late."""
+        """Return whether enough first tokens were observed to decide when a first token is late."""
         return self._times.high(model, uncached_tokens, now) is not None
 
     def late(self, now: float) -> Iterator[str]:
@@ -125,7 +125,7 @@ class HedgingPolicy:
             yield key
 
     def worker_of(self, key: str) -> str:
-        """Return the worker to which a sequence without output was sent first; "" for an unknown sequence."""
+        """Return the first worker, not the worker of the hedge, of a sequence without output; "" if it is unknown."""
         return sent.worker if (sent := self._sent.get(key)) is not None else ""
 
     def may_hedge(self, key: str, waiting: int) -> bool:

@@ -80,7 +80,8 @@ class NewAssignment:
 
     def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
         """Return the worker without room for which a sequence should wait, or None. A sequence with a choice of
-        versions does not wait, because all sequences of its call must begin on one version."""
+        versions does not wait: all sequences of its call must begin on one version, and another sequence may begin on
+        another version meanwhile."""
         has_choice = len(self._versions.get(entry.call_id, ANY_VERSION).all) > 1
         return None if has_choice else self._aside.best(entry, decision.full_holders)
 

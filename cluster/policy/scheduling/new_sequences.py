@@ -1,8 +1,8 @@
 """The new sequences of one gateway, from their admission until they are sent.
 
 A new sequence waits in the waiting room. After its turn, it may also be set aside (set_aside.py) or wait for its
-adapter (adapter_waits.py); the fair order then counts it as sent. A sequence that leaves the queues in any other way
-returns to the waiting room first, so that its charge is given back.
+adapter (adapter_waits.py); the fair order then counts it as sent. If such a sequence leaves the queues without being
+sent, it returns to the waiting room first, so that its charge is given back.
 """
 
 from __future__ import annotations

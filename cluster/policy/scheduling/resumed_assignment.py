@@ -75,8 +75,8 @@ class ResumedAssignment:
             yield End(sequence.key, Ending.REPLACED)
 
     def _offered(self, sequence: ResumingSequence, view: WorkersView, now: float) -> Iterator[Sequence[Candidate]]:
-        """Yield the groups of workers to try: only the worker that holds the KV blocks while the sequence must wait for
-        it; else a few workers if there are many, and then all workers."""
+        """Yield the groups of workers to try. While the sequence must wait for the worker that holds its KV blocks,
+        the only group is this worker. Otherwise the last group is all workers, after a sample if there are many."""
         holder = view.one(sequence.cached_on) if sequence.cached_on else None
         cached_on = self._queue.waits_for(sequence.key, now)
         waits = cached_on and cached_on not in sequence.excluded

@@ -8,10 +8,10 @@ Method: when its turn comes, such a sequence is set aside, and counts in the fai
 goes on. Once the worker has room, the sequences that wait for it are sent in the order of their turns, before those in
 the queue.
 
-A sequence waits for the worker with the lowest cost (cost.py) on two conditions. First, its cost is lower than that of
-the best worker with room. Second, its first token is expected no later than that of the best worker with room, or
-within the time in which a usual worker computes `patience` prompt tokens. For both conditions, the sequences that are
-set aside for a worker count as if they were sent to it.
+A sequence waits for the worker with the lowest cost (cost.py) on two conditions. First, the cost of this worker is
+lower than that of the best worker with room. Second, the first token from this worker is expected earlier than from the
+best worker with room, or within the time in which a usual worker computes `patience` prompt tokens. For both
+conditions, the sequences that are set aside for a worker count as if they were sent to it.
 
 Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once, for at most
 MAX_WAIT_S, and only while the worker takes new sequences. After that, it is sent to any worker, or returns to the head
@@ -54,7 +54,7 @@ class Aside:
 
 @dataclass(slots=True)
 class _Before:
-    """Number of sequences that wait for a worker, and number of prompt tokens that it must compute for them."""
+    """Number of sequences that wait for a worker, and number of their prompt tokens that the worker must compute."""
 
     count: int = 0
     uncached: float = 0.0

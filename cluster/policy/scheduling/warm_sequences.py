@@ -50,7 +50,7 @@ class WarmSequences:
     def __init__(self, workers: HolderView) -> None:
         self._workers = workers
         self._known: OrderedDict[str, tuple[float, list[tuple[int, str]]]] = OrderedDict()
-        """By call id: the time of the lookup, and (tokens, worker), the most tokens first."""
+        """By call id: time of the lookup, and the holders as (held tokens, worker id), the most tokens first."""
 
     def loss_of(self, model: str, now: float) -> LossOf:
         """Return a function that computes the expected loss if a given sequence of the model is not sent at `now`. The

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 MOST_SILENT = 2
 """Default of the setting gateway.resume.max_silent_losses."""
 CARRIED = "at another gateway"
-"""Entry in a sequence's list of lost links for a loss at another gateway: a resume there brought no new token."""
+"""Entry in a sequence's list of lost links for a loss at another gateway, after which the sequence got no token."""
 SETTLE_S = 1.0
 WINDOW_S = 30.0
 """Age in seconds after which a loss is forgotten."""

@@ -24,10 +24,10 @@ class Workers(Protocol):
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
         """Return how many leading tokens of a new sequence's prompt the workers of a model hold in their KV caches, by
-        worker id. Workers that hold none are left out. None if this is not known or makes no difference."""
+        worker id. Workers that hold none are left out. None if the numbers are not known or make no difference."""
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same numbers as `cached_tokens`, also if there is only one worker to choose from."""
+        """Return the same numbers as `cached_tokens`, even if there is only one worker and so no choice."""
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
         """Return the number of tokens of the largest prompt that a worker can take now; 0 if it can take no sequence

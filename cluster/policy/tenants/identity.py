@@ -118,8 +118,8 @@ _NO_TENANT = TenantEntry(TenantPolicy("nobody", suspended=True))
 class AccessSnapshot:
     """All tenants and keys at one point in the history of the database. A snapshot is never changed.
 
-    `sequence`: number of the last contained change of the database. `taken_at_s`: last time, in seconds since the
-    epoch, at which the snapshot was up to date.
+    `sequence`: number of the last database change that the snapshot contains. `taken_at_s`: last time, in seconds since
+    the epoch, at which the snapshot was up to date.
     """
 
     sequence: int = 0
@@ -406,11 +406,6 @@ def cache_salt(secrets: Sequence[bytes], policy: TenantPolicy, client_salt: str 
     """
     owner = ("group", policy.cache_group) if policy.cache_group else ("tenant", policy.name)
     return derive(secrets[0], "cache-salt", *owner, key_number(secrets[0]), client_salt).hex()
-
-
-def salted_identifier(salt: str, identifier: str) -> str:
-    """Identifier of an image that is specific to the tenant's salt, for caches that are keyed by identifier alone."""
-    return derive(salt.encode(), "identifier", identifier)[:16].hex()
 
 
 def verify_any(secrets: Sequence[bytes], purpose: str, tag: bytes, *parts: str | bytes) -> bool:

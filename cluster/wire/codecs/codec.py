@@ -167,8 +167,8 @@ def _parsing_from_pb(m: pb.OutputParsing) -> OutputParsing:
 
 
 def max_submit_bytes(request: EngineRequest) -> int:
-    """Return an upper bound for the sum of `submit_bytes`. It takes less time to compute, and suffices for nearly all
-    requests."""
+    """Return an upper bound for the sum of `submit_bytes`. The bound is computed faster than the sum, and suffices for
+    nearly all requests."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
     if sampling.grammar is not None:
@@ -179,7 +179,7 @@ def max_submit_bytes(request: EngineRequest) -> int:
 
 
 def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
-    """Return the size in bytes of each part of a Submit that can be large, by request field, without the token ids."""
+    """Return the sizes in bytes of the fields of a Submit that can be large, by field name, except the token ids."""
     sampling = sampling_to_pb(request.sampling)
     return {
         "stop_token_ids": pb.Sampling(stop_token_ids=sampling.stop_token_ids).ByteSize(),
@@ -369,8 +369,9 @@ def check_kv_blocks(message: pb.KvBlocks) -> int:
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
     """Return the slots that have other data besides one token: a First, a Finish, log probabilities, SlotParts or a
-    vector. If any slot has several entries, all slots with parts are included, because parts must stay with their
-    tokens. Returns None for a message with `counts`, in which any slot may have no token or several."""
+    vector. Parts in columns count only if any slot has several entries in the message: all slots with parts are then
+    included, because parts must stay with their tokens. Returns None for a message with `counts`, in which any slot may
+    have no token or several."""
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}

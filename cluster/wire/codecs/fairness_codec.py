@@ -43,8 +43,8 @@ def backlog_to_pb(
     waiting: int, tokens: int, claim: int, kept: int, flows: Sequence[WeightedValue[FlowBacklog]] | None
 ) -> pb.Backlog:
     """Encode a backlog of `waiting` sequences with `tokens` tokens. `claim`: the gateway's share of the sequences to be
-    served next. `kept`: number of these sequences whose KV blocks are on this worker. `flows`: the backlogs of tenants;
-    None leaves the last reported backlogs valid."""
+    served next. `kept`: number of waiting sequences whose KV blocks are on this worker. `flows`: the backlogs of
+    tenants; None leaves the last reported backlogs valid."""
     return pb.Backlog(
         waiting=waiting,
         waiting_tokens=tokens,

@@ -24,15 +24,15 @@ def pooling_from_pb(m: pb.Pooling) -> PoolingOptions:
 
 
 def pooler_to_pb(info: PoolingInfo) -> pb.Pooler:
-    """Encode what a pooling model computes, without its tasks, which are among the worker's capabilities."""
+    """Encode the properties of a pooling model, except its tasks: the worker's capabilities contain the tasks."""
     return pb.Pooler(
         dimensions=info.dimensions, shorter_dimensions=info.shorter_dimensions, any_shorter=info.any_shorter
     )
 
 
 def pooler_from_pb(m: pb.Pooler, capabilities: Iterable[str]) -> PoolingInfo:
-    """Decode what a pooling model computes. Tasks that this release does not know are left out. Raises ValueError for
-    lengths of vectors outside their ranges."""
+    """Decode the properties of a pooling model; its tasks are taken from the worker's `capabilities`. Tasks that this
+    release does not know are left out. Raises ValueError for lengths of vectors outside their ranges."""
     if not 1 <= m.dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"pooler.dimensions is {m.dimensions}, but must be 1 to {MAX_DIMENSIONS}")
     shorter = tuple(m.shorter_dimensions)

@@ -1,1 +1,2 @@
-"""What a worker counts: GPU time, usage of requests, times, and reports for fair queueing."""
+"""A worker's accounts: the GPU time and token usage of requests, the durations of their stages, and reports of served
+tokens for fair queueing."""

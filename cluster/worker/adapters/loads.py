@@ -81,7 +81,7 @@ class AdapterLoads:
     # ---- requests
 
     def is_held(self, digest: str) -> bool:
-        """Return whether `hold` returns without waiting: the engine has the adapter in memory."""
+        """Return whether the engine has the adapter in memory, so that a request need not wait. True for ""."""
         return not digest or digest in self.memory
 
     async def hold(self, digest: str) -> None:

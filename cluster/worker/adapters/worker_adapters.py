@@ -33,7 +33,7 @@ RETRY_S: Final = 5.0
 """Seconds before a failed adapter is tried again. Doubled after each failure, up to MAX_RETRY_S."""
 MAX_RETRY_S: Final = 300.0
 PARALLEL_FETCHES: Final = 2
-"""Fetches at a time. Each occupies one of the few threads that also validate long prompts."""
+"""Maximum number of fetches at a time. Each fetch occupies one of the few threads that also validate long prompts."""
 
 
 @dataclass(eq=False, slots=True)

@@ -1,4 +1,4 @@
-"""The parsers of a model by its family: vLLM's parser of tool calls and of reasoning for a config.json and a template.
+"""The parsers of a model's family: vLLM's parsers of tool calls and of reasoning, by config.json and chat template.
 
 A family alone decides nothing: fine-tuned models of one architecture write tool calls in different formats, and vLLM's
 reasoning parsers read every output as reasoning until its end mark. So a parser is chosen only if the chat template

@@ -108,8 +108,8 @@ def load_kit(settings: KitSettings) -> ParserKit:
 
 
 def _tokenizer(settings: KitSettings) -> Any:
-    """Return the model's tokenizer with the cache of vLLM's server. Without the cache, each parser would read the
-    vocabulary anew."""
+    """Return the model's tokenizer, wrapped in the cache that vLLM's server uses. Without the cache, each parser would
+    read the vocabulary anew."""
     from cluster.worker.weights.vocabulary import load_tokenizer
 
     try:

@@ -27,7 +27,7 @@ from cluster.worker.parsing.sessions import SessionRecord, failed
 MAX_REQUEST_BYTES = 2 << 20
 """Greatest size of OutputParsing.request, which has the tools."""
 MAX_DEATHS = 2
-"""Number of processes that may end while they work on a session, before the session fails."""
+"""A session fails when this many processes have ended while they worked on it."""
 OPEN_S = 60.0
 """Greatest number of seconds that a request waits for its session, which includes the start of the process."""
 

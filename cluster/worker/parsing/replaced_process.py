@@ -28,7 +28,7 @@ class _Hung(Exception):
 
 
 class ReplacedProcess(ABC):
-    """A process with a connection, which is replaced when it ends or hangs. A subclass defines the work, and repeats
+    """A connected process that is replaced when it ends or hangs. A subclass defines the process's work, and repeats
     unfinished work in the new process."""
 
     def __init__(self, start: Callable[[], ParserHost], watch: Callable[[ParserHost], HangWatch]) -> None:

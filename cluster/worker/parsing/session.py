@@ -22,8 +22,8 @@ PRIMING_TOKENS = 1024
 """Number of the prompt's last tokens with which the detokenizer begins. The text of the first output token depends on
 the tokens before it. vLLM's server decodes the whole prompt, which gives the same text."""
 REPLAYED_TOKENS = 256
-"""Number of emitted tokens that are replayed in one parse, where that gives the same parts. One by one, the replay of a
-long output would take seconds, in which no other output is parsed."""
+"""Number of emitted tokens that are replayed in one parse, if that gives the same parts. A replay of a long output
+token by token would take seconds, and no other output would be parsed meanwhile."""
 _CONTENT, _REASONING, _TOOL_NAME, _TOOL_ARGUMENTS = map(
     int, (PartKind.CONTENT, PartKind.REASONING, PartKind.TOOL_NAME, PartKind.TOOL_ARGUMENTS)
 )

@@ -77,7 +77,7 @@ class Ready(msgspec.Struct, array_like=True, tag=1, frozen=True):
 
 
 class Opened(msgspec.Struct, array_like=True, tag=2, frozen=True):
-    """The session has begun, or `error` says why not and `field` which field of the request is wrong.
+    """The session has begun, or `error` says why it has not. `field`: the wrong field of the request.
 
     `grammar`: the grammar that replaces the request's own grammar; None to keep the request's own. `reasoning_ended`:
     whether the reasoning has ended before the output begins; None if the session has no parser for reasoning.
@@ -111,7 +111,7 @@ class ParsedStep(msgspec.Struct, array_like=True, tag=3, frozen=True):
 class Rendered(msgspec.Struct, array_like=True, tag=4, frozen=True):
     """The prompt of a chat: packed ids, and their number. `ids` is empty if there are more than Render.max_tokens.
 
-    `error` says why there is no prompt, and `field` which field of the chat is wrong; "" if no field is.
+    `error`: why there is no prompt. `field`: the wrong field of the chat; "" if no field is wrong.
     """
 
     number: int

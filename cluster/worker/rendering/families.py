@@ -43,7 +43,7 @@ PARSERS: Final[Mapping[str, FamilyParsers]] = MappingProxyType(
         "deepseek_v41": FamilyParsers("deepseek_v41", "deepseek_v41"),
     }
 )
-"""Parsers by renderer, for models whose entry names none and which have no chat template to choose parsers by."""
+"""Parsers by renderer, for models whose entry names no parsers and which have no chat template to choose them by."""
 
 
 def renderer_of(

@@ -18,7 +18,7 @@ from cluster.worker.parsing.parser_process import ParserHost
 from cluster.worker.parsing.replaced_process import ReplacedProcess
 
 MAX_DEATHS = 2
-"""Number of processes that may end while they work on a chat, before the chat fails."""
+"""A chat fails when this many processes have ended while they worked on it."""
 CPU_LIMIT_S, WALL_LIMIT_S = 10.0, 60.0
 """CPU time and wall time in seconds after which a render counts as hung. A prompt of a million tokens takes seconds."""
 _UNSENT = 0
@@ -114,7 +114,7 @@ class PromptRenderer(ReplacedProcess):
 
     def _record_death(self, number: int) -> None:
         """Count the end of the process for the chat on which it worked. The next process begins with this chat, unless
-        MAX_DEATHS processes have ended on it or it was withdrawn."""
+        MAX_DEATHS processes have ended on it or the chat was withdrawn."""
         in_work = self._in_work
         if not in_work:
             return

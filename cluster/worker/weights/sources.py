@@ -110,7 +110,7 @@ def from_hub(
     """Fetch the files of `organisation/name` that match a pattern; return their folder in the hub's cache. Blocks.
 
     `where`: the key that names the source. `revision`: "" for the newest. `most_bytes`: largest allowed size of a file,
-    by name; none is fetched if one is larger. Raises SourceError.
+    by name; no file is fetched if one is larger. Raises SourceError.
     """
     if name.count("/") != 1 or not all(name.split("/")):
         raise SourceError(f"{where}: expected hf://organisation/name, got {f'hf://{name}'!r}")

@@ -71,8 +71,8 @@ def escaping(added: Iterable[Any]) -> dict[str, Any]:
     `tokenizers.AddedToken`s.
 
     Control tokens are the special tokens, and tokens in brackets such as `<tool_call>`. An escape puts a separator into
-    a token, so tokens of one character are left out. Raises ValueError for a token that is searched in normalized text,
-    since the normalizer could remove the separator, and if each separator occurs in a control token.
+    a token, so tokens of one character are left out. Raises ValueError if each separator occurs in a control token, or
+    if a token is searched in normalized text, since the normalizer could remove the separator.
     """
     control = [token for token in added if token.special or token.content[:1] + token.content[-1:] in ("<>", "[]")]
     if token := next((token for token in control if token.normalized), None):

@@ -39,7 +39,7 @@ class Step:
         return FAMILY.answer(self.calls, self.text, self.reasoning)
 
     def middle(self, part: str) -> int:
-        """Return the character of `written` at which `part` is half emitted. `part` must not be empty.
+        """Return the index in `written` up to which half of `part` is emitted. `part` must not be empty.
 
         ARGUMENTS is the last call's arguments, so that an earlier call of the turn has been sent whole.
         """

@@ -329,12 +329,6 @@ def test_handles_say_nothing_and_tell_tenants_apart() -> None:
     assert one == identity.tenant_handle(SECRETS[:1], "acme") != identity.tenant_handle(SECRETS[1:], "acme")
 
 
-def test_image_identifiers_carry_the_salt() -> None:
-    """An image has different identifiers under the salts of two tenants."""
-    a, b = (identity.cache_salt(SECRETS, TenantPolicy(n)) for n in "ab")
-    assert identity.salted_identifier(a, "img") != identity.salted_identifier(b, "img")
-
-
 def test_the_first_secret_signs_and_all_verify() -> None:
     """A tag that was derived from any secret of the list verifies.
 

@@ -1,4 +1,4 @@
-"""Commands drain, cordon and uncordon, which use the admin API to stop or resume new work on workers."""
+"""The commands `drain`, `cordon` and `uncordon`, which use the admin API to stop or resume new work on workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Command explain request, which shows where a call went and why, and its predicted and actual cached tokens."""
+"""Command `explain request`, which shows the workers that got a call, the reasons, and the predicted and the actual
+number of cached prompt tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands apply and diff, and the subcommands of `models` that control which versions of a model get calls.
+"""The commands `apply` and `diff`, and the subcommands of `models` that control which versions of a model get calls.
 
 The controller executes the changes.
 """

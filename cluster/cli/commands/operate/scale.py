@@ -1,4 +1,4 @@
-"""Commands scale, freeze, unfreeze and explain scaling, which set and explain the numbers of replicas.
+"""The commands `scale`, `freeze`, `unfreeze` and `explain scaling`, which set and explain the numbers of replicas.
 
 The controller executes the changes.
 """

@@ -1,4 +1,4 @@
-"""Command slo, which prints how many calls of each tenant met the SLOs of their models in a month."""
+"""The command `slo`, which prints how many calls of each tenant met the SLOs of their models in a month."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands status, workers and abort for operators. The commands use the gateway's admin API."""
+"""The commands `status`, `workers` and `abort` for operators. The commands use the gateway's admin API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command support-bundle, which collects what a developer needs to understand a cluster, without its secrets."""
+"""The command `support-bundle`, which collects what a developer needs to understand a cluster, without its secrets."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _collect_state(parts: Parts, access: Access) -> None:
 
 
 def _collect_metrics(parts: Parts, addresses: Iterable[str]) -> None:
-    """Collect the metrics page of each address, once."""
+    """Collect the metrics page of each address. An address that occurs twice is read once."""
     names = list(dict.fromkeys(addresses))
     for at, address in enumerate(names):
         parts.text(f"metrics-{at}.prom", partial(_page, parts, address))

@@ -1,4 +1,4 @@
-"""Command top, which shows the cluster's current state in a terminal and refreshes it."""
+"""The command `top`, which shows the cluster's current state in a terminal and refreshes it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cluster.cli.top.screen import Picture, plain_picture, screen
 from cluster.client.errors import from_rpc
 
 KEYS_S = 0.25
-"""Longest time until a pressed key or a new size of the terminal takes effect."""
+"""Longest time, in seconds, until a pressed key or a new size of the terminal takes effect."""
 
 
 @with_admin_target

@@ -1,4 +1,4 @@
-"""Command traces, which receives spans from gateways and prints each call as a tree."""
+"""The command `traces`, which receives spans from gateways and prints each call as a tree."""
 
 from __future__ import annotations
 

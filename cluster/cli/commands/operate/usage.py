@@ -1,4 +1,4 @@
-"""Commands usage, which prints the token usage of tenants, and audit, which prints the audit log."""
+"""The command `usage`, which prints the token usage of tenants, and `audit`, which prints the audit log."""
 
 from __future__ import annotations
 

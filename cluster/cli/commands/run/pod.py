@@ -1,8 +1,9 @@
-"""Commands `headrace pod gateway|controller`: the processes of a pod, one process per container. The chart runs them.
+"""Commands `headrace pod gateway|controller`: each runs the process of one container of a pod.
 
-Kubernetes restarts a process that has ended, and probes each process on a separate port. The probes use grpc.health.v1
-in plain text, because a kubelet's probe has no TLS. If there are several controllers, only the holder of a Lease acts.
-Missing settings and files are reported before anything starts. With `--check`, nothing starts.
+The chart runs these commands. Kubernetes restarts a process that has ended, and probes each process on a separate port.
+The probes use grpc.health.v1 in plain text, because a kubelet's probe has no TLS. If there are several controllers,
+only the holder of a Lease acts. Missing settings and files are reported before anything starts. With `--check`, nothing
+starts.
 """
 
 from __future__ import annotations
@@ -276,7 +277,7 @@ def _unreadable_tls_files(setting: str, tls: Tls | ClientTls | None) -> Iterator
 
 
 def unreadable_file(setting: str, path: Path, *, may_be_empty: bool = False) -> Iterator[str]:
-    """Yield a message if the file of a setting cannot be read or is empty."""
+    """Yield a message if the file of a setting cannot be read. An empty file counts too, unless `may_be_empty`."""
     try:
         if not path.read_bytes().strip() and not may_be_empty:
             yield f"{setting}: {path} is empty"

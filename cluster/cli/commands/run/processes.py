@@ -1,4 +1,4 @@
-"""Hidden commands: the processes that `up` starts.
+"""Hidden commands that run the processes of a local cluster. The command `up` calls them.
 
 Each process reads one configuration file. SIGTERM, SIGINT or SIGHUP ends the process.
 """

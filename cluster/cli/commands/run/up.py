@@ -86,7 +86,8 @@ def up(
 def make_secrets(config: Config) -> None:
     """Create the missing secret files of a local cluster.
 
-    With an external Ray, no file is created, because all hosts share the secret files.
+    With an external Ray, no file is created, because a new file would be on this host only. All hosts must have the
+    same secret files.
     """
     if config.ray:
         return

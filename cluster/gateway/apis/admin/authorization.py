@@ -242,9 +242,11 @@ class AdminAuthorizer:
         return matches
 
     def authorize(self, principal: Principal, method: AdminMethod, request: Message, peer: str) -> AdminCaller:
-        """Check a request against the rule of its method, and return its caller. `peer`: the caller's address. Raises
-        CallError PERMISSION_DENIED if the caller's role does not allow the method, and NOT_FOUND if the request names
-        another tenant."""
+        """Check a request against the rule of `method`, and return the authorized caller. `peer`: the caller's address.
+
+        Raises CallError PERMISSION_DENIED if the caller's role does not allow the method, and NOT_FOUND if the request
+        names another tenant.
+        """
         verb, own_tenant = method.verb, principal.tenant.name
         all_tenants = is_allowed(principal, verb.grant)
         caller = AdminCaller(principal, peer, "" if all_tenants else own_tenant)

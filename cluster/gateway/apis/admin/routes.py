@@ -82,7 +82,8 @@ class RouteExplainer:
         self._siblings = siblings
 
     async def explain(self, request: pb.ExplainRequestRequest, caller: AdminCaller) -> pb.ExplainRequestResponse:
-        """Explain the calls with a request id that the caller may see. Raises CallError NOT_FOUND."""
+        """Explain the calls with the requested request id, as far as the caller may see them. Raises CallError
+        NOT_FOUND if there is no such call."""
         if not request.request_id:
             raise invalid("request_id", "must name a call by its x-request-id or by the id of its answer")
         tenant = caller.scope

@@ -37,15 +37,16 @@ METHODS: Mapping[str, tuple[Any, Any]] = {
     "AbortRequest": (admin_pb2.AbortRequestRequest, admin_pb2.AbortRequestResponse),
     "ExplainRequest": (routing_pb2.ExplainRequestRequest, routing_pb2.ExplainRequestResponse),
 }
-"""The request type and the answer type of each method. In these requests `parent` is the name of a tenant, "" for all
-tenants."""
+"""The request type and the answer type of each method. In the requests to abort and to explain a call, `parent` is the
+name of a tenant, "" for all tenants."""
 
 
 class Siblings:
     """Sends and answers admin requests between the gateway processes of a host.
 
-    `answers`: for each of METHODS, the function with which this process answers requests. `secrets`: empty without
-    `auth`; requests then carry no tag, since links are trusted.
+    `answers`: for each method in METHODS, the function with which this process answers requests. `secrets`: the secrets
+    from which tags are derived. At a gateway without `auth`, `secrets` is empty. Requests then carry no tag,
+    since links are trusted.
     """
 
     def __init__(

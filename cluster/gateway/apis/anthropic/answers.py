@@ -48,12 +48,11 @@ def parts_of(piece: Piece) -> Sequence[OutputPart]:
 
 
 def stop_of(piece: Piece, last_arguments: Sequence[str] = ()) -> tuple[str, str | None]:
-    """Return the stop reason of an answer, and the stop sequence that has ended the answer or None. `piece`: the last
-    piece.
+    """Return the stop reason of an answer, and the stop sequence that ended the answer; None if none did.
 
-    `last_arguments`: the fragments of the last tool call's arguments. A client runs the tool calls of an answer with
-    the stop reason `tool_use`, so an answer whose last tool call was cut by a stop sequence must have another stop
-    reason.
+    `piece`: the last piece of the answer. `last_arguments`: the fragments of the last tool call's arguments. If a stop
+    sequence has cut the last tool call, the stop reason is `stop_sequence`. It must not be `tool_use`, because a client
+    would then run the tool call.
     """
     if piece.stop_string and piece.finish_reason == "stop":
         return "stop_sequence", piece.stop_string

@@ -57,7 +57,7 @@ NAMES: Final[Mapping[str, str]] = {
     "max_reasoning_tokens": "thinking.budget_tokens",
     "chat_template_kwargs_json": "chat_template_kwargs",
 }
-"""The caller's names of the fields of a generation request."""
+"""Names of fields in the caller's body, by the names of these fields in a generation request."""
 
 
 def parse_messages(body: Fields) -> ParsedRequest:

@@ -149,7 +149,7 @@ class MessageEvents:
         return begun + body
 
     def _message_start(self) -> str:
-        """Return the first event. The counts of prompt and cached tokens are known, as the first output has come."""
+        """Return the first event. It has the counts of prompt and cached tokens, which the first output has shown."""
         self._started = True
         unknown: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
         message = {**self._head, **unknown, "usage": answers.usage_of(self._usage())}

@@ -270,8 +270,8 @@ def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
 
 
 def model_pb(target: Target, aliases: Sequence[str], adapters: Sequence[str]) -> pb.Model:
-    """Return a model or adapter as a Model message. `aliases` and `adapters`: of the model's aliases and adapters,
-    those that the caller may use."""
+    """Return a model or adapter as a Model message. `aliases` and `adapters`: the aliases and adapters of the model
+    that the caller may use."""
     model, entry = target.model, target.model.entry
     if target.adapter:
         return _adapter_pb(target)

@@ -132,7 +132,7 @@ class _Scan:
         self.full = top
 
     def _group(self, at: int, end: int) -> int:
-        """Count the fields of a group, which protobuf keeps as unknown fields. Returns the offset of the end of the
+        """Count the fields of a group. protobuf keeps a group as an unknown field. Returns the offset of the end of the
         group. Raises IndexError."""
         data, depth = self._data, 1
         while depth and self.elements <= self._most:

@@ -85,8 +85,8 @@ class SessionOutput:
             await asyncio.gather(self._halt, return_exceptions=True)
 
     def _pass(self) -> None:
-        """Send the next message: first the events that already wait for it, then the output of each marked call as at
-        most one event."""
+        """Send the next message. The message holds the events that already wait, then at most one event with the output
+        of each marked call."""
         self.pass_scheduled = False
         if self._over.done():
             return

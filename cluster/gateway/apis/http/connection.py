@@ -59,7 +59,8 @@ class HttpConnection:
         self._slot.mark_authenticated()
 
     def charge_refusal(self) -> None:
-        """Count a refused request. A client without a credential is disconnected after too many."""
+        """Count a refused request. A client without an accepted credential is disconnected after too many refused
+        requests."""
         if not self._slot.authenticated and self._refusals.charge(1, self._loop.time()) < 0:
             self._end()
 

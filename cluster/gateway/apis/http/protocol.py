@@ -29,7 +29,8 @@ HEAD_PIECE_BYTES: Final = 4096
 """Number of bytes that are parsed at once outside of a body: about a hundred of the smallest requests, which take a
 millisecond."""
 BODY_PIECE_BYTES: Final = 16_384
-"""Bytes parsed at once of a body of unknown length. They may hold thousands of chunks or some hundred requests."""
+"""Upper bound on the bytes that are parsed at once of a body of unknown length. These bytes may hold thousands of
+chunks or some hundred requests."""
 LONG_PIECE_BYTES: Final = 1 << 16
 """Upper bound on the bytes that are parsed at once of a body of known length. The parser only copies these bytes."""
 MAX_LENGTH_DIGITS: Final = 18

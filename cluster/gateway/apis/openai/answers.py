@@ -253,8 +253,8 @@ class CompletionStream(SseStream):
 
 
 def keep_alive(progress: CallProgress) -> bytes:
-    """Return a comment of an event stream, which clients ignore. The comment shows that the call is alive, and the
-    progress of a model that is starting."""
+    """Return a comment of an event stream, which clients ignore. The comment shows that the call is alive. If the model
+    is starting, the comment also holds the progress of the start."""
     if not progress.eta_s:
         return KEEP_ALIVE
     text = f"{progress.state} {progress.fraction:.0%}, about {progress.eta_s:.0f} s to go"
@@ -348,7 +348,7 @@ def _answer(
 
 def model_card(target: Target, aliases: Sequence[str], created: int) -> dict[str, Any]:
     """Return a model or adapter in the shape of /v1/models. The fields that OpenAI's API does not have come last.
-    `aliases`: of the model's aliases, those that the caller may use."""
+    `aliases`: the aliases of the model that the caller may use."""
     tasks = target.model.capabilities.tasks
     adapter = {"parent": target.model.name, "root": target.adapter} if target.adapter else {}
     return {

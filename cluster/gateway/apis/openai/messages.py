@@ -18,7 +18,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _UNSERVED = ("audio", "function_call", "task", "tools")
 """Fields of a message that would change the prompt and are not supported."""
 _TEXT_PARTS = ("text", "refusal", "thinking")
-"""Types of parts that are text. The text is in the field of that name."""
+"""Types of parts that are text. The text of a part is in the field that has the type's name."""
 
 
 def messages_of(body: Fields) -> list[Mapping[str, Any]]:

@@ -75,7 +75,8 @@ class PooledSequence(LinkedSequence[Owner]):
         call.pooled(self, self.last_token_at)
 
     def token(self, token_id: int, now: float) -> None:
-        """Handle a token. Only a worker of an older release sends one, because it generates instead of pooling."""
+        """Handle a token. Only a worker of an older release sends tokens, because such a worker generates instead of
+        pooling."""
         self._generates()
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:

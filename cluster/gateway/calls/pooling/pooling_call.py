@@ -64,8 +64,8 @@ class PoolingCall(Call):
 
     @property
     def charged_prompt_tokens(self) -> int:
-        """Number of prompt tokens that are charged: those of the inputs that an engine has computed, or was computing
-        when the caller cancelled."""
+        """Number of prompt tokens that are charged. An input is charged if an engine has computed the input, or may
+        have been computing the input when the caller cancelled."""
         if self._answered == len(self.sequences):
             return self.usage.prompt_tokens
         return sum(

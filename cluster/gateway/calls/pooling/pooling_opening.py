@@ -83,7 +83,8 @@ class PoolingOpening(CallOpening):
 
     def _task_of(self, model: KnownModel) -> PoolingTask | None:
         """Return the task by which a model answers the request; None if the model has no such task. While a model's
-        tasks are unknown, the task is EMBED, but pairs are refused, since the encoding of pairs depends on the task."""
+        tasks are unknown, the task of texts is EMBED, and pairs raise CallError, because the encoding of pairs depends
+        on the task."""
         tasks, is_pairs = model.capabilities.tasks, isinstance(self.request.inputs, PairInputs)
         if tasks is None:
             if is_pairs:
@@ -177,8 +178,8 @@ class PoolingOpening(CallOpening):
         return call
 
     async def create_sequences(self, authenticator: Authenticator, life: Callable[[], Life]) -> None:
-        """Create the sequences of the call, one for each input, in slices between which other tasks run. `life` returns
-        the initial state of a sequence."""
+        """Create the sequences of the call, one for each input. The sequences are created in slices, and other tasks
+        run between the slices. `life` returns the initial state of a sequence."""
         call, request = self.call, self.request
         assert isinstance(call, PoolingCall)
         first = EngineRequest(
@@ -200,8 +201,9 @@ class PoolingOpening(CallOpening):
             )
 
     def _shorter_dimensions(self) -> int | None:
-        """Return the length of vectors to request from the engine; None for the model's own length, because the engine
-        of a model without shorter vectors refuses every explicit length."""
+        """Return the vector length to request from the engine. Returns None for scores, for a request without a length,
+        and for the model's own length. The engine of a model without shorter vectors refuses every explicit length,
+        even the model's own."""
         wanted = self.request.dimensions
         if wanted is None or self.task is PoolingTask.SCORE:
             return None

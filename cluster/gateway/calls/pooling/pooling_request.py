@@ -1,7 +1,8 @@
 """The pooling request and its inputs. Every API parses a body for embeddings, scores or a ranking into this form.
 
-The inputs of a large body are packed: one buffer of UTF-8 or of token ids, and the end of each input in it. A helper
-process packs them, and the gateway process passes the buffers on without making an object for each input.
+The inputs of a large body are packed: one buffer holds the UTF-8 or the token ids of all inputs, and an array holds the
+end of each input in this buffer. A helper process packs the inputs, and the gateway process passes the buffer on
+without making an object for each input.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 MAX_INPUTS = 2048
 """Maximum number of inputs, documents or pairs in a request; OpenAI's limit for embeddings."""
 MAX_PAIR_CHARS = 64 << 20
-"""Maximum number of characters of all pairs in a request. A text that is paired with many others counts each time,
-since it is tokenized with each of them."""
+"""Maximum number of characters of all pairs in a request. A text counts once for each of its pairs, since each pair is
+tokenized by itself."""
 WHOLE_CONTEXT = -1
 """Value of `truncate_tokens` that keeps as many tokens as the model's context holds."""
 
@@ -286,8 +287,8 @@ PoolingInputs = TextInputs | IdsInputs | PairInputs
 
 
 def joined(first: Sequence[str], second: Sequence[str]) -> Sequence[str]:
-    """Return one sequence with all texts of `first`, then all texts of `second`. It is packed if `first` or `second` is
-    packed."""
+    """Return one sequence with all texts of `first`, then all texts of `second`. The returned sequence is packed if
+    `first` or `second` is packed."""
     if isinstance(first, PackedTexts) or isinstance(second, PackedTexts):
         return _packed(first) + _packed(second)
     return [*first, *second]
@@ -370,7 +371,8 @@ def check_count(path: str, count: int) -> None:
 
 
 def check_pairs(inputs: PairInputs) -> None:
-    """Raise CallError for counts of first and second texts that make no pairs."""
+    """Raise CallError unless there are as many first texts as second texts, or one first text for all second texts.
+    Lists of no texts or of too many texts are refused too."""
     check_count(inputs.first_field.name, len(inputs.first))
     check_count(inputs.second_field.name, len(inputs.second))
     if len(inputs.first) not in (1, len(inputs.second)):

@@ -1,4 +1,5 @@
-"""The access log: one line for a call that has ended, `call.ended`, without any text of prompt or answer.
+"""The access log. A call that has ended gets at most one line, with the event `call.ended` and without any text of
+prompt or answer.
 
 Calls that succeeded or were cancelled are sampled by their trace id or, without one, by their request id. So all
 gateways choose the same calls, and so does a caller that samples its traces with the same ratio. Calls that failed or

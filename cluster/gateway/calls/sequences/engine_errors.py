@@ -13,8 +13,8 @@ CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "st
 
 
 def refusal_of(reason: str, message: str, field: str) -> CallError:
-    """Translate an engine's refusal into the error for the caller. An engine's message begins with the engine's name of
-    the field."""
+    """Translate an engine's refusal into the error for the caller. The engine's message begins with the engine's name
+    of the field, which is replaced with the caller's name."""
     outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
     if not field:
         return CallError(outcome, message)

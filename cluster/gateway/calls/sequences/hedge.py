@@ -1,4 +1,5 @@
-"""The second Submit of a sequence whose first worker is late. policy/scheduling/hedging.py decides when there is one.
+"""The second Submit of a sequence whose first worker is late. policy/scheduling/hedging.py decides when the second
+Submit is made.
 
 The sink of the first worker's slot is the sequence itself, and the sink of the second worker's slot is a `Hedge`. If
 the second worker answers first or the first worker fails, the sequence replaces the hedge as the sink, so that later

@@ -88,7 +88,7 @@ class IllegalSequenceMove(RuntimeError):
 
 @dataclass(slots=True)
 class Loss:
-    """The unexpected losses of workers that a sequence had in a row, without a new token in between; see
+    """A sequence's unexpected losses of its workers, in a row and without a new token in between; see
     worker_losses.py."""
 
     links: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ class Life:
     reason: str = ""
     """Reason of the current resume: lost, error, moved or gateway. "" once the next worker has sent output."""
     computed: bool = False
-    """Whether the sequence was sent to a worker that has not refused it, or has emitted tokens."""
+    """Whether the sequence has emitted tokens, or was sent to a worker that has not refused the sequence."""
 
     def apply(self, event: Event) -> State:
         """Apply an event: move to the next state and return that state. Raises IllegalSequenceMove."""
@@ -228,7 +228,7 @@ class Life:
         self.apply(Event.RESUME if resumes else Event.RETRY)
 
     def restore(self, worker: str, key: CompatibilityKey | None, tokens: int) -> None:
-        """Continue a sequence that another gateway, or an earlier call, began on this worker."""
+        """Continue a sequence that another gateway, or an earlier stream of the call, had on this worker."""
         self.last_worker, self.compatibility = worker, key
         if tokens:
             self.reason = "gateway"

@@ -40,8 +40,8 @@ class CallEvents(Protocol[AnySequence]):
         """Handle the end of one of many sequences of a call. The call may go on for long."""
 
     def hedge_ended(self, sequence: AnySequence, won: bool, computed_by: str) -> None:
-        """Handle that only one of the two workers of a hedged sequence still has the sequence: the second worker if the
-        hedge has `won`, else the first. `computed_by`: incarnation of the other worker; "" if that worker has refused
+        """Handle the end of a sequence's hedge. Only one worker keeps the sequence: the second worker if the hedge has
+        `won`, else the first. `computed_by`: incarnation of the worker that drops out; "" if that worker has refused
         the sequence."""
 
 

@@ -16,7 +16,7 @@ from cluster.policy.routing.route_history import Route
 
 
 class Identified(Protocol):
-    """An object with an id, which is the call of a sequence."""
+    """The part of a call's interface that a routed sequence uses."""
 
     id: str
 
@@ -42,7 +42,8 @@ class RoutedSequence(Generic[Owner]):
     worker: WorkerIdentity | None = field(init=False, default=None)
     """The last worker of the sequence. While the sequence is hedged, this is the first worker."""
     restored: int = field(init=False, default=0)
-    """Number of tokens that had been emitted when this gateway continued the sequence."""
+    """Number of emitted tokens that the sequence took over from an earlier stream of the call, at this or another
+    gateway."""
     admitted: bool = field(init=False, default=False)
     """Whether an engine has accepted the sequence."""
     finish_reason: str = field(init=False, default="")
@@ -110,7 +111,7 @@ class RoutedSequence(Generic[Owner]):
 
     @property
     def computed(self) -> bool:
-        """Whether the sequence was sent to a worker that has not refused it, or has emitted tokens."""
+        """Whether the sequence has emitted tokens, or was sent to a worker that has not refused the sequence."""
         return self.life.computed
 
     @property

@@ -87,7 +87,7 @@ class ConsoleAccess:
 
     def viewer(self, exchange: Exchange) -> Viewer:
         """Return the viewer of a request. A request with the method POST must hold the CSRF token. Raises Refused, and
-        CallError if there is no session or it has ended."""
+        CallError if there is no session or the session has ended."""
         self.check_site(exchange)
         session = self.session(exchange)
         if session is None:

@@ -2,7 +2,7 @@
 
 Failed sign-ins are limited for each source address; the limit is checked before the key is looked up. Each failure is
 recorded in the audit log, as on the other ports. The limit bounds the work and the size of the audit log. Keys need no
-such protection, because they have 256 random bits.
+protection against guessing, because they have 256 random bits.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ class Table:
         return sum(block.nbytes for block in self._blocks)
 
     def put(self, key: str, step: int, values: Sequence[float]) -> None:
-        """Set the values of a key at a step, in the order of the columns. Ignored if the key has values of a later
-        step."""
+        """Set the values of a key at a step, in the order of the columns. The values are ignored if the key has values
+        of a later step."""
         row = self._rows.get(key)
         if row is None:
             row = self._add(key, step)

@@ -133,7 +133,7 @@ class LongHistory:
         return seconds.isascii() and seconds.isdecimal() and len(seconds) <= 9 and int(seconds) > HOUR_S
 
     async def answer(self, exchange: Exchange, viewer: Viewer) -> None:
-        """Answer with series of an hour to a year. Raises CallError."""
+        """Answer with series that cover an hour to a year. Raises CallError."""
         fields = _fields(exchange)
         seconds = int(fields["seconds"])
         if seconds > MAX_SECONDS:

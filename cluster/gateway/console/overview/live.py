@@ -35,8 +35,8 @@ _T = TypeVar("_T")
 TICK_S: Final = 1.0
 """Seconds between two documents."""
 LATE_S: Final = 0.02
-"""Delay in seconds from the beginning of a history step to its sample. The delay keeps clocks that differ a little from
-sampling a step twice."""
+"""Delay in seconds from the beginning of a history step to its sample. Without the delay, a small difference between
+two clocks could put a sample into the previous step, which has a sample already."""
 MAX_SUBSCRIBERS: Final = 32
 """Maximum number of subscribers of one process."""
 MAX_PENDING: Final = 8
@@ -44,8 +44,8 @@ MAX_PENDING: Final = 8
 END: Final = b"end"
 """Name of the event after which a stream ends."""
 FRESH_S: Final = 0.25
-"""Minimum seconds between two documents if a request or a new subscriber waits for the second. Without subscribers, a
-request gets the last document if its age is at most FRESH_S."""
+"""Minimum seconds from one document to the next if a request or a new subscriber waits for the next document. Without
+subscribers, a request gets the last document if its age is at most FRESH_S."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class LiveOverview:
     # ---- viewers
 
     def subscribe(self, tenant: str) -> Subscriber | None:
-        """Return a new subscriber, which gets the whole document first; None if there are too many."""
+        """Return a new subscriber, which gets the whole document first; None if there are too many subscribers."""
         if self._is_closed or sum(len(view.subscribers) for view in self._views.values()) >= MAX_SUBSCRIBERS:
             return None
         subscriber = Subscriber(tenant)
@@ -185,12 +185,12 @@ class LiveOverview:
 
     @property
     def _fresh_s(self) -> float:
-        """Age in seconds up to which the last document and the last part are returned again. With subscribers it is one
-        tick, since every tick then makes new ones."""
+        """Age in seconds up to which the last document and the last part are returned again. While there are
+        subscribers, this is one tick, since every tick makes a new document and a new part."""
         return TICK_S if self._views else FRESH_S
 
     async def part(self) -> Part:
-        """Return what this process adds to the overview now. Other processes request it."""
+        """Return this process's present part of the overview. Other processes request this part."""
         part = self._part
         if part is None or self._clock() - self._made_at > self._fresh_s:
             part = await self._wait(self._part_waiters)
@@ -222,7 +222,7 @@ class LiveOverview:
             await self.peers.close()
 
     async def _rest(self) -> None:
-        """Wait until the next tick is due. A new subscriber or request can make it due earlier."""
+        """Wait until the next tick is due. A new subscriber or request can make the tick due earlier."""
         while (left_s := self._due_in_s()) > 0:
             self._wake.clear()
             try:

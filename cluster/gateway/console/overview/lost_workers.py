@@ -19,7 +19,7 @@ MAX_REASON_CHARS: Final = 256
 @dataclass(slots=True)
 class LostWorker:
     """A lost worker. `link`: name of its link, which has ended. `row`: its last state. `at`: monotonic seconds.
-    `resumed`: number of sequences that were sent to another worker since."""
+    `resumed`: number of the worker's sequences that were sent to another worker after the loss."""
 
     link: str
     row: Row

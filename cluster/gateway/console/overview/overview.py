@@ -242,8 +242,8 @@ def _of_sorted(values: Sequence[float], part: float) -> float | None:
 
 
 async def view_of(document: Document, tenant: str, models: Callable[[], Mapping[str, Sequence[str]]]) -> Document:
-    """Return what a viewer of one tenant may see, "" for a viewer of all tenants. `models`: returns the models that the
-    tenant may use, each with its aliases."""
+    """Return the part of a document that a viewer may see. `tenant`: the only tenant that the viewer may see, "" for
+    all tenants. `models`: returns the models that the tenant may use, each with its aliases."""
     if not tenant:
         return document
     open_models = models()

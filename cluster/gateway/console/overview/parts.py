@@ -100,7 +100,7 @@ class PartMaker:
         """The last snapshots, the newest last."""
         self._costs: dict[str, _Cost] = {}
         self._ended: dict[int, Row] = {}
-        """The rows of ended calls by number, which never change."""
+        """The rows of ended calls, by the number of the call. These rows never change."""
 
     def rest(self, shot: Snapshot) -> None:
         """Remember a snapshot for which no part is made, because there are no viewers."""

@@ -42,8 +42,8 @@ _ORDER = ("resuming", "running", "prefill", "queued")
 
 
 def worker_state(link: WorkerLink) -> str:
-    """Return the state of a worker. A worker that has reported DRAINED is shown as DRAINING while a call runs, because
-    the gateway may have sent that call before the report arrived."""
+    """Return the state of a worker. A worker that has reported DRAINED is shown as DRAINING while a call runs on the
+    worker, because the gateway may have sent that call before the report arrived."""
     if link.drain_state is DrainState.DRAINED and (link.running or link.load.running):
         return DrainState.DRAINING.value
     return "READY" if link.takes_new_requests else link.drain_state.value
@@ -118,7 +118,7 @@ def call_state(call: Call) -> str:
 
 def ended_call_row(call: EndedCall, now: float, epoch_s: float, gateway: str, prefix: str) -> Row:
     """Return the row of an ended call. `prefix`: a text that differs between processes. A call without an answer id
-    gets an id of this prefix and its number."""
+    gets an id made of the prefix and the call's number."""
     return {
         "id": call.id or f"{prefix}{call.number}",
         "request_id": call.request_id,

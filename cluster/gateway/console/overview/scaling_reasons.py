@@ -89,7 +89,7 @@ class ScalingReasons:
         return rows
 
     async def close(self) -> None:
-        """Stop asking."""
+        """Stop requesting reasons."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

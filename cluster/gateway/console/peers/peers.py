@@ -1,9 +1,9 @@
 """Exchange of the console's data between the gateway processes of a cluster.
 
-A process that shows the overview asks all others for their parts once a second; nothing is made or sent while none
-asks. Processes ask through Valkey or Redis, if the configuration names one (valkey_peers.py), else the processes of one
-host ask each other (sibling_peers.py). A part holds only the calls that ended in the last seconds. When a process
-begins to ask, it gets all remembered calls once.
+A process that shows the overview asks all others for their parts once a second; nothing is made or sent while no
+process asks. Processes ask through Valkey or Redis, if the configuration names one (valkey_peers.py), else the
+processes of one host ask each other (sibling_peers.py). A part holds only the calls that ended in the last seconds.
+When a process begins to ask, it gets all remembered calls once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Detection of the content format of a chat template: plain text, or a list of parts.
 
 Problem: callers send the content of a message as a text or as parts. A template that loops over the parts of a content
-must get parts, any other template a text. Templates do not declare which they take.
+must get parts. Any other template must get a text. Templates do not declare which of the two forms they take.
 
 Source: the rules of vLLM 0.32 (`renderers/hf.py`, `_detect_content_format`), in the same order. A template takes parts
 if it has a loop over the content of a message, or over a variable or macro argument that holds a content.
@@ -27,8 +27,8 @@ def takes_parts(tree: nodes.Template) -> bool:
 
 
 def _reads(node: nodes.Node, variable: str, key: str = "") -> bool:
-    """Return whether an expression is the variable or, with `key`, this member of the variable. Filters, tests and
-    slices around it are ignored."""
+    """Return whether an expression is the variable `variable` or, if `key` is given, the variable's member `key`.
+    Filters, tests and slices that are applied to the variable or member are ignored."""
     match node:
         case nodes.Filter() | nodes.Test():
             return node.node is not None and _reads(node.node, variable, key)

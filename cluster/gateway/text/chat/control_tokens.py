@@ -39,7 +39,7 @@ class ControlTokens:
         return [self._in_message(message) if message.get("role") in ROLES else message for message in messages]
 
     def in_documents(self, documents: object) -> object:
-        """Return documents with all texts escaped that the documents contain."""
+        """Return the documents, with all texts in them escaped."""
         match documents:
             case str():
                 return self.escaped(documents)

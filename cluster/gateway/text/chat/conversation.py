@@ -1,7 +1,7 @@
-"""The messages of a chat as a template gets them, which depends on the template.
+"""Conversion of the messages of a chat into the form that the model's template takes.
 
-Source: vLLM 0.32's server (`renderers/chat_utils.py`, `renderers/hf.py`). It differs from transformers, which passes
-messages on as they are: vLLM converts contents to the form that the template takes, passes a missing content as an
+Source: vLLM 0.32's server (`renderers/chat_utils.py`, `renderers/hf.py`). transformers passes messages on as they
+are. vLLM's server does not: it converts contents to the form that the template takes, passes a missing content as an
 empty one, passes tool results as text, and turns developer messages into one system message if the template does not
 know the role `developer`.
 """
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 BILLING_HEADER: Final = "x-anthropic-billing-header"
-"""Beginning of a line that a coding agent puts before its system prompt. The line differs in every request, so vLLM
-drops it, so that prompts share their prefix in the cache."""
+"""Beginning of a line that a coding agent puts before its system prompt. The line differs in every request. vLLM drops
+the line, so that prompts share their prefix in the cache."""
 
 Message = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ def conversation(messages: Sequence[Message], *, in_parts: bool, knows_developer
 
 def merged_system(messages: Sequence[Message]) -> list[Message]:
     """Return messages of Anthropic's API with all system messages merged into one at the beginning. vLLM's server does
-    so for a template that allows a system message only there. The texts are joined without separator."""
+    this for a template that allows a system message only at the beginning. The texts are joined without separator."""
     system = [message["content"] for message in messages if message["role"] == "system"]
     others = (message for message in messages if message["role"] != "system")
     return [{"role": "system", "content": "".join(system)}, *others]
@@ -74,7 +74,7 @@ def _as_system(message: Message) -> Message:
 
 
 def _with_one_system(messages: Sequence[Message]) -> list[Message]:
-    """Merge all system messages into one at the beginning, because many templates allow a system message only there."""
+    """Merge all system messages into one at the beginning. Many templates allow no system message elsewhere."""
     system = [message for message in messages if message.get("role") == "system"]
     if len(system) == 1 and messages[0] is system[0]:
         return list(messages)

@@ -93,8 +93,8 @@ def _allows_late_system(source: str) -> bool:
     """Return whether a template renders a system message after the beginning.
 
     The test is vLLM's, so that prompts equal those of vLLM. It renders the template without the Jinja extensions and
-    functions that transformers adds. A template that needs one of them for a late system message is taken to allow
-    none.
+    functions that transformers adds. If a template needs one of these to render a late system message, the result is
+    False.
     """
     try:
         template = Environment([jinja2.ext.loopcontrols], {}).guarded(source)
@@ -173,9 +173,9 @@ class ChatTemplate:
 
         `tools`: None and an empty list are equivalent. `template_kwargs`: further template arguments, such as
         `documents`. `continue_final_message`: leave the last message open; no generation prompt is added then.
-        `merges_system`: merge all system messages into the first one, if one of the model's templates allows no later
-        one. Raises CallError: INVALID_FIELD on `messages` with the error text of the template, or UNSUPPORTED_FEATURE
-        if the model has no usable template.
+        `merges_system`: if one of the model's templates allows a system message only at the beginning, merge all system
+        messages into one at the beginning. Raises CallError: INVALID_FIELD on `messages` with the error text of the
+        template, or UNSUPPORTED_FEATURE if the model has no usable template.
         """
         if not messages:
             raise invalid("messages", "at least one message is needed")

@@ -2,8 +2,8 @@
 
 A text is cut at added tokens (token_cuts.py) and, within long stretches, before spaces (word_encoder.py), wherever the
 tokenizer allows it. The ids of a block depend on the block alone, so the ids of all blocks together equal those of the
-whole text. Every message of a chat that is long enough ends a block, since an added token follows it. So if a template
-changes earlier messages, little more than these messages is tokenized again.
+whole text. A message of a chat ends a block if the message is long enough, since an added token follows each message.
+So if a template changes earlier messages, little more than these messages is tokenized again.
 
 A helper process cuts a text and returns the digests of the blocks (`begin`). The gateway process answers which blocks
 are missing in its memory (`Recall`), and the same helper encodes these (`finish`). `encode` does all of this in one
@@ -53,7 +53,7 @@ class BlockEncoder:
         word_cut_chars: int = WORD_CUT_CHARS,
     ) -> None:
         """`around`: the special tokens that the tokenizer adds before and after a text. `salt`: distinguishes the
-        blocks of this model from those of others."""
+        blocks of this model from the blocks of other models."""
         self._tokenizer = tokenizer
         self._hash = hashlib.sha256(salt)
         self._cuts = cuts

@@ -22,8 +22,8 @@ from cluster.gateway.text.encoding.word_encoder import WORD_CUT, cuts_are_safe
 
 BATCH: Final = 256
 BATCH_CHARS: Final = 1 << 20
-"""Maximum numbers of inputs and of characters in one call of the tokenizer, which bound the memory of its results. A
-longer input is encoded alone."""
+"""Limits on one call of the tokenizer: at most BATCH inputs with at most BATCH_CHARS characters in total. The limits
+bound the memory of the results. An input with more characters is encoded alone."""
 CHARS_PER_TOKEN: Final = 8
 """Number of characters of a text that are first tokenized for each token that is kept. If these characters give too few
 tokens, GROWTH times as many characters are tokenized."""

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from cluster.gateway.text.encoding.reach import Reach
 
 SURELY_FEW: Final = 8
-"""Number of characters per allowed token. A text of at most this number times the allowed tokens is not checked."""
+"""A text is not checked if it has at most this number of characters for each allowed token."""
 
 
 class LengthCheck:
-    """Checks long texts against a lower bound on their tokens."""
+    """Refuses a text if a lower bound on its number of tokens (reach.py) exceeds the allowed number of tokens. Only
+    long texts are checked."""
 
     def __init__(self, tokenizer: Tokenizer, layout: Mapping[str, Any]) -> None:
         """`layout`: the contents of tokenizer.json without the vocabulary."""

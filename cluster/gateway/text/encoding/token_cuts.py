@@ -3,15 +3,16 @@
 Theory. A tokenizer first finds the added tokens to which its normalizer does not apply. It searches from left to right.
 If several added tokens begin at one position, it takes the longest. Then it normalizes, splits and merges each text
 between two of the found tokens separately. So the ids before the start of an added token do not depend on the text
-after this start. Nor do the ids after this start depend on the text before it: some tokenizers treat the text at the
-beginning of their input differently from all other texts (Metaspace with the scheme `first`), but a text after an added
-token is never at the beginning.
+after this start. Nor do the ids after this start depend on the text before it. (Some tokenizers, such as Metaspace with
+the scheme `first`, treat the beginning of their input in a special way. But a text after an added token is never at the
+beginning of the input.)
 
 Three kinds of added tokens are found but are not cuts: a token that takes the white space before it (`lstrip`), a token
 that is found only at the borders of words (`single_word`), and a token that begins with white space or a word
-character. The first character of this last token may decide whether an added token directly before it is found.
+character. The first character of a token of the third kind may decide whether an added token directly before it is
+found.
 
-`of` returns None for a tokenizer for which this theory is not known to hold.
+`TokenCuts.of` returns None for a tokenizer for which this theory is not known to hold.
 """
 
 from __future__ import annotations

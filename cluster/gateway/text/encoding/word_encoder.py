@@ -6,7 +6,7 @@ look-ahead in these expressions starts at white space. So the tokenizer always s
 character and the space after it. The texts before and after such a split can be encoded separately.
 
 Method. Each distinct word of a long text is encoded once, since long texts repeat most words. If too few words repeat,
-or the text is not long, it is encoded by smaller fragments, whose ids are remembered (fragment_encoder.py).
+or the text is not long, the text is encoded by smaller fragments, whose ids are remembered (fragment_encoder.py).
 
 `of` returns None for other tokenizers, and for tokenizers with an added token that may contain or absorb a space.
 """

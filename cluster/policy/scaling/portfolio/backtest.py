@@ -1,7 +1,7 @@
 """Backtest of scaling rules: every rule is replayed on past demand, and the cheapest rule that met the SLO is followed.
 
-Problem: a margin that fits a steady model wastes GPUs, and a margin that fits one bursty model does not fit the next
-bursty model. No constant is right, but rules can be tried, since demand does not depend on the number of replicas.
+Problem: no constant margin is right for all models. A margin that fits one bursty model wastes GPUs on a steady model,
+and does not fit the next bursty model. But rules can be tried, since demand does not depend on the number of replicas.
 
 Method: each rule (a signal of forecast.py and a margin over the signal) is replayed on past demand, with the rule's own
 cold starts and queue. Each rule has two sums, which fade over `MEMORY` cold starts: the replica-seconds that the rule
@@ -55,8 +55,8 @@ class Backtest:
 class Arrivals:
     """A stretch of demand: its load in replicas, and its number of calls.
 
-    `slack_s`: time that a call may wait in the queue within the SLO. `behind_s`: decoding work, in replica-seconds,
-    that may be outstanding while streams still keep the pace of the SLO.
+    `slack_s`: time that a call may wait in the queue within the SLO. `behind_s`: the most outstanding decoding
+    work, in replica-seconds, with which streams still keep the pace of the SLO.
     """
 
     load: float
@@ -139,8 +139,8 @@ def cheapest_rules(backtest: Backtest, late_budget: float, ahead: float) -> tupl
     The price of a rule is its cost divided by its share of timely calls. If the rule's late calls exceed the budget,
     the price is also multiplied by late calls / budget. So if no rule is within the budget, as after a sudden surge,
     GPUs are neither added without end nor saved by serving no calls. The budget is `late_budget`, a share of the calls,
-    times `ahead`. With an `ahead` above 1, a rule that has used up the budget of the whole SLO window in one surge may
-    keep its price.
+    times `ahead`. An `ahead` above 1 adds the budget of later calls in the SLO window: a rule may use up this budget in
+    one surge and keep its price.
     """
     allowed = late_budget * backtest.calls * ahead
     served = np.maximum(1.0 - backtest.late / max(backtest.calls, 1e-9), 1e-9)

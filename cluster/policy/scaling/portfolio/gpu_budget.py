@@ -37,7 +37,7 @@ HORIZON = 5.0
 CLEARED = 30.0
 """Time in cold starts: replicas that need this time to work off the queue count with half their gain."""
 KNOWN = 1.0
-"""Weight of the gain that is guessed from the mean load, relative to one cold start of replayed demand."""
+"""Weight of the gain that is guessed from the mean load. A cold start of replayed demand has the weight 1."""
 LEAST_GAIN = 1e-30
 """Gain per replica that is added for every model. It is below the gain of any class and matters only without load."""
 
@@ -154,8 +154,8 @@ def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
 def _add_replica(pool: _GpuPool, claim: GpuClaim, mine: dict[str, int]) -> bool:
     """Add one replica, or return False if the budget has no GPUs for the replica.
 
-    The replica goes to the first of these types for which the budget has GPUs: types with room on which the model runs
-    more replicas than `mine` has; all types with room; the first type.
+    GPU types are tried in this order, until the budget has GPUs for the replica. First, types with room on which the
+    model already has more replicas than `mine`. Then all types with room. Last, the model's first type.
     """
     types, room = claim.seen.settings.gpus, claim.seen.room
     kept = [gpu for gpu in types if mine.get(gpu, 0) < claim.have.get(gpu, 0)]

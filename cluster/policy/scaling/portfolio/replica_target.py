@@ -30,9 +30,8 @@ FIRST_MARGIN = 1.4
 WINDOW = 60.0
 """Number of cold starts over which the SLO budget of late calls applies: one hour if a cold start takes a minute."""
 LEAST_MARGIN = 0.2
-"""Minimum margin over the mean load of one cold start, before much demand was observed. The margin falls with the
-square root of the observed time, which is counted in units of WINDOW. Public traces usually move by about this fraction
-within a cold start."""
+"""Minimum margin over the mean load of one cold start, before any demand was observed. Later the margin is divided by
+the square root of 1 + observed time / WINDOW. Public traces usually move by about this fraction within a cold start."""
 SHARE_OF_BUDGET = 0.75
 """Planned part of the budget of late calls. A late call is unforeseen if the backtest served it in time. The budget of
 the rules is the planned part minus the unforeseen late calls. The correction keeps the share of unforeseen late calls

@@ -44,7 +44,7 @@ RECENT_S = 30.0
 TOGETHER_S = 1.0
 """Seconds by which the note of a rank's death may come later than errors that the death causes."""
 ENDING_S, LOOK_S = 5.0, 0.05
-"""Seconds that a core waits for an ending process to end, and between two checks for the end."""
+"""Longest time in seconds that a core waits for an ending process to end, and seconds between two checks."""
 TRACEBACK = "Traceback (most recent call last):"
 LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor")
 """Loggers that report the failure of a core or a rank."""
@@ -297,7 +297,8 @@ def _crash_cause(member: Member) -> str:
 def find_cause(engine: str, *, recent: bool = False) -> str:
     """Return why an engine of this process has ended, and the log file of the failed process; empty without notes.
 
-    `engine`: the name from `name_engine`. `recent`: whether to ignore notes older than RECENT_S (the engine was up).
+    `engine`: the name from `name_engine`. `recent`: whether to ignore notes older than RECENT_S, as for an engine that
+    was running.
     """
     notes = [entry for entry in _notes(engine) if not recent or time.time() - entry.at < RECENT_S]
     errors = [entry for entry in notes if entry.kind == "error"]

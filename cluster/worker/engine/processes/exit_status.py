@@ -67,7 +67,7 @@ class Watched:
         self._kills = out_of_memory_kills()
 
     def add(self, pids: Iterable[int]) -> list[int]:
-        """Watch more processes; return the pids that do not exist any more. A kernel without pidfds watches none."""
+        """Watch more processes; return the pids that do not exist any more. Without pidfds, none is watched."""
         gone = []
         for pid in set(pids) - self._seen:
             self._seen.add(pid)

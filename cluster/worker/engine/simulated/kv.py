@@ -116,8 +116,8 @@ class SequenceBlocks:
     __slots__ = ("_cache", "_hashes", "_held", "_private", "_root", "_salt", "_size")
 
     def __init__(self, cache: KvCache, size: int, root: int, salt: tuple[str, str] = ("", "")) -> None:
-        """Create the record of a sequence without blocks. `size`: tokens in a block. `salt`: cache salt and adapter.
-        `root`: hash of `salt`, with which the first block's hash is computed."""
+        """Create an object that holds no blocks yet. `size`: tokens in a block. `salt`: cache salt and adapter.
+        `root`: hash of `salt`, from which the first block's hash is computed."""
         self._salt = salt
         self._cache = cache
         self._size = size
@@ -165,7 +165,7 @@ class SequenceBlocks:
         return True
 
     def _stored(self, tokens: Sequence[int], new: Sequence[int]) -> Iterator[BlocksStored]:
-        """Yield one event for each run of consecutive blocks. `new`: numbers of the blocks, in order."""
+        """Yield one event for each run of consecutive blocks. `new`: positions of the new blocks, in order."""
         while new:
             first, count = new[0], 1
             while count < len(new) and new[count] == first + count:

@@ -5,9 +5,9 @@ all later tokens must differ. Invariant: equal engine seed, request content and 
 any engine, whatever the batch, the KV cache or preemptions. The salt counts only if `salted` is set.
 
 The tokens so far are one large number in base 2^32, modulo a prime P. This is a polynomial hash that C computes for a
-whole prompt at once (int.from_bytes) and that one multiplication extends by one token. P is not a Mersenne prime, for
-which the powers of 2^32 would repeat after a few positions. A splitmix64 finaliser (Steele, Lea, Flood 2014) then
-spreads the hash over all bits.
+whole prompt at once (int.from_bytes) and that one multiplication extends by one token. P is not a Mersenne prime:
+modulo a Mersenne prime, the powers of 2^32 would repeat after a few positions. A splitmix64 finaliser (Steele, Lea,
+Flood 2014) then spreads the hash over all bits.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def extend(state: int, token_id: int) -> int:
 def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
     """Return a hash of everything, except the tokens so far, that determines the next tokens.
 
-    Limits (max_tokens, stops, ...) are not part of the hash. The position at which the output begins is part of it only
-    with features that depend on the output tokens: frequency and presence penalties, a seeded generator, a grammar. In
-    all other requests prompt and emitted ids together count as a prompt, as in a real engine.
+    Limits (max_tokens, stops, ...) are not part of the hash. The position at which the output begins is part of the
+    hash only if the request uses a feature that depends on the output tokens: a frequency or presence penalty, a seed,
+    or a grammar. For all other requests a resumed output continues as if the emitted ids were part of the prompt, as
+    in a real engine.
     """
     s = request.sampling
     bias = tuple(sorted(s.logit_bias.items()))

@@ -22,7 +22,7 @@ EXECUTORS = ("ray", "mp")
 
 GRAMMAR_BACKEND = "xgrammar"
 """The backend of structured outputs, unless the entry names one. With vLLM's default, `auto`, an engine compiles all
-grammars with the backend that its first request chose: one caller would decide what another's schema enforces."""
+grammars with the backend that its first request chose: one caller would decide how another's schema is enforced."""
 TEKKEN_GRAMMAR_BACKEND = "guidance"
 """The backend for models with Mistral's own tokenizer. Their parser of tool calls writes grammars that name special
 tokens, which xgrammar does not know."""

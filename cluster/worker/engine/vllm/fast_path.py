@@ -88,8 +88,8 @@ class FastPath:
     def __init__(self, vllm_config: Any, stats: StepStats) -> None:
         """Start the engine core. Blocks until the model is loaded. `stats` is updated after each step.
 
-        Call the constructor in a thread, so that the client's sockets and tasks bind later, to the event loop that
-        reads them.
+        Call the constructor in a thread. The client's sockets and tasks then bind later, to the event loop that reads
+        them.
         """
         from vllm.renderers import renderer_from_config
         from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
@@ -136,8 +136,8 @@ class FastPath:
     ) -> Any:
         """Validate a request and build the engine core's form of it. Raises vLLM's validation errors.
 
-        vLLM's processor gets only the first id. All ids and their number were checked before (requests.py), and vLLM's
-        own check of a long prompt would take as long as the rest of this method.
+        vLLM's processor gets only the first token id of the prompt. requests.py has checked all ids and their number,
+        and vLLM's own check of a long prompt would take as long as the rest of this method.
         """
         ids = prompt["prompt_token_ids"]
         request = self._processor.process_inputs(

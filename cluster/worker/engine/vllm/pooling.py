@@ -91,7 +91,7 @@ def kv_blocks(blocks: int, block_size: int, max_num_batched_tokens: int, max_mod
 
 
 def check_task(pooling: PoolingOptions | None, bounds: PoolingBounds | None) -> None:
-    """Raise EngineRefused for a request of a kind that the model does not serve."""
+    """Raise EngineRefused for a task that the model does not serve. `pooling`: None if the request is to generate."""
     if pooling is None:
         if bounds is not None:
             raise _refused("model", f"it computes {_words(bounds)} and generates no text; name a model that generates")

@@ -313,7 +313,7 @@ def _structured_outputs(grammar: Grammar) -> Any:
 
 
 def _budget(sampling: Sampling) -> dict[str, Any]:
-    """Return the argument for a budget of reasoning tokens, which not every release of vLLM has."""
+    """Return vLLM's argument for a budget of reasoning tokens; empty without one. Some releases lack the argument."""
     return {} if sampling.max_reasoning_tokens is None else {"thinking_token_budget": sampling.max_reasoning_tokens}
 
 
@@ -336,7 +336,8 @@ def _clamped(sampling: Sampling) -> dict[int, float] | None:
 
 
 def refusal(error: Exception, default_field: str = "") -> EngineRefused:
-    """Return the refusal for an error of vLLM's validation. Its field is the error's parameter, or `default_field`."""
+    """Return the refusal for an error of vLLM's validation. The refused field is the
+    error's parameter, or `default_field` if the error names none."""
     field = getattr(error, "parameter", None) or default_field
     message = str(error.args[0] if error.args else error)[:MAX_MESSAGE_CHARACTERS]
     return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {message}" if field else message, field)

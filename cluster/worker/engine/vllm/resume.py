@@ -86,9 +86,9 @@ def why_plain(config: Any) -> str:
 def resumes_seeds(config: Any, installed: bool) -> bool:
     """Return whether a resumed request with a seed gets the random numbers of the uninterrupted request.
 
-    `installed`: whether the emitted tokens of the request are installed as output, which only the V1 runner needs. With
-    speculative decoding the random numbers differ: the proposed tokens start at other positions, and the draws depend
-    on them. For the V1 runner in vLLM 0.31 the result is False, since its draws were not verified.
+    `installed`: whether the emitted tokens of the request are installed as output. Only the V1 runner needs that for a
+    seed. With speculative decoding the random numbers differ: the proposed tokens start at other positions, and the
+    draws depend on them. For the V1 runner in vLLM 0.31 the result is False, since its draws were not verified.
     """
     if config.speculative_config is not None:
         return False

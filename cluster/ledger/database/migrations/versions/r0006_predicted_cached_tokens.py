@@ -16,5 +16,5 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Add the column. It is NULL, which means no prediction, in existing rows."""
+    """Add the column. In existing rows it is NULL, which means that there was no prediction."""
     op.add_column("usage", sa.Column("predicted_cached_tokens", sa.BigInteger))

@@ -28,7 +28,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 
 
 def settle(config: Any) -> bool:
-    """Change vLLM's config so that the rank runs in the core's process, if that is possible; return whether it does.
+    """Change vLLM's config, if possible, so that the rank runs in the core's process; return whether it was changed.
 
     Raises ValueError for an invalid value of HEADRACE_ENGINE_RANK.
     """

@@ -30,7 +30,7 @@ def without_control_characters(grammar: str) -> str:
 
 
 def with_plain_addresses(specification: str) -> str:
-    """Return a JSON schema, or JSON that has schemas, with a regular expression in place of each format `email`."""
+    """Replace each format `email` by a regular expression. `specification`: a JSON schema, or JSON that has schemas."""
     if '"email"' not in specification:
         return specification
     return json.dumps(_plain_addresses(json.loads(specification)))

@@ -111,7 +111,7 @@ class _Reader:
         return self._wide
 
     def _count(self, text: str, previous: str) -> str:
-        """Check a quantifier. Returns the quantifier if a `?` may follow and make it lazy, otherwise an empty text."""
+        """Check a quantifier. Returns the quantifier if a following `?` makes it lazy; otherwise an empty text."""
         if not self._counts.repeats:
             if text == "?" and previous:
                 return ""

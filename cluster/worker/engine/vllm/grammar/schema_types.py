@@ -1,4 +1,4 @@
-"""The JSON types that a schema allows as the grammar compiler reads it, and references between schemas."""
+"""The JSON types that a schema allows, as the grammar compiler reads the schema, and references between schemas."""
 
 from __future__ import annotations
 
@@ -199,8 +199,10 @@ class DisjointBranches:
         return True
 
     def _fixed(self, target: object) -> dict[str, Sequence[object]]:
-        """Return the required properties of an object schema for which it lists the allowed values, each with these
-        values."""
+        """Return each required property whose schema is a `const` or an `enum`, with the allowed values.
+
+        Returns nothing if `target` is no plain object schema.
+        """
         if not isinstance(target, Mapping) or winner(target) or self._types.of(target) != NAMED["object"]:
             return {}
         properties, required = target.get("properties"), target.get("required")
