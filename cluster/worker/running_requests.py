@@ -98,7 +98,8 @@ class RunningRequests:
             self._expected, self._expected_tokens = self._expected - 1, self._expected_tokens - tokens
 
     def count_cached(self, expected: int) -> int:
-        """Return how many of `expected` calls, whose KV blocks a gateway expects here, can resume at almost no cost."""
+        """Return how many calls can resume here at almost no cost. `expected`: number of calls whose KV blocks a
+        gateway expects on this worker."""
         return expected if self.outputs.caches_kv else min(expected, len(self.detached))
 
     # ---- start of a request

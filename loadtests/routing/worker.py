@@ -36,7 +36,7 @@ _LATE_STEPS = 48
 
 @dataclass(frozen=True, slots=True)
 class WorkerOutputs:
-    """Callbacks of a worker. Links are numbers of gateways.
+    """Callbacks of a worker. `link` is the number of the gateway at the other end of the link.
 
     `first(link, call id, cached tokens, cached tokens in the pool)`: a first token. `ended(link, call id)`: the last
     token. `granted(grant)`: a credit grant for the link that it names. `changed()`: the blocks have changed for the

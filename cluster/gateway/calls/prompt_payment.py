@@ -26,8 +26,11 @@ class PromptPayment:
         self.terms = terms
 
     def record_output(self, origin_lost: bool | None) -> None:
-        """Record the first output of a worker, which has computed the prompt. `origin_lost`: whether the gateway from
-        which the call was resumed is lost; None if the worker does not report whether that gateway is lost."""
+        """Record that a worker has sent its first output, so that it has computed the prompt.
+
+        `origin_lost`: whether the gateway from which the call was resumed is lost; None if the worker does not report
+        whether that gateway is lost.
+        """
         self._origin_lost = origin_lost
         if self.terms is ResumeTerms.PAID or (self.terms is ResumeTerms.IF_ALIVE and not origin_lost):
             self._pays_again = True  # the client pays for the second computation of the prompt

@@ -79,9 +79,9 @@ class NewAssignment:
                 yield Send(entry, where, decision.reason, 0, there, decision, cached, entry.holder_wait)
 
     def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
-        """Return the worker without room for which a sequence should wait, or None. A sequence with a choice of
-        versions does not wait: all sequences of its call must begin on one version, and another sequence may begin on
-        another version meanwhile."""
+        """Return the full worker that a sequence should wait for, or None. A sequence that may begin on several
+        versions does not wait: meanwhile another sequence of its call could begin on another version, but all
+        sequences of a call must begin on the same version."""
         has_choice = len(self._versions.get(entry.call_id, ANY_VERSION).all) > 1
         return None if has_choice else self._aside.best(entry, decision.full_holders)
 

@@ -41,7 +41,8 @@ def model_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser 
 def model_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRenderer | None:
     """Return the renderer of a model on vLLM; None if gateways render its chat template. Blocks, and imports vLLM.
 
-    A renderer that cannot be loaded is left out if the model has a chat template, too. Raises ValueError otherwise.
+    If the renderer cannot be loaded, the result is None for a model that has a chat template too, which gateways then
+    render. For a model without a chat template, ValueError is raised.
     """
     name = renderer_in(bundle)
     if not name:

@@ -16,7 +16,11 @@ NONE = 0
 
 
 class ParserProgress:
-    """A shared record of the current session and of the number of records so far. One process writes it."""
+    """Memory through which a worker sees on which session its parser process works.
+
+    The memory holds the current session, and a count that increases each time a session is recorded. Only one process
+    writes it.
+    """
 
     def __init__(self, descriptor: int) -> None:
         """Map the memory behind `descriptor`, and close the descriptor."""

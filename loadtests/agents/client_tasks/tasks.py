@@ -55,7 +55,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A conversation: `steps` with calls, then `final`. `results`: results of the calls, in the order of all calls."""
+    """A conversation: the `steps`, in which the model calls tools, then the `final` step without a tool call.
+
+    `results`: results of the tool calls, in the order of the calls.
+    """
 
     name: str
     steps: Sequence[Step]

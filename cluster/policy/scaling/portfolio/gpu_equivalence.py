@@ -50,7 +50,8 @@ def round_up(replicas: float) -> int:
 
 
 def covers(replicas: float, wanted: int) -> bool:
-    """Whether `replicas` is at least the wanted number. Both count replicas of the unit."""
+    """Whether `replicas` is at least `wanted`. Both are numbers of replicas on the unit, the GPU type in which all
+    replicas are counted."""
     return replicas >= wanted - _LITTLE
 
 

@@ -104,9 +104,10 @@ def folder() -> Path | None:
 
 
 def restore_default_elsewhere() -> None:
-    """Restore vLLM's default folder in a rank whose host lacks the folder that its (copied) environment names.
+    """Use vLLM's default folder for sockets if the folder that the environment names does not exist on this host.
 
-    Called in each vLLM process (watchdog.watch).
+    This happens in a rank on another host, whose environment is a copy of that of the engine's process. Called in each
+    vLLM process (watchdog.watch).
     """
     if Path(os.environ.get(ENV, "")).name.startswith(PREFIX) and folder() is None:
         del os.environ[ENV]

@@ -160,8 +160,8 @@ class Counts:
 
 
 def _bounds(text: str) -> tuple[int, int]:
-    """Return the least and the greatest count of `?` or a counted quantifier. An open quantifier {m,} is compiled to
-    max(1, m) copies, so both counts have this value."""
+    """Return the least and the greatest number of repetitions that a quantifier allows: `?`, {m}, {m,n} or {m,}. For
+    {m,} both numbers are max(1, m), because it is compiled to this number of copies."""
     if text == "?":
         return 0, 1
     low, comma, high = text[1:-1].partition(",")
