@@ -1,7 +1,7 @@
 """The checks of `headrace config check`. Errors are settings that a process would refuse; warnings are likely mistakes.
 
-Rules that need only the text of the file are in cluster/config. The rules in this module need more: a model
-folder on this machine, the files that the configuration names, the restrictions of pods, or a chart's values.
+Rules that need only the text of the file are in cluster/config. The rules in this module need more: a model folder on
+this machine, the files that the configuration names, the restrictions of pods, or a chart's values.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Builds a model's tokenizer bundle in a separate process: `python -m cluster.controller.bundling SETTINGS FOLDER`.
 
-Loading a tokenizer as the engine does needs an import of transformers, which takes seconds and hundreds of megabytes.
-A separate process keeps this cost out of the controller. The process writes the bundle to FOLDER/<digest> and
-prints `{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
+Loading a tokenizer as the engine does needs an import of transformers, which takes seconds and hundreds of megabytes. A
+separate process keeps this cost out of the controller. The process writes the bundle to FOLDER/<digest> and prints
+`{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ FILE = "last-good-models.json"
 def with_last_good(found: PartialConfig, folder: Path) -> PartialConfig:
     """Replace each invalid model entry by the model's last valid entry. Store the valid entries for the next start.
 
-    A model stays held (see HeldModel) if it has no last valid entry, or if that entry would make the
-    configuration invalid.
+    A model stays held (see HeldModel) if it has no last valid entry, or if that entry would make the configuration
+    invalid.
     """
     path = folder / FILE
     before = _read(path)

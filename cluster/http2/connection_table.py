@@ -39,8 +39,8 @@ MEAN_LIFETIME_S: Final = 0.2
 replace others; further connections wait in the socket's queue."""
 UNREAD_S: Final = 0.1
 UNREAD_PASSES: Final = 10
-"""Two age limits of a connection: UNREAD_S in seconds, UNREAD_PASSES in accept passes. Until a
-connection is older than both limits, its received bytes may be unread."""
+"""Two age limits of a connection: UNREAD_S in seconds, UNREAD_PASSES in accept passes. Until a connection is older than
+both limits, its received bytes may be unread."""
 BURST_PART: Final = 4
 """Divisor of a port's cap: a quarter of the connections may be replaced at once."""
 MAX_CHECKS: Final = 16

@@ -5,8 +5,8 @@ The reader returns one frame at a time, with limits that apply before bytes are 
 which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
 
 Response headers are literals that are not added to the dynamic header table (RFC 7541, 6.2.2), so encoding needs no
-state. The first header block of a connection sets the size of this table to zero. Each time the client has changed
-the table's size limit, the next header block sets the size to zero again.
+state. The first header block of a connection sets the size of this table to zero. Each time the client has changed the
+table's size limit, the next header block sets the size to zero again.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ def _parsed(head: bytes, body: bytes) -> Frame:
 
 
 def _check_size_updates(block: bytes) -> None:
-    """Raise ProtocolError if a block has more changes of the header table's size than the protocol allows. The limit
-    is needed because each byte of a change costs the decoder microseconds, but is not charged as a header field."""
+    """Raise ProtocolError if a block has more changes of the header table's size than the protocol allows. The limit is
+    needed because each byte of a change costs the decoder microseconds, but is not charged as a header field."""
     at = updates = 0
     while at < len(block) and block[at] & 0xE0 == 0x20:
         updates += 1

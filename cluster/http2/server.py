@@ -46,8 +46,8 @@ class Gate(Protocol):
     async def admit(self, call: ServerCall) -> str | None:
         """Return the tenant whose budget the request counts against; None for a method that needs no credential.
 
-        The gate refuses a call by `call.abort`. If the request is still incomplete after the first `admit`, the
-        server calls `admit` a second time, once the request is complete."""
+        The gate refuses a call by `call.abort`. If the request is still incomplete after the first `admit`, the server
+        calls `admit` a second time, once the request is complete."""
 
 
 class CallRunner:

@@ -35,7 +35,7 @@ class SloObjective:
 
 @dataclass(frozen=True, slots=True)
 class SloSum:
-    """How many calls of a tenant to a model met or missed the model's SLO.
+    """The numbers of calls of a tenant to a model that met or missed the model's SLO.
 
     `objective` is None for a model that is not in the catalog. `not_judged` counts the calls of such a model, invalid
     calls, and calls that their callers cancelled before the first token was late. `unknown` counts calls of lost

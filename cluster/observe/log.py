@@ -66,8 +66,8 @@ def configure_as_parent() -> None:
 
 
 def flush(timeout_s: float = END_S) -> None:
-    """Wait until all lines are written, at most `timeout_s` for each output. Call this
-    function before a process ends itself without the exit handlers."""
+    """Wait until all lines are written, at most `timeout_s` for each output. Call this function before a process ends
+    itself without the exit handlers."""
     for waits in _at_flush:
         waits(timeout_s)
 
@@ -146,8 +146,8 @@ def _render(fields: Mapping[str, str], event: Event) -> str:
 def keep_handlers_open(logger: logging.Logger) -> None:
     """Make the handlers of a logger ignore `close` until the process ends.
 
-    vLLM calls logging.dictConfig, which closes all handlers, including the handler of Ray Serve's log file. With
-    that handler closed, this replica could not report its log file to a restarted Serve controller, and the controller
-    would replace the replica."""
+    vLLM calls logging.dictConfig, which closes all handlers, including the handler of Ray Serve's log file. With that
+    handler closed, this replica could not report its log file to a restarted Serve controller, and the controller would
+    replace the replica."""
     for handler in logger.handlers:
         handler.close = handler.flush  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """W3C trace context: the trace to which a call belongs, and whether the call is sampled. Pure.
 
-Source: https://www.w3.org/TR/trace-context/ (traceparent version 00; of later versions, only
-the fields of version 00 are read).
+Source: https://www.w3.org/TR/trace-context/ (traceparent version 00; of later versions, only the fields of version 00
+are read).
 """
 
 from __future__ import annotations

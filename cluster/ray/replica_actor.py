@@ -177,6 +177,5 @@ PASSED_ON = (
     "RAY_AUTH_MODE",
 )
 """Environment variables that replicas inherit from the deploying process. No secret may be listed, since Ray's
-dashboard shows the variables. No name of a network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) may be
-listed: a replica gets this name from the environment of its own node, and the names may differ between worker
-groups."""
+dashboard shows the variables. No name of a network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) may be listed: a
+replica gets this name from the environment of its own node, and the names may differ between worker groups."""

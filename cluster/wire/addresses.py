@@ -40,8 +40,8 @@ class GatewayAddresses:
         choose: Callable[[Sequence[str]], tuple[str, ...]] = tuple,
     ) -> None:
         """`configured`: addresses `host:port` and DNS names `srv://NAME`. `resolve` looks up a NAME; the addresses in
-        the last answer belong to the known addresses. `choose` selects the addresses to dial from the known
-        addresses; by default all."""
+        the last answer belong to the known addresses. `choose` selects the addresses to dial from the known addresses;
+        by default all."""
         self._choose = choose
         self._configured = tuple(dict.fromkeys(entry for entry in configured if not dns.is_dns_name(entry)))
         self._names = tuple(dict.fromkeys(entry for entry in configured if dns.is_dns_name(entry)))

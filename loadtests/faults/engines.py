@@ -2,9 +2,9 @@
 the middle.
 
 Sixteen calls begin together. When each call has received a drawn number of pieces, the worker that runs most of the
-calls is cut off, stopped or killed; in half of the batches a second fault follows, so that calls lose two workers.
-The gateway's metrics say how many sequences were resumed after a fault. A fault that hit no sequence, because all calls
-had just ended, does not count. A killed engine needs half a minute to return. Meanwhile the other worker serves alone:
+calls is cut off, stopped or killed; in half of the batches a second fault follows, so that calls lose two workers. The
+gateway's metrics say how many sequences were resumed after a fault. A fault that hit no sequence, because all calls had
+just ended, does not count. A killed engine needs half a minute to return. Meanwhile the other worker serves alone:
 faults on that worker are cuts or stops, after which its calls resume on the same worker.
 
 Every answer is compared with the answer to the same call without a fault. The undisturbed calls are made twice, in

@@ -60,8 +60,8 @@ class Spec:
     pre_stop_s: float = 0.0
     ready_port: int = 0
     ready_service: str = ""
-    """Name of the service that the readiness probe checks with grpc.health.v1. If the probe is
-    absent, `ready_port` is 0.
+    """Name of the service that the readiness probe checks with grpc.health.v1. If the probe is absent, `ready_port` is
+    0.
     """
     ready_period_s: float = 5.0
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -9,8 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TRITON = ROOT / ".triton"
-"""Folder in which `make triton` installs Triton. The folder is outside the engine's environment, since vLLM would
-try to use a Triton inside it.
+"""Folder in which `make triton` installs Triton. The folder is outside the engine's environment, since vLLM would try
+to use a Triton inside it.
 """
 
 

@@ -139,8 +139,8 @@ class Cluster:
         return number
 
     def kill_gateway(self, number: int) -> list[RoutedCall]:
-        """Kill a gateway. Its running calls continue without a gateway. Returns the calls that waited; they
-        must be sent again."""
+        """Kill a gateway. Its running calls continue without a gateway. Returns the calls that waited; they must be
+        sent again."""
         gateway = self.gateways.pop(number)
         for worker in self.workers:
             worker.detach(number)

@@ -33,7 +33,7 @@ INDEX_BLOCKS = 1 << 18
 
 @dataclass(eq=False, slots=True)
 class _Link:
-    """What a gateway knows of one worker. For each call without output, `prefill` has the prompt tokens to compute and
+    """A gateway's knowledge of one worker. For each call without output, `prefill` has the prompt tokens to compute and
     `sent_at` the time of the Submit. `last_first`: time of the latest first token of any call."""
 
     balance: CreditBalance = field(default_factory=CreditBalance)

@@ -24,8 +24,8 @@ BLOCKS, SPEED = 3000, 1.0
 KILL_S, FOR_S, WINDOW_S, GRID_S = 600.0, 60.0, 5.0, 0.05
 ENOUGH = 0.98
 STAMP_S = 3.0
-"""Resolution of the trace's times. Calls with equal times are spread over this time, so that calls arrive
-throughout it."""
+"""Resolution of the trace's times. Calls with equal times are spread over this time, so that calls arrive throughout
+it."""
 BACK = "a gateway killed, another started under load: hit rate back after"
 ROWS: Mapping[str, Bound] = {BACK: Bound("<=", 2.0)}
 

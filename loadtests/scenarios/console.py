@@ -12,8 +12,8 @@ from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import play_parts
 
 PARTS = ("memory", "pages", "access", "hostile", "roles", "tasks", "cost")
-"""Names of the modules of loadtests/console. `cost` is last, because that part binds this process and its
-child processes to cores.
+"""Names of the modules of loadtests/console. `cost` is last, because that part binds this process and its child
+processes to cores.
 """
 
 

@@ -5,8 +5,8 @@
 
 `--modules` runs the command line unchanged and writes the names of all imported modules at the end. `--stalls` runs the
 same gateway and samples the event loop every few milliseconds; at every SIGUSR1 the program writes the worst lateness
-and the number of tasks. `--without-metrics` runs the command line with counters and histograms that count nothing.
-No configuration can turn off counters and histograms.
+and the number of tasks. `--without-metrics` runs the command line with counters and histograms that count nothing. No
+configuration can turn off counters and histograms.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ more. A list of all values would itself make memory grow.
 
 class Stalls:
     """Lateness of the event loop. `cpu_s`: the loop thread's own CPU time within the worst stall. If this time is much
-    shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: the
-    largest lateness, if each lateness is limited to the CPU time that the process used meanwhile.
+    shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: the largest
+    lateness, if each lateness is limited to the CPU time that the process used meanwhile.
     """
 
     def __init__(self, path: Path, begins_later: bool = False) -> None:

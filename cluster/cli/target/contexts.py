@@ -156,8 +156,8 @@ class ClusterTarget:
     """The cluster that a command uses.
 
     A target without `endpoint` and `admin` stands for the local cluster that is up. If no local cluster is up, the
-    target stands for the default endpoint.
-    `tls_ca_is_general`: the CA is from HEADRACE_TLS_CA, which a local cluster does not use.
+    target stands for the default endpoint. `tls_ca_is_general`: the CA is from HEADRACE_TLS_CA, which a local cluster
+    does not use.
     """
 
     endpoint: str | None = None

@@ -38,8 +38,8 @@ class _Stream:
 
 
 class CurrentController:
-    """The connected controller, and the last catalog that a controller has sent. If several controllers are
-    connected, requests go to the one that has connected last."""
+    """The connected controller, and the last catalog that a controller has sent. If several controllers are connected,
+    requests go to the one that has connected last."""
 
     def __init__(
         self,

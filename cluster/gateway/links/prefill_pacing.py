@@ -5,12 +5,11 @@ recomputed. If these calls are sent together, one step becomes so long that ever
 prompts of new calls in the same step make the step even longer. If the calls are sent one by one, each after the first
 token of the previous call, every other step has no prefill. Invariants: a request is counted from its submission until
 a step that computes it has begun. Requests that have ended are not counted. A step begins when the previous step ends,
-and computes the requests that the engine has accepted by then, up to the step's token capacity.
-The upper bound is called the budget. It is the number of tokens that makes a step STRETCH times as long as the 95th
-percentile of the step lengths.
-The budget follows from the cost of a prompt token at this worker, which is learned from steps that produced a first
-token. Before the cost is known, the budget is half a step's token capacity. The prompts of other gateways are invisible
-to this gateway and make its own prompts look more expensive, so the budget has a minimum."""
+and computes the requests that the engine has accepted by then, up to the step's token capacity. The upper bound is
+called the budget. It is the number of tokens that makes a step STRETCH times as long as the 95th percentile of the step
+lengths. The budget follows from the cost of a prompt token at this worker, which is learned from steps that produced a
+first token. Before the cost is known, the budget is half a step's token capacity. The prompts of other gateways are
+invisible to this gateway and make its own prompts look more expensive, so the budget has a minimum."""
 
 from __future__ import annotations
 

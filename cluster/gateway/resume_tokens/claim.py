@@ -59,8 +59,8 @@ class ResumeClaims:
         self._gateway = gateway
 
     async def claim(self, chain: TokenChain, lasts_s: float) -> ResumeClaim:
-        """Claim the call's continuation after `chain`, for `lasts_s` seconds. Raises CallError if the call was
-        already resumed after the same tokens, or was resumed too often."""
+        """Claim the call's continuation after `chain`, for `lasts_s` seconds. Raises CallError if the call was already
+        resumed after the same tokens, or was resumed too often."""
         call_id, maker = chain.call_head.call_id, chain.maker
         first_claims, after = self._first_claims, maker.generation
         # All three claims at once: each of them waits for the store, and all streams of a lost gateway resume at the

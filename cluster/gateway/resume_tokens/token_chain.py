@@ -185,8 +185,8 @@ def digest_of(sealed: bytes) -> bytes:
 
 
 def encode_one(number: int, expires_s: int, before: bytes, chars: int, token_id: int) -> bytes:
-    """Return the content of a resume token that adds one id to choice 0. The choice must not have finished. This
-    is a fast path of `encode`."""
+    """Return the content of a resume token that adds one id to choice 0. The choice must not have finished. This is a
+    fast path of `encode`."""
     return _SINGLE_ID.pack(number, expires_s, before, 1, 0, 0, chars, 1, token_id)
 
 

@@ -32,8 +32,7 @@ MAX_BLOCKS: Final = 1 << 24
 """Maximum number of different blocks in an index."""
 BATCH_BYTES: Final = 8 * 1024
 """Total size of a worker's waiting reports at which they are applied. Smaller reports wait and are applied together,
-since each change of an index has a fixed cost. A call that reads the index first applies some of the
-small reports."""
+since each change of an index has a fixed cost. A call that reads the index first applies some of the small reports."""
 APPLIED_AT_ONCE: Final = 16
 """Number of workers whose small reports a call applies before it reads the index, which takes about a millisecond. The
 reports of further workers are applied later, so that the cost of a call does not grow with the number of workers."""

@@ -25,9 +25,9 @@ class Snapshots:
     def read(self, before: AccessSnapshot | None = None) -> AccessSnapshot:
         """Return the newest snapshot. Raises StoreUnavailable.
 
-        With `before`, only rows that were changed after the snapshot `before` are read. If rows were deleted
-        since, all rows are read. If no row was changed, the result is a copy of `before` with a new `taken_at_s`
-        and the same maps.
+        With `before`, only rows that were changed after the snapshot `before` are read. If rows were deleted since, all
+        rows are read. If no row was changed, the result is a copy of `before` with a new `taken_at_s` and the same
+        maps.
         """
         taken_at_s = self._clock()  # before the read, so that the snapshot is at least as recent as taken_at_s
         with reading(self._engine) as connection:

@@ -89,8 +89,8 @@ class UsageRecord:
     not end, and in records with `delivered_unknown`. `gpu` is the accelerator's type and determines the price of
     `gpu_seconds`. `outcome` is the value of an Outcome. `worker`, `pod` and `node` are the place where the call ended.
     `gateway` is the gateway that admitted the call. `trace_id` is the id of the call's trace, empty for a call that was
-    not sampled and whose caller named no trace. Records of older releases have empty values for `worker`, `pod`,
-    `node` and `gateway`.
+    not sampled and whose caller named no trace. Records of older releases have empty values for `worker`, `pod`, `node`
+    and `gateway`.
     """
 
     record_id: str

@@ -15,8 +15,8 @@ from collections.abc import Collection, Set
 
 
 class AdapterMemory:
-    """The adapters in one engine's memory, by digest. An adapter counts as in use even while it waits for
-    memory and is not held yet."""
+    """The adapters in one engine's memory, by digest. An adapter counts as in use even while it waits for memory and is
+    not held yet."""
 
     def __init__(self, slots: int, capacity: int) -> None:
         """`slots`: number of adapters that one step can compute; `capacity`: number of adapters that the memory can

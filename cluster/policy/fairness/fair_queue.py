@@ -237,8 +237,8 @@ class FairOrder:
     def sweep(self, now: float) -> None:
         """Forget gateways that are silent for `idle_s`, and idle tenants whose counters are at the floor.
 
-        The caller runs this method once a second. The method also records which classes have guests. Slots are
-        reserved for guests (reserved_slots.py).
+        The caller runs this method once a second. The method also records which classes have guests. Slots are reserved
+        for guests (reserved_slots.py).
         """
         self._flows.advance(now)
         for key, change in self._peer_backlogs.silent_since(now - self._idle_s).items():

@@ -26,8 +26,8 @@ from cluster.policy.kv_cache.holder_sets import MAX_WORKER, HolderSets, Words
 from cluster.policy.kv_cache.prefix_hashes import Hashes
 
 _SHORT: Final = 512
-"""Largest number of blocks of a short prompt. All blocks of a short prompt are looked up, but only some blocks
-of a longer prompt."""
+"""Largest number of blocks of a short prompt. All blocks of a short prompt are looked up, but only some blocks of a
+longer prompt."""
 _STRIDE: Final = 16
 _EXPIRED_AT_ONCE: Final = 512
 """Largest number of expectations that one call of `maintain` ends, in about two milliseconds."""

@@ -86,8 +86,8 @@ class RoutingSettings:
 
 
 def settings_for(settings: RoutingSettings, largest: int) -> RoutingSettings:
-    """Return the settings for a model whose largest worker has `largest` slots. If `largest` is below MIN_SLOTS,
-    `full` is reduced, so that a sequence at the largest worker costs as much as at one with MIN_SLOTS slots."""
+    """Return the settings for a model whose largest worker has `largest` slots. If `largest` is below MIN_SLOTS, `full`
+    is reduced, so that a sequence at the largest worker costs as much as at one with MIN_SLOTS slots."""
     if largest >= MIN_SLOTS:
         return settings
     weights = settings.weights

@@ -167,8 +167,8 @@ class Fleet:
         return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), full)
 
     def _full_holders(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> Sequence[FullHolder]:
-        """Return workers without room that cost less than the chosen worker. Only workers that hold at least as much
-        of the prompt as the chosen worker are considered, and at most MAX_HOLDERS of them."""
+        """Return workers without room that cost less than the chosen worker. Only workers that hold at least as much of
+        the prompt as the chosen worker are considered, and at most MAX_HOLDERS of them."""
         here = call.cached.get(chosen.worker_id, 0)
         if self.settings.policy != "cost":
             return ()

@@ -4,9 +4,9 @@ Problem. A link costs both sides CPU even while nothing runs, so with many worke
 connects to some gateways only. Every gateway still needs workers of each model.
 
 Invariants. Each worker chooses by itself, from the names of the gateways alone. All gateways get about the same number
-of workers. A gateway that comes or goes changes at most one link of a worker, unless the number of links of each
-worker changes with the number of gateways. A gateway gets LEAST_WORKERS workers of a model on average, or all workers
-of a model that has fewer.
+of workers. A gateway that comes or goes changes at most one link of a worker, unless the number of links of each worker
+changes with the number of gateways. A gateway gets LEAST_WORKERS workers of a model on average, or all workers of a
+model that has fewer.
 
 Source: rendezvous hashing, see rendezvous.py.
 """

@@ -1,8 +1,8 @@
 """Bounded memory of a gateway's routing decisions, for explanations of single calls.
 
 Problem: an operator asks only afterwards why a call was sent to a worker, often when the call has ended. Each decision
-has a score for each worker, so keeping all scores would fill the memory, and formatting them would cost each call
-more than the routing itself.
+has a score for each worker, so keeping all scores would fill the memory, and formatting them would cost each call more
+than the routing itself.
 
 Invariants: the estimated size of the memory never exceeds `max_bytes`, and the oldest calls are forgotten first. In a
 fleet of up to MAX_CANDIDATES workers, the scores of a decision are read only when its call is explained. In a larger

@@ -66,8 +66,8 @@ def switch_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
 def uncached_of(call: RouteCall, cached: float) -> float:
     """Return how many tokens of a call count as uncached at a worker that holds `cached` tokens.
 
-    The number of tokens that only other workers hold is divided by 1 + `call.sharing`: recent calls with
-    the same prefix need these tokens too, so the call counts only its share."""
+    The number of tokens that only other workers hold is divided by 1 + `call.sharing`: recent calls with the same
+    prefix need these tokens too, so the call counts only its share."""
     uncached = call.tokens - min(cached, call.tokens)
     if not call.sharing or not call.cached:
         return uncached

@@ -28,8 +28,8 @@ MIN_COUNT = 50.0
 RELEARNT_S = 1.0
 """Age in seconds at which the time for a size class is computed anew."""
 SIZES = 24
-"""Number of size classes: class i has the prompts of 2**(i - 1) to 2**i - 1 tokens; the last class also has all
-longer prompts."""
+"""Number of size classes: class i has the prompts of 2**(i - 1) to 2**i - 1 tokens; the last class also has all longer
+prompts."""
 MAX_MODELS = 1_000
 MAX_WORKERS = 4_096
 """Largest number of workers of a model whose groups are remembered. Beyond it, all workers are assigned to groups

@@ -80,8 +80,8 @@ class NewAssignment:
 
     def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
         """Return the full worker that a sequence should wait for, or None. A sequence that may begin on several
-        versions does not wait: meanwhile another sequence of its call could begin on another version, but all
-        sequences of a call must begin on the same version."""
+        versions does not wait: meanwhile another sequence of its call could begin on another version, but all sequences
+        of a call must begin on the same version."""
         has_choice = len(self._versions.get(entry.call_id, ANY_VERSION).all) > 1
         return None if has_choice else self._aside.best(entry, decision.full_holders)
 

@@ -1,5 +1,5 @@
-"""The parser process: one process of a worker that parses the outputs of all its requests. A worker that
-also renders chats does so in a second process of the same kind, so that no render delays tokens.
+"""The parser process: one process of a worker that parses the outputs of all its requests. A worker that also renders
+chats does so in a second process of the same kind, so that no render delays tokens.
 
 Each process is a fork of the fork server, which has imported vLLM, or a new interpreter where there is no fork server.
 The process answers the worker's messages in order, and ends when the worker closes the connection. If a parse hangs at

@@ -35,8 +35,8 @@ LEAVE_TEXT_UNCHANGED = frozenset(
         "xlam",
     }
 )
-"""Parsers of tool calls that leave the text of an answer without tools unchanged. All other
-parsers drop the marks of a tool call even from such an answer."""
+"""Parsers of tool calls that leave the text of an answer without tools unchanged. All other parsers drop the marks of a
+tool call even from such an answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,8 +72,8 @@ def fetch(
     """Fetch the files of `source` that match a pattern; return their folder below `root`. Blocks. Raises FetchError.
 
     `needed`: the file without which the source is useless. `web_names`: the names of the files to try on a web server;
-    empty for the files of a model. `most_bytes`: largest allowed size of a file, by name; no file is fetched if
-    one is larger.
+    empty for the files of a model. `most_bytes`: largest allowed size of a file, by name; no file is fetched if one is
+    larger.
     """
     target = root / hashlib.sha256(source.encode()).hexdigest()[:32]
     target.mkdir(parents=True, exist_ok=True)

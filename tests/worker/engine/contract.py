@@ -372,7 +372,8 @@ class EngineContract:
         assert all(output.logprobs is None for output in answer.outputs)
 
     async def test_an_abort_frees_the_slot(self, engine: Subject) -> None:
-        """A request is gone without further output once a later request has ended; other requests are unchanged."""
+        """An aborted request is gone, without further output, in the step that answers a request submitted after the
+        abort. Other requests are unchanged."""
         driver = Driver(engine)
         prompts = [engine.prompt(11), engine.prompt(12)]
         (undisturbed,) = await driver.run(request(prompts[0], max_tokens=12))
@@ -380,7 +381,7 @@ class EngineContract:
         goes = await driver.submit(request(prompts[1], max_tokens=64))
         await driver.until(lambda: len(driver.answers[goes].outputs) >= 2)
         await driver.abort([goes, "never-submitted"])
-        # Not two steps: an engine in another process may be many steps ahead of what this process has read.
+        # An engine in another process may be many steps ahead of what was read here, so steps cannot be counted here.
         await driver.run(request(engine.prompt(18), max_tokens=1))
         assert driver.engine.load().running <= 1
         await driver.until(lambda: driver.answers[stays].finish is not None)

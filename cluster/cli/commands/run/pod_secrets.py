@@ -75,9 +75,9 @@ def pod_certificates(
     host: HostOption = None,
     days: DaysOption = DAYS,
 ) -> None:
-    """Print new certificates and no other secret. These are the certificates of the link and of the client ports.
-    `... | kubectl apply -f -` replaces the cluster's certificates with the new ones. The authorities in the folder
-    issue the new certificates, so clients and workers that trust the old certificates also trust the new ones."""
+    """Print new certificates and no other secret. These are the certificates of the link and of the client ports. `...
+    | kubectl apply -f -` replaces the cluster's certificates with the new ones. The authorities in the folder issue the
+    new certificates, so clients and workers that trust the old certificates also trust the new ones."""
     _print(lambda: renewal(namespace, name, host or (), authority, days))
 
 

@@ -1,4 +1,4 @@
-"""How many replicas each model has and should have, with the controller's reason for its last decision.
+"""The number of replicas that each model has and should have, with the controller's reason for its last decision.
 
 The numbers are in the catalog. The reasons are requested from the controller while a console is open, for a few models
 at a time and at most once in REFRESH_S for each model. A reason is kept until the next answer.

@@ -1,9 +1,9 @@
 """Conversion of the messages of a chat into the form that the model's template takes.
 
-Source: vLLM 0.32's server (`renderers/chat_utils.py`, `renderers/hf.py`). transformers passes messages on as they
-are. vLLM's server does not: it converts contents to the form that the template takes, passes a missing content as an
-empty one, passes tool results as text, and turns developer messages into one system message if the template does not
-know the role `developer`.
+Source: vLLM 0.32's server (`renderers/chat_utils.py`, `renderers/hf.py`). transformers passes messages on as they are.
+vLLM's server does not: it converts contents to the form that the template takes, passes a missing content as an empty
+one, passes tool results as text, and turns developer messages into one system message if the template does not know the
+role `developer`.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ class InputEncoder:
     def _batch(
         self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool, keep: int | None
     ) -> Sequence[Encoding]:
-        """Return the encodings of the inputs with these numbers. A text with more than `keep` tokens may
-        be encoded only in part, see `_beginnings`. Raises what the tokenizer raises."""
+        """Return the encodings of the inputs with these numbers. A text with more than `keep` tokens may be encoded
+        only in part, see `_beginnings`. Raises what the tokenizer raises."""
         if is_pair:
             assert isinstance(inputs, PairInputs)
             shared = inputs.first[0] if len(inputs.first) == 1 else None

@@ -45,8 +45,8 @@ class PromptEncoder:
         return list(encoding.ids)
 
     def ids(self, prompt: PromptText, tenant: str, cache_salt: str) -> array[int]:
-        """Return the token ids of a prompt. Prompts share blocks only if they have the same `tenant` and the
-        same `cache_salt`."""
+        """Return the token ids of a prompt. Prompts share blocks only if they have the same `tenant` and the same
+        `cache_salt`."""
         if (
             len(prompt.text) <= ENCODE_OFFLOAD_CHARS
             or (recall := self.recall(tenant, cache_salt, prompt.field)) is None

@@ -55,8 +55,8 @@ class Backtest:
 class Arrivals:
     """A stretch of demand: its load in replicas, and its number of calls.
 
-    `slack_s`: time that a call may wait in the queue within the SLO. `behind_s`: the most outstanding decoding
-    work, in replica-seconds, with which streams still keep the pace of the SLO.
+    `slack_s`: time that a call may wait in the queue within the SLO. `behind_s`: the most outstanding decoding work, in
+    replica-seconds, with which streams still keep the pace of the SLO.
     """
 
     load: float

@@ -28,11 +28,10 @@ POINTS: dict[str, tuple[str, ...]] = {
 
 The points are: `submit`, when a request is accepted; `adapter`, when an adapter is loaded; `prefill`, at the start of a
 step with prompt tokens; `step`, at the start of any step; `last_token`, at the start of a step in which a request
-reaches max_tokens.
-The actions are: die: EngineDead. kill: SIGKILL to the own process. hang: steps stop while everything else continues.
-slow: the step, or the load of the adapter, takes SECONDS longer; at `prefill` the engine reports this time as work.
-block: the event loop is blocked for SECONDS. nan: one request of the step ends with finish ERROR. wrong: all tokens
-from then on are wrong. refuse: EngineRefused.
+reaches max_tokens. The actions are: die: EngineDead. kill: SIGKILL to the own process. hang: steps stop while
+everything else continues. slow: the step, or the load of the adapter, takes SECONDS longer; at `prefill` the engine
+reports this time as work. block: the event loop is blocked for SECONDS. nan: one request of the step ends with finish
+ERROR. wrong: all tokens from then on are wrong. refuse: EngineRefused.
 """
 
 _TIMED = ("slow", "block")

@@ -116,8 +116,8 @@ class SequenceBlocks:
     __slots__ = ("_cache", "_hashes", "_held", "_private", "_root", "_salt", "_size")
 
     def __init__(self, cache: KvCache, size: int, root: int, salt: tuple[str, str] = ("", "")) -> None:
-        """Create an object that holds no blocks yet. `size`: tokens in a block. `salt`: cache salt and adapter.
-        `root`: hash of `salt`, from which the first block's hash is computed."""
+        """Create an object that holds no blocks yet. `size`: tokens in a block. `salt`: cache salt and adapter. `root`:
+        hash of `salt`, from which the first block's hash is computed."""
         self._salt = salt
         self._cache = cache
         self._size = size

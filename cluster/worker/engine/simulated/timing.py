@@ -10,8 +10,8 @@ from cluster.observe.trace_context import is_sampled
 
 
 class SimTiming:
-    """The times at which each request of a sampled call was submitted and first scheduled. The times of a
-    request are kept until its first output."""
+    """The times at which each request of a sampled call was submitted and first scheduled. The times of a request are
+    kept until its first output."""
 
     def __init__(self) -> None:
         self._submitted: dict[str, float] = {}

@@ -54,8 +54,8 @@ def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
 
     Limits (max_tokens, stops, ...) are not part of the hash. The position at which the output begins is part of the
     hash only if the request uses a feature that depends on the output tokens: a frequency or presence penalty, a seed,
-    or a grammar. For all other requests a resumed output continues as if the emitted ids were part of the prompt, as
-    in a real engine.
+    or a grammar. For all other requests a resumed output continues as if the emitted ids were part of the prompt, as in
+    a real engine.
     """
     s = request.sampling
     bias = tuple(sorted(s.logit_bias.items()))

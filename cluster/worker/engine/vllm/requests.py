@@ -336,8 +336,8 @@ def _clamped(sampling: Sampling) -> dict[int, float] | None:
 
 
 def refusal(error: Exception, default_field: str = "") -> EngineRefused:
-    """Return the refusal for an error of vLLM's validation. The refused field is the
-    error's parameter, or `default_field` if the error names none."""
+    """Return the refusal for an error of vLLM's validation. The refused field is the error's parameter, or
+    `default_field` if the error names none."""
     field = getattr(error, "parameter", None) or default_field
     message = str(error.args[0] if error.args else error)[:MAX_MESSAGE_CHARACTERS]
     return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {message}" if field else message, field)

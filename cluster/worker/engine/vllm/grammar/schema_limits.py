@@ -38,8 +38,8 @@ def string_problem(keyword: str, value: object) -> str:
 
 
 def number_problem(value: object, is_whole: bool) -> str:
-    """Return what is wrong with the value of a keyword that bounds numbers; empty if the value is enforced.
-    `is_whole`: whether the keyword bounds integers."""
+    """Return what is wrong with the value of a keyword that bounds numbers; empty if the value is enforced. `is_whole`:
+    whether the keyword bounds integers."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "must be a number"
     if is_whole and value != int(value):

@@ -1,7 +1,7 @@
 """Regular expressions in JSON schemas: the part of the syntax that the grammar compiler enforces.
 
-xgrammar matches a pattern against the text between a JSON string's quotes. It ignores look-ahead, and anchors inside
-an expression. It reads some escapes as letters. In some expressions it confuses a `*` with a large count that follows.
+xgrammar matches a pattern against the text between a JSON string's quotes. It ignores look-ahead, and anchors inside an
+expression. It reads some escapes as letters. In some expressions it confuses a `*` with a large count that follows.
 
 A `.` or a class may match quotes, backslashes and control characters. Usually xgrammar excludes these characters from
 the compiled grammar. For some expressions it cannot exclude them: the output may then contain them unescaped, and is
