@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,6 +148,7 @@ class Children:
         self.folder = folder
         self.term_s = term_s
         self.started: list[Child] = []
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     async def __aenter__(self) -> Children:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -154,6 +156,15 @@ class Children:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(child.stop() for child in reversed(self.started)))
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    @property
+    def temporary(self) -> str:
+        """Folder for the temporary files of children that do not remove them. It is removed when all have ended."""
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="headrace-peers-", ignore_cleanup_errors=True)
+        return self._temporary.name
 
     def start(
         self,

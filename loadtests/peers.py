@@ -9,7 +9,9 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from getpass import getuser
 from pathlib import Path
+from tempfile import gettempdir
 
 from loadtests.children import Child, Children, free_port
 
@@ -106,7 +108,9 @@ async def vllm_server(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
     command += [*flags(engine), "--disable-uvicorn-access-log"]
-    child = children.start("vllm-server", "vllm server", command, environment)
+    # vLLM's server leaves its rendezvous file behind. Compiled code is shared with other engines all the same.
+    own = {"TMPDIR": children.temporary, "TORCHINDUCTOR_CACHE_DIR": f"{gettempdir()}/torchinductor_{getuser()}"}
+    child = children.start("vllm-server", "vllm server", command, {**own, **environment})
     return await _ready(child, port, ENGINE_READY_S), port
 
 

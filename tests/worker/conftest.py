@@ -1,4 +1,5 @@
-"""Fixtures of the worker tests: a cluster on the simulated engine, and a gateway's side of the links."""
+"""Fixtures of the worker tests: a cluster on the simulated engine, a gateway's side of the links, and the end of what a
+failed test leaves in an engine."""
 
 from __future__ import annotations
 
@@ -8,8 +9,16 @@ import pytest
 
 from tests.gateway.conftest import bundle, checkpoint, cluster
 from tests.support.serving import Door, open_door
+from tests.worker.engine.contract import abort_unfinished
 
 __all__ = ["bundle", "checkpoint", "cluster"]
+
+
+@pytest.fixture(autouse=True)
+async def _shared_engines_are_left_empty() -> AsyncIterator[None]:
+    """Abort the requests that a failed test has left behind in an engine, which other tests share."""
+    yield
+    await abort_unfinished()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from cluster.api.types import ModelSpec
 from cluster.worker.engine.processes import sockets
 from cluster.worker.engine.vllm.engine import VllmEngine
 from tests.support.checkpoints import build_checkpoint
-from tests.worker.engine.contract import Subject, abort_unfinished
+from tests.worker.engine.contract import Subject
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -36,13 +36,6 @@ def tiny_spec(**changes: object) -> ModelSpec:
     engine = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8, "max_num_batched_tokens": 128, "block_size": 32}
     base: dict[str, object] = {"dtype": "float32", "max_model_len": 1024, "engine": engine}
     return ModelSpec("tiny", "unused", **(base | changes))  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-async def _shared_engines_are_left_empty() -> AsyncIterator[None]:
-    """Abort the requests that a test has left behind in a shared engine."""
-    yield
-    await abort_unfinished()
 
 
 @pytest.fixture(scope="session")
