@@ -82,7 +82,7 @@ client-suites: suites ## the own test suites of the clients openai, anthropic an
 fuzz: setup ## throw bytes and messages at every port, FUZZ_S=60 seconds each (FUZZ_SEED=n repeats a run)
 	FUZZ_S=$(or $(FUZZ_S),60) $(VENV)/python -m pytest tests/fuzz $(ARGS)
 
-check: setup ## format, lint, types, protos, generated code, architecture
+check: setup ## format, lint, types, protos, generated code and pages, architecture
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/mypy
@@ -90,7 +90,7 @@ check: setup ## format, lint, types, protos, generated code, architecture
 	scripts/protos.sh --check
 	PYTHONPATH=. $(VENV)/python scripts/chart_schema.py --check
 	PYTHONPATH=. $(VENV)/python -m scripts.dashboards --check
-	$(VENV)/python -m pytest -q tests/test_architecture.py
+	$(VENV)/python -m pytest -q tests/test_architecture.py tests/test_reference.py tests/cli/test_help.py
 
 format: setup ## let ruff put format and imports right
 	$(VENV)/ruff format .
