@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cluster.api.adapters import AdapterSpec
+from cluster.api.frozen import frozen_dataclass
 from cluster.api.output_parts import OutputParsing, ParsedOutput
 from cluster.api.pooling import PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.request_times import RequestTimes
@@ -43,7 +44,7 @@ class Grammar:
     """Arguments of the chat template as a JSON object, which the engine's reasoning parser reads; "" for none."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class Sampling:
     """Sampling parameters for the engine, with the model's defaults applied. The gateway handles stop strings.
 
@@ -81,7 +82,7 @@ POOLING_SAMPLING: Final = Sampling(max_tokens=1, temperature=0.0)
 older release, which does not know pooling, to one generated token."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class EngineRequest:
     """Request to the engine for one sequence. `emitted_token_ids`: output tokens that a resumed sequence has emitted
     before.
@@ -212,7 +213,7 @@ class EngineInfo:
         return self.block_size * self.kv_blocks
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class EngineLoad:
     """Current load of an engine. `steps` never decreases; `kv_usage` is in [0, 1]; `step_s`: seconds of the last step.
 

@@ -149,6 +149,12 @@ class Connection:
                 case events.ConnectionTerminated():
                     self.lifetime.follow_goaway()
 
+    def pause(self) -> None:
+        """Let the calls wait, because the client does not read."""
+        self.core.output.pause(True)
+        for call in self.calls.by_stream.values():
+            call.update_full()
+
     def resume(self) -> None:
         """Wake the calls that waited for the client to read."""
         self.core.output.pause(False)
@@ -224,7 +230,7 @@ class ConnectionProtocol(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """Stop writing while the client does not read."""
-        self._connection.core.output.pause(True)
+        self._connection.pause()
 
     def resume_writing(self) -> None:
         """Resume writing when the client reads again."""

@@ -36,6 +36,7 @@ class ConnectionOutput:
         self._unsent: list[bytes] = []
         self._flushing = False
         """Whether a flush of `_unsent` is scheduled for this event-loop pass."""
+        self._before_flush: list[Callable[[], None]] = []
         self._control_bytes = self._control_writes = 0
         """Numbers of bytes and writes in `_unsent` that do not belong to answers to calls, but to control frames."""
         self._must_reset_table = True
@@ -49,6 +50,14 @@ class ConnectionOutput:
     def write(self, data: bytes) -> None:
         """Queue bytes. All bytes that are queued in one event-loop pass are sent together."""
         self._unsent.append(data)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def call_before_flush(self, function: Callable[[], None]) -> None:
+        """Call a function, which may queue bytes, before the queued bytes are sent. Bytes that others gather for the
+        connection during an event-loop pass thus need no callback of their own."""
+        self._before_flush.append(function)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -96,8 +105,7 @@ class ConnectionOutput:
         """Send the remaining bytes, and close the transport once the client has read them. Idempotent."""
         self.closed = True
         self.write_h2()
-        if self._unsent:
-            self._flush()
+        self._flush()
         self._transport.close()
 
     def close_with(self, data: bytes) -> None:
@@ -117,8 +125,12 @@ class ConnectionOutput:
         self.closed = True
 
     def _flush(self) -> None:
+        if self._before_flush:
+            self._gather()
         self._flushing = False
         out, self._unsent = self._unsent, []
+        if not out:
+            return
         data = b"".join(out)
         heads = frames.HEAD_BYTES * (len(out) - self._control_writes)
         self.payload_bytes += len(data) - self._control_bytes - heads
@@ -128,6 +140,16 @@ class ConnectionOutput:
         self._transport.write(data)
         if self._on_unread is not None and self._transport.get_write_buffer_size() > self._max_unsent_bytes:
             self._on_unread()
+
+    def _gather(self) -> None:
+        """Call the functions that may queue more bytes."""
+        functions, self._before_flush = self._before_flush, []
+        for function in functions:
+            try:
+                function()
+            except Exception as error:  # the other bytes of the connection are sent all the same
+                message = "a function that gathers bytes for a connection failed"
+                self._loop.call_exception_handler({"message": message, "exception": error})
 
 
 class BlockedAnswers:

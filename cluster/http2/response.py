@@ -46,34 +46,38 @@ class ResponseWriter:
         """Bytes of messages that the flow-control windows do not allow yet."""
         self.closed = False
         """Whether no more bytes can be sent: the status was sent, the stream was reset, or the connection is lost."""
-
-    @property
-    def full(self) -> bool:
-        """Whether the client must read before more may be sent."""
-        return self._output.paused or len(self._pending) > 0
+        self.full = core.output.paused
+        """Whether the client must read before more may be sent. A plain attribute, since every token checks it."""
+        self._sends_at_once = False
+        """Whether a message is sent at once if the flow-control windows allow: the headers were sent, the answer is
+        neither full nor closed."""
 
     def send(self, message: bytes) -> None:
         """Send one serialized message as soon as the flow-control windows allow. Does nothing if the call is closed."""
-        if not self._head_sent:
-            self.send_head()
         size = len(message)
         frame = size + 5
         stream, h2 = self.stream, self._h2
         if (
-            frame < 2048
-            and not self._pending
+            self._sends_at_once
+            and frame < 2048
             and frame <= stream.outbound_flow_control_window
             and frame <= h2.outbound_flow_control_window
-            and not self.closed
         ):
             # h2.send_data would do the same for an open stream, but takes 7 µs.
             stream.outbound_flow_control_window -= frame
             h2.outbound_flow_control_window -= frame
             self._output.write(DATA_HEAD[frame] + self._id_bytes + MESSAGE_HEAD[size] + message)
             return
+        if not self._head_sent:
+            self.send_head()
         self._pending += b"\x00" + size.to_bytes(4, "big")
         self._pending += message
         self.push()
+
+    def call_before_flush(self, function: Callable[[], None]) -> None:
+        """Call a function, which may send messages, before the connection next sends bytes, in this pass of the event
+        loop or the next one."""
+        self._output.call_before_flush(function)
 
     async def wait_until_writable(self) -> None:
         """Wait until the answer is no longer full, or is closed."""
@@ -93,6 +97,7 @@ class ResponseWriter:
                 h2.max_outbound_frame_size,
             )  # fmt: skip
             if size <= 0:
+                self.update_full()
                 self.connection.blocked.add(
                     self.stream_id, self.push, of_stream=stream.outbound_flow_control_window <= 0
                 )
@@ -105,8 +110,14 @@ class ResponseWriter:
             self._send_end(self._end)
         self.wake_writers()
 
+    def update_full(self) -> None:
+        """Set `full` after a change of the pending bytes, or of what the client reads."""
+        self.full = self._output.paused or len(self._pending) > 0
+        self._sends_at_once = self._head_sent and not self.full and not self.closed
+
     def wake_writers(self) -> None:
-        """Wake waiting writers if the answer is no longer full, or is closed."""
+        """Set `full`, and wake waiting writers if the answer is no longer full, or is closed."""
+        self.update_full()
         if not self._writers or (self.full and not self.closed):
             return
         writers, self._writers = self._writers, []

@@ -1,14 +1,17 @@
 """Cost of the defences without an attack: the front-end CPU time per streamed token of this checkout, compared with
 another checkout.
 
-Both checkouts serve the same requests over a simulated engine, alternating (`relay` has the set-up). The value is the
-geometric mean of the rounds' ratios. The bound applies to the mean; the interval is reported together with the mean.
+Both checkouts serve the same requests over a simulated engine, alternating (`relay` has the set-up). Two processes that
+run the same code differ by up to a tenth, so several pairs of processes are started, and each pair serves a part of the
+rounds. The value is the geometric mean of the rounds' ratios. The bound applies to the mean; the interval is reported
+together with the mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from loadtests.children import ROOT
 from loadtests.datasets import fixed
@@ -31,6 +34,8 @@ from loadtests.scenarios.relay import (
 from loadtests.serving import ours as serving
 
 ROUNDS = 20
+PAIRS = 5
+"""Number of pairs of processes, one process of each checkout."""
 THIS, OTHER = "this checkout, ", "the other checkout, "
 BOUND = Bound("<=", 1.03)
 TITLE = "front-end CPU a streamed token, {}, against the other checkout, mean"
@@ -45,30 +50,58 @@ async def measure(stage: Stage) -> list[Figure]:
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     source = sim_source(model, stage.options.seed)
     arms: dict[str, Contestant] = {}
-    workers = []
+    checkouts = [(THIS, ROOT), (OTHER, against.resolve())]
+    rounds = max(stage.options.rounds or ROUNDS, 1)
+    pairs = min(PAIRS, rounds)
+    for pair in range(pairs):
+        first, end = (rounds * at // pairs + 1 for at in (pair, pair + 1))
+        ordered = checkouts if pair % 2 == 0 else checkouts[::-1]
+        await _play_pair(stage, arms, ordered, pair, range(first, end), bundle, source)
+    return [_figure(api, arms) for api in (GRPC, HTTP, SESSION)]
+
+
+async def _play_pair(
+    stage: Stage,
+    arms: dict[str, Contestant],
+    checkouts: Sequence[tuple[str, Path]],
+    pair: int,
+    numbers: range,
+    bundle: Path,
+    source: str,
+) -> None:
+    """Start one process of each checkout, in the given order, and run the rounds with these numbers. `arms`: the arms
+    by name; the first pair adds them."""
     # The parts of the scenario choose the arms by name, so `--only` must not filter the arms again.
     whole = replace(stage, options=replace(stage.options, only=()))
-    for prefix, checkout in ((THIS, ROOT), (OTHER, against.resolve())):
-        ours = await serving.start(
-            stage.children, stage.folder, bundle=bundle, source=source, kind=SIMULATED,
-            name=prefix.split()[1].strip(",") + "-" + prefix.split()[0], checkout=checkout,
-        )  # fmt: skip
-        workers.append(ours.worker.pid)
-        arms |= {arm.arm.name: arm for arm in our_arms(replace(whole, part=prefix), ours)}
-    roots = [root for arm in arms.values() for root, _ in arm.roots]
-    stage.report.settings["cores of the part cost"] = bind(stage.options.pin, roots, workers)
-    rounds = max(stage.options.rounds or ROUNDS, 1)
+    started: list[serving.Ours] = []
     try:
+        for prefix, checkout in checkouts:
+            ours = await serving.start(
+                stage.children, stage.folder, bundle=bundle, source=source, kind=SIMULATED,
+                name=f"{prefix.split()[1].strip(',')}-{prefix.split()[0]}-{pair + 1}", checkout=checkout,
+            )  # fmt: skip
+            started.append(ours)
+            for fresh in our_arms(replace(whole, part=prefix), ours):
+                kept = arms.setdefault(fresh.arm.name, fresh)
+                if kept is not fresh:
+                    stage.report.arms.remove(fresh.arm)
+                    kept.face, kept.roots = fresh.face, fresh.roots
+        roots = [root for ours in started for root, _ in ours.roots]
+        stage.report.settings["cores of the part cost"] = bind(
+            stage.options.pin, roots, [ours.worker.pid for ours in started]
+        )
         first = fixed(1, PROMPT_WORDS, 4, stage.options.seed)[0]
         ready = [arm for arm in arms.values() if await first_call(arm, first)]
         await alternate(
             stage, _interleaved(ready), lambda number: fixed(STREAMS, PROMPT_WORDS, TOKENS, number),
-            rounds=rounds, concurrency=STREAMS, limits=LIMITS,
+            rounds=len(numbers), concurrency=STREAMS, limits=LIMITS, first_number=numbers.start,
         )  # fmt: skip
     finally:
         for arm in arms.values():
             await arm.face.close()
-    return [_figure(api, arms) for api in (GRPC, HTTP, SESSION)]
+        for ours in started:
+            await ours.worker.stop()
+            await ours.gateway.stop()
 
 
 def _interleaved(arms: Sequence[Contestant]) -> list[Contestant]:

@@ -173,18 +173,21 @@ async def alternate(
     concurrency: int,
     limits: Limits | None = None,
     cooldown_s: float = 0.0,
+    first_number: int = 1,
 ) -> None:
     """Warm up each arm, then run every arm in turn `rounds` times, with the same requests. A broken arm is skipped.
 
     Each second round has the opposite order, so that no arm always follows the same other arm.
 
     `cooldown_s`: pause between two arms, for work that the processes of an arm still do after the arm's last call.
+    `first_number`: number of the first round.
     """
     for contestant in contestants:
         await run_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)
-    for number in range(1, rounds + 1):
+    for number in range(first_number, first_number + rounds):
         if stage.options.ends_at is not None and time.monotonic() > stage.options.ends_at:
-            stage.report.settings.setdefault("rounds cut short", []).append(f"{number - 1} of {rounds}: time was up")
+            done = f"{number - first_number} of {rounds}"
+            stage.report.settings.setdefault("rounds cut short", []).append(f"{done}: time was up")
             break
         requests = requests_of(number)
         for contestant in contestants if number % 2 else reversed(contestants):

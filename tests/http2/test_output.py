@@ -81,6 +81,27 @@ async def test_a_client_that_does_not_read_is_reported_beyond_its_allowance() ->
     assert unread.calls == 1
 
 
+async def test_bytes_that_are_gathered_before_a_flush_go_into_the_same_write() -> None:
+    """Functions are called once, before the next flush, and their bytes are part of its write. A function that fails
+    or queues nothing changes nothing for the others."""
+    sink, _, output, _ = begin()
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
+
+    def fail() -> None:
+        raise ValueError
+
+    output.call_before_flush(fail)
+    output.call_before_flush(lambda: output.write(b"gathered"))
+    output.write(b"queued,")
+    await asyncio.sleep(0)
+    assert sink.writes == [b"queued,gathered"]
+    assert [type(failure) for failure in failures] == [ValueError]
+    output.call_before_flush(lambda: None)
+    await asyncio.sleep(0)
+    assert len(sink.writes) == 1, "nothing was queued"
+
+
 async def test_what_is_queued_is_sent_before_the_close_and_nothing_after_it() -> None:
     """Closing sends the queued bytes; bytes that are queued later are dropped."""
     sink, _, output, _ = begin()

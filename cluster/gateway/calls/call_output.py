@@ -54,7 +54,11 @@ class CallOutput:
 
     def silent_s(self, now: float) -> float:
         """Return the seconds since the call's last token, last keep-alive or arrival, whichever is latest."""
-        return now - max(self._silent_since, *(sequence.last_token_at for sequence in self._sequences))
+        since = self._silent_since
+        for sequence in self._sequences:
+            if sequence.last_token_at > since:
+                since = sequence.last_token_at
+        return now - since
 
     def fall_silent(self, now: float) -> None:
         """Record that the call has had no output for a while. The API then sends a keep-alive."""

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from cluster.api.frozen import frozen_dataclass
 from cluster.api.outcomes import MAX_VIOLATIONS, CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar, Sampling
 
@@ -35,7 +36,7 @@ MAX_CHOICES = 1024
 DEFAULT_COMPLETE_TOKENS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class RequestOptions:
     """Sampling options of a request. None means that an option is unset and the model's default applies."""
 
@@ -62,7 +63,7 @@ class RequestOptions:
     max_reasoning_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class OutputOptions:
     """Options for the parsing of a chat's output into reasoning, content and tool calls."""
 
@@ -81,7 +82,7 @@ class OutputOptions:
     """Number of tool calls in the chat's history."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class ChatPrompt:
     """Chat messages for the model's chat template. Each message is a plain mapping in OpenAI's format."""
 
@@ -172,7 +173,7 @@ class ResumeFrom:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class GenerationRequest:
     """A parsed request for generation."""
 
@@ -227,7 +228,11 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 def check_options(options: RequestOptions) -> None:
     """Check the options of a request. Raises a single CallError that names every wrong field, up to MAX_VIOLATIONS."""
-    wrong = [v for name in RANGES if (v := _range_violation(name, getattr(options, name))) is not None]
+    wrong = [
+        violation
+        for name in RANGES
+        if (value := getattr(options, name)) is not None and (violation := _range_violation(name, value)) is not None
+    ]
     if options.min_tokens is not None and options.max_tokens is not None and options.min_tokens > options.max_tokens:
         wrong.append(Violation("min_tokens", f"must not be above max_tokens ({options.max_tokens})"))
     if options.seed is not None and options.seed + options.n - 1 > MAX_SEED:  # each further sequence has the next seed
@@ -286,9 +291,7 @@ def too_many(field: str, what: str, most: int, got: int) -> Violation:
     return Violation(field, f"at most {most} {what}, got {got}")
 
 
-def _range_violation(name: str, value: float | None) -> Violation | None:
-    if value is None:
-        return None
+def _range_violation(name: str, value: float) -> Violation | None:
     low, high, closed = RANGES[name]
     if not math.isfinite(value):
         return Violation(name, f"must be a finite number, got {value}")

@@ -127,7 +127,8 @@ class StreamWriter:
         """Send the text of a token directly. The link's reader calls this method."""
         transport = self._transport
         if self._open and not transport.full:
-            transport.send(self._encode_text(text))
+            encode = self._encode_text  # not called as a method of self, which Python 3.11 cannot specialize
+            transport.send(encode(text))
             return
         self._call.sequences[0].give_back(text)
         self.mark()

@@ -160,8 +160,9 @@ class QuotaReservations:
         """Return whether a reservation must be topped up now. The reservation is topped up early if the call gained
         more than half a quantum of tokens since the last pass."""
         tokens = new_tokens(held.call)
-        gained, held.seen = tokens - held.seen, tokens
-        return tokens + max(gained - QUANTUM_TOKENS // 2, 0) >= held.due
+        early = tokens - held.seen - QUANTUM_TOKENS // 2
+        held.seen = tokens
+        return (tokens + early if early > 0 else tokens) >= held.due
 
     async def _top_up(self, held: _Reservation) -> None:
         call, policy = held.call, held.call.policy

@@ -262,10 +262,8 @@ class Scheduler:
         for sequence in call.sequences:
             if sequence.finish_reason:
                 self.queues.settle(sequence)
-            elif sequence.emitted:
-                if (place := self.charges.place(sequence)) is not None:
-                    self.queues.tally.record_output(place, len(sequence.emitted))
-                self.charges.grew(sequence)
+            elif (place := self.charges.grew(sequence)) is not None:
+                self.queues.tally.record_output(place, len(sequence.emitted))
 
     def take_over(self, call: Call, generation: int) -> None:
         """Send all workers the new generation of a call that was resumed at this gateway, so that they end the call's

@@ -123,13 +123,15 @@ class ServiceCharges:
         self.fair.order(call.model).cached(sequence.key, cached_tokens)
         self._learnt_cached.observe(call.flow, call.model, cached_tokens)
 
-    def grew(self, sequence: CallSequence) -> None:
+    def grew(self, sequence: CallSequence) -> WaitingSequence | None:
         """Raise the charge of a running sequence if the sequence's output exceeds the charge. Called a few times a
-        second."""
+        second. Returns the waiting room's entry for the sequence if the charge was due; else None."""
         tokens, charge = len(sequence.emitted), self._charges.get(sequence.key)
-        if charge is not None and tokens >= charge.due:
-            self.fair.order(sequence.call.model).generated(sequence.key, tokens)
-            charge.due = tokens + GROWTH_TOKENS
+        if charge is None or tokens < charge.due or not tokens:
+            return None
+        self.fair.order(sequence.call.model).generated(sequence.key, tokens)
+        charge.due = tokens + GROWTH_TOKENS
+        return charge.place
 
     def settle(self, sequence: CallSequence) -> None:
         """Settle the service account of a sequence that has ended. Idempotent."""

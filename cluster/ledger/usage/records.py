@@ -13,9 +13,11 @@ import dataclasses
 import datetime
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from operator import attrgetter
 from typing import Any, TypeVar
+
+from cluster.api.frozen import frozen_dataclass
 
 R = TypeVar("R", "OpenRecord", "UsageRecord")
 
@@ -36,7 +38,7 @@ class RecordError(ValueError):
     """Error for an invalid record. The message names the field."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class OpenRecord:
     """The fields that are known when a call is submitted. The call's worker keeps a sealed copy.
 
@@ -78,7 +80,7 @@ class OpenRecord:
         return UsageRecord(**(_OPEN.values(self) | counts))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class UsageRecord:
     """The counts of an admitted call that has ended. Times are in seconds; `opened_at_s` counts from the epoch.
 

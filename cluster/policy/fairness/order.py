@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.api.frozen import frozen_dataclass
+
 
 @dataclass(frozen=True, slots=True)
 class HolderWait:
@@ -25,7 +27,7 @@ class HolderWait:
     wait_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class WaitingSequence:
     """Sequence that waits for a worker.
 

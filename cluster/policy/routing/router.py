@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.api.frozen import frozen_dataclass
 from cluster.api.types import CompatibilityKey
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class Candidate:
     """Worker as seen by the gateway that routes a call.
 
@@ -71,7 +72,7 @@ class Candidate:
     """The part of `adapters` that lies in slots of the engine."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class RouteCall:
     """Fields of a call that routing uses.
 

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.api.frozen import frozen_dataclass
 from cluster.api.types import CompatibilityKey
 from cluster.policy.fairness.order import HolderWait, WaitingSequence
 from cluster.policy.routing.router import RoutingDecision
@@ -62,7 +63,7 @@ class Ending(enum.Enum):
     """The sequence lost several workers in a row and may be the cause."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class Send:
     """Send a sequence, which has left its queue, to a worker. `reason` and `cached_tokens`: see RoutingDecision;
     `cached_tokens` is set for new sequences only. `uncached_tokens`: number of tokens of a resumed sequence that the

@@ -87,28 +87,33 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
     )
 
 
-def chat_text(head: bytes, text: str, offset: int) -> bytes:
-    """Return a serialized ChatChunk that holds only a text of choice 0. `head`: the serialized id and model.
+def chat_text_start(size: int) -> bytes:
+    """Return the bytes between the head and the text of a serialized ChatChunk that holds only a text of choice 0. The
+    bytes are the heads of ChatChunk.choices, ChoiceDelta.delta and Message.content. `size`: bytes of the text.
 
-    The chunk is serialized by hand because it is the most frequent message. Building the chunk from protobuf objects
-    costs four times as much (docs/performance.md).
+    Chunks of text are serialized by hand because they are the most frequent messages. Building such a chunk from
+    protobuf objects costs four times as much (docs/performance.md).
     """
-    data = text.encode()
-    size = len(data)
-    start = _DELTA[size] if size < len(_DELTA) else _delta(size)
-    return head + start + data + (_OFFSET[offset] if offset < len(_OFFSET) else b"\x28" + varint(offset))
+    content = b"\x12" + varint(size)
+    delta = b"\x12" + varint(len(content) + size) + content
+    return b"\x1a" + varint(len(delta) + size) + delta
 
 
-def complete_text(head: bytes, text: str, offset: int) -> bytes:
-    """Return a serialized CompleteChunk that holds only a text of choice 0. `head`: see `chat_text`."""
-    data = text.encode()
-    choice = b"\x12" + varint(len(data)) + data  # CompleteChoice.text
-    return head + b"\x1a" + varint(len(choice)) + choice + b"\x28" + varint(offset)
+def complete_text_start(size: int) -> bytes:
+    """Return the same as `chat_text_start` for a CompleteChunk: the heads of CompleteChunk.choices and
+    CompleteChoice.text."""
+    text = b"\x12" + varint(size)
+    return b"\x1a" + varint(len(text) + size) + text
+
+
+def offset_field(offset: int) -> bytes:
+    """Return the field `offset` of a serialized ChatChunk or CompleteChunk."""
+    return OFFSETS[offset] if offset < len(OFFSETS) else b"\x28" + varint(offset)
 
 
 def empty_chunk(head: bytes, offset: int) -> bytes:
     """Return a serialized ChatChunk or CompleteChunk without choices."""
-    return head + b"\x28" + varint(offset)
+    return head + offset_field(offset)
 
 
 def with_token(chunk: bytes, token: bytes, whole: bool) -> bytes:
@@ -129,9 +134,11 @@ def event_chunk(call_id: int, is_chat: bool, chunk: bytes) -> bytes:
     return b"\x0a" + varint(len(body)) + body
 
 
-def event_head(call_id: int) -> bytes:
-    """Return the bytes with which every text event of a call in a session begins."""
-    return (b"\x08" + varint(call_id) if call_id else b"") + b"\x12"  # call_id, then the tag of text
+def event_text_start(call_id: int, size: int) -> bytes:
+    """Return the bytes before the text of a SessionEvent that holds only a text. The event is serialized as an element
+    of SessionEvents. `size`: bytes of the text."""
+    head = (b"\x08" + varint(call_id) if call_id else b"") + b"\x12" + varint(size)
+    return b"\x0a" + varint(len(head) + size) + head
 
 
 def event(message: pb.SessionEvent) -> bytes:
@@ -143,7 +150,7 @@ def event(message: pb.SessionEvent) -> bytes:
 def varint(value: int) -> bytes:
     """Return a number as a varint of protobuf."""
     if value < 128:
-        return SMALL[value]
+        return _SMALL[value]
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -152,19 +159,8 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-SMALL = [bytes([value]) for value in range(128)]
-
-
-def _delta(size: int) -> bytes:
-    """Return the bytes before a text of `size` bytes in a ChatChunk: the headers of ChatChunk.choices,
-    ChoiceDelta.delta and Message.content."""
-    content = b"\x12" + varint(size)
-    delta = b"\x12" + varint(len(content) + size) + content
-    return b"\x1a" + varint(len(delta) + size) + delta
-
-
-_DELTA = [_delta(size) for size in range(512)]
-_OFFSET = [b"\x28" + varint(offset) for offset in range(4096)]
+_SMALL = [bytes([value]) for value in range(128)]
+OFFSETS = [b"\x28" + varint(offset) for offset in range(4096)]
 
 
 def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.CompleteChunk:

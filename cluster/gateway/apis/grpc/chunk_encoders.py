@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import Message
 
 from cluster.gateway.apis.grpc import answers as codec
+from cluster.gateway.apis.grpc.answers import OFFSETS
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.keepalive import ProgressOf
 from cluster.gateway.calls.sequences.pieces import Piece
@@ -18,6 +19,11 @@ from cluster.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
     from cluster.gateway.resume_tokens.tokens import ResumeTokens
+
+MAX_KEPT_START = 64
+"""Size of a text in bytes up to which an encoder keeps the bytes that come before a text of this size."""
+
+_KNOWN_OFFSETS = len(OFFSETS)
 
 Wrap = Callable[[bytes], bytes]
 """Function that puts a serialized chunk into the message that is sent."""
@@ -30,27 +36,27 @@ class Kind:
     chunk: Callable[[Call, Sequence[Piece], int], Message]
     response: Callable[[Call, Sequence[Piece]], Message]
     progress: Callable[[Call, pb.Progress], Message]
-    text: Callable[[bytes, str, int], bytes]
+    text_start: Callable[[int], bytes]
 
 
 CHAT = Kind(
     codec.chat_chunk,
     codec.chat_response,
     lambda call, progress: pb.ChatChunk(id=call.shown_id, model=call.shown_model, progress=progress),
-    codec.chat_text,
+    codec.chat_text_start,
 )
 COMPLETE = Kind(
     codec.complete_chunk,
     codec.complete_response,
     lambda call, progress: pb.CompleteChunk(id=call.shown_id, model=call.shown_model, progress=progress),
-    codec.complete_text,
+    codec.complete_text_start,
 )
 
 
 class GrpcEncoder:
     """Encodes the pieces of a call as serialized chunks. Implements calls.stream_writer.ChunkEncoder."""
 
-    __slots__ = ("_call", "_head", "_kind", "_offset", "_output", "_progress", "ended", "plain")
+    __slots__ = ("_call", "_head", "_kind", "_offset", "_output", "_progress", "_text_starts", "ended", "plain")
 
     def __init__(self, kind: Kind, call: Call, progress: ProgressOf) -> None:
         self.ended = False
@@ -61,12 +67,27 @@ class GrpcEncoder:
         head = pb.ChatChunk(id=call.shown_id, model=call.shown_model)
         self._head = head.SerializeToString()  # same bytes in CompleteChunk
         self._offset = 0
+        self._text_starts: dict[int, bytes] = {}
+        """The bytes before a text, by the size of the text. A call has few different sizes, and many texts."""
         self.plain = len(call.sequences) == 1
 
     def encode_text(self, text: str) -> bytes:
         """See ChunkEncoder."""
-        self._offset += 1
-        return self._kind.text(self._head, text, self._offset)
+        self._offset = offset = self._offset + 1
+        data = text.encode()
+        size = len(data)
+        start = self._text_starts.get(size) or self._text_start(size)
+        return start + data + (OFFSETS[offset] if offset < _KNOWN_OFFSETS else codec.offset_field(offset))
+
+    def _text_start(self, size: int) -> bytes:
+        """Return the bytes before a text of `size` bytes."""
+        start = self._new_text_start(size)
+        if size <= MAX_KEPT_START:
+            self._text_starts[size] = start
+        return start
+
+    def _new_text_start(self, size: int) -> bytes:
+        return self._head + self._kind.text_start(size)
 
     def begin(self) -> bytes:
         """Return an empty first chunk."""
@@ -99,23 +120,22 @@ class SessionEncoder(GrpcEncoder):
     """Encodes the pieces of a call in a session as events of the session. For a piece that holds only a text, the event
     holds the text itself; for other pieces the event holds a chunk."""
 
-    __slots__ = ("_event_head", "_wrap")
+    __slots__ = ("_call_id", "_wrap")
 
     def __init__(self, kind: Kind, call: Call, progress: ProgressOf, call_id: int, wrap: Wrap) -> None:
         super().__init__(kind, call, progress)
-        self._event_head = codec.event_head(call_id)
+        self._call_id = call_id
         self._wrap = wrap
 
     def encode_text(self, text: str) -> bytes:
-        """See ChunkEncoder. The event is serialized by hand, as an element of SessionEvents."""
+        """See ChunkEncoder."""
         self._offset += 1
-        head, data = self._event_head, text.encode()
+        data = text.encode()
         size = len(data)
-        length = len(head) + size
-        if length < 127:
-            return b"\x0a" + codec.SMALL[length + 1] + head + codec.SMALL[size] + data
-        body = head + codec.varint(size) + data
-        return b"\x0a" + codec.varint(len(body)) + body
+        return (self._text_starts.get(size) or self._text_start(size)) + data
+
+    def _new_text_start(self, size: int) -> bytes:
+        return codec.event_text_start(self._call_id, size)
 
     def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
         return self._wrap(super()._pieces_chunk(pieces))

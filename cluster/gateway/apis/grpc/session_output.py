@@ -54,7 +54,7 @@ class SessionOutput:
         """Schedule the pass that sends the new output, unless the client does not read."""
         if not self.pass_scheduled and not self.halted:
             self.pass_scheduled = True
-            self._loop.call_soon(self._pass)
+            self._context.call_before_flush(self._pass)
 
     def send_status(self, call_id: int, error: CallError) -> None:
         """Send the error with which a call has ended."""
@@ -181,7 +181,8 @@ class SessionWriter:
             self._call.sequences[0].give_back(text)
             output.dirty[self._call_id] = self
             return
-        output.parts.append(self._encode_text(text))
+        encode = self._encode_text  # not called as a method of self, which Python 3.11 cannot specialize
+        output.parts.append(encode(text))
         if not output.pass_scheduled:
             output.wake()
 

@@ -153,7 +153,8 @@ class SseStream(ABC):
         self._include_usage = include_usage
         self.continuous_usage = continuous_usage
         self._fields_after_delta = ',"logprobs":null,"finish_reason":null}' + self._end
-        self._plain_end = self.after_text + self._fields_after_delta
+        self.text_end = self.after_text + self._fields_after_delta
+        """The end of the event of a piece that holds only a text."""
         self._starts: dict[int, str] = {}
 
     def events(self, call: Call, pieces: Sequence[Piece], shift: int = 0) -> bytes:
@@ -172,10 +173,14 @@ class SseStream(ABC):
     def text(self, index: int, text: str) -> bytes:
         """Return the event of a piece that holds only a text. Must not be used for the first piece of a choice, nor if
         the caller has requested continuous usage."""
+        return (self.text_start(index) + _escape(text) + self.text_end).encode("ascii")
+
+    def text_start(self, index: int) -> str:
+        """Return the start of the event of a piece that holds only a text."""
         start = self._starts.get(index)
         if start is None:
             start = self._starts[index] = f'{self._head}{{"index":{index},{self.before_text}'
-        return (start + _escape(text) + self._plain_end).encode("ascii")
+        return start
 
     def _one_part(self, piece: Piece, shift: int) -> str:
         """Return the event of a piece that holds only one part, if this is cheaper than `_full`; else ""."""
@@ -264,7 +269,7 @@ def keep_alive(progress: CallProgress) -> bytes:
 class SseEncoder:
     """Encodes the pieces of a call as server-sent events. Implements calls.stream_writer.ChunkEncoder."""
 
-    __slots__ = ("_call", "_output", "_progress", "_shift", "_stream", "ended", "plain")
+    __slots__ = ("_call", "_output", "_progress", "_shift", "_stream", "_text_end", "_text_start", "ended", "plain")
 
     def __init__(self, call: Call, stream: SseStream, shift: int, progress: ProgressOf) -> None:
         self._progress = progress
@@ -273,11 +278,12 @@ class SseEncoder:
         self._output = call.output
         self._stream = stream
         self._shift = shift
+        self._text_start, self._text_end = stream.text_start(shift), stream.text_end
         self.plain = len(call.sequences) == 1 and not stream.continuous_usage
 
     def encode_text(self, text: str) -> bytes:
         """See ChunkEncoder."""
-        return self._stream.text(self._shift, text)
+        return (self._text_start + _escape(text) + self._text_end).encode("ascii")
 
     def encode_new(self) -> bytes:
         """See ChunkEncoder."""

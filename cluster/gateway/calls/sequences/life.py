@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from cluster.api.types import CompatibilityKey
 
 
-class State(enum.Enum):
+class State(enum.StrEnum):
     """State of a sequence."""
 
     QUEUED = "queued"
@@ -39,7 +39,7 @@ class State(enum.Enum):
     """The sequence has failed with its call."""
 
 
-class Event(enum.Enum):
+class Event(enum.StrEnum):
     """An event in the life of a sequence."""
 
     SUBMITTED = "submitted"

@@ -179,9 +179,10 @@ def process_name() -> str:
         return CORE
     if process.startswith("VllmWorker-"):
         return _rank(process)
-    if "ray" in sys.modules:
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():  # else asking for the actor would start a Ray of its own
         with contextlib.suppress(Exception):
-            return _rank(str(sys.modules["ray"].get_runtime_context().get_actor_name() or ""))
+            return _rank(str(ray.get_runtime_context().get_actor_name() or ""))
     return ""
 
 

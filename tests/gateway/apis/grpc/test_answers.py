@@ -9,33 +9,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.gateway.apis.grpc import answers as codec
-from cluster.gateway.apis.grpc.chunk_encoders import CHAT, SessionEncoder
+from cluster.gateway.apis.grpc.chunk_encoders import CHAT, COMPLETE, GrpcEncoder, Kind, SessionEncoder
 from cluster.v1 import inference_pb2 as pb
 
 texts = st.one_of(st.text(min_size=1), st.text(min_size=120, max_size=300), st.just("é" * 20_000))
 offsets = st.integers(1, 2**63)
 
 
-@given(st.text(), st.text(), texts, offsets)
-def test_text_chunks_by_hand(call_id: str, model: str, text: str, offset: int) -> None:
-    """Text chunks of chat and completion that are serialized by hand equal protobuf's byte for byte, at all lengths."""
-    head = pb.ChatChunk(id=call_id, model=model).SerializeToString()
-    assert head == pb.CompleteChunk(id=call_id, model=model).SerializeToString()
-    chat = pb.ChatChunk(
-        id=call_id, model=model, choices=[pb.ChoiceDelta(delta=pb.Message(content=text))], offset=offset
-    )
-    assert codec.chat_text(head, text, offset) == chat.SerializeToString()
-    complete = pb.CompleteChunk(id=call_id, model=model, choices=[pb.CompleteChoice(text=text)], offset=offset)
-    assert codec.complete_text(head, text, offset) == complete.SerializeToString()
+def encoder_of(kind: Kind, call_id: int | None = None) -> GrpcEncoder:
+    """An encoder of a call with one output; of a call in a session if a call id is given."""
+    call: Any = SimpleNamespace(shown_id="c", shown_model="m", sequences=[None], output=None)
+    if call_id is None:
+        return GrpcEncoder(kind, call, cast(Any, None))
+    return SessionEncoder(kind, call, cast(Any, None), call_id, bytes)
+
+
+@given(st.lists(texts, max_size=5))
+def test_text_chunks_by_hand(some: list[str]) -> None:
+    """Text chunks of chat and completion that are serialized by hand equal protobuf's byte for byte, at all lengths,
+    also if several texts have the same length."""
+    chat_encoder, complete_encoder = encoder_of(CHAT), encoder_of(COMPLETE)
+    for offset, text in enumerate([*some, *some], 1):
+        delta = pb.ChoiceDelta(delta=pb.Message(content=text))
+        chat = pb.ChatChunk(id="c", model="m", choices=[delta], offset=offset)
+        assert chat_encoder.encode_text(text) == chat.SerializeToString()
+        choice = pb.CompleteChoice(text=text)
+        complete = pb.CompleteChunk(id="c", model="m", choices=[choice], offset=offset)
+        assert complete_encoder.encode_text(text) == complete.SerializeToString()
+
+
+@given(offsets)
+def test_offsets_by_hand(offset: int) -> None:
+    """The offset of a chunk is serialized like protobuf's at all values."""
+    assert codec.offset_field(offset) == pb.ChatChunk(offset=offset).SerializeToString()
+    assert codec.offset_field(offset) == pb.CompleteChunk(offset=offset).SerializeToString()
 
 
 @given(st.integers(0, 2**32 - 1), texts)
 def test_session_events_by_hand(call_id: int, text: str) -> None:
     """Events of a session that are serialized by hand equal protobuf's byte for byte, as elements of SessionEvents."""
-    call: Any = SimpleNamespace(shown_id="c", shown_model="m", sequences=[None], output=None)
-    encoder = SessionEncoder(CHAT, call, cast(Any, None), call_id, bytes)
+    encoder = encoder_of(CHAT, call_id)
     event = pb.SessionEvent(call_id=call_id, text=text)
-    assert encoder.encode_text(text) == pb.SessionEvents(events=[event]).SerializeToString()
+    for _ in range(2):
+        assert encoder.encode_text(text) == pb.SessionEvents(events=[event]).SerializeToString()
     for is_chat in (True, False):
         chunk: Any = pb.ChatChunk(id=text, offset=1) if is_chat else pb.CompleteChunk(id=text, offset=1)
         event = (

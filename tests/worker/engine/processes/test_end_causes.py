@@ -8,10 +8,12 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -62,6 +64,15 @@ def test_the_first_error_counts(folder: Path) -> None:
         assert end_causes.find_cause(other) == ""
     assert os.environ[end_causes.ENGINE] == "e1", "the next Ray must not inherit the name"
     assert end_causes.find_cause("e1")
+
+
+def test_a_process_that_only_imports_ray_starts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of a process that belongs to no Ray cluster is empty. Looking for the name starts no Ray."""
+    asked: list[str] = []
+    imported = SimpleNamespace(is_initialized=lambda: False, get_runtime_context=lambda: asked.append("context"))
+    monkeypatch.setitem(sys.modules, "ray", imported)
+    assert end_causes.process_name() == ""
+    assert not asked
 
 
 def write(folder: Path, *notes: end_causes.Note) -> None:
