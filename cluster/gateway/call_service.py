@@ -4,7 +4,7 @@ steps: `open` first, then the steps that `open` takes."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ from cluster.observe.metrics import Metrics
 from cluster.policy.scheduling.worker_losses import MOST_SILENT
 
 if TYPE_CHECKING:
-    from cluster.gateway.guards.guards import Guards
+    from cluster.gateway.guards.guards import CallGuards, Guards
     from cluster.gateway.resume_tokens.resumption import ResumeService
     from cluster.gateway.tracing.tracer import Tracer
     from cluster.gateway.usage.prompt_log import PromptLog
@@ -98,17 +98,22 @@ class CallService:
         self._prompts = prompts
         self._access_log = access_log
         self._tracer = tracer
-        self._at_end: list[Callable[[Opening | PoolingOpening, Outcome], None]] = [self._end_metrics.count]
-        """Functions that are called in this order for each call that has ended or could not begin."""
-        if access_log is not None:
-            self._at_end.append(access_log.record)
+        self._at_end: list[Callable[[Opening | PoolingOpening, Outcome], None]] = []
+        """Functions that are called for each call that has ended or could not begin, the last one first."""
         if tracer is not None:
             self._at_end.append(self._end_trace)
+        if access_log is not None:
+            self._at_end.append(access_log.record)
+        self._at_end.append(self._end_metrics.count)
+        # The undo steps of every call, in the order of their acquisitions.
+        self._close_steps = (self._remove,) if prompts is None else (self._remove, self._log_prompt)
+        self._quota_steps = (self._settle_quota,)
+        self._schedule_steps = (self._end_account, scheduler.routes.ended, scheduler.canaries.ended, self._leave)
 
     def call_at_end(self, function: Callable[[Opening | PoolingOpening, Outcome], None]) -> None:
         """Register a function that is called for each call that has ended or could not begin, after the functions that
         were registered before. The function must be short."""
-        self._at_end.append(function)
+        self._at_end.insert(0, function)
 
     @property
     def busy(self) -> bool:
@@ -171,13 +176,12 @@ class CallService:
         call = opening.create_call(self._scheduler, self.authenticator, self._metrics, self.clock, self._new_life)
         self._hold_open(call, opening, cleanup)
         if (resumes := self.resumes) is not None and opening.request.resumable:
-            cleanup.add(lambda outcome: resumes.give_up(call, outcome))
-            cleanup.add(lambda outcome: resumes.leave(call))
+            cleanup.add(call, (resumes.give_up, lambda call, outcome: resumes.leave(call)))
             resumes.begin(call, opening.request, opening.meta, opening.bundle_digest, opening.chain)
         await self._reserve(call, opening, cleanup)
         if opening.chain is not None:
             await self._resume_service().take_over(call, opening.chain)
-        self._settle_at_end(call, cleanup)
+        cleanup.add(call, self._schedule_steps)
         if call.trace is not None:
             call.trace.queued()
         self._scheduler.enter(call, opening.model)
@@ -198,7 +202,7 @@ class CallService:
         self._hold_open(call, opening, cleanup)
         await opening.create_sequences(self.authenticator, self._new_life)
         await self._reserve(call, opening, cleanup)
-        self._settle_at_end(call, cleanup)
+        cleanup.add(call, self._schedule_steps)
         if call.trace is not None:
             call.trace.queued()
         await self._scheduler.enter_in_slices(call, opening.model)
@@ -206,7 +210,7 @@ class CallService:
 
     async def _reserve(self, call: Call, opening: CallOpening, cleanup: Cleanup) -> None:
         """Reserve the quota of a call until the call ends."""
-        cleanup.add(lambda outcome: self._reservations.settle(call))
+        cleanup.add(call, self._quota_steps)
         await self._reservations.admit(call)
         if opening.is_fallback:
             call.add_headers([("x-headrace-model", call.shown_model)])
@@ -240,14 +244,12 @@ class CallService:
         encoded, because the encoding bounds the prompt's length."""
         assert self._guards is not None, "a policy names guards, but the service has none"
         guards = opening.create_guards(self._guards)
-        cleanup.add(lambda outcome: guards.close())
+        cleanup.add(guards, (_close_guards,))
         await opening.guard_prompt(guards)
 
     def _hold_open(self, call: Call, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
         """Keep the call among the open calls until the call ends."""
-        cleanup.add(lambda outcome: self.calls.remove(call))
-        if (prompts := self._prompts) is not None:
-            cleanup.add(lambda outcome: prompts.ended(call, opening.prompt, opening.text, outcome))
+        cleanup.add(opening, self._close_steps)
         self.calls.add(call)
         if opening.is_fallback:
             self._record_fallback(call, opening)
@@ -259,10 +261,26 @@ class CallService:
         call.add_label(FALLBACK_LABEL, opening.requested.name)
         self._metrics.count("route_decisions_total", opening.requested.name, "fallback")
 
-    def _settle_at_end(self, call: Call, cleanup: Cleanup) -> None:
-        """Settle the accounts of the call's sequences when the call ends."""
+    # ---- undo steps, see Cleanup
+
+    def _remove(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
+        if opening.call is not None:
+            self.calls.remove(opening.call)
+
+    def _log_prompt(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
+        if self._prompts is not None and opening.call is not None:
+            self._prompts.ended(opening.call, opening.prompt, opening.text, outcome)
+
+    def _settle_quota(self, call: Call, outcome: Outcome) -> Awaitable[None]:
+        return self._reservations.settle(call)
+
+    def _end_account(self, call: Call, outcome: Outcome) -> None:
         if (accounting := self._scheduler.host.accounting) is not None:
-            cleanup.add(lambda outcome: accounting.ended(call, outcome))
-        cleanup.add(lambda outcome: self._scheduler.routes.ended(call, outcome))
-        cleanup.add(lambda outcome: self._scheduler.canaries.ended(call, outcome))
-        cleanup.add(lambda outcome: self._scheduler.leave(call))
+            accounting.ended(call, outcome)
+
+    def _leave(self, call: Call, outcome: Outcome) -> None:
+        self._scheduler.leave(call)
+
+
+def _close_guards(guards: CallGuards, outcome: Outcome) -> None:
+    guards.close()

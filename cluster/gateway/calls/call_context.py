@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Final, Generic, TypeVar
 
 import structlog
@@ -42,13 +41,13 @@ class CallContext(Generic[AnyOpening, Opened]):
         clock: Callable[[], float],
     ) -> None:
         """`begin`: takes the steps from the request to a queued call; each step registers its undo step. `at_end`:
-        functions that are called in this order when the call has ended. `clock`: the clock of the call's deadline."""
+        functions that are called when the call has ended, the last one first. `clock`: the clock of the call's
+        deadline."""
         self._opening = opening
         self._begin = begin
         self._clock = clock
         self._cleanup = Cleanup(opening.log_fields)
-        for step in reversed(at_end):
-            self._cleanup.add(partial(step, opening))
+        self._cleanup.add(opening, at_end)
 
     async def __aenter__(self) -> Opened:
         try:

@@ -3,7 +3,8 @@ run."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import structlog
 
@@ -12,7 +13,9 @@ from cluster.process.call_errors import is_call_failure
 
 log = structlog.get_logger("calls")
 
-Undo = Callable[[Outcome], Awaitable[None] | None]
+Subject = TypeVar("Subject")
+Undo = Callable[[Subject, Outcome], Awaitable[None] | None]
+"""Undo step. Its arguments are what was acquired, and the outcome of the call."""
 
 
 class Cleanup:
@@ -21,14 +24,16 @@ class Cleanup:
     def __init__(self, log_fields: Mapping[str, str]) -> None:
         """`log_fields`: fields of log lines about the call."""
         self.outcome = Outcome.OK
-        """Outcome of the call. Every step gets the outcome as its argument."""
+        """Outcome of the call, an argument of every step."""
         self._log_fields = log_fields
-        self._steps: list[Undo] = []
+        # Subjects and their steps in turns. Steps that bind their subject, such as lambdas, would be several objects
+        # each, and every call has ten steps.
+        self._added: list[Any] = []
 
-    def add(self, undo: Undo) -> None:
-        """Register the undo step of an acquisition. Call this before the acquisition if the step may also run after a
-        failed acquisition, otherwise after the acquisition."""
-        self._steps.append(undo)
+    def add(self, subject: Subject, steps: Sequence[Undo[Subject]]) -> None:
+        """Register the undo steps of an acquisition. Call this before the acquisition if the steps may also run after a
+        failed acquisition, otherwise after the acquisition. `subject`: the first argument of the steps."""
+        self._added += (subject, steps)
 
     async def run(self) -> None:
         """Run all steps, the last registered step first. Awaitable steps may wait for a store. They finish after all
@@ -36,14 +41,17 @@ class Cleanup:
         raised again after the last step."""
         waiting: list[Awaitable[None]] = []
         stopped: BaseException | None = None
-        for step in reversed(self._steps):
-            try:
-                rest = step(self.outcome)
-            except BaseException as error:
-                stopped = self._caught(error) or stopped
-                continue
-            if rest is not None:
-                waiting.append(rest)
+        added = self._added
+        for at in range(len(added) - 2, -1, -2):
+            subject, steps = added[at], added[at + 1]
+            for step in reversed(steps):
+                try:
+                    rest = step(subject, self.outcome)
+                except BaseException as error:
+                    stopped = self._caught(error) or stopped
+                    continue
+                if rest is not None:
+                    waiting.append(rest)
         for rest in waiting:
             try:
                 await rest

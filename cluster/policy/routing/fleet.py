@@ -21,6 +21,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
@@ -156,10 +157,7 @@ class Fleet:
         columns = self._written_columns()
         at, passed = self._scan(call, rejecting) if columns is None else columns.pick(call, rejecting)
         rows, settings, self._is_shared = self._rows, self.settings, True
-
-        def scores() -> tuple[Score, ...]:
-            return _scores(call, rows, settings, rejecting)
-
+        scores = partial(_scores, call, rows, settings, rejecting)
         if at < 0:
             return RoutingDecision(None, None, scores)
         worker = rows[at].worker_id

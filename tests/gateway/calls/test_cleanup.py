@@ -16,8 +16,8 @@ from cluster.gateway.calls.cleanup import Cleanup
 KINDS = st.sampled_from(["works", "raises", "waits", "waits and raises"])
 
 
-@given(st.lists(KINDS, max_size=8))
-def test_every_step_is_taken_whichever_fails(kinds: list[str]) -> None:
+@given(st.lists(st.lists(KINDS, max_size=4), max_size=4))
+def test_every_step_is_taken_whichever_fails(groups: list[list[str]]) -> None:
     """All steps run once with the call's outcome, whichever steps fail. The last step runs first, and steps that wait
     run after all other steps."""
     taken: list[int] = []
@@ -28,8 +28,8 @@ def test_every_step_is_taken_whichever_fails(kinds: list[str]) -> None:
         if kind.endswith("raises"):
             raise RuntimeError(kind)
 
-    def step(number: int, kind: str, outcome: Outcome) -> Awaitable[None] | None:
-        assert outcome is Outcome.SHED
+    def step(number: int, kind: str, subject: str, outcome: Outcome) -> Awaitable[None] | None:
+        assert (subject, outcome) == ("call", Outcome.SHED)
         if kind.startswith("waits"):
             return wait(number, kind)
         taken.append(number)
@@ -39,8 +39,10 @@ def test_every_step_is_taken_whichever_fails(kinds: list[str]) -> None:
 
     cleanup = Cleanup({"request_id": "r1"})
     cleanup.outcome = Outcome.SHED
-    for number, kind in enumerate(kinds):
-        cleanup.add(partial(step, number, kind))
+    kinds: list[str] = []
+    for group in groups:
+        cleanup.add("call", [partial(step, number, kind) for number, kind in enumerate(group, len(kinds))])
+        kinds += group
     asyncio.run(cleanup.run())
     at_once = [number for number, kind in enumerate(kinds) if not kind.startswith("waits")]
     late = [number for number, kind in enumerate(kinds) if kind.startswith("waits")]
@@ -60,8 +62,8 @@ async def test_a_cancellation_ends_it_after_the_last_step() -> None:
         taken.append("quota")
 
     cleanup = Cleanup({"request_id": "r1"})
-    cleanup.add(lambda outcome: quota())
-    cleanup.add(lambda outcome: store())
+    cleanup.add(None, [lambda subject, outcome: quota()])
+    cleanup.add(None, [lambda subject, outcome: store()])
     ending = asyncio.create_task(cleanup.run())
     await entered.wait()
     ending.cancel()

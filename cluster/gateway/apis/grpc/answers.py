@@ -134,11 +134,21 @@ def event_chunk(call_id: int, is_chat: bool, chunk: bytes) -> bytes:
     return b"\x0a" + varint(len(body)) + body
 
 
-def event_text_start(call_id: int, size: int) -> bytes:
-    """Return the bytes before the text of a SessionEvent that holds only a text. The event is serialized as an element
-    of SessionEvents. `size`: bytes of the text."""
-    head = (b"\x08" + varint(call_id) if call_id else b"") + b"\x12" + varint(size)
-    return b"\x0a" + varint(len(head) + size) + head
+def event_head(call_id: int) -> bytes:
+    """Return the bytes with which every text event of a call in a session begins."""
+    return (b"\x08" + varint(call_id) if call_id else b"") + b"\x12"  # call_id, then the tag of text
+
+
+def event_text(head: bytes, text: str) -> bytes:
+    """Return a SessionEvent that holds only a text, serialized by hand as an element of SessionEvents. `head`: see
+    `event_head`."""
+    data = text.encode()
+    size = len(data)
+    length = len(head) + size
+    if length < 127:
+        return _ELEMENT[length] + head + _SMALL[size] + data
+    body = head + varint(size) + data
+    return b"\x0a" + varint(len(body)) + body
 
 
 def event(message: pb.SessionEvent) -> bytes:
@@ -160,7 +170,11 @@ def varint(value: int) -> bytes:
 
 
 _SMALL = [bytes([value]) for value in range(128)]
+_ELEMENT = [b"\x0a" + bytes([length + 1]) for length in range(127)]
+"""The beginning of an element of SessionEvents, by its length without the length of its text."""
 OFFSETS = [b"\x28" + varint(offset) for offset in range(4096)]
+CHAT_TEXT_STARTS = [chat_text_start(size) for size in range(512)]
+COMPLETE_TEXT_STARTS = [complete_text_start(size) for size in range(512)]
 
 
 def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.CompleteChunk:

@@ -20,9 +20,6 @@ from cluster.v1 import inference_pb2 as pb
 if TYPE_CHECKING:
     from cluster.gateway.resume_tokens.tokens import ResumeTokens
 
-MAX_KEPT_START = 64
-"""Size of a text in bytes up to which an encoder keeps the bytes that come before a text of this size."""
-
 _KNOWN_OFFSETS = len(OFFSETS)
 
 Wrap = Callable[[bytes], bytes]
@@ -37,6 +34,9 @@ class Kind:
     response: Callable[[Call, Sequence[Piece]], Message]
     progress: Callable[[Call, pb.Progress], Message]
     text_start: Callable[[int], bytes]
+    """Function that returns the bytes between the head and a text of a size in bytes."""
+    text_starts: Sequence[bytes]
+    """The results of `text_start` for the smallest sizes."""
 
 
 CHAT = Kind(
@@ -44,12 +44,14 @@ CHAT = Kind(
     codec.chat_response,
     lambda call, progress: pb.ChatChunk(id=call.shown_id, model=call.shown_model, progress=progress),
     codec.chat_text_start,
+    codec.CHAT_TEXT_STARTS,
 )
 COMPLETE = Kind(
     codec.complete_chunk,
     codec.complete_response,
     lambda call, progress: pb.CompleteChunk(id=call.shown_id, model=call.shown_model, progress=progress),
     codec.complete_text_start,
+    codec.COMPLETE_TEXT_STARTS,
 )
 
 
@@ -67,8 +69,7 @@ class GrpcEncoder:
         head = pb.ChatChunk(id=call.shown_id, model=call.shown_model)
         self._head = head.SerializeToString()  # same bytes in CompleteChunk
         self._offset = 0
-        self._text_starts: dict[int, bytes] = {}
-        """The bytes before a text, by the size of the text. A call has few different sizes, and many texts."""
+        self._text_starts = kind.text_starts
         self.plain = len(call.sequences) == 1
 
     def encode_text(self, text: str) -> bytes:
@@ -76,18 +77,9 @@ class GrpcEncoder:
         self._offset = offset = self._offset + 1
         data = text.encode()
         size = len(data)
-        start = self._text_starts.get(size) or self._text_start(size)
-        return start + data + (OFFSETS[offset] if offset < _KNOWN_OFFSETS else codec.offset_field(offset))
-
-    def _text_start(self, size: int) -> bytes:
-        """Return the bytes before a text of `size` bytes."""
-        start = self._new_text_start(size)
-        if size <= MAX_KEPT_START:
-            self._text_starts[size] = start
-        return start
-
-    def _new_text_start(self, size: int) -> bytes:
-        return self._head + self._kind.text_start(size)
+        starts = self._text_starts
+        start = starts[size] if size < len(starts) else self._kind.text_start(size)
+        return self._head + start + data + (OFFSETS[offset] if offset < _KNOWN_OFFSETS else codec.offset_field(offset))
 
     def begin(self) -> bytes:
         """Return an empty first chunk."""
@@ -120,22 +112,22 @@ class SessionEncoder(GrpcEncoder):
     """Encodes the pieces of a call in a session as events of the session. For a piece that holds only a text, the event
     holds the text itself; for other pieces the event holds a chunk."""
 
-    __slots__ = ("_call_id", "_wrap")
+    __slots__ = ("_wrap", "event_head")
 
     def __init__(self, kind: Kind, call: Call, progress: ProgressOf, call_id: int, wrap: Wrap) -> None:
         super().__init__(kind, call, progress)
-        self._call_id = call_id
+        self.event_head = codec.event_head(call_id)
+        """See codec.event_text."""
         self._wrap = wrap
 
     def encode_text(self, text: str) -> bytes:
         """See ChunkEncoder."""
         self._offset += 1
-        data = text.encode()
-        size = len(data)
-        return (self._text_starts.get(size) or self._text_start(size)) + data
+        return codec.event_text(self.event_head, text)
 
-    def _new_text_start(self, size: int) -> bytes:
-        return codec.event_text_start(self._call_id, size)
+    def count_texts(self, number: int) -> None:
+        """Count texts that were sent without `encode_text`."""
+        self._offset += number
 
     def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
         return self._wrap(super()._pieces_chunk(pieces))

@@ -12,7 +12,8 @@ from typing import Any
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.apis.grpc import answers as codec
-from cluster.gateway.apis.grpc.chunk_encoders import GrpcEncoder
+from cluster.gateway.apis.grpc.answers import event_text
+from cluster.gateway.apis.grpc.chunk_encoders import GrpcEncoder, SessionEncoder
 from cluster.gateway.apis.grpc.status import details
 from cluster.gateway.calls.call import Call
 from cluster.v1 import inference_pb2 as pb
@@ -138,8 +139,10 @@ class SessionWriter:
         "_encode_text",
         "_encoder",
         "_ended",
+        "_event_head",
         "_open",
         "_output",
+        "_texts",
     )
 
     def __init__(self, output: SessionOutput, call_id: int, call: Call, encoder: GrpcEncoder) -> None:
@@ -150,6 +153,9 @@ class SessionWriter:
         self._encoder = encoder
         self._encode_new = encoder.encode_new
         self._encode_text = encoder.encode_text
+        self._event_head = encoder.event_head if isinstance(encoder, SessionEncoder) else None
+        self._texts = 0
+        """Number of texts that were sent without the encoder."""
         self._open = True
         self._ended = asyncio.Event()
 
@@ -181,8 +187,14 @@ class SessionWriter:
             self._call.sequences[0].give_back(text)
             output.dirty[self._call_id] = self
             return
-        encode = self._encode_text  # not called as a method of self, which Python 3.11 cannot specialize
-        output.parts.append(encode(text))
+        if (
+            head := self._event_head
+        ) is not None:  # without the encoder, whose state may be in no cache of the processor
+            self._texts += 1
+            output.parts.append(event_text(head, text))
+        else:
+            encode = self._encode_text
+            output.parts.append(encode(text))
         if not output.pass_scheduled:
             output.wake()
 
@@ -190,6 +202,9 @@ class SessionWriter:
         """Append everything that is new in the call to the next message."""
         if not self._open:
             return
+        if self._texts and isinstance(self._encoder, SessionEncoder):
+            self._encoder.count_texts(self._texts)
+            self._texts = 0
         try:
             if text := self._call_output.pop_text():  # the most frequent case, which needs no `encode_new`
                 self._output.parts.append(self._encode_text(text))
