@@ -57,10 +57,10 @@ class StreamWriter:
     """Writer of one call's chunks to the client. `run` returns when the end of the call has been sent, or raises the
     call's error."""
 
+    __slots__ = ("_call", "_delivery", "_encoder", "_error", "_open", "_paused", "_transport", "marked")
+
     def __init__(self, call: Call, encoder: ChunkEncoder, transport: Transport, delivery: ChunkDelivery) -> None:
         self._call = call
-        self._encode_new = encoder.encode_new
-        self._encode_text = encoder.encode_text
         self._encoder = encoder
         self._transport = transport
         self._delivery = delivery
@@ -104,7 +104,7 @@ class StreamWriter:
             self._pause(False)
             return
         try:
-            data = self._encode_new()
+            data = self._encoder.encode_new()
         except CallError as error:
             self._error = error
             self._pause(True)
@@ -127,8 +127,7 @@ class StreamWriter:
         """Send the text of a token directly. The link's reader calls this method."""
         transport = self._transport
         if self._open and not transport.full:
-            encode = self._encode_text  # not called as a method of self, which Python 3.11 cannot specialize
-            transport.send(encode(text))
+            transport.send(self._encoder.encode_text(text))
             return
         self._call.sequences[0].give_back(text)
         self.mark()

@@ -135,8 +135,6 @@ class SessionWriter:
         "_call",
         "_call_id",
         "_call_output",
-        "_encode_new",
-        "_encode_text",
         "_encoder",
         "_ended",
         "_event_head",
@@ -151,8 +149,6 @@ class SessionWriter:
         self._call = call
         self._call_output = call.output
         self._encoder = encoder
-        self._encode_new = encoder.encode_new
-        self._encode_text = encoder.encode_text
         self._event_head = encoder.event_head if isinstance(encoder, SessionEncoder) else None
         self._texts = 0
         """Number of texts that were sent without the encoder."""
@@ -187,14 +183,11 @@ class SessionWriter:
             self._call.sequences[0].give_back(text)
             output.dirty[self._call_id] = self
             return
-        if (
-            head := self._event_head
-        ) is not None:  # without the encoder, whose state may be in no cache of the processor
-            self._texts += 1
+        if (head := self._event_head) is not None:
+            self._texts += 1  # not by the encoder: a token costs less if it needs fewer objects, which are in no cache
             output.parts.append(event_text(head, text))
         else:
-            encode = self._encode_text
-            output.parts.append(encode(text))
+            output.parts.append(self._encoder.encode_text(text))
         if not output.pass_scheduled:
             output.wake()
 
@@ -202,17 +195,18 @@ class SessionWriter:
         """Append everything that is new in the call to the next message."""
         if not self._open:
             return
-        if self._texts and isinstance(self._encoder, SessionEncoder):
-            self._encoder.count_texts(self._texts)
+        encoder = self._encoder
+        if self._texts and isinstance(encoder, SessionEncoder):
+            encoder.count_texts(self._texts)
             self._texts = 0
         try:
             if text := self._call_output.pop_text():  # the most frequent case, which needs no `encode_new`
-                self._output.parts.append(self._encode_text(text))
-            elif text is None and (data := self._encode_new()):
+                self._output.parts.append(encoder.encode_text(text))
+            elif text is None and (data := encoder.encode_new()):
                 self._output.parts.append(data)
-            if self._encoder.ended:
+            if encoder.ended:
                 self._end()
-            elif self._encoder.plain:
+            elif encoder.plain:
                 self._call.sequences[0].go_direct(self._send_text)
         except CallError:
             self._end()  # `run` raises the call's error
