@@ -68,7 +68,8 @@ class KnownModel:
     def takes_calls(self, link: WorkerLink) -> bool:
         """Return whether a worker gets new calls: the worker takes new requests, is not retired, and its version is not
         quarantined."""
-        return link.takes_new_requests and not self.retired(link)
+        entry = self.entry
+        return link.takes_new_requests and not ((entry.retired or entry.versions) and self.retired(link))
 
     def retired(self, link: WorkerLink) -> bool:
         """Return whether a worker must get no new calls, because the catalog has retired its generation or quarantined

@@ -171,6 +171,7 @@ class _Fields:
         return dict(zip(self.names, self.values_of(record), strict=True))
 
 
+_INT = {int}
 _OPEN, _USAGE = _Fields(OpenRecord), _Fields(UsageRecord)
 _NAMES = {OpenRecord: _OPEN.names, UsageRecord: _USAGE.names}
 
@@ -202,7 +203,7 @@ def _check(record: OpenRecord | UsageRecord) -> None:
     if not _are_plain(texts):
         for name, value in zip(fields.texts, texts, strict=True):
             _check_text(name, value, MAX_ID if name.endswith("_id") else MAX_NAME)
-    for at, count in enumerate(counts):
+    for at, count in enumerate(counts) if not _are_counts(counts) else ():
         if count is None and fields.counts[at] in fields.optional:
             continue
         if type(count) is not int or not 0 <= count < MAX_COUNT:
@@ -230,6 +231,11 @@ def _are_plain(texts: Sequence[Any]) -> bool:
     except TypeError:  # not all are texts
         return False
     return joined.isascii() and "\0" not in joined and max(map(len, texts)) <= MAX_ID
+
+
+def _are_counts(counts: Sequence[Any]) -> bool:
+    """Return whether all counts are integers in the allowed range. If not, each is checked individually."""
+    return set(map(type, counts)) == _INT and min(counts) >= 0 and max(counts) < MAX_COUNT
 
 
 def _check_labels(labels: Mapping[str, str]) -> None:

@@ -47,6 +47,8 @@ MAX_HOLDERS: Final = 8
 """Largest number of workers that are compared with the chosen worker because they hold at least as much of a prompt."""
 
 _BY_ID = attrgetter("worker_id")
+_counted = attrgetter("candidate.slots", "candidate.parses_tools")
+"""What the fleet counts of a row and what seldom changes."""
 
 
 class Fleet:
@@ -97,13 +99,18 @@ class Fleet:
         if at is None or old is None:
             insort(self._rows, row, key=_BY_ID)
             self._columns = None
+            self._count(row, 1)
+            self._fit_settings()
         else:
             self._rows[at] = row
-            self._count(old, -1)
             if self._columns is not None:
                 self._changed.add(row.worker_id)
-        self._count(row, 1)
-        self._fit_settings()
+            if _counted(row) != _counted(old):
+                self._count(old, -1)
+                self._count(row, 1)
+                self._fit_settings()
+            else:
+                self._shared_slots += row.shared_slots - old.shared_slots
         if candidate.resumed_prefill:
             self.busy.add(row.worker_id)
         else:
