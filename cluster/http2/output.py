@@ -51,16 +51,18 @@ class ConnectionOutput:
         """Queue bytes. All bytes that are queued in one event-loop pass are sent together."""
         self._unsent.append(data)
         if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
+            self._schedule_flush()
 
     def call_before_flush(self, function: Callable[[], None]) -> None:
         """Call a function, which may queue bytes, before the queued bytes are sent. Bytes that others gather for the
         connection during an event-loop pass thus need no callback of their own."""
         self._before_flush.append(function)
         if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
+            self._schedule_flush()
+
+    def _schedule_flush(self) -> None:
+        self._flushing = True
+        self._loop.call_soon(self._flush)
 
     def write_h2(self) -> None:
         """Queue the bytes that h2 has prepared, after the bytes already queued; all are sent in this event-loop
@@ -128,6 +130,8 @@ class ConnectionOutput:
         if self._before_flush:
             self._gather()
         self._flushing = False
+        if self._before_flush:  # added by a function that was just called
+            self._schedule_flush()
         out, self._unsent = self._unsent, []
         if not out:
             return
@@ -147,7 +151,9 @@ class ConnectionOutput:
         for function in functions:
             try:
                 function()
-            except Exception as error:  # the other bytes of the connection are sent all the same
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # the other bytes of the connection are sent all the same
                 message = "a function that gathers bytes for a connection failed"
                 self._loop.call_exception_handler({"message": message, "exception": error})
 

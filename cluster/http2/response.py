@@ -153,6 +153,7 @@ class ResponseWriter:
             return
         self._send_headers(end if self._head_sent else _OK_HEAD + end, end=True)
         self.closed = True
+        self.update_full()  # now, since `on_end` may close the connection, which first gathers what others want to send
         self._on_end(self.stream_id)
 
     def _send_headers(self, fields: bytes, end: bool) -> None:
@@ -162,7 +163,7 @@ class ResponseWriter:
             if end:
                 machine.process_input(StreamInputs.SEND_END_STREAM)
         except H2Error:  # the received bytes that opened the stream also reset the stream
-            self.closed = True
+            self.closed, self._sends_at_once = True, False
             return
         self._output.write_headers(self._id_bytes, fields, end)
         if end and not self.request.half_closed:  # the reset stops a client that is still sending

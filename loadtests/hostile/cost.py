@@ -9,6 +9,7 @@ together with the mean.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from loadtests.children import ROOT
 from loadtests.datasets import fixed
 from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.processes import SIMULATED
-from loadtests.scenarios.common import Contestant, Stage, alternate, first_call, per_round
+from loadtests.scenarios.common import Contestant, Stage, alternate, check_answers, first_call, per_round, unbind
 from loadtests.scenarios.relay import (
     GRPC,
     HTTP,
@@ -54,9 +55,13 @@ async def measure(stage: Stage) -> list[Figure]:
     rounds = max(stage.options.rounds or ROUNDS, 1)
     pairs = min(PAIRS, rounds)
     for pair in range(pairs):
+        if stage.options.ends_at is not None and time.monotonic() > stage.options.ends_at:
+            stage.report.settings["pairs cut short"] = f"{pair} of {pairs}: time was up"
+            break
         first, end = (rounds * at // pairs + 1 for at in (pair, pair + 1))
         ordered = checkouts if pair % 2 == 0 else checkouts[::-1]
         await _play_pair(stage, arms, ordered, pair, range(first, end), bundle, source)
+    check_answers(stage.report, list(arms.values()))
     return [_figure(api, arms) for api in (GRPC, HTTP, SESSION)]
 
 
@@ -74,6 +79,7 @@ async def _play_pair(
     # The parts of the scenario choose the arms by name, so `--only` must not filter the arms again.
     whole = replace(stage, options=replace(stage.options, only=()))
     started: list[serving.Ours] = []
+    unbind()  # started processes inherit the cores of this one
     try:
         for prefix, checkout in checkouts:
             ours = await serving.start(
@@ -84,7 +90,7 @@ async def _play_pair(
             for fresh in our_arms(replace(whole, part=prefix), ours):
                 kept = arms.setdefault(fresh.arm.name, fresh)
                 if kept is not fresh:
-                    stage.report.arms.remove(fresh.arm)
+                    stage.report.arms[:] = [arm for arm in stage.report.arms if arm is not fresh.arm]
                     kept.face, kept.roots = fresh.face, fresh.roots
         roots = [root for ours in started for root, _ in ours.roots]
         stage.report.settings["cores of the part cost"] = bind(
@@ -94,7 +100,7 @@ async def _play_pair(
         ready = [arm for arm in arms.values() if await first_call(arm, first)]
         await alternate(
             stage, _interleaved(ready), lambda number: fixed(STREAMS, PROMPT_WORDS, TOKENS, number),
-            rounds=len(numbers), concurrency=STREAMS, limits=LIMITS, first_number=numbers.start,
+            rounds=len(numbers), concurrency=STREAMS, limits=LIMITS, first_number=numbers.start, check=False,
         )  # fmt: skip
     finally:
         for arm in arms.values():

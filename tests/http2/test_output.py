@@ -102,6 +102,21 @@ async def test_bytes_that_are_gathered_before_a_flush_go_into_the_same_write() -
     assert len(sink.writes) == 1, "nothing was queued"
 
 
+async def test_a_function_that_is_added_during_a_flush_is_called_in_the_next_pass() -> None:
+    """A function that adds another one, or itself, delays no bytes, and no function is forgotten."""
+    sink, _, output, _ = begin()
+
+    def again() -> None:
+        output.write(b"first")
+        output.call_before_flush(lambda: output.write(b"second"))
+
+    output.call_before_flush(again)
+    await asyncio.sleep(0)
+    assert sink.writes == [b"first"]
+    await asyncio.sleep(0)
+    assert sink.writes == [b"first", b"second"]
+
+
 async def test_what_is_queued_is_sent_before_the_close_and_nothing_after_it() -> None:
     """Closing sends the queued bytes; bytes that are queued later are dropped."""
     sink, _, output, _ = begin()

@@ -179,10 +179,10 @@ def process_name() -> str:
         return CORE
     if process.startswith("VllmWorker-"):
         return _rank(process)
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():  # else asking for the actor would start a Ray of its own
+    if (ray := sys.modules.get("ray")) is not None:
         with contextlib.suppress(Exception):
-            return _rank(str(ray.get_runtime_context().get_actor_name() or ""))
+            if ray.is_initialized():  # else asking for the actor would start a Ray of its own
+                return _rank(str(ray.get_runtime_context().get_actor_name() or ""))
     return ""
 
 

@@ -1,0 +1,63 @@
+"""A call of a session that fails while its output is written ends alone."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.apis.grpc.session_output import SessionOutput, SessionWriter
+from cluster.gateway.calls.call_output import CallOutput
+from cluster.http2.h2_state import EndedStreams, ServerState
+from cluster.http2.output import ConnectionOutput
+from tests.http2.test_output import Sink
+
+
+class WrittenCall:
+    """A call whose output is `data` at each update, or whose encoder raises."""
+
+    def __init__(self, data: bytes) -> None:
+        self.is_resumed = False
+        self.error: CallError | None = None
+        self._data = data
+        pieces: Any = SimpleNamespace(pop_text=lambda: None, pending_chars=0)
+        self.sequences: list[Any] = [SimpleNamespace(pieces=pieces, last_token_at=0.0)]
+        self.output = CallOutput(self.sequences, cast(Any, None), 0.0)
+        self.ended, self.plain = False, False
+
+    def encode_new(self) -> bytes:
+        if not self._data:
+            raise RuntimeError("this encoder is broken")
+        return self._data
+
+    def fail_unexpectedly(self, error: BaseException) -> None:
+        self.error = CallError(Outcome.INTERNAL, str(error))
+        self.output.fail(self.error)
+        self.output.wake()
+
+
+async def test_a_call_whose_encoder_fails_delays_no_other_call() -> None:
+    """The failed call gets its status, and the other calls of the session go on."""
+    sink, h2 = Sink(), ServerState(EndedStreams(1))
+    connection = ConnectionOutput(sink, h2)
+    context = SimpleNamespace(call_before_flush=connection.call_before_flush, send=connection.write, full=False)
+    output = SessionOutput(context, asyncio.get_running_loop().create_future())
+
+    async def write(call_id: int, call: WrittenCall) -> None:
+        try:
+            await SessionWriter(output, call_id, cast(Any, call), cast(Any, call)).run()
+        except CallError as error:
+            output.send_status(call_id, error)
+
+    broken, sound = WrittenCall(b""), WrittenCall(b"[sound]")
+    async with asyncio.TaskGroup() as tasks:
+        writing = [tasks.create_task(write(1, broken)), tasks.create_task(write(2, sound))]
+        await writing[0]
+        for _ in range(3):
+            sink.writes.clear()
+            sound.output.wake()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert b"[sound]" in b"".join(sink.writes)
+        writing[1].cancel()
