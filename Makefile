@@ -36,7 +36,7 @@ test: ## the tests, those with the real engine included (NO_INSTALL=1: install n
 	@$(MAKE) --no-print-directory setup $(if $(CI),triton suites minilm)
 	$(VENV)/python -m pytest -m "not long" $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadscope) $(ARGS)
 
-test-long: setup triton suites minilm ## what `make test` leaves out: more cases on real engines and Rays, and runs of load tests: 20 minutes
+test-long: setup triton suites minilm ## what `make test` leaves out: more cases on real engines and Rays, and runs of load tests
 	$(VENV)/python -m pytest -m long $(ARGS)
 
 test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
