@@ -188,7 +188,7 @@ class EngineInfo:
     """dtype, quantization and parallelism in one string, e.g. `float32-tp2-pp1`. Engines of equal classes compute
     equally."""
     engine_path: str
-    """How steps are run: `fastpath`, `public` (vLLM's public API; `engine_path_reason` says why) or `sim`."""
+    """The path of a step: `fastpath`, `public` (vLLM's public API; `engine_path_reason` says why) or `sim`."""
     engine_version: str
     block_size: int
     kv_blocks: int

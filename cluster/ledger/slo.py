@@ -21,7 +21,7 @@ MISSING = (
     "the time between tokens is the rest of a call's duration by its delivered tokens; with n > 1, of the first output",
     "records that the retention of usage has removed, and records that wait in a gateway's spool",
 )
-"""What the sums do not contain, in sentences for the reader of a report."""
+"""Sentences for the reader of a report, which name what the sums do not contain."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,8 +56,8 @@ LOGPROBS = 1e-4
 """Tolerance of log probabilities. A prefill and decode steps round differently."""
 BLOCK_TOKENS = 32
 KILLS_OF = 8
-"""One fault in this many is a SIGKILL. A SIGKILL waits until both engines serve. If two SIGKILLs are due, the next
-batch waits until both engines serve.
+"""Number of faults of which one is a SIGKILL. A SIGKILL waits until both engines serve. If two SIGKILLs are due, the
+next batch waits until both engines serve.
 """
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",

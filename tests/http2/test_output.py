@@ -11,31 +11,9 @@ from cluster.http2.frames import data_frame
 from cluster.http2.h2_state import EndedStreams, ServerState
 from cluster.http2.limits import FIRST_WINDOW_BYTES
 from cluster.http2.output import UNAUTHENTICATED_UNSENT_BYTES, BlockedAnswers, ConnectionOutput, ReceiveWindows
+from tests.support.transports import Sink
 
 ID = (1).to_bytes(4, "big")
-
-
-class Sink(asyncio.Transport):
-    """A transport that keeps each write, for a client that never reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.writes: list[bytes] = []
-        self.closing = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.writes.append(bytes(data))
-
-    def get_write_buffer_size(self) -> int:
-        return sum(map(len, self.writes))
-
-    def is_closing(self) -> bool:
-        return self.closing
-
-    def close(self) -> None:
-        self.closing = True
-
-    abort = close
 
 
 class Unread:

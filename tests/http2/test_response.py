@@ -9,7 +9,7 @@ from typing import Any, cast
 from cluster.http2 import frames
 from cluster.http2.output import ConnectionCore
 from cluster.http2.response import ResponseWriter
-from tests.http2.test_output import Sink
+from tests.support.transports import Sink
 
 DATA, HEADERS = 0, 1
 
@@ -24,8 +24,8 @@ def kinds(data: bytes) -> list[int]:
 
 
 async def test_no_data_follows_the_status() -> None:
-    """What others gather while the status closes the connection is dropped: a frame after the end of a stream is an
-    error of the whole connection."""
+    """Bytes that are gathered while the status closes the connection are dropped. A frame after the end of a stream is
+    an error of the whole connection."""
     sink = Sink()
     slot: Any = SimpleNamespace(mark_authenticated=lambda: None)
     core = ConnectionCore(cast(Any, sink), slot, cast(Any, SimpleNamespace()), cast(Any, None), lambda: None)

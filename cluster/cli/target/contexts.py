@@ -36,7 +36,7 @@ class ContextError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ClusterContext:
-    """One cluster: its addresses (host:port), the file of its CA, where its API key is, and its console's URL."""
+    """The addresses (host:port) of a cluster, the file of its CA, the place of its API key, and its console's URL."""
 
     name: str
     endpoint: str

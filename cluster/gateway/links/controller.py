@@ -28,7 +28,7 @@ REPORT_S = 0.5
 
 
 class _Stream:
-    """One stream of a controller."""
+    """A stream that a controller has opened."""
 
     def __init__(self, hello: pb.ControllerHello) -> None:
         self.controller_id = hello.controller_id

@@ -1,4 +1,4 @@
-"""One model as a gateway knows it, from the controller's catalog and from the Hellos of the model's workers."""
+"""A gateway's knowledge of a model, from the controller's catalog and from the Hellos of the model's workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.gateway.models.versions import ModelVersions
 
 
 class KnownModel:
-    """This gateway's knowledge of one model: its catalog entry, its workers, and the state that follows from both."""
+    """A gateway's knowledge of one model: its catalog entry, its workers, and the state that follows from both."""
 
     def __init__(self, entry: CatalogEntry, in_catalog: bool) -> None:
         self.entry = entry

@@ -21,7 +21,7 @@ from cluster.api.frozen import frozen_dataclass
 
 @dataclass(frozen=True, slots=True)
 class HolderWait:
-    """How long a sequence has waited for the worker that holds its prompt; see policy/scheduling/set_aside.py."""
+    """The wait of a sequence for the worker that holds its prompt; see policy/scheduling/set_aside.py."""
 
     worker_id: str
     wait_s: float

@@ -48,7 +48,7 @@ MAX_HOLDERS: Final = 8
 
 _BY_ID = attrgetter("worker_id")
 _counted = attrgetter("candidate.slots", "candidate.parses_tools")
-"""What the fleet counts of a row and what seldom changes."""
+"""Function that returns the fields of a row that the fleet counts and that seldom change."""
 
 
 class Fleet:

@@ -54,7 +54,7 @@ class Candidates:
 
 @dataclass(eq=False, slots=True)
 class Route:
-    """One decision to send a sequence to a worker, and what came of it. Times are monotonic seconds.
+    """A decision to send a sequence to a worker, and the result of the decision. Times are monotonic seconds.
 
     `sequence`: number of the sequence in its call. `tokens`: number of prompt tokens plus tokens that the sequence had
     emitted before. `cached`: number of leading tokens that workers were expected to hold in their KV caches, by worker

@@ -47,7 +47,7 @@ class Event(enum.StrEnum):
     HEDGE = "hedge"
     """The sequence is sent to a second worker, because the first is late."""
     HEDGE_ENDED = "hedge_ended"
-    """One of the two workers of the sequence drops out, and the other keeps the sequence."""
+    """A worker of the hedged sequence drops out, and the other worker keeps the sequence."""
     ANSWERED = "answered"
     """The first output of the worker arrives."""
     RETRY = "retry"

@@ -11,7 +11,7 @@ from cluster.gateway.apis.grpc.session_output import SessionOutput, SessionWrite
 from cluster.gateway.calls.call_output import CallOutput
 from cluster.http2.h2_state import EndedStreams, ServerState
 from cluster.http2.output import ConnectionOutput
-from tests.http2.test_output import Sink
+from tests.support.transports import Sink
 
 
 class WrittenCall:

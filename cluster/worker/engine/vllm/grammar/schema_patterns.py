@@ -78,7 +78,7 @@ def pattern_problem(pattern: str) -> str:
 
 
 class _Reader:
-    """One pass over the tokens of an expression."""
+    """A pass over the tokens of an expression."""
 
     def __init__(self, pattern: str) -> None:
         self._tokens = list(TOKEN.finditer(pattern))
