@@ -7,6 +7,8 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cluster.api.frozen import frozen_dataclass
+
 POOLS = "pools:"
 """Prefix of the capability that names a pooling task of a worker, e.g. `pools:embed`. A worker with such a capability
 serves no generation."""
@@ -23,7 +25,7 @@ class PoolingTask(enum.StrEnum):
     """The relevance of a pair of texts, from a cross-encoder: a vector of one number."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class PoolingOptions:
     """Parameters of a pooling request, in place of sampling parameters.
 

@@ -59,8 +59,7 @@ class DemandTally:
         counters = self._class(waiting.model, waiting.priority_class, waiting.rank)
         counters.arrived_requests += 1
         counters.arrived_prompt_tokens += max(waiting.tokens - waiting.cached_tokens, 0)
-        self._counted_output[waiting.call_id] = 0
-        self._count_output(waiting, waiting.output_tokens)
+        self._add_output(counters, waiting.call_id, waiting.output_tokens)
 
     def record_output(self, waiting: WaitingSequence, tokens: int) -> None:
         """Record the number of output tokens that a running sequence has so far. Sequences that arrived at another
@@ -76,10 +75,17 @@ class DemandTally:
         self._counted_output.pop(waiting.call_id, None)
 
     def _count_output(self, waiting: WaitingSequence, tokens: int) -> None:
-        counters = self._class(waiting.model, waiting.priority_class, waiting.rank)
-        counters.output_tokens += tokens - self._counted_output[waiting.call_id]
-        counters.expected_output_tokens = max(counters.expected_output_tokens, counters.output_tokens)
-        self._counted_output[waiting.call_id] = tokens
+        counted = self._counted_output[waiting.call_id]
+        if tokens != counted:
+            counters = self._class(waiting.model, waiting.priority_class, waiting.rank)
+            self._add_output(counters, waiting.call_id, tokens, counted)
+
+    def _add_output(self, counters: _Class, call_id: str, tokens: int, counted: int = 0) -> None:
+        """Count `tokens` as a sequence's output, of which `counted` were counted before."""
+        counters.output_tokens += tokens - counted
+        if counters.output_tokens > counters.expected_output_tokens:
+            counters.expected_output_tokens = counters.output_tokens
+        self._counted_output[call_id] = tokens
 
     def enqueue(self, waiting: WaitingSequence) -> None:
         """Count a sequence as queued."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 from h2.errors import ErrorCodes
 from h2.exceptions import FrameDataMissingError, FrameTooLargeError, ProtocolError
@@ -39,6 +40,7 @@ _END_HEADERS = 4
 # type 0, no flags). MESSAGE_HEAD: the prefix of a message (uncompressed, length).
 DATA_HEAD = tuple(n.to_bytes(3, "big") + b"\x00\x00" for n in range(2048))
 MESSAGE_HEAD = tuple(b"\x00" + n.to_bytes(4, "big") for n in range(2048))
+_SHORT = tuple(bytes([n]) for n in range(127))
 
 
 def data_frame(id_bytes: bytes, data: bytes) -> bytes:
@@ -48,7 +50,8 @@ def data_frame(id_bytes: bytes, data: bytes) -> bytes:
 
 def literal(name: bytes, value: bytes) -> bytes:
     """Encode a header field as a literal that is neither compressed nor added to the dynamic header table."""
-    return b"\x00" + _length(name) + name + _length(value) + value
+    size = len(value)
+    return _literal_name(name) + (_SHORT[size] if size < len(_SHORT) else _length(value)) + value
 
 
 def block(fields: Sequence[tuple[bytes, bytes]]) -> bytes:
@@ -68,6 +71,12 @@ def header_frames(id_bytes: bytes, fields: bytes, *, end_stream: bool, frame_byt
         flag = (0 if i else flags) | (_END_HEADERS if i == len(parts) - 1 else 0)
         out.append(len(part).to_bytes(3, "big") + kind + bytes([flag]) + id_bytes + part)
     return b"".join(out)
+
+
+@lru_cache(maxsize=256)
+def _literal_name(name: bytes) -> bytes:
+    """Encode the part of a literal before its value."""
+    return b"\x00" + _length(name) + name
 
 
 def _length(text: bytes) -> bytes:
@@ -126,19 +135,20 @@ class FrameReader:
 
     def peek(self) -> bool:
         """Read the head of the next frame. Returns whether the frame is complete. Raises ProtocolError."""
-        data = self._data
         if self._preface and not self._read_preface():
             return False
-        if len(data) < HEAD_BYTES:
+        data = self._data
+        size = len(data)
+        if size < HEAD_BYTES:
             return False
         high, low, self.kind, flags, stream_id = _HEAD.unpack_from(data)
         self.length = length = high << 8 | low
         if length > self._max_frame_bytes:
             raise FrameTooLargeError(f"Received overlong frame: length {length}, max {self._max_frame_bytes}")
         self.ends = flags == END_STREAM
-        self.plain = (not flags or self.ends) and self._block is None
+        self.plain = flags <= END_STREAM and self._block is None
         self.stream_id = stream_id & MAX_STREAM_ID
-        return bool(len(data) >= HEAD_BYTES + length)
+        return bool(size >= HEAD_BYTES + length)
 
     @property
     def increment(self) -> int:

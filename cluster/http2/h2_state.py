@@ -20,6 +20,8 @@ from h2.exceptions import ProtocolError
 from h2.stream import H2Stream, StreamClosedBy, StreamInputs, StreamState
 from hyperframe.frame import Frame
 
+from cluster.http2.header_decoder import HeaderDecoder
+
 # Header validation is off: this server reads only the headers that a call needs, and forwards no headers.
 _CONFIGURATION = H2Configuration(
     client_side=False, header_encoding=None, validate_inbound_headers=False, normalize_inbound_headers=False
@@ -71,6 +73,7 @@ class ServerState(Http2State):
     def __init__(self, ended: EndedStreams) -> None:
         """`ended`: the notes of streams that were reset."""
         super().__init__(_CONFIGURATION)
+        self.decoder = HeaderDecoder()
         self._ended = ended
         self._closed_streams = ended
 

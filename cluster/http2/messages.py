@@ -51,6 +51,13 @@ class Assembler:
 
         Raises BadMessage.
         """
+        size = len(data)
+        if not self._buffer and PREFIX_BYTES <= size <= UNCOPIED_BYTES and data[0] == 0:
+            # Most pieces are one whole message, which needs no buffer.
+            length = int.from_bytes(data[1:PREFIX_BYTES], "big")
+            if length == size - PREFIX_BYTES and length <= self._max_bytes:
+                yield data[PREFIX_BYTES:], size, False
+                return
         self._buffer += data
         while len(self._buffer) >= PREFIX_BYTES:
             end = self.message_bytes

@@ -57,7 +57,9 @@ class RequestBody:
         """Size in bytes of the incomplete message with its prefix. 0 while there is no such message, or while its
         reservation is needed but not requested yet."""
         self._stream_growth = 0
-        """Bytes by which the stream's receive window is to grow."""
+        """Bytes by which the stream's receive window is to grow, at once for the rest of a message, else after half a
+        window."""
+        self._half_window = connection.limits.window_bytes // 2
         self._connection_growth = 0
         """Number of received bytes that were not yet returned to the connection's receive window."""
         self._unread = 0
@@ -120,8 +122,9 @@ class RequestBody:
         BadMessage."""
         if not self._allowed_size and self._assembler.held_bytes:
             self._start_message()
-        self.settle_connection()
-        if self._stream_growth:
+        if self._connection_growth:
+            self.settle_connection()
+        if self._stream_growth >= self._half_window or (self._stream_growth and self._allowed_size):
             self._grow_stream_window()
 
     def settle_connection(self) -> None:
@@ -162,11 +165,10 @@ class RequestBody:
 
     def _allow_rest(self) -> None:
         self._stream_growth += max(self._allowed_size - self._connection.limits.window_bytes, 0)
-        self._grow_stream_window(at_once=True)
+        self._grow_stream_window()
 
-    def _grow_stream_window(self, at_once: bool = False) -> None:
-        at_once = at_once or self._allowed_size > 0  # the rest of a message must not wait for half a window
-        if self._stream_growth and (at_once or self._stream_growth >= self._connection.limits.window_bytes // 2):
+    def _grow_stream_window(self) -> None:
+        if self._stream_growth:
             size, self._stream_growth = self._stream_growth, 0
             self._connection.windows.grow(size, self._stream_id)
 

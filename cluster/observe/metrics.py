@@ -88,11 +88,16 @@ class Metrics(Collector):
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         """Add `by` to a counter. `labels`: the label values, in the order of DEFINITIONS."""
-        at = _TENANT_AT.get(name)
-        if at is not None and labels[at] not in self._tenants:
-            labels = (*labels[:at], self._tenant_label(labels[at]), *labels[at + 1 :])
-        series = self._counters.setdefault(name, {})
-        series[labels] = series.get(labels, 0) + by
+        series = self._counters.get(name)
+        if series is None:
+            series = self._counters[name] = {}
+        value = series.get(labels)
+        if value is None:
+            at = _TENANT_AT.get(name)
+            if at is not None:
+                labels = (*labels[:at], self._tenant_label(labels[at]), *labels[at + 1 :])
+            value = series.get(labels, 0)
+        series[labels] = value + by
 
     def _tenant_label(self, tenant: str) -> str:
         """Return the value of the label `tenant`: the tenant's name, or `other` if `max_tenants` tenants already have

@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.api.frozen import frozen_dataclass
 
-@dataclass(frozen=True, slots=True)
+
+@frozen_dataclass
 class Capacity:
     """An amount of a worker's capacity: a number of sequences, and a number of prompt tokens in the KV cache."""
 
@@ -23,7 +25,10 @@ class Capacity:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+NOTHING = Capacity(0, 0)
+
+
+@frozen_dataclass
 class Grant:
     """New limits of a link, counted from the start of the link: number of Submits, and sum of their prompt tokens."""
 
@@ -35,8 +40,8 @@ class Grant:
 
 @dataclass(slots=True)
 class _Account:
-    spent: Capacity = Capacity(0, 0)
-    limit: Capacity = Capacity(0, 0)
+    spent: Capacity = NOTHING
+    limit: Capacity = NOTHING
     waiting: int = 0
     kept: int = 0
     grant_id: int = 0
@@ -98,34 +103,40 @@ class CreditGranter:
         worker holds. Such calls start at almost no cost."""
         if not self._accounts:
             return []
-        kept = {link: account.kept for link, account in self._accounts.items()}
-        waiting = {link: account.waiting for link, account in self._accounts.items()}
-        claims = {link: kept[link] + waiting[link] for link in kept}
-        extra = min(sum(kept.values()), max(places - max(room.sequences, 0), 0))
-        room = Capacity(max(room.sequences, 0) + extra, max(room.tokens, 0))
-        extra_shares = _shares(extra, kept)
-        others = {link: waiting[link] + kept[link] - extra_shares[link] for link in kept}
-        share = {link: extra_shares[link] + part for link, part in _shares(room.sequences - extra, others).items()}
-        token_share = _shares(room.tokens, claims)
-        promised = self.promised()
-        spare = Capacity(max(room.sequences - promised.sequences, 0), max(room.tokens - promised.tokens, 0))
+        begins, room_tokens = max(room.sequences, 0), max(room.tokens, 0)
+        extra = min(sum([account.kept for account in self._accounts.values()]), max(places - begins, 0))
+        share, token_share = self._divided(begins, extra, room_tokens)
+        promised = [(link, account, account.promised()) for link, account in sorted(self._accounts.items())]
+        spare = max(begins + extra - sum([held.sequences for _, _, held in promised]), 0)
+        spare_tokens = max(room_tokens - sum([held.tokens for _, _, held in promised]), 0)
         out = []
         # Capacity taken from a link becomes spare only after the acknowledgement, so the order of links is irrelevant.
-        for link, account in sorted(self._accounts.items()):
-            held = account.promised()
-            sequences = min(share[link], held.sequences + spare.sequences)
-            tokens = min(token_share[link], held.tokens + spare.tokens)
-            spare = Capacity(
-                spare.sequences - max(sequences - held.sequences, 0), spare.tokens - max(tokens - held.tokens, 0)
-            )
+        for link, account, held in promised:
+            sequences = min(share[link], held.sequences + spare)
+            tokens = min(token_share[link], held.tokens + spare_tokens)
+            spare -= max(sequences - held.sequences, 0)
+            spare_tokens -= max(tokens - held.tokens, 0)
             limit = Capacity(account.spent.sequences + sequences, account.spent.tokens + tokens)
-            if not _worth_sending(account.limit, limit, room.tokens):
+            if not _worth_sending(account.limit, limit, room_tokens):
                 continue
             account.grant_id += 1
             account.unacked.append((account.grant_id - 1, account.limit))
             account.limit = limit
             out.append(Grant(link, account.grant_id, limit.sequences, limit.tokens))
         return out
+
+    def _divided(self, begins: int, extra: int, tokens: int) -> tuple[Mapping[int, int], Mapping[int, int]]:
+        """Divide room among the links. Returns the numbers of sequences and of tokens by link. `begins`: sequences for
+        any call. `extra`: sequences only for calls whose KV blocks this worker holds."""
+        accounts = self._accounts
+        if len(accounts) == 1:  # most workers have one gateway
+            return dict.fromkeys(accounts, begins + extra), dict.fromkeys(accounts, tokens)
+        kept = {link: account.kept for link, account in accounts.items()}
+        claims = {link: account.kept + account.waiting for link, account in accounts.items()}
+        extra_shares = _shares(extra, kept)
+        others = {link: claims[link] - extra_shares[link] for link in claims}
+        shares = {link: extra_shares[link] + part for link, part in _shares(begins, others).items()}
+        return shares, _shares(tokens, claims)
 
 
 def _shares(total: int, claims: Mapping[int, int]) -> dict[int, int]:

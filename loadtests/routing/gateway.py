@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from cluster.api.types import CompatibilityKey
 from cluster.policy.fairness.order import Order, WaitingSequence
-from cluster.policy.fairness.output_lengths import LearntOutputs
+from cluster.policy.fairness.output_lengths import LearntMeans, LearntOutputs
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.index import CacheIndex
@@ -83,7 +83,7 @@ class RoutingGateway:
         self._claimed = 0
         self._now = 0.0
         self._hedger = hedger
-        self._cached, self._outputs = LearntOutputs(default_tokens=0), LearntOutputs()
+        self._cached, self._outputs = LearntMeans(), LearntOutputs()
         self._cancel = cancel
         self._knows_blocks = knows_blocks
         self._head: RoutedCall | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cluster.api.types import CompatibilityKey, EngineRequest, TokenOutput
 from cluster.policy.fairness.fair_queue import FairOrders
 from cluster.policy.fairness.order import Order, WaitingSequence
-from cluster.policy.fairness.output_lengths import LearntOutputs
+from cluster.policy.fairness.output_lengths import LearntMeans, LearntOutputs
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom
@@ -68,7 +68,7 @@ class SimGateway:
         self.fair = fair
         self.calls: dict[str, SimCall] = {}
         self.learnt = LearntOutputs()
-        self._learnt_cached = LearntOutputs(default_tokens=0)
+        self._learnt_cached = LearntMeans()
         order_of: Callable[[str], Order] = (lambda model: FifoOrder()) if fair is None else fair.order
         room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=order_of)
         self._policy = SchedulingPolicy(room, self, 1e9, WorkerLosses())

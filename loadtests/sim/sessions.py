@@ -24,7 +24,7 @@ import numpy as np
 from cluster.api.types import CompatibilityKey
 from cluster.policy.fairness.fair_queue import FairOrder
 from cluster.policy.fairness.order import WaitingSequence
-from cluster.policy.fairness.output_lengths import LearntOutputs
+from cluster.policy.fairness.output_lengths import LearntMeans, LearntOutputs
 from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.kv_cache.index import CacheIndex
@@ -180,7 +180,7 @@ class SessionWorld:
         self.policy = SchedulingPolicy(room, self, 1e9, WorkerLosses())
         self._rng = Random(config.seed)
         self._index = CacheIndex(1 << 20, config.seed)
-        self._cached, self._outputs = LearntOutputs(default_tokens=0), LearntOutputs()
+        self._cached, self._outputs = LearntMeans(), LearntOutputs()
         self._calls: dict[str, Turn] = {}
         self._running: dict[str, Turn] = {}
         self._done = dict.fromkeys(weights, 0.0)

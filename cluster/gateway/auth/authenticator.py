@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cluster.api.frozen import frozen_dataclass
 from cluster.api.outcomes import CallError
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
@@ -22,7 +22,7 @@ REAUTHENTICATE_S = 30.0
 """Seconds after which callers are authenticated again even if nothing has changed, since keys and tokens expire."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class Credentials:
     """Credentials that a caller presents: all values of the header `authorization`, the names in the caller's verified
     certificate, and the caller's address."""

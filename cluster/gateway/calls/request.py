@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from cluster.api.frozen import frozen_dataclass
@@ -213,6 +215,12 @@ RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
     "max_reasoning_tokens": (0, None, True),
 }
 
+_INSIDE = tuple(
+    (name, -math.inf if low is None else low, sys.float_info.max if high is None else high)
+    for name, (low, high, _) in RANGES.items()
+)
+_ranged = attrgetter(*RANGES)
+
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
     """Check the metadata of a request. Raises CallError for metadata that a usage record cannot hold."""
@@ -230,8 +238,10 @@ def check_options(options: RequestOptions) -> None:
     """Check the options of a request. Raises a single CallError that names every wrong field, up to MAX_VIOLATIONS."""
     wrong = [
         violation
-        for name in RANGES
-        if (value := getattr(options, name)) is not None and (violation := _range_violation(name, value)) is not None
+        for (name, low, high), value in zip(_INSIDE, _ranged(options), strict=True)
+        if value is not None
+        and not low < value <= high  # the range without its lowest value
+        and (violation := _range_violation(name, value)) is not None
     ]
     if options.min_tokens is not None and options.max_tokens is not None and options.min_tokens > options.max_tokens:
         wrong.append(Violation("min_tokens", f"must not be above max_tokens ({options.max_tokens})"))

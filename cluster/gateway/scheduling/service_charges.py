@@ -16,7 +16,7 @@ from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.fair_queue import FairOrder, FairOrders
 from cluster.policy.fairness.order import WaitingSequence
-from cluster.policy.fairness.output_lengths import LearntOutputs
+from cluster.policy.fairness.output_lengths import LearntMeans, LearntOutputs
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.wire.codecs.fairness_codec import FlowBacklog, WeightedValue
@@ -60,7 +60,7 @@ class ServiceCharges:
         self._weights: dict[str, float] = {}
         self.fair = FairOrders(lambda: FairOrder(weight_of=self.weight_of, service=self._service))
         self.learnt = LearntOutputs()
-        self._learnt_cached = LearntOutputs(default_tokens=0)
+        self._learnt_cached = LearntMeans()
         self._charges: dict[str, _Charge] = {}
         self._speeds: dict[str, _Speed] = {}
         self._gone: dict[tuple[str, str], float] = {}

@@ -165,8 +165,11 @@ def _chars(value: object) -> int:
     """Return the approximate number of characters that messages, tools or arguments take in a prompt."""
     if isinstance(value, str):
         return len(value)
+    total = 4
     if isinstance(value, (list, tuple)):
-        return 4 + sum([_chars(item) for item in value])
-    if isinstance(value, (dict, Mapping)):  # dict first, because that check is faster
-        return 4 + sum([_chars(key) + _chars(item) for key, item in value.items()])
-    return 4
+        for item in value:
+            total += _chars(item)
+    elif isinstance(value, (dict, Mapping)):  # dict first, because that check is faster
+        for key, item in value.items():
+            total += len(key) + (len(item) if isinstance(item, str) else _chars(item))
+    return total

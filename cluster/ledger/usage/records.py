@@ -159,9 +159,10 @@ class _Fields:
         types = {attribute.name: str(attribute.type) for attribute in dataclasses.fields(kind)}
         self.names = tuple(types)
         self.texts = tuple(name for name in types if types[name] == "str")
-        self.counts = tuple(name for name in types if types[name].startswith("int"))
-        self.seconds = tuple(name for name in types if types[name].startswith("float"))
-        self.optional = frozenset(name for name in types if types[name].endswith("| None"))
+        self.counts = tuple(name for name in types if types[name] == "int")
+        self.seconds = tuple(name for name in types if types[name] == "float")
+        self.optional_counts = tuple(name for name in types if types[name] == "int | None")
+        self.optional_seconds = tuple(name for name in types if types[name] == "float | None")
         self.values_of = attrgetter(*self.names)
         self.texts_of, self.counts_of = attrgetter(*self.texts), attrgetter(*self.counts)
         self.seconds_of = attrgetter(*self.seconds)
@@ -171,7 +172,7 @@ class _Fields:
         return dict(zip(self.names, self.values_of(record), strict=True))
 
 
-_INT = {int}
+_INT, _FLOAT = {int}, {float}
 _OPEN, _USAGE = _Fields(OpenRecord), _Fields(UsageRecord)
 _NAMES = {OpenRecord: _OPEN.names, UsageRecord: _USAGE.names}
 
@@ -203,16 +204,18 @@ def _check(record: OpenRecord | UsageRecord) -> None:
     if not _are_plain(texts):
         for name, value in zip(fields.texts, texts, strict=True):
             _check_text(name, value, MAX_ID if name.endswith("_id") else MAX_NAME)
-    for at, count in enumerate(counts) if not _are_counts(counts) else ():
-        if count is None and fields.counts[at] in fields.optional:
-            continue
-        if type(count) is not int or not 0 <= count < MAX_COUNT:
-            raise RecordError(f"{fields.counts[at]}: {count!r} must be an integer from 0 to 2**53 - 1")
-    for at, value in enumerate(seconds):
-        if not (type(value) is float and 0 <= value < math.inf) and not _is_seconds(
-            value, optional=fields.seconds[at] in fields.optional
-        ):
-            raise RecordError(f"{fields.seconds[at]}: {value!r} must be a finite number of seconds, at least 0")
+    if not _are_counts(counts):
+        for name, value in zip(fields.counts, counts, strict=True):
+            _check_count(name, value)
+    if not _are_seconds(seconds):
+        for name, value in zip(fields.seconds, seconds, strict=True):
+            _check_seconds(name, value)
+    for name in fields.optional_counts:
+        if (value := getattr(record, name)) is not None:
+            _check_count(name, value)
+    for name in fields.optional_seconds:
+        if (value := getattr(record, name)) is not None:
+            _check_seconds(name, value)
     if not record.record_id or not record.tenant:
         raise RecordError("record_id and tenant must not be empty")
     if record.opened_at_s >= 253_402_300_800:
@@ -238,6 +241,11 @@ def _are_counts(counts: Sequence[Any]) -> bool:
     return set(map(type, counts)) == _INT and min(counts) >= 0 and max(counts) < MAX_COUNT
 
 
+def _are_seconds(seconds: Sequence[Any]) -> bool:
+    """Return whether all values are floats that are not negative and finite. If not, each is checked individually."""
+    return set(map(type, seconds)) == _FLOAT and min(seconds) >= 0 and sum(seconds) < math.inf  # NaN makes the sum NaN
+
+
 def _check_labels(labels: Mapping[str, str]) -> None:
     for key, value in labels.items():
         _check_text(f"labels[{key!r}]", value, MAX_LABELS_BYTES)
@@ -246,10 +254,15 @@ def _check_labels(labels: Mapping[str, str]) -> None:
         raise RecordError(f"labels: must not exceed {MAX_LABELS_BYTES} bytes in total")
 
 
-def _is_seconds(value: object, *, optional: bool) -> bool:
-    if value is None:
-        return optional
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+def _check_count(name: str, count: object) -> None:
+    if type(count) is not int or not 0 <= count < MAX_COUNT:
+        raise RecordError(f"{name}: {count!r} must be an integer from 0 to 2**53 - 1")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    if not is_number:
+        raise RecordError(f"{name}: {value!r} must be a finite number of seconds, at least 0")
 
 
 def _check_text(name: str, value: object, longest: int) -> None:

@@ -16,7 +16,7 @@ Source: Kaplan & Meier, Nonparametric Estimation from Incomplete Observations (J
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -31,13 +31,12 @@ curve costs as much as sorting the outputs."""
 
 
 class _Lengths:
-    __slots__ = ("_area", "_high", "_new_since_curve", "_survival", "_times", "last", "total")
+    __slots__ = ("_area", "_high", "_new_since_curve", "_survival", "_times", "last")
 
     def __init__(self) -> None:
         self.last: list[tuple[int, bool]] = []
         """The last KEPT pairs of (tokens, cut). `cut` says whether the output ended at max_tokens. The pairs are in a
         list and not in a deque, because there are many such objects, and an empty deque takes 0.7 KB."""
-        self.total = 0
         self._high: int | None = 0
         self._new_since_curve = 0
         self._times: Sequence[int] = ()
@@ -46,9 +45,8 @@ class _Lengths:
 
     def add(self, tokens: int, cut: bool) -> None:
         if len(self.last) == KEPT:
-            self.total -= self.last.pop(0)[0]
+            del self.last[0]
         self.last.append((tokens, cut))
-        self.total += tokens
         self._high = None
         self._new_since_curve += 1
 
@@ -72,8 +70,8 @@ class _Lengths:
         estimated share of longer outputs."""
         self._new_since_curve = 0
         ends: dict[int, list[int]] = {}
-        for tokens, cut in self.last:
-            ends.setdefault(tokens, [0, 0])[cut] += 1
+        for (tokens, cut), count in Counter(self.last).items():
+            ends.setdefault(tokens, [0, 0])[cut] += count
         times, areas, survivals = [], [], []
         at_risk, before, area, survival = len(self.last), 0, 0.0, 1.0
         for tokens in sorted(ends):
@@ -91,8 +89,8 @@ class _Lengths:
     def high(self) -> int:
         """Length at the quantile QUANTILE. Computed on demand, so that a burst of outputs is sorted only once."""
         if self._high is None:
-            ordered = sorted(tokens for tokens, _ in self.last)
-            self._high = ordered[min(int(QUANTILE * len(ordered)), len(ordered) - 1)]
+            ordered = sorted(self.last)
+            self._high = ordered[min(int(QUANTILE * len(ordered)), len(ordered) - 1)][0]
         return self._high
 
 
@@ -133,12 +131,6 @@ class LearntOutputs:
             return max(min(self._default_tokens, max_tokens), 1)
         return max(min(round(lengths.expected(self._default_tokens, max_tokens)), max_tokens), 1)
 
-    def mean(self, tenant: str, model: str, max_tokens: int) -> int:
-        """Mean of the observed lengths, between 1 and `max_tokens`; the default if there are no observations."""
-        lengths = self._pairs.get((tenant, model))
-        expected = self._default_tokens if lengths is None else round(lengths.total / len(lengths.last))
-        return max(min(expected, max_tokens), 1)
-
     def p95(self, tenant: str, model: str, max_tokens: int) -> int:
         """95th percentile of the observed lengths, between 1 and `max_tokens`; the default if there are no
         observations."""
@@ -147,3 +139,41 @@ class LearntOutputs:
 
     def __repr__(self) -> str:
         return f"LearntOutputs({len(self._pairs)} pairs)"
+
+
+class _Recent:
+    __slots__ = ("last", "total")
+
+    def __init__(self) -> None:
+        self.last: list[int] = []
+        self.total = 0
+
+
+class LearntMeans:
+    """Means of the last numbers of tokens, by (tenant, model). At most `max_pairs` pairs are kept."""
+
+    def __init__(self, max_pairs: int = 50_000) -> None:
+        self._max_pairs = max_pairs
+        self._pairs: OrderedDict[tuple[str, str], _Recent] = OrderedDict()
+
+    def observe(self, tenant: str, model: str, tokens: int) -> None:
+        """Record a number of tokens."""
+        recent = self._pairs.get((tenant, model))
+        if recent is None:
+            recent = self._pairs[tenant, model] = _Recent()
+            if len(self._pairs) > self._max_pairs:
+                self._pairs.popitem(last=False)
+        else:
+            self._pairs.move_to_end((tenant, model))
+        recent.last.append(tokens)
+        recent.total += tokens
+        if len(recent.last) > KEPT:
+            recent.total -= recent.last.pop(0)
+
+    def mean(self, tenant: str, model: str, max_tokens: int) -> int:
+        """Return the mean, between 1 and `max_tokens`; 1 without observations."""
+        recent = self._pairs.get((tenant, model))
+        return 1 if recent is None else max(min(round(recent.total / len(recent.last)), max_tokens), 1)
+
+    def __repr__(self) -> str:
+        return f"LearntMeans({len(self._pairs)} pairs)"

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from cluster.api.frozen import frozen_dataclass
 from cluster.api.outcomes import Outcome
 from cluster.policy.limits.windows import (
     MonotonicClock,
@@ -67,7 +68,7 @@ class TokenWeights:
         return math.ceil(self.input * prompt_tokens + self.output * output_tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class ReservationRequest:
     """Amounts to reserve for a call.
 
@@ -85,7 +86,7 @@ class ReservationRequest:
             raise ValueError("tokens must not be negative")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class LimitUse:
     """Current state of one limit, for x-ratelimit headers.
 
@@ -97,7 +98,7 @@ class LimitUse:
     reset_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class Granted:
     """Result for an admitted call, whose reservation is held.
 
@@ -150,7 +151,7 @@ class _HeldAmounts:
     month: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class _Wanted:
     """Amounts to check against the limits. `plain`: tokens for the budgets; `weighted`: tokens for the limit per
     minute. An amount of 0 is not checked."""
@@ -372,6 +373,8 @@ class Limiter:
 
     @staticmethod
     def _refusal(limits: TenantLimits, use: TenantUse, ask: _Wanted, now: float, epoch_s: float) -> LimitRefusal | None:
+        if _fits(limits, use, ask):
+            return None
         rows = (
             (Limit.MONTHLY, limits.monthly_tokens, use.month.used, ask.plain),
             (Limit.DAILY, limits.daily_tokens, use.day.used, ask.plain),
@@ -394,6 +397,20 @@ class Limiter:
                 *_standings(limits, use, now),
             )
         return None
+
+
+def _fits(limits: TenantLimits, use: TenantUse, ask: _Wanted) -> bool:
+    """Return whether amounts certainly fit the limits. The result is nearly always True for an admitted call; False
+    says nothing."""
+    monthly, daily, running = limits.monthly_tokens, limits.daily_tokens, limits.concurrent_requests
+    requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
+    return (
+        (monthly is None or use.month.used + ask.plain <= monthly)
+        and (daily is None or use.day.used + ask.plain <= daily)
+        and (running is None or use.running + ask.running <= running)
+        and (requests is None or use.requests.total + ask.requests <= requests)
+        and (tokens is None or use.tokens.total + ask.weighted <= tokens)
+    )
 
 
 def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from cluster.api.frozen import frozen_dataclass
 from cluster.api.outcomes import CallError, Outcome
 from cluster.policy.tenants.policy import TenantPolicy
 
@@ -192,7 +193,7 @@ class AccessSnapshot:
         return cls.of(tenants, keys, int(value["sequence"]), float(value["taken_at_s"]))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class Principal:
     """Authenticated caller: its tenant and its role.
 

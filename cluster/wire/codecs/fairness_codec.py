@@ -4,10 +4,10 @@ codec.py."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from typing import Generic, NamedTuple, TypeVar
 
+from cluster.api.frozen import frozen_dataclass
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
@@ -16,7 +16,7 @@ from cluster.policy.fairness.service_counters import FlowKey
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class WeightedValue(Generic[T]):
     """A value of one tenant, with the tenant's weight, which the receiver may not know."""
 

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cluster.api.outcomes import Outcome
 from cluster.policy.fairness.fair_queue import DEFICIT_TOKENS, FairOrder, FairOrders
-from cluster.policy.fairness.output_lengths import KEPT, LearntOutputs
+from cluster.policy.fairness.output_lengths import KEPT, LearntMeans, LearntOutputs
 from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
 from cluster.policy.fairness.served_tokens import ServedMeter
 from cluster.policy.fairness.service_counters import QUANTUM, FifoQueue, FlowKey
@@ -430,15 +430,19 @@ def test_a_line_agrees_with_a_list(steps: list[int | None]) -> None:
 
 def test_learnt_outputs() -> None:
     """The mean and the p95 of the last outputs are within the allowed maximum. The number of pairs is bounded."""
-    learnt = LearntOutputs(default_tokens=50, max_pairs=2)
-    assert (learnt.mean("a", "m", 1000), learnt.p95("a", "m", 20)) == (50, 20)
+    learnt, means = LearntOutputs(default_tokens=50, max_pairs=2), LearntMeans(max_pairs=2)
+    assert (means.mean("a", "m", 1000), learnt.p95("a", "m", 20)) == (1, 20)
     for tokens in [1000] * 10 + [10] * (KEPT - 4) + [100] * 4:
         learnt.observe("a", "m", tokens)
-    assert learnt.mean("a", "m", 1000) == round((10 * (KEPT - 4) + 400) / KEPT)
+        means.observe("a", "m", tokens)
+    assert means.mean("a", "m", 1000) == round((10 * (KEPT - 4) + 400) / KEPT)
+    assert means.mean("a", "m", 3) == 3
     assert learnt.p95("a", "m", 1000) == 100
     for tenant in "bc":
         learnt.observe(tenant, "m", 7)
-    assert learnt.mean("a", "m", 1000) == 50
+        means.observe(tenant, "m", 7)
+    assert learnt.p95("a", "m", 1000) == 50
+    assert (means.mean("a", "m", 1000), means.mean("c", "m", 1000)) == (1, 7)
 
 
 def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
@@ -488,11 +492,11 @@ def test_of_whom_nothing_was_seen_others_tell() -> None:
         30,
         20,
     )
-    assert (learnt.p95("c", "m", 1000), learnt.mean("c", "m", 1000)) == (50, 50)
+    assert learnt.p95("c", "m", 1000) == 50
 
 
 def test_what_was_cut_short_says_no_more_than_it_had() -> None:
-    """A cut output only gives a lower bound of a length, but the mean is the mean of the observed lengths.
+    """A cut output only gives a lower bound of a length.
 
     Half of the outputs are cut at 10 tokens and half end at 40 tokens. Then a call that may have 40 tokens is expected
     to have 40 tokens, not 25.
@@ -501,7 +505,7 @@ def test_what_was_cut_short_says_no_more_than_it_had() -> None:
     for _ in range(KEPT // 2):
         learnt.observe("a", "m", 10, cut=True)
         learnt.observe("a", "m", 40)
-    assert (learnt.expected("a", "m", 500), learnt.expected("a", "m", 10), learnt.mean("a", "m", 500)) == (40, 10, 25)
+    assert (learnt.expected("a", "m", 500), learnt.expected("a", "m", 10)) == (40, 10)
 
 
 def shedding(max_requests: int = 4) -> WaitingRoom:

@@ -159,8 +159,12 @@ def event(message: pb.SessionEvent) -> bytes:
 
 def varint(value: int) -> bytes:
     """Return a number as a varint of protobuf."""
-    if value < 128:
+    if value < len(_SMALL):
         return _SMALL[value]
+    return _varint(value)
+
+
+def _varint(value: int) -> bytes:
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -169,7 +173,7 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-_SMALL = [bytes([value]) for value in range(128)]
+_SMALL = [_varint(value) for value in range(2048)]
 _ELEMENT = [b"\x0a" + bytes([length + 1]) for length in range(127)]
 """The beginning of an element of SessionEvents, by its length without the length of its text."""
 OFFSETS = [b"\x28" + varint(offset) for offset in range(4096)]

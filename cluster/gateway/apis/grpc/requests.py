@@ -9,6 +9,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
+from cluster.api.frozen import frozen_dataclass
 from cluster.api.outcomes import CallError, Outcome, invalid, quoted
 from cluster.api.types import Grammar
 from cluster.gateway.apis.grpc.messages import (
@@ -172,7 +173,7 @@ class DetokenizeCall:
     token_ids: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class SessionStart:
     """The start of a call in a session. `request`: the parsed request, or the error that parsing raised."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, overload
 
+from cluster.api.frozen import frozen_dataclass
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 
 MAX_INPUTS = 2048
@@ -137,7 +138,7 @@ class InputField:
         return f"{self.name}[{i}]" if self.is_list else self.name
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class TextInputs:
     """Texts, each of which becomes a vector."""
 
@@ -332,7 +333,7 @@ def _no_id(lists: Sequence[Sequence[int]], where: InputField) -> CallError:
     return invalid(where.name, "must hold token ids")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class PoolingRequest:
     """A parsed request: for scores if `inputs` are pairs, else for embeddings."""
 
@@ -350,7 +351,7 @@ class PoolingRequest:
     affinity_key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class ParsedPooling:
     """A parsed body: the request, and the options of the answer. `is_base64`: whether vectors are sent as base64 of
     their bytes. `top_n`: number of documents that are returned, 0 for all. `returns_documents`: whether the answer

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from cluster.api.outcomes import Outcome
@@ -132,13 +133,24 @@ def check_pooling(pooling: PoolingOptions, tokens: int, info: PoolingInfo) -> No
     )
 
 
+@lru_cache(maxsize=1)
+def _params_class() -> Any:
+    """Return vLLM's PoolingParams, without the deep copy that vLLM's input processor makes of parameters that a caller
+    may use again. Here each request has its own."""
+    from vllm import PoolingParams
+
+    class OwnParams(PoolingParams):  # type: ignore[misc, unused-ignore]
+        def clone(self) -> OwnParams:
+            return self
+
+    return OwnParams
+
+
 def pooling_params(pooling: PoolingOptions, bounds: PoolingBounds) -> Any:
     """Return vLLM's PoolingParams of a checked request."""
-    from vllm import PoolingParams as VllmPoolingParams
-
     types = {"compressed_token_type_ids": pooling.second_text_at}
     is_whole = pooling.task is PoolingTask.SCORE or pooling.dimensions == bounds.info.dimensions
-    return VllmPoolingParams(
+    return _params_class()(
         task=TASKS[pooling.task],
         dimensions=None if is_whole else pooling.dimensions,
         extra_kwargs=types if bounds.token_types and pooling.second_text_at else None,
