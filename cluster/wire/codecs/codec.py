@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from array import array
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from cluster.api.output_parts import OutputParsing, OutputPart, ParsedOutput, PartKind
 from cluster.api.pooling import known_tasks
@@ -390,7 +390,7 @@ def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
 
 def outputs_from_pb(
     step: pb.StepOutputs,
-    only: Container[int] | None = None,
+    only: Collection[int] | None = None,
     columns: Mapping[int, Sequence[OutputPart]] | None = None,
 ) -> Iterator[tuple[int, TokenOutput]]:
     """Yield (slot, output) once for each slot, or once for each slot in `only`.
@@ -401,9 +401,6 @@ def outputs_from_pb(
     """
     if columns is None:
         columns = parts_by_slot(step)
-    slots = list(step.slots)
-    ids = list(step.token_ids)
-    counts = list(step.counts) or [1] * len(slots)
     firsts = {f.slot: f for f in step.firsts}
     finishes = {f.slot: f for f in step.finishes}
     logprobs: dict[int, list[PositionLogprobs]] = {}
@@ -412,18 +409,8 @@ def outputs_from_pb(
     parsed = _parsed_from_pb(step.parts, columns) if step.parts or columns else {}
     vectors = vectors_by_slot(step.vectors)
     times = times_by_slot(step.times) if step.times else {}
-    last = {slot: i for i, slot in enumerate(slots)}
-    at = 0
-    partial: dict[int, list[int]] = {}
-    for i, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-        piece = ids[at : at + count]
-        at += count
-        if only is not None and slot not in only:
-            continue
-        if last[slot] != i:
-            partial.setdefault(slot, []).extend(piece)
-            continue
-        output = TokenOutput("", partial.pop(slot, []) + piece)
+    for slot, token_ids in _tokens_by_slot(step, only):
+        output = TokenOutput("", token_ids)
         if (first := firsts.get(slot)) is not None:
             output.prompt_tokens, output.cached_tokens = first.prompt_tokens, first.cached_tokens
             output.origin_lost = first.origin_lost
@@ -437,6 +424,27 @@ def outputs_from_pb(
         if times:
             output.times = times.get(slot)
         yield slot, output
+
+
+def _tokens_by_slot(step: pb.StepOutputs, only: Collection[int] | None) -> Iterator[tuple[int, list[int]]]:
+    """Yield each slot, or each slot in `only`, with the token ids of all its entries. Slots are yielded in the order of
+    their last entries."""
+    slots, ids = list(step.slots), list(step.token_ids)
+    last = dict(zip(slots, range(len(slots)), strict=True))
+    if only is not None and not step.counts and len(last) == len(slots):  # nearly always: one token for each slot
+        for at in sorted([last[slot] for slot in only if slot in last]):
+            yield slots[at], ids[at : at + 1]
+        return
+    at, earlier = 0, dict[int, list[int]]()
+    for i, (slot, count) in enumerate(zip(slots, step.counts or [1] * len(slots), strict=True)):
+        piece = ids[at : at + count]
+        at += count
+        if only is not None and slot not in only:
+            continue
+        if last[slot] == i:
+            yield slot, earlier.pop(slot, []) + piece
+        else:
+            earlier.setdefault(slot, []).extend(piece)
 
 
 def _positions(block: pb.SlotLogprobs) -> Iterator[PositionLogprobs]:

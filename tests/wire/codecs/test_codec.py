@@ -139,6 +139,24 @@ def test_steps_keep_each_slots_order(
         assert firsts_got == ([slot * 10] if slot in firsts else [])
 
 
+@given(
+    st.one_of(
+        steps, st.lists(st.tuples(st.integers(1, 5), ids.map(lambda i: [i]), st.just([])), unique_by=lambda e: e[0])
+    ),
+    st.sets(st.integers(0, 6)),
+)
+def test_chosen_slots_have_the_outputs_of_the_whole_step(
+    entries: list[tuple[int, list[int], list[PositionLogprobs]]], chosen: set[int]
+) -> None:
+    """The outputs of some slots are those that the whole message gives for them, in the same order."""
+    columns = codec.StepColumns()
+    for slot, token_ids, logprobs in entries:
+        columns.add(slot, TokenOutput("x", token_ids, logprobs=logprobs or None))
+    message = pb.StepOutputs.FromString(columns.to_pb().SerializeToString())
+    whole = list(codec.outputs_from_pb(message))
+    assert list(codec.outputs_from_pb(message, chosen)) == [(slot, output) for slot, output in whole if slot in chosen]
+
+
 parts = st.builds(OutputPart, st.sampled_from(PartKind), st.text(max_size=3), st.integers(0, 3))
 
 

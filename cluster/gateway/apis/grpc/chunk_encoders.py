@@ -117,13 +117,13 @@ class SessionEncoder(GrpcEncoder):
     def __init__(self, kind: Kind, call: Call, progress: ProgressOf, call_id: int, wrap: Wrap) -> None:
         super().__init__(kind, call, progress)
         self.event_head = codec.event_head(call_id)
-        """See codec.event_text."""
+        """See codec.text_event."""
         self._wrap = wrap
 
     def encode_text(self, text: str) -> bytes:
         """See ChunkEncoder."""
         self._offset += 1
-        return codec.event_text(self.event_head, text)
+        return b"".join(codec.text_event(self.event_head, text))
 
     def count_texts(self, number: int) -> None:
         """Count texts that were sent without `encode_text`."""

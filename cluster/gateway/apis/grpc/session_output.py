@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.apis.grpc import answers as codec
-from cluster.gateway.apis.grpc.answers import event_text
+from cluster.gateway.apis.grpc.answers import text_event
 from cluster.gateway.apis.grpc.chunk_encoders import GrpcEncoder, SessionEncoder
 from cluster.gateway.apis.grpc.status import details
 from cluster.gateway.calls.call import Call
@@ -41,7 +41,7 @@ class SessionOutput:
         self.dirty: dict[int, SessionWriter] = {}
         """Writers of the calls that have output for the next pass, by call id."""
         self.parts: list[bytes] = []
-        """Serialized events for the next message."""
+        """Serialized events for the next message, each in one or several parts."""
         self.halted = False
         """Whether output is halted because the client does not read. Each call then keeps and merges its own output."""
         self.client_reads = asyncio.Event()
@@ -186,7 +186,7 @@ class SessionWriter:
         if (head := self._event_head) is not None:
             # The encoder is left out: each object that a token needs costs an access to memory (docs/lab/relay.md).
             self._texts += 1
-            output.parts.append(event_text(head, text))
+            output.parts.extend(text_event(head, text))
         else:
             output.parts.append(self._encoder.encode_text(text))
         if not output.pass_scheduled:
