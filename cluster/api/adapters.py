@@ -17,7 +17,7 @@ SEPARATOR = ":"
 
 
 def full_name(model: str, adapter: str) -> str:
-    """Return the name by which callers know a model, or one of its adapters if `adapter` is not ""."""
+    """Return the name that callers use: `model:adapter`, or only `model` if `adapter` is ""."""
     return f"{model}{SEPARATOR}{adapter}" if adapter else model
 
 
@@ -53,7 +53,7 @@ class AdapterSpec:
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
     """State of an adapter on one worker. `reason`: why the adapter could not be loaded. `resident`: whether the adapter
-    lies in a slot of the engine, so that a request need not wait until it is copied into one."""
+    is in a slot of the engine. If not, a request waits until the adapter is copied into a slot."""
 
     name: str
     digest: str

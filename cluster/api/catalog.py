@@ -43,7 +43,7 @@ class CatalogService(Protocol):
     """
 
     def diff(self, entries: Sequence[Mapping[str, Any]], *, prune: bool) -> Sequence[Change]:
-        """Return the changes that these entries would make, including changes of models that `apply` may not change."""
+        """Return the changes that `entries` would make, including changes that `apply` would refuse to make."""
 
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
         """Add or replace these entries and return the changes.
@@ -52,7 +52,7 @@ class CatalogService(Protocol):
         """
 
     def weigh(self, name: str, version: str, weight: float) -> CatalogEntry:
-        """Set the share of the model's calls that a version gets."""
+        """Set a version's share of the model's calls to `weight`, in [0, 1]."""
 
     def promote(self, name: str) -> CatalogEntry:
         """Make the canary the model's stable version."""
@@ -67,9 +67,9 @@ class CatalogService(Protocol):
         """Add an adapter to a model, or replace an adapter of the same name that this method has added. Returns the
         model's name and the adapter.
 
-        The adapter does not become part of the model's entry, so `apply` does not remove it. Refuses the name of an
-        adapter that is in the entry. If the entry later gets an adapter of the same name, the entry's adapter replaces
-        the added one.
+        The adapter does not become part of the model's entry, so `apply` does not remove it. Raises CallError if the
+        entry already has an adapter of this name. If the entry later gets an adapter of this name, the entry's adapter
+        replaces the added one.
         """
 
     def unload_adapter(self, name: str, adapter: str) -> tuple[str, AdapterSpec]:

@@ -1,4 +1,4 @@
-"""Demand that gateways report to the controller, and computed work that workers report. Counters never decrease."""
+"""Demand that gateways report to the controller, and work of engines that workers report. Counters never decrease."""
 
 from __future__ import annotations
 

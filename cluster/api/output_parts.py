@@ -18,7 +18,7 @@ class OutputParsing:
     stop: tuple[str, ...] = ()
     """Stop strings. The worker searches the output for them, since a parsed output has no plain text."""
     is_whole: bool = False
-    """Whether the caller gets the answer as a whole. The output is then parsed once, when it has ended."""
+    """Whether the caller gets the answer in one message, not streamed. The output is then parsed once, at its end."""
     needs_tools: bool = False
     """Whether the request must be refused if the worker has no parser for tool calls."""
 
@@ -53,8 +53,8 @@ class ParsedOutput:
 
     parts: Sequence[OutputPart] = ()
     stop_string: str = ""
-    """The stop string that has ended the output; "" if none has. The output then has no tokens after the stop
-    string."""
+    """The stop string that ended the output; "" if no stop string ended it. An output with a stop string has no tokens
+    after the stop string."""
     reasoning_tokens: int = 0
     """Number of reasoning tokens so far, set when the output has ended."""
 

@@ -42,8 +42,8 @@ class PoolingOptions:
 class PoolingInfo:
     """Tasks and vector lengths of a pooling model. `dimensions`: length of its vectors; 1 for a cross-encoder's scores.
 
-    `shorter_dimensions`: the lengths that callers may ask for; empty if the model declares none. `any_shorter`: every
-    length from 1 to `dimensions` is allowed.
+    `shorter_dimensions`: the lengths that callers may ask for; empty if the model declares none. `any_shorter`: callers
+    may ask for every length from 1 to `dimensions`.
     """
 
     tasks: tuple[PoolingTask, ...]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 class RequestTimes:
     """Durations in seconds; 0 if unknown. Durations, not points in time, since two machines' clocks differ.
 
-    `wait_s`: time before the first output that the request spends on the worker but outside the engine, mostly before
-    it enters the engine's queue. `queue_s`: time in the engine's queue. `prefill_s`: from the request's first step to
-    the first output. `decode_s`: from the first output to the last. `parse_s`: from the engine's last output until this
-    output is parsed.
+    `wait_s`: time on the worker but outside the engine before the first output, mostly before the request enters the
+    engine's queue. `queue_s`: time in the engine's queue. `prefill_s`: from the request's first step to the first
+    output. `decode_s`: from the first output to the last. `parse_s`: from the engine's last output until this output is
+    parsed.
     """
 
     wait_s: float = 0.0

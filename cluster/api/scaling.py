@@ -11,8 +11,8 @@ from typing import Protocol
 class ScalingDecision:
     """A decision to change the number of replicas of a model from `before` to `replicas`, or to keep this number.
 
-    `at_s` is in seconds since the epoch. `numbers` are the values on which the decision was based. `passes` counts
-    consecutive passes with an equal decision.
+    `at_s` is in seconds since the epoch. `numbers` are the values on which the decision was based. `passes`: number of
+    consecutive passes of the scaler with an equal decision.
     """
 
     at_s: float
@@ -47,8 +47,8 @@ class ModelScaling:
 
 @dataclass(frozen=True, slots=True)
 class ScalingExplanation:
-    """Scaling state of a model, the decisions that led to that state (newest last), and the numbers of the newest
-    pass."""
+    """Scaling state of a model, the decisions that led to that state (newest last), and the numbers of the scaler's
+    newest pass."""
 
     model: ModelScaling
     decisions: Sequence[ScalingDecision] = ()

@@ -84,8 +84,8 @@ older release, which does not know pooling, to one generated token."""
 
 @frozen_dataclass
 class EngineRequest:
-    """Request to the engine for one sequence. `emitted_token_ids`: output tokens that a resumed sequence has emitted
-    before.
+    """Request to the engine for one sequence. `emitted_token_ids`: output tokens that a resumed sequence emitted before
+    it was resumed.
 
     `request_id` must be unique during the life of the engine. The engine refuses a duplicate id.
     """
@@ -130,7 +130,7 @@ class TokenOutput:
     origin_lost: bool = False
     """Meaningful only on the first output of a resumed call.
 
-    True: the worker considers the call's earlier gateway lost, or has kept the request running all the time.
+    True: the worker considers the call's earlier gateway lost, or has run the call's detached request until the resume.
     """
     logprobs: Sequence[PositionLogprobs] | None = None
     message: str = ""
@@ -163,7 +163,7 @@ RENDERER = "renders:"
 PARSER_KINDS = (TOOL_PARSER, REASONING_PARSER)
 
 KV_EVENTS = "kv_events:v1"
-"""Capability: the worker reports the KV blocks that it holds, by the prefix hashes of policy/kv_cache."""
+"""Capability: the worker reports the KV blocks that it holds. Prefix hashes (policy/kv_cache) identify the blocks."""
 
 PREFIX_EXACT = "prefix:exact"
 """Capability: the engine finds exactly the reported KV blocks in its cache, since all layers have full attention. An
@@ -188,7 +188,7 @@ class EngineInfo:
     """dtype, quantization and parallelism in one string, e.g. `float32-tp2-pp1`. Engines of equal classes compute
     equally."""
     engine_path: str
-    """The path of a step: `fastpath`, `public` (vLLM's public API; `engine_path_reason` says why) or `sim`."""
+    """Code that runs a step: `fastpath`, `public` (vLLM's public API; `engine_path_reason` says why) or `sim`."""
     engine_version: str
     block_size: int
     kv_blocks: int
@@ -203,8 +203,8 @@ class EngineInfo:
     pooling: PoolingInfo | None = None
     """Set for a pooling model, which serves no generation."""
     adapter_slots: int = 0
-    """Number of adapters that can be computed in one step; 0 if the engine takes none. `adapter_capacity`: number of
-    adapters that the engine holds in memory."""
+    """Maximum number of different adapters in one step; 0 if the engine takes no adapters. `adapter_capacity`: maximum
+    number of adapters in the engine's memory."""
     adapter_capacity: int = 0
 
     @property
@@ -273,8 +273,8 @@ def without_seed_noise(engine_class: str) -> str:
 class CompatibilityKey:
     """Properties that two workers must share so that one can resume a sequence of the other.
 
-    These are the weights, the tokenizer and the engine's arithmetic (dtype, quantization, parallelism). A call with a
-    seed also needs equal sampling noise for equal seeds.
+    The properties are the weights, the tokenizer and the engine's arithmetic (dtype, quantization, parallelism). A call
+    with a seed also needs equal sampling noise for equal seeds.
     """
 
     weight_digest: str
@@ -393,8 +393,8 @@ class VersionShare:
     quarantined: bool = False
     """True: the version gets no new calls, and its running calls are resumed on other versions where possible."""
     ttft_ratio: float = 0.0
-    """For a canary: gateways count the calls whose first token takes more than this number of times as long as the
-    first token of a call to the stable version."""
+    """For a canary: gateways count each call with a time to first token above `ttft_ratio` times that of a call to the
+    stable version."""
 
 
 @dataclass(frozen=True, slots=True)

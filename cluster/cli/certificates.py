@@ -19,7 +19,7 @@ from cluster.policy.tenants.revocation_list import Revocation
 ISSUED = "issued"
 """Name of the list of issued certificates, a file in the authority's folder with the format of a revocation list."""
 CLOCK_SKEW = datetime.timedelta(minutes=5)
-"""A certificate is valid from this long before its issue, because the clocks of other machines may be behind."""
+"""A new certificate is valid from CLOCK_SKEW before its issue, because the clocks of other machines may be behind."""
 
 
 def make_authority(cert_file: Path, key_file: Path, days: int, subject: str = "headrace link authority") -> None:

@@ -37,8 +37,8 @@ MIN_BATCHED_TOKENS = 2048
 _POD_SECTIONS = (("auth",), ("gateway",), ("link",), ("ray",), ("store",))
 """Sections of the configuration that the pod rules read.
 
-If one of these sections has errors, the pod rules are skipped: invalid keys have been replaced by defaults, and the
-rules would complain about values that are not in the file.
+If one of these sections has errors, the pod rules are skipped. Its invalid keys have been replaced by defaults, so the
+rules would report values that are not in the file.
 """
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -114,7 +114,7 @@ def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Re
 
 
 def _in_wrong_model(problem: Problem, wrong: list[Problem]) -> bool:
-    """Return whether a problem is in a model with an error in `wrong`. The error may have caused the problem."""
+    """Return whether `problem` is in a model that has an error in `wrong`. This error may have caused the problem."""
     return any(other.path[:2] == problem.path[:2] or other.path == ("models",) for other in wrong)
 
 
@@ -128,7 +128,7 @@ def _findings(problems: list[Problem], given: Input) -> tuple[ConfigFinding, ...
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:
-    """Yield errors in a model's source or degrees of parallelism that would keep a replica from starting."""
+    """Yield a problem for each model whose source or degrees of parallelism would keep a replica from starting."""
     for at, model in enumerate(config.models):
         for number, version in enumerate(model.versions()):
             path: tuple[str | int, ...] = ("models", at, "canary") if number else ("models", at)
@@ -316,7 +316,7 @@ def _matches(pattern: str, names: list[str]) -> bool:
 
 
 def _length_problem(model: Model, shape: Mapping[str, Any]) -> str:
-    """Return a message if vLLM would refuse a model's `max_model_len` as too long. `shape`: the checkpoint's config.
+    """Return a message if vLLM would refuse a model's `max_model_len` as too long. `shape`: content of config.json.
 
     The result is "" if vLLM would accept the length, or if the checkpoint's number of positions is unknown.
     """

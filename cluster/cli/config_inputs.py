@@ -21,9 +21,9 @@ from cluster.config.yaml_reader import Document, Duplicate, NotYaml, read_docume
 
 CHART_VALUES = Path(__file__).parent / "chart_values.json"
 _CLUSTER_KEYS = frozenset({"api_version", "name", "models"})
-"""Keys of a cluster.yaml that never occur at the top level of the chart's values."""
+"""Top-level keys of a cluster.yaml that never are top-level keys of the chart's values."""
 _HELM_HEADINGS = ("USER-SUPPLIED VALUES", "COMPUTED VALUES")
-"""Headings in the first line that `helm get values` prints. YAML reads a heading as a key."""
+"""Headings that `helm get values` prints as its first line. A YAML parser reads such a heading as a key."""
 
 
 class NoConfiguration(Exception):
@@ -38,8 +38,8 @@ class NoConfiguration(Exception):
 class Input:
     """A configuration, and where in the input it was found.
 
-    `prefix` is put before each path in messages. If the input is values of the chart, `values` has these values merged
-    over the chart's defaults.
+    `prefix` is put before each path in messages. `values`: the chart's values, merged over the chart's defaults, if the
+    input is values of the chart.
     """
 
     document: Document
@@ -138,7 +138,7 @@ def merge_values(under: Any, over: Any) -> Any:
 def worker_group_problems(config: Config, values: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield a problem for each model whose `replicas.min` replicas do not fit into its worker groups.
 
-    A model's worker groups are those of the model's Ray cluster in the chart's `values`.
+    A model's worker groups are the worker groups of its Ray cluster in the chart's `values`.
     """
     clusters = {cluster.get("name"): cluster for cluster in _list(values, "ray", "clusters")}
     for at, model in enumerate(config.models):

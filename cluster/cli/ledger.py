@@ -1,7 +1,7 @@
 """Helpers of the tenant commands: open the ledger, turn ledger errors into exit codes, print rows.
 
-The database's URL comes from the first of these that is present: the option --database-url, store.database_url in the
--f file, the configuration of the local cluster that is up. Otherwise the database is the SQLite file in the cache
+The database's URL comes from the first of these sources that has one: the option --database-url, store.database_url in
+the -f file, the configuration of the running local cluster. Otherwise the database is the SQLite file in the cache
 folder.
 """
 

@@ -1,7 +1,7 @@
 """The commands that run a process of the cluster, such as `headrace gateway` and `headrace pod ...`.
 
-This module does not import what only other commands need, so that processes start fast. The pod commands are imported
-only for `headrace pod`.
+This module does not import modules that only other commands need, so that processes start fast. The pod commands are
+imported only for `headrace pod`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def add_pods(app: typer.Typer) -> None:
 
 
 def app_of(name: str) -> typer.Typer:
-    """Build the command line that runs the command `name`: the group `pod`, or the processes that `up` starts."""
+    """Return a typer app that has the command `name`. The app has the group `pod` or the processes that `up` starts."""
     app = typer.Typer(name="headrace", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     if name == POD:
         add_pods(app)

@@ -17,7 +17,7 @@ def with_options(
     options: Mapping[str, Any],
     opened: Callable[[typer.Context, Mapping[str, Any]], AbstractContextManager[Any]],
 ) -> Callable[[Command], Command]:
-    """Return a decorator that adds options to a command, and passes the command an object made from the options.
+    """Return a decorator that adds options to a command, and calls the command with an object made from the options.
 
     `argument`: name of the command's argument that receives the object. `options`: annotated type of each option by
     name; every option has the default None. `opened`: returns a context manager that opens and closes the object.

@@ -22,7 +22,7 @@ _SHOWN = {
     names.WAIT_REASON: "after ",
     names.PARSER: "parser ",
 }
-"""Attributes that are shown, in this order, with the words before their values."""
+"""Attributes that are shown, in this order, each with the text that is printed before its value."""
 
 
 def trees(spans: Sequence[SpanRecord]) -> Iterator[str]:
@@ -40,7 +40,8 @@ def _lines(
 ) -> Iterable[str]:
     """Yield the line of a span, and the lines of the spans below it.
 
-    `first`: tree branches that are drawn before the span's name. `rest`: tree branches for the spans below it.
+    `first`: tree branches that are drawn before the span's name. `rest`: tree branches that are drawn before the spans
+    below this span.
     """
     at, lasts = _duration(span.start_s - root.start_s), _duration(span.end_s - span.start_s)
     parts = [f"{words}{span.attributes[name]}" for name, words in _SHOWN.items() if name in span.attributes]

@@ -1,8 +1,8 @@
-"""Selection of the tenant service for a command: the service on the database, or the service over the admin API.
+"""Selection of the tenant service for a command: the service that uses the database, or the admin API of a gateway.
 
 --database-url, -f and --pepper-file select the database. --admin, --endpoint, --context, --api-key-file and --tls-ca
-select a gateway's admin API. Options on the command line take precedence over environment variables, and these over the
-current context. If none of these selects a service, the local ledger is used.
+select a gateway's admin API. Options on the command line take precedence over environment variables, and environment
+variables over the current context. If none of these selects a service, the local ledger is used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Terminal output in which untrusted text is made safe. Every command prints through this module.
 
-Names, reasons, token subjects, error messages and model output reach an operator's terminal. Control characters in
-such texts could move the cursor, rewrite lines, set the window's title or enter commands. Directional marks could
-reorder the displayed text. So both are printed as escapes, e.g. \\x1b and \\u202e; in JSON, as JSON escapes.
+Names, reasons, token subjects, error messages and model output reach an operator's terminal. Control characters in such
+texts could move the cursor, rewrite lines, set the window's title or enter commands. Directional marks could reorder
+the displayed text. Therefore both kinds are printed as escapes, e.g. \\x1b and \\u202e; in JSON, as JSON escapes.
 """
 
 from __future__ import annotations

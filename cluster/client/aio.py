@@ -153,7 +153,7 @@ class AsyncStream(StreamState, Generic[Chunk]):
 
 @dataclass(eq=False)
 class _SessionAttempts(StreamAttempts):
-    """The calls of one stream. If `sessions` is None, the calls are plain streams, else calls in sessions."""
+    """The calls of one stream. Each call runs in a session, or is a plain gRPC stream if `sessions` is None."""
 
     sessions: Sessions | None
 
@@ -425,8 +425,8 @@ class AsyncClient:
     async def _reconnect_early(self, channel: aio.Channel) -> None:
         """While streams are running, reconnect as soon as the connection to a draining gateway is lost.
 
-        Then the streams of the draining gateway can be resumed at once. By itself, gRPC would reconnect only for the
-        next call.
+        The streams of the draining gateway can then be resumed at once. Without this method, gRPC would reconnect only
+        at the next call.
         """
         state = channel.get_state()
         while state is not grpc.ChannelConnectivity.SHUTDOWN:

@@ -87,8 +87,8 @@ def text_chunk(request: pb.ChatRequest | pb.CompleteRequest, text: str) -> pb.Ch
 class StreamState:
     """The parts of a streamed answer that were received so far.
 
-    `finish_reason` and `usage` are set at the end of the stream. `progress` is set while the last received chunk only
-    reports that the call is still queued. `request_id` identifies the call in the operator's logs.
+    `finish_reason` and `usage` are set at the end of the stream. `progress` is set only while the newest chunk reports
+    that the call is still queued. `request_id` identifies the call in the operator's logs.
     """
 
     def __init__(self, request_id: str) -> None:

@@ -27,8 +27,8 @@ class PoolingParams(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class EmbedAnswer(Sequence[array]):  # type: ignore[type-arg] # array has no parameter at run time
-    """The vectors of some texts, in their order: a sequence of arrays of float32 values, which numpy reads without a
-    copy (`numpy.asarray(vector)`)."""
+    """The vectors of texts, in the order of the texts. Each vector is an array of float32 values, which numpy reads
+    without a copy (`numpy.asarray(vector)`)."""
 
     embeddings: tuple[array[float], ...]
     usage: pb.Usage
@@ -49,7 +49,8 @@ class EmbedAnswer(Sequence[array]):  # type: ignore[type-arg] # array has no par
 
 @dataclass(frozen=True, slots=True)
 class RankedDocument:
-    """A document in a ranking. `index`: its index in the request. `document`: its text; "" if it was not asked for."""
+    """A document in a ranking. `index`: its index in the request. `document`: its text, or "" if the request did not
+    set `return_documents`."""
 
     index: int
     score: float
@@ -58,7 +59,7 @@ class RankedDocument:
 
 @dataclass(frozen=True, slots=True)
 class RerankAnswer:
-    """The documents of a request by score, the best first."""
+    """The documents of a request, sorted by score, the best first."""
 
     results: tuple[RankedDocument, ...]
     usage: pb.Usage

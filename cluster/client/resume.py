@@ -17,7 +17,7 @@ Request = pb.ChatRequest | pb.CompleteRequest
 StreamChunk = pb.ChatChunk | pb.CompleteChunk
 
 MAX_FAILURES = 10
-"""Number of consecutive failures, without text between the failures, after which a stream ends.
+"""Number of consecutive failures, with no text received between them, after which a stream ends.
 
 The pauses after these failures add up to some 15 s.
 """
@@ -56,7 +56,7 @@ class Resumption:
         return None if self._deadline is None else max(self._deadline - self._clock(), 0.001)
 
     def record(self, chunk: StreamChunk | pb.ResumeChunk | str) -> StreamChunk | str | None:
-        """Keep a chunk's resume token. Returns the chunk, or None if the chunk has no content for the reader."""
+        """Store the resume token of a chunk. Returns the chunk, or None if it has nothing else for the reader."""
         if isinstance(chunk, str):
             self._received = True
             return chunk

@@ -50,9 +50,9 @@ class SessionCall:
         open_stream: Callable[[], Any],
         sessions: Sessions,
     ) -> None:
-        """Prepare a call. `metadata` has its request id and its trace context.
+        """Prepare a call. `metadata` has the call's request id and trace context.
 
-        For gateways without sessions, `open_stream` starts the same call as a plain stream.
+        `open_stream` starts the same call as a plain stream, for gateways that do not support sessions.
         """
         self.request = request
         self.request_id = metadata["x-request-id"]
@@ -117,7 +117,7 @@ class SessionCall:
     def restart_in_session(self) -> bool:
         """Start the call again, in another session.
 
-        Returns False if a part of the answer was received already, or the call was moved MAX_MOVES times already.
+        Does nothing and returns False if a part of the answer was received or the call was moved MAX_MOVES times.
         """
         if self.answered or self.moves >= MAX_MOVES:
             return False

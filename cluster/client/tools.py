@@ -13,7 +13,7 @@ from cluster.v1 import inference_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a tool that a model has made. `arguments` is JSON text."""
+    """A model's call of a tool. `arguments` is JSON text."""
 
     id: str
     name: str
@@ -33,7 +33,7 @@ class ToolCall:
 
 
 class Tool(Mapping[str, Any]):
-    """A Python function that a model may call. As a mapping, it has the keys of a tool definition in OpenAI's format.
+    """A Python function that a model may call, and a mapping with the keys of a tool definition in OpenAI's format.
 
     The schema of the arguments comes from the annotations of the function's parameters, and the description from the
     docstring. Arguments are validated before the function is called.
@@ -80,9 +80,9 @@ class Tool(Mapping[str, Any]):
         return len(self._definition)
 
     def run(self, call: ToolCall) -> str:
-        """Call the function with the arguments of `call`. Returns its result, as JSON unless it is a string.
+        """Call the function with the arguments of `call`. Returns the result: a string unchanged, other values as JSON.
 
-        Wrong arguments raise no exception; the result then describes the error for the model.
+        Wrong arguments raise no exception: the returned text describes the error for the model.
         """
         from pydantic import ValidationError
 
@@ -95,7 +95,7 @@ class Tool(Mapping[str, Any]):
 
 
 def run_calls(tools: Iterable[Tool], calls: Iterable[ToolCall]) -> list[dict[str, Any]]:
-    """Run the calls of one answer. Returns the messages with their results, for the history of the chat."""
+    """Run the calls of one answer. Returns one message with the result of each call, for the history of the chat."""
     known = {tool.name: tool for tool in tools}
     messages = []
     for call in calls:
@@ -126,5 +126,5 @@ class ToolCallDeltas:
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
-        """The calls in their order."""
+        """The calls, in the order of their indices."""
         return tuple(ToolCall(id_, name, "".join(parts)) for _, (id_, name, parts) in sorted(self._calls.items()))

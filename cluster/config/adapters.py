@@ -78,8 +78,8 @@ def checked_name(value: str) -> str:
 
 
 def as_list(value: Any) -> Any:
-    """Convert adapters from a mapping to a list. The mapping has, for each adapter name, the other keys of the adapter
-    or only its source. Values of other types are returned unchanged."""
+    """Convert a mapping of adapters to a list. The mapping's keys are adapter names; a value has the other keys of the
+    adapter, or is only its source. Values of other types are returned unchanged."""
     if not isinstance(value, Mapping):
         return value
     return [
@@ -102,7 +102,7 @@ def duplicates(adapters: Sequence[Adapter]) -> Iterator[Problem]:
 
 
 def engine_with_lora(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Return engine arguments with LoRA switched on. Arguments that are set are not changed."""
+    """Return `engine` with the arguments that enable LoRA. Arguments that are already set are not changed."""
     defaults, slots = dict(ENGINE_DEFAULTS), engine.get("max_loras", 0)
     if isinstance(slots, int) and slots > defaults["max_cpu_loras"]:  # the memory must hold all slots' adapters
         defaults["max_cpu_loras"] = slots

@@ -43,7 +43,7 @@ class Entry(Protocol):
 
 
 def source_problem(source: str) -> str:
-    """Return why a source cannot be valid, judged by the text of the source alone; "" if the source may be valid."""
+    """Return why the text of a source cannot be valid; "" if it may be valid. The source itself is not read."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return ""
@@ -63,8 +63,8 @@ def source_problem(source: str) -> str:
 
 
 def _hub_problem(source: str, name: str) -> str:
-    """Return why `name` cannot name a repository of the Hugging Face hub, by the rules of the hub's client; "" if it
-    can."""
+    """Return why `name` is no valid name of a repository of the Hugging Face hub, by the rules of the hub's client; ""
+    for a valid name."""
     if name.count("/") != 1 or not all(name.split("/")):
         return f"expected hf://organisation/name, got {source!r}"
     plain, at, revision = name.partition("@")
@@ -96,7 +96,7 @@ def engine_of(path: Path, source: str, engine: Mapping[str, Any], whole: Mapping
 def code_of(path: Path, engine: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield a problem for each argument of an `engine:` section that names code to run.
 
-    The rule applies only if `weights.allow.remote_code` is false.
+    Callers apply this rule only if `weights.allow.remote_code` is false.
     """
     for key, text in code_arguments(engine):
         yield Problem((*path, *key.split(".")), text)
@@ -139,7 +139,7 @@ def fallbacks(models: Sequence[Entry], absent: Collection[str] = ()) -> Iterator
 
 def _cycle(start: str, model: Entry, owner: Mapping[str, Entry], path: tuple[str, ...]) -> tuple[str, ...]:
     """Follow the fallbacks of `model`. Return the names on the way from `model` back to `start`; empty if no fallback
-    leads there. `owner`: models by name and alias. `path`: names that were followed before `model`."""
+    leads back to `start`. `owner`: models by name and alias. `path`: names on the way to `model`."""
     if model.name == start:
         return (*path, start)
     if model.name in path:
@@ -173,7 +173,7 @@ def budgets(needs: Sequence[Need], budget: Mapping[str, int]) -> Iterator[Proble
     """Yield the problems of the GPU budgets in `scaling.gpu_budget`.
 
     A model has a problem if one replica does not fit into the budget of any of the model's GPU types. A budget has a
-    problem if it is too small for the minimum replicas of all models that can use only its GPU type.
+    problem if the minimum replicas of all models that can use only its GPU type need more GPUs.
     """
     by_model: dict[int, list[Need]] = {}
     for need in needs:

@@ -18,7 +18,7 @@ from cluster.config.schema import Config
 
 
 def attribute_docstrings(owner: type) -> dict[str, str]:
-    """Return the string below each attribute in the body of a class and of the base classes, by attribute name."""
+    """Return the docstring of each attribute of a class and of its base classes, by attribute name."""
     found: dict[str, str] = {}
     for base in (base for base in reversed(owner.__mro__) if base.__module__.startswith("cluster.")):
         body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(base)).body[0]).body

@@ -1,4 +1,4 @@
-"""The text of a cluster.yaml, read into a configuration or into all of its problems, each with key and line."""
+"""Reading the text of a cluster.yaml. The result is a configuration, or all problems of the text with key and line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def line(problem: Problem, where: str, document: Document) -> str:
 
 
 def examine(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
-    """Return the configuration in a document, or None if the document is invalid, and the problems of the document.
+    """Return the configuration in a document (None if the document is invalid), and the problems of the document.
 
     `absent`: names of models that were left out of the document. Fallbacks may name these models.
     """
@@ -60,9 +60,9 @@ def examine(document: Document, absent: Collection[str] = ()) -> tuple[Config | 
 def without_invalid_keys(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
     """Return the configuration in a document without the wrong keys, and all problems of the document.
 
-    A wrong key hides problems elsewhere. Wrong keys are therefore removed, and the rest is checked again until it is
-    valid. A model entry that stays invalid is replaced by a placeholder named LEFT_OUT followed by the entry's
-    position.
+    A wrong key can hide problems elsewhere. Wrong keys are therefore removed, and the rest is checked again until the
+    rest is valid. The configuration is None if that is impossible. A model entry that stays invalid is replaced by a
+    placeholder. Its name is LEFT_OUT followed by the entry's position.
     """
     zero_bytes = [*_zero_bytes((), document.data, set())]
     wrong = [_duplicate_problem(duplicate) for duplicate in document.duplicates]
@@ -105,7 +105,7 @@ def _duplicate_problem(key: Duplicate) -> Problem:
 
 
 def _follows(problem: Problem, removed: Sequence[KeyPath]) -> bool:
-    """Return whether a problem may be only a consequence of the removal of the keys in `removed`."""
+    """Return whether the removal of the keys in `removed` may be the cause of a problem."""
     if problem.missing and problem.path in removed:
         return True
     section = problem.path[0] if problem.path else ""
@@ -150,7 +150,7 @@ def with_models(config: Config, entries: Sequence[Mapping[str, Any]], absent: Co
 
 
 def _by_name(where: str, names: Sequence[str]) -> str:
-    """Return a path in which the model's position is replaced by the model's name."""
+    """Return the path `where` with the name of the model instead of its position. `names`: model names by position."""
     return re.sub(r"^models\[(\d+)\]", lambda match: f"models[{names[int(match[1])]}]", where)
 
 

@@ -20,7 +20,7 @@ from cluster.config.problems import shown
 TABLE = Path(__file__).with_name("vllm_arguments.json")
 PARSERS = Path(__file__).with_name("vllm_parsers.json")
 PARSER_KEYS = ("tool_call_parser", "reasoning_parser")
-"""Keys of an `engine:` section that name the parsers of a model's output. Without a key, the model's family decides."""
+"""Keys of an `engine:` section that name the parsers of a model's output. By default, the model's family decides."""
 NO_PARSER = "none"
 """Value of a key in PARSER_KEYS that switches the parser off, even if the model's family has one."""
 Problem = tuple[str, str]
@@ -89,10 +89,10 @@ CODE = frozenset(
 )
 """Arguments of the pinned vLLM that name code to import, a plugin to load or a factory to call."""
 HARMLESS = {"worker_cls": ("auto",), "compilation_config.backend": ("", "eager", "inductor")}
-"""Values of arguments in CODE, by argument, that select built-in code of vLLM and are therefore allowed."""
+"""Allowed values of arguments in CODE, by argument. These values select code that is built into vLLM."""
 LOOKS_LIKE_CODE = re.compile(r"(_cls|_class|_classes|_plugin|_plugins|module_path|class_path|_factory|_callable)$")
-"""Pattern of keys that name code by vLLM's naming convention. The pattern is for mappings with arbitrary keys, such as
-`kv_connector_extra_config`."""
+"""Pattern of keys whose values are names of code, by vLLM's naming convention. The pattern is applied to mappings with
+arbitrary keys, such as `kv_connector_extra_config`."""
 CODE_FORBIDDEN = "names code that the engine would run: only where weights.allow.remote_code is true"
 MOST_SHOWN = 8
 _WORDS = {

@@ -181,7 +181,8 @@ class GatewaySettings(Section):
     def open_port(self) -> str:
         """Return the first of the listeners `grpc`, `http` and `link` that has port 0; "" if none has port 0.
 
-        With port 0, each of several processes would listen on a different port. With one process, the result is "".
+        The caller refuses such a listener, since each process would listen on a different port. With one process, the
+        result is "".
         """
         if self.processes == 1:
             return ""

@@ -1,6 +1,6 @@
 """Reads a partly invalid configuration, so that a restarting process can start with the valid rest.
 
-Problem: a change of the file takes effect only when a process restarts. An invalid entry is therefore first used by the
+Problem: a change of the file takes effect only when a process restarts. An invalid entry is therefore first read by the
 process that restarts next, perhaps hours later. If that process exited, one typing error would end the whole fleet, one
 restart at a time.
 
@@ -94,8 +94,7 @@ def _without_wrong_entries(
     document: Document, entries: Sequence[Any], without_models: Config, problems: tuple[str, ...]
 ) -> PartialConfig:
     """Return the configuration without invalid model entries. Entries with problems are removed and the rest is checked
-    again, until the rest is valid. `without_models`: the configuration to return if a problem cannot be traced to an
-    entry."""
+    again, until the rest is valid. `without_models`: the configuration to return if a problem is not in an entry."""
     left_out = {*_with_duplicate_keys(document), *_conflicting(entries)}
     while True:
         staying = [at for at in range(len(entries)) if at not in left_out]
@@ -118,7 +117,8 @@ def _without_wrong_entries(
 def _without_sections(document: Document, sections: Collection[str]) -> Document:
     """Return the document with these sections empty.
 
-    A `ray` section with entries gets one placeholder entry, since other rules depend on whether there is a Ray cluster.
+    A `ray` section that has entries gets one placeholder entry instead, since other rules depend on whether there is a
+    Ray cluster.
     """
     data = {key: value for key, value in document.data.items() if key not in sections} | {"models": []}
     if "models" not in sections:
@@ -138,8 +138,8 @@ def _with_duplicate_keys(document: Document) -> set[int]:
 
 
 def _conflicting(entries: Sequence[Any]) -> set[int]:
-    """Return the positions of all entries that share a name or alias with another entry. All of them are left out,
-    since the intended entry is unknown."""
+    """Return the positions of all entries that share a name or alias with another entry. The caller leaves all of them
+    out, since the intended entry is unknown."""
     owners: dict[str, set[int]] = {}
     for at, entry in enumerate(entries):
         for name in names_of({"models": [entry]}):
@@ -148,8 +148,8 @@ def _conflicting(entries: Sequence[Any]) -> set[int]:
 
 
 def _held(entries: Sequence[Any], beside: Config | None = None) -> tuple[HeldModel, ...]:
-    """Return the models that these invalid entries name, each model once. Models whose names belong to the valid
-    configuration `beside` are left out."""
+    """Return the models that the invalid entries `entries` name, each model once. Names that the valid configuration
+    `beside` has too are left out."""
     taken = {name for model in beside.models for name in (model.name, *model.aliases)} if beside is not None else set()
     held: dict[str, HeldModel] = {}
     for entry in entries:

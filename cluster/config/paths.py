@@ -1,4 +1,4 @@
-"""Locations of the secret files and of the ledger's database: as configured, else in the cache folder."""
+"""Locations of the secret files and of the ledger's database: the configured ones, else files in the cache folder."""
 
 from __future__ import annotations
 

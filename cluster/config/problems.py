@@ -1,8 +1,8 @@
 """Problems of a configuration, each with the key's path, the expected form and the remedy.
 
 Pydantic stops a model's validators at the first wrong field, and pydantic's message for `300s` is "unable to parse
-string". With this module a validator may report several problems at once (`ProblemsError`), unknown keys get a
-suggestion, and numbers with a unit are converted to the key's unit.
+string". With this module a validator may report several problems at once (`ProblemsError`), messages about unknown keys
+suggest a known key, and messages about numbers with a unit show the value in the key's unit.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
 
 
 def _without_other_forms(problems: list[Problem]) -> list[Problem]:
-    """Remove the problem `must be a string` of each key that has problems within its list.
+    """Remove the problem `must be a string` of each key whose list has problems.
 
-    For a key that may be a string or a list, pydantic reports the problems of both forms.
+    For a key that may be a string or a list, pydantic reports problems of the value as a string and as a list.
     """
     parents = {problem.path[:at] for problem in problems for at in range(len(problem.path))}
     return [
@@ -124,10 +124,10 @@ def _without_other_forms(problems: list[Problem]) -> list[Problem]:
 
 
 def _path_and_keys(location: Sequence[int | str], root: type[BaseModel]) -> tuple[Path, Sequence[str]]:
-    """Return the path of a pydantic location, and the keys that the schema has at the end of the path.
+    """Return the path of a pydantic location, and the keys that the schema allows at that path.
 
-    For a key with a union type, pydantic adds the name of a type of the union to the location. The path leaves out such
-    names.
+    For a key with a union type, pydantic adds the name of a type of the union to the location. The path is without
+    these names.
     """
     path: list[str | int] = []
     models: list[type[BaseModel]] = [root]

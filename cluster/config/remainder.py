@@ -13,7 +13,7 @@ LEFT_OUT = "left-out"
 
 
 def without(data: Any, paths: Sequence[Path]) -> Any:
-    """Return a copy of a document without the values at these paths. Returns None if a value cannot be removed.
+    """Return a copy of a document without the values at `paths`, or None if a value cannot be removed.
 
     Items of `models`, `tenants` and `ray` are replaced by valid placeholders, so that the other items keep their
     positions.

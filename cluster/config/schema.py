@@ -1,7 +1,7 @@
 """The schema of cluster.yaml. The file is read once, checked completely, then frozen.
 
-Unknown keys are refused, even if a later release knows them. Otherwise this release could accept a limit and not
-enforce it, which is worse than an error. The error names the path of the key. Larger sections have modules of their
+Unknown keys are refused, even if a later release knows them. Otherwise this release could accept a limit that it does
+not enforce, which is worse than an error. The error names the path of the key. Larger sections have modules of their
 own: model.py, gateway.py, tenants.py and routing.py. document.py reads the text of a file.
 """
 

@@ -454,7 +454,7 @@ def problems_together(
     defaults: TenantDefaults,
     tenants: Sequence[Tenant],
 ) -> Iterator[Problem]:
-    """Yield the contradictions between the sections, each with its path and the remedy."""
+    """Yield a problem for each contradiction between the sections."""
     yield from _duplicates("classes", [priority_class.name for priority_class in classes])
     yield from _duplicates("classes", [f"rank {priority_class.rank}" for priority_class in classes])
     names = {priority_class.name for priority_class in classes}

@@ -52,15 +52,15 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A YAML document: the values, the duplicate keys, and the line of each key and list item by path."""
+    """A YAML document: the values, the duplicate keys, and the line number of each key and list item, keyed by path."""
 
     data: Any
     duplicates: tuple[Duplicate, ...] = ()
     lines: Mapping[Path, int] = field(default_factory=dict)
 
     def line_of(self, path: Path) -> int:
-        """Return the line number of a path. If the text lacks the path, the result is the line of the nearest parent
-        in the text, or 0."""
+        """Return the line number of a path. For a path that is not in the text, return the line number of its nearest
+        parent in the text, or 0."""
         while path:
             if path in self.lines:
                 return self.lines[path]
@@ -118,7 +118,7 @@ def _duplicates_in(
 ) -> Iterator[Duplicate]:
     """Yield the duplicate keys below a node, and add the line of each path to `lines`.
 
-    `seen`: ids of the nodes that were read already; a node that YAML aliases repeat is read once. `around`: ids of the
+    `seen`: ids of the nodes that were read already. A node that YAML aliases repeat is read once. `around`: ids of the
     nodes that contain this node.
     """
     if isinstance(node, yaml.ScalarNode):

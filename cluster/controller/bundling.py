@@ -1,8 +1,8 @@
 """Builds a model's tokenizer bundle in a separate process: `python -m cluster.controller.bundling SETTINGS FOLDER`.
 
-Loading a tokenizer as the engine does needs an import of transformers, which takes seconds and hundreds of megabytes. A
-separate process keeps this cost out of the controller. The process writes the bundle to FOLDER/<digest> and prints
-`{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
+A tokenizer is loaded with transformers, as in the engine. Importing transformers takes seconds and hundreds of
+megabytes. A separate process keeps this cost out of the controller. The process writes the bundle to FOLDER/<digest>
+and prints `{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class BundleBuilder:
         self._local = local
         self._bundles: dict[str, Bundle] = {}
         self.known: dict[str, SourceFacts] = {}
-        """Properties that were read from the models' sources, by application."""
+        """Properties that were read from the models' sources. The keys are names of applications."""
         self._todo: asyncio.Queue[ReplicaSettings] = asyncio.Queue()
 
     def bundle(self, digest: str) -> Bundle | None:

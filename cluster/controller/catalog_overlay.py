@@ -20,8 +20,8 @@ log = structlog.get_logger("catalog")
 
 @dataclass(frozen=True, slots=True)
 class CatalogOverlay:
-    """Changes to the catalog of the configuration file. `models`: entries of models. `overrides`: overrides by model
-    and version. `adapters`: the adapters that were loaded at run time, by model."""
+    """Changes to the catalog of the configuration file. `models`: entries of models. `overrides`: overrides of
+    versions, by model and version. `adapters`: adapters that were loaded at run time, by model."""
 
     models: Sequence[Mapping[str, Any]] = ()
     overrides: Mapping[str, Mapping[str, VersionOverride]] = field(default_factory=dict)

@@ -6,8 +6,8 @@ which are stored on disk. Apply refuses to change the file's models, since the n
 Rolling back a canary and quarantining a version are allowed on every cluster, since an emergency needs them. Both are
 overrides of a version, which end when the version's entry changes.
 
-Adapters that are loaded at run time are allowed on every cluster too. They are kept beside the entries, by model, so
-that neither Apply nor a change of the file removes them.
+Adapters that are loaded at run time are allowed on every cluster too. They are stored by model, separate from the
+entries, so neither Apply nor a change of the file removes them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class StoredCatalogService:
     models."""
 
     def __init__(self, catalog: EditableCatalog, models: DesiredModels, published: PublishedCatalog) -> None:
-        """`models`: the models that `catalog` changes. `published`: the catalog as last published, for answers."""
+        """`models`: the desired models that `catalog` changes. `published`: catalog from which methods return
+        entries."""
         self._catalog = catalog
         self._models = models
         self._published = published
@@ -47,7 +48,7 @@ class StoredCatalogService:
     # ---- verbs
 
     def diff(self, entries: Sequence[Mapping[str, Any]], *, prune: bool) -> Sequence[Change]:
-        """Return the changes and make none, as described in CatalogService."""
+        """Return the changes without making them, as described in CatalogService."""
         return self._with_entries(entries, prune=prune)[1]
 
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
@@ -65,15 +66,15 @@ class StoredCatalogService:
         return changes
 
     def _with_entries(self, entries: Sequence[Mapping[str, Any]], *, prune: bool) -> tuple[Config, Sequence[Change]]:
-        """Return the configuration with these entries, and the changes from the present configuration. Raises CallError
-        for an invalid entry."""
+        """Return the configuration with `entries`, and the changes from the current configuration. Raises CallError for
+        an invalid entry."""
         before = {model.name: entry_of(model) for model in self._catalog.config.models}
         config = self._catalog.with_entries(layers.apply_entries(list(before.values()), entries, prune=prune))
         after = {model.name: entry_of(model) for model in config.models}
         return config, layers.diff(before, after, self._catalog.restarts(config))
 
     def weigh(self, name: str, version: str, weight: float) -> CatalogEntry:
-        """Set the share of the model's calls that a version gets."""
+        """Set a version's share of the model's calls to `weight`. Undoes a rollback of the canary."""
         model, canary = self._with_canary(name)
         if version not in (model.version, canary):
             raise invalid(

@@ -77,7 +77,7 @@ class Controller:
     wall_s: Callable[[], float] = time.time
     now: Callable[[], float] = time.monotonic
     ray_answers: bool | None = None
-    """Whether any Ray cluster answered in the last pass; None before the first pass."""
+    """Whether at least one Ray cluster answered in the last pass; None before the first pass."""
     _away: str = ""
 
     def __repr__(self) -> str:
@@ -128,8 +128,8 @@ class Controller:
         await self._execute(plan.actions, {app.app: app.replicas for app in wanted})
 
     async def _execute(self, actions: Sequence[reconcile.Action], replicas: Mapping[str, int]) -> None:
-        """Take all steps of a plan. If a Ray cluster did not answer in a step, raises RayAway after the last step.
-        `replicas`: number of replicas of each wanted application."""
+        """Execute all actions of a plan. If a Ray cluster does not answer in an action, raises RayAway after the last
+        one. `replicas`: number of replicas of each wanted application."""
         away = None
         for action in actions:
             log.info(
@@ -192,7 +192,7 @@ class Controller:
                     )
 
     def _roll_back_bad_canaries(self) -> None:
-        """Roll back each canary whose error rate or time to first token is too far above that of the stable version."""
+        """Roll back each canary whose error rate or time to first token is too high, relative to the stable version."""
         tallies: dict[str, CanaryTally] = {}
         for counted in self.gateways.tallies():
             tally = CanaryTally(counted.calls, counted.errors, counted.pairs, counted.slower)
@@ -231,7 +231,7 @@ class Controller:
 
 
 def _has_other_weights(settings: ReplicaSettings, fleet: Sequence[FleetWorker]) -> bool:
-    """Return whether all linked workers with these settings run other weights than the settings pin. The result is
-    False if there is no such worker, or if the settings pin no weights."""
+    """Return whether every linked worker with these settings has a weight digest other than the pinned one. The result
+    is False if no such worker is linked, or if the settings pin no digest."""
     digests = {worker.weight_digest for worker in fleet if worker.generation == settings.digest}
     return bool(settings.spec.digest and digests) and settings.spec.digest not in digests

@@ -1,4 +1,4 @@
-"""The metrics of a controller process. The gauges among them are computed at each scrape."""
+"""The metrics of a controller process. Gauges are computed at each scrape."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cluster.wire.certificate_expiry import CertificateExpiry
 
 @dataclass(slots=True)
 class ControllerGauges:
-    """The gauges of a controller process, which a scrape reads."""
+    """Computes the gauges of a controller process at each scrape."""
 
     certificates: CertificateExpiry
     leads: bool = False
-    """Whether this controller acts: of several controllers, only the holder of the Lease does."""
+    """Whether this controller acts. Of several controllers, only the holder of the Lease acts."""
 
     def samples(self) -> Iterator[Sample]:
         """Yield the current value of each gauge."""
@@ -33,7 +33,7 @@ class ControllerGauges:
 
 
 def controller_metrics(config: Config) -> tuple[Metrics, ControllerGauges]:
-    """Return the metrics of a controller process, and the object that computes their gauges.
+    """Return the metrics of a controller process, and the object that computes the gauges.
 
     Call this function only once in a process, even if the process runs the controller several times.
     """

@@ -16,8 +16,8 @@ from cluster.worker.settings import ReplicaSettings
 class DesiredModels:
     """Desired state of the models, and the overrides of versions.
 
-    A model's variants are the ReplicaSettings of the model, one for each version and GPU type on which the model may
-    run. An override exists only for a version of a wanted model.
+    A model's variants are its ReplicaSettings: one for each combination of a version and a GPU type that the model may
+    use. An override exists only for a version of a wanted model.
     """
 
     def __init__(self) -> None:
@@ -104,9 +104,10 @@ class DesiredModels:
         )
 
     def held(self, on_ray: Collection[str]) -> Mapping[str, ModelSpec]:
-        """Return the specs of the held models by name, whether or not they have replicas.
+        """Return the specs of the held models by name, including models without replicas.
 
-        `on_ray`: names of the models that have an application on Ray. If everything is held, these are held too.
+        `on_ray`: names of the models that have an application on Ray. After `hold` with `everything`, those that are
+        not wanted are held too.
         """
         names = self._held.keys() | (set(on_ray) if self._hold_all else set())
         return {name: self._held.get(name) or ModelSpec(name, "") for name in names - self.variants.keys()}

@@ -39,7 +39,7 @@ class EditableCatalog:
         """Restore the stored changes, and set the resulting catalog in `models`.
 
         `config`: the configuration from the file. `settings_of`: function that returns the replica settings of a
-        configuration. `by_file`: whether the models of the file can be changed in the file only. `held`: names of
+        configuration. `by_file`: whether operators can change the models of the file only in the file. `held`: names of
         models whose entries in the file are invalid. `on_want`: function that is called with the replica settings of
         each new catalog.
         """
@@ -59,7 +59,7 @@ class EditableCatalog:
 
     def _restored(self, config: Config, overlay: CatalogOverlay) -> Config:
         """Return `config` with the stored models. On a local cluster, the stored models replace the models of the file.
-        On other clusters, the stored models are added. If the result would be invalid, `config` is returned."""
+        On other clusters, the stored models are added. Returns `config` unchanged if the result would be invalid."""
         stored = [entry for entry in overlay.models if entry.get("name") not in self._file_models]
         entries = [entry_of(model) for model in config.models if model.name in self._file_models]
         try:
@@ -82,7 +82,7 @@ class EditableCatalog:
         return self._config
 
     def is_managed_by_file(self, name: str) -> bool:
-        """Return whether a model can be changed in the controller's file only."""
+        """Return whether a model can be changed only in the controller's configuration file."""
         return name in self._file_models
 
     def find(self, name: str) -> Model:
@@ -93,7 +93,8 @@ class EditableCatalog:
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name[:128]!r} is not in the catalog")
 
     def adapters(self, model: Model) -> tuple[AdapterSpec, ...]:
-        """Return the adapters of a model: those of its entry, then those that were loaded at run time."""
+        """Return the adapters of a model: first the adapters of its entry, then the adapters that were loaded at run
+        time."""
         if not model.takes_adapters:
             return ()
         configured = model.adapter_specs()
@@ -105,12 +106,13 @@ class EditableCatalog:
         return self._loaded.get(model.name, ())
 
     def with_entries(self, entries: Sequence[Mapping[str, Any]]) -> Config:
-        """Return the configuration with these models instead of its own. Raises CallError for an invalid entry."""
+        """Return the configuration with the models in `entries` instead of its models. Raises CallError for an invalid
+        entry."""
         return with_models(self._config, entries, self._held)
 
     def restarts(self, after: Config) -> Mapping[str, str]:
-        """Return the models whose stable version would get new replicas with the configuration `after`, each with the
-        reason."""
+        """Return the models whose stable version would get new replicas with the configuration `after`: reasons by name
+        of the model."""
         old = {variant.spec.name: variant.digest for variant in reversed(self._settings_of(self._config))}
         new = {variant.spec.name: variant.digest for variant in reversed(self._settings_of(after))}
         why = "settings of its replicas change: they are replaced one after another"
@@ -119,13 +121,13 @@ class EditableCatalog:
     # ---- changes
 
     def adopt(self, config: Config) -> None:
-        """Replace the configuration. If it cannot be stored, raises CallError and changes nothing."""
+        """Replace the configuration. If the new one cannot be stored, raises CallError and changes nothing."""
         names = {model.name for model in config.models} | self._held
         self._replace(config, {name: adapters for name, adapters in self._loaded.items() if name in names})
         log.info("catalog.applied", models=[model.name for model in config.models])
 
     def set_loaded(self, model: Model, adapters: tuple[AdapterSpec, ...]) -> None:
-        """Replace the adapters of a model that were loaded at run time. If they cannot be stored, raises CallError and
+        """Replace the adapters that were loaded for a model at run time. If they cannot be stored, raises CallError and
         changes nothing."""
         changed = {**self._loaded, model.name: adapters}
         self._replace(self._config, {name: loaded for name, loaded in changed.items() if loaded})

@@ -1,4 +1,4 @@
-"""The gauges of a controller, which a scrape reads."""
+"""The gauges of a controller, computed at each scrape."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cluster.ray.backend import Backend
 from cluster.ray.several_clusters import MultiClusterBackend
 
 LOCAL = "local"
-"""Label value of the Ray that `headrace up` starts."""
+"""Value of the label `ray_cluster` for the Ray that `headrace up` starts."""
 
 
 def ray_samples(backend: Backend, controller: Controller) -> Iterator[Sample]:
-    """Yield one sample for each Ray cluster: 1 if it answers, else 0. A cluster that has not been observed yet has no
-    sample."""
+    """Yield one sample for each Ray cluster: 1 if the cluster answers, else 0. A cluster that has not been observed yet
+    has no sample."""
     if isinstance(backend, MultiClusterBackend):
         for name, answers in backend.answers().items():
             yield "ray_up", (name,), float(answers)

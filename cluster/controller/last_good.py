@@ -67,7 +67,7 @@ def _config_with(
 ) -> Config | None:
     """Return `config` with the models in `entries`, or None if the result is invalid.
 
-    `absent`: names of models without an entry, which fallbacks may nevertheless name.
+    `absent`: names of models that have no entry. Fallbacks may name these models.
     """
     try:
         return with_models(config, entries, absent)

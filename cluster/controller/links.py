@@ -52,13 +52,13 @@ class FleetWorker:
 
 
 class DemandListener(Protocol):
-    """The receiver of the gateways' demand reports. `gateway` is the incarnation of a gateway."""
+    """Receiver of the gateways' demand reports. `gateway`: the incarnation of the gateway that sent a report."""
 
     def record_demand(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float) -> None:
         """Record a gateway's demand. `counting_s`: seconds over which the gateway has counted."""
 
     def record_disconnect(self, gateway: str) -> None:
-        """Record the end of the link of a gateway."""
+        """Record that the link to a gateway has ended."""
 
 
 @dataclass(slots=True)
@@ -72,8 +72,8 @@ class _GatewayReports:
 
 
 class ControllerLinks:
-    """Dials the gateways in `gateways` and the siblings of these gateways, and sends the newest catalog to every
-    gateway."""
+    """Dials the gateways in `gateways`, and the other gateway processes on their hosts. Sends the newest catalog to
+    each."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class ControllerLinks:
         self._notify_all()
 
     def set_operator_state(self, state: pb.OperatorState | None) -> None:
-        """Send the operators' changes to every gateway, which keeps them for the next controller.
+        """Send the operators' changes to every gateway. Each gateway keeps the changes for the next controller.
 
         None means that operators have changed nothing.
         """
@@ -126,7 +126,7 @@ class ControllerLinks:
         self._notify_all()
 
     def _notify_all(self) -> None:
-        """Wake the task of each link, which then sends the catalog to its gateway."""
+        """Wake the task of each link. The task then sends the catalog to the gateway of the link."""
         for event in self._changed:
             event.set()
 

@@ -33,7 +33,7 @@ FILES = (CATALOG_FILE, SCALING_FILE)
 REVISION_FILE = "operator-state.json"
 ANSWER_S = 2.0
 RECOVER_S = 10.0
-"""Longest time for which a controller without any stored change waits for a gateway that answers."""
+"""Longest time in seconds for which a controller without a stored change waits until a gateway answers."""
 PAUSE_S = 0.5
 
 
@@ -48,7 +48,8 @@ class OperatorState:
         self.message = self._read()
 
     def record_change(self) -> pb.OperatorState | None:
-        """Update the message after a change of one of the files, and return it. Raises OSError."""
+        """Return the new message after one of the files has changed; None if there is no stored change. Raises
+        OSError."""
         # The revision grows even if the clock was set back.
         self._revision = max(self._revision + 1, round(self._wall_s() * 1000))
         replace_file(self._folder / REVISION_FILE, json.dumps({"revision": self._revision}))

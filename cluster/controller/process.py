@@ -151,8 +151,8 @@ def _parts(
 
 
 async def _wait_for_stop(stopped: asyncio.Task[bool], tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait until `stopped` is done. If a task in `tasks` fails before, raises the task's error. Ignores tasks that end
-    without an error."""
+    """Wait until `stopped` is done. If a task in `tasks` fails earlier, raises the error of that task. A task that ends
+    without an error does not end the wait."""
     pending: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopped, *tasks}
     while not stopped.done():
         done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)

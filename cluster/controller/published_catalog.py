@@ -45,7 +45,7 @@ class PublishedCatalog:
     """The catalog as last published, and the state of each version in the catalog."""
 
     def __init__(self, known: Mapping[str, SourceFacts] | None = None) -> None:
-        """`known`: properties that were read from the models' sources, by application."""
+        """`known`: properties that were read from the models' sources. The keys are names of applications."""
         self._known = {} if known is None else known
         self._states: dict[tuple[str, str], ModelState] = {}
         self._entries: dict[str, CatalogEntry] = {}
@@ -59,7 +59,8 @@ class PublishedCatalog:
         return tuple(self._entries.values())
 
     def preview(self, spec: ModelSpec, shares: Sequence[ReplicaShare]) -> CatalogEntry:
-        """Return the model's last published entry with new shares. `spec`: the spec of the model's stable version."""
+        """Return a model's last published entry with new `shares` of its versions. `spec`: the stable version's
+        spec."""
         last = self._entries.get(spec.name) or lifecycle.entry(spec, ModelState.DECLARED, None)
         before = {share.version: share for share in last.versions}
         versions = tuple(
@@ -172,7 +173,7 @@ class PublishedCatalog:
 
 
 def _engine_ends(lost: Sequence[LostEngine], model: str, version: str, generations: Sequence[str]) -> str:
-    """Return a summary of when and why engines of a version ended recently."""
+    """Return a text that says when and why engines of a version ended recently."""
     return lifecycle.summarize_ends(
         [
             (engine.at_s, engine.reason)

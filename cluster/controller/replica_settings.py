@@ -41,8 +41,8 @@ def settings_of(config: Config, *, gateways: Sequence[str], local: bool) -> list
 def link_tls(config: Config, *, local: bool) -> TlsFiles | None:
     """Return the certificate files that workers and controller use for links.
 
-    These are the files of `link.tls`. If `link.tls` is not set and `local` is true, they are the files of
-    `gateway.link_tls`.
+    The files are those of `link.tls`. If `link.tls` is not set, they are those of `gateway.link_tls` with `local`, and
+    the result is None otherwise.
     """
     files: Tls | None = config.link.tls or (config.gateway.link_tls if local else None)
     return TlsFiles(files.cert_file, files.key_file, files.ca_file) if files else None

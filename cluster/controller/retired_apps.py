@@ -8,15 +8,15 @@ from cluster.controller.links import FleetWorker
 from cluster.ray.backend import RaySnapshot
 
 QUIET_S = 3.0
-"""Seconds to wait after an application's retirement before a reported load of 0 is trusted. By then the gateways have
-reported a load that was measured after the retirement."""
+"""Seconds after an application's retirement in which a reported load of 0 is not trusted, since it may have been
+measured before the retirement."""
 
 
 class RetiredApps:
     """The retired applications, each with the time of its retirement in seconds since the epoch."""
 
     def __init__(self, drain_timeout_s: float = 300.0) -> None:
-        """`drain_timeout_s`: seconds from an application's retirement until it is deleted, even if calls still run. The
+        """`drain_timeout_s`: seconds after which a retired application is deleted even if calls still run on it. These
         calls then resume on other workers or fail."""
         self.drain_timeout_s = drain_timeout_s
         self._since_s: dict[str, float] = {}
@@ -33,8 +33,8 @@ class RetiredApps:
     ) -> frozenset[str]:
         """Return the applications that may be deleted: those without calls, and those whose drain timeout is over.
 
-        `awaited`: models for which calls still wait; their applications are kept until the drain timeout. `linked`:
-        whether a gateway reports loads. Without reports, every application is kept until the drain timeout.
+        `awaited`: models for which calls still wait. Applications of these models are kept until the drain timeout.
+        `linked`: whether a gateway reports loads. Without reports, all applications are kept until the drain timeout.
         """
         busy = {worker.generation for worker in fleet if worker.running}
         deletable = set()

@@ -1,4 +1,4 @@
-"""Scaling in the controller's process: inputs from Ray and the workers, stored operator requests, logs and metrics."""
+"""Scaling in the controller: the scaler's inputs from Ray and workers, stored operator requests, logs and metrics."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def requested_on_ray(
 ) -> Mapping[Kind, RayReplicas]:
     """Return the replica counts on Ray by model and GPU type. Retired applications are left out.
 
-    The target in each count is the number of replicas that the scaler has requested, not the target that Ray has. Ray's
-    target may be higher: a canary may have more replicas than its share of the calls, and a rollout adds replacements.
+    The target in each count is the number of replicas that the scaler has requested. The target that Ray has may be
+    higher: a canary may have more replicas than its share of the calls, and a rollout adds replacements.
     """
     counts = on_ray(seen for app, seen in snapshot.apps.items() if app not in retired)
     for model, variants in models.variants.items():
@@ -70,8 +70,8 @@ def requested_on_ray(
 
 
 def room(models: DesiredModels, snapshot: RaySnapshot) -> Mapping[Kind, int]:
-    """Return, by model and GPU type, how many replicas of the model fit on the nodes of this type beside the replicas
-    of other models. Only models with several GPU types are included."""
+    """Return how many replicas of each model fit on the nodes of each GPU type, beside the replicas of other models.
+    Only models with several GPU types are included."""
     free: dict[Kind, int] = {}
     for model in models.variants:
         types = models.stable(model)
@@ -129,12 +129,12 @@ class DemandRecorder:
             self._wake()
 
     def record_disconnect(self, gateway: str) -> None:
-        """Record the end of the link of a gateway."""
+        """Record that the link to a gateway has ended."""
         self._scaler.demands.record_disconnect(gateway)
 
 
 def log_decisions(decisions: Sequence[tuple[str, ScalingDecision]]) -> None:
-    """Log every scaling decision with the numbers of the decision."""
+    """Log every scaling decision with the numbers on which it is based. `decisions`: pairs of model and decision."""
     for model, decision in decisions:
         numbers = {name: round(value, 4) for name, value in decision.numbers.items()}
         log.info(
@@ -181,7 +181,7 @@ class Counters:
         self._metrics.count("canary_rollbacks_total", model)
 
     def count(self, scaler: Scaler) -> None:
-        """Add to the metrics what the scaler has counted since the last call of this method."""
+        """Add the increase of the scaler's counters since the last call of this method to the metrics."""
         for model, (actions, gpu_seconds) in scaler.counters().items():
             actions_before, gpu_seconds_before = self._before.get(model, ({}, 0.0))
             for action, count in actions.items():

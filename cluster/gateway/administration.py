@@ -38,8 +38,8 @@ class Administration:
         utilization: Callable[[], Iterator[tuple[str, str, float]]],
         budgets: Callable[[], Sequence[BudgetUse]],
     ) -> None:
-        """`utilization` and `budgets` return how far the tenants' limits and budgets are used. Raises ValueError for an
-        unusable file of the console."""
+        """`utilization` and `budgets` return how much of their limits and budgets the tenants have used. Raises
+        ValueError if a file of the console cannot be used."""
         config, tenants = foundation.config, foundation.tenants
         remembered = RememberedRoutes(dispatch.scheduler.routes.history, foundation.gateway_id)
         self.siblings: Siblings | None = optional_parts.siblings(

@@ -99,7 +99,8 @@ class CallService:
         self._access_log = access_log
         self._tracer = tracer
         self._at_end: list[Callable[[Opening | PoolingOpening, Outcome], None]] = []
-        """Functions that are called for each call that has ended or could not begin, the last one first."""
+        """Functions that are called for each call that has ended or could not begin. The last function in the list is
+        called first."""
         if tracer is not None:
             self._at_end.append(self._end_trace)
         if access_log is not None:
@@ -123,8 +124,8 @@ class CallService:
     # ---- one call, from arrival to end
 
     async def count(self, meta: CallMeta) -> None:
-        """Count a request against its tenant's limits before the body is read, whatever the outcome will be. Raises
-        CallError RATE_LIMITED."""
+        """Count a request against its tenant's limits, whatever the outcome of its call. Called before the body is
+        read. Raises CallError RATE_LIMITED if a limit is exceeded."""
         try:
             await self._reservations.count_request(meta.principal.tenant)
         except CallError as error:

@@ -25,7 +25,7 @@ class ConfigState:
 
     def __init__(self, path: Path | None = None, problems: Sequence[str] = (), look_s: float = LOOK_S) -> None:
         """`path`: the configuration file; None: `watch` does nothing. `problems`: the errors found when the process
-        started. `look_s`: seconds between two looks at the file."""
+        started. `look_s`: seconds between two checks whether the file has changed."""
         self._path = path
         self._look_s = look_s
         self._stamp = self._read_stamp()

@@ -3,8 +3,8 @@
 A sequence counts as arrived once, even if the sequence is queued again. Waiting sequences are kept by model and
 priority class, so that a report needs no scan of the queue. At arrival a sequence is counted with its expected output
 length. The count is corrected when the output grows longer and when the sequence ends. The reported counter never
-decreases: after an estimate that was too high, the counter stays until later output has used up the excess. The module
-is pure: `now` is an argument.
+decreases: after an estimate that was too high, the counter stays constant until later output has used up the excess.
+The module is pure: `now` is an argument.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DemandTally:
             self._add_output(counters, waiting.call_id, tokens, counted)
 
     def _add_output(self, counters: _Class, call_id: str, tokens: int, counted: int = 0) -> None:
-        """Count `tokens` as a sequence's output, of which `counted` were counted before."""
+        """Count a sequence's output of `tokens` tokens. `counted`: number of these tokens that were counted before."""
         counters.output_tokens += tokens - counted
         if counters.output_tokens > counters.expected_output_tokens:
             counters.expected_output_tokens = counters.output_tokens

@@ -21,9 +21,9 @@ from cluster.wire.dial import Timing
 class Dispatch:
     """The scheduler of a gateway, and the parts that the scheduler works with.
 
-    Implements scheduling.scheduler.SchedulerHost, because these parts need one another: the links report to the
-    scheduler, and the scheduler reads the directory, which gets tokenizer bundles over the links. The scheduler reads
-    the attributes of this object only when there is a link or a call.
+    The parts need one another: the links report to the scheduler, and the scheduler reads the directory, which gets
+    tokenizer bundles over the links. The scheduler therefore gets this object, as its SchedulerHost
+    (scheduling/scheduler.py), and reads the attributes of the object only once there is a link or a call.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class Dispatch:
         usage_store: optional_parts.UsageStore | None,
         on_models_changed: Callable[[Iterable[KnownModel]], None] | None,
     ) -> None:
-        """`usage_store`: used instead of the ledger of `auth`. `on_models_changed` gets the models after each change of
-        what the gateway can serve."""
+        """`usage_store`: used instead of the ledger of `auth`. `on_models_changed`: called with all models after each
+        change of the models that the gateway can serve."""
         config, metrics, tenants = foundation.config, foundation.metrics, foundation.tenants
         self._on_models_changed = on_models_changed
         self.charges = ServiceCharges({entry.name: entry.rank for entry in config.classes}, metrics)

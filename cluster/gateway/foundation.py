@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Foundation:
-    """What the other parts of a gateway are built on. Fields are None if the configuration does not need the part."""
+    """The parts on which all other parts of a gateway are built. A field is None if the configuration does not need its
+    part."""
 
     config: Config
     process: int
@@ -33,7 +34,7 @@ class Foundation:
     tenants: TenantAuthenticator | None
     shared_limits: ValkeyLimits | None
     limits: LimitsPort
-    """The shared limits, or else limits in this process."""
+    """The limits that all gateways share; limits of this process if `shared_limits` is None."""
     span_export: SpanExport | None
 
     @classmethod

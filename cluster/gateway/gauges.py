@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 QUARANTINED = "quarantined"
-"""State of a version in the metrics, in addition to the states of a model."""
+"""State of a quarantined version in the metrics. All other versions have a state of ModelState."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,8 @@ def _starting(worker: StartingWorker) -> Iterator[Sample]:
 
 
 def fairness_unit(model: KnownModel) -> float:
-    """Return the fairness unit U of docs/tenancy.md, in weighted tokens. It is the larger of two costs: that of the
-    longest prompt, and that of outputs that fill one worker's KV cache. A prompt token counts 1, an output token 2."""
+    """Return the fairness unit U of docs/tenancy.md, in weighted tokens. U is the larger of two costs: the cost of the
+    longest prompt, and the cost of outputs that fill one worker's KV cache. A prompt token counts 1, an output token
+    2."""
     kv_tokens = max((link.info.kv_tokens for link in model.links.values()), default=0)
     return max(2.0 * kv_tokens, float(model.capabilities.max_model_len), 1.0)

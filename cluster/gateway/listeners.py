@@ -32,8 +32,8 @@ ADMIN_BOUNDS = ByteBounds(connection=4 << 20, tenant=16 << 20, process=32 << 20)
 
 
 class Listeners:
-    """The open servers, by the names of their addresses in `gateway.listen`. Their limits on connections are shares of
-    the process's limit on file descriptors."""
+    """The open servers, keyed by the names of their addresses in `gateway.listen`. Each server's limit on connections
+    is a share of the process's limit on file descriptors."""
 
     def __init__(self) -> None:
         self._connections = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())

@@ -56,7 +56,7 @@ class MetricsPage:
 @asynccontextmanager
 async def metrics_served(metrics: Metrics, host: str, port: int) -> AsyncIterator[int]:
     """Serve the metrics page on a separate port, for a process that has no other server. Yields the bound port. Raises
-    OSError."""
+    OSError if the port cannot be bound."""
     table = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
     server = HttpServer(MetricsPage(metrics), http2.ConnectionAdmission(table.pools[http2.Port.METRICS]))
     bound = await server.start(host, port)

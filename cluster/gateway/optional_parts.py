@@ -55,8 +55,8 @@ def tenant_authenticator(config: Config, folder: Path, metrics: Metrics, process
 def accounting(
     tenants: TenantAuthenticator | None, store: UsageStore | None, hub: Hub, folder: Path
 ) -> Accounting | None:
-    """Return the accounting of usage; None without `store` and `tenants`. `store`: used instead of the ledger of
-    `tenants`."""
+    """Return the accounting of usage; None if `store` and `tenants` are both None. `store`: used instead of the ledger
+    of `tenants`."""
     if store is None and tenants is not None:
         store = UsageStore(tenants.secrets, tenants.ledger.usage.insert)
     if store is None:
@@ -71,7 +71,7 @@ def accounting(
 
 
 def guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | None) -> Guards | None:
-    """Return the guards that the tenants' policies name; None without tenants. Raises ValueError for an unusable
+    """Return the guards that the tenants' policies name; None if `tenants` is None. Raises ValueError for an unusable
     pattern file."""
     if tenants is None:
         return None
@@ -101,7 +101,7 @@ def span_export(config: Config, metrics: Metrics) -> SpanExport | None:
 
 
 def tracer(config: Config, export: SpanExport | None, gateway_id: str) -> Tracer | None:
-    """Return the tracer of calls; None without an export of spans."""
+    """Return the tracer of calls; None if `export` is None."""
     tracing = config.observe.tracing
     if tracing is None or export is None:
         return None
@@ -190,9 +190,9 @@ def siblings(
     abort: Callable[[str, str], list[str]],
     remembered: RememberedRoutes,
 ) -> Siblings | None:
-    """Return the object that aborts and explains calls of the other gateway processes of this host; None with a single
-    process. The object is needed because only process 0 has an admin port. `abort`: ends calls of this process
-    (CallService.abort). `remembered`: the routes of this process, which the other processes request."""
+    """Return the object that aborts and explains calls of the other gateway processes of this host; None if the host
+    has a single process. The object is needed because only process 0 has an admin port. `abort`: ends calls of this
+    process (CallService.abort). `remembered`: the routes of this process, which the other processes request."""
     if config.gateway.processes == 1:
         return None
     from cluster.gateway.apis.admin.siblings import Siblings

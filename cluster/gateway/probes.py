@@ -30,7 +30,8 @@ def probe_server(servicer: health.aio.HealthServicer, admission: http2.Connectio
 
 @asynccontextmanager
 async def health_served(host: str, port: int) -> AsyncIterator[None]:
-    """Report SERVING while this event loop runs, for a process that has no other server. Raises OSError."""
+    """Run a health service on a separate port, for a process that has no other server. The service reports SERVING.
+    Raises OSError if the port cannot be bound."""
     table = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
     servicer = health.aio.HealthServicer()
     await servicer.set("", SERVING)

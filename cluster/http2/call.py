@@ -52,7 +52,8 @@ class CallTask:
         self.task = loop.create_task(work)
 
     def limit(self, seconds: float | None) -> None:
-        """Move the time limit to `seconds` from now if this is later. None removes the time limit."""
+        """Move the time limit to `seconds` from now, if that is later than the current limit. None removes the time
+        limit."""
         if self._timer is None:
             return
         if seconds is None:
@@ -155,11 +156,11 @@ class ServerCall(ResponseWriter):
         return len(self.request.body)
 
     def release_request(self) -> None:
-        """Return the bytes of the parsed request to the budget. Idempotent."""
+        """Return the bytes of the parsed request to the budget of request bytes. Idempotent."""
         self.request.release()
 
     def mark_admitted(self, tenant: str | None) -> None:
-        """Record that the gate has admitted the call."""
+        """Record that the gate has admitted the call. `tenant`: see the attribute `tenant`."""
         self.admitted, self.tenant = True, tenant
 
     def run(self, work: Coroutine[Any, Any, None], limit_s: float | None, serializer: Callable[[Any], bytes]) -> None:
@@ -176,7 +177,7 @@ class ServerCall(ResponseWriter):
             self.running.task.cancel()
 
     def fail(self, error: BadMessage) -> None:
-        """End the call, whose request is malformed or too large."""
+        """End the call because its request is malformed or too large."""
         self.interrupt(grpc.StatusCode.RESOURCE_EXHAUSTED if error.too_large else grpc.StatusCode.INTERNAL, str(error))
 
     def interrupt(self, code: grpc.StatusCode, details: str) -> None:

@@ -39,8 +39,8 @@ MEAN_LIFETIME_S: Final = 0.2
 replace others; further connections wait in the socket's queue."""
 UNREAD_S: Final = 0.1
 UNREAD_PASSES: Final = 10
-"""Two age limits of a connection: UNREAD_S in seconds, UNREAD_PASSES in accept passes. Until a connection is older than
-both limits, its received bytes may be unread."""
+"""UNREAD_S and UNREAD_PASSES: two ages of a connection, in seconds and in passes of accepting connections. Until a
+connection is older than both, its received bytes may be unread."""
 BURST_PART: Final = 4
 """Divisor of a port's cap: a quarter of the connections may be replaced at once."""
 MAX_CHECKS: Final = 16
@@ -73,7 +73,7 @@ class ConnectionStage(IntEnum):
 
 
 class Managed(Protocol):
-    """The interface of a connection that the connection table uses."""
+    """The methods of a connection that the connection table calls."""
 
     @property
     def stage(self) -> ConnectionStage:
@@ -234,8 +234,8 @@ class Pool:
         return _earliest_stage(self._peers[crowded].unauthenticated, now)
 
     def _idle(self, candidates: dict[ConnectionSlot, None]) -> ConnectionSlot | None:
-        """Return an idle connection: no call is in progress, and no call has begun since the last check. Connections in
-        use are moved to the end of `candidates`."""
+        """Return an idle connection, or None: no call is in progress on it, and no call has begun since the last check.
+        Connections in use are moved to the end of `candidates`."""
         for _ in range(min(MAX_CHECKS, len(candidates))):
             held = next(iter(candidates))
             if not held.used():

@@ -1,4 +1,4 @@
-"""Parsing of a client's bytes into frames, in slices, between which other connections are handled."""
+"""Parsing of a client's bytes into frames, in slices of time. Other connections are handled between two slices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL_DATA_BYTES: Final = 64
 """Size in bytes below which a DATA frame is charged as an empty frame."""
 WINDOW_UPDATE_BYTES: Final = 4
 GOAWAY_UNITS: Final = 5.0
-"""Cost of a GOAWAY frame, in units. A correct client sends at most two GOAWAY frames."""
+"""Cost of a GOAWAY frame, in units (limits.py). A correct client sends at most two GOAWAY frames."""
 
 
 class FrameIntake:

@@ -105,7 +105,8 @@ class FrameReader:
         self._block: HeadersFrame | None = None
         self._continuations = 0
         self.kind = self.length = self.stream_id = 0
-        """Type, length in bytes without the head, and stream id of the frame that `peek` has seen."""
+        """`kind`, `length` and `stream_id`: type, length in bytes without the head, and stream id of the frame that
+        `peek` has seen."""
         self.plain = self.ends = False
         """`plain`: whether the frame has no flag except END_STREAM and is outside a header block. `ends`: whether
         END_STREAM is set."""

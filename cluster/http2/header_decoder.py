@@ -1,8 +1,8 @@
-"""A decoder of header blocks that remembers blocks without a change to the dynamic table.
+"""A decoder of header blocks. It remembers the fields of each block that does not change the dynamic table.
 
 gRPC's C core sends the same bytes for each call of one method with one credential: indexed fields, and literals that
 are not added to the table. The fields of such a block depend on its bytes and on the table alone, so the memory is
-cleared when the table changes. Decoding a block takes a tenth of the CPU time of a short call.
+cleared when the table changes. Without the memory, decoding a block takes a tenth of the CPU time of a short call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from hpack.table import HeaderTable
 MAX_BLOCKS: Final = 8
 MAX_BLOCK_BYTES: Final = 512
 MAX_FIELDS: Final = 32
-"""Limits of the memory, which together bound it to 32 KiB for each connection."""
+"""MAX_BLOCKS, MAX_BLOCK_BYTES and MAX_FIELDS: limits of a decoder's memory of blocks. Together they bound the memory to
+32 KiB for each connection."""
 _SIZE_UPDATE: Final = 0x20
 
 
@@ -28,7 +29,7 @@ class _Table(HeaderTable):
         self._on_add = on_add
 
     def add(self, name: bytes, value: bytes) -> None:
-        """See HeaderTable."""
+        """See hpack's HeaderTable."""
         super().add(name, value)
         self._on_add()
 
@@ -43,7 +44,7 @@ class HeaderDecoder(Decoder):
         self._changes = 0
 
     def decode(self, data: bytes, raw: bool = False) -> Iterable[HeaderTuple]:
-        """Return the fields of a block, see Decoder. The caller must not change the returned list."""
+        """Return the fields of a block, see hpack's Decoder. The caller must not change the returned list."""
         if not raw:
             return super().decode(data, raw)
         known = self._known.get(data)

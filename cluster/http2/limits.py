@@ -41,7 +41,8 @@ class ServerLimits:
     max_header_bytes: int = 65_536
     header_bytes_per_s: float = 4 << 20
     header_bytes_burst: float = 16 << 20
-    """Rate and size of a token bucket for decoded header fields. Reading waits while the bucket is empty."""
+    """`header_bytes_per_s` and `header_bytes_burst`: rate and size of a token bucket for decoded header fields. Reading
+    waits while the bucket is empty."""
     unauthenticated_header_bytes_per_s: float = 65_536
     unauthenticated_header_bytes_burst: float = 256 << 10
     window_bytes: int = FIRST_WINDOW_BYTES
@@ -61,9 +62,9 @@ class ServerLimits:
     ping_answer_s: float = 20.0
     resets_per_s: float = 1000.0
     resets_burst: float = 5000.0
-    """Rate and size of a connection's token bucket for resets and refused calls. An empty frame costs a fifth of a
-    reset. A connection whose bucket is empty is closed (rapid reset). A connection without an admitted call has a tenth
-    of the rate and size."""
+    """`resets_per_s` and `resets_burst`: rate and size of a connection's token bucket for resets and refused calls. An
+    empty frame costs a fifth of a reset. A connection whose bucket is empty is closed (rapid reset). A connection
+    without an admitted call has a tenth of the rate and size."""
     max_unsent_bytes: int = 64 << 20
     age_s: float = 0.0
     """Age in seconds at which the server asks the client to reconnect; 0: never."""

@@ -38,7 +38,7 @@ class ConnectionOutput:
         """Whether a flush of `_unsent` is scheduled for this event-loop pass."""
         self._before_flush: list[Callable[[], None]] = []
         self._control_bytes = self._control_writes = 0
-        """Numbers of bytes and writes in `_unsent` that do not belong to answers to calls, but to control frames."""
+        """Numbers of bytes and writes of control frames in `_unsent`, that is, without the answers to calls."""
         self._must_reset_table = True
         self.payload_bytes = 0
         """Number of bytes sent in answers to calls, without the heads of frames."""
@@ -54,8 +54,8 @@ class ConnectionOutput:
             self._schedule_flush()
 
     def call_before_flush(self, function: Callable[[], None]) -> None:
-        """Call a function, which may queue bytes, before the queued bytes are sent. Bytes that others gather for the
-        connection during an event-loop pass thus need no callback of their own."""
+        """Call a function, which may queue bytes, before the queued bytes are sent. So code that gathers bytes for the
+        connection during an event-loop pass need not schedule a callback itself."""
         self._before_flush.append(function)
         if not self._flushing:
             self._schedule_flush()
@@ -85,8 +85,8 @@ class ConnectionOutput:
         self._must_reset_table = True
 
     def write_goaway(self, last: int) -> None:
-        """Queue a GOAWAY without h2. After a GOAWAY of its own, h2 would send nothing more. `last`: the id of the last
-        stream that is accepted."""
+        """Queue a GOAWAY that h2 did not make, because h2 sends nothing more after its own GOAWAY. `last`: the id of
+        the last stream that is accepted."""
         self.write(GoAwayFrame(0, last_stream_id=last, error_code=0).serialize())
 
     def reset_stream(self, stream_id: int, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:

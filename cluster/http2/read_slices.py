@@ -43,7 +43,7 @@ class ReadTurns:
 
     def parse_now(self, reader: Reader) -> bool:
         """Parse a slice at once if recent reads have used less than their share of time. Returns whether bytes are
-        left. If bytes are left, the caller must queue the reader by `put`."""
+        left. If bytes are left, the caller must queue the reader with `put`."""
         begin = self._clock()
         if begin - self._window_at >= WINDOW_S:
             self._window_at, self._used_s = begin, 0.0

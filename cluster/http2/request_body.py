@@ -57,8 +57,8 @@ class RequestBody:
         """Size in bytes of the incomplete message with its prefix. 0 while there is no such message, or while its
         reservation is needed but not requested yet."""
         self._stream_growth = 0
-        """Bytes by which the stream's receive window is to grow, at once for the rest of a message, else after half a
-        window."""
+        """Bytes by which the stream's receive window is to grow. The window grows at once if the client may send the
+        rest of a message, else when half a window has accumulated."""
         self._half_window = connection.limits.window_bytes // 2
         self._connection_growth = 0
         """Number of received bytes that were not yet returned to the connection's receive window."""
@@ -207,7 +207,7 @@ class RequestStream:
         self._waiter: asyncio.Future[None] | None = None
 
     def stream(self, parse: Callable[[Any], Any]) -> None:
-        """Let the handler read any number of messages by `read`, each parsed by `parse`."""
+        """Let the handler read any number of messages with `read`, each parsed with `parse`."""
         self._parse = parse
         self.body.streaming = True
 
@@ -234,7 +234,7 @@ class RequestStream:
         self.release()
 
     def release(self) -> None:
-        """Return the bytes of the parsed request to the budget. Idempotent."""
+        """Return the bytes of the parsed request to the budget of request bytes. Idempotent."""
         if self._held is not None:
             self._held.release()
             self._held = None

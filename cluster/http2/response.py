@@ -111,7 +111,7 @@ class ResponseWriter:
         self.wake_writers()
 
     def update_full(self) -> None:
-        """Set `full` after a change of the pending bytes, or of what the client reads."""
+        """Set `full` after the pending bytes have changed, or the client has stopped or resumed reading."""
         self.full = self._output.paused or len(self._pending) > 0
         self._sends_at_once = self._head_sent and not self.full and not self.closed
 

@@ -46,8 +46,8 @@ class Gate(Protocol):
     async def admit(self, call: ServerCall) -> str | None:
         """Return the tenant whose budget the request counts against; None for a method that needs no credential.
 
-        The gate refuses a call by `call.abort`. If the request is still incomplete after the first `admit`, the server
-        calls `admit` a second time, once the request is complete."""
+        The gate refuses a call with `call.abort`. If the request is still incomplete after the first `admit`, the
+        server calls `admit` a second time, once the request is complete."""
 
 
 class CallRunner:
@@ -158,7 +158,7 @@ class CallRunner:
 
 
 class Server:
-    """A server that runs grpc's handlers. Generated code registers handlers by `add_generic_rpc_handlers`."""
+    """A server that runs grpc's handlers. Generated code registers handlers with `add_generic_rpc_handlers`."""
 
     def __init__(
         self,
@@ -167,9 +167,9 @@ class Server:
         gate: Gate | None = None,
         budget: Budget | None = None,
     ) -> None:
-        """`admission`: the connection pool of the port, and the log of refused connections; None for new ones. `gate`:
-        authorizes calls; without a gate, connections have the full `limits` from the start. `budget`: the budget for
-        request bytes, see request_body.py."""
+        """`admission`: the connection pool of the port, and the log of refused connections; None: the server creates
+        both. `gate`: authorizes calls; without a gate, connections have the full `limits` from the start. `budget`: the
+        budget for request bytes, see request_body.py."""
         self.limits = limits or ServerLimits()
         self.connections: set[Connection] = set()
         self._runner = runner = CallRunner(self.limits.request_s, gate)

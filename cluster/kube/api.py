@@ -1,4 +1,4 @@
-"""Kubernetes Leases, read and written over the API server from within a pod. Each call reads the token of the pod's
+"""Kubernetes Leases, read and written from within a pod, through the API server. Each call reads the token of the pod's
 service account anew, since Kubernetes renews the token."""
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ before the holder's term ends."""
 
 
 class ApiUnavailable(Exception):
-    """Error: the API gave no answer, or answered with an error; the message says which."""
+    """Error: the Kubernetes API did not answer, or answered with an error, which the message contains."""
 
 
 class Conflict(Exception):
-    """Error: the record has changed since it was read, because another process has written it."""
+    """Error: another process has written the record since it was read."""
 
 
 class LeaseStore(Protocol):
@@ -39,13 +39,14 @@ class LeaseStore(Protocol):
     def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
         """Replace the stored record with a record of `holder` ("" for no holder). Returns the new record.
 
-        `over`: the record that the caller has read last and replaces; None to create the first record. Raises Conflict
-        if the stored record has changed since then."""
+        `over`: the record to replace, as the caller last read it; None to create the first record. Raises Conflict if
+        the stored record has changed since that read."""
 
 
 @dataclass(frozen=True, slots=True)
 class KubeLease:
-    """A LeaseStore in a coordination.k8s.io/v1 Lease. `lease_s` (seconds) is written only as information for tools."""
+    """A LeaseStore that keeps the record in a coordination.k8s.io/v1 Lease. `lease_s` (seconds) is written only for
+    tools that show the Lease."""
 
     url: str
     namespace: str

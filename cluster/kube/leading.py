@@ -1,4 +1,4 @@
-"""Leadership of one process: its work runs only while the process holds the Lease, and stops when the Lease is lost."""
+"""Leadership of one process. The leader's work runs only while the process holds the Lease."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.kube.lease import LeaseCandidate, LeaseTerms
 log = structlog.get_logger("lease")
 
 Work = Callable[[asyncio.Event], Awaitable[None]]
-"""Coroutine function with the leader's work. The work runs until its argument, an event, is set, and then ends soon."""
+"""Coroutine function with the leader's work. When the event, its argument, is set, the work must end soon."""
 
 
 class WorkNotStopped(Exception):

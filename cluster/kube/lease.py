@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class LeaseTerms:
-    """Times in seconds. `lease_s`: time for which an unchanged record keeps other processes away. `yield_s`: time after
-    the last write for which the holder may act. `again_s`: interval of reads."""
+    """Times in seconds. `lease_s`: time for which a record must stay unchanged before another process may take it.
+    `yield_s`: time after its last write for which the holder may act. `again_s`: interval of reads."""
 
     lease_s: float = 15.0
     yield_s: float = 10.0
@@ -46,8 +46,8 @@ class LeaseWrite:
 
 @dataclass(frozen=True, slots=True)
 class LeaseCandidate:
-    """The state of one process. `seen`: the record as last read, unchanged since `seen_at_s`. `wrote_at_s`: start of
-    the process's own last write; None while it does not hold the Lease. Times are monotonic seconds."""
+    """The state of one process. `seen`: the record as last read; unchanged since `seen_at_s`. `wrote_at_s`: start of
+    this process's last write; None while the process does not hold the Lease. Times are monotonic seconds."""
 
     me: str
     terms: LeaseTerms = LeaseTerms()
@@ -69,14 +69,14 @@ class LeaseCandidate:
         return known, None
 
     def written(self, record: LeaseRecord, began_at_s: float) -> LeaseCandidate:
-        """Return the state after a successful write. The term counts from the start of the write, since other processes
-        may have seen the record from then on."""
+        """Return the state after a successful write, which began at `began_at_s`. The `yield_s` seconds count from this
+        time, since other processes may have read the new record from then on."""
         return replace(self, seen=record, seen_at_s=began_at_s, wrote_at_s=began_at_s)
 
     def may_act(self, now_s: float) -> bool:
-        """Whether this process may act at `now_s`."""
+        """Return whether this process may act at `now_s`."""
         return self.wrote_at_s is not None and now_s - self.wrote_at_s < self.terms.yield_s
 
     def acts_until_s(self) -> float:
-        """Time at which this process must stop acting if it does not renew the record; -inf without the Lease."""
+        """Return when this process must stop acting unless it renews the record; -inf if it does not hold the Lease."""
         return self.wrote_at_s + self.terms.yield_s if self.wrote_at_s is not None else float("-inf")

@@ -217,8 +217,8 @@ ENGINE_DEFINITIONS: Mapping[str, Definition] = {
         "counter", "Tokens that the engine has generated.", ("model_name", "worker")
     ),
 }
-"""vLLM's own series, under vLLM's names. vLLM's AsyncLLM, which exports these series, does not run on the fast path. So
-workers report the values over the link, and each gateway exports the values of its workers."""
+"""vLLM's own series, under vLLM's names. In vLLM, AsyncLLM exports these series, but it does not run on the fast path.
+Therefore workers report the values over the link, and each gateway exports the values of its workers."""
 
 ENGINE_HISTOGRAMS: Mapping[str, str] = {
     "vllm:time_to_first_token_seconds": "time_to_first_token_seconds",

@@ -21,15 +21,15 @@ from typing import Any
 STDOUT, STDERR = 1, 2
 MAX_PENDING_BYTES = 4 << 20
 EVENT_BYTES = 512
-"""Estimated size of a waiting event without its longest text, the traceback."""
+"""Estimated size in bytes of a waiting event without the traceback, which is the longest text of an event."""
 BATCH_BYTES = 64 << 10
 GATHER_S = 0.05
-"""Seconds for which the thread sleeps after a write. Lines that are queued meanwhile do not wake the thread."""
+"""Seconds for which the thread sleeps after a write. Events that are queued meanwhile do not wake the thread."""
 Event = Mapping[str, Any]
 PAUSE_S = 0.5
 """Seconds between two tries to write to an output that fails, such as a file on a full disk."""
 MAX_FAILURES = 3
-"""Number of tries after which the events of a batch are dropped. The writer then goes on with the next batch."""
+"""Number of failed tries in a row after which a batch of events is dropped. The writer then tries the next batch."""
 
 
 class LineWriter:
@@ -84,7 +84,7 @@ class LineWriter:
     debug = info = warning = error = critical = msg = write
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until the events that are queued now are written. Returns False after `timeout_s`."""
+        """Wait until the events that are queued now are written. Returns False if `timeout_s` passes first."""
         if self._thread is None:
             return True
         reached = threading.Event()
@@ -111,8 +111,8 @@ class LineWriter:
             self._hurry.clear()
 
     def _next_batch(self) -> tuple[list[Event], list[threading.Event]]:
-        """Wait for an event or a `flush`. Returns the waiting events, and for each waiting `flush` the flag to set when
-        these events are written."""
+        """Wait for an event or a call of `flush`. Returns the waiting events, and a flag for each waiting call of
+        `flush`. The caller sets the flags when the events are written."""
         batch: list[Event] = []
         reached: list[threading.Event] = []
         size, item = 0, self._queue.get()

@@ -23,11 +23,11 @@ from cluster.observe.line_writer import STDERR, Event, LineWriter
 MAX_FIELD_CHARS = 8192
 """Longest text of one field of a line; the rest is cut off."""
 END_S = 2.0
-"""Longest wait in seconds for the output at the end of the process."""
+"""Longest wait in seconds, at the end of the process, until the last lines are written."""
 
 _CALL: ContextVar[Mapping[str, str]] = ContextVar("call_fields")
 _CHILDREN = "HEADRACE_LOG_SETTINGS"
-"""Environment variable with the settings of this log for child processes, as JSON."""
+"""Environment variable that passes the settings of the log to child processes, as JSON."""
 _NO_CALL: Mapping[str, str] = {}
 _at_flush: list[Callable[[float], object]] = []
 _writers: list[LineWriter] = []
@@ -79,14 +79,15 @@ def dropped_lines() -> int:
 
 
 def add_flush(waits: Callable[[float], object]) -> None:
-    """Register a function that `flush` calls with the timeout, after the lines of this process are written."""
+    """Register a function that waits for another output. `flush` calls it with the timeout in seconds, after the lines
+    of this process are written."""
     _at_flush.append(waits)
 
 
 class CallFields:
     """Context manager in which `call_fields` returns `fields` to code of the same task.
 
-    It is a class because every call enters one, and a generator with `contextmanager` would take three times as long.
+    Every call enters this context manager, and a generator with `contextmanager` would take three times as long.
     """
 
     __slots__ = ("_fields", "_token")
@@ -121,7 +122,7 @@ def _stamp(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[s
 
 
 def _as_argument(_: Any, __: str, event: MutableMapping[str, Any]) -> tuple[tuple[MutableMapping[str, Any]], Event]:
-    """Return the arguments with which structlog calls the writer: only the event."""
+    """Return the arguments that structlog passes to the writer: only the event."""
     return (event,), {}
 
 

@@ -26,7 +26,7 @@ _TENANT_AT = {name: d.labels.index("tenant") for name, d in DEFINITIONS.items() 
 
 
 class Histogram:
-    """A histogram series: the sum of the values, and for each bucket the count and the last value that has a trace."""
+    """A histogram series: the sum of the values, and for each bucket the count and the last value with a trace id."""
 
     __slots__ = ("_bounds", "_exemplars", "counts", "sum")
 
@@ -67,7 +67,7 @@ Sample = tuple[str, tuple[str, ...], float]
 """A gauge's or counter's value at a scrape: the metric's name, the label values in the order of the definition, and the
 value."""
 MAX_CAPPED = 100_000
-"""Maximum number of tenants that are counted for `tenants_capped`."""
+"""Maximum value of the metric `tenants_capped`, the number of tenants without series of their own."""
 
 
 class Metrics(Collector):
@@ -131,7 +131,7 @@ class Metrics(Collector):
         return series[labels]
 
     def histogram_counts(self, name: str, *labels: str) -> tuple[int, ...]:
-        """Return the counts by bucket of a histogram series; empty if it has no value yet."""
+        """Return the count of each bucket of a histogram series; empty if the series has no value yet."""
         series = self._histograms.get(name, {}).get(labels)
         return () if series is None else tuple(series.counts)
 
@@ -141,7 +141,7 @@ class Metrics(Collector):
         self._gauges.append(gauges)
 
     def remove_gauges(self, gauges: Callable[[], Iterable[Sample]]) -> None:
-        """Undo `add_gauges`, for a part of the process that ends before the process does."""
+        """Undo `add_gauges`. Used by a part of the process that ends before the process ends."""
         self._gauges = [other for other in self._gauges if other is not gauges]
 
     def add_process_metrics(self) -> None:

@@ -17,7 +17,7 @@ _KINDS = {trace_pb2.Span.SPAN_KIND_SERVER: SpanKind.SERVER, trace_pb2.Span.SPAN_
 
 
 class OtlpReceiver(pb_grpc.TraceServiceServicer):
-    """Receives spans, and passes the spans of each message to a function, in a thread."""
+    """Receives spans, and calls a function with the spans of each message, in a thread."""
 
     def __init__(self, listen: str, receive: Callable[[Sequence[SpanRecord]], None]) -> None:
         """`listen`: host:port; port 0 picks a free port. Raises RuntimeError if the address cannot be bound."""
@@ -44,7 +44,7 @@ class OtlpReceiver(pb_grpc.TraceServiceServicer):
         self._server.wait_for_termination()
 
     def Export(self, request: pb.ExportTraceServiceRequest, context: Any) -> pb.ExportTraceServiceResponse:
-        """Receive one message. OTLP's TraceService defines this method."""
+        """Receive one message of spans. This is the RPC of OTLP's TraceService."""
         self._receive(tuple(_spans(request)))
         return pb.ExportTraceServiceResponse()
 

@@ -26,20 +26,20 @@ from cluster.observe.line_writer import STDERR, STDOUT
 from cluster.observe.log import add_flush
 
 PATH_VARIABLE = "HEADRACE_LOG_COPY"
-"""Environment variable with the output to copy to, such as /proc/1/fd/1: the standard output of the container."""
+"""Environment variable with the path of the output to copy to, e.g. /proc/1/fd/1, the container's standard output."""
 POLL_S = 0.25
 CHUNK_BYTES = 256 << 10
 MAX_LINE_BYTES = 64 << 10
 MAX_LAG_BYTES = 16 << 20
 _RAY_MARKS = (b":job_id:", b":actor_name:", b":task_name:")
-"""Beginnings of lines that tell Ray's log monitor which job, actor or task writes the next lines."""
+"""Prefixes of lines that mark for Ray's log monitor which job, actor or task writes the next lines."""
 
 log = structlog.get_logger("log")
 
 
 class FollowedFile:
-    """Reader of the lines that are appended to a file from now on. A file that was replaced or truncated is read from
-    its beginning."""
+    """Reader of the lines that are appended to a file after the reader was created. A file that was replaced or
+    truncated is read from its beginning."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -92,12 +92,12 @@ class OutputCopy:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after it has copied the present lines."""
+        """Let the thread copy the lines that are in the files now, and end the thread."""
         self._stop.set()
         self._thread.join()
 
     def flush(self, timeout_s: float) -> bool:
-        """Copy the present lines. Returns False if the output does not accept them within `timeout_s`."""
+        """Copy the lines that are in the files now. Returns False if the output accepts nothing for `timeout_s`."""
         if not self._passes.acquire(timeout=timeout_s):
             return False
         try:
@@ -138,7 +138,7 @@ class OutputCopy:
         return json.dumps({**self._fields, **event, "timestamp": stamp}).encode() + b"\n"
 
     def _write(self, data: bytes, patience_s: float) -> bool:
-        """Write all bytes. Returns False if the output fails; the bytes that are not written yet are then lost.
+        """Write all bytes. Returns False if the output fails. The rest of the bytes is then lost.
 
         While the process runs, there is no time limit. When the process ends, an output that accepts nothing for
         `patience_s` counts as failed.
@@ -159,8 +159,8 @@ class OutputCopy:
 
 
 def _pieces(lines: Sequence[bytes]) -> Iterator[bytes]:
-    """Join lines into pieces that a pipe accepts as a whole, so that the lines of several processes do not mix. A line
-    that is too long is a piece of its own."""
+    """Join lines into pieces that a pipe accepts in one write, so that the lines of several processes do not mix. A
+    line that is longer than such a piece is yielded alone."""
     piece = b""
     for line in lines:
         if len(piece) + len(line) > select.PIPE_BUF and piece:

@@ -1,8 +1,8 @@
 """Names of spans and their attributes: those of OpenTelemetry's semantic conventions, and our own.
 
-The conventions for generative AI are still in development, so the names are written down here and nowhere else. The
-names are those of open-telemetry/semantic-conventions-genai as of semantic conventions 1.42; a new release of the
-conventions is adopted by changing this file. Names that begin with `headrace.` are ours.
+The conventions for generative AI are still in development, so only this module contains the names. The names are those
+of open-telemetry/semantic-conventions-genai as of semantic conventions 1.42; a new release of the conventions is
+adopted by changing this file. Names that begin with `headrace.` are ours.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Problem: a collector that is slow or unreachable must not delay a call. Invariants: `add` never waits. At most
 `max_queued` spans wait; each span is counted once, as exported, dropped or failed.
 
-OpenTelemetry's BatchSpanProcessor counts neither the spans that it drops nor those that the exporter gives up, so a
-thread of this module calls the exporter.
+A thread of this module calls OpenTelemetry's exporter. OpenTelemetry's BatchSpanProcessor is not used, since it counts
+neither dropped nor failed spans.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ log = structlog.get_logger("tracing")
 
 BATCH: Final = 512
 INTERVAL_S: Final = 1.0
-"""Longest time for which a span waits before the thread sends it."""
+"""Longest time in seconds for which a span waits before the thread sends it."""
 TIMEOUT_S: Final = 5.0
-"""Longest time for sending one batch, with all retries. After this time, the batch has failed."""
+"""Longest time in seconds for sending one batch, with all retries. After this time, the batch has failed."""
 LAST_S: Final = 3.0
-"""Longest time at the end of the process for sending the waiting spans."""
+"""Longest time in seconds for which `stop` sends the waiting spans."""
 MAX_HEADERS: Final = 64
 
 Count = Callable[[str, int], None]
@@ -107,7 +107,7 @@ class SpanExport:
         self._thread.start()
 
     def stop(self) -> None:
-        """Send the spans that wait, for at most LAST_S, and end the thread. Blocks."""
+        """Send the waiting spans, for at most LAST_S seconds, and end the thread. Blocks."""
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
@@ -120,7 +120,7 @@ class SpanExport:
             logging.getLogger(name).removeFilter(self._reason)
 
     def add(self, spans: Iterable[SpanRecord]) -> None:
-        """Queue the spans of a call. If the queue has no room for all of them, all are dropped."""
+        """Queue the spans of a call. If the queue has no room for all spans of the call, all of them are dropped."""
         more = tuple(spans)
         if self._stopping or len(self._queue) + len(more) > self._max_queued:
             self._count("dropped", len(more))
@@ -152,7 +152,7 @@ class SpanExport:
             self._note(is_sent)
 
     def _note(self, is_sent: bool) -> None:
-        """Log if the collector no longer accepts spans, or accepts them again."""
+        """Log when the collector stops accepting spans, and when it accepts spans again."""
         if is_sent and self._is_away:
             log.info("tracing.collector_found", collector=self._endpoint)
         elif not is_sent and not self._is_away:

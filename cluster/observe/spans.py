@@ -31,8 +31,8 @@ class SpanEvent:
 class SpanRecord:
     """A span that has ended. Times are seconds since the epoch; ids are lower-case hexadecimal.
 
-    `parent_id`: "" for the first span of a trace. `links`: ids of spans of the same trace that this span follows.
-    `error`: what went wrong, as a word; "" if nothing did. `resource`: attributes of the process that did the work.
+    `parent_id`: "" for the first span of a trace. `links`: ids of earlier spans of the same trace that this span
+    follows. `error`: kind of error, as a word; "" for none. `resource`: attributes of the process that did the work.
     """
 
     name: str

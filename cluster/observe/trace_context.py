@@ -19,7 +19,7 @@ _TRACEPARENT = re.compile(
 )
 _MEMBER = re.compile(r"[a-z0-9][a-z0-9_\-*/@]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,256}")
 _RATIO_BITS: Final = 56
-"""Number of random bits of a trace id that decide on sampling (W3C Trace Context Level 2)."""
+"""Number of random bits of a trace id that decide whether to sample the trace (W3C Trace Context Level 2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def parse_traceparent(text: str) -> TraceContext | None:
 
 
 def unsampled(traceparent: str) -> str:
-    """Return `traceparent`, which is of version 00 or empty, without the flag `sampled`."""
+    """Return `traceparent` without the flag `sampled`. `traceparent` must be of version 00 or empty."""
     return f"{traceparent[:53]}00" if traceparent else ""
 
 
@@ -68,6 +68,6 @@ def is_sampled(traceparent: str) -> bool:
 
 
 def is_in_ratio(trace_id: str, ratio: float) -> bool:
-    """Return whether to sample a trace if the share `ratio` of all traces is sampled. The decision depends only on the
+    """Return whether a trace is in the share `ratio` of all traces that is sampled. The decision depends only on the
     trace id, so that all gateways decide alike."""
     return int(trace_id[-(_RATIO_BITS // 4) :], 16) < ratio * (1 << _RATIO_BITS)

@@ -1,8 +1,8 @@
 """The only calls to Ray Serve that create, scale, delete and observe applications.
 
-All calls block, and therefore run in a driver process (driver.py). Applications are deployed one at a time with the
-function behind serve.run. A deployment does not wait until the application runs. Applications of other owners and the
-settings of an existing Serve are not changed.
+All calls block, and therefore run in a driver process (driver.py). Applications are deployed one at a time, with
+serve.run_many. A deployment does not wait until the application runs. Applications of other owners and the settings of
+an existing Serve are not changed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ServeApps:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
     def scale(self, app: str, replicas: int) -> None:
-        """Set the number of replicas of an application. Like Serve's REST endpoint, but works without the dashboard."""
+        """Set the number of replicas of an application, without Serve's REST endpoint, which needs Ray's dashboard."""
         deployment = DeploymentID(name=DEPLOYMENT, app_name=application_name(self._cluster, app))
         ray.get(_get_global_client()._controller.update_deployment_replicas.remote(deployment, replicas))
 
@@ -61,7 +61,7 @@ class ServeApps:
         serve.delete(application_name(self._cluster, app), _blocking=False)
 
     def shutdown(self) -> None:
-        """Shut down Serve after Serve's replicas have drained. For a local Ray only, since all applications end."""
+        """Shut down Serve after its replicas have drained. For a local Ray only: other owners' applications end too."""
         serve.shutdown()
 
 

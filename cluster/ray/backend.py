@@ -31,7 +31,8 @@ class RayAway(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RaySnapshot:
-    """State of Ray at one time: the cluster's applications by `Observed.app`, and the total resources of each node."""
+    """State of Ray at one time: this cluster's applications, keyed by `Observed.app`, and the total resources of each
+    node."""
 
     apps: Mapping[str, Observed]
     nodes: tuple[Mapping[str, float], ...]

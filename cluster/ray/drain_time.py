@@ -9,7 +9,7 @@ MARGIN_S = 15.0
 
 
 def ray_timeout_s(drain_timeout_s: float) -> float:
-    """Return the value of TIMEOUT_ENV, in seconds, that leaves calls `drain_timeout_s` to end or resume elsewhere.
+    """Return the value of TIMEOUT_ENV in seconds. Calls have `drain_timeout_s` of this time to end or resume elsewhere.
 
     The Helm chart computes the same sum.
     """
@@ -17,5 +17,5 @@ def ray_timeout_s(drain_timeout_s: float) -> float:
 
 
 def usable_s(left_s: float) -> float:
-    """Return the seconds that calls have to end or resume elsewhere. `left_s`: seconds until the node's deadline."""
+    """Return the seconds in which calls may end or resume elsewhere. `left_s`: seconds until the drain deadline."""
     return max(left_s - MARGIN_S, left_s / 4)

@@ -39,7 +39,7 @@ def carry_out(apps: ServeApps, request: Mapping[str, Any]) -> object:
 
 
 def answer_all(apps: ServeApps, requests: Iterable[str], out: TextIO, mark: str = "") -> int:
-    """Carry out the request in each line, write the answer to `out` as a line that begins with `mark`, and return the
+    """Carry out the request in each line, and write each answer to `out` as a line that begins with `mark`. Returns the
     number of failed requests."""
     failed = 0
     for line in requests:

@@ -1,7 +1,7 @@
 """Access to an existing Ray cluster: state is read over the dashboard's REST API, each change is a short Ray job.
 
-The job runs this package's driver on the Ray cluster, so `headrace` must be installed there. Replicas need it there
-anyway. The dashboard's port is the only port of the cluster that the controller uses.
+The job runs driver.py on the Ray cluster, so `headrace` must be installed there. Replicas need `headrace` there anyway.
+The dashboard's port is the only port of the Ray cluster that the controller uses.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ class LocalRaySettings:
     dashboard: bool = False
     object_store_bytes: int = OBJECT_STORE_BYTES
     drain_timeout_s: float = 300.0
-    """Seconds that calls have to end or resume elsewhere after SIGTERM to Ray. `LocalRay.stop` does not wait that
-    long."""
+    """Seconds in which calls may end or resume elsewhere after SIGTERM to Ray. `LocalRay.stop` does not wait for these
+    calls."""
 
 
 class LocalRay:
@@ -173,7 +173,7 @@ class LocalRay:
         raise RayDidNotStart(f"Ray did not start within {_START_S:g} s:\n{_tail(log)}")
 
     def stop(self, grace_s: float = 1.0) -> int:
-        """End Ray and every process of this cluster except the caller, and return the number of processes found.
+        """End Ray and every process of this cluster except the calling process. Returns the number of processes found.
         Idempotent.
 
         Call Backend.shutdown first, so that Serve's replicas drain.
@@ -205,7 +205,7 @@ class LocalRay:
 
 
 def end_remains(instance: str, run_folder: Path) -> int:
-    """End the processes left by a cluster whose main process is gone, and return the number of processes found."""
+    """End the processes that remain of a cluster whose main process has ended. Returns their number."""
     folder = _short_folder(LocalRaySettings(instance, run_folder))
     ended = reaper.end(instance, folder)
     _keep_logs(folder, run_folder)
@@ -229,8 +229,8 @@ def free_ports(count: int) -> list[int]:
 def _without_other_ray(environment: Mapping[str, str]) -> dict[str, str]:
     """Return `environment` without the variables that another Ray or an engine has set in the calling process.
 
-    An engine passes names, such as those of its sockets, to its ranks in environment variables. Variables of the Ray
-    node take precedence in the ranks, so names of a foreign engine must not be in the node's environment.
+    An engine passes names to its ranks in environment variables, for example names of sockets. In a rank, variables of
+    the Ray node take precedence, so the node's environment must not have the names of another engine.
     """
     other = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID", end_causes.ENGINE, sockets.ENV)
     return {key: value for key, value in environment.items() if key not in other}

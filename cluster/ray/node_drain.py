@@ -58,7 +58,8 @@ async def poll_left_s(nodes: Nodes, within_s: float | None = None) -> float | No
 
 
 async def watch(nodes: Nodes, leave: Callable[[float], Awaitable[None]]) -> None:
-    """Poll until a node begins to drain, then call `leave` once with the seconds that calls may still use."""
+    """Poll until a node begins to drain, then call `leave` once with the seconds in which calls may still end or resume
+    elsewhere."""
     while (left_s := await poll_left_s(nodes)) is None:  # noqa: ASYNC110 - Ray has no notification for it
         await asyncio.sleep(POLL_S)
     await leave(usable_s(left_s))

@@ -62,9 +62,9 @@ def _target(link: Path) -> str:
 def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), grace_s: float = 1.0) -> int:
     """End every process of the cluster except `keep`, and return the number of processes that were found.
 
-    Each process gets SIGTERM, and after `grace_s` seconds SIGKILL. This repeats until no process is left, so that
-    processes started meanwhile end too. Then the shared memory, semaphores and socket folders of the ended engines are
-    removed.
+    Each process gets SIGTERM, and after `grace_s` seconds SIGKILL. The search and the signals are repeated until no
+    process is left, at most until 5 s after the first SIGKILL, so that processes started meanwhile end too. Then the
+    shared memory, semaphores and socket folders of the ended engines are removed.
     """
     exempt = frozenset(keep)
     seen: set[int] = set()

@@ -35,7 +35,7 @@ HEALTH_CHECK_TIMEOUT_S = 10.0
 START_TRIES = 2
 """Number of starts that Serve tries before giving up.
 
-The second start is for causes outside the model's entry, such as a lost node.
+The second start helps if the first failed for a cause outside the model's entry, such as a lost node.
 """
 _SHUTDOWN_MARGIN_S = 3.0
 
@@ -89,8 +89,8 @@ class ServedReplica:
 
 
 def _configure_log(replica: Replica) -> None:
-    """Write the log as JSON to the standard output, with the worker's place in every line. If the node's environment
-    names another output, such as the container's, copy the standard output and error to that output."""
+    """Write the log as JSON to the standard output, with the worker's id, pod and node in every line. If the node's
+    environment names another output, such as the container's, copy the standard output and error to that output."""
     settings, place = replica.settings, replica.place
     gpu = {"gpu": settings.spec.gpu or "unknown"} if place.gpus else {}
     if gpu and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):

@@ -28,7 +28,7 @@ def application_name(cluster: str, app: str) -> str:
 
 
 def observed(details: Mapping[str, Any], cluster: str) -> dict[str, Observed]:
-    """Return the applications of `cluster`, by `Observed.app`. Applications of other clusters are left out."""
+    """Return the applications of `cluster`, keyed by `Observed.app`. Applications of other clusters are left out."""
     prefix = cluster + SEPARATOR
     return {
         name.removeprefix(prefix): _observe(name.removeprefix(prefix), app)

@@ -37,8 +37,8 @@ class MultiClusterBackend:
         return f"MultiClusterBackend({', '.join(self._rays)}{away})"
 
     def answers(self) -> Mapping[str, bool]:
-        """Return for each Ray cluster whether the cluster answered the last `observe`. Clusters that have not been
-        observed yet are missing."""
+        """Return by name whether each Ray cluster answered the last `observe`. Clusters that were never observed are
+        missing."""
         return {name: name not in self._away for name in self._rays if name in self._away or name in self._last}
 
     async def observe(self) -> RaySnapshot:

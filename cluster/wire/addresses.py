@@ -2,8 +2,8 @@
 
 Siblings are gateway processes on one host. They share the client ports, but a worker needs a link to each of them. So a
 gateway's first message on a link, the Welcome, lists its siblings. An address is dialled if it is configured, or if the
-last Welcome of a dialled address lists it. The search starts at the configured addresses, so that two former siblings
-do not keep each other in the list.
+last Welcome of a dialled address lists it. The list of addresses is built from the configured addresses each time, so
+that two former siblings do not keep each other in the list.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ log = structlog.get_logger("link")
 
 @dataclass(frozen=True, slots=True)
 class _Welcome:
-    """The last Welcome from an address. It is kept after the link breaks, because the siblings may still run."""
+    """The last Welcome (a gateway's first message on a link) from an address. The Welcome is kept after the link
+    breaks, because the siblings that it lists may still run."""
 
     incarnation: str
     siblings: tuple[str, ...]
@@ -40,8 +41,8 @@ class GatewayAddresses:
         choose: Callable[[Sequence[str]], tuple[str, ...]] = tuple,
     ) -> None:
         """`configured`: addresses `host:port` and DNS names `srv://NAME`. `resolve` looks up a NAME; the addresses in
-        the last answer belong to the known addresses. `choose` selects the addresses to dial from the known addresses;
-        by default all."""
+        its last answer are known addresses, too. `choose` selects the addresses to dial among the known addresses; by
+        default all."""
         self._choose = choose
         self._configured = tuple(dict.fromkeys(entry for entry in configured if not dns.is_dns_name(entry)))
         self._names = tuple(dict.fromkeys(entry for entry in configured if dns.is_dns_name(entry)))
@@ -54,8 +55,8 @@ class GatewayAddresses:
         """The addresses to dial, with the configured addresses first."""
 
     def record_welcome(self, address: str, incarnation: str, siblings: Sequence[str]) -> None:
-        """Record the Welcome of the gateway at `address`. A sibling is `host:port`, or `:port` on the host of
-        `address`."""
+        """Record the Welcome of the gateway at `address`. `siblings`: addresses of the other gateway processes on that
+        host, each as `host:port`, or as `:port` for the host of `address`."""
         host = address.rsplit(":", 1)[0]
         resolved = tuple(host + sibling if sibling.startswith(":") else sibling for sibling in siblings)
         self._welcomes[address] = _Welcome(incarnation, resolved)

@@ -54,8 +54,8 @@ class AdminRequests:
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
 
     async def ask(self, name: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
-        """Send the verb `name` with the serialized request `body`; return the serialized response. Raises CallError:
-        the controller's error, an unknown verb, or no reply within `timeout_s`."""
+        """Send the verb `name` with the serialized request `body`; return the serialized response. Raises CallError if
+        the controller returns an error, does not support the verb, or does not reply within `timeout_s`."""
         if name not in self._verbs:
             raise CallError(Outcome.UNSUPPORTED_FEATURE, f"this cluster's controller does not know {name}: upgrade it")
         self._next += 1
@@ -76,7 +76,8 @@ class AdminRequests:
             self._waiting.pop(number, None)
 
     def handle_reply(self, reply: pb.AdminReply) -> None:
-        """Pass a reply to the request with its id. A reply to a request that no longer waits is ignored."""
+        """Pass a reply to the waiting request with the same id. A reply to a request that no longer waits is
+        ignored."""
         waiting = self._waiting.get(reply.id)
         if waiting is None or waiting.done():
             return

@@ -42,8 +42,8 @@ class Prompts:
 
 
 async def serve_bulk(call: BlobCall, hello: pb.Blob, prompts: Prompts, blobs: asyncio.Queue[pb.Blob]) -> None:
-    """Run a bulk stream: send `hello` and the queued `blobs`, collect `prompts`. Raises LinkEnded when the stream is
-    closed."""
+    """Run a bulk stream: send `hello` and the queued `blobs`, and add received prompts to `prompts`. Raises LinkEnded
+    when the stream is closed."""
     await call.write(hello)
     parts = [asyncio.create_task(_read(call, prompts)), asyncio.create_task(_write(call, blobs))]
     try:

@@ -17,7 +17,7 @@ class ServerFiles(Protocol):
 
     @property
     def client_ca_file(self) -> Path | None:
-        """Authorities of the callers' certificates."""
+        """CA certificates that verify the callers' certificates."""
 
 
 class LinkFiles(Protocol):
@@ -29,7 +29,7 @@ class LinkFiles(Protocol):
 
     @property
     def ca_file(self) -> Path:
-        """Authorities of the other side."""
+        """CA certificates that verify the certificates of the other side."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 For such a name of a headless Service, Kubernetes answers with the ports and names of the Service's pods, including pods
 that are not ready. An answer replaces the previous answer. Without a new answer the last answer stays valid: dialing a
 gateway in vain costs little, and forgetting a gateway loses its calls. NXDOMAIN and an empty record set are answers,
-too: they leave no gateway.
+too: after one of them, the name has no gateways.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 Guarantee: no record is lost, however many gateways are lost with their disks. A request arrives at the worker with its
 sealed open record. After the request has ended, the worker keeps its usage record until a gateway acknowledges the
 record. Gateways acknowledge only after the database has committed. Each record is assigned to one link at a time. If
-that link ends or does not acknowledge for long, the record is assigned to another link. A record that is sent twice
-writes the same database row, so repetition does no harm.
+that link ends, or no acknowledgement comes for a long time, the record is assigned to another link. A record that is
+sent twice writes the same database row, so repetition does no harm.
 
-Beyond `max_records` the oldest records are dropped and counted. This happens only if the database is down for long, and
-the gateways' spools then have the records too. The classes are pure: no clock, no I/O.
+Beyond `max_records` the oldest records are dropped and counted. This happens only if the database is down for a long
+time, and the gateways' spools then have the records too. The classes are pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class UsageKeeper:
         return KeeperStatistics(len(self._kept), self._dropped)
 
     def attach(self, link: int) -> None:
-        """Add a link to a gateway that writes to the ledger. Assign to this link all records that are assigned to no
-        link, because none was attached."""
+        """Add a link to a gateway that writes to the ledger. Assign to this link the records that have no link yet,
+        because none was attached."""
         self._due[link] = deque()
         self._assign(kept for kept in self._kept.values() if not kept.link)
 

@@ -97,8 +97,8 @@ class Outbox:
         self.flush()
 
     def served(self, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Set the served totals, in place of unsent totals of the same flows. If `totals` is empty and no others are
-        unsent, an empty report is sent."""
+        """Set the served totals, in place of unsent totals of the same flows. If `totals` is empty and no earlier
+        totals are unsent, an empty report is sent."""
         if self._served is None:
             self._served = {}
         for total in totals:
@@ -139,7 +139,7 @@ class Outbox:
 
     @property
     def full(self) -> bool:
-        """Whether too many tokens or reports wait, because the gateway has stopped reading."""
+        """Whether too many tokens, vectors or reports wait, because the gateway has stopped reading."""
         if len(self._kv_blocks) > MAX_KV_MESSAGES:
             return True
         tokens = sum(len(columns.token_ids) for columns in self._steps)

@@ -11,9 +11,9 @@ from cluster.wire.codecs.codec import wire_text
 MAX_CHAT_BYTES = 16 << 20
 """Maximum size of a chat, in bytes of JSON."""
 MAX_OUTSTANDING = 2
-"""Maximum number of chats of one link that are sent and not answered: the chat that is being rendered, and the next."""
+"""Maximum number of chats of one link that are sent but not yet answered: the one being rendered, and the next."""
 INLINE_CHAT_BYTES = 32_768
-"""Size above which a chat is sent on the Bulk stream, so that no large message delays a token."""
+"""Size in bytes above which a chat is sent on the Bulk stream, so that no large message delays a token."""
 PIECE_BYTES = 32_768
 """Maximum size in bytes of the ids in one message of a worker, so that no large message delays a token. A multiple of
 the size of an id."""

@@ -4,7 +4,8 @@ Problem: a sequence sent too early waits in the engine's own queue, where fair o
 too late leaves a slot empty for a round trip. So the window is the number of prompts that the engine will probably
 start in the next step, and at most the number of free slots. The sequences that end per step on average, at most
 LOOKAHEAD_SEQUENCES, count as additional free slots. Invariant: if a slot is free and no prompt is pending, capacity is
-granted. Source: the remaining work is a fluid model of chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024).
+granted. Source: the number of prompt tokens still to compute follows a fluid model of chunked prefill (Sarathi-Serve,
+Agrawal et al., OSDI 2024).
 
 The engine does not report the progress of a prompt, so the progress is estimated: each step computes as many tokens as
 it can, and a request's first output means that all prompts before this request are done. Pure: no clock.
@@ -17,7 +18,7 @@ from collections import deque
 LOOKAHEAD_SEQUENCES = 2
 RECENT_PROMPTS = 64
 UNKNOWN_PROMPTS = 8
-"""Number of assumed prompts, each as long as a full step, from which the mean prompt length is computed at first."""
+"""Number of imaginary prompts, each as long as a full step, with which the mean prompt length starts."""
 
 
 class AdmissionWindow:

@@ -36,7 +36,8 @@ class Link:
 
     number: int
     credit_order: int
-    """Sort key of the links that share capacity (link_credit.py). The lowest keys get the remainder of the division."""
+    """Sort key of the links among which capacity is divided (link_credit.py). The links with the lowest keys get the
+    remainder."""
     gateway: str
     incarnation: str
     """Incarnation of the gateway."""
@@ -125,7 +126,7 @@ class LinkOpener:
 
     @asynccontextmanager
     async def open(self, address: str) -> AsyncIterator[tuple[Link, ClientCall, Coroutine[None, None, None]]]:
-        """Yield a link to the gateway at `host:port`, its call, and the coroutine of its bulk stream.
+        """Yield a link to the gateway at `host:port`, the link's gRPC call, and the coroutine of its bulk stream.
 
         The caller must run the coroutine, and stop the link's heartbeats at the end. Raises LinkEnded.
         """

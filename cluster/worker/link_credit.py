@@ -17,8 +17,8 @@ from cluster.worker.drain_state import DrainStates
 def credit_order(worker_id: str, gateway: str, link: int) -> int:
     """Return a link's sort key among the links that share a worker's capacity. The order differs between workers.
 
-    With one order for all workers, the last gateway would get no credit from any worker if no call waits and each
-    worker has fewer free slots than there are gateways.
+    Suppose that no call waits, and that each worker has fewer free slots than there are gateways. With one order for
+    all workers, the last gateway would then get no credit from any worker.
     """
     return zlib.crc32(f"{worker_id}/{gateway}".encode()) << 32 | link
 
@@ -32,7 +32,8 @@ class _Acknowledgement:
 
 
 class LinkCredit:
-    """The credit of all links, by `credit_order`. Credit is granted only while the worker takes new sequences."""
+    """The credit of all links. Credit is granted only while the worker takes new sequences. The methods' argument
+    `link` is the link's `credit_order`."""
 
     def __init__(
         self, capacity: Callable[[], tuple[Capacity, int]], count_cached: Callable[[int], int], drain_state: DrainStates
@@ -40,7 +41,8 @@ class LinkCredit:
         """Create the credit without links.
 
         `capacity` returns the capacity free for new calls, and the number of slots free for resumed calls.
-        `count_cached(n)` returns how many of `n` calls whose KV blocks a gateway expects here can be resumed cheaply.
+        `count_cached(n)`, for `n` waiting calls whose KV blocks a gateway expects here, returns how many can resume
+        cheaply.
         """
         self._capacity = capacity
         self._count_cached = count_cached

@@ -50,7 +50,7 @@ class RunningRequest:
     cached_tokens: int = 0
     accepted: bool = False
     reattached: bool = False
-    """Whether the request has been reattached and has had no output after that."""
+    """Whether the request has been reattached and has had no output since."""
     stream: str = ""
     parameters: object = None
     generation: int = 0
@@ -192,8 +192,9 @@ class RequestOutputs:
         is_lost: Callable[[str], bool],
         forget: Callable[[str, Outcome], None],
     ) -> None:
-        """`running`: the running requests by engine request id. `is_lost(incarnation)`: whether a gateway process has
-        no working link here. `forget(request_id, outcome)`: removes an ended request from `running`."""
+        """`running`: the running requests by engine request id. `is_lost(incarnation)`: whether the gateway with this
+        incarnation has no working link to this worker. `forget(request_id, outcome)`: removes an ended request from
+        `running`."""
         self._running = running
         self._detached = detached
         self._window = window

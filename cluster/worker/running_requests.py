@@ -44,9 +44,9 @@ class RunningRequests:
         close_session: Callable[[str], None] = lambda _: None,
         release_adapter: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Create an empty set. `is_lost(incarnation)`: whether the gateway process has no working link here.
-        `close_session`: ends a request's session of the output parser. `release_adapter`: ends a request's use of its
-        adapter."""
+        """Create an empty set. `is_lost(incarnation)`: whether the gateway with this incarnation has no working link to
+        this worker. `close_session`: ends a request's session of the output parser. `release_adapter`: ends a request's
+        use of its adapter."""
         self._info = info
         self._close_session = close_session
         self._release_adapter = release_adapter
@@ -57,7 +57,8 @@ class RunningRequests:
         self._window = AdmissionWindow(info.max_num_seqs, info.max_num_batched_tokens)
         self._running: dict[str, RunningRequest] = {}
         self._net_tokens = 0
-        """Tokens of all requests at their start, less the tokens of the ended requests at their end."""
+        """Tokens that all requests so far had when they started, minus the tokens that the ended requests had when they
+        ended."""
         self._expected = self._expected_tokens = 0
         self.detached = DetachedRequests()
         self.outputs = RequestOutputs(self._running, self.detached, self._window, meter, served, is_lost, self.forget)
@@ -90,7 +91,7 @@ class RunningRequests:
 
     @contextmanager
     def expect(self, tokens: int) -> Iterator[None]:
-        """Count a request with `tokens` tokens as one that will run, while it waits for its adapter."""
+        """While the context is open, reserve capacity for a request with `tokens` tokens that waits for its adapter."""
         self._expected, self._expected_tokens = self._expected + 1, self._expected_tokens + tokens
         try:
             yield

@@ -48,8 +48,8 @@ log = structlog.get_logger("worker")
 
 REPORT_S = 0.1
 GATEWAY_SILENT_S = 1.0
-"""When a call is resumed from a gateway, the gateway counts as lost after this many seconds without a beat. A gateway
-sends ten beats a second."""
+"""Seconds without a beat after which a gateway counts as lost, when one of its calls is resumed through another
+gateway. A gateway sends ten beats a second."""
 END_REASON_S = 0.5
 """Seconds that a worker with an ended engine waits for its gateways to read the reason and close their links.
 
@@ -73,8 +73,8 @@ class WorkerStatistics:
 
 
 class WorkerSession:
-    """A session that serves one started engine to the gateways in `gateways` and to their siblings. If there are many,
-    the session serves only those that `subset` chooses.
+    """A session that serves one started engine to the gateways in `gateways` and to their siblings (other gateway
+    processes on the same host). If there are many gateways, the session serves only those that `subset` chooses.
 
     `gateways` are `host:port` addresses or `srv://` names. The session lasts until it is closed.
     """

@@ -58,7 +58,7 @@ class ReplicaSettings:
     allow_remote_code: bool = False
     drain_timeout_s: float = 2.0
     max_gateways: int = ALL_UP_TO
-    """Number of gateways that a replica connects to if there are more."""
+    """Usual number of gateways that a replica connects to if there are more than this number."""
     replicas: int | None = None
     """Number of replicas to start with; None for the number in the spec."""
     environment: Mapping[str, str] = field(default_factory=dict)

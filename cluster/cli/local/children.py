@@ -24,7 +24,7 @@ def headrace_command(*arguments: object) -> list[str]:
 
 
 class Backoff:
-    """Pause before a restart. The pause doubles with each death, up to `longest_s`.
+    """Pause before a restart. The pause doubles with each end of the process, up to `longest_s`.
 
     After a process has lived for HEALTHY_S seconds, the pause is `first_s` again.
     """
@@ -121,7 +121,7 @@ async def keep_alive(
 ) -> None:
     """Call `restart` whenever the child's process has ended. Runs until cancelled.
 
-    Before each restart, the end is reported through `report`, and the pause of `backoff` passes.
+    Before each restart, `report` is called with a message about the end, and the pause of `backoff` passes.
     """
     backoff = backoff or Backoff()
     clock = asyncio.get_running_loop().time

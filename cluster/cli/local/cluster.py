@@ -182,7 +182,10 @@ class LocalCluster:
         )
 
     def config_text(self) -> str:
-        """Return the user's configuration as YAML, with a chosen port instead of each port 0. All processes read it."""
+        """Return the user's configuration as YAML, with a chosen port instead of each port 0.
+
+        Every process of the cluster reads this text from a file.
+        """
         plain: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True, by_alias=True)
         plain.setdefault("gateway", {})["listen"] = self.config.gateway.listen.model_dump(mode="json")
         return yaml.safe_dump(plain, sort_keys=False)

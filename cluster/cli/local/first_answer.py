@@ -1,4 +1,4 @@
-"""The first call of a demo: a question to a model, or the vectors or the ranking of three texts."""
+"""The first call of a demo: a question to a model, or a request for the vectors or the ranking of three texts."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class GatewayProcesses:
 
     @property
     def siblings(self) -> list[dict[str, str]]:
-        """Addresses of each process that is up, except the first process, by listener name."""
+        """Addresses (host:port) by listener name, one mapping for each process that is up except the first."""
         return [self._endpoints[process] for process in sorted(self._endpoints) if process]
 
     def pids(self) -> list[int]:

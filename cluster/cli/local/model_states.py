@@ -14,7 +14,7 @@ from cluster.cli.target.admin_client import Admin
 POLL_S = 0.1
 WATCH_S = 1.0
 PASSING = re.compile(r"|waiting for Ray to place it|\d+ of \d+ replicas serve|being replaced")
-"""Pattern of state reasons that need no action of the user, and are therefore not reported."""
+"""Pattern of state reasons that are not reported, since the user need not act."""
 
 
 async def wait_until_settled(

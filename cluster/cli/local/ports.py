@@ -117,7 +117,7 @@ def _bind(name: str, address: str) -> socket.socket:
 
 
 def _owner(port: int) -> str:
-    """Return the process that listens on a port, as text for a message.
+    """Return text for a message about the process that listens on a port.
 
     The text is empty if this user may not see the process.
     """

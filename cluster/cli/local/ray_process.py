@@ -70,9 +70,9 @@ class RayProcess:
     ) -> None:
         """Start a new Ray whenever the current Ray's head has ended. Runs until cancelled.
 
-        Before the start, all processes of the cluster except `others` are ended, since engines cannot outlive the head.
-        The controller is ended too, and `keep_alive` restarts it. `is_unused` returns whether no worker is linked.
-        While Ray drains, it is killed as soon as no worker is linked.
+        Before the start, all processes of the cluster are ended, since engines cannot outlive the head. Processes whose
+        ids `others` returns are kept. The controller is ended too, and `keep_alive` restarts it. `is_unused` returns
+        whether no worker is linked. A draining Ray is killed as soon as no worker is linked.
         """
         while True:
             await asyncio.sleep(WATCH_S)

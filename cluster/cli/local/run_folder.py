@@ -106,7 +106,7 @@ class RunFolder:
         return dict(endpoints) if isinstance(endpoints, dict) else {}
 
     def siblings(self) -> list[dict[str, str]]:
-        """Return the addresses of each gateway process except the first, by listener name."""
+        """Return addresses (host:port) by listener name, one mapping for each gateway process except the first."""
         siblings = self.state().get("siblings")
         return [dict(endpoints) for endpoints in siblings] if isinstance(siblings, list) else []
 

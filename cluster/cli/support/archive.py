@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 def redacted_files(parts: Parts, redactor: Redactor, about: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the files of the bundle by name, the manifest first.
 
-    `about`: more fields of the manifest. A part in which a secret is still found is left out.
+    `about`: more fields of the manifest. A part that still contains a secret after redaction is left out.
     """
     texts = {name: as_text(redactor.document(document)) for name, document in parts.documents.items()}
     texts |= {name: redactor.text(text) for name, text in parts.texts.items()}

@@ -14,7 +14,7 @@ MAX_BUNDLE_BYTES = 64 << 20
 
 
 class LeftOut(Exception):
-    """Error: a part or a piece of a part cannot be collected. The manifest has the message as the reason."""
+    """Error: a part or a piece of a part cannot be collected. The message is the reason that the manifest shows."""
 
 
 @dataclass
@@ -33,21 +33,22 @@ class Parts:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def seconds_left(self, most_s: float) -> float:
-        """Return the time for one step, at most `most_s`. Raises LeftOut if no time is left."""
+        """Return the seconds that one step may take, at most `most_s`. Raises LeftOut if no time is left."""
         left_s = self.deadline_s - self.clock()
         if left_s <= 0:
             raise LeftOut("no time was left")
         return min(most_s, left_s)
 
     def document(self, name: str, collect: Callable[[], Any]) -> Any:
-        """Store and return the JSON document that `collect` returns. Returns None if the document is left out."""
+        """Store and return the JSON document that `collect` returns. If `collect` raises LeftOut, store the reason and
+        return None."""
         found = self._collected(name, collect)
         if found is not None:
             self.documents[name] = found
         return found
 
     def text(self, name: str, collect: Callable[[], str]) -> None:
-        """Store the text that `collect` returns."""
+        """Store the text that `collect` returns. If `collect` raises LeftOut, store the reason."""
         found = self._collected(name, collect)
         if found is not None:
             self.texts[name] = found
@@ -75,10 +76,10 @@ def cut(text: str, most_bytes: int) -> tuple[bytes, bool]:
 
 
 def event_lines(lines: Iterable[str], events: Mapping[str, str], most: int) -> tuple[list[dict[str, Any]], int]:
-    """Return the newest log lines that are events of Headrace, and the number of other lines.
+    """Return the newest log lines that are events of Headrace, at most `most`, and the number of all other lines.
 
-    Other lines are left out because another program's output may contain secrets. Tracebacks are left out because they
-    may quote values.
+    The other lines may be another program's output and contain secrets. Tracebacks are removed from the events, because
+    they may quote values.
     """
     found: list[dict[str, Any]] = []
     others = 0

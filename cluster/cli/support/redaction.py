@@ -49,8 +49,8 @@ _SECRET = re.compile(
     r"|header|dsn|signature"
 )
 _HARMLESS = re.compile(r"_tokens$|^tokens?_per_|TokensPer|^(existing|tls|gateway|worker|controller)Secret$|_file$")
-"""Keys that match _SECRET although their values are harmless: a number of tokens, the name of a Kubernetes Secret, or a
-path."""
+"""Pattern of keys that match _SECRET but have a harmless value: a number of tokens, the name of a Kubernetes Secret, or
+a path."""
 _URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)([^\s/@\"'<>]+)@")
 _FORMS = (
     re.compile(r"(hr_[A-Za-z0-9]{1,32}_)[A-Za-z0-9]{8,}()"),
@@ -65,8 +65,8 @@ _FORMS = (
 class Rules:
     """Keeps only the harmless values of a document, and collects the secrets that it leaves out.
 
-    Numbers are kept, except below a key that is not in `known` and whose name suggests a secret (_SECRET). `known`: all
-    keys that a configuration may have.
+    Numbers are kept, unless a key in their path has a name that suggests a secret (_SECRET) and is not in `known`, the
+    set of all keys that a configuration may have.
     """
 
     known: frozenset[str] = frozenset()
@@ -148,7 +148,7 @@ def secrets_in_file(text: str) -> set[str]:
 
 
 class Redactor:
-    """Replaces secrets, and the names of tenants if wanted, in texts and documents.
+    """Replaces secrets and, with a `salt`, names of tenants in texts and documents.
 
     `secrets`: texts that must not be in the bundle. `names`: names of tenants. `salt`: key for the hashes of the names,
     different for each bundle; None keeps the names.
@@ -164,7 +164,7 @@ class Redactor:
         """Number of places where a secret was replaced."""
 
     def text(self, text: str) -> str:
-        """Return a text without secrets and, if wanted, without names of tenants."""
+        """Return a text in which secrets and, with a `salt`, names of tenants are replaced."""
         if self._known is not None:
             text, number = self._known.subn(REDACTED, text)
             self.replaced += number
@@ -177,7 +177,7 @@ class Redactor:
         return text
 
     def document(self, value: Any) -> Any:
-        """Return a JSON document with all its texts, keys included, redacted."""
+        """Return a JSON document in which every text, also each key, is redacted."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
@@ -197,7 +197,7 @@ class Redactor:
         return f"{match[1]}{user}:{REDACTED}@"
 
     def is_clean(self, data: str) -> bool:
-        """Return whether a finished part has no secret in any form that is searched for."""
+        """Return whether a redacted part contains none of the secrets, in any form of `variants_of`."""
         return self._known is None or self._known.search(data) is None
 
 
@@ -208,7 +208,7 @@ def _is_searched(secret: str) -> bool:
 
 
 def variants_of(secret: str) -> set[str]:
-    """Return the forms in which a secret may stand in a text: as it is, quoted for a URL or for JSON, in base64."""
+    """Return the forms in which a secret may be in a text: unchanged, quoted for a URL or for JSON, in base64."""
     encoded = base64.b64encode(secret.encode("utf-8", "surrogatepass")).decode()
     forms = {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], encoded}
     if not any("\ud800" <= char <= "\udfff" for char in secret):

@@ -79,7 +79,7 @@ def read_file(file: Path, most_bytes: int) -> str:
 def configuration(file: Path, rules: Rules) -> Any:
     """Return the harmless values of a configuration file or of the chart's values. Raises LeftOut.
 
-    Adds to `rules.secrets` the secrets that the file contains, and those in the secret files that the file names.
+    Adds the secrets in the file, and the secrets in the secret files that the file names, to `rules.secrets`.
     """
     text = read_file(file, MAX_CONFIG_BYTES)
     try:
@@ -177,7 +177,7 @@ class GatewaySource:
         return found
 
     def routing(self, calls: Sequence[str]) -> Any:
-        """Return the routing decisions of recent calls. Decisions have no text of a prompt or answer."""
+        """Return the routing decisions of recent calls. The decisions contain no text of a prompt or an answer."""
         found = []
         for call in calls[:MAX_CALLS]:
             request = routing_pb2.ExplainRequestRequest(request_id=call)

@@ -1,8 +1,7 @@
 """Contexts: named clusters with their addresses and credentials, in a file of the user.
 
 A context stores where a key is (a file or an environment variable), never the key. `select_target` decides which
-address and credentials a command uses. A context is used as a whole: its key is never sent to an address that is not
-its own.
+address and credentials a command uses. A context is used as a whole: its key is sent only to its own addresses.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ def write_contexts(file: Path, contexts: Contexts) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TypedOptions:
-    """The options that the user gave on the command line; "" or None for those that were not given."""
+    """The values of options on the command line; "" or None for an option that the user did not give."""
 
     context: str = ""
     endpoint: str = ""

@@ -62,7 +62,7 @@ ADMIN_OPTIONS: dict[str, Any] = {"admin": AdminOption, **CALLER_OPTIONS}
 def typed_names(ctx: typer.Context, names: Iterable[str]) -> frozenset[str]:
     """Return the parameters among `names` that the user gave on the command line, not by an environment variable.
 
-    `--context` may also stand before the command's name.
+    A `--context` before the command's name counts too.
     """
     typed = {name for name in names if _is_typed(ctx, name)}
     return frozenset(typed | ({"context_name"} if _is_typed(root_of(ctx), "context_name") else set()))

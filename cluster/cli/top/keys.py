@@ -1,4 +1,4 @@
-"""The state of `headrace top`, and what each key changes in it. Pure, except for Keyboard and `keyboard`."""
+"""The state of `headrace top`, and the change that each key makes to it. Pure, except for Keyboard and `keyboard`."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def head(picture: Picture, state: TopState) -> list[Text]:
 
 
 def _state_line(picture: Picture, state: TopState) -> Text:
-    """Return a line about the last error. If there is none, return a line about the controller and the gateways."""
+    """Return a line about the last read's error. Without an error, return a line about the controller and gateways."""
     document = picture.document
     line = Text(no_wrap=True, overflow="ellipsis")
     if picture.error:

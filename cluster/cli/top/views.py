@@ -123,7 +123,7 @@ def _progress(row: Row) -> str:
 
 
 def _limits(row: Row) -> str:
-    """Return the two limits of which the tenant has used the largest share, each as `name used/limit`."""
+    """Return the tenant's two limits with the largest used shares, each as `name used/limit`."""
     limits = row.get("limits")
     if not isinstance(limits, Mapping):
         return UNKNOWN

@@ -67,7 +67,7 @@ class Bodies:
         Raises CallError.
 
         `name`: the name of a parser in _PARSERS. `max_ids`: returns the largest allowed number of token ids in a
-        prompt; a prompt with more ids is refused before it is parsed. Called for large bodies only.
+        prompt; a prompt with more ids is refused before it is parsed. `max_ids` is called for large bodies only.
         """
         if len(body) <= SMALL_JSON_BYTES:
             with suppress(NotText):  # the helper process finds the field and reports it
@@ -82,7 +82,7 @@ class Bodies:
     async def message(
         self, name: str, data: bytes | bytearray, tenant: str = "", max_ids: Callable[[], int] = lambda: MAX_IDS
     ) -> Any:
-        """Parse a request of the gRPC API with the parser of grpc.requests.READ. Raises CallError.
+        """Parse a request of the gRPC API with the method's parser in grpc.requests.READ. Raises CallError.
 
         `name`: the gRPC method. `max_ids`: see `http`.
         """
@@ -129,8 +129,8 @@ def _unreadable() -> CallError:
 
 
 def _is_small_json(body: bytes | bytearray) -> bool:
-    """Return whether a body above SMALL_JSON_BYTES may be parsed on the event loop: it has at most LARGE_BYTES and few
-    values."""
+    """Return whether a body above SMALL_JSON_BYTES has at most LARGE_BYTES and few values. Such a body may be parsed on
+    the event loop."""
     return len(body) <= LARGE_BYTES and _has_few_values(body)
 
 

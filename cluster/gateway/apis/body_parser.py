@@ -63,7 +63,7 @@ IDS_FIELD: Final[Mapping[type[Message], str]] = {
     pb.CompleteRequest: "prompt_token_ids",
     pb.DetokenizeRequest: "token_ids",
 }
-"""The name of the field that holds the token ids of a message, by message type."""
+"""Names of the fields that hold token ids, keyed by message type."""
 MANY_IDS: Final = 4096
 IDS_PER_SLICE: Final = 65_536
 MAX_ID: Final = 2**31 - 1
@@ -97,7 +97,7 @@ def _splitter(names: frozenset[str]) -> msgspec.json.Decoder[Any]:
 
 
 class BodyReader:
-    """Parser of request bodies. Bodies calls the methods of this class in helper processes."""
+    """Parser of request bodies. The class Bodies (bodies.py) calls the methods of this parser in helper processes."""
 
     def __init__(self) -> None:
         self._http = {
@@ -228,8 +228,8 @@ def _count_messages(raw: bytes) -> None:
 
 def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc_requests.DetokenizeCall | None:
     """Parse a message that has at least MANY_IDS token ids. The ids are read directly from `data` into an array.
-    Returns None if the type of the message is not in IDS_FIELD, if it has fewer ids, if the ids are not packed, or if
-    the request is resumable."""
+    Returns None if the type of the message is not in IDS_FIELD, if the message has fewer ids, if the ids are not
+    packed, or if the request is resumable."""
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
         return None

@@ -3,7 +3,7 @@
 Python writes a float32 as the float64 that it equals, in up to 17 digits. orjson writes the short text of a numpy
 array's values at 20 ns each.
 
-The gateway imports this module after its start, because of numpy and orjson (deferred_imports.py).
+The gateway imports this module only after its start, because importing numpy and orjson is slow (deferred_imports.py).
 """
 
 from __future__ import annotations

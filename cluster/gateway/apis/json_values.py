@@ -3,7 +3,8 @@
 Problem: a JSON parser builds an object for every two bytes of `[[],[],...]`. Each object takes 60 times the size of
 these two bytes, and a tenth of a microsecond with the interpreter lock held. The values of a long text are therefore
 counted before the text is parsed. Searches for single characters take one or two nanoseconds a byte: the first searches
-give an upper bound, which suffices for ordinary texts. In other texts, values outside of strings are counted exactly.
+give an upper bound on the number of values, which suffices for ordinary texts. In other texts, values outside of
+strings are counted exactly.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ COUNTED_BYTES: Final = 16_384
 """Length in bytes above which the values of a text are counted before the text is parsed. A shorter text holds too few
 values to matter."""
 MAX_SEARCHED_BYTES: Final = 32_768
-"""Upper bound in bytes on a text that is searched for the path of invalid UTF-8. The search takes a microsecond a
-byte."""
+"""Upper bound in bytes on a text with invalid UTF-8 in which the path of the invalid string is searched. The search
+takes a microsecond a byte."""
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 NO_UNICODE: Final = "the text is not valid Unicode (a lone surrogate): send well-formed text"

@@ -1,6 +1,6 @@
 """Quick counts and a quick parser for large JSON texts.
 
-The gateway imports this module after its start, because of numpy and msgspec (deferred_imports.py).
+The gateway imports this module only after its start, because importing numpy and msgspec is slow (deferred_imports.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Scores of pairs and rankings from the vectors of a pooling call, for all APIs.
 
 A cross-encoder gives a score for each pair. A model that only embeds gives a vector for each text; the score of a pair
-is then the cosine of the angle between its two vectors, as in vLLM's server.
+is then the cosine of the angle between the vectors of its texts, as in vLLM's server.
 """
 
 from __future__ import annotations

@@ -28,13 +28,14 @@ class UnreadAnswers:
         return UnreadAnswer(self, tenant)
 
     async def hold(self, tenant: str, size: int) -> None:
-        """Wait until an answer of about `size` bytes may be made, and count it until `release`."""
+        """Wait until an answer of about `size` bytes may be made. The answer counts against the bound until
+        `release`."""
         while (held := self._held.get(tenant, 0)) and held + size > self._most_bytes:
             await self._freed.wait()
         self._held[tenant] = held + size
 
     def release(self, tenant: str, size: int) -> None:
-        """Stop counting an answer of this size."""
+        """Stop counting an answer of `size` bytes."""
         self._held[tenant] -= size
         if not self._held[tenant]:
             del self._held[tenant]
@@ -60,6 +61,7 @@ class UnreadAnswer:
             self._answers.release(self._tenant, self._size)
 
     async def hold(self, size: int) -> None:
-        """Wait until an answer of about `size` bytes may be made, and count it until the context ends."""
+        """Wait until an answer of about `size` bytes may be made. The answer counts against the bound until the context
+        ends."""
         await self._answers.hold(self._tenant, size)
         self._size = size

@@ -1,4 +1,5 @@
-"""The authenticator interface, which the APIs and the service use, and the implementation for a gateway without `auth`.
+"""The authenticator interface, which the APIs and the CallService use, and the implementation for a gateway without
+`auth`.
 
 Without `auth` there is one tenant and no keys. The implementation for a gateway with `auth` is in tenants.py, which a
 gateway without `auth` does not import.
@@ -43,8 +44,8 @@ class Caller:
         self.refused: CallError | None = None
 
     async def authenticate(self, authenticate: Callable[[Credentials], Awaitable[Principal]]) -> None:
-        """Authenticate the caller again. `authenticate`: returns the principal of credentials. If it raises CallError,
-        the caller's calls are refused until a later authentication succeeds."""
+        """Authenticate the caller again. `authenticate`: returns the principal for given credentials. If `authenticate`
+        raises CallError, the caller's calls are refused until a later authentication succeeds."""
         try:
             self.principal, self.refused = await authenticate(self.credentials), None
         except CallError as error:
@@ -63,7 +64,7 @@ class RegisteredCallers:
     """The registered callers, and whether tenants or keys have changed since the callers were last authenticated."""
 
     def __init__(self, authenticate: Callable[[Credentials], Awaitable[Principal]]) -> None:
-        """`authenticate`: returns the principal of credentials, or raises CallError."""
+        """`authenticate`: returns the principal for given credentials, or raises CallError."""
         self._authenticate = authenticate
         self._callers: set[Caller] = set()
         self._changed = asyncio.Event()
@@ -110,8 +111,8 @@ class Authenticator(Protocol):
         STORE_UNAVAILABLE."""
 
     def knows(self) -> object:
-        """Return an object that identifies the current state of the tenants and keys. After each change it is a
-        different object, so compare it by identity.
+        """Return an object that identifies the current state of the tenants and keys. After each change another object
+        is returned, so compare the objects by identity.
 
         Raises CallError STORE_UNAVAILABLE."""
 

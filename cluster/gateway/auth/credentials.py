@@ -60,15 +60,16 @@ class CredentialChecker:
         self._on_failure = on_failure
         self._clock = clock
         self._valid: dict[bytes, AuthVerdict] = {}
-        """Verdicts of the valid keys that were presented since the snapshot was taken, by the keys' SHA-256."""
+        """Verdicts on the valid keys that callers have presented since the snapshot was taken, keyed by the keys'
+        SHA-256."""
         self._snapshot: AccessSnapshot | None = None
         """The snapshot to which `_valid` belongs."""
 
     async def principal(
         self, authorization: Sequence[str], alternative_names: Sequence[str] = (), peer: str = ""
     ) -> Principal:
-        """Authenticate a call and return its principal. `authorization`: all values of the header or metadata key of
-        this name. `alternative_names`: the names in a verified client certificate. Raises CallError:
+        """Authenticate a call and return its principal. `authorization`: all values of the HTTP header or gRPC metadata
+        key `authorization`. `alternative_names`: the names in a verified client certificate. Raises CallError:
         UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
         try:
             verdict = await self._verdict(authorization, alternative_names)

@@ -46,8 +46,8 @@ class LedgerUpkeep:
     async def prepare(self, tried: asyncio.Event, *, serving: bool) -> None:
         """Migrate the database and declare the configured tenants. Retries until both have succeeded.
 
-        `serving`: whether calls already run; migration then uses a process of low priority. `tried`: set after a failed
-        attempt."""
+        `serving`: whether calls already run; if so, the migration runs in a process of low priority. `tried`: set after
+        a failed attempt."""
         retry_s = RETRY_S
         while True:
             try:

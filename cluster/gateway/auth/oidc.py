@@ -223,8 +223,8 @@ class OidcVerifier:
             task.add_done_callback(self._refreshing.discard)
 
     async def _refresh(self, issuer: Issuer) -> None:
-        """Fetch the issuer's keys. Does nothing within MIN_REFETCH_S of the last attempt. If the fetch fails, the old
-        keys stay."""
+        """Fetch the issuer's keys. Does nothing if the last attempt was less than MIN_REFETCH_S ago. If the fetch
+        fails, the old keys stay."""
         keys = self._keys[issuer.issuer]
         async with keys.lock:
             if self._monotonic() - keys.tried_at < MIN_REFETCH_S:

@@ -1,7 +1,7 @@
 """Certificate revocation at the gateway's ports. Handshakes with a revoked certificate fail, and open connections with
 such a certificate are closed.
 
-Like certificates, a revocation list is reread when its file changes. While the file is missing or invalid, the last
+A revocation list is reread when its file changes, as certificates are. While the file is missing or invalid, the last
 valid list stays in force, so a revoked certificate stays revoked.
 """
 
@@ -34,7 +34,7 @@ class RevokedFile:
         self._last = self._read()
 
     def current(self) -> RevocationList:
-        """Return the last valid list that the file has held. The same object is returned until the file changes."""
+        """Return the newest valid list that the file has held. The same object is returned until the file changes."""
         stamp = self._file_stamp()
         if stamp != self._stamp:
             self._stamp = stamp
@@ -72,8 +72,8 @@ class CheckedObject(ssl.SSLObject):
     """TLS state of one connection, which checks the peer's certificate for revocation."""
 
     def do_handshake(self) -> None:
-        """Complete the handshake, then check the peer's certificate against the revocation list. Raises
-        ssl.SSLError."""
+        """Complete the handshake, then check the peer's certificate against the revocation list. Raises ssl.SSLError if
+        the handshake fails or the certificate is revoked."""
         super().do_handshake()
         if is_revoked(self):
             log.warning("revocation.certificate_refused", certificate=_described(self))

@@ -214,8 +214,8 @@ class TenantAuthenticator:
 
     def _derive(self, policy: TenantPolicy) -> tuple[TenantPolicy, TenantPolicy, str]:
         """Return three values: the tenant's policy as in the snapshot, a copy of it with the tenant's handle, and the
-        tenant's cache salt. `policy` is either of the two policies. The values are computed once and kept until the
-        tenant has another policy."""
+        tenant's cache salt. `policy`: either of these two policies. The values are computed once for each policy of the
+        tenant."""
         cached = self._derived.get(policy.name)
         if cached is None or (policy is not cached[0] and policy is not cached[1]):
             handle = tenant_handle(self.secrets, policy.name)

@@ -80,8 +80,8 @@ class Call:
     resume_tokens: ResumeTokens | None = None
     """Generator of the resume tokens in the call's chunks; None if the call is not resumable."""
     is_resumed: bool = False
-    """Whether the call began at another gateway. The other gateway has already counted the prompt, and the tokens that
-    were delivered there."""
+    """Whether the call began at another gateway. The other gateway has already counted the prompt and the tokens that
+    it has delivered."""
     blamed: bool = False
     """Whether the call may have crashed its workers. A blamed call must not be resumed."""
     first_token_at: float | None = None
@@ -157,7 +157,7 @@ class Call:
         self.versions = versions
 
     def submitted(self, sequence: CallSequence, identity: WorkerIdentity, now: float) -> None:
-        """Record the submission of a sequence to this worker."""
+        """Record that a sequence was sent to the worker `identity`."""
         if sequence.index == 0 and not sequence.emitted:
             self.usage.queue_s = now - self.arrived
         self.began_at = self.began_at or identity
@@ -200,7 +200,8 @@ class Call:
         self.payment.record_output(output.origin_lost)
 
     def progressed(self, sequence: CallSequence, tokens: int, now: float) -> None:
-        """Handle the new tokens of an engine step. The fast paths for a single token do not call this method."""
+        """Handle an engine step that has added `tokens` tokens to a sequence. The fast paths for a single token
+        (`OutputSequence.token`, `parsed_token`) do not call this method."""
         if self.first_token_at is None:
             self.first_token_at = now
             self.usage.ttft_s = now - self.arrived

@@ -1,7 +1,7 @@
-"""The context in which a call is open. The end of the context determines the call's outcome and runs the call's
-cleanup.
+"""The asynchronous context manager in which a call is open. When the context ends, the call's outcome is determined and
+the call's cleanup runs.
 
-The context is a class and not a generator, because a class is faster and every call has a context.
+The context manager is a class and not a generator, because a class is faster and every call has one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from cluster.process.call_errors import is_call_failure
 log = structlog.get_logger("calls")
 
 DEADLINE_SLACK_S: Final = 0.1
-"""Tolerance in seconds for callers that cancel at their deadline. The caller's clock for the deadline started before
-the request arrived here, so the deadline passes at the caller first."""
+"""Seconds before a call's deadline from which a cancellation counts as DEADLINE_EXCEEDED. The caller's clock for the
+deadline started before the request arrived here, so the deadline passes at the caller first."""
 
 
 Opened = TypeVar("Opened")
@@ -29,7 +29,7 @@ AnyOpening = TypeVar("AnyOpening", bound=CallOpening)
 
 
 class CallContext(Generic[AnyOpening, Opened]):
-    """The context of one call."""
+    """The asynchronous context manager of one call."""
 
     __slots__ = ("_begin", "_cleanup", "_clock", "_opening")
 

@@ -68,7 +68,7 @@ class CallOpening:
         return min(longest, of_tenant) if of_tenant else longest
 
     def begin_trace(self, tracer: Tracer, traceparent: str) -> None:
-        """Begin the record of the call's spans if the call is sampled, and set its trace id. `traceparent`: the
+        """If the call is sampled, begin the record of the call's spans and set the call's trace id. `traceparent`: the
         caller's trace context or, for a resumed call, the trace context of the call at its first gateway."""
         self.trace = tracer.begin(traceparent, self.meta.trace_state, self.arrived)
         if self.trace is not None:
@@ -82,8 +82,8 @@ class CallOpening:
         scheduler: Scheduler,
         clock: Callable[[], float],
     ) -> dict[str, Any]:
-        """Return the fields of the call. `kind`: prefix of the call's id. `priority_class`, `metadata`: as in the
-        request."""
+        """Return the constructor arguments of Call that all kinds of calls share. `kind`: prefix of the call's id.
+        `priority_class`, `metadata`: as in the request."""
         meta, policy = self.meta, _policy_of(self.meta, priority_class, scheduler)
         return {
             "id": f"{kind}-{random_id()}",
@@ -125,7 +125,8 @@ def not_prepared(model: KnownModel) -> CallError:
 
 def _policy_of(meta: CallMeta, priority_class: str, scheduler: Scheduler) -> TenantPolicy:
     """Return the policy of a caller's tenant, with the priority class that the request names, if any. A tenant may use
-    its own class and all classes that are served later. Raises CallError for another class."""
+    its own class and all classes of lower priority. Raises CallError for a class of higher priority and for an unknown
+    class."""
     policy = meta.principal.tenant
     if priority_class in ("", policy.priority_class):
         return policy

@@ -15,7 +15,7 @@ log = structlog.get_logger("calls")
 
 Subject = TypeVar("Subject")
 Undo = Callable[[Subject, Outcome], Awaitable[None] | None]
-"""Undo step. Its arguments are what was acquired, and the outcome of the call."""
+"""Undo step. Its arguments are the `subject` of `Cleanup.add` and the outcome of the call."""
 
 
 class Cleanup:
@@ -36,9 +36,9 @@ class Cleanup:
         self._added += (subject, steps)
 
     async def run(self) -> None:
-        """Run all steps, the last registered step first. Awaitable steps may wait for a store. They finish after all
-        other steps, so that slots and accounts are freed at once. Exceptions of steps are logged. A cancellation is
-        raised again after the last step."""
+        """Run all steps, the last registered step first. Steps that return an awaitable may wait for a store. These
+        awaitables are awaited after all steps were called, so that slots and accounts are released without waiting.
+        Exceptions of steps are logged. A cancellation or exit is raised again after the last step."""
         waiting: list[Awaitable[None]] = []
         stopped: BaseException | None = None
         added = self._added

@@ -23,10 +23,10 @@ START_PROGRESS_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class CallProgress:
-    """Progress of a silent call. `state` is queued, prefill, running, resuming (the call's worker was lost) or the
-    model's state. `queue_position` counts from 1 and is 0 if the call is not queued. While no worker serves the model,
-    `fraction` is the progress of the model's start in [0, 1], and `eta_s` is the estimated remaining time of the start
-    in seconds. Both are estimated from earlier starts, and 0 if unknown."""
+    """Progress of a silent call. `state` is queued, prefill, running or resuming (the call's worker was lost); while
+    the model has no worker, `state` is the model's state. `queue_position` counts from 1 and is 0 if the call is not
+    queued. While the model has no worker, `fraction` is the progress of the model's start in [0, 1], and `eta_s` is the
+    estimated remaining time of the start in seconds. Both are estimated from earlier starts, and 0 if unknown."""
 
     state: str
     queue_position: int
@@ -50,9 +50,9 @@ class KeepAlives:
         self._clock = clock
 
     async def run(self, keepalive_s: float) -> None:
-        """Send keep-alives, end calls that have waited too long, and update service accounts. A call gets a keep-alive
-        after `keepalive_s` seconds of silence, or after START_PROGRESS_S if no worker serves its model. Runs until
-        cancelled, with a pass every 0.25 s or less."""
+        """Send keep-alives, end calls that have waited too long, and update the tenants' service accounts. A call gets
+        a keep-alive after `keepalive_s` seconds of silence, or after START_PROGRESS_S if no worker serves its model.
+        Runs until cancelled, with a pass every 0.25 s or less."""
         while True:
             await asyncio.sleep(min(keepalive_s / 4, 0.25))
             try:

@@ -12,8 +12,8 @@ from cluster.policy.tenants.identity import Principal
 
 @dataclass(slots=True)
 class CallMeta:
-    """Metadata of one call. `api` is the name of the API that received the call. `deadline` is a time of the service's
-    clock, or None."""
+    """Metadata of one call. `api` is the name of the API that received the call. `deadline` is a time of the
+    CallService's clock, by default monotonic seconds; None: no deadline."""
 
     request_id: str
     api: str

@@ -1,4 +1,5 @@
-"""The open calls of one gateway. An operator, the suspension of the tenant, or the end of the gateway may end them."""
+"""The open calls of one gateway. This module ends calls that an operator aborts, calls of suspended tenants, and all
+calls when the gateway stops."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from cluster.gateway.calls.call import Call
 
 
 class OpenCalls:
-    """The open calls of one gateway, by call id."""
+    """The open calls of one gateway, keyed by call id."""
 
     def __init__(self, tenant_error: Callable[[str], CallError | None], clock: Callable[[], float]) -> None:
         """`tenant_error(tenant)` returns the error with which all calls of the tenant must end; None if the calls may
@@ -36,13 +37,13 @@ class OpenCalls:
         self._calls[call.id] = call
 
     def remove(self, call: Call) -> None:
-        """Remove a call that has ended, and drop the references from its sequences to the call. Idempotent."""
+        """Remove a call that has ended, and drop its sequences' references to the call. Idempotent."""
         self._calls.pop(call.id, None)
         for sequence in call.sequences:
             sequence.unlink_call()
 
     def statistics(self) -> dict[str, int]:
-        """Return the number of open calls by model. The mapping is empty when the gateway is idle."""
+        """Return the number of open calls of each model. The mapping is empty when the gateway is idle."""
         return dict(Counter(call.model for call in self))
 
     def abort(self, request_id: str, tenant: str = "") -> list[str]:

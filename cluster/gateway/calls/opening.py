@@ -53,7 +53,7 @@ class Opening(CallOpening):
     guards: CallGuards | None = field(init=False, default=None)
 
     async def read_resume_tokens(self, resumes: ResumeService) -> None:
-        """Read the resume tokens of the request."""
+        """Read the resume tokens of the request, and set the deadline of the resumed call."""
         self.chain = await resumes.read(self.request, self.meta.principal)
         self.model_name = self.chain.call_head.model
         self.meta = replace(self.meta, deadline=resumes.deadline(self.chain, self.meta.deadline))
@@ -90,7 +90,7 @@ class Opening(CallOpening):
     @property
     def adapter_key(self) -> str:
         """Digest of the call's adapter, or the adapter's pending key while the digest is unknown; "" without an
-        adapter."""
+        adapter. Raises CallError if a resumed call began with another digest that no worker has any more."""
         if not self.adapter:
             return ""
         begun = "" if self.chain is None else self.chain.call_head.adapter_digest

@@ -26,7 +26,7 @@ class PromptPayment:
         self.terms = terms
 
     def record_output(self, origin_lost: bool | None) -> None:
-        """Record that a worker has sent its first output, so that it has computed the prompt.
+        """Record the first output of a worker, which shows that the worker has computed the prompt.
 
         `origin_lost`: whether the gateway from which the call was resumed is lost; None if the worker does not report
         whether that gateway is lost.
@@ -36,8 +36,8 @@ class PromptPayment:
             self._pays_again = True  # the client pays for the second computation of the prompt
 
     def is_due(self, may_be_computed: bool) -> bool:
-        """Return whether the prompt is charged. `may_be_computed`: whether an engine may have computed the prompt. It
-        matters only for a resumed call that has had no output at this gateway."""
+        """Return whether the prompt is charged. `may_be_computed`: whether an engine may have computed the prompt. This
+        parameter matters only for a resumed call that has had no output at this gateway."""
         if self.terms is None or self._pays_again:
             return True
         return may_be_computed and self._origin_lost is None and self.terms is not ResumeTerms.FREE

@@ -1,8 +1,8 @@
-"""Number of reasoning tokens of an ended call. Of each sequence, only this gateway's own part counts.
+"""Number of reasoning tokens of an ended call. Of each output, only the tokens that this gateway has received count.
 
 A worker reports the number of reasoning tokens when an output ends, for the whole output. Reasoning is taken to be the
 beginning of an output, because models reason first and then answer. So each gateway that delivers a part of a resumed
-output counts the reasoning in its own part, and no reasoning token is counted in two parts.
+output counts the reasoning in this part, and no reasoning token is counted twice.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from cluster.gateway.calls.call import Call
 
 
 def reasoning_in_part(reasoning: int, first: int, end: int) -> int:
-    """Return the number of reasoning tokens among an output's tokens from position `first` up to `end`. `reasoning`:
-    number of reasoning tokens in the whole output."""
+    """Return the number of reasoning tokens among the tokens [first, end) of an output. `reasoning`: number of
+    reasoning tokens in the whole output."""
     return max(min(reasoning, end) - first, 0)
 
 

@@ -46,11 +46,11 @@ class ChunkEncoder(Protocol):
         been encoded, raises that error."""
 
     def encode_text(self, text: str) -> bytes:
-        """Encode the text of a further token that brings nothing but text."""
+        """Encode the text of the next token, which brings nothing but text."""
 
     @property
     def plain(self) -> bool:
-        """Whether `encode_text` can encode further tokens."""
+        """Whether `encode_text` can encode the text of the next tokens."""
 
 
 class StreamWriter:

@@ -60,8 +60,8 @@ class Tokenization:
         self._renderer_of = renderer_of
 
     def longest_context(self, principal: Principal) -> int:
-        """Return the longest context, in tokens, of the models that a caller may use; MAX_IDS if the context of one of
-        these models is unknown."""
+        """Return the greatest context length, in tokens, of the models that a caller may use; MAX_IDS if the context
+        length of one of these models is unknown."""
         lengths = [model.capabilities.max_model_len for model in self._directory.lookup.models_of(principal)]
         return max(lengths) if lengths and all(lengths) else MAX_IDS
 

@@ -1,4 +1,5 @@
-"""Ids of the tool calls in an answer. The gateway derives the ids, and no parser's own ids are shown."""
+"""Ids of the tool calls in an answer. The gateway makes these ids itself and does not show the ids that parsers
+make."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def id_in_answer(call: Call, index: int, number: int, name: str) -> str:
 
 def tool_call_id(call_id: str, index: int, call: int) -> str:
     """Return the id of a tool call. `call_id`: id of the call that is answered. `index`: the choice in the answer.
-    `call`: number of the tool call in the choice."""
+    `call`: number of the tool call in the choice, from 0."""
     number = int.from_bytes(blake2b(f"{call_id}/{index}/{call}".encode(), digest_size=16).digest())
     letters = []
     for _ in range(LENGTH):

@@ -212,7 +212,8 @@ class CallArguments(dict[str, Any]):
 
 
 def arguments_text(arguments: Mapping[str, Any]) -> str:
-    """Return the arguments of a tool call as JSON: the caller's text if there is one."""
+    """Return the arguments of a tool call as JSON: the text that the caller sent if there is one, else the encoded
+    arguments."""
     if isinstance(arguments, CallArguments):
         return arguments._text
     return json.dumps(arguments, ensure_ascii=False)

@@ -151,7 +151,7 @@ class ConsoleApp:
     # ---- the session
 
     async def _session(self, exchange: Exchange) -> None:
-        """Answer with the session of the browser. Without `auth`, a session begins here."""
+        """Answer with the session of the browser. Without `auth`, begin a session if the browser has none."""
         access = self._access
         access.check_site(exchange)
         session, headers = access.session(exchange), list(JSON_HEADERS)

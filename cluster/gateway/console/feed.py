@@ -38,8 +38,8 @@ def always() -> bool:
 
 
 class FeedEndpoints:
-    """The endpoints, as ASGI functions, for viewers that the caller has authenticated. `viewer_tenant`: the only tenant
-    that the viewer may see, "" for all tenants."""
+    """The endpoints, as ASGI functions. Whatever calls an endpoint must have authenticated the viewer. `viewer_tenant`:
+    the only tenant that the viewer may see, "" for all tenants."""
 
     def __init__(
         self,
@@ -60,7 +60,8 @@ class FeedEndpoints:
     async def events(
         self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str, is_valid: Callable[[], bool] = always
     ) -> None:
-        """Stream the overview. `is_valid`: whether the viewer's session is still valid, called every second."""
+        """Stream the overview. `is_valid` returns whether the viewer's session is still valid; it is called every
+        CHECK_S."""
         exchange = Exchange(FORM, scope, receive, send)
         subscriber = self._live.subscribe(viewer_tenant)
         if subscriber is None:

@@ -49,7 +49,8 @@ _TYPES: Final = {
     ".ico": "image/x-icon",
 }
 _COMPRESSED: Final = (".html", ".js", ".mjs", ".css", ".svg", ".json", ".txt", ".md")
-"""Suffixes of files that are sent compressed. They hold nothing secret, so their size reveals nothing."""
+"""Suffixes of files that are sent compressed. These files hold nothing secret, so their compressed size reveals no
+secret."""
 
 
 @dataclass(slots=True)

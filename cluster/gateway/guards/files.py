@@ -1,8 +1,8 @@
 """Pattern files of guards. A pattern file has a line `name: expression` for each pattern and is reloaded when it
 changes.
 
-If a changed file is invalid, the last valid patterns stay in force and an error is logged. A file that has never been
-valid raises PatternError; the guard then fails open or closed, as the setting `fail` of the guard says.
+If a changed file is invalid, the last valid patterns stay in force and an error is logged. For a file that has never
+been valid, `get` raises PatternError; the guard then fails open or closed, as the setting `fail` of the guard says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Stamp = tuple[int, int, int]
 
 
 class PatternFiles:
-    """The pattern files that tenant policies name, by path."""
+    """The pattern files that tenant policies name, keyed by path."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Stamp | None, Patterns | PatternError]] = {}

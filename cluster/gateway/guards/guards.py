@@ -49,8 +49,8 @@ Audit = Callable[["GuardDecision"], None]
 
 @dataclass(frozen=True, slots=True)
 class GuardDecision:
-    """A guard's decision about one call. `matches`: number of matches of each pattern or limit, by its name. `texts`:
-    the first matched texts, if the tenant's policy sets `log_prompts`."""
+    """A guard's decision about one call. `matches`: number of matches, keyed by the name of the pattern or limit.
+    `texts`: the first matched texts, if the tenant's policy sets `log_prompts`."""
 
     tenant: str
     model: str
@@ -326,7 +326,8 @@ class CallGuards:
 
 
 class _Findings:
-    """The matches of a search that runs in a thread: the counts by name, and the first matched texts."""
+    """The matches of a search that runs in a thread: the counts, keyed by name of the pattern, and the first matched
+    texts."""
 
     def __init__(self) -> None:
         self.cancelled = False

@@ -1,7 +1,7 @@
 """Output guards for an output that the worker parses into content, reasoning and tool calls.
 
 Each channel (the content, the reasoning, the arguments of one tool call) is a text of its own: no match spans two
-channels. A channel ends when another one begins, and all of its text is decided then.
+channels. A channel ends when another one begins. At its end, all text of the channel is decided, and none is held back.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class GuardedParts:
         self.refused = False
 
     def feed(self, parts: Sequence[OutputPart], last: bool) -> list[OutputPart]:
-        """Add parts of the output. Returns the parts that are decided. `last`: whether the output ends here. A refusal
-        ends the output, too, and nothing after the refused text is returned."""
+        """Add parts of the output. Returns the filtered parts, without text that is still held back. `last`: whether
+        the output ends here. A refusal ends the output, too, and nothing after the refused text is returned."""
         out: list[OutputPart] = []
         for part in parts:
             if self.refused:

@@ -1,8 +1,8 @@
-"""Extraction and replacement of those texts of a prompt that reach the model.
+"""Extraction and replacement of the texts in a prompt that guards must search, because the texts reach the model.
 
 In a chat prompt these are all texts that a caller writes: the contents, names, reasoning and tool calls of messages,
-the tools, the documents, and the values of template arguments. The keys of tool call arguments count too. Each text is
-searched by itself: a template inserts other text between two texts, so no match can span two texts.
+the tools, the documents, and the values of template arguments. The keys in tool call arguments are such texts too. Each
+text is searched by itself: a template inserts other text between two texts, so no match can span two texts.
 """
 
 from __future__ import annotations

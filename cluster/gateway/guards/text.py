@@ -1,8 +1,8 @@
 """The text of a sequence, filtered by the tenant's output guards. The interface is that of the detokenizer.
 
 Stop strings apply before the guards, so the guards see the text that would be delivered without guards. Guards and stop
-strings each hold back text. A token counts as returned when its text is returned. Before that the token is neither
-billed nor reported in log probabilities, and a token that a redaction touched is never reported. The state lives as
+strings each hold back text. A token counts as returned when its text is returned. Until then the token is neither
+billed nor reported in log probabilities. A token whose text a redaction touched is never reported. The state lives as
 long as the sequence, also when the sequence moves to another worker.
 """
 
@@ -68,7 +68,7 @@ class GuardedText:
         return held + len(self._ready)
 
     def pending_tokens(self) -> int:
-        """Return the number of tokens at the end whose text `pop_text` has not returned completely."""
+        """Return the number of newest tokens whose text `pop_text` has not returned completely."""
         return len(self.token_ids) - self._taken
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:

@@ -2,18 +2,18 @@
 
 Problem: parsing, rendering and tokenizing hold the GIL for milliseconds at a time even in a thread, and the event loop
 waits for the GIL after every system call. With many such threads the waits add up to a quarter of a second. The first
-job starts the helpers (process.py) and waits 0.2 to 0.6 s for the first one. Helpers run at idle priority (SCHED_IDLE)
-and exit after a time without work. If no helper can be started, or a helper gets no core for seconds, `run` returns
-None and the caller does the work itself.
+job starts the helpers (process.py) and waits 0.2 to 0.6 s for the first helper. Helpers run at idle priority
+(SCHED_IDLE) and exit after a time without work. If no helper can be started, or a helper gets no core for seconds,
+`run` returns None and the caller does the work itself.
 
 Tenants take turns: of the tenants with waiting jobs, the tenant that was served longest ago is next. Each job has a CPU
 limit; a job that exceeds the limit raises TooMuchCpu. A job that kills two helpers in a row raises JobLost and is not
 tried again, neither in a third helper nor in the gateway's own process.
 
 Why idle priority: Linux treats a core that runs only an idle-priority process as free, and moves the event loop there.
-With merely nice helpers, the event loop would wait behind other processes, 15 to 30 ms at a time. Why a session for
-each helper: where Linux divides the CPU by session (autogroup, the default outside of control groups), helpers in the
-gateway's session would use up the gateway's share.
+If the helpers only had a higher nice value, the event loop would wait behind other processes, 15 to 30 ms at a time.
+Why a session for each helper: where Linux divides the CPU by session (autogroup, the default outside of control
+groups), helpers in the gateway's session would use up the gateway's share.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MAX_FAILURES: Final = 3
 RETRY_S."""
 RETRY_S: Final = 60.0
 MAX_LOSSES: Final = 2
-"""Number of helpers that a job may end before the job is given up."""
+"""Number of helpers that may be lost while running the same job. After that the job is not tried again."""
 CPU_S, CPU_S_PER_MB = 10.0, 4.0
 """CPU limit of a job in seconds, and the addition to the limit per megabyte of the job's data. Legitimate jobs use a
 hundredth to a tenth of their limit."""
@@ -76,7 +76,7 @@ class TooMuchCpu(Exception):
 
 
 class JobLost(Exception):
-    """The error of a job that has ended MAX_LOSSES helpers, or has raised an unexpected exception."""
+    """The error of a job whose helper was lost MAX_LOSSES times, or that has raised an unexpected exception."""
 
 
 class _Helper:
@@ -286,7 +286,8 @@ class HelperPool:
     async def _work(
         self, helper: _Helper, job: Job, then: Callable[[Any], Job | None] | None, patience_s: float, cpu_s: float
     ) -> tuple[str, Any] | None:
-        """Run a job on a helper and return the helper's answer; None if the helper was lost. `then`: see `run`."""
+        """Run a job on a helper and return the helper's answer; None if the helper was lost. `then`: see `run`.
+        `patience_s`: seconds after which the helper is late. `cpu_s`: CPU limit of the job."""
         late = asyncio.get_running_loop().call_later(patience_s, self._mark_late, helper)
         try:
             answer = await helper.do(job, cpu_s)
@@ -355,8 +356,8 @@ class HelperPool:
             self._spawn(self._begin())
 
     async def _begin(self) -> None:
-        """Start one helper, then the next. All helpers are started early, because each start blocks the event loop
-        briefly."""
+        """Start a helper. Once the helper is ready, start the next. All helpers are started early, because each start
+        blocks the event loop briefly."""
         try:
             helper = await asyncio.to_thread(_Helper, self._setup)
             try:
@@ -390,8 +391,8 @@ class HelperPool:
 
 
 async def _wait_while_running(work: asyncio.Task[Any], helper: _Helper, patience_s: float) -> bool:
-    """Wait for a job: first `patience_s` seconds, then as long as its helper gets CPU time. Returns whether the job is
-    done."""
+    """Wait for a job: first `patience_s` seconds, then as long as the helper gets at least LEAST_SHARE of a core.
+    Returns whether the job is done."""
     used_s = helper.cpu_s()
     while True:
         done, _ = await asyncio.wait({work}, timeout=patience_s)

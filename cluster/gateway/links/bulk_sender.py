@@ -16,7 +16,8 @@ TURN_PROMPT_BYTES: Final = 32_768
 
 
 class BulkSender:
-    """The Bulk stream of one link. Until the worker has opened it, everything is sent in the link's messages."""
+    """The Bulk stream of one link. Until the worker has opened this stream, everything is sent in the messages of the
+    link."""
 
     def __init__(self) -> None:
         self._blobs: asyncio.Queue[pb.Blob] | None = None
@@ -36,7 +37,8 @@ class BulkSender:
         return _chunks(key, data)
 
     def send_chat(self, render: pb.Render) -> None:
-        """Send a long chat in chunks, and replace it in its Render by the key of the chunks."""
+        """If the chat in a Render is long, send the chat in chunks, and replace the chat in the Render by the key of
+        the chunks."""
         if self._blobs is not None and len(render.chat) > INLINE_CHAT_BYTES:
             key, data = f"chat:{render.number}", render.chat
             render.ClearField("chat")

@@ -23,7 +23,8 @@ class BundleFetches:
         self._request_from_controller = request_from_controller
         self._bundles: dict[str, asyncio.Future[Bundle]] = {}
         self._holders: dict[str, WorkerLink | None] = {}
-        """The link from which each bundle was requested, by the digest of the bundle; None for the controller."""
+        """The link on which each bundle was requested, keyed by the digest of the bundle. None: the bundle was
+        requested from the controller."""
 
     async def fetch(self, digest: str, timeout_s: float = 30.0) -> Bundle:
         """Fetch a bundle by its digest. Raises LookupError if no peer can send the bundle in time."""
@@ -61,7 +62,7 @@ class BundleFetches:
                 self._request(digest)
 
     def receive(self, parts: dict[str, bytearray], blob: pb.Blob) -> None:
-        """Apply a blob from a Bulk stream. `parts`: the bytes received so far on this stream, by blob key."""
+        """Apply a blob from a Bulk stream. `parts`: the bytes received so far on this stream, keyed by blob key."""
         digest = blob.key.removeprefix("bundle:")
         waiting = self._bundles.get(digest)
         if waiting is None or waiting.done():

@@ -99,7 +99,7 @@ class CurrentController:
                 await context.write(frame)
 
     def report_now(self) -> None:
-        """Report the demand now, ahead of the next periodic report."""
+        """Send the demand and fleet report now, before the next periodic report is due."""
         if self._stream is not None:
             self._stream.frames.put_nowait(self._report())
 

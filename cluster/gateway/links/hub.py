@@ -44,8 +44,8 @@ class HubStatistics:
 
 
 class Hub(pb_grpc.LinkServicer):
-    """Server of cluster.link.v1.Link. The methods read and write through `context`, while the generated stubs are typed
-    for generators."""
+    """Server of cluster.link.v1.Link. The methods read and write through `context`. Their signatures differ from the
+    generated stubs, which are typed for generators."""
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ class LinkAdapters:
         self.supported = supported
         """Whether the worker loads the adapters that its gateways send."""
         self.statuses: Mapping[str, AdapterStatus] = {}
-        """The worker's last report, by the names of its adapters."""
+        """The worker's last report: the status of each adapter, keyed by the adapter's name."""
         self._send = send
         self._mark_changed = mark_changed
         self._states_changed = states_changed
@@ -37,9 +37,9 @@ class LinkAdapters:
         self._has_reported = False
 
     def send(self, revision: int, adapters: tuple[AdapterSpec, ...]) -> None:
-        """Send the adapters that the worker should load, if they differ from those sent before. They are also sent if
-        the catalog's `revision` is new and the worker reports other adapters, because another gateway may have sent the
-        worker an older catalog. Does nothing if the worker loads no adapters."""
+        """Send the adapters that the worker should load, if they differ from the adapters that were sent before. The
+        same adapters are sent again if the catalog's `revision` is new and the worker reports other adapters, because
+        another gateway may have sent the worker an older catalog. Does nothing if the worker loads no adapters."""
         if not self.supported:
             return
         sent = self._sent
@@ -55,8 +55,8 @@ class LinkAdapters:
         return len(adapters) != len(self.statuses) or any(spec.name not in self.statuses for spec in adapters)
 
     def lose(self, digest: str) -> None:
-        """Mark an adapter as not loaded until the worker's next report, because the worker has refused a call for
-        it."""
+        """Mark an adapter as LOADING until the worker's next report, because the worker has refused a call for the
+        adapter."""
         self._set(
             replace(status, state=AdapterState.LOADING) if status.digest == digest else status
             for status in self.statuses.values()

@@ -1,4 +1,5 @@
-"""The chats that one worker renders for this gateway, from sending each chat to the worker's answer."""
+"""The chats that one worker renders for this gateway. A chat is outstanding from its sending until the worker's
+answer."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ class _Outstanding:
 
 
 class LinkRenders:
-    """The outstanding renders of one link. An answer with an unknown number is ignored."""
+    """The outstanding renders of one link. An answer whose render number is unknown is ignored."""
 
     def __init__(self, send: Callable[[pb.Render], None]) -> None:
         """`send` sends a message to the worker."""
@@ -54,7 +55,7 @@ class LinkRenders:
         return len(self._outstanding) < MAX_OUTSTANDING
 
     def start(self, chat: bytes, max_tokens: int, timeout_s: float) -> asyncio.Future[RenderedPrompt]:
-        """Send a chat. The future gets the prompt, a CallError, or RendererLost.
+        """Send a chat. Returns a future that gets the rendered prompt, or raises CallError or RendererLost.
 
         The chat stays outstanding until its answer arrives, also if the future is cancelled.
         """

@@ -50,7 +50,7 @@ class Waking:
     """A clock that excludes the time for which its owner overslept.
 
     The owner announces each sleep. Oversleeping beyond LATE_S does not count: on a machine where every process waits
-    for a core, beats arrive as late as the owner's checks for beats.
+    for a CPU, heartbeats arrive as late as the owner's checks for heartbeats.
     """
 
     def __init__(self, now: float, rest_s: float) -> None:

@@ -3,7 +3,7 @@
 Problem: when a worker dies, its calls move to the other workers all at once, and all tokens of each call must be
 recomputed. If these calls are sent together, one step becomes so long that every sequence's next token is late. The
 prompts of new calls in the same step make the step even longer. If the calls are sent one by one, each after the first
-token of the previous call, every other step has no prefill. Invariants: a request is counted from its submission until
+token of the previous call, every second step has no prefill. Invariants: a request is counted from its submission until
 a step that computes it has begun. Requests that have ended are not counted. A step begins when the previous step ends,
 and computes the requests that the engine has accepted by then, up to the step's token capacity. The upper bound is
 called the budget. It is the number of tokens that makes a step STRETCH times as long as the 95th percentile of the step
@@ -98,8 +98,8 @@ class PrefillPacing:
         return True
 
     def record_step(self, step_s: float, prompt_tokens: int) -> None:
-        """Record the duration of a step, and the number of tokens in the prompts that the step completed, 0 for
-        none."""
+        """Record the duration of a step. `prompt_tokens`: number of uncached tokens in the prompts whose first output
+        the step produced; 0 if there were no such prompts."""
         self._steps_s.append(step_s)
         self._budget = None
         if SAMPLE_TOKENS <= prompt_tokens <= self._max_tokens and len(self._steps_s) >= LEAST_STEPS:

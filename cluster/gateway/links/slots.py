@@ -1,4 +1,5 @@
-"""The requests that run on one link, by slot: their sinks, and the prompts that the engine has not computed yet.
+"""The requests that run on one link, keyed by slot: the sink of each request, and the prompts that the engine has not
+computed yet.
 
 When a link ends, for whatever reason, `lost` is called once on each slot's sink, and no message of that epoch is
 applied afterwards. Slots are not reused within a link.

@@ -145,7 +145,8 @@ class WorkerLink:
         self.closed = asyncio.Event()
         self.why = ""
         self.reason = "lost"
-        """Reason of the link's end, in one word. `lost` means that the connection broke."""
+        """Reason of the link's end, in one word. `lost` means that the connection broke or the worker's engine
+        ended."""
         self.engine_ended = ""
         """Reason why the worker's engine has ended; "" until the worker reports an end."""
         self.ended = False
@@ -174,13 +175,13 @@ class WorkerLink:
         return len(self.slots)
 
     def report_changes_to(self, changed_workers: set[str]) -> None:
-        """Add the worker's id to a set, now and whenever something changes that routing reads. The links of a model
-        share the set, so that a decision reads only the workers that have changed."""
+        """Add the worker's id to `changed_workers`, now and after each later change of a value that routing reads. The
+        links of a model share the set, so that a decision reads only the workers that have changed."""
         self._changes = changed_workers
         self.mark_changed()
 
     def mark_changed(self) -> None:
-        """Record that something has changed that routing reads."""
+        """Record that a value that routing reads has changed."""
         self._changes.add(self.identity.worker_id)
 
     def submit(

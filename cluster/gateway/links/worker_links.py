@@ -64,8 +64,8 @@ class HubListener(LinkListener, Protocol):
 
 
 class WorkerLinks:
-    """The links by worker id, and the detection of lost workers. A worker has one link: a reconnect ends its earlier
-    link."""
+    """The links of all workers, keyed by worker id, and the detection of lost workers. A worker has one link: a
+    reconnect ends its earlier link."""
 
     def __init__(self, listener: HubListener, timing: Timing, on_change: Callable[[], None]) -> None:
         """`on_change` is called when a link has begun or ended."""

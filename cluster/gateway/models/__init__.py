@@ -1,1 +1,1 @@
-"""The models that a gateway knows, by name and alias, with their adapters, versions and tokenizers."""
+"""The models that a gateway knows: their lookup by name and alias, their adapters, versions and tokenizers."""

@@ -1,7 +1,7 @@
-"""Access of callers to one model and its adapters, by the policy of the caller's tenant.
+"""Access of callers to one model and its adapters. The policy of the caller's tenant decides.
 
-Neither an error nor its timing reveals a model or an adapter that a caller may not use: the same steps run for what is
-forbidden and for what does not exist.
+Neither an error nor its timing reveals a model or an adapter that a caller may not use: the same steps run for a
+forbidden name and for a name that does not exist.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ModelAccess:
         self._adapters = adapters
         self._names: tuple[str, ...] = (entry.name, *entry.aliases)
         self._open_adapters: dict[tuple[str, tuple[str, ...]], Sequence[AdapterSpec]] = {}
-        """The adapters that a tenant may use, by the tenant's name and its policy's model patterns."""
+        """Cached results of `adapters_of`, keyed by the tenant's name and the model patterns of its policy."""
 
     def update(self, entry: CatalogEntry) -> None:
         """Apply the name and aliases of a new catalog entry, and a change of the adapters."""

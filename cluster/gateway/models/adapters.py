@@ -78,16 +78,16 @@ class ModelAdapters:
         self._specs: dict[str, AdapterSpec] = {}
         self._of_version: dict[str, tuple[AdapterSpec, ...]] = {}
         self._digests: dict[str, str] = {}
-        """Digests that were learned from workers, by adapter name."""
+        """Digests that were learned from workers, keyed by adapter name."""
         self._reported: dict[str, Mapping[str, str]] = {}
-        """Digests of the adapters that each worker has reported as READY, by worker id and adapter name."""
+        """Digests of the adapters that workers have reported as READY, keyed by worker id and then by adapter name."""
         self._ready: dict[str, Counter[str]] = {}
         """For each adapter name, the number of workers that have reported each digest as READY. A model may have a
         thousand workers and a thousand adapters, so the cost of a report must depend on its own length only."""
         self._ready_digests: Counter[str] = Counter()
         self._keys: dict[str, tuple[Mapping[str, AdapterStatus], Keys]] = {}
-        """Cached results of `keys_on` by worker id, each with the report from which it was made. Routing calls
-        `keys_on` after each message of a worker, and a report may be long."""
+        """Cached results of `keys_on`, keyed by worker id. Each result is kept with the report from which it was made.
+        Routing calls `keys_on` after each message of a worker, and a report may be long."""
         self._warned: set[tuple[str, str]] = set()
         self._views: dict[str, AdapterView] = {}
 
@@ -146,8 +146,8 @@ class ModelAdapters:
             del self._ready[name]
 
     def _learn(self, names: Iterable[str]) -> bool:
-        """Choose a reported digest for each of these adapters that has none in the catalog. Returns whether any digest
-        has changed."""
+        """For each of these adapters without a digest in the catalog, choose one of the digests that workers have
+        reported. Returns whether any digest has changed."""
         has_changed = False
         for name in names:
             spec, ready = self._specs.get(name), self._ready.get(name)

@@ -20,9 +20,9 @@ class KnownModel:
         self.entry = entry
         self.in_catalog = in_catalog
         self.links: dict[str, WorkerLink] = {}
-        """The links of the model's workers by worker id."""
+        """The links of the model's workers, keyed by worker id."""
         self.by_incarnation: dict[str, WorkerLink] = {}
-        """The same links by the worker's incarnation."""
+        """The same links, keyed by the incarnation of the worker."""
         self.adapters = ModelAdapters(self.links, self.takes_calls)
         self.adapters.replace(entry.adapters)
         self.access = ModelAccess(entry, self.adapters)
@@ -120,7 +120,7 @@ class KnownModel:
 
     def is_replaced(self, key: CompatibilityKey | None) -> bool:
         """Return whether a sequence with this compatibility key can no longer resume: its compatible workers were
-        retired and have left, and only incompatible workers serve the model. False for None."""
+        retired and have left, and only incompatible workers serve the model. False if `key` is None."""
         if key is None or not self.served or not self._retired.had_compatible(key):
             return False
         return not any(link.compatibility_key.can_resume(key) for link in self.links.values())

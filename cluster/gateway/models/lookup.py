@@ -1,4 +1,4 @@
-"""Lookup of models and adapters by name, as far as a caller may use them.
+"""Lookup by name of the models and adapters that a caller may use.
 
 Neither the text nor the timing of an error reveals a model that a caller may not use.
 """
@@ -27,10 +27,10 @@ class ModelLookup:
         """`models`: the models by their own names, a mapping that the owner changes before it calls `rebuild`."""
         self._models = models
         self._names: dict[str, str] = {}
-        """The own name of each model. The keys are the own name and the aliases in the catalog."""
+        """The own name of each model, keyed by this name and by each of the model's aliases in the catalog."""
         self._visible: dict[tuple[str, ...], Mapping[str, KnownModel]] = {}
-        """Cache of the models that a tenant policy allows, by name and alias. Its key is the policy's list of model
-        patterns."""
+        """Cache of the models that a tenant policy allows, each under its name and its aliases. The cache is keyed by
+        the policy's list of model patterns."""
         self._reachable: dict[tuple[str, ...], Mapping[str, KnownModel]] = {}
         """Cache like `_visible`, of the models that a tenant policy allows or whose adapters it could allow."""
         self._any_known = False
@@ -109,7 +109,7 @@ class ModelLookup:
         return (model, adapter) if allowed else (None, "")
 
     def _visible_to(self, principal: Principal) -> Mapping[str, KnownModel]:
-        """Return the models that a caller may use, by each model's name and catalog aliases."""
+        """Return the models that a caller may use. Each model is keyed by its name and by its catalog aliases."""
         patterns = tuple(principal.tenant.models)
         visible = self._visible.get(patterns)
         if visible is None:
@@ -121,8 +121,8 @@ class ModelLookup:
         return visible
 
     def _reachable_by(self, principal: Principal) -> Mapping[str, KnownModel]:
-        """Return the models for which `ModelAccess.may_allow_adapters` is true, by each model's name and catalog
-        aliases."""
+        """Return the models for which `ModelAccess.may_allow_adapters` is true. Each model is keyed by its name and by
+        its catalog aliases."""
         patterns = tuple(principal.tenant.models)
         reachable = self._reachable.get(patterns)
         if reachable is None:

@@ -23,7 +23,7 @@ class StoredCatalog:
         self._path = folder / "catalog.json"
 
     def save(self, entries: Sequence[CatalogEntry], revision: int) -> None:
-        """Replace the file."""
+        """Write this catalog to the file, in place of the previous catalog. Raises OSError."""
         make_missing_folders(self._path.parent)
         models = [codec.entry_to_pb(entry).SerializeToString().hex() for entry in entries]
         replace_file(self._path, json.dumps({"revision": revision, "models": models}))

@@ -1,4 +1,4 @@
-"""The tokenizers and chat templates of all models, by the digest of their tokenizer bundle."""
+"""The tokenizers and chat templates of all models, keyed by the digest of the tokenizer bundle."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ class ModelVersions:
         return share is not None and share.quarantined
 
     def choose(self, call_id: str, bundle_digest: str = "", only: str = "") -> Versions:
-        """Choose a version for a call, and alternatives with the same tokenizer in case the chosen version is full.
+        """Choose a version for a call, and the versions with the same tokenizer that may be used if the chosen version
+        has no capacity left.
 
         `bundle_digest`: for a resumed call, digest of the tokenizer with which the call began. `only`: the version to
         which the call's adapter belongs; "" if the adapter does not belong to one version. Raises CallError."""

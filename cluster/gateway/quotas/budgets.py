@@ -1,7 +1,7 @@
-"""Watch over the budgets of all tenants in the ledger. The watch updates the metric `budget_used_ratio`, calls the
-webhook, and provides the token sums from which a restarted gateway continues.
+"""Periodic check of the budgets of all tenants in the ledger. The check updates the metric `budget_used_ratio`, calls
+the webhook, and provides the token sums from which a restarted gateway continues.
 
-Calls never wait for the watch: a thread queries the database every INTERVAL_S, or less often if queries are slow. While
+Calls never wait for the check: a thread queries the database every INTERVAL_S, or less often if queries are slow. While
 the database is unreachable, the metric keeps its last ratios and no notices are sent. Notices of thresholds that are
 crossed meanwhile are sent afterwards. Valkey is not needed, because budgets are measured by the usage that the ledger
 has recorded, not by reservations.
@@ -37,7 +37,7 @@ SumsCallback = Callable[[Mapping[str, int], Mapping[str, int], float], None]
 
 
 class BudgetWatch:
-    """The budget watch of one gateway process. Without `webhook` no notices are sent."""
+    """The periodic budget check of one gateway process. Without `webhook` no notices are sent."""
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class BudgetWatch:
         wall: Callable[[], float] = time.time,
     ) -> None:
         """`policies` returns the policies of all tenants and may raise CallError. `on_sums` gets the tokens of the day
-        and of the month, both by tenant, and the time in seconds since the Unix epoch. `max_tenants`: the metric has at
-        most twice as many samples. If there are more budgets, the metric has those with the highest use."""
+        and of the month, both keyed by tenant, and the time in seconds since the Unix epoch. `max_tenants`: the metric
+        has at most twice as many samples. If there are more budgets, the metric has those with the highest use."""
         self._cluster = cluster
         self._ledger = ledger
         self._policies = policies

@@ -25,8 +25,8 @@ class LimitsPort(Protocol):
         """Reserve the tokens and the concurrency slot of a call, or refuse the call."""
 
     async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
-        """Count requests, and tokens that are computed outside of any call. Returns None when they are counted, else
-        the refusal."""
+        """Count requests, and tokens that are processed outside of any call. Returns None if they were counted. If a
+        limit does not allow them, nothing is counted and the refusal is returned."""
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
         """Extend a call's reservation to at least `output_tokens`. Returns False if the call must stop."""

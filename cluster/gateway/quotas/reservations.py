@@ -96,8 +96,8 @@ class QuotaReservations:
         call.add_headers(headers(result))
 
     async def count_request(self, policy: TenantPolicy) -> None:
-        """Count an attempt as a request of the tenant, whatever the outcome of the attempt. Raises CallError if the
-        tenant has used up its requests per minute."""
+        """Count a request of the tenant, whatever the request's outcome will be. Raises CallError if the tenant has
+        used up its requests per minute."""
         if policy.limits.requests_per_minute is not None:
             await self._charge(policy, 1, 0)
 

@@ -51,7 +51,8 @@ _ORDER = (Limit.MONTHLY, Limit.DAILY, Limit.CONCURRENT, Limit.REQUESTS, Limit.TO
 
 
 class ValkeyStore:
-    """One store in Valkey or Redis, and whether it is reachable. `start` must be called first and `close` last."""
+    """Client of one store in Valkey or Redis, which also records whether the store is reachable. `start` must be called
+    first and `close` last."""
 
     def __init__(
         self,
@@ -344,8 +345,8 @@ def _in_order(limits: TenantLimits) -> list[int]:
 
 
 def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None, LimitUse | None]:
-    """Return the use of the limits of requests and of tokens per minute. `sums`: the used requests and the seconds
-    until they are reset, then the used tokens and the seconds until they are reset."""
+    """Return the use of two limits: requests per minute and tokens per minute. `sums`: the used requests and the
+    seconds until they are reset, then the used tokens and the seconds until they are reset."""
 
     def use(limit: int | None, used: float, reset_s: float) -> LimitUse | None:
         return None if limit is None else LimitUse(limit, max(limit - int(used), 0), reset_s)

@@ -20,8 +20,8 @@ from cluster.gateway.resume_tokens.first_claims import FirstClaims
 from cluster.gateway.resume_tokens.token_chain import Maker, TokenChain
 
 MOST_RESUMPTIONS = 32
-"""Maximum number of resumes from the tokens of one generation. Each prefix that a client presents counts as one
-resume."""
+"""Maximum number of resumes from the tokens of one generation. Each different prefix of these tokens that a client
+presents counts as one resume."""
 TAKEN = "has been resumed from here already: read that stream, or send a new call"
 TOO_OFTEN = "has been resumed too often from tokens of this generation: send a new call"
 
@@ -46,7 +46,7 @@ class ResumeClaim:
     generation: int
     terms: ResumeTerms
     silent: int
-    """Number of resumes in a row without a new model token in between, this resume included."""
+    """Number of resumes in a row, directly before this resume, that delivered no new model token."""
     origin: str
     """If `terms` is IF_ALIVE, the incarnation of the gateway that made the presented tokens, else ""."""
 
@@ -97,8 +97,8 @@ class ResumeClaims:
         return ResumeTerms.PAID if maker.gateway == self._gateway else ResumeTerms.IF_ALIVE
 
     async def give_up(self, call_id: str, generation: int, lasts_s: float) -> None:
-        """Record that this gateway ends a call through no fault of the client, so that the next resume is free. Raises
-        CallError."""
+        """Record that this gateway ends a call through no fault of the client, so that the cluster pays for the prompt
+        of the next resume. Raises CallError."""
         await self._first_claims.claim_first(_given_up_name(call_id, generation), lasts_s)
 
     async def close(self, call_id: str, generation: int, lasts_s: float) -> None:

@@ -109,8 +109,8 @@ class StoreFirstClaims:
     """First claims in the limits store, with another store for the time in which the limits store is unavailable."""
 
     def __init__(self, first: Callable[[str, float], Awaitable[bool | None]], otherwise: FirstClaims) -> None:
-        """`first(name, expires_s)` claims a name in the limits store, and returns None if that store does not answer.
-        `otherwise`: the store that is used then."""
+        """`first(name, expires_s)` claims a name in the limits store, and returns whether the claim was the first; None
+        if that store does not answer. `otherwise`: the store that is used if the limits store does not answer."""
         self._first = first
         self._otherwise = otherwise
 

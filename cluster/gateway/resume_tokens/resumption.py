@@ -1,5 +1,5 @@
-"""Resume of calls after the loss of their gateway. Resume tokens are added to streams, and calls are opened from such
-tokens.
+"""Resume of calls after the loss of their gateway. A gateway adds resume tokens to its streams, and opens calls from
+the resume tokens that clients present.
 
 token_chain.py defines the content of resume tokens. This module seals and opens the tokens, checks them against caller
 and request, and claims them once. A resumed call is then like any other call that has lost its worker: the sequences
@@ -37,8 +37,7 @@ log = structlog.get_logger("resume")
 PURPOSE = "resume-token"
 MAX_TOKEN_BYTES = 4 << 20
 AT_ONCE = 200
-"""Number of tokens that are opened before other callbacks of the event loop run. Opening so many tokens takes some
-milliseconds."""
+"""Number of resume tokens that are opened, in some milliseconds, before other callbacks of the event loop run."""
 NOT_OF_CALL = (
     "is not a token of this call: send every token of one call, in order, as the same caller, with the same request"
 )
@@ -55,7 +54,8 @@ GIVEN_UP = (
     Outcome.SHED,
     Outcome.INTERNAL,
 )
-"""Outcomes that are not the fault of the client. The next resume of such a call is free."""
+"""Outcomes that are not the fault of the client. After such an outcome, the cluster pays for the prompt of the next
+resume."""
 
 
 class ResumeService:
@@ -228,8 +228,9 @@ class ResumeService:
             del self._live[call.resume_tokens.head.call_id]
 
     async def give_up(self, call: Call, outcome: Outcome) -> None:
-        """Make the next resume of an ended call free if `outcome` is not the client's fault. If the call may have
-        crashed workers, forbid further resumes. Does nothing if the store of claims does not answer in time."""
+        """If the outcome of an ended call is in GIVEN_UP, record that the cluster pays for the prompt of the next
+        resume. If the call may have crashed workers, forbid further resumes instead. Does nothing if the store of
+        claims does not answer in time."""
         tokens = call.resume_tokens
         if tokens is None or not tokens.number or not (call.blamed or outcome in GIVEN_UP):
             return

@@ -14,10 +14,10 @@ back; the ids of such text belong to the next resume token.
 
 Layout, little-endian: number (8 bytes), expiry in seconds since the epoch (8), digest of the previous token (16), count
 of choices (2); for each choice: index (2), finish (1), chars (8), count of ids (4), the ids (4 each); then, if needed,
-a JSON object. Its fields: `call`, in the first token; `likeness`, a compatibility key by choice index, in the token
-with the first ids of a choice; `homes`, a worker by choice index, in the first token after a change of the worker;
-`maker`, in the first token that a gateway makes for a call. A whole token has `whole`, all of these fields, and all ids
-of its choices. Older releases neither make nor read `maker`.
+a JSON object. Its fields: `call`, in the first token; `likeness`, a map from choice index to compatibility key, in the
+token with the first ids of a choice; `homes`, a map from choice index to worker, in the first token after a change of
+the worker; `maker`, in the first token that a gateway makes for a call. A whole token has `whole`, all of these fields,
+and all ids of its choices. Older releases neither make nor read `maker`.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class CallHead:
 
 class Maker(NamedTuple):
     """The origin of a resume token. `gateway`: incarnation of the gateway. `generation`: generation of the call at that
-    gateway. `silent`: number of resumes in a row, up to that gateway, without a new model token. `progressed`: whether
-    that gateway has delivered a new model token."""
+    gateway. `silent`: number of resumes in a row, directly before the resume at that gateway, that delivered no new
+    model token. `progressed`: whether that gateway has delivered a new model token."""
 
     gateway: str = ""
     generation: int = 0
@@ -131,8 +131,8 @@ class TokenChain:
         return next((key.bundle_digest for key in keys if key is not None), "")
 
     def add(self, sealed: bytes, body: bytes) -> None:
-        """Add the next token, given as sealed bytes and opened content. Raises InvalidToken; then the chain must not be
-        used further."""
+        """Add the next token. `sealed`: the token. `body`: its decrypted content. Raises InvalidToken; after this
+        error, the chain must not be used."""
         if self.number and len(body) == _SINGLE_ID.size:
             number, expires_s, before, count, index, finish, chars, tokens, token_id = _SINGLE_ID.unpack(body)
             if (count, finish, tokens) == (1, 0, 1):

@@ -23,7 +23,7 @@ from cluster.gateway.resume_tokens.token_chain import (
 )
 
 WHOLE_TOKENS, WHOLE_SHARE = 64, 0.25
-"""Number of tokens from one whole token to the next: WHOLE_SHARE times the number of delivered ids, but at least
+"""Number of resume tokens from one whole token to the next: WHOLE_SHARE times the number of delivered ids, but at least
 WHOLE_TOKENS. So repeated ids stay a bounded share of all sealed ids, and a client needs few tokens to resume."""
 
 
@@ -68,13 +68,13 @@ class ResumeTokens:
         self.generation = 0
         """Generation of the call's last resume, 0 if the call began at this gateway."""
         self.silent = 0
-        """Number of resumes in a row, up to this gateway, without a new model token."""
+        """Number of resumes in a row, directly before the resume at this gateway, that delivered no new model token."""
         self.begun_at = ""
         """Incarnation of the gateway from which the call was resumed, if that gateway's state decides who pays for the
         prompt, else ""."""
         self.number = 0
         self.begun: set[int] = set()
-        """Indexes of the choices whose compatibility key has been sent."""
+        """Indexes of the choices whose compatibility key is in a resume token already."""
         self.whole = False
         """Whether the newest token is whole, which means that it repeats everything that was delivered before."""
         self.traceparent = ""
@@ -93,7 +93,7 @@ class ResumeTokens:
         self._due = WHOLE_TOKENS
 
     def continue_after(self, chain: TokenChain) -> None:
-        """Continue the call's tokens after the tokens of this chain."""
+        """Continue the call's resume tokens after the resume tokens of `chain`."""
         self.number, self._before = chain.number, chain.last
         self.traceparent = self.traceparent or chain.traceparent
         self._due = chain.number  # the next token is whole: the client need not keep the presented tokens
@@ -114,7 +114,7 @@ class ResumeTokens:
         return Maker(self._gateway, self.generation, self.silent, progressed)
 
     def text(self, text: str) -> bytes:
-        """Return the token for a chunk that holds only this text, of choice 0."""
+        """Return the token for a chunk that holds only `text`, which belongs to choice 0."""
         sequence = self._sequences[0]
         ids, shown, delivered = sequence.emitted, sequence.pieces.shown, self._delivered[0]
         if (

@@ -1,8 +1,8 @@
 """A check of all queued sequences that use an adapter, after each change of the adapters.
 
 Problem: while a thousand adapters are loaded on many workers, there are many changes a second, and twenty thousand
-sequences may be queued. Invariants: at most MOST sequences are checked at once, after a change or in one period of the
-scheduler's upkeep. After the last change, every sequence is checked once more. Until its check, a sequence waits as
+sequences may be queued. Invariants: after a change, and in each period of the scheduler's upkeep, at most MOST
+sequences are checked. After the last change, every sequence is checked once more. Until its check, a sequence waits as
 before the change.
 """
 
@@ -19,7 +19,7 @@ from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 
 MOST: Final = 1024
-"""Maximum number of sequences that are checked together, which takes about 4 ms."""
+"""Maximum number of sequences in one slice. Checking so many takes about 4 ms."""
 
 
 class AdapterChecks:
@@ -82,9 +82,9 @@ class QueuedAdapters:
 
 
 def current_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
-    """Return the new key of a sequence's adapter; None if the sequence keeps the key in its request. A sequence keeps
-    the key in four cases: the adapter's key has not changed, the sequence has output, a worker takes calls for the old
-    key, or the adapter is gone."""
+    """Return the new key of a sequence's adapter; None if the sequence keeps the key that its request has. A sequence
+    keeps this key in four cases: the adapter's key has not changed, the sequence has output, a worker takes calls for
+    the old key, or the adapter is gone."""
     now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
     is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
     return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None

@@ -38,7 +38,7 @@ class CanaryStatistics:
         self._trials: dict[str, _Trial] = {}
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Apply a new catalog, which begins and ends trials."""
+        """Apply a new catalog. A model with two versions has a trial, which begins anew when a version changes."""
         trials = {}
         for entry in entries:
             if len(entry.versions) < 2:

@@ -2,8 +2,8 @@
 
 Some models have no chat template; their prompts are made by vLLM's own code, which only workers have. A call for such a
 model waits here before its admission, since its limits and its place in the queue depend on the number of its tokens.
-Chats wait in a waiting room, with an estimated number of tokens, in the order of a fair queue. If their model has no
-worker, they count as demand for the controller, as other waiting calls do.
+Chats wait in a waiting room, in the order of a fair queue, each with an estimated number of tokens. A chat whose model
+has no worker counts as demand for the controller, as other waiting calls do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ renders earlier."""
 GRACE_S = 5.0
 """Seconds that the gateway waits for a worker's answer beyond the worker's time limit."""
 MAX_ATTEMPTS = 3
-"""Number of workers that may be lost with a chat before its call fails."""
+"""A call fails when this number of workers were lost, one after another, while they rendered its chat."""
 ANY_TOKENS = 1 << 24
 """Bound on a prompt's tokens while the model's context is not known."""
 
@@ -55,7 +55,8 @@ class ChatToRender:
     rank: int
     chat: bytes
     max_tokens: int = 0
-    """Maximum length of a prompt whose ids are needed, in tokens; 0 for the length of the model's context."""
+    """Maximum length of the prompt in tokens; 0 for the length of the model's context. The worker sends no ids of a
+    longer prompt, only its length."""
     deadline: float | None = None
 
 
@@ -108,7 +109,8 @@ class ChatRenders:
         return self._room.waiting(model)
 
     async def render(self, ask: ChatToRender) -> RenderedPrompt:
-        """Wait until a worker has rendered a chat, and return the prompt. Raises CallError."""
+        """Wait until a worker has rendered a chat, and return the prompt. Raises CallError if no worker can render the
+        chat, if the waiting room refuses the chat, or if the time runs out."""
         model, policy = ask.model, ask.policy
         if len(ask.chat) > MAX_CHAT_BYTES:
             raise invalid("messages", f"at most {MAX_CHAT_BYTES} bytes of JSON, got {len(ask.chat)}: send less")
@@ -193,7 +195,7 @@ class ChatRenders:
             self._retry(wait)
 
     def _retry(self, wait: _Wait) -> None:
-        """Queue a chat that lost its worker again, ahead of all chats that were never sent. After MAX_ATTEMPTS lost
+        """Requeue a chat whose worker was lost, ahead of all chats that were never sent. After MAX_ATTEMPTS lost
         workers, fail the chat."""
         wait.attempts += 1
         if wait.attempts >= MAX_ATTEMPTS:
@@ -240,7 +242,8 @@ def needs_worker(model: KnownModel, bundle_digest: str, renderer: str, *, has_te
     """Return whether a worker must render the chats of a model. `renderer`: the renderer that the tokenizer bundle
     names, "" for none.
 
-    A model with both a renderer and a chat template uses the template while no worker of it can load the renderer.
+    A model with both a renderer and a chat template uses the template while workers are linked but none of them can
+    load the renderer.
     """
     if not renderer:
         return False

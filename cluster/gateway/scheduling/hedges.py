@@ -124,8 +124,8 @@ class Hedges:
             self.send_late()
 
     def send_late(self) -> None:
-        """Send the sequences that are late now to second workers, as far as the policy allows, and route fewer calls to
-        the workers that are late."""
+        """Record the workers of the sequences that are late now, so that routing picks these workers less often. Send
+        the late sequences to second workers too, as far as the policy allows."""
         now = self._clock()
         for key in self.policy.late(now):
             sequence = self._sequences[key]

@@ -1,11 +1,12 @@
 """Reports of a gateway's queues to workers. Every worker gets the gateway's claim on capacity, and some workers also
 get the backlogs of the gateway's tenants.
 
-A claim is the gateway's share of the next turns (FairOrder.claimed_turns); workers divide their capacity by the claims.
-So a queue that becomes empty or non-empty is reported at once, and other changes a few times a second. Workers forward
-the backlogs to the other gateways. Two forwarding workers suffice, since the next report replaces a lost report. If
-workers connect to some gateways only, each report is forwarded by more workers, and successive reports by different
-workers. Backlogs are repeated every half second, since gateways forget the backlogs of a gateway that does not report.
+A claim is the gateway's share of the next turns (FairOrder.claimed_turns); each worker divides its capacity among the
+gateways in proportion to their claims. So a queue that becomes empty or non-empty is reported at once, and other
+changes a few times a second. Workers forward the backlogs to the other gateways. Two forwarding workers suffice, since
+the next report replaces a lost report. If workers connect to some gateways only, each report is forwarded by more
+workers, and the next report is forwarded by other workers. Backlogs are repeated every half second, since gateways
+forget the backlogs of a gateway that does not report.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class BacklogReports:
         gateways: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`waiting` returns the number of a model's waiting sequences and the number of their tokens. The sequences in
-        the queue `resumed` are included. `links` returns the links to a model's workers, ordered by worker id.
-        `gateways` returns the number of gateways; 0 if it is unknown."""
+        """`waiting` returns the number of a model's waiting sequences and the number of their tokens. Both numbers
+        include the sequences in the queue `resumed`. `links` returns the links to a model's workers, ordered by worker
+        id. `gateways` returns the number of gateways; 0 if it is unknown."""
         self._charges = charges
         self._waiting = waiting
         self._resumed = resumed

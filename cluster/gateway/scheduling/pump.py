@@ -1,4 +1,4 @@
-"""The sending of waiting sequences, whenever something has changed that may let a worker take more of them."""
+"""Sends waiting sequences after each change that may let a worker take more sequences."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class SequencePump:
 
     def step_begun(self, name: str, resumed: bool) -> None:
         """Send further sequences after a worker's step has begun, since prefill pacing now allows more. `resumed`:
-        whether the step computes resumed sequences. New sequences may have waited behind these."""
+        whether the step computes resumed sequences. If so, new sequences are tried too, since they may have waited
+        behind the resumed sequences."""
         if resumed or self._policy.resuming.waiting(name)[0]:
             self.send_waiting(name)
 

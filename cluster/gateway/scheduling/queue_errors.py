@@ -25,8 +25,8 @@ def shed() -> CallError:
 
 
 def not_servable(model: KnownModel, adapter: str = "") -> CallError | None:
-    """Return the error for calls to a model, or to its adapter named `adapter`, if they will not be served, else
-    None."""
+    """Return the error for calls to a model, or to its adapter `adapter` if given. None if such calls can be served,
+    now or later."""
     if model.state not in (ModelState.FAILED, ModelState.GONE):
         return model.adapters.refusal_of(model.name, adapter) if adapter else None
     reason = model.entry.state_reason or "no reason known"
@@ -41,8 +41,8 @@ def no_adapter(name: str) -> CallError:
 
 
 def too_late(name: str, model: KnownModel | None, deadline_passed: bool, adapter: str = "") -> CallError:
-    """Return the error for a call that has waited the longest allowed time for a worker of the model `name`, or of its
-    adapter."""
+    """Return the error for a call that has waited the longest allowed time for a worker of the model `name` or, if
+    given, of the model's adapter `adapter`. `deadline_passed`: whether the call's own deadline has passed."""
     if deadline_passed:
         return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for a worker")
     if adapter and model is not None and model.links and not model.serves(adapter):

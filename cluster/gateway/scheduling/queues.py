@@ -72,8 +72,8 @@ class Queues:
         return entry if entry.adapter == adapter else replace(entry, adapter=adapter)
 
     def set_adapter(self, sequence: CallSequence, key: str) -> None:
-        """Set the adapter of a sequence. If the sequence is in the waiting room, it is queued again as `put_back` does.
-        `key`: see ModelAdapters."""
+        """Set the adapter of a sequence. A sequence in the waiting room is queued again, as by `put_back`. `key`: see
+        ModelAdapters."""
         sequence.call.set_adapter(sequence, key)
         if self._policy.remove(sequence.key):
             self._policy.put_back(self._entry(sequence), self._clock(), sequence.call.versions)

@@ -199,9 +199,10 @@ class Scheduler:
         some: Sequence[CallSequence] | None = None,
         starts_in_s: float | None = None,
     ) -> None:
-        """Queue every sequence of a call, and send the sequences for which a worker has capacity. Raises CallError;
-        then no sequence of the call is queued. `some`: the sequences to queue, if not all. `starts_in_s`: seconds until
-        the earliest possible start, if it is known."""
+        """Queue every sequence of a call, and send the sequences for which a worker has capacity. Raises CallError if
+        the model cannot be served or the waiting room refuses a sequence; then no sequence of the call is queued.
+        `some`: the sequences to queue, if not all. `starts_in_s`: seconds until the earliest possible start, if it is
+        known."""
         not_servable = queue_errors.not_servable(model, call.adapter)
         if not_servable is not None:
             raise not_servable

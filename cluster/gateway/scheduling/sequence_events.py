@@ -123,7 +123,8 @@ class SequenceEvents:
             accounting.refused(sequence)
 
     def finished(self, sequence: CallSequence) -> None:
-        """Settle the service account of a finished sequence now, since other sequences of its call may run for long."""
+        """Settle the service account of a finished sequence now, since other sequences of its call may run for a long
+        time."""
         self._queues.settle(sequence)
 
     def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:

@@ -125,7 +125,7 @@ class ServiceCharges:
 
     def grew(self, sequence: CallSequence) -> WaitingSequence | None:
         """Raise the charge of a running sequence if the sequence's output exceeds the charge. Called a few times a
-        second. Returns the waiting room's entry for the sequence if the charge was due; else None."""
+        second. Returns the waiting room's entry for the sequence if the charge was raised, else None."""
         tokens, charge = len(sequence.emitted), self._charges.get(sequence.key)
         if charge is None or tokens < charge.due or not tokens:
             return None

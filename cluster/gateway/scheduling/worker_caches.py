@@ -31,8 +31,9 @@ them."""
 MAX_BLOCKS: Final = 1 << 24
 """Maximum number of different blocks in an index."""
 BATCH_BYTES: Final = 8 * 1024
-"""Total size of a worker's waiting reports at which they are applied. Smaller reports wait and are applied together,
-since each change of an index has a fixed cost. A call that reads the index first applies some of the small reports."""
+"""If the waiting reports of a worker reach this total size, they are applied. Smaller reports wait and are applied
+together, since each change of an index has a fixed cost. A call that reads the index first applies some of the small
+reports."""
 APPLIED_AT_ONCE: Final = 16
 """Number of workers whose small reports a call applies before it reads the index, which takes about a millisecond. The
 reports of further workers are applied later, so that the cost of a call does not grow with the number of workers."""
@@ -81,11 +82,11 @@ class WorkerCaches:
         self._due: dict[str, None] = {}
         """Names of the links whose reports are applied next, in this order."""
         self.needs_modules = asyncio.Event()
-        """Set when a worker has reported blocks, which need numpy."""
+        """Set when a worker has reported blocks while numpy, which the indexes need, is not imported yet."""
         self._hashes: OrderedDict[tuple[str, int], Hashes] = OrderedDict()
         self._earlier: PromptHashes | None = None
         self._prefixes: OrderedDict[str, int] = OrderedDict()
-        """Hash of the longest cached prefix of waiting sequences, by the sequence's key."""
+        """Hash of the longest cached prefix of each waiting sequence, by the sequence's key."""
         self._hot = HotPrefixes()
 
     def report(self, link: WorkerLink, message: pb.KvBlocks) -> None:
@@ -197,13 +198,14 @@ class WorkerCaches:
         return 0.0 if prefix is None else self._hot.recent(prefix, now)
 
     def forget_prompt(self, key: str) -> None:
-        """Forget the hashes of a waiting sequence's prompt. They depend on its adapter, which has changed."""
+        """Forget the hashes of a waiting sequence's prompt. The hashes depend on the sequence's adapter, which has
+        changed."""
         for known in [known for known in self._hashes if known[0] == key]:
             del self._hashes[known]
         self._prefixes.pop(key, None)
 
     def expect(self, link: WorkerLink, key: str, request: EngineRequest, now: float) -> None:
-        """Record that a prompt was sent to a worker, which will soon hold its blocks."""
+        """Record that a prompt was sent to a worker. The worker will soon hold the prompt's blocks."""
         if (prefix := self._prefixes.pop(key, None)) is not None:
             self._hot.record(prefix, now)
         block_size = link.info.block_size
@@ -214,7 +216,7 @@ class WorkerCaches:
             self._hashes.pop((key, block_size), None)
 
     def maintain(self, now: float) -> None:
-        """Do a part of the indexes' maintenance, about a millisecond for each index with much to do."""
+        """Do a part of the indexes' maintenance. Takes about a millisecond for each index with much to do."""
         if "numpy" in sys.modules:
             for name, unapplied in self._unapplied.items():
                 if unapplied.size >= BATCH_BYTES and name not in self._due:  # arrived before numpy was imported

@@ -25,7 +25,7 @@ PROVEN_BY_STEPS = ("silent", "hung")
 
 
 class LinkObserver(Protocol):
-    """A part that follows which workers are linked. The methods must not block."""
+    """An object that is notified when workers' links come up and end. The methods must not block."""
 
     def link_up(self, link: WorkerLink) -> None:
         """Handle a worker's link coming up."""
@@ -45,7 +45,7 @@ class WorkerEvents:
         self._metrics = metrics
         self._clock = clock
         self.observers: list[LinkObserver] = []
-        """Parts that follow which workers are linked."""
+        """The objects that are notified when workers' links come up and end."""
 
     def link_up(self, link: WorkerLink) -> None:
         """Handle a worker's link coming up: add the worker, and send waiting sequences to it."""
@@ -169,6 +169,6 @@ class WorkerEvents:
         self._host.state_changed()
 
     def adapters_changed(self, link: WorkerLink) -> None:
-        """Handle a worker's report of its adapters: calls for an adapter that no worker could load end now."""
+        """Handle a worker's report of its adapters: end the calls for an adapter that no worker could load."""
         self._host.directory.adapters_changed(link)
         self._scheduler.adapter_checks.changed()

@@ -190,8 +190,8 @@ class LinkedWorkers:
         return [] if known is None else [known.links[worker] for worker in sorted(known.links)]
 
     def _candidate(self, known: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:
-        """Return the present state of a worker, with its circuit breaker. Its slowdown is set for a new sequence
-        only."""
+        """Return the present state of a worker, with its circuit breaker. The worker's slowdown is set only if
+        `resumed` is False."""
         row = None if resumed else self._fleet(known, now).find(link.identity.worker_id)
         healthy = self._breakers.allows(link.identity.incarnation, now)
         return self._row(known, link, 1.0 if row is None else row.slowdown, healthy, resumed)

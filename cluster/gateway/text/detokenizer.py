@@ -10,8 +10,8 @@ The text of a token depends on the tokens around it (token_stream.py). Two rules
 A stop token that ends a sequence (EOS included) counts as a token, but has no text.
 
 If a tokenizer's decoder only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT), a token that consists of whole
-characters has the same text wherever it begins a new character. A table then gives the text, ten times as fast as a
-stream.
+characters has the same text wherever it begins a new character. A table (WholeTexts) then gives the text of such a
+token, ten times as fast as a stream does.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class ParsedText:
         self, token_ids: Sequence[int], parsed: ParsedOutput | None, stop_terminated: bool, begins: bool
     ) -> str | None:
         """Add the tokens of a step, with `parsed`, which the worker's parser made of them. Returns the stop string that
-        ended the output, GUARD if a guard ended the output, else None. `begins`: whether this is the first output of a
-        worker."""
+        ended the output, GUARD if a guard ended the output, else None. `begins`: whether this is the first output that
+        a worker sends for the sequence."""
         if self._parsed is None:
             self._choose(parsed is not None)
         if not self._parsed:

@@ -1,4 +1,4 @@
-"""The text of a sequence's tokens, one token after the other, before stop strings are searched.
+"""The text of a sequence's tokens, one token after the other. Stop strings are searched for later.
 
 The text of a token depends on the tokens around it: a character may be split over tokens, and sentencepiece models drop
 the first space of a text. So the stream (DecodeStream of the tokenizers library) is primed with the prompt, and emits
@@ -24,10 +24,11 @@ TAIL_TOKENS: Final = 96
 """Number of tokens at the end of a long prompt that prime a stream, if they are equivalent to the whole prompt."""
 REPLACEMENT: Final = "\ufffd"
 MAX_OPEN_TOKENS: Final = 256
-"""Length of the longest run of tokens without text that is taken for one incomplete character. Each token of such a run
-costs a decode of the whole run so far, about 50 us on average."""
+"""Maximum number of successive tokens without text that are treated as one incomplete character. Each of these tokens
+costs a decode of all of them so far, about 50 us on average."""
 KEPT_TOKENS: Final = 16
-"""Number of tokens at the end of a longer run that stay in the stream, because they may begin a character."""
+"""Number of tokens at the end of a run of more than MAX_OPEN_TOKENS that stay in the stream, because they may begin a
+character."""
 
 
 class UnseenTokens(dict[int, bool]):

@@ -12,9 +12,9 @@
     │  └─ parse output             on the worker, after the last token
     └─ resume                      from the loss of a worker to the first token of the next one
 
-The worker reports durations and no points in time, since clocks of two machines differ. Its durations up to the first
-output are placed in the middle between the Submit and the arrival of the first output, as if the request and the output
-took equally long on the link. Durations that do not fit are shortened.
+The worker reports durations and no points in time, since clocks of two machines differ. The reported durations up to
+the first output are placed in the middle between the Submit and the arrival of the first output, as if the request and
+the output took equally long on the link. Durations that do not fit are shortened.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class SpanBuilder:
     # ---- waits
 
     def _wait(self, index: int, before: Attempt | None, attempt: Attempt) -> SpanRecord:
-        """Return the span of the wait before an attempt: in the queue, or for another worker after a loss. A resume
-        ends with the first token, which is when the caller gets text again."""
+        """Return the span of the wait before an attempt: in the queue, or for another worker after a loss. The span of
+        a resume ends with the first token after the loss, since then the caller gets text again."""
         attributes: dict[str, Value] = {names.SEQUENCE: index}
         if before is not None:
             since = attempt.sent_at if before.ended_at is None else before.ended_at
@@ -207,8 +207,8 @@ class SpanBuilder:
     def _engine(
         self, attempt: Attempt, first_at: float | None, ends_at: float, known: SequenceFacts
     ) -> Iterator[SpanRecord]:
-        """Yield the spans of the work on the worker: by the worker's durations where it has reported them, else by the
-        times at which the gateway has sent and received."""
+        """Yield the spans of the work on the worker. A span has the duration that the worker has reported; without one,
+        its times are those at which the gateway sent the request and received output."""
         times = attempt.times or RequestTimes()
         parent_id, sent_at = attempt.context.span_id, attempt.submitted_at or attempt.sent_at
         resource = worker_resource(attempt.worker, self.resource)
@@ -298,7 +298,7 @@ def route_attributes(route: Route) -> Attributes:
 
 
 def worker_attributes(worker: WorkerIdentity) -> Attributes:
-    """Return the attributes of an attempt that name its worker and the place of the worker."""
+    """Return the attributes of an attempt that name the attempt's worker, with its version, GPU, pod and node."""
     attributes = {names.WORKER: worker.worker_id, names.VERSION: worker.version, names.GPU: worker.gpu}
     attributes |= {names.POD: worker.pod, names.NODE: worker.host or worker.node}
     return {name: value for name, value in attributes.items() if value}

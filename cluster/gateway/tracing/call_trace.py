@@ -17,8 +17,8 @@ from cluster.observe.trace_context import TraceContext
 from cluster.policy.routing.route_history import Route
 
 MAX_ATTEMPTS: Final = 64
-"""Maximum number of attempts of a call that are recorded. Of a call with many outputs or inputs, the later attempts are
-omitted."""
+"""Maximum number of attempts of a call that are recorded. A call with many outputs or inputs may have more; the later
+attempts are omitted."""
 
 FINISHED: Final = "finished"
 """End of an attempt that has finished its sequence. Other ends: `lost`, `moved` (from a draining worker), `error`,

@@ -27,8 +27,8 @@ class Tracer:
         random_bits: Callable[[int], int] = secrets.randbits,
     ) -> None:
         """`export` gets the spans of an ended call and must not block. `resource`: attributes of this process.
-        `follow_caller`: whether the flag in a caller's traceparent decides if the call is sampled. `sample_ratio`: the
-        share of calls that are sampled, among the calls for which no such flag decides."""
+        `follow_caller`: if True, a call with a traceparent is sampled as the flag in the traceparent says.
+        `sample_ratio`: the share of all other calls that is sampled."""
         self._export = export
         self._resource = resource
         self._ratio = sample_ratio

@@ -2,18 +2,18 @@
 
 A record is opened with the sequence's Submit and written when the sequence ends. A call of n sequences has n records,
 segments 0 to n-1, since the sequences run and end independently, perhaps on different workers. The prompt is counted in
-segment 0 alone; the inputs of a pooling call are counted each in its own segment. The parts of a call after a client's
-resume have segments from SEGMENTS_PER_RESUME on. The id of a record is fixed before the first Submit and stays the same
-over retries.
+segment 0 alone; each input of a pooling call is counted in its own segment. The parts of a call after a client's resume
+have segments from SEGMENTS_PER_RESUME on. The id of a record is fixed before the first Submit and stays the same over
+retries.
 
 Counts: the gateway knows how many tokens were delivered. The engine knows how many tokens were generated and what they
-cost. A record is written once the counts of both are known. If the engine's counts do not arrive in time, because its
-link is down, the record has the gateway's own counts. A worker may offer usage for an account that is not open at this
-gateway. Such usage belongs to a call of a lost gateway and is written as an estimate. If the exact record exists, that
-record replaces the estimate.
+cost. A record is written once the counts of both are known. If the engine's counts do not arrive in time, because the
+worker's link is down, the record has the gateway's own counts. A worker may offer usage for an account that is not open
+at this gateway. Such usage belongs to a call of a lost gateway and is written as an estimate. If the exact record
+exists, that record replaces the estimate.
 
 Reasoning tokens are part of the completion tokens. A worker's usage report does not have their number, so an estimate
-has 0 of them.
+has 0 reasoning tokens.
 
 Nothing in this module runs per token.
 """
@@ -139,7 +139,7 @@ class CallAccount:
         )
 
     def _cached_counts(self) -> dict[str, Any]:
-        """Return the counts of cached tokens; nothing for a record that counts no prompt."""
+        """Return the record's fields for cached tokens; an empty mapping for a record that counts no prompt."""
         if not _has_prompt(self.record):
             return {}
         return {"cached_tokens": self.cached_tokens, "predicted_cached_tokens": self.predicted_cached_tokens}
@@ -251,7 +251,7 @@ class Accounting:
 
     def hedge_ended(self, sequence: CallSequence, computed_by: str) -> None:
         """Record that only one of the two workers of a hedged sequence still has the sequence. `computed_by`:
-        incarnation of the other worker, "" if it has refused the sequence."""
+        incarnation of the worker that no longer has the sequence; "" if this worker refused the sequence."""
         account = self._by_sequence.get(sequence.key)
         if account is not None and sequence.link is not None:
             account.worker = sequence.link.identity
@@ -315,7 +315,8 @@ class Accounting:
             self._finish(ended[at : at + SLICE], now)
 
     def _finish(self, ended: Sequence[CallAccount], now: float) -> None:
-        """Close accounts of sequences that ended at `now`, or wait for the engine's counts."""
+        """Close the accounts of sequences that ended at `now`. An account without all of the engine's counts stays open
+        until the counts arrive, at most for the grace period."""
         for account in ended:
             if account.written:
                 continue
@@ -372,8 +373,8 @@ class Accounting:
             self._close(account)
 
     def _write_unopened(self, link: WorkerLink, report: EndedUsage) -> None:
-        """Write the record for a report without an open account at this gateway. The report is of idle time or of a
-        call of a lost gateway."""
+        """Write the record for a report without an open account at this gateway. The report is of a replica's idle time
+        or of a call of a lost gateway."""
         if report.idle_id:
             record = _idle_record(link.identity, report)
         else:
@@ -402,7 +403,7 @@ def _idle_record(worker: WorkerIdentity, report: EndedUsage) -> UsageRecord:
 
 def _estimated_record(opened: OpenRecord, worker: WorkerIdentity, report: EndedUsage) -> UsageRecord:
     """Return the record of a call whose gateway was lost. The tokens that this worker and earlier workers wrote to the
-    lost gateway's link count as delivered. How many of these are reasoning is not known."""
+    lost gateway's link count as delivered. The number of reasoning tokens among them is not known."""
     return opened.to_usage_record(
         outcome=report.outcome,
         cached_tokens=report.cached_tokens if _has_prompt(opened) else 0,

@@ -24,7 +24,8 @@ LAST_MOVE_S = 5.0
 
 
 class RecordDelivery:
-    """The records that are not in the database yet, and the acknowledgements that are due once they are."""
+    """The usage records that are not in the database yet, and the acknowledgements to send to workers once the records
+    are in the database."""
 
     def __init__(self, folder: Path, insert: Callable[[Sequence[UsageRecord]], None]) -> None:
         """`folder`: the folder of the spool. `insert` writes records to the database and raises StoreUnavailable while
@@ -61,7 +62,7 @@ class RecordDelivery:
         return SpoolStatistics(0, 0, 0, 0, None, "") if self._spool is None else self._spool.statistics()
 
     def acknowledge_later(self, record_id: str, link: WorkerLink, key: int) -> None:
-        """Acknowledge a worker's report under this key once the record is in the database."""
+        """Acknowledge the worker's report with the key `key` once the record is in the database."""
         self._acks.setdefault(record_id, []).append((link, key))
 
     def write(self, record: UsageRecord) -> None:

@@ -76,8 +76,8 @@ class PromptLog:
             self._thread.join(timeout_s)
 
     def ended(self, call: Call, prompt: request.Prompt | PoolingInputs, text: TextModel, outcome: Outcome) -> None:
-        """Log an ended call, if the policy of the call's tenant asks for prompt logging. Of a pooling call the inputs
-        are logged, not the vectors."""
+        """Log an ended call, if the policy of the call's tenant asks for prompt logging. For a pooling call, the inputs
+        are logged but not the vectors."""
         if not call.policy.log_prompts or call.policy.retention.prompts_days == 0:
             return
         try:

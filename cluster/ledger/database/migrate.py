@@ -2,8 +2,8 @@
 
 During an upgrade two releases use the same database. So every migration declares a kind. A migration of kind `expand`
 only adds, so the previous release still works. A migration of kind `contract` only removes what no supported release
-uses. `upgrade` applies `contract` migrations only if the argument `contract` is set. Without this argument, it stops
-before the first `contract` migration. The table `schema_history` records the applied migrations. An older release
+uses. `upgrade` applies `contract` migrations only if the argument `contract` is set. Without this argument, `upgrade`
+stops before the first `contract` migration. The table `schema_history` records the applied migrations. An older release
 continues to work if this table shows that newer releases have only expanded the database.
 """
 

@@ -180,7 +180,8 @@ class _TenantPlan:
         self.planned: dict[str, PlannedTenant] = {}
 
     def add(self, where: str, wanted_name: Any, row: Row, aliases: Mapping[str, Any], source: str) -> str:
-        """Plan a tenant with a row's limits and models. Returns the tenant's name, a free variant of `wanted_name`."""
+        """Plan a tenant with a row's limits and models. Returns the tenant's name: `wanted_name`, or a variant of it
+        that no other tenant has."""
         name = self._free_name(str(wanted_name))
         limits = self._limits(where, row)
         models = _models(row)
@@ -207,7 +208,8 @@ class _TenantPlan:
         return name
 
     def narrow(self, name: str, team: TenantPolicy) -> None:
-        """Restrict a planned tenant to the models that the team may use. If none is left, the tenant is suspended."""
+        """Restrict a planned tenant to the models that the team may use. If no model is left, the tenant is
+        suspended."""
         planned = self.planned[name]
         allowed = tuple(m for m in planned.policy.models if team.allows(m))
         if not allowed:
@@ -375,7 +377,8 @@ class _Planner:
         return {**row, **{name: budget[name] for name in names if row.get(name) is None and name in budget}}
 
     def _plan_old_key(self, row: Row) -> None:
-        """Plan the old key of a rotation if the old key is still valid. It expires when it would expire in LiteLLM."""
+        """Plan the old key of a rotation if the old key is still valid. The old key expires when it would expire in
+        LiteLLM."""
         tenant, until = self._by_token.get(str(row["active_token_id"])), _seconds(row["revoke_at"])
         digest = _sha256(str(row["token"]))
         if tenant is not None and digest is not None and until is not None and until > self._now_s:

@@ -137,7 +137,8 @@ class Watcher:
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the thread. If it still waits for the database after `timeout_s` seconds, it is left running."""
+        """End the thread. If the thread still waits for the database after `timeout_s` seconds, the thread is left
+        running."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout_s)

@@ -237,12 +237,12 @@ def _are_plain(texts: Sequence[Any]) -> bool:
 
 
 def _are_counts(counts: Sequence[Any]) -> bool:
-    """Return whether all counts are integers in the allowed range. If not, each is checked individually."""
+    """Return whether all counts are integers in the allowed range. If not, the caller checks each count."""
     return set(map(type, counts)) == _INT and min(counts) >= 0 and max(counts) < MAX_COUNT
 
 
 def _are_seconds(seconds: Sequence[Any]) -> bool:
-    """Return whether all values are floats that are not negative and finite. If not, each is checked individually."""
+    """Return whether all values are finite floats of at least 0. If not, the caller checks each value."""
     return set(map(type, seconds)) == _FLOAT and min(seconds) >= 0 and sum(seconds) < math.inf  # NaN makes the sum NaN
 
 

@@ -1,4 +1,4 @@
-"""Resume claims in the database: of the gateways that want to resume the same broken stream, the first one wins."""
+"""Resume claims in the database: if several gateways want to resume the same broken stream, only the first one may."""
 
 from __future__ import annotations
 

@@ -130,7 +130,8 @@ class Spool:
             return self._written
 
     def wait_durable(self, position: int, timeout_s: float) -> bool:
-        """Wait until the record at a position is on disk. Returns False if `timeout_s` has passed before."""
+        """Wait until the record at a position is on disk. Returns False if the record is not on disk after `timeout_s`
+        seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._durable >= position, timeout_s)
 

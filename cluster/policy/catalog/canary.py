@@ -37,8 +37,8 @@ MIN_ERRORS = 3
 class CanaryTally:
     """Counts of one version, as reported by the gateways.
 
-    `pairs`: number of TTFT pairs. `slower`: number of pairs in which this version took more than `ttft_ratio` times as
-    long as the other version.
+    `pairs`: number of TTFT pairs. `slower`: number of pairs in which the TTFT of this version was more than
+    `ttft_ratio` times that of the other version.
     """
 
     calls: int = 0
@@ -80,7 +80,8 @@ def log_evidence(losses: int, wins: int, chance: float) -> float:
 
 
 def judge(stable: CanaryTally, canary: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
-    """Return whether the canary must be rolled back. A ratio of 0 disables the test with that ratio."""
+    """Return the verdict: whether the canary must be rolled back, and why. A ratio of 0 disables the test with that
+    ratio."""
     threshold = -math.log(ALPHA)
     if error_ratio and canary.errors >= MIN_ERRORS and canary.calls and stable.calls:
         allowed = error_ratio * canary.calls

@@ -1,7 +1,7 @@
 """Catalog entries of held models. Pure.
 
-A model is held while its entry in the file is invalid: the running replicas are left unchanged, and the catalog entry
-is derived from these replicas.
+A model is held while its entry in the catalog file is invalid: the running replicas are left unchanged, and the catalog
+entry for the gateways is derived from these replicas.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Placement:
 
 
 def is_simulated(spec: ModelSpec) -> bool:
-    """Whether the entry names a simulated engine, which needs no GPU."""
+    """Whether the model's catalog entry names a simulated engine, which needs no GPU."""
     return spec.source.startswith("sim://")
 
 

@@ -4,11 +4,11 @@ Problem: Ray Serve restarts every replica of an application that is deployed aga
 replicas of a model must be replaced under load without ending a call.
 
 Invariants: the only change to an existing application is a change of the number of replicas. The name of an application
-(`model@version+digest`) identifies everything that the replicas are started with, so a changed entry becomes a new
-application beside the old one. The old application stays until the new one serves with all its wanted replicas. Then
-the old application gets no new calls, and is deleted once no call is left or the drain time is over. If the replicas of
-both applications do not fit, the old application gives up one replica at a time, as long as Ray cannot place a replica
-of the new application. A new application that fails to start takes no replica from the old one.
+(`model@version+digest`) identifies everything that the replicas are started with, so a changed catalog entry becomes a
+new application beside the old one. The old application stays until the new one serves with all its wanted replicas.
+Then the old application gets no new calls, and is deleted once no call is left or the drain time is over. If the
+replicas of both applications do not fit, the old application gives up one replica at a time, as long as Ray cannot
+place a replica of the new application. A new application that fails to start takes no replica from the old one.
 
 Steps are listed in the order in which they must run: steps that free GPUs come first.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 RETRY_S = 60.0
 """Seconds before a failed application is deployed again. An application that Ray refused is deployed again only when
-the entry changes."""
+its catalog entry changes."""
 SETTLE_S = 30.0
 """Seconds for which a deployed application may be missing on Ray before the application is deployed again."""
 SURGE_WAIT_S = 20.0
@@ -88,7 +88,7 @@ class Wanted:
     """An application that should run.
 
     `replicas`: wanted number. `digest` covers all settings with which replicas are started. `stale`: the running
-    replicas have other weights than the entry now asks for, and must be restarted.
+    replicas have other weights than the catalog entry now asks for, and must be restarted.
     """
 
     model: str

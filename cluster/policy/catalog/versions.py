@@ -1,7 +1,7 @@
 """The versions of one model: which versions run, their shares of the calls, and their numbers of replicas. Pure.
 
-A mark overrides what the file says about a version. An operator sets a mark to roll back a canary or to change the
-canary's share of the calls. A canary that performs badly gets a mark automatically. The digest of a version covers
+A mark overrides what the catalog file says about a version. An operator sets a mark to roll back a canary or to change
+the canary's share of the calls. A canary that performs badly gets a mark automatically. The digest of a version covers
 everything that its replicas are started with, and a mark applies only to one digest. So a corrected version, which has
 another digest, is tried again without removing the mark.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class VersionOverride:
-    """Override of the file for one version (a mark).
+    """Override of the catalog file for one version (a mark).
 
     `digest` identifies the replicas that the override applies to. `weight` None: the weight in the file applies.
     `gone`: the reason why the version must not run at all, or "". `quarantined`: the version runs without calls.

@@ -8,11 +8,11 @@ goes to the waiting tenant with the least counter (service divided by weight). A
 charge is refunded. A tenant that returns from idle starts at the least counter of the backlogged tenants, so being idle
 earns no credit. A call is charged once, however many workers are lost while the call runs.
 
-Source: VTC (Sheng et al., OSDI 2024) for the counters and their lift. docs/tenancy.md says how the counters become
-cluster-wide.
+Source: VTC (Sheng et al., OSDI 2024) for the counters, and for the raise of a counter after an idle time (lift).
+docs/tenancy.md says how the counters become cluster-wide.
 
-Sequences of one tenant are served first come, first served, or by warm_order.py. Callers pass a monotonic `now`, in
-seconds.
+Sequences of one tenant are served first come, first served, or in the order of warm_order.py. Callers pass a monotonic
+`now`, in seconds.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ class FairOrder:
         return self._open[call_id][1].amount
 
     def cached(self, call_id: str, cached_tokens: int) -> None:
-        """Correct the charge at the first output by the number of cached prompt tokens. Ignores unknown ids."""
+        """At the first output, correct the charge: `cached_tokens` is the number of prompt tokens that were really
+        cached. Ignores unknown ids."""
         if (entry := self._open.get(call_id)) is not None:
             self._flows.add_service(entry[0], entry[1].cached(cached_tokens))
 
@@ -199,7 +200,8 @@ class FairOrder:
     def link_ended(self, worker: str) -> None:
         """Record that the link to a worker has ended.
 
-        The next report comes by a new link, on which this gateway's part starts at zero.
+        The worker's next report comes on a new link. In that report, the service for this gateway's own calls starts at
+        zero.
         """
         self._worker_totals.link_ended(worker)
 
@@ -235,10 +237,11 @@ class FairOrder:
         return max(1, round(CLAIM_SCALE * mine))
 
     def sweep(self, now: float) -> None:
-        """Forget gateways that are silent for `idle_s`, and idle tenants whose counters are at the floor.
+        """Forget gateways that are silent for `idle_s`, and idle tenants whose counters are at or below
+        ClassTurns.floor.
 
-        The caller runs this method once a second. The method also records which classes have guests. Slots are reserved
-        for guests (reserved_slots.py).
+        The caller runs this method once a second. The method also records which classes have guests, the tenants for
+        which slots are reserved (reserved_slots.py).
         """
         self._flows.advance(now)
         for key, change in self._peer_backlogs.silent_since(now - self._idle_s).items():
@@ -257,7 +260,7 @@ class FairOrder:
     def service_ahead(self, tenant: str, rank: int = 0) -> float:
         """Return a lower bound of the weighted tokens ahead of a new sequence of this tenant on this gateway.
 
-        These are the tokens of higher classes and of the tenant's own queue.
+        The bound is the expected cost of the waiting sequences of higher classes and of the tenant's own queue.
         """
         own = self._flows.known(tenant, rank)
         return self._flows.service_above(rank) + (own.here_service if own is not None else 0.0)
@@ -277,8 +280,8 @@ class FairOrder:
         return f"FairOrder({len(self._where)} waiting, {len(self._flows.classes())} classes, {len(self._open)} charged)"
 
     def _remove_waiting(self, call_id: str) -> tuple[Flow, Charge | None]:
-        """Remove a waiting sequence. Returns the sequence's flow, and its pending charge: None if the sequence was
-        charged before."""
+        """Remove a waiting sequence. Returns the sequence's flow, and the charge to count when the sequence is sent:
+        None if the sequence was charged before."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
             flow.remove(serial)

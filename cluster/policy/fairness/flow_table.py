@@ -111,7 +111,8 @@ class FlowTable:
         turns.update(flow)
 
     def forget_idle(self, charged: Collection[int]) -> list[int]:
-        """Forget flows that were idle for `idle_s` with a counter at or below the floor. Flows in `charged` are kept.
+        """Forget flows that were idle for `idle_s` with a counter at or below the floor (ClassTurns.floor). Flows in
+        `charged` are kept.
 
         `charged`: `id()` of each flow with open charges. Returns the ranks of the guests (reserved_slots.py), which are
         flows at or below the floor that were idle for less than `idle_s`.

@@ -150,7 +150,7 @@ class _Recent:
 
 
 class LearntMeans:
-    """Means of the last numbers of tokens, by (tenant, model). At most `max_pairs` pairs are kept."""
+    """Means of the most recent token counts, for each (tenant, model) pair. At most `max_pairs` pairs are kept."""
 
     def __init__(self, max_pairs: int = 50_000) -> None:
         self._max_pairs = max_pairs

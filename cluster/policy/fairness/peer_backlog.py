@@ -31,7 +31,7 @@ class Backlog(NamedTuple):
 class ServedTotal:
     """Service of one tenant at one worker since the worker's start: weighted tokens charged, less refunds.
 
-    `total`: calls of all gateways. `by_this_link`: calls that came by the link on which the report is sent.
+    `total`: calls of all gateways. `by_this_link`: calls that came over the link on which the report is sent.
     """
 
     rank: int
@@ -49,7 +49,7 @@ class WorkerTotals:
     def differences(
         self, worker: str, incarnation: str, totals: Iterable[ServedTotal]
     ) -> Iterator[tuple[FlowKey, float]]:
-        """Yield by flow the service for calls of other gateways since the last report of the worker.
+        """Yield pairs of a flow and its service for calls of other gateways since the last report of the worker.
 
         The first report of a worker yields nothing; it only sets the starting point.
         """
@@ -69,7 +69,7 @@ class WorkerTotals:
                 yield key, difference
 
     def link_ended(self, worker: str) -> None:
-        """Expect `by_this_link` to start at zero, because the next report of the worker comes by a new link."""
+        """Expect `by_this_link` to start at zero, because the next report of the worker comes over a new link."""
         known = self._workers.get(worker)
         if known is not None:
             for key, (total, _) in known[1].items():

@@ -29,7 +29,7 @@ class ReservedSlots:
         self._until: dict[int, float] = {}
 
     def note_guest(self, rank: int, now: float) -> None:
-        """Record that a guest of this class was seen."""
+        """Record that a guest of this class was seen: a tenant within its share that has no sequence waiting."""
         self._until[rank] = now + GUEST_S
 
     def reserved(self, rank: int, filled: int, now: float) -> int:

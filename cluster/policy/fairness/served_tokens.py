@@ -53,7 +53,8 @@ class ServedMeter:
         self._resumed.discard(request_id)
 
     def cached(self, request_id: str, cached_tokens: int) -> None:
-        """Correct the charge at the first output by the number of cached prompt tokens."""
+        """At the first output, correct the charge: `cached_tokens` is the number of prompt tokens that were really
+        cached."""
         if (entry := self._open.get(request_id)) is not None:
             self._add(entry[0], entry[1], entry[2].cached(cached_tokens))
 

@@ -194,8 +194,8 @@ class WaitingRoom:
         return gone
 
     def position(self, call_id: str) -> int | None:
-        """Number of sequences ahead, by `Order.position` of the sequence's model; None if no sequence with this id
-        waits."""
+        """Number of sequences ahead, as `Order.position` counts them in the order of the sequence's model; None if no
+        sequence with this id waits."""
         entry = self._entries.get(call_id)
         return None if entry is None else self._queues[entry[0].model].order.position(call_id)
 

@@ -2,26 +2,26 @@
 sequences.
 
 Problem: while calls wait, the workers evict the KV blocks of prompts that will soon be sent. If sequences are sent in
-the order of arrival, each goes to whichever worker is free. Mostly this is not the worker that holds the blocks of its
+the order of arrival, each goes to whichever worker has room. That worker seldom holds the blocks of the sequence's
 prompt, so the prompt is computed again.
 
 Method: among the tenant's first MAX_CHOICES sequences, the one with the greatest expected loss goes first. The loss is
-the number of cached tokens that must be computed again if the worker evicts them, times the probability of the
+the number of cached tokens that would have to be computed again after an eviction, times the probability of the
 eviction. The caller passes a function that computes the loss (policy/scheduling/warm_sequences.py).
 
 Invariants: the tenant is chosen first, and then a sequence of its queue. So the order within a queue does not change
 how service is shared among tenants, and two bounds hold as with any other order. (1) While two tenants wait, their
 counters differ by at most the largest charge divided by its tenant's weight, plus the corrections of charges whose
-predictions were wrong. (2) Take two turns of a tenant A that waits all the time, and another tenant B. Between these
-turns B is served at most as much as A was charged in the first of them, plus one charge of B.
+predictions were wrong. (2) Take two turns of a tenant A that waits all the time, and another tenant B. Between the two
+turns, B is served at most as much as A was charged in the first turn, plus one charge of B.
 
 The first sequence of a queue is overtaken at most MAX_OVERTAKEN times. So a sequence with p sequences ahead is sent in
 one of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant. Only the chosen sequence may be sent: if it fits on
 no worker, all others wait.
 
-Source: the bound on the counters is that of VTC (Sheng et al., OSDI 2024), whose proof takes any order within a tenant.
-Choosing a sequence by the place of its data is the idea of delay scheduling (Zaharia et al., EuroSys 2010). Unlike
-there, no turn is skipped.
+Source: the bound on the counters is that of VTC (Sheng et al., OSDI 2024), whose proof allows any order within a
+tenant. Choosing a sequence by the place of its data is the idea of delay scheduling (Zaharia et al., EuroSys 2010).
+Unlike in delay scheduling, no turn is skipped.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ stops the process while it grows.
 
 Method. The table has segments of 256 rows with eight places each. The top bits of a hash choose the segment, through a
 directory. Two other bytes choose two rows of the segment, and a new hash goes to the emptier row (Azar et al.,
-"Balanced Allocations", 1994). A place holds the top 32 bits of the hash, its mark. A full segment is divided in two by
-the next bit of the hash (extendible hashing, Fagin et al., 1979): each entry keeps its row number, so a division takes
-some ten microseconds, and the table never grows as a whole. Hashes are multiplied by a random odd number first, so that
-no caller can choose hashes that fall into one row.
+"Balanced Allocations", 1994). A place holds the mark of a hash, which is the top 32 bits of the hash. The entries of a
+full segment are divided over two segments by the next bit of their hashes (extendible hashing, Fagin et al., 1979).
+Each entry keeps its row number, so a division takes some ten microseconds, and the table never grows as a whole. Hashes
+are multiplied by a random odd number first, so that no caller can choose hashes that fall into one row.
 
 Two hashes are confused if they have the same mark and a row in common. For a random hash that is not in the table, the
 probability is about 1 in 25,000 at ten million entries, and a tenth of that at one million. Users of the table must

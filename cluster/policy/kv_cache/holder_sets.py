@@ -85,7 +85,7 @@ class HolderSets:
         return self._changed(words, removed)
 
     def keep(self, words: Words, workers: int) -> Words:
-        """Return the sets without the workers that are not in the bit mask `workers`."""
+        """Return the sets, each reduced to its workers in the bit mask `workers`."""
         return self._changed(words, lambda members: (members[0] & workers, members[1] & workers))
 
     def _changed(self, words: Words, change: Callable[[Members], Members]) -> Words:

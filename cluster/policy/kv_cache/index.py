@@ -62,7 +62,7 @@ class CacheIndex:
         self._leaving = 0
         self._expectations: deque[_Expectation] = deque()
         self._alike: dict[tuple[int, int], deque[_Expectation]] = {}
-        """The expectations of `_expectations` by their worker and first block."""
+        """The expectations of `_expectations`, keyed by worker number and hash of the first block."""
 
     def __len__(self) -> int:
         """Number of different blocks."""
@@ -162,8 +162,8 @@ class CacheIndex:
         return bool(due and due[0].until <= now) or self._next_segment is not None or bool(self._departed)
 
     def _runs(self, hashes: Hashes) -> tuple[list[int], list[int], int]:
-        """Divide the leading blocks that some worker holds into runs of blocks with equal words. Returns the first
-        block of each run, the word of each run, and the number of leading blocks."""
+        """Divide the leading blocks that some worker holds into runs of blocks with equal words (equal sets of
+        workers). Returns the first block of each run, the word of each run, and the number of leading blocks."""
         if len(hashes) <= _SHORT:
             words = self._table.leading_words(hashes)
             if not len(words):
@@ -182,9 +182,9 @@ class CacheIndex:
         """Look up some blocks of a long prompt. Return their positions and their words, where 0 is the word of a block
         that no worker holds. Each block that is not looked up has the same word as the block before it.
 
-        Every 16th block is looked up first, up to the first one that no worker holds. Where two of these neighbours
-        differ in their words, all blocks between them are looked up too. Otherwise the blocks between them have the
-        same word, since an engine evicts the last blocks of a prefix first.
+        Every 16th block is looked up first, up to the first one that no worker holds. If two of these blocks that
+        follow each other have different words, all blocks between them are looked up too. Otherwise the blocks between
+        them have the same word, since an engine evicts the last blocks of a prefix first.
         """
         count = len(hashes)
         coarse = np.append(np.arange(0, count - 1, _STRIDE), count - 1)
@@ -235,7 +235,8 @@ class CacheIndex:
         return hashes[shared:]
 
     def _sweep(self) -> None:
-        """Remove the departed workers from one segment. Their numbers are free after a whole pass."""
+        """Remove the departed workers from one segment. The workers' numbers can be reused after a pass over all
+        segments."""
         if self._next_segment is None:
             if not self._departed:
                 return

@@ -34,7 +34,7 @@ _FIRST_INVERSE, _SECOND_INVERSE = (pow(int(factor), -1, 1 << 64) for factor in (
 
 
 class Prefix(NamedTuple):
-    """The first `blocks` blocks of a prompt, by their prefix hash. (0, 0) is the empty prefix."""
+    """The first `blocks` blocks of a prompt, identified by their prefix hash. (0, 0) is the empty prefix."""
 
     hash: int = 0
     blocks: int = 0

@@ -400,8 +400,8 @@ class Limiter:
 
 
 def _fits(limits: TenantLimits, use: TenantUse, ask: _Wanted) -> bool:
-    """Return whether amounts certainly fit the limits. The result is nearly always True for an admitted call; False
-    says nothing."""
+    """Return whether amounts certainly fit the limits. The result is nearly always True for an admitted call. After
+    False, the amounts may still fit."""
     monthly, daily, running = limits.monthly_tokens, limits.daily_tokens, limits.concurrent_requests
     requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
     return (

@@ -48,7 +48,7 @@ class _Breaker:
 
 
 class Breakers:
-    """Circuit breakers by the incarnation of the worker. A worker without recent failures takes no memory."""
+    """Circuit breakers, one for each incarnation of a worker. A worker without recent failures takes no memory."""
 
     def __init__(self) -> None:
         self._breakers: dict[str, _Breaker] = {}
@@ -79,7 +79,7 @@ class Breakers:
         self._breakers.pop(incarnation, None)
 
     def record_failure(self, incarnation: str, others: Iterable[str], now: float) -> None:
-        """Record a failed call. `others` are the workers that could serve in place of this worker."""
+        """Record a failed call. `others`: incarnations of the workers that could serve in place of this worker."""
         breaker = self._breakers.setdefault(incarnation, _Breaker())
         breaker.failures += 1
         breaker.unseen = False

@@ -29,7 +29,7 @@ _UNIT: Final = float(1 << FRACTION_BITS)
 
 
 class Columns:
-    """The rows of one fleet as columns. A position is an index in the `rows` from which the columns were made."""
+    """The rows of one fleet as columns. A row index is an index into the `rows` from which the columns were made."""
 
     def __init__(self, rows: Sequence[Row], settings: RoutingSettings) -> None:
         self._settings = settings
@@ -41,13 +41,13 @@ class Columns:
         self._resident = [row.candidate.resident for row in rows]
         self._slowdowns = [row.candidate.slowdown for row in rows]
         self._with_adapter: dict[str, tuple[npt.NDArray[np.bool_], Floats]] = {}
-        """By adapter: which workers have it, and how much it adds to the cost of each worker. Cleared when the adapters
-        or the slowdown of any worker change."""
+        """For each adapter: which workers have it, and how much it adds to the cost of each worker. Cleared when the
+        adapters or the slowdown of any worker change."""
         self._hashes = np.array([row.hashed for row in rows], np.uint64)
         self._fields = np.array([self._values(row) for row in rows], np.float64).reshape(-1, _FIELDS).T.copy()
 
     def write(self, at: int, row: Row) -> None:
-        """Replace the row at a position with a changed row of the same worker."""
+        """Replace the row at the row index `at` with a changed row of the same worker."""
         self._fields[:, at] = self._values(row)
         c = row.candidate
         adapters = (c.adapters, c.resident, c.slowdown)
@@ -65,7 +65,7 @@ class Columns:
         return row.standing, row.per_token, max_tokens, c.free_sequences, c.last_sent, version, c.parses_tools
 
     def pick(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
-        """Return the position of the best worker (-1 if no worker passes the filters), and the number of workers that
+        """Return the row index of the best worker (-1 if no worker passes the filters), and the number of workers that
         pass."""
         passes = self._passing(call, rejecting)
         places = passes.nonzero()[0]
@@ -142,7 +142,8 @@ class Columns:
         return known
 
     def _cached(self, cached: Mapping[str, int]) -> tuple[npt.NDArray[np.intp], Floats]:
-        """Return the positions of the workers that hold a part of a prompt, and how many tokens each of them holds."""
+        """Return the row indexes of the workers that hold a part of a prompt, and how many tokens each of them
+        holds."""
         try:
             places = np.fromiter(map(self._positions.__getitem__, cached), np.intp, len(cached))
         except KeyError:  # a worker that has just left
@@ -150,7 +151,7 @@ class Columns:
         return places, np.fromiter(cached.values(), np.float64, len(cached))
 
     def _preferences(self, key: int) -> Floats:
-        """Return how much a key prefers each worker, see rendezvous.py."""
+        """Return how much the hash `key` prefers each worker, see rendezvous.py."""
         mixed = self._hashes ^ np.uint64(key)
         mixed = (mixed ^ (mixed >> _SHIFTS[0])) * _MULTIPLIERS[0]
         mixed = (mixed ^ (mixed >> _SHIFTS[1])) * _MULTIPLIERS[1]
@@ -159,7 +160,8 @@ class Columns:
         return preferences
 
     def _first(self, best: npt.NDArray[np.intp]) -> int:
-        """Return the position of the worker that is chosen among workers with equal costs."""
+        """Return the row index of the worker that is chosen among workers with equal costs. `best`: their row
+        indexes."""
         if len(best) > 1:
             free = self._fields[_FREE][best]
             best = best[free == free.max()]

@@ -9,9 +9,10 @@ changed. A decision adds the part that depends on the call. From VECTOR_FROM wor
 columns, see columns.py.
 
 Invariants: the chosen worker passes all FILTERS, and no worker that passes has a lower cost. With power_of_two, only
-the two workers that were drawn are compared. Of workers with equal costs, the one with more free sequences wins, then
-the one that got nothing from this gateway for the longest time, so that idle workers fill their caches evenly, then the
-first by worker id. Equal inputs give equal decisions, whatever the order of the changes, with and without numpy.
+the two workers that were drawn are compared. Of workers with equal costs, the one with more free sequences is chosen;
+of these, the one that got nothing from this gateway for the longest time, so that idle workers fill their caches
+evenly; of these, the first by worker id. Equal inputs give equal decisions, whatever the order of the changes, with and
+without numpy.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Fleet:
         """`_model_settings`, changed for the size of the largest worker by `settings_for`."""
         self._vector_from = vector_from
         self._sizes: Counter[int] = Counter()
-        """Number of workers by their slots. Workers of older releases do not report theirs and count as MIN_SLOTS."""
+        """Number of workers by their slots. Workers of older releases do not report their slots and count as
+        MIN_SLOTS."""
         self._largest = MIN_SLOTS
         self._rows: list[Row] = []
         self._is_shared = False
@@ -214,8 +216,8 @@ class Fleet:
         return self._columns
 
     def _scan(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
-        """Return the position of the best worker (-1 if no worker passes the filters), and the number of workers that
-        pass."""
+        """Return the index in `_rows` of the best worker (-1 if no worker passes the filters), and the number of
+        workers that pass."""
         entries = [
             (at, cost_of(call, row, self.settings))
             for at, row in enumerate(self._rows)
@@ -236,7 +238,8 @@ class Fleet:
         return (min(entries, key=order)[0] if entries else -1), passed
 
     def _preferred(self, call: RouteCall, places: Iterable[int]) -> int:
-        """Return the position of the worker that the call's affinity key prefers among the workers at `places`."""
+        """Return the index in `_rows` of the worker that the call's affinity key prefers. `places`: indexes of the
+        workers to compare."""
         return max(places, key=lambda at: (preference(call.affinity, self._rows[at].hashed), -at))
 
     def _reason(self, call: RouteCall, at: int, passed: int) -> str:

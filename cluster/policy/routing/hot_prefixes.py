@@ -24,7 +24,7 @@ class HotPrefixes:
 
     def __init__(self) -> None:
         self._counts: OrderedDict[int, tuple[float, float]] = OrderedDict()
-        """Count and its time, by the hash of the prefix."""
+        """Count of each prefix, and time at which the count was computed, keyed by the hash of the prefix."""
 
     def __len__(self) -> int:
         return len(self._counts)

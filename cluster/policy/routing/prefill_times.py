@@ -17,7 +17,7 @@ next calls show whether it is one.
 
 Ratios up to NOISE count as 1, because the times of equal workers vary as well. Ratios from NOISE to NOISE squared count
 in part, because a jump at NOISE would drive all new calls away from a worker that is as fast as the others. Ratios
-below 1 are treated like their inverses. The ratio of late prompts counts in whole from NOISE on.
+below 1 are treated like their inverses. A ratio of late prompts that is above NOISE counts in whole.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become equally
 slower, the slowdowns change for a short time only.
@@ -59,8 +59,8 @@ class _Sums:
     usual_s: float = 0.0
     late_tokens: int = 0
     late_s: float = 0.0
-    """`late_tokens` and `late_s`: tokens of unfinished prompts, and the seconds so far. They count until
-    `late_until`."""
+    """`late_tokens` and `late_s`: tokens of unfinished prompts, and seconds that these prompts have taken so far. Both
+    count until `late_until`."""
     late_until: float = 0.0
 
     def decay(self, now: float) -> None:

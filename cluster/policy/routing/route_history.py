@@ -31,7 +31,8 @@ MAX_ROUTES: Final = 64
 CALL_BYTES: Final = 1024
 ROUTE_BYTES: Final = 1024
 CANDIDATE_BYTES: Final = 1024
-"""Estimated sizes in bytes of a call, a route and a candidate. A test compares them with the measured sizes."""
+"""CALL_BYTES, ROUTE_BYTES and CANDIDATE_BYTES: estimated sizes in bytes of a call, a route and a candidate. A test
+compares them with the measured sizes."""
 
 Counts = Mapping[str, int]
 
@@ -114,7 +115,8 @@ class Route:
 
 @dataclass(eq=False, slots=True)
 class RoutedCall:
-    """A call and its routes, in order of time. `shown_id`: id of the answer. Times are monotonic seconds."""
+    """A call and its routes, in order of time. `shown_id`: id that the answer to the caller has. Times are monotonic
+    seconds."""
 
     call_id: str
     shown_id: str

@@ -77,16 +77,17 @@ class RouteCall:
     """Fields of a call that routing uses.
 
     `tokens`: number of prompt tokens; for a resumed call, number of prompt and emitted tokens. `uncached_tokens`: how
-    many of `tokens` must probably be computed; 0 means all. `reserved_slots`: the call is sent only if more than this
-    number of sequences are free in total. `compatibility_key`: key of the worker that began a resumed call; None for a
-    new call. `excluded`: incarnations to which the call must not be sent. `versions`: versions on which a new call may
-    begin; empty means any version. `cached_on`: incarnation that probably still holds the KV blocks of a resumed call,
-    or "". `uncached_there`: number of tokens to compute on `cached_on`. `needs_tools`: whether the worker must have a
-    parser for tool calls. `cached`: number of leading tokens of a new call that workers hold in their KV caches, by
-    worker id. `sharing`: number of recent calls whose longest cached prefix was that of this call. `affinity`: hash of
-    the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of the prompt, in [0, 2**64).
-    `call_id`: id of a new call, the seed of policies that choose at random. `adapter`: digest of the adapter that the
-    worker must have loaded, or another name that the gateway uses while the digest is unknown; "" for the base model.
+    many of `tokens` must probably be computed; 0 means all. `reserved_slots`: the call is sent only if the workers of
+    its model together have more free sequences than this. `compatibility_key`: key of the worker that began a resumed
+    call; None for a new call. `excluded`: incarnations to which the call must not be sent. `versions`: versions on
+    which a new call may begin; empty means any version. `cached_on`: incarnation that probably still holds the KV
+    blocks of a resumed call, or "". `uncached_there`: number of tokens to compute on `cached_on`. `needs_tools`:
+    whether the worker must have a parser for tool calls. `cached`: number of leading tokens of a new call that workers
+    hold in their KV caches, by worker id. `sharing`: number of recent calls whose longest cached prefix was that of
+    this call. `affinity`: hash of the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of
+    the prompt, in [0, 2**64). `call_id`: id of a new call, the seed of policies that choose at random. `adapter`:
+    digest of the adapter that the worker must have loaded, or another name that the gateway uses while the digest is
+    unknown; "" for the base model.
     """
 
     model: str
@@ -169,8 +170,8 @@ class RoutingDecision:
     """Result of routing: the chosen worker, or None, and the reason.
 
     `reason` is one of a few words, used as a metric label. With a worker the reason is only_choice, cached_prefix,
-    affinity, least_loaded, or the name of a plain policy. Without a worker the reason is no_worker, kept_free, or the
-    reason of the last filter in FILTERS that dropped a candidate.
+    affinity, least_loaded, or the name of a simpler policy (RoutingSettings). Without a worker the reason is no_worker,
+    kept_free, or the reason of the last filter in FILTERS that dropped a candidate.
 
     The scores of a thousand workers take milliseconds, so they are computed when they are first read. The decision
     keeps the workers as they were when it was made.
@@ -245,7 +246,7 @@ def uncached_tokens_at(call: RouteCall, c: Candidate) -> int:
 def may_take_resumed(c: Candidate) -> bool:
     """Cheap check before routing: False if the worker has no capacity for any resumed call.
 
-    While many resumed calls wait, the check usually saves their routing.
+    While many resumed calls wait, most of them need not be routed, thanks to this check.
     """
     return c.free_sequences > 0 and (not c.resumed_prefill or c.resumed_prefill + c.new_prefill < c.prefill_budget)
 
@@ -338,9 +339,9 @@ the prompts that are not computed yet."""
 ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0), Scorer("kept_blocks", _kept, 16.0))
 """Scorers for resumed calls. `kept_blocks` prefers the worker that holds the KV blocks of the call.
 
-`few_replays` spreads resumed calls whose KV blocks no worker holds evenly, because the last call of a burst waits for
-the longest step. The weight of `few_replays` exceeds that of `short_queue`, whose queue lengths are as old as the last
-heartbeat.
+If no worker holds the KV blocks of resumed calls, `few_replays` spreads these calls evenly over the workers, because
+the last call of a burst waits for the longest step. The weight of `few_replays` exceeds that of `short_queue`, whose
+queue lengths are as old as the last heartbeat.
 """
 
 
@@ -394,7 +395,8 @@ _NEW, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
 
 
 def pick(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
-    """Pick a worker by scores: for a resumed call by load, waiting prompts and kept KV blocks, else by load alone.
+    """Pick a worker by scores. A resumed call is scored by load, waiting prompts and held KV blocks, any other call by
+    load.
 
     New calls of the waiting room are routed by cost, see fleet.py.
     """

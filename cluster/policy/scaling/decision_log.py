@@ -1,4 +1,4 @@
-"""Decisions on one model that are kept for explanations, and counts of all its decisions."""
+"""The newest scaling decisions on one model, kept for explanations, and the number of all decisions on the model."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ class DemandTotals:
     def record_report(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float, now: float) -> bool:
         """Record a report of a gateway incarnation that has counted for `counting_s` seconds.
 
-        Returns True if scaling should be decided at once, because the gateway holds calls for a model and class for
-        which it held none in its previous report.
+        Returns True if scaling should be decided at once: for some model and class, calls now wait because no replica
+        is ready, and in the gateway's previous report none did.
         """
         report = {(d.model, c.priority_class): c for d in demand for c in d.classes}
         known = self._gateways.get(gateway)

@@ -44,7 +44,7 @@ class LearntRates:
         return learnt.costs.rates(learnt.limits, spec.slo_itl_s, world_size(spec))
 
     def numbers(self) -> dict[str, float]:
-        """Return the learnt costs by the name under which an explanation shows them."""
+        """Return the learnt costs. The keys are the names under which an explanation shows the costs."""
         numbers: dict[str, float] = {}
         for gpu, learnt in self._by_gpu.items():
             costs = learnt.costs.costs()

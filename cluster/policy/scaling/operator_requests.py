@@ -22,7 +22,8 @@ class ScalingRequests:
         self._changed = changed
 
     def scale(self, name: str, replicas: int | None) -> ModelScaling:
-        """See ScalingService. `replicas` may be below the entry's `min_replicas`, but not above its `max_replicas`."""
+        """See ScalingService. `replicas` may be below the `min_replicas` of the model's catalog entry, but not above
+        its `max_replicas`."""
         spec, asked = self._named(name), self._scaler.operator_requests
         manual = {model: count for model, count in asked.manual.items() if model != spec.name}
         if replicas is not None:

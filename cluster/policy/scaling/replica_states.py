@@ -83,7 +83,8 @@ class ReplicaStates:
     def record_change(self, changes: Sequence[int], now: float) -> None:
         """Record a decision. `changes`: change of the number of replicas, for each type of GPU.
 
-        A decision that removes replicas first cancels the starts that were decided last and have not ended yet.
+        If a decision removes replicas, it cancels starts before it stops running replicas: the starts that were decided
+        last and have not ended yet.
         """
         fewer = -sum(min(change, 0) for change in changes)
         del self._ordered_at[max(len(self._ordered_at) - fewer, 0) :]

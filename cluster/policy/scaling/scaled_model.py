@@ -119,7 +119,8 @@ class ScaledModel:
     def _first_desired(self) -> dict[str, int]:
         """Return the number of replicas at the beginning of a pass, for each current type of GPU.
 
-        This is the last decision, or else the target on Ray, or else (a new model) the initial number in the entry.
+        The numbers are those of the last decision, else the target on Ray, else (a new model) the initial number in the
+        catalog entry.
         """
         types, rays, last = self._inputs.types, self._inputs.rays, self._desired
         if last is None and rays:
@@ -192,7 +193,7 @@ class ScaledModel:
         return ScalingExplanation(self._scaling, self._log.newest(limit), {**self._numbers, **self._rates.numbers()})
 
     def counters(self) -> tuple[Mapping[str, int], float]:
-        """Return the number of decisions by action, and the GPU-seconds held. Both count since creation."""
+        """Return the number of decisions for each action, and the GPU-seconds used. Both count since creation."""
         return self._log.counts, self._gpu_seconds
 
 

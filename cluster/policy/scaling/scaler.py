@@ -28,8 +28,8 @@ from cluster.policy.scaling.portfolio import Memory, ModelSeen, Observation, dec
 from cluster.policy.scaling.scaled_model import ScaledModel
 
 DECIDE_S = 5.0
-"""Interval of decisions in seconds. A held call, an operator's request or a changed entry causes an earlier
-decision."""
+"""Interval of decisions in seconds. A call that waits because no replica is ready, an operator's request or a changed
+catalog entry causes an earlier decision."""
 
 
 class Scaler:
@@ -143,7 +143,7 @@ class Scaler:
     def replicas(self, spec: ModelSpec) -> int:
         """Return the number of replicas that the model should have on the type of GPU in `spec`.
 
-        Before the first pass this is the initial number in the entry.
+        Before the first pass this is the initial number in the model's catalog entry.
         """
         model = self._models.get(spec.name)
         return spec.replicas if model is None else model.replicas(spec)
@@ -166,7 +166,8 @@ class Scaler:
         return self._models[name].explain(limit)
 
     def counters(self) -> Mapping[str, tuple[Mapping[str, int], float]]:
-        """Return by model the number of decisions by action, and the GPU-seconds held. Both count since creation."""
+        """Return for each model the number of decisions for each action, and the GPU-seconds used. Both count since
+        creation."""
         return {name: model.counters() for name, model in self._models.items()}
 
     @property

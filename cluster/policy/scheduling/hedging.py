@@ -6,9 +6,9 @@ free, and the Submits to second workers must add little load.
 
 Method: a sequence is late once it has waited longer than the QUANTILE of the model's times to the first token for
 prompts of its size (first_token_times.py). A late sequence that is not hedged is checked again each time its wait has
-grown by the factor GROWTH. At the first check, a sequence is hedged only if at least BURST / 2 hedges are saved up; the
-rest is for sequences that have waited longer. A sequence that is a little late is likely to be answered soon, but a
-sequence on a slow worker is not.
+grown by the factor GROWTH. At the first check, a sequence is hedged only if at least BURST / 2 hedges are saved up, so
+that hedges are left for sequences that have waited longer. A sequence that is a little late is likely to be answered
+soon, but a sequence on a slow worker is not.
 
 Invariants: the hedges of a model never exceed `share` of the model's sequences that were sent so far, and at most BURST
 hedges are saved up. A sequence is hedged at most once before its first output. No sequence is hedged while sequences of
@@ -154,8 +154,8 @@ class HedgingPolicy:
         sent.was_hedged, sent.hedge = True, _Hedge(worker_id, uncached_tokens, now)
 
     def hedge_ended(self, key: str, won: bool, now: float) -> int:
-        """Record that only one of a sequence's two workers keeps the sequence: the second one if the hedge has `won`,
-        else the first one. Returns the number of prompt tokens that the losing worker was expected to compute."""
+        """Record that only one of a sequence's two workers keeps the sequence: the second worker if `won`, else the
+        first. Returns the number of prompt tokens that the other worker was expected to compute."""
         sent = self._sent.get(key)
         if sent is None or sent.hedge is None:
             return 0

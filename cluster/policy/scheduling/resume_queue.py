@@ -19,8 +19,8 @@ from cluster.policy.scheduling.instructions import ResumingSequence
 
 CACHED_WORKER_WAIT_S = 0.1
 """Seconds that a sequence waits for capacity on the worker that holds its KV blocks. After that time another worker may
-compute the sequence again. A short wait suffices: the slot of the lost gateway is free, and the worker grants the slot
-as soon as a gateway claims it."""
+compute the sequence again. A short wait suffices: if a gateway was lost, its slots on the worker are free, and the
+worker grants them as soon as another gateway claims them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,8 @@ class ResumeQueue:
         return (len(places), self._tokens[model]) if places else (0, 0)
 
     def cached_counts(self, model: str) -> Mapping[str, int]:
-        """Return the number of a model's queued sequences by the incarnation of the worker that holds their blocks."""
+        """Return the number of a model's queued sequences for each worker that holds their KV blocks, keyed by the
+        worker's incarnation."""
         return self._cached_counts.get(model, {})
 
     def waits_for(self, key: str, now: float) -> str:

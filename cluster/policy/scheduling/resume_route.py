@@ -15,7 +15,7 @@ def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate
 
     Two groups of workers are excluded. First, the workers in `sequence.excluded`, which failed the sequence. Second,
     the workers on the node where the sequence lost a worker just now: a lost host loses its workers one after the
-    other. An exclusion that leaves no compatible worker is dropped, because the excluded workers may be sound."""
+    other. An exclusion that leaves no compatible worker is dropped, because the excluded workers may be healthy."""
     holder = None
     if sequence.cached_on:
         holder = next((worker for worker in candidates if worker.incarnation == sequence.cached_on), None)

@@ -10,7 +10,7 @@ the queue.
 
 A sequence waits for the worker with the lowest cost (cost.py) on two conditions. First, the cost of this worker is
 lower than that of the best worker with room. Second, the first token from this worker is expected earlier than from the
-best worker with room, or within the time in which a usual worker computes `patience` prompt tokens. For both
+best worker with room, or within the time in which a usual worker computes CostWeights.patience prompt tokens. For both
 conditions, the sequences that are set aside for a worker count as if they were sent to it.
 
 Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once, for at most
@@ -67,7 +67,7 @@ class SetAside:
         self._by_key: dict[str, Aside] = {}
         self._by_model: dict[str, dict[str, Aside]] = {}
         self._before: dict[tuple[str, str], _Before] = {}
-        """Totals of the sequences that wait for a worker, by model and worker."""
+        """Totals of the sequences that wait for each worker, keyed by model and worker id."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key

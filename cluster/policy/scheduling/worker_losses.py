@@ -47,7 +47,8 @@ class WorkerLosses:
         self._most = most
         self._lost: deque[tuple[float, str, str]] = deque()
         self._suspects: dict[str, tuple[float, set[str]]] = {}
-        """The suspect sequences by the link that they lost last: time of the loss, and keys."""
+        """The suspect sequences, for each link: time of the link's loss, and keys of the sequences that lost this link
+        last."""
 
     def lost(self, link: str, now: float, unreachable: str = "") -> None:
         """Record an unexpected end of the link with this name. `unreachable`: the worker's incarnation if the worker's

@@ -103,7 +103,8 @@ class KeyEntry:
 class TenantEntry:
     """Tenant in the form that gateways use.
 
-    `origin`: `file` for a tenant that a file declares, else `api`. `model_aliases` are aliases of this tenant alone.
+    `origin`: `file` for a tenant that the configuration file declares, else `api`. `model_aliases` are aliases of this
+    tenant alone.
     """
 
     policy: TenantPolicy
@@ -137,8 +138,8 @@ class AccessSnapshot:
         return cls(sequence, taken_at_s, by_name, {key.digest: key for key in keys})
 
     def with_declared(self, policies: Iterable[TenantPolicy]) -> AccessSnapshot:
-        """Return a copy with the tenants that a file declares. A declared tenant replaces a stored tenant of the same
-        name."""
+        """Return a copy with the tenants that the configuration file declares. A declared tenant replaces a stored
+        tenant of the same name."""
         tenants = dict(self.tenants)
         for policy in policies:
             known = tenants.get(policy.name)

@@ -359,8 +359,8 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
 
 
 def check_kv_blocks(message: pb.KvBlocks) -> int:
-    """Check a report of KV blocks and return the size of its hashes in bytes. Raises ValueError for a report that no
-    worker would send."""
+    """Check a report of KV blocks and return the size of its hashes in bytes. Raises ValueError if the hashes are not
+    64-bit numbers or there are more than MAX_KV_BLOCKS."""
     stored, removed = len(message.stored), len(message.removed)
     if stored % 8 or removed % 8 or stored + removed > 8 * MAX_KV_BLOCKS:
         raise ValueError(f"kv_blocks: must be lists of 64-bit hashes, at most {MAX_KV_BLOCKS} in a message")
@@ -369,9 +369,9 @@ def check_kv_blocks(message: pb.KvBlocks) -> int:
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
     """Return the slots that have other data besides one token: a First, a Finish, log probabilities, SlotParts or a
-    vector. Parts in columns count only if any slot has several entries in the message: all slots with parts are then
-    included, because parts must stay with their tokens. Returns None for a message with `counts`, in which any slot may
-    have no token or several."""
+    vector. If any slot has several entries in the message, all slots with parts in columns are returned too, because
+    parts must stay with their tokens. Returns None for a message with `counts`, in which any slot may have no token or
+    several."""
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}
@@ -393,7 +393,7 @@ def outputs_from_pb(
     only: Collection[int] | None = None,
     columns: Mapping[int, Sequence[OutputPart]] | None = None,
 ) -> Iterator[tuple[int, TokenOutput]]:
-    """Yield (slot, output) once for each slot, or once for each slot in `only`.
+    """Yield (slot, output) once for each slot of the message; if `only` is given, only for the slots in `only`.
 
     A slot may have several entries in the message. They are merged into one output, with the slot's First, Finish, log
     probabilities, parts and vector. Slots are yielded in the order of their last entries. `columns`: the result of
@@ -560,7 +560,7 @@ def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.He
 
 def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
     """Decode a worker's Hello, the inverse of `hello_to_pb`. Raises ValueError if the sampling defaults are not a JSON
-    object, or for lengths of vectors or numbers of adapters outside their ranges."""
+    object, or if a vector length or a number of adapters is out of range."""
     identity = WorkerIdentity(
         worker_id=m.worker_id,
         incarnation=m.incarnation,

@@ -74,7 +74,7 @@ def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[WeightedValue[FlowBac
 
 
 def peer_backlogs_to_pb(waiting: Mapping[str, Sequence[WeightedValue[FlowBacklog]]]) -> Iterator[pb.Elsewhere]:
-    """Encode the backlogs of other gateways, by gateway."""
+    """Encode the backlogs of other gateways. `waiting`: each gateway's backlogs, keyed by gateway."""
     return (pb.Elsewhere(gateway=gateway, flows=_flows(flows)) for gateway, flows in waiting.items())
 
 

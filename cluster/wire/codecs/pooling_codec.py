@@ -32,7 +32,7 @@ def pooler_to_pb(info: PoolingInfo) -> pb.Pooler:
 
 def pooler_from_pb(m: pb.Pooler, capabilities: Iterable[str]) -> PoolingInfo:
     """Decode the properties of a pooling model; its tasks are taken from the worker's `capabilities`. Tasks that this
-    release does not know are left out. Raises ValueError for lengths of vectors outside their ranges."""
+    release does not know are left out. Raises ValueError if a length of vectors is out of range."""
     if not 1 <= m.dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"pooler.dimensions is {m.dimensions}, but must be 1 to {MAX_DIMENSIONS}")
     shorter = tuple(m.shorter_dimensions)
@@ -44,7 +44,8 @@ def pooler_from_pb(m: pb.Pooler, capabilities: Iterable[str]) -> PoolingInfo:
 
 
 def vectors_by_slot(vectors: Sequence[pb.SlotVector]) -> Mapping[int, bytes]:
-    """Return the vector of each slot that has one. Raises ValueError for a vector that no worker would send."""
+    """Return the vector of each slot that has one. Raises ValueError for a vector that is empty, longer than
+    MAX_DIMENSIONS, or not a whole number of float32 values."""
     out: dict[int, bytes] = {}
     for vector in vectors:
         size = len(vector.values)

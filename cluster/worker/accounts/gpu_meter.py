@@ -43,7 +43,7 @@ class _MeteredStep:
 
 
 class GpuMeter:
-    """The GPU time of one replica since `now`.
+    """The GPU time of one replica, measured from `now` on.
 
     `max_step_tokens`: the most tokens that the replica's engine computes in a step.
     """
@@ -72,7 +72,8 @@ class GpuMeter:
     def step(self, now: float, emitted: int, firsts: Sequence[tuple[GpuShare, int, int]] = ()) -> None:
         """Charge a step that emitted `emitted` tokens in all.
 
-        `firsts`: share, computed prompt tokens and emitted tokens of each request that got its first output.
+        `firsts`: share, computed prompt tokens and emitted tokens of each request that got its first output in this
+        step.
         """
         since = now if self._busy_since is None else self._busy_since
         self._busy_since = now
@@ -129,7 +130,7 @@ class GpuMeter:
         return owed
 
     def idle(self, now: float, running: Iterable[tuple[GpuShare, int]] = ()) -> float:
-        """Return the idle GPU-seconds since the last call.
+        """Return the idle GPU-seconds since the previous call of this method.
 
         `running`: share and generated tokens of each request that is not charged yet.
         """

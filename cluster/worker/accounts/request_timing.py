@@ -18,7 +18,8 @@ class RequestTiming:
 
     def record_first(self, engine: RequestTimes | None, now: float) -> None:
         """Record the engine's first output. `engine`: the durations that the engine has measured, if any. The rest of
-        the time counts as `wait_s`. Without measured durations, all the time counts as `prefill_s`."""
+        the time since the request was received counts as `wait_s`. Without measured durations, all of that time counts
+        as `prefill_s`."""
         self.first_output_at = self.last_output_at = now
         total_s = max(now - self.received_at, 0.0)
         if engine is None or engine.first_output_s <= 0:
@@ -32,7 +33,7 @@ class RequestTiming:
         self.last_output_at = now
 
     def pop_first(self) -> RequestTimes | None:
-        """Return the durations up to the first output; None before it, and after they were returned once."""
+        """Return the durations up to the first output, once. Returns None before that output and in later calls."""
         first, self._first = self._first, None
         return first
 

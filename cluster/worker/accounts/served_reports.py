@@ -28,7 +28,7 @@ class ServedReports:
         self._links: dict[int, tuple[str, Outbox]] = {}
 
     def attach(self, number: int, gateway: str, outbox: Outbox) -> None:
-        """Add a link and send it the current totals at once, even if there are none."""
+        """Add a link and send it the current totals at once, even an empty list."""
         self._links[number] = (gateway, outbox)
         self._meter.attach(number)
         outbox.served(self._report(number))
@@ -62,7 +62,8 @@ class ServedReports:
         self._meter.ended(request_id)
 
     def report(self, running: Iterable[tuple[str, int]]) -> None:
-        """Send every gateway its changed totals. `running`: request ids, each with the tokens generated so far."""
+        """Send every gateway the totals that have changed since the last report to that gateway. `running`: request
+        ids, each with the tokens generated so far."""
         for request_id, generated_tokens in running:
             self._meter.generated(request_id, generated_tokens)
         for number, (_, outbox) in self._links.items():

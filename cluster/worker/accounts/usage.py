@@ -1,4 +1,5 @@
-"""A worker's usage accounts: its replica's GPU time, and counts of ended requests until a gateway acknowledges them.
+"""A worker's usage accounts: its replica's GPU time, and records of ended requests, which are kept until a gateway
+acknowledges them.
 
 The rules are in ended_requests.py and gpu_meter.py; this module adds the clock, the links and the times of reports.
 """
@@ -62,7 +63,7 @@ class WorkerUsage:
     def detach(self, link: int, outbox: Outbox) -> None:
         """Remove a link that has ended. Records that the link has not acknowledged go to another link.
 
-        Tokens that were never written to the ended link are subtracted from the records' written tokens.
+        A request's tokens that were never written to the ended link are subtracted from `written_tokens` in its record.
         """
         self._outboxes.pop(link, None)
         self._keeper.detach(link, outbox.unwritten())
@@ -105,8 +106,7 @@ class WorkerUsage:
                     await self._acked.wait()
 
     def _report_idle(self) -> None:
-        """Keep a usage record of the idle time since the last report, which is the GPU time that is charged to no
-        request."""
+        """Keep a usage record of the idle time (GPU time that is charged to no request) since the last report."""
         gpu_seconds = self.meter.idle(time.monotonic(), list(self._running()))
         now_s = time.time()
         if gpu_seconds > 0:

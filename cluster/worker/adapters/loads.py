@@ -1,10 +1,10 @@
 """The adapters in the memory of a worker's engine: their loading, their removal to make room, and the requests that use
 them.
 
-The first request for an adapter that is not in memory loads it, in place of the least recently used adapter. Only this
-request waits, and after HOLD_S it is refused. Further requests for the adapter then stay at the gateways until the
-adapter is loaded, and delay no other requests there. Meanwhile the adapter that is to be replaced takes no new
-requests, so that steady requests for the adapters in memory do not keep others out.
+The first request for an adapter that is not in memory loads it, in place of the least recently used adapter. The
+request waits at most HOLD_S. If the load takes longer, the request is refused, and further requests for the adapter
+stay at the gateways until the load ends. They delay no other requests there. Meanwhile the adapter that is to be
+replaced takes no new requests, so that steady requests for the adapters in memory do not keep others out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ HOLD_S: Final = 2.0
 
 
 class AdapterLoads:
-    """The adapters in one engine's memory. Without `engine` there are none, and requests for them are refused."""
+    """The adapters in one engine's memory. Without `engine` there are no adapters, and requests for adapters are
+    refused."""
 
     def __init__(
         self,
@@ -87,8 +88,9 @@ class AdapterLoads:
     async def hold(self, digest: str) -> None:
         """Make sure that the engine holds the adapter until `release`, and load it first if need be.
 
-        Does nothing for the base model (""). Raises EngineRefused ADAPTER_INVALID for an adapter that is not ready
-        here or has not been loaded in HOLD_S seconds, and EngineDead.
+        Does nothing for the base model (""). Raises EngineRefused ADAPTER_INVALID if the adapter is not ready here,
+        takes no requests now, or has not been loaded in HOLD_S seconds. Raises EngineDead if the engine must be
+        replaced.
         """
         if not digest:
             return
@@ -205,8 +207,7 @@ class AdapterLoads:
             )
 
     def _close(self, digest: str) -> None:
-        """Refuse new requests for this adapter in memory, so that it can be replaced; "" to refuse them for no
-        adapter."""
+        """Refuse new requests for this adapter in memory, so that it can be replaced; "" ends the refusal."""
         self._closing = digest
         self._reports.mark_changed()
 

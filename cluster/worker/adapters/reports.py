@@ -16,8 +16,8 @@ from cluster.wire.outbox import Outbox
 REPORT_S: Final = 0.1
 """Least time in seconds between two reports to the gateways."""
 REPORT_S_EACH: Final = 0.0005
-"""Least time in seconds between two reports, for each adapter in a report. A gateway needs about a hundredth of this
-time for each adapter."""
+"""Least time in seconds between two reports, per adapter in a report. A gateway processes one adapter in about a
+hundredth of this time."""
 MOVES: Final = 4
 """Factor by which a report waits longer if only the adapters in the engine's slots have changed."""
 
@@ -49,7 +49,7 @@ class AdapterReports:
         self._changed.set()
 
     def mark_moved(self) -> None:
-        """Record that other adapters are in the engine's slots, which `run` then reports after a while."""
+        """Record that the adapters in the engine's slots have changed, which `run` then reports after a while."""
         if self._timer is None and not self._changed.is_set():
             self._timer = asyncio.get_running_loop().call_later(MOVES * self._pause_s, self._changed.set)
 

@@ -1,9 +1,9 @@
 """The adapters that a worker's gateways want: they are prepared and loaded, and their states are reported.
 
 Each adapter is prepared in a task of its own: fetched and checked in a thread, then loaded into the engine while there
-is room. An adapter that is checked and finds no room is ready, too: its next request loads it (loads.py). A failed
-adapter is tried again after a while and reported with the reason. An adapter that is no longer wanted refuses new
-requests, and leaves the engine when its last request has ended.
+is room. An adapter that is checked but not loaded, for lack of room, is ready, too: the next request for it loads it
+(loads.py). A failed adapter is tried again after a while and reported with the reason. An adapter that is no longer
+wanted refuses new requests, and leaves the engine when its last request has ended.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class WantedAdapter:
 
 
 class WorkerAdapters:
-    """The adapters of one worker. Without `engine` and `files` the worker has none, and refuses requests for them."""
+    """The adapters of one worker. Without `engine` and `files` the worker has no adapters, and refuses requests for
+    them."""
 
     def __init__(
         self,

@@ -3,11 +3,11 @@
 Problem: an engine on a GPU with a broken memory cell, or with a half-loaded checkpoint, keeps serving nonsense.
 `CheckedEngine` wraps an engine. At start it runs a fixed prompt greedily and keeps the answer as the reference. If the
 engine can resume a request with the emitted tokens installed as its output (`resume:exact` or `resume:state`), the
-wrapper also cuts the answer at a few positions and lets the engine continue it. This detects a rank without the resume
-plugin before any call. If an engine with `resume:exact` continues with different tokens (greedy or seeded), its
-capability becomes `resume:state`. After the start, every request that ends in ERROR (for example by NaN logits) starts
-another check while other requests run. A wrong answer raises EngineCorrupt from `step`, which ends the worker like a
-dead engine.
+wrapper also cuts the answer at a few positions and lets the engine continue it. So a rank that lacks the resume plugin
+is detected before the first call arrives. If an engine with `resume:exact` continues with different tokens (greedy or
+seeded), its capability becomes `resume:state`. After the start, every request that ends in ERROR (for example by NaN
+logits) starts another check while other requests run. A wrong answer raises EngineCorrupt from `step`, which ends the
+worker like a dead engine.
 
 The golden prompt of a pooling model is a pooling request, whose vector is compared (golden_vectors.py).
 

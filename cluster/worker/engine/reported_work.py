@@ -1,4 +1,4 @@
-"""Work that explains the age of an engine's step, as the engine's load reports it."""
+"""Work that explains why an engine's current step takes long; `EngineLoad.busy` reports the work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ grammar, which slows the steps of other requests. grammar_size.py bounds the siz
 """
 
 ADAPTER_S = 10.0
-"""Greatest age of a step, in seconds, that the load of an adapter explains. All of the engine's steps wait for it."""
+"""Greatest age of a step, in seconds, that the load of an adapter explains. All steps of the engine wait for the end of
+the load."""
 
 
 def reported_work(

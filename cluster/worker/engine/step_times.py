@@ -1,9 +1,9 @@
 """Durations of an engine's steps, which distinguish a hung step from a step with much work.
 
 Problem: a process that waits for a step cannot tell the two apart. Invariant: waiting prompt tokens explain a step's
-duration only up to a bound, so that a queue of prompts cannot hide a hang for long. The bound is the number of prompt
-tokens times the time per prompt token. That time is learned from the slowest steps so far (a quantile); before that, a
-high value is assumed.
+duration only up to a bound, so that a queue of prompts cannot hide a hang for a long time. The bound is the number of
+prompt tokens times the time per prompt token. That time is learned from the slowest steps so far (a quantile); before
+that, a high value is assumed.
 
 Quantiles come from a histogram whose buckets grow by a tenth. Its counts are halved now and then, so that old durations
 lose weight. To add a duration takes one logarithm. One thread adds durations; any thread may read.

@@ -129,10 +129,10 @@ def adjust(parser: Any, request: Any) -> None:
 
 
 def _reads_no_forced_call(parser: Any) -> bool:
-    """Return whether a forced call would be shown as content.
+    """Return whether a forced tool call would be parsed as content.
 
-    For a Mistral tokenizer of version 11 or newer in transformers' form, vLLM 0.32 forces a bare JSON array, which its
-    parser reads only with older tokenizers.
+    For a Mistral tokenizer of version 11 or newer in transformers' form, vLLM 0.32 forces the output to be a bare JSON
+    array, which vLLM's parser reads as a tool call only with older tokenizers.
     """
     inner = getattr(getattr(parser, "_tool_parser", None), "_parser_engine", parser)
     return getattr(inner, "_is_pre_v11", None) is False

@@ -1,6 +1,6 @@
-"""Coalescing of a tool call's arguments, for parsers that read a whole call again for each token.
+"""Coalescing of a tool call's arguments, for parsers that read the whole tool call again for each token.
 
-Such a parser costs O(n) a token, so a call with thousands of tokens would cost seconds. Once a call is long, its
+Such a parser costs O(n) per token, so a tool call with thousands of tokens would cost seconds. Once a call is long, its
 parser gets several tokens at a time, and their number grows with the call, which makes the cost of a token constant.
 Invariant: where a parse happens depends only on the tokens so far, never on how the engine's steps delivered them. So
 all splits of an output, and its replay on another worker, give the same parts.

@@ -1,8 +1,8 @@
 """The parsers of a model's family: vLLM's parsers of tool calls and of reasoning, by config.json and chat template.
 
 A family alone decides nothing: fine-tuned models of one architecture write tool calls in different formats, and vLLM's
-reasoning parsers read every output as reasoning until its end mark. So a parser is chosen only if the chat template
-contains the parser's marks. A model that matches no row gets no parser; `engine.tool_call_parser` and
+reasoning parsers read every output as reasoning until the mark that ends the reasoning. So a parser is chosen only if
+the chat template contains the parser's marks. A model that matches no row gets no parser; `engine.tool_call_parser` and
 `engine.reasoning_parser` override the choice.
 """
 

@@ -52,7 +52,7 @@ class KitSettings:
 
 @dataclass(frozen=True, slots=True)
 class ParserKit:
-    """A model's tokenizer and vLLM's parser class for it."""
+    """A model's tokenizer and vLLM's parser class for the model."""
 
     tokenizer: Any
     parser_class: Any
@@ -148,7 +148,7 @@ def usable_parsers(settings: KitSettings, given: Container[str]) -> ParserNames:
 
 
 def kit_of(tokenizer: Any, settings: KitSettings) -> ParserKit:
-    """Return the kit of a loaded tokenizer. Raises ValueError as `load_kit`."""
+    """Return the kit of a loaded tokenizer. Raises ValueError as `load_kit` does."""
     try:
         from vllm.parser import ParserManager
     except ImportError as error:
@@ -185,7 +185,7 @@ def kit_of(tokenizer: Any, settings: KitSettings) -> ParserKit:
 def _load_harmony() -> None:
     """Load the vocabulary of the harmony format. Raises ValueError if that is impossible.
 
-    vLLM loads it with the first request, which would then fail.
+    Otherwise vLLM would load the vocabulary with the first request, and the request would fail.
     """
     from vllm.entrypoints.openai.parser.harmony_utils import get_encoding
 

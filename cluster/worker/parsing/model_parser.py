@@ -41,8 +41,8 @@ def model_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser 
 def model_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRenderer | None:
     """Return the renderer of a model on vLLM; None if gateways render its chat template. Blocks, and imports vLLM.
 
-    If the renderer cannot be loaded, the result is None for a model that has a chat template too, which gateways then
-    render. For a model without a chat template, ValueError is raised.
+    If the renderer cannot be loaded and the model also has a chat template, return None: gateways then render the
+    template. Raises ValueError if the renderer cannot be loaded and there is no chat template.
     """
     name = renderer_in(bundle)
     if not name:

@@ -21,7 +21,8 @@ def refused(field: str, reason: str) -> EngineRefused:
 
 
 def with_grammar(request: EngineRequest, opened: wire.Opened) -> EngineRequest:
-    """Return a request with the grammar of its session, and with the place where the grammar begins.
+    """Return a request with the grammar of its session, and with the values that decide from which token on the grammar
+    applies.
 
     Raises EngineRefused for a grammar that is too large.
     """

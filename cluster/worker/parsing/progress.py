@@ -1,7 +1,7 @@
 """The session on which a parser process works, in memory that it shares with its worker.
 
 The worker must find out at which request a parse hangs or the process ends. The process itself can then no longer
-report the request. So it records each session before the work on the session begins.
+report the request. So the process records each session before it works on the session.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ class ReplacedProcess(ABC):
                 await asyncio.sleep(RESTART_S)
 
     def _send(self, message: wire.Request) -> None:
-        """Send a message to the process. Without a loaded process, do nothing: the next one begins the work anew."""
+        """Send a message to the process. Without a loaded process, do nothing: the next process begins the work
+        anew."""
         if self._connection is not None and self._connection.is_ready:
             self._connection.send(message)
 

@@ -1,8 +1,8 @@
 """One request in the parser process: its tokens go through vLLM's detokenizer and parser, one token at a time.
 
-The parts of a streamed answer are those of vLLM's own server with one token a step. An answer that is not streamed is
-parsed as a whole, as in vLLM's own server. So the joined parts depend on the tokens alone, and a resumed request
-replays its tokens.
+The parts of a streamed answer equal those that vLLM's own server makes if each step gives one token. An answer that is
+not streamed is parsed as a whole, as in vLLM's own server. So the joined parts depend on the tokens alone, and a
+resumed request replays its tokens.
 """
 
 from __future__ import annotations

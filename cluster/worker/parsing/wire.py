@@ -92,7 +92,8 @@ class Opened(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 
 class Parsed(msgspec.Struct, array_like=True, frozen=True):
-    """Result of a session for one feed item. `kept`: number of the item's ids that count; all unless `stop` is set."""
+    """Result of a session for one feed item. `kept`: number of the item's ids up to the end of the stop string `stop`;
+    all ids if `stop` is empty."""
 
     number: int
     parts: Sequence[OutputPart]

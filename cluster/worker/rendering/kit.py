@@ -135,7 +135,7 @@ def _online_renderer(renderer: str, tokenizer: Any, folder: str) -> Any:
 def _config(renderer: str, folder: str) -> Any:
     """Return the fields of vLLM's configuration that its text renderers read.
 
-    They allow a prompt of any length, since the gateway checks the number of ids.
+    The fields allow a prompt of any length, since the gateway checks the number of ids.
     """
     hf_config = SimpleNamespace(model_type="gpt_oss" if renderer == HARMONY else "")
     model = SimpleNamespace(

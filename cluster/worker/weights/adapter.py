@@ -2,10 +2,11 @@
 them.
 
 Problem: vLLM accepts an adapter of another model and answers nonsense. It finds damage in the middle of a step, which
-ends the engine for all callers, and with several ranks even a failed load leaves the ranks' replies in disorder. So
-nothing may reach an engine that the engine could refuse, or would understand differently than its author. Only two
-files are read, adapter_config.json and adapter_model.safetensors, and both completely. The limits below bound the time
-and the memory of the checks. Every fault raises AdapterError, which names file, key, value and remedy.
+ends the engine for all callers, and with several ranks even a failed load leaves the ranks' replies in disorder. So an
+adapter must not reach an engine if the engine could refuse it, or would interpret it differently than the adapter's
+author. Only two files are read, adapter_config.json and adapter_model.safetensors, and both completely. The limits
+below bound the time and the memory of the checks. Every fault raises AdapterError, which names file, key, value and
+remedy.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def most_weight_bytes(base: Shapes, max_rank: int) -> int:
 
 @contextmanager
 def _guarded(folder: Path) -> Iterator[None]:
-    """Turn errors of files into AdapterError."""
+    """While the context is open, turn OSError into AdapterError."""
     try:
         yield
     except OSError as error:
@@ -196,8 +197,8 @@ def _guarded(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def open_regular(folder: Path, name: str, most_bytes: int) -> Iterator[BinaryIO]:
-    """Open a regular file of a folder. Links and other kinds of files are refused, and opening never blocks. Raises
-    AdapterError, OSError."""
+    """Open a regular file of a folder. Symbolic links and other kinds of files are refused, and opening never blocks.
+    Raises AdapterError, OSError."""
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

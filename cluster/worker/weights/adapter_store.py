@@ -170,7 +170,8 @@ class AdapterStore:
         return {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: weights, CARD: MAX_CARD_BYTES}
 
     def _copy(self, source: Path, target: Path) -> None:
-        """Copy the adapter's two files and its card, and nothing else. Links are followed only in the hub's cache."""
+        """Copy the adapter's two files and its card, and nothing else. Symbolic links are followed only in the hub's
+        cache."""
         hub = (self.rules.cache_dir / "hub").resolve()
         for name, most in self._most_bytes().items():
             file = source / name

@@ -109,7 +109,7 @@ def _read_record(record: Path, stamps: dict[str, list[int]]) -> str:
 
 
 def _write_record(record: Path, content: dict[str, object]) -> None:
-    """Write the record atomically. Errors are ignored, since without the record only the next call takes longer."""
+    """Write the record atomically. Errors are ignored, since a missing record only makes the next call slower."""
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=record.parent, delete=False) as file:

@@ -41,7 +41,7 @@ WEB_NAMES = (
     INDEX,
     *sentence_modules.SETTINGS,
 )
-"""Files to try on a web server, which cannot be listed. Weights are the files in the index, or a single file."""
+"""Files to try on a web server, whose files cannot be listed. Weights are the files in the index, or a single file."""
 TRIES = 3
 
 Progress = Callable[[int, int, str], None]

@@ -22,8 +22,8 @@ def reporting_bar(progress: Progress, name: str) -> type[Any]:
     """Return a class of progress bars for the argument `tqdm_class` of snapshot_download. The bars show nothing and
     report the bytes of the most advanced bar to `progress`. `name`: the repository's name.
 
-    snapshot_download has one bar that counts files, and one or two bars that count bytes: it knows two ways of
-    transfer.
+    snapshot_download has one bar that counts files, and one or two bars that count bytes, since it can transfer files
+    in two ways.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 

@@ -56,8 +56,8 @@ def _text(value: Any) -> str:
 def why_refused(named: str, card: Card, allowed: tuple[str, ...]) -> str:
     """Return why a model's licence forbids loading the model; "" if loading is allowed.
 
-    `named`: the licence in the catalog entry, used if the card names none; it must not contradict the card. `allowed`:
-    names of allowed licences; empty allows all.
+    `named`: the licence in the catalog entry, used if the card names no licence; it must not contradict the card.
+    `allowed`: names of allowed licences; empty allows all.
     """
     if not allowed:
         return ""

@@ -90,8 +90,8 @@ def _parse(content: bytes, length: int) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict. Raises ValueError for a key that occurs twice: readers differ in the value that
-    they use.
+    """Return a JSON object as a dict. Raises ValueError for a key that occurs twice: JSON parsers differ in the value
+    that they use.
 
     For `object_pairs_hook` of json.loads.
     """

@@ -16,7 +16,7 @@ from cluster.cli.target.admin_client import Admin, plain, with_admin
 
 POLL_S = 0.2
 LAG_S = 2.0
-"""Extra time to wait, in seconds, because the gateway learns a worker's new state with a delay."""
+"""Extra time to wait, in seconds, because a worker's new state reaches the gateway with a delay."""
 
 TargetArgument = Annotated[
     str,

@@ -1,5 +1,5 @@
-"""Command `explain request`, which shows the workers that got a call, the reasons, and the predicted and the actual
-number of cached prompt tokens."""
+"""Command `explain request`, which shows which workers got a call and why, and the predicted and the actual number of
+cached prompt tokens."""
 
 from __future__ import annotations
 

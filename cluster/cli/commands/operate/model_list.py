@@ -95,7 +95,7 @@ def _replicas(target: ClusterTarget) -> dict[str, dict[str, Any]]:
     """Return the replicas and nodes of each model from the admin API.
 
     The result is empty if no admin address is known. If the admin API refuses or does not answer, a note is printed and
-    the result is empty too, because callers need not be operators.
+    the result is empty too. This is no error, because the caller may not be an operator.
     """
     if target.admin is None and (target.is_named or local_run() is None):
         return {}
@@ -120,7 +120,7 @@ def _replicas(target: ClusterTarget) -> dict[str, dict[str, Any]]:
 
 
 def nodes_by_model(places: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """Count the workers of each model by node, given the model and node of each worker."""
+    """Return the number of workers on each node, for each model. `places`: the model and the node of each worker."""
     counts: dict[str, Counter[str]] = {}
     for model, node in places:
         counts.setdefault(model, Counter())[node] += 1

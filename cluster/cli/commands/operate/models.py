@@ -41,7 +41,7 @@ PruneOption = Annotated[
 
 def read_layers(paths: Sequence[Path]) -> tuple[list[list[Mapping[str, Any]]], list[str]]:
     """Read the models of YAML files. Each file is a cluster.yaml or values of the chart. The files of a folder are read
-    in order of name.
+    in the order of their names.
 
     Returns one list of models per YAML document, and the other top-level keys of the files. An invalid file ends the
     command with exit code 2.

@@ -80,7 +80,7 @@ def _row(each: SloSum) -> dict[str, Any]:
 
 
 def _objective(objective: SloObjective | None) -> str:
-    """Describe an objective in words. The target is unknown if the controller is of an older release."""
+    """Describe an SLO in words. If the controller is of an older release, the SLO's target is unknown."""
     if objective is None:
         return "-"
     target = f"{objective.target:.4g}" if objective.target else "unknown share"

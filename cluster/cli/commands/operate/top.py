@@ -22,7 +22,7 @@ from cluster.cli.top.screen import Picture, plain_picture, screen
 from cluster.client.errors import from_rpc
 
 KEYS_S = 0.25
-"""Longest time, in seconds, until a pressed key or a new size of the terminal takes effect."""
+"""Longest time, in seconds, until a pressed key or a change of the terminal's size takes effect."""
 
 
 @with_admin_target

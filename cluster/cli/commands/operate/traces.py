@@ -33,7 +33,7 @@ def traces(
 
 
 def start_receiver(listen: str) -> OtlpReceiver:
-    """Start a receiver that prints what it receives. Exits with an error if the address cannot be bound."""
+    """Start a receiver that prints the spans of each call. Exits with an error if the address cannot be bound."""
     from cluster.cli.span_trees import trees
     from cluster.observe.otlp_receiver import OtlpReceiver
 
@@ -46,6 +46,6 @@ def start_receiver(listen: str) -> OtlpReceiver:
 
 
 def with_tracing(config: Config, address: str) -> Config:
-    """Return a configuration with which gateways send the spans of all calls to a receiver on this host."""
+    """Return `config` with tracing: gateways send the spans of all calls to the receiver at `address` on this host."""
     tracing = Tracing(endpoint=f"http://{address}", sample_ratio=1.0)
     return config.model_copy(update={"observe": config.observe.model_copy(update={"tracing": tracing})})

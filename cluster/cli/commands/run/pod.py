@@ -2,8 +2,8 @@
 
 The chart runs these commands. Kubernetes restarts a process that has ended, and probes each process on a separate port.
 The probes use grpc.health.v1 in plain text, because a kubelet's probe has no TLS. If there are several controllers,
-only the holder of a Lease acts. Missing settings and files are reported before anything starts. With `--check`, nothing
-starts.
+only the holder of a Lease acts. Missing settings and files are reported before the process starts. With `--check`, the
+commands only report.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ async def run_pod_controller(
     """Run the controller until `stop` is set.
 
     If `lease` names a Lease, the controller runs only while this pod holds the Lease. `account` is the folder of the
-    pod's service account. `loaded` is the result of reading the configuration file, which may have invalid models.
-    The metrics in `metrics` and `gauges` are updated while the controller runs.
-    Raises ValueError if a Lease is named outside a pod.
+    pod's service account. `loaded` is the result of reading the configuration file, with its invalid models. The
+    metrics in `metrics` and `gauges` are updated while the controller runs. Raises ValueError if a Lease is named
+    outside a pod.
     """
     from cluster.controller.process import run_controller
 
@@ -211,7 +211,7 @@ def _load(file: Path, check: bool, lenient: Callable[[Path], PartialConfig]) -> 
 
 
 def _refuse_lacks(lacks: Iterator[str], file: Path, check: bool) -> None:
-    """Exit with code 2 if `lacks` yields a message. Otherwise, exit with code 0 if `check` is set."""
+    """Exit with code 2 if `lacks` yields a message. If it yields none and `check` is set, exit with code 0."""
     messages = [f"{file}: {lack}" for lack in lacks]
     if messages:
         fail("\n".join(messages), USAGE)
@@ -277,7 +277,7 @@ def _unreadable_tls_files(setting: str, tls: Tls | ClientTls | None) -> Iterator
 
 
 def unreadable_file(setting: str, path: Path, *, may_be_empty: bool = False) -> Iterator[str]:
-    """Yield a message if the file of a setting cannot be read. An empty file counts too, unless `may_be_empty`."""
+    """Yield a message if the file of a setting cannot be read, or if it is empty and not `may_be_empty`."""
     try:
         if not path.read_bytes().strip() and not may_be_empty:
             yield f"{setting}: {path} is empty"

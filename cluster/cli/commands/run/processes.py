@@ -215,7 +215,7 @@ def stop_on_signal() -> asyncio.Event:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run the main coroutine of a process. An error of the environment (a port, a file) becomes a one-line error."""
+    """Run the main coroutine of a process. An error with a port or a file is printed as one line."""
     try:
         asyncio.run(main)
     except (RuntimeError, OSError, ValueError) as error:

@@ -86,8 +86,8 @@ def up(
 def make_secrets(config: Config) -> None:
     """Create the missing secret files of a local cluster.
 
-    With an external Ray, no file is created, because a new file would be on this host only. All hosts must have the
-    same secret files.
+    With an external Ray, no file is created: all hosts must have the same secret files, and a new file would be on this
+    host only.
     """
     if config.ray:
         return
@@ -191,7 +191,7 @@ async def _run_cluster(config: Config, run: RunFolder, *, demo: bool, background
 
 
 async def _run_unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, Any]) -> bool:
-    """Run `work`, and cancel it if `stopping` is done first. Returns whether `work` was completed."""
+    """Run `work`, but cancel it if `stopping` is done first. Returns whether `work` was completed."""
     task = asyncio.ensure_future(work)
     await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if task.done():

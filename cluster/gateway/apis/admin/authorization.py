@@ -149,7 +149,8 @@ class AdminAuthorizer:
         self._threads: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        """Stop accepting work. Running database queries are left to end by themselves."""
+        """Stop accepting functions for the threads, and drop the functions that wait for a thread. Running functions
+        are not interrupted."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 

@@ -132,8 +132,8 @@ def stored_tenant(message: pb.Tenant) -> StoredTenant:
 
 
 def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
-    """Return the values that a Create request gives for a new tenant, by field. `unset`: paths of fields that stay
-    empty in the new tenant instead of getting their defaults; their value is None."""
+    """Return the values that a Create request gives for a new tenant, keyed by field. `unset`: paths of fields that
+    stay empty in the new tenant instead of getting their defaults; their value is None."""
     own = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     for path in unset:
         _set_path(own, *_split_path(path, "unset_mask"), None)
@@ -141,8 +141,8 @@ def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
 
 
 def changes(tenant: pb.Tenant, mask: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """Return the new values of an Update request by field, and the names of the map fields that are replaced as a
-    whole.
+    """Return the new values in an Update request, keyed by field, and the names of the map fields that are replaced as
+    a whole.
 
     The value None removes the field from the tenant. `mask`: paths of the fields to update; if it is empty, all fields
     that the request sets are updated."""

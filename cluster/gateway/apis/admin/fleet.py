@@ -187,7 +187,8 @@ class CatalogAdmin:
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, caller: AdminCaller
     ) -> adapters_pb2.ListAdaptersResponse:
-        """List the adapters of all models, or of one, with their state on this gateway's workers."""
+        """List the adapters of all models, or of the model that the request names, with the adapters' state on this
+        gateway's workers."""
         directory, name = self._directory, request.name
         models = [directory.lookup.resolve(name, began=True)] if name else directory.models
         known = {full_name(model.name, spec.name): (model, spec) for model in models for spec in model.adapters.specs}

@@ -54,7 +54,7 @@ class TenantServices:
 
     async def run(self, caller: AdminCaller, act: Callable[[LedgerTenantService], T]) -> T:
         """Call `act` with a LedgerTenantService that records the caller as the actor, and return the result of `act`.
-        Runs in a thread. Raises CallError."""
+        `act` runs in a thread. Raises a CallError in place of each LedgerError of `act`."""
         by = Actor(caller.actor, caller.source, details_of(caller))
         service = LedgerTenantService(
             self._tenants.ledger,
@@ -223,7 +223,7 @@ class KeysAdmin:
 
 
 def objectives_of(models: Iterable[KnownModel]) -> dict[str, SloObjective]:
-    """Return the SLOs of models, by name. A model without an SLO is left out."""
+    """Return the SLOs of models, keyed by model name. A model without an SLO is left out."""
     entries = [model.entry for model in models]
     return {
         entry.name: SloObjective(entry.slo_ttft_s, entry.slo_itl_s, entry.slo_target)

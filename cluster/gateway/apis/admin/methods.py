@@ -15,8 +15,8 @@ ADMIN_FILES = (admin_pb2.DESCRIPTOR, tenants_pb2.DESCRIPTOR, usage_pb2.DESCRIPTO
 def admin_methods(
     services: Mapping[str, object], forwarded: Callable[[MethodDescriptor, Verb], Method]
 ) -> Mapping[str, AdminMethod]:
-    """Return all admin methods by their short names. `services`: objects with a function for each method, by the short
-    names of the services. `forwarded`: builds each method that the objects lack (forwarding.py)."""
+    """Return all admin methods, keyed by their short names. `services`: objects with a function for each method, keyed
+    by the short names of the services. `forwarded`: builds each method that the objects lack (forwarding.py)."""
     methods = {}
     for file in ADMIN_FILES:
         for service in file.services_by_name.values():

@@ -30,15 +30,15 @@ def page_size(requested: int) -> int:
 
 
 def next_token(after: Any, *list_key: str) -> str:
-    """Return the token of the page that begins after the position `after` of a list. `list_key`: the parameters of the
-    list."""
+    """Return the page token with which the caller requests the rows after the position `after` of a list. `list_key`:
+    the parameters of the list."""
     raw = json.dumps([_digest(list_key), after], separators=(",", ":")).encode()
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
 def position_of(token: str, kinds: tuple[type, ...], *list_key: str) -> tuple[Any, ...] | None:
-    """Return the position in the list after which the page of `token` begins; None for the first page. Raises
-    CallError.
+    """Return the position in the list after which the page of `token` begins; None for the first page. Raises CallError
+    if the token is invalid or belongs to a list with other parameters.
 
     `kinds`: the types of the values in a position. `list_key`: the parameters of the list."""
     if not token:
@@ -65,10 +65,10 @@ def _digest(list_key: tuple[str, ...]) -> str:
 
 
 def parse_filter(text: str, known: Mapping[str, str]) -> dict[str, str]:
-    """Return the values of a filter like `a = "x" AND b.c = y`, by field. Raises CallError.
+    """Return the values in a filter like `a = "x" AND b.c = y`, keyed by field. Raises CallError for an invalid filter.
 
     `known`: the fields that a filter may name, each with the text that error messages show for it. If `labels` is one
-    of them, a filter may name the label `x` as `labels.x`.
+    of these fields, a filter may name the label `x` as `labels.x`.
     """
     values: dict[str, str] = {}
     if len(text) > MAX_FILTER:

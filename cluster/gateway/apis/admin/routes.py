@@ -1,8 +1,8 @@
 """Explanations of routing decisions: which workers got the sequences of a call, why, and what came of it.
 
 A caller that may access only one tenant sees the calls of that tenant. As in usage records, the gateway and the names
-and scores of workers are removed from the answers to this caller. Each decision is explained in sentences, which are
-made after this removal, so that they cannot name a worker.
+and scores of workers are removed from the answers to such a caller. The sentences that explain a decision are made
+after this removal, so that the sentences cannot name a worker.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _hide_places(call: pb.ExplainedCall) -> None:
 
 
 def why(route: pb.ExplainedRoute) -> str:
-    """Return the reason of a decision in words, from the fields that the caller may see."""
+    """Return the explanation of a routing decision in sentences, made from the fields that the caller may see."""
     worker = route.worker or "The worker"
     among = f"of the workers that could take the call ({route.compared} compared)"
     others = [each for each in route.candidates if each.worker != route.worker]

@@ -31,7 +31,7 @@ WINDOW_S = 60.0
 SERVICE = "cluster.admin.v1.Fleet"
 TAG = "x-headrace-tag-bin"
 CONSOLE = "AskConsole"
-"""Method for questions of the console. Questions and answers are JSON."""
+"""Name of the method with which a console requests data from the other processes. Requests and answers are JSON."""
 METHODS: Mapping[str, tuple[Any, Any]] = {
     CONSOLE: (BytesValue, BytesValue),
     "AbortRequest": (admin_pb2.AbortRequestRequest, admin_pb2.AbortRequestResponse),
@@ -64,7 +64,8 @@ class Siblings:
         self._secrets = tuple(secrets)
         self._answers = dict(answers)
         self._channels: dict[str, grpc.aio.Channel] = {}
-        """Open connections to the other processes, kept because the console sends a request every second."""
+        """Connections to the other processes, keyed by address. They stay open because the console sends a request
+        every second."""
         self._clock = clock
 
     # ---- requests
@@ -100,8 +101,8 @@ class Siblings:
         return answer
 
     async def _forget(self, address: str) -> None:
-        """Close the open connection to a process that has not answered. The next request then opens a new connection,
-        with the certificate files as they are then."""
+        """Close the connection to a process that has not answered. The next request opens a new connection and reads
+        the certificate files again."""
         channel = self._channels.pop(address, None)
         if channel is not None:
             await channel.close()
@@ -112,7 +113,7 @@ class Siblings:
             await self._forget(address)
 
     def answer(self, method: str, function: Callable[[Any], Message | Awaitable[Message]]) -> None:
-        """Set the function that answers a method."""
+        """Set the function that answers the requests of a method."""
         self._answers[method] = function
 
     def _tag(self, method: str, request: Message) -> bytes:

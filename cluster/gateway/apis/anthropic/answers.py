@@ -17,7 +17,8 @@ from cluster.gateway.calls.tool_call_ids import id_in_answer
 from cluster.gateway.models.target import Target
 
 ToolId = Callable[[OutputPart], str]
-"""Function that returns the shown id of a tool call. The argument is the part with the name of the function."""
+"""Function that returns the id that a client sees for a tool call. The argument is the output part that names the
+called function."""
 
 LIFECYCLE: Final = "active"
 """The lifecycle stage of every model in a model list."""
@@ -48,7 +49,8 @@ def parts_of(piece: Piece) -> Sequence[OutputPart]:
 
 
 def stop_of(piece: Piece, last_arguments: Sequence[str] = ()) -> tuple[str, str | None]:
-    """Return the stop reason of an answer, and the stop sequence that ended the answer; None if none did.
+    """Return two values: the stop reason of an answer, and the stop sequence that ended the answer. The second value is
+    None if no stop sequence ended the answer.
 
     `piece`: the last piece of the answer. `last_arguments`: the fragments of the last tool call's arguments. If a stop
     sequence has cut the last tool call, the stop reason is `stop_sequence`. It must not be `tool_use`, because a client
@@ -62,7 +64,8 @@ def stop_of(piece: Piece, last_arguments: Sequence[str] = ()) -> tuple[str, str 
 
 
 def usage_of(usage: CallUsage) -> dict[str, Any]:
-    """Return Anthropic's usage object. Its input tokens do not include the prompt tokens that were in the cache."""
+    """Return Anthropic's usage object. The object's input tokens do not include the prompt tokens that were in the
+    cache."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -88,7 +91,7 @@ class ContentBlocks:
         self._texts: list[list[str]] = []
         """The texts of each block, not joined yet."""
         self._of_call: dict[int, int] = {}
-        """Position of the block of each tool call."""
+        """Position of each tool call's block, keyed by the number of the tool call."""
 
     def add(self, part: OutputPart) -> None:
         """Add the next part of the answer."""
@@ -152,7 +155,7 @@ def _finite(digits: str) -> float:
 
 
 def message_head(call: Call) -> dict[str, Any]:
-    """Return the fields of an answer that are known before it ends."""
+    """Return those fields of an answer that are known before the answer ends."""
     return {"id": message_id(call), "type": "message", "role": "assistant", "model": call.shown_model}
 
 

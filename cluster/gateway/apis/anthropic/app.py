@@ -48,7 +48,7 @@ class AnthropicApi:
         self._created = time.time()
 
     def endpoints(self) -> Mapping[str, Application]:
-        """Return the endpoints by path. OpenAI's API has the same paths for models."""
+        """Return the endpoints, keyed by path. The paths for models are also paths of OpenAI's API."""
         authenticate = by_credentials(self._service.authenticator)
 
         def endpoint(method: str, answer: Callable[[Exchange], Awaitable[None]]) -> Endpoint:
@@ -145,8 +145,8 @@ def _page(query: Mapping[str, Sequence[str]]) -> tuple[int, str, str]:
 
 
 class ByVersion:
-    """The ASGI application for a path that two APIs share. A request with Anthropic's version header, or below
-    /v1/messages, is Anthropic's; `other` answers all other requests."""
+    """The ASGI application for a path that two APIs share. `anthropic` answers a request that has Anthropic's version
+    header or a path below /v1/messages; `other` answers all other requests."""
 
     def __init__(self, anthropic: Application, other: Application) -> None:
         self._anthropic = anthropic

@@ -10,7 +10,7 @@ from cluster.gateway.apis.openai.fields import Fields, unsupported
 from cluster.gateway.calls.request import MAX_MESSAGES
 
 TOOL_ID_PREFIX: Final = "toolu_"
-"""Prefix of tool call ids in this API. Templates and OpenAI's API have the ids without it."""
+"""Prefix of tool call ids in this API. Chat templates and OpenAI's API use the ids without this prefix."""
 ROLES: Final = ("user", "assistant", "system")
 BILLING_HEADER: Final = "x-anthropic-billing-header"
 """Beginning of a line that Claude Code puts before its system prompt. The line is left out, because it changes with
@@ -86,7 +86,7 @@ def _content(texts: list[str]) -> str | list[dict[str, str]] | None:
 
 
 class _Conversation:
-    """The messages translated so far."""
+    """The OpenAI messages into which messages of Anthropic's API have been translated so far."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []

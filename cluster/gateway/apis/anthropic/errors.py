@@ -71,8 +71,8 @@ FORM: Final = MessagesForm()
 
 
 def with_messages_names(error: CallError, names: Mapping[str, str]) -> CallError:
-    """Return the error with the field names of the caller's body. `names`: see ParsedRequest. The schema of a tool,
-    which is `function.parameters` in OpenAI's form, is named `input_schema`."""
+    """Return the error with each field under the name that it has in the caller's body. `names`: see ParsedRequest. The
+    schema of a tool, which is `function.parameters` in OpenAI's form, is named `input_schema`."""
     error = with_caller_names(error, names)
     renamed = [Violation(_tool_field(v.field), v.description) for v in error.violations]
     if renamed == list(error.violations):

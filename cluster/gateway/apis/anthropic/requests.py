@@ -3,7 +3,7 @@
 Messages are translated to those of OpenAI's API as in vLLM 0.32 (`entrypoints/anthropic/serving.py`), so that a chat
 template renders the same prompt for both APIs: a `tool_result` is a message of the role tool, a `tool_use` is a tool
 call of the assistant, and `thinking` is the assistant's reasoning. A known field or block that would change the answer
-and is not supported is refused by name. Hints and unknown fields are ignored.
+and is not supported is refused; the error names the field. Hints and unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ NAMES: Final[Mapping[str, str]] = {
     "max_reasoning_tokens": "thinking.budget_tokens",
     "chat_template_kwargs_json": "chat_template_kwargs",
 }
-"""Names of fields in the caller's body, by the names of these fields in a generation request."""
+"""Names of fields in the caller's body, keyed by the names of these fields in a generation request."""
 
 
 def parse_messages(body: Fields) -> ParsedRequest:
@@ -112,8 +112,8 @@ def _check_metadata(body: Fields) -> None:
 
 
 def _chat(body: Fields, *, is_whole: bool) -> tuple[ChatPrompt, OutputOptions]:
-    """Return the prompt, and the options for the parsing of the output. `is_whole`: whether the caller gets the answer
-    as a whole."""
+    """Return the prompt, and the options for the parsing of the output. `is_whole`: True if the caller gets the answer
+    as a whole, False for a stream."""
     messages = _messages(body)
     tools = _tools(body)
     choice, parallel = _tool_choice(body, tools)
@@ -285,4 +285,4 @@ PARSERS: Final[Mapping[str, Callable[[Fields], ParsedRequest]]] = {
     "messages": parse_messages,
     "count_tokens": parse_count,
 }
-"""The parsers, by the name that is passed to Bodies.http."""
+"""The parsers, keyed by the name that is passed to Bodies.http."""

@@ -62,7 +62,7 @@ class BlockEvents:
         self._start = ""
         """Beginning of each delta event of the open block, up to the place where the text of the part is inserted."""
         self._of_call: dict[int, int] = {}
-        """Position of the block of each tool call."""
+        """Position of each tool call's block, keyed by the number of the tool call."""
         self._last_call = 0
         self.last_arguments: list[str] = []
         """Fragments of the arguments of the last tool call."""
@@ -73,7 +73,7 @@ class BlockEvents:
         return self._open is PartKind.CONTENT
 
     def text(self, text: str) -> str:
-        """Return the event of further text in the open block."""
+        """Return the event that adds `text` to the open block."""
         return self._start + _escape(text) + _DELTA_END
 
     def parts(self, parts: Iterable[OutputPart]) -> str:
@@ -149,7 +149,8 @@ class MessageEvents:
         return begun + body
 
     def _message_start(self) -> str:
-        """Return the first event. It has the counts of prompt and cached tokens, which the first output has shown."""
+        """Return the first event of the stream. The event has the counts of prompt and cached tokens, which are known
+        since the first output."""
         self._started = True
         unknown: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
         message = {**self._head, **unknown, "usage": answers.usage_of(self._usage())}

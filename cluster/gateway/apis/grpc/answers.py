@@ -88,8 +88,8 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
 
 
 def chat_text_start(size: int) -> bytes:
-    """Return the bytes between the head and the text of a serialized ChatChunk that holds only a text of choice 0. The
-    bytes are the heads of ChatChunk.choices, ChoiceDelta.delta and Message.content. `size`: bytes of the text.
+    """Return the bytes directly before the text in a serialized ChatChunk that holds only a text of choice 0: the tags
+    and lengths of ChatChunk.choices, ChoiceDelta.delta and Message.content. `size`: size of the text in bytes.
 
     Chunks of text are serialized by hand because they are the most frequent messages. Building such a chunk from
     protobuf objects costs four times as much (docs/performance.md).
@@ -100,8 +100,8 @@ def chat_text_start(size: int) -> bytes:
 
 
 def complete_text_start(size: int) -> bytes:
-    """Return the same as `chat_text_start` for a CompleteChunk: the heads of CompleteChunk.choices and
-    CompleteChoice.text."""
+    """Return for a CompleteChunk what `chat_text_start` returns for a ChatChunk: the tags and lengths of
+    CompleteChunk.choices and CompleteChoice.text."""
     text = b"\x12" + varint(size)
     return b"\x1a" + varint(len(text) + size) + text
 
@@ -112,7 +112,8 @@ def offset_field(offset: int) -> bytes:
 
 
 def empty_chunk(head: bytes, offset: int) -> bytes:
-    """Return a serialized ChatChunk or CompleteChunk without choices."""
+    """Return a serialized ChatChunk or CompleteChunk without choices. `head`: the serialized fields `id` and
+    `model`."""
     return head + offset_field(offset)
 
 
@@ -127,7 +128,7 @@ def resumed(is_chat: bool, chunk: bytes) -> bytes:
 
 
 def event_chunk(call_id: int, is_chat: bool, chunk: bytes) -> bytes:
-    """Return a SessionEvent that holds a chunk, which is serialized already. The event is serialized as an element of
+    """Return a SessionEvent that holds `chunk`, a serialized chunk. The event is serialized as an element of
     SessionEvents."""
     head = b"\x08" + varint(call_id) if call_id else b""
     body = head + (b"\x1a" if is_chat else b"\x22") + varint(len(chunk)) + chunk
@@ -175,7 +176,8 @@ def _varint(value: int) -> bytes:
 
 _SMALL = [_varint(value) for value in range(2048)]
 _ELEMENT = [b"\x0a" + bytes([length + 1]) for length in range(127)]
-"""The beginning of an element of SessionEvents, by its length without the length of its text."""
+"""The tag and the length of an element of SessionEvents. Index: size of the element in bytes, not counting the byte
+with the length of the text."""
 OFFSETS = [b"\x28" + varint(offset) for offset in range(4096)]
 CHAT_TEXT_STARTS = [chat_text_start(size) for size in range(512)]
 COMPLETE_TEXT_STARTS = [complete_text_start(size) for size in range(512)]
@@ -275,8 +277,9 @@ def progress_pb(progress: CallProgress) -> pb.Progress:
 
 
 def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
-    """Return the capabilities that all workers of a model have in common, in the order of the first worker. The last
-    element is the weakest resume capability of any worker, if any has one. `each`: the capabilities of each worker."""
+    """Return the capabilities that all workers of a model have in common, in the order of the first worker. If any
+    worker has a resume capability, the last element is the weakest resume capability of all workers. `each`: the
+    capabilities of each worker."""
     first, *others = each or [()]
     words = [word for word in first if word not in RESUME_CAPABILITIES and all(word in other for other in others)]
     resume = weakest_resume_capability([word for words_of_worker in each for word in words_of_worker])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _KNOWN_OFFSETS = len(OFFSETS)
 
 Wrap = Callable[[bytes], bytes]
-"""Function that puts a serialized chunk into the message that is sent."""
+"""Function that wraps a serialized chunk in the serialized message that is sent, for example a ResumeChunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class Kind:
     response: Callable[[Call, Sequence[Piece]], Message]
     progress: Callable[[Call, pb.Progress], Message]
     text_start: Callable[[int], bytes]
-    """Function that returns the bytes between the head and a text of a size in bytes."""
+    """Function that returns the bytes directly before the text in a chunk that holds only a text. The argument is the
+    size of the text in bytes."""
     text_starts: Sequence[bytes]
     """The results of `text_start` for the smallest sizes."""
 
@@ -126,7 +127,7 @@ class SessionEncoder(GrpcEncoder):
         return b"".join(codec.text_event(self.event_head, text))
 
     def count_texts(self, number: int) -> None:
-        """Count texts that were sent without `encode_text`."""
+        """Count texts that were sent without `encode_text`, so that the offsets of later chunks are right."""
         self._offset += number
 
     def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:

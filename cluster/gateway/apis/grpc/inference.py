@@ -113,8 +113,8 @@ class InferenceApi:
         return str(principal.tenant.name)
 
     async def _session(self, request_iterator: object, context: Any) -> None:
-        """Serve a session. The caller is authenticated when the session starts, and again whenever tenants or keys
-        change."""
+        """Serve a session. The caller is authenticated when the session starts, and again periodically and whenever
+        tenants or keys change."""
         authenticator = self._service.authenticator
         try:
             caller = await authenticator.register(self._credentials(context))
@@ -242,7 +242,8 @@ def _model_pb(directory: ModelDirectory, target: Target, principal: Principal) -
 
 
 def paginate(names: Sequence[str], page_size: int, page_token: str) -> tuple[Sequence[str], str]:
-    """Return one page of sorted names, and the token of the next page (AIP-158). Raises CallError."""
+    """Return one page of sorted names, and the token of the next page (AIP-158). Raises CallError for a negative
+    `page_size` or an invalid `page_token`."""
     if page_size < 0:
         raise invalid("page_size", f"must not be negative, got {page_size}")
     after = _after(page_token) if page_token else ""
@@ -254,7 +255,8 @@ def paginate(names: Sequence[str], page_size: int, page_token: str) -> tuple[Seq
 
 
 def _after(page_token: str) -> str:
-    """Return the name that a page token holds. The page begins after this name. Raises CallError."""
+    """Return the name that a page token holds. The page begins after this name. Raises CallError for an invalid
+    token."""
     try:
         after = json.loads(bytes.fromhex(page_token[:MAX_PAGE_TOKEN]))["after"]
     except (ValueError, KeyError, TypeError, RecursionError):

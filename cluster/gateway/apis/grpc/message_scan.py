@@ -61,8 +61,8 @@ def scan(
     """Count the fields and list elements of a message at all levels of nesting.
 
     The scan ends once it has counted more than `most` fields and elements in all, or more than `members` elements of
-    one top-level field. `count_numbers`: whether packed numbers are counted one by one, in a count of their own.
-    Otherwise BYTES_PER_ELEMENT bytes of packed numbers count as one element.
+    one top-level field. `count_numbers`: whether packed numbers are counted one by one, separately from the elements.
+    If not, BYTES_PER_ELEMENT bytes of packed numbers count as one element.
     """
     state = _Scan(data, most, members or most, count_numbers)
     layout = _layout(descriptor)

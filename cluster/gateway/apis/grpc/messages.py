@@ -40,7 +40,7 @@ def check_count(name: str, values: Sized, most: int, what: str) -> None:
 
 
 def check_messages(messages: Sequence[pb.Message]) -> None:
-    """Raise CallError for no messages or too many. The messages are not read."""
+    """Raise CallError if there are no messages or too many. Only the number of messages is checked."""
     if not messages:
         raise invalid("messages", "must not be empty")
     check_count("messages", messages, MAX_MESSAGES, "messages")

@@ -55,7 +55,7 @@ MAX_BATCHED_REQUESTS = 1000
 """Upper bound on the number of requests in the field `more` of one session message."""
 MAX_PAGE_TOKEN = 8192
 MAX_SMALL_BYTES = 65_536
-"""Upper bound in bytes on a request of a method with an `only_field` (RequestReader). A longer request is refused
+"""Upper bound in bytes on a request of a method whose RequestReader names an `only_field`. A longer request is refused
 before it is parsed."""
 
 
@@ -132,7 +132,8 @@ def parse_complete(request: pb.CompleteRequest) -> GenerationRequest:
 
 
 def parse_resume(request: pb.ResumeRequest) -> GenerationRequest:
-    """Parse a ResumeRequest into the request that began the stream, with the resume tokens. Raises CallError."""
+    """Parse a ResumeRequest. The result is the request that began the stream, with the resume tokens and the offset
+    added. Raises CallError."""
     kind = request.WhichOneof("call")
     if kind is None:
         raise invalid("call", "must be chat or complete: the request that began the stream")
@@ -296,13 +297,13 @@ def _session_call(start: pb.SessionStart) -> SessionStart:
 
 @dataclass(frozen=True, slots=True)
 class RequestReader:
-    """The request type of a gRPC method, and the parser of the requests."""
+    """The request type of a gRPC method, and the parser of the method's requests."""
 
     kind: type[Message]
     read: Callable[[Any], Any]
     only_field: str = ""
-    """The only field that can make a request longer than MAX_SMALL_BYTES. Such a long request is refused. "" if
-    requests of this method may be longer."""
+    """The only field that can make a request longer than MAX_SMALL_BYTES; the error for such a request names this
+    field. "" if requests of the method may be longer."""
 
 
 def check_name(name: str) -> None:
@@ -343,7 +344,8 @@ def options_of(request: pb.ChatRequest | pb.CompleteRequest) -> RequestOptions:
 
 
 def _given(request: pb.ChatRequest | pb.CompleteRequest) -> Mapping[str, Any]:
-    """Return the set fields of a request by name. Reading only set fields is cheaper, as few fields are set."""
+    """Return the values of the fields that are set in a request, keyed by name. Few fields are set, so reading only
+    those is cheaper."""
     return {field.name: value for field, value in request.ListFields()}
 
 

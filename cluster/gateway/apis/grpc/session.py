@@ -1,6 +1,7 @@
 """Inference.SessionStream: many calls of one client on one stream.
 
-Calls of a session run through the same CallService as those of StreamChat; only the output differs: session_output.py.
+The same CallService runs the calls of sessions and the calls of StreamChat. Only the output differs
+(session_output.py).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class SessionOutput:
 
     def __init__(self, context: Any, over: asyncio.Future[None]) -> None:
         """`over`: a future whose result ends the session. The result is set once everything is sent after `finish`, or
-        once the client has read nothing for too long."""
+        once the session must be closed because the client does not read."""
         self._context = context
         self._over = over
         self._loop = asyncio.get_running_loop()
@@ -39,7 +39,7 @@ class SessionOutput:
         self._halt: asyncio.Task[None] | None = None
         self.pass_scheduled = False
         self.dirty: dict[int, SessionWriter] = {}
-        """Writers of the calls that have output for the next pass, by call id."""
+        """Writers of the calls that have output for the next pass, keyed by call id."""
         self.parts: list[bytes] = []
         """Serialized events for the next message, each in one or several parts."""
         self.halted = False
@@ -49,7 +49,8 @@ class SessionOutput:
         read either."""
         self.client_reads.set()
         self.stalled = False
-        """Whether the session must be closed because the client has read nothing for too long."""
+        """Whether the session must be closed because the client has read nothing for too long, or too much output
+        waits."""
 
     def wake(self) -> None:
         """Schedule the pass that sends the new output, unless the client does not read."""
@@ -86,8 +87,8 @@ class SessionOutput:
             await asyncio.gather(self._halt, return_exceptions=True)
 
     def _pass(self) -> None:
-        """Send the next message. The message holds the events that already wait, then at most one event with the output
-        of each marked call."""
+        """Send the next message. The message holds the events that already wait, then at most one event for each call
+        in `dirty`."""
         self.pass_scheduled = False
         if self._over.done():
             return
@@ -106,7 +107,8 @@ class SessionOutput:
             self._over.set_result(None)
 
     async def _await_reader(self) -> None:
-        """Wait until the client reads. Close the session if the client lets too much output gather."""
+        """Wait until the client reads. Close the session if too much output gathers, or if the client reads nothing for
+        MAX_HALTED_S but sends requests."""
         since = self._loop.time()
         while True:
             try:
@@ -216,7 +218,7 @@ class SessionWriter:
             self._end()
 
     def _end(self) -> None:
-        """Write nothing more, and let `run` return."""
+        """Stop writing, and let `run` return."""
         self._open = False
         self._ended.set()
 

@@ -122,7 +122,8 @@ def _busy() -> Refused:
 
 
 async def _part(receive: Receive) -> tuple[bytes, bool]:
-    """Return the next part of the body, and whether more parts follow. Raises ConnectionResetError."""
+    """Return the next part of the body, and whether more parts follow. Raises ConnectionResetError if the client
+    disconnects."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ConnectionResetError

@@ -33,7 +33,8 @@ class HttpConnection:
         self.transport = transport
         self.refuse_body = refuse_body
         self.full = False
-        """Whether the client must read before more is written. A plain attribute, since every token checks it."""
+        """Whether the client must read before more is written. A plain attribute and not a property, because it is read
+        for every token."""
         self._flow = flow
         self._slot = slot
         self._end = end
@@ -82,7 +83,7 @@ class HttpConnection:
             self._on_lost = None
 
     def lose(self) -> None:
-        """Record that the connection is lost, and call the function that `watch` has set."""
+        """Record that the connection is lost, and call the function that `watch` or `watch_paused` was given."""
         self._lost, self.full = True, False
         if self._on_lost is not None:
             self._on_lost()

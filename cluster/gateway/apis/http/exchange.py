@@ -1,5 +1,5 @@
-"""An HTTP request with its response, and what all HTTP APIs do alike: authenticate, read a call's body, map errors to
-responses, and end a call whose client is gone. An `ApiForm` holds the differences between the APIs."""
+"""An HTTP request with its response, and the steps that all HTTP APIs share: authenticate, read a call's body, map
+errors to responses, and end a call whose client is gone. An `ApiForm` holds the differences between the APIs."""
 
 from __future__ import annotations
 

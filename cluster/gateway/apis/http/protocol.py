@@ -29,10 +29,11 @@ HEAD_PIECE_BYTES: Final = 4096
 """Number of bytes that are parsed at once outside of a body: about a hundred of the smallest requests, which take a
 millisecond."""
 BODY_PIECE_BYTES: Final = 16_384
-"""Upper bound on the bytes that are parsed at once of a body of unknown length. These bytes may hold thousands of
-chunks or some hundred requests."""
+"""Upper bound on the bytes that are parsed at once while a body of unknown length arrives. These bytes may hold
+thousands of chunks or some hundred requests."""
 LONG_PIECE_BYTES: Final = 1 << 16
-"""Upper bound on the bytes that are parsed at once of a body of known length. The parser only copies these bytes."""
+"""Upper bound on the bytes that are parsed at once while a body of known length arrives. The parser only copies these
+bytes."""
 MAX_LENGTH_DIGITS: Final = 18
 _HOST = re.compile(rb"[!-~]*")
 _VERSIONS: Final = ("1.0", "1.1")
@@ -124,7 +125,8 @@ class HttpProtocol(HttpToolsProtocol):
         """The number of requests that have begun."""
         self._in_body = False
         self._body_left = 0
-        """Number of bytes that the body still lacks, if the head states the body's length; otherwise 0 or less."""
+        """Number of bytes of the body that are still to come, if the head states the body's length; otherwise 0 or
+        less."""
         self._parsing = False
         self._ignoring_input = False
         """Whether all further bytes from the client are ignored."""

@@ -1,7 +1,7 @@
 """The transport of one HTTP response, which sends the head of the response together with the first part of its body.
 
-uvicorn alone writes the head and this part separately, which costs a second system call, and often a second wake-up of
-the client.
+Without this transport, uvicorn would write the head and this part separately, which costs a second system call, and
+often a second wake-up of the client.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Response(Protocol):
 
 class ResponseTransport:
     """The part of a transport's interface that uvicorn's RequestResponseCycle uses. The head of a response is held back
-    until the first part of the body is written, so the application must write that part without delay."""
+    until the first part of the body is written. The application must therefore write that part without delay."""
 
     __slots__ = ("_head", "_response", "_transport")
 

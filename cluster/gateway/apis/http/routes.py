@@ -12,7 +12,8 @@ from cluster.gateway.apis.http.protocol import CONNECTION
 
 
 def routed(endpoints: Mapping[str, Application], not_found: Application) -> Application:
-    """Return the ASGI application with these endpoints by path. `not_found`: answers all other paths."""
+    """Return the ASGI application that serves the endpoints. `endpoints`: keyed by path. `not_found`: answers all other
+    paths."""
     routes = [Route(path, endpoint, name=path) for path, endpoint in endpoints.items() if "{" in path]
     router = Router(routes, redirect_slashes=False, default=not_found)
 
@@ -26,7 +27,7 @@ def routed(endpoints: Mapping[str, Application], not_found: Application) -> Appl
 
 
 def not_found(form: ApiForm) -> Application:
-    """Return the ASGI application that answers paths at which there is nothing."""
+    """Return the ASGI application that answers requests for unknown paths with 404."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # a WebSocket: closed before it is accepted

@@ -43,8 +43,8 @@ class HttpServer:
         self._listener: http2.Listener | None = None
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
-        """Bind an address and serve; returns the port. `shared`: other processes may bind the port too. Raises
-        OSError."""
+        """Bind an address and serve; returns the port. `shared`: whether other processes may bind the port too. Raises
+        OSError if the address cannot be bound."""
         self._config.load()
         listener = http2.listening_socket(host, port, shared=shared)
         self._listener = http2.Listener(
@@ -54,7 +54,7 @@ class HttpServer:
         return int(listener.getsockname()[1])
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
-        """Abort the connections whose transport meets the condition. Returns the number of connections."""
+        """Abort the connections whose transport meets the condition. Returns the number of aborted connections."""
         cut = [connection.transport for connection in self._state.connections if condition(connection.transport)]
         for transport in cut:
             transport.abort()

@@ -16,7 +16,8 @@ from enum import Enum, auto
 
 @dataclass(frozen=True, slots=True)
 class TimeoutLimits:
-    """Time limits in seconds, and the least rate of a body, for the parts of a request and its response."""
+    """Time limits in seconds for the parts of a request and its response, and the least rate at which a body must
+    arrive."""
 
     check_s: float = 5.0
     """Seconds between two checks."""

@@ -76,8 +76,8 @@ def usage_of(usages: Sequence[CallUsage]) -> dict[str, Any]:
 
 
 def message_parts(call: Call, piece: Piece, *, stream: bool) -> dict[str, Any]:
-    """Return the fields of a message, or of a delta, that hold the parts of a piece. In a stream each tool call has its
-    index."""
+    """Return the fields of a message, or of a delta, that hold the parts of a piece. In a stream each tool call also
+    has the field `index`."""
     fields: dict[str, Any] = {}
     reasoning = "".join(part.text for part in piece.parts if part.kind is PartKind.REASONING)
     if reasoning:
@@ -183,7 +183,8 @@ class SseStream(ABC):
         return start
 
     def _one_part(self, piece: Piece, shift: int) -> str:
-        """Return the event of a piece that holds only one part, if this is cheaper than `_full`; else ""."""
+        """Return the event of a piece that holds only one part; "" if only `_full` can render the event. Cheaper than
+        `_full`."""
         return ""
 
     def _full(self, call: Call, piece: Piece, shift: int) -> str:

@@ -81,7 +81,7 @@ class OpenAiApi:
         self._created = int(time.time())
 
     def endpoints(self) -> Mapping[str, Application]:
-        """Return the endpoints by path."""
+        """Return the endpoints, keyed by path."""
         pooling = PoolingEndpoints(self._calls)
 
         def endpoint(method: str, answer: Callable[[Exchange], Awaitable[None]]) -> Endpoint:

@@ -31,7 +31,7 @@ def messages_of(body: Fields) -> list[Mapping[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a message has only a valid role and a text, in this order, so that it can be used as it is."""
+    """Return whether a message has only a valid role and a text, in this order. Such a message needs no conversion."""
     if type(value) is not dict or len(value) != 2 or next(iter(value)) != "role":
         return False
     return type(value.get("content")) is str and value["role"] in ROLES

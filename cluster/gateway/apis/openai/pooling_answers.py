@@ -15,7 +15,7 @@ from cluster.gateway.apis.slices import in_slices, with_commas
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
 
 PIECE_CHARS: Final = 1 << 16
-"""Characters of a document that are written at once."""
+"""Number of a document's characters that are written at once."""
 _escape = json.encoder.encode_basestring_ascii
 
 
@@ -43,8 +43,8 @@ async def rerank_answer(call: PoolingCall, results: Sequence[Ranked]) -> list[by
 
 
 def ranking_json(results: Sequence[Ranked]) -> Iterator[bytes]:
-    """Yield the JSON of a ranking with commas between its entries. A document may have 16 MB, so a long one is written
-    in pieces."""
+    """Yield the JSON of a ranking with commas between its entries. A long document is written in pieces, since a
+    document may have 16 MB."""
     for at, result in enumerate(results):
         yield f'{"," if at else ""}{{"index":{result.index},'.encode("ascii")
         if (text := result.text) is not None:

@@ -128,8 +128,8 @@ class ParsedRequest:
 
 
 def with_caller_names(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:
-    """Return the error with the field names of the caller's body. `prompt`: the index of the prompt with the error, if
-    the request has several prompts."""
+    """Return the error with each field under the name that it has in the caller's body. `names`: see ParsedRequest.
+    `prompt`: the index of the prompt with the error, if the request has several prompts."""
     if not error.violations:
         return error
     renamed = [Violation(_renamed(v.field, names, prompt), v.description) for v in error.violations]
@@ -223,8 +223,8 @@ def metadata_of(body: Fields) -> dict[str, str]:
 
 
 def priority_of(body: Fields) -> str:
-    """Return the priority class of a request; "" for the tenant's class. The number 0, vLLM's default, also means the
-    tenant's class."""
+    """Return the priority class of a request; "" for the class in the tenant's policy. The number 0, vLLM's default,
+    also means the class in the policy."""
     value = body.values.get("priority")
     if isinstance(value, int) and value != 0:
         raise unsupported("priority", "give the name of a priority class, or leave it out")

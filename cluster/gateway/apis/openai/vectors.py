@@ -1,6 +1,6 @@
 """JSON of the vectors in the answer of /v1/embeddings.
 
-The gateway imports this module after its start, because of numpy and orjson (deferred_imports.py).
+The gateway imports this module only after its start, because importing numpy and orjson is slow (deferred_imports.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A sequence of a pooling call: one input, which becomes one vector and no tokens.
 
-Like every other sequence it passes through queues, routing, links and accounts. If its worker is lost before the vector
-has arrived, there is nothing to resume, so the sequence starts over on another worker.
+Like every other sequence, a pooled sequence passes through queues, routing, links and accounts. If its worker is lost
+before the vector has arrived, there is nothing to resume, so the sequence starts over on another worker.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class PooledSequence(LinkedSequence[Owner]):
     """Sequence of one input of a pooling call. Implements the Sink of slots.py."""
 
     delivered: ClassVar[int] = 0
-    """See OutputSequence. Records of ended calls read this field and the next two. They are constants, since a pooled
-    sequence has no tokens and no tool calls."""
+    """See OutputSequence. Records of ended calls read `delivered` and the next two fields. All three are constants,
+    since a pooled sequence has no tokens and no tool calls."""
     reasoning_tokens: ClassVar[int] = 0
     tool_parser: ClassVar[str] = ""
     vector: bytes = field(init=False, default=b"")
@@ -107,7 +107,7 @@ class PooledSequence(LinkedSequence[Owner]):
         return bool(np.isfinite(np.frombuffer(vector, "<f4")).all())
 
     def _generates(self) -> None:
-        """End the call, because the worker generates tokens."""
+        """End the call, because the worker generates tokens instead of a vector."""
         self.call.fail(
             CallError(
                 Outcome.UNSUPPORTED_FEATURE,

@@ -82,9 +82,9 @@ class PoolingOpening(CallOpening):
         return self._task_of(model) is not None
 
     def _task_of(self, model: KnownModel) -> PoolingTask | None:
-        """Return the task by which a model answers the request; None if the model has no such task. While a model's
-        tasks are unknown, the task of texts is EMBED, and pairs raise CallError, because the encoding of pairs depends
-        on the task."""
+        """Return the task with which a model answers the request; None if the model has no suitable task. While a
+        model's tasks are unknown, the task of texts is EMBED, and pairs raise CallError, because the encoding of pairs
+        depends on the task."""
         tasks, is_pairs = model.capabilities.tasks, isinstance(self.request.inputs, PairInputs)
         if tasks is None:
             if is_pairs:

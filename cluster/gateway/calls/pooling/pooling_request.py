@@ -364,7 +364,7 @@ class ParsedPooling:
 
 
 def check_count(path: str, count: int) -> None:
-    """Raise CallError for a list of no inputs or of too many."""
+    """Raise CallError if a list has no inputs or too many inputs. `path`: the path of the list in the body."""
     if not count:
         raise invalid(path, "must not be empty")
     if count > MAX_INPUTS:

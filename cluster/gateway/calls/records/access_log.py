@@ -2,9 +2,10 @@
 prompt or answer.
 
 Calls that succeeded or were cancelled are sampled by their trace id or, without one, by their request id. So all
-gateways choose the same calls, and so does a caller that samples its traces with the same ratio. Calls that failed or
-were resumed are always chosen. The sampled calls and the always chosen calls each have a limit of lines a second, so
-that the log costs little whatever the number of calls. If lines are left out, the next line holds their number.
+gateways choose the same calls, and a caller that samples its traces with the same ratio chooses these calls too. Calls
+that failed or were resumed are always chosen. The sampled calls and the always chosen calls each have a limit of lines
+a second, so that the log costs little whatever the number of calls. If lines are left out, the next line holds the
+number of omitted lines.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _DIGITS = 3
 
 
 def is_sampled(trace_id: str, request_id: str, ratio: float) -> bool:
-    """Return whether a call is in the sample. The last 56 bits of its trace id decide; these bits are random (W3C Trace
-    Context Level 2). Without a trace id, a hash of the request id decides.
+    """Return whether a call is in the sample. The last 56 bits of the trace id decide, because these bits are random
+    (W3C Trace Context Level 2). Without a trace id, a hash of the request id decides.
 
     `trace_id`: 32 hex digits or ""."""
     if ratio >= 1:

@@ -15,7 +15,7 @@ from cluster.gateway.tracing.call_trace import MAX_ATTEMPTS, CallFacts, Sequence
 from cluster.observe import semantic_conventions as names
 
 MAX_NAME = 128
-"""Greatest length of a name that comes from the caller."""
+"""Maximum number of characters that are kept of a name that comes from the caller."""
 
 
 def call_facts(opening: Opening | PoolingOpening, outcome: Outcome, now: float) -> CallFacts:

@@ -9,7 +9,7 @@ FAILED = (FinishReason.ERROR, FinishReason.ABORT)
 """Finish reasons of an engine after which another engine may continue the sequence."""
 
 CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
-"""Names of request fields as callers know them, by the name of the engine field."""
+"""Callers' names of request fields, keyed by the engine's name of the field."""
 
 
 def refusal_of(reason: str, message: str, field: str) -> CallError:

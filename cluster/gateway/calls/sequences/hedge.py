@@ -2,8 +2,8 @@
 Submit is made.
 
 The sink of the first worker's slot is the sequence itself, and the sink of the second worker's slot is a `Hedge`. If
-the second worker answers first or the first worker fails, the sequence replaces the hedge as the sink, so that later
-tokens cost no more than those of other sequences.
+the second worker answers first or the first worker fails, the sequence replaces the hedge as the sink of that slot, so
+that later tokens cost no more than tokens of other sequences.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class Hedge:
         raise AssertionError("a token came before the first output")
 
     def output(self, output: TokenOutput) -> None:
-        """See Sink. The second worker keeps the sequence unless its engine could not begin the sequence."""
+        """See Sink. The second worker keeps the sequence, unless this output reports a failure of the second worker's
+        engine."""
         if self._is_over:
             return
         sequence = self.sequence

@@ -185,7 +185,7 @@ class Life:
         return reason
 
     def submission_refused(self, tokens: int) -> None:
-        """Record the refusal of the sequence by its worker. `tokens`: number of tokens emitted before."""
+        """Record that the worker has refused the sequence. `tokens`: number of tokens emitted before."""
         self.computed = bool(tokens)
 
     def lost(self, link: str, node: str, tokens: int, now: float) -> None:
@@ -203,7 +203,8 @@ class Life:
         self.loss.links = ()
 
     def restore_losses(self, losses: tuple[str, ...], tokens: int) -> None:
-        """Set the losses in a row that another gateway has recorded."""
+        """Set the unexpected losses in a row that happened at other gateways. `tokens`: number of tokens emitted so
+        far."""
         self.loss.links, self.loss.tokens = losses, tokens
 
     def fail_worker(self, reason: str, tokens: int) -> bool:
@@ -228,7 +229,8 @@ class Life:
         self.apply(Event.RESUME if resumes else Event.RETRY)
 
     def restore(self, worker: str, key: CompatibilityKey | None, tokens: int) -> None:
-        """Continue a sequence that another gateway, or an earlier stream of the call, had on this worker."""
+        """Continue a sequence that another gateway, or an earlier stream of the call, had on `worker`. `tokens`: number
+        of tokens emitted so far."""
         self.last_worker, self.compatibility = worker, key
         if tokens:
             self.reason = "gateway"

@@ -14,18 +14,18 @@ AnySequence = TypeVar("AnySequence", contravariant=True)
 
 
 class CallEvents(Protocol[AnySequence]):
-    """Receiver of the events of sequences, for the gateway's scheduler, accounts and metrics. The methods run in a
-    link's reader, so every method must be short and cannot await."""
+    """Receiver of the events of sequences, which passes them to the gateway's scheduler, accounts and metrics. The
+    methods run in a link's reader, so every method must be short and cannot await."""
 
     def requeue(self, sequence: AnySequence) -> None:
         """Queue the sequence again. The state of the sequence decides between the waiting room and the resume queue."""
 
     def began(self, sequence: AnySequence, cached_tokens: int) -> None:
-        """Handle a sequence's first output. `cached_tokens`: number of prompt tokens that were in the worker's
-        cache."""
+        """Handle the first output of a sequence that has no tokens yet. `cached_tokens`: number of prompt tokens that
+        were in the worker's cache."""
 
     def answered(self, link: WorkerLink) -> None:
-        """Handle the first output that a worker sends for a sequence."""
+        """Handle the first output that the worker of `link` sends for a sequence, also after a resume."""
 
     def worker_failed(self, link: WorkerLink) -> None:
         """Handle a worker whose engine could not continue a sequence."""
@@ -37,7 +37,7 @@ class CallEvents(Protocol[AnySequence]):
         """Handle a worker's refusal of a sequence."""
 
     def finished(self, sequence: AnySequence) -> None:
-        """Handle the end of one of many sequences of a call. The call may go on for long."""
+        """Handle the end of one of many sequences of a call. The call may go on for a long time."""
 
     def hedge_ended(self, sequence: AnySequence, won: bool, computed_by: str) -> None:
         """Handle the end of a sequence's hedge. Only one worker keeps the sequence: the second worker if the hedge has
@@ -78,7 +78,8 @@ class SequenceOwner(Protocol):
         """The output of the call, which the call's API reads."""
 
     def progressed(self, sequence: Any, tokens: int, now: float) -> None:
-        """Handle the new tokens of an engine step. The fast paths for a single token do not call this method."""
+        """Handle an engine step that has added `tokens` tokens to a sequence. The fast paths for a single token
+        (`OutputSequence.token`, `parsed_token`) do not call this method."""
 
     def began(self, sequence: Any, output: TokenOutput) -> None:
         """Handle the first output that a worker sends for the sequence."""

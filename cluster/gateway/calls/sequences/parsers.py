@@ -15,12 +15,13 @@ class WorkerParsers:
 
     def __init__(self) -> None:
         self._capabilities: tuple[str, ...] = ()
-        """The capabilities of the worker that name a parser; empty if the worker does not parse the output."""
+        """Those capabilities of the worker that name a parser; empty if the worker does not parse the output."""
 
     def accept(self, capabilities: Iterable[str], is_parsed: bool) -> bool:
         """Return whether a worker has the same parsers as the earlier workers of the output. If no earlier worker has
-        begun to parse the output, the parsers of this worker are recorded. `capabilities`: the worker's capabilities;
-        empty if the worker does not parse the output. `is_parsed`: whether an earlier worker has begun to parse it."""
+        begun to parse the output, record the parsers of this worker and return True. `capabilities`: the worker's
+        capabilities; empty if the worker does not parse the output. `is_parsed`: whether an earlier worker has begun to
+        parse it."""
         parsers = tuple(word for word in capabilities if word.startswith(PARSER_KINDS))
         if not is_parsed:
             self._capabilities = parsers

@@ -73,8 +73,9 @@ class PieceBuffer:
     # ---- from the sequence
 
     def restore(self, token_ids: Sequence[int], chars: int, is_finished: bool) -> None:
-        """Continue after these tokens. `chars`: number of characters of their text that another gateway has delivered.
-        `is_finished`: whether that gateway has delivered the end. Raises ValueError if the tokens have less text."""
+        """Continue after these tokens. `chars`: number of characters that another gateway has delivered of their text.
+        `is_finished`: whether that gateway has delivered the end. Raises ValueError if the text is shorter than
+        `chars`, or if the output has guards."""
         self._text.restore(token_ids, chars)
         if self._logprob_texts is not None:
             self._logprob_texts.restore(token_ids)

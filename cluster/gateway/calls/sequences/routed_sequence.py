@@ -49,8 +49,7 @@ class RoutedSequence(Generic[Owner]):
     finish_reason: str = field(init=False, default="")
     """Reason of the end in the words of the APIs; "" until the sequence has finished."""
     cached_tokens: int = field(init=False, default=0)
-    """Number of prompt tokens that were cached on the sequence's first worker, or on the worker that resumed the
-    sequence for this gateway."""
+    """Number of prompt tokens that were cached on the first worker that sent output of the sequence to this gateway."""
     route: Route | None = field(init=False, default=None)
     """The decision by which the sequence was sent to its worker."""
     last_token_at: float = field(init=False, default=0.0)
@@ -144,11 +143,11 @@ class RoutedSequence(Generic[Owner]):
         self.route = route
 
     def acquit(self) -> None:
-        """Forget the losses of the sequence, which is not their cause."""
+        """Forget the losses of the sequence, because the sequence did not cause them."""
         self.life.acquit()
 
     def restore_losses(self, losses: tuple[str, ...]) -> None:
-        """Set the losses in a row that another gateway has recorded."""
+        """Set the unexpected losses in a row that happened at other gateways."""
         self.life.restore_losses(losses, len(self.emitted))
 
     # ---- the worker

@@ -1,5 +1,5 @@
-"""One of the n outputs of a call. The tokens arrive from the link and become text, which waits for the API or goes
-directly to it.
+"""One of the n outputs of a call. The tokens arrive from the link and become text. The text waits for the API or is
+passed directly to the API.
 
 Tokens become text when they arrive, not when the client reads. So a stop string ends the engine's work at once, even if
 the client is slow. A slow client gets several tokens in one piece.
@@ -42,9 +42,11 @@ class OutputSequence(LinkedSequence[Owner]):
     reasoning_tokens: int = field(init=False, default=0)
     """Number of reasoning tokens in the whole output, known when the output ends."""
     direct: Callable[[str], None] | None = field(init=False, default=None)
-    """Function that gets the text of each further token that brings nothing but text; None to keep the text."""
+    """Function that gets the text of each further token that brings nothing but text; None: the text is kept for the
+    next piece."""
     direct_content: Callable[[str], None] | None = field(init=False, default=None)
-    """The same for a parsed output: function that gets the content of each further token that brings only content."""
+    """Like `direct`, for a parsed output: function that gets the content of each further token that brings only
+    content."""
     parsers: WorkerParsers = field(init=False, default_factory=WorkerParsers)
     """The parsers of the output's workers."""
     call_output: Notifier = field(init=False)
@@ -64,7 +66,8 @@ class OutputSequence(LinkedSequence[Owner]):
         self, token_ids: Sequence[int], chars: int, finish_reason: str, worker: str, key: CompatibilityKey | None
     ) -> None:
         """Continue the sequence after these tokens, which another gateway has received. `chars`: number of characters
-        of their text that were delivered. Raises ValueError if the tokens have less text."""
+        that were delivered of their text. Raises ValueError if the text is shorter than `chars`, or if the output has
+        guards."""
         self.pieces.restore(token_ids, chars, bool(finish_reason))
         self.restored, self.last_token_at = len(token_ids), self.call.arrived
         self.life.restore(worker, key, len(token_ids))
@@ -153,8 +156,8 @@ class OutputSequence(LinkedSequence[Owner]):
             LinkedSequence._reject(self, reason, message, field)
 
     def _push_parsed(self, parsed_text: ParsedText, output: TokenOutput) -> str | None:
-        """Add the tokens of one engine step to the text. Returns the stop string or guard that has ended the text, None
-        while the text goes on."""
+        """Add the tokens of one engine step to the text. Returns the stop string that has ended the text, or GUARD if a
+        guard has ended the text; None while the text goes on."""
         ends = output.finish is FinishReason.STOP
         stop = parsed_text.push_parsed(output.token_ids, output.parsed, ends, output.prompt_tokens is not None)
         if output.parsed is not None and output.parsed.reasoning_tokens:
@@ -198,8 +201,8 @@ class OutputSequence(LinkedSequence[Owner]):
         self.call_output.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
-        """Pass the text of each further token to `direct`, if a piece has been delivered and further tokens bring only
-        text."""
+        """Pass the text of each further token to `direct`. Does nothing before the first piece was popped, after the
+        end of the output, with log probabilities, while parts wait, or if stop strings or guards search the text."""
         if self.logprob_texts is not None or not self.pieces.more_text:
             return
         if not self.detokenizer.searches_text:

@@ -4,7 +4,8 @@ request may do.
 Every request is checked anew against the current tenants and keys. A request from another site is refused because of
 its headers `origin` and `sec-fetch-site`, before its session is looked up; a POST must also hold the CSRF token of its
 session. Without `auth` the console serves everybody who reaches the port. The header `host` must then be an IP address,
-`localhost` or the host of `public_url`, because an attacker's DNS server can make any other name point here.
+`localhost` or the host of `public_url`, because an attacker's DNS server can resolve any other name to this gateway's
+address.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _VIEWER_PRINCIPAL: Final = replace(LOOPBACK_OPERATOR, role="viewer")
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """A signed-in person. `principal`: the principal of its admin requests. `caller`: the principal of its calls to
-    models."""
+    """A signed-in person. `principal`: the principal of the viewer's admin requests. `caller`: the principal of the
+    viewer's calls to models."""
 
     session: ConsoleSession
     principal: Principal
@@ -73,7 +74,8 @@ class ConsoleAccess:
     # ---- requests
 
     def check_site(self, exchange: Exchange) -> None:
-        """Refuse a request that another site has caused. Raises Refused."""
+        """Raise Refused for a request that another site has caused or, without `auth`, for a `host` that is not
+        allowed."""
         host = exchange.header(b"host").lower()
         if not self.has_auth and host != self._public_host and not _is_address(host):
             raise Refused(
@@ -86,8 +88,8 @@ class ConsoleAccess:
             raise Refused(403, "cross_site", "`origin` is another site than this host; use the console's own page")
 
     def viewer(self, exchange: Exchange) -> Viewer:
-        """Return the viewer of a request. A request with the method POST must hold the CSRF token. Raises Refused, and
-        CallError if there is no session or the session has ended."""
+        """Return the viewer of a request. Raises Refused for a request that another site has caused and for a POST
+        without the CSRF token. Raises CallError if there is no session or the session has ended."""
         self.check_site(exchange)
         session = self.session(exchange)
         if session is None:
@@ -104,8 +106,8 @@ class ConsoleAccess:
             raise Refused(403, "csrf", "the header x-csrf-token must hold the session's token (GET /console/session)")
 
     def session(self, exchange: Exchange) -> ConsoleSession | None:
-        """Return the session in a request's cookie; None if there is no valid cookie. `check` checks whether the
-        session has ended."""
+        """Return the session in a request's cookie; None if there is no valid cookie. `check` must then check the
+        session's key, tenant and role."""
         return self._cookie.open(cookie_in(exchange.header(b"cookie"), self._cookie.name), self._wall())
 
     def check(self, session: ConsoleSession) -> Viewer:

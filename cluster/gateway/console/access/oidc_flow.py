@@ -1,8 +1,8 @@
 """Sign-in with an OpenID issuer: the authorization code flow (OpenID Connect Core 1.0) with PKCE (RFC 7636).
 
-The browser holds the state of a sign-in in a sealed cookie, so any gateway can finish it. `state` and the cookie bind
-the answer to this browser, and `nonce` and PKCE bind the ID token and the code to this sign-in. The ID token is
-verified like any other token of the issuer (auth/oidc.py), with the console's client id as its audience.
+The browser holds the state of a sign-in in a sealed cookie, so any gateway can finish the sign-in. `state` and the
+cookie bind the answer to this browser, and `nonce` and PKCE bind the ID token and the code to this sign-in. The ID
+token is verified like any other token of the issuer (auth/oidc.py), with the console's client id as its audience.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 process of any gateway.
 
 A session holds the id of the key or the subject that signed in, never the key itself. access.py looks the key or the
-tenant up again for each request, so a revoked key and a suspended tenant end a session at its next request.
+tenant up again for each request, so a session whose key is revoked or whose tenant is suspended ends at its next
+request.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class ConsoleSession:
 
 
 class SealedCookie:
-    """A kind of cookie whose values are sealed under the cluster's secrets. The first secret seals; every secret
-    opens."""
+    """A kind of cookie whose values are sealed under the cluster's secrets. Values are sealed under the first secret
+    and opened under any of the secrets."""
 
     def __init__(self, secrets: Callable[[], Sequence[bytes]], purpose: str) -> None:
         """`secrets`: returns the secrets when they are first needed; raises ValueError or OSError if there is none.

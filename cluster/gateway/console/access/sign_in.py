@@ -130,7 +130,8 @@ class KeySignIn:
 
     @staticmethod
     async def _principal(tenants: TenantAuthenticator, key: str, exchange: Exchange) -> tuple[Principal, bytes]:
-        """Return the principal of a key and the stored digest of the key. Raises CallError."""
+        """Return the principal of a key and the stored digest of the key. Raises CallError for an invalid key and for a
+        JWT."""
         refused = CallError(Outcome.UNAUTHENTICATED_KEY, BAD_KEY)
         if looks_like_jwt(key):  # a session would outlive the token
             raise refused
@@ -148,7 +149,8 @@ class KeySignIn:
         self._authorizer.audit(caller, "admin", "console.sign_in", f"tenants/{name}", tenant=name)
 
     async def sign_out(self, exchange: Exchange) -> None:
-        """Remove the session from the browser. A session that has ended needs no CSRF token."""
+        """Remove the session from the browser. Raises Refused if the session is valid and the request lacks its CSRF
+        token."""
         self._access.check_site(exchange)
         session: ConsoleSession | None = self._access.session(exchange)
         if session is not None:

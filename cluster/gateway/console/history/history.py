@@ -3,9 +3,9 @@
 Problem: the console plots an hour without Prometheus, in bounded memory, and several gateways must add their values.
 
 Method: a table keeps its values in arrays of float32, which are allocated for BLOCK keys at a time and never copied.
-The value of a step lies at the step's number modulo STEPS. For times to first token the counts of the histogram's
-buckets are kept instead of percentiles, since the counts of several gateways can be added. A missing value is NaN in an
-array, and null in an answer.
+The value of a step is stored at the index (number of the step) modulo STEPS. For times to first token the counts of the
+histogram's buckets are kept instead of percentiles, since the counts of several gateways can be added. A missing value
+is NaN in an array, and null in an answer.
 
 Invariants: at most MAX_MODELS models and MAX_TENANTS tenants have series; when one more is added, the model or tenant
 whose last value is the oldest is forgotten. The arrays of 1,000 tenants and 100 models take 30 MiB (test_history.py
@@ -36,7 +36,7 @@ STEPS: Final = 720
 MAX_MODELS: Final = 100
 MAX_TENANTS: Final = 1000
 BLOCK: Final = 16
-"""Number of keys whose arrays are allocated together."""
+"""Number of keys (models or tenants) whose arrays are allocated together."""
 BUCKETS: Final = len(TTFT_BUCKETS) + 1
 COUNTS: Final = tuple(f"ttft_{at}" for at in range(BUCKETS))
 TENANT_COLUMNS: Final = ("tokens", "requests", "streams", "queue", "cost", "prompt", "cached")

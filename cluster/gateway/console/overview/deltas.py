@@ -17,7 +17,7 @@ from cluster.gateway.console.overview.overview import LISTS, Document
 from cluster.gateway.console.overview.rows import Row
 
 CHUNK_ROWS: Final = 200
-"""Number of rows that are encoded at once, about a quarter of a millisecond."""
+"""Number of rows that are encoded at once, which takes about a quarter of a millisecond."""
 
 Index = dict[str, dict[str, Row]]
 """The rows of each list by id."""

@@ -1,9 +1,10 @@
-"""The live overview of one gateway process: one snapshot per second while there are subscribers, who share the result.
+"""The live overview of one gateway process: one snapshot per second while there are subscribers. All subscribers share
+the result.
 
 Invariants: while there are no subscribers and no requests for the overview, the only work is one sample of the history
 every STEP_S. Each tick takes one snapshot of the gateway, makes one document, and computes and encodes the changes once
-for each tenant with subscribers. A subscriber holds at most MAX_PENDING unread events; one that does not read is
-disconnected.
+for each tenant with subscribers. A subscriber holds at most MAX_PENDING unread events; a subscriber that does not read
+is disconnected.
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ class Subscriber:
         self.tenant = tenant
         self.is_cut = False
         self.on_cut: Callable[[], None] = _nothing
-        """Function that is called when the subscriber is cut."""
+        """Function that is called when the subscriber is disconnected because it has too many unread events."""
         self._events: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue(MAX_PENDING)
 
     def push(self, name: bytes, data: bytes) -> None:
-        """Append an event. A subscriber with too many unread events is cut instead."""
+        """Append an event. If there are MAX_PENDING unread events already, disconnect the subscriber instead."""
         try:
             self._events.put_nowait((name, data))
         except asyncio.QueueFull:
@@ -91,7 +92,7 @@ class _View:
 
     subscribers: set[Subscriber] = field(default_factory=set)
     new: set[Subscriber] = field(default_factory=set)
-    """The subscribers to which no document has been sent yet."""
+    """The subscribers that have not been sent a document yet."""
     document: Document | None = None
     index: Index = field(default_factory=dict)
 

@@ -37,7 +37,7 @@ WINDOW_S: Final = 60.0
 RATE_S: Final = 0.5
 """Minimum seconds between two snapshots from which a rate is computed."""
 SMOOTH_S: Final = 60.0
-"""Seconds over which a tenant's cost is averaged, since it is known only when calls end."""
+"""Seconds over which a tenant's cost is averaged, since the cost of a call is known only at its end."""
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Window:
         self._past: deque[tuple[float, Mapping[str, Tally]]] = deque()
 
     def add(self, shot: Snapshot) -> None:
-        """Remember a snapshot, at most one in each STEP_S."""
+        """Remember a snapshot, unless one was remembered within the last STEP_S."""
         if not self._past or shot.now - self._past[-1][0] >= STEP_S:
             self._past.append((shot.now, shot.models))
         while len(self._past) > 1 and shot.now - self._past[1][0] >= WINDOW_S:

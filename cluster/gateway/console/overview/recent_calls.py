@@ -134,7 +134,7 @@ class FairRing:
 
 
 class RecentCalls:
-    """The newest ended calls of one gateway process, and the sums over all that have ended."""
+    """The newest ended calls of one gateway process, and the sums over all ended calls."""
 
     def __init__(self, clock: Callable[[], float], max_calls: int = MAX_CALLS) -> None:
         """`clock`: monotonic seconds, as in the calls."""

@@ -1,8 +1,8 @@
-"""Snapshots of a gateway process: its open calls, workers and models. They are read in slices, and other tasks run
-between the slices.
+"""Snapshots of a gateway process: its open calls, workers and models. A snapshot is taken in slices, and other tasks
+run between the slices.
 
-Nothing is added to the path of a token: the number of tokens so far is read from each open call, and rates are the
-differences of two snapshots.
+Snapshots cost nothing per token: the number of tokens so far is read from each open call, and rates are the differences
+of two snapshots.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ SHOWN_S: Final = 10.0
 FIRST_ANSWER_S: Final = 0.2
 """Seconds for which the first document of a console waits for the other processes."""
 PIECE_ROWS: Final = 400
-"""Number of rows that are encoded and decoded at once, about two milliseconds."""
+"""Number of rows that are encoded or decoded at once, which takes about two milliseconds."""
 MAX_PIECE_BYTES: Final = 4 << 20
 MAX_PEERS: Final = 256
 PART_LISTS: Final = ("workers", "models", "tenants", "calls")
@@ -133,14 +133,14 @@ class _Unfinished:
 
 
 class PartAssembler:
-    """Joins pieces to parts of the overview, for several sources. The pieces of one source arrive in order."""
+    """Joins pieces into parts of the overview, for several sources. The pieces of one source arrive in order."""
 
     def __init__(self) -> None:
         self._unfinished: dict[str, _Unfinished] = {}
 
     def add(self, source: str, number: int, piece: Mapping[str, Any]) -> Part | None:
-        """Add a piece of a part. Returns the whole part if this is its last piece, else None. Pieces of an older part
-        are dropped. `number`: the same for all pieces of a part."""
+        """Add a piece of a part. Returns the whole part if `piece` is its last piece, else None. Pieces of an older
+        part are dropped. `number`: the same for all pieces of a part."""
         if "part" in piece:
             part = {name: [] for name in PART_LISTS} | piece["part"]
             if len(self._unfinished) >= MAX_PEERS:

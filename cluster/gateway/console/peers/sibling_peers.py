@@ -36,7 +36,7 @@ class SiblingPeers:
         self._looked_at = float("-inf")
 
     def start(self) -> None:
-        """See Peers. Does nothing, since the link port answers once it is open."""
+        """See Peers. Does nothing, since the link port answers questions as soon as the port is open."""
 
     async def parts(self, now: float) -> Sequence[Part]:
         """See Peers. Asks for new parts but returns those that have already arrived. Only the first call waits for the

@@ -36,9 +36,9 @@ PREFIX: Final = "headrace:console:"
 QUESTIONS: Final = PREFIX + "questions"
 PARTS: Final = PREFIX + "parts"
 ASK_S: Final = 0.8
-"""Minimum seconds between two questions for parts, by any process, and between two parts of this process."""
+"""Minimum seconds between two questions for parts, by any process, and between two parts that this process sends."""
 IDLE_S: Final = 3.0
-"""Seconds after the last call of `parts` at which this process stops receiving the parts of others."""
+"""Seconds after the last call of `parts` until this process stops receiving the parts of others."""
 HISTORY_S: Final = 0.5
 """Maximum seconds to wait for the history of the other processes."""
 TIMEOUT_S: Final = 1.0

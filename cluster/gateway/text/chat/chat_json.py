@@ -18,7 +18,8 @@ def chat_json(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> bytes:
-    """Return a chat as JSON. The arguments are those of ChatTemplate.render. Raises CallError."""
+    """Return a chat as JSON. The arguments are those of ChatTemplate.render. Raises CallError for a text with a lone
+    surrogate."""
     arguments = dict(template_kwargs or {})
     chat: dict[str, Any] = {"messages": [_message(message) for message in messages]}
     if tools:

@@ -1,7 +1,7 @@
 """Escaping of control tokens in texts of a chat that do not come from the model or its operator.
 
 Problem: a tokenizer turns the text `<|im_end|>` into the control token wherever the text stands. So a caller's text can
-end its own message and begin one of the assistant, as with transformers and vLLM. With the model option
+end the caller's message and begin a message of the assistant. (transformers and vLLM allow this.) With the model option
 `control_tokens_in_content: escape`, a separator is put after the first character of each control token in contents of
 users, tool results and documents: `< |im_end|>`.
 
@@ -25,7 +25,7 @@ class ControlTokens:
     """The control tokens of a tokenizer. Immutable."""
 
     def __init__(self, tokens: Iterable[str], separator: str) -> None:
-        """`tokens`: texts of two characters or more. `separator`: a character that is in none of them."""
+        """`tokens`: texts of two characters or more. `separator`: a character that is in none of the texts."""
         trie = _trie(tokens)
         self._separator = separator
         self._start = re.compile(f"(?={_expression(trie)}).", re.DOTALL) if trie else None

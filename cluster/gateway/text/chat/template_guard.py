@@ -2,7 +2,8 @@
 
 Problem: templates come with models, messages come from tenants, and Jinja limits neither. In this environment each loop
 iteration and each call checks the CPU time of the render. Operations that make new texts (sums, repetitions, joins,
-captured blocks, replacements, field widths) charge the length of the new text before the text is made.
+captured blocks, replacements, field widths) add the length of the new text to the size of the render before the text is
+made.
 """
 
 from __future__ import annotations
@@ -126,8 +127,8 @@ def _joined(parts: Iterable[Any], between: object = "") -> list[Any]:
 
 
 def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return a wrapper of a Jinja filter. The wrapper refuses excessive numbers, and charges a long result before the
-    result is made."""
+    """Return a wrapper of a Jinja filter. The wrapper refuses excessive numbers, and counts the characters of a long
+    result before the result is made."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
     grows = _GROWING_FILTERS.get(name)
 
@@ -178,7 +179,7 @@ def _round(_context: object, _: object) -> None:
 
 class _Instrument(NodeTransformer):
     """Inserts the filter `_round` into each loop body, to count the iterations, and replaces each `~` by a filter that
-    charges the result. Filters are used because they cost less than calls."""
+    counts the characters of the result. Filters are used because they cost less than calls."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
         self.generic_visit(node)

@@ -3,11 +3,11 @@
 A text is cut at added tokens (token_cuts.py) and, within long stretches, before spaces (word_encoder.py), wherever the
 tokenizer allows it. The ids of a block depend on the block alone, so the ids of all blocks together equal those of the
 whole text. A message of a chat ends a block if the message is long enough, since an added token follows each message.
-So if a template changes earlier messages, little more than these messages is tokenized again.
+So if a template changes earlier messages, little more than the changed messages is tokenized again.
 
-A helper process cuts a text and returns the digests of the blocks (`begin`). The gateway process answers which blocks
-are missing in its memory (`Recall`), and the same helper encodes these (`finish`). `encode` does all of this in one
-process.
+A helper process cuts a text and returns the digests of the blocks (`begin`). The gateway process returns the numbers of
+the blocks that its memory lacks (`Recall`), and the same helper encodes the missing blocks (`finish`). `encode` does
+all of this in one process.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from cluster.gateway.text.encoding.word_encoder import WORD_CUT, WordEncoder
 TOKEN_CUT_CHARS: Final = 1024
 """Least length in characters of a block that ends at an added token."""
 WORD_CUT_CHARS: Final = 4096
-"""Length in characters after which a block ends at a word. The next turn of a chat encodes half a block again, on
-average."""
+"""Length in characters from which a block ends before the next space. The next turn of a chat encodes half a block
+again, on average."""
 MAX_REMEMBERED_BYTES: Final = 1 << 20
-"""Size of a text's new ids above which none of them are remembered. Packing ids of this size takes a millisecond of the
-event loop."""
+"""Maximum size of a text's new ids in bytes. If the new ids are larger, none of them is remembered. Packing ids of this
+size takes a millisecond of the event loop."""
 DIGEST_BYTES: Final = 16
 Digests = bytes
 """The digests of all blocks of a text but the last, DIGEST_BYTES each. The last block may grow, and is not remembered.
@@ -134,7 +134,7 @@ class Recall:
     """The ids of one text, put together from the blocks in the memory and from newly encoded blocks."""
 
     def __init__(self, memory: PromptMemory, tenant: str, cache_salt: str, around: tuple[PackedIds, PackedIds]) -> None:
-        """`around`: the ids before and after the text."""
+        """`around`: the ids of the special tokens before and after the text."""
         self._memory = memory
         self._tenant = tenant
         self._salt = (

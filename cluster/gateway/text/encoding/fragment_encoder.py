@@ -27,12 +27,13 @@ from cluster.gateway.text.encoding.prompt_memory import PackedIds
 from cluster.gateway.text.encoding.token_cuts import longest_of
 
 MAX_FRAGMENTS: Final = 32_768
-"""Largest number of fragments that are remembered in each of two generations. They take about 200 bytes each."""
+"""Largest number of fragments in each of two tables, the current one and the one that was full before it. A fragment
+takes about 200 bytes."""
 MAX_FRAGMENT_CHARS: Final = 32
 """Length in characters of the longest fragment that is remembered."""
 FRAGMENT: Final = re.compile(r"[^A-Za-z]*+[A-Za-z]++(?:(?=[^\x00-\x7f])[^A-Za-z]++[A-Za-z]*+)*+|[^A-Za-z]+")
-"""Pattern of a fragment. Letters do not end a fragment if a character outside of ASCII follows, which may be a letter
-too."""
+"""Pattern of a fragment. Letters do not end a fragment if a non-ASCII character follows, since that character may be a
+letter too."""
 
 
 class FragmentEncoder:

@@ -1,7 +1,7 @@
 """Encoding of the inputs of a pooling request: many texts, or pairs of texts, in one call of the tokenizer.
 
-The ids equal those of transformers with special tokens added, also where an input is cut: special tokens stay, and of a
-pair the longer text is cut first (`longest_first`).
+The ids equal those of transformers with special tokens added, also if an input is cut (truncated). A cut keeps the
+special tokens, and shortens the longer text of a pair first (`longest_first`).
 
 If a tokenizer always splits texts before a space, a single text that is cut need not be tokenized whole: the ids of any
 beginning that ends before a space are the first ids of the text.
@@ -25,7 +25,7 @@ BATCH_CHARS: Final = 1 << 20
 """Limits on one call of the tokenizer: at most BATCH inputs with at most BATCH_CHARS characters in total. The limits
 bound the memory of the results. An input with more characters is encoded alone."""
 CHARS_PER_TOKEN: Final = 8
-"""Number of characters of a text that are first tokenized for each token that is kept. If these characters give too few
+"""A text that is cut to n tokens is first tokenized up to about n * CHARS_PER_TOKEN characters. If these give too few
 tokens, GROWTH times as many characters are tokenized."""
 GROWTH: Final = 4
 _WITHOUT_TYPES: Final = frozenset({"DistilBertTokenizer", "DistilBertTokenizerFast"})
@@ -66,7 +66,7 @@ class InputEncoder:
         self._cuts_left = config.get("truncation_side") == "left"
         splits = _splits_before_spaces(tokenizer) or cuts_are_safe(tokenizer, pre_tokenizer)
         self._begins = splits and not self._cuts_left
-        """Whether it suffices to tokenize a beginning of a text that is cut."""
+        """Whether a text that is cut need not be tokenized whole: a beginning of the text suffices."""
         names = config.get("model_input_names")
         self._has_types = (
             "token_type_ids" in names if names is not None else config.get("tokenizer_class") not in _WITHOUT_TYPES
@@ -76,7 +76,8 @@ class InputEncoder:
         """Return the ids of all inputs. `most`: the number of tokens that the model's context holds, 0 if unknown.
         `keep`: the number of tokens to which a longer input is cut; None: not cut.
 
-        Raises CallError, which names the input. Must not run on an event loop if the texts are long.
+        Raises CallError, which names the input, for an input with no tokens or with more than `most`. Must not run on
+        an event loop if the texts are long.
         """
         ids, ends, marks = array("I"), array("L"), array("I")
         is_pair = isinstance(inputs, PairInputs) and not isinstance(inputs, SingleTexts)
@@ -97,7 +98,8 @@ class InputEncoder:
         return EncodedInputs(PackedIds(ids, ends), marks)
 
     def _check_shared(self, inputs: PairInputs, most: int) -> None:
-        """Raise CallError if the text that all pairs share is too long, before it is encoded with each other text."""
+        """Check the text that all pairs share, before it is encoded with each other text. Raises CallError if the
+        shared text has more than `most` tokens."""
         if len(inputs.first) > 1 or len(inputs.second) == 1:
             return
         (encoding,) = self._tokenizer.encode_batch_fast([inputs.first[0]], add_special_tokens=False)
@@ -133,7 +135,7 @@ class InputEncoder:
         return encoded
 
     def _mark(self, types: Sequence[int]) -> int:
-        """Return the index of the first token of the second text, by the token types."""
+        """Return the index of the first token of the second text, found by the token types; 0 without one."""
         return types.index(1) if self._has_types and 1 in types else 0
 
     def _kept(self, encoding: Encoding, keep: int) -> list[int]:
@@ -179,8 +181,9 @@ def _batches(lengths: Sequence[int]) -> Iterator[range]:
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """Return how many tokens are kept of two texts with `first` and `second` tokens, if `room` tokens fit, as the
-    tokenizers library does: the longer text is cut to the length of the shorter one, then both are cut."""
+    """Return how many tokens of each of two texts are kept. The texts have `first` and `second` tokens, and `room`
+    tokens fit. As in the tokenizers library, the longer text is cut to the length of the shorter one, then both are
+    cut."""
     short, long = sorted((first, second))
     if first + second <= room:
         return first, second

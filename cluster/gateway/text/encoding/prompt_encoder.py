@@ -1,4 +1,4 @@
-"""Tokenization of whole prompts. Of long prompts, the blocks that the tenant has sent before are not tokenized
+"""Tokenization of whole prompts. If the tenant has sent a block of a long prompt before, the block is not tokenized
 again."""
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ bytes and about an eighth."""
 
 
 class _Share:
-    """The blocks of one tenant, the one used longest ago first."""
+    """The blocks of one tenant, in order of their last use, the oldest first."""
 
     __slots__ = ("blocks", "bytes", "used_at")
 
@@ -60,7 +60,7 @@ class PromptMemory:
         self._max_bytes = max_bytes
         self._now = now
         self._shares: OrderedDict[str, _Share] = OrderedDict()
-        """The tenants' blocks, the tenant that used its blocks longest ago first."""
+        """The blocks of each tenant. The tenants are in order of their last use of a block, the oldest first."""
         self._lock = Lock()
         self.bytes = 0
         """Current size in bytes, with the tables."""

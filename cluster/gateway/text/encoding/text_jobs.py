@@ -49,8 +49,8 @@ class TextJobs:
         work: Callable[[], Any],
         then: Callable[[Any], Job | None] | None = None,
     ) -> Any:
-        """Run a job without blocking the event loop. `chars`: length of its text. `work`: a function that does the same
-        work in this process. `then`: see HelperPool.run.
+        """Run a job without blocking the event loop. `chars`: length of the job's text. `work`: a function that does
+        the same work in this process. `then`: see HelperPool.run.
 
         Raises CallError if a helper process fails or is too busy. `field`: the request field that the error names.
         """

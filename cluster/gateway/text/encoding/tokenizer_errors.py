@@ -14,7 +14,7 @@ log = structlog.get_logger("text")
 
 @contextmanager
 def field_in_errors(field: str) -> Iterator[None]:
-    """Name `field` in the errors of the tokenizer."""
+    """Convert errors of the tokenizer in the `with` block, see `caller_error`. The errors name `field`."""
     try:
         yield
     except BaseException as error:

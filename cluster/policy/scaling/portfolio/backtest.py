@@ -136,11 +136,11 @@ def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
 def cheapest_rules(backtest: Backtest, late_budget: float, ahead: float) -> tuple[int, ...]:
     """Return the rules to follow: the CHOSEN rules with the lowest price, the cheapest rule first.
 
-    The price of a rule is its cost divided by its share of timely calls. If the rule's late calls exceed the budget,
-    the price is also multiplied by late calls / budget. So if no rule is within the budget, as after a sudden surge,
-    GPUs are neither added without end nor saved by serving no calls. The budget is `late_budget`, a share of the calls,
-    times `ahead`. An `ahead` above 1 adds the budget of later calls in the SLO window: a rule may use up this budget in
-    one surge and keep its price.
+    The price of a rule is its cost divided by the share of its calls that are not late. If the rule's late calls exceed
+    the budget, the price is also multiplied by late calls / budget. So if no rule is within the budget, as after a
+    sudden surge, the policy neither adds GPUs without end nor saves GPUs by serving no calls. The budget is
+    `late_budget`, a share of the calls, times `ahead`. An `ahead` above 1 adds the budget of later calls in the SLO
+    window: a rule may use up this budget in one surge and keep its price.
     """
     allowed = late_budget * backtest.calls * ahead
     served = np.maximum(1.0 - backtest.late / max(backtest.calls, 1e-9), 1e-9)

@@ -1,8 +1,8 @@
-"""Distribution of GPUs over models: first fixed numbers and minimums, then the rest by the gain in timely calls per
-GPU.
+"""Distribution of GPUs over models: first fixed numbers and minimums, then the rest by the gain per GPU in timely calls
+(calls that are not late).
 
 Problem: the replica targets may need more GPUs than there are. Timely calls as a function of replicas
-(marginal_gain.py) form an S-curve: with fewer replicas than its load a model serves hardly any call in time, then the
+(marginal_gain.py) form an S-curve: a model with fewer replicas than its load serves hardly any call in time, then the
 curve is steep, then flat. A greedy choice by single replicas would stop at the foot of the slope.
 
 Method: replicas are given in steps along the curve's upper concave hull. A step has the number of replicas that gains
@@ -143,8 +143,8 @@ def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[Replic
 
 
 def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
-    """Whether the model needs no more replicas than `mine`: their worth (gpu_equivalence.py) reaches the wanted number.
-    With several types of GPU, the model's maximum number of replicas is also enough."""
+    """Whether the model needs no more replicas than `mine`: counted in replicas of one type (gpu_equivalence.py), they
+    reach the wanted number. With several types of GPU, the model's maximum number of replicas is also enough."""
     settings = claim.seen.settings
     if len(settings.gpus) > 1 and sum(mine.values()) >= settings.max_replicas:
         return True
@@ -192,8 +192,8 @@ def _push_step(
 
 
 def _values(claim: GpuClaim) -> Floats:
-    """Weighted timely calls per second by number of replicas (0, 1, 2, ...), as a mean over HORIZON. The calls of
-    running replicas are multiplied by EDGE."""
+    """Weighted number of calls served in time per second, for 0, 1, 2, ... replicas, as a mean over HORIZON. The calls
+    of running replicas are multiplied by EDGE."""
     have = total_worth(claim.seen, claim.have)
     numbers = np.arange(claim.wanted + 1, dtype=float)
     kept = np.minimum(numbers, have)
@@ -203,7 +203,7 @@ def _values(claim: GpuClaim) -> Floats:
 
 
 def _weighted_gain(claim: GpuClaim, numbers: Floats) -> Floats:
-    """Timely calls per second by number of replicas, weighted by class."""
+    """Calls served in time per second for each number of replicas in `numbers`, weighted by class."""
     total = sum(claim.by_rank.values())
     out, before, share = LEAST_GAIN * numbers, np.zeros(len(numbers)), 0.0
     for rank in sorted(claim.by_rank):
@@ -215,7 +215,8 @@ def _weighted_gain(claim: GpuClaim, numbers: Floats) -> Floats:
 
 
 def _in_time(claim: GpuClaim, numbers: Floats) -> Floats:
-    """Timely calls per second of all classes together by number of replicas, reduced by the work in the queue."""
+    """Calls of all classes served in time per second, for each number of replicas in `numbers`. Work in the queue
+    reduces the result."""
     cold_s = max(claim.seen.settings.cold_start_s, 1.0)
     seen = claim.gains.time_s / cold_s
     guess = claim.calls_per_s * np.minimum(numbers / claim.load, 1.0) if claim.load > 0 else np.zeros(len(numbers))

@@ -3,9 +3,9 @@
 Problem: the need of a model is one number, but replicas on different types of GPU have different throughput.
 
 Method: everything is counted in replicas of one type, the unit. The unit is the most preferred type whose rates are
-learnt. A replica of another type is worth the lesser of two ratios: its prefill rate and its decode rate, each relative
-to the rate of the unit. So a mix of types is never overestimated, whatever the calls are like. A type whose rates are
-not learnt counts as the unit.
+learnt. A replica of another type counts as a number of units, its worth: the lesser of two ratios, its prefill rate and
+its decode rate, each relative to the rate of the unit. So a mix of types is never overestimated, whatever the calls are
+like. A type whose rates are not learnt counts as the unit.
 
 Invariant: with one type of GPU, every number is a plain number of replicas.
 """
@@ -27,7 +27,7 @@ def unit_of(seen: ModelSeen) -> str:
 
 
 def replica_worth(seen: ModelSeen, gpu: str) -> float:
-    """Worth of a replica on this type of GPU, in replicas of the unit."""
+    """Number of replicas of the unit type as which a replica on this type of GPU counts (its worth)."""
     if len(seen.settings.gpus) == 1:
         return 1.0
     rates, unit = seen.rates.get(gpu, Rates()), seen.rates.get(unit_of(seen), Rates())
@@ -40,7 +40,7 @@ def replica_worth(seen: ModelSeen, gpu: str) -> float:
 
 
 def total_worth(seen: ModelSeen, counts: Mapping[str, int]) -> float:
-    """Total worth of the replicas in `counts` (numbers by GPU type), in replicas of the unit."""
+    """Number of replicas of the unit type as which the replicas in `counts` (numbers by GPU type) count together."""
     return math.fsum(count * replica_worth(seen, gpu) for gpu, count in counts.items())
 
 
@@ -58,8 +58,9 @@ def covers(replicas: float, wanted: int) -> bool:
 def as_one_type(seen: ModelSeen) -> ModelSeen:
     """Return the model as if all of its replicas were of the unit type.
 
-    The number of replicas is the worth of all replicas, rounded up. The number of ready replicas is the worth of the
-    ready replicas, rounded down, but at least 1 if any is ready. Draining replicas are kept as they are.
+    The number of replicas is the total worth (`total_worth`) of all replicas, rounded up. The number of ready replicas
+    is the total worth of the ready replicas, rounded down, but at least 1 if any is ready. Draining replicas are kept
+    as they are.
     """
     if len(seen.settings.gpus) == 1:
         return seen

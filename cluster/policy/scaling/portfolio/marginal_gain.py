@@ -1,7 +1,7 @@
-"""Timely calls per second that 0, 1, 2, ... replicas would have served, computed from recent demand.
+"""Timely calls per second: calls that 0, 1, 2, ... replicas would have served in time, computed from recent demand.
 
 Problem: shared GPUs should go to the models where the GPUs gain most, and the gain is not proportional to the load. The
-queue is first come, first served. So with slightly fewer replicas than its load a model serves no call in time, and
+queue is first come, first served. So a model with slightly fewer replicas than its load serves no call in time, and
 with slightly more it serves nearly all calls in time. How many more are needed depends on the bursts of the model.
 
 Method: each number of replicas in COUNTS is replayed on past demand, like a rule of backtest.py. The sums of timely
@@ -38,7 +38,7 @@ class MarginalGains:
     time_s: float = 0.0
 
     def per_s(self, replicas: Floats) -> Floats:
-        """Timely calls per second by number of replicas."""
+        """Calls served in time per second, for each number of replicas in `replicas`."""
         return np.interp(replicas, COUNTS, self.good) / self.time_s if self.time_s else np.zeros(len(replicas))
 
 

@@ -77,7 +77,8 @@ class ModelMemory:
     fidelity: Fidelity = field(default_factory=Fidelity)
     recent_targets: tuple[tuple[float, int], ...] = ()
     ranks: Mapping[int, float] = field(default_factory=dict)
-    """Load by class rank, as a mean over five cold starts. `calls_per_s` is a mean over the same time."""
+    """Load of each class, keyed by rank, as a mean over five cold starts. `calls_per_s` is a mean over the same
+    time."""
     calls_per_s: float = 0.0
     output: float = 0.0
     """Load of decoding in replicas, as a mean over about the duration of a stream."""

@@ -25,7 +25,7 @@ STRETCHES = 24
 TRUSTED = 5.0
 """Number of cold starts of observed demand after which the target follows the rules."""
 BLIND = 2.0
-"""Number of cold starts of observed demand before any replica is removed. Earlier there is no forecast."""
+"""Number of cold starts of observed demand before any replica is removed. Before that time there is no forecast."""
 FIRST_MARGIN = 1.4
 WINDOW = 60.0
 """Number of cold starts over which the SLO budget of late calls applies: one hour if a cold start takes a minute."""

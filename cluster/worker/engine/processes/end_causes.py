@@ -1,9 +1,9 @@
 """Causes of an engine's end: the process that failed first, how the process failed, and where its log is.
 
 Problem: vLLM reports to an engine's owner (the replica's process) only that some process has ended. So each vLLM
-process registers in the folder of the engine's sockets (from watchdog.watch) and copies the errors that it logs to a
-notes file there. The engine core watches the ranks on this host (exit_status.py) and notes how they end. The owner
-reads the notes file.
+process registers (watchdog.watch calls `register`) in the folder of the engine's sockets, and copies the errors that it
+logs to a notes file there. The engine core watches the ranks on this host (exit_status.py) and notes how they end. The
+owner reads the notes file.
 
 The first note counts: a failed rank makes its core fail later, with a less useful error. There is one exception: the
 note of a killed rank takes precedence over errors noted less than a second before it, which are reactions of other
@@ -40,7 +40,8 @@ LONGEST = 500
 MOST_BYTES = 1 << 18
 """Size of the notes file in bytes above which no more notes are added."""
 RECENT_S = 30.0
-"""Age in seconds above which a note is not the cause when a running engine ends. It may be an error of one request."""
+"""Greatest age, in seconds, of a note that explains the end of a running engine. An older note may be one request's
+error."""
 TOGETHER_S = 1.0
 """Seconds by which the note of a rank's death may come later than errors that the death causes."""
 ENDING_S, LOOK_S = 5.0, 0.05
@@ -159,7 +160,8 @@ def one_line(error: BaseException) -> str:
 def register(members: Members | None = None) -> None:
     """Register this vLLM process, and note its errors from now on. Idempotent; the owner must not call this function.
 
-    `members`: only in an engine core, the engine's other processes; their ends are noted before the core's errors.
+    `members`: the engine's other processes, whose ends are noted before this process's errors; given only in an engine
+    core.
     """
     name = process_name()
     for logger in map(logging.getLogger, LOGGERS):
@@ -187,7 +189,8 @@ def process_name() -> str:
 
 
 def _rank(name: str) -> str:
-    """Return a rank's short name, given its process (`VllmWorker-1`) or actor (`vllm_Worker_abc_TP1_PP0`)."""
+    """Return a rank's short name, given the name of its process (`VllmWorker-1`) or actor
+    (`vllm_Worker_abc_TP1_PP0`)."""
     if match := re.fullmatch(r"VllmWorker-(\d+)", name):
         return f"rank {match[1]}"
     parts = re.findall(r"_((?:PCP|TP|PP)\d+)", name)
@@ -298,8 +301,8 @@ def _crash_cause(member: Member) -> str:
 def find_cause(engine: str, *, recent: bool = False) -> str:
     """Return why an engine of this process has ended, and the log file of the failed process; empty without notes.
 
-    `engine`: the name from `name_engine`. `recent`: whether to ignore notes older than RECENT_S, as for an engine that
-    was running.
+    `engine`: the name from `name_engine`. `recent`: whether to ignore notes older than RECENT_S; true for an engine
+    that ended after its start.
     """
     notes = [entry for entry in _notes(engine) if not recent or time.time() - entry.at < RECENT_S]
     errors = [entry for entry in notes if entry.kind == "error"]

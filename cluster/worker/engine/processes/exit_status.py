@@ -67,7 +67,8 @@ class Watched:
         self._kills = out_of_memory_kills()
 
     def add(self, pids: Iterable[int]) -> list[int]:
-        """Watch more processes; return the pids that do not exist any more. Without pidfds, none is watched."""
+        """Watch more processes; return the pids that do not exist any more. Without pidfds in the kernel, no process is
+        watched."""
         gone = []
         for pid in set(pids) - self._seen:
             self._seen.add(pid)

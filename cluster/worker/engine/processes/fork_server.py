@@ -76,8 +76,8 @@ def new_process(name: str, target: Callable[..., object], args: tuple[object, ..
 def install(*, rank_in_core: bool = False) -> None:
     """Make vLLM start its processes as forks of the server, if there is a server.
 
-    A process with compute threads that are bound to CPUs is spawned instead, since libgomp reads the binding when a
-    program starts. These are the ranks, or the core if the only rank runs in it (`rank_in_core`).
+    Ranks, or the engine core if the only rank runs in the core (`rank_in_core`), have compute threads. If these threads
+    are bound to CPUs, the processes are spawned instead, since libgomp reads the binding when a program starts.
     """
     if not is_running():
         return
@@ -119,8 +119,8 @@ class _Context(context.ForkServerContext):
 def _create_folder() -> None:
     """Create the folder for the server's socket.
 
-    multiprocessing's default folder would stay behind when a replica is killed. This folder is then removed by the
-    reaper (ray/reaper.py) or by the next engine on this host.
+    multiprocessing's default folder would stay behind when a replica is killed. The reaper (ray/reaper.py) or the next
+    engine on this host removes the folder that is created here.
     """
     known: dict[str, object] = current_process()._config  # type: ignore[attr-defined]
     if known.get("tempdir") is None:

@@ -1,7 +1,8 @@
 """A private folder for the sockets of vLLM's processes. By default vLLM creates them in /tmp and never removes them.
 
-The folder is removed when the last engine of its process has ended. If the process is killed, the user's next engine on
-the host removes the folder. Ranks that Ray places on other hosts do not have the folder and use vLLM's default folder.
+A process removes its folder when the last engine of the process has ended. If the process is killed, the user's next
+engine on the host removes the folder. Ranks that Ray places on other hosts do not have the folder and use vLLM's
+default folder.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class SocketFolder:
 class OwnFolder:
     """A new folder that exists until `remove`, or until another process sweeps it after this process has ended.
 
-    A lock on the folder shows that its process is alive. A pid in its name would not: containers that share a folder of
-    temporary files have different processes with equal pids.
+    A lock on the folder shows that the folder's creator is alive. A pid in the folder's name would not show this:
+    containers that share a folder of temporary files can have different processes with equal pids.
     """
 
     def __init__(self, prefix: str, base: Path | None = None) -> None:
@@ -106,8 +107,8 @@ def folder() -> Path | None:
 def restore_default_elsewhere() -> None:
     """Use vLLM's default folder for sockets if the folder that the environment names does not exist on this host.
 
-    This happens in a rank on another host, whose environment is a copy of that of the engine's process. Called in each
-    vLLM process (watchdog.watch).
+    This happens in a rank on another host, since the rank gets a copy of the environment of the engine's process.
+    Called in each vLLM process (watchdog.watch).
     """
     if Path(os.environ.get(ENV, "")).name.startswith(PREFIX) and folder() is None:
         del os.environ[ENV]

@@ -1,4 +1,4 @@
-"""CPU starvation: whether an engine whose step makes no progress waits for a core or hangs.
+"""CPU starvation: whether an engine whose step makes no progress hangs or waits for a CPU core.
 
 Problem: on a busy machine a step can take arbitrarily long, which looks like a hang. The kernel can distinguish the
 two: a hung thread sleeps, is stopped or uses CPU time; a starved thread is runnable and waits for a core. When a thread
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 BUSY = "cpu"
-"""Value of `busy` in the load of an engine that gets no core."""
+"""Value of `busy` in the load of an engine that gets no CPU core."""
 LOOK_AFTER_S = 0.15
 """Age of a step in seconds from which /proc is read."""
 LEAST_WINDOW_S = 0.04
@@ -33,7 +33,7 @@ fraction counts as waiting for a core during the rest of the time."""
 
 
 class Task(NamedTuple):
-    """A thread: the seconds that it ran, the seconds that it waited for a core, and whether it is runnable now."""
+    """A thread: the seconds that it ran, the seconds that it waited for a CPU core, and whether it is runnable now."""
 
     ran_s: float
     waited_s: float
@@ -45,7 +45,8 @@ Tasks = Mapping[tuple[int, int], Task]
 
 
 def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:
-    """Return the longest time, in seconds, that one thread waited for a core between two readings `window_s` apart."""
+    """Return the longest time, in seconds, that one thread waited for a CPU core between two readings `window_s`
+    apart."""
     most = 0.0
     for key, now in after.items():
         then = before.get(key)

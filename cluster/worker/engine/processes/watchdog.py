@@ -7,11 +7,11 @@ mark consists of pid, start time, boot id and pid namespace: a pid alone may be 
 to other nodes, where the pid has no meaning. On those nodes the thread is not started; Ray ends the ranks there, since
 they are actors whose owner has died.
 
-A killed process leaves its shared memory and its semaphores behind, and all processes of an engine may be killed at
-the same moment, multiprocessing's resource tracker included. So the names of both are unlinked as soon as the engine is
-up: all processes have mapped the memory by then, and the kernel frees the memory when the last of them ends. While an
-engine starts, the names still exist. Core and ranks unlink the names when they end, and so does the reaper
-(ray/reaper.py) when it ends these processes.
+A killed process leaves its shared memory and its semaphores behind, and all processes of an engine may be killed at the
+same moment, multiprocessing's resource tracker included. So the names of memory and semaphores are unlinked as soon as
+the engine is up. All processes have mapped the memory by then, and the kernel frees the memory when the last process
+ends. While an engine starts, the names still exist. Core and ranks unlink the names when they end, and so does the
+reaper (ray/reaper.py) when it ends these processes.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def _with_descendants(roots: Iterable[int]) -> set[int]:
 def sharers(names: set[str]) -> dict[int, set[str]]:
     """Return the processes on this host that have mapped any of these names, each with all names that it has mapped.
 
-    These include ranks placed by Ray, which are not descendants of this process and may be killed before they can
-    unlink their names.
+    The result includes ranks placed by Ray. Such ranks are not descendants of this process, and may be killed before
+    they can unlink their names.
     """
     pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()] if names else []
     return {pid: mapped for pid in pids if (mapped := mapped_shared_memory(pid)) & names}
@@ -161,8 +161,8 @@ def forget_names(others: Set[int]) -> None:
     """Unlink the shared memory of this process's engine, including that of ranks placed by Ray, and its semaphores.
 
     The engine must be up: vLLM's queues, communicators and locks are opened by name only when they are created.
-    `others`: children that this process had before the engine. Names that only they and their children use are kept,
-    and so are semaphores that this process uses, since it may still pass them on by name.
+    `others`: children that this process had before the engine. Names that only these children and their descendants use
+    are kept. Semaphores that this process uses are kept, too, since the process may still pass them on by name.
     """
     own = own_processes(others)
     mapped = sharers(set().union(*map(mapped_shared_memory, own)))

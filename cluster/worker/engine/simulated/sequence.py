@@ -38,8 +38,8 @@ def check_request(request: EngineRequest, c: SimConfig) -> None:
 
 
 def _wrong_sampling(request: EngineRequest, c: SimConfig) -> tuple[tuple[bool, str, str], ...]:
-    """Check the sampling fields. Each element of the result is one check: whether the field is wrong, its name, and the
-    rule."""
+    """Check the sampling fields. Each element of the result is one check: whether a field is wrong, the field's name,
+    and the rule for the field."""
     s = request.sampling
     return (
         (s.max_tokens < 1, "max_tokens", "must be 1 or more"),

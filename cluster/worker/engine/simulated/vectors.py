@@ -56,7 +56,7 @@ def _refused(field: str, what: str, reason: str = "UNSUPPORTED_FEATURE") -> Engi
 
 
 def pooled(request: EngineRequest, config: SimConfig, corrupt: bool = False) -> bytes:
-    """Return the vector of a pooling request as little-endian float32. `corrupt`: whether to return a wrong one."""
+    """Return the vector of a pooling request as little-endian float32. `corrupt`: whether to return a wrong vector."""
     pooling = request.pooling
     assert pooling is not None
     key = digest64(config.seed, request.adapter, pooling.task.value)

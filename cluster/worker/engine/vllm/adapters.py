@@ -51,7 +51,7 @@ class EngineAdapters(Container[str]):
         self._numbers: Iterator[int] = itertools.count(FIRST_NUMBER)
         self._changing = asyncio.Lock()
         self.loading = False
-        """Whether the engine is loading an adapter. Its steps wait for the end of the load."""
+        """Whether the engine is loading an adapter. The engine's steps wait for the end of the load."""
 
     def __contains__(self, digest: object) -> bool:
         held = self._held.get(digest) if isinstance(digest, str) else None

@@ -24,8 +24,8 @@ GRAMMAR_BACKEND = "xgrammar"
 """The backend of structured outputs, unless the entry names one. With vLLM's default, `auto`, an engine compiles all
 grammars with the backend that its first request chose: one caller would decide how another's schema is enforced."""
 TEKKEN_GRAMMAR_BACKEND = "guidance"
-"""The backend for models with Mistral's own tokenizer. Their parser of tool calls writes grammars that name special
-tokens, which xgrammar does not know."""
+"""The backend for models with Mistral's own tokenizer. Their parser of tool calls writes grammars with the names of
+special tokens, and xgrammar does not know these tokens."""
 
 
 def on_cpu() -> bool:
@@ -161,7 +161,7 @@ def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: s
     """Return the name of a class of engines that compute alike: `float32-tp2-pp1` or `bfloat16-fp8-tp8-pp1-v2`.
 
     The parts of the name are dtype, quantization, ranks and noise scheme (resume.noise). The scheme CPU_32 is omitted,
-    so that its engines have the names that they had in older releases, which had no noise scheme.
+    so that names from older releases, which had no noise scheme, stay valid.
     """
     quantized = f"-{quantization}" if quantization else ""
     drawn = "" if noise in ("", resume.CPU_32) else f"-{noise}"

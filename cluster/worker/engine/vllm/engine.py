@@ -43,8 +43,9 @@ class VllmEngine:
         `executor` places the ranks if there are several: "ray" on the placement group of this process's Ray actor, "mp"
         as processes on this host. If `exact_resume` is False, emitted tokens are resumed as part of a new prompt, and
         requests for which that would change the output are refused. `reasoning_parser`: name of vLLM's parser of the
-        model's reasoning, with which the engine finds where a grammar begins and counts a budget of reasoning tokens.
-        `tokenizer_mode`: vLLM's mode for the model's tokenizer, unless the entry sets one; "" for vLLM's own choice.
+        model's reasoning. With it the engine finds the token from which a grammar applies, and counts a budget of
+        reasoning tokens. `tokenizer_mode`: vLLM's mode for the model's tokenizer, unless the entry sets one; "" for
+        vLLM's own choice.
         """
         self._spec = spec
         self._prefer_fastpath = prefer_fastpath

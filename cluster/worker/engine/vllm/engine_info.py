@@ -86,7 +86,8 @@ def _generating(
 def _pooling(
     spec: ModelSpec, config: Any, bounds: pooling.PoolingBounds, why_public: str, kv_capabilities: tuple[str, ...]
 ) -> EngineProperties:
-    """Return the properties of a pooling model's engine. Such an engine resumes nothing and has no defaults."""
+    """Return the properties of a pooling model's engine. Such an engine resumes no requests and has no sampling
+    defaults."""
     model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
     request_bounds = RequestBounds(model.max_model_len, model.get_vocab_size(), max_logprobs=0, pooling=bounds)
     blocks = pooling.kv_blocks(

@@ -1,8 +1,8 @@
 """The fast path: vLLM's engine core without AsyncLLM, with one call per step for all requests.
 
 AsyncLLM costs each request a generator, an output processor and a task switch per token. Here the message that the
-engine core sends for a step is read directly, which takes about a fifth of the CPU time per token at 64 streams. The
-cost is the use of private names, which change between releases. All of these names are listed in SYMBOLS, which is
+engine core sends for a step is read directly. This takes about a fifth of AsyncLLM's CPU time per token at 64 streams.
+The cost is the use of private names, which change between releases. All of these names are listed in SYMBOLS, which is
 checked at start; if a name is missing, the engine uses the public AsyncLLM instead (public_path.py).
 """
 

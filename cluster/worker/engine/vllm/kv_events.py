@@ -25,7 +25,7 @@ log = structlog.get_logger("engine")
 REPLAY_S = 5.0
 """Longest wait, in seconds, for batches that were requested again."""
 MAX_BATCHES = 64
-"""Number of waiting batches that are read at once."""
+"""Greatest number of waiting batches that are read at once."""
 _FULL_ATTENTION = (None, "full_attention", "mla_attention", "sink_full_attention")
 """Kinds of layers that keep the blocks of all tokens. DeepSeek's latent attention (MLA) is one of them."""
 

@@ -70,8 +70,8 @@ def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBound
 
 
 def _has_token_types(model: Any) -> bool:
-    """Return whether vLLM's class of the model accepts token types. A class that does not accept them would end the
-    core."""
+    """Return whether vLLM's class of the model accepts token types. If the class does not, a request with token types
+    would end the engine core."""
     if int(getattr(model.hf_config, "type_vocab_size", 0) or 0) < 2:
         return False
     from vllm import ModelRegistry
@@ -135,8 +135,8 @@ def check_pooling(pooling: PoolingOptions, tokens: int, info: PoolingInfo) -> No
 
 @lru_cache(maxsize=1)
 def _params_class() -> Any:
-    """Return vLLM's PoolingParams, without the deep copy that vLLM's input processor makes of parameters that a caller
-    may use again. Here each request has its own."""
+    """Return a subclass of vLLM's PoolingParams that vLLM's input processor does not copy. The processor copies
+    parameters because a caller may use them again; here each request has its own parameters."""
     from vllm import PoolingParams
 
     class OwnParams(PoolingParams):  # type: ignore[misc, unused-ignore]

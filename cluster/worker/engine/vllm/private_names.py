@@ -1,7 +1,8 @@
 """Checks whether the installed vLLM has the private names that this code uses.
 
-A table maps the dotted path of a function or class to the names of its parameters or fields that are used. Names change
-between releases. So the tables are checked at start, which gives a clear reason instead of a failure within a request.
+A table maps the dotted path of a function or class to those of its parameters or fields that this code uses. Names
+change between releases. So the tables are checked at start, which gives a clear reason instead of a failure within a
+request.
 """
 
 from __future__ import annotations

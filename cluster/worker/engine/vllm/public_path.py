@@ -208,8 +208,9 @@ def _flat(given: Any, width: int) -> list[PositionLogprobs]:
 def _position(token_ids: list[int], logprobs: list[float], rank: int, width: int) -> PositionLogprobs:
     """Return one position, and restore the entry that AsyncLLM loses.
 
-    When AsyncLLM merges unread outputs, it drops duplicates within a position: the sampled token is missing among the
-    most likely tokens. `rank` is the place of the sampled token among the most likely tokens, from 1.
+    When AsyncLLM merges unread outputs, it drops duplicates within a position: the sampled token, which comes first, is
+    then missing among the most likely tokens. `rank` is the place of the sampled token among the most likely tokens,
+    from 1.
     """
     if len(token_ids) == width - 1:
         token_ids = [*token_ids[:rank], token_ids[0], *token_ids[rank:]]

@@ -19,17 +19,17 @@ and a killed engine leaves the file behind. The repair creates the file in the f
 removed with the engine or swept later.
 
 **Core among several Ray nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver, and Ray looks for the driver's
-node among all processes that it sees, the head first. Where nodes with different addresses share a process table (pods
-with hostPID), Ray may find another node than the replica's, and the core then listens on an address that is not its
-own. The repair passes the address of the replica's node to Ray.
+node among all processes that it sees, and tries the head node first. Where nodes with different addresses share a
+process table (pods with hostPID), Ray may find another node than the replica's, and the core then listens on an address
+that is not its own. The repair passes the address of the replica's node to Ray.
 
 **Pipeline parallelism on CPU (vLLM 0.32.0).** A rank other than the first copies its input into tensors that only a
 profiling run creates. Without compilation the CPU runner creates no such tensors, so the first step ends the engine.
 The repair creates the tensors in the first step.
 
-**Base model together with adapters on CPU (vLLM 0.32.0).** The operations of adapters choose each row's adapter by its
-index, and rows without an adapter have the index -1, which in PyTorch selects the last slot. So when every slot holds
-an adapter, the base model's rows are computed with the adapter of the last slot. The repair gives such rows the first
+**Base model together with adapters on CPU (vLLM 0.32.0).** The operations of adapters choose a row's adapter by a slot
+index. A row without an adapter has the index -1, which in PyTorch selects the last slot. So when every slot holds an
+adapter, the base model's rows are computed with the adapter of the last slot. The repair gives such rows the first
 adapter and an input of zeros, to which every adapter adds nothing.
 
 **Strings that are no JSON (xgrammar 0.2.8).** A grammar allows control characters in strings with a length bound, and
@@ -213,7 +213,7 @@ def _repair_pipeline() -> None:
 
 
 def _without_adapter_adds_nothing(operation: Callable[..., None]) -> Callable[..., None]:
-    """Return an operation of torch_ops in which rows with a negative index have an input of zeros."""
+    """Wrap an operation of torch_ops so that rows with a negative index get an input of zeros."""
     import torch
 
     signature = inspect.signature(operation)

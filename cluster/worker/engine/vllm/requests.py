@@ -318,7 +318,7 @@ def _budget(sampling: Sampling) -> dict[str, Any]:
 
 
 def reasoning_arguments(request: EngineRequest) -> dict[str, Any]:
-    """Return vLLM's arguments that control where a grammar begins; empty if the engine decides."""
+    """Return vLLM's arguments that control from which token on a grammar applies; empty if the engine decides."""
     grammar = request.sampling.grammar
     if request.pooling is not None or grammar is None or grammar.reasoning_ended is None:
         return {}

@@ -1,9 +1,10 @@
 """Exact resume in vLLM: tokens that another engine has emitted are installed as *output*, as after a preemption.
 
-Problem: prompt + emitted ids as a new prompt would restart everything that depends on the output: frequency and
-presence penalties, min_tokens, a seeded generator, the matcher of a grammar. vLLM itself resumes a preempted request
-with its output in place, and computes prompt and output again as one prefill. Invariant: scheduler, runner, sampler and
-matcher treat a request with emitted ids as if this engine had emitted the ids and then preempted the request.
+Problem: if prompt and emitted ids were submitted as a new prompt, everything that depends on the output would restart:
+frequency and presence penalties, min_tokens, a seeded generator, the matcher of a grammar. vLLM itself resumes a
+preempted request with its output in place, and computes prompt and output again as one prefill. Invariant: scheduler,
+runner, sampler and matcher treat a request with emitted ids as if this engine had emitted the ids and then preempted
+the request.
 
 The ids are sent in SamplingParams.extra_args, which reach the engine core and every rank. In the core the ids are added
 to the Request (and so to its block hashes, so that the prefix cache is used), and the matcher of the request's grammar
@@ -86,9 +87,10 @@ def why_plain(config: Any) -> str:
 def resumes_seeds(config: Any, installed: bool) -> bool:
     """Return whether a resumed request with a seed gets the random numbers of the uninterrupted request.
 
-    `installed`: whether the emitted tokens of the request are installed as output. Only the V1 runner needs that for a
-    seed. With speculative decoding the random numbers differ: the proposed tokens start at other positions, and the
-    draws depend on them. For the V1 runner in vLLM 0.31 the result is False, since its draws were not verified.
+    `installed`: whether the emitted tokens of the request are installed as output. Only the V1 runner needs the
+    installed tokens to continue a seed. With speculative decoding the random numbers differ: the proposed tokens start
+    at other positions, and the draws depend on them. For the V1 runner in vLLM 0.31 the result is False, since its
+    draws were not verified.
     """
     if config.speculative_config is not None:
         return False

@@ -1,4 +1,4 @@
-"""Placement of a single rank on CPUs in the engine core's process, as vLLM places a single rank on GPUs.
+"""Placement of a single CPU rank in the engine core's process, where vLLM also places a single GPU rank.
 
 Problem: vLLM's CPU platform gives even a single rank its own process, because the kernels' threads are bound to CPUs by
 environment variables that libgomp reads when a program starts. The extra process costs some hundred megabytes, the time

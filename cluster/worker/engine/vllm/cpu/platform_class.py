@@ -1,4 +1,4 @@
-"""The class of the CPU platform. platform.py tells vLLM the name of this class.
+"""The class of the CPU platform. platform.py returns the name of this class to vLLM.
 
 The class has its own module, since the import of vLLM's platform class makes vLLM choose a platform.
 """

@@ -1,10 +1,10 @@
 """Estimate of a compiled grammar's size, by which large grammars are refused before an engine spends minutes on them.
 
 vLLM compiles grammars on a thread of its engine core, the process that also schedules all requests. Measured with a
-vocabulary of 49,000: in a JSON schema, each string with a length bound or a pattern costs 0.5 to 1 s of a core,
-whatever the bound, and everything else is cheap. In a regular expression counted repetitions are unrolled, and nested
-repetitions multiply: `(a{1,1000}){1,1000}` has 20 characters and a million positions. 45,000 positions took 12 s and
-400 MB.
+vocabulary of 49,000: in a JSON schema, each string with a length bound or a pattern costs 0.5 to 1 s of CPU time,
+whatever the bound, and everything else is cheap. In a regular expression counted repetitions are unrolled to positions
+(one for each character or class), and nested repetitions multiply: `(a{1,1000}){1,1000}` has 20 characters and a
+million positions. 45,000 positions took 12 s and 400 MB.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ _UNSUPPORTED = {
     **dict.fromkeys(("\\A", "\\Z", "\\z", "\\G"), "anchors other than ^ and $"),
     **dict.fromkeys(("(?P=", "\\k", *(f"\\{digit}" for digit in range(1, 10))), "back references"),
 }
-"""Regex syntax that no backend of vLLM compiles, with its name. Some backends would read an escape as a letter."""
+"""Regex syntax that no backend of vLLM compiles, with its name. Some backends would read such an escape as a plain
+letter."""
 
 
 def _check_regex(pattern: str) -> None:

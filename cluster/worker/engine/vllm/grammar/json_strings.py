@@ -1,8 +1,8 @@
 """Repair of xgrammar's grammars for JSON strings (xgrammar 0.2.8), so that all outputs are valid JSON.
 
 Problem: xgrammar allows control characters in a string with a length bound, and unknown escapes in the local part of an
-e-mail address. Neither is JSON. The repaired compiler rewrites the character class of such a string in the grammar's
-text, and gives addresses a regular expression without quoted parts. Other grammars are compiled unchanged.
+e-mail address. JSON allows neither. The repaired compiler rewrites the character class of such a string in the
+grammar's text, and gives addresses a regular expression without quoted parts. Other grammars are compiled unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LITERAL_OR_CLASS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]')
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
 EMAIL = rf"^{_ATOM}(\.{_ATOM})*@{_LABEL}(\.{_LABEL})*$"
-"""Addresses as in RFC 5321 without quoted local parts and address literals."""
+"""Regular expression for e-mail addresses as in RFC 5321, but without quoted local parts and address literals."""
 
 _DATA = frozenset({"const", "enum", "default", "examples"})
 

@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass
 
 MAX_COUNT_IN_STATES = 128
-"""Greatest count that is compiled to states; greater ones are compiled to a counter."""
+"""Greatest count that is compiled to states; greater counts are compiled to a counter."""
 MAX_COUNTED_POSITIONS = 256
-"""Greatest number of positions of a counted group after its repetitions are unrolled."""
+"""Greatest number of positions (characters and classes) of a counted group after its repetitions are unrolled."""
 MAX_VARIABLE_POSITIONS = 256
 """Greatest number of positions under `?` and {m,n} in all. 256 of them compile in 4 s with a vocabulary of 49,000."""
 MAX_COUNTED_VARIABLE_POSITIONS = 32

@@ -81,8 +81,9 @@ _PARTS = ("items", "unevaluatedItems", "additionalProperties", "unevaluatedPrope
 def check_schema(field: str, schema: Mapping[str, object]) -> None:
     """Raise EngineRefused, with `field`, for a JSON schema with a keyword that the grammar compiler does not enforce.
 
-    The message has the keyword, its JSON pointer and a remedy. Keywords that only annotate are allowed, also unknown
-    ones. The time is bounded: the schema has at most MAX_VALUES values, nested at most MAX_NESTING deep.
+    The message has the keyword, its JSON pointer and a remedy. Keywords that only annotate are allowed, and so are
+    unknown keywords. To bound the time, a schema with more than MAX_VALUES values, or nested more than MAX_NESTING
+    deep, is refused, too.
     """
     if problem := _size_problem(schema) or _strings_problem(schema) or _problem(schema):
         raise EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {problem}", field)

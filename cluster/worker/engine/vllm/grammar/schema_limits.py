@@ -25,7 +25,7 @@ _NAMES_MAY_HAVE = frozenset({"type", "pattern", "minLength", "maxLength", "forma
 
 
 def string_problem(keyword: str, value: object) -> str:
-    """Return what is wrong with the value of a keyword of strings; empty if it is enforced."""
+    """Return what is wrong with the value of a keyword for strings; empty if the value is enforced."""
     if keyword in ("minLength", "maxLength"):
         return _count_problem(value)
     if not isinstance(value, str):
@@ -50,7 +50,7 @@ def number_problem(value: object, is_whole: bool) -> str:
 
 
 def array_problem(keyword: str, value: object) -> str:
-    """Return what is wrong with the value of a keyword of arrays; empty if it is enforced."""
+    """Return what is wrong with the value of a keyword for arrays; empty if the value is enforced."""
     if keyword in ("minItems", "maxItems"):
         return _count_problem(value)
     if keyword == "prefixItems":
@@ -62,7 +62,7 @@ def array_problem(keyword: str, value: object) -> str:
 
 
 def object_problem(keyword: str, value: object) -> str:
-    """Return what is wrong with the value of a keyword of objects; empty if it is enforced."""
+    """Return what is wrong with the value of a keyword for objects; empty if the value is enforced."""
     if keyword in ("minProperties", "maxProperties"):
         return _count_problem(value)
     if keyword == "required":

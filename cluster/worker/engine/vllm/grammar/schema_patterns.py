@@ -29,7 +29,7 @@ _COUNTS = re.compile(r"[{,](\d+)(?=[,}])")
 _MEMBER = re.compile(r"\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\.|.", re.DOTALL)
 _SETS = frozenset("dDwWsS")
 _WIDE_SETS = frozenset("DWSs")
-"""Sets that include quotes, backslashes or control characters."""
+"""Escape letters of the character sets that include quotes, backslashes or control characters, such as `s`."""
 _CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0", "b": "\b"}
 _NAMED = {
     "b": "word boundaries",
@@ -111,7 +111,8 @@ class _Reader:
         return self._wide
 
     def _count(self, text: str, previous: str) -> str:
-        """Check a quantifier. Returns the quantifier if a following `?` makes it lazy; otherwise an empty text."""
+        """Check a quantifier; return it, or an empty text if `text` is a `?` that makes the quantifier `previous`
+        lazy."""
         if not self._counts.repeats:
             if text == "?" and previous:
                 return ""

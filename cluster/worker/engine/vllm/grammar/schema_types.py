@@ -108,7 +108,7 @@ class SchemaTypes:
     def resolve(self, reference: object) -> object:
         """Return the schema that a `$ref` refers to.
 
-        Raises UnusableReference if it is not a plain path in this schema.
+        Raises UnusableReference if the reference is not a plain path in this schema.
         """
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             raise UnusableReference(

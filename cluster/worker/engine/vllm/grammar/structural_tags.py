@@ -15,7 +15,8 @@ from cluster.worker.engine.vllm.grammar.grammars import check_grammar
 STRUCTURAL_TAG = "structural_tag"
 MAX_TAG_BYTES = 256 * 1024
 MAX_WHITE_SPACE = 24
-"""Greatest number of white-space characters in a row in a call: a line break and ten levels of indentation by two."""
+"""Greatest number of white-space characters in a row in a tool call: a line break and ten levels of indentation by
+two."""
 MAX_SCHEMAS = 256
 """Greatest number of different schemas of tools in one grammar."""
 
@@ -62,9 +63,9 @@ def _schemas(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def structural_tag(grammar: Grammar) -> Any:
-    """Return a checked structural tag in vLLM's form, with a bound on white space between the values of a call.
+    """Return a checked structural tag in vLLM's form, with a bound on white space between the values of a tool call.
 
-    Without the bound, a small model may write white space up to `max_tokens`, and the call does not end.
+    Without the bound, a small model may write white space up to `max_tokens` and never complete the tool call.
     """
     from vllm.sampling_params import StructuredOutputsParams
 
