@@ -92,7 +92,7 @@ SHORT_OF_CAPACITY = (
 
 @dataclass(frozen=True, slots=True)
 class OutcomeStatus:
-    """How the APIs report an outcome. `retry_after_s`: default delay before a retry; None if the answer suggests no
+    """How the APIs report an outcome. `retry_after_s`: default delay before a retry, in seconds; None to suggest no
     delay."""
 
     grpc: str

@@ -17,7 +17,7 @@ MAX_BLOCKS: Final = 8
 MAX_BLOCK_BYTES: Final = 512
 MAX_FIELDS: Final = 32
 """MAX_BLOCKS, MAX_BLOCK_BYTES and MAX_FIELDS: limits of a decoder's memory of blocks. Together they bound the memory to
-32 KiB for each connection."""
+48 KiB for each connection."""
 _SIZE_UPDATE: Final = 0x20
 
 

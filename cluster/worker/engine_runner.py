@@ -1,4 +1,5 @@
-"""The steps and aborts of a worker's engine. No step waits for a link, and no failed abort stops the steps or a link.
+"""The steps and aborts of a worker's engine. No step waits for a link. A failed abort stops neither the steps nor a
+link.
 
 Outputs go into the links' outboxes (wire/outbox.py), from which each link's writer sends them.
 """

@@ -32,8 +32,8 @@ class _Acknowledgement:
 
 
 class LinkCredit:
-    """The credit of all links. Credit is granted only while the worker takes new sequences. The methods' argument
-    `link` is the link's `credit_order`."""
+    """The credit of all links. Credit is granted only while the worker takes new sequences. Methods identify a link by
+    its `credit_order`."""
 
     def __init__(
         self, capacity: Callable[[], tuple[Capacity, int]], count_cached: Callable[[int], int], drain_state: DrainStates

@@ -282,10 +282,10 @@ class RequestOutputs:
                 running.timing.record_last(time.monotonic())
 
     def apply_parsed(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[Link], list[str]]:
-        """Send parsed outputs, whose work `apply_step` has counted. Forget the requests that have ended.
+        """Send parsed outputs, which `apply_step` has already counted as work. Forget the requests that have ended.
 
-        Returns the links that the caller must flush, and the engine request ids to abort: requests that ended by a stop
-        string or by a fault of the parser still run in the engine.
+        Returns the links that the caller must flush, and the engine request ids of the ended requests. The caller must
+        abort these requests, because a request that a stop string or a parser fault has ended still runs in the engine.
         """
         touched: dict[int, Link] = {}
         to_abort: list[str] = []

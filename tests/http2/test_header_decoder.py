@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from cluster.http2.header_decoder import MAX_BLOCK_BYTES, MAX_BLOCKS, MAX_FIELDS, HeaderDecoder
 
 fields = st.tuples(st.sampled_from([b":path", b"te", b"x-a", b"x-b"]), st.sampled_from([b"", b"1", b"two", b"x" * 40]))
-headers = st.lists(
-    st.one_of(fields, fields.map(lambda field: NeverIndexedHeaderTuple(*field))), min_size=1, max_size=5
-)
+headers = st.lists(st.one_of(fields, fields.map(lambda field: NeverIndexedHeaderTuple(*field))), min_size=1, max_size=5)
 sizes = st.sampled_from([None, None, None, 0, 80, 4096])
 
 
 @given(st.lists(st.tuples(headers, sizes, st.integers(1, 3)), max_size=30))
-def test_repeated_blocks_give_the_fields_of_hpack(sent: list[tuple[list[tuple[bytes, bytes]], int | None, int]]) -> None:
+def test_repeated_blocks_give_the_fields_of_hpack(
+    sent: list[tuple[list[tuple[bytes, bytes]], int | None, int]],
+) -> None:
     """A client sends blocks, some of them several times, and changes the size of its table. Both decoders agree on
     every block, whether the block is new, repeated, or repeated after the table has changed."""
     encoder, plain, remembering = Encoder(), Decoder(), HeaderDecoder()

@@ -46,7 +46,8 @@ class RendererOf(Protocol):
 
 
 class Tokenization:
-    """The methods Tokenize and Detokenize of a gateway, which use the models' tokenizers without a call."""
+    """A gateway's RPCs Tokenize and Detokenize, and the token count of the Anthropic API. They use the models'
+    tokenizers and open no call."""
 
     def __init__(
         self,

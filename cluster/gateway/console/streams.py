@@ -1,7 +1,8 @@
 """The live data of the console: event streams and history, limited to what the viewer may see.
 
-A stream could outlive its session, so it is ended with the session: when the session expires, or when a change of
-tenants or keys makes it invalid. The page then requests its session again and shows the sign-in.
+A stream could outlive its session, so the gateway ends the stream when the session expires, or when a change of tenants
+or keys ends the session or changes what it may see. The page then requests its session. If the session has ended, the
+page shows the sign-in, else it reconnects.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ class CallGuards:
 
     async def prompt(self, prompt: Prompt, text: TextModel) -> Prompt:
         """Apply the input guards to a prompt. Returns the filtered prompt, or the same object if nothing changes.
-        Raises CallError, with GUARD_REFUSED if a guard refuses the prompt."""
+        Raises CallError; its outcome is GUARD_REFUSED if a guard refuses the prompt."""
         if not self._inputs:
             return prompt
         if not isinstance(prompt, IdsPrompt):

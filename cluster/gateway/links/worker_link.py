@@ -72,7 +72,7 @@ class LinkListener(Protocol):
         """Handle a worker's report of the usage of ended requests."""
 
     def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Handle a worker's report of the service that the worker has counted for each tenant."""
+        """Handle a worker's report of the service (weighted tokens) that the worker has counted for each tenant."""
 
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
         """Handle another gateway's backlog for the worker's model."""

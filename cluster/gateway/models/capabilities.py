@@ -36,8 +36,8 @@ class ModelCapabilities:
         self._linked_tasks |= link.tasks
 
     def left(self, link: WorkerLink) -> None:
-        """Remove the capabilities of a worker that has left, unless another worker has them too. The engine info of the
-        last worker is kept."""
+        """Remove the capabilities of a worker that has left, unless another worker has them too. If no worker remains,
+        the engine info of the last one is kept."""
         self.parsers = frozenset().union(*(other.parsers for other in self._links.values()))
         self._linked_tasks = frozenset().union(*(other.tasks for other in self._links.values()))
         if not self._links:

@@ -60,8 +60,8 @@ class QuotaReservations:
         max_tenants: int = 500,
     ) -> None:
         """`learnt`: the lengths of earlier outputs, from which the size of a reservation is estimated. `cut` ends a
-        call whose tenant's budget is spent; the call keeps its output so far. `max_tenants`: number of tenants in the
-        metrics."""
+        call whose tenant's budget is spent; the call keeps its output so far. `max_tenants`: maximum number of tenants
+        in the metrics."""
         self._limits = limits
         self._learnt = learnt
         self._metrics = metrics

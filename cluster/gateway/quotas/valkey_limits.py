@@ -355,9 +355,9 @@ def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None,
 
 
 def _refusal(limits: TenantLimits, reply: Sequence[float], plain: int, weighted: int, epoch_s: float) -> LimitRefusal:
-    """Return the refusal that the script's reply describes. `reply`: number of the limit, its use, seconds until a
-    retry, seconds until the reset, then the `sums` of `_uses`. `plain`: the number of tokens of the call. `weighted`:
-    this number after the weights of prompt and output tokens are applied."""
+    """Return the refusal that the script's reply describes. `reply`: index of the limit in _ORDER, from 1; how much of
+    it is used; seconds until a retry; seconds until the reset; then the `sums` that `_uses` takes. `plain`: the call's
+    number of tokens. `weighted`: the same with the weights of prompt and output tokens applied."""
     name = _ORDER[int(reply[0]) - 1]
     limit = cast(int, getattr(limits, name.value))
     used, retry_s, reset_s = int(reply[1]), reply[2], reply[3]

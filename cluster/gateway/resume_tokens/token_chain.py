@@ -82,7 +82,8 @@ _HEAD_FIELDS = tuple(head_field.name for head_field in fields(CallHead))
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The part of a choice that one resume token adds."""
+    """The record of one choice in one resume token: the token ids that the resume token adds to the choice, and the
+    choice's state after them."""
 
     index: int
     token_ids: Sequence[int]

@@ -66,7 +66,7 @@ class Queues:
         self.tally.enqueue(entry)
 
     def _entry(self, sequence: LinkedSequence[Call]) -> WaitingSequence:
-        """Return the waiting room's entry for a sequence that has been queued before, with the current key of its
+        """Return the waiting room's entry of a sequence that was queued before, with the current key of the sequence's
         adapter."""
         entry, adapter = self._charges.waiting(sequence), sequence.request.adapter
         return entry if entry.adapter == adapter else replace(entry, adapter=adapter)

@@ -134,7 +134,7 @@ class ServiceCharges:
         return charge.place
 
     def settle(self, sequence: CallSequence) -> None:
-        """Settle the service account of a sequence that has ended. Idempotent."""
+        """Settle the service charged for a sequence that has ended. Idempotent."""
         charge = self._charges.get(sequence.key)
         if charge is None or charge.settled:
             return

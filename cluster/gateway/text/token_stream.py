@@ -1,4 +1,4 @@
-"""The text of a sequence's tokens, one token after the other. Stop strings are searched for later.
+"""Conversion of a sequence's tokens into text, token by token. The search for stop strings comes afterwards.
 
 The text of a token depends on the tokens around it: a character may be split over tokens, and sentencepiece models drop
 the first space of a text. So the stream (DecodeStream of the tokenizers library) is primed with the prompt, and emits
@@ -6,9 +6,9 @@ only complete characters. As in vLLM, the stream is restarted without priming if
 (invalid bytes after valid bytes).
 
 At each new token, DecodeStream decodes again all tokens that have no text yet. For a sequence that never completes a
-character, or that ends in special tokens only, the cost would grow with the square of the length. Two kinds of tokens
-therefore bypass DecodeStream. Tokens that no decoder sees (skipped special tokens, and ids without a token) add no
-text. A run of more than MAX_OPEN_TOKENS tokens without text is decoded at once, except for its last tokens.
+character, or that ends in special tokens only, the cost would grow with the square of the length. Therefore two cases
+bypass DecodeStream. Tokens that no decoder sees (skipped special tokens, and ids without a token) add no text. And a
+run of more than MAX_OPEN_TOKENS tokens without text is decoded in one piece, except for its last tokens.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class TokenStream:
         return self._flush_open() if len(self._open) > MAX_OPEN_TOKENS else ""
 
     def _flush_open(self) -> str:
-        """Return the text of the open tokens, which are too many to be one incomplete character. The last open tokens
-        stay in the stream."""
+        """Return the text of the open tokens, which are too many to be one incomplete character. All but the last few
+        are decoded in one piece; the last few pass through a new stream, which keeps those that have no text yet."""
         tokens, self._open = self._open, []
         cut = self._cut(tokens)
         self._stream = DecodeStream(skip_special_tokens=self._skip_special)

@@ -171,5 +171,6 @@ def _chars(value: object) -> int:
             total += _chars(item)
     elif isinstance(value, (dict, Mapping)):  # dict first, because that check is faster
         for key, item in value.items():
-            total += len(key) + (len(item) if isinstance(item, str) else _chars(item))
+            total += len(key) if isinstance(key, str) else 4
+            total += len(item) if isinstance(item, str) else _chars(item)
     return total

@@ -94,8 +94,8 @@ class AdapterMemory:
         return next((digest for digest in self._held if digest not in self.pinned), None)
 
     def has_place_for(self, digest: str) -> bool:
-        """Return whether the adapter is held, or could be held if no other adapter were in use. An adapter that is not
-        held has no place if pinned adapters fill the memory."""
+        """Return whether the adapter is held, or could be held once no other adapter is in use. Pinned adapters are
+        never dropped: if they fill the memory, no other adapter has a place."""
         kept = sum(held in self.pinned for held in self._held)
         return digest in self._held or kept < self.capacity
 

@@ -73,8 +73,9 @@ def placement(spec: ModelSpec) -> Placement:
 def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> str:
     """Reason why these nodes cannot hold one replica even if all nodes are idle, or "" if they can.
 
-    `nodes` has the total resources of each node. Bundles of a packed group are placed greedily, the largest node first.
-    The greedy choice is exact here, because all GPU bundles of a group are alike.
+    `nodes` has the total resources of each node. If the group may use several nodes, its Ray bundles are placed
+    greedily, on the node with the most GPUs first. The greedy choice is exact here, because all GPU bundles of a group
+    are alike.
     """
     if not nodes:
         return "cannot be placed: Ray has no node"

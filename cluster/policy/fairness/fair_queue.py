@@ -315,7 +315,8 @@ class FairOrders:
         return order
 
     def sweep(self, now: float) -> None:
-        """Sweep every order. The caller runs this method once a second."""
+        """Forget silent gateways and idle tenants in the order of each model, as FairOrder.sweep does. The caller runs
+        this method once a second."""
         for order in self._orders.values():
             order.sweep(now)
 

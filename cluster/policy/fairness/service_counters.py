@@ -83,10 +83,10 @@ class FifoQueue:
             self._skip(self._gone)
 
     def _skip(self, gone: list[int]) -> None:
-        """Drop removed entries from the front, so that the first entry is a waiting entry.
+        """Drop the removed entries at the front, so that the first entry is a waiting one.
 
-        Serial numbers of dropped entries are cut from `gone` only when they are more than half of it, so that few calls
-        copy the list.
+        `gone`: serial numbers of removed entries. The numbers of dropped entries are cut off only when they are more
+        than half of the list, so that few calls copy the list.
         """
         while self._skipped < len(gone) and gone[self._skipped] == self._first:
             self._line.popleft()

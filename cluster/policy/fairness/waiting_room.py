@@ -194,7 +194,7 @@ class WaitingRoom:
         return gone
 
     def position(self, call_id: str) -> int | None:
-        """Number of sequences ahead, as `Order.position` counts them in the order of the sequence's model; None if no
+        """Number of sequences ahead of a sequence in the order of its model, as counted by `Order.position`; None if no
         sequence with this id waits."""
         entry = self._entries.get(call_id)
         return None if entry is None else self._queues[entry[0].model].order.position(call_id)

@@ -2,8 +2,8 @@
 
 The word of a set of up to four workers has four fields of 16 bits: 15 bits for a worker's number, and one bit that is 1
 if the worker is only expected to hold the block soon. Most blocks are held by few workers. A larger set is stored in a
-table, and its word is its number in the table. The table stays small, since all blocks of a shared prompt are held by
-the same workers. The number of a set is reused when no block has this set any more.
+table; its word is the number of its table entry, with the top bit set. The table stays small, since all blocks of a
+shared prompt are held by the same workers. The number of an entry is reused when no block has the entry's set any more.
 """
 
 from __future__ import annotations

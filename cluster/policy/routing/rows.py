@@ -12,9 +12,9 @@ from cluster.policy.routing.router import Candidate, RouteCall
 class Row(NamedTuple):
     """The values of a worker that decisions use.
 
-    `is_open`: whether the worker passes the filters that are equal for all calls. `is_serving`: the same, without the
-    filter for free sequences. `max_tokens`: the largest prompt that fits. `standing` and `per_token`: see cost.py.
-    `hashed`: hash of the worker's id. `shared_slots`: free sequences of the worker that count towards
+    `is_open`: whether the worker passes the filters that are the same for all calls. `is_serving`: likewise, but the
+    worker may have no free slot for a sequence. `max_tokens`: the largest prompt that fits. `standing` and `per_token`:
+    see cost.py. `hashed`: hash of the worker's id. `shared_slots`: the worker's free slots that count towards
     RouteCall.reserved_slots."""
 
     candidate: Candidate

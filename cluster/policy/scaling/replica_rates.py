@@ -96,7 +96,7 @@ class LearntCosts:
         self._batch = max(self._batch * keep, x[1] / x[0])
 
     def costs(self) -> Costs | None:
-        """Return the learnt costs, or None before enough time in steps was observed."""
+        """Return the learnt costs; None until the observed engine steps add up to TRUSTED_S seconds."""
         if self._busy_s < TRUSTED_S:
             return None
         best, least = None, float("inf")

@@ -24,11 +24,11 @@ PLENTY = 1_000_000
 
 
 class ScaledModel:
-    """One model. Call `observe` in each pass. Then call `apply` with the policy's decision, if there is one, or `hold`
-    if the demand is unknown.
+    """The scaling of one model. In each pass, call `observe`. Then call `apply` with the policy's decision, if there is
+    one, or `hold` if the demand is unknown.
 
-    `now` is monotonic, in seconds; `wall_s` is the same time in seconds since the epoch. In requests of operators,
-    `all_frozen` is also set if the configuration freezes all models.
+    `now` is monotonic, in seconds; `wall_s` is the same time in seconds since the epoch. In the operators' requests,
+    `all_frozen` is set if an operator or the configuration freezes all models.
     """
 
     def __init__(self, inputs: ModelInputs, cold_start_s: float) -> None:

@@ -47,8 +47,8 @@ class _Hedge:
 
 @dataclass(slots=True)
 class _Sent:
-    """A sequence that was sent and has no output yet. `wait_s`: seconds from `sent_at` until the sequence is late, or
-    is checked again. `hedge`: the Submit to a second worker, while both workers have the sequence."""
+    """A sequence that was sent and has no output yet. `wait_s`: seconds from `sent_at` until the next check; at first,
+    until the sequence is late. `hedge`: the Submit to a second worker, while both workers have the sequence."""
 
     model: str
     worker: str

@@ -76,8 +76,8 @@ class ResumedAssignment:
 
     def _offered(self, sequence: ResumingSequence, view: WorkersView, now: float) -> Iterator[Sequence[Candidate]]:
         """Yield the groups of workers to try, in order. While the sequence must wait for the worker that holds its KV
-        blocks, this worker is the only group. Otherwise the last group has all workers; if there are many, a sample of
-        them is tried before."""
+        blocks, that worker is the only group. Otherwise the last group is all workers; if there are many, a sample of
+        them, with the worker that holds the KV blocks, is tried first."""
         holder = view.one(sequence.cached_on) if sequence.cached_on else None
         cached_on = self._queue.waits_for(sequence.key, now)
         waits = cached_on and cached_on not in sequence.excluded

@@ -39,10 +39,10 @@ def model_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser 
 
 
 def model_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRenderer | None:
-    """Return the renderer of a model on vLLM; None if gateways render its chat template. Blocks, and imports vLLM.
+    """Return the renderer of a model on vLLM. Blocks, and imports vLLM.
 
-    If the renderer cannot be loaded and the model also has a chat template, return None: gateways then render the
-    template. Raises ValueError if the renderer cannot be loaded and there is no chat template.
+    Returns None if gateways must render the model's chat template: the model has no renderer, or its renderer cannot be
+    loaded but a chat template exists. Raises ValueError if the renderer cannot be loaded and there is no chat template.
     """
     name = renderer_in(bundle)
     if not name:

@@ -149,8 +149,8 @@ class MessageEvents:
         return begun + body
 
     def _message_start(self) -> str:
-        """Return the first event of the stream. The event has the counts of prompt and cached tokens, which are known
-        since the first output."""
+        """Return the first event of the stream. It holds the counts of prompt and cached tokens, which are not known
+        before the first output."""
         self._started = True
         unknown: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
         message = {**self._head, **unknown, "usage": answers.usage_of(self._usage())}

@@ -1,7 +1,8 @@
-"""Counts of the fields and elements in a serialized protobuf message. The message is counted before it is decoded.
+"""Count of the fields and elements of a serialized protobuf message, before the message is decoded.
 
-Reason: protobuf builds an object for every two bytes of a list of empty messages. The scan reads tags, skips texts and
-packed numbers, and stops once a bound is exceeded. Malformed messages are left to protobuf, which reports the error.
+Reason: a small message can become very many objects; a list of empty messages becomes one object for every two bytes.
+The scan reads tags, skips texts and packed numbers, and stops once a bound is exceeded. Malformed messages are left to
+protobuf, which reports the error.
 """
 
 from __future__ import annotations

@@ -241,7 +241,8 @@ class HttpProtocol(HttpToolsProtocol):
         cast(dict[str, Any], self.scope)[CONNECTION] = self.connection
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Handle a parsed header. A trailer is dropped, since a proxy that checks headers does not see it."""
+        """Handle a parsed header. A header after the body (a trailer) is dropped: a proxy that checks headers may not
+        check trailers, so a client could evade the check with them."""
         if self._in_body:
             return
         if len(self.headers) >= MAX_HEADERS:

@@ -14,7 +14,7 @@ MAX_JOINED_BYTES: Final = 65_536
 
 
 class Response(Protocol):
-    """The state of a response: uvicorn's RequestResponseCycle."""
+    """The state of a response that ResponseTransport reads. uvicorn's RequestResponseCycle satisfies this protocol."""
 
     response_started: bool
 

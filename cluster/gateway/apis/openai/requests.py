@@ -128,8 +128,8 @@ class ParsedRequest:
 
 
 def with_caller_names(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:
-    """Return the error with each field under the name that it has in the caller's body. `names`: see ParsedRequest.
-    `prompt`: the index of the prompt with the error, if the request has several prompts."""
+    """Return the error with its request fields renamed to the names in the caller's body. `names`: see ParsedRequest.
+    `prompt`: index of the prompt that caused the error, if the request has several."""
     if not error.violations:
         return error
     renamed = [Violation(_renamed(v.field, names, prompt), v.description) for v in error.violations]

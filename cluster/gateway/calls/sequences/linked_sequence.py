@@ -88,8 +88,8 @@ class LinkedSequence(RoutedSequence[Owner]):
             self.call.resumed(self, reason)
 
     def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
-        """Handle an output that finishes with ERROR or ABORT. If no token fits the format of the request, the call
-        ends. Otherwise the engine is at fault, and another engine may continue."""
+        """Handle an output that finishes with ERROR or ABORT. If the cause is that no token fits the requested output
+        format, the call ends. Otherwise the engine is at fault, and another engine may continue the sequence."""
         if (error := format_error(self.request, finish)) is not None:
             self.call.fail(error)
             return

@@ -87,7 +87,8 @@ class BlockEncoder:
         return self._digests(self._blocks)
 
     def finish(self, missing: Sequence[int]) -> list[PackedIds]:
-        """Return the ids of blocks of the text that was last passed to `begin`. `missing`: numbers of the blocks."""
+        """Return the token ids of some blocks of the text last passed to `begin`. `missing`: the numbers of these
+        blocks."""
         blocks, self._blocks = self._blocks, []
         return self._encoded([blocks[i] for i in missing])
 

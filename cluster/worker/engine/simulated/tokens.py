@@ -50,12 +50,12 @@ def extend(state: int, token_id: int) -> int:
 
 
 def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
-    """Return a hash of everything, except the tokens so far, that determines the next tokens.
+    """Return a hash of all that determines the next tokens, except the tokens so far.
 
-    Limits (max_tokens, stops, ...) are not part of the hash. The position at which the output begins is part of the
-    hash only if the request uses a feature that depends on the output tokens: a frequency or presence penalty, a seed,
-    or a grammar. For all other requests a resumed output continues as if the emitted ids were part of the prompt, as in
-    a real engine.
+    Limits (max_tokens, stops, ...) are not hashed. The position at which the output begins is hashed only if the
+    request has a frequency or presence penalty, a seed, or a grammar, since their effect depends on that position. Any
+    other request, when resumed, continues as if the emitted ids were part of the prompt, as in a real engine. `salted`:
+    whether the request's cache salt is hashed.
     """
     s = request.sampling
     bias = tuple(sorted(s.logit_bias.items()))

@@ -137,11 +137,15 @@ def check_pooling(pooling: PoolingOptions, tokens: int, info: PoolingInfo) -> No
 def _params_class() -> Any:
     """Return a subclass of vLLM's PoolingParams that vLLM's input processor does not copy. The processor copies
     parameters because a caller may use them again; here each request has its own parameters."""
+    from msgspec.structs import astuple
     from vllm import PoolingParams
 
     class OwnParams(PoolingParams):  # type: ignore[misc, unused-ignore]
         def clone(self) -> OwnParams:
             return self
+
+        def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+            return PoolingParams, astuple(self)  # pickle does not find a class of a function
 
     return OwnParams
 

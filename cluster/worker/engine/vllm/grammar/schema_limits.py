@@ -50,7 +50,7 @@ def number_problem(value: object, is_whole: bool) -> str:
 
 
 def array_problem(keyword: str, value: object) -> str:
-    """Return what is wrong with the value of a keyword for arrays; empty if the value is enforced."""
+    """Return why the value of an array keyword is not enforced; "" if it is enforced."""
     if keyword in ("minItems", "maxItems"):
         return _count_problem(value)
     if keyword == "prefixItems":
