@@ -37,7 +37,7 @@ async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
         guarded.append(await guards.prompt(prompt, model))
         guards.close()
 
-    assert await least_cpu_s(search) < 0.05
+    assert await least_cpu_s(search) < 0.05 * slowness()
     for kept, decision in zip(guarded, decided, strict=True):
         assert isinstance(kept, TextPrompt)
         assert "a@b" not in kept.text
