@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 KEPT = 64
 DEFAULT_TOKENS = 256
@@ -107,22 +108,11 @@ class LearntOutputs:
     def observe(self, tenant: str, model: str, tokens: int, *, cut: bool = False) -> None:
         """Record the output length of an ended sequence. `cut`: the sequence was cut off at max_tokens."""
         tokens = max(tokens, 0)
-        self._lengths_of(self._pairs, (tenant, model)).add(tokens, cut)
-        self._lengths_of(self._models, model).add(tokens, cut)
+        _used(self._pairs, (tenant, model), _Lengths, self._max_pairs).add(tokens, cut)
+        _used(self._models, model, _Lengths, self._max_pairs).add(tokens, cut)
         if self._all is None:
             self._all = _Lengths()
         self._all.add(tokens, cut)
-
-    def _lengths_of(self, kept: OrderedDict[Key, _Lengths], key: Key) -> _Lengths:
-        """Return the lengths that `kept` has for a key, and mark the key as the most recently used."""
-        lengths = kept.get(key)
-        if lengths is None:
-            lengths = kept[key] = _Lengths()
-            if len(kept) > self._max_pairs:
-                kept.popitem(last=False)
-        else:
-            kept.move_to_end(key)
-        return lengths
 
     def expected(self, tenant: str, model: str, max_tokens: int) -> int:
         """Expected length of the next output, between 1 and `max_tokens`."""
@@ -157,14 +147,8 @@ class LearntMeans:
         self._pairs: OrderedDict[tuple[str, str], _Recent] = OrderedDict()
 
     def observe(self, tenant: str, model: str, tokens: int) -> None:
-        """Record a number of tokens."""
-        recent = self._pairs.get((tenant, model))
-        if recent is None:
-            recent = self._pairs[tenant, model] = _Recent()
-            if len(self._pairs) > self._max_pairs:
-                self._pairs.popitem(last=False)
-        else:
-            self._pairs.move_to_end((tenant, model))
+        """Record one token count of a tenant and a model."""
+        recent = _used(self._pairs, (tenant, model), _Recent, self._max_pairs)
         recent.last.append(tokens)
         recent.total += tokens
         if len(recent.last) > KEPT:
@@ -177,3 +161,16 @@ class LearntMeans:
 
     def __repr__(self) -> str:
         return f"LearntMeans({len(self._pairs)} pairs)"
+
+
+def _used(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], most: int) -> Value:
+    """Return the value that `kept` has for a key, made if there is none, and mark the key as the most recently used. If
+    `kept` has more than `most` keys then, the least recently used key is dropped."""
+    value = kept.get(key)
+    if value is None:
+        value = kept[key] = make()
+        if len(kept) > most:
+            kept.popitem(last=False)
+    else:
+        kept.move_to_end(key)
+    return value

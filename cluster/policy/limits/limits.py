@@ -400,8 +400,8 @@ class Limiter:
 
 
 def _fits(limits: TenantLimits, use: TenantUse, ask: _Wanted) -> bool:
-    """Return whether amounts certainly fit the limits. The result is nearly always True for an admitted call. After
-    False, the amounts may still fit."""
+    """Return whether the amounts certainly fit all limits that `_refusal` checks. The result is nearly always True for
+    an admitted call. If it is False, `_refusal` checks the limits one by one."""
     monthly, daily, running = limits.monthly_tokens, limits.daily_tokens, limits.concurrent_requests
     requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
     return (
