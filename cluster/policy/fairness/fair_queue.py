@@ -95,11 +95,12 @@ class FairOrder:
     def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
         """Append a sequence to the queue of its tenant. If the tenant was idle and its counter is too low, the counter
         is raised first (see `__init__`)."""
-        self._flows.advance(now)
-        flow = self._flows.flow(waiting.rank, waiting.tenant)
+        flows = self._flows
+        flows.advance(now)
+        flow = flows.flow(waiting.rank, waiting.tenant)
         charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
         self._where[waiting.call_id] = (flow, charge, flow.push(waiting))
-        self._flows.change_here(flow, 1, charge.amount)
+        flows.change_here(flow, 1, charge.amount)
 
     def put_back(self, waiting: WaitingSequence) -> None:
         """Insert a sequence that lost its worker, ahead of all sequences that were never taken.
@@ -120,7 +121,7 @@ class FairOrder:
         Sequences that were put back come first. After them comes a sequence of the tenant with the least counter in the
         highest waiting class: the first one, or with `loss_of` the one that warm_order.py chooses.
         """
-        return self._put_back.head() or self._flows.head(loss_of)
+        return (self._put_back.head() if self._put_back else None) or self._flows.head(loss_of)
 
     def remove(self, call_id: str) -> None:
         """Remove a waiting sequence. If it was charged before it was put back, the unused charge is refunded."""
@@ -130,10 +131,7 @@ class FairOrder:
     def mark_taken(self, call_id: str, now: float = 0.0) -> None:
         """Remove a sequence that is sent to a worker, and charge its predicted cost if it was never charged before."""
         self._flows.advance(now)
-        flow, _, serial = self._where[call_id]
-        if serial >= 0:
-            flow.record_turn(serial)
-        flow, charge = self._remove_waiting(call_id)
+        flow, charge = self._remove_waiting(call_id, taken=True)
         if charge is not None:
             self._open[call_id] = (flow, charge)
             self._flows.add_service(flow, charge.amount)
@@ -279,11 +277,13 @@ class FairOrder:
     def __repr__(self) -> str:
         return f"FairOrder({len(self._where)} waiting, {len(self._flows.classes())} classes, {len(self._open)} charged)"
 
-    def _remove_waiting(self, call_id: str) -> tuple[Flow, Charge | None]:
-        """Remove a waiting sequence. Returns the sequence's flow, and the charge to count when the sequence is sent:
-        None if the sequence was charged before."""
+    def _remove_waiting(self, call_id: str, *, taken: bool = False) -> tuple[Flow, Charge | None]:
+        """Remove a waiting sequence. `taken`: because it is sent. Returns the sequence's flow, and the charge to count
+        when the sequence is sent: None if the sequence was charged before."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
+            if taken:
+                flow.record_turn(serial)
             flow.remove(serial)
             self._flows.change_here(flow, -1, 0.0 if charge is None else -charge.amount)
         else:

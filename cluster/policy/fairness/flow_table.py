@@ -86,10 +86,13 @@ class FlowTable:
 
     def change_here(self, flow: Flow, change: int, service: float) -> None:
         """Change the number and the expected cost of a flow's sequences that wait on this gateway."""
-        before, flow.here = flow.here, flow.here + change
-        flow.here_service = flow.here_service + service if flow.here else 0.0
-        if not before or not flow.here:
-            self._update_backlogged(flow, before > 0 or flow.elsewhere > 0)
+        before = flow.here
+        flow.here = here = before + change
+        if before and here:
+            flow.here_service += service
+            return
+        flow.here_service = service if here else 0.0
+        self._update_backlogged(flow, before > 0 or flow.elsewhere > 0)
 
     def change_elsewhere(self, flow: Flow, change: Backlog) -> None:
         """Change the number and the expected cost of a flow's sequences that wait on other gateways."""

@@ -51,8 +51,9 @@ class FifoQueue:
 
     def push(self, waiting: WaitingSequence) -> int:
         """Append an entry. Returns the serial number that identifies the entry."""
-        self._line.append(waiting)
-        return self._first + len(self._line) - 1
+        line = self._line
+        line.append(waiting)
+        return self._first + len(line) - 1
 
     def head(self) -> WaitingSequence | None:
         """The first entry, or None if the queue is empty."""
@@ -168,13 +169,16 @@ class LeastFirst:
 
     def add(self, flow: Flow) -> None:
         """Add a flow, or move the flow to the bucket of its counter."""
-        number = int(flow.counter * self._per_token)
+        self._add(flow, int(flow.counter * self._per_token))
+
+    def _add(self, flow: Flow, number: int) -> None:
         self._at[flow] = number
         bucket = self._buckets.get(number)
         if bucket is None:
-            bucket = self._buckets[number] = deque()
+            self._buckets[number] = deque((flow,))
             heapq.heappush(self._order, number)
-        bucket.append(flow)
+        else:
+            bucket.append(flow)
 
     def discard(self, flow: Flow) -> None:
         """Remove a flow, if the flow is present."""
@@ -183,22 +187,24 @@ class LeastFirst:
     def note_decrease(self, flow: Flow) -> None:
         """Move a flow whose counter has fallen."""
         number = self._at.get(flow)
-        if number is not None and int(flow.counter * self._per_token) < number:
-            self.add(flow)
+        if number is not None and (lower := int(flow.counter * self._per_token)) < number:
+            self._add(flow, lower)
 
     def least(self) -> Flow | None:
         """A flow of the lowest bucket by current counters, or None without flows."""
-        while self._order:
-            number = self._order[0]
+        order, at, per_token = self._order, self._at, self._per_token
+        while order:
+            number = order[0]
             bucket = self._buckets[number]
             while bucket:
                 flow = bucket[0]
-                if self._at.get(flow) == number:
-                    if int(flow.counter * self._per_token) <= number:
+                if at.get(flow) == number:
+                    current = int(flow.counter * per_token)
+                    if current <= number:
                         return flow
-                    self.add(flow)
+                    self._add(flow, current)
                 bucket.popleft()
-            heapq.heappop(self._order)
+            heapq.heappop(order)
             del self._buckets[number]
         return None
 

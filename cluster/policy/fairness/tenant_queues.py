@@ -10,7 +10,6 @@ lengths are divided by the tenant's weight, and the new sequence counts as if it
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,18 +18,23 @@ from cluster.policy.fairness.order import WaitingSequence
 
 @dataclass(eq=False, slots=True)
 class _TenantQueue:
-    requests: int = 0
     tokens: int = 0
-    entered: deque[WaitingSequence] = field(default_factory=deque)  # in order; may include sequences that have left
+    waiting: dict[str, WaitingSequence] = field(default_factory=dict)  # by call id, in the order of entry
+
+    def last(self) -> WaitingSequence:
+        """The sequence that entered last. Takes O(1), amortised: `popitem` drops the places of deleted entries at the
+        end of the dict, which an iterator would pass each time."""
+        call_id, waiting = self.waiting.popitem()
+        self.waiting[call_id] = waiting
+        return waiting
 
 
 class TenantQueues:
     """Queues of waiting sequences over all models, one queue for each tenant and class."""
 
-    def __init__(self, weight_of: Callable[[str], float], is_waiting: Callable[[WaitingSequence], bool]) -> None:
-        """Create empty queues. `is_waiting` says whether an added sequence still waits."""
+    def __init__(self, weight_of: Callable[[str], float]) -> None:
+        """Create empty queues."""
         self._weight_of = weight_of
-        self._is_waiting = is_waiting
         self._ranks: dict[int, dict[str, _TenantQueue]] = {}
         # Heaps of (-length, tenant) by rank; lengths may be outdated. The heaps are kept only while they are used: a
         # room with space needs none, and building them again costs less than updating them for many adds.
@@ -40,21 +44,18 @@ class TenantQueues:
     def waiting_of(self, tenant: str) -> tuple[int, int]:
         """Numbers of waiting requests and tokens of a tenant, over all classes."""
         queues = [queues[tenant] for queues in self._ranks.values() if tenant in queues]
-        return sum(queue.requests for queue in queues), sum(queue.tokens for queue in queues)
+        return sum(len(queue.waiting) for queue in queues), sum(queue.tokens for queue in queues)
 
     def add(self, waiting: WaitingSequence) -> None:
-        """Add a waiting sequence."""
+        """Add a waiting sequence. Its call id must not be present."""
         queues = self._ranks.get(waiting.rank)
         if queues is None:
             queues = self._ranks[waiting.rank] = {}
         queue = queues.get(waiting.tenant)
         if queue is None:
             queue = queues[waiting.tenant] = _TenantQueue()
-        queue.requests += 1
         queue.tokens += waiting.tokens
-        queue.entered.append(waiting)
-        if len(queue.entered) > 2 * queue.requests + 32:
-            queue.entered = deque(entered for entered in queue.entered if self._is_waiting(entered))
+        queue.waiting[waiting.call_id] = waiting
         if self._longest is not None:
             self._note_length(waiting, self._longest)
 
@@ -62,9 +63,9 @@ class TenantQueues:
         """Remove a sequence that no longer waits."""
         queues = self._ranks[waiting.rank]
         queue = queues[waiting.tenant]
-        queue.requests -= 1
         queue.tokens -= waiting.tokens
-        if not queue.requests:
+        del queue.waiting[waiting.call_id]
+        if not queue.waiting:
             del queues[waiting.tenant]
 
     def last_of_longest(self, below: WaitingSequence) -> WaitingSequence | None:
@@ -82,10 +83,7 @@ class TenantQueues:
                 would_be = self._length(below.tenant, rank) + 1 / self._weight_of(below.tenant)
                 if tenant == below.tenant or self._length(tenant, rank) <= would_be:
                     break
-            entered = self._ranks[rank][tenant].entered
-            while not self._is_waiting(entered[-1]):
-                entered.pop()
-            return entered[-1]
+            return self._ranks[rank][tenant].last()
         return None
 
     def _note_length(self, waiting: WaitingSequence, longest: dict[int, list[tuple[float, str]]]) -> None:
@@ -119,7 +117,7 @@ class TenantQueues:
 
     def _length(self, tenant: str, rank: int) -> float:
         queue = self._ranks[rank].get(tenant)
-        return 0.0 if queue is None else queue.requests / self._weight_of(tenant)
+        return 0.0 if queue is None else len(queue.waiting) / self._weight_of(tenant)
 
     def __repr__(self) -> str:
         return f"TenantQueues({sum(len(queues) for queues in self._ranks.values())} queues)"

@@ -33,52 +33,59 @@ class ServiceWeights:
 
     def prompt(self, tokens: int, cached_tokens: int) -> float:
         """Number of weighted tokens of a prompt."""
-        cached = min(cached_tokens, tokens)
+        cached = cached_tokens if cached_tokens < tokens else tokens
         return self.input * (tokens - cached) + self.cached * cached
 
 
 class Charge:
     """Charge of one call. Methods return the change of the charge in weighted tokens, negative for a refund."""
 
-    __slots__ = ("_generated", "_paid_output", "_prompt", "_prompt_tokens", "_weights")
+    __slots__ = ("_generated", "_paid_output", "_prompt", "_prompt_tokens", "_weights", "amount")
 
     def __init__(self, weights: ServiceWeights, prompt_tokens: int, cached_tokens: int, output_tokens: int) -> None:
         """Create a charge with the predicted cost. `cached_tokens` and `output_tokens` are predictions."""
         self._weights = weights
         self._prompt_tokens = prompt_tokens
-        self._prompt = weights.prompt(prompt_tokens, cached_tokens)
-        self._paid_output = max(output_tokens, 0)
+        self._prompt = prompt = weights.prompt(prompt_tokens, cached_tokens)
+        self._paid_output = paid = output_tokens if output_tokens > 0 else 0
         self._generated = 0
-
-    @property
-    def amount(self) -> float:
+        self.amount = prompt + weights.output * paid
         """Current charge in weighted tokens."""
-        return self._prompt + self._weights.output * self._paid_output
 
     def cached(self, cached_tokens: int) -> float:
         """Charge the prompt with the number of cached tokens that the engine reported, in place of the prediction."""
         before = self._prompt
         self._prompt = self._weights.prompt(self._prompt_tokens, cached_tokens)
+        self._update_amount()
         return self._prompt - before
 
     def generated(self, tokens: int) -> float:
         """Record the number of output tokens so far, over all workers that ran the call. A lower number is ignored."""
-        self._generated = max(self._generated, tokens)
-        more = max(self._generated - self._paid_output, 0)
+        if tokens > self._generated:
+            self._generated = tokens
+        more = self._generated - self._paid_output
+        if more <= 0:
+            return 0.0
         self._paid_output += more
+        self._update_amount()
         return self._weights.output * more
 
     def ended(self) -> float:
         """Refund the charge for predicted output that was not generated."""
         vain = self._paid_output - self._generated
         self._paid_output = self._generated
+        self._update_amount()
         return -self._weights.output * vain
 
     def revoked(self) -> float:
         """Refund the whole charge, because the call never ran."""
         amount = self.amount
         self._prompt, self._prompt_tokens, self._paid_output, self._generated = 0.0, 0, 0, 0
+        self._update_amount()
         return -amount
+
+    def _update_amount(self) -> None:
+        self.amount = self._prompt + self._weights.output * self._paid_output
 
     def __repr__(self) -> str:
         return f"Charge({self.amount:g}: {self._prompt_tokens} prompt, {self._generated} of {self._paid_output} output)"

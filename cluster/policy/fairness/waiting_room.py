@@ -99,7 +99,7 @@ class WaitingRoom:
                 math.inf if tenant_max_requests is None else tenant_max_requests,
                 math.inf if tenant_max_tokens is None else tenant_max_tokens,
             )
-        self._tenant_queues = TenantQueues(weight_of, self._is_waiting)
+        self._tenant_queues = TenantQueues(weight_of)
         self._entries: dict[str, tuple[WaitingSequence, int]] = {}  # sequence, number of the stay in the room
         self._queues: dict[str, _ModelQueue] = {}
         self._tokens = 0
@@ -115,30 +115,22 @@ class WaitingRoom:
         `starts_in_s`: seconds until the earliest possible start; a sequence with an earlier deadline is refused at
         once. Raises ValueError for a call id that already waits.
         """
-        outcome = self._check_tenant_bounds(waiting)
+        if waiting.call_id in self._entries:
+            raise ValueError(f"call_id {waiting.call_id!r} already waits")
+        outcome = None if self._tenant_bounds is None else self._check_tenant_bounds(waiting, self._tenant_bounds)
         if outcome is None and waiting.deadline is not None and now + starts_in_s >= waiting.deadline:
             outcome = Outcome.DEADLINE_UNREACHABLE
         if outcome is None and self._has_room(waiting):
-            self._enter(waiting, now)
+            self._add(waiting, now).push(waiting, now)
+            self._entered += 1
             return _ADMITTED
-        shed: list[WaitingSequence] = []
-        while outcome is None and not self._has_room(waiting):
-            victim = self._tenant_queues.last_of_longest(below=waiting) if waiting.tokens <= self._max_tokens else None
-            if victim is None:
-                outcome = Outcome.QUEUE_FULL
-                break
-            self._remove(victim)
-            shed.append(victim)
-        self._shed += len(shed)
-        if outcome is not None:
-            self._refused += 1
-        else:
-            self._enter(waiting, now)
-        return RoomAdmission(outcome, tuple(shed))
+        return self._admit_by_shedding(waiting, now, outcome)
 
     def put_back(self, waiting: WaitingSequence, now: float) -> None:
         """Put back a sequence that lost its worker. The sequence waits at the head for up to max_wait_s; the room's
-        bounds do not apply."""
+        bounds do not apply. Raises ValueError for a call id that already waits."""
+        if waiting.call_id in self._entries:
+            raise ValueError(f"call_id {waiting.call_id!r} already waits")
         self._add(waiting, now).put_back(waiting)
         self._put_back += 1
 
@@ -163,8 +155,9 @@ class WaitingRoom:
         head = queue.order.head(loss_of) if queue is not None else None
         if head is None or not fits(head):
             return None
-        self._now = self._now if now is None else max(self._now, now)
-        self._remove(head, taken=True)
+        if now is not None and now > self._now:
+            self._now = now
+        self._remove(head).mark_taken(head.call_id, self._now)
         self._bound += 1
         return head
 
@@ -177,7 +170,7 @@ class WaitingRoom:
         entry = self._entries.get(call_id)
         if entry is None:
             return False
-        self._remove(entry[0])
+        self._remove(entry[0]).remove(call_id)
         self._left += 1
         return True
 
@@ -188,7 +181,7 @@ class WaitingRoom:
             _, stay, call_id = heapq.heappop(self._expiries)
             entry = self._entries.get(call_id)
             if entry is not None and entry[1] == stay:
-                self._remove(entry[0])
+                self._remove(entry[0]).remove(call_id)
                 gone.append(entry[0])
         self._expired += len(gone)
         return gone
@@ -206,8 +199,9 @@ class WaitingRoom:
 
     def latest(self, waiting: WaitingSequence, now: float) -> float:
         """Return the time until which a sequence that begins to wait now may wait."""
-        most_s = self._max_wait_s + self._longer_s(waiting.model)
-        return min(now + most_s, math.inf if waiting.deadline is None else waiting.deadline)
+        latest = now + self._max_wait_s + self._longer_s(waiting.model)
+        deadline = waiting.deadline
+        return latest if deadline is None or deadline > latest else deadline
 
     def statistics(self) -> RoomStatistics:
         """Return the current counts as a frozen value."""
@@ -227,56 +221,63 @@ class WaitingRoom:
     def __repr__(self) -> str:
         return f"WaitingRoom({len(self._entries)} requests, {self._tokens} tokens, {len(self._queues)} models)"
 
+    def _admit_by_shedding(self, waiting: WaitingSequence, now: float, outcome: Outcome | None) -> RoomAdmission:
+        """Shed other sequences until this one has room, then admit it. Refuse it if that is not possible, or with
+        `outcome` if this is given."""
+        shed: list[WaitingSequence] = []
+        while outcome is None and not self._has_room(waiting):
+            victim = self._tenant_queues.last_of_longest(below=waiting) if waiting.tokens <= self._max_tokens else None
+            if victim is None:
+                outcome = Outcome.QUEUE_FULL
+                break
+            self._remove(victim).remove(victim.call_id)
+            shed.append(victim)
+        self._shed += len(shed)
+        if outcome is not None:
+            self._refused += 1
+        else:
+            self._add(waiting, now).push(waiting, now)
+            self._entered += 1
+        return RoomAdmission(outcome, tuple(shed))
+
     def _has_room(self, waiting: WaitingSequence) -> bool:
         return len(self._entries) < self._max_requests and self._tokens + waiting.tokens <= self._max_tokens
 
-    def _check_tenant_bounds(self, waiting: WaitingSequence) -> Outcome | None:
-        if waiting.call_id in self._entries:
-            raise ValueError(f"call_id {waiting.call_id!r} already waits")
-        if self._tenant_bounds is None:
-            return None
+    def _check_tenant_bounds(self, waiting: WaitingSequence, bounds: tuple[float, float]) -> Outcome | None:
         requests, tokens = self._tenant_queues.waiting_of(waiting.tenant)
-        full = requests >= self._tenant_bounds[0] or tokens + waiting.tokens > self._tenant_bounds[1]
+        full = requests >= bounds[0] or tokens + waiting.tokens > bounds[1]
         return Outcome.RATE_LIMITED if full else None
 
-    def _is_waiting(self, waiting: WaitingSequence) -> bool:
-        entry = self._entries.get(waiting.call_id)
-        return entry is not None and entry[0] is waiting
-
-    def _enter(self, waiting: WaitingSequence, now: float) -> None:
-        self._add(waiting, now).push(waiting, now)
-        self._entered += 1
-
     def _add(self, waiting: WaitingSequence, now: float) -> Order:
-        if waiting.call_id in self._entries:
-            raise ValueError(f"call_id {waiting.call_id!r} already waits")
-        self._now = max(self._now, now)
-        self._stays += 1
-        self._entries[waiting.call_id] = (waiting, self._stays)
-        heapq.heappush(self._expiries, (self.latest(waiting, now), self._stays, waiting.call_id))
+        """Add a sequence to the room but not to the order of its model. Returns that order."""
+        if now > self._now:
+            self._now = now
+        self._stays = stay = self._stays + 1
+        self._entries[waiting.call_id] = (waiting, stay)
+        heapq.heappush(self._expiries, (self.latest(waiting, now), stay, waiting.call_id))
         queue = self._queues.get(waiting.model)
         if queue is None:
             queue = self._queues[waiting.model] = _ModelQueue(self._order_of(waiting.model))
+        tokens = waiting.tokens
         queue.requests += 1
-        queue.tokens += waiting.tokens
-        self._tokens += waiting.tokens
+        queue.tokens += tokens
+        self._tokens += tokens
         self._tenant_queues.add(waiting)
         return queue.order
 
-    def _remove(self, waiting: WaitingSequence, *, taken: bool = False) -> None:
-        del self._entries[waiting.call_id]
+    def _remove(self, waiting: WaitingSequence) -> Order:
+        """Remove a sequence from the room but not from the order of its model. Returns that order."""
+        entries, queues, expiries = self._entries, self._queues, self._expiries
+        del entries[waiting.call_id]
         self._tenant_queues.remove(waiting)
-        queue = self._queues[waiting.model]
-        if taken:
-            queue.order.mark_taken(waiting.call_id, self._now)
-        else:
-            queue.order.remove(waiting.call_id)
-        queue.requests -= 1
-        queue.tokens -= waiting.tokens
-        self._tokens -= waiting.tokens
-        if not queue.requests:
-            del self._queues[waiting.model]  # models come and go; `order_of` keeps the orders that must persist
-        if len(self._expiries) > 64 and len(self._expiries) > 2 * len(self._entries):
-            live = {(stay, call_id) for call_id, (_, stay) in self._entries.items()}
-            self._expiries = [item for item in self._expiries if item[1:] in live]
+        queue, tokens = queues[waiting.model], waiting.tokens
+        queue.tokens -= tokens
+        self._tokens -= tokens
+        queue.requests = left = queue.requests - 1
+        if not left:
+            del queues[waiting.model]  # models come and go; `order_of` keeps the orders that must persist
+        if len(expiries) > 2 * len(entries) + 64:
+            live = {(stay, call_id) for call_id, (_, stay) in entries.items()}
+            self._expiries = [item for item in expiries if item[1:] in live]
             heapq.heapify(self._expiries)
+        return queue.order
