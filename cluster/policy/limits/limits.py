@@ -150,6 +150,13 @@ class _HeldAmounts:
     day: int
     month: int
 
+    def spend(self, use: TenantUse, tokens: int) -> None:
+        """Add tokens to the budgets of the day and the month in which the call was admitted."""
+        if use.day.number == self.day:
+            use.day.used += tokens
+        if use.month.number == self.month:
+            use.month.used += tokens
+
 
 @frozen_dataclass
 class _Wanted:
@@ -218,7 +225,9 @@ class Limiter:
             raise ValueError(f"call {ask.call_id!r} holds a reservation already")
         use, now = self._at(policy.name, now, epoch_s)
         limits = gateway_share(policy.limits, sharers)
-        refusal = self._check(limits, use, ask, now, epoch_s)
+        weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
+        wanted = _Wanted(ask.prompt_tokens + ask.output_tokens, 1, ask.requests, weighted)
+        refusal = _refusal(limits, use, wanted, now, epoch_s)
         if refusal is not None:
             return refusal
         self._count(policy, use, ask, now)
@@ -230,7 +239,7 @@ class Limiter:
         """See LimitStore. `sharers` as in `reserve`."""
         use, now = self._at(policy.name, now, epoch_s)
         limits = gateway_share(policy.limits, sharers)
-        refusal = self._refusal(limits, use, _Wanted(tokens, 0, requests, self._weights.sum(tokens, 0)), now, epoch_s)
+        refusal = _refusal(limits, use, _Wanted(tokens, 0, requests, self._weights.sum(tokens, 0)), now, epoch_s)
         if refusal is None:
             self._charge(use, requests, tokens, now)
         return refusal
@@ -292,7 +301,7 @@ class Limiter:
             )  # at most the amount of this call, so that the amounts of other calls stay in the bucket
             use.tokens.correct(bucket, -back)
             change += back
-        self._spend(use, held, prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens)
+        held.spend(use, prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
         """Raise the counted use of the current day's and month's budgets to at least the given use.
@@ -346,7 +355,7 @@ class Limiter:
         taken = [(use.tokens.add(weighted, now), weighted)]
         held = _HeldAmounts(policy.name, ask.prompt_tokens, ask.output_tokens, taken, use.day.number, use.month.number)
         self._held[ask.call_id] = held
-        self._spend(use, held, ask.prompt_tokens + ask.output_tokens)
+        held.spend(use, ask.prompt_tokens + ask.output_tokens)
 
     def _take(self, use: TenantUse, held: _HeldAmounts, tokens: int, now: float) -> None:
         """Reserve more output tokens for a call. The tokens are counted in the current bucket."""
@@ -354,49 +363,36 @@ class Limiter:
         held.output_tokens += tokens
         more = self._weights.sum(held.prompt_tokens, held.output_tokens) - before
         held.taken.append((use.tokens.add(more, now), more))
-        self._spend(use, held, tokens)
+        held.spend(use, tokens)
 
-    @staticmethod
-    def _spend(use: TenantUse, held: _HeldAmounts, tokens: int) -> None:
-        """Add tokens to the budgets of the day and the month in which the call was admitted."""
-        if use.day.number == held.day:
-            use.day.used += tokens
-        if use.month.number == held.month:
-            use.month.used += tokens
 
-    def _check(
-        self, limits: TenantLimits, use: TenantUse, ask: ReservationRequest, now: float, epoch_s: float
-    ) -> LimitRefusal | None:
-        weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
-        wanted = _Wanted(ask.prompt_tokens + ask.output_tokens, 1, ask.requests, weighted)
-        return self._refusal(limits, use, wanted, now, epoch_s)
-
-    @staticmethod
-    def _refusal(limits: TenantLimits, use: TenantUse, ask: _Wanted, now: float, epoch_s: float) -> LimitRefusal | None:
-        if _fits(limits, use, ask):
-            return None
-        rows = (
-            (Limit.MONTHLY, limits.monthly_tokens, use.month.used, ask.plain),
-            (Limit.DAILY, limits.daily_tokens, use.day.used, ask.plain),
-            (Limit.CONCURRENT, limits.concurrent_requests, use.running, ask.running),
-            (Limit.REQUESTS, limits.requests_per_minute, use.requests.total, ask.requests),
-            (Limit.TOKENS, limits.tokens_per_minute, use.tokens.total, ask.weighted),
-        )
-        for name, limit, used, wanted in rows:
-            if limit is None or not wanted or used + wanted <= limit:
-                continue
-            retry_s, reset_s = _ends_in_s(name, use, used + wanted - limit, now, epoch_s)
-            budget = name in (Limit.DAILY, Limit.MONTHLY)
-            return LimitRefusal(
-                Outcome.BUDGET_EXHAUSTED if budget else Outcome.RATE_LIMITED,
-                name,
-                NEVER if wanted > limit else retry_s,
-                limit,
-                max(limit - used, 0),
-                reset_s,
-                *_standings(limits, use, now),
-            )
+def _refusal(limits: TenantLimits, use: TenantUse, ask: _Wanted, now: float, epoch_s: float) -> LimitRefusal | None:
+    """Return the refusal that names the first limit that the amounts do not fit, budgets first; None if they fit all
+    limits."""
+    if _fits(limits, use, ask):
         return None
+    rows = (
+        (Limit.MONTHLY, limits.monthly_tokens, use.month.used, ask.plain),
+        (Limit.DAILY, limits.daily_tokens, use.day.used, ask.plain),
+        (Limit.CONCURRENT, limits.concurrent_requests, use.running, ask.running),
+        (Limit.REQUESTS, limits.requests_per_minute, use.requests.total, ask.requests),
+        (Limit.TOKENS, limits.tokens_per_minute, use.tokens.total, ask.weighted),
+    )
+    for name, limit, used, wanted in rows:
+        if limit is None or not wanted or used + wanted <= limit:
+            continue
+        retry_s, reset_s = _ends_in_s(name, use, used + wanted - limit, now, epoch_s)
+        budget = name in (Limit.DAILY, Limit.MONTHLY)
+        return LimitRefusal(
+            Outcome.BUDGET_EXHAUSTED if budget else Outcome.RATE_LIMITED,
+            name,
+            NEVER if wanted > limit else retry_s,
+            limit,
+            max(limit - used, 0),
+            reset_s,
+            *_standings(limits, use, now),
+        )
+    return None
 
 
 def _fits(limits: TenantLimits, use: TenantUse, ask: _Wanted) -> bool:
