@@ -1,4 +1,5 @@
-"""Waiting requests and tokens by tenant and class, and the choice of the victim that a full waiting room sheds.
+"""Waiting requests and tokens by tenant and class, the bounds of each tenant, and the choice of the victim that a full
+waiting room sheds.
 
 Problem: a full waiting room must shed the lowest class first. Within a class, a flooding tenant must not take the
 places of other tenants.
@@ -32,19 +33,29 @@ class _TenantQueue:
 class TenantQueues:
     """Queues of waiting sequences over all models, one queue for each tenant and class."""
 
-    def __init__(self, weight_of: Callable[[str], float]) -> None:
-        """Create empty queues."""
+    def __init__(
+        self, weight_of: Callable[[str], float], max_requests: int | None = None, max_tokens: int | None = None
+    ) -> None:
+        """Create empty queues. `max_requests` and `max_tokens`: bounds of each tenant over all its queues; None for no
+        bound."""
         self._weight_of = weight_of
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
         self._ranks: dict[int, dict[str, _TenantQueue]] = {}
         # Heaps of (-length, tenant) by rank; lengths may be outdated. The heaps are kept only while they are used: a
         # room with space needs none, and building them again costs less than updating them for many adds.
         self._longest: dict[int, list[tuple[float, str]]] | None = None
         self._adds_unasked = 0
 
-    def waiting_of(self, tenant: str) -> tuple[int, int]:
-        """Numbers of waiting requests and tokens of a tenant, over all classes."""
+    def has_room(self, waiting: WaitingSequence) -> bool:
+        """Whether the tenant of a new sequence stays within the bounds of a tenant if the sequence is added."""
+        most, most_tokens, tenant = self._max_requests, self._max_tokens, waiting.tenant
+        if most is None and most_tokens is None:
+            return True
         queues = [queues[tenant] for queues in self._ranks.values() if tenant in queues]
-        return sum(len(queue.waiting) for queue in queues), sum(queue.tokens for queue in queues)
+        return (most is None or sum(len(queue.waiting) for queue in queues) < most) and (
+            most_tokens is None or sum(queue.tokens for queue in queues) + waiting.tokens <= most_tokens
+        )
 
     def add(self, waiting: WaitingSequence) -> None:
         """Add a waiting sequence. Its call id must not be present."""

@@ -93,13 +93,7 @@ class WaitingRoom:
         self._max_wait_s = max_wait_s
         self._longer_s = longer_s
         self._order_of = order_of
-        self._tenant_bounds: tuple[float, float] | None = None
-        if tenant_max_requests is not None or tenant_max_tokens is not None:
-            self._tenant_bounds = (
-                math.inf if tenant_max_requests is None else tenant_max_requests,
-                math.inf if tenant_max_tokens is None else tenant_max_tokens,
-            )
-        self._tenant_queues = TenantQueues(weight_of)
+        self._tenant_queues = TenantQueues(weight_of, tenant_max_requests, tenant_max_tokens)
         self._entries: dict[str, tuple[WaitingSequence, int]] = {}  # sequence, number of the stay in the room
         self._queues: dict[str, _ModelQueue] = {}
         self._tokens = 0
@@ -117,7 +111,7 @@ class WaitingRoom:
         """
         if waiting.call_id in self._entries:
             raise ValueError(f"call_id {waiting.call_id!r} already waits")
-        outcome = None if self._tenant_bounds is None else self._check_tenant_bounds(waiting, self._tenant_bounds)
+        outcome = None if self._tenant_queues.has_room(waiting) else Outcome.RATE_LIMITED
         if outcome is None and waiting.deadline is not None and now + starts_in_s >= waiting.deadline:
             outcome = Outcome.DEADLINE_UNREACHABLE
         if outcome is None and self._has_room(waiting):
@@ -242,11 +236,6 @@ class WaitingRoom:
 
     def _has_room(self, waiting: WaitingSequence) -> bool:
         return len(self._entries) < self._max_requests and self._tokens + waiting.tokens <= self._max_tokens
-
-    def _check_tenant_bounds(self, waiting: WaitingSequence, bounds: tuple[float, float]) -> Outcome | None:
-        requests, tokens = self._tenant_queues.waiting_of(waiting.tenant)
-        full = requests >= bounds[0] or tokens + waiting.tokens > bounds[1]
-        return Outcome.RATE_LIMITED if full else None
 
     def _add(self, waiting: WaitingSequence, now: float) -> Order:
         """Add a sequence to the room but not to the order of its model. Returns that order."""
