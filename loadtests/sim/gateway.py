@@ -127,7 +127,7 @@ class SimGateway:
 
     def claim(self) -> int:
         """Backlog that this gateway reports to the workers: with `fair` the claimed turns, else the waiting calls."""
-        return self.waiting() if self.fair is None else self.fair.order(MODEL).claimed_turns()
+        return self.waiting() if self.fair is None else self.fair.order(MODEL).backlogs.claimed_turns()
 
     def pump(self, now: float) -> None:
         """Send waiting calls to workers, while a worker has capacity."""

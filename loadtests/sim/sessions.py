@@ -330,7 +330,7 @@ class SessionWorld:
             tokens = min(int((now - turn.first) / self.config.token_s), turn.output)
             self.order.generated(turn.waiting.call_id, tokens)
             service[turn.waiting.tenant] += self.config.service.output * tokens
-        waiting = {key.tenant for key in self.order.own_backlog()}
+        waiting = {key.tenant for key in self.order.backlogs.own()}
         for tenant, value in service.items():
             self.service[tenant].append(value)
             self.backlogged[tenant].append(tenant in waiting)

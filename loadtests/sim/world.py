@@ -78,7 +78,7 @@ class World:
         for gateway in self.gateways:  # links are up; the first report of a worker is the starting point
             if gateway.fair is not None:
                 for worker in self.workers:
-                    gateway.fair.order(MODEL).apply_served_report(worker.name, "1", worker.served(gateway.number), 0.0)
+                    gateway.fair.order(MODEL).worker_totals.apply(worker.name, "1", worker.served(gateway.number), 0.0)
         for tenant in config.tenants:
             self._begin(tenant)
 
@@ -127,14 +127,14 @@ class World:
     def _report(self, number: int) -> None:
         late, gateway = self.config.report_late_s, self.gateways[number]
         claim = gateway.claim()
-        waiting = None if gateway.fair is None else gateway.fair.order(MODEL).own_backlog()
+        waiting = None if gateway.fair is None else gateway.fair.order(MODEL).backlogs.own()
 
         def arrive() -> None:
             for worker in self.workers:
                 worker.backlog(number, claim)
             for other in self.gateways:
                 if waiting is not None and other is not gateway and other.fair is not None:
-                    other.fair.order(MODEL).replace_peer_backlog(str(number), waiting, self.event_queue.now)
+                    other.fair.order(MODEL).backlogs.replace_peer(str(number), waiting, self.event_queue.now)
 
         self.event_queue.after(late, arrive)
         if gateway.fair is not None:
@@ -143,7 +143,7 @@ class World:
 
             def apply() -> None:
                 for name, totals in reports:
-                    order.apply_served_report(name, "1", totals, self.event_queue.now)
+                    order.worker_totals.apply(name, "1", totals, self.event_queue.now)
 
             self.event_queue.after(late, apply)
 

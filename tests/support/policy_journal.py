@@ -63,11 +63,6 @@ class RecordedOrder(FairOrder):
         self._journal.events.append(("order", (self._model, "revoked", (call_id,))))
         super().revoked(call_id)
 
-    def link_ended(self, worker: str) -> None:
-        """See FairOrder."""
-        self._journal.events.append(("order", (self._model, "link_ended", (worker,))))
-        super().link_ended(worker)
-
     def sweep(self, now: float) -> None:
         """See FairOrder."""
         self._journal.events.append(("order", (self._model, "sweep", (now,))))

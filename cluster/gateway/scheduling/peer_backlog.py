@@ -1,8 +1,8 @@
 """Reports of a gateway's queues to workers. Every worker gets the gateway's claim on capacity, and some workers also
 get the backlogs of the gateway's tenants.
 
-A claim is the gateway's share of the next turns (FairOrder.claimed_turns); each worker divides its capacity among the
-gateways in proportion to their claims. So a queue that becomes empty or non-empty is reported at once, and other
+A claim is the gateway's share of the next turns (ModelBacklogs.claimed_turns); each worker divides its capacity among
+the gateways in proportion to their claims. So a queue that becomes empty or non-empty is reported at once, and other
 changes a few times a second. Workers forward the backlogs to the other gateways. Two forwarding workers suffice, since
 the next report replaces a lost report. If workers connect to some gateways only, each report is forwarded by more
 workers, and the next report is forwarded by other workers. Backlogs are repeated every half second, since gateways
@@ -98,11 +98,11 @@ class BacklogReports:
         reported = self._reported.setdefault(model, _Reported())
         count, tokens = self._waiting(model)
         order = self._charges.fair.order(model)
-        claim = order.claimed_turns() + self._resumed.waiting(model)[0] if count else 0
+        claim = order.backlogs.claimed_turns() + self._resumed.waiting(model)[0] if count else 0
         cached = dict(self._resumed.cached_counts(model))
         flows: list[WeightedValue[FlowBacklog]] | None = None
         if now - reported.flows_at >= REPORT_S * len(reported.flows) / FLOWS_A_REPORT or not count:
-            own = order.own_backlog() if count else {}
+            own = order.backlogs.own() if count else {}
             if own != reported.flows or (own and now - reported.flows_at >= REPEAT_S):
                 reported.flows, reported.flows_at = own, now
                 flows = [

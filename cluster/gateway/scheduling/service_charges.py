@@ -164,14 +164,14 @@ class ServiceCharges:
 
     def left(self, worker: WorkerIdentity, now: float) -> None:
         """Record that a worker's link has ended. The worker may reconnect."""
-        self.fair.order(worker.model).link_ended(worker.worker_id)
+        self.fair.order(worker.model).worker_totals.link_ended(worker.worker_id)
         self._gone[worker.model, worker.worker_id] = now
 
     def served(self, worker: WorkerIdentity, totals: Sequence[WeightedValue[ServedTotal]], now: float) -> None:
         """Apply a worker's report of the service that it has given to each tenant, summed over all gateways."""
         for total in totals:
             self._weights[total.value.tenant] = total.weight
-        self.fair.order(worker.model).apply_served_report(
+        self.fair.order(worker.model).worker_totals.apply(
             worker.worker_id, worker.incarnation, [total.value for total in totals], now
         )
 
@@ -182,7 +182,7 @@ class ServiceCharges:
         for flow in waiting:
             self._weights[flow.value.flow.tenant] = flow.weight
         flows = {flow.value.flow: flow.value.backlog for flow in waiting}
-        self.fair.order(model).replace_peer_backlog(gateway, flows, now)
+        self.fair.order(model).backlogs.replace_peer(gateway, flows, now)
 
     # ---- time
 
@@ -192,7 +192,7 @@ class ServiceCharges:
         speed = self._speeds.get(call.model)
         if speed is None or speed.per_s <= 0:
             return 0.0
-        return self.fair.order(call.model).service_ahead(call.flow, call.rank) / speed.per_s
+        return self.fair.order(call.model).backlogs.service_ahead(call.flow, call.rank) / speed.per_s
 
     def sweep(self, models: Mapping[str, bool], now: float) -> None:
         """Update the models' speeds and `spreads`, and forget workers that left GONE_S ago. Called once a second.
@@ -200,7 +200,7 @@ class ServiceCharges:
         for (model, worker), when in list(self._gone.items()):
             if now - when >= GONE_S:
                 del self._gone[model, worker]
-                self.fair.order(model).forget_worker(worker)
+                self.fair.order(model).worker_totals.forget(worker)
         self.fair.sweep(now)
         self.fair.retain_models(models)
         self._speeds = {model: speed for model, speed in self._speeds.items() if model in models}

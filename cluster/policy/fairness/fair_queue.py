@@ -17,27 +17,24 @@ Sequences of one tenant are served first come, first served, or in the order of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from cluster.policy.fairness.backlogs import ModelBacklogs
 from cluster.policy.fairness.flow_table import FlowTable
 from cluster.policy.fairness.order import WaitingSequence
-from cluster.policy.fairness.peer_backlog import Backlog, PeerBacklogs, ServedTotal, WorkerTotals
 from cluster.policy.fairness.put_back import PutBackSequences
 from cluster.policy.fairness.reserved_slots import ReservedSlots
-from cluster.policy.fairness.service_counters import ClassTurns, Flow, FlowKey
+from cluster.policy.fairness.service_counters import ClassTurns, Flow
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.warm_order import LossOf
+from cluster.policy.fairness.worker_totals import WorkerTotals
 
 IDLE_S = 2.0
 """Time in seconds after which a tenant without waiting sequences counts as idle."""
 DEFICIT_TOKENS = 16_384.0
 """Default limit in weighted tokens. After a short idle time, a tenant's counter may start below the least counter by at
 most this limit divided by the tenant's weight."""
-CLAIM_PICKS = 8
-"""Number of turns in a claim: a gateway reports its share of the next CLAIM_PICKS turns."""
-CLAIM_SCALE = 16
-"""Number of units in one turn, when a gateway reports its share of the next turns."""
 
 
 def equal(tenant: str) -> float:
@@ -64,6 +61,7 @@ class FairStatistics:
 class FairOrder:
     """Weighted fair `Order` whose counters persist while nothing waits.
 
+    Reports of other gateways are applied through `backlogs`, and reports of workers through `worker_totals`.
     Every operation takes O(log tenants + log queue length), amortised.
     """
 
@@ -87,8 +85,8 @@ class FairOrder:
         self._put_back = PutBackSequences()
         self._open: dict[str, tuple[Flow, Charge]] = {}
         self._reserved_slots = ReservedSlots()
-        self._peer_backlogs = PeerBacklogs()
-        self._worker_totals = WorkerTotals()
+        self.backlogs = ModelBacklogs(self._flows, self._put_back)
+        self.worker_totals = WorkerTotals(self._flows)
 
     # ---- Order
 
@@ -153,11 +151,6 @@ class FairOrder:
 
     # ---- calls that had their turn
 
-    def charge_of(self, call_id: str) -> float:
-        """Current charge of a call that was sent, in weighted tokens. Raises KeyError for a call without an open
-        charge."""
-        return self._open[call_id][1].amount
-
     def cached(self, call_id: str, cached_tokens: int) -> None:
         """At the first output, correct the charge: `cached_tokens` is the number of prompt tokens that were really
         cached. Ignores unknown ids."""
@@ -183,56 +176,7 @@ class FairOrder:
         if (entry := self._open.pop(call_id, None)) is not None:
             self._flows.add_service(entry[0], entry[1].revoked())
 
-    # ---- other gateways
-
-    def apply_served_report(self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float) -> None:
-        """Apply a report of a worker: add the service for calls of other gateways to the counters."""
-        self._flows.advance(now)
-        for key, difference in self._worker_totals.differences(worker, incarnation, totals):
-            self._flows.add_service(self._flows.flow(*key), difference)
-
-    def forget_worker(self, worker: str) -> None:
-        """Forget the totals of a worker that will not come back. The counters keep the service of that worker."""
-        self._worker_totals.forget(worker)
-
-    def link_ended(self, worker: str) -> None:
-        """Record that the link to a worker has ended.
-
-        The worker's next report comes on a new link. In that report, the service for this gateway's own calls starts at
-        zero.
-        """
-        self._worker_totals.link_ended(worker)
-
-    def replace_peer_backlog(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> None:
-        """Replace the backlog of another gateway for this model by a new report."""
-        self._flows.advance(now)
-        for key, change in self._peer_backlogs.replace(gateway, waiting, now).items():
-            self._flows.change_elsewhere(self._flows.flow(*key), change)
-        for key, backlog in waiting.items():
-            if backlog.requests:
-                self._flows.flow(*key).last_waiting = self._flows.now
-
-    def own_backlog(self) -> dict[FlowKey, Backlog]:
-        """Backlog of this gateway by flow, to report to the other gateways."""
-        return {flow.key: Backlog(flow.here, flow.here_service) for flow in self._flows.waiting_here()}
-
-    def claimed_turns(self, picks: int = CLAIM_PICKS) -> int:
-        """Return the share of this gateway in the next `picks` turns, as if all gateways had one queue.
-
-        The gateway reports this share to workers as its backlog. The unit is 1/CLAIM_SCALE of a turn; the share is at
-        least 1 if anything waits here. `picks` should be about the number of turns between two reports. The cost is
-        O(tenants + picks), so the method is meant for reports and not for every call."""
-        if not self._where:
-            return 0
-        mine = float(len(self._put_back))
-        left = picks - len(self._put_back)
-        for turns in self._flows.classes():
-            if left <= 0:
-                break
-            part, taken = self._peer_backlogs.share_of_turns(turns.anywhere.flows(), left)
-            mine += part
-            left -= taken
-        return max(1, round(CLAIM_SCALE * mine))
+    # ---- time
 
     def sweep(self, now: float) -> None:
         """Forget gateways that are silent for `idle_s`, and idle tenants whose counters are at or below
@@ -242,8 +186,7 @@ class FairOrder:
         which slots are reserved (reserved_slots.py).
         """
         self._flows.advance(now)
-        for key, change in self._peer_backlogs.silent_since(now - self._idle_s).items():
-            self._flows.change_elsewhere(self._flows.flow(*key), change)
+        self.backlogs.drop_silent(now - self._idle_s)
         for rank in self._flows.forget_idle({id(flow) for flow, _ in self._open.values()}):
             self._reserved_slots.note_guest(rank, now)
 
@@ -254,14 +197,6 @@ class FairOrder:
         tenant."""
         flow = self._flows.known(tenant, rank)
         return 0.0 if flow is None else flow.counter
-
-    def service_ahead(self, tenant: str, rank: int = 0) -> float:
-        """Return a lower bound of the weighted tokens ahead of a new sequence of this tenant on this gateway.
-
-        The bound is the expected cost of the waiting sequences of higher classes and of the tenant's own queue.
-        """
-        own = self._flows.known(tenant, rank)
-        return self._flows.service_above(rank) + (own.here_service if own is not None else 0.0)
 
     def statistics(self) -> FairStatistics:
         """Return the current counts as a frozen value."""

@@ -10,7 +10,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from cluster.api.outcomes import Outcome
 from cluster.policy.fairness.fair_queue import DEFICIT_TOKENS, FairOrder, FairOrders
 from cluster.policy.fairness.output_lengths import KEPT, LearntMeans, LearntOutputs
-from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
 from cluster.policy.fairness.served_tokens import ServedMeter
 from cluster.policy.fairness.service_counters import QUANTUM, FifoQueue, FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
@@ -89,35 +88,6 @@ def test_a_short_pause_is_no_way_to_save_up_either() -> None:
     assert order.counter("a") - order.counter("b") == pytest.approx(DEFICIT_TOKENS)
 
 
-def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
-    """A tenant that waits at another gateway is not idle.
-
-    The counter of the tenant on this gateway starts at the least backlogged counter.
-    """
-    order = order_of(*[call(f"a{i}", "a") for i in range(50)])
-    turns(order, 10)
-    there = {FlowKey(0, "b"): Backlog(3, 300.0)}
-    order.replace_peer_backlog("g2", there, 10.0)
-    begun = order.counter("b")
-    assert begun == order.counter("a")
-    turns(order, 30, 11.0)
-    order.replace_peer_backlog("g2", there, 12.0)
-    order.push(call("b", "b"), 12.5)
-    assert order.counter("b") == begun
-    assert turns(order, 1) == ["b"]
-
-
-def test_a_silent_gateways_tenants_count_no_longer() -> None:
-    """The backlog of a gateway that is silent for two seconds is dropped."""
-    order = order_of(call("a", "a"))
-    order.replace_peer_backlog("g2", {FlowKey(0, "b"): Backlog(3, 300.0)}, 1.0)
-    assert order.statistics().backlogged == 2
-    order.sweep(2.9)
-    assert order.statistics().backlogged == 2
-    order.sweep(3.1)
-    assert order.statistics().backlogged == 1
-
-
 def test_one_put_back_goes_first_and_is_charged_once() -> None:
     """A sequence that lost its worker is charged once, and goes first when it is put back."""
     order = order_of(*[call(f"a{i}", "a", output=10) for i in range(3)], call("b", "b"))
@@ -140,7 +110,7 @@ def test_corrections_end_at_the_truth() -> None:
     """
     order = order_of(call("x", "a", tokens=100, output=100), call("y", "a", tokens=10))
     turns(order, 1)
-    assert order.charge_of("x") == 300.0
+    assert order.counter("a") == 300.0
     order.cached("x", 60)
     for tokens in range(131):
         order.generated("x", tokens)
@@ -151,39 +121,6 @@ def test_corrections_end_at_the_truth() -> None:
     order.revoked("y")
     assert order.counter("a") == pytest.approx(306)
     assert order.statistics().open_charges == 0
-
-
-def test_only_what_others_served_is_added_and_only_once() -> None:
-    """Only the service of other gateways is added to a counter, and only once.
-
-    This holds for repeated and late reports, for a new link and for a restarted worker.
-    """
-    order = order_of(call("x", "a"))
-    report = [ServedTotal(0, "a", 1000.0, 400.0)]
-    order.apply_served_report("w", "i1", report, 0.0)
-    assert order.counter("a") == 0.0  # the start of the total is unknown
-    for _ in range(2):
-        order.apply_served_report("w", "i1", [ServedTotal(0, "a", 1500.0, 600.0)], 1.0)
-    assert order.counter("a") == 300.0
-    order.link_ended("w")
-    order.apply_served_report("w", "i1", [ServedTotal(0, "a", 1600.0, 50.0)], 2.0)
-    assert order.counter("a") == 350.0
-    order.apply_served_report("w", "i2", [ServedTotal(0, "a", 80.0, 30.0)], 3.0)
-    assert order.counter("a") == 400.0
-
-
-def test_claims_are_parts_of_the_next_turns() -> None:
-    """A gateway whose tenant is ahead claims less than a gateway whose tenant is behind."""
-    here, there = order_of(*[call(f"a{i}", "a") for i in range(10)]), order_of(call("b", "b"))
-    turns(here, 5)
-    here.replace_peer_backlog("g2", there.own_backlog(), 0.0)
-    turns(here, 2)
-    there.apply_served_report("w", "1", [], 0.0)
-    there.replace_peer_backlog("g1", here.own_backlog(), 0.0)
-    there.apply_served_report("w", "1", [ServedTotal(0, "a", 500.0, 0.0)], 0.0)
-    assert here.claimed_turns(picks=1) == 1
-    assert there.claimed_turns(picks=1) == 16
-    assert order_of().claimed_turns() == 0
 
 
 def test_tenants_at_their_floor_are_forgotten() -> None:
@@ -231,7 +168,7 @@ def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.
         meter.attach(1)
     for gateway in gateways:
         for name in "01":
-            gateway.apply_served_report(name, "i", [], 0.0)
+            gateway.worker_totals.apply(name, "i", [], 0.0)
         for tenant in "ab":
             gateway.push(call(f"always-{tenant}", tenant), 0.0)  # no tenant is lifted
     for number, (tenant, predicted, actual) in enumerate(calls):
@@ -246,10 +183,10 @@ def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.
             account.generated(call_id, actual)
             account.ended(call_id)
         if data.draw(st.booleans()):
-            gateways[0].apply_served_report(str(worker), "i", meters[worker].report(0), 0.0)
+            gateways[0].worker_totals.apply(str(worker), "i", meters[worker].report(0), 0.0)
     for worker in (0, 1):
         for at in (0, 1):
-            gateways[at].apply_served_report(str(worker), "i", meters[worker].report(at), 0.0)
+            gateways[at].worker_totals.apply(str(worker), "i", meters[worker].report(at), 0.0)
     for tenant in "ab":
         assert gateways[0].counter(tenant) == pytest.approx(gateways[1].counter(tenant))
 
@@ -371,7 +308,7 @@ class FairMachine(RuleBasedStateMachine):
         assert self.order.statistics().waiting == waiting
         assert (self.order.head() is not None) == (waiting > 0)
         assert self.order.statistics().open_charges == len(self.running) + len(self.returned)
-        assert sum(b.requests for b in self.order.own_backlog().values()) == waiting
+        assert sum(b.requests for b in self.order.backlogs.own().values()) == waiting
         for (rank, tenant), line in self.lines.items():
             own = sum(1 for w in self.returned if (w.rank, w.tenant) == (rank, tenant))
             assert [self.order.position(w.call_id) for w in line] == [own + i for i in range(len(line))]
@@ -561,13 +498,3 @@ def test_a_tenants_own_bounds() -> None:
     assert room.admit(call("c", tokens=50), 0.0).outcome is None
     assert room.admit(call("d", tokens=0), 0.0).outcome is Outcome.RATE_LIMITED
     assert room.admit(call("e", "other"), 0.0).outcome is None
-
-
-def test_what_goes_before_in_any_case() -> None:
-    """The service that is surely ahead is the service of higher classes and of the tenant's own queue.
-
-    The service of other tenants of the same class is not included.
-    """
-    order = order_of(call("h", "h", tokens=7), call("x", "x", tokens=50, rank=1), call("y", "y", tokens=80, rank=1))
-    assert order.service_ahead("x", 1) == 57.0
-    assert order.service_ahead("new", 1) == 7.0

@@ -1,0 +1,60 @@
+"""Tests of the backlogs of one model: reports of other gateways, and claims on the next turns."""
+
+from __future__ import annotations
+
+from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
+from cluster.policy.fairness.service_counters import FlowKey
+from tests.policy.fairness.test_fair_queue import call, order_of, turns
+
+
+def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
+    """A tenant that waits at another gateway is not idle.
+
+    The counter of the tenant on this gateway starts at the least backlogged counter.
+    """
+    order = order_of(*[call(f"a{i}", "a") for i in range(50)])
+    turns(order, 10)
+    there = {FlowKey(0, "b"): Backlog(3, 300.0)}
+    order.backlogs.replace_peer("g2", there, 10.0)
+    begun = order.counter("b")
+    assert begun == order.counter("a")
+    turns(order, 30, 11.0)
+    order.backlogs.replace_peer("g2", there, 12.0)
+    order.push(call("b", "b"), 12.5)
+    assert order.counter("b") == begun
+    assert turns(order, 1) == ["b"]
+
+
+def test_a_silent_gateways_tenants_count_no_longer() -> None:
+    """The backlog of a gateway that is silent for two seconds is dropped."""
+    order = order_of(call("a", "a"))
+    order.backlogs.replace_peer("g2", {FlowKey(0, "b"): Backlog(3, 300.0)}, 1.0)
+    assert order.statistics().backlogged == 2
+    order.sweep(2.9)
+    assert order.statistics().backlogged == 2
+    order.sweep(3.1)
+    assert order.statistics().backlogged == 1
+
+
+def test_claims_are_parts_of_the_next_turns() -> None:
+    """A gateway whose tenant is ahead claims less than a gateway whose tenant is behind."""
+    here, there = order_of(*[call(f"a{i}", "a") for i in range(10)]), order_of(call("b", "b"))
+    turns(here, 5)
+    here.backlogs.replace_peer("g2", there.backlogs.own(), 0.0)
+    turns(here, 2)
+    there.worker_totals.apply("w", "1", [], 0.0)
+    there.backlogs.replace_peer("g1", here.backlogs.own(), 0.0)
+    there.worker_totals.apply("w", "1", [ServedTotal(0, "a", 500.0, 0.0)], 0.0)
+    assert here.backlogs.claimed_turns(picks=1) == 1
+    assert there.backlogs.claimed_turns(picks=1) == 16
+    assert order_of().backlogs.claimed_turns() == 0
+
+
+def test_what_goes_before_in_any_case() -> None:
+    """The service that is surely ahead is the service of higher classes and of the tenant's own queue.
+
+    The service of other tenants of the same class is not included.
+    """
+    order = order_of(call("h", "h", tokens=7), call("x", "x", tokens=50, rank=1), call("y", "y", tokens=80, rank=1))
+    assert order.backlogs.service_ahead("x", 1) == 57.0
+    assert order.backlogs.service_ahead("new", 1) == 7.0

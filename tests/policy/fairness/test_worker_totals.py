@@ -1,0 +1,39 @@
+"""Tests of the service of the calls of other gateways, which workers report."""
+
+from __future__ import annotations
+
+from cluster.policy.fairness.flow_table import FlowTable
+from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.policy.fairness.worker_totals import WorkerTotals
+
+
+def test_only_what_others_served_is_added_and_only_once() -> None:
+    """Only the service of other gateways is added to a counter, and only once.
+
+    This holds for repeated and late reports, for a new link and for a restarted worker.
+    """
+    flows = FlowTable(lambda tenant: 1.0, 2.0, 100.0)
+    flow, workers = flows.flow(0, "a"), WorkerTotals(flows)
+    report = [ServedTotal(0, "a", 1000.0, 400.0)]
+    workers.apply("w", "i1", report, 0.0)
+    assert flow.counter == 0.0  # the start of the total is unknown
+    for _ in range(2):
+        workers.apply("w", "i1", [ServedTotal(0, "a", 1500.0, 600.0)], 1.0)
+    assert flow.counter == 300.0
+    workers.link_ended("w")
+    workers.apply("w", "i1", [ServedTotal(0, "a", 1600.0, 50.0)], 2.0)
+    assert flow.counter == 350.0
+    workers.apply("w", "i2", [ServedTotal(0, "a", 80.0, 30.0)], 3.0)
+    assert flow.counter == 400.0
+
+
+def test_a_forgotten_worker_starts_again() -> None:
+    """The first report after a worker was forgotten only sets the starting point. The counters keep the service."""
+    flows = FlowTable(lambda tenant: 2.0, 2.0, 100.0)
+    flow, workers = flows.flow(0, "a"), WorkerTotals(flows)
+    workers.apply("w", "i1", [], 0.0)
+    workers.apply("w", "i1", [ServedTotal(0, "a", 80.0, 30.0)], 1.0)
+    workers.forget("w")
+    workers.apply("w", "i1", [ServedTotal(0, "a", 500.0, 0.0)], 2.0)
+    assert flow.counter == 25.0
+    assert flows.now == 2.0
