@@ -19,7 +19,7 @@ from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.routes import Routes
 from cluster.gateway.scheduling.submission import submit_hedge
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
-from cluster.gateway.scheduling.workers import LinkedWorkers
+from cluster.gateway.scheduling.workers import LinkedWorkers, ModelFleets
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.routing.breaker import Breakers
@@ -41,6 +41,7 @@ class Hedges:
         policy: HedgingPolicy,
         queues: Queues,
         workers: LinkedWorkers,
+        fleets: ModelFleets,
         caches: WorkerCaches,
         breakers: Breakers,
         metrics: Metrics,
@@ -54,6 +55,7 @@ class Hedges:
         self.policy = policy
         self._queues = queues
         self._workers = workers
+        self._fleets = fleets
         self._caches = caches
         self._breakers = breakers
         self._metrics = metrics
@@ -104,7 +106,7 @@ class Hedges:
             accounting.hedge_ended(sequence, computed_by)
         now = self._clock()
         if won and (first := self.policy.worker_of(sequence.key)):
-            self._workers.record_late_lost(model, first, now)
+            self._fleets.record_late_lost(model, first, now)
         in_vain = self.policy.hedge_ended(sequence.key, won, now)
         self._metrics.count("hedges_total", model, "won" if won else "lost")
         if computed_by:
@@ -131,7 +133,7 @@ class Hedges:
             sequence = self._sequences[key]
             try:
                 if sequence.state is State.SENT:
-                    self._workers.record_late(sequence.call.model, self.policy.worker_of(key), now)
+                    self._fleets.record_late(sequence.call.model, self.policy.worker_of(key), now)
                     self._hedge(sequence, now)
             except Exception as error:
                 sequence.call.fail_unexpectedly(error)

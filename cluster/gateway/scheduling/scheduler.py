@@ -31,7 +31,7 @@ from cluster.gateway.scheduling.sequence_events import SequenceEvents
 from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.upkeep import Upkeep
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
-from cluster.gateway.scheduling.workers import LinkedWorkers
+from cluster.gateway.scheduling.workers import LinkedWorkers, ModelFleets
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import Order, WaitingRoom
 from cluster.policy.routing.breaker import Breakers
@@ -103,8 +103,10 @@ class Scheduler:
         self.canaries = CanaryStatistics(metrics)
         self.breakers = Breakers()
         self.worker_caches = WorkerCaches()
+        settings = routing or RoutingSettings()
+        fleets = ModelFleets(host, settings)
         workers = LinkedWorkers(
-            host, self.breakers, self.worker_caches, lambda key: self.queues.sequence(key).request, routing
+            host, fleets, self.breakers, self.worker_caches, lambda key: self.queues.sequence(key).request, settings
         )
         self._links = workers.links
         self.routes = Routes(metrics, workers.count, clock)
@@ -123,6 +125,7 @@ class Scheduler:
             HedgingPolicy(hedging_share),
             self.queues,
             workers,
+            fleets,
             self.worker_caches,
             self.breakers,
             metrics,
@@ -172,7 +175,7 @@ class Scheduler:
             self.pump,
             self._unserved,
             self.adapter_checks,
-            workers,
+            fleets,
             self.worker_caches,
             self.breakers,
             charges,

@@ -17,7 +17,7 @@ from cluster.gateway.scheduling.pump import SequencePump, UnservedModels
 from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
-from cluster.gateway.scheduling.workers import LinkedWorkers
+from cluster.gateway.scheduling.workers import ModelFleets
 from cluster.policy.routing.breaker import Breakers
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 
@@ -36,7 +36,7 @@ class Upkeep:
         pump: SequencePump,
         unserved: UnservedModels,
         adapter_checks: AdapterChecks,
-        workers: LinkedWorkers,
+        fleets: ModelFleets,
         caches: WorkerCaches,
         breakers: Breakers,
         charges: ServiceCharges,
@@ -52,7 +52,7 @@ class Upkeep:
         self._pump = pump
         self._unserved = unserved
         self._adapter_checks = adapter_checks
-        self._workers = workers
+        self._fleets = fleets
         self._caches = caches
         self._breakers = breakers
         self._charges = charges
@@ -88,7 +88,7 @@ class Upkeep:
         self._unserved.retain(models)
         self._renders.sweep((model.name for model in models), now)
         self._hedges.policy.retain_models(model.name for model in models)
-        self._workers.age(now)
+        self._fleets.age(now)
         self._charges.sweep({model.name: bool(model.links) for model in models}, now)
         self._breakers.retain(link.identity.incarnation for model in models for link in model.links.values())
         for model in models:

@@ -42,39 +42,16 @@ class DirectoryOwner(Protocol):
         """Directory of the models that the gateway knows."""
 
 
-class LinkedWorkers:
-    """The linked workers of one gateway. Implements policy.scheduling.workers.Workers."""
+class ModelFleets:
+    """The workers of each model as routing sees them, and their learned prefill times."""
 
-    def __init__(
-        self,
-        owner: DirectoryOwner,
-        breakers: Breakers,
-        caches: WorkerCaches,
-        request_of: Callable[[str], EngineRequest],
-        settings: RoutingSettings | None = None,
-    ) -> None:
-        """`request_of` returns the request of a waiting sequence by the sequence's key. `settings`: how workers are
-        picked for new calls."""
+    def __init__(self, owner: DirectoryOwner, settings: RoutingSettings) -> None:
+        """`settings`: how workers are picked for new calls."""
         self._owner = owner
-        self._breakers = breakers
-        self._caches = caches
-        self._request_of = request_of
-        self._settings = settings or RoutingSettings()
+        self._settings = settings
         self._models: WeakKeyDictionary[KnownModel, _ModelState] = WeakKeyDictionary()
 
-    def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """Pick a worker for a new sequence."""
-        known = self._owner.directory.find(call.model)
-        if known is None:
-            return RoutingDecision(None, "no_worker", ())
-        fleet = self._fleet(known, now)
-        if call.cached and (sharing := self._caches.sharing(call.call_id, now)):
-            call = replace(call, sharing=sharing)
-        if self._settings.policy == "consistent_hash" and not call.affinity:
-            call = replace(call, prefix=_prefix_hash(self._request_of(call.call_id)))
-        return fleet.pick(call, self._breakers.rejecting(now))
-
-    def _fleet(self, known: KnownModel, now: float) -> Fleet:
+    def fleet(self, known: KnownModel, now: float) -> Fleet:
         """Read the changed workers of a model again, and return all workers of the model."""
         state = self._models.get(known)
         if state is None:
@@ -90,7 +67,7 @@ class LinkedWorkers:
                     continue
                 for sample in link.slots.pop_prefill_samples():
                     state.times.record(worker_id, *sample)
-                fleet.put(self._row(known, link, state.times.slowdown(worker_id, now)))
+                fleet.put(_read_candidate(known, link, state.times.slowdown(worker_id, now)))
             known.changed_workers.clear()
         return fleet
 
@@ -119,6 +96,40 @@ class LinkedWorkers:
                 worker = state.fleet.find(worker_id)
                 if worker is not None and abs(worker.slowdown / state.times.slowdown(worker_id, now) - 1) > AGED:
                     known.changed_workers.add(worker_id)
+
+
+class LinkedWorkers:
+    """The linked workers of one gateway. Implements policy.scheduling.workers.Workers."""
+
+    def __init__(
+        self,
+        owner: DirectoryOwner,
+        fleets: ModelFleets,
+        breakers: Breakers,
+        caches: WorkerCaches,
+        request_of: Callable[[str], EngineRequest],
+        settings: RoutingSettings,
+    ) -> None:
+        """`request_of` returns the request of a waiting sequence by the sequence's key. `settings`: how workers are
+        picked for new calls."""
+        self._owner = owner
+        self._fleets = fleets
+        self._breakers = breakers
+        self._caches = caches
+        self._request_of = request_of
+        self._settings = settings
+
+    def route(self, call: RouteCall, now: float) -> RoutingDecision:
+        """Pick a worker for a new sequence."""
+        known = self._owner.directory.find(call.model)
+        if known is None:
+            return RoutingDecision(None, "no_worker", ())
+        fleet = self._fleets.fleet(known, now)
+        if call.cached and (sharing := self._caches.sharing(call.call_id, now)):
+            call = replace(call, sharing=sharing)
+        if self._settings.policy == "consistent_hash" and not call.affinity:
+            call = replace(call, prefix=_prefix_hash(self._request_of(call.call_id)))
+        return fleet.pick(call, self._breakers.rejecting(now))
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
         """Return all workers of a model as candidates for a sequence. `resumed`: whether the sequence is resumed. The
@@ -192,43 +203,9 @@ class LinkedWorkers:
     def _candidate(self, known: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:
         """Return the present state of a worker, with its circuit breaker. The worker's slowdown is set only if
         `resumed` is False."""
-        row = None if resumed else self._fleet(known, now).find(link.identity.worker_id)
+        row = None if resumed else self._fleets.fleet(known, now).find(link.identity.worker_id)
         healthy = self._breakers.allows(link.identity.incarnation, now)
-        return self._row(known, link, 1.0 if row is None else row.slowdown, healthy, resumed)
-
-    def _row(
-        self, known: KnownModel, link: WorkerLink, slowdown: float, healthy: bool = True, resumed: bool = False
-    ) -> Candidate:
-        free, identity = link.free, link.identity
-        adapters, resident = known.adapters.keys_on(link)
-        return Candidate(
-            worker_id=identity.worker_id,
-            model=identity.model,
-            version=identity.version,
-            free_sequences=free.sequences,
-            free_tokens=free.tokens,
-            running=link.running,
-            waiting=link.load.waiting,
-            kv_usage=link.load.kv_usage,
-            healthy=healthy,
-            draining=not link.takes_new_requests,
-            incarnation=identity.incarnation,
-            compatibility_key=link.compatibility_key,
-            resumed_prefill=link.pacing.resumed_tokens,
-            new_prefill=link.pacing.new_tokens,
-            prefill_budget=link.pacing.budget() if resumed or link.pacing.resumed_tokens else 0,
-            prefill_tokens=link.slots.prefill_tokens,
-            retired=known.retired(link),
-            node=identity.node,
-            block_size=link.info.block_size,
-            parses_tools=TOOL_PARSER in link.parsers,
-            last_sent=link.last_sent,
-            unanswered=link.slots.unanswered,
-            slots=link.info.max_num_seqs,
-            slowdown=slowdown,
-            adapters=adapters,
-            resident=resident,
-        )
+        return _read_candidate(known, link, 1.0 if row is None else row.slowdown, healthy, resumed)
 
 
 class _Candidates(Sequence[Candidate]):
@@ -258,3 +235,40 @@ class _Candidates(Sequence[Candidate]):
 def _prefix_hash(request: EngineRequest) -> int:
     """Return a hash of the beginning of a prompt, in [0, 2**64), equal on all gateways."""
     return hash64(f"{request.cache_salt}\0{request.adapter}\0{list(request.prompt_token_ids[:PREFIX_TOKENS])}")
+
+
+def _read_candidate(
+    known: KnownModel, link: WorkerLink, slowdown: float, healthy: bool = True, resumed: bool = False
+) -> Candidate:
+    """Return the present state of a worker. `slowdown`: see PrefillTimes. `healthy`: whether the worker's circuit
+    breaker allows sequences. `resumed`: whether the state is read for a sequence that is to be resumed."""
+    free, identity = link.free, link.identity
+    adapters, resident = known.adapters.keys_on(link)
+    return Candidate(
+        worker_id=identity.worker_id,
+        model=identity.model,
+        version=identity.version,
+        free_sequences=free.sequences,
+        free_tokens=free.tokens,
+        running=link.running,
+        waiting=link.load.waiting,
+        kv_usage=link.load.kv_usage,
+        healthy=healthy,
+        draining=not link.takes_new_requests,
+        incarnation=identity.incarnation,
+        compatibility_key=link.compatibility_key,
+        resumed_prefill=link.pacing.resumed_tokens,
+        new_prefill=link.pacing.new_tokens,
+        prefill_budget=link.pacing.budget() if resumed or link.pacing.resumed_tokens else 0,
+        prefill_tokens=link.slots.prefill_tokens,
+        retired=known.retired(link),
+        node=identity.node,
+        block_size=link.info.block_size,
+        parses_tools=TOOL_PARSER in link.parsers,
+        last_sent=link.last_sent,
+        unanswered=link.slots.unanswered,
+        slots=link.info.max_num_seqs,
+        slowdown=slowdown,
+        adapters=adapters,
+        resident=resident,
+    )
