@@ -282,7 +282,7 @@ async def test_a_record_that_cannot_be_sealed_ends_its_call(
                 await until(lambda: call.error is not None, "it has ended")  # noqa: B023
                 assert call.error is not None
                 assert call.error.outcome is Outcome.INTERNAL
-            assert accounting.open_accounts == 0
+            assert len(accounting.accounts) == 0
             cluster.gateway.dispatch.accounting = None
         await cluster.workers.pop().stop()
         await accounting.stop()

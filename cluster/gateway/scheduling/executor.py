@@ -24,7 +24,7 @@ from cluster.policy.routing.breaker import Breakers
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, Send
 
 if TYPE_CHECKING:
-    from cluster.gateway.usage.accounting import Accounting
+    from cluster.gateway.usage.open_accounts import OpenAccounts
 
 log = structlog.get_logger("dispatch")
 
@@ -42,10 +42,10 @@ class Executor:
         metrics: Metrics,
         routes: Routes,
         directory: Callable[[], ModelDirectory],
-        accounting: Callable[[], Accounting | None],
+        accounts: Callable[[], OpenAccounts | None],
         clock: Callable[[], float],
     ) -> None:
-        """`accounting` returns the gateway's accounts, or None if the gateway keeps no accounts."""
+        """`accounts` returns the gateway's open accounts, or None if the gateway keeps no accounts."""
         self._queues = queues
         self._workers = workers
         self._caches = caches
@@ -54,7 +54,7 @@ class Executor:
         self._metrics = metrics
         self._routes = routes
         self._directory = directory
-        self._accounting = accounting
+        self._accounts = accounts
         self._clock = clock
 
     def carry_out(self, instructions: Iterable[Instruction]) -> None:
@@ -91,7 +91,7 @@ class Executor:
         versions = sequence.call.versions
         sequence.set_route(route)
         fresh, cached = instruction.uncached_tokens, instruction.cached_tokens
-        if submit(sequence, link, entry, self._accounting(), now, fresh, cached):
+        if submit(sequence, link, entry, self._accounts(), now, fresh, cached):
             self._breakers.record_sent(link.identity.incarnation, now)
             self._caches.expect(link, sequence.key, sequence.request, now)
             self._hedges.sent(sequence, link, instruction.cached_tokens, now)

@@ -27,7 +27,7 @@ from cluster.policy.routing.router import Candidate, RouteCall, needs_parser
 from cluster.policy.scheduling.hedging import HedgingPolicy
 
 if TYPE_CHECKING:
-    from cluster.gateway.usage.accounting import Accounting
+    from cluster.gateway.usage.open_accounts import OpenAccounts
 
 LOOK_S = 0.01
 """Minimum time in seconds between two searches for late sequences, which bounds the cost of the searches."""
@@ -47,11 +47,11 @@ class Hedges:
         metrics: Metrics,
         routes: Routes,
         place: Callable[[CallSequence], WaitingSequence | None],
-        accounting: Callable[[], Accounting | None],
+        accounts: Callable[[], OpenAccounts | None],
         clock: Callable[[], float],
     ) -> None:
-        """`place` returns the waiting room's entry of a sequence. `accounting` returns the gateway's accounts, or None
-        if the gateway keeps no accounts."""
+        """`place` returns the waiting room's entry of a sequence. `accounts` returns the gateway's open accounts, or
+        None if the gateway keeps no accounts."""
         self.policy = policy
         self._queues = queues
         self._workers = workers
@@ -61,7 +61,7 @@ class Hedges:
         self._metrics = metrics
         self._routes = routes
         self._place = place
-        self._accounting = accounting
+        self._accounts = accounts
         self._clock = clock
         self._sequences: dict[str, CallSequence] = {}
         self._wakes_at = -math.inf
@@ -101,9 +101,9 @@ class Hedges:
 
     def ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
         """Count a hedge that has ended. See CallEvents.hedge_ended."""
-        model, accounting = sequence.call.model, self._accounting()
-        if accounting is not None:
-            accounting.hedge_ended(sequence, computed_by)
+        model, accounts = sequence.call.model, self._accounts()
+        if accounts is not None:
+            accounts.hedge_ended(sequence, computed_by)
         now = self._clock()
         if won and (first := self.policy.worker_of(sequence.key)):
             self._fleets.record_late_lost(model, first, now)
@@ -159,7 +159,7 @@ class Hedges:
         if link is None:
             return
         route = self._routes.create_hedge(decision, call.cached, sequence, link, now)
-        if not submit_hedge(sequence, link, route, place, self._accounting()):
+        if not submit_hedge(sequence, link, route, place, self._accounts()):
             return
         self._routes.sent(sequence.call, route)
         uncached = sequence.tokens - decision.cached_tokens

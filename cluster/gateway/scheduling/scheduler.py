@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -44,6 +45,7 @@ from cluster.policy.scheduling.workers import Workers
 
 if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting
+    from cluster.gateway.usage.open_accounts import OpenAccounts
 
 log = structlog.get_logger("dispatch")
 
@@ -76,6 +78,11 @@ class SchedulerHost(Protocol):
         """Return the ids of a model's calls that were resumed at this gateway, each with its generation."""
 
 
+def _open_accounts(host: SchedulerHost) -> OpenAccounts | None:
+    """Return the open accounts of a gateway; None if the gateway keeps no accounts."""
+    return None if host.accounting is None else host.accounting.accounts
+
+
 class Scheduler:
     """The scheduler of one gateway, for all models. It queues the sequences of calls and removes them again. Its parts
     do the rest: `pump` sends waiting sequences, `events` handles the events of sequences, and `upkeep` does the
@@ -103,6 +110,7 @@ class Scheduler:
         self.canaries = CanaryStatistics(metrics)
         self.breakers = Breakers()
         self.worker_caches = WorkerCaches()
+        accounts = partial(_open_accounts, host)
         settings = routing or RoutingSettings()
         fleets = ModelFleets(host, settings)
         workers = LinkedWorkers(
@@ -131,7 +139,7 @@ class Scheduler:
             metrics,
             self.routes,
             charges.place,
-            lambda: host.accounting,
+            accounts,
             clock,
         )
         executor = Executor(
@@ -143,7 +151,7 @@ class Scheduler:
             metrics,
             self.routes,
             lambda: host.directory,
-            lambda: host.accounting,
+            accounts,
             clock,
         )
         self.backlogs = BacklogReports(
@@ -162,7 +170,7 @@ class Scheduler:
             self.breakers,
             workers.links,
             metrics,
-            lambda: host.accounting,
+            accounts,
             clock,
         )
         queued = QueuedAdapters(self.queues, self.worker_caches, lambda name: host.directory.find(name))

@@ -22,7 +22,7 @@ from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.version_split import Versions
 
 if TYPE_CHECKING:
-    from cluster.gateway.usage.accounting import Accounting
+    from cluster.gateway.usage.open_accounts import OpenAccounts
 
 
 class SequenceEvents:
@@ -41,10 +41,10 @@ class SequenceEvents:
         breakers: Breakers,
         links: Callable[[str], Sequence[WorkerLink]],
         metrics: Metrics,
-        accounting: Callable[[], Accounting | None],
+        accounts: Callable[[], OpenAccounts | None],
         clock: Callable[[], float],
     ) -> None:
-        """`find` returns a model by name, `links` the links of a model's workers. `accounting` returns the gateway's
+        """`find` returns a model by name, `links` the links of a model's workers. `accounts` returns the gateway's
         accounts, or None if the gateway keeps no accounts."""
         self._find = find
         self._queues = queues
@@ -57,7 +57,7 @@ class SequenceEvents:
         self._breakers = breakers
         self._links = links
         self._metrics = metrics
-        self._accounting = accounting
+        self._accounts = accounts
         self._clock = clock
 
     def requeue(self, sequence: CallSequence) -> None:
@@ -119,8 +119,8 @@ class SequenceEvents:
 
     def submission_refused(self, sequence: CallSequence) -> None:
         """Stop waiting for the usage of a Submit that a worker refused. A refused Submit costs nothing."""
-        if (accounting := self._accounting()) is not None:
-            accounting.refused(sequence)
+        if (accounts := self._accounts()) is not None:
+            accounts.refused(sequence)
 
     def finished(self, sequence: CallSequence) -> None:
         """Settle the service account of a finished sequence now, since other sequences of its call may run for a long

@@ -27,7 +27,7 @@ from cluster.wire.codecs.codec import max_submit_bytes, submit_bytes
 from cluster.wire.codecs.fairness_codec import WeightedValue
 
 if TYPE_CHECKING:
-    from cluster.gateway.usage.accounting import Accounting
+    from cluster.gateway.usage.open_accounts import OpenAccounts
 
 log = structlog.get_logger("dispatch")
 
@@ -56,7 +56,7 @@ def submit(
     sequence: CallSequence,
     link: WorkerLink,
     waiting: WaitingSequence,
-    accounting: Accounting | None,
+    accounts: OpenAccounts | None,
     now: float,
     fresh_tokens: int = 0,
     cached_tokens: int = 0,
@@ -71,11 +71,11 @@ def submit(
     sealed: bytes | None = None
     traced = _traced(sequence, sequence.route, link)
     try:
-        sealed = b"" if accounting is None else accounting.open(sequence, link)
+        sealed = b"" if accounts is None else accounts.open(sequence, link)
         slot = _send(sequence, link, waiting, sealed, fresh_tokens, cached_tokens, traced)
     except BaseException as error:
-        if accounting is not None and sealed is not None:
-            accounting.refused(sequence)
+        if accounts is not None and sealed is not None:
+            accounts.refused(sequence)
         if traced is not None:
             traced.end("error")
         call.fail_unexpectedly(error)
@@ -88,7 +88,7 @@ def submit(
 
 
 def submit_hedge(
-    sequence: CallSequence, link: WorkerLink, route: Route, waiting: WaitingSequence, accounting: Accounting | None
+    sequence: CallSequence, link: WorkerLink, route: Route, waiting: WaitingSequence, accounts: OpenAccounts | None
 ) -> bool:
     """Send a sequence that has no output yet to a second worker too. `route`: the decision for this worker. Returns
     False if the sequence could not be sent; then it stays on its first worker only. The second Submit adds no service
@@ -97,14 +97,14 @@ def submit_hedge(
     hedge = Hedge(sequence, link, route, traced)
     weighted = WeightedValue(replace(waiting, output_tokens=0), call.policy.weight)
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
-    sealed = b"" if accounting is None else accounting.hedged(sequence)
+    sealed = b"" if accounts is None else accounts.hedged(sequence)
     try:
         # Of an attempt with a number above 1, the worker counts only changes of the charge.
         request = _with_context(sequence.submission(), traced)
         slot = link.submit(request, hedge, sequence.attempt + 1, sealed, weighted, stream=stream)
     except BaseException as error:
-        if accounting is not None:
-            accounting.refused(sequence)
+        if accounts is not None:
+            accounts.refused(sequence)
         if traced is not None:
             traced.end("error")
         if not is_call_failure(error):

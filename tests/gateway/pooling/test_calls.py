@@ -339,7 +339,7 @@ async def test_usage_has_the_tokens_of_every_input(
         answer = await cluster.stub.Embed(pb.EmbedRequest(model="sim", token_ids=ids, metadata={"team": "x"}))
         accounting = cluster.gateway.dispatch.accounting
         assert accounting is not None
-        await until(lambda: accounting.open_accounts == 0, "every account is closed")
+        await until(lambda: len(accounting.accounts) == 0, "every account is closed")
         await until(lambda: accounting.statistics().pending == 0, "every record is in the database")
         found = records(ledger)
         assert sorted((one.segment, one.prompt_tokens) for one in found) == [(i, 1 + i % 3) for i in range(count)]

@@ -28,7 +28,7 @@ from cluster.gateway.scheduling.worker_events import WorkerEvents
 from cluster.gateway.tracing.call_spans import SpanBuilder
 from cluster.gateway.tracing.call_trace import SequenceFacts
 from cluster.gateway.tracing.tracer import Tracer
-from cluster.gateway.usage.accounting import CallAccount
+from cluster.gateway.usage.call_account import CallAccount
 from cluster.ledger.store import Ledger
 from cluster.ledger.usage.records import OpenRecord
 from cluster.link.v1 import link_pb2 as pb
@@ -350,7 +350,7 @@ async def test_a_late_first_token_comes_from_a_second_worker(
 
         accounting = gateway.dispatch.accounting
         assert accounting is not None
-        await until(lambda: accounting.open_accounts == 0, "every account is closed")
+        await until(lambda: len(accounting.accounts) == 0, "every account is closed")
         await until(lambda: accounting.statistics().pending == 0, "every record is in the database")
         await until(lambda: not slow.end.statistics().unacked_usage, "the slow worker's reports are acknowledged")
         found = records(ledger)

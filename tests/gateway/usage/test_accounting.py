@@ -50,7 +50,7 @@ async def settled(cluster: TestCluster, *workers: AccountedWorker) -> None:
     """Wait until every record is in the database and is acknowledged to the worker."""
     accounting = cluster.gateway.dispatch.accounting
     assert accounting is not None
-    await until(lambda: accounting.open_accounts == 0, "every account is closed")
+    await until(lambda: len(accounting.accounts) == 0, "every account is closed")
     await until(lambda: accounting.statistics().pending == 0, "every record is in the database")
     await until(
         lambda: all(w.end.statistics().unacked_usage == 0 for w in workers), "workers have their acknowledgements"

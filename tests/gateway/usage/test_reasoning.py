@@ -27,7 +27,8 @@ from cluster.gateway.demand import DemandTally
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.text.parsed_text import ParsedText
-from cluster.gateway.usage.accounting import Accounting, CallAccount
+from cluster.gateway.usage.accounting import Accounting
+from cluster.gateway.usage.call_account import CallAccount
 from cluster.ledger.usage.records import OpenRecord, UsageRecord
 from cluster.ledger.usage.sealed_records import Sealer
 from cluster.observe.metrics import Metrics
@@ -143,7 +144,7 @@ async def test_records_of_a_gateway(tmp_path: Path) -> None:
     ended, cut = parsed_call("ended", [0]), parsed_call("cut", [0])
     reports = []
     for key, (call, reasoning) in enumerate(((ended, 4), (cut, None)), start=1):
-        sealed = accounting.open(call.sequences[0], link)
+        sealed = accounting.accounts.open(call.sequences[0], link)
         send(call.sequences[0], 9, reasoning)
         accounting.ended(call, Outcome.OK if reasoning else Outcome.CANCELLED)
         reports.append(EndedUsage(sealed, generated_tokens=9, written_tokens=9, outcome="ok", key=key))

@@ -1,0 +1,137 @@
+"""The open accounts of a gateway. An account is opened with a sequence's first Submit and stays open until its usage
+record is written.
+
+The id of a record is fixed before the first Submit and stays the same over retries.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from cluster.gateway.calls.call import CallSequence
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.resume_tokens.claim import ResumeTerms
+from cluster.gateway.usage.call_account import CallAccount, fit_text
+from cluster.ledger.usage.records import SEGMENTS_PER_RESUME, OpenRecord, RecordError
+from cluster.ledger.usage.sealed_records import Sealer
+
+log = structlog.get_logger("ledger")
+
+
+class OpenAccounts:
+    """The accounts of all submitted sequences at one gateway process whose records are not written yet."""
+
+    def __init__(
+        self,
+        *,
+        incarnation: str,
+        sealer: Sealer,
+        gateway: str,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        """`incarnation`: the prefix of record ids. `gateway`: the name that is written into records."""
+        self._incarnation = incarnation
+        self._sealer = sealer
+        self._gateway = fit_text(gateway)
+        self._clock = clock
+        self._wall = wall
+        self._numbers = itertools.count(1)
+        self._by_sequence: dict[str, CallAccount] = {}
+        """Accounts of the sequences that have not ended."""
+        self._by_seal: dict[bytes, CallAccount] = {}
+        """All open accounts, by the sealed record of their Submits."""
+
+    def __len__(self) -> int:
+        return len(self._by_seal)
+
+    def __repr__(self) -> str:
+        return f"OpenAccounts({len(self._by_seal)})"
+
+    # ---- Submits of a sequence
+
+    def open(self, sequence: CallSequence, link: WorkerLink) -> bytes:
+        """Open the account of a sequence that is about to be submitted on this link. A retry uses the sequence's open
+        account. Returns the sealed record for the Submit."""
+        account = self._by_sequence.get(sequence.key)
+        if account is None:
+            record = self._record(sequence, link)
+            account = self._by_sequence[sequence.key] = CallAccount(record, self._sealer.seal(record))
+            self._by_seal[account.sealed] = account
+        account.awaited += 1
+        account.worker = link.identity
+        account.continued = bool(sequence.emitted)
+        if not account.continued and sequence.route is not None:
+            account.predicted_cached_tokens = sequence.route.predicted_cached_tokens
+        return account.sealed
+
+    def hedged(self, sequence: CallSequence) -> bytes:
+        """Expect the counts of one more Submit, because a sequence is also sent to a second worker. Returns the sealed
+        record for this Submit. Raises KeyError for a sequence without an open account."""
+        account = self._by_sequence[sequence.key]
+        account.awaited += 1
+        return account.sealed
+
+    def hedge_ended(self, sequence: CallSequence, computed_by: str) -> None:
+        """Record that only one of the two workers of a hedged sequence still has the sequence. `computed_by`:
+        incarnation of the worker that no longer has the sequence; "" if this worker refused the sequence."""
+        account = self._by_sequence.get(sequence.key)
+        if account is not None and sequence.link is not None:
+            account.worker = sequence.link.identity
+        if account is not None and computed_by:
+            account.in_vain.append(computed_by)
+
+    def refused(self, sequence: CallSequence) -> None:
+        """Stop waiting for the counts of a Submit that the worker refused. A refused Submit costs nothing."""
+        if (account := self._by_sequence.get(sequence.key)) is not None:
+            account.awaited -= 1
+
+    # ---- end of a sequence
+
+    def pop_ended(self, sequence: CallSequence) -> CallAccount | None:
+        """Return the account of a sequence that has ended, which stays open until `remove`. None for a sequence without
+        an account, and for a sequence whose account was returned before."""
+        return self._by_sequence.pop(sequence.key, None)
+
+    def find(self, sealed: bytes) -> CallAccount | None:
+        """Return the open account with this sealed record; None if there is none."""
+        return self._by_seal.get(sealed)
+
+    def remove(self, account: CallAccount) -> None:
+        """Remove an account whose record is written. Idempotent."""
+        self._by_seal.pop(account.sealed, None)
+
+    # ---- records
+
+    def _record(self, sequence: CallSequence, link: WorkerLink) -> OpenRecord:
+        try:
+            return self._opened(sequence, link, sequence.call.labels)
+        except RecordError as error:
+            record = self._opened(sequence, link, {})
+            log.warning("usage.labels_dropped", **sequence.call.log_fields, record=record.record_id, reason=str(error))
+            return record
+
+    def _opened(self, sequence: CallSequence, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
+        call, now = sequence.call, self._clock()
+        pays = call.payment.terms is ResumeTerms.PAID or not call.is_resumed
+        has_own_prompt = call.is_pooling or not sequence.index
+        return OpenRecord(
+            record_id=f"{self._incarnation}.{next(self._numbers)}.{sequence.index}",
+            tenant=call.tenant,
+            key_id=fit_text(call.key_id),
+            model=call.model,
+            version=link.identity.version,
+            request_id=fit_text(call.request_id),
+            opened_at_s=self._wall() - (now - call.arrived),
+            adapter=call.adapter,
+            segment=sequence.index
+            + (0 if call.resume_tokens is None else call.resume_tokens.generation * SEGMENTS_PER_RESUME),
+            prompt_tokens=len(sequence.request.prompt_token_ids) if pays and has_own_prompt else 0,
+            queue_s=max(now - call.arrived, 0.0),
+            labels=labels,
+            gateway=self._gateway,
+            trace_id=call.trace_id,
+        )
