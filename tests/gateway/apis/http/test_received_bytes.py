@@ -6,22 +6,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.apis.http.protocol import ReceivedBytes, body_length
+from cluster.gateway.apis.http.received_bytes import (
+    BODY_PIECE_BYTES,
+    HEAD_PIECE_BYTES,
+    LONG_PIECE_BYTES,
+    ReceivedBytes,
+    body_length,
+)
 
 
 @given(
-    reads=st.lists(st.binary(min_size=1, max_size=50), max_size=10), size=st.integers(1, 20), early=st.integers(0, 5)
+    reads=st.lists(st.binary(min_size=1, max_size=9).map(lambda data: data * 3000), max_size=10),
+    length=st.none() | st.integers(0, 1 << 18),
+    early=st.integers(0, 5),
 )
-def test_pieces_are_the_received_bytes_in_order(reads: list[bytes], size: int, early: int) -> None:
+def test_pieces_are_the_received_bytes_in_order(reads: list[bytes], length: int | None, early: int) -> None:
     """The pieces together are the received bytes, although further bytes arrive between two pieces."""
     received, parsed = ReceivedBytes(), b""
+    if length is not None:
+        received.begin_body(length)
+    most = HEAD_PIECE_BYTES if length is None else min(max(length, BODY_PIECE_BYTES), LONG_PIECE_BYTES)
     for data in reads:
         received.append(data)
         for _ in range(early):
-            parsed += received.pop(size)
+            parsed += received.pop()
     while received.size:
-        piece = received.pop(size)
-        assert 0 < len(piece) <= size
+        piece = received.pop()
+        assert 0 < len(piece) <= most
         parsed += piece
     assert parsed == b"".join(reads)
     received.append(b"late")
@@ -29,18 +40,31 @@ def test_pieces_are_the_received_bytes_in_order(reads: list[bytes], size: int, e
     assert received.size == 0
 
 
+def test_a_body_is_parsed_in_long_pieces_until_its_length_has_arrived() -> None:
+    """Only the bytes of a body of known length are parsed in long pieces; the next head is not."""
+    received = ReceivedBytes()
+    received.append(bytes(1 << 20))
+    assert len(received.pop()) == HEAD_PIECE_BYTES
+    received.begin_body(LONG_PIECE_BYTES + 9)
+    assert len(received.pop()) == LONG_PIECE_BYTES
+    received.count_body(LONG_PIECE_BYTES)
+    assert len(received.pop()) == BODY_PIECE_BYTES
+    received.end_request()
+    assert len(received.pop()) == HEAD_PIECE_BYTES
+
+
 def test_a_head_is_counted_over_its_pieces_and_from_its_last_end() -> None:
     """Pieces of one head add up. A piece in which a head ended and another began counts for the new head alone."""
     received = ReceivedBytes()
-    received.pop(1)
+    received.pop()
     assert received.count_head(10) == 10
-    received.pop(1)
+    received.pop()
     assert received.count_head(10) == 20
-    received.pop(1)
+    received.pop()
     received.end_head()
     received.begin_head()
     assert received.count_head(10) == 10
-    received.pop(1)
+    received.pop()
     received.end_head()
     assert received.count_head(10) == 0
     assert received.head_bytes == 0
