@@ -18,7 +18,7 @@ from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequences.owner import CallEvents
 from cluster.gateway.calls.sequences.sequence import OutputSequence
-from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.links.worker_link import SubmittedRequest, WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.gateway.usage.accounting import Accounting
@@ -363,7 +363,7 @@ def test_a_link_outlives_its_sinks() -> None:
     link: WorkerLink = linked()
     raises, hears = Raises(), Hears()
     for sink in (raises, hears):
-        link.submit(EngineRequest("", [5], PLAIN), sink)
+        link.submit(SubmittedRequest(EngineRequest("", [5], PLAIN)), sink)
     link.end("gone")
     assert hears.why == "gone"
     assert isinstance(raises.failure, Broken)

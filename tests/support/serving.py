@@ -13,7 +13,7 @@ from cluster.api.demand import ModelDemand
 from cluster.api.output_parts import OutputPart
 from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, VersionTally, WorkerIdentity
 from cluster.gateway.links.hub import Hub, hub_server
-from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.links.worker_link import SubmittedRequest, WorkerLink
 from cluster.policy.catalog.reconcile import Observed
 from cluster.ray.backend import Backend, RaySnapshot
 from tests.support.links import NoListener
@@ -130,7 +130,7 @@ async def greedy(link: WorkerLink, prompt: Sequence[int], count: int) -> list[in
     """Return the next `count` tokens after a prompt, decoded greedily over the link."""
     answer = _Answer(asyncio.get_running_loop().create_future())
     sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
-    link.submit(EngineRequest("", list(prompt), sampling), answer)
+    link.submit(SubmittedRequest(EngineRequest("", list(prompt), sampling)), answer)
     return await asyncio.wait_for(answer.done, 240.0)
 
 

@@ -13,7 +13,7 @@ import pytest
 from cluster.api.output_parts import OutputPart
 from cluster.api.pooling import PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput
-from cluster.gateway.links.worker_link import LinkStream, WorkerLink
+from cluster.gateway.links.worker_link import LinkStream, SubmittedRequest, WorkerLink
 from cluster.wire.bundle import Bundle
 from cluster.wire.ended_requests import EndedUsage
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
@@ -139,13 +139,13 @@ async def test_a_vector_over_the_link(door: Door) -> None:
         prompts = [(5, 6, 7), (8,), tuple(range(5, 305))]
         sinks = [Pooled() for _ in prompts]
         for ids, sink in zip(prompts, sinks, strict=True):
-            link.submit(request(*ids), sink)
+            link.submit(SubmittedRequest(request(*ids)), sink)
         for ids, sink in zip(prompts, sinks, strict=True):
             output = await sink.end()
             assert output.vector == pooled(request(*ids), CONFIG)
             assert (output.finish, list(output.token_ids), output.prompt_tokens) == (FinishReason.STOP, [], len(ids))
         generation = Pooled()
-        link.submit(EngineRequest("", (5,), Sampling(max_tokens=3)), generation)
+        link.submit(SubmittedRequest(EngineRequest("", (5,), Sampling(max_tokens=3))), generation)
         await generation.ended.wait()
         assert generation.refusals == [("UNSUPPORTED_FEATURE", "model")]
         assert link.running == 0
@@ -161,7 +161,7 @@ async def test_a_pooling_model_has_no_parsers(door: Door) -> None:
     async with serving(door, SimEngine(CONFIG), parser=parser) as (_, link):
         assert not link.parsers
         sink = Pooled()
-        link.submit(request(), sink)
+        link.submit(SubmittedRequest(request()), sink)
         assert (await sink.end()).vector
 
 
@@ -172,7 +172,7 @@ async def test_a_drain_waits_for_a_vector(door: Door) -> None:
     async with serving(door, engine) as (replica, link):
         gate.open.clear()
         sink, before = Pooled(), engine.statistics().submitted
-        link.submit(request(), sink)
+        link.submit(SubmittedRequest(request()), sink)
         await eventually(lambda: engine.statistics().submitted > before, "the engine has the request")
         stopping = asyncio.create_task(replica.stop())
         await eventually(lambda: not link.takes_new_requests, "the worker drains")
@@ -192,7 +192,7 @@ async def test_a_request_of_a_lost_gateway_is_not_kept(door: Door) -> None:
         gate.open.clear()
         sink = Pooled()
         before = engine.statistics()
-        link.submit(request(), sink, stream=LinkStream("stream"))
+        link.submit(SubmittedRequest(request(), stream=LinkStream("stream")), sink)
         await eventually(lambda: engine.statistics().submitted > before.submitted, "the engine has the request")
         link.close("the test ends it")
         await eventually(lambda: sink.losses, "the gateway has lost it")
@@ -201,7 +201,7 @@ async def test_a_request_of_a_lost_gateway_is_not_kept(door: Door) -> None:
         assert replica.end.statistics().detached == 0
         gate.open.set()
         again = Pooled()
-        (await door.worker("m")).submit(request(), again, stream=LinkStream("stream", 1))
+        (await door.worker("m")).submit(SubmittedRequest(request(), stream=LinkStream("stream", 1)), again)
         output = await again.end()
         assert (output.vector, output.origin_lost) == (pooled(request(), CONFIG), False)
 
@@ -215,7 +215,8 @@ async def test_usage_counts_the_prompt_alone() -> None:
     ):
         sinks = [Pooled() for _ in range(3)]
         for number, sink in enumerate(sinks):
-            link.submit(request(*range(5, 45 + 100 * number)), sink, sealed_record=b"record %d" % number)
+            submitted = SubmittedRequest(request(*range(5, 45 + 100 * number)), sealed_record=b"record %d" % number)
+            link.submit(submitted, sink)
         for sink in sinks:
             await sink.end()
         await eventually(lambda: len(accounts.records) >= 3, "the usage has come")
@@ -231,7 +232,7 @@ async def test_an_error_has_no_vector(door: Door) -> None:
     async with serving(door, engine) as (_, link):
         engine.fail("step", "nan")
         sink = Pooled()
-        link.submit(request(), sink)
+        link.submit(SubmittedRequest(request()), sink)
         output = await sink.end()
         assert (output.finish, output.vector) == (FinishReason.ERROR, None)
 
@@ -241,9 +242,9 @@ async def test_an_unknown_task_is_refused(door: Door, task: str) -> None:
     """A Submit with a task that this worker does not know is refused, and the link goes on."""
     async with serving(door, SimEngine(CONFIG)) as (_, link):
         sink, after = Pooled(), Pooled()
-        slot = link.submit(request(), sink)
+        slot = link.submit(SubmittedRequest(request()), sink)
         link.box._submits[-1].pooling.task = task
         assert slot
-        link.submit(request(), after)
+        link.submit(SubmittedRequest(request()), after)
         assert (await after.end()).vector
         assert [reason for reason, _ in sink.refusals] == ["INTERNAL"]

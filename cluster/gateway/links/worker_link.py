@@ -57,6 +57,54 @@ class LinkStream(NamedTuple):
     begun_at: str = ""
 
 
+class SubmittedRequest(NamedTuple):
+    """A request for a worker, with the fields of its Submit that the worker's engine does not read."""
+
+    request: EngineRequest
+    attempt: int = 1
+    sealed_record: bytes = b""
+    """The open record, which the worker returns with the request's usage."""
+    turn: WeightedValue[WaitingSequence] | None = None
+    """The sequence's waiting-room entry and its tenant's weight."""
+    earlier_tokens: int = 0
+    """Number of tokens that other workers have generated under `sealed_record`; the worker returns this number too."""
+    fresh_tokens: int = 0
+    """Number of tokens of a resumed request that are likely to be computed again; 0 means all tokens."""
+    stream: LinkStream | None = None
+    """Name by which another gateway may resume the request."""
+    cached_tokens: int = 0
+    """Number of tokens of a new request that routing expects in the worker's cache."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of the request's tokens."""
+        return len(self.request.prompt_token_ids) + len(self.request.emitted_token_ids)
+
+    @property
+    def paced_tokens(self) -> int:
+        """Number of tokens that count for prefill pacing."""
+        expected = self.tokens - self.turn.value.cached_tokens if self.turn is not None else self.tokens
+        return self.fresh_tokens or max(expected, 1)
+
+    @property
+    def tokens_to_compute(self) -> int:
+        """Number of tokens that the engine is likely to compute."""
+        return self.fresh_tokens or max(self.tokens - self.cached_tokens, 1)
+
+    def to_pb(self, slot: int) -> pb.Submit:
+        """Encode the request. `slot`: the request's number on the link."""
+        message = codec.submit_to_pb(slot, self.attempt, self.request)
+        if self.sealed_record:
+            message.sealed_record = self.sealed_record
+            message.earlier_tokens = self.earlier_tokens
+        if self.turn is not None:
+            add_charge(message, self.turn)
+        message.fresh_tokens = self.fresh_tokens
+        if self.stream is not None:
+            message.stream, message.generation, message.begun_at = self.stream
+        return message
+
+
 class LinkListener(Protocol):
     """The receiver of workers' reports. The methods are called by a link's reader and must not block."""
 
@@ -165,6 +213,11 @@ class WorkerLink:
         return self.drain_state in (DrainState.DRAINING, DrainState.DRAINED)
 
     @property
+    def takes_new_requests(self) -> bool:
+        """Whether the worker takes new requests."""
+        return self.drain_state is DrainState.SERVING
+
+    @property
     def free(self) -> Capacity:
         """Credit that the worker has granted to this gateway and that is not used yet; zero once the link has ended."""
         return self._credit.free if not self.ended else Capacity(0, 0)
@@ -184,47 +237,21 @@ class WorkerLink:
         """Record that a value that routing reads has changed."""
         self._changes.add(self.identity.worker_id)
 
-    def submit(
-        self,
-        request: EngineRequest,
-        sink: Sink,
-        attempt: int = 1,
-        sealed_record: bytes = b"",
-        turn: WeightedValue[WaitingSequence] | None = None,
-        earlier_tokens: int = 0,
-        fresh_tokens: int = 0,
-        stream: LinkStream | None = None,
-        cached_tokens: int = 0,
-    ) -> int:
-        """Send a request to the worker and return the request's slot. The caller must have checked `free`.
-
-        `sealed_record`: the open record, which the worker returns with the request's usage. `earlier_tokens`: number of
-        tokens that other workers have generated under that record; the worker returns this number too. `turn`: the
-        sequence's waiting-room entry and its tenant's weight. `fresh_tokens`: number of tokens of a resumed request
-        that are likely to be computed again; 0 means all tokens. `stream`: the name by which another gateway may resume
-        the request. `cached_tokens`: number of tokens of a new request that routing expects in the worker's cache."""
+    def submit(self, submitted: SubmittedRequest, sink: Sink) -> int:
+        """Send a request to the worker and return the request's slot. The caller must have checked `free`."""
         slot = next(self._numbers)
-        message = codec.submit_to_pb(slot, attempt, request)  # first, so that a failed encoding uses no credit
-        if sealed_record:
-            message.sealed_record = sealed_record
-            message.earlier_tokens = earlier_tokens
-        if turn is not None:
-            add_charge(message, turn)
-        message.fresh_tokens = fresh_tokens
-        if stream is not None:
-            message.stream, message.generation, message.begun_at = stream.name, stream.generation, stream.begun_at
+        message = submitted.to_pb(slot)  # first, so that a failed encoding uses no credit
         self.last_sent = self._clock()
-        tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
-        expected = tokens - turn.value.cached_tokens if turn is not None else tokens
+        tokens = submitted.tokens
         chunks = self.bulk.extract_prompt(message)
         # Nothing below can fail, so a request is either sent and fully counted, or neither.
         self.slots.add(
             slot,
             sink,
             tokens,
-            fresh_tokens or max(expected, 1),
-            bool(request.emitted_token_ids),
-            fresh_tokens or max(tokens - cached_tokens, 1),
+            submitted.paced_tokens,
+            bool(submitted.request.emitted_token_ids),
+            submitted.tokens_to_compute,
             self.last_sent,
         )
         self._credit.spend(tokens)
@@ -233,11 +260,6 @@ class WorkerLink:
             self.bulk.send(chunks)
         self.box.submit(message)
         return slot
-
-    @property
-    def takes_new_requests(self) -> bool:
-        """Whether the worker takes new requests."""
-        return self.drain_state is DrainState.SERVING
 
     def _send_render(self, render: pb.Render) -> None:
         self.bulk.send_chat(render)

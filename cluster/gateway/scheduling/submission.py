@@ -18,7 +18,7 @@ from cluster.api.types import EngineRequest
 from cluster.gateway.calls.call import CallSequence
 from cluster.gateway.calls.sequences.engine_errors import CALLER_FIELDS
 from cluster.gateway.calls.sequences.hedge import Hedge
-from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.links.worker_link import SubmittedRequest, WorkerLink
 from cluster.gateway.tracing.call_trace import Attempt
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.routing.route_history import Route
@@ -101,7 +101,7 @@ def submit_hedge(
     try:
         # Of an attempt with a number above 1, the worker counts only changes of the charge.
         request = _with_context(sequence.submission(), traced)
-        slot = link.submit(request, hedge, sequence.attempt + 1, sealed, weighted, stream=stream)
+        slot = link.submit(SubmittedRequest(request, sequence.attempt + 1, sealed, weighted, stream=stream), hedge)
     except BaseException as error:
         if accounts is not None:
             accounts.refused(sequence)
@@ -146,9 +146,8 @@ def _send(
     weighted = WeightedValue(waiting, call.policy.weight)
     earlier = len(sequence.emitted) - sequence.restored
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
-    return link.submit(
+    submitted = SubmittedRequest(
         _with_context(sequence.submission(), traced),
-        sequence,
         sequence.attempt,
         sealed,
         weighted,
@@ -157,3 +156,4 @@ def _send(
         stream,
         cached_tokens,
     )
+    return link.submit(submitted, sequence)

@@ -12,7 +12,7 @@ from cluster.api.output_parts import OutputPart
 from cluster.api.types import EngineInfo, EngineRequest, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import LEAST, STRETCH, UNKNOWN, PrefillPacing
-from cluster.gateway.links.worker_link import LinkListener, WorkerLink
+from cluster.gateway.links.worker_link import LinkListener, SubmittedRequest, WorkerLink
 from cluster.link.v1 import link_pb2 as pb
 from tests.support.links import NoListener
 
@@ -63,7 +63,8 @@ def linked(listener: LinkListener | None = None) -> WorkerLink:
 
 def submit(link: WorkerLink, prompt: int, emitted: int) -> int:
     """Submit a request with these numbers of prompt and emitted tokens, and return the request's slot."""
-    return link.submit(EngineRequest("", [5] * prompt, Sampling(max_tokens=99), [6] * emitted), Silent())
+    request = EngineRequest("", [5] * prompt, Sampling(max_tokens=99), [6] * emitted)
+    return link.submit(SubmittedRequest(request), Silent())
 
 
 def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:

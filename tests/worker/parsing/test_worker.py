@@ -13,7 +13,7 @@ import pytest
 
 from cluster.api.output_parts import OutputPart, ParsedOutput
 from cluster.api.types import REASONING_PARSER, TOOL_PARSER, FinishReason, Sampling, TokenOutput, WorkerIdentity
-from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.links.worker_link import SubmittedRequest, WorkerLink
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.parsing.model_parser import with_parsers
@@ -106,7 +106,8 @@ class Served:
         answer = Answer()
         sampling = changes.pop("sampling", Sampling(max_tokens=40, temperature=0.0, ignore_eos=True))
         emitted = changes.pop("emitted", ())
-        answer.slot = self.link.submit(request_of(HERMES, "", PROMPT, emitted, sampling=sampling, **changes), answer)
+        request = request_of(HERMES, "", PROMPT, emitted, sampling=sampling, **changes)
+        answer.slot = self.link.submit(SubmittedRequest(request), answer)
         return answer
 
 
