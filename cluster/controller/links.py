@@ -6,8 +6,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 from cluster.api.demand import ComputedWork, ModelDemand
@@ -69,6 +70,19 @@ class _GatewayReports:
     lost: Sequence[LostEngine] = ()
     demand: Sequence[ModelDemand] = ()
     tallies: Sequence[VersionTally] = ()
+
+    def apply(self, frame: pb.GatewayControlFrame) -> None:
+        """Replace the reports that a frame from the gateway holds."""
+        if frame.HasField("fleet"):
+            self.fleet = [_worker(w) for w in frame.fleet.workers]
+            self.lost = lost_engines.from_pb(frame.fleet.lost)
+        if frame.HasField("demand"):
+            self.demand = demand_from_pb(frame.demand)
+        if frame.HasField("tallies"):
+            self.tallies = [
+                VersionTally(t.model, t.version, t.generation, t.calls, t.errors, t.pairs, t.slower)
+                for t in frame.tallies.tallies
+            ]
 
 
 class ControllerLinks:
@@ -132,12 +146,7 @@ class ControllerLinks:
 
     def fleet(self) -> Sequence[FleetWorker]:
         """Return one FleetWorker for each worker that is linked to at least one gateway, sorted by worker id."""
-        workers: dict[str, FleetWorker] = {}
-        for worker in (w for reports in self._reports.values() for w in reports.fleet):
-            other = workers.get(worker.worker_id)
-            if other is None or other.work.steps <= worker.work.steps:  # the newest report
-                workers[worker.worker_id] = worker
-        return [workers[key] for key in sorted(workers)]
+        return _merge_fleets([reports.fleet for reports in self._reports.values()])
 
     def lost(self) -> Sequence[LostEngine]:
         """Return the engines that ended in the last minutes, oldest first."""
@@ -145,19 +154,7 @@ class ControllerLinks:
 
     def demand(self) -> Sequence[ModelDemand]:
         """Return the demand by model, summed over the gateways."""
-        sums: dict[str, ModelDemand] = {}
-        for reports in self._reports.values():
-            for demand in reports.demand:
-                total = sums.get(demand.model, ModelDemand(demand.model, 0, 0, 0, 0, 0))
-                sums[demand.model] = ModelDemand(
-                    demand.model,
-                    total.waiting + demand.waiting,
-                    total.waiting_tokens + demand.waiting_tokens,
-                    total.running + demand.running,
-                    total.arrived + demand.arrived,
-                    total.arrived_tokens + demand.arrived_tokens,
-                )
-        return [sums[key] for key in sorted(sums)]
+        return _add_demands([reports.demand for reports in self._reports.values()])
 
     def tallies(self) -> Sequence[VersionTally]:
         """Return the call counts of model versions: one VersionTally for each version and linked gateway."""
@@ -260,18 +257,9 @@ class ControllerLinks:
         replies: asyncio.Queue[pb.AdminReply],
     ) -> None:
         while (frame := await read(call)) is not None:
-            if frame.HasField("fleet"):
-                reports.fleet = [_worker(w) for w in frame.fleet.workers]
-                reports.lost = lost_engines.from_pb(frame.fleet.lost)
-            if frame.HasField("demand"):
-                reports.demand = demand_from_pb(frame.demand)
-                if self._listener is not None:
-                    self._listener.record_demand(gateway, reports.demand, frame.demand.counting_s)
-            if frame.HasField("tallies"):
-                reports.tallies = [
-                    VersionTally(t.model, t.version, t.generation, t.calls, t.errors, t.pairs, t.slower)
-                    for t in frame.tallies.tallies
-                ]
+            reports.apply(frame)
+            if frame.HasField("demand") and self._listener is not None:
+                self._listener.record_demand(gateway, reports.demand, frame.demand.counting_s)
             if frame.HasField("fetch_bundle"):
                 digest = frame.fetch_bundle.digest
                 bundle = await asyncio.to_thread(self._bundles, digest)
@@ -287,6 +275,32 @@ class ControllerLinks:
         If the stream ends, the gateway reports to the caller that the request may have been carried out.
         """
         replies.put_nowait(await admin_forwarding.answer(self._verbs, request))
+
+
+def _merge_fleets(fleets: Iterable[Sequence[FleetWorker]]) -> Sequence[FleetWorker]:
+    """Return one FleetWorker for each worker of the gateways' reports, sorted by worker id."""
+    workers: dict[str, FleetWorker] = {}
+    for worker in chain.from_iterable(fleets):
+        other = workers.get(worker.worker_id)
+        if other is None or other.work.steps <= worker.work.steps:  # the newest report
+            workers[worker.worker_id] = worker
+    return [workers[key] for key in sorted(workers)]
+
+
+def _add_demands(demands: Iterable[Sequence[ModelDemand]]) -> Sequence[ModelDemand]:
+    """Return the demand by model, summed over the gateways' reports and sorted by model."""
+    sums: dict[str, ModelDemand] = {}
+    for demand in chain.from_iterable(demands):
+        total = sums.get(demand.model, ModelDemand(demand.model, 0, 0, 0, 0, 0))
+        sums[demand.model] = ModelDemand(
+            demand.model,
+            total.waiting + demand.waiting,
+            total.waiting_tokens + demand.waiting_tokens,
+            total.running + demand.running,
+            total.arrived + demand.arrived,
+            total.arrived_tokens + demand.arrived_tokens,
+        )
+    return [sums[key] for key in sorted(sums)]
 
 
 def _worker(w: pb.FleetWorker) -> FleetWorker:
