@@ -199,7 +199,7 @@ async def lose_a_worker(stub: Any, key: str, fleet: Fleet) -> None:
     stream = stub.StreamChat(chat(max_tokens=400, ignore_eos=True), metadata=metadata, timeout=120)
     await read(stream)
     (engine,) = [engine for engine, _, _ in fleet.sessions if engine.load().running]
-    engine.kill()
+    engine.faults.kill()
     await rest_of(stream)
 
 

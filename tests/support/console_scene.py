@@ -84,7 +84,7 @@ class Scene(ConsolePages):
         """Kill a worker that runs several sequences, and wait until they go on elsewhere."""
         victim = next(w for w in self.workers["assistant"][1:] if not w.task.done() and w.engine.load().running > 2)
         assert isinstance(victim.engine, SimEngine)
-        victim.engine.kill("CUDA error: an illegal memory access was encountered")
+        victim.engine.faults.kill("CUDA error: an illegal memory access was encountered")
         await victim.task
         return victim
 

@@ -211,7 +211,7 @@ async def test_dead_engine_ends_the_workers_run(cluster: TestCluster, checkpoint
     worker = await cluster.add_worker(engine, bundle)
     run = asyncio.create_task(worker.end.run())
     await until(lambda: worker.end.statistics().links >= 1, "linked")
-    engine.kill("test")
+    engine.faults.kill("test")
     with pytest.raises(EngineDead):
         await run
     await until(lambda: not cluster.gateway.hub.links, "the gateway has noticed")

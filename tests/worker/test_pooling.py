@@ -230,7 +230,7 @@ async def test_an_error_has_no_vector(door: Door) -> None:
     """A text for which the engine computes NaN ends in an error at the gateway, without a vector."""
     engine = SimEngine(CONFIG)
     async with serving(door, engine) as (_, link):
-        engine.fail("step", "nan")
+        engine.faults.arm("step", "nan")
         sink = Pooled()
         link.submit(SubmittedRequest(request()), sink)
         output = await sink.end()

@@ -158,7 +158,7 @@ async def test_dead_engine_ends_the_process(door: Door) -> None:
     replica = Replica(settings(door), ReplicaPlacement("r1", "n"), lambda _: opened, on_engine_death=exits.append)
     await replica.start()
     await door.worker("m")
-    engine.kill("power cut")
+    engine.faults.kill("power cut")
     await eventually(lambda: exits, "the process is ended")
     assert exits == [70]
     await eventually(lambda: not door.hub.links, "its link has ended")
@@ -179,8 +179,8 @@ async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
     await replica.start()
     link = await door.worker("m")
     assert len(await greedy(link, [1, 2], 3)) == 3
-    engine.fail("step", "wrong")
-    engine.fail("step", "nan", at=2)
+    engine.faults.arm("step", "wrong")
+    engine.faults.arm("step", "nan", at=2)
     assert len(await greedy(link, [1, 2], 3)) == 1
     await eventually(lambda: exits, "the process is ended")
     await eventually(lambda: not door.hub.links, "its link has ended")

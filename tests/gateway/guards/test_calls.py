@@ -433,7 +433,7 @@ async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, che
         chunks = [await asyncio.wait_for(read(stream), 60)]
         (call,) = keyed.gateway.service.calls
         await until(lambda: len(call.sequences[0].emitted) >= 60, "half of the answer is emitted")
-        next(engine for engine in engines if engine.load().running).kill()
+        next(engine for engine in engines if engine.load().running).faults.kill()
         chunks += await rest_of(stream)
         assert text_of(chunks) == bare.replace(secret, "[redacted: secret]")
         assert chunks[-1].usage.completion_tokens == 120

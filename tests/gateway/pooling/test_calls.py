@@ -75,7 +75,7 @@ async def test_a_lost_worker_is_not_seen_by_the_caller(cluster: TestCluster, che
     await until(lambda: doomed.engine.load().steps > 5, "the worker has computed some inputs")
     second = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle)
     assert isinstance(doomed.engine, SimEngine)
-    doomed.engine.kill()
+    doomed.engine.faults.kill()
     answer = await asyncio.wait_for(call, 60)
     await until(doomed.task.done, "the lost worker has left")
     await second.stop()
@@ -116,7 +116,7 @@ async def test_an_unsound_vector_is_computed_elsewhere(
     engine = sim_engine(checkpoint, **EMBEDDER)
     await cluster.add_worker(Tampered(engine, change), bundle)
     if broken == "error":
-        engine.fail("step", "nan", 0)
+        engine.faults.arm("step", "nan", 0)
     request = embed(["a", "b"], dimensions=4)
     assert (await refused(cluster.stub.Embed(request, timeout=5))).reason in ("INTERNAL", "DEADLINE_EXCEEDED")
     await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)

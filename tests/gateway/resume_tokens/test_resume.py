@@ -197,7 +197,7 @@ async def test_a_stuck_engine_is_found_and_spared(watchful: TestCluster, checkpo
     call = watchful.stub.StreamChat(request)
     chunks = [await read(call) for _ in range(5)]
     other = await watchful.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
-    stuck.fail("step", "hang")
+    stuck.faults.arm("step", "hang")
     chunks += await within(0.5 + 150 * 0.005 + 2.0, rest_of(call))
     assert chunks[-1].usage.resumed == 1
     assert text_of(chunks) == (await watchful.stub.Chat(request)).choices[0].message.content
@@ -205,7 +205,7 @@ async def test_a_stuck_engine_is_found_and_spared(watchful: TestCluster, checkpo
     for _ in range(4):
         await watchful.stub.Chat(chat(max_tokens=2, ignore_eos=True))
     assert stuck.load().steps == before
-    stuck.heal()
+    stuck.faults.heal()
     await other.stop()
     answer = await watchful.stub.Chat(request)
     assert answer.usage.completion_tokens == 150

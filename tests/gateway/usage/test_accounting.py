@@ -78,7 +78,7 @@ async def test_every_end_has_its_record(tmp_path: Path, checkpoint: Path, bundle
         late = await refused(stub.Chat(chat("late", max_tokens=2000, ignore_eos=True), timeout=1.0))
         assert late.code is grpc.StatusCode.DEADLINE_EXCEEDED
         await until(lambda: engine.load().running == 0, "the late one has left the engine")
-        engine.fail("step", "nan", 0)  # at every attempt
+        engine.faults.arm("step", "nan", 0)  # at every attempt
         await refused(stub.Chat(chat("nan", max_tokens=50, ignore_eos=True)))
         await settled(cluster, worker)
 
@@ -119,7 +119,7 @@ async def test_what_no_worker_accepted_has_no_record(
         engine = sim_engine(checkpoint, decode_ms=1)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]])
         await linked(cluster)
-        engine.fail("submit", "refuse")
+        engine.faults.arm("submit", "refuse")
         assert (await refused(cluster.stub.Chat(chat()))).reason == "INVALID_FIELD"
         await refused(cluster.stub.Chat(chat(top_p=7.0)))
         await cluster.stub.Chat(chat(max_tokens=2, ignore_eos=True))

@@ -59,7 +59,7 @@ async def test_an_error_of_a_well_engine_changes_nothing() -> None:
     engine, driver = await subject()
     (undisturbed,) = await driver.run(request(driver.subject.prompt(2), 40))
     asked = engine.statistics().submitted
-    engine.fail("step", "nan", at=2)
+    engine.faults.arm("step", "nan", at=2)
     broken, whole = await driver.run(request(driver.subject.prompt(1), 40), request(driver.subject.prompt(2), 40))
     assert broken.finish is FinishReason.ERROR
     assert whole.token_ids == undisturbed.token_ids
@@ -72,7 +72,7 @@ async def test_errors_are_answered_by_one_question_at_a_time() -> None:
     engine, driver = await subject()
     asked = engine.statistics().submitted
     for at in (1, 2, 3, 4):
-        engine.fail("step", "nan", at=at)
+        engine.faults.arm("step", "nan", at=at)
     await driver.run(*(request(driver.subject.prompt(i), 30, priority=-(1 << 40)) for i in range(4)))
     await driver.run(request(driver.subject.prompt(9), 30))
     assert engine.statistics().submitted == asked + 5 + 2
@@ -82,8 +82,8 @@ async def test_errors_are_answered_by_one_question_at_a_time() -> None:
 async def test_a_wrong_answer_is_sickness(fault: str) -> None:
     """After an error, a golden answer that is wrong or has NaN raises EngineCorrupt, and the error names the node."""
     engine, driver = await subject()
-    engine.fail("step", fault, at=0)
-    engine.fail("step", "nan", at=3)
+    engine.faults.arm("step", fault, at=0)
+    engine.faults.arm("step", "nan", at=3)
     requests = [request(driver.subject.prompt(number), 30, priority=number) for number in range(3)]
     with pytest.raises(EngineCorrupt, match="on node n1 is sick"):
         await driver.run(*requests)
@@ -182,10 +182,10 @@ async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> N
 
     engine = Terse(SMALL, VirtualClock())
     driver = Driver(Subject(examined := CheckedEngine(engine), await examined.start(), 100, 900, deadline_s=5.0))
-    engine.fail("step", "nan")
+    engine.faults.arm("step", "nan")
     await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2)))
     engine.shift = 0.1
-    engine.fail("step", "nan", at=2)
+    engine.faults.arm("step", "nan", at=2)
     with pytest.raises(EngineCorrupt):
         await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2, 4)))
 

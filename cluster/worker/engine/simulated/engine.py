@@ -1,7 +1,7 @@
 """The simulated engine: SimModel's steps in real or virtual time, with the same Engine interface as the vLLM engine.
 
 The engine is not for production. Tests and a laptop can run any number of workers with it, and make them fail on
-command (`fail`, `kill`, or `fault=` in the source).
+command (`faults`, or `fault=` in the source).
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class SimEngine:
         self._timing = SimTiming()
         self._wake = asyncio.Event()
         self._has_kv_events = asyncio.Event()
-        self._faults = EngineFaults(config.faults, self._wake)
+        self.faults = EngineFaults(config.faults, self._wake)
+        """The faults with which a test makes the engine fail."""
         self._model: SimModel | None = None
         self._plan: StepPlan | None = None
         self._idle = True  # whether the engine has been without work since the last step
@@ -87,8 +88,8 @@ class SimEngine:
     async def submit(self, request: EngineRequest) -> None:
         """Queue a request for the next step."""
         model = self._require_model()
-        self._faults.visit("submit")
-        self._faults.raise_if_dead()
+        self.faults.visit("submit")
+        self.faults.raise_if_dead()
         if self._config.max_loras and request.adapter and request.adapter not in self._adapters:
             raise EngineRefused("ADAPTER_INVALID", f"adapter: {request.adapter!r} is not loaded", "adapter")
         idle = not model.has_work()
@@ -114,13 +115,13 @@ class SimEngine:
         """
         model = self._require_model()
         while True:
-            self._faults.raise_if_dead()
+            self.faults.raise_if_dead()
             plan = self._plan or await self._begin_step(model)
-            await self._faults.wait_while_hung()
+            await self.faults.wait_while_hung()
             await self._clock.sleep_until(self._ends_at)
-            self._faults.raise_if_dead()
+            self.faults.raise_if_dead()
             self._plan = None
-            outputs = model.complete(plan, self._faults.nan, self._faults.corrupt)
+            outputs = model.complete(plan, self.faults.nan, self.faults.corrupt)
             self._timing.add_times(outputs, self._clock.now())
             self._idle = not model.has_work()
             self._pace.step(self._clock.now(), goes_on=not self._idle)
@@ -131,8 +132,8 @@ class SimEngine:
 
     async def load_adapter(self, digest: str, folder: str, *, pinned: bool) -> None:
         """Wait `adapter_load_ms`, then accept requests for the adapter. The files are not read."""
-        slowed = self._faults.visit("adapter")
-        self._faults.raise_if_dead()
+        slowed = self.faults.visit("adapter")
+        self.faults.raise_if_dead()
         if len(self._adapters) >= self._config.max_cpu_loras and digest not in self._adapters:
             raise EngineRefused("ADAPTER_INVALID", f"the memory holds {len(self._adapters)} adapters", "adapter")
         load_s = self._config.adapter_load_ms / 1000 + sum(fault.seconds for fault in slowed)
@@ -142,7 +143,7 @@ class SimEngine:
 
     async def unload_adapter(self, digest: str) -> None:
         """Refuse further requests for the adapter."""
-        self._faults.raise_if_dead()
+        self.faults.raise_if_dead()
         self._adapters.discard(digest)
 
     async def kv_events(self) -> Sequence[KvEvent]:
@@ -166,7 +167,7 @@ class SimEngine:
         now, plan = self._clock.now(), self._plan
         busy = "prefill" if plan is not None and plan.prefill_tokens and now <= self._stated_until else ""
         age_s, p99_s = self._pace.age_s(now), self._pace.times.value_s
-        if self._faults.hung:
+        if self.faults.hung:
             return dataclasses.replace(self._frozen, busy=busy, step_age_s=age_s)
         return self._model.load(busy, age_s, p99_s)
 
@@ -179,32 +180,18 @@ class SimEngine:
 
     async def check(self) -> None:
         """Raise EngineDead if the engine is dead. As in a real engine, this check does not detect a hang."""
-        self._faults.raise_if_dead()
+        self.faults.raise_if_dead()
 
     async def close(self) -> None:
         """End the engine; a caller that waits in `step` gets EngineDead."""
-        self.kill("closed")
-
-    # -- faults ---------------------------------------------------------------------------------------------------
-
-    def fail(self, point: str, action: str, at: int = 1, seconds: float = 0.0) -> None:
-        """Arm a fault (see simulated.faults). Raises ValueError for an action that is not possible at `point`."""
-        self._faults.arm(SimFault(action, point, at, seconds))
-
-    def heal(self) -> None:
-        """Disarm all faults, end a hang and return correct tokens again. A dead engine stays dead."""
-        self._faults.heal()
-
-    def kill(self, reason: str = "killed") -> None:
-        """End the engine at once, even within a step or a hang."""
-        self._faults.kill(reason)
+        self.faults.kill("closed")
 
     def statistics(self) -> SimStatistics:
         """Return counts since the start, and the current numbers of requests and blocks."""
         return self._require_model().statistics()
 
     def __repr__(self) -> str:
-        return f"SimEngine({self._model}{', dead: ' + self._faults.dead if self._faults.dead else ''})"
+        return f"SimEngine({self._model}{', dead: ' + self.faults.dead if self.faults.dead else ''})"
 
     # -- internals ------------------------------------------------------------------------------------------------
 
@@ -219,15 +206,15 @@ class SimEngine:
             self._idle = True
             self._wake.clear()
             await self._wake.wait()
-            self._faults.raise_if_dead()
+            self.faults.raise_if_dead()
         self._plan = plan = model.schedule()
         points = ["step"]
         if plan.prefill_tokens:
             points.append("prefill")
-        if self._faults and model.reaches_max_tokens(plan):
+        if self.faults and model.reaches_max_tokens(plan):
             points.append("last_token")
-        slowed = self._faults.begin_step(points)
-        if self._faults.hung:
+        slowed = self.faults.begin_step(points)
+        if self.faults.hung:
             self._frozen = model.load(p99_s=self._pace.times.value_s)
         now = self._clock.now()
         # A step begins where the last step ended. If the caller was more than a step late, the step begins now.

@@ -91,9 +91,10 @@ class EngineFaults:
         """Whether any fault is armed."""
         return bool(self._armed)
 
-    def arm(self, fault: SimFault) -> None:
-        """Arm a fault. Visits to its point are counted from now on."""
-        self._armed.append((fault, 0))
+    def arm(self, point: str, action: str, at: int = 1, seconds: float = 0.0) -> None:
+        """Arm a fault. Visits to its point are counted from now on. Raises ValueError for a fault that SimFault does
+        not allow."""
+        self._armed.append((SimFault(action, point, at, seconds), 0))
 
     def heal(self) -> None:
         """Disarm all faults, and end a hang and wrong tokens. A dead engine stays dead."""
@@ -101,7 +102,7 @@ class EngineFaults:
         self.hung = self.corrupt = False
         self._wake.set()
 
-    def kill(self, reason: str) -> None:
+    def kill(self, reason: str = "killed") -> None:
         """End the engine at once, even within a step or a hang."""
         self.dead = self.dead or reason
         self._wake.set()

@@ -151,7 +151,7 @@ async def test_a_worker_is_killed_in_mid_answer(busy: ConsolePages, tmp_path: Pa
         await expect(page.locator(".pg-answer .pg-facts")).to_contain_text("tokens")
         victim = serving(busy)
         assert isinstance(victim.engine, SimEngine)
-        victim.engine.kill()
+        victim.engine.faults.kill()
         row = fleet.page.locator("tr.lost", has_text=victim.identity.worker_id)
         await expect(row).to_be_visible(timeout=60_000)
         await expect(row).to_contain_text("1 sequence went on elsewhere")

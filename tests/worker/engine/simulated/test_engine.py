@@ -216,7 +216,7 @@ async def test_a_cancelled_step_loses_no_output() -> None:
 async def test_die_at_a_point(point: str, at: int, tokens: int) -> None:
     """An engine dies at the fault's point: earlier tokens have arrived, and every later call raises EngineDead."""
     engine, driver = await subject()
-    engine.fail(point, "die", at)
+    engine.faults.arm(point, "die", at)
     request_id = await driver.submit(request(driver.subject.prompt(1), 5))
     with pytest.raises(EngineDead):
         await driver.until(lambda: False)
@@ -230,7 +230,7 @@ async def test_die_at_a_point(point: str, at: int, tokens: int) -> None:
 async def test_die_at_submit_wakes_the_reader() -> None:
     """A death at submit raises EngineDead both from `submit` and from a waiting `step`."""
     engine, driver = await subject()
-    engine.fail("submit", "die")
+    engine.faults.arm("submit", "die")
     reader = asyncio.ensure_future(engine.step())
     await asyncio.sleep(0)
     with pytest.raises(EngineDead):
@@ -242,7 +242,7 @@ async def test_die_at_submit_wakes_the_reader() -> None:
 async def test_refuse_hits_one_request() -> None:
     """An injected refusal affects one request, and the next request is accepted."""
     engine, driver = await subject()
-    engine.fail("submit", "refuse")
+    engine.faults.arm("submit", "refuse")
     with pytest.raises(EngineRefused):
         await engine.submit(request(driver.subject.prompt(1)))
     await driver.run(request(driver.subject.prompt(1)))
@@ -252,7 +252,7 @@ async def test_hang_stands_still_until_healed() -> None:
     """During a hang no step ends and load() does not change. After `heal` the tokens are correct."""
     engine, driver = await subject()
     (expected,) = await driver.run(request(driver.subject.prompt(1), 6))
-    engine.fail("step", "hang", at=3)
+    engine.faults.arm("step", "hang", at=3)
     request_id = await driver.submit(request(driver.subject.prompt(1), 6))
     for _ in range(2):
         await driver.step()
@@ -264,7 +264,7 @@ async def test_hang_stands_still_until_healed() -> None:
     assert not reader.done()
     assert (engine.load().steps, engine.load().running, engine.load().busy) == (stood.steps, 1, "")
     await engine.check()
-    engine.heal()
+    engine.faults.heal()
     for output in await asyncio.wait_for(reader, 60):
         driver.answers[output.request_id].outputs.append(output)
     await driver.until(lambda: all(driver.answers[i].finish is not None for i in (request_id, other)))
@@ -277,7 +277,7 @@ async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
     clock = VirtualClock()
     engine, driver = await subject(clock=clock)
     await driver.run(request(driver.subject.prompt(1), 20))
-    engine.fail(point, "hang")
+    engine.faults.arm(point, "hang")
     await driver.submit(request(driver.subject.prompt(2, tokens=50), 3))
     reader = asyncio.ensure_future(engine.step())
     await asyncio.sleep(0)
@@ -286,7 +286,7 @@ async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
     load = engine.load()
     assert (load.running, load.busy) == (1, "")
     assert load.step_age_s >= 2.0 > 50 * load.step_p99_s
-    engine.heal()
+    engine.faults.heal()
     await asyncio.wait_for(reader, 60)
 
 
@@ -295,7 +295,7 @@ async def test_a_slow_prefill_states_its_work(point: str, busy: str) -> None:
     """A slow prefill reports its work all the time, and a step that is slow without a reason reports no work."""
     clock = HeldClock()
     engine, driver = await subject(clock=clock)
-    engine.fail(point, "slow", seconds=8.0)
+    engine.faults.arm(point, "slow", seconds=8.0)
     await driver.submit(request(driver.subject.prompt(1, tokens=50), 1))
     reader = asyncio.ensure_future(engine.step())
     await asyncio.sleep(0)
@@ -313,7 +313,7 @@ async def test_a_blocked_loop_shows_to_other_threads() -> None:
     engine = SimEngine(dataclasses.replace(SMALL, decode_ms=2.0))
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
     await driver.run(request(driver.subject.prompt(1), 30))
-    engine.fail("step", "block", at=3, seconds=0.6)
+    engine.faults.arm("step", "block", at=3, seconds=0.6)
     seen: list[EngineLoad] = []
     done = threading.Event()
 
@@ -335,11 +335,11 @@ async def test_a_sick_engine_gives_other_tokens_until_healed() -> None:
     """After the fault `wrong` all tokens are wrong and nothing else changes. After `heal` the tokens are correct."""
     engine, driver = await subject()
     (right,) = await driver.run(request(driver.subject.prompt(1), 6))
-    engine.fail("step", "wrong")
+    engine.faults.arm("step", "wrong")
     (wrong,) = await driver.run(request(driver.subject.prompt(1), 6))
     assert wrong.finish is FinishReason.LENGTH
     assert wrong.token_ids[0] != right.token_ids[0]
-    engine.heal()
+    engine.faults.heal()
     (healed,) = await driver.run(request(driver.subject.prompt(1), 6))
     assert healed.token_ids == right.token_ids
 
@@ -365,7 +365,7 @@ def test_kill_ends_the_process() -> None:
 async def test_close_ends_a_hang() -> None:
     """A caller that waits in a hung step gets EngineDead when the engine is closed."""
     engine, driver = await subject()
-    engine.fail("step", "hang")
+    engine.faults.arm("step", "hang")
     await driver.submit(request(driver.subject.prompt(1)))
     reader = asyncio.ensure_future(engine.step())
     await asyncio.sleep(0)
@@ -378,7 +378,7 @@ async def test_slow_step_takes_longer() -> None:
     """The fault `slow` adds its seconds to the duration of one step."""
     clock = VirtualClock()
     engine, driver = await subject(clock=clock)
-    engine.fail("step", "slow", at=2, seconds=1.5)
+    engine.faults.arm("step", "slow", at=2, seconds=1.5)
     await driver.run(request(driver.subject.prompt(1, tokens=1), 4))
     assert clock.now() == pytest.approx(4 * 0.02 + 1.5)
 
@@ -386,7 +386,7 @@ async def test_slow_step_takes_longer() -> None:
 async def test_nan_ends_one_request_in_error() -> None:
     """The fault `nan` ends one request of the step with ERROR and a message, and the other request gets its tokens."""
     engine, driver = await subject()
-    engine.fail("step", "nan", at=2)
+    engine.faults.arm("step", "nan", at=2)
     broken, whole = await driver.run(request(driver.subject.prompt(1), 5), request(driver.subject.prompt(2), 5))
     assert (broken.finish, broken.outputs[-1].message) == (FinishReason.ERROR, "NaN in the logits")
     assert len(whole.token_ids) == 5
@@ -509,13 +509,13 @@ async def test_adapters_are_loaded_in_their_time_and_bounded() -> None:
 async def test_loads_of_adapters_can_fail() -> None:
     """Faults at the point `adapter`: a refusal leaves the engine alive, a death ends it."""
     engine, driver = await subject(dataclasses.replace(SMALL, max_loras=1, max_cpu_loras=1))
-    engine.fail("adapter", "refuse")
+    engine.faults.arm("adapter", "refuse")
     with pytest.raises(EngineRefused) as refusal:
         await engine.load_adapter("a", "/adapters/a", pinned=False)
     assert refusal.value.reason == "ADAPTER_INVALID"
     await engine.load_adapter("a", "/adapters/a", pinned=False)
     await driver.run(request(driver.subject.prompt(1), adapter="a"))
-    engine.fail("adapter", "die")
+    engine.faults.arm("adapter", "die")
     with pytest.raises(EngineDead):
         await engine.load_adapter("a", "/adapters/a", pinned=False)
 

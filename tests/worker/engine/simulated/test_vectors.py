@@ -74,7 +74,7 @@ async def test_a_score_depends_on_where_the_second_text_begins() -> None:
 async def test_an_error_of_one_text_is_no_vector() -> None:
     """A request with NaN ends in an error without a vector; the golden request then shows that the engine is well."""
     engine, driver = await subject()
-    engine.fail("step", "nan", at=1)
+    engine.faults.arm("step", "nan", at=1)
     broken, whole = await driver.run(*(pool(driver.subject.prompt(i), PoolingTask.EMBED) for i in (1, 2)))
     assert [(output.finish, output.vector) for output in broken.outputs] == [(FinishReason.ERROR, None)]
     assert vector(whole)
@@ -84,8 +84,8 @@ async def test_an_error_of_one_text_is_no_vector() -> None:
 async def test_a_wrong_vector_is_sickness() -> None:
     """After an error, another vector of the golden request raises EngineCorrupt, and the error names the node."""
     engine, driver = await subject()
-    engine.fail("step", "nan", at=1)
-    engine.fail("step", "wrong", at=0)
+    engine.faults.arm("step", "nan", at=1)
+    engine.faults.arm("step", "wrong", at=0)
 
     async def run() -> None:
         for seed in range(3):
