@@ -84,7 +84,8 @@ class ServerCall(ResponseWriter):
     """
 
     def __init__(self, core: ConnectionCore, owner: OpenStreams, stream: H2Stream, head: RequestHead) -> None:
-        request = RequestStream(core, stream.stream_id, head.encoding, self.abort, self._too_slow)
+        too_slow = partial(owner.end_slow, self)
+        request = RequestStream(core, stream.stream_id, head.encoding, self.abort, too_slow)
         super().__init__(core, stream, head.path, request, owner.done)
         self.owner = owner
         self.header_bytes = head.size
@@ -155,10 +156,6 @@ class ServerCall(ResponseWriter):
         """Number of complete request messages that the handler has not read."""
         return len(self.request.body)
 
-    def release_request(self) -> None:
-        """Return the bytes of the parsed request to the budget of request bytes. Idempotent."""
-        self.request.release()
-
     def mark_admitted(self, tenant: str | None) -> None:
         """Record that the gate has admitted the call. `tenant`: see the attribute `tenant`."""
         self.admitted, self.tenant = True, tenant
@@ -175,10 +172,6 @@ class ServerCall(ResponseWriter):
         if self.running is not None:
             self.running.cancel_timer()
             self.running.task.cancel()
-
-    def fail(self, error: BadMessage) -> None:
-        """End the call because its request is malformed or too large."""
-        self.interrupt(grpc.StatusCode.RESOURCE_EXHAUSTED if error.too_large else grpc.StatusCode.INTERNAL, str(error))
 
     def interrupt(self, code: grpc.StatusCode, details: str) -> None:
         """End the call with a status, and cancel the handler."""
@@ -203,9 +196,6 @@ class ServerCall(ResponseWriter):
         if details:
             end += frames.literal(b"grpc-message", status_message(details))
         self.send_status(end + frames.block(headers_of(self._trailing)))
-
-    def _too_slow(self) -> None:
-        self.owner.end_early(self, BadMessage("the request was too slow while others waited", too_large=True))
 
 
 class CallTable:
@@ -360,8 +350,12 @@ class OpenStreams:
 
     def end_early(self, call: ServerCall, error: BadMessage) -> None:
         """End a call whose request is malformed, too large or too slow."""
-        call.fail(error)
+        call.interrupt(error.code, str(error))
         self.charge_refusal(CLIENT_FAULT)
+
+    def end_slow(self, call: ServerCall) -> None:
+        """End a call whose request arrives too slowly while other requests wait for the budget of request bytes."""
+        self.end_early(call, BadMessage("the request was too slow while others waited", too_large=True))
 
     def end_open_requests(self) -> None:
         """End each call whose client may still send requests, after the connection has reached its age limit. Such a

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 from urllib.parse import quote
 
+import grpc
+
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 # Header names that belong to the protocol, not to the caller.
@@ -34,6 +36,11 @@ class BadMessage(ValueError):
     def __init__(self, why: str, too_large: bool = False) -> None:
         super().__init__(why)
         self.too_large = too_large
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The status of a call that ends with this error."""
+        return grpc.StatusCode.RESOURCE_EXHAUSTED if self.too_large else grpc.StatusCode.INTERNAL
 
 
 class Assembler:

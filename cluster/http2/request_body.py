@@ -250,8 +250,7 @@ class RequestStream:
             data = await self._decompress(received) if received.compressed else received.data
             return data if self._parse is None else self._parse(data)
         except BadMessage as error:
-            code = grpc.StatusCode.RESOURCE_EXHAUSTED if error.too_large else grpc.StatusCode.INTERNAL
-            await self._abort(code, str(error))
+            await self._abort(error.code, str(error))
         except Exception as error:  # parsers of generated code raise many types
             await self._abort(grpc.StatusCode.INTERNAL, f"cannot deserialize a request message: {error}")
         finally:

@@ -207,7 +207,7 @@ class AdminAuthorizer:
             try:
                 principal = context.caller
                 request = _decoded(kind, data)
-                context.release_request()
+                context.request.release()
                 return await act(request, self.authorize(principal, method, request, context.peer()), context)
             except CallError as error:
                 await context.abort(grpc_code(error), error.message, trailers(error))
