@@ -138,7 +138,7 @@ class Call:
     @property
     def _may_be_computed(self) -> bool:
         """Whether the call has no error and an engine may have computed its prompt."""
-        return self.error is None and any(sequence.computed for sequence in self.sequences)
+        return self.error is None and any(sequence.life.computed for sequence in self.sequences)
 
     # ---- operations of the service, the scheduler and the APIs
 

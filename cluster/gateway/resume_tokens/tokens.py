@@ -120,7 +120,7 @@ class ResumeTokens:
         if (
             shown - delivered != 1
             or not self.begun
-            or sequence.last_worker != self._workers[0]
+            or sequence.life.last_worker != self._workers[0]
             or self.number >= self._due
         ):
             return self.chunk((Piece(0, text),))
@@ -146,11 +146,11 @@ class ResumeTokens:
             ids = sequence.emitted[self._delivered[index] : shown]
             choices.append(Choice(index, ids, self._chars[index], piece.finish_reason))
             self._delivered[index] = max(shown, self._delivered[index])
-            if index not in self.begun and sequence.compatibility is not None:
+            if index not in self.begun and sequence.life.compatibility is not None:
                 self.begun.add(index)
-                keys[str(index)] = compatibility_json(sequence.compatibility)
-            if sequence.last_worker != self._workers[index]:
-                workers[str(index)] = self._workers[index] = sequence.last_worker
+                keys[str(index)] = compatibility_json(sequence.life.compatibility)
+            if sequence.life.last_worker != self._workers[index]:
+                workers[str(index)] = self._workers[index] = sequence.life.last_worker
         if not self.number:
             more["maker"] = self._maker()
         self.whole = self.number >= self._due
@@ -176,8 +176,8 @@ class ResumeTokens:
             if delivered or index in self.begun or self._finishes[index]:
                 choices.append(Choice(index, sequence.emitted[:delivered], self._chars[index], self._finishes[index]))
                 workers[str(index)] = self._workers[index]
-            if index in self.begun and sequence.compatibility is not None:
-                keys[str(index)] = compatibility_json(sequence.compatibility)
+            if index in self.begun and sequence.life.compatibility is not None:
+                keys[str(index)] = compatibility_json(sequence.life.compatibility)
         return choices, keys, workers
 
     def _sealed(self, body: bytes) -> bytes:

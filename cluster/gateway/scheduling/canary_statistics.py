@@ -55,7 +55,7 @@ class CanaryStatistics:
         trial, worker = self._trials.get(call.model), call.began_at
         if trial is None or worker is None or call.is_resumed:
             return
-        losses = any(sequence.failures for sequence in call.sequences)
+        losses = any(sequence.life.failures for sequence in call.sequences)
         key = worker.version, worker.generation
         tally = trial.tallies.get(key) or VersionTally(call.model, worker.version, worker.generation)
         failed = losses or outcome in FAULTS

@@ -64,7 +64,7 @@ class Executor:
                 case Send():
                     self._send(instruction)
                 case Acquit(key):
-                    self._queues.sequence(key).acquit()
+                    self._queues.sequence(key).life.acquit()
                 case Fail(key, error):
                     if (sequence := self._queues.left(key)) is not None:
                         sequence.call.fail_unexpectedly(error)
@@ -113,8 +113,8 @@ class Executor:
     def _end(self, sequence: CallSequence, ending: Ending) -> None:
         call, tokens = sequence.call, len(sequence.emitted)
         if ending is Ending.BLAMED:
-            log.warning("call.blamed", **call.log_fields, lost=sequence.lost_links)
-            call.blame(queue_errors.blamed(tokens, len(sequence.lost_links)))
+            log.warning("call.blamed", **call.log_fields, lost=sequence.life.loss.links)
+            call.blame(queue_errors.blamed(tokens, len(sequence.life.loss.links)))
         else:
             call.fail(self._error(call, tokens, ending))
 

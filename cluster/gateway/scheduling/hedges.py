@@ -148,7 +148,7 @@ class Hedges:
         call = RouteCall(
             model,
             sequence.tokens,
-            excluded=sequence.excluded | {sequence.last_worker},
+            excluded=sequence.life.excluded | {sequence.life.last_worker},
             versions=sequence.call.versions.all,
             needs_tools=needs_parser(place.needs_tools, candidates),
             cached=self._caches.cached_tokens(model, sequence.key, sequence.request) or {},
@@ -169,7 +169,7 @@ class Hedges:
 
     def _candidates(self, sequence: CallSequence, now: float) -> list[Candidate]:
         """Return the workers on which a sequence gives the same answer as on its first worker."""
-        begun, model = sequence.compatibility, sequence.call.model
+        begun, model = sequence.life.compatibility, sequence.call.model
         return [
             candidate
             for candidate in self._workers.candidates(model, now, resumed=False)

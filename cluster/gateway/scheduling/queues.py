@@ -88,23 +88,24 @@ class Queues:
 
     def resuming(self, sequence: LinkedSequence[Call]) -> ResumingSequence:
         """Return the resume queue's entry for a sequence, without queueing the sequence."""
+        life, loss = sequence.life, sequence.life.loss
         return ResumingSequence(
             self._entry(sequence),
             sequence.tokens,
-            sequence.compatibility,
-            sequence.excluded,
-            sequence.cached_on,
+            life.compatibility,
+            life.excluded,
+            life.cached_on,
             sequence.silent_since,
             sequence.suspect,
-            sequence.lost_links,
-            sequence.lost_at,
-            sequence.lost_node,
+            loss.links,
+            loss.last_at,
+            loss.last_node,
         )
 
     def settle(self, sequence: CallSequence) -> None:
         """Settle the service account of a sequence that has ended, and count its output as demand. Idempotent."""
         if (place := self._charges.place(sequence)) is not None:
-            self.tally.ended(place, len(sequence.emitted), sequence.computed)
+            self.tally.ended(place, len(sequence.emitted), sequence.life.computed)
         self._charges.settle(sequence)
 
     def versions_changed(self, call: Call) -> None:

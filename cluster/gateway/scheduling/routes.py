@@ -55,7 +55,7 @@ class Routes:
         elif not route.again and any(earlier.sequence == route.sequence for earlier in known.routes):
             route.again = "retry"
         self.history.add(known, route, self._workers(call.model))
-        if route.again == "lost" and (links := call.sequences[route.sequence].lost_links):
+        if route.again == "lost" and (links := call.sequences[route.sequence].life.loss.links):
             self.on_resent(links[-1])
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:

@@ -141,7 +141,7 @@ class ServiceCharges:
         charge.settled = True
         call, tokens = sequence.call, len(sequence.emitted)
         order = self.fair.order(call.model)
-        if not sequence.computed:
+        if not sequence.life.computed:
             order.revoked(sequence.key)
             return
         order.generated(sequence.key, tokens)

@@ -101,7 +101,7 @@ def submit_hedge(
     try:
         # Of an attempt with a number above 1, the worker counts only changes of the charge.
         request = _with_context(sequence.submission(), traced)
-        slot = link.submit(SubmittedRequest(request, sequence.attempt + 1, sealed, weighted, stream=stream), hedge)
+        slot = link.submit(SubmittedRequest(request, sequence.life.attempt + 1, sealed, weighted, stream=stream), hedge)
     except BaseException as error:
         if accounts is not None:
             accounts.refused(sequence)
@@ -141,14 +141,14 @@ def _send(
 ) -> int:
     """Send the request of a sequence and return the request's slot."""
     call = sequence.call
-    if sequence.moved:  # the last worker has given back the charge for tokens that were not generated
+    if sequence.life.reason == "moved":  # the last worker has given back the charge for tokens that were not generated
         waiting = replace(waiting, output_tokens=len(sequence.emitted))
     weighted = WeightedValue(waiting, call.policy.weight)
     earlier = len(sequence.emitted) - sequence.restored
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
     submitted = SubmittedRequest(
         _with_context(sequence.submission(), traced),
-        sequence.attempt,
+        sequence.life.attempt,
         sealed,
         weighted,
         earlier,

@@ -247,8 +247,8 @@ async def opened(cluster: TestCluster, request: GenerationRequest) -> tuple[Outp
     """Open a call. Returns its parsing options and the worker that it was sent to."""
     async with cluster.gateway.service.open(request, CallMeta("id", "grpc")) as call:
         sequence = call.sequences[0]
-        await until(lambda: bool(sequence.last_worker), "it is sent")
-        return sequence.request.parsing, sequence.last_worker
+        await until(lambda: bool(sequence.life.last_worker), "it is sent")
+        return sequence.request.parsing, sequence.life.last_worker
 
 
 async def test_a_call_with_tools_goes_to_a_worker_with_a_parser(

@@ -184,10 +184,10 @@ class Gateway(RuleBasedStateMachine):
         if was_hedged and what in ("token", "finish"):
             assert sequence.hedge is None, "the first output decides"
             assert sequence.emitted == [7]
-            assert sequence.last_worker == link.identity.incarnation
+            assert sequence.life.last_worker == link.identity.incarnation
         elif was_hedged and what in ("error", "full"):
             assert sequence.state is State.SENT, "the other worker has the sequence"
-            assert sequence.last_worker != link.identity.incarnation
+            assert sequence.life.last_worker != link.identity.incarnation
 
     @precondition(lambda self: self.links)
     @rule(number=st.integers(0, 2), drains=st.booleans())

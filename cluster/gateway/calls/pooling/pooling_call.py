@@ -71,7 +71,7 @@ class PoolingCall(Call):
         return sum(
             len(sequence.request.prompt_token_ids)
             for sequence in self.sequences
-            if sequence.finish_reason or (self.error is None and sequence.computed)
+            if sequence.finish_reason or (self.error is None and sequence.life.computed)
         )
 
     async def vectors(self) -> list[bytes]:

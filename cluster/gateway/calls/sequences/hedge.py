@@ -42,10 +42,6 @@ class HedgedSequence(Sink, Protocol):
     def emitted(self) -> Sequence[int]:
         """Tokens emitted so far."""
 
-    @property
-    def last_worker(self) -> str:
-        """Incarnation of the first worker."""
-
     def bind_hedge(self, hedge: Hedge) -> None:
         """Record that the request was also sent to the second worker."""
 
@@ -104,7 +100,7 @@ class Hedge:
             return
         sequence = self.sequence
         if output.finish not in FAILED:
-            self.keep(sequence.last_worker, has_failed=False, why="hedged")
+            self.keep(sequence.life.last_worker, has_failed=False, why="hedged")
             sequence.output(output)
             return
         if sequence.request.sampling.grammar is None:  # else the grammar may have allowed no token
@@ -151,7 +147,7 @@ class Hedge:
         sequence.drop_hedge()
         if self.traced is not None:
             self.traced.end(why)
-        sequence.life.hedge_ended(sequence.last_worker, has_failed)
+        sequence.life.hedge_ended(sequence.life.last_worker, has_failed)
         sequence.call.events.hedge_ended(sequence, False, computed_by)
 
     @property

@@ -103,7 +103,7 @@ class LinkedSequence(RoutedSequence[Owner]):
         """Continue on another worker, or end the call with this outcome and message if too many workers have failed the
         sequence. `reason`: see `end_attempt`."""
         if self.hedge is not None:
-            self.hedge.keep(self.last_worker, has_failed=True, why=reason)
+            self.hedge.keep(self.life.last_worker, has_failed=True, why=reason)
             return
         self.end_attempt(reason)
         if self.life.fail_worker(reason, len(self.emitted)):
@@ -116,7 +116,7 @@ class LinkedSequence(RoutedSequence[Owner]):
     def move(self) -> None:
         """Leave the draining worker. Another worker continues after the tokens emitted so far."""
         if self.hedge is not None:
-            self.hedge.keep(self.last_worker, has_failed=False, why="moved")
+            self.hedge.keep(self.life.last_worker, has_failed=False, why="moved")
         elif self.link is not None and not self.finish_reason:
             self.end_attempt("moved")
             self.leave_engine()

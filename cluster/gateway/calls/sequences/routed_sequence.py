@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-from cluster.api.types import CompatibilityKey, EngineRequest, WorkerIdentity
+from cluster.api.types import EngineRequest, WorkerIdentity
 from cluster.gateway.calls.sequences.life import Event, Life, State
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.tracing.call_trace import FINISHED, Attempt
@@ -74,61 +74,6 @@ class RoutedSequence(Generic[Owner]):
         return len(self.request.prompt_token_ids) + len(self.emitted)
 
     @property
-    def attempt(self) -> int:
-        """Number of the sequence's next Submit, from 1."""
-        return self.life.attempt
-
-    @property
-    def failures(self) -> int:
-        """Number of workers that have failed the sequence."""
-        return self.life.failures
-
-    @property
-    def compatibility(self) -> CompatibilityKey | None:
-        """Compatibility key of the worker that computed the sequence's first token."""
-        return self.life.compatibility
-
-    @property
-    def last_worker(self) -> str:
-        """Incarnation of the worker that got the sequence's last Submit."""
-        return self.life.last_worker
-
-    @property
-    def cached_on(self) -> str:
-        """Incarnation of the worker that holds the sequence's KV blocks after the loss of its gateway, else ""."""
-        return self.life.cached_on
-
-    @property
-    def excluded(self) -> frozenset[str]:
-        """Incarnations of the workers to which the sequence must not be sent again."""
-        return self.life.excluded
-
-    @property
-    def moved(self) -> bool:
-        """Whether the sequence resumes because its worker was draining."""
-        return self.life.reason == "moved"
-
-    @property
-    def computed(self) -> bool:
-        """Whether the sequence has emitted tokens, or was sent to a worker that has not refused the sequence."""
-        return self.life.computed
-
-    @property
-    def lost_links(self) -> tuple[str, ...]:
-        """Names of the links that the sequence lost in a row, without a new token in between."""
-        return self.life.loss.links
-
-    @property
-    def lost_at(self) -> float:
-        """Monotonic time at which the sequence last lost a worker unexpectedly."""
-        return self.life.loss.last_at
-
-    @property
-    def lost_node(self) -> str:
-        """Node of the worker that the sequence lost last."""
-        return self.life.loss.last_node
-
-    @property
     def silent_since(self) -> float | None:
         """Monotonic time of the first loss since the sequence's last token, else None."""
         return self.life.silent_since(len(self.emitted))
@@ -141,10 +86,6 @@ class RoutedSequence(Generic[Owner]):
     def set_route(self, route: Route) -> None:
         """Record the decision by which the sequence is sent next."""
         self.route = route
-
-    def acquit(self) -> None:
-        """Forget the losses of the sequence, because the sequence did not cause them."""
-        self.life.acquit()
 
     def restore_losses(self, losses: tuple[str, ...]) -> None:
         """Set the unexpected losses in a row that happened at other gateways."""

@@ -86,7 +86,7 @@ class OutputSequence(LinkedSequence[Owner]):
             return
         stop = self.detokenizer.push(more)
         self.restored = len(self.emitted)
-        self.life.restore(older.last_worker, older.compatibility, len(self.emitted))
+        self.life.restore(older.life.last_worker, older.life.compatibility, len(self.emitted))
         if stop is not None:
             self._stopped(stop)
         elif len(self.emitted) >= self.request.sampling.max_tokens:
@@ -150,7 +150,7 @@ class OutputSequence(LinkedSequence[Owner]):
         """See LinkedSequence. If an earlier worker has begun to parse the output and this worker refuses the tools, the
         parsers of the two workers differ, and another worker may continue."""
         if field == "tools" and self.parsed_text is not None and self.parsed_text.is_parsed:
-            self.life.exclude(self.last_worker)
+            self.life.exclude(self.life.last_worker)
             self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
         else:
             LinkedSequence._reject(self, reason, message, field)

@@ -72,7 +72,7 @@ def test_the_first_worker_decides_the_compatibility_key(seed: int | None, expect
     """The key of the first worker is kept, with the engine class only for a seeded sequence."""
     one = sequence(seed=seed)
     bound(one)
-    assert (one.state, one.last_worker, one.compatibility) == (State.SENT, "w1", expected)
+    assert (one.state, one.life.last_worker, one.life.compatibility) == (State.SENT, "w1", expected)
 
 
 def test_a_sequence_with_tokens_keeps_its_compatibility_key() -> None:
@@ -80,7 +80,7 @@ def test_a_sequence_with_tokens_keeps_its_compatibility_key() -> None:
     one = sequence([4])
     one.life.restore("w0", CompatibilityKey("other", "bundle", "class"), 1)
     bound(one)
-    assert one.compatibility == CompatibilityKey("other", "bundle", "class")
+    assert one.life.compatibility == CompatibilityKey("other", "bundle", "class")
 
 
 def test_an_ended_sequence_is_aborted_once() -> None:
