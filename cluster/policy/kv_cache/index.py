@@ -13,15 +13,14 @@ All times are monotonic seconds.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.policy.kv_cache.block_table import BlockTable
+from cluster.policy.kv_cache.expectations import ExpectedBlocks
 from cluster.policy.kv_cache.holder_sets import MAX_WORKER, HolderSets, Words
 from cluster.policy.kv_cache.prefix_hashes import Hashes
 
@@ -30,21 +29,9 @@ _SHORT: Final = 512
 longer prompt."""
 _STRIDE: Final = 16
 _EXPIRED_AT_ONCE: Final = 512
-"""Largest number of expectations that one call of `maintain` ends, in about two milliseconds."""
+"""Largest number of prompts whose expected blocks one call of `maintain` drops, in about two milliseconds."""
 _BATCH: Final = 1024
 """Largest number of hashes whose entries are changed at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Expectation:
-    until: float
-    worker: int
-    hashes: Hashes
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Number of the worker, and hash of the first expected block."""
-        return self.worker, int(self.hashes[0])
 
 
 class CacheIndex:
@@ -60,9 +47,7 @@ class CacheIndex:
         self._departed = 0
         self._next_segment: int | None = None
         self._leaving = 0
-        self._expectations: deque[_Expectation] = deque()
-        self._alike: dict[tuple[int, int], deque[_Expectation]] = {}
-        """The expectations of `_expectations`, keyed by worker number and hash of the first block."""
+        self._expected = ExpectedBlocks()
 
     def __len__(self) -> int:
         """Number of different blocks."""
@@ -88,7 +73,7 @@ class CacheIndex:
         OverflowError if all worker numbers are in use."""
         self.remove_worker(worker_id)
         taken = self._live | self._departed | self._leaving | 1
-        for number, _ in self._alike:  # expectations of a departed worker must not end those of this one
+        for number in self._expected.workers:  # expectations of a departed worker must not end those of this one
             taken |= 1 << number
         number = (~taken & (taken + 1)).bit_length() - 1
         if number > MAX_WORKER:
@@ -124,9 +109,7 @@ class CacheIndex:
         number = self._numbers.get(worker_id)
         if number is not None and len(hashes):
             self._add(number, hashes, expected=True)
-            expectation = _Expectation(until, number, hashes)
-            self._expectations.append(expectation)
-            self._alike.setdefault(expectation.key, deque()).append(expectation)
+            self._expected.add(number, hashes, until)
 
     def match(self, hashes: Hashes) -> Mapping[str, int]:
         """Return the number of leading blocks of a prompt that each worker holds or is expected to hold; workers
@@ -148,18 +131,11 @@ class CacheIndex:
     def maintain(self, now: float, segments: int = 1) -> bool:
         """Drop expectations whose time has passed, and the blocks of departed workers in some segments of the table.
         Returns whether there is more to do now."""
-        due = self._expectations
-        ended: dict[int, list[Hashes]] = {}
-        for _ in range(_EXPIRED_AT_ONCE):
-            if not due or due[0].until > now:
-                break
-            expectation = due.popleft()
-            ended.setdefault(expectation.worker, []).append(self._expired(expectation))
-        for worker, hashes in ended.items():
+        for worker, hashes in self._expected.pop_due(now, _EXPIRED_AT_ONCE).items():
             self._remove(worker, np.concatenate(hashes), only_expected=True)
         for _ in range(segments):
             self._sweep()
-        return bool(due and due[0].until <= now) or self._next_segment is not None or bool(self._departed)
+        return self._expected.is_due(now) or self._next_segment is not None or bool(self._departed)
 
     def _runs(self, hashes: Hashes) -> tuple[list[int], list[int], int]:
         """Divide the leading blocks that some worker holds into runs of blocks with equal words (equal sets of
@@ -217,22 +193,6 @@ class CacheIndex:
             places = self._table.find(hashes[at : at + _BATCH])
             places = places[places >= 0]
             self._table.set(places, self._sets.remove(self._table.get(places), number, only_expected))
-
-    def _expired(self, expectation: _Expectation) -> Hashes:
-        """Forget an expectation, and return its blocks that no later expectation for the same worker contains. Only
-        expectations with the same first block are compared, since prompts that share a block share all blocks before
-        it."""
-        others = self._alike[expectation.key]
-        others.popleft()
-        if not others:
-            del self._alike[expectation.key]
-        hashes, shared = expectation.hashes, 0
-        for other in others:
-            if shared == len(hashes):
-                break
-            alike = hashes[: len(other.hashes)] == other.hashes[: len(hashes)]
-            shared = max(shared, len(alike) if alike.all() else int(alike.argmin()))
-        return hashes[shared:]
 
     def _sweep(self) -> None:
         """Remove the departed workers from one segment. The workers' numbers can be reused after a pass over all

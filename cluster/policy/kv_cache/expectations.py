@@ -1,0 +1,76 @@
+"""The blocks that workers are expected to hold soon, because a prompt with these blocks was sent to them.
+
+All times are monotonic seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cluster.policy.kv_cache.prefix_hashes import Hashes
+
+
+@dataclass(frozen=True, slots=True)
+class _Expectation:
+    until: float
+    worker: int
+    hashes: Hashes
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Number of the worker, and hash of the first expected block."""
+        return self.worker, int(self.hashes[0])
+
+
+class ExpectedBlocks:
+    """The expected blocks of the workers of one model, in the order in which their times pass. A worker is named by its
+    number in the cache index."""
+
+    def __init__(self) -> None:
+        self._expectations: deque[_Expectation] = deque()
+        self._alike: dict[tuple[int, int], deque[_Expectation]] = {}
+        """The expectations of `_expectations`, keyed by worker number and hash of the first block."""
+
+    @property
+    def workers(self) -> Iterable[int]:
+        """Numbers of the workers with expected blocks. A number may occur more than once."""
+        return (worker for worker, _ in self._alike)
+
+    def add(self, worker: int, hashes: Hashes, until: float) -> None:
+        """Add the first blocks of a prompt, at least one, which are expected until the time `until`. `until` must not
+        decrease from call to call."""
+        expectation = _Expectation(until, worker, hashes)
+        self._expectations.append(expectation)
+        self._alike.setdefault(expectation.key, deque()).append(expectation)
+
+    def is_due(self, now: float) -> bool:
+        """Return whether the time of any expected block has passed."""
+        return bool(self._expectations) and self._expectations[0].until <= now
+
+    def pop_due(self, now: float, at_most: int) -> Mapping[int, list[Hashes]]:
+        """Forget up to `at_most` prompts whose time has passed. Returns the blocks that are no longer expected, keyed
+        by worker number."""
+        ended: dict[int, list[Hashes]] = {}
+        while at_most and self.is_due(now):
+            at_most -= 1
+            expectation = self._expectations.popleft()
+            ended.setdefault(expectation.worker, []).append(self._forget(expectation))
+        return ended
+
+    def _forget(self, expectation: _Expectation) -> Hashes:
+        """Forget an expectation, and return its blocks that no later expectation for the same worker contains. Only
+        expectations with the same first block are compared, since prompts that share a block share all blocks before
+        it."""
+        others = self._alike[expectation.key]
+        others.popleft()
+        if not others:
+            del self._alike[expectation.key]
+        hashes, shared = expectation.hashes, 0
+        for other in others:
+            if shared == len(hashes):
+                break
+            alike = hashes[: len(other.hashes)] == other.hashes[: len(hashes)]
+            shared = max(shared, len(alike) if alike.all() else int(alike.argmin()))
+        return hashes[shared:]
