@@ -46,7 +46,7 @@ from cluster.process.private_files import make_private_folder
 
 if TYPE_CHECKING:
     from cluster.gateway.auth.oidc import OidcVerifier
-    from cluster.gateway.guards.guards import GuardDecision
+    from cluster.gateway.guards.decisions import GuardDecision
 
 FIRST_ANSWER_S = 5.0
 """Seconds that `start` waits for the database if there is no snapshot from an earlier run."""

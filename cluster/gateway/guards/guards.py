@@ -13,14 +13,13 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
-
-import structlog
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.gateway.calls.pooling.pooling_request import IdsInputs, PoolingInputs
 from cluster.gateway.calls.request import ChatPrompt, IdsPrompt, PackedPrompt, Prompt
+from cluster.gateway.guards.decisions import MAX_AUDIT_TEXTS, GuardDecision, GuardDecisions, guard_name
 from cluster.gateway.guards.files import PatternFiles
 from cluster.gateway.guards.parts import GuardedParts
 from cluster.gateway.guards.prompts import messages_of, texts_of, with_texts
@@ -34,32 +33,12 @@ from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.patterns import PatternError, Patterns, patterns_of
 from cluster.policy.tenants.policy import GuardRule, TenantPolicy
 
-log = structlog.get_logger("guards")
-
 T = TypeVar("T")
 
 THREAD_CHARS = 4096
 """Length in characters above which a prompt is filtered in a thread. The search releases the interpreter lock."""
-MAX_AUDIT_TEXTS = 10
-"""Upper bound on the number of matched texts in one audit event, for policies that keep matched texts."""
-_OUTCOMES = {"redact": "redacted", "refuse": "refused", "flag": "flagged"}
 
-Audit = Callable[["GuardDecision"], None]
-
-
-@dataclass(frozen=True, slots=True)
-class GuardDecision:
-    """A guard's decision about one call. `matches`: number of matches, keyed by the name of the pattern or limit.
-    `texts`: the first matched texts, if the tenant's policy sets `log_prompts`."""
-
-    tenant: str
-    model: str
-    request_id: str
-    actor: str
-    guard: str
-    outcome: str
-    matches: dict[str, int]
-    texts: tuple[str, ...]
+Audit = Callable[[GuardDecision], None]
 
 
 class Guards:
@@ -93,7 +72,8 @@ class Guards:
     ) -> CallGuards:
         """Return the guards of one call. `actor`: the caller's name in audit events. `log_fields`: fields of log lines
         about the call."""
-        return CallGuards(self, policy, model, request_id, actor, log_fields)
+        decisions = GuardDecisions(policy, model, request_id, actor, log_fields)
+        return CallGuards(self, policy, model, request_id, decisions)
 
     def patterns(self, rule: GuardRule) -> Patterns:
         """Return the current patterns of a rule. Raises PatternError."""
@@ -111,38 +91,24 @@ class Guards:
 
 
 class CallGuards:
-    """The guards of one call, and the decisions that they have made so far."""
+    """The guards of one call."""
 
     def __init__(
-        self,
-        shared: Guards,
-        policy: TenantPolicy,
-        model: str,
-        request_id: str,
-        actor: str,
-        log_fields: Mapping[str, str],
+        self, shared: Guards, policy: TenantPolicy, model: str, request_id: str, decisions: GuardDecisions
     ) -> None:
+        """`decisions`: the record to which the guards add their decisions."""
         self._shared = shared
         self._policy = policy
         self._model = model
         self._request_id = request_id
-        self._log_fields = log_fields
-        self._actor = actor
+        self._decisions = decisions
         self._inputs = [rule for rule in policy.guards if rule.on == "input"]
         self._outputs = [rule for rule in policy.guards if rule.on == "output"]
-        self._counts: dict[tuple[str, str], Counter[str]] = {}
-        self._texts: dict[tuple[str, str], list[str]] = {}
 
     def close(self) -> None:
-        """Record the decisions about the call, at the end of the call."""
-        for (guard, outcome), counts in self._counts.items():
-            texts = tuple(self._texts.get((guard, outcome), ()))
-            self._shared.record_decision(
-                GuardDecision(
-                    self._policy.name, self._model, self._request_id, self._actor, guard, outcome, dict(counts), texts
-                )
-            )
-        self._counts.clear()
+        """Count and audit the decisions about the call, at the end of the call."""
+        for decision in self._decisions.pop_all():
+            self._shared.record_decision(decision)
 
     # ---- input
 
@@ -194,8 +160,8 @@ class CallGuards:
                     field, "the text is not valid Unicode (a lone surrogate): send well-formed text"
                 ) from None
             except Exception as error:
-                if not self._failed(rule, error):
-                    raise _refusal(field, f"the guard {_name(rule)} could not decide; try again later") from None
+                if not self._decisions.add_failure(rule, error):
+                    raise _refusal(field, f"the guard {guard_name(rule)} could not decide; try again later") from None
         return texts
 
     async def _apply(self, rule: GuardRule, texts: Sequence[str], prompt: Prompt | None, field: str) -> Sequence[str]:
@@ -204,7 +170,7 @@ class CallGuards:
         if rule.address:
             answer = await self._shared.servers.check(rule, self._policy.name, self._model, self._request_id, texts)
             if answer.outcome:
-                self._record(rule, answer.outcome, answer.finding)
+                self._decisions.add_outcome(rule, answer.outcome, answer.finding)
             if answer.outcome == "refused":
                 raise _refusal(field, f"the guard server found {answer.finding}; remove it from the prompt")
             return answer.texts
@@ -227,9 +193,7 @@ class CallGuards:
             kept, refused = await _run_by_size(sum(map(len, texts)), search)
         finally:
             findings.cancelled = True
-        for name, count in findings.counts.items():
-            self._record(rule, _OUTCOMES[rule.action], name, count=count)
-        self._keep_texts(rule, _OUTCOMES[rule.action], findings.texts)
+        self._decisions.add_matches(rule, findings.counts, findings.texts)
         if refused:
             raise _refusal(field, f"the guard patterns found {refused}; remove it from the prompt")
         return kept
@@ -241,7 +205,7 @@ class CallGuards:
         ):
             if bound is None or size <= bound:
                 continue
-            self._record(rule, _OUTCOMES[rule.action], name)
+            self._decisions.add_matches(rule, {name: 1})
             if rule.action == "refuse":
                 unit = name.removeprefix("max_")
                 raise _refusal(field, f"the guard sizes allows {bound} {unit}, the prompt has {size}; shorten it")
@@ -283,46 +247,25 @@ class CallGuards:
             try:
                 stages.append((rule, self._stage(rule)))
             except PatternError as error:
-                if not self._failed(rule, error):
-                    raise _refusal("", f"the guard {_name(rule)} cannot work; tell the operator") from None
+                if not self._decisions.add_failure(rule, error):
+                    raise _refusal("", f"the guard {guard_name(rule)} cannot work; tell the operator") from None
         return stages
 
     def _chain(self, stages: Sequence[tuple[GuardRule, GuardStage]]) -> GuardChain:
         return GuardChain(
             [stage for _, stage in stages],
             [rule.timeout_s for rule, _ in stages],
-            lambda number, error: self._failed(stages[number][0], error),
+            lambda number, error: self._decisions.add_failure(stages[number][0], error),
             self._shared.clock,
         )
 
     def _stage(self, rule: GuardRule) -> GuardStage:
         def on_decision(name: str, match: str) -> None:
-            self._record(rule, _OUTCOMES[rule.action], name, match)
+            self._decisions.add_matches(rule, {name: 1}, [match] if match else ())
 
         if rule.max_characters is not None:
             return SizeStage(rule.max_characters, rule.action, on_decision)
         return PatternStage(self._shared.patterns(rule), rule.action, on_decision)
-
-    # ---- both
-
-    def _failed(self, rule: GuardRule, error: Exception) -> bool:
-        """Record the failure of a guard. Returns whether the guard fails open, so that the call goes on without it."""
-        fails_open = rule.fail == "open"
-        why = str(error) if isinstance(error, ValueError | OSError) else type(error).__name__
-        log.warning("guard.failed", **self._log_fields, tenant=self._policy.name, guard=_name(rule), error=why)
-        self._record(rule, "failed_open" if fails_open else "failed_closed", "failure")
-        return fails_open
-
-    def _record(self, rule: GuardRule, outcome: str, name: str, text: str = "", count: int = 1) -> None:
-        self._counts.setdefault((_name(rule), outcome), Counter())[name] += count
-        if text:
-            self._keep_texts(rule, outcome, [text])
-
-    def _keep_texts(self, rule: GuardRule, outcome: str, texts: Sequence[str]) -> None:
-        """Keep the first MAX_AUDIT_TEXTS matched texts for the audit event, if the policy sets `log_prompts`."""
-        if texts and self._policy.log_prompts:
-            kept = self._texts.setdefault((_name(rule), outcome), [])
-            kept += texts[: max(MAX_AUDIT_TEXTS - len(kept), 0)]
 
 
 class _Findings:
@@ -350,11 +293,6 @@ async def _texts_of_inputs(inputs: PoolingInputs, text: TextModel) -> list[str]:
         return await _run_by_size(inputs.chars, lambda: list(inputs.all_texts))
     size = sum(map(len, inputs.token_ids))
     return await _run_by_size(size, lambda: [text.decode(ids, skip_special_tokens=False) for ids in inputs.token_ids])
-
-
-def _name(rule: GuardRule) -> str:
-    """Return the name of a guard for metrics, audit and errors. The name does not hold a guard server's address."""
-    return f"{rule.on}_{rule.builtin or 'server'}"
 
 
 def _refusal(field: str, message: str) -> CallError:

@@ -9,7 +9,8 @@ import pytest
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.calls.request import Prompt, TextPrompt
-from cluster.gateway.guards.guards import CallGuards, GuardDecision, Guards
+from cluster.gateway.guards.decisions import GuardDecision
+from cluster.gateway.guards.guards import CallGuards, Guards
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.policy import GuardRule, TenantPolicy
