@@ -7,6 +7,7 @@ from functools import partial
 
 from cluster.config.schema import Config
 from cluster.gateway import optional_parts
+from cluster.gateway.demand_reports import DemandReports
 from cluster.gateway.foundation import Foundation
 from cluster.gateway.links.hub import Hub
 from cluster.gateway.models.directory import ModelDirectory
@@ -40,9 +41,12 @@ class Dispatch:
         self.charges = ServiceCharges({entry.name: entry.rank for entry in config.classes}, metrics)
         self.scheduler = self._scheduler(foundation)
         self.worker_events = WorkerEvents(self.scheduler, metrics)
+        self.demand = DemandReports(self.scheduler)
         self.hub = Hub(
             foundation.gateway_id,
             self.worker_events,
+            self.demand.current,
+            self.scheduler.canaries.tallies,
             timing,
             config.gateway.siblings(foundation.process),
             config.gateway.link_tls is not None,

@@ -84,7 +84,7 @@ models:
 
 def gateway(folder: Path) -> AbstractAsyncContextManager[str]:
     """A gateway's link port, with an empty catalog; yields its address."""
-    return serving(Hub("g", Door(), folder=folder))
+    return serving(Hub("g", Door(), tuple, tuple, folder=folder))
 
 
 @asynccontextmanager
@@ -175,7 +175,10 @@ async def test_no_gateway_delays_a_start_only_for_a_while(tmp_path: Path, unused
 async def test_a_request_of_an_operator_reaches_the_gateways(tmp_path: Path) -> None:
     """A model that was frozen, and a version that was quarantined, at one controller are so at the next, whose folder
     was empty."""
-    hub, (first, second) = Hub("g", Door(), folder=tmp_path / "g"), (tmp_path / "first", tmp_path / "second")
+    hub, (first, second) = (
+        Hub("g", Door(), tuple, tuple, folder=tmp_path / "g"),
+        (tmp_path / "first", tmp_path / "second"),
+    )
     first.mkdir()
     async with serving(hub) as address:
         parts = partial(_parts, PartialConfig(parse(CONFIG)), FakeRay(), "i", [address], metrics=None, local=False)

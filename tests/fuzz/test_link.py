@@ -152,7 +152,7 @@ class FaultyGateway(Hub):
     """Faulty gateway that welcomes a worker and sends the worker the given turns."""
 
     def __init__(self) -> None:
-        super().__init__("mad", Door())
+        super().__init__("mad", Door(), tuple, tuple)
         self.turns: asyncio.Queue[list[pb.GatewayTurn]] = asyncio.Queue()
         self.done = 0
         self.refused = 0

@@ -365,6 +365,6 @@ async def test_a_model_at_zero_starts_for_a_call_of_its_adapter(bed: Bed) -> Non
     await seed.stop()
     await until(lambda: not bed.cluster.gateway.hub.links, "it has no worker")
     call = asyncio.create_task(bed.text("sim:a"))
-    await until(lambda: bed.cluster.gateway.worker_events.demand()[0].waiting == 1, "it counts as demand")
+    await until(lambda: bed.cluster.gateway.dispatch.demand.current()[0].waiting == 1, "it counts as demand")
     await bed.worker(wait=False)
     assert await call

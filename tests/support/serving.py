@@ -9,9 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from cluster.api.demand import ModelDemand
 from cluster.api.output_parts import OutputPart
-from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, VersionTally, WorkerIdentity
+from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.links.hub import Hub, hub_server
 from cluster.gateway.links.worker_link import SubmittedRequest, WorkerLink
 from cluster.policy.catalog.reconcile import Observed
@@ -46,15 +45,7 @@ class Door(NoListener):
         """Return no reason to refuse a worker."""
         return ""
 
-    def demand(self) -> Sequence[ModelDemand]:
-        """Return no demand, since no call waits here."""
-        return ()
-
     keeps_accounts: bool = False
-
-    def version_tallies(self) -> Sequence[VersionTally]:
-        """Return no canary statistics."""
-        return ()
 
     def link_of(self, model: str) -> WorkerLink | None:
         """Return a link to a worker of the model that has granted credit to this hub; None if there is none."""
@@ -73,7 +64,7 @@ class Door(NoListener):
 async def open_door(host: str = "127.0.0.1", door: Door | None = None) -> AsyncIterator[Door]:
     """Run a hub on a free port of `host`. `door`: its listener, None for a new one."""
     door = door or Door()
-    door.hub = Hub("test", door)
+    door.hub = Hub("test", door, tuple, tuple)
     server = hub_server(door.hub)
     door.address = f"{host}:{await server.start(host, 0)}"
     watch = asyncio.create_task(door.hub.workers.watch())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import grpc
 import structlog
 
 from cluster import http2
-from cluster.api.types import WorkerIdentity
+from cluster.api.demand import ModelDemand
+from cluster.api.types import VersionTally, WorkerIdentity
 from cluster.gateway.links.bundle_fetches import BundleFetches
 from cluster.gateway.links.controller import CurrentController, tallies_to_pb, worker_to_pb
 from cluster.gateway.links.kept_state import KeptOperatorState
@@ -51,19 +52,24 @@ class Hub(pb_grpc.LinkServicer):
         self,
         gateway_id: str,
         listener: HubListener,
+        demand: Callable[[], Sequence[ModelDemand]],
+        tallies: Callable[[], Sequence[VersionTally]],
         timing: Timing | None = None,
         siblings: Sequence[str] = (),
         by_certificate: bool = False,
         folder: Path | None = None,
     ) -> None:
-        """`siblings`: link addresses of the other gateway processes of this host, which share the client ports.
-        `by_certificate`: whether the port has TLS. With TLS, a peer's certificate must name the peer's role. `folder`:
-        the gateway's folder, for the operator state."""
+        """`demand` returns the demand for each model, and `tallies` the canary statistics; both are reported to the
+        controller. `siblings`: link addresses of the other gateway processes of this host, which share the client
+        ports. `by_certificate`: whether the port has TLS. With TLS, a peer's certificate must name the peer's role.
+        `folder`: the gateway's folder, for the operator state."""
         self.gateway_id = gateway_id
         self._siblings = tuple(siblings)
         self.incarnation = uuid.uuid4().hex[:12]
         self._since = time.monotonic()
         self._listener = listener
+        self._demand = demand
+        self._tallies = tallies
         self._peer_identity = PeerIdentity(by_certificate)
         self._timing = timing or Timing()
         self._operator_state = KeptOperatorState(folder)
@@ -101,11 +107,11 @@ class Hub(pb_grpc.LinkServicer):
     def _report(self) -> pb.GatewayControlFrame:
         """Return the report for the controller."""
         return pb.GatewayControlFrame(
-            demand=demand_to_pb(self._listener.demand(), time.monotonic() - self._since),
+            demand=demand_to_pb(self._demand(), time.monotonic() - self._since),
             fleet=pb.FleetState(
                 lost=self.workers.lost.to_pb(time.time()), workers=[worker_to_pb(link) for link in self.links]
             ),
-            tallies=tallies_to_pb(self._listener.version_tallies()),
+            tallies=tallies_to_pb(self._tallies()),
         )
 
     # ---- the service

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from cluster.api.demand import ModelDemand
-from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
+from cluster.api.types import CatalogEntry, EngineInfo, WorkerIdentity
 from cluster.gateway.links.liveness import LinkLiveness, Waking
 from cluster.gateway.links.worker_fields import worker_fields
 from cluster.gateway.links.worker_link import LinkListener, WorkerLink
@@ -52,12 +51,6 @@ class HubListener(LinkListener, Protocol):
 
     def apply_catalog(self, entries: Sequence[CatalogEntry], revision: int = 0) -> None:
         """Handle a new catalog from the controller."""
-
-    def demand(self) -> Sequence[ModelDemand]:
-        """Return the demand to report to the controller."""
-
-    def version_tallies(self) -> Sequence[VersionTally]:
-        """Return the canary statistics to report to the controller."""
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
         """Return the reason why a worker may not serve its model; "" if the worker may serve."""

@@ -1,5 +1,5 @@
 """The scheduler's handler of link events: workers connect and disconnect, workers send reports, and new catalogs
-arrive. The demand that is reported to the controller is computed here too."""
+arrive."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from cluster.api.demand import ModelDemand
-from cluster.api.types import CatalogEntry, VersionTally, WorkerIdentity
+from cluster.api.types import CatalogEntry, WorkerIdentity
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.scheduler import Scheduler
@@ -105,36 +104,10 @@ class WorkerEvents:
         """Return the reason why a worker may not serve its model; "" if the worker may serve."""
         return self._host.directory.refusal_of(identity)
 
-    def demand(self) -> Sequence[ModelDemand]:
-        """Return the demand for each model, to be reported to the controller."""
-        queues, now = self._queues, self._clock()
-        return [
-            ModelDemand(
-                model.name,
-                *self._waiting(model.name),
-                sum(link.running for link in model.links.values()),
-                queues.arrived[model.name],
-                queues.arrived_tokens[model.name],
-                queues.tally.classes(model.name, now, model.served),
-            )
-            for model in self._host.directory.models
-        ]
-
-    def _waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of requests that wait for a model's workers, and the number of tokens to compute for
-        them."""
-        requests, tokens = self._queues.waiting(model)
-        chats, guessed = self._scheduler.renders.waiting(model)
-        return requests + chats, tokens + guessed
-
     @property
     def keeps_accounts(self) -> bool:
         """Whether the usage of ended requests is recorded."""
         return self._host.accounting is not None
-
-    def version_tallies(self) -> Sequence[VersionTally]:
-        """Return the canary statistics, to be reported to the controller."""
-        return self._scheduler.canaries.tallies()
 
     # ---- links.worker_link.LinkListener
 

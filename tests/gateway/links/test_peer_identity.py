@@ -239,7 +239,7 @@ async def test_a_worker_says_nothing_to_who_is_no_gateway(
         async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
             seen.append(str(await context.read()))
 
-    server = hub_server(Nosy("nosy", Door()))
+    server = hub_server(Nosy("nosy", Door(), tuple, tuple))
     tls = NewestContext.of_link(Tls(cert_file=files.cert_file, key_file=files.key_file, ca_file=files.ca_file))
     port = await server.start("127.0.0.1", 0, tls)
     worker = await secured.cluster.add_worker(

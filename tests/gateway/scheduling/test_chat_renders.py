@@ -99,11 +99,11 @@ async def test_chats_wait_for_the_first_worker(cluster: TestCluster, checkpoint:
     await until(lambda: gateway.scheduler.renders.waiting("sim")[0] == 1, "the chat waits")
     guess = len(expected()) // 4 + 1
     assert gateway.scheduler.renders.waiting("sim") == (1, guess)
-    (demand,) = gateway.worker_events.demand()
+    (demand,) = gateway.dispatch.demand.current()
     assert (demand.classes[0].held_requests, demand.classes[0].queued_tokens) == (1, guess)
     await add(cluster, checkpoint, rendered)
     assert (await call).usage.prompt_tokens == len(expected())
-    (demand,) = gateway.worker_events.demand()
+    (demand,) = gateway.dispatch.demand.current()
     assert demand.classes[0].queued_requests == 0
     await cluster.until_idle()
 

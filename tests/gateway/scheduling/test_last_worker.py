@@ -47,7 +47,7 @@ async def test_a_stream_that_lost_it_is_demand_from_then_on(
     resumed."""
 
     def class_counts() -> ClassCounts:
-        ((counts,),) = [model.classes for model in cluster.gateway.worker_events.demand()]
+        ((counts,),) = [model.classes for model in cluster.gateway.dispatch.demand.current()]
         return counts
 
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)

@@ -265,7 +265,7 @@ async def test_fallback_only_without_a_worker_and_told(cluster: TestCluster, che
     )
     answer = await in_thread(request)
     assert (answer[0]["model"], answer[1]) == ("sim", "sim")
-    demand = {one.model: one.arrived for one in cluster.gateway.worker_events.demand()}
+    demand = {one.model: one.arrived for one in cluster.gateway.dispatch.demand.current()}
     assert demand == {"away": 0, "big": 2, "sim": 2}
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, model="big")
     call = cluster.stub.Chat(chat(model="big"))
