@@ -79,7 +79,7 @@ class GatewayGauges:
                 yield from _starting(worker)
 
     def _models(self) -> Iterator[Sample]:
-        spreads = self.scheduler.charges.spreads
+        spreads = self.scheduler.charges.statistics.spreads
         running = self.service.statistics()
         for model in self.directory.models:
             labels = (model.name,)

@@ -195,7 +195,7 @@ class Scheduler:
     async def enter_in_slices(self, call: Call, model: KnownModel) -> None:
         """Queue the sequences of a call as `enter` does, but in slices between which other tasks run. For calls with
         many sequences."""
-        starts_in_s = 0.0 if call.deadline is None else self.charges.starts_in_s(call)
+        starts_in_s = self._starts_in_s(call)
         for at in range(0, len(call.sequences), SLICE):
             if at:
                 await asyncio.sleep(0)
@@ -218,7 +218,7 @@ class Scheduler:
         if not_servable is not None:
             raise not_servable
         if starts_in_s is None:
-            starts_in_s = 0.0 if call.deadline is None else self.charges.starts_in_s(call)
+            starts_in_s = self._starts_in_s(call)
         sequences = call.sequences if some is None else some
         resumed: list[ResumingSequence] = []
         for sequence in sequences:
@@ -239,6 +239,13 @@ class Scheduler:
         else:
             self.pump.send_resumed(model.name, resumed)
         self._unserved.note(model)
+
+    def _starts_in_s(self, call: Call) -> float:
+        """Return a lower bound on the wait of a new call in seconds; 0 for a call without a deadline, whose wait does
+        not matter."""
+        if call.deadline is None:
+            return 0.0
+        return self.charges.statistics.starts_in_s(call.model, call.flow, call.rank)
 
     def count_missed(self, call: Call, model: KnownModel) -> None:
         """Count a call as demand for the requested model, although a fallback model serves the call."""

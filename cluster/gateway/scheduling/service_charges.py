@@ -18,6 +18,7 @@ from cluster.policy.fairness.fair_queue import FairOrder, FairOrders
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.output_lengths import LearntMeans, LearntOutputs
 from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.policy.fairness.service_statistics import ServiceStatistics
 from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.wire.codecs.fairness_codec import FlowBacklog, WeightedValue
 
@@ -25,8 +26,6 @@ GROWTH_TOKENS = 64
 """Number of tokens after which the charge of a sequence is corrected again, once the output exceeds the prediction."""
 GONE_S = 600.0
 """Seconds without a link after which a worker is forgotten."""
-SPEED_DECAY = 0.98
-"""Factor by which a model's best speed decays in each second in which the model is slower."""
 
 
 @dataclass(slots=True)
@@ -36,16 +35,6 @@ class _Charge:
     place: WaitingSequence
     due: int = 0
     settled: bool = False
-
-
-@dataclass(slots=True)
-class _Speed:
-    """Best recent speed of one model. `per_s`: weighted tokens a second that this gateway sent while calls waited for
-    the model."""
-
-    charged: float = 0.0
-    waited: bool = False
-    per_s: float = 0.0
 
 
 class ServiceCharges:
@@ -59,13 +48,11 @@ class ServiceCharges:
         self._service = ServiceWeights()
         self._weights: dict[str, float] = {}
         self.fair = FairOrders(lambda: FairOrder(weight_of=self.weight_of, service=self._service))
+        self.statistics = ServiceStatistics(lambda model: self.fair.order(model))
         self.learnt = LearntOutputs()
         self._learnt_cached = LearntMeans()
         self._charges: dict[str, _Charge] = {}
-        self._speeds: dict[str, _Speed] = {}
         self._gone: dict[tuple[str, str], float] = {}
-        self.spreads: dict[str, float] = {}
-        """Largest difference between the service accounts of two backlogged tenants, by model. Updated every second."""
 
     def weight_of(self, tenant: str) -> float:
         """Return the weight of a tenant, given by its handle; 1 if unknown."""
@@ -186,32 +173,16 @@ class ServiceCharges:
 
     # ---- time
 
-    def starts_in_s(self, call: Call) -> float:
-        """Return a lower bound on a call's wait in seconds: the service that certainly comes before the call, divided
-        by the model's best recent speed. 0 if no speed is known."""
-        speed = self._speeds.get(call.model)
-        if speed is None or speed.per_s <= 0:
-            return 0.0
-        return self.fair.order(call.model).backlogs.service_ahead(call.flow, call.rank) / speed.per_s
-
     def sweep(self, models: Mapping[str, bool], now: float) -> None:
-        """Update the models' speeds and `spreads`, and forget workers that left GONE_S ago. Called once a second.
-        `models`: for each model, whether a worker is linked."""
+        """Update `statistics`, and forget workers that left GONE_S ago. Called once a second. `models`: for each model,
+        whether a worker is linked."""
         for (model, worker), when in list(self._gone.items()):
             if now - when >= GONE_S:
                 del self._gone[model, worker]
                 self.fair.order(model).worker_totals.forget(worker)
         self.fair.sweep(now)
         self.fair.retain_models(models)
-        self._speeds = {model: speed for model, speed in self._speeds.items() if model in models}
-        self.spreads = {}
-        for model, served in models.items():
-            statistics = self.fair.order(model).statistics()
-            self.spreads[model] = statistics.spread
-            speed = self._speeds.setdefault(model, _Speed())
-            if speed.waited and statistics.waiting and served:
-                speed.per_s = max(statistics.charged - speed.charged, speed.per_s * SPEED_DECAY)
-            speed.charged, speed.waited = statistics.charged, statistics.waiting > 0
+        self.statistics.update(models)
 
     def __repr__(self) -> str:
         return f"ServiceCharges({self.fair}, {len(self._weights)} tenants)"

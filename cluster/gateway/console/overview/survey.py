@@ -178,7 +178,7 @@ class Survey:
             if (sums := parts.recent.models.get(name)) is not None:
                 tally.add(sums)
             tally.waiting = scheduler.queues.waiting(name)[0] + scheduler.renders.waiting(name)[0]
-            tally.gap = scheduler.charges.spreads.get(name, 0.0) / fairness_unit(model)
+            tally.gap = scheduler.charges.statistics.spreads.get(name, 0.0) / fairness_unit(model)
             tally.ttft = parts.metrics.histogram_counts(TTFT, name)
             tally.replicas_wanted, tally.replicas_had = model.entry.replicas_desired, len(model.links)
             yield None

@@ -1,0 +1,41 @@
+"""Statistics of the service of a model: the best recent speed, and the wait that follows from it."""
+
+from __future__ import annotations
+
+from cluster.policy.fairness.fair_queue import FairOrder, FairOrders
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.service_statistics import SPEED_DECAY, ServiceStatistics
+
+MODEL = "m"
+
+
+def push(order: FairOrder, call_id: str) -> None:
+    """Queue a sequence of the tenant t."""
+    order.push(WaitingSequence(call_id, MODEL, "t", 100, None, "standard", 0.0))
+
+
+def test_a_speed_is_measured_while_sequences_wait() -> None:
+    """The speed counts what was charged in a second at whose beginning and end sequences waited. It decays in slower
+    seconds, and without it no wait is known."""
+    orders = FairOrders()
+    order = orders.order(MODEL)
+    statistics = ServiceStatistics(orders.order)
+    push(order, "first")
+    order.mark_taken("first")
+    statistics.update({MODEL: True})
+    assert statistics.starts_in_s(MODEL, "t", 0) == 0
+    push(order, "second")
+    push(order, "third")
+    statistics.update({MODEL: True})
+    before = order.statistics().charged
+    order.mark_taken("second")
+    statistics.update({MODEL: True})
+    speed = order.statistics().charged - before
+    ahead = order.backlogs.service_ahead("t")
+    assert statistics.starts_in_s(MODEL, "t", 0) == ahead / speed > 0
+    statistics.update({MODEL: True})
+    assert statistics.starts_in_s(MODEL, "t", 0) == ahead / (speed * SPEED_DECAY)
+    assert statistics.spreads == {MODEL: 0.0}
+    statistics.update({})
+    assert statistics.starts_in_s(MODEL, "t", 0) == 0
+    assert not statistics.spreads
