@@ -4,7 +4,7 @@ steps: `open` first, then the steps that `open` takes."""
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.bodies import Bodies
 from cluster.gateway.apis.unread_answers import UnreadAnswers
 from cluster.gateway.auth.authenticator import Authenticator, NoAuthentication
+from cluster.gateway.call_undo import UndoSteps, close_guards
 from cluster.gateway.calls import request as requests
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.call_context import CallContext
@@ -28,19 +29,15 @@ from cluster.gateway.calls.records.access_log import AccessLog
 from cluster.gateway.calls.records.end_metrics import EndMetrics
 from cluster.gateway.calls.records.trace_facts import call_facts
 from cluster.gateway.calls.sequences.life import Life
-from cluster.gateway.calls.tokenization import RenderChat, Tokenization
-from cluster.gateway.links.link_renders import RenderedPrompt
+from cluster.gateway.calls.tokenization import Tokenization, worker_renderer
 from cluster.gateway.models.directory import ModelDirectory
-from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.quotas.reservations import QuotaReservations
-from cluster.gateway.scheduling.chat_renders import ChatToRender, needs_worker
 from cluster.gateway.scheduling.scheduler import Scheduler
-from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.scheduling.worker_losses import MOST_SILENT
 
 if TYPE_CHECKING:
-    from cluster.gateway.guards.guards import CallGuards, Guards
+    from cluster.gateway.guards.guards import Guards
     from cluster.gateway.resume_tokens.resumption import ResumeService
     from cluster.gateway.tracing.tracer import Tracer
     from cluster.gateway.usage.prompt_log import PromptLog
@@ -81,6 +78,7 @@ class CallService:
         self.clock = clock
         self.calls = OpenCalls(self.authenticator.tenant_error, clock)
         self.authenticator.on_change.add(self.calls.end_suspended)
+        self._renderer_of = partial(worker_renderer, scheduler.renders, scheduler.charges.rank_of)
         self.tokenization = Tokenization(directory, reservations, self._renderer_of)
         self.authenticator.on_change.add(partial(scheduler.renders.end_suspended, self.authenticator.tenant_error))
         self.calls.on_close.add(scheduler.renders.close)
@@ -95,7 +93,6 @@ class CallService:
         self._scheduler = scheduler
         self._metrics = metrics
         self._end_metrics = EndMetrics(metrics, directory, scheduler.queues.tally, clock)
-        self._prompts = prompts
         self._access_log = access_log
         self._tracer = tracer
         self._at_end: list[Callable[[Opening | PoolingOpening, Outcome], None]] = []
@@ -106,10 +103,7 @@ class CallService:
         if access_log is not None:
             self._at_end.append(access_log.record)
         self._at_end.append(self._end_metrics.count)
-        # The undo steps of every call, in the order of their acquisitions.
-        self._close_steps = (self._remove,) if prompts is None else (self._remove, self._log_prompt)
-        self._quota_steps = (self._settle_quota,)
-        self._schedule_steps = (self._end_account, scheduler.routes.ended, scheduler.canaries.ended, self._leave)
+        self._undo = UndoSteps(self.calls, reservations, scheduler, prompts)
 
     def call_at_end(self, function: Callable[[Opening | PoolingOpening, Outcome], None]) -> None:
         """Register a function that is called for each call that has ended or could not begin, after the functions that
@@ -182,7 +176,7 @@ class CallService:
         await self._reserve(call, opening, cleanup)
         if opening.chain is not None:
             await self._resume_service().take_over(call, opening.chain)
-        cleanup.add(call, self._schedule_steps)
+        cleanup.add(call, self._undo.schedule)
         if call.trace is not None:
             call.trace.queued()
         self._scheduler.enter(call, opening.model)
@@ -203,7 +197,7 @@ class CallService:
         self._hold_open(call, opening, cleanup)
         await opening.create_sequences(self.authenticator, self._new_life)
         await self._reserve(call, opening, cleanup)
-        cleanup.add(call, self._schedule_steps)
+        cleanup.add(call, self._undo.schedule)
         if call.trace is not None:
             call.trace.queued()
         await self._scheduler.enter_in_slices(call, opening.model)
@@ -211,29 +205,12 @@ class CallService:
 
     async def _reserve(self, call: Call, opening: CallOpening, cleanup: Cleanup) -> None:
         """Reserve the quota of a call until the call ends."""
-        cleanup.add(call, self._quota_steps)
+        cleanup.add(call, self._undo.quota)
         await self._reservations.admit(call)
         if opening.is_fallback:
             call.add_headers([("x-headrace-model", call.shown_model)])
         if call.error is not None:  # the tenant was suspended while its limits were checked
             raise call.error
-
-    def _renderer_of(
-        self, model: KnownModel, text: TextModel, meta: CallMeta, bundle_digest: str, priority_class: str
-    ) -> RenderChat | None:
-        """Return the function that lets a worker render a call's chats; None if no worker is needed. Implements
-        RendererOf. The scheduler's `renders` decides in which order waiting chats get a worker."""
-        if not needs_worker(model, bundle_digest, text.renderer, has_template=text.has_chat_template):
-            return None
-        policy, renders = meta.principal.tenant, self._scheduler.renders
-        rank = self._scheduler.charges.rank_of(priority_class or policy.priority_class)
-
-        async def render(chat: bytes, max_tokens: int) -> RenderedPrompt:
-            return await renders.render(
-                ChatToRender(model, bundle_digest, policy, rank, chat, max_tokens, meta.deadline)
-            )
-
-        return render
 
     def _resume_service(self) -> ResumeService:
         if self.resumes is None:
@@ -245,12 +222,12 @@ class CallService:
         encoded, because the encoding bounds the prompt's length."""
         assert self._guards is not None, "a policy names guards, but the service has none"
         guards = opening.create_guards(self._guards)
-        cleanup.add(guards, (_close_guards,))
+        cleanup.add(guards, (close_guards,))
         await opening.guard_prompt(guards)
 
     def _hold_open(self, call: Call, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
         """Keep the call among the open calls until the call ends."""
-        cleanup.add(opening, self._close_steps)
+        cleanup.add(opening, self._undo.close)
         self.calls.add(call)
         if opening.is_fallback:
             self._record_fallback(call, opening)
@@ -261,27 +238,3 @@ class CallService:
         self._scheduler.count_missed(call, opening.requested)
         call.add_label(FALLBACK_LABEL, opening.requested.name)
         self._metrics.count("route_decisions_total", opening.requested.name, "fallback")
-
-    # ---- undo steps, see Cleanup
-
-    def _remove(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
-        if opening.call is not None:
-            self.calls.remove(opening.call)
-
-    def _log_prompt(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
-        if self._prompts is not None and opening.call is not None:
-            self._prompts.ended(opening.call, opening.prompt, opening.text, outcome)
-
-    def _settle_quota(self, call: Call, outcome: Outcome) -> Awaitable[None]:
-        return self._reservations.settle(call)
-
-    def _end_account(self, call: Call, outcome: Outcome) -> None:
-        if (accounting := self._scheduler.host.accounting) is not None:
-            accounting.ended(call, outcome)
-
-    def _leave(self, call: Call, outcome: Outcome) -> None:
-        self._scheduler.leave(call)
-
-
-def _close_guards(guards: CallGuards, outcome: Outcome) -> None:
-    guards.close()

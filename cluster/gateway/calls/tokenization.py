@@ -16,7 +16,7 @@ from cluster.gateway.links.link_renders import RenderedPrompt
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.quotas.reservations import QuotaReservations
-from cluster.gateway.scheduling.chat_renders import ids_in_vocabulary
+from cluster.gateway.scheduling.chat_renders import ChatRenders, ChatToRender, ids_in_vocabulary, needs_worker
 from cluster.gateway.text.text_codec import ANY_LENGTH
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.policy.tenants.identity import Principal
@@ -43,6 +43,31 @@ class RendererOf(Protocol):
         `text`: the tokenizer of the bundle `bundle_digest`. `priority_class`: the class that the request names, "" for
         the tenant's.
         """
+
+
+def worker_renderer(
+    renders: ChatRenders,
+    rank_of: Callable[[str], int],
+    model: KnownModel,
+    text: TextModel,
+    meta: CallMeta,
+    bundle_digest: str,
+    priority_class: str,
+) -> RenderChat | None:
+    """Return the function that lets a worker render a call's chats; None if no worker is needed. Implements RendererOf
+    once `renders` and `rank_of` are bound.
+
+    `renders` decides in which order waiting chats get a worker. `rank_of` returns the rank of a priority class. The
+    other parameters: see RendererOf."""
+    if not needs_worker(model, bundle_digest, text.renderer, has_template=text.has_chat_template):
+        return None
+    policy = meta.principal.tenant
+    rank = rank_of(priority_class or policy.priority_class)
+
+    async def render(chat: bytes, max_tokens: int) -> RenderedPrompt:
+        return await renders.render(ChatToRender(model, bundle_digest, policy, rank, chat, max_tokens, meta.deadline))
+
+    return render
 
 
 class Tokenization:
