@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.models.adapters import name_of
@@ -204,7 +204,8 @@ class ResumeService:
             if earlier.resume_tokens.generation > claim.generation:
                 raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
             for sequence, older in zip(call.sequences, earlier.sequences, strict=True):
-                sequence.take_over_tokens(older)
+                if more := _tokens_to_take_over(sequence, older):
+                    sequence.take_over_tokens(more, older.life)
             earlier.fail(CallError(Outcome.CANCELLED, TAKEN_OVER))
         self._live[call_id] = call
         tokens.generation, tokens.silent, tokens.begun_at = claim.generation, claim.silent, claim.origin
@@ -249,10 +250,19 @@ def _restore(call: Call, tokens: ResumeTokens, chain: TokenChain, bundle_digest:
         if choice.compatibility is not None and choice.compatibility.bundle_digest != bundle_digest:
             raise unsupported("its model has another tokenizer now")
         try:
-            sequence = call.sequences[index]
-            sequence.restore(choice.token_ids, choice.chars, choice.finish_reason, choice.worker, choice.compatibility)
+            call.sequences[index].restore(choice)
         except (ValueError, IndexError):
             raise unsupported("its tokens have other text here than at its first gateway") from None
+
+
+def _tokens_to_take_over(sequence: CallSequence, older: CallSequence) -> Sequence[int]:
+    """Return the tokens of `older` that follow the restored tokens of `sequence`. `older`: the same sequence in the
+    call's earlier stream at this gateway. Returns no tokens if the output has ended. Returns none either if the output
+    is parsed or has log probabilities, because parts and log probabilities are not kept."""
+    needs_more_than_ids = sequence.logprob_texts is not None or sequence.parsed_text is not None
+    if sequence.finish_reason or older.finish_reason or needs_more_than_ids:
+        return ()
+    return older.emitted[len(sequence.emitted) :]
 
 
 def unsupported(why: str) -> CallError:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind, merge_parts
 from cluster.gateway.text.detokenizer import TextSource
+from cluster.gateway.text.worker_parsers import WorkerParsers
 
 GUARD = "guard"
 
@@ -44,6 +45,7 @@ class ParsedText:
         "_received_chars",
         "_restored",
         "has_tool_call",
+        "parsers",
         "token_ids",
     )
 
@@ -64,6 +66,8 @@ class ParsedText:
         self.has_tool_call = False
         """Whether the output has a tool call."""
         self.token_ids = inner.token_ids
+        self.parsers = WorkerParsers()
+        """The parsers of the output's workers."""
 
     # ---- from the worker
 

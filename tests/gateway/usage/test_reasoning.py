@@ -26,6 +26,7 @@ from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.demand import DemandTally
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.resume_tokens.token_chain import ChoiceState
 from cluster.gateway.text.parsed_text import ParsedText
 from cluster.gateway.usage.accounting import Accounting
 from cluster.gateway.usage.call_account import CallAccount
@@ -64,7 +65,7 @@ def parsed_call(call_id: str, restored: Sequence[int]) -> Call:
         request = EngineRequest("", [1, 2, 3], Sampling(max_tokens=1000))
         sequence = OutputSequence(call, index, request, text, parsed_text=text)
         if tokens:
-            sequence.restore(range(tokens), 0, "", "", None)
+            sequence.restore(ChoiceState(list(range(tokens))))
         sequence.life.submitted("incarnation", None)
         sequence.accepted()
         call.sequences.append(sequence)

@@ -13,13 +13,14 @@ from typing import TypeVar
 
 from cluster.api.outcomes import Outcome
 from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind
-from cluster.api.types import CompatibilityKey, FinishReason, TokenOutput
+from cluster.api.types import FinishReason, TokenOutput
 from cluster.gateway.calls.sequences.engine_errors import FAILED
+from cluster.gateway.calls.sequences.life import Life
 from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
 from cluster.gateway.calls.sequences.owner import Notifier, SequenceOwner
-from cluster.gateway.calls.sequences.parsers import WorkerParsers
 from cluster.gateway.calls.sequences.pieces import PieceBuffer
 from cluster.gateway.calls.sequences.routed_sequence import RoutedSequence
+from cluster.gateway.resume_tokens.token_chain import ChoiceState
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.logprobs import LogprobSource
 from cluster.gateway.text.parsed_text import ParsedText
@@ -47,8 +48,6 @@ class OutputSequence(LinkedSequence[Owner]):
     direct_content: Callable[[str], None] | None = field(init=False, default=None)
     """Like `direct`, for a parsed output: function that gets the content of each further token that brings only
     content."""
-    parsers: WorkerParsers = field(init=False, default_factory=WorkerParsers)
-    """The parsers of the output's workers."""
     call_output: Notifier = field(init=False)
     """The output of the call, which is notified of updates."""
     pieces: PieceBuffer = field(init=False)
@@ -62,31 +61,23 @@ class OutputSequence(LinkedSequence[Owner]):
 
     # ---- from a resume token
 
-    def restore(
-        self, token_ids: Sequence[int], chars: int, finish_reason: str, worker: str, key: CompatibilityKey | None
-    ) -> None:
-        """Continue the sequence after these tokens, which another gateway has received. `chars`: number of characters
-        that were delivered of their text. Raises ValueError if the text is shorter than `chars`, or if the output has
-        guards."""
-        self.pieces.restore(token_ids, chars, bool(finish_reason))
-        self.restored, self.last_token_at = len(token_ids), self.call.arrived
-        self.life.restore(worker, key, len(token_ids))
-        if finish_reason:
-            self.finish(finish_reason)
-        elif len(token_ids) >= self.request.sampling.max_tokens:
+    def restore(self, state: ChoiceState) -> None:
+        """Continue the sequence after the tokens of `state`, which another gateway has received. Raises ValueError if
+        the text of these tokens is shorter than the delivered text, or if the output has guards."""
+        self.pieces.restore(state.token_ids, state.chars, bool(state.finish_reason))
+        self.restored, self.last_token_at = len(state.token_ids), self.call.arrived
+        self.life.restore(state.worker, state.compatibility, len(state.token_ids))
+        if state.finish_reason:
+            self.finish(state.finish_reason)
+        elif len(state.token_ids) >= self.request.sampling.max_tokens:
             self.finish("length")  # the last token was delivered, the end was not
 
-    def take_over_tokens(self, older: OutputSequence[Owner]) -> None:
-        """Take over the tokens of `older` that follow the restored tokens, so that they are not computed again.
-        `older`: the same sequence in the call's earlier stream at this gateway. If the output is parsed or has log
-        probabilities, nothing is taken over, because parts and log probabilities are not kept."""
-        more = older.emitted[len(self.emitted) :]
-        keeps_more = self.logprob_texts is not None or self.parsed_text is not None
-        if self.finish_reason or older.finish_reason or keeps_more or not more:
-            return
-        stop = self.detokenizer.push(more)
+    def take_over_tokens(self, token_ids: Sequence[int], life: Life) -> None:
+        """Add tokens that an earlier stream of the call has received at this gateway after the restored tokens, so that
+        they are not computed again. `life`: life of the sequence in that stream."""
+        stop = self.detokenizer.push(token_ids)
         self.restored = len(self.emitted)
-        self.life.restore(older.life.last_worker, older.life.compatibility, len(self.emitted))
+        self.life.restore(life.last_worker, life.compatibility, len(self.emitted))
         if stop is not None:
             self._stopped(stop)
         elif len(self.emitted) >= self.request.sampling.max_tokens:
@@ -136,7 +127,7 @@ class OutputSequence(LinkedSequence[Owner]):
         not, the sequence leaves this worker, and another worker continues."""
         link = self.link
         capabilities = link.info.capabilities if link is not None and output.parsed is not None else ()
-        if self.parsers.accept(capabilities, parsed_text.is_parsed):
+        if parsed_text.parsers.accept(capabilities, parsed_text.is_parsed):
             return True
         if output.finish is None:
             self.leave_engine()
@@ -253,4 +244,4 @@ class OutputSequence(LinkedSequence[Owner]):
     @property
     def tool_parser(self) -> str:
         """vLLM's name of the tool parser with which the worker parses the output; "" if there is none."""
-        return self.parsers.tool_parser
+        return "" if self.parsed_text is None else self.parsed_text.parsers.tool_parser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.api.types import REASONING_PARSER, TOOL_PARSER
-from cluster.gateway.calls.sequences.parsers import WorkerParsers
+from cluster.gateway.text.worker_parsers import WorkerParsers
 
 FIRST = (f"{TOOL_PARSER}hermes", "resume:exact", f"{REASONING_PARSER}qwen3")
 OTHER = (f"{TOOL_PARSER}mistral",)
