@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     from cluster.gateway.tracing.tracer import Tracer
     from cluster.gateway.usage.prompt_log import PromptLog
 
-FALLBACK_LABEL = "fallback_for"
-"""Name of a label of usage records. If a fallback model served the call, the label holds the requested model's name."""
-
 
 class CallService:
     """Call service of one gateway, which opens calls. When the context of a call is left, the call's slots are freed,
@@ -233,8 +230,6 @@ class CallService:
             self._record_fallback(call, opening)
 
     def _record_fallback(self, call: Call, opening: CallOpening) -> None:
-        """Count a call that is served by a fallback model as demand for the requested model, and label the call's usage
-        record."""
+        """Count a call that a fallback model serves, in the metrics and as demand for the requested model."""
         self._scheduler.count_missed(call, opening.requested)
-        call.add_label(FALLBACK_LABEL, opening.requested.name)
         self._metrics.count("route_decisions_total", opening.requested.name, "fallback")

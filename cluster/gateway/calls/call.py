@@ -119,11 +119,6 @@ class Call:
         return ids_of_call(self.request_id, self.trace_id)
 
     @property
-    def flow(self) -> str:
-        """Key of the call's tenant in the fair queue. The key is the handle under which workers know the tenant."""
-        return self.policy.handle or self.policy.name
-
-    @property
     def charged_prompt_tokens(self) -> int:
         """Number of prompt tokens that are charged to the tenant's limits. The number is 0 if the call failed before
         the first token, if no engine can have computed the prompt, or if `pays_prompt` is False."""
@@ -175,10 +170,6 @@ class Call:
         """End the call with `error`, because the call may have crashed its workers."""
         self.blamed = True
         self.fail(error)
-
-    def add_label(self, name: str, value: str) -> None:
-        """Add a label to the call's usage records."""
-        self.labels = {**self.labels, name: value}
 
     def add_headers(self, headers: Sequence[tuple[str, str]]) -> None:
         """Add headers to the response of the call."""

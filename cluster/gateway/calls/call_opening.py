@@ -21,6 +21,9 @@ from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.policy import TenantPolicy
 
+FALLBACK_LABEL = "fallback_for"
+"""Name of a label of usage records. If a fallback model served the call, the label holds the requested model's name."""
+
 
 @dataclass(slots=True)
 class CallOpening:
@@ -99,11 +102,15 @@ class CallOpening:
             "counted": meta.counted,
             "versions": self.versions,
             "bundle_digest": self.bundle_digest,
-            "labels": {**metadata, **policy.labels},
+            "labels": {**metadata, **policy.labels, **self._fallback_label()},
             "key_id": meta.principal.subject if meta.principal.by == "key" else "",
             "trace_id": self.trace_id,
             "trace": self.trace,
         }
+
+    def _fallback_label(self) -> Mapping[str, str]:
+        """Return the label of usage records that names the requested model, if a fallback model serves the call."""
+        return {FALLBACK_LABEL: self.requested.name} if self.is_fallback else {}
 
     def affinity(self, key: str, flow: str) -> int:
         """Return the hash of the tenant and the affinity key; 0 without a key. `key`: the key in the request. `flow`:

@@ -159,7 +159,7 @@ class Opening(CallOpening):
             tool_calls_before=request.output.tool_calls_before,
             adapter=self.adapter,
         )
-        call.affinity = self.affinity(request.affinity_key, call.flow)
+        call.affinity = self.affinity(request.affinity_key, call.policy.flow)
         salt = authenticator.cache_salt(meta.principal, request.cache_salt)
         first = EngineRequest(
             "",

@@ -85,7 +85,7 @@ class QuotaReservations:
             return
         output_tokens = 0
         if not call.is_pooling:
-            per_output = self._learnt.p95(call.flow, call.model, call.sequences[0].request.sampling.max_tokens)
+            per_output = self._learnt.p95(call.policy.flow, call.model, call.sequences[0].request.sampling.max_tokens)
             output_tokens = len(call.sequences) * per_output
         ask = ReservationRequest(call.id, call.usage.prompt_tokens, output_tokens, requests=int(not call.counted))
         result = await self._reserve(policy, ask)

@@ -122,7 +122,7 @@ class ChatRenders:
         entry = WaitingSequence(
             call_id=f"render-{next(self._numbers)}",
             model=model.name,
-            tenant=policy.handle or policy.name,
+            tenant=policy.flow,
             tokens=len(ask.chat) // BYTES_A_TOKEN + 1,
             deadline=ask.deadline,
             priority_class=policy.priority_class,

@@ -245,7 +245,7 @@ class Scheduler:
         not matter."""
         if call.deadline is None:
             return 0.0
-        return self.charges.statistics.starts_in_s(call.model, call.flow, call.rank)
+        return self.charges.statistics.starts_in_s(call.model, call.policy.flow, call.rank)
 
     def count_missed(self, call: Call, model: KnownModel) -> None:
         """Count a call as demand for the requested model, although a fallback model serves the call."""

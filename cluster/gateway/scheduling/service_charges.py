@@ -75,7 +75,7 @@ class ServiceCharges:
         if (place := self.place(sequence)) is not None:
             return place
         call, tokens, parsing = sequence.call, len(sequence.request.prompt_token_ids), sequence.request.parsing
-        flow = call.flow
+        flow = call.policy.flow
         self._weights[flow] = call.policy.weight
         place = WaitingSequence(
             call_id=sequence.key,
@@ -108,7 +108,7 @@ class ServiceCharges:
         that were in the worker's cache."""
         call = sequence.call
         self.fair.order(call.model).cached(sequence.key, cached_tokens)
-        self._learnt_cached.observe(call.flow, call.model, cached_tokens)
+        self._learnt_cached.observe(call.policy.flow, call.model, cached_tokens)
 
     def grew(self, sequence: CallSequence) -> WaitingSequence | None:
         """Raise the charge of a running sequence if the sequence's output exceeds the charge. Called a few times a
@@ -137,7 +137,7 @@ class ServiceCharges:
         service += self._service.output * (tokens - sequence.restored)
         self._metrics.count("tenant_service_tokens_total", call.model, call.policy.name, by=service)
         if tokens:
-            self.learnt.observe(call.flow, call.model, tokens, cut=sequence.finish_reason == "length")
+            self.learnt.observe(call.policy.flow, call.model, tokens, cut=sequence.finish_reason == "length")
 
     def forget(self, sequence: CallSequence) -> None:
         """Forget the charge of a sequence whose call has ended."""

@@ -200,6 +200,11 @@ class TenantPolicy:
         if not all(isinstance(x, str) for pair in self.labels.items() for x in pair):
             raise PolicyError("labels", "must be strings")
 
+    @property
+    def flow(self) -> str:
+        """Key of the tenant in fair queues: the handle, or the name while there is no handle."""
+        return self.handle or self.name
+
     def allows(self, model: str) -> bool:
         """Whether the tenant may use a model of this name. The comparison is case-sensitive."""
         return any(fnmatchcase(model, pattern) for pattern in self.models)

@@ -173,7 +173,7 @@ class PoolingOpening(CallOpening):
             inputs=self.inputs,
             task=self.task,
         )
-        call.affinity = self.affinity(request.affinity_key, call.flow)
+        call.affinity = self.affinity(request.affinity_key, call.policy.flow)
         self.call = call
         return call
 
