@@ -68,6 +68,10 @@ class Attempt:
             self.ended_at, self.end_reason = self.clock(), reason
             self.last_token_at = last_token_at or self.ended_at
 
+    def end_time(self, call_ended_at: float) -> float:
+        """Return the time of the attempt's end: the call's end if nothing has ended the attempt before."""
+        return call_ended_at if self.ended_at is None else self.ended_at
+
 
 @dataclass(eq=False, slots=True)
 class CallTrace:
