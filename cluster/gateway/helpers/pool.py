@@ -20,23 +20,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import subprocess
-import sys
 import time
 import weakref
-from collections import OrderedDict, deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Final
 
 import structlog
 
 from cluster.api.outcomes import CallError
-from cluster.gateway.helpers import wire
-from cluster.gateway.helpers.wire import HEAD, OK, OUT_OF_TIME, PIECE_BYTES, REFUSED, SIZE
+from cluster.gateway.helpers.helper_process import HelperProcess, Setup, start_helper
+from cluster.gateway.helpers.helper_queue import HelperQueue
+from cluster.gateway.helpers.wire import OK, REFUSED, Job
 from cluster.observe.log import call_fields
-from cluster.process.background import lower_priority, run_when_idle
+from cluster.process.background import run_when_idle
 
 log = structlog.get_logger("text")
 
@@ -54,21 +50,8 @@ PATIENCE_S: Final = 2.0
 """Seconds after which a helper that has not answered is late; the job's data adds a second per megabyte. No other job
 waits for a late helper. If a late helper has got less than LEAST_SHARE of a core, the caller does the work itself."""
 LEAST_SHARE: Final = 0.2
-_ENVIRONMENT: Final = {
-    "TOKENIZERS_PARALLELISM": "false",  # the helpers already run in parallel
-    # Freed memory is kept for the next body. Getting fresh memory takes a third of the time for a body of 16 MB.
-    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
-}
-Job = tuple[str, tuple[Any, ...], dict[str, Any]]
-"""A call of a method on the object that the helpers serve: the method's name, the arguments and the keyword
-arguments."""
-Setup = Callable[[], tuple[str, bytes]]
-"""A function that returns the kind of object that the helpers serve, and the data to create such an object."""
-
-
 TOO_MUCH: Final = "too much"
-_NOTHING: Final[Job] = ("__repr__", (), {})
+"""Kind of the answer of a helper whose job has exceeded the CPU limit; see wire.py for the other kinds."""
 
 
 class TooMuchCpu(Exception):
@@ -77,100 +60,6 @@ class TooMuchCpu(Exception):
 
 class JobLost(Exception):
     """The error of a job whose helper was lost MAX_LOSSES times, or that has raised an unexpected exception."""
-
-
-class _Helper:
-    """A helper process, and the socket to the process. A helper runs one job at a time."""
-
-    def __init__(self, setup: Setup) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.gateway.helpers.process"],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # only panic traces; errors are sent as answers
-                start_new_session=True,
-                env=os.environ | _ENVIRONMENT,
-            )
-        lower_priority(self._process.pid)
-        self._socket = ours
-        self._busy = self._ended = False
-        try:
-            wire.send(ours, setup())
-        except OSError:
-            self.end()
-            raise
-        ours.setblocking(False)
-
-    @property
-    def pid(self) -> int:
-        """Id of the helper process."""
-        return self._process.pid
-
-    def cpu_s(self) -> float:
-        """Return the CPU seconds that the process has used so far; 0 if the time cannot be read."""
-        # Linux's id of a process's CPU clock (clock_getcpuclockid(3)). /proc takes a hundred times as long to read.
-        with suppress(OSError):
-            return time.clock_gettime(~self.pid << 3 | 2)
-        return 0.0
-
-    @property
-    def out_of_time(self) -> bool:
-        """Whether the process ended because its job exceeded the CPU limit. Reading the property waits up to 0.1 s for
-        the process to end."""
-        with suppress(subprocess.TimeoutExpired):
-            return self._process.wait(0.1) == -OUT_OF_TIME
-        return False
-
-    async def do(self, job: Job, cpu_s: float) -> tuple[str, Any]:
-        """Run a job and return the answer of the process. Raises OSError if the process has ended."""
-        loop = asyncio.get_running_loop()
-        self._busy = True
-        try:
-            for part in wire.pack((cpu_s, *job)):
-                await self._send(loop, memoryview(part))
-            size, count = HEAD.unpack(await self._exactly(loop, HEAD.size))
-            packed = await self._exactly(loop, size)
-            sizes = SIZE.size
-            buffers = [
-                await self._exactly(loop, SIZE.unpack(await self._exactly(loop, sizes))[0]) for _ in range(count)
-            ]
-            answer: tuple[str, Any] = wire.unpack(packed, buffers)
-            return answer
-        finally:
-            self._busy = False
-            if self._ended:
-                self._socket.close()
-
-    async def _send(self, loop: asyncio.AbstractEventLoop, data: memoryview) -> None:
-        for at in range(0, data.nbytes, PIECE_BYTES):
-            await loop.sock_sendall(self._socket, data[at : at + PIECE_BYTES])
-            if data.nbytes > PIECE_BYTES:
-                await asyncio.sleep(0)
-
-    async def _exactly(self, loop: asyncio.AbstractEventLoop, size: int) -> bytearray:
-        data = bytearray(size)
-        view = memoryview(data)
-        while view:
-            count = await loop.sock_recv_into(self._socket, view[:PIECE_BYTES])
-            if not count:
-                raise ConnectionResetError("the helper has closed its socket")
-            view = view[count:]
-            if size > PIECE_BYTES:
-                await asyncio.sleep(0)
-        return data
-
-    def end(self) -> None:
-        """Kill the process at once; a helper has no state to save."""
-        self._ended = True
-        if self._busy:  # if closed now, a new socket could reuse the file descriptor that the loop still waits for
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-        else:
-            self._socket.close()
-        self._process.kill()
-        self._process.wait()
 
 
 class HelperPool:
@@ -184,10 +73,10 @@ class HelperPool:
         self.cpu_s = CPU_S
         """CPU limit of a small job, in seconds."""
         self._size = size or min(os.cpu_count() or 1, MAX_HELPERS)
-        self._helpers: set[_Helper] = set()
-        self._idle: list[_Helper] = []
-        self._late: set[_Helper] = set()
-        self._waiting: OrderedDict[str, deque[asyncio.Future[_Helper | None]]] = OrderedDict()
+        self._helpers: set[HelperProcess] = set()
+        self._idle: list[HelperProcess] = []
+        self._late: set[HelperProcess] = set()
+        self._queue = HelperQueue()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._starting = False
         self.failures = 0
@@ -250,14 +139,13 @@ class HelperPool:
         self._idle.clear()
         self._release_waiting()
 
-    async def _acquire(self, tenant: str = "") -> _Helper | None:
+    async def _acquire(self, tenant: str = "") -> HelperProcess | None:
         if self._idle:
             return self._idle.pop()
         self._start()
         if not self._may_become_free:
             return None
-        future: asyncio.Future[_Helper | None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(future)
+        future = self._queue.add(tenant)
         try:
             return await future
         except asyncio.CancelledError:
@@ -265,26 +153,15 @@ class HelperPool:
                 self._release(helper)
             raise
 
-    def _next_waiting(self) -> asyncio.Future[_Helper | None] | None:
-        """Remove the first waiting job of the tenant that was served longest ago, and return the job's future."""
-        while self._waiting:
-            tenant, futures = self._waiting.popitem(last=False)
-            future = futures.popleft()
-            if futures:
-                self._waiting[tenant] = futures
-            if not future.done():
-                return future
-        return None
-
-    def _release(self, helper: _Helper) -> None:
+    def _release(self, helper: HelperProcess) -> None:
         """Assign a free helper to the next waiting job, or make it idle."""
-        if (future := self._next_waiting()) is not None:
+        if (future := self._queue.pop()) is not None:
             future.set_result(helper)
             return
         self._idle.append(helper)
 
     async def _work(
-        self, helper: _Helper, job: Job, then: Callable[[Any], Job | None] | None, patience_s: float, cpu_s: float
+        self, helper: HelperProcess, job: Job, then: Callable[[Any], Job | None] | None, patience_s: float, cpu_s: float
     ) -> tuple[str, Any] | None:
         """Run a job on a helper and return the helper's answer; None if the helper was lost. `then`: see `run`.
         `patience_s`: seconds after which the helper is late. `cpu_s`: CPU limit of the job."""
@@ -310,7 +187,7 @@ class HelperPool:
             self._release(helper)
         return answer
 
-    def _replace_stopped(self, helper: _Helper, method: str, cpu_s: float) -> None:
+    def _replace_stopped(self, helper: HelperProcess, method: str, cpu_s: float) -> None:
         """Replace a helper that ended because its job exceeded the CPU limit. Such an end does not count as a
         failure."""
         log.warning("helper.stopped", **call_fields(), job=method, cpu_s=round(cpu_s, 1))
@@ -319,7 +196,7 @@ class HelperPool:
         self._start()
         self._release_waiting()
 
-    def _mark_late(self, helper: _Helper) -> None:
+    def _mark_late(self, helper: HelperProcess) -> None:
         log.warning("helper.delayed", **call_fields(), pid=helper.pid)
         self._late.add(helper)
         self._release_waiting()
@@ -329,7 +206,7 @@ class HelperPool:
         """Whether a helper may soon become free."""
         return self._starting or bool(self._helpers - self._late)
 
-    def _remove_lost(self, helper: _Helper, error: OSError | None) -> None:
+    def _remove_lost(self, helper: HelperProcess, error: OSError | None) -> None:
         if helper not in self._helpers:
             return
         self._helpers.discard(helper)
@@ -345,7 +222,7 @@ class HelperPool:
 
     def _release_waiting(self) -> None:
         """If no helper may soon become free, let the waiting callers do the work themselves."""
-        while not self._may_become_free and (future := self._next_waiting()) is not None:
+        while not self._may_become_free and (future := self._queue.pop()) is not None:
             future.set_result(None)
 
     def _start(self) -> None:
@@ -359,12 +236,7 @@ class HelperPool:
         """Start a helper. Once the helper is ready, start the next. All helpers are started early, because each start
         blocks the event loop briefly."""
         try:
-            helper = await asyncio.to_thread(_Helper, self._setup)
-            try:
-                await helper.do(_NOTHING, CPU_S)  # returns once the helper has created its object
-            except BaseException:  # also when cancelled, or the unregistered process would stay forever
-                helper.end()
-                raise
+            helper = await start_helper(self._setup, CPU_S)
         except OSError as error:
             self._starting = False
             self._count_failure(error)
@@ -390,7 +262,7 @@ class HelperPool:
         return task
 
 
-async def _wait_while_running(work: asyncio.Task[Any], helper: _Helper, patience_s: float) -> bool:
+async def _wait_while_running(work: asyncio.Task[Any], helper: HelperProcess, patience_s: float) -> bool:
     """Wait for a job: first `patience_s` seconds, then as long as the helper gets at least LEAST_SHARE of a core.
     Returns whether the job is done."""
     used_s = helper.cpu_s()
@@ -412,6 +284,6 @@ def _result(kind: str, value: Any) -> Any:
     raise TooMuchCpu if kind == TOO_MUCH else JobLost(value)
 
 
-def _end_all(helpers: set[_Helper]) -> None:
+def _end_all(helpers: set[HelperProcess]) -> None:
     while helpers:
         helpers.pop().end()

@@ -24,6 +24,9 @@ OK, REFUSED, FAILED = "ok", "refused", "failed"
 """Kinds of an answer: a result, a CallError, and the text of any other exception."""
 OUT_OF_TIME: Final = signal.SIGPROF
 """Signal that ends a helper process, by its default action, when a job exceeds the CPU limit."""
+Job = tuple[str, tuple[Any, ...], dict[str, Any]]
+"""A call of a method on the object that the helpers serve: the method's name, the arguments and the keyword
+arguments."""
 Parts = list["bytes | memoryview"]
 
 

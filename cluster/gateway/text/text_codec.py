@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from cluster.gateway.calls.pooling.pooling_request import PairInputs, TextInputs
 from cluster.gateway.calls.request import ChatPrompt, PackedPrompt, TextPrompt
-from cluster.gateway.helpers.pool import Job
+from cluster.gateway.helpers.wire import Job
 from cluster.gateway.text.bundle_files import BundleFiles
 from cluster.gateway.text.chat.chat_json import chat_json
 from cluster.gateway.text.chat.template import ChatTemplate

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from cluster.gateway.calls.pooling.pooling_request import PairInputs, TextInputs
 from cluster.gateway.calls.request import ChatPrompt, PackedPrompt
-from cluster.gateway.helpers.pool import Job
+from cluster.gateway.helpers.wire import Job
 from cluster.gateway.text.bundle_files import BundleFiles
 from cluster.gateway.text.encoding.encoding_pool import EncodingPool
 from cluster.gateway.text.encoding.input_encoder import EncodedInputs

@@ -11,7 +11,8 @@ from typing import Any, Final
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
+from cluster.gateway.helpers.pool import JobLost, TooMuchCpu
+from cluster.gateway.helpers.wire import Job
 from cluster.gateway.text.encoding.encoding_pool import EncodingPool
 from cluster.observe.log import call_fields
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import pytest
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
+from cluster.gateway.helpers.pool import JobLost, TooMuchCpu
+from cluster.gateway.helpers.wire import Job
 from cluster.gateway.text.encoding.encoding_pool import EncodingPool
 from cluster.gateway.text.encoding.prompt_memory import PromptMemory
 from cluster.gateway.text.encoding.text_jobs import ENCODE_HELPER_CHARS
