@@ -1,4 +1,5 @@
-"""The tenant service over a gateway's admin API. ledger/tenants/service.py has the service that uses the database."""
+"""The tenant service and the usage reports over a gateway's admin API. ledger/tenants/service.py and
+ledger/usage/reports.py have the implementations that use the database."""
 
 from __future__ import annotations
 
@@ -25,30 +26,44 @@ _KINDS: Mapping[str, type[LedgerError]] = {
 }
 
 
-class RemoteTenantService:
-    """A TenantService over the admin API.
+class AdminConnection:
+    """A connection to a gateway's admin API.
 
-    The methods raise the same LedgerErrors as LedgerTenantService, and HeadraceError for any other error, such as
+    The methods raise the LedgerErrors that the database would raise, and HeadraceError for any other error, such as
     wrong credentials or a role without the permission.
     """
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._channel = access.channel()
-        self._tenants = tenants_pb2_grpc.TenantsStub(self._channel)
-        self._keys = tenants_pb2_grpc.KeysStub(self._channel)
-        self._usage = usage_pb2_grpc.UsageStub(self._channel)
-        self._audit = usage_pb2_grpc.AuditStub(self._channel)
+        self.channel = access.channel()
 
     def close(self) -> None:
         """Close the connection to the gateway."""
-        self._channel.close()
+        self.channel.close()
 
-    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+    def call(self, method: Callable[..., Any], request: Any) -> Any:
+        """Call a unary method and return its response."""
         try:
             return method(request, timeout=TIMEOUT_S, metadata=self._access.metadata)
         except grpc.RpcError as error:
             raise self._converted(error) from None
+
+    def stream(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
+        """Call a streaming method, and yield its responses."""
+        try:
+            yield from method(request, timeout=TIMEOUT_S, metadata=self._access.metadata)
+        except grpc.RpcError as error:
+            raise self._converted(error) from None
+
+    def pages(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
+        """Call a list method for all pages, and yield the pages."""
+        request.page_size = PAGE
+        while True:
+            page = self.call(method, request)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     def _converted(self, error: grpc.RpcError) -> Exception:
         """Convert a gRPC error to the LedgerError with the same reason, or to a HeadraceError if no LedgerError has
@@ -57,32 +72,31 @@ class RemoteTenantService:
         kind = _KINDS.get(converted.reason)
         return converted if kind is None else kind(converted.message)
 
-    def _pages(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
-        """Call a list method for all pages, and yield the pages."""
-        request.page_size = PAGE
-        while True:
-            page = self._call(method, request)
-            yield page
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
-    # ---- TenantService
+class RemoteTenantService:
+    """A TenantService over the admin API."""
+
+    def __init__(self, connection: AdminConnection) -> None:
+        self._connection = connection
+        self._tenants = tenants_pb2_grpc.TenantsStub(connection.channel)
+        self._keys = tenants_pb2_grpc.KeysStub(connection.channel)
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
         """See TenantService."""
         tenant, _, empty = codec.tenant_and_paths(name, own)
         request = pb.CreateTenantRequest(tenant=tenant, reason=reason)
         request.unset_mask.paths.extend(empty)
-        return codec.stored_tenant(self._call(self._tenants.Create, request))
+        return codec.stored_tenant(self._connection.call(self._tenants.Create, request))
 
     def get_tenant(self, name: str) -> StoredTenant:
         """See TenantService."""
-        return codec.stored_tenant(self._call(self._tenants.Get, pb.GetTenantRequest(name=f"tenants/{name}")))
+        return codec.stored_tenant(
+            self._connection.call(self._tenants.Get, pb.GetTenantRequest(name=f"tenants/{name}"))
+        )
 
     def tenants(self) -> Iterator[StoredTenant]:
         """See TenantService."""
-        for page in self._pages(self._tenants.List, pb.ListTenantsRequest()):
+        for page in self._connection.pages(self._tenants.List, pb.ListTenantsRequest()):
             yield from map(codec.stored_tenant, page.tenants)
 
     def update_tenant(self, name: str, changes: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
@@ -90,19 +104,19 @@ class RemoteTenantService:
         tenant, paths, _ = codec.tenant_and_paths(name, changes)
         request = pb.UpdateTenantRequest(tenant=tenant, reason=reason)
         request.update_mask.paths.extend(paths)
-        return codec.stored_tenant(self._call(self._tenants.Update, request))
+        return codec.stored_tenant(self._connection.call(self._tenants.Update, request))
 
     def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
         """See TenantService."""
         named = {"name": f"tenants/{name}", "reason": reason}
         if suspended:
-            return codec.stored_tenant(self._call(self._tenants.Suspend, pb.SuspendTenantRequest(**named)))
-        return codec.stored_tenant(self._call(self._tenants.Resume, pb.ResumeTenantRequest(**named)))
+            return codec.stored_tenant(self._connection.call(self._tenants.Suspend, pb.SuspendTenantRequest(**named)))
+        return codec.stored_tenant(self._connection.call(self._tenants.Resume, pb.ResumeTenantRequest(**named)))
 
     def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "") -> int:
         """See TenantService."""
         request = pb.DeleteTenantRequest(name=f"tenants/{name}", erase=erase, reason=reason)
-        return int(self._call(self._tenants.Delete, request).erased_rows)
+        return int(self._connection.call(self._tenants.Delete, request).erased_rows)
 
     def create_key(
         self, tenant: str, name: str = "", *, expires_at: float | None = None, role: str = "caller", reason: str = ""
@@ -110,11 +124,11 @@ class RemoteTenantService:
         """See TenantService."""
         key = pb.Key(display_name=name, role=role, expire_time=codec.timestamp(expires_at))
         request = pb.CreateKeyRequest(parent=f"tenants/{tenant}", key=key, reason=reason)
-        return _new_key(self._call(self._keys.Create, request))
+        return _new_key(self._connection.call(self._keys.Create, request))
 
     def keys(self, tenant: str) -> list[StoredKey]:
         """See TenantService."""
-        pages = self._pages(self._keys.List, pb.ListKeysRequest(parent=f"tenants/{tenant}"))
+        pages = self._connection.pages(self._keys.List, pb.ListKeysRequest(parent=f"tenants/{tenant}"))
         return [codec.stored_key(key) for page in pages for key in page.keys]
 
     def rotate_key(
@@ -127,47 +141,60 @@ class RemoteTenantService:
             expire_time=codec.timestamp(expires_at),
             reason=reason,
         )
-        return _new_key(self._call(self._keys.Rotate, request))
+        return _new_key(self._connection.call(self._keys.Rotate, request))
 
     def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
         """See TenantService."""
         request = pb.RevokeKeyRequest(name=f"tenants/{tenant}/keys/{key_id}", reason=reason)
-        return codec.stored_key(self._call(self._keys.Revoke, request))
+        return codec.stored_key(self._connection.call(self._keys.Revoke, request))
+
+
+class RemoteUsageReports:
+    """UsageReports over the admin API."""
+
+    def __init__(self, connection: AdminConnection) -> None:
+        self._connection = connection
+        self._usage = usage_pb2_grpc.UsageStub(connection.channel)
+        self._audit = usage_pb2_grpc.AuditStub(connection.channel)
 
     def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """See TenantService."""
+        """See UsageReports."""
         if rates is not None:
             raise LedgerError("--gpu-hour: a gateway uses the prices of its own `cost` section; omit it, or use -f")
         request = usage_pb2.QueryUsageRequest(
             **_query_fields(wanted), group_by=wanted.group_by, total=not wanted.group_by, cost=cost
         )
-        return [_sum(item, wanted, cost) for page in self._pages(self._usage.Query, request) for item in page.sums]
+        return [
+            _sum(item, wanted, cost)
+            for page in self._connection.pages(self._usage.Query, request)
+            for item in page.sums
+        ]
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
-        """See TenantService."""
-        try:
-            for page in self._call(self._usage.Export, usage_pb2.ExportUsageRequest(**_query_fields(wanted))):
-                yield from map(_record, page.records)
-        except grpc.RpcError as error:
-            raise self._converted(error) from None
+        """See UsageReports."""
+        request = usage_pb2.ExportUsageRequest(**_query_fields(wanted))
+        for page in self._connection.stream(self._usage.Export, request):
+            yield from map(_record, page.records)
 
     def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
-        """See TenantService. The gateway uses the SLOs of its catalog."""
+        """See UsageReports. The gateway uses the SLOs of its catalog."""
         if objectives is not None:
             raise LedgerError("objectives: a gateway uses the SLOs of its own catalog")
         request = usage_pb2.QuerySloRequest(**_query_fields(wanted))
-        return [codec.slo_sum(item) for page in self._pages(self._usage.QuerySlo, request) for item in page.sums]
+        return [
+            codec.slo_sum(item) for page in self._connection.pages(self._usage.QuerySlo, request) for item in page.sums
+        ]
 
     def audit(
         self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
     ) -> Iterator[dict[str, Any]]:
-        """See TenantService."""
+        """See UsageReports."""
         request = usage_pb2.ListAuditRequest(
             parent=f"tenants/{tenant}" if tenant else "",
             filter=" AND ".join(f'{name} = "{value}"' for name, value in (equal or {}).items()),
             since_time=codec.timestamp(since_s),
         )
-        for page in self._pages(self._audit.List, request):
+        for page in self._connection.pages(self._audit.List, request):
             yield from map(_event, page.events)
 
 

@@ -1,8 +1,8 @@
-"""Selection of the tenant service for a command: the service that uses the database, or the admin API of a gateway.
+"""Selection of the tenant service and the usage reports for a command: on the database, or over a gateway's admin API.
 
 --database-url, -f and --pepper-file select the database. --admin, --endpoint, --context, --api-key-file and --tls-ca
 select a gateway's admin API. Options on the command line take precedence over environment variables, and environment
-variables over the current context. If none of these selects a service, the local ledger is used.
+variables over the current context. If none of these is given, the local ledger is used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import getpass
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from cluster.cli.target.access import admin_access
 from cluster.cli.target.contexts import ClusterTarget
 from cluster.cli.target.target_options import ADMIN_OPTIONS, target_of, typed_names
 from cluster.ledger.tenants.service import Actor, LedgerTenantService, TenantService
+from cluster.ledger.usage.reports import LedgerUsageReports, UsageReports
 
 DATABASE_OPTIONS = {"file": "-f", "database_url": "--database-url", "pepper_file": "--pepper-file"}
 GATEWAY_OPTIONS = {
@@ -52,7 +52,7 @@ _OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class TenantBackend:
-    """The options that select the tenant service. `typed` names the options that the user gave on the command line.
+    """The options that select the ledger. `typed` names the options that the user gave on the command line.
 
     `target` returns the cluster that the options select.
     """
@@ -64,48 +64,71 @@ class TenantBackend:
     pepper_file: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LedgerServices:
+    """The services of one ledger: on its database, or over the admin API of a gateway."""
+
+    tenants: TenantService
+    reports: UsageReports
+
+
 def with_tenant_service(*, keys: bool = False) -> Callable[[Command], Command]:
     """Return a decorator that passes an open tenant service to a command, as the argument `service`.
 
     The decorator also adds the options that select the service. `keys`: the command creates keys, which needs the
     pepper if the service uses the database.
     """
+    return _with_one("service", lambda services: services.tenants, keys=keys)
+
+
+def with_usage_reports() -> Callable[[Command], Command]:
+    """Return a decorator that passes the usage reports to a command, as the argument `reports`.
+
+    The decorator also adds the options that select the ledger of the reports.
+    """
+    return _with_one("reports", lambda services: services.reports, keys=False)
+
+
+def _with_one(argument: str, choose: Callable[[LedgerServices], object], *, keys: bool) -> Callable[[Command], Command]:
     options = {name: kind for name, kind in _OPTIONS.items() if keys or name != "pepper_file"}
 
-    def opened(ctx: typer.Context, given: Mapping[str, Any]) -> AbstractContextManager[TenantService]:
+    @contextlib.contextmanager
+    def opened(ctx: typer.Context, given: Mapping[str, Any]) -> Iterator[object]:
         database = {name: given.get(name) for name in DATABASE_OPTIONS}
         where = TenantBackend(typed_names(ctx, options), lambda: target_of(ctx), **database)
-        return open_tenant_service(where, keys=keys)
+        with open_ledger_services(where, keys=keys) as services:
+            yield choose(services)
 
-    return with_options("service", options, opened)
+    return with_options(argument, options, opened)
 
 
 @contextlib.contextmanager
-def open_tenant_service(where: TenantBackend, *, keys: bool = False) -> Iterator[TenantService]:
-    """Open the tenant service. An error of the service ends the command with the exit code for that error."""
+def open_ledger_services(where: TenantBackend, *, keys: bool = False) -> Iterator[LedgerServices]:
+    """Open the services of a ledger. An error of a service ends the command with the exit code for that error."""
     if not _over_api(where):
         settings = read_settings(where.file, where.database_url, where.pepper_file)
         with open_ledger(settings, keys=keys) as ledger:
             by = Actor(f"cli:{getpass.getuser()}")
-            yield LedgerTenantService(
-                ledger,
-                by,
-                lambda event: ledger.audit.insert([event]),
-                settings.defaults.policy,
-                clock=time.time,
-                rates=settings.rates,
-                objectives=lambda: configured_slos(where.file),
+            yield LedgerServices(
+                LedgerTenantService(
+                    ledger,
+                    by,
+                    lambda event: ledger.audit.insert([event]),
+                    settings.defaults.policy,
+                    clock=time.time,
+                ),
+                LedgerUsageReports(ledger, rates=settings.rates, objectives=lambda: configured_slos(where.file)),
             )
         return
-    from cluster.cli.remote_tenant_service import RemoteTenantService
+    from cluster.cli.remote_tenant_service import AdminConnection, RemoteTenantService, RemoteUsageReports
 
     access = admin_access(where.target())
-    service = RemoteTenantService(access)
+    connection = AdminConnection(access)
     try:
         with rpc_errors(access.address, access.context), ledger_errors():
-            yield service
+            yield LedgerServices(RemoteTenantService(connection), RemoteUsageReports(connection))
     finally:
-        service.close()
+        connection.close()
 
 
 def _over_api(where: TenantBackend) -> bool:

@@ -16,12 +16,14 @@ import pytest
 
 from cluster.admin.v1 import admin_pb2
 from cluster.cli.local.run_folder import ProcessId, RunFolder
-from cluster.cli.remote_tenant_service import RemoteTenantService
+from cluster.cli.remote_tenant_service import AdminConnection, RemoteTenantService, RemoteUsageReports
 from cluster.cli.target.access import Access
+from cluster.cli.tenant_service import LedgerServices
 from cluster.config.document import parse
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, UsageQuery
-from cluster.ledger.tenants.service import Actor, LedgerTenantService, TenantService
+from cluster.ledger.tenants.service import Actor, LedgerTenantService
+from cluster.ledger.usage.reports import LedgerUsageReports
 from tests.ledger.samples import record
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.certificates import Authority
@@ -77,59 +79,71 @@ async def good(*arguments: str) -> Any:
 # ---- one interface, two implementations
 
 
-def script(name: str) -> Iterator[tuple[str, Callable[[TenantService, list[Any]], Any]]]:
+def script(name: str) -> Iterator[tuple[str, Callable[[LedgerServices, list[Any]], Any]]]:
     """Yield the steps of an operator with a tenant of the given name, as pairs of a title and a function.
 
-    Some steps are invalid. The function gets the tenant service and the keys that earlier steps have created.
+    Some steps are invalid. The function gets the services and the keys that earlier steps have created.
     """
     usage = UsageQuery(("model", "label:team"), tenant=name)
-    yield "create", lambda d, _: d.create_tenant(name, {"class": "batch", "limits": {"tokens_per_minute": 5}})
-    yield "twice", lambda d, _: d.create_tenant(name, {})
-    yield "without a default", lambda d, _: d.create_tenant(f"{name}x", {"limits": {"daily_tokens": None}})
-    yield "bad name", lambda d, _: d.create_tenant("Bad", {})
-    yield "bad limit", lambda d, _: d.create_tenant("b", {"limits": {"tokens_per_minute": 0}})
-    yield "unknown field", lambda d, _: d.create_tenant("b", {"wieght": 1})
-    yield "get", lambda d, _: d.get_tenant(name)
-    yield "missing", lambda d, _: d.get_tenant("missing")
-    yield "list", lambda d, _: [t for t in d.tenants() if t.policy.name.startswith(name)]
-    yield "update", lambda d, _: d.update_tenant(name, {"labels": {"a.b": "1", "c": "2"}, "weight": 2.5})
-    yield "take away", lambda d, _: d.update_tenant(name, {"labels": {"c": None}, "limits": {"daily_tokens": None}})
-    yield "take all away", lambda d, _: d.update_tenant(name, {"limits": None, "models": ["x", "y*"]})
-    yield "guards", lambda d, _: d.update_tenant(name, {"guards": [{"builtin": "sizes", "max_characters": 5}]})
+    yield "create", lambda d, _: d.tenants.create_tenant(name, {"class": "batch", "limits": {"tokens_per_minute": 5}})
+    yield "twice", lambda d, _: d.tenants.create_tenant(name, {})
+    yield "without a default", lambda d, _: d.tenants.create_tenant(f"{name}x", {"limits": {"daily_tokens": None}})
+    yield "bad name", lambda d, _: d.tenants.create_tenant("Bad", {})
+    yield "bad limit", lambda d, _: d.tenants.create_tenant("b", {"limits": {"tokens_per_minute": 0}})
+    yield "unknown field", lambda d, _: d.tenants.create_tenant("b", {"wieght": 1})
+    yield "get", lambda d, _: d.tenants.get_tenant(name)
+    yield "missing", lambda d, _: d.tenants.get_tenant("missing")
+    yield "list", lambda d, _: [t for t in d.tenants.tenants() if t.policy.name.startswith(name)]
+    yield "update", lambda d, _: d.tenants.update_tenant(name, {"labels": {"a.b": "1", "c": "2"}, "weight": 2.5})
+    yield (
+        "take away",
+        lambda d, _: d.tenants.update_tenant(name, {"labels": {"c": None}, "limits": {"daily_tokens": None}}),
+    )
+    yield "take all away", lambda d, _: d.tenants.update_tenant(name, {"limits": None, "models": ["x", "y*"]})
+    yield "guards", lambda d, _: d.tenants.update_tenant(name, {"guards": [{"builtin": "sizes", "max_characters": 5}]})
     named = {"builtin": "patterns", "on": "output", "action": "redact", "patterns": {"mail": "[a-z]{1,9}@x"}}
-    yield "patterns", lambda d, _: d.update_tenant(name, {"guards": [named, {"builtin": "sizes", "max_messages": 3}]})
-    yield "bad patterns", lambda d, _: d.update_tenant(name, {"guards": [{**named, "patterns": {"mail": "a+"}}]})
-    yield "bad class of fixed", lambda d, _: d.update_tenant("fixed", {"weight": 3})
-    yield "suspend", lambda d, _: d.suspend_tenant(name, True, reason="x")
-    yield "suspend for nothing", lambda d, _: d.suspend_tenant(name, True)
-    yield "resume", lambda d, _: d.suspend_tenant(name, False)
-    yield "key", lambda d, _: d.create_key(name, "ci", expires_at=4e9, role="viewer", reason="ci")
-    yield "rotate", lambda d, made: d.rotate_key(name, made[-1].stored.id, overlap_s=60.0)
-    yield "revoke", lambda d, made: d.revoke_key(name, made[-1].stored.id, reason="x")
-    yield "rotate the revoked", lambda d, made: d.rotate_key(name, made[-1].stored.id, overlap_s=60.0)
-    yield "bad role", lambda d, _: d.create_key(name, role="root")
-    yield "no such key", lambda d, _: d.revoke_key(name, "k0", reason="x")
-    yield "keys", lambda d, _: d.keys(name)
-    yield "keys of nobody", lambda d, _: d.keys("missing")
-    yield "usage", lambda d, _: d.usage(usage)
-    yield "cost", lambda d, _: d.usage(usage, cost=True)
-    yield "in all", lambda d, _: d.usage(UsageQuery((), tenant=name))
-    yield "records", lambda d, _: list(d.records(usage))
-    yield "slo", lambda d, _: d.slo(usage)
-    yield "audit", lambda d, _: [event | {"actor": "", "source": ""} for event in d.audit(tenant=name)]
-    yield "some audit", lambda d, _: len(list(d.audit(tenant=name, equal={"action": "keys.create"}, since_s=1.0)))
-    yield "delete", lambda d, _: d.delete_tenant(name, reason="x")
-    yield "erase", lambda d, _: d.delete_tenant(name, erase=True, reason="x") > 0
-    yield "erase again", lambda d, _: d.delete_tenant(name, erase=True, reason="x")
+    yield (
+        "patterns",
+        lambda d, _: d.tenants.update_tenant(name, {"guards": [named, {"builtin": "sizes", "max_messages": 3}]}),
+    )
+    yield (
+        "bad patterns",
+        lambda d, _: d.tenants.update_tenant(name, {"guards": [{**named, "patterns": {"mail": "a+"}}]}),
+    )
+    yield "bad class of fixed", lambda d, _: d.tenants.update_tenant("fixed", {"weight": 3})
+    yield "suspend", lambda d, _: d.tenants.suspend_tenant(name, True, reason="x")
+    yield "suspend for nothing", lambda d, _: d.tenants.suspend_tenant(name, True)
+    yield "resume", lambda d, _: d.tenants.suspend_tenant(name, False)
+    yield "key", lambda d, _: d.tenants.create_key(name, "ci", expires_at=4e9, role="viewer", reason="ci")
+    yield "rotate", lambda d, made: d.tenants.rotate_key(name, made[-1].stored.id, overlap_s=60.0)
+    yield "revoke", lambda d, made: d.tenants.revoke_key(name, made[-1].stored.id, reason="x")
+    yield "rotate the revoked", lambda d, made: d.tenants.rotate_key(name, made[-1].stored.id, overlap_s=60.0)
+    yield "bad role", lambda d, _: d.tenants.create_key(name, role="root")
+    yield "no such key", lambda d, _: d.tenants.revoke_key(name, "k0", reason="x")
+    yield "keys", lambda d, _: d.tenants.keys(name)
+    yield "keys of nobody", lambda d, _: d.tenants.keys("missing")
+    yield "usage", lambda d, _: d.reports.usage(usage)
+    yield "cost", lambda d, _: d.reports.usage(usage, cost=True)
+    yield "in all", lambda d, _: d.reports.usage(UsageQuery((), tenant=name))
+    yield "records", lambda d, _: list(d.reports.records(usage))
+    yield "slo", lambda d, _: d.reports.slo(usage)
+    yield "audit", lambda d, _: [event | {"actor": "", "source": ""} for event in d.reports.audit(tenant=name)]
+    yield (
+        "some audit",
+        lambda d, _: len(list(d.reports.audit(tenant=name, equal={"action": "keys.create"}, since_s=1.0))),
+    )
+    yield "delete", lambda d, _: d.tenants.delete_tenant(name, reason="x")
+    yield "erase", lambda d, _: d.tenants.delete_tenant(name, erase=True, reason="x") > 0
+    yield "erase again", lambda d, _: d.tenants.delete_tenant(name, erase=True, reason="x")
 
 
-def transcript(service: TenantService, name: str) -> list[tuple[str, Any]]:
+def transcript(services: LedgerServices, name: str) -> list[tuple[str, Any]]:
     """Return the result of each step, without names, ids and times."""
     results: list[tuple[str, Any]] = []
     made: list[Any] = []
     for step, act in script(name):
         try:
-            result = act(service, made)
+            result = act(services, made)
             made += [result] if isinstance(result, NewKey) else []
         except LedgerError as error:
             result = type(error).__name__, "" if step in OTHER_WORDS else str(error)
@@ -170,23 +184,25 @@ async def test_both_desks_do_the_same(keyed: Keyed, key: str) -> None:
             ]
         )
     config = parse(keyed.file.read_text())
-    local = LedgerTenantService(
+    tenants = LedgerTenantService(
         keyed.ledger,
         Actor("cli:me"),
         lambda event: keyed.ledger.audit.insert([event]),
         config.tenant_defaults.policy,
         clock=time.time,
         classes=[priority_class.name for priority_class in config.classes],
-        rates=None if config.cost is None else _rates(config.cost),
     )
-    remote = RemoteTenantService(Access(keyed.gateway.endpoints["admin"], key))
+    rates = None if config.cost is None else _rates(config.cost)
+    local = LedgerServices(tenants, LedgerUsageReports(keyed.ledger, rates=rates))
+    connection = AdminConnection(Access(keyed.gateway.endpoints["admin"], key))
+    remote = LedgerServices(RemoteTenantService(connection), RemoteUsageReports(connection))
     try:
         transcripts = [
-            await asyncio.to_thread(transcript, service, name)
-            for service, name in ((local, "t-here"), (remote, "t-over"))
+            await asyncio.to_thread(transcript, services, name)
+            for services, name in ((local, "t-here"), (remote, "t-over"))
         ]
     finally:
-        remote.close()
+        connection.close()
     for local_step, remote_step in zip(*transcripts, strict=True):
         assert local_step == remote_step
     assert len({repr(text) for _, text in transcripts[0]}) > 20, "steps with equal results would prove nothing"

@@ -1,8 +1,9 @@
-"""The tenant service: operations on tenants, keys, usage and audit for the admin API and the command line.
+"""The tenant service: operations on tenants and keys for the admin API and the command line.
 
 `TenantService` is the interface. `LedgerTenantService` implements the interface on a database. The CLI's
 `RemoteTenantService` implements the interface over the admin API. Every attempted change is audited, even if the
-change fails. Suspending a tenant, deleting a tenant and revoking a key need a reason.
+change fails. Suspending a tenant, deleting a tenant and revoking a key need a reason. Reads of usage and of the audit
+log are in ledger/usage/reports.py.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.errors import AlreadyExists, LedgerError, NotPermitted
-from cluster.ledger.rows import NewKey, Prices, StoredKey, StoredTenant, UsageQuery
-from cluster.ledger.slo import SloObjectives, SloSum
-from cluster.ledger.usage.records import UsageRecord
+from cluster.ledger.rows import NewKey, StoredKey, StoredTenant
 from cluster.policy.tenants.policy import PolicyError, TenantPolicy
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 
 
 class TenantService(Protocol):
-    """Operations on tenants, keys, usage and audit. Every operation may raise LedgerError or a subclass of LedgerError.
+    """Operations on tenants and keys. Every operation may raise LedgerError or a subclass of LedgerError.
 
     `changes` and `own` have field names of the configuration as keys. The value None removes a field.
     """
@@ -67,26 +66,6 @@ class TenantService(Protocol):
 
     def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
         """Revoke a tenant's key."""
-
-    def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """Return usage sums by group. With `cost`, each group also has a cost.
-
-        `rates`: prices from which the costs are computed; None means the service's own prices.
-        """
-
-    def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
-        """Return usage records in order of time."""
-
-    def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
-        """Return by tenant and model how many calls met or missed the model's SLO. `wanted.group_by` is ignored.
-
-        `objectives`: the SLO of each model; None means the SLOs that the service has.
-        """
-
-    def audit(
-        self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
-    ) -> Iterator[dict[str, Any]]:
-        """Return audit events, newest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +136,7 @@ class LedgerTenantService:
 
     Construction is cheap, so every caller gets a separate instance. `policy_of` builds a policy from a tenant's name
     and fields. `write` receives audit events. `classes` has the valid priority classes; if empty, every class is
-    valid. `may_grant` returns whether the caller may create, rotate and revoke keys with a given role. `objectives`
-    returns the SLOs by which `slo` judges calls.
+    valid. `may_grant` returns whether the caller may create, rotate and revoke keys with a given role.
     """
 
     def __init__(
@@ -171,16 +149,12 @@ class LedgerTenantService:
         clock: Callable[[], float],
         classes: Collection[str] = (),
         may_grant: Callable[[str], bool] = lambda role: True,
-        rates: Prices | None = None,
-        objectives: Callable[[], SloObjectives] = dict,
     ) -> None:
-        self.ledger = ledger
+        self._ledger = ledger
         self._audit = _OperationAudit(by, write, clock)
         self._policy_of = policy_of
         self._classes = frozenset(classes)
         self._may_grant = may_grant
-        self._rates = rates
-        self._objectives = objectives
 
     # ---- tenants
 
@@ -202,7 +176,7 @@ class LedgerTenantService:
             policy = self._policy_of(name, own)
             self._require_class(policy.priority_class)
             try:
-                return self.ledger.tenants.create(policy, validate_only=validate_only)
+                return self._ledger.tenants.create(policy, validate_only=validate_only)
             except AlreadyExists:
                 existing = self._find_same(policy) if request_id else None
                 if existing is None:
@@ -214,7 +188,7 @@ class LedgerTenantService:
     def _find_same(self, policy: TenantPolicy) -> StoredTenant | None:
         """Return the existing tenant with origin `api` and exactly the given policy, or None."""
         try:
-            existing = self.ledger.tenants.get(policy.name)
+            existing = self._ledger.tenants.get(policy.name)
         except LedgerError:
             return None
         return existing if existing.origin == "api" and existing.policy == policy else None
@@ -225,11 +199,11 @@ class LedgerTenantService:
 
     def get_tenant(self, name: str) -> StoredTenant:
         """See TenantService."""
-        return self.ledger.tenants.get(name)
+        return self._ledger.tenants.get(name)
 
     def tenants(self, after: str = "") -> Iterator[StoredTenant]:
         """Return the tenants in the order of their names, beginning after the name `after`."""
-        while page := self.ledger.tenants.list(after=after, limit=PAGE):
+        while page := self._ledger.tenants.list(after=after, limit=PAGE):
             yield from page
             after = page[-1].policy.name
 
@@ -248,7 +222,7 @@ class LedgerTenantService:
             if not changes:
                 raise LedgerError("update_mask: names no field, and the tenant sets none: there is nothing to change")
             self._require_class(changes.get("class"))
-            return self.ledger.tenants.update(name, changes, whole=whole, validate_only=validate_only)
+            return self._ledger.tenants.update(name, changes, whole=whole, validate_only=validate_only)
 
         details = {"fields": _paths(changes)}
         return self._audit.run(
@@ -261,7 +235,7 @@ class LedgerTenantService:
         if suspended:
             require_reason(reason)
         return self._audit.run(
-            action, f"tenants/{name}", name, reason, lambda: self.ledger.tenants.suspend(name, suspended)
+            action, f"tenants/{name}", name, reason, lambda: self._ledger.tenants.suspend(name, suspended)
         )
 
     def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "", validate_only: bool = False) -> int:
@@ -272,7 +246,7 @@ class LedgerTenantService:
             from cluster.ledger.tenants.tenants import digest_of_name
 
             erased_name, redacted_reason = f"tenants/{digest_of_name(name)[:16]}", reason.replace(name, "…")
-            tenants = self.ledger.tenants
+            tenants = self._ledger.tenants
             return self._audit.run(
                 "tenants.erase",
                 erased_name,
@@ -283,7 +257,7 @@ class LedgerTenantService:
             )
 
         def operation() -> int:
-            self.ledger.tenants.delete(name, validate_only=validate_only)
+            self._ledger.tenants.delete(name, validate_only=validate_only)
             return 0
 
         return self._audit.run("tenants.delete", f"tenants/{name}", name, reason, operation, quiet=validate_only)
@@ -305,7 +279,7 @@ class LedgerTenantService:
 
         def operation() -> NewKey:
             self._require_grant(role)
-            return self.ledger.keys.create(
+            return self._ledger.keys.create(
                 tenant, name, expires_at=expires_at, role=role, request_id=request_id, validate_only=validate_only
             )
 
@@ -321,7 +295,7 @@ class LedgerTenantService:
 
     def keys(self, tenant: str) -> list[StoredKey]:
         """See TenantService."""
-        return self.ledger.keys.list(tenant)
+        return self._ledger.keys.list(tenant)
 
     def rotate_key(
         self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None, reason: str = ""
@@ -329,8 +303,8 @@ class LedgerTenantService:
         """See TenantService."""
 
         def operation() -> NewKey:
-            self._require_grant(self.ledger.keys.get(tenant, key_id).role)
-            return self.ledger.keys.rotate(tenant, key_id, overlap_s=overlap_s, expires_at=expires_at)
+            self._require_grant(self._ledger.keys.get(tenant, key_id).role)
+            return self._ledger.keys.rotate(tenant, key_id, overlap_s=overlap_s, expires_at=expires_at)
 
         return self._audit.run("keys.rotate", f"tenants/{tenant}/keys/{key_id}", tenant, reason, operation)
 
@@ -339,43 +313,14 @@ class LedgerTenantService:
         require_reason(reason)
 
         def operation() -> StoredKey:
-            self._require_grant(self.ledger.keys.get(tenant, key_id).role)
-            return self.ledger.keys.revoke(tenant, key_id)
+            self._require_grant(self._ledger.keys.get(tenant, key_id).role)
+            return self._ledger.keys.revoke(tenant, key_id)
 
         return self._audit.run("keys.revoke", f"tenants/{tenant}/keys/{key_id}", tenant, reason, operation)
 
     def _require_grant(self, role: str) -> None:
         if not self._may_grant(role):
             raise NotPermitted(f"your role does not permit changes to keys of the role {role[:32]!r}")
-
-    # ---- usage and audit
-
-    def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """See TenantService."""
-        rates = rates or self._rates
-        if cost and rates is None:
-            raise LedgerError("cost: no rates are configured: set the configuration's cost section")
-        return self.ledger.usage.query(wanted, rates if cost else None)
-
-    def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
-        """See TenantService."""
-        after = None
-        while page := self.ledger.usage.records(wanted, after=after, limit=PAGE):
-            yield from page
-            after = (page[-1].opened_at_s, page[-1].record_id)
-
-    def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
-        """See TenantService."""
-        return self.ledger.slo.query(wanted, self._objectives() if objectives is None else objectives)
-
-    def audit(
-        self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
-    ) -> Iterator[dict[str, Any]]:
-        """See TenantService."""
-        before = None
-        while page := self.ledger.audit.list(tenant=tenant, equal=equal, since_s=since_s, before=before, limit=PAGE):
-            yield from page
-            before = (page[-1]["at_s"], page[-1]["event_id"])
 
 
 def require_reason(reason: str) -> None:

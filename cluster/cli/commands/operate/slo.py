@@ -11,10 +11,10 @@ import typer
 
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.ledger import show_table
-from cluster.cli.tenant_service import with_tenant_service
+from cluster.cli.tenant_service import with_usage_reports
 from cluster.ledger.rows import UsageQuery
 from cluster.ledger.slo import MISSING, SOURCE, SloObjective, SloSum
-from cluster.ledger.tenants.service import TenantService
+from cluster.ledger.usage.reports import UsageReports
 
 _MONTH = re.compile(r"(\d{4})-(0[1-9]|1[0-2])")
 
@@ -34,9 +34,9 @@ def days_of(month: str, now_s: float) -> tuple[str, str]:
     return f"{month}-01", f"{month}-{calendar.monthrange(int(match[1]), int(match[2]))[1]:02}"
 
 
-@with_tenant_service()
+@with_usage_reports()
 def slo(
-    service: TenantService,
+    reports: UsageReports,
     month: Annotated[str, typer.Option("--month", help="A month (UTC) like 2026-10.", show_default="this month")] = "",
     tenant: Annotated[str, typer.Option("--tenant", help="Only this tenant.")] = "",
     model: Annotated[str, typer.Option("--model", help="Only this model.")] = "",
@@ -49,7 +49,7 @@ def slo(
     except ValueError as error:
         fail(str(error), USAGE)
     query = UsageQuery((), since_day=first, until_day=last, tenant=tenant, model=model)
-    sums = service.slo(query)
+    sums = reports.slo(query)
     if as_json:
         rows = [each.as_json() for each in sums]
         print_json(

@@ -12,16 +12,16 @@ import typer
 from cluster.cli import terminal
 from cluster.cli.common import USAGE, JsonOption, fail, print_json
 from cluster.cli.ledger import DAY_S, show_table, shown_time, split_pair
-from cluster.cli.tenant_service import with_tenant_service
+from cluster.cli.tenant_service import with_usage_reports
 from cluster.config.tenants import Cost
 from cluster.ledger.rows import DIMENSIONS, Prices, UsageQuery
-from cluster.ledger.tenants.service import TenantService
 from cluster.ledger.usage import export
+from cluster.ledger.usage.reports import UsageReports
 
 
-@with_tenant_service()
+@with_usage_reports()
 def usage(
-    service: TenantService,
+    reports: UsageReports,
     group_by: Annotated[
         str,
         typer.Option(
@@ -55,9 +55,9 @@ def usage(
     names = tuple(part.strip() for part in group_by.split(",") if part.strip())
     query = UsageQuery(names, since_day=since, until_day=until, tenant=tenant, model=model)
     if records:
-        rows = [record.as_json() for record in service.records(query)]
+        rows = [record.as_json() for record in reports.records(query)]
     else:
-        rows = service.usage(query, rates, cost=cost or rates is not None)
+        rows = reports.usage(query, rates, cost=cost or rates is not None)
     if as_csv:
         terminal.write(export.as_csv(rows))
     elif as_json:
@@ -75,9 +75,9 @@ def _rates(prices: Sequence[str], currency: str) -> Prices:
     return Prices(checked.currency, dict(checked.gpu_hour))
 
 
-@with_tenant_service()
+@with_usage_reports()
 def audit(
-    service: TenantService,
+    reports: UsageReports,
     tenant: Annotated[str, typer.Option("--tenant", help="Only this tenant.")] = "",
     kind: Annotated[str, typer.Option("--kind", help="admin, auth_failure or policy.")] = "",
     since_days: Annotated[float, typer.Option("--since-days", help="Only events of the last days.", min=0)] = 30.0,
@@ -87,7 +87,7 @@ def audit(
     """Show the audit log, newest first: who did what, and why."""
     since_s = max(time.time() - since_days * DAY_S, 0.0)
     equal = {"kind": kind} if kind else {}
-    rows = list(islice(service.audit(tenant=tenant, equal=equal, since_s=since_s), limit))
+    rows = list(islice(reports.audit(tenant=tenant, equal=equal, since_s=since_s), limit))
     if as_json:
         print_json(rows)
         return

@@ -24,6 +24,7 @@ from cluster.ledger.rows import Prices, UsageQuery
 from cluster.ledger.slo import SloObjective, SloObjectives
 from cluster.ledger.tenants.service import DEFAULT_OVERLAP_S, Actor, LedgerTenantService
 from cluster.ledger.usage.records import UsageRecord
+from cluster.ledger.usage.reports import LedgerUsageReports
 from cluster.policy.tenants.identity import may_manage_keys
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("admin")
 
+S = TypeVar("S")
 T = TypeVar("T")
 EXPORT_PAGE = 500
 MAX_REQUEST_ID = 128
@@ -50,7 +52,8 @@ class TenantServices:
         self._authorizer = authorizer
         self._policy_of = config.tenant_defaults.policy
         self._classes = {priority_class.name for priority_class in config.classes}
-        self._rates = Prices(config.cost.currency, dict(config.cost.gpu_hour)) if config.cost else None
+        rates = Prices(config.cost.currency, dict(config.cost.gpu_hour)) if config.cost else None
+        self._reports = LedgerUsageReports(tenants.ledger, rates=rates)
 
     async def run(self, caller: AdminCaller, act: Callable[[LedgerTenantService], T]) -> T:
         """Call `act` with a LedgerTenantService that records the caller as the actor, and return the result of `act`.
@@ -64,8 +67,15 @@ class TenantServices:
             clock=time.time,
             classes=self._classes,
             may_grant=partial(may_manage_keys, caller.principal),
-            rates=self._rates,
         )
+        return await self._in_thread(act, service)
+
+    async def read(self, act: Callable[[LedgerUsageReports], T]) -> T:
+        """Call `act` with the usage reports, and return the result of `act`. `act` runs in a thread. Raises a CallError
+        in place of each LedgerError of `act`."""
+        return await self._in_thread(act, self._reports)
+
+    async def _in_thread(self, act: Callable[[S], T], service: S) -> T:
         try:
             return await self._authorizer.in_thread(act, service)
         except LedgerError as error:
@@ -254,8 +264,8 @@ class UsageAdmin:
             str(request.cost),
         )
         after = position_of(request.page_token, (str,) * len(groups), *list_key)
-        rows = await self._services.run(
-            caller, lambda service: service.usage(_query(request, caller, groups), cost=request.cost)
+        rows = await self._services.read(
+            lambda reports: reports.usage(_query(request, caller, groups), cost=request.cost)
         )
         rest = [row for row in rows if after is None or _group(row, groups) > after]
         page = rest[:size]
@@ -270,9 +280,8 @@ class UsageAdmin:
         after: tuple[float, str] | None = None
         while True:
             start_after = after
-            page = await self._services.run(
-                caller,
-                lambda service, start_after=start_after: service.ledger.usage.records(  # type: ignore[misc]
+            page = await self._services.read(
+                lambda reports, start_after=start_after: reports.ledger.usage.records(  # type: ignore[misc]
                     _query(request, caller, ()), after=start_after, limit=EXPORT_PAGE
                 ),
             )
@@ -289,7 +298,7 @@ class UsageAdmin:
         list_key = ("slo", request.parent, request.since_day, request.until_day, request.model)
         after = position_of(request.page_token, (str, str), *list_key)
         objectives = self._objectives()
-        sums = await self._services.run(caller, lambda service: service.slo(_query(request, caller, ()), objectives))
+        sums = await self._services.read(lambda reports: reports.slo(_query(request, caller, ()), objectives))
         rest = [each for each in sums if after is None or (each.tenant, each.model) > after]
         page = rest[:size]
         more = next_token([page[-1].tenant, page[-1].model], *list_key) if len(rest) > size else ""
@@ -349,9 +358,8 @@ class AuditAdmin:
         )
         list_key = ("audit", tenant, request.filter, str(since_s))
         before: Any = position_of(request.page_token, (float, str), *list_key)
-        rows = await self._services.run(
-            caller,
-            lambda service: service.ledger.audit.list(
+        rows = await self._services.read(
+            lambda reports: reports.ledger.audit.list(
                 tenant=tenant, equal=equal, since_s=since_s, before=before, limit=size + 1
             ),
         )

@@ -1,0 +1,83 @@
+"""The usage reports: reads of usage, of the SLOs and of the audit log for the admin API and the command line.
+
+`UsageReports` is the interface. `LedgerUsageReports` implements the interface on a database. The CLI's
+`RemoteUsageReports` implements the interface over the admin API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cluster.ledger.errors import LedgerError
+from cluster.ledger.rows import Prices, UsageQuery
+from cluster.ledger.slo import SloObjectives, SloSum
+from cluster.ledger.usage.records import UsageRecord
+
+if TYPE_CHECKING:
+    from cluster.ledger.store import Ledger
+
+PAGE = 1000
+
+
+class UsageReports(Protocol):
+    """Reads of usage, of the SLOs and of the audit log. Every read may raise LedgerError or a subclass of it."""
+
+    def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
+        """Return usage sums by group. With `cost`, each group also has a cost.
+
+        `rates`: prices from which the costs are computed; None means the service's own prices.
+        """
+
+    def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
+        """Return usage records in order of time."""
+
+    def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
+        """Return by tenant and model how many calls met or missed the model's SLO. `wanted.group_by` is ignored.
+
+        `objectives`: the SLO of each model; None means the SLOs that the service has.
+        """
+
+    def audit(
+        self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
+    ) -> Iterator[dict[str, Any]]:
+        """Return audit events, newest first."""
+
+
+class LedgerUsageReports:
+    """UsageReports on a database. Reads run in the caller's thread."""
+
+    def __init__(
+        self, ledger: Ledger, *, rates: Prices | None = None, objectives: Callable[[], SloObjectives] = dict
+    ) -> None:
+        """`rates`: prices from which costs are computed. `objectives` returns the SLOs by which `slo` judges calls."""
+        self.ledger = ledger
+        self._rates = rates
+        self._objectives = objectives
+
+    def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
+        """See UsageReports."""
+        rates = rates or self._rates
+        if cost and rates is None:
+            raise LedgerError("cost: no rates are configured: set the configuration's cost section")
+        return self.ledger.usage.query(wanted, rates if cost else None)
+
+    def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
+        """See UsageReports."""
+        after = None
+        while page := self.ledger.usage.records(wanted, after=after, limit=PAGE):
+            yield from page
+            after = (page[-1].opened_at_s, page[-1].record_id)
+
+    def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
+        """See UsageReports."""
+        return self.ledger.slo.query(wanted, self._objectives() if objectives is None else objectives)
+
+    def audit(
+        self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
+    ) -> Iterator[dict[str, Any]]:
+        """See UsageReports."""
+        before = None
+        while page := self.ledger.audit.list(tenant=tenant, equal=equal, since_s=since_s, before=before, limit=PAGE):
+            yield from page
+            before = (page[-1]["at_s"], page[-1]["event_id"])
