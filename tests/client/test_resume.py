@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.client import AsyncClient, Client, HeadraceError
-from cluster.client.aio import AsyncStream
+from cluster.client import AsyncClient, AsyncStream, Client, HeadraceError
 from cluster.client.resume import MAX_FAILURES, Resumption
 from cluster.gateway.server import Gateway
 from cluster.v1 import inference_pb2 as pb
@@ -86,7 +85,7 @@ async def test_streams_outlive_their_gateway(pair: Pair) -> None:
         await until(lambda: min(read) >= 10, "all streams have begun")
         kill(pair.first.gateway)
         assert await asyncio.gather(*running) == wanted
-        assert client._gateways.endpoint == pair.endpoints[1]
+        assert client._calls.gateways.endpoint == pair.endpoints[1]
         assert (await client.chat("sim", "call 0", max_tokens=120, ignore_eos=True, temperature=0.0)).text == wanted[0]
 
 

@@ -52,8 +52,8 @@ async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCl
     answers = await asyncio.gather(*(read_stream(i) for i in range(20)))
     assert answers[3][0] == alone
     assert {count for _, count in answers} == {25}
-    assert len(client._sessions._all) == 1
-    assert client._streams == 0
+    assert len(client._calls.sessions._all) == 1
+    assert client._calls.streams == 0
     await cluster.until_idle()
 
 
@@ -151,7 +151,7 @@ async def test_old_sessions_are_replaced(tmp_path: Path, checkpoint: Path, bundl
 
             for wave in range(12):
                 assert set(await asyncio.gather(*(count_tokens(wave * 8 + i) for i in range(8)))) == {40}
-            assert len(client._sessions._all) > 1
+            assert len(client._calls.sessions._all) > 1
 
 
 async def test_a_gateway_without_sessions_gets_streams(gateway: ScriptedGateway) -> None:
@@ -175,4 +175,4 @@ async def test_lost_gateway(client: AsyncClient, cluster: TestCluster) -> None:
     for stream in streams:
         with pytest.raises(HeadraceError):
             [t async for t in stream]
-    await until(lambda: client._streams == 0, "all streams have ended")
+    await until(lambda: client._calls.streams == 0, "all streams have ended")

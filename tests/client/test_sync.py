@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from google.rpc import code_pb2
 
 from cluster.client import UNREACHABLE, AsyncClient, Client, HeadraceError
+from cluster.client.aio_calls import AsyncCalls
+from cluster.client.sync_calls import BlockingCalls
 from cluster.v1 import inference_pb2 as pb
 from tests.support.scripted_gateway import WORDS, ScriptedGateway, refusal
 
@@ -22,12 +25,12 @@ AWAITING = r"\b(async |await |Async(?=Stream|Iterable)|Awaitable\[(?=Response\]\
 def test_both_clients_have_the_same_methods() -> None:
     """A call of the blocking client is the call of the asyncio client without `async`, `await` and awaitables."""
 
-    def calls(client: type) -> dict[str, str]:
-        methods = {name: f for name, f in vars(client).items() if inspect.isfunction(f) and name[0] != "_"}
-        methods = {**methods, "_unary": vars(client)["_unary"]}
+    def calls(client: type, unary: Callable[..., object]) -> dict[str, str]:
+        methods: dict[str, Callable[..., object]] = {"unary": unary}
+        methods |= {name: f for name, f in vars(client).items() if inspect.isfunction(f) and name[0] != "_"}
         return {name: re.sub(AWAITING, "", inspect.getsource(f)) for name, f in methods.items() if name != "close"}
 
-    assert calls(Client) == calls(AsyncClient)
+    assert calls(Client, BlockingCalls.unary) == calls(AsyncClient, AsyncCalls.unary)
     assert inspect.signature(Client) == inspect.signature(AsyncClient)
 
 

@@ -157,9 +157,9 @@ class Callers:
         """Record when a client's connection ends. At that moment the client's streams learn that they must resume
         elsewhere.
         """
-        while not client._gateways.channels:  # noqa: ASYNC110 - made with the first call
+        while not client._calls.gateways.channels:  # noqa: ASYNC110 - made with the first call
             await asyncio.sleep(LIVE_S)
-        channel = client._gateways.channels[0]
+        channel = client._calls.gateways.channels[0]
         while True:
             state = channel.get_state()
             await channel.wait_for_state_change(state)
