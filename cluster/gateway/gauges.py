@@ -54,7 +54,7 @@ class GatewayGauges:
         """Yield the current value of each gauge."""
         yield "build_info", (__version__, platform.python_version(), grpc.__version__), 1
         yield "config_valid", (), float(self.config_state.valid)
-        statistics, heard = self.hub.statistics(), self.hub.heard_at
+        statistics, heard = self.hub.statistics(), self.hub.controller.heard_at
         yield "log_lines_dropped_total", (), log.dropped_lines()
         for file, expires_at_s in self.certificates.current():
             yield "certificate_expiry_timestamp_seconds", (str(file),), expires_at_s

@@ -139,7 +139,7 @@ def sockets() -> set[str]:
 
 def _end_reason(door: Door, known: int) -> str | None:
     """Return why the last engine ended, or None if the gateway knows of no more than `known` ends."""
-    ends = door.hub.lost_engines()
+    ends = door.lost_engines()
     return ends[-1].reason if len(ends) > known else None
 
 
@@ -161,7 +161,7 @@ async def test_llama_and_its_deaths(
             assert "cpushm" in mapped or not has_avx512(), "ranks of one host share memory"
             assert "/dev/shm/psm_" in mapped
         assert not set().union(*(named_blocks(process.pid) for process in everyone)), "no name is left of it"
-        known = len(door.hub.lost_engines())
+        known = len(door.lost_engines())
         next(iter(before[victim])).send_signal(signal.SIGKILL)
         await eventually(
             lambda e=everyone: not any(map(is_alive, e)) or None,  # type: ignore[misc]
@@ -176,7 +176,7 @@ async def test_llama_and_its_deaths(
                 f"the gateway knows of the {victim}'s death",
             )
             match = re.fullmatch(rf"{HOW_IT_ENDED[victim]}; log: (?P<log>/\S+)", reason)
-            assert match is not None, door.hub.lost_engines()
+            assert match is not None, door.lost_engines()
             assert Path(match["log"]).is_file()  # noqa: ASYNC240
         link = await door.worker("llama", 400.0, but=link.identity.incarnation)
         await same_tokens(link, folder)

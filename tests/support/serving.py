@@ -15,6 +15,7 @@ from cluster.gateway.links.hub import Hub, hub_server
 from cluster.gateway.links.worker_link import SubmittedRequest, WorkerLink
 from cluster.policy.catalog.reconcile import Observed
 from cluster.ray.backend import Backend, RaySnapshot
+from cluster.wire.lost_engines import LostEngine
 from tests.support.links import NoListener
 
 T = TypeVar("T")
@@ -46,6 +47,10 @@ class Door(NoListener):
         return ""
 
     keeps_accounts: bool = False
+
+    def lost_engines(self) -> Sequence[LostEngine]:
+        """Return the engines that have ended in the last minutes, with the reasons that the workers reported."""
+        return self.hub.workers.lost.recent(time.time())
 
     def link_of(self, model: str) -> WorkerLink | None:
         """Return a link to a worker of the model that has granted credit to this hub; None if there is none."""

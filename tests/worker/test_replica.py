@@ -162,7 +162,7 @@ async def test_dead_engine_ends_the_process(door: Door) -> None:
     await eventually(lambda: exits, "the process is ended")
     assert exits == [70]
     await eventually(lambda: not door.hub.links, "its link has ended")
-    (lost,) = door.hub.lost_engines()
+    (lost,) = door.lost_engines()
     assert (lost.model, lost.worker_id, lost.node) == ("m", "m-r1", "n")
     assert "power cut" in lost.reason
     with pytest.raises(EngineDead, match="power cut"):
@@ -184,7 +184,7 @@ async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
     assert len(await greedy(link, [1, 2], 3)) == 1
     await eventually(lambda: exits, "the process is ended")
     await eventually(lambda: not door.hub.links, "its link has ended")
-    assert "engine on node node-7 is sick" in door.hub.lost_engines()[0].reason
+    assert "engine on node node-7 is sick" in door.lost_engines()[0].reason
     with pytest.raises(EngineDead, match="engine on node node-7 is sick: its answer to the golden prompt"):
         await replica.check()
     await replica.stop()

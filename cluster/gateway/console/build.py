@@ -81,7 +81,7 @@ def live_overview(sources: Sources) -> LiveOverview:
     live = LiveOverview(
         parts,
         PartMaker(hub.gateway_id, sources.process, hub.incarnation, recent),
-        ScalingReasons(hub.ask_controller),
+        ScalingReasons(hub.controller.ask),
         Names(config.name, __version__, has_cost=config.cost is not None),
         lambda tenant: _models_of(tenant, sources.directory, tenants),
         has_history=console.enabled and console.history,

@@ -16,21 +16,19 @@ import structlog
 
 from cluster import http2
 from cluster.api.demand import ModelDemand
-from cluster.api.types import VersionTally, WorkerIdentity
+from cluster.api.types import VersionTally
 from cluster.gateway.links.bundle_fetches import BundleFetches
 from cluster.gateway.links.controller import CurrentController, tallies_to_pb, worker_to_pb
 from cluster.gateway.links.kept_state import KeptOperatorState
-from cluster.gateway.links.peer_identity import CONTROLLER, PeerIdentity, model_uri
+from cluster.gateway.links.peer_identity import LinkPeer, PeerIdentity
 from cluster.gateway.links.starting_workers import StartingWorkers
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.links.worker_links import HubListener, WorkerLinks
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.wire.admin_forwarding import ANSWER_S
 from cluster.wire.codecs import codec
 from cluster.wire.codecs.demand_codec import demand_to_pb
 from cluster.wire.dial import MAX_MESSAGE_BYTES, Timing, read
-from cluster.wire.lost_engines import LostEngine
 
 log = structlog.get_logger("hub")
 
@@ -83,23 +81,10 @@ class Hub(pb_grpc.LinkServicer):
         links = self.links
         return HubStatistics(len(links), sum(link.running for link in links), int(self.controller.connected))
 
-    def lost_engines(self) -> Sequence[LostEngine]:
-        """Return the engines that have ended in the last minutes, with the reasons that the workers reported."""
-        return self.workers.lost.recent(time.time())
-
     @property
     def links(self) -> Sequence[WorkerLink]:
         """All worker links that are up, sorted by worker id."""
         return self.workers.links
-
-    @property
-    def heard_at(self) -> float | None:
-        """Monotonic time of a controller's last message; None before the first catalog."""
-        return self.controller.heard_at
-
-    async def ask_controller(self, verb: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
-        """Forward an admin verb to the controller and return its answer. Raises CallError."""
-        return await self.controller.ask(verb, body, actor, timeout_s)
 
     def _bundle_holder(self, digest: str) -> WorkerLink | None:
         return next((link for link in self.links if link.identity.bundle_digest == digest), None)
@@ -133,7 +118,12 @@ class Hub(pb_grpc.LinkServicer):
             identity, info = codec.hello_from_pb(hello)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
-        await self._authorize(context, identity, hello.epoch)
+        linked = self.workers.find(identity.worker_id)
+        peer = LinkPeer(context, self._peer_identity)
+        await peer.require_worker(identity, hello.epoch, None if linked is None else linked.identity)
+        if why := self._listener.refusal_of(identity):
+            log.warning("worker.refused", worker=identity.worker_id, model=identity.model, reason=why)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {why}")
         link = await self.workers.serve(identity, info, hello.epoch, context, self._welcome(protocol))
         if link.closed.is_set():  # a cancelled handler would leave the worker without a status
             await context.abort(grpc.StatusCode.UNAVAILABLE, link.why)
@@ -145,31 +135,6 @@ class Hub(pb_grpc.LinkServicer):
                 return await read(context)
         except TimeoutError:
             return None
-
-    async def _authorize(self, context: Any, identity: WorkerIdentity, epoch: int) -> None:
-        """Abort the stream of a peer that may not act as this worker. A peer with a wrong certificate learns only that
-        the certificate is wrong."""
-        certificate = context.peer_certificate()
-        older = self.workers.find(identity.worker_id)
-        for model in {identity.model, older.identity.model if older is not None else identity.model}:
-            if not self._peer_identity.may_serve(certificate, model):
-                await self._refuse_peer(context, model_uri(identity.model))
-        if self._peer_identity.is_replayed(identity, epoch):
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"hello: this incarnation has already used epoch {epoch} or a later one",
-            )
-        if why := self._listener.refusal_of(identity):
-            log.warning("worker.refused", worker=identity.worker_id, model=identity.model, reason=why)
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {why}")
-
-    @staticmethod
-    async def _refuse_peer(context: Any, name: str) -> None:
-        log.warning("link.peer_refused", peer=context.peer(), missing_name=name)
-        await context.abort(
-            grpc.StatusCode.PERMISSION_DENIED,
-            f"the client certificate does not name {name} (see `headrace certs worker --help`)",
-        )
 
     def _welcome(self, protocol: int) -> pb.Welcome:
         return pb.Welcome(
@@ -183,12 +148,11 @@ class Hub(pb_grpc.LinkServicer):
 
     async def Beat(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """Serve the heartbeats of one worker. Each heartbeat is answered with a GatewayBeat."""
-        certificate = context.peer_certificate()
+        peer = LinkPeer(context, self._peer_identity)
         while (beat := await read(context)) is not None:
             link = self.workers.find(beat.worker_id)
             if link is not None:
-                if not self._peer_identity.may_serve(certificate, link.identity.model):
-                    await self._refuse_peer(context, model_uri(link.identity.model))
+                await peer.require_model(link.identity.model)
                 self.workers.apply_beat(link, beat)
             await context.write(pb.GatewayBeat(seq=beat.seq))
 
@@ -199,13 +163,12 @@ class Hub(pb_grpc.LinkServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first blob must hold worker_id")
         blobs: asyncio.Queue[pb.Blob] = asyncio.Queue()
         link = self.workers.find(hello.worker_id)
-        certificate = context.peer_certificate()
+        peer = LinkPeer(context, self._peer_identity)
         if link is not None and (link.identity.incarnation, link.epoch) == (hello.incarnation, hello.epoch):
-            if not self._peer_identity.may_serve(certificate, link.identity.model):
-                await self._refuse_peer(context, "its worker's model")
+            await peer.require_model(link.identity.model, "its worker's model")
             link.bulk.open(blobs)
-        elif not self._peer_identity.may_control(certificate):
-            await self._refuse_peer(context, "a worker that is linked, or the controller")
+        else:
+            await peer.require_controller("a worker that is linked, or the controller")
         writer = asyncio.create_task(_write_blobs(blobs, context))
         parts: dict[str, bytearray] = {}
         try:
@@ -217,11 +180,10 @@ class Hub(pb_grpc.LinkServicer):
     async def Starting(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """Receive the reports of a worker that starts, until the stream ends."""
         stream = self.starting.new_stream()
-        certificate = context.peer_certificate()
+        peer = LinkPeer(context, self._peer_identity)
         try:
             while (message := await read(context)) is not None:
-                if not self._peer_identity.may_serve(certificate, message.model):
-                    await self._refuse_peer(context, model_uri(message.model))
+                await peer.require_model(message.model)
                 self.starting.report(stream, message)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"starting: {error}")
@@ -234,15 +196,13 @@ class Hub(pb_grpc.LinkServicer):
         first = await self._first_message(context)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must hold hello")
-        if not self._peer_identity.may_control(context.peer_certificate()):
-            await self._refuse_peer(context, CONTROLLER)
+        await LinkPeer(context, self._peer_identity).require_controller()
         await context.write(pb.GatewayControlFrame(welcome=self._welcome(codec.PROTOCOL_MAX)))
         await self.controller.serve(first.hello, context)
 
     async def ReadOperatorState(self, request: object, context: Any) -> pb.OperatorState:
         """Return the operator state that a controller last sent. Only a controller may read it."""
-        if not self._peer_identity.may_control(context.peer_certificate()):
-            await self._refuse_peer(context, CONTROLLER)
+        await LinkPeer(context, self._peer_identity).require_controller()
         return self._operator_state.newest
 
 

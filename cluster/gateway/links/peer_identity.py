@@ -11,7 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import grpc
+import structlog
+
 from cluster.api.types import WorkerIdentity
+
+log = structlog.get_logger("hub")
 
 CONTROLLER = "headrace://controller"
 ANY_MODEL = "headrace://model/*"
@@ -53,3 +58,45 @@ class PeerIdentity:
         if len(self._epochs) > MOST_REMEMBERED:
             del self._epochs[next(iter(self._epochs))]
         return epoch <= last
+
+
+class LinkPeer:
+    """The peer of one stream of the link service. The methods abort the stream if the peer may not act as it claims.
+
+    A peer with a wrong certificate learns only that the certificate is wrong.
+    """
+
+    def __init__(self, context: Any, identity: PeerIdentity) -> None:
+        self._context = context
+        self._identity = identity
+        self._certificate = context.peer_certificate()
+
+    async def require_controller(self, wanted: str = CONTROLLER) -> None:
+        """Require that the peer may be a controller. `wanted`: what the error says that the certificate does not
+        name."""
+        if not self._identity.may_control(self._certificate):
+            await self._refuse(wanted)
+
+    async def require_model(self, model: str, wanted: str = "") -> None:
+        """Require that the peer may be a worker of the model. `wanted`: what the error says that the certificate does
+        not name; by default the URI of the model."""
+        if not self._identity.may_serve(self._certificate, model):
+            await self._refuse(wanted or model_uri(model))
+
+    async def require_worker(self, worker: WorkerIdentity, epoch: int, linked: WorkerIdentity | None) -> None:
+        """Require that the peer may begin an epoch of the worker. `linked`: the worker with the same id that is linked
+        now, which the peer must be permitted to replace."""
+        for model in {worker.model, worker.model if linked is None else linked.model}:
+            await self.require_model(model, model_uri(worker.model))
+        if self._identity.is_replayed(worker, epoch):
+            await self._context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"hello: this incarnation has already used epoch {epoch} or a later one",
+            )
+
+    async def _refuse(self, name: str) -> None:
+        log.warning("link.peer_refused", peer=self._context.peer(), missing_name=name)
+        await self._context.abort(
+            grpc.StatusCode.PERMISSION_DENIED,
+            f"the client certificate does not name {name} (see `headrace certs worker --help`)",
+        )

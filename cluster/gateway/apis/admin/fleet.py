@@ -176,7 +176,7 @@ class CatalogAdmin:
         """List the models, sorted by name."""
         page, token = paginate([m.name for m in self._directory.models], request.page_size, request.page_token)
         entries = [self._entry(model) for name in page if (model := self._directory.find(name)) is not None]
-        heard_at = self._hub.heard_at
+        heard_at = self._hub.controller.heard_at
         age_s = -1.0 if heard_at is None else time.monotonic() - heard_at
         return pb.ListResponse(models=entries, next_page_token=token, age_s=age_s)
 

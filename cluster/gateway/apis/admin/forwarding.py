@@ -34,7 +34,7 @@ class ForwardedVerbs:
         async def forward(request: Message, caller: AdminCaller) -> Message:
             outcome = "ok"
             try:
-                return kind.FromString(await self._hub.ask_controller(name, request.SerializeToString(), caller.actor))
+                return kind.FromString(await self._hub.controller.ask(name, request.SerializeToString(), caller.actor))
             except CallError as error:
                 outcome = error.outcome.value
                 raise

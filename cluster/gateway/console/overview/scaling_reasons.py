@@ -37,7 +37,7 @@ class ScalingReasons:
     """The controller's reasons for its newest scaling decisions, by model."""
 
     def __init__(self, ask: Ask) -> None:
-        """`ask`: forwards an admin verb to the controller (Hub.ask_controller)."""
+        """`ask`: forwards an admin verb to the controller (CurrentController.ask)."""
         self._ask = ask
         self._known: dict[str, _Known] = {}
         self._tasks: set[asyncio.Task[None]] = set()

@@ -117,7 +117,7 @@ class Survey:
             shot.model_rows = await in_slices(
                 model_row(model, starting, shot.epoch_s) for model in parts.directory.models
             )
-        heard = parts.hub.heard_at
+        heard = parts.hub.controller.heard_at
         shot.controller_age_s = None if heard is None else max(time.monotonic() - heard, 0.0)
         shot.controller_gateways = parts.hub.controller.gateways or None
         lag = parts.metrics.histogram(LAG)
