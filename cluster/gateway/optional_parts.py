@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cluster.gateway.console.overview.live import LiveOverview
     from cluster.gateway.guards.guards import Guards
     from cluster.gateway.links.hub import Hub
+    from cluster.gateway.quotas.budgets import BudgetWatch, SumsCallback
     from cluster.gateway.quotas.valkey_limits import ValkeyLimits
     from cluster.gateway.resume_tokens.first_claims import FirstClaims
     from cluster.gateway.resume_tokens.resumption import ResumeService
@@ -67,6 +68,30 @@ def accounting(
     sealer = Sealer(store.secrets)
     return Accounting(
         incarnation=hub.incarnation, sealer=sealer, folder=folder, insert=store.insert, gateway=hub.gateway_id
+    )
+
+
+def budgets(
+    config: Config, tenants: TenantAuthenticator | None, metrics: Metrics, process: int, on_sums: SumsCallback
+) -> BudgetWatch | None:
+    """Return the watch over the budgets of all tenants; None if `tenants` is None. Only process 0 of a host sends
+    notices. Raises ValueError for an unusable webhook secret file."""
+    if tenants is None:
+        return None
+    from cluster.gateway.quotas.budgets import BudgetWatch
+    from cluster.ledger.files import read_secrets
+
+    webhook = config.observe.budget_webhook if process == 0 else None
+    setting = "observe.budget_webhook.secret_file"
+    return BudgetWatch(
+        config.name,
+        tenants.ledger,
+        lambda: list(tenants.policies().values()),
+        metrics,
+        on_sums,
+        webhook=webhook,
+        secret=b"" if webhook is None else read_secrets(webhook.secret_file, setting)[0],
+        max_tenants=config.observe.max_tenant_series,
     )
 
 

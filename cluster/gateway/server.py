@@ -101,7 +101,9 @@ class Gateway:
             self.scheduler.cut,
             max_tenants=config.observe.max_tenant_series,
         )
-        budgets = None if self.tenants is None else self.tenants.budgets(self.foundation.limits.spent)
+        budgets = optional_parts.budgets(
+            config, self.tenants, self.metrics, self.foundation.process, self.foundation.limits.spent
+        )
         self._budgets: BudgetWatch | None = budgets
         self._guards: Guards | None = optional_parts.guards(config, self.metrics, self.tenants)
         self.service: CallService = self._call_service()

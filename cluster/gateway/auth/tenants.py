@@ -13,7 +13,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,8 @@ from cluster.config.schema import Config
 from cluster.config.tenants import Auth
 from cluster.gateway.auth.authenticator import Caller, Credentials, RegisteredCallers
 from cluster.gateway.auth.credentials import CredentialChecker
+from cluster.gateway.auth.derived_tenants import DerivedTenants
 from cluster.gateway.auth.ledger_upkeep import LedgerUpkeep
-from cluster.gateway.quotas.budgets import BudgetWatch, SumsCallback
 from cluster.gateway.usage.prompt_log import PromptLog
 from cluster.ledger.audit.audit import AuditEvent, AuditLog
 from cluster.ledger.audit.writer import AuditWriter
@@ -38,8 +37,6 @@ from cluster.policy.tenants.identity import (
     AccessSnapshot,
     CertificateRule,
     Principal,
-    cache_salt,
-    tenant_handle,
 )
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process.private_files import make_private_folder
@@ -69,7 +66,6 @@ class TenantAuthenticator:
         """The cluster's secrets. The first secret signs; every secret verifies."""
         self.by_certificate = bool(config.auth.client_certificates)
         self.on_change: set[Callable[[], None]] = set()
-        self._config = config
         self._first = process == 0
         self._metrics = metrics
         declared = config.policies()
@@ -85,9 +81,7 @@ class TenantAuthenticator:
             declared=declared,
             on_change=self._changed,
         )
-        self.prompts = PromptLog(
-            folder / "prompts", self._policies_by_tenant, config.store.retention_days.prompts, self._metrics
-        )
+        self.prompts = PromptLog(folder / "prompts", self.policies, config.store.retention_days.prompts, self._metrics)
         self._oidc = _verifier(config.auth)
         self._authenticator = CredentialChecker(
             self._watcher.current,
@@ -98,7 +92,8 @@ class TenantAuthenticator:
             ],
             on_failure=self._record_failure,
         )
-        self._derived: dict[str, tuple[TenantPolicy, TenantPolicy, str]] = {}
+        self.derived = DerivedTenants(self.secrets)
+        """The handles and cache salts of the tenants."""
         self._callers = RegisteredCallers(self.principal)
         self._upkeep = LedgerUpkeep(config, self.ledger, declared)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -140,22 +135,6 @@ class TenantAuthenticator:
         await asyncio.to_thread(self.prompts.close)
         self.ledger.close()
 
-    def budgets(self, on_sums: SumsCallback) -> BudgetWatch:
-        """Return the watch over the budgets of all tenants. Raises ValueError for an unusable webhook secret file."""
-        observe = self._config.observe
-        webhook = observe.budget_webhook if self._first else None
-        setting = "observe.budget_webhook.secret_file"
-        return BudgetWatch(
-            self._config.name,
-            self.ledger,
-            lambda: list(self._policies_by_tenant().values()),
-            self._metrics,
-            on_sums,
-            webhook=webhook,
-            secret=b"" if webhook is None else read_secrets(webhook.secret_file, setting)[0],
-            max_tenants=observe.max_tenant_series,
-        )
-
     async def _keep_ledger(self, tried: asyncio.Event, *, serving: bool) -> None:
         """In process 0, prepare the ledger's database and delete expired rows. Arguments: see LedgerUpkeep.prepare."""
         await asyncio.sleep(CHECK_AFTER_S if serving else 0.0)
@@ -169,14 +148,9 @@ class TenantAuthenticator:
 
     async def principal(self, credentials: Credentials) -> Principal:
         """See Authenticator."""
-        return self.with_handle(
+        return self.derived.with_handle(
             await self._authenticator.principal(credentials.authorization, credentials.names, credentials.peer)
         )
-
-    def with_handle(self, principal: Principal) -> Principal:
-        """Return the principal with its tenant's handle, which identifies the tenant to workers."""
-        tenant = self._derive(principal.tenant)[1]
-        return Principal(tenant, principal.role, principal.by, principal.subject, principal.model_aliases)
 
     def knows(self) -> AccessSnapshot:
         """See Authenticator."""
@@ -194,7 +168,8 @@ class TenantAuthenticator:
         """Return the current snapshot of tenants and keys. Raises CallError STORE_UNAVAILABLE."""
         return self._watcher.current()
 
-    def _policies_by_tenant(self) -> dict[str, TenantPolicy]:
+    def policies(self) -> dict[str, TenantPolicy]:
+        """Return the current policy of each tenant, keyed by name. Raises CallError STORE_UNAVAILABLE."""
         return {name: entry.policy for name, entry in self.snapshot().tenants.items()}
 
     def tenant_error(self, tenant: str) -> CallError | None:
@@ -209,19 +184,7 @@ class TenantAuthenticator:
 
     def cache_salt(self, principal: Principal, own: str) -> str:
         """See Authenticator."""
-        policy = principal.tenant
-        return cache_salt(self.secrets, policy, own) if own else self._derive(policy)[2]
-
-    def _derive(self, policy: TenantPolicy) -> tuple[TenantPolicy, TenantPolicy, str]:
-        """Return three values: the tenant's policy as in the snapshot, a copy of it with the tenant's handle, and the
-        tenant's cache salt. `policy`: either of these two policies. The values are computed once for each policy of the
-        tenant."""
-        cached = self._derived.get(policy.name)
-        if cached is None or (policy is not cached[0] and policy is not cached[1]):
-            handle = tenant_handle(self.secrets, policy.name)
-            cached = (policy, replace(policy, handle=handle), cache_salt(self.secrets, policy))
-            self._derived[policy.name] = cached
-        return cached
+        return self.derived.cache_salt(principal.tenant, own)
 
     # ---- changes and failures
 

@@ -119,7 +119,7 @@ def _charger(recent: RecentCalls, gpu_hour: Mapping[str, float]) -> Callable[[Us
 
 def _policies(tenants: TenantAuthenticator) -> Mapping[str, TenantPolicy]:
     try:
-        return {name: entry.policy for name, entry in tenants.snapshot().tenants.items()}
+        return tenants.policies()
     except CallError:  # the snapshot is too old; only tenants with calls are shown then
         return {}
 

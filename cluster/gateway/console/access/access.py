@@ -125,7 +125,7 @@ class ConsoleAccess:
             verdict = identify(snapshot, session.tenant, session.by, session.subject, session.role)
         if verdict.outcome is Outcome.UNAUTHENTICATED_KEY:
             raise CallError(Outcome.UNAUTHENTICATED_KEY, SIGNED_OUT)
-        principal = self._tenants.with_handle(verdict.require())
+        principal = self._tenants.derived.with_handle(verdict.require())
         self.check_role(principal.role)
         return Viewer(session, principal, principal)
 

@@ -85,7 +85,7 @@ class OidcSignIn:
         claims = await self.flow.finish(state, _query(exchange), self._wall())
         try:
             verdict = identify(self._tenants.snapshot(), claims.tenant, "jwt", claims.subject, claims.role)
-            principal = self._tenants.with_handle(verdict.require())
+            principal = self._tenants.derived.with_handle(verdict.require())
             self._access.check_role(principal.role)
         except CallError as error:
             reason = {Outcome.TENANT_SUSPENDED: "suspended", Outcome.PERMISSION_DENIED: "role"}.get(error.outcome)

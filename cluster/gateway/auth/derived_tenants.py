@@ -1,0 +1,37 @@
+"""What a gateway derives from the cluster's secrets for each tenant: the handle and the salt of the prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cluster.policy.tenants.identity import Principal, cache_salt, tenant_handle
+from cluster.policy.tenants.policy import TenantPolicy
+
+
+class DerivedTenants:
+    """The handles and cache salts of tenants, computed once for each policy of a tenant."""
+
+    def __init__(self, secrets: Sequence[bytes]) -> None:
+        """`secrets`: the cluster's secrets."""
+        self._secrets = secrets
+        self._derived: dict[str, tuple[TenantPolicy, TenantPolicy, str]] = {}
+
+    def with_handle(self, principal: Principal) -> Principal:
+        """Return the principal with its tenant's handle, which identifies the tenant to workers."""
+        tenant = self._derive(principal.tenant)[1]
+        return Principal(tenant, principal.role, principal.by, principal.subject, principal.model_aliases)
+
+    def cache_salt(self, policy: TenantPolicy, own: str) -> str:
+        """Return the prefix-cache salt of a tenant's call. `own`: the salt in the request; "" for none."""
+        return cache_salt(self._secrets, policy, own) if own else self._derive(policy)[2]
+
+    def _derive(self, policy: TenantPolicy) -> tuple[TenantPolicy, TenantPolicy, str]:
+        """Return three values: the tenant's policy as in the snapshot, a copy of it with the tenant's handle, and the
+        tenant's cache salt. `policy`: either of these two policies."""
+        cached = self._derived.get(policy.name)
+        if cached is None or (policy is not cached[0] and policy is not cached[1]):
+            handle = tenant_handle(self._secrets, policy.name)
+            cached = (policy, replace(policy, handle=handle), cache_salt(self._secrets, policy))
+            self._derived[policy.name] = cached
+        return cached
