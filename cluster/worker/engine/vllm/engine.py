@@ -15,7 +15,6 @@ from cluster.api.ports import EngineCorrupt, EngineDead
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
 from cluster.worker.engine.processes import watchdog
 from cluster.worker.engine.processes.starvation import Starvation, read_tasks
-from cluster.worker.engine.reported_work import reported_work
 from cluster.worker.engine.vllm.adapters import EngineAdapters
 from cluster.worker.engine.vllm.core_processes import CoreProcesses, why_not_fast
 from cluster.worker.engine.vllm.engine_info import engine_properties
@@ -196,31 +195,14 @@ class VllmEngine:
             self._adapters.ended(record.adapter)
 
     def load(self) -> EngineLoad:
-        """Return the scheduler's counts of the last step; any thread may call this.
-
-        Requests that the scheduler has not counted yet count as waiting.
-        """
+        """Return the load of the engine; see StepStats.load. Any thread may call this."""
         if self._path is None:
             return EngineLoad(busy="start")
-        stats, now = self._stats, time.monotonic()
-        return EngineLoad(
-            running=stats.running,
-            waiting=max(stats.waiting, stats.live - stats.running, 0),
-            kv_usage=stats.kv_usage,
-            steps=stats.steps,
-            step_s=stats.pace.last_s,
-            busy=reported_work(
-                stats.pace,
-                now,
-                running=stats.running,
-                prefill_tokens=stats.prefill_tokens,
-                has_grammars=self._live.awaiting_grammar > 0 or self._validating > 0,
-                loads_adapter=self._adapters.loading,
-                starvation=self._starvation,
-            ),
-            step_age_s=stats.pace.age_s(now),
-            step_p99_s=stats.pace.times.value_s,
-            prefill_tokens=stats.prefill_tokens,
+        return self._stats.load(
+            time.monotonic(),
+            has_grammars=self._live.awaiting_grammar > 0 or self._validating > 0,
+            loads_adapter=self._adapters.loading,
+            starvation=self._starvation,
         )
 
     def counts(self) -> EngineCounts:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.api.demand import EngineCounts
-from cluster.api.types import EngineRequest, TokenOutput
+from cluster.api.types import EngineLoad, EngineRequest, TokenOutput
 from cluster.observe.trace_context import is_sampled
 from cluster.worker.engine.processes import fork_server
+from cluster.worker.engine.processes.starvation import Starvation
+from cluster.worker.engine.reported_work import reported_work
 from cluster.worker.engine.step_times import StepTimes
 
 END_WITHIN_S = 1.0
@@ -108,6 +110,32 @@ class StepStats:
         self.live -= 1
         if not self.live:
             self.pace.mark_idle()
+
+    def load(self, now: float, *, has_grammars: bool, loads_adapter: bool, starvation: Starvation | None) -> EngineLoad:
+        """Return the scheduler's counts of the last step and the times of steps. Any thread may call this.
+
+        Requests that the scheduler has not counted yet count as waiting. `now`: monotonic time in seconds. The other
+        arguments: see reported_work.
+        """
+        return EngineLoad(
+            running=self.running,
+            waiting=max(self.waiting, self.live - self.running, 0),
+            kv_usage=self.kv_usage,
+            steps=self.steps,
+            step_s=self.pace.last_s,
+            busy=reported_work(
+                self.pace,
+                now,
+                running=self.running,
+                prefill_tokens=self.prefill_tokens,
+                has_grammars=has_grammars,
+                loads_adapter=loads_adapter,
+                starvation=starvation,
+            ),
+            step_age_s=self.pace.age_s(now),
+            step_p99_s=self.pace.times.value_s,
+            prefill_tokens=self.prefill_tokens,
+        )
 
 
 def end(client: Any, shutdown: Callable[..., None]) -> None:

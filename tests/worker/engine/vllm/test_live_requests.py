@@ -73,3 +73,16 @@ def test_ids_are_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
         live.remove(name)
     live.remove("refused", remember=False)
     assert [name for name in ("a", "b", "c", "refused", "live") if live.was_used(name)] == ["b", "c", "live"]
+
+
+def test_the_load_follows_the_requests() -> None:
+    """A request that the scheduler has not counted yet is reported as waiting, and its prompt as not prefilled. The
+    reason for the age of a step is reported with the age."""
+    stats = StepStats()
+    stats.record_submit(5, 100.0)
+    stats.record_submit(7, 100.0)
+    stats.running = 1
+    load = stats.load(101.0, has_grammars=True, loads_adapter=False, starvation=None)
+    assert (load.running, load.waiting, load.prefill_tokens) == (1, 1, 12)
+    assert (load.step_age_s, load.busy) == (1.0, "grammar")
+    assert stats.load(101.0, has_grammars=False, loads_adapter=True, starvation=None).busy == "adapter"
