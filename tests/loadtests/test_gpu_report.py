@@ -115,7 +115,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         gpu_report.checkpoint(str(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_a_real_checkpoint_is_served_without_its_sampling_defaults(tmp_path: Path) -> None:
     """The files of a real checkpoint are used in place, and decoding is greedy on every API."""
     there = build_tokenizer("llama", tmp_path / "there" / "real-model")

@@ -120,7 +120,7 @@ def test_a_second_up_is_refused(up: Up) -> None:
     assert up.ask()
 
 
-@pytest.mark.parametrize("part", ["gateway", "gateway-1", "controller"])
+@pytest.mark.parametrize("part", ["gateway", pytest.param("gateway-1", marks=pytest.mark.long), "controller"])
 def test_a_killed_part_comes_back(up: Up, part: str) -> None:
     """A killed part of the cluster is restarted, the restart is reported, and callers are served again."""
     before = up.process(part)
@@ -179,7 +179,7 @@ def test_down_leaves_nothing(up: Up) -> None:
     assert headrace("status", "--admin", admin).returncode == 3
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("end", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL])
 def test_the_end_of_a_foreground_cluster(up: Up, end: signal.Signals) -> None:
     """Ctrl-C ends all processes of a foreground cluster within seconds.
 
