@@ -82,7 +82,7 @@ class OpenLinks:
 
 @dataclass(frozen=True, slots=True)
 class GatewayReports:
-    """The reports that a worker sends to every gateway."""
+    """The reports of a worker to its gateways: usage only to those that write to the ledger, all others to all."""
 
     usage: WorkerUsage
     served: ServedReports

@@ -132,16 +132,9 @@ def has_avx512() -> bool:
     return " avx512f " in Path("/proc/cpuinfo").read_text()
 
 
-def checked_tree(ray: LocalRay, folder: Path) -> dict[str, set[psutil.Process]]:
-    """Return the processes of the only engine on `ray`, and check that they share memory that has no name."""
-    processes = tree(ray, folder)
-    assert {part: len(found) for part, found in processes.items()} == {"replica": 1, "core": 1, "rank": 2}
-    for mapped in map(maps, processes["rank"]):
-        assert "cpushm" in mapped or not has_avx512(), "ranks of one host share memory"
-        assert "/dev/shm/psm_" in mapped
-    named = set().union(*(named_blocks(process.pid) for process in set().union(*processes.values())))
-    assert not named, "no name is left of it"
-    return processes
+def left(ray: LocalRay, folder: Path) -> set[psutil.Process]:
+    """Return the processes of engines on `ray` that are alive."""
+    return {process for processes in tree(ray, folder).values() for process in processes if is_alive(process)}
 
 
 def sockets() -> set[str]:
@@ -155,21 +148,32 @@ def _end_reason(door: Door, known: int) -> str | None:
     return ends[-1].reason if len(ends) > known else None
 
 
-@pytest.mark.parametrize("victims", [(), pytest.param(("core", "replica", "rank"), marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("victims", "serves_again"), [(("core",), False), pytest.param(("replica", "rank"), True, marks=pytest.mark.long)]
+)
 async def test_llama_and_its_deaths(
-    victims: tuple[str, ...], backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path
+    victims: tuple[str, ...],
+    serves_again: bool,
+    backend: ChildBackend,
+    door: Door,
+    local_ray: LocalRay,
+    tmp_path: Path,
 ) -> None:
-    """LLaMA at TP 2 gives the tokens of transformers, and its ranks share memory that has no name.
-
-    After SIGKILL of the replica, the engine core or a rank, neither processes nor shared memory are left, the model
-    serves again, and the gateway reports which process ended, the cause and the log file."""
+    """After SIGKILL of the replica, the engine core or a rank (LLaMA at TP 2), neither processes nor shared memory are
+    left, and the gateway reports which process ended, the cause and the log file. In the longer case, the model serves
+    again after each death."""
     folder, others, files = build_checkpoint("llama", tmp_path / "llama"), blocks(), sockets()
     await backend.deploy(two_ranks("llama", folder, door.address))
     link = await door.worker("llama", 400.0)
     await same_tokens(link, folder)
     for victim in victims:
-        before = checked_tree(local_ray, folder)
+        before = tree(local_ray, folder)
+        assert {part: len(processes) for part, processes in before.items()} == {"replica": 1, "core": 1, "rank": 2}
         everyone = set().union(*before.values())
+        for mapped in map(maps, before["rank"]):
+            assert "cpushm" in mapped or not has_avx512(), "ranks of one host share memory"
+            assert "/dev/shm/psm_" in mapped
+        assert not set().union(*(named_blocks(process.pid) for process in everyone)), "no name is left of it"
         known = len(door.lost_engines())
         next(iter(before[victim])).send_signal(signal.SIGKILL)
         await eventually(
@@ -187,10 +191,11 @@ async def test_llama_and_its_deaths(
             match = re.fullmatch(rf"{HOW_IT_ENDED[victim]}; log: (?P<log>/\S+)", reason)
             assert match is not None, door.lost_engines()
             assert Path(match["log"]).is_file()  # noqa: ASYNC240
-        link = await door.worker("llama", 400.0, but=link.identity.incarnation)
-        await same_tokens(link, folder)
-    last = set().union(*checked_tree(local_ray, folder).values())
+        if serves_again:
+            link = await door.worker("llama", 400.0, but=link.identity.incarnation)
+            await same_tokens(link, folder)
     await removed(backend, "llama")
-    await eventually(lambda: not any(map(is_alive, last)) or None, "nothing is left of the engine", ORPHANS_GONE_S)
+    await eventually(lambda: not left(local_ray, folder) or None, "nothing is left of the engine", ORPHANS_GONE_S)
     assert not left_blocks(others)
+    assert not sockets() - files
     assert os.getpid() not in reaper.find(local_ray.environment()[reaper.INSTANCE_ENV])

@@ -58,7 +58,7 @@ class LinkStream(NamedTuple):
 
 
 class SubmittedRequest(NamedTuple):
-    """A request for a worker, with the fields of its Submit that the worker's engine does not read."""
+    """A request for a worker, with the other fields of its Submit and what this gateway counts by."""
 
     request: EngineRequest
     attempt: int = 1
@@ -73,7 +73,7 @@ class SubmittedRequest(NamedTuple):
     stream: LinkStream | None = None
     """Name by which another gateway may resume the request."""
     cached_tokens: int = 0
-    """Number of tokens of a new request that routing expects in the worker's cache."""
+    """Number of tokens of a new request that routing expects in the worker's cache. Only counted here, not sent."""
 
     @property
     def tokens(self) -> int:

@@ -72,7 +72,7 @@ class Accounting:
         """`incarnation`: the prefix of record ids. `gateway`: the name that is written into records. `folder`: the
         folder of the spool. `insert`: see RecordDelivery."""
         self.accounts = OpenAccounts(incarnation=incarnation, sealer=sealer, gateway=gateway, clock=clock, wall=wall)
-        """Accounts of the submitted sequences whose records are not written yet."""
+        """Accounts of the submitted sequences whose records are not being written yet."""
         self._sealer = sealer
         self._clock = clock
         self._grace_s = grace_s

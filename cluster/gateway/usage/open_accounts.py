@@ -22,7 +22,7 @@ log = structlog.get_logger("ledger")
 
 
 class OpenAccounts:
-    """The accounts of all submitted sequences at one gateway process whose records are not written yet."""
+    """The accounts of all submitted sequences at one gateway process whose records are not being written yet."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class OpenAccounts:
         return self._by_seal.get(sealed)
 
     def remove(self, account: CallAccount) -> None:
-        """Remove an account whose record is written. Idempotent."""
+        """Remove an account that is being closed. Idempotent."""
         self._by_seal.pop(account.sealed, None)
 
     # ---- records

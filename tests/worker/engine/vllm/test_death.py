@@ -89,7 +89,6 @@ async def test_two_ranks_in_a_row(fast_subject: Subject, llama_folder: Path) -> 
         await engine.close()
 
 
-@pytest.mark.long
 async def test_a_rank_that_is_killed_while_it_loads(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a rank is killed while it loads, the start ends at once with an error that names the rank and its signal."""
     monkeypatch.setenv(lone_rank.RANK, "process")
