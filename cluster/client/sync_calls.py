@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -93,22 +94,25 @@ class Stream(StreamState, Generic[Chunk]):
         self.cancel()
 
 
+def _connect(
+    credentials: grpc.ChannelCredentials | None, arguments: Sequence[tuple[str, Any]], endpoint: str
+) -> tuple[grpc.Channel, InferenceStub]:
+    channel = (
+        grpc.secure_channel(endpoint, credentials, options=arguments)
+        if credentials
+        else grpc.insecure_channel(endpoint, options=arguments)
+    )
+    return channel, InferenceStub(channel)
+
+
 class BlockingCalls:
     """The calls of a Client, and the connections on which the calls run. Thread-safe."""
 
     def __init__(self, options: ChannelOptions) -> None:
         self._options = options
-        self._credentials = options.credentials()
-        self._arguments = options.channel_options()
-        self.gateways = GatewayList(options.endpoints, self._connect)
-
-    def _connect(self, endpoint: str) -> tuple[grpc.Channel, InferenceStub]:
-        channel = (
-            grpc.secure_channel(endpoint, self._credentials, options=self._arguments)
-            if self._credentials
-            else grpc.insecure_channel(endpoint, options=self._arguments)
-        )
-        return channel, InferenceStub(channel)
+        # No bound method: with a reference cycle, a client that is dropped would keep its connections for a while.
+        connect = partial(_connect, options.credentials(), options.channel_options())
+        self.gateways = GatewayList(options.endpoints, connect)
 
     def close(self) -> None:
         """Close the connections and end all calls on the connections."""

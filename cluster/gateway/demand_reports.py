@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from cluster.api.demand import ModelDemand
 from cluster.gateway.scheduling.scheduler import Scheduler
@@ -12,13 +12,12 @@ from cluster.gateway.scheduling.scheduler import Scheduler
 class DemandReports:
     """The source of the reports of one gateway's demand."""
 
-    def __init__(self, scheduler: Scheduler, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._clock = clock
 
     def current(self) -> Sequence[ModelDemand]:
         """Return the current demand for each model."""
-        queues, now = self._scheduler.queues, self._clock()
+        queues, now = self._scheduler.queues, time.monotonic()
         return [
             ModelDemand(
                 model.name,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from google.rpc import code_pb2
 
@@ -16,6 +18,7 @@ from cluster.client.aio_calls import AsyncCalls
 from cluster.client.sync_calls import BlockingCalls
 from cluster.v1 import inference_pb2 as pb
 from tests.support.scripted_gateway import WORDS, ScriptedGateway, refusal
+from tests.support.shell import until
 
 TEXT = "".join(WORDS)
 AWAITING = r"\b(async |await |Async(?=Stream|Iterable)|Awaitable\[(?=Response\]\]))|(?<=Inference)Async(?=Stub)|\W+"
@@ -32,6 +35,25 @@ def test_both_clients_have_the_same_methods() -> None:
 
     assert calls(Client, BlockingCalls.unary) == calls(AsyncClient, AsyncCalls.unary)
     assert inspect.signature(Client) == inspect.signature(AsyncClient)
+
+
+def test_a_dropped_client_closes_its_connection(gateway: ScriptedGateway) -> None:
+    """A client that is dropped without `close` has no connection any longer, before any garbage collection."""
+    port = int(gateway.endpoint.rpartition(":")[2])
+
+    def connected() -> bool:
+        connections = psutil.Process().net_connections("tcp")
+        return any(each.raddr and each.raddr.port == port and each.status == "ESTABLISHED" for each in connections)
+
+    gc.disable()
+    try:
+        client = Client(gateway.endpoint)
+        client.chat("tiny", "Where?")
+        assert connected()
+        del client
+        until(lambda: not connected(), "the connection is closed", 20.0)
+    finally:
+        gc.enable()
 
 
 def test_chat_gives_text_reason_and_usage(gateway: ScriptedGateway) -> None:

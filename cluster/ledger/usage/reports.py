@@ -26,7 +26,7 @@ class UsageReports(Protocol):
     def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
         """Return usage sums by group. With `cost`, each group also has a cost.
 
-        `rates`: prices from which the costs are computed; None means the service's own prices.
+        `rates`: prices from which the costs are computed; None means the prices of the ledger's configuration.
         """
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
@@ -35,7 +35,7 @@ class UsageReports(Protocol):
     def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
         """Return by tenant and model how many calls met or missed the model's SLO. `wanted.group_by` is ignored.
 
-        `objectives`: the SLO of each model; None means the SLOs that the service has.
+        `objectives`: the SLO of each model; None means the SLOs that the models are configured with.
         """
 
     def audit(

@@ -44,7 +44,7 @@ from cluster.policy.routing.router import Candidate
 MIN_SLOTS: Final = 64
 """Number of slots below which `full` is reduced. If the largest worker of a model has fewer slots, `full` is multiplied
 by that worker's slots / MIN_SLOTS. Otherwise, with 8 slots, one running sequence would cost as much as computing a
-prompt of 1,000 tokens, and calls would leave the workers that hold their prompts."""
+prompt of 800 tokens, and calls would leave the workers that hold their prompts."""
 
 PolicyName = Literal["cost", "least_load", "round_robin", "power_of_two", "consistent_hash"]
 
