@@ -25,6 +25,7 @@ from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
+from cluster.worker.link_runner import LinkRunner
 from tests.support.calls import chat
 from tests.support.cluster import TestCluster, sim_engine, until
 
@@ -43,6 +44,8 @@ QUICK = Timing(redial_min_s=0.01, redial_max_s=0.02, silence_s=60.0, hang_s=60.0
 seconds."""
 
 
+READER = LinkRunner._read.__qualname__
+"""Name of the task that every complete link has in the worker."""
 LAZY = ("asyncio.events.TimerHandle", "_contextvars.Context", "cluster.api.demand.ComputedWork")
 """Names of types that are not counted. The event loop frees cancelled timers and their contexts late; live timers are
 counted separately. The outbox of each link keeps the last report of work until its next message, so their number varies
@@ -144,12 +147,16 @@ async def settled(cluster: TestCluster) -> Held:
         if not cluster.linked(worker.identity.worker_id):
             del held[1:]
             return False
-        held.append(Held.now())
+        count = Held.now()
+        if not count.tasks[READER]:  # the worker has lost the link, and the gateway does not know it yet
+            return False
+        held.append(count)
         return len(held) > STILL and not any(held[-1].grown(earlier, 1) for earlier in held[-STILL:])
 
     with contextlib.suppress(AssertionError):  # then use the last count
         await until(still, "nothing more comes", STILL_S)
-    if len(held) == 1:  # each count has cost the link, and the first was made before the link was complete
+    # If each count has cost the link, the first count is the only one, made before the link was complete.
+    while len(held) == 1 or not held[-1].tasks[READER]:
         await at_rest(cluster)
         await some_passes()
         held.append(Held.now())
