@@ -15,7 +15,7 @@ from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.policy import GuardRule, TenantPolicy
 from cluster.wire.bundle import Bundle
-from tests.support.cpu import least_cpu_s, slowness
+from tests.support.cpu import Steps, slowness
 
 MATCHES = 200_000
 
@@ -38,7 +38,10 @@ async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
         guarded.append(await guards.prompt(prompt, model))
         guards.close()
 
-    assert await least_cpu_s(search) < 0.05 * slowness()
+    searches = [Steps(search()) for _ in range(3)]  # not the loop's whole time, which other tests' gateways use too
+    for steps in searches:
+        await steps
+    assert min(steps.sum_s for steps in searches) < 0.05 * slowness()
     for kept, decision in zip(guarded, decided, strict=True):
         assert isinstance(kept, TextPrompt)
         assert "a@b" not in kept.text
