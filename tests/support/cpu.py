@@ -60,21 +60,6 @@ def cpu_within(bound_s: float) -> Iterator[None]:
     assert used_s < allowed_s, f"{used_s:.3f} s of CPU time, where {allowed_s:.3f} s are allowed"
 
 
-async def least_cpu_s(work: Callable[[], Awaitable[Any]], times: int = 3) -> float:
-    """Return the least CPU time that this thread takes for a piece of work, of several times, on a machine of ordinary
-    speed. The garbage collector rests meanwhile."""
-    before, used_s = slowness(), list[float]()
-    gc.disable()
-    try:
-        for _ in range(times):
-            began_s = time.thread_time()
-            await work()
-            used_s.append(time.thread_time() - began_s)
-    finally:
-        gc.enable()
-    return min(used_s) / max(before, slowness())
-
-
 class Steps:
     """An awaitable that measures the CPU time of each step of another one, up to its next pause."""
 
