@@ -44,7 +44,7 @@ from cluster.policy.routing.router import Candidate
 MIN_SLOTS: Final = 64
 """Number of slots below which `full` is reduced. If the largest worker of a model has fewer slots, `full` is multiplied
 by that worker's slots / MIN_SLOTS. Otherwise, with 8 slots, one running sequence would cost as much as computing a
-prompt of 800 tokens, and calls would leave the workers that hold their prompts."""
+prompt of 1,000 tokens, and calls would leave the workers that hold their prompts."""
 
 PolicyName = Literal["cost", "least_load", "round_robin", "power_of_two", "consistent_hash"]
 
@@ -53,7 +53,7 @@ PolicyName = Literal["cost", "least_load", "round_robin", "power_of_two", "consi
 class CostWeights:
     """Weights of the cost, all in prompt tokens and at least 0. See the derivation above."""
 
-    computed: float = 20.0
+    computed: float = 16.0
     """Cost of a prompt token that must be computed."""
     full: float = 128_000.0
     """Cost of a worker whose slots are all in use, if the model has workers with at least MIN_SLOTS slots."""
@@ -61,7 +61,7 @@ class CostWeights:
     """Cost of a sequence of another gateway in the engine's queue."""
     memory: float = 8_000.0
     """Cost of a worker whose KV memory is full."""
-    patience: float = 96_000.0
+    patience: float = 128_000.0
     """Longest predicted time to the first token, in prompt tokens, at which a call may wait for a full worker that
     holds the call's prompt, even if another worker would be faster. See policy/scheduling/set_aside.py."""
     adapter: float = 2_000.0

@@ -344,8 +344,8 @@ def test_explain_names_every_candidate() -> None:
     fleet = [worker("busy", running=16, free_sequences=48), worker("idle"), worker("leaving", draining=True)]
     text = choose(RouteCall("m", 100, cached={"busy": 100}), fleet).explain()
     assert text == (
-        "to idle, least_loaded: idle 4000.000 (waiting_prefill 0.000, load 2000.000, queue 0.000, memory 0.000, "
-        "uncached_tokens 2000.000); busy 34000.000 (waiting_prefill 0.000, load 34000.000, queue 0.000, memory 0.000, "
+        "to idle, least_loaded: idle 3600.000 (waiting_prefill 0.000, load 2000.000, queue 0.000, memory 0.000, "
+        "uncached_tokens 1600.000); busy 34000.000 (waiting_prefill 0.000, load 34000.000, queue 0.000, memory 0.000, "
         "uncached_tokens 0.000); leaving draining"
     )
     assert choose(RouteCall("m", 100), []).explain() == "nowhere, no_worker: no candidates"
@@ -393,7 +393,7 @@ def test_the_worker_that_holds_most_of_a_prompt_gets_it(cached: int) -> None:
 
 def test_load_outvotes_blocks() -> None:
     """A worker that is full, or whose queue is longer than the prompt, loses calls in spite of its blocks."""
-    call = RouteCall("m", 4000, cached={"b": 4000})
+    call = RouteCall("m", 5000, cached={"b": 5000})
     assert choose(call, [worker("a"), worker("b")]).worker_id == "b"
     for load in ({"running": 63, "free_sequences": 1}, {"prefill_tokens": 100_000}, {"waiting": 40}):
         assert choose(call, [worker("a"), worker("b", **load)]).worker_id == "a"

@@ -132,7 +132,7 @@ def test_it_does_not_wait_in_vain() -> None:
     """A sequence does not wait for a worker with so much work ahead that its first token would come later there, nor
     behind as much work of others that are set aside, nor if its call may begin on several versions."""
     fleet, policy = two_workers("warm")
-    fleet.workers["holder"] = replace(fleet.workers["holder"], prefill_tokens=100_000)
+    fleet.workers["holder"] = replace(fleet.workers["holder"], prefill_tokens=150_000)
     policy.admit(entry("warm"), 0.0)
     assert sent(carry_out(policy, fleet, 0.0)) == [("warm", "other")]
 
