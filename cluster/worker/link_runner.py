@@ -82,7 +82,8 @@ class OpenLinks:
 
 @dataclass(frozen=True, slots=True)
 class GatewayReports:
-    """The reports of a worker to its gateways: usage only to those that write to the ledger, all others to all."""
+    """The reports of a worker. Usage is sent only to gateways that write to the ledger, the other reports to all
+    gateways."""
 
     usage: WorkerUsage
     served: ServedReports

@@ -1,4 +1,4 @@
-"""What a gateway derives from the cluster's secrets for each tenant: the handle and the salt of the prefix cache."""
+"""Each tenant's handle and salt of the prefix cache, which a gateway derives from the cluster's secrets."""
 
 from __future__ import annotations
 

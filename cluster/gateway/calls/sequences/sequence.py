@@ -1,5 +1,5 @@
-"""One of the n outputs of a call. The tokens arrive from the link and become text. The text waits for the API or is
-passed directly to the API.
+"""An output sequence, one of the n outputs of a call. The tokens arrive from the link and become text. The text waits
+for the API or is passed directly to the API.
 
 Tokens become text when they arrive, not when the client reads. So a stop string ends the engine's work at once, even if
 the client is slow. A slow client gets several tokens in one piece.
@@ -34,7 +34,7 @@ Owner = TypeVar("Owner", bound=SequenceOwner)
 
 @dataclass(eq=False, repr=False, slots=True)
 class OutputSequence(LinkedSequence[Owner]):
-    """One of the n outputs of a call. Implements the Sink of slots.py."""
+    """An output sequence, one of the n outputs of a call. Implements the Sink of slots.py."""
 
     detokenizer: TextSource
     logprob_texts: LogprobSource | None = None
