@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from cluster.api.types import ModelSpec
-from cluster.worker.engine.processes import sockets
+from cluster.worker.engine.processes import fork_server, sockets
 from cluster.worker.engine.vllm.engine import VllmEngine
 from tests.support.checkpoints import build_checkpoint
 from tests.worker.engine.contract import Subject
@@ -54,9 +54,14 @@ def schedules_asynchronously(subject: Subject) -> bool:
 
 
 def engine_children(process: psutil.Process) -> list[psutil.Process]:
-    """Return the engine cores of a process, or the ranks of a core. Zombies are children of other tests."""
-    living = [child for child in process.children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in living if "resource_tracker" not in " ".join(child.cmdline())]
+    """Return the engine cores of this process, or the ranks of a core, whether they are forks of the fork server or
+    not. Zombies are children of other tests.
+    """
+    name = "EngineCore" if process.pid == os.getpid() else "Worker"
+    servers = [psutil.Process(pid) for pid in fork_server.server_pids()]
+    children = [child for parent in (process, *servers) for child in parent.children()]
+    living = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if name in " ".join(child.cmdline())]
 
 
 def left_by_vllm() -> set[Path]:
@@ -66,7 +71,7 @@ def left_by_vllm() -> set[Path]:
 
 async def _started(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[tuple[Subject, psutil.Process]]:
     me = psutil.Process()
-    before, temporary = me.children(), left_by_vllm()
+    before, temporary = engine_children(me), left_by_vllm()
     engine = VllmEngine(tiny_spec(), folder, prefer_fastpath=prefer_fastpath)
     info = await engine.start()
     (core,) = [child for child in engine_children(me) if child not in before]

@@ -13,7 +13,7 @@ from cluster.api.demand import EngineCounts
 from cluster.api.kv_events import KvEvent
 from cluster.api.ports import EngineCorrupt, EngineDead
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
-from cluster.worker.engine.processes import watchdog
+from cluster.worker.engine.processes import fork_server, watchdog
 from cluster.worker.engine.processes.starvation import Starvation, read_tasks
 from cluster.worker.engine.vllm.adapters import EngineAdapters
 from cluster.worker.engine.vllm.core_processes import CoreProcesses, why_not_fast
@@ -73,6 +73,7 @@ class VllmEngine:
 
     async def _start(self) -> EngineInfo:
         watchdog.arm()
+        fork_server.start()  # before vLLM is imported here, so that both import at the same time
         why_public = why_not_fast() if self._prefer_fastpath else "switched off"
         try:
             config, path = await asyncio.to_thread(self._start_core, not why_public)

@@ -39,7 +39,7 @@ async def _is_told(engine: VllmEngine, subject: Subject, how: str) -> None:
 async def test_death_is_told(llama_folder: Path) -> None:
     """After the core is killed, step, check and submit raise EngineDead with the reason within seconds."""
     me = psutil.Process(os.getpid())
-    before = set(me.children())
+    before = set(engine_children(me))
     engine = VllmEngine(tiny_spec(), llama_folder)
     info = await engine.start()
     try:
@@ -64,7 +64,7 @@ async def test_two_ranks_in_a_row(fast_subject: Subject, llama_folder: Path) -> 
     When the second rank crashes, the error names the rank and its signal, also through AsyncLLM, and all processes end.
     """
     me = psutil.Process(os.getpid())
-    before = set(me.children())
+    before = set(engine_children(me))
     spec = tiny_spec(pipeline_parallel_size=2)
     engine = VllmEngine(spec, llama_folder, executor="mp", prefer_fastpath=False)
     info = await engine.start()
@@ -93,7 +93,7 @@ async def test_a_rank_that_is_killed_while_it_loads(llama_folder: Path, monkeypa
     """If a rank is killed while it loads, the start ends at once with an error that names the rank and its signal."""
     monkeypatch.setenv(lone_rank.RANK, "process")
     me = psutil.Process(os.getpid())
-    before = set(me.children())
+    before = set(engine_children(me))
 
     def new_ranks() -> list[psutil.Process]:
         return [rank for core in engine_children(me) if core not in before for rank in engine_children(core)]

@@ -55,12 +55,12 @@ async def test_an_engine_is_one_process(llama_folder: Path, bind: str, monkeypat
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     me = psutil.Process()
-    before, variables = me.children(), {name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    before, variables = engine_children(me), {name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_"))}
     engine = VllmEngine(tiny_spec(), llama_folder)
     await engine.start()
     try:
         (core,) = [child for child in engine_children(me) if child not in before]
-        assert not core.children()
+        assert not engine_children(core)
         env = {name: value for name, value in core.environ().items() if name.startswith(("OMP_", "GOMP_"))}
         assert (env.get("OMP_NUM_THREADS"), env.get("OMP_PLACES") or env.get("GOMP_CPU_AFFINITY")) in (
             [(None, None)] if bind == "nobind" else [("1", "{0}"), ("1", "0")]
